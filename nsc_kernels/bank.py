@@ -1,0 +1,254 @@
+"""AdapterBank: the LoRA adapters of one linear layer, whitened once and packed for the kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_ADAPTERS = 4096
+FILE_FORMAT = "nsc_kernels.AdapterBank"
+FILE_VERSION = "1"
+
+
+def whiten(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    """Factor ``A [r, d] = L [r, m] W [m, d]`` with orthonormal rows of ``W``; ``m`` is the numerical rank.
+
+    float64. QR first, so that the SVD is of an r x r matrix. Directions with a singular value at or below
+    ``rtol`` times the largest are dropped: what is left spans the true row space and nothing is ever inverted.
+    """
+    q, r = torch.linalg.qr(A.to(torch.float64).t())
+    left, sigma, right = torch.linalg.svd(r, full_matrices=False)
+    kept = int((sigma > rtol * sigma[:1]).sum()) if sigma.numel() else 0
+    return right[:kept].t() * sigma[:kept], (q @ left[:, :kept]).t()
+
+
+class AdapterBank(nn.Module):
+    """K LoRA adapters of one linear layer, of any ranks, packed along the rank.
+
+    Each down-projection is whitened once in float64, ``A_k = L_k W_k`` with orthonormal rows of ``W_k``, and
+    ``s_k B_k L_k`` takes the place of ``s_k B_k``. The update ``s_k B_k A_k`` is unchanged, and the quadratic form
+    ``z^T A_k^T (A_k A_k^T)^-1 A_k z`` (Eq. 6 of arXiv 2603.26317) becomes ``||W_k z||^2``: no kernel solves an
+    r x r system.
+
+    Build one with :meth:`from_factors`. The buffers are frozen; gradients flow to z, lam and base only.
+
+    Attributes:
+        A: ``[R, d_in]``, orthonormal rows within each adapter, R the sum of the ranks.
+        B: ``[d_out, R]``, scaling and whitening folded in: a view of the contiguous ``[R, d_out]`` that kernels read.
+        offsets: ``K + 1`` ints; adapter k owns columns ``offsets[k]:offsets[k + 1]``.
+        ranks: K ints, the numerical ranks (at most the ranks given).
+    """
+
+    A: Tensor
+    Bt: Tensor
+
+    def __init__(self, A: Tensor, Bt: Tensor, offsets: Sequence[int]):
+        super().__init__()
+        self.offsets = _checked_offsets(offsets, A.shape[0])
+        if A.dim() != 2 or Bt.dim() != 2 or A.shape[0] != Bt.shape[0]:
+            raise ValueError(f"A and Bt must be [R, d_in] and [R, d_out], found {tuple(A.shape)} and {tuple(Bt.shape)}")
+        if A.dtype is not Bt.dtype or A.device != Bt.device:
+            raise ValueError(f"A is {A.dtype} on {A.device} but Bt is {Bt.dtype} on {Bt.device}")
+        self.register_buffer("A", A.contiguous())
+        self.register_buffer("Bt", Bt.contiguous())
+        self._autocast_copies: dict[torch.dtype, tuple[tuple[int, int], AdapterBank]] = {}
+
+    @classmethod
+    def from_factors(
+        cls,
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        scaling: Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        rtol: float | None = None,
+    ) -> AdapterBank:
+        """Whiten and pack K adapters.
+
+        Args:
+            A: K down-projections ``[r_k, d_in]``. Ranks may differ and may be 0 (adapter absent from this layer).
+            B: K up-projections ``[d_out, r_k]``.
+            scaling: K floats, LoRA's alpha / r (or alpha / sqrt(r)); 1 each when None.
+            dtype: of the packed bank; the factors' own when None, which must then be one and the same.
+            device: of the packed bank; the factors' own when None, which must then be one and the same.
+            rtol: singular values of A_k at or below ``rtol`` times its largest count as zero. Default:
+                ``max(r_k, 1) * eps`` of A_k's dtype, with float32's eps for narrower types.
+
+        Raises:
+            TypeError, ValueError: naming the adapter index, what was found and what was expected.
+        """
+        A, B = list(A), list(B)
+        dtype, device = _check_factors(A, B, dtype, device)
+        scales = _check_scaling(scaling, len(A))
+        rows, columns, offsets = [], [], [0]
+        for k, (a, b) in enumerate(zip(A, B, strict=True)):
+            resolution = torch.finfo(a.dtype if a.dtype is torch.float64 else torch.float32).eps
+            tolerance = max(a.shape[0], 1) * resolution if rtol is None else rtol
+            lower, white = whiten(a.detach().to(device), tolerance)
+            up = scales[k] * (b.detach().to(device, torch.float64) @ lower)
+            if not torch.isfinite(up.to(dtype)).all():
+                raise ValueError(f"B[{k}] (scaled by {scales[k]:g} and by A[{k}]) overflows {dtype}")
+            rows.append(white.to(dtype))
+            columns.append(up.t().to(dtype))
+            offsets.append(offsets[-1] + white.shape[0])
+        return cls(torch.cat(rows), torch.cat(columns), offsets)
+
+    @property
+    def B(self) -> Tensor:
+        return self.Bt.t()
+
+    @property
+    def K(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def R(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))
+
+    @property
+    def d_in(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.Bt.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    def delta(self, lam: Tensor | Sequence[float]) -> Tensor:
+        """The dense update ``sum_k lam_k s_k B_k A_k``: ``[d_out, d_in]``, float32 (float64 for a float64 bank)."""
+        acc = torch.float64 if self.dtype is torch.float64 else torch.float32
+        lam = torch.as_tensor(lam, dtype=acc, device=self.device)
+        if lam.shape != (self.K,):
+            raise ValueError(f"lam must have shape ({self.K},), one coefficient per adapter, found {tuple(lam.shape)}")
+        per_row = lam.repeat_interleave(torch.tensor(self.ranks, device=self.device), output_size=self.R)
+        return (self.Bt.to(acc) * per_row[:, None]).t() @ self.A.to(acc)
+
+    def cast_for_autocast(self, dtype: torch.dtype) -> AdapterBank:
+        """This bank in ``dtype``, converted once and kept until the buffers are replaced or written to."""
+        if dtype is self.dtype:
+            return self
+        stamp = (id(self.A), self.A._version)
+        kept = self._autocast_copies.get(dtype)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, AdapterBank(self.A.to(dtype), self.Bt.to(dtype), self.offsets))
+            self._autocast_copies[dtype] = kept
+        return kept[1]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the packed bank as safetensors: to a temporary file first, renamed when complete."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "offsets": json.dumps(self.offsets)}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file({"A": self.A, "Bt": self.Bt}, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> AdapterBank:
+        """Read what :meth:`save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
+                raise ValueError(
+                    f"{os.fspath(path)}: expected format {FILE_FORMAT} version {FILE_VERSION}, "
+                    f"found {metadata.get('format')} version {metadata.get('version')}"
+                )
+            return cls(file.get_tensor("A"), file.get_tensor("Bt"), json.loads(metadata["offsets"]))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.offsets, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.offsets = _checked_offsets(state.tolist(), self.A.shape[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_autocast_copies": {}}
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(map(str, self.ranks))
+        return f"K={self.K}, ranks=({ranks}), d_in={self.d_in}, d_out={self.d_out}, {self.dtype}, {self.device}"
+
+
+def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:
+    offsets = tuple(int(o) for o in offsets)
+    increasing = all(a <= b for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or not increasing:
+        raise ValueError(f"offsets must rise from 0 to R={rows} in K + 1 steps, found {offsets}")
+    return offsets
+
+
+def _check_factors(
+    A: list[Tensor], B: list[Tensor], dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype, torch.device]:
+    if not A or len(A) != len(B):
+        raise ValueError(f"A and B must hold one factor per adapter, at least one: found {len(A)} and {len(B)}")
+    if len(A) > MAX_ADAPTERS:
+        raise ValueError(f"at most {MAX_ADAPTERS} adapters per layer, found {len(A)}")
+    for k, (a, b) in enumerate(zip(A, B, strict=True)):
+        for name, t in (("A", a), ("B", b)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}[{k}] must be a tensor, found {type(t).__name__}")
+            if t.dtype not in FLOAT_DTYPES:
+                raise TypeError(f"{name}[{k}] must be one of {_names(FLOAT_DTYPES)}, found {t.dtype}")
+            if t.dim() != 2:
+                raise ValueError(f"{name}[{k}] must be a matrix, found shape {tuple(t.shape)}")
+        if a.shape[1] != A[0].shape[1] or b.shape != (B[0].shape[0], a.shape[0]):
+            raise ValueError(
+                f"adapter {k}: expected A [r, {A[0].shape[1]}] and B [{B[0].shape[0]}, r], "
+                f"found A {tuple(a.shape)} and B {tuple(b.shape)}"
+            )
+        for name, t in (("A", a), ("B", b)):
+            if not torch.isfinite(t).all():
+                raise ValueError(f"{name}[{k}] holds {int((~torch.isfinite(t)).sum())} NaN or infinite values")
+            if device is None and t.device != A[0].device:
+                raise ValueError(f"{name}[{k}] is on {t.device} but A[0] is on {A[0].device}; pass device=")
+            if dtype is None and t.dtype is not A[0].dtype:
+                raise TypeError(f"{name}[{k}] is {t.dtype} but A[0] is {A[0].dtype}; pass dtype=")
+    dtype = A[0].dtype if dtype is None else dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be one of {_names(FLOAT_DTYPES)}, found {dtype}")
+    return dtype, A[0].device if device is None else torch.device(device)
+
+
+def _check_scaling(scaling: Sequence[float] | None, K: int) -> list[float]:
+    if scaling is None:
+        return [1.0] * K
+    scales = [float(s) for s in scaling]
+    if len(scales) != K:
+        raise ValueError(f"scaling must hold one float per adapter ({K}), found {len(scales)}")
+    for k, s in enumerate(scales):
+        if not torch.isfinite(torch.tensor(s)):
+            raise ValueError(f"scaling[{k}] must be finite, found {s}")
+    return scales
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

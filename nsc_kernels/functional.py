@@ -1,0 +1,213 @@
+"""The public functions: checks, autocast, and three routes to the backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+from .backends.registry import AUTO, Backend, chosen
+from .bank import AdapterBank
+from .ops import run_backward, run_forward, select_backend
+from .reference import accumulation_dtype
+
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def merged_lora(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None = None) -> Tensor:
+    """Merged LoRA update ``y = base + sum_k lam_k s_k B_k A_k z`` in one kernel.
+
+    Args:
+        z: ``[..., d_in]``, float64, float32, bfloat16 or float16, the dtype and device of ``bank``; rows of any stride.
+        bank: the K whitened adapters of one linear layer.
+        lam: merge coefficients, ``[K]`` or one set per row ``[..., K]`` with the leading shape of ``z``. Computed with
+            in float32 (float64 for float64 ``z``); a narrower dtype is widened, a wider one refused.
+        base: ``[..., d_out]``, usually the frozen layer's own output; zero when None. Not modified.
+
+    Returns:
+        ``[..., d_out]`` in z's dtype, accumulated in float32 (float64) and rounded once.
+
+    Differentiable once with respect to ``z``, ``lam`` and ``base``; a second derivative raises. Under
+    ``torch.autocast`` z, base and bank are computed in the autocast dtype and ``lam`` stays float32. Under
+    ``torch.func`` transforms and forward-mode differentiation the reference backend serves the call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was found and what was expected, before any work.
+        RuntimeError: if an explicitly chosen backend cannot serve the call.
+    """
+    return _call(z, bank, lam, base, False)
+
+
+def merged_lora_nsc(
+    z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`merged_lora` together with the null-space statistics of ``z``, in the same kernel.
+
+    Returns:
+        y: ``[..., d_out]`` as :func:`merged_lora`.
+        quad: ``[..., K]``, ``quad_k = z^T A_k^T (A_k A_k^T)^-1 A_k z``, float32 (float64 for float64 ``z``).
+        sqnorm: ``[...]``, ``||z||^2``, same dtype as ``quad``.
+
+    All three are differentiable; :func:`null_space_ratio` turns the last two into Eq. 6 of arXiv 2603.26317.
+    """
+    return _call(z, bank, lam, base, True)
+
+
+def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
+    if isinstance(z, Tensor) and torch.is_autocast_enabled(z.device.type) and z.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(z.device.type)
+        bank = _autocast_bank(bank, dtype)
+        base = base if base is None else base.to(dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            return _call(z.to(dtype), bank, lam, base, stats)
+    acc = _check(z, bank, lam, base)
+    if lam.dtype is not acc:
+        lam = lam.to(acc)
+    if z.dim() == 2:
+        return _route(z, bank, lam, base, stats)
+    lead = z.shape[:-1]
+    flat = _route(
+        z.reshape(-1, z.shape[-1]),
+        bank,
+        lam if lam.dim() == 1 else lam.reshape(-1, lam.shape[-1]),
+        base if base is None else base.reshape(-1, base.shape[-1]),
+        stats,
+    )
+    if not stats:
+        return flat.view(lead + flat.shape[1:])
+    return tuple(t.view(lead + t.shape[1:]) for t in flat)
+
+
+def _route(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
+    """``z [T, d_in]`` by the cheapest route that is right in this context."""
+    A, Bt, offsets = bank.A, bank.Bt, bank.offsets
+    grad = torch.is_grad_enabled() and (
+        z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
+    )
+    if _functorch_active() or forward_ad._current_level >= 0:
+        if chosen() not in (AUTO, "reference"):
+            raise RuntimeError(
+                f"backend {chosen()!r} was asked for, but torch.func transforms and forward-mode differentiation "
+                f"are served by 'reference' only"
+            )
+        y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
+    elif torch.compiler.is_compiling():
+        y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)
+    else:
+        backend = select_backend(z, A, Bt, offsets)
+        if grad:
+            return MergedLoRAFunction.apply(z, lam, base, A, Bt, offsets, stats, backend)
+        y, quad, sqnorm, _ = run_forward(backend, z, A, Bt, offsets, lam, base, stats, False)
+    return (y, quad, sqnorm) if stats else y
+
+
+class MergedLoRAFunction(torch.autograd.Function):
+    """The eager route: one forward kernel, one backward kernel, on the backend chosen in the forward.
+
+    Saves u (bank dtype, ``[T, R]``) if it is needed, and z only where ``sqnorm`` may have a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        lam: Tensor,
+        base: Tensor | None,
+        A: Tensor,
+        Bt: Tensor,
+        offsets: tuple[int, ...],
+        stats: bool,
+        backend: Backend,
+    ) -> Any:
+        need_dz, need_dlam, _ = ctx.needs_input_grad[:3]
+        save_u = need_dlam or need_dz
+        y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u)
+        if save_u:
+            ctx.save_for_backward(u, lam, A, Bt, z if stats and need_dz else None)
+        ctx.offsets, ctx.backend = offsets, backend
+        ctx.set_materialize_grads(False)
+        return (y, quad, sqnorm) if stats else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dquad: Tensor | None = None, dsqnorm: Tensor | None = None) -> Any:
+        need_dz, need_dlam, need_dbase = ctx.needs_input_grad[:3]
+        dz = dlam = None
+        if need_dz or need_dlam:
+            u, lam, A, Bt, z = ctx.saved_tensors
+            create_graph = torch.is_grad_enabled()
+            with torch.no_grad():
+                dz, dlam = run_backward(
+                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, None, need_dz, need_dlam
+                )
+            if create_graph:
+                dz, dlam = OnceDifferentiable.apply(
+                    dz if need_dz else None, dlam if need_dlam else None, u, lam, z, dy, dquad, dsqnorm
+                )
+        return (
+            dz if need_dz else None,
+            dlam if need_dlam else None,
+            dy if need_dbase else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Passes the gradients on and keeps them tied to what they depend on, so that differentiating them raises.
+
+    ``once_differentiable`` raises from ``backward()`` but leaves the tensors that the gradients depend on out of the
+    graph, and ``torch.autograd.grad(..., allow_unused=True)`` then returns None for a derivative that is not zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dz: Tensor | None, dlam: Tensor | None, *sources: Tensor | None) -> Any:
+        return dz, dlam
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "merged_lora is differentiable once: its gradient was to be differentiated again. For second derivatives "
+            "use torch.func transforms (torch.func.hessian, jvp of grad), which the reference backend serves"
+        )
+
+
+def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:
+    if not torch.compiler.is_compiling():
+        return bank.cast_for_autocast(dtype)
+    return AdapterBank(bank.A.to(dtype), bank.Bt.to(dtype), bank.offsets)
+
+
+def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> torch.dtype:
+    """Refuse what the kernels would misread; returns the dtype that ``lam`` is computed in."""
+    if not isinstance(bank, AdapterBank):
+        raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
+    for name, t in (("z", z), ("lam", lam)) if base is None else (("z", z), ("lam", lam), ("base", base)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
+        if t.device != z.device:
+            raise ValueError(f"{name} is on {t.device}, but z is on {z.device}")
+    A, K = bank.A, bank.K
+    if z.dtype is not A.dtype:
+        raise TypeError(f"z is {z.dtype}, but the bank is {A.dtype}; convert one of them (bank.to(dtype=...))")
+    if z.device != A.device:
+        raise ValueError(f"z is on {z.device}, but the bank is on {A.device}; move one of them (bank.to(device))")
+    if z.dim() == 0 or z.shape[-1] != A.shape[1]:
+        raise ValueError(f"z must have shape [..., d_in={A.shape[1]}], found {tuple(z.shape)}")
+    acc = accumulation_dtype(z.dtype)
+    if not lam.dtype.is_floating_point or (lam.dtype is torch.float64 and acc is torch.float32):
+        raise TypeError(f"lam must be {acc} or narrower for z of {z.dtype}, found {lam.dtype}")
+    lead = z.shape[:-1]
+    if lam.shape != (K,) and lam.shape != (*lead, K):
+        raise ValueError(f"lam must have shape ({K},) or {(*lead, K)}, found {tuple(lam.shape)}")
+    if base is not None:
+        if base.dtype is not z.dtype:
+            raise TypeError(f"base is {base.dtype}, but z is {z.dtype}")
+        if base.shape != (*lead, bank.d_out):
+            raise ValueError(f"base must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")
+    return acc

@@ -1,0 +1,241 @@
+"""The operator as registered torch.library ops, for torch.compile, export, profilers and FLOP counters.
+
+``nsc::merged_lora`` and ``nsc::merged_lora_backward`` are opaque to the compiler and choose their backend when they
+run. Eager code does not pass through them: :mod:`nsc_kernels.functional` calls the same :func:`run_forward` and
+:func:`run_backward` from a ``torch.autograd.Function``, which costs half as much per call.
+
+Schemas are defined here, in Python, so that they exist with no native library; the native libraries only add kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends.registry import Backend, Call, chosen, select
+from .reference import accumulation_dtype
+
+NAMESPACE = "nsc"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+FORWARD_SCHEMA = (
+    "(Tensor z, Tensor A, Tensor Bt, int[] offsets, Tensor lam, Tensor? base, bool stats, bool save_u)"
+    " -> (Tensor y, Tensor quad, Tensor sqnorm, Tensor u)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor? dy, Tensor? dquad, Tensor? dsqnorm, Tensor u, Tensor? z, Tensor A, Tensor Bt, int[] offsets,"
+    " Tensor lam, Tensor? dz_base, bool need_dz, bool need_dlam) -> (Tensor dz, Tensor dlam)"
+)
+
+
+def select_backend(z: Tensor, A: Tensor, Bt: Tensor, offsets: Sequence[int]) -> Backend:
+    """The backend that serves ``z [T, d_in]``, by the explicit or the automatic choice."""
+    return select(chosen(), Call(z.device, z.dtype, z.shape[0], A.shape[1], Bt.shape[1], tuple(offsets)))
+
+
+def unit_stride(t: Tensor | None) -> Tensor | None:
+    """``t`` itself if its rows are contiguous, else a contiguous copy: what backends may assume of z, base and dy."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def run_forward(
+    backend: Backend,
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """One forward on one backend. The only way to a backend's kernels."""
+    return backend.forward(
+        unit_stride(z), A.contiguous(), Bt.contiguous(), offsets, lam.contiguous(), unit_stride(base), stats, save_u
+    )
+
+
+def run_backward(
+    backend: Backend,
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One backward on one backend. The only way to a backend's kernels."""
+    return backend.backward(
+        unit_stride(dy),
+        None if dquad is None else dquad.contiguous(),
+        None if dsqnorm is None else dsqnorm.contiguous(),
+        u.contiguous(),
+        unit_stride(z),
+        A.contiguous(),
+        Bt.contiguous(),
+        offsets,
+        lam.contiguous(),
+        unit_stride(dz_base),
+        need_dz,
+        need_dlam,
+    )
+
+
+def _tensor(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An op returns tensors only: what was not asked for is empty."""
+    return torch.empty(0, dtype=dtype, device=like.device) if t is None else t
+
+
+def _forward_impl(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = select_backend(z, A, Bt, offsets)
+    y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u)
+    return y, _tensor(quad, z, lam.dtype), _tensor(sqnorm, z, lam.dtype), _tensor(u, z, z.dtype)
+
+
+def _backward_impl(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor, Tensor]:
+    backend = select_backend(u, A, Bt, offsets)
+    dz, dlam = run_backward(
+        backend, dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam
+    )
+    return _tensor(dz, u, A.dtype), _tensor(dlam, u, lam.dtype)
+
+
+def forward_fake(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of a forward op's results."""
+    K, R = len(offsets) - 1, A.shape[0]
+    torch._check(z.dim() == 2 and z.shape[1] == A.shape[1], lambda: f"z must be [T, {A.shape[1]}], found {z.shape}")
+    torch._check(Bt.shape[0] == R, lambda: f"A and Bt must have one row count, found {R} and {Bt.shape[0]}")
+    T, acc = z.shape[0], accumulation_dtype(z.dtype)
+    return (
+        z.new_empty(T, Bt.shape[1]),
+        z.new_empty((T, K) if stats else 0, dtype=acc),
+        z.new_empty(T if stats else 0, dtype=acc),
+        z.new_empty((T, R) if save_u else 0),
+    )
+
+
+def backward_fake(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of a backward op's results."""
+    dz = A.new_empty((u.shape[0], A.shape[1]) if need_dz else 0)
+    return dz, lam.new_empty(lam.shape if need_dlam else 0)
+
+
+def _flops(T: int, R: int, *widths: int) -> int:
+    return sum(2 * T * R * width for width in widths)
+
+
+def forward_flops(z: Any, A: Any, Bt: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Multiply-adds of the two products, times two: the statistics are of lower order."""
+    return _flops(z[0], A[0], A[1], Bt[1])
+
+
+def backward_flops(
+    dy: Any, dquad: Any, dsqnorm: Any, u: Any, z: Any, A: Any, Bt: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """As :func:`forward_flops`, for the products that the call needs."""
+    need_dz = args[3] if len(args) > 3 else kwargs.get("need_dz", True)
+    return _flops(u[0], A[0], *([Bt[1]] if dy is not None else []), *([A[1]] if need_dz else []))
+
+
+def define(name: str, schema: str, fake: Any, flops: Any) -> None:
+    """Add an op to the library, with what the compiler and the FLOP counter need to know of it."""
+    LIBRARY.define(name + schema, tags=TAGS)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+
+
+define("merged_lora", FORWARD_SCHEMA, forward_fake, forward_flops)
+define("merged_lora_backward", BACKWARD_SCHEMA, backward_fake, backward_flops)
+LIBRARY.impl("merged_lora", _forward_impl, "CompositeExplicitAutograd")
+LIBRARY.impl("merged_lora_backward", _backward_impl, "CompositeExplicitAutograd")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, A, Bt, offsets, lam, _, stats, save_u = inputs
+    if not save_u:
+        raise RuntimeError("nsc::merged_lora needs save_u=True where a gradient is required")
+    ctx.save_for_backward(output[3], A, Bt, lam, z if stats else None)
+    ctx.offsets = offsets
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _op_backward(ctx: Any, dy: Any, dquad: Any, dsqnorm: Any, du: Any) -> tuple[Any, ...]:
+    u, A, Bt, lam, z = ctx.saved_tensors
+    need_z, need_A, need_Bt, _, need_lam, need_base = ctx.needs_input_grad[:6]
+    if need_A or need_Bt:
+        raise RuntimeError("nsc::merged_lora: A and Bt are frozen; they have no gradient")
+    dz = dlam = None
+    if need_z or need_lam:
+        dz, dlam = torch.ops.nsc.merged_lora_backward(
+            dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, None, need_z, need_lam
+        )
+    return (
+        dz if need_z else None,
+        None,
+        None,
+        None,
+        dlam if need_lam else None,
+        dy if need_base else None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(f"{NAMESPACE}::merged_lora", _op_backward, setup_context=_setup_context, lib=LIBRARY)
