@@ -1,0 +1,11 @@
+// What every processor of the architecture has.
+#define NSC_NAMESPACE baseline
+#define NSC_VECTOR_BYTES 16
+#define NSC_DOT_ROWS 3
+#define NSC_EXPAND_VECTORS 2
+#include "kernels.inl"
+
+namespace nsc {
+extern const Isa kBaseline;
+const Isa kBaseline = {"baseline", [] { return true; }, baseline::scratch_bytes, baseline::run};
+}  // namespace nsc
