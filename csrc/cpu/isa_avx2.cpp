@@ -1,7 +1,7 @@
-// 16 registers of 32 bytes: a 3 x 4 shrink tile and a 6 x 2 expand tile leave none to spill.
+// 16 registers of 32 bytes: a 2 x 4 shrink tile and a 6 x 2 expand tile leave none to spill.
 #define NSC_NAMESPACE avx2
 #define NSC_VECTOR_BYTES 32
-#define NSC_DOT_ROWS 3
+#define NSC_DOT_ROWS 2
 #define NSC_EXPAND_VECTORS 2
 #define NSC_F16C
 #include "kernels.inl"

@@ -1,7 +1,7 @@
 // 32 registers of 64 bytes.
 #define NSC_NAMESPACE avx512
 #define NSC_VECTOR_BYTES 64
-#define NSC_DOT_ROWS 4
+#define NSC_DOT_ROWS 6
 #define NSC_EXPAND_VECTORS 4
 #define NSC_AVX512
 #include "kernels.inl"

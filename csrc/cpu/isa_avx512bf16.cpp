@@ -1,7 +1,7 @@
 // As AVX-512, with bfloat16 multiplied in pairs by the processor.
 #define NSC_NAMESPACE avx512bf16
 #define NSC_VECTOR_BYTES 64
-#define NSC_DOT_ROWS 4
+#define NSC_DOT_ROWS 6
 #define NSC_EXPAND_VECTORS 4
 #define NSC_AVX512
 #define NSC_AVX512_BF16

@@ -1,7 +1,7 @@
 // What every processor of the architecture has.
 #define NSC_NAMESPACE baseline
 #define NSC_VECTOR_BYTES 16
-#define NSC_DOT_ROWS 3
+#define NSC_DOT_ROWS 2
 #define NSC_EXPAND_VECTORS 2
 #include "kernels.inl"
 

@@ -38,6 +38,10 @@ constexpr int kExpandVectors = NSC_EXPAND_VECTORS;
 constexpr int64_t kChunkBytes = 3072;
 // Rows of w_in at a time: with kChunkBytes each they stay in the L2 cache while all rows of x pass by.
 constexpr int64_t kPanelRows = 96;
+// Of w_out at a time: strips side by side, as many as stay in the L2 cache. Wide panels matter where R is small: rows
+// of base and out are then visited a few KiB at a time and not a few lines at a time.
+constexpr int64_t kPanelBytes = 256 * 1024;
+constexpr int64_t kPanelStrips = 16;
 
 static_assert(kGranule % kExpandRows == 0, "a granule is a whole number of expand tiles");
 
@@ -211,6 +215,24 @@ inline Acc dot(const E* a, const F* b, int64_t n) {
   return sum_lanes<Acc>(sum);
 }
 
+// f(first row, tile) over tiles of Most rows, and for what is left one of the next even number of rows.
+template <int Rows>
+struct Tile {
+  static constexpr int rows = Rows;
+};
+template <int Most, class F>
+inline void for_tiles(int64_t rows, F f) {
+  int64_t i = 0;
+  for (; i + Most <= rows; i += Most) f(i, Tile<Most>{});
+  const int64_t left = rows - i;
+  if (left > 4)
+    f(i, Tile<(Most > 4 ? 6 : 4)>{});
+  else if (left > 2)
+    f(i, Tile<4>{});
+  else if (left > 0)
+    f(i, Tile<2>{});
+}
+
 template <class E, class Acc>
 inline void widen_rows(const E* from, int64_t from_stride, int64_t rows, int64_t columns, Acc* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i)
@@ -221,69 +243,87 @@ inline void widen_rows(const E* from, int64_t from_stride, int64_t rows, int64_t
 
 // ---- shrink tile: u[i, j] (+)= x_i . w_j over k elements
 
-template <class Acc>
-inline void finish_dots(Vec<Acc> (&sum)[kDotRows][kDotCols], Acc* u, int64_t u_stride, bool add) {
+#if defined(NSC_AVX512)
+// Steps of summing many vectors across lanes at once; the additions of each are those of sum_lanes.
+// [a, b] -> the two 256-bit halves of each added, side by side.
+inline __m512 halves_added(__m512 a, __m512 b) {
+  return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+}
+// Two such results -> one vector of four 128-bit quarters.
+inline __m512 quarters_added(__m512 ab, __m512 cd) {
+  return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+// Four such results, one per column -> in each quarter the four columns' sums.
+inline __m512 lanes_added(const __m512 (&column)[4]) {
+  const __m512 c01 = _mm512_unpacklo_ps(column[0], column[1]) + _mm512_unpackhi_ps(column[0], column[1]);
+  const __m512 c23 = _mm512_unpacklo_ps(column[2], column[3]) + _mm512_unpackhi_ps(column[2], column[3]);
+  return _mm512_shuffle_ps(c01, c23, 0x44) + _mm512_shuffle_ps(c01, c23, 0xee);
+}
+#endif
+
+template <int M, class Acc>
+inline void finish_dots(Vec<Acc> (&sum)[M][kDotCols], Acc* u, int64_t u_stride, bool add) {
 #if defined(NSC_AVX512)
   if constexpr (sizeof(Acc) == 4) {
-    static_assert(kDotRows == 4 && kDotCols == 4, "sixteen sums fill one vector");
-    __m512 column[4];
-    for (int j = 0; j < 4; ++j) {
-      __m512 r0 = (__m512)sum[0][j], r1 = (__m512)sum[1][j], r2 = (__m512)sum[2][j], r3 = (__m512)sum[3][j];
-      __m512 r01 = _mm512_shuffle_f32x4(r0, r1, 0x44) + _mm512_shuffle_f32x4(r0, r1, 0xee);
-      __m512 r23 = _mm512_shuffle_f32x4(r2, r3, 0x44) + _mm512_shuffle_f32x4(r2, r3, 0xee);
-      column[j] = _mm512_shuffle_f32x4(r01, r23, 0x88) + _mm512_shuffle_f32x4(r01, r23, 0xdd);
+    static_assert(kDotCols == 4, "a quarter holds one row");
+    for (int i = 0; i < M; i += 4) {
+      __m512 column[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m512 first = halves_added((__m512)sum[i][j], (__m512)sum[i + 1][j]);
+        const __m512 second = i + 2 < M ? halves_added((__m512)sum[i + 2][j], (__m512)sum[i + 3][j]) : first;
+        column[j] = quarters_added(first, second);
+      }
+      const __m512 all = lanes_added(column);
+      const __m128 row[4] = {_mm512_castps512_ps128(all), _mm512_extractf32x4_ps(all, 1),
+                             _mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3)};
+      for (int m = 0; m < 4 && i + m < M; ++m) {
+        Acc* to = u + (i + m) * u_stride;
+        _mm_storeu_ps(to, add ? row[m] + _mm_loadu_ps(to) : row[m]);
+      }
     }
-    __m512 c01 = _mm512_unpacklo_ps(column[0], column[1]) + _mm512_unpackhi_ps(column[0], column[1]);
-    __m512 c23 = _mm512_unpacklo_ps(column[2], column[3]) + _mm512_unpackhi_ps(column[2], column[3]);
-    __m512 all = _mm512_shuffle_ps(c01, c23, 0x44) + _mm512_shuffle_ps(c01, c23, 0xee);
-    __m128 row[4] = {_mm512_extractf32x4_ps(all, 0), _mm512_extractf32x4_ps(all, 1), _mm512_extractf32x4_ps(all, 2),
-                     _mm512_extractf32x4_ps(all, 3)};
-    for (int i = 0; i < 4; ++i)
-      _mm_storeu_ps(u + i * u_stride, add ? row[i] + _mm_loadu_ps(u + i * u_stride) : row[i]);
     return;
   }
 #endif
-  for (int i = 0; i < kDotRows; ++i)
+  for (int i = 0; i < M; ++i)
     for (int j = 0; j < kDotCols; ++j) {
       Acc s = sum_lanes<Acc>(sum[i][j]);
       u[i * u_stride + j] = add ? u[i * u_stride + j] + s : s;
     }
 }
 
-template <class Acc>
-inline void dot_tile(const Acc* const (&x)[kDotRows], const Acc* const (&w)[kDotCols], int64_t k, Acc* u,
-                     int64_t u_stride, bool add) {
-  Vec<Acc> sum[kDotRows][kDotCols] = {};
+template <int M, class Acc>
+inline void dot_tile(const Acc* const* x, const Acc* const* w, int64_t k, Acc* u, int64_t u_stride, bool add) {
+  Vec<Acc> sum[M][kDotCols] = {};
   auto step = [&](auto fetch) {
-    Vec<Acc> xi[kDotRows];
+    Vec<Acc> xi[M];
 #pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) xi[i] = fetch(x[i]);
+    for (int i = 0; i < M; ++i) xi[i] = fetch(x[i]);
 #pragma GCC unroll 8
     for (int j = 0; j < kDotCols; ++j) {
       Vec<Acc> wj = fetch(w[j]);
 #pragma GCC unroll 8
-      for (int i = 0; i < kDotRows; ++i) sum[i][j] += xi[i] * wj;
+      for (int i = 0; i < M; ++i) sum[i][j] += xi[i] * wj;
     }
   };
   int64_t c = 0;
   for (; c + kLanes<Acc> <= k; c += kLanes<Acc>) step([&](const Acc* p) { return load(p + c); });
   if (c < k) step([&](const Acc* p) { return load_part(p + c, k - c); });
-  finish_dots<Acc>(sum, u, u_stride, add);
+  finish_dots<M>(sum, u, u_stride, add);
 }
 
 #if defined(NSC_AVX512_BF16)
-inline void dot_tile(const bf16* const (&x)[kDotRows], const bf16* const (&w)[kDotCols], int64_t k, float* u,
-                     int64_t u_stride, bool add) {
-  Vec<float> sum[kDotRows][kDotCols] = {};
+template <int M>
+inline void dot_tile(const bf16* const* x, const bf16* const* w, int64_t k, float* u, int64_t u_stride, bool add) {
+  Vec<float> sum[M][kDotCols] = {};
   auto step = [&](auto fetch) {
-    __m512bh xi[kDotRows];
+    __m512bh xi[M];
 #pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) xi[i] = fetch(x[i]);
+    for (int i = 0; i < M; ++i) xi[i] = fetch(x[i]);
 #pragma GCC unroll 8
     for (int j = 0; j < kDotCols; ++j) {
       __m512bh wj = fetch(w[j]);
 #pragma GCC unroll 8
-      for (int i = 0; i < kDotRows; ++i) sum[i][j] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[i][j], xi[i], wj);
+      for (int i = 0; i < M; ++i) sum[i][j] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[i][j], xi[i], wj);
     }
   };
   int64_t c = 0;
@@ -292,18 +332,18 @@ inline void dot_tile(const bf16* const (&x)[kDotRows], const bf16* const (&w)[kD
     __mmask32 valid = (1u << (k - c)) - 1;
     step([&](const bf16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(valid, p + c); });
   }
-  finish_dots<float>(sum, u, u_stride, add);
+  finish_dots<M>(sum, u, u_stride, add);
 }
 #endif
 
 // ---- expand tile: acc[m, :] = sum_r c[m, r] * strip[r, :]
 
-template <class Acc>
+template <int M, class Acc>
 inline void expand_tile(const Acc* c, int64_t c_stride, const Acc* strip, int64_t R,
-                        Vec<Acc> (&acc)[kExpandRows][kExpandVectors]) {
+                        Vec<Acc> (&acc)[M][kExpandVectors]) {
   constexpr int width = kExpandVectors * kLanes<Acc>;
 #pragma GCC unroll 8
-  for (int m = 0; m < kExpandRows; ++m)
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < kExpandVectors; ++v) acc[m][v] = Vec<Acc>{};
   for (int64_t r = 0; r < R; ++r) {
@@ -311,7 +351,7 @@ inline void expand_tile(const Acc* c, int64_t c_stride, const Acc* strip, int64_
 #pragma GCC unroll 8
     for (int v = 0; v < kExpandVectors; ++v) w[v] = load(strip + r * width + v * kLanes<Acc>);
 #pragma GCC unroll 8
-    for (int m = 0; m < kExpandRows; ++m) {
+    for (int m = 0; m < M; ++m) {
       Vec<Acc> factor = Vec<Acc>{} + c[m * c_stride + r];
 #pragma GCC unroll 8
       for (int v = 0; v < kExpandVectors; ++v) acc[m][v] += factor * w[v];
@@ -328,11 +368,12 @@ inline void pack_strip(const E* w, int64_t d, int64_t R, int64_t column, int64_t
 
 #if defined(NSC_AVX512_BF16)
 // Pairs of rows (r, r + 1) side by side in 32 bits, as the instruction wants both operands.
+template <int M>
 inline void expand_tile(const bf16* c, int64_t c_stride, const bf16* strip, int64_t R,
-                        Vec<float> (&acc)[kExpandRows][kExpandVectors]) {
+                        Vec<float> (&acc)[M][kExpandVectors]) {
   constexpr int width = kExpandVectors * 16;
 #pragma GCC unroll 8
-  for (int m = 0; m < kExpandRows; ++m)
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < kExpandVectors; ++v) acc[m][v] = Vec<float>{};
   for (int64_t r = 0; r < R; r += 2) {
@@ -340,7 +381,7 @@ inline void expand_tile(const bf16* c, int64_t c_stride, const bf16* strip, int6
 #pragma GCC unroll 8
     for (int v = 0; v < kExpandVectors; ++v) w[v] = (__m512bh)_mm512_loadu_si512(strip + r * width + v * 32);
 #pragma GCC unroll 8
-    for (int m = 0; m < kExpandRows; ++m) {
+    for (int m = 0; m < M; ++m) {
       int32_t pair;
       std::memcpy(&pair, c + m * c_stride + r, 4);
       __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
@@ -403,7 +444,7 @@ struct Block {
   Acc* u;                // [padded_rows, stride]: the accumulators of shrink
   Operand* c;            // [padded_rows, stride]: the operand of expand, rounded to E
   Acc* norm;             // [padded_rows]
-  Operand* strip;        // [R rounded up to even, kStripColumns]
+  Operand* panel;        // strips of w_out, each [R rounded up to even, kStripColumns]
   Operand* x_wide;       // [padded_rows, piece]
   Operand* w_wide;       // [kPanelRows, piece]
   int64_t bytes = 0;     // of scratch
@@ -423,7 +464,7 @@ struct Block {
     take(u, padded_rows * stride);
     take(c, padded_rows * stride);
     take(norm, padded_rows);
-    take(strip, round_up(p.R, 2) * kStripColumns);
+    take(panel, panel_strips() * strip_size());
     take(x_wide, kWiden ? padded_rows * piece : 0);
     take(w_wide, kWiden ? kPanelRows * piece : 0);
   }
@@ -432,6 +473,12 @@ struct Block {
     const int64_t most = kChunkBytes / int64_t(sizeof(Operand));
     const int64_t pieces = (d + most - 1) / most;
     return round_up((d + pieces - 1) / pieces, 64);
+  }
+
+  int64_t strip_size() const { return round_up(p.R, 2) * kStripColumns; }
+  int64_t panel_strips() const {
+    const int64_t fit = kPanelBytes / (strip_size() * int64_t(sizeof(Operand)) + 1);
+    return min(min(kPanelStrips, fit < 1 ? 1 : fit), (p.d_out + kStripColumns - 1) / kStripColumns);
   }
 
   void shrink(bool with_norm) {
@@ -460,16 +507,16 @@ struct Block {
         } else {
           wk = w + r0 * p.d_in + k0, wk_stride = p.d_in;
         }
-        for (int64_t i = 0; i < rows; i += kDotRows) {
+        for_tiles<kDotRows>(rows, [&](int64_t i, auto tile) {
           // Past the last row and column the tile repeats them; what it writes there is never read.
-          const Operand* xi[kDotRows];
-          for (int a = 0; a < kDotRows; ++a) xi[a] = xk + min(i + a, rows - 1) * xk_stride;
+          const Operand* xi[tile.rows];
+          for (int a = 0; a < tile.rows; ++a) xi[a] = xk + min(i + a, rows - 1) * xk_stride;
           for (int64_t j = 0; j < panel; j += kDotCols) {
             const Operand* wj[kDotCols];
             for (int b = 0; b < kDotCols; ++b) wj[b] = wk + min(j + b, panel - 1) * wk_stride;
-            dot_tile(xi, wj, k, u + i * stride + r0 + j, stride, k0 > 0);
+            dot_tile<tile.rows>(xi, wj, k, u + i * stride + r0 + j, stride, k0 > 0);
           }
-        }
+        });
       }
     }
   }
@@ -548,15 +595,34 @@ struct Block {
   void expand() {
     const E* w = static_cast<const E*>(p.w_out);
     std::memset(static_cast<void*>(c + rows * stride), 0, (padded_rows - rows) * stride * sizeof(Operand));
-    for (int64_t column = 0; column < p.d_out; column += kStripColumns) {
-      const int64_t columns = min(kStripColumns, p.d_out - column);
-      pack_strip(w, p.d_out, p.R, column, columns, strip);
-      for (int64_t i = 0; i < rows; i += kExpandRows) {
-        Vec<Acc> acc[kExpandRows][kExpandVectors];
-        expand_tile(c + i * stride, stride, strip, p.R, acc);
-        for (int m = 0; m < kExpandRows && i + m < rows; ++m) write_row(first + i + m, column, columns, acc[m]);
-      }
+    const int64_t width = panel_strips() * kStripColumns;
+    for (int64_t start = 0; start < p.d_out; start += width) {
+      const int64_t end = min(start + width, p.d_out);
+      for (int64_t column = start; column < end; column += kStripColumns)
+        pack_strip(w, p.d_out, p.R, column, min(kStripColumns, end - column), strip_at(column - start));
+      for_tiles<kExpandRows>(rows, [&](int64_t i, auto tile) {
+        for (int64_t column = start; column < end; column += kStripColumns) {
+          const int64_t columns = min(kStripColumns, end - column);
+          prefetch_rows(first + i, column, columns);
+          Vec<Acc> acc[tile.rows][kExpandVectors];
+          expand_tile<tile.rows>(c + i * stride, stride, strip_at(column - start), p.R, acc);
+          for (int m = 0; m < tile.rows && i + m < rows; ++m) write_row(first + i + m, column, columns, acc[m]);
+        }
+      });
     }
+  }
+
+  Operand* strip_at(int64_t column) const { return panel + column / kStripColumns * strip_size(); }
+
+  // What write_row will touch, while the tile is computed: too short a run of lines for the processor to see a pattern.
+  void prefetch_rows(int64_t t, int64_t column, int64_t columns) const {
+    for (int64_t m = 0; m < min(kExpandRows, first + rows - t); ++m)
+      for (int64_t byte = 0; byte < columns * int64_t(sizeof(E)); byte += 64) {
+        const int64_t at = column * int64_t(sizeof(E)) + byte;
+        __builtin_prefetch(static_cast<const char*>(p.out) + (t + m) * p.d_out * int64_t(sizeof(E)) + at, 1);
+        if (p.base)
+          __builtin_prefetch(static_cast<const char*>(p.base) + (t + m) * p.base_stride * int64_t(sizeof(E)) + at);
+      }
   }
 
   void write_row(int64_t t, int64_t column, int64_t columns, const Vec<Acc> (&acc)[kExpandVectors]) {
