@@ -226,12 +226,13 @@ def _check_factors(
                 f"found A {tuple(a.shape)} and B {tuple(b.shape)}"
             )
         for name, t in (("A", a), ("B", b)):
-            if not torch.isfinite(t).all():
-                raise ValueError(f"{name}[{k}] holds {int((~torch.isfinite(t)).sum())} NaN or infinite values")
             if device is None and t.device != A[0].device:
                 raise ValueError(f"{name}[{k}] is on {t.device} but A[0] is on {A[0].device}; pass device=")
             if dtype is None and t.dtype is not A[0].dtype:
                 raise TypeError(f"{name}[{k}] is {t.dtype} but A[0] is {A[0].dtype}; pass dtype=")
+            bad = int((~torch.isfinite(t)).sum())
+            if bad:
+                raise ValueError(f"{name}[{k}] holds {bad} NaN or infinite values")
     dtype = A[0].dtype if dtype is None else dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be one of {_names(FLOAT_DTYPES)}, found {dtype}")

@@ -57,11 +57,17 @@ def merged_lora_nsc(
 
 
 def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
-    if isinstance(z, Tensor) and torch.is_autocast_enabled(z.device.type) and z.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(z.device.type)
+    _check_types(z, bank, lam, base)
+    device_type = z.device.type
+    if (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and z.dtype is not torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(device_type)
         bank = _autocast_bank(bank, dtype)
         base = base if base is None else base.to(dtype)
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             return _call(z.to(dtype), bank, lam, base, stats)
     acc = _check(z, bank, lam, base)
     if lam.dtype is not acc:
@@ -183,20 +189,23 @@ def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:
     return AdapterBank(bank.A.to(dtype), bank.Bt.to(dtype), bank.offsets)
 
 
-def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> torch.dtype:
-    """Refuse what the kernels would misread; returns the dtype that ``lam`` is computed in."""
+def _check_types(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> None:
     if not isinstance(bank, AdapterBank):
         raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
-    for name, t in (("z", z), ("lam", lam)) if base is None else (("z", z), ("lam", lam), ("base", base)):
-        if not isinstance(t, Tensor):
+    for name, t in (("z", z), ("lam", lam), ("base", base)):
+        if not isinstance(t, Tensor) and not (t is None and name == "base"):
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
-        if t.device != z.device:
-            raise ValueError(f"{name} is on {t.device}, but z is on {z.device}")
-    A, K = bank.A, bank.K
+
+
+def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> torch.dtype:
+    """Refuse what the kernels would misread; returns the dtype that ``lam`` is computed in."""
+    A, K, device = bank.A, bank.K, z.device
     if z.dtype is not A.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {A.dtype}; convert one of them (bank.to(dtype=...))")
-    if z.device != A.device:
-        raise ValueError(f"z is on {z.device}, but the bank is on {A.device}; move one of them (bank.to(device))")
+    if device != A.device:
+        raise ValueError(f"z is on {device}, but the bank is on {A.device}; move one of them (bank.to(device))")
+    if lam.device != device:
+        raise ValueError(f"lam is on {lam.device}, but z is on {device}")
     if z.dim() == 0 or z.shape[-1] != A.shape[1]:
         raise ValueError(f"z must have shape [..., d_in={A.shape[1]}], found {tuple(z.shape)}")
     acc = accumulation_dtype(z.dtype)
@@ -208,6 +217,8 @@ def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> to
     if base is not None:
         if base.dtype is not z.dtype:
             raise TypeError(f"base is {base.dtype}, but z is {z.dtype}")
+        if base.device != device:
+            raise ValueError(f"base is on {base.device}, but z is on {device}")
         if base.shape != (*lead, bank.d_out):
             raise ValueError(f"base must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")
     return acc

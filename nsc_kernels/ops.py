@@ -76,11 +76,14 @@ def run_backward(
     need_dz: bool,
     need_dlam: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One backward on one backend. The only way to a backend's kernels."""
+    """One backward on one backend. The only way to a backend's kernels.
+
+    The statistics depend on z alone, so without ``need_dz`` their gradients are dropped here.
+    """
     return backend.backward(
         unit_stride(dy),
-        None if dquad is None else dquad.contiguous(),
-        None if dsqnorm is None else dsqnorm.contiguous(),
+        dquad.contiguous() if need_dz and dquad is not None else None,
+        dsqnorm.contiguous() if need_dz and dsqnorm is not None else None,
         u.contiguous(),
         unit_stride(z),
         A.contiguous(),
@@ -211,7 +214,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if not save_u:
         raise RuntimeError("nsc::merged_lora needs save_u=True where a gradient is required")
     ctx.save_for_backward(output[3], A, Bt, lam, z if stats else None)
-    ctx.offsets = offsets
+    ctx.offsets, ctx.stats = offsets, stats
     ctx.set_materialize_grads(False)
 
 
@@ -224,7 +227,18 @@ def _op_backward(ctx: Any, dy: Any, dquad: Any, dsqnorm: Any, du: Any) -> tuple[
     dz = dlam = None
     if need_z or need_lam:
         dz, dlam = torch.ops.nsc.merged_lora_backward(
-            dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, None, need_z, need_lam
+            dy,
+            dquad if ctx.stats else None,
+            dsqnorm if ctx.stats else None,
+            u,
+            z,
+            A,
+            Bt,
+            ctx.offsets,
+            lam,
+            None,
+            need_z,
+            need_lam,
         )
     return (
         dz if need_z else None,

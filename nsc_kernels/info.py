@@ -1,0 +1,88 @@
+"""``python -m nsc_kernels.info``: what is built, what was loaded, and why a backend is off."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _native
+from ._version import __version__
+from .backends import available_backends
+from .backends.registry import chosen
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command prints, as JSON-ready values."""
+    record = Path(__file__).parent / "_build.json"
+    return {
+        "nsc_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors")},
+        "backends": available_backends(),
+        "backend_choice": chosen(),
+        "cpu": {
+            "instruction_sets": list(_native.cpu_instruction_sets()),
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": {
+            "torch_built_for": torch.version.cuda,
+            "devices": [_device(i) for i in range(torch.cuda.device_count())],
+        },
+        "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _lines(value: Any, indent: str = "") -> list[str]:
+    if not isinstance(value, dict):
+        return [f"{indent}{value}"]
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
+        else:
+            text = {True: "yes", None: "not installed"}.get(item, item) if not isinstance(item, list) else item
+            text = ", ".join(map(str, text)) or "none" if isinstance(text, list) else text
+            lines.append(f"{indent}{key:<18} {text}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m nsc_kernels.info",
+        description="What is built, what was loaded, and why a backend is off.",
+        epilog="examples: python -m nsc_kernels.info; python -m nsc_kernels.info --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    facts = collect()
+    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(_lines(facts)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""Builds the native libraries with CMake; everything else is in pyproject.toml.
+
+Environment:
+    NSC_BUILD_CPU, NSC_BUILD_CUDA   auto: build if possible, say what is missing and go on without (default)
+                                    1: build or fail; 0: do not build
+    CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as PyTorch extensions use them
+
+torch must be importable when building (its headers are compiled against), so install with --no-build-isolation: an
+isolated build environment has no torch, and pip would download a second one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent.resolve()
+PACKAGE = "nsc_kernels"
+TORCH_ABI = "2.11"
+
+
+def build_mode(variable: str) -> str:
+    value = os.environ.get(variable, "auto").strip().lower()
+    mode = {"": "auto", "on": "1", "true": "1", "off": "0", "false": "0"}.get(value, value)
+    if mode not in ("auto", "1", "0"):
+        raise SystemExit(f"{variable}: expected auto, 1 or 0, found {value!r}")
+    return mode
+
+
+def torch_dir() -> Path:
+    """Where torch is installed; found without importing it, which works where libtorch cannot load."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("torch is not importable at build time: install it, then use --no-build-isolation")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def required_tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise RuntimeError(f"{name} was not found")
+    return path
+
+
+class BuildNative(build_ext):
+    """Runs CMake once per native library and leaves a record of what came of it in ``_build.json``."""
+
+    def run(self) -> None:
+        destination = ROOT if self.inplace else Path(self.build_lib).resolve()
+        record: dict[str, object] = {"torch_abi": TORCH_ABI}
+        for library in ("cpu", "cuda"):
+            variable = f"NSC_BUILD_{library.upper()}"
+            mode = build_mode(variable)
+            if mode == "auto" and not (ROOT / "csrc" / library).is_dir():
+                mode = "0"
+            if mode == "0":
+                record[library] = "not asked for"
+                continue
+            try:
+                record.update(self.build_library(library, destination))
+                record[library] = "built"
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                if mode == "1":
+                    raise
+                record[library] = f"not built: {error}"
+                print(f"{PACKAGE}: the {library} library was not built: {error}", file=sys.stderr)
+        (destination / PACKAGE).mkdir(parents=True, exist_ok=True)
+        (destination / PACKAGE / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def build_library(self, library: str, destination: Path) -> dict[str, object]:
+        torch = torch_dir()
+        cmake = required_tool("cmake")
+        compiler = os.environ.get("CXX") or required_tool("c++")
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+        build = Path(self.build_temp).resolve() / library
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+        configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure += [f"-DNSC_TORCH_DIR={torch}", f"-DCMAKE_INSTALL_PREFIX={destination}"]
+        configure += [f"-DNSC_BUILD_{name.upper()}={'ON' if name == library else 'OFF'}" for name in ("cpu", "cuda")]
+        configure += [f"-DCMAKE_CXX_COMPILER={compiler}"]
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+        subprocess.run([cmake, "--install", str(build)], check=True)
+        found = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+        return {f"{library}_compiler": version.stdout.splitlines()[0], "torch": found[1] if found else "unknown"}
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class NativeWheel(bdist_wheel):
+    """The libraries use no symbol of CPython, so one wheel serves every Python 3 of the platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = list((Path(self.bdist_dir or "") / PACKAGE / "lib").glob("*.so"))
+        return ("py3", "none", super().get_tag()[2] if built else "any")
+
+
+setup(
+    packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"])
+    + find_packages("python", include=["nsc_merge", "nsc_merge.*"]),
+    package_dir={"nsc_merge": "python/nsc_merge"},
+    ext_modules=[Extension(f"{PACKAGE}._libraries", [])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel},
+)

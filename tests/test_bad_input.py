@@ -1,0 +1,116 @@
+"""Bad input: the right error, naming what was found and what was expected, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import operator_cases as oc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_operator import require
+
+import nsc_kernels as nk
+from nsc_kernels import functional
+
+BANK = nk.AdapterBank.from_factors([torch.ones(2, 6), torch.ones(1, 6)], [torch.ones(4, 2), torch.ones(4, 1)])
+GOOD: dict[str, Any] = {"z": torch.ones(3, 6), "bank": BANK, "lam": torch.ones(2), "base": torch.ones(3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"z": [1.0]}, TypeError, "z must be a tensor, found list"),
+        ({"z": torch.tensor(1.0)}, ValueError, r"z must have shape \[..., d_in=6\], found \(\)"),
+        ({"z": torch.ones(3, 5)}, ValueError, r"z must have shape \[..., d_in=6\], found \(3, 5\)"),
+        ({"z": torch.ones(3, 6).double()}, TypeError, "z is torch.float64, but the bank is torch.float32"),
+        ({"z": torch.ones(3, 6).int()}, TypeError, "z is torch.int32"),
+        ({"z": torch.ones(3, 6, device="meta")}, ValueError, "z is on meta, but the bank is on cpu"),
+        ({"bank": torch.ones(2)}, TypeError, "bank must be an AdapterBank, found Tensor"),
+        ({"lam": 0.4}, TypeError, "lam must be a tensor, found float"),
+        ({"lam": torch.ones(3)}, ValueError, r"lam must have shape \(2,\) or \(3, 2\), found \(3,\)"),
+        ({"lam": torch.ones(1, 2)}, ValueError, r"lam must have shape .*found \(1, 2\)"),
+        ({"lam": torch.ones(2).double()}, TypeError, "lam must be torch.float32 or narrower.*found torch.float64"),
+        ({"lam": torch.ones(2).int()}, TypeError, "lam must be torch.float32 or narrower.*found torch.int32"),
+        ({"lam": torch.ones(2, device="meta")}, ValueError, "lam is on meta, but z is on cpu"),
+        ({"base": torch.ones(3, 6)}, ValueError, r"base must have shape \(3, 4\), found \(3, 6\)"),
+        ({"base": torch.ones(1, 4)}, ValueError, r"base must have shape \(3, 4\), found \(1, 4\)"),
+        ({"base": torch.ones(3, 4).half()}, TypeError, "base is torch.float16, but z is torch.float32"),
+        ({"base": torch.ones(3, 4, device="meta")}, ValueError, "base is on meta, but z is on cpu"),
+        ({"base": 0.0}, TypeError, "base must be a tensor, found float"),
+    ],
+)
+@pytest.mark.parametrize("function", [nk.merged_lora, nk.merged_lora_nsc])
+def test_refused_in_words_before_anything_runs(
+    change: dict[str, Any], error: type[Exception], words: str, function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*args: Any) -> None:
+        raise AssertionError("a backend was asked to run")
+
+    monkeypatch.setattr(functional, "run_forward", must_not_run)
+    with pytest.raises(error, match=words):
+        function(**{**GOOD, **change})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(0, 40),
+    d_in=st.integers(1, 70),
+    d_out=st.integers(1, 70),
+    ranks=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    dtype=st.sampled_from(list(oc.DTYPES)),
+    per_row=st.booleans(),
+    base=st.booleans(),
+    layout=st.sampled_from(["random", "strided_rows", "transposed"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_matches_the_oracle(
+    T: int,
+    d_in: int,
+    d_out: int,
+    ranks: list[int],
+    dtype: str,
+    per_row: bool,
+    base: bool,
+    layout: str,
+    seed: int,
+) -> None:
+    require("cpu")
+    torch.manual_seed(seed)
+    case = oc.Case("any", T, d_in, d_out, tuple(ranks), per_row, base, z=layout)
+    oc.check_against_oracle("cpu", oc.make_inputs(case, oc.DTYPES[dtype]))
+
+
+FORWARD = {
+    "z": torch.ones(3, 6),
+    "A": torch.ones(2, 6),
+    "Bt": torch.ones(2, 4),
+    "offsets": [0, 2],
+    "lam": torch.ones(1),
+    "base": None,
+    "stats": True,
+    "save_u": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"z": torch.ones(3, 5)}, r"z must have shape \[3, 6\]"),
+        ({"z": torch.ones(6, 3).t()}, "z must have contiguous rows"),
+        ({"z": torch.ones(3, 6).double()}, "z has the wrong dtype"),
+        ({"Bt": torch.ones(3, 4)}, r"Bt must have shape \[2, 4\]"),
+        ({"A": torch.ones(6, 2).t()}, "A must be contiguous"),
+        ({"offsets": [0, 3]}, "offsets must rise from 0 to 2"),
+        ({"offsets": [0, 2, 1, 2], "lam": torch.ones(3)}, "offsets must not fall"),
+        ({"offsets": [0]}, "offsets must rise"),
+        ({"lam": torch.ones(2)}, r"lam must have shape \[1\] or \[3, 1\]"),
+        ({"lam": torch.ones(1).double()}, "lam must be float32"),
+        ({"base": torch.ones(3, 5)}, r"base must have shape \[3, 4\]"),
+    ],
+)
+def test_the_native_op_checks_for_itself(change: dict[str, Any], words: str) -> None:
+    require("cpu")
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.nsc.cpu_forward(**{**FORWARD, **change})

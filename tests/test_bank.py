@@ -1,0 +1,188 @@
+"""AdapterBank: whitening, packing, checks, files."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import nsc_kernels as nk
+
+
+def factors(ranks: tuple[int, ...], d_in: int = 20, d_out: int = 12) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.randn(r, d_in) for r in ranks], [torch.randn(d_out, r) for r in ranks]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    d_in=st.integers(1, 33),
+    d_out=st.integers(1, 17),
+    seed=st.integers(0, 2**16),
+)
+def test_whitening_keeps_the_update_and_orthonormalises_the_rows(
+    ranks: list[int], d_in: int, d_out: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    A = [torch.randn(r, d_in, generator=generator, dtype=torch.float64) for r in ranks]
+    B = [torch.randn(d_out, r, generator=generator, dtype=torch.float64) for r in ranks]
+    scaling = torch.rand(len(ranks), generator=generator, dtype=torch.float64).tolist()
+    bank = nk.AdapterBank.from_factors(A, B, scaling)
+    assert bank.ranks == tuple(min(r, d_in) for r in ranks)
+    assert bank.A.shape == (bank.R, d_in)
+    assert bank.B.shape == (d_out, bank.R)
+    for k, (a, b) in enumerate(zip(A, B, strict=True)):
+        rows = slice(bank.offsets[k], bank.offsets[k + 1])
+        white, up = bank.A[rows], bank.B[:, rows]
+        assert torch.allclose(white @ white.t(), torch.eye(len(white), dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(up @ white, scaling[k] * b @ a, atol=1e-10)
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e2, 1e4])
+def test_ill_conditioned_factors_keep_their_quadratic_form(condition: float) -> None:
+    q, _ = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64))
+    mix = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    A = mix @ torch.diag(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 8, dtype=torch.float64)) @ q.t()
+    bank = nk.AdapterBank.from_factors([A.float()], [torch.randn(6, 8)])
+    z = torch.randn(100, 40)
+    _, quad, sqnorm = nk.merged_lora_nsc(z, bank, torch.ones(1))
+    exact_rows = torch.linalg.qr(A.float().double().t())[0]
+    exact = (z.double() @ exact_rows).square().sum(-1)
+    assert torch.allclose(quad[:, 0].double(), exact, rtol=2e-6)
+
+
+def test_rank_deficient_factors_yield_their_row_space() -> None:
+    A = torch.randn(6, 20)
+    A[3] = A[0]
+    A[4] = 2 * A[1] - A[2]
+    A[5] = 0
+    B = torch.randn(12, 6)
+    bank = nk.AdapterBank.from_factors([A], [B])
+    assert bank.ranks == (3,)
+    assert torch.allclose(bank.B @ bank.A, B @ A, atol=1e-5)
+    assert nk.AdapterBank.from_factors([torch.zeros(4, 20)], [torch.randn(12, 4)]).ranks == (0,)
+
+
+def test_rtol_decides_what_counts_as_zero() -> None:
+    A = torch.diag(torch.tensor([1.0, 1e-3]))
+    assert nk.AdapterBank.from_factors([A], [torch.eye(2)]).ranks == (2,)
+    assert nk.AdapterBank.from_factors([A], [torch.eye(2)], rtol=1e-2).ranks == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_and_delta(dtype: torch.dtype) -> None:
+    A, B = factors((3, 5))
+    bank = nk.AdapterBank.from_factors(A, B, [1.5, 2.0], dtype=dtype)
+    assert bank.dtype is bank.A.dtype is bank.B.dtype is dtype
+    delta = bank.delta([0.25, -1.0])
+    assert delta.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    want = 0.25 * 1.5 * B[0] @ A[0] - 2.0 * B[1] @ A[1]
+    assert torch.allclose(delta.float(), want, atol=3 * torch.finfo(dtype).eps * want.abs().max().item() + 1e-5)
+    with pytest.raises(ValueError, match=r"lam must have shape \(2,\)"):
+        bank.delta([1.0])
+
+
+def test_moves_copies_and_pickles() -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    z, lam = torch.randn(4, 20), torch.rand(2)
+    y = nk.merged_lora(z, bank, lam)
+    with torch.autocast("cpu", torch.bfloat16):
+        nk.merged_lora(z, bank, lam)
+    for other in (copy.deepcopy(bank), copy.copy(bank), pickle.loads(pickle.dumps(bank))):
+        assert torch.equal(nk.merged_lora(z, other, lam), y)
+    assert bank.to(torch.float64).dtype is torch.float64
+    assert bank.A.is_contiguous()
+    assert bank.Bt.is_contiguous()
+
+
+def test_state_dict_round_trip() -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    file = io.BytesIO()
+    torch.save(bank.state_dict(), file)
+    file.seek(0)
+    other = nk.AdapterBank.from_factors(*factors((1, 4)))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.ranks == (3, 2)
+    assert torch.equal(other.A, bank.A)
+
+
+def test_safetensors_round_trip(tmp_path: Path) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 0, 2)), dtype=torch.bfloat16)
+    path = tmp_path / "bank.safetensors"
+    bank.save(path)
+    other = nk.AdapterBank.load(path)
+    assert other.offsets == bank.offsets
+    assert torch.equal(other.A, bank.A)
+    assert torch.equal(other.B, bank.B)
+    assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((2,)))
+    path = tmp_path / "bank.safetensors"
+    bank.save(path)
+    before = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        bank.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"A": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected format nsc_kernels.AdapterBank"):
+        nk.AdapterBank.load(tmp_path / "other.safetensors")
+
+
+GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "options", "error", "words"),
+    [
+        ([], [], {}, ValueError, "at least one"),
+        ([GOOD_A], [], {}, ValueError, "found 1 and 0"),
+        ([GOOD_A, torch.ones(2, 7)], [GOOD_B] * 2, {}, ValueError, r"adapter 1: expected A \[r, 6\].*found A \(2, 7\)"),
+        ([GOOD_A] * 2, [GOOD_B, torch.ones(5, 2)], {}, ValueError, r"adapter 1: .*B \[4, r\].*B \(5, 2\)"),
+        ([GOOD_A] * 2, [GOOD_B, torch.ones(4, 3)], {}, ValueError, "adapter 1"),
+        ([GOOD_A, torch.ones(6)], [GOOD_B] * 2, {}, ValueError, r"A\[1\] must be a matrix, found shape \(6,\)"),
+        ([GOOD_A, GOOD_A.int()], [GOOD_B] * 2, {}, TypeError, r"A\[1\] must be one of float64"),
+        ([GOOD_A, [1.0]], [GOOD_B] * 2, {}, TypeError, r"A\[1\] must be a tensor, found list"),
+        ([GOOD_A, GOOD_A.double()], [GOOD_B] * 2, {}, TypeError, r"A\[1\] is torch.float64 but A\[0\]"),
+        ([GOOD_A, GOOD_A.to("meta")], [GOOD_B] * 2, {}, (ValueError, NotImplementedError), ""),
+        ([GOOD_A, GOOD_A * float("nan")], [GOOD_B] * 2, {}, ValueError, r"A\[1\] holds 12 NaN"),
+        ([GOOD_A] * 2, [GOOD_B, GOOD_B / 0], {}, ValueError, r"B\[1\] holds 8 NaN or infinite"),
+        ([GOOD_A], [GOOD_B], {"scaling": [1.0, 2.0]}, ValueError, r"per adapter \(1\), found 2"),
+        ([GOOD_A], [GOOD_B], {"scaling": [float("inf")]}, ValueError, r"scaling\[0\] must be finite"),
+        ([GOOD_A], [GOOD_B], {"dtype": torch.int32}, TypeError, "dtype must be one of"),
+        ([GOOD_A], [GOOD_B], {"dtype": torch.float16, "scaling": [1e6]}, ValueError, r"B\[0\].*overflows"),
+    ],
+)
+def test_bad_factors(A: list, B: list, options: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        nk.AdapterBank.from_factors(A, B, **options)
+
+
+def test_mixed_dtypes_are_taken_when_the_result_is_named() -> None:
+    bank = nk.AdapterBank.from_factors([GOOD_A, GOOD_A.bfloat16()], [GOOD_B, GOOD_B.half()], dtype=torch.float32)
+    assert bank.dtype is torch.float32
+
+
+@pytest.mark.parametrize("offsets", [(0,), (1, 2), (0, 1), (0, 2, 1, 2), ()])
+def test_bad_offsets(offsets: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="offsets must rise from 0 to R=2"):
+        nk.AdapterBank(torch.zeros(2, 6), torch.zeros(2, 4), offsets)

@@ -1,0 +1,158 @@
+"""The registered ops: opcheck, torch.compile, export, FLOP counts, profiler names."""
+
+from __future__ import annotations
+
+import operator_cases as oc
+import pytest
+import torch
+from test_operator import require
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.library import opcheck
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import nsc_kernels as nk
+
+
+def inputs_for(dtype: torch.dtype, per_row: bool = False) -> oc.Inputs:
+    return oc.make_inputs(oc.Case("op", T=6, d_in=16, d_out=12, ranks=(2, 3), per_row=per_row), dtype)
+
+
+@pytest.mark.parametrize("op", ["merged_lora", "cpu_forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_forward(op: str, dtype: torch.dtype, stats: bool) -> None:
+    require("cpu")
+    i = inputs_for(dtype)
+    grad = op == "merged_lora"
+    z, lam = i.z.requires_grad_(grad), i.lam.requires_grad_(grad)
+    offsets = list(i.bank.offsets)
+    opcheck(getattr(torch.ops.nsc, op).default, (z, i.bank.A, i.bank.Bt, offsets, lam, i.base, stats, True))
+    with torch.no_grad():
+        args = (i.z.detach(), i.bank.A, i.bank.Bt, offsets, i.lam.detach(), None, stats, False)
+        opcheck(getattr(torch.ops.nsc, op).default, args)
+
+
+@pytest.mark.parametrize("op", ["merged_lora_backward", "cpu_backward"])
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_opcheck_backward(op: str, needs: tuple[bool, bool], per_row: bool) -> None:
+    require("cpu")
+    i = inputs_for(torch.float32, per_row)
+    u = torch.randn(6, i.bank.R)
+    upstream = (i.dy, i.dquad, i.dsqnorm, u, i.z)
+    args = (*upstream, i.bank.A, i.bank.Bt, list(i.bank.offsets), i.lam, torch.randn(6, 16), *needs)
+    opcheck(getattr(torch.ops.nsc, op).default, args)
+
+
+def objective(bank: nk.AdapterBank, z: Tensor, lam: Tensor, base: Tensor) -> Tensor:
+    y, quad, sqnorm = nk.merged_lora_nsc(torch.tanh(z), bank, lam, base)
+    return y.square().mean() + nk.null_space_ratio(quad, sqnorm).mean()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_and_agrees_with_eager(backend: str, dynamic: bool) -> None:
+    bank = oc.make_bank(oc.Case("compiled"), torch.float32)
+    compiled = torch.compile(lambda *a: objective(bank, *a), fullgraph=True, backend=backend, dynamic=dynamic)
+    for T in (5, 8):
+        z, base = torch.randn(T, 48, requires_grad=True), torch.randn(T, 40, requires_grad=True)
+        lam = torch.rand(2, requires_grad=True)
+        want, got = objective(bank, z, lam, base), compiled(z, lam, base)
+        assert torch.allclose(want, got, rtol=1e-5)
+        for w, g in zip(*(torch.autograd.grad(t, (z, lam, base)) for t in (want, got)), strict=True):
+            assert torch.allclose(w, g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_new_token_count_does_not_recompile() -> None:
+    bank = oc.make_bank(oc.Case("dynamic"), torch.float32)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda z, lam: nk.merged_lora(z, bank, lam), fullgraph=True, backend=counter, dynamic=True)
+    for T in (5, 7, 11, 64, 513):
+        z = torch.randn(T, 48)
+        assert torch.allclose(compiled(z, torch.ones(2)), nk.merged_lora(z, bank, torch.ones(2)), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_the_compiled_graph_holds_one_opaque_node() -> None:
+    bank = oc.make_bank(oc.Case("node"), torch.float32)
+    explained = torch._dynamo.explain(lambda z, lam: nk.merged_lora_nsc(z, bank, lam))(torch.randn(4, 48), torch.ones(2))
+    assert explained.graph_break_count == 0
+    targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
+    assert sum("merged_lora" in t for t in targets) == 1
+
+
+def test_compile_with_autocast() -> None:
+    bank = oc.make_bank(oc.Case("autocast"), torch.float32)
+
+    def f(z: Tensor, lam: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return nk.merged_lora(z, bank, lam)
+
+    z = torch.randn(4, 48)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(z, torch.ones(2)), f(z, torch.ones(2)))
+
+
+def test_transforms_inside_compile_are_not_silently_zero() -> None:
+    bank = oc.make_bank(oc.Case("func"), torch.float64)
+    z, base = torch.randn(4, 48).double(), torch.randn(4, 40).double()
+    lam = torch.rand(2).double()
+
+    def loss(lam: Tensor) -> Tensor:
+        return objective(bank, z, lam, base)
+
+    expected = torch.func.grad(loss)(lam)
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(lam), expected)
+    direction = torch.ones(2).double()
+    tangent = torch.compile(lambda lam: torch.func.jvp(loss, (lam,), (direction,))[1], backend="aot_eager")(lam)
+    assert torch.allclose(tangent, expected.sum())
+
+
+def test_export_with_a_dynamic_dimension() -> None:
+    linear = torch.nn.Linear(48, 40)
+    module = nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("export"), torch.float32), [0.3, 0.6])
+    z = torch.randn(6, 48)
+    program = torch.export.export(module, (z,), dynamic_shapes={"z": {0: torch.export.Dim("tokens")}})
+    assert any("nsc.merged_lora" in str(node.target) for node in program.graph.nodes)
+    longer = torch.randn(9, 48)
+    assert torch.allclose(program.module()(longer), module(longer), atol=1e-6)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    bank = oc.make_bank(oc.Case("meta"), torch.float32).to("meta")
+    y, quad, sqnorm = nk.merged_lora_nsc(torch.empty(3, 48, device="meta"), bank, torch.empty(2, device="meta"))
+    assert (y.shape, quad.shape, sqnorm.shape) == ((3, 40), (3, 2), (3,))
+
+
+def test_flops_are_those_of_the_products() -> None:
+    require("cpu")
+    i = inputs_for(torch.float32)
+    z, lam = i.z.requires_grad_(), i.lam.requires_grad_()
+    forward = 2 * 6 * i.bank.R * (16 + 12)
+    with FlopCounterMode(display=False) as counter:
+        y = nk.merged_lora(z, i.bank, lam, i.base)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == forward
+
+
+def test_the_profiler_names_the_kernels() -> None:
+    require("cpu")
+    i = inputs_for(torch.float32)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        nk.merged_lora(i.z.requires_grad_(), i.bank, i.lam.requires_grad_()).sum().backward()
+    names = {event.key for event in recorded.key_averages()}
+    assert {"nsc::cpu_forward", "nsc::cpu_backward"} <= names
+
+
+def test_the_op_refuses_gradients_it_does_not_have() -> None:
+    i = inputs_for(torch.float32)
+    args = (i.z, i.bank.A.requires_grad_(), i.bank.Bt, list(i.bank.offsets), i.lam, None, False, True)
+    y, *_ = torch.ops.nsc.merged_lora(*args)
+    with pytest.raises(RuntimeError, match="A and Bt are frozen"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="save_u=True"):
+        torch.ops.nsc.merged_lora(*args[:-1], False)

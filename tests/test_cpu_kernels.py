@@ -1,0 +1,150 @@
+"""What is particular to the C++ kernels: instruction sets, threads, unwritten memory, large tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import operator_cases as oc
+import pytest
+import torch
+from test_operator import require
+
+import nsc_kernels as nk
+from nsc_kernels import _native
+from nsc_kernels.backends import registry
+
+HERE = Path(__file__).parent
+
+
+def instruction_sets() -> tuple[str, ...]:
+    return _native.cpu_instruction_sets()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that may import the grid, in a process of its own: the choice under test is made once per process."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+GRID = """
+import torch, operator_cases as oc
+for dtype in oc.DTYPES.values():
+    for case in oc.CASES:
+        torch.manual_seed(0)
+        try:
+            oc.check_against_oracle("cpu", oc.make_inputs(case, dtype))
+        except AssertionError as error:
+            raise SystemExit(f"{case.name} {dtype}: {error}")
+print("grid passed")
+"""
+
+
+@pytest.mark.parametrize("isa", instruction_sets()[1:])
+def test_every_instruction_set_passes_the_grid(isa: str) -> None:
+    result = run_python(GRID, NSC_CPU_ISA=isa)
+    assert result.stdout == "grid passed\n", result.stdout + result.stderr
+
+
+def test_nothing_is_left_unwritten() -> None:
+    """glibc fills every allocation with 0x7f bytes, which is a large number in every dtype."""
+    require("cpu")
+    result = run_python(GRID, MALLOC_PERTURB_="128")
+    assert result.stdout == "grid passed\n", result.stdout + result.stderr
+
+
+def test_an_instruction_set_this_processor_lacks_is_refused() -> None:
+    require("cpu")
+    code = """
+import torch, nsc_kernels as nk
+bank = nk.AdapterBank.from_factors([torch.ones(1, 4)], [torch.ones(3, 1)])
+nk.merged_lora(torch.ones(1, 4), bank, torch.ones(1))
+"""
+    result = run_python(code, NSC_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert "NSC_CPU_ISA=sse9: expected one of" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", oc.DTYPES)
+def test_the_number_of_threads_does_not_change_a_bit(dtype: str) -> None:
+    require("cpu")
+    case = oc.Case("threads", T=1003, d_in=256, d_out=192, ranks=(16, 7, 32))
+    inputs = oc.make_inputs(case, oc.DTYPES[dtype])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(oc.run("cpu", inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 11, 12, 13, 95, 96, 97, 385])
+def test_a_row_has_the_same_bits_wherever_it_stands(T: int) -> None:
+    require("cpu")
+    case = oc.Case("rows", T=400, d_in=130, d_out=70, ranks=(16, 7))
+    inputs = oc.make_inputs(case, torch.float32)
+    with nk.use_backend("cpu"):
+        whole = nk.merged_lora_nsc(inputs.z, inputs.bank, inputs.lam, inputs.base)
+        part = nk.merged_lora_nsc(inputs.z[:T], inputs.bank, inputs.lam, inputs.base[:T])
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[:T], b)
+
+
+def available_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
+@pytest.mark.skipif(available_memory() < 14 * 2**30, reason="needs 14 GiB of free memory")
+def test_more_than_two_to_the_31_elements() -> None:
+    """Offsets beyond int32, in elements and in bytes: the last rows must come out as they do alone."""
+    require("cpu")
+    T, d = 2**31 // 1024 + 24, 1024
+    bank = nk.AdapterBank.from_factors([torch.randn(1, d)], [torch.randn(8, 1)], dtype=torch.bfloat16)
+    z = torch.empty(T, d, dtype=torch.bfloat16)
+    z[:8] = torch.randn(8, d)
+    z[8:-8] = 0
+    z[-8:] = torch.randn(8, d)
+    lam = torch.ones(1)
+    with nk.use_backend("cpu"):
+        y, quad, sqnorm = nk.merged_lora_nsc(z, bank, lam)
+        ends = torch.cat([z[:8], z[-8:]])
+        want = nk.merged_lora_nsc(ends, bank, lam)
+    for tensor, expected in zip((y, quad, sqnorm), want, strict=True):
+        assert torch.equal(torch.cat([tensor[:8], tensor[-8:]]), expected)
+        assert not tensor[8:-8].any()
+    dy = torch.ones(8, 8, dtype=torch.bfloat16).repeat(T // 8, 1)
+    u = (z @ bank.A.t()).contiguous()
+    backward = registry.load("cpu")[0].backward  # type: ignore[union-attr]
+    dz, _ = backward(dy, None, sqnorm, u, z, bank.A, bank.Bt, bank.offsets, lam, None, True, True)
+    row, _ = backward(dy[-8:], None, sqnorm[-8:], u[-8:], z[-8:], bank.A, bank.Bt, bank.offsets, lam, None, True, True)
+    assert torch.equal(dz[-8:], row)
+
+
+def test_backward_adds_to_a_given_gradient() -> None:
+    require("cpu")
+    i = oc.make_inputs(oc.Case("accumulate", T=20), torch.float64)
+    u = i.z @ i.bank.A.t()
+    start = torch.randn_like(i.z)
+    rest = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
+    results = {}
+    for name in ("reference", "cpu"):
+        backward = registry.load(name)[0].backward  # type: ignore[union-attr]
+        results[name] = backward(i.dy, i.dquad, i.dsqnorm, u, i.z, *rest, start, True, True)
+    for a, b in zip(results["reference"], results["cpu"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-10)

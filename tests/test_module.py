@@ -1,0 +1,85 @@
+"""MergedLoRALinear."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import operator_cases as oc
+import pytest
+import torch
+from torch import nn
+
+import nsc_kernels as nk
+
+
+def make(lam: object = (0.3, 0.6)) -> nk.MergedLoRALinear:
+    return nk.MergedLoRALinear(nn.Linear(48, 40), oc.make_bank(oc.Case("module"), torch.float32), lam)  # type: ignore[arg-type]
+
+
+def test_is_the_linear_plus_the_merged_update() -> None:
+    layer = make()
+    z = torch.randn(2, 5, 48)
+    dense = nn.functional.linear(z, layer.linear.weight + layer.bank.delta(layer.lam), layer.linear.bias)
+    assert torch.allclose(layer(z), dense, atol=1e-5)
+    y, quad, sqnorm = layer.nsc(z)
+    assert torch.equal(y, layer(z))
+    assert (quad.shape, sqnorm.shape) == ((2, 5, 2), (2, 5))
+
+
+def test_shares_and_freezes_the_linear() -> None:
+    linear = nn.Linear(48, 40)
+    layer = nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("module"), torch.float32), [0.3, 0.6])
+    assert layer.linear is linear
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_lam_is_learnt_when_it_is_a_parameter() -> None:
+    lam = nn.Parameter(torch.tensor([0.3, 0.6]))
+    layer = make(lam)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lam"]
+    optimizer = torch.optim.AdamW([lam], lr=0.05)
+    z, target = torch.randn(64, 48), torch.randn(64, 40)
+    losses = []
+    for _ in range(20):
+        loss = (layer(z) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_lam_stays_wide_when_the_module_is_narrowed(learnt: bool) -> None:
+    lam = torch.tensor([0.3001, 0.6])
+    layer = make(nn.Parameter(lam.clone()) if learnt else lam.clone()).to(torch.bfloat16)
+    assert layer.bank.dtype is layer.linear.weight.dtype is torch.bfloat16
+    assert layer.lam.dtype is torch.float32
+    assert torch.equal(layer.lam.detach(), lam)
+    assert layer(torch.randn(3, 48, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_copies_pickles_and_loads() -> None:
+    layer, z = make(), torch.randn(3, 48)
+    y = layer(z)
+    assert torch.equal(copy.deepcopy(layer)(z), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(z), y)
+    other = make([0.0, 0.0])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(z), y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((nn.Conv1d(1, 1, 1), None, [0.1, 0.2]), TypeError, "linear must be an nn.Linear, found Conv1d"),
+        ((nn.Linear(40, 48), None, [0.1, 0.2]), ValueError, "adapts a 48 -> 40 layer, but linear is 40 -> 48"),
+        ((nn.Linear(48, 40), None, [0.1]), ValueError, r"lam must have shape \(2,\), one per adapter, found \(1,\)"),
+        ((nn.Linear(48, 40, device="meta"), None, [0.1, 0.2]), ValueError, "linear is on meta, but the bank is on cpu"),
+    ],
+)
+def test_bad_arguments(arguments: tuple, error: type[Exception], words: str) -> None:
+    linear, _, lam = arguments
+    with pytest.raises(error, match=words):
+        nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("module"), torch.float32), lam)

@@ -1,0 +1,119 @@
+"""Every backend against the float64 oracle, over the whole grid."""
+
+from __future__ import annotations
+
+import operator_cases as oc
+import pytest
+import torch
+
+import nsc_kernels as nk
+
+BACKENDS = ("reference", "cpu")
+
+
+def require(backend: str) -> None:
+    reason = nk.available_backends()[backend]
+    if reason is not True:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", oc.DTYPES)
+@pytest.mark.parametrize("case", oc.CASES, ids=lambda c: c.name)
+def test_matches_the_oracle(backend: str, dtype: str, case: oc.Case) -> None:
+    require(backend)
+    oc.check_against_oracle(backend, oc.make_inputs(case, oc.DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", oc.DTYPES)
+def test_is_bitwise_repeatable(backend: str, dtype: str) -> None:
+    require(backend)
+    inputs = oc.make_inputs(oc.Case("several_blocks", T=205, ranks=(8, 5, 8)), oc.DTYPES[dtype])
+    first = oc.run(backend, inputs)
+    for _ in range(5):
+        again = oc.run(backend, inputs)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
+def test_leading_shapes(backend: str, shape: tuple[int, ...]) -> None:
+    require(backend)
+    bank = oc.make_bank(oc.Case("leading"), torch.float32)
+    z, base = torch.randn(*shape, 48), torch.randn(*shape, 40)
+    shared, per_row = torch.rand(2), torch.rand(*shape, 2)
+    with nk.use_backend(backend):
+        y, quad, sqnorm = nk.merged_lora_nsc(z, bank, per_row, base)
+        assert (y.shape, quad.shape, sqnorm.shape) == ((*shape, 40), (*shape, 2), shape)
+        flat = nk.merged_lora(z.reshape(-1, 48), bank, per_row.reshape(-1, 2), base.reshape(-1, 40))
+        assert torch.equal(y.reshape(-1, 40), flat)
+        same = shared.expand(*shape, 2)
+        assert torch.allclose(nk.merged_lora(z, bank, shared), nk.merged_lora(z, bank, same), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("missing", ["dy", "dquad", "dsqnorm"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_an_output_without_a_gradient(backend: str, missing: str, per_row: bool) -> None:
+    """None and zero are the same gradient."""
+    require(backend)
+    inputs = oc.make_inputs(oc.Case("case", T=15, per_row=per_row), torch.float64)
+    upstream = {"dy": inputs.dy, "dquad": inputs.dquad, "dsqnorm": inputs.dsqnorm}
+    setattr(inputs, missing, torch.zeros_like(upstream[missing]))
+    expected = oc.oracle(inputs)
+    z, lam = inputs.z.requires_grad_(), inputs.lam.requires_grad_()
+    with nk.use_backend(backend):
+        outputs = dict(zip(upstream, nk.merged_lora_nsc(z, inputs.bank, lam, inputs.base), strict=True))
+        del outputs[missing], upstream[missing]
+        dz, dlam = torch.autograd.grad(list(outputs.values()), (z, lam), list(upstream.values()), allow_unused=True)
+    assert torch.allclose(dz, expected["dz"], atol=1e-12)
+    dlam = torch.zeros_like(lam) if dlam is None else dlam
+    assert torch.allclose(dlam, expected["dlam"], atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_base_is_neither_modified_nor_returned(backend: str) -> None:
+    require(backend)
+    bank = oc.make_bank(oc.Case("nothing", ranks=(0, 0)), torch.float32)
+    base = torch.randn(7, 40)
+    before = base.clone()
+    with nk.use_backend(backend):
+        y = nk.merged_lora(torch.randn(7, 48), bank, torch.rand(2), base)
+    assert torch.equal(base, before)
+    assert torch.equal(y, before)
+    assert y.data_ptr() != base.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_row_stays_in_its_row(backend: str) -> None:
+    require(backend)
+    bank = oc.make_bank(oc.Case("nan"), torch.float32)
+    z = torch.randn(20, 48)
+    clean = nk.merged_lora(z, bank, torch.rand(2).fill_(0.5))
+    z[3, 7], z[11, 0] = float("nan"), float("inf")
+    with nk.use_backend(backend):
+        y, quad, sqnorm = nk.merged_lora_nsc(z, bank, torch.full((2,), 0.5))
+    bad = torch.zeros(20, dtype=torch.bool)
+    bad[[3, 11]] = True
+    for t in (y, quad):
+        assert torch.equal(~torch.isfinite(t).all(-1), bad)
+    assert torch.equal(~torch.isfinite(sqnorm), bad)
+    assert torch.allclose(y[~bad], clean[~bad], atol=1e-5)
+
+
+def test_the_formula_itself() -> None:
+    """Against the raw factors: the explicit Gram inverse and the explicit sum, in float64."""
+    A = [torch.randn(r, 30, dtype=torch.float64) for r in (3, 8)]
+    B = [torch.randn(20, r, dtype=torch.float64) for r in (3, 8)]
+    scaling, lam = [2.0, 0.5], torch.tensor([0.4, -0.7], dtype=torch.float64)
+    z, base = torch.randn(11, 30, dtype=torch.float64), torch.randn(11, 20, dtype=torch.float64)
+    bank = nk.AdapterBank.from_factors(A, B, scaling)
+    y, quad, sqnorm = nk.merged_lora_nsc(z, bank, lam, base)
+    u = [z @ a.t() for a in A]
+    want_y = base + sum(w * s * x @ b.t() for w, s, x, b in zip(lam, scaling, u, B, strict=True))
+    want_quad = torch.stack([((x @ torch.linalg.inv(a @ a.t())) * x).sum(-1) for x, a in zip(u, A, strict=True)], -1)
+    assert torch.allclose(y, want_y, rtol=1e-11)
+    assert torch.allclose(quad, want_quad, rtol=1e-11)
+    assert torch.allclose(sqnorm, z.square().sum(-1))
+    assert torch.allclose(bank.delta(lam) @ z.t(), (y - base).t(), rtol=1e-9, atol=1e-10)
