@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 LIBRARY_DIR = Path(__file__).parent / "lib"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> str | None:
     """Load ``lib/lib<name>.so`` and register its kernels; the reason in words if that fails, else None."""
     path = LIBRARY_DIR / f"lib{name}.so"
@@ -24,7 +24,7 @@ def load(name: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def cpu_instruction_sets() -> tuple[str, ...]:
     """The instruction sets of libnsc_cpu that this processor can run, best first."""
     if load("nsc_cpu") is not None:

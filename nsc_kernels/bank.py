@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -199,7 +200,7 @@ class AdapterBank(nn.Module):
 
 def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:
     offsets = tuple(int(o) for o in offsets)
-    increasing = all(a <= b for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    increasing = all(a <= b for a, b in itertools.pairwise(offsets))
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or not increasing:
         raise ValueError(f"offsets must rise from 0 to R={rows} in K + 1 steps, found {offsets}")
     return offsets

@@ -1,4 +1,4 @@
-"""The operator as registered torch.library ops, for torch.compile, export, profilers and FLOP counters.
+"""The operator as registered torch.library ops, for torch.compile, export and profilers.
 
 ``nsc::merged_lora`` and ``nsc::merged_lora_backward`` are opaque to the compiler and choose their backend when they
 run. Eager code does not pass through them: :mod:`nsc_kernels.functional` calls the same :func:`run_forward` and
@@ -10,12 +10,11 @@ Schemas are defined here, in Python, so that they exist with no native library; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .backends.registry import Backend, Call, chosen, select
 from .reference import accumulation_dtype
@@ -39,6 +38,10 @@ def select_backend(z: Tensor, A: Tensor, Bt: Tensor, offsets: Sequence[int]) -> 
     return select(chosen(), Call(z.device, z.dtype, z.shape[0], A.shape[1], Bt.shape[1], tuple(offsets)))
 
 
+@overload
+def unit_stride(t: Tensor) -> Tensor: ...
+@overload
+def unit_stride(t: Tensor | None) -> Tensor | None: ...
 def unit_stride(t: Tensor | None) -> Tensor | None:
     """``t`` itself if its rows are contiguous, else a contiguous copy: what backends may assume of z, base and dy."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
@@ -131,9 +134,7 @@ def _backward_impl(
     need_dlam: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = select_backend(u, A, Bt, offsets)
-    dz, dlam = run_backward(
-        backend, dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam
-    )
+    dz, dlam = run_backward(backend, dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)
     return _tensor(dz, u, A.dtype), _tensor(dlam, u, lam.dtype)
 
 
@@ -179,32 +180,14 @@ def backward_fake(
     return dz, lam.new_empty(lam.shape if need_dlam else 0)
 
 
-def _flops(T: int, R: int, *widths: int) -> int:
-    return sum(2 * T * R * width for width in widths)
-
-
-def forward_flops(z: Any, A: Any, Bt: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Multiply-adds of the two products, times two: the statistics are of lower order."""
-    return _flops(z[0], A[0], A[1], Bt[1])
-
-
-def backward_flops(
-    dy: Any, dquad: Any, dsqnorm: Any, u: Any, z: Any, A: Any, Bt: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """As :func:`forward_flops`, for the products that the call needs."""
-    need_dz = args[3] if len(args) > 3 else kwargs.get("need_dz", True)
-    return _flops(u[0], A[0], *([Bt[1]] if dy is not None else []), *([A[1]] if need_dz else []))
-
-
-def define(name: str, schema: str, fake: Any, flops: Any) -> None:
-    """Add an op to the library, with what the compiler and the FLOP counter need to know of it."""
+def define(name: str, schema: str, fake: Any) -> None:
+    """Add an op to the library, with what the compiler needs to know of it."""
     LIBRARY.define(name + schema, tags=TAGS)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
 
 
-define("merged_lora", FORWARD_SCHEMA, forward_fake, forward_flops)
-define("merged_lora_backward", BACKWARD_SCHEMA, backward_fake, backward_flops)
+define("merged_lora", FORWARD_SCHEMA, forward_fake)
+define("merged_lora_backward", BACKWARD_SCHEMA, backward_fake)
 LIBRARY.impl("merged_lora", _forward_impl, "CompositeExplicitAutograd")
 LIBRARY.impl("merged_lora_backward", _backward_impl, "CompositeExplicitAutograd")
 

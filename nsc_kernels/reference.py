@@ -23,6 +23,7 @@ differentiation are served.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,7 @@ def spread(per_adapter: Tensor, offsets: Sequence[int]) -> Tensor:
 
 def gather(per_column: Tensor, offsets: Sequence[int]) -> Tensor:
     """Sum over each adapter's columns: ``[..., R] -> [..., K]``."""
-    segments = [per_column[..., a:b].sum(-1) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    segments = [per_column[..., a:b].sum(-1) for a, b in itertools.pairwise(offsets)]
     return torch.stack(segments, -1)
 
 

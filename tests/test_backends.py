@@ -61,9 +61,7 @@ def test_choices_nest_and_are_restored_after_an_error() -> None:
     assert registry.chosen() == "auto"
 
 
-def test_what_was_passed_over_is_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_passed_over_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     require("cpu")
     cpu, _ = registry.load("cpu")
     monkeypatch.setattr(cpu, "rejects", lambda call: "it is a test")
@@ -73,7 +71,8 @@ def test_what_was_passed_over_is_logged_once(
         for T in range(3):
             assert registry.select("auto", call(T=T)).__name__.endswith("reference")
     registry.select.cache_clear()
-    assert [record.message for record in caplog.records] == ["cpu torch.float32: backend 'cpu' passed over: it is a test"]
+    messages = [record.message for record in caplog.records]
+    assert messages == ["cpu torch.float32: backend 'cpu' passed over: it is a test"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

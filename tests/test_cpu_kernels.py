@@ -14,7 +14,7 @@ from test_operator import require
 
 import nsc_kernels as nk
 from nsc_kernels import _native
-from nsc_kernels.backends import registry
+from nsc_kernels.backends import registry, two_gemms
 
 HERE = Path(__file__).parent
 
@@ -148,3 +148,27 @@ def test_backward_adds_to_a_given_gradient() -> None:
         results[name] = backward(i.dy, i.dquad, i.dsqnorm, u, i.z, *rest, start, True, True)
     for a, b in zip(results["reference"], results["cpu"], strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_two_gemms_compute_the_same(dtype: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("cpu")
+    case = oc.Case("gemms", T=70, d_in=96, d_out=80, ranks=(16, 7), per_row=per_row)
+    inputs = oc.make_inputs(case, oc.DTYPES[dtype])
+    expected, eager = oc.oracle(inputs), oc.run("reference", inputs)
+    monkeypatch.setattr(two_gemms, "preferred", lambda dtype, T: True)
+    found = oc.run("cpu", inputs)
+    unit = torch.finfo(oc.DTYPES[dtype]).eps
+    for name, want in expected.items():
+        allowed = unit if name == "quad" else 2 * oc.relative_error(eager[name], want) + 1e-6
+        assert oc.relative_error(found[name], want) <= allowed, name
+    assert oc.relative_error(found["quad"], expected["quad"]) > 1e-6, "the fused kernel was used"
+
+
+def test_two_gemms_are_taken_on_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for present in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda present=present: present)
+        assert two_gemms.preferred(torch.bfloat16, 512) is present
+        assert not two_gemms.preferred(torch.bfloat16, 8)
+        assert not two_gemms.preferred(torch.float32, 512)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .. import _native, ops
+from . import two_gemms
 from .registry import Call
 
-ops.define("cpu_forward", ops.FORWARD_SCHEMA, ops.forward_fake, ops.forward_flops)
-ops.define("cpu_backward", ops.BACKWARD_SCHEMA, ops.backward_fake, ops.backward_flops)
+ops.define("cpu_forward", ops.FORWARD_SCHEMA, ops.forward_fake)
+ops.define("cpu_backward", ops.BACKWARD_SCHEMA, ops.backward_fake)
 
-forward = torch.ops.nsc.cpu_forward.default
-backward = torch.ops.nsc.cpu_backward.default
+native_forward = torch.ops.nsc.cpu_forward.default
+native_backward = torch.ops.nsc.cpu_backward.default
 
 
 def unavailable() -> str | None:
@@ -20,3 +24,39 @@ def unavailable() -> str | None:
 
 def rejects(call: Call) -> str | None:
     return None if call.device.type == "cpu" else f"serves CPU tensors, and these are on {call.device}"
+
+
+def unproven(call: Call) -> str | None:
+    return None
+
+
+def forward(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    run = two_gemms.forward if two_gemms.preferred(z.dtype, z.shape[0]) else native_forward
+    return run(z, A, Bt, offsets, lam, base, stats, save_u)
+
+
+def backward(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    run = two_gemms.backward if two_gemms.preferred(u.dtype, u.shape[0]) else native_backward
+    return run(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)

@@ -1,6 +1,6 @@
 """Which backend serves a call.
 
-A backend is a module of this package with four functions (see :class:`Backend`). The table below names the modules
+A backend is a module of this package with five functions (see :class:`Backend`). The table below names the modules
 in order of preference; a module that is not there is reported as such, so a new backend is a new file.
 
 An explicit choice (``use_backend`` or ``NSC_BACKEND``) works or raises. The automatic choice takes the first backend
@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,6 +56,12 @@ class Backend(Protocol):
 
     def rejects(self, call: Call) -> str | None:
         """Why this backend cannot serve a call, or None. Only asked of an available backend."""
+
+    def unproven(self, call: Call) -> str | None:
+        """Why the automatic choice must pass over a call that :meth:`rejects` lets through, or None.
+
+        For kernels that have not passed on the hardware at hand at their current source.
+        """
 
     def forward(
         self,
@@ -115,13 +121,13 @@ def use_backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module and, where it cannot run, the reason in words."""
     module_name = f"{__package__}.{name}"
     if importlib.util.find_spec(module_name) is None:
         return None, "not part of this release"
-    backend: Backend = importlib.import_module(module_name)  # type: ignore[assignment]
+    backend: Backend = importlib.import_module(module_name)
     return backend, backend.unavailable()
 
 
@@ -145,13 +151,13 @@ def select(name: str, call: Call) -> Backend:
             continue
         backend, reason = load(candidate)
         if backend is not None and reason is None:
-            reason = backend.rejects(call)
+            reason = backend.rejects(call) or backend.unproven(call)
         if backend is not None and reason is None:
             return backend
         _log_once(f"{call.device.type} {call.dtype}: backend {candidate!r} passed over: {reason}")
     raise RuntimeError(f"no backend serves tensors on {call.device}: available_backends() lists what there is")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(message: str) -> None:
     logger.info(message)

@@ -1,0 +1,82 @@
+"""The operator as two matrix products of PyTorch's own, for processors whose matrix units only those reach.
+
+Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives and which
+multiply bfloat16 several times faster than the vector units that csrc/cpu uses. The rule follows from the
+instruction rates; it has not been measured on such a processor.
+
+One rounding point differs from the contract: PyTorch rounds ``u`` before it hands it over, so ``quad`` is formed from
+the rounded values (relative error about 2^-9 / sqrt(rank) in bfloat16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import gather, spread
+
+# Below this the products are too small for their set-up cost to be repaid.
+MIN_TOKENS = 64
+AMX_QUERY = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+
+
+def preferred(dtype: torch.dtype, T: int) -> bool:
+    """Whether two matrix products are expected to beat the fused kernel on this processor."""
+    if T < MIN_TOKENS or dtype not in AMX_QUERY:
+        return False
+    query = getattr(torch.cpu, AMX_QUERY[dtype], None)
+    return query is not None and query()
+
+
+def forward(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    u = z @ A.t()
+    wide = u.to(lam.dtype)
+    quad = gather(wide * wide, offsets) if stats else None
+    sqnorm = z.to(lam.dtype).square().sum(-1) if stats else None
+    c = (spread(lam, offsets) * wide).to(z.dtype)
+    y = c @ Bt if base is None else torch.addmm(base, c, Bt)
+    return y, quad, sqnorm, u if save_u else None
+
+
+def backward(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    wide = u.to(lam.dtype)
+    v = torch.zeros_like(wide) if dy is None else (dy @ Bt.t()).to(lam.dtype)
+    dlam = gather(wide * v, offsets) if need_dlam else None
+    if dlam is not None and lam.dim() == 1:
+        dlam = dlam.sum(0)
+    if not need_dz:
+        return None, dlam
+    c = spread(lam, offsets) * v
+    if dquad is not None:
+        c = c + 2 * spread(dquad, offsets) * wide
+    start = dz_base
+    if dsqnorm is not None:
+        assert z is not None, "z must be saved when sqnorm has a gradient"
+        tail = 2 * dsqnorm[:, None] * z.to(lam.dtype)
+        start = (tail if start is None else start + tail).to(A.dtype)
+    c = c.to(A.dtype)
+    return (c @ A if start is None else torch.addmm(start, c, A)), dlam
