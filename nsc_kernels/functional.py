@@ -89,7 +89,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats:
 
 def _route(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
     """``z [T, d_in]`` by the cheapest route that is right in this context."""
-    A, Bt, offsets = bank.A, bank.Bt, bank.offsets
+    A, Bt, offsets = bank.packed
     grad = torch.is_grad_enabled() and (
         z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
     )
@@ -199,7 +199,8 @@ def _check_types(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None)
 
 def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> torch.dtype:
     """Refuse what the kernels would misread; returns the dtype that ``lam`` is computed in."""
-    A, K, device = bank.A, bank.K, z.device
+    A, Bt, offsets = bank.packed
+    K, device = len(offsets) - 1, z.device
     if z.dtype is not A.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {A.dtype}; convert one of them (bank.to(dtype=...))")
     if device != A.device:
@@ -219,6 +220,6 @@ def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> to
             raise TypeError(f"base is {base.dtype}, but z is {z.dtype}")
         if base.device != device:
             raise ValueError(f"base is on {base.device}, but z is on {device}")
-        if base.shape != (*lead, bank.d_out):
-            raise ValueError(f"base must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")
+        if base.shape != (*lead, Bt.shape[1]):
+            raise ValueError(f"base must have shape {(*lead, Bt.shape[1])}, found {tuple(base.shape)}")
     return acc

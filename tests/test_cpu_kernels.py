@@ -168,7 +168,9 @@ def test_two_gemms_compute_the_same(dtype: str, per_row: bool, monkeypatch: pyte
 
 def test_two_gemms_are_taken_on_amx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for present in (False, True):
+        two_gemms.has_tiles.cache_clear()
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda present=present: present)
         assert two_gemms.preferred(torch.bfloat16, 512) is present
         assert not two_gemms.preferred(torch.bfloat16, 8)
         assert not two_gemms.preferred(torch.float32, 512)
+    two_gemms.has_tiles.cache_clear()

@@ -11,6 +11,7 @@ the rounded values (relative error about 2^-9 / sqrt(rank) in bfloat16).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ AMX_QUERY = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_f
 
 def preferred(dtype: torch.dtype, T: int) -> bool:
     """Whether two matrix products are expected to beat the fused kernel on this processor."""
-    if T < MIN_TOKENS or dtype not in AMX_QUERY:
-        return False
+    return dtype in AMX_QUERY and T >= MIN_TOKENS and has_tiles(dtype)
+
+
+@cache
+def has_tiles(dtype: torch.dtype) -> bool:
     query = getattr(torch.cpu, AMX_QUERY[dtype], None)
     return query is not None and query()
 

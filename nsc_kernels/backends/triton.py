@@ -1,0 +1,107 @@
+"""The Triton kernels as a backend: NVIDIA GPUs from sm_80 on, and CPU tensors under ``TRITON_INTERPRET=1``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ledger
+from .registry import Call
+
+OLDEST = (3, 6)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unavailable() -> str | None:
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"triton {triton.__version__} is installed, {'.'.join(map(str, OLDEST))} or newer is needed"
+    if _interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "written for NVIDIA GPUs, but this torch is built for ROCm"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def rejects(call: Call) -> str | None:
+    from ..triton.configs import MAX_RANK, Problem, choose, machine
+
+    if call.dtype not in DTYPES:
+        return f"computes in float32, bfloat16 and float16, not in {call.dtype}"
+    R = call.offsets[-1]
+    if R > MAX_RANK:
+        return f"the ranks add up to {R}, more than {MAX_RANK}"
+    if _interpreted():
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        if call.dtype is torch.bfloat16 and not getattr(InterpreterBuilder, "corrected_bfloat16", False):
+            return "Triton's interpreter multiplies the bit patterns of bfloat16 as integers"
+    elif call.device.type != "cuda":
+        return f"runs on CUDA devices, not on {call.device.type} (TRITON_INTERPRET=1 interprets it on the CPU)"
+    on = machine(call.device)
+    if on.arch < 80:
+        return f"{on.name} has compute capability {on.arch / 10}, 8.0 or newer is needed"
+    for mode in ("ieee", "tf32x3") if call.dtype is torch.float32 else ("half",):
+        for d_in, d_out in ((call.d_in, call.d_out), (call.d_out, call.d_in)):
+            if choose(on, Problem(call.T, d_in, d_out, R, mode)) is None:
+                return f"no tile for R={R} in {call.dtype} fits the {on.shared} bytes of shared memory of {on.name}"
+    return None
+
+
+def unproven(call: Call) -> str | None:
+    """Why the automatic choice should pass over this backend although it could serve the call, or None."""
+    from ..triton.configs import machine
+
+    if _interpreted():
+        return None
+    arch = f"sm_{machine(call.device).arch}"
+    if ledger.verified(arch) is not None:
+        return None
+    return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
+
+
+def forward(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    from ..triton import launch
+
+    return launch.forward(z, A, Bt, offsets, lam, base, stats, save_u)
+
+
+def backward(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    from ..triton import launch
+
+    return launch.backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)

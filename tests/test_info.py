@@ -1,0 +1,31 @@
+"""python -m nsc_kernels.info."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import nsc_kernels as nk
+from nsc_kernels import info
+
+
+def test_json_says_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["nsc_kernels"] == nk.__version__
+    assert facts["backends"] == nk.available_backends()
+    assert facts["versions"]["torch"]
+    assert facts["cuda"]["devices"] == [] or facts["cuda"]["devices"][0]["name"]
+
+
+def test_text_names_every_backend_and_its_reason() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "nsc_kernels.info"], capture_output=True, text=True, check=True
+    )
+    for name, reason in nk.available_backends().items():
+        words = "yes" if reason is True else reason
+        assert any(line.split()[:1] == [name] and words in line for line in result.stdout.splitlines()), name
+    assert "RuntimeWarning" not in result.stderr
