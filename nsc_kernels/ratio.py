@@ -20,7 +20,8 @@ def null_space_ratio(quad: Tensor, sqnorm: Tensor) -> Tensor:
 
     The gradient is exact where the ratio is resolved by the dtype and exactly zero elsewhere: where
     ``omega^2 <= eps`` (the input lies in the row space up to rounding; the derivative has no limit there, and zero is
-    one of its subgradients) and where ``||z||^2`` has underflowed. It is never NaN or infinite for finite statistics.
+    one of its subgradients) and where ``||z||^2`` has underflowed. It is never NaN or infinite for finite statistics;
+    a NaN statistic gives a NaN ratio.
     Differentiable any number of times, in forward and reverse mode.
     """
     if quad.dim() == 0 or quad.shape[:-1] != sqnorm.shape:
@@ -35,10 +36,10 @@ def null_space_ratio(quad: Tensor, sqnorm: Tensor) -> Tensor:
     limits = torch.finfo(quad.dtype)
     n = sqnorm.unsqueeze(-1)
     # The gradient 1 / (2 omega n) overflows below tiny / eps; selecting on the inputs of each operation, and not on
-    # its result, keeps the unselected branch out of the derivative.
-    measurable = n > limits.tiny / limits.eps
-    square = 1 - quad / torch.where(measurable, n, 1)
-    resolved = measurable & (square > limits.eps)
+    # its result, keeps the unselected branch out of the derivative. Comparisons are the way round that lets NaN pass.
+    vanishing = n <= limits.tiny / limits.eps
+    square = 1 - quad / torch.where(vanishing, 1, n)
+    resolved = ~vanishing & (square > limits.eps)
     omega = torch.where(resolved, square, 1).sqrt()
-    unresolved = torch.where(measurable, square.detach().clamp(0, 1).sqrt(), 1)
+    unresolved = torch.where(vanishing, 1, square.detach().clamp(0, 1).sqrt())
     return torch.where(resolved, omega, unresolved)

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from test_operator import require
 
 import nsc_kernels as nk
 from nsc_kernels.backends import registry
+from test_operator import require
 
 
 def call(**changes: object) -> registry.Call:

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import operator_cases as oc
 import pytest
 import torch
-from test_operator import require
 
 import nsc_kernels as nk
+import operator_cases as oc
 from nsc_kernels import _native
 from nsc_kernels.backends import registry, two_gemms
+from test_operator import require
 
 HERE = Path(__file__).parent
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 
-import operator_cases as oc
 import pytest
 import torch
 from torch import nn
 
 import nsc_kernels as nk
+import operator_cases as oc
 
 
 def make(lam: object = (0.3, 0.6)) -> nk.MergedLoRALinear:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator_cases as oc
 import pytest
 import torch
 
 import nsc_kernels as nk
+import operator_cases as oc
 
 BACKENDS = ("reference", "cpu")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator_cases as oc
 import pytest
 import torch
 from torch import Tensor
 
 import nsc_kernels as nk
+import operator_cases as oc
 
 
 def projector_ratio(z: Tensor, A: Tensor) -> Tensor:
@@ -114,6 +114,11 @@ def test_no_nan_at_the_ends_of_the_range(sqnorm: float) -> None:
     assert bool(torch.isfinite(omega).all())
     for gradient in torch.autograd.grad(omega.sum(), (quad, n)):
         assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize(("quad", "sqnorm"), [(float("nan"), 1.0), (1.0, float("nan")), (float("nan"), 0.5)])
+def test_nan_is_not_hidden(quad: float, sqnorm: float) -> None:
+    assert bool(nk.null_space_ratio(torch.tensor([[quad]]), torch.tensor([sqnorm])).isnan().all())
 
 
 @pytest.mark.parametrize(

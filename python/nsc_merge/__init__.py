@@ -1,0 +1,39 @@
+"""NSC merging: one model from separately trained LoRA adapters, without labels (arXiv 2603.26317).
+
+>>> result = nsc_merge.merge(model, {"depth": "adapters/depth", "edge": "adapters/edge"}, calibration)
+>>> result.save("merged", format="lora")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsc_merge.adapters import Adapter, Factor, load_adapter
+    from nsc_merge.api import merge
+    from nsc_merge.attachment import attach
+    from nsc_merge.result import MergeResult
+
+_HOME = {
+    "Adapter": "adapters",
+    "Factor": "adapters",
+    "MergeResult": "result",
+    "attach": "attachment",
+    "load_adapter": "adapters",
+    "merge": "api",
+}
+
+__all__ = ["Adapter", "Factor", "MergeResult", "attach", "load_adapter", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use, so that `nsc-merge --help` does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'nsc_merge' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"nsc_merge.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

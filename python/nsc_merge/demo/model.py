@@ -1,0 +1,103 @@
+"""The demo's backbone, a genuine ``transformers.ViTModel`` of 0.34 M parameters, and its task heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsc_merge.demo.data import SIZE
+from nsc_merge.demo.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
+PATCH = 4
+WIDTH = 64
+BLOCKS = 8
+
+
+def new_backbone(seed: int) -> ViTModel:
+    """A freshly initialised ViT: 24x24 grey images, patch 4, width 64, 8 blocks, 4 heads.
+
+    Weights are drawn with standard deviation ``d_in ** -0.5``, and the projections that write into the
+    residual stream are shrunk by the square root of their number: transformers' default of 0.02 suits width
+    768, and at width 64 it starts training with almost no signal.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        num_channels=1,
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        intermediate_size=3 * WIDTH,
+    )
+    model = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                std = (
+                    0.02
+                    if name.startswith("embeddings.") and "projection" not in name
+                    else parameter[0].numel() ** -0.5
+                )
+                if name.endswith(("o_proj.weight", "fc2.weight")):
+                    std *= (2 * BLOCKS) ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def load_backbone(folder: Path) -> ViTModel:
+    """The trained ViT of ``folder``, in float32 and evaluation mode."""
+    from transformers import ViTModel
+
+    model = ViTModel.from_pretrained(
+        folder, dtype=torch.float32, add_pooling_layer=False, local_files_only=True
+    )
+    return model.eval()
+
+
+def patch_features(model: nn.Module, pixels: Tensor, **inputs) -> Tensor:
+    """Final features of the patch tokens, ``[N, 36, 64]``; the class token is left out."""
+    return model(pixel_values=pixels, **inputs).last_hidden_state[:, 1:]
+
+
+def to_image(values: Tensor, channels: int) -> Tensor:
+    """Per-patch predictions ``[N, 36, channels * 16]`` laid out as an image ``[N, channels, 24, 24]``."""
+    return F.fold(values.transpose(1, 2), SIZE, PATCH, stride=PATCH)
+
+
+class Head(nn.Linear):
+    """One linear layer: on every patch token for a dense task, on their mean otherwise."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(WIDTH, task.channels * PATCH**2 if task.dense else task.channels)
+        self.task = task
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predictions, ``[N, C, 24, 24]`` or ``[N, C]``, from patch features ``[N, 36, 64]``."""
+        if self.task.dense:
+            return to_image(super().forward(features), self.task.channels)
+        return super().forward(features.mean(1))
+
+
+def load_head(folder: Path, task: Task) -> Head:
+    """The trained head ``folder/<task>.safetensors``, in float32."""
+    from safetensors.torch import load_file
+
+    head = Head(task)
+    head.load_state_dict(
+        {name: value.float() for name, value in load_file(folder / f"{task.name}.safetensors").items()}
+    )
+    return head.requires_grad_(False)

@@ -1,0 +1,211 @@
+"""Makes the demo's assets from nothing: pre-trains the ViT, then trains one PEFT adapter and one head per
+task.
+
+Everything is stored as float16 safetensors. The settings are those of a small study that preceded the demo:
+gently trained adapters (the head is first fitted on frozen features, then trained together with the adapter),
+because adapters trained hard together with a random head cannot be merged by any method at this size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsc_merge.demo.data import SCENES, Scene, SceneSet, make_scenes
+from nsc_merge.demo.model import PATCH, WIDTH, Head, load_backbone, new_backbone, patch_features, to_image
+from nsc_merge.demo.tasks import TASKS, Task, loss, measure
+from nsc_merge.progress import Progress
+
+RANK = 8
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+_PRETRAIN_SCENES = 16384
+_PRETRAIN_STEPS = 4500
+_PRETRAIN_BATCH = 64
+_PRETRAIN_LR = 1.5e-3
+_TRAIN_SCENES = 8192
+_PROBE_STEPS = 300
+_PROBE_SCENES = 4096
+_ADAPTER_STEPS = 300
+_ADAPTER_BATCH = 48
+_ADAPTER_LR = 1.5e-3
+_HELD_OUT = 512
+
+Log = Callable[[str], None]
+
+
+def retrain(assets: Path, *, seed: int = 0, log: Log = print, progress: bool | None = None) -> None:
+    """Write base, adapters and heads into ``assets``; parts that are already there are kept.
+
+    Args:
+        assets: folder to fill; ``base/``, ``adapters/<task>/`` and ``heads/<task>.safetensors`` appear in it.
+        seed: seeds the initialisation, the scenes and the order of batches.
+        log: receives one line per finished part.
+        progress: True draws a bar, False prints lines, None decides by whether stderr is a terminal.
+    """
+    assets.mkdir(parents=True, exist_ok=True)
+    if (assets / "base" / "model.safetensors").exists():
+        log(f"{assets / 'base'} is already there: kept (delete it to train it again)")
+    else:
+        pretrain(assets / "base", seed=seed, log=log, progress=progress)
+    sets: dict[str, SceneSet] = {}
+    for task in TASKS.values():
+        if (assets / "heads" / f"{task.name}.safetensors").exists():
+            log(f"{task.name} is already there: kept")
+            continue
+        if task.scene not in sets:
+            sets[task.scene] = make_scenes(
+                _TRAIN_SCENES, "train", task.scene, seed=_scene_seed(seed, task.scene)
+            )
+        train_adapter(assets, task, sets[task.scene], seed=seed, log=log, progress=progress)
+
+
+def pretrain(folder: Path, *, seed: int, log: Log, progress: bool | None) -> None:
+    """Pre-train on masked reconstruction and per-pixel digit segmentation; save the ViT in ``folder``."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    scenes = [
+        make_scenes(_PRETRAIN_SCENES, "train", scene, _scene_seed(seed, scene) + 900) for scene in SCENES
+    ]
+    pixels, clean, digits = (
+        torch.cat([getattr(part, field) for part in scenes]) for field in ("pixels", "clean", "digits")
+    )
+    held_out = [make_scenes(_HELD_OUT, "val", scene, _scene_seed(seed, scene) + 950) for scene in SCENES]
+    model = new_backbone(seed)
+    reconstruct, segment = nn.Linear(WIDTH, PATCH**2), nn.Linear(WIDTH, 11 * PATCH**2)
+    parameters = [*model.parameters(), *reconstruct.parameters(), *segment.parameters()]
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=_PRETRAIN_LR,
+        betas=(0.9, 0.95),
+    )
+
+    def losses(x: Tensor, target: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        masked = torch.rand(len(x), (x.shape[-1] // PATCH) ** 2) < 0.4
+        masked[: len(x) // 3] = False
+        features = patch_features(model, x, bool_masked_pos=masked)
+        rebuilt = to_image(reconstruct(features), 1)
+        return F.mse_loss(rebuilt, target), F.cross_entropy(to_image(segment(features), 11), label.long())
+
+    model.train()
+    with Progress("pre-training", _PRETRAIN_STEPS, progress) as bar:
+        for step in range(_PRETRAIN_STEPS):
+            _set_rate(optimiser, _PRETRAIN_LR, step, _PRETRAIN_STEPS, warmup=200)
+            rows = torch.randint(len(pixels), (_PRETRAIN_BATCH,))
+            rebuild, digit = losses(pixels[rows], clean[rows], digits[rows])
+            _update(optimiser, rebuild + 0.5 * digit, parameters)
+            bar.update(loss=f"{rebuild.item():.3f}+{digit.item():.3f}")
+    model.eval()
+    with torch.no_grad():
+        scores = [
+            [value.item() for value in losses(part.pixels, part.clean, part.digits)] for part in held_out
+        ]
+    summary = ", ".join(
+        f"{scene}: reconstruction {rebuild:.3f}, digits {digit:.3f}"
+        for scene, (rebuild, digit) in zip(SCENES, scores, strict=True)
+    )
+    model.embeddings.mask_token = None
+    model.half().save_pretrained(folder)
+    log(f"base pre-trained in {time.perf_counter() - started:.0f} s; held-out losses: {summary}")
+
+
+def train_adapter(
+    assets: Path, task: Task, scenes: SceneSet, *, seed: int, log: Log, progress: bool | None
+) -> None:
+    """Train the head on frozen features, then head and LoRA together; save both under ``assets``."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    started = time.perf_counter()
+    torch.manual_seed(1000 * seed + list(TASKS).index(task.name))
+    head = Head(task)
+    backbone = load_backbone(assets / "base")
+    _fit_head(backbone, head, scenes)
+    model = get_peft_model(
+        backbone,
+        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_MODULES, bias="none"),
+    )
+    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=_ADAPTER_LR, weight_decay=1e-6)
+    label = scenes.labels[task.name]
+    with Progress(f"{task.name} adapter", _ADAPTER_STEPS, progress) as bar:
+        for step in range(_ADAPTER_STEPS):
+            _set_rate(
+                optimiser, _ADAPTER_LR, step, _ADAPTER_STEPS, warmup=max(1, round(0.06 * _ADAPTER_STEPS))
+            )
+            rows = torch.randint(len(scenes), (_ADAPTER_BATCH,))
+            value = loss(task, head(patch_features(model, scenes.pixels[rows])), label[rows])
+            _update(optimiser, value, parameters)
+            bar.update(loss=f"{value.item():.4f}")
+
+    held_out = make_scenes(_HELD_OUT, "val", task.scene, _scene_seed(seed, task.scene) + 1)
+    model.eval()
+    with torch.no_grad():
+        truth = held_out.labels[task.name]
+        score = measure(task, head(patch_features(model, held_out.pixels)), truth)
+        with model.disable_adapter():
+            base_score = measure(task, head(patch_features(model, held_out.pixels)), truth)
+
+    folder = assets / "adapters" / task.name
+    model.half().save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    _tidy_config(folder / "adapter_config.json")
+    (assets / "heads").mkdir(exist_ok=True)
+    save_file(
+        {name: value.half().contiguous() for name, value in head.state_dict().items()},
+        assets / "heads" / f"{task.name}.safetensors",
+    )
+    log(
+        f"{task.name}: validation {task.metric} {score:.4g} (base with this head: {base_score:.4g}), "
+        f"{time.perf_counter() - started:.0f} s"
+    )
+
+
+def _fit_head(backbone: nn.Module, head: Head, scenes: SceneSet) -> None:
+    """Train ``head`` alone on the frozen features of the first scenes."""
+    with torch.no_grad():
+        features = torch.cat([patch_features(backbone, x) for x in scenes.pixels[:_PROBE_SCENES].split(512)])
+    label = scenes.labels[head.task.name]
+    optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for step in range(_PROBE_STEPS):
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / _PROBE_STEPS)
+        rows = torch.randint(len(features), (64 if head.task.dense else 256,))
+        value = loss(head.task, head(features[rows]), label[rows])
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+
+
+def _update(optimiser: torch.optim.Optimizer, value: Tensor, parameters: Iterable[Tensor]) -> None:
+    optimiser.zero_grad()
+    value.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimiser.step()
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int) -> None:
+    rate = peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def _scene_seed(seed: int, scene: Scene) -> int:
+    return 10_000 * seed + 10 + SCENES.index(scene)
+
+
+def _tidy_config(path: Path) -> None:
+    """Make the file the same wherever it is trained: no local path, no list in the order of a set."""
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = None
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,55 @@
+"""One progress display for every long loop: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """Counts steps on standard error.
+
+    On a terminal it draws a tqdm bar with rate and time left. Otherwise, or when ``show`` is False, it prints
+    about ten plain lines over the whole run, so that a log file stays readable.
+
+    Args:
+        label: what is being done.
+        total: number of steps.
+        show: True forces the bar, False forces lines, None decides by whether standard error is a terminal.
+    """
+
+    def __init__(self, label: str, total: int, show: bool | None = None) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._every = max(1, total // 10)
+        self._started = time.perf_counter()
+        self._bar: Any = None
+        if show if show is not None else sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def update(self, **values: object) -> None:
+        """Count one step and show ``values`` beside it."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix({name: str(value) for name, value in values.items()}, refresh=False)
+            self._bar.update()
+        elif self._done % self._every == 0 or self._done == self._total:
+            seconds = time.perf_counter() - self._started
+            shown = "".join(f"  {name} {value}" for name, value in values.items())
+            print(
+                f"{self._label}: {self._done}/{self._total}{shown}  ({seconds:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,115 @@
+"""Reading PEFT adapters: scaling rules, full coverage, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nsc_merge import load_adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def test_scaling_and_rank_follow_the_patterns(folders):
+    plain, mixed = (load_adapter(folders[name], name) for name in ("plain", "mixed"))
+    assert {(factor.rank, factor.scaling) for factor in plain.factors.values()} == {(4, 1.5)}
+    factors = mixed.factors
+    assert (factors["layers.0.attention.q_proj"].rank, factors["layers.1.attention.q_proj"].rank) == (3, 6)
+    assert factors["layers.0.attention.q_proj"].scaling == pytest.approx(5 / math.sqrt(3))
+    assert factors["layers.1.attention.q_proj"].scaling == pytest.approx(5 / math.sqrt(6))
+    assert factors["layers.2.attention.o_proj"].scaling == pytest.approx(2 / math.sqrt(3))
+
+
+def test_absent_modules_stay_absent(folders):
+    partial = load_adapter(folders["partial"], "partial")
+    assert {path.rsplit(".", 1)[-1] for path in partial.factors} == {"v_proj", "o_proj"}
+
+
+def test_memory_and_folder_give_the_same_adapter(folders):
+    folder = folders["mixed"]
+    source = {"config": json.loads((folder / CONFIG).read_text()), "weights": load_file(folder / WEIGHTS)}
+    from_memory, from_folder = load_adapter(source, "m"), load_adapter(folder, "m")
+    assert from_memory.factors.keys() == from_folder.factors.keys()
+    for path, factor in from_folder.factors.items():
+        assert torch.equal(factor.A, from_memory.factors[path].A)
+        assert factor.scaling == from_memory.factors[path].scaling
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.classifier.weight",
+        "base_model.model.layers.0.attention.q_proj.lora_B.bias",
+        "layers.0.attention.q_proj.lora_A.weight",
+    ],
+)
+def test_a_tensor_that_would_be_ignored_fails_the_load(folders, key):
+    weights = load_file(folders["plain"] / WEIGHTS)
+    save_file({**weights, key: torch.zeros(2)}, folders["plain"] / WEIGHTS)
+    with pytest.raises(ValueError, match="1 of 33 tensors would be ignored") as error:
+        load_adapter(folders["plain"], "plain")
+    assert key in str(error.value)
+
+
+def test_dora_is_refused_with_the_reason(write_adapter):
+    folder = write_adapter("dora", 1, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True is refused: DoRA rescales each row"):
+        load_adapter(folder, "dora")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
+        ({"bias": "all"}, "bias: expected 'none', found 'all'"),
+        ({"lora_bias": True}, "lora_bias=True is refused"),
+        ({"r": 5}, r"expected lora_A \[5, d_in\]"),
+        ({"r": 0}, "r of .*: expected a positive number, found 0"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern or alpha_pattern holds"),
+        ({"lora_alpha": None}, "lora_alpha of .*: expected a positive number, found None"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(folders, change, message):
+    edit_config(folders["plain"], **change)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(folders["plain"], "plain")
+
+
+def test_half_a_pair_and_non_finite_values_are_refused(folders):
+    path = folders["plain"] / WEIGHTS
+    weights = load_file(path)
+    key = "base_model.model.layers.0.attention.q_proj.lora_B.weight"
+    save_file({name: value for name, value in weights.items() if name != key}, path)
+    with pytest.raises(ValueError, match="q_proj has lora_A only"):
+        load_adapter(folders["plain"], "plain")
+    save_file({**weights, key: weights[key].fill_(float("nan"))}, path)
+    with pytest.raises(ValueError, match="not finite"):
+        load_adapter(folders["plain"], "plain")
+
+
+def test_missing_and_corrupt_files_are_named(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_adapter(tmp_path / "nowhere", "x")
+    (folders["plain"] / WEIGHTS).write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="not valid safetensors"):
+        load_adapter(folders["plain"], "plain")
+    (folders["mixed"] / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_adapter(folders["mixed"], "mixed")
+    (folders["partial"] / WEIGHTS).rename(folders["partial"] / "adapter_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_model\.safetensors is missing .*adapter_model\.bin"
+    ):
+        load_adapter(folders["partial"], "partial")
+    with pytest.raises(TypeError, match="expected a PEFT folder"):
+        load_adapter(3, "x")

@@ -1,0 +1,123 @@
+"""The attached model against a dense merge and against peft's own multi-adapter forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.func import functional_call
+
+from nsc_merge import attach, load_adapter
+
+
+def loaded(folders):
+    return {task: load_adapter(folder, task) for task, folder in folders.items()}
+
+
+def dense_weights(model, adapters, lams):
+    """The merged weights as differentiable functions of ``lams``: path -> [K]."""
+    weights = {}
+    for path, lam in lams.items():
+        weight = model.get_submodule(path).weight.detach()
+        for coefficient, adapter in zip(lam, adapters.values(), strict=True):
+            if path in adapter.factors:
+                weight = weight + coefficient * adapter.factors[path].delta().to(weight)
+        weights[f"{path}.weight"] = weight
+    return weights
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_forward_and_lambda_gradient_equal_the_dense_merge(
+    model, folders, images, random_lambdas, dtype, tolerance
+):
+    model, images = model.to(dtype), images.to(dtype)
+    adapters = loaded(folders)
+    weighting = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    with attach(model, adapters, 0.4) as merged:
+        random_lambdas(merged)
+        out = model(pixel_values=images).last_hidden_state
+        (out * weighting).sum().backward()
+        lams = {path: module.lam.detach().clone().requires_grad_() for path, module in merged.items()}
+        gradients = {path: module.lam.grad for path, module in merged.items()}
+    expected = functional_call(model, dense_weights(model, adapters, lams), (images,)).last_hidden_state
+    (expected * weighting).sum().backward()
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    largest = max(lam.grad.abs().max() for lam in lams.values())
+    for path, lam in lams.items():
+        torch.testing.assert_close(
+            gradients[path], lam.grad, rtol=20 * tolerance, atol=tolerance * float(largest)
+        )
+
+
+def test_forward_equals_peft_with_scaled_adapters(model, folders, images, random_lambdas):
+    adapters = loaded(folders)
+    tasks = list(folders)
+    oracle = PeftModel.from_pretrained(copy.deepcopy(model), folders[tasks[0]], adapter_name=tasks[0])
+    for task in tasks[1:]:
+        oracle.load_adapter(folders[task], adapter_name=task)
+    oracle.base_model.set_adapter(tasks)
+    oracle.eval()
+    with attach(model, adapters, 0.4) as merged:
+        random_lambdas(merged)
+        out = model(pixel_values=images).last_hidden_state
+        for path, module in merged.items():
+            layer = oracle.base_model.model.get_submodule(path)
+            for index, task in enumerate(tasks):
+                if task in layer.scaling:
+                    layer.scaling[task] *= module.lam[index].item()
+    with torch.no_grad():
+        expected = oracle(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_detach_restores_the_same_objects(model, folders, fails):
+    model.embeddings.requires_grad_(False)
+    objects = {name: id(module) for name, module in model.named_modules()}
+    tensors = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+    values = copy.deepcopy(model.state_dict())
+    try:
+        with attach(model, loaded(folders), 0.4) as merged:
+            path, module = next(iter(merged.items()))
+            assert model.get_submodule(path) is module
+            assert id(module.linear) == objects[path]
+            assert [name for name, value in model.named_parameters() if value.requires_grad] == [
+                f"{name}.lam" for name in merged
+            ]
+            if fails:
+                raise KeyError("inside")
+    except KeyError:
+        assert fails
+    assert {name: id(module) for name, module in model.named_modules()} == objects
+    assert {name: (id(value), value.requires_grad) for name, value in model.named_parameters()} == tensors
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name])
+
+
+def test_wrong_path_shape_or_type_is_refused_and_leaves_the_model_alone(model, write_adapter):
+    adapter = load_adapter(write_adapter("one", 1), "one")
+    objects = {name: id(module) for name, module in model.named_modules()}
+    path, factor = next(iter(adapter.factors.items()))
+
+    def renamed(to, value=factor):
+        return {"one": type(adapter)("one", {**adapter.factors, to: value})}
+
+    with (
+        pytest.raises(ValueError, match=r"adapters\['one'\].*'layers\.9\.attention\.q_proj'"),
+        attach(model, renamed("layers.9.attention.q_proj"), 0.4),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match=r"expected an nn\.Linear in the model, found ViTLayer"),
+        attach(model, renamed("layers.0"), 0.4),
+    ):
+        pass
+    wrong = type(factor)(factor.A[:, :-1], factor.B, factor.scaling)
+    with (
+        pytest.raises(ValueError, match=r"of shape \[32, 32\] to fit the model, found \[32, 31\]"),
+        attach(model, renamed(path, wrong), 0.4),
+    ):
+        pass
+    assert {name: id(module) for name, module in model.named_modules()} == objects
