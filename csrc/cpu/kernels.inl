@@ -67,6 +67,7 @@ struct Block {
   Acc* u;                // [padded_rows, stride]: the accumulators of shrink
   Operand* c;            // [padded_rows, stride]: the operand of expand, rounded to E
   Acc* norm;             // [padded_rows]
+  Acc* lam_columns;      // [stride]: lam of the row at hand, repeated over each adapter's columns
   Operand* panel;        // strips of w_out, each [R rounded up to even, kStripColumns]
   Operand* x_wide;       // [padded_rows, piece]
   Operand* w_wide;       // [kPanelRows, piece]
@@ -87,6 +88,7 @@ struct Block {
     take(u, padded_rows * stride);
     take(c, padded_rows * stride);
     take(norm, padded_rows);
+    take(lam_columns, stride);
     take(panel, panel_strips() * strip_size());
     take(x_wide, kWiden ? padded_rows * piece : 0);
     take(w_wide, kWiden ? kPanelRows * piece : 0);
@@ -160,25 +162,32 @@ struct Block {
     });
   }
 
-  const Acc* lam_row(int64_t i) const {
-    return static_cast<const Acc*>(p.lam) + (p.lam_per_row ? (first + i) * p.K : 0);
+  // Fills lam_columns for a row; where lam is shared it stays as it is for the first row.
+  void spread_lam(int64_t i) {
+    if (i > 0 && !p.lam_per_row) return;
+    const Acc* lam = static_cast<const Acc*>(p.lam) + (p.lam_per_row ? (first + i) * p.K : 0);
+    for (int64_t k = 0; k < p.K; ++k)
+      for (int64_t r = p.offsets[k]; r < p.offsets[k + 1]; ++r) lam_columns[r] = lam[k];
   }
 
   void mid_forward() {
     for (int64_t i = 0; i < rows; ++i) {
       Acc* ui = u + i * stride;
       const int64_t t = first + i;
-      const Acc* lam = lam_row(i);
+      spread_lam(i);
       if (p.sqnorm) static_cast<Acc*>(p.sqnorm)[t] = norm[i];
       if (p.u_out) {
         E* saved = static_cast<E*>(p.u_out) + t * p.R;
         for_vectors<Acc>(p.R, [&](int64_t r, int64_t m) { store_n(saved + r, load_n(ui + r, m), m); });
       }
-      for (int64_t k = 0; k < p.K; ++k) {
-        const int64_t a = p.offsets[k], n = p.offsets[k + 1] - a;
-        if (p.quad) static_cast<Acc*>(p.quad)[t * p.K + k] = dot<Acc>(ui + a, ui + a, n);
-        for (int64_t r = a; r < a + n; ++r) ui[r] *= lam[k];
-      }
+      if (p.quad)
+        for (int64_t k = 0; k < p.K; ++k) {
+          const int64_t a = p.offsets[k];
+          static_cast<Acc*>(p.quad)[t * p.K + k] = dot<Acc>(ui + a, ui + a, p.offsets[k + 1] - a);
+        }
+      for_vectors<Acc>(p.R, [&](int64_t r, int64_t m) {
+        store_n(ui + r, load_n(ui + r, m) * load_n(lam_columns + r, m), m);
+      });
       round_row(i);
     }
   }
@@ -187,31 +196,33 @@ struct Block {
     for (int64_t i = 0; i < rows; ++i) {
       Acc* vi = u + i * stride;
       const int64_t t = first + i;
-      const Acc* lam = lam_row(i);
       const E* ui = static_cast<const E*>(p.u) + t * p.R;
-      const Acc* dquad = p.dquad ? static_cast<const Acc*>(p.dquad) + t * p.K : nullptr;
-      Acc* dlam = nullptr;
-      bool add = false;
+      spread_lam(i);
       if (p.dlam) {
-        dlam = static_cast<Acc*>(p.dlam) + (p.lam_per_row ? t : t / kGranule) * p.K;
-        add = !p.lam_per_row && t % kGranule != 0;
-      }
-      for (int64_t k = 0; k < p.K; ++k) {
-        const int64_t a = p.offsets[k], n = p.offsets[k + 1] - a;
-        if (dlam) {
-          const Acc s = p.x ? dot<Acc>(ui + a, vi + a, n) : Acc(0);
+        Acc* dlam = static_cast<Acc*>(p.dlam) + (p.lam_per_row ? t : t / kGranule) * p.K;
+        const bool add = !p.lam_per_row && t % kGranule != 0;
+        for (int64_t k = 0; k < p.K; ++k) {
+          const int64_t a = p.offsets[k];
+          const Acc s = p.x ? dot<Acc>(ui + a, vi + a, p.offsets[k + 1] - a) : Acc(0);
           dlam[k] = add ? dlam[k] + s : s;
         }
-        if (!p.out) continue;
-        const Acc scale = p.x ? lam[k] : Acc(0), curve = dquad ? 2 * dquad[k] : Acc(0);
-        for_vectors<Acc>(n, [&](int64_t r, int64_t m) {
-          Vec<Acc> value = {};
-          if (p.x) value = load_n(vi + a + r, m) * scale;
-          if (dquad) value += load_n(ui + a + r, m) * curve;
-          store_n(vi + a + r, value, m);
-        });
       }
-      if (p.out) round_row(i);
+      if (!p.out) continue;
+      if (p.x)
+        for_vectors<Acc>(p.R, [&](int64_t r, int64_t m) {
+          store_n(vi + r, load_n(vi + r, m) * load_n(lam_columns + r, m), m);
+        });
+      else
+        std::memset(vi, 0, p.R * sizeof(Acc));
+      if (p.dquad)
+        for (int64_t k = 0; k < p.K; ++k) {
+          const int64_t a = p.offsets[k];
+          const Acc slope = 2 * static_cast<const Acc*>(p.dquad)[t * p.K + k];
+          for_vectors<Acc>(p.offsets[k + 1] - a, [&](int64_t r, int64_t m) {
+            store_n(vi + a + r, load_n(vi + a + r, m) + load_n(ui + a + r, m) * slope, m);
+          });
+        }
+      round_row(i);
     }
   }
 

@@ -119,6 +119,32 @@ inline void store(f16* p, Vec<float> v) {
 #endif
 
 // The first n < lanes elements, the rest zero; and the first n of a vector.
+#if defined(NSC_AVX512)
+inline Vec<float> load_part(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+inline Vec<double> load_part(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+inline void store_part(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+inline void store_part(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+template <class E>
+inline Vec<float> load_part(const E* p, int64_t n) {
+  alignas(32) E whole[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+  return load(whole);
+}
+template <class E>
+inline void store_part(E* p, Vec<float> v, int64_t n) {
+  alignas(32) E whole[16];
+  store(whole, v);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
+}
+#else
 template <class E>
 inline Vec<typename AccOf<E>::type> load_part(const E* p, int64_t n) {
   alignas(64) E whole[kLanes<typename AccOf<E>::type>] = {};
@@ -131,6 +157,7 @@ inline void store_part(E* p, Vec<typename AccOf<E>::type> v, int64_t n) {
   store(whole, v);
   std::memcpy(p, whole, n * sizeof(E));
 }
+#endif
 
 // f(first element, count): whole vectors with count == lanes, then what is left.
 template <class Acc, class F>
@@ -154,6 +181,18 @@ inline void store_n(E* p, Vec<typename AccOf<E>::type> v, int64_t n) {
 // Halves added to halves: the same tree as in the tiles below.
 template <class Acc>
 inline Acc sum_lanes(Vec<Acc> v) {
+#if defined(NSC_F16C) || defined(NSC_AVX512)
+  if constexpr (sizeof(Acc) == 4) {
+#if defined(NSC_AVX512)
+    const __m256 half = _mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1);
+#else
+    const __m256 half = (__m256)v;
+#endif
+    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    const __m128 pair = quarter + _mm_movehl_ps(quarter, quarter);
+    return pair[0] + pair[1];
+  }
+#endif
   alignas(64) Acc a[kLanes<Acc>];
   store(a, v);
   for (int n = kLanes<Acc> / 2; n > 0; n /= 2)
