@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,12 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from contenders import Data, Shape, concatenated, fused, peft_loop
-from timing import interleaved, keep_freed_memory
 
 import nsc_kernels as nk
+from contenders import Data, Shape, concatenated, fused, peft_loop
 from nsc_kernels import _native
 from nsc_kernels.backends import cpu as backend
+from timing import interleaved, keep_freed_memory
 
 REQUIRED = [Shape(T, 768, R, 4) for R in (64, 96, 320) for T in (32, 512, 4096)]
 LOOP = [Shape(T, 768, 96, 6) for T in (32, 512, 4096)]
@@ -40,8 +42,6 @@ WIDE = [
     if T * d * R < 2**33
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What the project set out to reach: speed relative to the eager concatenated form.
-TARGET = {"float32": 2.0, "bfloat16": 1.3}
 
 
 def contenders(shape: Shape, dtype: torch.dtype, compiled: bool) -> dict[str, dict[str, Callable[[], object]]]:
@@ -105,13 +105,16 @@ def overhead(seconds: float) -> dict[str, Any]:
     return {"op": "overhead", "seconds": times, "ratio": times["merged_lora"] / times["bare_function"]}
 
 
-def peak_gflops(seconds: float = 0.3) -> dict[str, float]:
-    """What the largest square product of PyTorch's own reaches here: the scale to read gflops against."""
-    peaks = {}
-    for name, dtype in DTYPES.items():
-        a = torch.randn(1024, 1024).to(dtype)
-        peaks[name] = 2e-9 * 1024**3 / interleaved({"mm": lambda a=a: a @ a}, seconds)["mm"]
-    return peaks
+def peak_gflops() -> dict[str, float] | None:
+    """What one core can do with nothing to load (fma_peak.cpp), or None without a compiler for this processor."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "fma_peak"
+        source = Path(__file__).parent / "fma_peak.cpp"
+        try:
+            subprocess.run(["c++", "-O2", "-march=native", source, "-o", program], check=True, capture_output=True)
+            return json.loads(subprocess.run([program], check=True, capture_output=True).stdout)
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
 def source_hash() -> str:
@@ -152,16 +155,42 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of the required shapes: speed against each contender, forward / backward."""
+    pairs: dict[tuple[str, Shape], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["op"] == "merged_lora_nsc":
+            shape = Shape(row["T"], row["d"], row["R"], row["K"])
+            pairs.setdefault((row["dtype"], shape), {})[row["direction"]] = row
+    lines = ["| dtype | T | d | R | K | GFLOP/s | against eager | compiled | PEFT's loop |", "|" + "---|" * 9]
+    for (dtype, s), both in pairs.items():
+        if s not in REQUIRED + LOOP:
+            continue
+
+        def ratios(name: str, both: dict[str, dict[str, Any]] = both) -> str:
+            found = [both[direction]["speedup"].get(name) for direction in ("forward", "backward")]
+            return "" if None in found else " / ".join(f"{ratio:.2f}×" for ratio in found)
+
+        rates = " / ".join(f"{both[direction]['gflops']:.0f}" for direction in ("forward", "backward"))
+        cells = [dtype, s.T, s.d, s.R, s.K, rates, ratios("eager"), ratios("compiled"), ratios("peft_loop")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for operator.jsonl")
     parser.add_argument("--seconds", type=float, default=0.3, help="per contender and shape (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--grid", choices=["required", "all"], default="all")
+    parser.add_argument("--table", type=Path, metavar="JSONL", help="only print earlier results as Markdown")
     arguments = parser.parse_args(argv)
+    if arguments.table:
+        print(markdown([json.loads(text) for text in arguments.table.read_text().splitlines()]))
+        return 0
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    rows = [environment(), overhead(arguments.seconds)]
+    rows = [environment(), overhead(3 * arguments.seconds)]
     print(json.dumps(rows[0]))
     print(f"overhead of a forward and backward: {rows[1]['ratio']:.2f}x a bare autograd.Function")
     shapes = REQUIRED + LOOP + ([s for s in WIDE if s not in REQUIRED] if arguments.grid == "all" else [])
