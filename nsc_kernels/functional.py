@@ -14,6 +14,8 @@ from .bank import AdapterBank
 from .ops import run_backward, run_forward, select_backend
 from .reference import accumulation_dtype
 
+# Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
+AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -60,7 +62,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats:
     _check_types(z, bank, lam, base)
     device_type = z.device.type
     if (
-        torch.amp.is_autocast_available(device_type)
+        device_type in AUTOCAST_DEVICES
         and torch.is_autocast_enabled(device_type)
         and z.dtype is not torch.float64
     ):

@@ -57,17 +57,21 @@ def _device(index: int) -> dict[str, Any]:
     }
 
 
-def _lines(value: Any, indent: str = "") -> list[str]:
-    if not isinstance(value, dict):
-        return [f"{indent}{value}"]
+def _text(value: Any) -> str:
+    if value is True:
+        return "yes"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
         else:
-            text = {True: "yes", None: "not installed"}.get(item, item) if not isinstance(item, list) else item
-            text = ", ".join(map(str, text)) or "none" if isinstance(text, list) else text
-            lines.append(f"{indent}{key:<18} {text}")
+            lines.append(f"{indent}{key:<18} {_text(value)}")
     return lines
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ VERIFIED = PACKAGE / "verified.json"
 SOURCES = ("kernels.py", "columns.py", "configs.py", "counters.py", "launch.py")
 
 
-@lru_cache(maxsize=None)
+@cache
 def triton_source() -> str:
     """sha256 of the sources that decide what the kernel computes, tables of configurations included."""
     files = [PACKAGE / name for name in SOURCES] + sorted((PACKAGE / "tables").glob("*.json"))
@@ -30,7 +30,7 @@ def triton_source() -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def entries() -> tuple[dict[str, Any], ...]:
     """All entries: ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``."""
     return tuple(json.loads(VERIFIED.read_text())) if VERIFIED.is_file() else ()

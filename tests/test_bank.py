@@ -165,7 +165,7 @@ GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
         ([GOOD_A, GOOD_A.int()], [GOOD_B] * 2, {}, TypeError, r"A\[1\] must be one of float64"),
         ([GOOD_A, [1.0]], [GOOD_B] * 2, {}, TypeError, r"A\[1\] must be a tensor, found list"),
         ([GOOD_A, GOOD_A.double()], [GOOD_B] * 2, {}, TypeError, r"A\[1\] is torch.float64 but A\[0\]"),
-        ([GOOD_A, GOOD_A.to("meta")], [GOOD_B] * 2, {}, (ValueError, NotImplementedError), ""),
+        ([GOOD_A, GOOD_A.to("meta")], [GOOD_B] * 2, {}, ValueError, r"A\[1\] is on meta but A\[0\] is on cpu"),
         ([GOOD_A, GOOD_A * float("nan")], [GOOD_B] * 2, {}, ValueError, r"A\[1\] holds 12 NaN"),
         ([GOOD_A] * 2, [GOOD_B, GOOD_B / 0], {}, ValueError, r"B\[1\] holds 8 NaN or infinite"),
         ([GOOD_A], [GOOD_B], {"scaling": [1.0, 2.0]}, ValueError, r"per adapter \(1\), found 2"),
