@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import reference
 from .backends.registry import AUTO, Backend, chosen
 from .bank import AdapterBank
 from .ops import run_backward, run_forward, select_backend
-from .reference import accumulation_dtype
 
 # Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
 AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
@@ -40,7 +40,7 @@ def merged_lora(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None =
         TypeError, ValueError: naming the argument, what was found and what was expected, before any work.
         RuntimeError: if an explicitly chosen backend cannot serve the call.
     """
-    return _call(z, bank, lam, base, False)
+    return _call(z, bank, lam, base, None, False)
 
 
 def merged_lora_nsc(
@@ -55,33 +55,58 @@ def merged_lora_nsc(
 
     All three are differentiable; :func:`null_space_ratio` turns the last two into Eq. 6 of arXiv 2603.26317.
     """
-    return _call(z, bank, lam, base, True)
+    return _call(z, bank, lam, base, None, True)
 
 
-def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
-    _check_types(z, bank, lam, base)
-    device_type = z.device.type
-    if (
-        device_type in AUTOCAST_DEVICES
-        and torch.is_autocast_enabled(device_type)
-        and z.dtype is not torch.float64
+def merged_linear(z: Tensor, linear: nn.Linear, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
+    """The above with ``base = linear(z)`` for a frozen ``linear``.
+
+    In eager mode the layer and its adapters are one node of the graph: the gradient that reaches z through the layer
+    is where the kernel starts its sum, and not a tensor to be added afterwards.
+    """
+    return _call(z, bank, lam, None, linear, stats)
+
+
+def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool) -> Any:
+    if not (
+        isinstance(z, Tensor)
+        and isinstance(lam, Tensor)
+        and isinstance(bank, AdapterBank)
+        and (base is None or isinstance(base, Tensor))
     ):
-        dtype = torch.get_autocast_dtype(device_type)
+        _refuse_types(z, bank, lam, base)
+    device, dtype = z.device, z.dtype
+    kind = device.type
+    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         bank = _autocast_bank(bank, dtype)
+        base = base if linear is None else linear(z)
         base = base if base is None else base.to(dtype)
-        with torch.autocast(device_type, enabled=False):
-            return _call(z.to(dtype), bank, lam, base, stats)
-    acc = _check(z, bank, lam, base)
-    if lam.dtype is not acc:
+        with torch.autocast(kind, enabled=False):
+            return _call(z.to(dtype), bank, lam, base, None, stats)
+    A, Bt, offsets = bank.packed
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    lead, K = z.shape[:-1], len(offsets) - 1
+    # The whole contract in one expression for the calls that keep it; which part was broken is found out afterwards.
+    if not (
+        dtype is A.dtype
+        and lam.dtype is acc
+        and device == A.device == lam.device
+        and z.dim() > 0
+        and z.size(-1) == A.size(1)
+        and (lam.shape == (K,) or lam.shape == (*lead, K))
+        and (base is None or (base.dtype is dtype and base.device == device and base.shape == (*lead, Bt.size(1))))
+    ):
+        _refuse(z, bank, lam, base, acc)
         lam = lam.to(acc)
     if z.dim() == 2:
-        return _route(z, bank, lam, base, stats)
-    lead = z.shape[:-1]
+        return _route(z, bank, lam, base, linear, stats)
     flat = _route(
         z.reshape(-1, z.shape[-1]),
         bank,
         lam if lam.dim() == 1 else lam.reshape(-1, lam.shape[-1]),
         base if base is None else base.reshape(-1, base.shape[-1]),
+        linear,
         stats,
     )
     if not stats:
@@ -89,33 +114,54 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats:
     return tuple(t.view(lead + t.shape[1:]) for t in flat)
 
 
-def _route(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, stats: bool) -> Any:
+def _route(
+    z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool
+) -> Any:
     """``z [T, d_in]`` by the cheapest route that is right in this context."""
     A, Bt, offsets = bank.packed
+    compiling = torch.compiler.is_compiling()
+    transformed = _functorch_active() or forward_ad._current_level >= 0
     grad = torch.is_grad_enabled() and (
         z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
     )
-    if _functorch_active() or forward_ad._current_level >= 0:
+    if linear is not None and (compiling or transformed or not grad or not _is_plain(linear)):
+        base, linear = linear(z), None
+        grad = grad or (torch.is_grad_enabled() and base.requires_grad)
+    if transformed:
         if chosen() not in (AUTO, "reference"):
             raise RuntimeError(
                 f"backend {chosen()!r} was asked for, but torch.func transforms and forward-mode differentiation "
                 f"are served by 'reference' only"
             )
         y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
-    elif torch.compiler.is_compiling():
+    elif compiling:
         y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)
     else:
         backend = select_backend(z, A, Bt, offsets)
         if grad:
-            return MergedLoRAFunction.apply(z, lam, base, A, Bt, offsets, stats, backend)
+            weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
+            return MergedLoRAFunction.apply(z, lam, base, weight, bias, A, Bt, offsets, stats, backend)
         y, quad, sqnorm, _ = run_forward(backend, z, A, Bt, offsets, lam, base, stats, False)
     return (y, quad, sqnorm) if stats else y
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, hook or wrapper."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+        and not linear._backward_pre_hooks
+        and not linear.weight.requires_grad
+        and (linear.bias is None or not linear.bias.requires_grad)
+    )
 
 
 class MergedLoRAFunction(torch.autograd.Function):
     """The eager route: one forward kernel, one backward kernel, on the backend chosen in the forward.
 
-    Saves u (bank dtype, ``[T, R]``) if it is needed, and z only where ``sqnorm`` may have a gradient.
+    ``base`` is given, or made here by a frozen linear layer (``weight``, ``bias``). Saves u (bank dtype, ``[T, R]``)
+    if it is needed, and z only where ``sqnorm`` may have a gradient.
     """
 
     @staticmethod
@@ -124,17 +170,21 @@ class MergedLoRAFunction(torch.autograd.Function):
         z: Tensor,
         lam: Tensor,
         base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         A: Tensor,
         Bt: Tensor,
         offsets: tuple[int, ...],
         stats: bool,
         backend: Backend,
     ) -> Any:
-        need_dz, need_dlam, _ = ctx.needs_input_grad[:3]
+        need_dz, need_dlam = ctx.needs_input_grad[:2]
         save_u = need_dlam or need_dz
+        if weight is not None:
+            base = nn.functional.linear(z, weight, bias)
         y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u)
         if save_u:
-            ctx.save_for_backward(u, lam, A, Bt, z if stats and need_dz else None)
+            ctx.save_for_backward(u, lam, A, Bt, weight if need_dz else None, z if stats and need_dz else None)
         ctx.offsets, ctx.backend = offsets, backend
         ctx.set_materialize_grads(False)
         return (y, quad, sqnorm) if stats else y
@@ -144,11 +194,12 @@ class MergedLoRAFunction(torch.autograd.Function):
         need_dz, need_dlam, need_dbase = ctx.needs_input_grad[:3]
         dz = dlam = None
         if need_dz or need_dlam:
-            u, lam, A, Bt, z = ctx.saved_tensors
+            u, lam, A, Bt, weight, z = ctx.saved_tensors
+            dz_base = None if weight is None or dy is None else dy @ weight
             create_graph = torch.is_grad_enabled()
-            with torch.no_grad():
+            with torch.no_grad() if create_graph else nullcontext():
                 dz, dlam = run_backward(
-                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, None, need_dz, need_dlam
+                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam
                 )
             if create_graph:
                 dz, dlam = OnceDifferentiable.apply(
@@ -158,11 +209,7 @@ class MergedLoRAFunction(torch.autograd.Function):
             dz if need_dz else None,
             dlam if need_dlam else None,
             dy if need_dbase else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 7,
         )
 
 
@@ -191,37 +238,34 @@ def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:
     return AdapterBank(bank.A.to(dtype), bank.Bt.to(dtype), bank.offsets)
 
 
-def _check_types(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> None:
+def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
+    """Raise for the argument that is not of its type."""
     if not isinstance(bank, AdapterBank):
         raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
     for name, t in (("z", z), ("lam", lam), ("base", base)):
-        if not isinstance(t, Tensor) and not (t is None and name == "base"):
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
 
 
-def _check(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None) -> torch.dtype:
-    """Refuse what the kernels would misread; returns the dtype that ``lam`` is computed in."""
-    A, Bt, offsets = bank.packed
-    K, device = len(offsets) - 1, z.device
-    if z.dtype is not A.dtype:
-        raise TypeError(f"z is {z.dtype}, but the bank is {A.dtype}; convert one of them (bank.to(dtype=...))")
-    if device != A.device:
-        raise ValueError(f"z is on {device}, but the bank is on {A.device}; move one of them (bank.to(device))")
-    if lam.device != device:
-        raise ValueError(f"lam is on {lam.device}, but z is on {device}")
-    if z.dim() == 0 or z.shape[-1] != A.shape[1]:
-        raise ValueError(f"z must have shape [..., d_in={A.shape[1]}], found {tuple(z.shape)}")
-    acc = accumulation_dtype(z.dtype)
-    if not lam.dtype.is_floating_point or (lam.dtype is torch.float64 and acc is torch.float32):
+def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc: torch.dtype) -> None:
+    """Raise for what the kernels would misread; return where ``lam`` is only narrower than they want it."""
+    if z.dtype is not bank.dtype:
+        raise TypeError(f"z is {z.dtype}, but the bank is {bank.dtype}; convert one of them (bank.to(dtype=...))")
+    if z.device != bank.device:
+        raise ValueError(f"z is on {z.device}, but the bank is on {bank.device}; move one of them (bank.to(device))")
+    if lam.device != z.device:
+        raise ValueError(f"lam is on {lam.device}, but z is on {z.device}")
+    if z.dim() == 0 or z.shape[-1] != bank.d_in:
+        raise ValueError(f"z must have shape [..., d_in={bank.d_in}], found {tuple(z.shape)}")
+    if not lam.dtype.is_floating_point or lam.dtype.itemsize > acc.itemsize:
         raise TypeError(f"lam must be {acc} or narrower for z of {z.dtype}, found {lam.dtype}")
-    lead = z.shape[:-1]
+    lead, K = z.shape[:-1], bank.K
     if lam.shape != (K,) and lam.shape != (*lead, K):
         raise ValueError(f"lam must have shape ({K},) or {(*lead, K)}, found {tuple(lam.shape)}")
     if base is not None:
         if base.dtype is not z.dtype:
             raise TypeError(f"base is {base.dtype}, but z is {z.dtype}")
-        if base.device != device:
-            raise ValueError(f"base is on {base.device}, but z is on {device}")
-        if base.shape != (*lead, Bt.shape[1]):
-            raise ValueError(f"base must have shape {(*lead, Bt.shape[1])}, found {tuple(base.shape)}")
-    return acc
+        if base.device != z.device:
+            raise ValueError(f"base is on {base.device}, but z is on {z.device}")
+        if base.shape != (*lead, bank.d_out):
+            raise ValueError(f"base must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")

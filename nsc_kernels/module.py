@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import AdapterBank
-from .functional import merged_lora, merged_lora_nsc
+from .functional import merged_linear
 
 
 class MergedLoRALinear(nn.Module):
@@ -49,11 +49,11 @@ class MergedLoRALinear(nn.Module):
             self.register_buffer("lam", lam)
 
     def forward(self, z: Tensor) -> Tensor:
-        return merged_lora(z, self.bank, self.lam, self.linear(z))
+        return merged_linear(z, self.linear, self.bank, self.lam, stats=False)
 
     def nsc(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(y [..., d_out], quad [..., K], sqnorm [...])``; see :func:`nsc_kernels.merged_lora_nsc`."""
-        return merged_lora_nsc(z, self.bank, self.lam, self.linear(z))
+        return merged_linear(z, self.linear, self.bank, self.lam, stats=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         wide = self.lam.detach()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from nsc_kernels.reference import accumulation_dtype
+from nsc_kernels.reference import accumulation_dtype, gather, spread
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 OUTPUTS = ("y", "quad", "sqnorm", "dz", "dlam", "dbase")
@@ -144,13 +144,32 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
     )
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    scale = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
+def magnitudes(inputs: Inputs) -> dict[str, Tensor]:
+    """Sums of absolute values in place of sums: what rounding errors are in proportion to, cancellation or not."""
+    A, Bt, offsets = inputs.bank.A.double(), inputs.bank.Bt.double(), inputs.bank.offsets
+    z, dy = inputs.z.double(), inputs.dy.double()
+    u, v = (z @ A.t()).abs(), (dy @ Bt.t()).abs()
+    lam = spread(inputs.lam.double().abs(), offsets)
+    dlam = gather(u * v, offsets)
+    y = (lam * u) @ Bt.abs()
+    return {
+        "y": y if inputs.base is None else y + inputs.base.double().abs(),
+        "quad": gather(u * u, offsets),
+        "sqnorm": z.square().sum(-1),
+        "dz": (lam * v + 2 * spread(inputs.dquad.double().abs(), offsets) * u) @ A.abs()
+        + 2 * inputs.dsqnorm.double().abs()[:, None] * z.abs(),
+        "dlam": dlam if inputs.lam.dim() == 2 else dlam.sum(0),
+        "dbase": dy,
+    }
+
+
+def relative_error(found: Tensor, expected: Tensor, magnitude: Tensor | None = None) -> float:
+    scale = (expected if magnitude is None else magnitude).norm().clamp_min(torch.finfo(torch.float64).tiny)
     return float((found.double() - expected).norm() / scale)
 
 
 def check_against_oracle(backend: str, inputs: Inputs) -> None:
-    """Errors at most twice those of eager PyTorch with the same rounding points.
+    """Errors at most twice those of eager PyTorch with the same rounding points, in proportion to the magnitudes.
 
     A sum of a few numbers can come out of eager PyTorch exactly, so four units of the accumulation dtype are allowed
     besides. In float64 the oracle is eager PyTorch, with rounding errors of its own: there the bound is 32 units.
@@ -158,10 +177,12 @@ def check_against_oracle(backend: str, inputs: Inputs) -> None:
     expected, eager, found = oracle(inputs), run("reference", inputs), run(backend, inputs)
     units = 32 if inputs.lam.dtype is torch.float64 else 4
     floor = units * torch.finfo(inputs.lam.dtype).eps
+    scales = magnitudes(inputs)
     for name, want in expected.items():
         got = found[name]
         assert got.shape == want.shape, name
         assert got.dtype is eager[name].dtype, name
         assert bool(torch.isfinite(got).all()), f"{name} holds NaN or infinity"
-        error, allowed = relative_error(got, want), 2 * relative_error(eager[name], want) + floor
+        error = relative_error(got, want, scales[name])
+        allowed = 2 * relative_error(eager[name], want, scales[name]) + floor
         assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"

@@ -27,6 +27,48 @@ def test_is_the_linear_plus_the_merged_update() -> None:
     assert (quad.shape, sqnorm.shape) == ((2, 5, 2), (2, 5))
 
 
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_are_those_of_the_composition(stats: bool, bias: bool, hooked: bool) -> None:
+    """One node of the graph, or the linear called as a module where something hangs on it: the same numbers."""
+    bank = oc.make_bank(oc.Case("module"), torch.float64)
+    lam = nn.Parameter(torch.tensor([0.3, 0.6], dtype=torch.float64))
+    layer = nk.MergedLoRALinear(nn.Linear(48, 40, bias=bias).double(), bank, lam)
+    calls: list[int] = []
+    if hooked:
+        layer.linear.register_forward_hook(lambda *a: calls.append(1))
+    z = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
+
+    def gradients(out: object) -> tuple[torch.Tensor, ...]:
+        y, quad, sqnorm = out if isinstance(out, tuple) else (out, torch.zeros(()), torch.zeros(()))
+        return torch.autograd.grad(y.square().sum() + quad.sum() + sqnorm.square().sum(), (z, lam))
+
+    found = gradients(layer.nsc(z) if stats else layer(z))
+    assert len(calls) == int(hooked)
+    base = nn.functional.linear(z, layer.linear.weight, layer.linear.bias)
+    function = nk.merged_lora_nsc if stats else nk.merged_lora
+    for a, b in zip(found, gradients(function(z, bank, lam, base)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10)
+    assert torch.autograd.gradcheck(lambda z: layer.nsc(z)[1:] if stats else layer(z), (z,))
+
+
+def test_the_layer_and_its_adapters_are_one_node() -> None:
+    layer = make(nn.Parameter(torch.tensor([0.3, 0.6])))
+    y = layer(torch.randn(3, 48, requires_grad=True))
+    assert type(y.grad_fn).__name__ == "MergedLoRAFunctionBackward"
+    sources = [type(node).__name__ for node, _ in y.grad_fn.next_functions if node is not None]
+    assert sources == ["AccumulateGrad", "AccumulateGrad"]
+
+
+def test_a_linear_that_is_still_trained_keeps_its_gradient() -> None:
+    layer = make()
+    layer.linear.requires_grad_(True)
+    layer(torch.randn(3, 48)).sum().backward()
+    assert layer.linear.weight.grad is not None
+    assert layer.linear.bias.grad is not None
+
+
 def test_shares_and_freezes_the_linear() -> None:
     linear = nn.Linear(48, 40)
     layer = nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("module"), torch.float32), [0.3, 0.6])
