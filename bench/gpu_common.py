@@ -1,0 +1,123 @@
+"""What the GPU scripts share: rows in JSONL as they are measured, the device, and time."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton")]
+
+from nsc_kernels.ledger import triton_source  # noqa: E402
+
+
+class Rows:
+    """Writes each row at once, so that a script that is stopped leaves what it has."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+        self.count = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({**row, "source": triton_source()}) + "\n")
+        self._file.flush()
+        self.count += 1
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none if it is not there. A line that was cut off is left out."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="small sizes on the CPU, to try the script: no row is a measurement"
+    )
+    return parser
+
+
+def device(dry_run: bool) -> torch.device:
+    """The GPU, or the CPU for a dry run, for which Triton must interpret."""
+    if not dry_run:
+        return torch.device("cuda", torch.cuda.current_device())
+    import interpreter_bf16
+
+    interpreter_bf16.apply()
+    return torch.device("cpu")
+
+
+def test_problems() -> Any:
+    """``tests/triton/problems.py``: the checks here draw the same problems and hold to the same criterion."""
+    return importlib.import_module("problems")
+
+
+def synchronize(on: torch.device) -> None:
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+
+
+def slug() -> str:
+    """The GPU's name as a folder name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    ordered = sorted(samples)
+    return {
+        "p20": ordered[len(ordered) // 5],
+        "p50": statistics.median(ordered),
+        "p80": ordered[len(ordered) - 1 - len(ordered) // 5],
+        "samples": len(ordered),
+    }
+
+
+def microseconds(run: Callable[[], None], on: torch.device) -> float:
+    """Device time of ``run`` between two events; host time on the CPU."""
+    if on.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1e6 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * begin.elapsed_time(end)
+
+
+def captured(calls: Sequence[Callable[[], Any]], on: torch.device) -> Callable[[], None]:
+    """One CUDA graph of the calls in turn, warmed up on a side stream first; a plain loop on the CPU."""
+    if on.type != "cuda":
+
+        def plain() -> None:
+            for call in calls:
+                call()
+
+        return plain
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay

@@ -1,0 +1,69 @@
+"""The Triton kernels: one launch forward, one launch backward.
+
+    kernels.py    the kernel: shrink -> mid -> expand, tile schedule and sliced schedule
+    columns.py    the rank axis: chunks, groups, owners
+    configs.py    tiles and schedule for a problem: a formula, and tables per GPU
+    counters.py   counters that need no clearing
+    launch.py     outputs, workspace and the one launch
+
+Nothing here imports Triton until a kernel is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..bank import AdapterBank
+
+__all__ = ["warm_up"]
+
+
+def warm_up(
+    bank: AdapterBank,
+    tokens: Iterable[int],
+    *,
+    stats: bool = True,
+    base: bool = True,
+    per_row: bool = False,
+    training: bool = True,
+) -> int:
+    """Compile what calls with these numbers of tokens need, by launching each variant on one token.
+
+    Call it before capturing a CUDA graph, which can neither compile nor allocate counters, and before timing. A bank
+    of the same shape, ranks and dtype as one already warm costs nothing.
+
+    Args:
+        bank: on the device it will be used on.
+        tokens: the numbers of tokens to come; those that share a power of two share a variant.
+        stats, base, per_row: whether calls will ask for statistics, pass ``base``, and pass ``lam`` per row.
+        training: whether there will be a backward.
+
+    Returns:
+        How many variants were launched.
+    """
+    from .configs import Config, Problem, choose, machine, mode_of
+    from .launch import backward, forward
+
+    A, Bt, offsets = bank.A, bank.Bt, bank.offsets
+    z, y = A.new_zeros(1, bank.d_in), A.new_zeros(1, bank.d_out)
+    lam = z.new_zeros((1, bank.K) if per_row else (bank.K,), dtype=torch.float32)
+    u, quad, sqnorm = A.new_zeros(1, bank.R), lam.new_zeros(1, bank.K), lam.new_zeros(1)
+    mode = mode_of(A.dtype, bank.R)
+
+    def variants(d_in: int, d_out: int, backward: bool) -> set[Config]:
+        problems = (Problem(T, d_in, d_out, bank.R, mode, backward) for T in tokens)
+        return {config for config in (choose(machine(A.device), p) for p in problems) if config is not None}
+
+    tokens = list(tokens)
+    forwards = variants(bank.d_in, bank.d_out, False)
+    for config in forwards:
+        forward(z, A, Bt, offsets, lam, y if base else None, stats, training, config)
+    backwards = variants(bank.d_out, bank.d_in, True) if training else set()
+    for config in backwards:
+        dquad, dsqnorm, saved_z = (quad, sqnorm, z) if stats else (None, None, None)
+        backward(y, dquad, dsqnorm, u, saved_z, A, Bt, offsets, lam, None, True, True, config)
+    return len(forwards) + len(backwards)

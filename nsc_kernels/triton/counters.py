@@ -1,0 +1,67 @@
+"""Counters that a launch finds at zero and leaves at zero, without a launch that clears them.
+
+Two launches that may run at the same time must not share counters:
+
+* eager launches on one stream run one after another: one slice per (device, stream), used again and again;
+* a launch recorded in a CUDA graph is replayed on any stream, next to anything: it has a slice of its own for ever.
+
+Slices are cut from arenas that are zeroed when they are allocated, outside of any capture, and never freed, because
+graphs hold their addresses. Eager calls add an arena when the current one runs low, so that a capture finds room; one
+that does not clears its counters with a recorded memset instead, right and one node slower.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+ARENA = 1 << 18  # 1 MiB: about 2,700 recorded launches at T = 2,048 (96 counters)
+LOW = ARENA // 2
+ALIGN = 32  # one 128-byte line, so that launches do not share one
+
+
+class CounterPool:
+    """The counters of one device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._arenas: list[Tensor] = []
+        self._used = 0
+        self._of_stream: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor:
+        """``count`` or more int32 zeros for one launch on the device's current stream."""
+        stream, capturing = 0, False
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            capturing = torch.cuda.is_current_stream_capturing()
+        with self._lock:
+            if capturing:
+                if self._left() < count:
+                    return torch.zeros(count, dtype=torch.int32, device=self.device)
+                return self._cut(count)
+            kept = self._of_stream.get(stream)
+            if kept is None or kept.numel() < count:
+                self._reserve(max(count, ALIGN))
+                kept = self._of_stream[stream] = self._cut(1 << (max(count, ALIGN) - 1).bit_length())
+            self._reserve(LOW)
+            return kept
+
+    def _left(self) -> int:
+        return self._arenas[-1].numel() - self._used if self._arenas else 0
+
+    def _reserve(self, count: int) -> None:
+        """Have room for ``count`` in the current arena."""
+        if self._left() < count:
+            self._arenas.append(torch.zeros(max(ARENA, 2 * count), dtype=torch.int32, device=self.device))
+            self._used = 0
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+
+    def _cut(self, count: int) -> Tensor:
+        start = self._used
+        self._used += -(-count // ALIGN) * ALIGN
+        return self._arenas[-1][start : start + count]

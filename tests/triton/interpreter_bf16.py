@@ -1,0 +1,83 @@
+"""Correct bfloat16 arithmetic for Triton's interpreter, which keeps it as uint16 and computes on the bits.
+
+Without this ``tl.dot`` multiplies integers, float32 is truncated and not rounded, and no error is raised. Seen on
+Triton 3.6 and 3.9. Also lets a run-time scalar be a loop bound on Triton 3.6 with NumPy 2.4 or newer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits to float32."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits, to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def _is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _float32(handle: Any) -> Any:
+    return interpreter.TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def apply() -> None:
+    """Patch the interpreter once; other types keep their own code."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "corrected_bfloat16", False):
+        return
+    create_dot, cast_impl = builder.create_dot, builder.cast_impl
+    binary_op, unary_op = builder.binary_op, builder.unary_op
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, _float32(a), _float32(b), *rest)
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(source.data), tl.bfloat16)
+        if _is_bf16(source) and target.scalar == tl.float32:
+            return _float32(source)
+        return cast_impl(self, source, target)
+
+    def binary(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if not _is_bf16(left) or op in BITWISE:
+            return binary_op(self, left, right, op)
+        result = op(widen(left.data), widen(right.data))
+        if result.dtype == np.bool_:
+            return interpreter.TensorHandle(result, tl.int1)
+        return interpreter.TensorHandle(narrow(result), tl.bfloat16)
+
+    def unary(self: Any, value: Any, op: Any) -> Any:
+        if not _is_bf16(value):
+            return unary_op(self, value, op)
+        return interpreter.TensorHandle(narrow(op(widen(value.data))), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = dot, cast
+    builder.binary_op, builder.unary_op = binary, unary
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))
+    if not hasattr(builder, "get_bf16"):
+        builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patch_tensor_with_index
+    builder.corrected_bfloat16 = True
