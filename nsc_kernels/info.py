@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _native, ledger
 from ._version import __version__
 from .backends import available_backends
 from .backends.registry import chosen
@@ -35,6 +35,10 @@ def collect() -> dict[str, Any]:
         "cuda": {
             "torch_built_for": torch.version.cuda,
             "devices": [_device(i) for i in range(torch.cuda.device_count())],
+        },
+        "triton_kernel": {
+            "source": ledger.triton_source()[:16],
+            "shown_correct_on": sorted({e["arch"] for e in ledger.entries() if e["source"] == ledger.triton_source()}),
         },
         "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
     }
