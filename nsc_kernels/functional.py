@@ -16,6 +16,8 @@ from .ops import run_backward, run_forward, select_backend
 
 # Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
 AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
+# Asked first in every call: the question about one device type takes three times as long.
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -75,18 +77,17 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         and (base is None or isinstance(base, Tensor))
     ):
         _refuse_types(z, bank, lam, base)
-    device, dtype = z.device, z.dtype
-    kind = device.type
-    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        bank = _autocast_bank(bank, dtype)
+    if _any_autocast() and _autocast_applies(z):
+        kind = z.device.type
+        narrow = torch.get_autocast_dtype(kind)
         base = base if linear is None else linear(z)
-        base = base if base is None else base.to(dtype)
+        base = base if base is None else base.to(narrow)
         with torch.autocast(kind, enabled=False):
-            return _call(z.to(dtype), bank, lam, base, None, stats)
+            return _call(z.to(narrow), _autocast_bank(bank, narrow), lam, base, None, stats)
+    device, dtype = z.device, z.dtype
     A, Bt, offsets = bank.packed
     acc = torch.float64 if dtype is torch.float64 else torch.float32
-    lead, K = z.shape[:-1], len(offsets) - 1
+    K = len(offsets) - 1
     # The whole contract in one expression for the calls that keep it; which part was broken is found out afterwards.
     if not (
         dtype is A.dtype
@@ -94,31 +95,43 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         and device == A.device == lam.device
         and z.dim() > 0
         and z.size(-1) == A.size(1)
-        and (lam.shape == (K,) or lam.shape == (*lead, K))
-        and (base is None or (base.dtype is dtype and base.device == device and base.shape == (*lead, Bt.size(1))))
+        and ((lam.dim() == 1 and lam.size(0) == K) or lam.shape == (*z.shape[:-1], K))
+        and (
+            base is None
+            or (base.dtype is dtype and base.device == device and base.shape == (*z.shape[:-1], Bt.size(1)))
+        )
     ):
         _refuse(z, bank, lam, base, acc)
         lam = lam.to(acc)
     if z.dim() == 2:
-        return _route(z, bank, lam, base, linear, stats)
+        return _route(z, A, Bt, offsets, lam, base, linear, stats)
     flat = _route(
         z.reshape(-1, z.shape[-1]),
-        bank,
+        A,
+        Bt,
+        offsets,
         lam if lam.dim() == 1 else lam.reshape(-1, lam.shape[-1]),
         base if base is None else base.reshape(-1, base.shape[-1]),
         linear,
         stats,
     )
+    lead = z.shape[:-1]
     if not stats:
         return flat.view(lead + flat.shape[1:])
     return tuple(t.view(lead + t.shape[1:]) for t in flat)
 
 
 def _route(
-    z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: tuple[int, ...],
+    lam: Tensor,
+    base: Tensor | None,
+    linear: nn.Linear | None,
+    stats: bool,
 ) -> Any:
     """``z [T, d_in]`` by the cheapest route that is right in this context."""
-    A, Bt, offsets = bank.packed
     compiling = torch.compiler.is_compiling()
     transformed = _functorch_active() or forward_ad._current_level >= 0
     grad = torch.is_grad_enabled() and (
@@ -230,6 +243,11 @@ class OnceDifferentiable(torch.autograd.Function):
             "merged_lora is differentiable once: its gradient was to be differentiated again. For second derivatives "
             "use torch.func transforms (torch.func.hessian, jvp of grad), which the reference backend serves"
         )
+
+
+def _autocast_applies(z: Tensor) -> bool:
+    kind = z.device.type
+    return kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and z.dtype is not torch.float64
 
 
 def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:

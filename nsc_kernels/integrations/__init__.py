@@ -1,0 +1,1 @@
+"""Swap-ins for other libraries, one module each; importing one imports that library."""

@@ -1,0 +1,185 @@
+"""PEFT's forward with several active adapters as one fused call per layer.
+
+    from nsc_kernels.integrations.peft import accelerate
+
+    model.base_model.set_adapter(["a", "b", "c"])
+    with accelerate(model):
+        model(**inputs)
+
+``scaling[name]`` of a layer may be a tensor, such as a learnable coefficient times LoRA's own scaling; gradients flow
+to it and to the layer's input. The adapters themselves are taken as frozen.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear
+from torch import Tensor, nn
+
+from ..bank import AdapterBank
+from ..functional import merged_lora
+from ..reference import accumulation_dtype
+
+logger = logging.getLogger("nsc_kernels")
+
+
+class Accelerated:
+    """What :func:`accelerate` did to a model; a context manager.
+
+    Attributes:
+        layers: how many layers run fused.
+    """
+
+    def __init__(self, layers: list[Linear]) -> None:
+        self._layers = layers
+        self.layers = len(layers)
+
+    def remove(self) -> None:
+        """Give the layers PEFT's own forward back. A second call does nothing."""
+        while self._layers:
+            del self._layers.pop().forward
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def accelerate(model: nn.Module) -> Accelerated:
+    """Make every ``peft.tuners.lora.Linear`` in ``model`` compute its active adapters in one fused call.
+
+    The model's modules, parameters and adapters stay where they are; activating, adding, deleting, merging and
+    disabling adapters works as before. A call that the kernel cannot express goes through PEFT's own forward, and the
+    first one of each kind is logged with the reason: dropout in training mode, DoRA and other variants, batches with
+    ``adapter_names``, adapters that are being trained, adapters of several dtypes or devices, ``torch.compile``.
+
+    Layers that PEFT creates later, and other kinds (embeddings, convolutions, quantised linears), are not touched.
+
+    Args:
+        model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
+
+    Returns:
+        A handle: ``remove()`` or leaving its ``with`` block restores PEFT's forward.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    if not layers:
+        raise ValueError(f"model: expected peft.tuners.lora.Linear layers, found none in {type(model).__name__}")
+    # A forward of the instance's own is someone else's hook, or this one, put there before.
+    fused = [layer for layer in layers if type(layer).forward is Linear.forward and "forward" not in vars(layer)]
+    if len(fused) < len(layers):
+        logger.info(
+            "%d of %d LoRA layers have a forward of their own and keep it", len(layers) - len(fused), len(layers)
+        )
+    for layer in fused:
+        setattr(layer, "forward", functools.partial(_forward, layer, _Packed(), layer.forward))  # noqa: B010
+    return Accelerated(fused)
+
+
+class _Stamp(NamedTuple):
+    """Tells whether a weight is what it was: the tensor, its memory, and how often it was written to."""
+
+    weight: Tensor
+    pointer: int
+    version: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> _Stamp:
+        return cls(weight, weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+
+    def holds(self) -> bool:
+        return _Stamp.of(self.weight)[1:] == self[1:]
+
+
+class _Packed:
+    """The bank of a layer's active adapters, packed when first used and again when a weight changes."""
+
+    def __init__(self) -> None:
+        self._stamps: list[_Stamp] = []
+        self._bank: AdapterBank | None = None
+
+    def bank(self, down: list[Tensor], up: list[Tensor]) -> AdapterBank:
+        weights = [*down, *up]
+        same = len(weights) == len(self._stamps) and all(
+            stamp.weight is weight and stamp.holds() for stamp, weight in zip(self._stamps, weights, strict=True)
+        )
+        if self._bank is None or not same:
+            offsets = [0]
+            for A in down:
+                offsets.append(offsets[-1] + A.shape[0])
+            # Not whitened: only the null-space statistics, which PEFT's forward does not have, would need that.
+            A, Bt = torch.cat(down).detach(), torch.cat([B.t() for B in up]).detach()
+            self._bank = AdapterBank(A, Bt, offsets)
+            self._stamps = [_Stamp.of(weight) for weight in weights]
+        return self._bank
+
+
+def _forward(
+    layer: Any, packed: _Packed, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``peft.tuners.lora.layer.Linear.forward``, fused where it can be."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return original(x, *args, **kwargs)
+    down = [layer.lora_A[name].weight for name in names]
+    up = [layer.lora_B[name].weight for name in names]
+    reason = _inexpressible(layer, names, [*down, *up], x, kwargs)
+    if reason is not None:
+        _say_once(reason)
+        return original(x, *args, **kwargs)
+    for key in VARIANT_KWARG_KEYS + ["adapter_names"]:
+        kwargs.pop(key, None)
+    result = layer.base_layer(x, *args, **kwargs)
+    z = layer._cast_input_dtype(x, down[0].dtype)
+    scaling = torch.stack([_scalar(layer.scaling[name], z) for name in names])
+    y = merged_lora(z, packed.bank(down, up), scaling, result.to(z.dtype))
+    biases = [(k, layer.lora_B[name].bias) for k, name in enumerate(names) if layer.lora_B[name].bias is not None]
+    for k, bias in biases:
+        y = y + (scaling[k] * bias).to(y.dtype)
+    return y.to(result.dtype)
+
+
+def _scalar(scaling: float | Tensor, like: Tensor) -> Tensor:
+    wide = accumulation_dtype(like.dtype)
+    return torch.as_tensor(scaling, dtype=wide, device=like.device).reshape(())
+
+
+def _inexpressible(
+    layer: Linear, names: list[str], weights: list[Tensor], x: Tensor, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call needs PEFT's own forward, or None."""
+    if kwargs.get("adapter_names") is not None:
+        return "a batch with adapter_names applies other adapters to every row"
+    if any(name in layer.lora_variant for name in names):
+        return "DoRA and other variants are not a plain low-rank update"
+    if any(
+        dropout.training and getattr(dropout, "p", 0) for name, dropout in layer.lora_dropout.items() if name in names
+    ):
+        return "dropout in training mode gives every adapter an input of its own"
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        return "the adapters are being trained"
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses PEFT's own operations"
+    if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device != x.device:
+        return "the adapters have several dtypes or devices"
+    if not layer.cast_input_dtype_enabled and x.dtype is not weights[0].dtype:
+        return "casting of the input is disabled, and input and adapters have different dtypes"
+    if any(isinstance(s, Tensor) and s.numel() != 1 for s in (layer.scaling[name] for name in names)):
+        return "scaling holds more than one value"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("PEFT's own forward serves some calls: %s", reason)
