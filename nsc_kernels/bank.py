@@ -54,7 +54,7 @@ class AdapterBank(nn.Module):
     def __init__(self, A: Tensor, Bt: Tensor, offsets: Sequence[int]):
         super().__init__()
         self.offsets = _checked_offsets(offsets, A.shape[0])
-        if A.dim() != 2 or Bt.dim() != 2 or A.shape[0] != Bt.shape[0]:
+        if A.dim() != 2 or Bt.dim() != 2 or A.shape[0] != Bt.shape[0] or 0 in (A.shape[1], Bt.shape[1]):
             raise ValueError(f"A and Bt must be [R, d_in] and [R, d_out], found {tuple(A.shape)} and {tuple(Bt.shape)}")
         if A.dtype is not Bt.dtype or A.device != Bt.device:
             raise ValueError(f"A is {A.dtype} on {A.device} but Bt is {Bt.dtype} on {Bt.device}")

@@ -105,6 +105,7 @@ FORWARD = {
         ({"offsets": [0, 3]}, "offsets must rise from 0 to 2"),
         ({"offsets": [0, 2, 1, 2], "lam": torch.ones(3)}, "offsets must not fall"),
         ({"offsets": [0]}, "offsets must rise"),
+        ({"Bt": torch.ones(2, 0)}, "A and Bt must have columns"),
         ({"lam": torch.ones(2)}, r"lam must have shape \[1\] or \[3, 1\]"),
         ({"lam": torch.ones(1).double()}, "lam must be float32"),
         ({"base": torch.ones(3, 5)}, r"base must have shape \[3, 4\]"),

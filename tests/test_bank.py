@@ -179,6 +179,14 @@ def test_bad_factors(A: list, B: list, options: dict, error: type[Exception], wo
         nk.AdapterBank.from_factors(A, B, **options)
 
 
+@pytest.mark.parametrize(("d_in", "d_out"), [(0, 4), (6, 0)])
+def test_a_layer_has_inputs_and_outputs(d_in: int, d_out: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        nk.AdapterBank(torch.zeros(2, d_in), torch.zeros(2, d_out), (0, 2))
+    with pytest.raises(ValueError, match="must be"):
+        nk.AdapterBank.from_factors([torch.zeros(2, d_in)], [torch.zeros(d_out, 2)])
+
+
 def test_mixed_dtypes_are_taken_when_the_result_is_named() -> None:
     bank = nk.AdapterBank.from_factors([GOOD_A, GOOD_A.bfloat16()], [GOOD_B, GOOD_B.half()], dtype=torch.float32)
     assert bank.dtype is torch.float32

@@ -110,6 +110,7 @@ Shapes check_common(int64_t T, const Tensor& A, const Tensor& Bt, const std::vec
   STD_TORCH_CHECK(A.dim() == 2 && Bt.dim() == 2, "A and Bt must be matrices");
   Shapes s{T, A.size(0), int64_t(offsets.size()) - 1, A.size(1), Bt.size(1), A.scalar_type(),
            acc_type(A.scalar_type())};
+  STD_TORCH_CHECK(s.d_in > 0 && s.d_out > 0, "A and Bt must have columns");
   check_matrix("Bt", Bt, s.R, s.d_out, s.type);
   check_contiguous("A", A);
   check_contiguous("Bt", Bt);

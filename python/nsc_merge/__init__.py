@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nsc_merge.api import merge
     from nsc_merge.attachment import attach
     from nsc_merge.result import MergeResult
+    from nsc_merge.saved import load_result
 
 _HOME = {
     "Adapter": "adapters",
@@ -20,10 +21,11 @@ _HOME = {
     "MergeResult": "result",
     "attach": "attachment",
     "load_adapter": "adapters",
+    "load_result": "saved",
     "merge": "api",
 }
 
-__all__ = ["Adapter", "Factor", "MergeResult", "attach", "load_adapter", "merge"]
+__all__ = ["Adapter", "Factor", "MergeResult", "attach", "load_adapter", "load_result", "merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,20 +15,57 @@ Measure = Callable[[str, Tensor, Tensor], None]
 
 
 class MeasuredLoRALinear(MergedLoRALinear):
-    """A merged linear that hands ``quad [..., K]`` and ``sqnorm [...]`` of its input to a callback."""
+    """A merged linear that hands ``quad [..., K]`` and ``sqnorm [...]`` of its input to a callback.
+
+    Beyond the low-rank updates of its bank it can hold, per adapter, an update of the bias and, for a layer
+    that was trained in full, of the whole weight. The same coefficients scale them.
+
+    Attributes:
+        path: of the linear in the model.
+        measure: the callback, while the linear is measured.
+        biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
+        denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
+    """
 
     path: str = ""
     measure: Measure | None = None
+    biases: Tensor | None = None
+    denses: Tensor | None = None
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.measure is None:
-            return super().forward(z)
-        y, quad, sqnorm = self.nsc(z)
-        self.measure(self.path, quad, sqnorm)
+        if self.measure is not None:
+            y, quad, sqnorm = self.nsc(z)
+            self.measure(self.path, quad, sqnorm)
+        elif self.bank.R == 0:
+            y = self.linear(z)
+        else:
+            y = super().forward(z)
+        if self.denses is not None:
+            weight = torch.einsum("k,koi->oi", self.lam.to(self.denses.dtype), self.denses)
+            y = y + nn.functional.linear(z, weight.to(z.dtype))
+        if self.biases is not None:
+            y = y + (self.lam.to(self.biases.dtype) @ self.biases).to(y.dtype)
         return y
 
 
 def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:
+    """Every linear that has coefficients to choose, in the order of the model: all that some adapter touches,
+    but those whose coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`).
+
+    Raises:
+        TypeError, ValueError: as :func:`merged_linears`.
+    """
+    fixed = {
+        path
+        for adapter in adapters.values()
+        for path, factor in adapter.factors.items()
+        if factor.fixed is not None
+    }
+    linears = merged_linears(model, adapters)
+    return {path: linear for path, linear in linears.items() if path not in fixed}
+
+
+def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:
     """Every linear that some adapter touches, in the order of the model.
 
     Raises:
@@ -45,6 +82,10 @@ def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[s
             )
         for path, factor in adapter.factors.items():
             linear = modules[path]
+            if factor.magnitude is not None:
+                raise ValueError(
+                    f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.remap.fit makes it a plain one"
+                )
             if not isinstance(linear, nn.Linear):
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, "
@@ -71,7 +112,8 @@ def attach(
     Each adapted linear is replaced by a merged one around the same module. Its ``lam`` is a parameter
     ``[K]``, in the order of ``adapters``; a task whose adapter does not touch the module has a coefficient of
     0 there, which no gradient reaches. All of the model's own parameters are frozen meanwhile. On leaving,
-    also by an error, the model holds the same modules with the same settings as before.
+    also by an error, the model holds the same modules with the same settings as before. Layers whose
+    coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`) are merged too, but not yielded.
 
     Args:
         model: any module whose adapted submodules are ``nn.Linear``.
@@ -79,9 +121,9 @@ def attach(
         init: initial coefficient, one for all tasks or one per task.
 
     Yields:
-        Module path -> merged linear.
+        Module path -> merged linear, of every linear that has coefficients to choose.
     """
-    linears = adapted_linears(model, adapters)
+    linears = merged_linears(model, adapters)
     values = {task: init[task] if isinstance(init, Mapping) else init for task in adapters}
     merged = {}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,7 +134,7 @@ def attach(
             parameter.requires_grad_(False)
         for path, module in merged.items():
             _replace(model, path, module)
-        yield merged
+        yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
     finally:
         for path in merged:
             _replace(model, path, linears[path])
@@ -114,14 +156,26 @@ def _merged_linear(
         device=weight.device,
     )
     wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    lam = torch.tensor(
-        [value if path in adapters[task].factors else 0.0 for task, value in values.items()],
-        dtype=wide,
-        device=weight.device,
-    )
-    module = MeasuredLoRALinear(linear, bank, nn.Parameter(lam))
+    fixed = [factor.fixed for factor in factors]
+    start = [
+        (value if held is None else held) if path in adapters[task].factors else 0.0
+        for (task, value), held in zip(values.items(), fixed, strict=True)
+    ]
+    lam = torch.tensor(start, dtype=wide, device=weight.device)
+    learnt = all(value is None for value in fixed)
+    module = MeasuredLoRALinear(linear, bank, nn.Parameter(lam) if learnt else lam)
     module.path = path
+    module.biases = _stacked([factor.bias_delta() for factor in factors], weight)
+    module.denses = _stacked([factor.dense for factor in factors], weight)
     return module
+
+
+def _stacked(updates: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """Updates of all adapters, zero where one has none; None where none has one. In ``like``'s dtype."""
+    known = next((update for update in updates if update is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.zeros_like(known) if update is None else update for update in updates]).to(like)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
 _DEMO = """\
@@ -17,13 +19,40 @@ and no network. Prints a table; writes coefficients, the merged PEFT adapter, th
 history and plots."""
 _EPILOG = """\
 examples:
+  nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
+  nsc-merge run recipe.yaml options.steps=200     merge; Ctrl-C and --resume at any time
+  nsc-merge inspect adapters/* --model base --inputs depth.safetensors
+  nsc-merge export merged --format lora --rank 16 --out merged-16
   nsc-merge demo                                  merge six adapters of a small ViT and measure the result
   nsc-merge demo --tasks depth,normal,edge,semseg --out dense
   nsc-merge demo --steps 20 --json > summary.json
   nsc-merge demo --retrain --assets my-assets     train base and adapters anew (15-20 minutes)
   nsc-merge demo --assets my-assets               and merge those
 
-exit status: 0 success, 1 failure (one line says why), 2 wrong usage, 130 interrupted
+exit status: 0 success, 1 failure (one line says why), 2 wrong usage or recipe, 130 interrupted
+"""
+_RUN = """\
+Merges as a YAML recipe says:
+
+  model: base                       # folder, or a hub id (owner/name)
+  adapters:                         # task: PEFT folder
+    depth: adapters/depth
+    edge: adapters/edge
+  calibration:                      # task: inputs stacked in one safetensors file, by input
+    depth: inputs/depth.safetensors #   name, or a folder whose files are one batch each
+    edge: inputs/edge.safetensors
+  batch_size: 32                    # rows of a calibration file per batch
+  method: nsc                       # see nsc-merge methods
+  options: {steps: 100, lr: 1e-3}   # of the method
+  shared_modules: lambda            # or mean, first: modules trained in full before the head
+  dora: refuse                      # or convert
+  dtype: auto                       # or float32, bfloat16, ...
+  device: auto                      # or cpu, cuda
+  output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
+
+Relative paths are relative to the recipe; those in overrides to the working folder.
+The output folder changes only once everything is written. Nothing but a hub id
+touches the network.
 """
 
 
@@ -36,6 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_inspect(commands)
+    _add_export(commands)
+    _add_plot(commands)
+    methods = commands.add_parser("methods", help="list the merge methods and their options")
+    methods.add_argument("--json", action="store_true", help="print JSON")
+    methods.set_defaults(run=_methods)
     demo = commands.add_parser(
         "demo",
         help="merge real adapters on real images and compare with task arithmetic",
@@ -61,22 +97,209 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     demo.set_defaults(run=_demo)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="merge as a recipe says",
+        description=_RUN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", type=Path, help="YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    run.add_argument("--dry-run", action="store_true", help="load, check, estimate; write nothing")
+    run.add_argument("--resume", action="store_true", help="go on from the state of an interrupted run")
+    run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    run.set_defaults(run=_run)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="ranks, modules and overlap of adapters; fit to given inputs")
+    inspect.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="PEFT folder")
+    inspect.add_argument("--model", metavar="DIR|ID", help="base model: checks that every module is in it")
+    inspect.add_argument(
+        "--inputs", type=Path, metavar="FILE|DIR", help="measure null-space ratios on these (needs --model)"
+    )
+    inspect.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="of --inputs (default: 32)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a finished merge in another format")
+    export.add_argument("result", type=Path, help="folder written by nsc-merge run")
+    export.add_argument("--format", required=True, choices=("lora", "model", "coefficients"))
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    export.add_argument("--rank", type=_positive, metavar="R", help="truncate lora to this rank")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of model (default: 5GB)")
+    export.set_defaults(run=_export)
+
+
+def _add_plot(commands: Any) -> None:
+    plot = commands.add_parser("plot", help="draw the coefficients and ratios of a finished merge")
+    plot.add_argument("result", type=Path, help="folder written by nsc-merge run")
+    plot.add_argument("--out", type=Path, metavar="DIR", help="where to (default: into the result)")
+    plot.set_defaults(run=_plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    arguments = build_parser().parse_args(argv)
+    # Idle OpenMP threads spin by default, which makes steps several times slower when other programs want the
+    # cores. Read when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes a list of positionals in one place only; overrides may stand among the options.
+    if rest and (arguments.command != "run" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("nsc-merge: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if os.environ.get("NSC_MERGE_TRACEBACK"):
+        if arguments.debug:
             raise
-        print(f"nsc-merge: error: {error}", file=sys.stderr)
+        # One line, whatever the library that raised it wrote.
+        print(f"nsc-merge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return getattr(error, "exit_status", 1)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"nsc-merge: unexpected error: {what} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from nsc_merge.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _prepare(local=recipe.local)
+    from nsc_merge import runner
+
+    if arguments.dry_run:
+        plan = runner.plan(recipe, _log)
+        print(json.dumps(plan) if arguments.json else runner.render_plan(plan))
+        return 0
+    try:
+        summary = runner.run(recipe, resume=arguments.resume, progress=None, log=_log)
+    except KeyboardInterrupt:
+        state = runner.state_file(recipe)
+        if state.is_file():
+            again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
+            _log(f"the state is in {state}; go on with: {again}")
+        raise
+    if arguments.json:
+        print(json.dumps(summary))
+        return 0
+    print(f"written to {summary['out']}: {', '.join(summary['files'])}")
+    for note in summary.get("serving", ()):
+        print(note)
+    if "truncation" in summary:
+        print(
+            f"relative error of the truncation: {summary['truncation']['mean']:.3g} on average, "
+            f"{summary['truncation']['max']:.3g} at most"
+        )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nsc_merge.recipe import is_hub_id
+
+    if arguments.inputs and not arguments.model:
+        raise ValueError("--inputs: needs --model")
+    local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
+    _prepare(local=local)
+    from nsc_merge import inspection
+    from nsc_merge.adapters import load_adapter
+    from nsc_merge.attachment import merged_linears
+    from nsc_merge.batches import check_names, read_batches
+    from nsc_merge.remap import fit
+    from nsc_merge.runner import load_model
+
+    names = [folder.name for folder in arguments.adapters]
+    if len(set(names)) != len(names):
+        names = [str(folder) for folder in arguments.adapters]
+    if len(set(names)) != len(names):
+        raise ValueError(f"ADAPTER: {max(names, key=names.count)} is given twice")
+    adapters = {
+        name: load_adapter(folder, name, dora="convert")
+        for name, folder in zip(names, arguments.adapters, strict=True)
+    }
+    document: dict[str, Any] = {}
+    if arguments.model:
+        model = load_model(arguments.model, local=local)
+        adapters = fit(adapters, model)
+        merged_linears(model, adapters)
+        if arguments.inputs:
+            batches = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
+            check_names(batches, model, "--inputs")
+            document["null_space_ratio"] = inspection.null_space_ratios(model, adapters, batches)
+    document["adapters"] = {name: inspection.describe(adapter) for name, adapter in adapters.items()}
+    document["overlaps"] = inspection.overlaps(adapters)
+    print(json.dumps(document) if arguments.json else inspection.render(document))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _prepare(local=True)
+    from nsc_merge.export import serving_notes
+    from nsc_merge.saved import load_result
+
+    if arguments.rank is not None and arguments.format != "lora":
+        raise ValueError("--rank: only --format lora can be truncated")
+    result = load_result(arguments.result)
+    result.save(
+        arguments.out, arguments.format, rank=arguments.rank, max_shard_size=arguments.max_shard_size
+    )
+    print(f"written to {arguments.out}")
+    if arguments.format == "lora":
+        for note in serving_notes(result, arguments.rank):
+            print(note)
+    if arguments.rank is not None:
+        errors = result.rank_errors(arguments.rank)
+        print(f"relative error of the truncation, by module (the largest is {max(errors.values()):.3g}):")
+        for path, error in errors.items():
+            print(f"  {error:.3g}  {path}")
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from nsc_merge.plots import draw
+    from nsc_merge.saved import read_document
+
+    document, history = read_document(arguments.result)
+    folder = arguments.out or arguments.result
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in draw(document["coefficients"], document["dead"], history, folder):
+        print(file)
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from nsc_merge.api import describe_methods
+
+    methods = describe_methods()
+    if arguments.json:
+        print(json.dumps(methods))
+        return 0
+    for name, method in methods.items():
+        print(f"{name}\n  {method['summary']}\n  options: {', '.join(method['options'])}")
+    return 0
+
+
+def _prepare(*, local: bool) -> None:
+    """Quiet libraries; and none may look for anything on the network unless a hub id was given."""
+    if local:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _quieten_libraries()
 
 
 def _demo(arguments: argparse.Namespace) -> int:

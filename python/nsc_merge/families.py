@@ -17,9 +17,18 @@ class Family:
     Attributes:
         name: for messages.
         model_types: values of ``model.config.model_type`` that belong to it.
-        block: regular expression that finds the block number, as group 1, in a module path.
-        score_modules: names of the linears whose input is measured by default.
+        block: regular expression that finds the block number, as group 1, in a module path. Only the blocks
+            that carry adapters may match: in LLaVA those of the language model, not of the vision tower.
+        score_modules: names of linears in order of preference; by default the input of the first one that an
+            adapter touches is measured.
         recipe: default settings of the optimisation, a key of :data:`nsc_merge.nsc.RECIPES`.
+        prefill: attribute of the model that runs the blocks without a head. transformers' ``base_model`` is
+            the model itself where there is no head.
+        frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the
+            blocks and whose output depends on the inputs alone; see :func:`frozen_tower`.
+        mask: name of the model input that is 0 at padding, if the family pads.
+        legacy: pairs of regular expression and replacement that bring module paths of adapters saved by older
+            releases of transformers to today's names; applied in order, and only where a path is not found.
     """
 
     name: str
@@ -27,19 +36,100 @@ class Family:
     block: str
     score_modules: tuple[str, ...]
     recipe: str
+    prefill: str = "base_model"
+    frozen_prefix: str | None = None
+    mask: str | None = None
+    legacy: tuple[tuple[str, str], ...] = ()
 
 
-# To add a family, name its model types, say where the block number stands in a path, and which linear the
-# paper measures for that kind of model.
+_OLD_VIT = (
+    (r"(^|\.)encoder\.layer\.(?=\d+\.)", r"\1layers."),
+    (r"\.attention\.attention\.(query|key|value)$", r".attention.\1"),
+    (r"\.attention\.query$", ".attention.q_proj"),
+    (r"\.attention\.key$", ".attention.k_proj"),
+    (r"\.attention\.value$", ".attention.v_proj"),
+    (r"\.attention\.output\.dense$", ".attention.o_proj"),
+    (r"\.intermediate\.dense$", ".mlp.fc1"),
+    (r"\.output\.dense$", ".mlp.fc2"),
+)
+
+# To add a family: name its model types, say where the block number stands in a path, which linear the paper
+# measures for that kind of model, and the recipe. The rest only matters if the family pads (mask), has a
+# tower in front (frozen_prefix) or was once laid out otherwise (legacy).
 FAMILIES = (
     Family(
         name="ViT",
         model_types=("vit",),
         block=r"(?:^|\.)layers\.(\d+)\.",
-        score_modules=("o_proj",),
+        score_modules=("o_proj", "v_proj", "k_proj", "q_proj"),
         recipe="vision",
+        legacy=_OLD_VIT,
+    ),
+    Family(
+        name="CLIP vision",
+        model_types=("clip_vision_model",),
+        block=r"(?:^|\.)layers\.(\d+)\.",
+        score_modules=("out_proj", "v_proj", "k_proj", "q_proj"),
+        recipe="vision",
+        legacy=((r"^vision_model\.", ""),),
+    ),
+    Family(
+        name="DINOv2",
+        model_types=("dinov2",),
+        block=r"(?:^|\.)layer\.(\d+)\.",
+        score_modules=("o_proj", "v_proj", "k_proj", "q_proj"),
+        recipe="vision",
+        # Its blocks are still called encoder.layer, so the first of ViT's rules does not apply.
+        legacy=_OLD_VIT[1:],
+    ),
+    Family(
+        name="decoder",
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        block=r"(?:^|\.)layers\.(\d+)\.",
+        score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
+        recipe="llm",
+        mask="attention_mask",
+    ),
+    Family(
+        name="LLaVA",
+        model_types=("llava",),
+        block=r"(?:^|\.)language_model\.layers\.(\d+)\.",
+        score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
+        recipe="vlm",
+        frozen_prefix="vision_tower",
+        mask="attention_mask",
+        legacy=(
+            (r"^language_model\.lm_head$", "lm_head"),
+            (r"^(model\.)?language_model\.model\.", "model.language_model."),
+            # Saved by the authors' own repository rather than by transformers.
+            (r"^model\.layers\.", "model.language_model.layers."),
+            (r"^(?=vision_tower\.|multi_modal_projector\.|language_model\.)", "model."),
+            (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+        ),
     ),
 )
+
+
+def frozen_tower(family: Family, model: nn.Module, adapted: Iterable[str]) -> str | None:
+    """Full path in ``model`` of the family's adapter-free tower, None if there is none or it is adapted.
+
+    Args:
+        adapted: paths of all linears that carry an adapter.
+    """
+    if family.frozen_prefix is None:
+        return None
+    trunk = getattr(model, family.prefill, model)
+    tower = getattr(trunk, family.frozen_prefix, None)
+    path = next((name for name, module in model.named_modules() if module is tower), None)
+    if path is None or any(name.startswith(f"{path}.") for name in adapted):
+        return None
+    return path
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """The family of a transformers model, if its ``config.model_type`` is in one."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -48,15 +138,15 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: if its ``config.model_type`` is in no family.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
-    raise ValueError(
-        f"model: {type(model).__name__} has config.model_type {model_type!r}, which "
-        f"no family lists (known: {known})"
-    )
+    family = find_family(model)
+    if family is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
+        raise ValueError(
+            f"model: {type(model).__name__} has config.model_type {model_type!r}, which "
+            f"no family lists (known: {known})"
+        )
+    return family
 
 
 def scored_paths(
@@ -70,7 +160,7 @@ def scored_paths(
 
     Args:
         adapted: paths of all linears that carry an adapter.
-        score_modules: last components of the paths; the family's own when None.
+        score_modules: last components of the paths; the first of the family's that occurs when None.
         score_blocks: ``"last_quarter"`` (rounded up), how many last blocks, or block numbers.
 
     Raises:
@@ -94,17 +184,19 @@ def scored_paths(
     else:
         raise ValueError(f"score_blocks: expected 'last_quarter', a number or a list, found {score_blocks!r}")
 
-    names = tuple(score_modules) if score_modules is not None else family.score_modules
     adapted = list(adapted)
-    chosen = [
-        path
-        for path in adapted
-        if path.rsplit(".", 1)[-1] in names and (match := pattern.search(path)) and int(match[1]) in blocks
+    inside = [
+        path for path in adapted if (match := pattern.search(f"{path}.")) and int(match[1]) in blocks
     ]
-    if not chosen:
-        carried = sorted({path.rsplit(".", 1)[-1] for path in adapted})
-        raise ValueError(
-            f"score_modules: no adapter touches {list(names)} in blocks {sorted(blocks)}; "
-            f"adapted modules: {carried}"
-        )
-    return chosen
+    choices = (
+        [tuple(score_modules)] if score_modules is not None else [(name,) for name in family.score_modules]
+    )
+    for names in choices:
+        chosen = [path for path in inside if path.rsplit(".", 1)[-1] in names]
+        if chosen:
+            return chosen
+    wanted = [name for names in choices for name in names]
+    carried = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+    raise ValueError(
+        f"score_modules: no adapter touches {wanted} in blocks {sorted(blocks)}; adapted modules: {carried}"
+    )

@@ -39,11 +39,9 @@ class Progress:
         elif self._done % self._every == 0 or self._done == self._total:
             seconds = time.perf_counter() - self._started
             shown = "".join(f"  {name} {value}" for name, value in values.items())
-            print(
-                f"{self._label}: {self._done}/{self._total}{shown}  ({seconds:.0f} s)",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = seconds / self._done * (self._total - self._done)
+            pace = f"{self._done / max(seconds, 1e-9):.3g} step/s, {seconds:.0f} s, {left:.0f} s left"
+            print(f"{self._label}: {self._done}/{self._total}{shown}  ({pace})", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

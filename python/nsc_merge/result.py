@@ -1,14 +1,9 @@
-"""What a merge returns, and the three forms in which it is kept."""
+"""What a merge returns: coefficients, and the merged weights that follow from them."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, Factor
-from nsc_merge.attachment import adapted_linears
-
-FORMATS = ("coefficients", "lora", "model")
-COEFFICIENTS_FILE = "coefficients.json"
-HISTORY_FILE = "history.jsonl"
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.attachment import merged_linears
 
 
 @dataclass(frozen=True)
@@ -34,11 +25,12 @@ class MergeResult:
             absent.
         history: one entry per step: ``step``, ``objective`` (Eq. 5), ``omega`` (per task), ``lambda_min``,
             ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update.
-        adapters: task -> adapter.
+        adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.remap.fit`.
         options: resolved options of the method.
         dead: module path -> tasks whose coefficient cannot receive a gradient and therefore kept its initial
             value.
         model: the base model, unchanged.
+        inputs: further arguments of the merge, as they go into ``recipe.yaml``.
     """
 
     method: str
@@ -48,131 +40,127 @@ class MergeResult:
     options: dict[str, Any]
     dead: dict[str, list[str]]
     model: nn.Module = field(repr=False)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
         return list(self.adapters)
 
+    @property
+    def paths(self) -> list[str]:
+        """Every linear that the merge changes, by its path in the base model."""
+        return list(dict.fromkeys(path for adapter in self.adapters.values() for path in adapter.factors))
+
+    def terms(self, path: str) -> Iterator[tuple[float, Factor]]:
+        """Coefficient and update of every adapter that touches a linear."""
+        for task, adapter in self.adapters.items():
+            factor = adapter.factors.get(path)
+            if factor is not None:
+                yield self.coefficients[path][task] if factor.fixed is None else factor.fixed, factor
+
     def delta(self, path: str) -> Tensor:
         """The merged update ``sum_k lam_k s_k B_k A_k`` of one linear, ``[d_out, d_in]`` in float64."""
-        return torch.stack([lam * factor.delta() for lam, factor in self._terms(path)]).sum(0)
+        return torch.stack([lam * factor.delta() for lam, factor in self.terms(path)]).sum(0)
+
+    def bias_delta(self, path: str) -> Tensor | None:
+        """The merged update ``sum_k lam_k s_k b_k`` of a linear's bias, ``[d_out]`` in float64, if any."""
+        updates = [(lam, factor.bias_delta()) for lam, factor in self.terms(path)]
+        known = [lam * update for lam, update in updates if update is not None]
+        return torch.stack(known).sum(0) if known else None
+
+    def merged(self, model: nn.Module, paths: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The merged parameters of ``model``, by parameter path; each sum is formed in float64, rounded once.
+
+        Args:
+            model: the base model, or another of the same shapes.
+            paths: the linears to merge, all by default.
+
+        Raises:
+            ValueError: if a module is missing or has another shape, if there is no bias to hold the update of
+                one, or if a merged weight is tied to another parameter, which would change with it.
+            TypeError: if a module is not an ``nn.Linear``.
+        """
+        linears = {
+            path: linear
+            for path, linear in merged_linears(model, self.adapters).items()
+            if paths is None or path in paths
+        }
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for path, linear in linears.items():
+            tied = names[id(linear.weight)]
+            if len(tied) > 1:
+                raise ValueError(
+                    f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora'"
+                )
+            if linear.bias is None and self.bias_delta(path) is not None:
+                raise ValueError(
+                    f"{path}: the adapters have a bias (lora_bias) and the linear has none to merge it into; "
+                    "use format 'lora'"
+                )
+        merged = {}
+        for path, linear in linears.items():
+            merged[f"{path}.weight"] = _plus(linear.weight, self.delta(path))
+            bias = self.bias_delta(path)
+            if bias is not None:
+                merged[f"{path}.bias"] = _plus(linear.bias, bias)
+        return merged
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
 
-        The sum is formed in float64 and rounded once. Calling it twice adds twice.
+        Calling it twice adds twice.
 
         Raises:
-            ValueError: if a module is missing or has another shape, before any weight changes.
-            TypeError: if a module is not an ``nn.Linear``.
+            TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
-        linears = adapted_linears(model, self.adapters)
         with torch.no_grad():
-            for path, linear in linears.items():
-                linear.weight.copy_(self._merged_weight(path, linear.weight))
+            for name, value in self.merged(model).items():
+                model.get_parameter(name).copy_(value)
         return model
 
-    def save(self, out: str | os.PathLike[str], format: str = "model") -> Path:
+    def rank_errors(self, rank: int) -> dict[str, float]:
+        """Relative error (Frobenius) per module of the best adapter of ``rank``; 0 where it is exact."""
+        from nsc_merge.export import low_rank
+
+        paths = (path for path in self.paths if any(factor.rank for _, factor in self.terms(path)))
+        return {path: low_rank(self, path, rank)[2] for path in paths}
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        format: str | Sequence[str] = "model",
+        *,
+        rank: int | None = None,
+        max_shard_size: str | int = "5GB",
+        plots: bool = False,
+    ) -> Path:
         """Write the result into the folder ``out``, which appears or changes only once everything is written.
+
+        Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs),
+        ``README.md`` (a model card), ``history.jsonl`` if there is a history, and ``heads/<task>.safetensors``
+        for every task that brought a head.
 
         Args:
             out: a folder; made if needed. Files of the same names are replaced.
             format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
-                of the ranks; ``"model"`` writes the merged transformers model; ``"coefficients"`` writes
-                ``coefficients.json`` and ``history.jsonl``.
+                of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
+                ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` into
+                ``out`` and each other format into a folder of its name.
+            rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
+                ``truncation.json``; :meth:`rank_errors` returns the same.
+            max_shard_size: of ``"model"``, as in transformers.
+            plots: also draw the coefficients and, if there is a history, the null-space ratios.
 
         Returns:
             ``out`` as a path.
         """
-        if format not in FORMATS:
-            raise ValueError(f"format: expected one of {list(FORMATS)}, found {format!r}")
-        out = Path(out)
-        if out.exists() and not out.is_dir():
-            raise NotADirectoryError(f"out: expected a folder, found the file {out}")
-        with _staged(out) as staging:
-            if format == "coefficients":
-                self._write_coefficients(staging)
-            elif format == "lora":
-                self._write_lora(staging)
-            else:
-                self._write_model(staging)
-        return out
+        from nsc_merge.export import save
 
-    def _terms(self, path: str) -> Iterator[tuple[float, Factor]]:
-        for task, adapter in self.adapters.items():
-            if path in adapter.factors:
-                yield self.coefficients[path][task], adapter.factors[path]
-
-    def _merged_weight(self, path: str, weight: Tensor) -> Tensor:
-        return (weight.double() + self.delta(path).to(weight.device)).to(weight.dtype)
-
-    def _write_coefficients(self, folder: Path) -> None:
-        document = {
-            "format": "nsc_merge.coefficients",
-            "version": 1,
-            "method": self.method,
-            "tasks": self.tasks,
-            "options": self.options,
-            "dead": self.dead,
-            "coefficients": self.coefficients,
-        }
-        (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        if self.history:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-            (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
-
-    def _write_lora(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors, ranks = {}, {}
-        for path in self.coefficients:
-            terms = list(self._terms(path))
-            A = torch.cat([factor.A.float() for _, factor in terms])
-            B = torch.cat([(lam * factor.scaling * factor.B.double()).float() for lam, factor in terms], 1)
-            tensors[f"base_model.model.{path}.lora_A.weight"] = A.contiguous()
-            tensors[f"base_model.model.{path}.lora_B.weight"] = B.contiguous()
-            ranks[path] = A.shape[0]
-        rank = max(ranks.values())
-        other = {re.escape(path): value for path, value in ranks.items() if value != rank}
-        bases = {adapter.base_model for adapter in self.adapters.values()}
-        # alpha = r everywhere, so that the scaling that PEFT applies is exactly 1.
-        config = {
-            "peft_type": "LORA",
-            "task_type": None,
-            "base_model_name_or_path": bases.pop() if len(bases) == 1 else None,
-            "r": rank,
-            "lora_alpha": rank,
-            "rank_pattern": other,
-            "alpha_pattern": other,
-            "target_modules": list(ranks),
-            "use_rslora": False,
-            "use_dora": False,
-            "bias": "none",
-            "lora_dropout": 0.0,
-            "inference_mode": True,
-        }
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def _write_model(self, folder: Path) -> None:
-        save_pretrained = getattr(self.model, "save_pretrained", None)
-        if save_pretrained is None:
-            raise TypeError(f"format 'model' needs a transformers model, found {type(self.model).__name__}")
-        state = dict(self.model.state_dict())
-        for path in self.coefficients:
-            state[f"{path}.weight"] = self._merged_weight(path, state[f"{path}.weight"])
-        save_pretrained(folder, state_dict=state)
+        return save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` whose files move into ``out`` if the block succeeds."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield staging
-        out.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir()):
-            os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _plus(parameter: Tensor, update: Tensor) -> Tensor:
+    value = parameter.detach()
+    return (value.double() + update.to(value.device)).to(value.dtype)

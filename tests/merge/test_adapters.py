@@ -72,10 +72,16 @@ def test_dora_is_refused_with_the_reason(write_adapter):
     [
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', found 'IA3'"),
         ({"bias": "all"}, "bias: expected 'none', found 'all'"),
-        ({"lora_bias": True}, "lora_bias=True is refused"),
+        ({"lora_bias": True}, r"has lora_A, lora_B only; expected .*lora_B\.bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changing the base weights"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication=.* is refused"),
         ({"r": 5}, r"expected lora_A \[5, d_in\]"),
         ({"r": 0}, "r of .*: expected a positive number, found 0"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern or alpha_pattern holds"),
+        ({"rank_pattern": "q_proj"}, "rank_pattern: expected patterns and numbers, found 'q_proj'"),
+        ({"modules_to_save": "score"}, "modules_to_save: expected names, found 'score'"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: expected text, found 3"),
+        ({"lora_alpha": float("inf")}, "lora_alpha of .*: expected a positive number, found inf"),
         ({"lora_alpha": None}, "lora_alpha of .*: expected a positive number, found None"),
     ],
 )

@@ -111,7 +111,7 @@ def test_tasks_that_share_a_batch_share_the_pass_and_nothing_else(model, folders
     copies = {task: [dict(batch) for batch in batches] for task in folders}
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    apart = run(model, folders, copies, steps=4)
+    apart = run(model, folders, copies, steps=4, batch_tasks=False)
     assert len(calls) == 12
     together = run(model, folders, dict.fromkeys(folders, batches), steps=4)
     assert len(calls) == 12 + 4
@@ -144,9 +144,14 @@ def test_initial_coefficients_per_task(model, folders, calibration):
         ({"temperature": 1.0}, "temperature: not an option of method 'nsc'"),
         ({"steps": 0}, "steps: expected a whole number of at least 1, found 0"),
         ({"lr": -1.0}, "lr: expected a finite number of at least 0, found -1.0"),
-        ({"recipe": "best"}, r"recipe: expected one of \['paper-supp', 'vision'\], found 'best'"),
+        ({"recipe": "best"}, r"recipe: expected one of .*'vlm'.*, found 'best'"),
         ({"init": {"plain": 0.1}}, "init: expected one value for each of"),
         ({"init": float("nan")}, "init: expected finite numbers, found nan"),
+        ({"dead": "drop"}, r"dead: expected one of \['init', 'tie_previous', 'zero'\], found 'drop'"),
+        ({"schedule": "step"}, r"schedule: expected one of \['constant', 'cosine', 'linear'\], found 'step'"),
+        ({"early_stop": -0.1}, "early_stop: expected a finite number of at least 0, found -0.1"),
+        ({"state_every": 0}, "state_every: expected a whole number of at least 1, found 0"),
+        ({"batch_tasks": 1}, "batch_tasks: expected one of .*, found 1"),
         ({"score_modules": ["fc1"]}, r"score_modules: no adapter touches \['fc1'\]"),
         ({"score_modules": ["q_proj"]}, r"score_modules: the adapters of \['partial'\] touch none"),
         ({"score_blocks": 9}, "score_blocks: expected 1 to 4 last blocks, found 9"),

@@ -1,0 +1,116 @@
+"""The model card that lies beside every saved merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsc_merge.result import MergeResult
+
+_LOADING = {
+    "lora": """\
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "{place}")
+```
+""",
+    "model": """\
+```python
+from transformers import {cls}
+model = {cls}.from_pretrained("{place}")
+```
+""",
+    "coefficients": "`coefficients.json` holds one coefficient per module and task.\n",
+}
+
+
+def model_card(
+    result: MergeResult, formats: list[str], rank: int | None, errors: dict[str, float], *, nested: bool
+) -> str:
+    """Markdown with the metadata that model hubs read.
+
+    It states what was merged and how far the objective moved, and claims nothing about quality.
+
+    Args:
+        formats: what was written.
+        rank: of a truncated adapter.
+        errors: relative error per module, if the adapter was truncated.
+        nested: whether each format has a folder of its own.
+    """
+    bases = {adapter.base_model for adapter in result.adapters.values() if adapter.base_model}
+    lines = ["---"]
+    if len(bases) == 1:
+        lines.append(f"base_model: {bases.pop()}")
+    lines += [f"library_name: {'transformers' if 'model' in formats else 'peft'}", "tags:", "- merge", "- lora"]
+    count = len(result.tasks)
+    lines += ["---", "", f"# {count} LoRA adapter{'s' * (count > 1)} merged: {', '.join(result.tasks)}", ""]
+    lines += [*_method(result), "", *_table(result), "", "## Loading", ""]
+    for name in formats:
+        lines.append(_LOADING[name].format(place=name if nested else ".", cls=type(result.model).__name__))
+    lines += [f"- {note}" for note in _remarks(result, formats, rank, errors)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _method(result: MergeResult) -> list[str]:
+    if result.method != "nsc":
+        return [f"Method: `{result.method}`. All settings are in `recipe.yaml`."]
+    lines = [
+        "The coefficients were found by null-space compression ([arXiv 2603.26317]"
+        "(https://arxiv.org/abs/2603.26317)) on unlabelled inputs: no labels and no task metric were used. "
+        "All settings, versions and hashes of the inputs are in `recipe.yaml`."
+    ]
+    if result.history:
+        first, last = result.history[0], result.history[-1]
+        lines += [
+            "",
+            f"Mean null-space ratio (the objective): {first['objective']:.4f} at the first of "
+            f"{len(result.history)} steps, {last['objective']:.4f} at the last.",
+        ]
+    return lines
+
+
+def _table(result: MergeResult) -> list[str]:
+    lines = ["| task | modules | ranks | coefficients | mean |", "|---|---|---|---|---|"]
+    for task, adapter in result.adapters.items():
+        values = [
+            result.coefficients[path][task] if factor.fixed is None else factor.fixed
+            for path, factor in adapter.factors.items()
+        ]
+        ranks = sorted({factor.rank for factor in adapter.factors.values() if factor.rank})
+        lines.append(
+            f"| {task} | {len(adapter.factors)} | {', '.join(map(str, ranks))} | "
+            f"{min(values):.3f} to {max(values):.3f} | {sum(values) / len(values):.3f} |"
+        )
+    return lines
+
+
+def _remarks(
+    result: MergeResult, formats: list[str], rank: int | None, errors: dict[str, float]
+) -> list[str]:
+    from nsc_merge.export import serving_notes
+    from nsc_merge.remap import absent
+
+    remarks = serving_notes(result, rank) if "lora" in formats else []
+    if errors:
+        worst = max(errors, key=lambda path: errors[path])
+        remarks.append(
+            f"Truncated to rank {rank}: relative error of the update {sum(errors.values()) / len(errors):.3g} "
+            f"on average, {errors[worst]:.3g} at most (`{worst}`); all in `truncation.json`."
+        )
+    heads = [task for task, adapter in result.adapters.items() if adapter.trained]
+    if heads:
+        remarks.append(
+            f"Heads of {', '.join(heads)}: `heads/<task>.safetensors`, by parameter name; load one with "
+            "`model.load_state_dict(tensors, strict=False)`."
+        )
+    dead = sum(len(tasks) for tasks in result.dead.values())
+    if dead:
+        remarks.append(
+            f"{dead} coefficients come after the last measured input and received no gradient; "
+            f"modules: {', '.join(f'`{path}`' for path in result.dead)}."
+        )
+    missing = absent(result.adapters)
+    if missing:
+        remarks.append(f"{len(missing)} modules are not adapted by every task; the others count as 0 there.")
+    remarks += [f"{task}: {note}" for task, adapter in result.adapters.items() for note in adapter.notes]
+    return remarks

@@ -1,0 +1,1 @@
+"""NSC merging from inside other libraries, one module each; importing one imports that library."""

@@ -1,0 +1,341 @@
+"""``nsc-merge run``: from a recipe to a folder."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nsc_merge.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nsc_merge.adapters import Adapter
+    from nsc_merge.batches import Batches
+    from nsc_merge.result import MergeResult
+
+Log = Callable[[str], None]
+
+# The first step warms caches up and finds out which coefficients are dead.
+_DRY_STEPS = 3
+
+
+def state_file(recipe: Recipe) -> Path:
+    """Where an interrupted run keeps its state: beside the output folder, which stays untouched until the end."""
+    return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
+
+
+def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dict[str, Any]:
+    """Merge and save; returns a summary.
+
+    Ctrl-C leaves the state in :func:`state_file`; ``resume`` goes on from there, or starts if it is missing.
+    """
+    started = time.perf_counter()
+    model, adapters, calibration = _load(recipe, log)
+    for line in _remarks(model, adapters):
+        log(line)
+    state = state_file(recipe)
+    options: dict[str, Any] = {}
+    if recipe.method == "nsc":
+        state.parent.mkdir(parents=True, exist_ok=True)
+        options = {"progress": progress, "state_to": state}
+        if resume and state.is_file():
+            options["resume_from"] = state
+            log(f"resuming from {state}")
+        elif resume:
+            log(f"nothing to resume: {state} is missing, starting anew")
+    result = _merge(recipe, model, adapters, calibration, options)
+    if result.history:
+        first, last = result.history[0], result.history[-1]
+        log(
+            f"{len(result.history)} steps: mean null-space ratio {first['objective']:.4f} -> "
+            f"{last['objective']:.4f}, coefficients {last['lambda_min']:.3f} to {last['lambda_max']:.3f}"
+        )
+    dead = sum(len(tasks) for tasks in result.dead.values())
+    if dead:
+        log(f"{dead} coefficients come after the last measured input and received no gradient")
+    formats = list(dict.fromkeys(["coefficients", *recipe.formats]))
+    result.save(
+        recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
+    )
+    state.unlink(missing_ok=True)
+    summary: dict[str, Any] = {
+        "out": str(recipe.out),
+        "formats": formats,
+        "steps": len(result.history),
+        "seconds": round(time.perf_counter() - started, 2),
+        "objective": [entry["objective"] for entry in (result.history[:1] + result.history[-1:])],
+        "dead": dead,
+        "files": sorted(str(path.relative_to(recipe.out)) for path in recipe.out.rglob("*") if path.is_file()),
+    }
+    if "lora" in formats:
+        from nsc_merge.export import serving_notes
+
+        summary["serving"] = serving_notes(result, recipe.rank)
+        if recipe.rank is not None:
+            errors = result.rank_errors(recipe.rank)
+            summary["truncation"] = {"mean": statistics.mean(errors.values()), "max": max(errors.values())}
+    return summary
+
+
+def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
+    """Load everything, check coverage, time a few real steps, and write nothing.
+
+    The estimate is of the merge alone: loading and saving come on top.
+    """
+    from nsc_merge.attachment import merged_linears
+    from nsc_merge.remap import absent
+
+    model, adapters, calibration = _load(recipe, log)
+    linears = merged_linears(model, adapters)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    packed = sum(
+        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * linears[path].weight.element_size()
+        for adapter in adapters.values()
+        for path, factor in adapter.factors.items()
+    )
+    document: dict[str, Any] = {
+        "model": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "method": recipe.method,
+        "adapted_modules": len(linears),
+        "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
+        "batches": {task: len(batches) for task, batches in calibration.items()},
+        "absent": absent(adapters),
+        "remarks": _remarks(model, adapters),
+        "weights_bytes": weights,
+        "adapters_bytes": packed,
+        "out": str(recipe.out),
+        "formats": list(recipe.formats),
+    }
+    if recipe.method != "nsc":
+        return document
+    steps = int(_resolved(recipe, model).steps)
+    recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
+    reset_peak(model)
+    result = _merge(recipe, model, adapters, calibration, {"progress": False})
+    seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
+    return {
+        **document,
+        "steps": steps,
+        "options": {key: value for key, value in result.options.items() if key != "scored"},
+        "measured_modules": list(result.options["scored"]),
+        "dead": result.dead,
+        "seconds_per_step": seconds,
+        "seconds": seconds * steps,
+        "peak_bytes": peak_bytes(model),
+    }
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    lines = [
+        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
+        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
+    ]
+    for task, adapter in plan["tasks"].items():
+        batches = f", {plan['batches'][task]} batches" if task in plan["batches"] else ""
+        heads = f", {adapter['heads']} tensors of heads" if adapter["heads"] else ""
+        shared = f", {adapter['shared']} shared modules" if adapter["shared"] else ""
+        ranks = ", ".join(map(str, adapter["ranks"]))
+        lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
+    lines += [f"note      {remark}" for remark in plan["remarks"]]
+    if "steps" in plan:
+        dead = sum(len(tasks) for tasks in plan["dead"].values())
+        lines += [
+            f"measured  {len(plan['measured_modules'])} modules: {plan['measured_modules'][0]} to "
+            f"{plan['measured_modules'][-1]}",
+            f"dead      {dead} coefficients come after them and receive no gradient",
+            f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
+            f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
+        ]
+    lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
+    return "\n".join(lines)
+
+
+def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "auto") -> nn.Module:
+    """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
+
+    Args:
+        name: folder or hub id.
+        local: never touch the network.
+        dtype: as in :class:`nsc_merge.recipe.Recipe`.
+        device: ``"auto"`` for a GPU if there is one.
+
+    Raises:
+        ValueError, OSError: if it cannot be loaded, naming what is missing.
+    """
+    import torch
+    import transformers
+
+    from nsc_merge.safefile import check_safetensors
+
+    if local:
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"model: {name} holds no config.json")
+        for file in sorted(Path(name).glob("*.safetensors")):
+            check_safetensors(file)
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
+    names = getattr(config, "architectures", None) or ["AutoModel"]
+    kind: Any = getattr(transformers, names[0], None)
+    if kind is None:
+        raise ValueError(f"model: transformers has no {names[0]}, which {name} asks for")
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "local_files_only": local,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    model, info = kind.from_pretrained(name, **settings)
+    missing = sorted(info["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        model, info = kind.from_pretrained(name, add_pooling_layer=False, **settings)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"model: {name} lacks {len(missing)} tensors, for example {missing[0]}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+    from nsc_merge.adapters import load_adapter
+    from nsc_merge.batches import check_names, read_batches
+    from nsc_merge.remap import fit
+
+    _check_method(recipe)
+    adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
+    calibration = {
+        task: read_batches(place, recipe.batch_size, f"calibration.{task}")
+        for task, place in recipe.calibration.items()
+    }
+    log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
+    model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device=recipe.device)
+    for task, batches in calibration.items():
+        check_names(batches, model, f"calibration.{task}")
+    dtype = next(model.parameters()).dtype
+    calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
+    return model, fit(adapters, model, recipe.shared_modules), calibration
+
+
+def _check_method(recipe: Recipe) -> None:
+    from nsc_merge.api import METHODS
+    from nsc_merge.nsc import NSCOptions
+
+    if recipe.method not in METHODS:
+        raise RecipeError(f"method: expected one of {sorted(METHODS)}, found {recipe.method!r}")
+    if recipe.method != "nsc":
+        return
+    known = [option.name for option in fields(NSCOptions)]
+    for name in recipe.options:
+        if name not in known:
+            raise RecipeError(f"options.{name}: not an option of method 'nsc' (options: {', '.join(known)})")
+    missing = [task for task in recipe.adapters if task not in recipe.calibration]
+    if missing:
+        raise RecipeError(f"calibration.{missing[0]}: method 'nsc' needs inputs of every task, found none")
+
+
+def _resolved(recipe: Recipe, model: nn.Module) -> Any:
+    from nsc_merge.families import family_of
+    from nsc_merge.nsc import resolve_options
+
+    return resolve_options(family_of(model), list(recipe.adapters), recipe.options)
+
+
+def _merge(
+    recipe: Recipe,
+    model: nn.Module,
+    adapters: dict[str, Adapter],
+    calibration: dict[str, Batches],
+    options: dict[str, Any],
+) -> MergeResult:
+    from nsc_merge.api import merge
+
+    result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
+    inputs = {
+        "calibration": {task: str(place) for task, place in recipe.calibration.items()},
+        "batch_size": recipe.batch_size,
+        "shared_modules": recipe.shared_modules,
+        "dora": recipe.dora,
+        "dtype": recipe.dtype,
+        "device": recipe.device,
+        "output": {
+            "dir": str(recipe.out),
+            "formats": list(recipe.formats),
+            "rank": recipe.rank,
+            "max_shard_size": recipe.max_shard_size,
+            "plots": recipe.plots,
+        },
+    }
+    return replace(result, inputs=inputs)
+
+
+def _remarks(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
+    """What a person should know before merging, one line each."""
+    import torch
+
+    from nsc_merge.remap import absent
+
+    remarks = [f"{task}: {note}" for task, adapter in adapters.items() for note in adapter.notes]
+    missing = absent(adapters)
+    for task in adapters:
+        paths = [path for path, tasks in missing.items() if task in tasks]
+        if paths:
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            remarks.append(f"{task}: coefficient 0 where it has no adapter: {', '.join(paths[:3])}{more}")
+    first = next(model.parameters())
+    if first.dtype is torch.float16 and first.device.type == "cpu":
+        remarks.append("float16 is slow on the CPU: dtype=float32 takes twice the memory, a fraction of the time")
+    bases = {adapter.base_model for adapter in adapters.values()}
+    if len(bases) > 1:
+        remarks.append(f"the adapters name different base models: {', '.join(sorted(map(str, bases)))}")
+    return remarks
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    factors = adapter.factors.values()
+    return {
+        "source": str(adapter.source),
+        "modules": sum(1 for factor in factors if factor.rank),
+        "ranks": sorted({factor.rank for factor in factors if factor.rank}),
+        "shared": sum(1 for factor in factors if factor.dense is not None),
+        "heads": len(adapter.trained),
+        "notes": list(adapter.notes),
+    }
+
+
+def reset_peak(model: nn.Module) -> None:
+    """Forget earlier peaks of GPU memory."""
+    import torch
+
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(model: nn.Module) -> int:
+    """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
+    import torch
+
+    if next(model.parameters()).is_cuda:
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

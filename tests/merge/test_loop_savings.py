@@ -1,0 +1,287 @@
+"""Everything that the loop leaves out changes nothing: the same coefficients with and without it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from loop_cases import (
+    TASKS,
+    adapters_for,
+    image_batches,
+    llama,
+    llava,
+    text_batches,
+    trajectory,
+    values,
+)
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsc_merge.families import family_of, scored_paths
+from nsc_merge.loop import Optimisation, Settings
+from nsc_merge.nsc import objective_of, resolve_options
+from nsc_merge.passes import one_by_one
+
+
+def calls_of(module):
+    seen = []
+    module.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def same_course(first, second):
+    torch.testing.assert_close(values(first), values(second), rtol=0, atol=1e-5)
+    for one, other in zip(first.history, second.history, strict=True):
+        assert one["omega"] == pytest.approx(other["omega"], abs=1e-5)
+    assert (values(first) - 0.4).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_exit": False},
+        {"checkpointing": True},
+        {"batch_tasks": True},
+        {"batch_tasks": None},
+        {"batch_tasks": True, "checkpointing": True, "early_exit": False},
+    ],
+)
+def test_each_saving_gives_the_course_of_the_plain_loop_on_a_decoder(options):
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches()
+    plain = trajectory(model, adapters, batches, early_exit=False, cache_prefix=False)
+    same_course(trajectory(model, adapters, batches, **options), plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_prefix": False}, {"batch_tasks": True}, {"checkpointing": True}]
+)
+def test_each_saving_gives_the_course_of_the_plain_loop_on_llava(options):
+    model = llava()
+    adapters, batches = adapters_for(model), image_batches()
+    plain = trajectory(model, adapters, batches, early_exit=False, cache_prefix=False)
+    same_course(trajectory(model, adapters, batches, **options), plain)
+
+
+@pytest.mark.parametrize(("options", "blocks"), [({}, 4), ({"score_blocks": [1]}, 2)])
+def test_nothing_after_the_last_measurement_runs_from_the_first_step_on(options, blocks):
+    model = llama()
+    runs = [calls_of(layer) for layer in model.model.layers]
+    head, norm, last = (
+        calls_of(model.lm_head),
+        calls_of(model.model.norm),
+        calls_of(model.model.layers[-1].mlp),
+    )
+    attention = model.model.layers[blocks - 1].self_attn
+    measured, beside, unadapted = (calls_of(getattr(attention, f"{name}_proj")) for name in "vqk")
+    trajectory(model, adapters_for(model), text_batches(), steps=2, **options)
+    assert [len(seen) for seen in runs] == [6] * blocks + [0] * (4 - blocks)
+    assert not head
+    assert not norm
+    assert not last
+    # The last measured linear is not applied: only its input counts. Those that share the input run once, to show it.
+    assert not measured
+    assert len(beside) == len(unadapted) == 1
+
+
+@pytest.mark.parametrize(("batched", "distinct"), [(False, 6), (True, 2)])
+def test_the_frozen_tower_runs_once_per_batch(batched, distinct):
+    model = llava()
+    tower = model.model.vision_tower
+    seen = calls_of(tower.encoder.layers[0])
+    adapters, batches = adapters_for(model), image_batches()
+    trajectory(model, adapters, batches, steps=6, batch_tasks=batched)
+    assert len(seen) == distinct
+    assert "forward" not in vars(tower)
+    seen.clear()
+    trajectory(model, adapters, batches, steps=6, batch_tasks=batched, cache_prefix=False)
+    assert len(seen) == (6 if batched else 18)
+
+
+def test_an_adapted_tower_is_not_cached():
+    model = llava()
+    adapters = adapters_for(model)
+    inside = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    factors = adapters["a"].factors
+    path = next(iter(factors))
+    factors[inside] = type(factors[path])(torch.randn(2, 16), torch.randn(16, 2), 1.0)
+    seen = calls_of(model.model.vision_tower.encoder.layers[0])
+    result = trajectory(model, adapters, image_batches(), steps=4)
+    assert len(seen) == 12
+    assert abs(result.coefficients[inside]["a"] - 0.4) > 1e-4
+
+
+def test_tasks_run_together_where_shapes_agree_and_apart_where_not():
+    model = llama()
+    adapters = adapters_for(model)
+    seen = calls_of(model)
+    equal = text_batches()
+    trajectory(model, adapters, equal, steps=2, batch_tasks=True)
+    assert len(seen) == 2
+    seen.clear()
+    mixed = {**equal, "c": text_batches(tokens=5)["c"]}
+    together = trajectory(model, adapters, mixed, steps=2, batch_tasks=True)
+    assert len(seen) == 4
+    same_course(together, trajectory(model, adapters, mixed, steps=2))
+    # Other numbers of rows still concatenate, and every task counts the same.
+    uneven = {**equal, "b": text_batches(rows=5)["b"]}
+    seen.clear()
+    together = trajectory(model, adapters, uneven, steps=2, batch_tasks=True)
+    assert len(seen) == 2
+    same_course(together, trajectory(model, adapters, uneven, steps=2))
+
+
+def objective(model, adapters, **options):
+    family = family_of(model)
+    chosen = resolve_options(family, TASKS, {"batch_tasks": False, **options})
+    paths = list(adapters["a"].factors)
+    scored = scored_paths(family, model, paths, None, "last_quarter")
+    return objective_of(model, adapters, family, scored, chosen), scored
+
+
+def dense_objective(model, adapters, scored, lams, batches, masked):
+    """Eq. 5 on weights merged in float64, with projectors: the definition, spelled out."""
+    weights = {}
+    for path, lam in lams.items():
+        weight = model.get_submodule(path).weight.detach()
+        for coefficient, task in zip(lam, TASKS, strict=True):
+            if path in adapters[task].factors:
+                weight = weight + coefficient * adapters[task].factors[path].delta()
+        weights[f"{path}.weight"] = weight
+    omegas = []
+    for task in TASKS:
+        inputs = {}
+        handles = [
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda _, args, path=path, inputs=inputs: inputs.update({path: args[0]})
+            )
+            for path in scored
+        ]
+        functional_call(model, weights, (), batches[task][0])
+        for handle in handles:
+            handle.remove()
+        means = []
+        for path, z in inputs.items():
+            A = adapters[task].factors[path].A.double()
+            null = torch.eye(A.shape[1], dtype=torch.float64) - torch.linalg.pinv(A) @ A
+            ratio = (z @ null).norm(dim=-1) / z.norm(dim=-1)
+            means.append(ratio[batches[task][0]["attention_mask"] != 0].mean() if masked else ratio.mean())
+        omegas.append(torch.stack(means).mean())
+    return torch.stack(omegas)
+
+
+@pytest.mark.parametrize("include_pad", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_objective_and_gradient_are_those_of_a_dense_float64_merge(include_pad, together):
+    model = llama().double()
+    adapters, batches = adapters_for(model), text_batches(1)
+    for number, task in enumerate(TASKS):
+        mask = torch.ones(2, 7, dtype=torch.long)
+        mask[1, 7 - number :] = 0
+        batches[task][0]["attention_mask"] = mask
+    context, scored = objective(model, adapters, include_pad=include_pad, batch_tasks=together)
+    generator = torch.Generator().manual_seed(4)
+    with context as measured:
+        flat = measured.coefficients.flat
+        with torch.no_grad():
+            flat += 0.3 * torch.randn(flat.shape, generator=generator, dtype=flat.dtype) * (flat != 0)
+        omega = measured.accumulate([batches[task][0] for task in TASKS])
+        start, gradient = flat.detach().clone(), flat.grad.clone()
+    paths = list(adapters["a"].factors)
+    lams = {path: row.clone().requires_grad_() for path, row in zip(paths, start, strict=True)}
+    expected = dense_objective(model, adapters, scored, lams, batches, not include_pad)
+    torch.testing.assert_close(omega, expected, rtol=1e-10, atol=0)
+    expected.mean().backward()
+    wanted = [torch.zeros(3) if lam.grad is None else lam.grad for lam in lams.values()]
+    torch.testing.assert_close(gradient, torch.stack(wanted).to(gradient), rtol=1e-8, atol=1e-12)
+
+
+def test_padding_does_not_count_unless_asked():
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches(1)
+    padded = {}
+    for task in TASKS:
+        ids = batches[task][0]["input_ids"]
+        mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)], 1)
+        padded[task] = [{"input_ids": torch.cat([ids, ids[:, :3]], 1), "attention_mask": mask}]
+    bare = trajectory(model, adapters, batches)
+    same_course(trajectory(model, adapters, padded), bare)
+    counted = trajectory(model, adapters, padded, include_pad=True)
+    assert abs(counted.history[0]["objective"] - bare.history[0]["objective"]) > 1e-4
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    model = llama()
+    batches = text_batches(1)
+    for task in TASKS:
+        batches[task][0]["attention_mask"] = torch.zeros(2, 1, 7, 7)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[2, 7\].*found \[2, 1, 7, 7\]"):
+        trajectory(model, adapters_for(model), batches)
+
+
+def test_the_model_is_left_as_it_was():
+    model = llava()
+    objects = {name: id(module) for name, module in model.named_modules()}
+    caching = model.config.text_config.use_cache
+    trajectory(model, adapters_for(model), image_batches(), checkpointing=True)
+    assert {name: id(module) for name, module in model.named_modules()} == objects
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.config.text_config.use_cache is caching
+
+
+def test_checkpointing_keeps_less():
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches(1, rows=8)
+    drawn = [batches[task][0] for task in TASKS]
+
+    def held(**options) -> int:
+        kept: dict[int, int] = {}
+        context, _ = objective(model, adapters, **options)
+
+        def count(value):
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with context as measured:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+                omega = measured._forward(measured_pass(drawn[0]))
+            assert omega.isfinite().all()
+        return sum(kept.values())
+
+    assert held(checkpointing=True) < 0.6 * held()
+
+
+def measured_pass(batch):
+    return one_by_one([batch], torch.device("cpu"))[0]
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses every operation whose result the host must wait for on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_tasks": True}, {"checkpointing": True}])
+def test_a_step_never_waits_for_the_device(options, model):
+    # A ViT: transformers itself reads masks and positions of decoders on the host while it builds attention masks.
+    context, _ = objective(model, adapters_for(model, ["v_proj", "o_proj"]), **options)
+    with context as measured:
+        drawn = [{"pixel_values": torch.randn(2, 1, 8, 8)} for _ in TASKS]
+        present = torch.ones_like(measured.coefficients.flat, dtype=torch.bool)
+        settings = Settings("adamw", 1e-3, 0.01, 100, "cosine", None, False, None, 50)
+        loop = Optimisation(
+            measured, TASKS, present, [itertools.repeat(batch) for batch in drawn], settings, {}
+        )
+        loop._step(0, lambda: None)
+        with NoHostReads():
+            loop._step(1, lambda: None)
+        assert loop._pending == 2
