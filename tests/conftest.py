@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton decides when it is first imported, which torch may do for any test, whether its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

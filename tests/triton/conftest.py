@@ -1,4 +1,4 @@
-"""The Triton tests run on the GPU where there is one, else in Triton's interpreter on the CPU."""
+"""The Triton tests run on the GPU where there is one, else in Triton's interpreter on the CPU (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
