@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .reference import accumulation_dtype
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_ADAPTERS = 4096
 FILE_FORMAT = "nsc_kernels.AdapterBank"
@@ -144,7 +146,7 @@ class AdapterBank(nn.Module):
 
     def delta(self, lam: Tensor | Sequence[float]) -> Tensor:
         """The dense update ``sum_k lam_k s_k B_k A_k``: ``[d_out, d_in]``, float32 (float64 for a float64 bank)."""
-        acc = torch.float64 if self.dtype is torch.float64 else torch.float32
+        acc = accumulation_dtype(self.dtype)
         lam = torch.as_tensor(lam, dtype=acc, device=self.device)
         if lam.shape != (self.K,):
             raise ValueError(f"lam must have shape ({self.K},), one coefficient per adapter, found {tuple(lam.shape)}")

@@ -13,6 +13,7 @@ from . import reference
 from .backends.registry import AUTO, Backend, chosen
 from .bank import AdapterBank
 from .ops import run_backward, run_forward, select_backend
+from .reference import accumulation_dtype
 
 # Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
 AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
@@ -86,7 +87,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
             return _call(z.to(narrow), _autocast_bank(bank, narrow), lam, base, None, stats)
     device, dtype = z.device, z.dtype
     A, Bt, offsets = bank.packed
-    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    acc = accumulation_dtype(dtype)
     K = len(offsets) - 1
     # The whole contract in one expression for the calls that keep it; which part was broken is found out afterwards.
     if not (
