@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from torch import nn
 
-from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
-from nsc_merge.attachment import adapted_linears
-from nsc_merge.nsc import Calibration, NSCOptions, merge_nsc
+from nsc_merge.adapters import AdapterSource, load_adapter
+from nsc_merge.methods import METHODS, Problem
+from nsc_merge.passes import Calibration
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
-
-Method = Callable[[nn.Module, Mapping[str, Adapter], "Calibration | None", Mapping[str, Any]], MergeResult]
 
 
 def merge(
@@ -27,7 +25,7 @@ def merge(
     dora: str = "refuse",
     **options: Any,
 ) -> MergeResult:
-    """Find one merge coefficient per task and adapted linear layer.
+    """Merge LoRA adapters into one update of the base model, by any method of :data:`nsc_merge.methods.METHODS`.
 
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
@@ -35,10 +33,10 @@ def merge(
         adapters: task -> PEFT folder, :class:`Adapter`, ``PeftModel`` (not the one that wraps ``model``), or
             mapping with ``config`` and ``weights``.
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
-            takes the next batch of every task, in order, and starts again when an iterable ends. Not used by
-            ``"task_arithmetic"``.
-        method: ``"nsc"`` (options: :class:`nsc_merge.nsc.NSCOptions`) or ``"task_arithmetic"`` (option:
-            ``scale``, one coefficient for everything, 0.4 by default).
+            takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
+            need no data do not look at it.
+        method: ``"nsc"`` (options: :class:`nsc_merge.nsc.NSCOptions`), or another name that ``nsc-merge methods``
+            lists.
         shared_modules: what happens to modules that the adapters trained in full and that come before the
             head, such as LLaVA's projector: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.remap.fit`.
@@ -46,7 +44,7 @@ def merge(
         options: of the method.
 
     Returns:
-        The coefficients with everything needed to apply or save them.
+        The merged update, as coefficients or as factors, with everything needed to apply or save it.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: naming the argument, what was found and what was expected,
@@ -54,49 +52,29 @@ def merge(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, found {method!r}")
+    METHODS[method].check_names(options)
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
             f"adapters: expected a mapping from task to adapter with at least one entry, found {adapters!r}"
         )
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
-    result = METHODS[method](model, fit(loaded, model, shared_modules), calibration, options)
+    problem = Problem(model, fit(loaded, model, shared_modules), calibration)
+    result = METHODS[method].run(problem, options)
     return replace(result, inputs={"shared_modules": shared_modules, "dora": dora})
 
 
-def _task_arithmetic(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    calibration: Calibration | None,
-    options: Mapping[str, Any],
-) -> MergeResult:
-    unknown = sorted(set(options) - {"scale"})
-    if unknown:
-        raise ValueError(f"{unknown[0]}: not an option of method 'task_arithmetic' (options: scale)")
-    scale = float(options.get("scale", 0.4))
-    coefficients = {
-        path: {task: scale if path in adapter.factors else 0.0 for task, adapter in adapters.items()}
-        for path in adapted_linears(model, adapters)
-    }
-    return MergeResult(
-        method="task_arithmetic",
-        coefficients=coefficients,
-        history=[],
-        adapters=dict(adapters),
-        options={"scale": scale},
-        dead={},
-        model=model,
-    )
-
-
-METHODS: dict[str, Method] = {"nsc": merge_nsc, "task_arithmetic": _task_arithmetic}
-
-
 def describe_methods() -> dict[str, dict[str, Any]]:
-    """Method -> its ``summary`` in one line and the names of its ``options``."""
+    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs``, and its ``options`` with defaults."""
     return {
-        "nsc": {
-            "summary": "learns a coefficient per task and module by minimising the null-space ratio (no labels)",
-            "options": [option.name for option in fields(NSCOptions)],
-        },
-        "task_arithmetic": {"summary": "one coefficient for everything", "options": ["scale"]},
+        method.name: {
+            "summary": method.summary,
+            "paper": method.paper,
+            "needs": sorted(method.needs),
+            "tuned": method.tuned,
+            "options": {
+                option.name: None if option.default is MISSING else option.default
+                for option in fields(method.options)
+            },
+        }
+        for method in METHODS.values()
     }

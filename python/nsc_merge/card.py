@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nsc_merge.adapters import Adapter
     from nsc_merge.result import MergeResult
 
 _LOADING = {
@@ -53,7 +54,10 @@ def model_card(
 
 def _method(result: MergeResult) -> list[str]:
     if result.method != "nsc":
-        return [f"Method: `{result.method}`. All settings are in `recipe.yaml`."]
+        from nsc_merge.methods import METHODS
+
+        paper = f" ({METHODS[result.method].paper})" if result.method in METHODS else ""
+        return [f"Method: `{result.method}`{paper}. All settings are in `recipe.yaml`."]
     lines = [
         "The coefficients were found by null-space compression ([arXiv 2603.26317]"
         "(https://arxiv.org/abs/2603.26317)) on unlabelled inputs: no labels and no task metric were used. "
@@ -70,18 +74,26 @@ def _method(result: MergeResult) -> list[str]:
 
 
 def _table(result: MergeResult) -> list[str]:
+    if not result.coefficients:
+        rows = [
+            f"| {task} | {len(adapter.factors)} | {_ranks(adapter)} |" for task, adapter in result.adapters.items()
+        ]
+        return ["| task | modules | ranks |", "|---|---|---|", *rows]
     lines = ["| task | modules | ranks | coefficients | mean |", "|---|---|---|---|---|"]
     for task, adapter in result.adapters.items():
         values = [
             result.coefficients[path][task] if factor.fixed is None else factor.fixed
             for path, factor in adapter.factors.items()
         ]
-        ranks = sorted({factor.rank for factor in adapter.factors.values() if factor.rank})
         lines.append(
-            f"| {task} | {len(adapter.factors)} | {', '.join(map(str, ranks))} | "
+            f"| {task} | {len(adapter.factors)} | {_ranks(adapter)} | "
             f"{min(values):.3f} to {max(values):.3f} | {sum(values) / len(values):.3f} |"
         )
     return lines
+
+
+def _ranks(adapter: Adapter) -> str:
+    return ", ".join(map(str, sorted({factor.rank for factor in adapter.factors.values() if factor.rank})))
 
 
 def _remarks(

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,15 @@ def _methods(arguments: argparse.Namespace) -> int:
         print(json.dumps(methods))
         return 0
     for name, method in methods.items():
-        print(f"{name}\n  {method['summary']}\n  options: {', '.join(method['options'])}")
+        options = ", ".join(f"{option}={value!r}" for option, value in method["options"].items())
+        lines = [f"  {method['summary']}", f"  {method['paper']}"]
+        if method["needs"]:
+            lines.append(f"  needs: {', '.join(method['needs'])}")
+        if method["tuned"]:
+            lines.append(f"  tuned on validation data: {method['tuned']}")
+        if options:
+            lines += textwrap.wrap(f"options: {options}", 100, initial_indent="  ", subsequent_indent="    ")
+        print("\n".join([name, *lines]))
     return 0
 
 

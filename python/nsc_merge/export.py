@@ -28,10 +28,15 @@ RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
 TRUNCATION_FILE = "truncation.json"
 HEADS_FOLDER = "heads"
+TASKS_FOLDER = "tasks"
 
 COEFFICIENTS_FORMAT = "nsc_merge.coefficients"
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+# Up to this width an exact SVD of a dense update takes about a second; a wide one would take minutes.
+_EXACT_WIDTH = 1024
+_OVERSAMPLING, _ITERATIONS = 16, 4
 
 # The ranks that vLLM's --max-lora-rank accepts.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -57,27 +62,52 @@ def save(
         raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
     if rank is not None and "lora" not in wanted:
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
+    if not result.coefficients and format == "coefficients":
+        raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
+    if rank is None and "lora" in wanted:
+        _refuse_full_rank(result)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     if isinstance(format, str):
         _refuse_mixture(out, format)
     with _staged(out) as staging:
-        if isinstance(format, str):
-            errors = _write(result, staging, format, rank, max_shard_size)
-            shown = [format]
-        else:
-            _write_coefficients(result, staging)
-            errors = {}
-            for name in wanted:
-                if name != "coefficients":
-                    (staging / name).mkdir()
-                    errors |= _write(result, staging / name, name, rank, max_shard_size)
-            shown = list(dict.fromkeys(["coefficients", *wanted]))
+        errors: dict[str, float] = {}
         nested = not isinstance(format, str)
+        if nested and result.coefficients:
+            _write_coefficients(result, staging)
+            shown = list(dict.fromkeys(["coefficients", *wanted]))
+        else:
+            shown = [name for name in wanted if name != "coefficients" or not nested]
+        for place, one in _by_task(result):
+            for name in shown:
+                if nested and name == "coefficients":
+                    continue
+                folder = staging / place / (name if nested else "")
+                folder.mkdir(parents=True, exist_ok=True)
+                errors |= _write(one, folder, name, rank, max_shard_size)
         _write_surroundings(result, staging, plots=plots)
         card = model_card(result, shown, rank, errors, nested=nested)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
     return out
+
+
+def _by_task(result: MergeResult) -> Iterator[tuple[str, MergeResult]]:
+    """Folder within the output, and what is written there: one entry, or one for each task."""
+    if not result.per_task:
+        yield "", result
+        return
+    for task in result.tasks:
+        yield f"{TASKS_FOLDER}/{_file_name(task)}", result.for_task(task)
+
+
+def _refuse_full_rank(result: MergeResult) -> None:
+    for _, one in _by_task(result):
+        for path in one.paths:
+            if not one.is_whole(path) and any(factor.dense is not None for _, factor in one.terms(path)):
+                raise ValueError(
+                    f"rank: the update of method {result.method!r} is of full rank, so that no small adapter holds it "
+                    "exactly: expected a rank to truncate to, or format 'model'; found format 'lora' without a rank"
+                )
 
 
 def _refuse_mixture(out: Path, format: str) -> None:
@@ -122,7 +152,13 @@ def concatenated(result: MergeResult, path: str) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(result: MergeResult, path: str, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``A [r, d_in]``, ``B [d_out, r]`` of the best rank ``r <= rank``, and its relative Frobenius error."""
+    """``A [r, d_in]``, ``B [d_out, r]`` with r <= ``rank`` next to the merged update, and their relative Frobenius
+    error.
+
+    The best of that rank; of a wide update that has no factors, as good as a few subspace iterations find it.
+    """
+    if any(factor.dense is not None for _, factor in result.terms(path)):
+        return _low_rank_of_dense(result.delta(path), rank)
     A, B = concatenated(result, path)
     if A.shape[0] <= rank:
         return A, B, 0.0
@@ -135,18 +171,39 @@ def low_rank(result: MergeResult, path: str, rank: int) -> tuple[Tensor, Tensor,
     return (roots[:, None] * right[:rank]) @ q_in.t(), (q_out @ left[:, :rank]) * roots, error
 
 
+def _low_rank_of_dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    narrow = min(delta.shape)
+    if narrow <= max(_EXACT_WIDTH, 4 * rank):
+        left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        # Seeded here, so that the same merge gives the same file.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, sigma, columns = torch.svd_lowrank(delta, q=min(narrow, rank + _OVERSAMPLING), niter=_ITERATIONS)
+        right = columns.t()
+    kept = int((sigma[:rank] > 0).sum())
+    roots = sigma[:kept].sqrt()
+    A, B = roots[:, None] * right[:kept], left[:, :kept] * roots
+    norm = delta.norm()
+    return A, B, float((delta - B @ A).norm() / norm) if norm > 0 else 0.0
+
+
 def _write_lora(result: MergeResult, folder: Path, rank: int | None) -> dict[str, float]:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     ranks, errors = {}, {}
-    whole = [path for path in result.paths if any(factor.dense is not None for _, factor in result.terms(path))]
+    whole = [path for path in result.paths if result.is_whole(path)]
     biases = {path: result.bias_delta(path) for path in result.paths if path not in whole}
     has_bias = any(bias is not None for bias in biases.values())
     for path in biases:
-        A, B = concatenated(result, path)
-        if rank is not None:
+        if rank is None:
+            A, B = concatenated(result, path)
+        else:
             A, B, errors[path] = low_rank(result, path, rank)
+        if A.shape[0] == 0 and biases[path] is None:
+            # PEFT has no adapters of rank 0; leaving the module out says the same.
+            continue
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().contiguous()
         if has_bias:
@@ -155,13 +212,15 @@ def _write_lora(result: MergeResult, folder: Path, rank: int | None) -> dict[str
                 torch.zeros(B.shape[0]) if bias is None else bias.float()
             )
         ranks[path] = A.shape[0]
+    if not ranks and not whole:
+        raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
     if whole:
         merged = result.merged(result.model, whole)
         for path in whole:
             for parameter, value in result.model.get_submodule(path).state_dict().items():
                 name = f"{path}.{parameter}"
                 tensors[f"base_model.model.{name}"] = merged.get(name, value).contiguous()
-    largest = max(ranks.values())
+    largest = max(ranks.values(), default=1)
     other = {re.escape(path): value for path, value in ranks.items() if value != largest}
     bases = {adapter.base_model for adapter in result.adapters.values()}
     # alpha = r everywhere, so that the scaling that PEFT applies is exactly 1.
@@ -214,7 +273,7 @@ def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> No
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
     (folder / RECIPE_FILE).write_text(to_yaml(recipe_of(result)), encoding="utf-8")
-    if plots:
+    if plots and result.coefficients:
         from nsc_merge.plots import draw
 
         draw(result.coefficients, result.dead, result.history, folder)
@@ -225,10 +284,18 @@ def _file_name(task: str) -> str:
     return re.sub(r"[^\w.-]", "_", task).lstrip(".") or "task"
 
 
+def _rank(result: MergeResult, path: str) -> int:
+    """Of the exact adapter of one module."""
+    return sum(
+        factor.rank if factor.dense is None else min(factor.dense.shape) for _, factor in result.terms(path)
+    )
+
+
 def serving_notes(result: MergeResult, rank: int | None = None) -> list[str]:
     """What a server must be told to load the result's adapter, one line each."""
-    ranks = [sum(factor.rank for _, factor in result.terms(path)) for path in result.paths]
-    largest = max(ranks) if rank is None else min(rank, max(ranks))
+    merges = [one for _, one in _by_task(result)]
+    full = max((_rank(one, path) for one in merges for path in one.paths if not one.is_whole(path)), default=0)
+    largest = full if rank is None else min(rank, full)
     flag = next((allowed for allowed in _VLLM_RANKS if allowed >= largest), None)
     notes = [
         f"the adapter has rank {largest}; vLLM: --enable-lora --max-lora-rank {flag}"
@@ -236,9 +303,9 @@ def serving_notes(result: MergeResult, rank: int | None = None) -> list[str]:
         else f"the adapter has rank {largest}, more than vLLM's {_VLLM_RANKS[-1]}: save with a smaller rank, or "
         "as a model"
     ]
-    if any(factor.dense is not None for path in result.paths for _, factor in result.terms(path)):
+    if any(result.is_whole(path) for path in result.paths):
         notes.append("the adapter has modules_to_save, which PEFT loads and vLLM does not: save as a model")
-    if any(factor.bias is not None for path in result.paths for _, factor in result.terms(path)):
+    if any(factor.bias is not None for one in merges for path in one.paths for _, factor in one.terms(path)):
         notes.append("the adapter has biases (lora_bias), which not every server loads")
     return notes
 

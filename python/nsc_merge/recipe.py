@@ -58,7 +58,7 @@ class Recipe:
         calibration: task -> safetensors file of stacked inputs, or folder of batches; empty for methods
             without data.
         batch_size: rows of a calibration file per batch.
-        method: a key of :data:`nsc_merge.api.METHODS`.
+        method: a key of :data:`nsc_merge.methods.METHODS`.
         options: of the method.
         shared_modules: as in :func:`nsc_merge.merge`.
         dora: as in :func:`nsc_merge.merge`.

@@ -1,10 +1,11 @@
-"""What a merge returns: coefficients, and the merged weights that follow from them."""
+"""What a merge returns: coefficients or factors, and the merged weights that follow from them."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from nsc_merge.attachment import merged_linears
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Merge coefficients, with the adapters that they belong to.
+    """A merged update, with the adapters that it was made of.
+
+    A method gives one of three things: coefficients, one per task and module; factors, one update per module; or,
+    where every task keeps an update of its own, factors per task, of which :meth:`for_task` takes one.
 
     Attributes:
-        method: what found them.
+        method: what found it.
         coefficients: module path in the base model -> task -> coefficient; 0 where a task's adapter is
-            absent.
+            absent. Empty if the method gives factors.
         history: one entry per step: ``step``, ``objective`` (Eq. 5), ``omega`` (per task), ``lambda_min``,
             ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update.
         adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.remap.fit`.
@@ -31,6 +35,8 @@ class MergeResult:
             value.
         model: the base model, unchanged.
         inputs: further arguments of the merge, as they go into ``recipe.yaml``.
+        factors: module path -> the merged update, low-rank or dense, of methods that give no coefficients.
+        per_task: task -> module path -> update, of methods that give every task its own.
     """
 
     method: str
@@ -41,6 +47,8 @@ class MergeResult:
     dead: dict[str, list[str]]
     model: nn.Module = field(repr=False)
     inputs: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, Factor] = field(default_factory=dict, repr=False)
+    per_task: dict[str, dict[str, Factor]] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -52,14 +60,82 @@ class MergeResult:
         return list(dict.fromkeys(path for adapter in self.adapters.values() for path in adapter.factors))
 
     def terms(self, path: str) -> Iterator[tuple[float, Factor]]:
-        """Coefficient and update of every adapter that touches a linear."""
+        """What the merged update of a linear is the sum of: coefficient and update of every adapter that touches it,
+        or 1 and the method's own update.
+
+        Raises:
+            ValueError: if every task has an update of its own.
+        """
+        if self.per_task:
+            raise ValueError(
+                f"method {self.method!r} gives every task its own update: take one with for_task, found none "
+                f"taken (tasks: {', '.join(self.per_task)})"
+            )
+        if self.factors:
+            yield 1.0, self.factors[path]
+            return
         for task, adapter in self.adapters.items():
             factor = adapter.factors.get(path)
             if factor is not None:
                 yield self.coefficients[path][task] if factor.fixed is None else factor.fixed, factor
 
+    def for_task(self, task: str) -> MergeResult:
+        """The result that serves one task: itself, unless every task has an update of its own.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        if task not in self.adapters:
+            raise ValueError(f"task: expected one of {self.tasks}, found {task!r}")
+        return replace(self, factors=self.per_task[task], per_task={}) if self.per_task else self
+
+    def scaled(self, scale: float) -> MergeResult:
+        """This result with its whole update multiplied by ``scale``, but for what has a fixed coefficient.
+
+        Raises:
+            ValueError: if ``scale`` is not finite.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, found {scale!r}")
+
+        def times(factors: Mapping[str, Factor]) -> dict[str, Factor]:
+            return {
+                path: factor if self._is_fixed(path) else replace(factor, scaling=scale * factor.scaling)
+                for path, factor in factors.items()
+            }
+
+        options = dict(self.options)
+        if isinstance(options.get("scale"), Mapping):
+            options["scale"] = {task: scale * value for task, value in options["scale"].items()}
+        elif "scale" in options:
+            options["scale"] = scale * options["scale"]
+        return replace(
+            self,
+            coefficients={
+                path: {task: scale * value for task, value in row.items()}
+                for path, row in self.coefficients.items()
+            },
+            factors=times(self.factors),
+            per_task={task: times(factors) for task, factors in self.per_task.items()},
+            options=options,
+        )
+
+    def _is_fixed(self, path: str) -> bool:
+        held = [adapter.factors[path] for adapter in self.adapters.values() if path in adapter.factors]
+        return any(factor.fixed is not None for factor in held)
+
+    def is_whole(self, path: str) -> bool:
+        """Whether some adapter trained the linear in full, and not by low-rank factors."""
+        return any(
+            adapter.factors[path].dense is not None
+            for adapter in self.adapters.values()
+            if path in adapter.factors
+        )
+
     def delta(self, path: str) -> Tensor:
-        """The merged update ``sum_k lam_k s_k B_k A_k`` of one linear, ``[d_out, d_in]`` in float64."""
+        """The merged update of one linear, ``[d_out, d_in]`` in float64: ``sum_k lam_k s_k B_k A_k`` where there are
+        coefficients.
+        """
         return torch.stack([lam * factor.delta() for lam, factor in self.terms(path)]).sum(0)
 
     def bias_delta(self, path: str) -> Tensor | None:
@@ -121,10 +197,12 @@ class MergeResult:
         return model
 
     def rank_errors(self, rank: int) -> dict[str, float]:
-        """Relative error (Frobenius) per module of the best adapter of ``rank``; 0 where it is exact."""
+        """Relative error (Frobenius) per module of the adapter of ``rank`` that :meth:`save` writes; 0 where it is
+        exact.
+        """
         from nsc_merge.export import low_rank
 
-        paths = (path for path in self.paths if any(factor.rank for _, factor in self.terms(path)))
+        paths = (path for path in self.paths if not self.is_whole(path))
         return {path: low_rank(self, path, rank)[2] for path in paths}
 
     def save(
@@ -146,10 +224,12 @@ class MergeResult:
             out: a folder; made if needed. Files of the same names are replaced.
             format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
                 of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
-                ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` into
-                ``out`` and each other format into a folder of its name.
+                ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method
+                gives coefficients) into ``out`` and each other format into a folder of its name. Where every task
+                has an update of its own, each goes into ``tasks/<task>`` of that folder.
             rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
-                ``truncation.json``; :meth:`rank_errors` returns the same.
+                ``truncation.json``; :meth:`rank_errors` returns the same. Methods whose update is of full rank
+                have no exact adapter and need it.
             max_shard_size: of ``"model"``, as in transformers.
             plots: also draw the coefficients and, if there is a history, the null-space ratios.
 

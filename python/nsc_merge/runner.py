@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,9 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
     dead = sum(len(tasks) for tasks in result.dead.values())
     if dead:
         log(f"{dead} coefficients come after the last measured input and received no gradient")
-    formats = list(dict.fromkeys(["coefficients", *recipe.formats]))
+    formats = [name for name in recipe.formats if name != "coefficients"]
+    if result.coefficients:
+        formats.insert(0, "coefficients")
     result.save(
         recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
     )
@@ -77,9 +79,15 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
 
         summary["serving"] = serving_notes(result, recipe.rank)
         if recipe.rank is not None:
-            errors = result.rank_errors(recipe.rank)
-            summary["truncation"] = {"mean": statistics.mean(errors.values()), "max": max(errors.values())}
+            errors = _truncation(result, recipe.rank)
+            summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
     return summary
+
+
+def _truncation(result: MergeResult, rank: int) -> list[float]:
+    """Relative errors of every module, of every task if each has an update of its own."""
+    merges = [result.for_task(task) for task in result.per_task] or [result]
+    return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
 def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
@@ -225,20 +233,22 @@ def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict
 
 
 def _check_method(recipe: Recipe) -> None:
-    from nsc_merge.api import METHODS
-    from nsc_merge.nsc import NSCOptions
+    from nsc_merge.methods import METHODS
 
     if recipe.method not in METHODS:
         raise RecipeError(f"method: expected one of {sorted(METHODS)}, found {recipe.method!r}")
-    if recipe.method != "nsc":
+    method = METHODS[recipe.method]
+    try:
+        method.check_names(recipe.options)
+    except ValueError as error:
+        raise RecipeError(f"options.{error}") from None
+    if "data" not in method.needs:
         return
-    known = [option.name for option in fields(NSCOptions)]
-    for name in recipe.options:
-        if name not in known:
-            raise RecipeError(f"options.{name}: not an option of method 'nsc' (options: {', '.join(known)})")
     missing = [task for task in recipe.adapters if task not in recipe.calibration]
     if missing:
-        raise RecipeError(f"calibration.{missing[0]}: method 'nsc' needs inputs of every task, found none")
+        raise RecipeError(
+            f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
+        )
 
 
 def _resolved(recipe: Recipe, model: nn.Module) -> Any:

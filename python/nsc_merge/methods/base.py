@@ -1,0 +1,202 @@
+"""What a merge method is, and what all methods that need no data have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.attachment import merged_linears
+from nsc_merge.passes import Calibration
+from nsc_merge.result import MergeResult
+
+NEEDS = ("data", "gradients", "outputs", "labels")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is given.
+
+    Attributes:
+        model: the base model.
+        adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.remap.fit`.
+        calibration: task -> batches of model inputs, for methods that need data.
+    """
+
+    model: nn.Module
+    adapters: dict[str, Adapter]
+    calibration: Calibration | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.adapters)
+
+
+Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
+Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of merging adapters.
+
+    Attributes:
+        name: as in :func:`nsc_merge.merge`.
+        summary: one line.
+        paper: where it comes from.
+        options: a frozen dataclass; its docstring explains each option, and it checks itself.
+        run: does it, given the options by name.
+        needs: of ``"data"`` (unlabelled inputs), ``"gradients"``, ``"outputs"`` (what the tasks' heads make of
+            them) and ``"labels"``.
+        tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.tuning`.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    options: type
+    run: Run
+    needs: frozenset[str] = frozenset()
+    tuned: str | None = None
+
+    @property
+    def option_names(self) -> list[str]:
+        return [field.name for field in fields(self.options)]
+
+    def check_names(self, given: Collection[str]) -> None:
+        """Refuse options that the method does not have.
+
+        Raises:
+            ValueError: naming the option and those that there are.
+        """
+        known = self.option_names
+        for name in given:
+            if name not in known:
+                listed = ", ".join(known) or "none"
+                raise ValueError(f"{name}: not an option of method {self.name!r} (options: {listed})")
+
+
+def gradient_free(
+    name: str,
+    summary: str,
+    paper: str,
+    options: type,
+    updates: Updates,
+    *,
+    averages: bool = False,
+    tuned: str | None = "scale",
+) -> Method:
+    """A method that computes a merged update from the adapters alone, one module after another.
+
+    What is no low-rank matrix, biases of LoRA layers (``lora_bias``) and shared modules trained in full, is
+    merged by task arithmetic instead: with the option ``scale`` (1 where there is none), divided by the number of
+    tasks that have it if the method ``averages``.
+
+    Args:
+        updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
+            adapters hold low-rank factors only; a path is touched by one task at least.
+    """
+
+    def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+        chosen = options(**given)
+        linears = merged_linears(problem.model, problem.adapters)
+        low_rank = {
+            task: replace(
+                adapter, factors={path: factor for path, factor in adapter.factors.items() if factor.rank}
+            )
+            for task, adapter in problem.adapters.items()
+        }
+        paths = [path for path in linears if any(path in adapter.factors for adapter in low_rank.values())]
+        merged = dict(updates(low_rank, paths, chosen))
+        scale = float(getattr(chosen, "scale", 1.0))
+        factors = {
+            path: _with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, scale, averages)
+            for path, linear in linears.items()
+        }
+        return MergeResult(
+            method=name,
+            coefficients={},
+            history=[],
+            adapters=problem.adapters,
+            options={field.name: getattr(chosen, field.name) for field in fields(options)},
+            dead={},
+            model=problem.model,
+            factors=factors,
+        )
+
+    return Method(name, summary, paper, options, run, tuned=tuned)
+
+
+def empty(linear: nn.Linear) -> Factor:
+    """The update of a linear that changes nothing, of rank 0."""
+    return Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
+
+
+def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
+    """Task -> update, of the tasks whose adapter touches a module."""
+    return {task: adapter.factors[path] for task, adapter in adapters.items() if path in adapter.factors}
+
+
+def _with_the_rest(
+    path: str, merged: Factor, adapters: Mapping[str, Adapter], scale: float, averages: bool
+) -> Factor:
+    """``merged`` with the biases of the adapters and their updates of the whole weight added."""
+    factors = present(adapters, path).values()
+    parts: dict[str, Tensor | None] = {}
+    for part in ("bias", "dense"):
+        held = [factor for factor in factors if getattr(factor, part) is not None]
+        share = scale / max(len(held), 1) if averages else scale
+        terms = [
+            (share if factor.fixed is None else factor.fixed) * factor.scaling * getattr(factor, part).double()
+            for factor in held
+        ]
+        parts[part] = torch.stack(terms).sum(0).float() if terms else None
+    if parts["dense"] is not None and merged.dense is not None:
+        parts["dense"] = parts["dense"] + merged.dense
+    assert merged.scaling == 1.0, "methods fold scalings into the factors"
+    return replace(merged, bias=parts["bias"], dense=merged.dense if parts["dense"] is None else parts["dense"])
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: bool = False
+) -> None:
+    """Refuse what is no finite number from ``least`` (exclusive if ``above``) to ``most``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if good and (least < value if above else least <= value) and value <= most:
+        return
+    bounds = []
+    if least > -math.inf:
+        bounds.append(f"{'above' if above else 'of at least'} {least:g}")
+    if most < math.inf:
+        bounds.append(f"of at most {most:g}")
+    wanted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
+    raise ValueError(f"{name}: expected {wanted}, found {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse what is not among ``choices``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}: expected one of {list(choices)}, found {value!r}")

@@ -1,0 +1,194 @@
+"""What every method's result can do, shown on the references: factors, factors per task, scaling, saving."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+import nsc_merge
+from nsc_merge.adapters import Factor
+from nsc_merge.methods import METHODS, base
+from nsc_merge.methods.tuning import tune_scale
+
+
+def outputs(model, images):
+    with torch.no_grad():
+        return model.eval()(pixel_values=images).last_hidden_state
+
+
+@pytest.fixture
+def summed(model, folders):
+    return nsc_merge.merge(model, folders, method="task_arithmetic", scale=1.0)
+
+
+def dense(result):
+    """The same update as a method of full rank would give it."""
+    no_rank = {path: base.empty(result.model.get_submodule(path)) for path in result.paths}
+    factors = {
+        path: dataclasses.replace(factor, dense=result.delta(path).float()) for path, factor in no_rank.items()
+    }
+    return dataclasses.replace(result, coefficients={}, factors=factors, method="dense")
+
+
+def test_every_method_is_described():
+    for name, method in METHODS.items():
+        assert name == method.name
+        assert method.needs <= set(base.NEEDS)
+        assert method.tuned is None or method.tuned in method.option_names
+        documented = method.options.__doc__ or ""
+        assert all(f"{option}:" in documented for option in method.option_names), name
+
+
+def test_unknown_options_are_refused_by_name(model, folders):
+    with pytest.raises(ValueError, match=r"steps: not an option of method 'task_arithmetic' \(options: scale\)"):
+        nsc_merge.merge(model, folders, method="task_arithmetic", steps=3)
+    with pytest.raises(ValueError, match=r"lr: not an option of method 'zero_shot' \(options: none\)"):
+        nsc_merge.merge(model, folders, method="zero_shot", lr=1.0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "0.3", True, {"plain": 0.1}])
+def test_scales_are_checked(model, folders, scale):
+    with pytest.raises(ValueError, match="scale: expected"):
+        nsc_merge.merge(model, folders, method="task_arithmetic", scale=scale)
+
+
+def test_task_arithmetic_with_a_scale_per_task(model, folders, summed):
+    scales = {"plain": 0.1, "mixed": 0.2, "partial": 0.3}
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=scales)
+    path = "layers.1.attention.v_proj"
+    expected = sum(scales[task] * adapter.factors[path].delta() for task, adapter in summed.adapters.items())
+    torch.testing.assert_close(result.delta(path), expected)
+
+
+def test_zero_shot_changes_nothing(model, folders, images):
+    result = nsc_merge.merge(model, folders, method="zero_shot")
+    assert torch.equal(outputs(result.apply(copy.deepcopy(model)), images), outputs(model, images))
+
+
+def test_finetuned_is_each_adapter_alone(model, folders, images):
+    result = nsc_merge.merge(model, folders, method="finetuned")
+    for task, folder in folders.items():
+        expected = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), images)
+        merged = result.for_task(task).apply(copy.deepcopy(model))
+        torch.testing.assert_close(outputs(merged, images), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_without_a_task_chosen_nothing_is_applied(model, folders, tmp_path):
+    result = nsc_merge.merge(model, folders, method="finetuned")
+    with pytest.raises(ValueError, match="take one with for_task"):
+        result.apply(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="task: expected one of .*, found 'other'"):
+        result.for_task("other")
+
+
+def test_scaled_multiplies_coefficients_factors_and_tasks_alike(model, folders, summed):
+    path = "layers.0.attention.v_proj"
+    half = summed.scaled(0.5)
+    assert half.options["scale"] == 0.5
+    torch.testing.assert_close(half.delta(path), 0.5 * summed.delta(path))
+    torch.testing.assert_close(dense(summed).scaled(0.5).delta(path), 0.5 * dense(summed).delta(path))
+    alone = nsc_merge.merge(model, folders, method="finetuned")
+    scaled = alone.scaled(2.0).for_task("mixed").delta(path)
+    torch.testing.assert_close(scaled, 2.0 * alone.for_task("mixed").delta(path))
+    with pytest.raises(ValueError, match="scale: expected a finite number, found inf"):
+        summed.scaled(float("inf"))
+
+
+def test_every_task_is_saved_into_a_folder_of_its_own(model, folders, images, tmp_path):
+    result = nsc_merge.merge(model, folders, method="finetuned")
+    out = result.save(tmp_path / "alone", ["lora", "model"])
+    assert not (out / "coefficients.json").exists()
+    for task, folder in folders.items():
+        saved = out / "tasks" / task
+        expected = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), images)
+        reloaded = PeftModel.from_pretrained(copy.deepcopy(model), saved / "lora")
+        torch.testing.assert_close(outputs(reloaded, images), expected, rtol=2e-5, atol=2e-5)
+        assert (saved / "model" / "model.safetensors").is_file()
+    # Modules that a task does not touch are left out, not written with rank 0.
+    config = json.loads((out / "tasks" / "partial" / "lora" / "adapter_config.json").read_text())
+    assert {path.rsplit(".", 1)[-1] for path in config["target_modules"]} == {"v_proj", "o_proj"}
+
+
+def test_an_update_of_full_rank_needs_a_rank(summed, tmp_path):
+    with pytest.raises(ValueError, match="full rank.*expected a rank to truncate to"):
+        dense(summed).save(tmp_path / "out", "lora")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="format 'coefficients': method 'dense' gives none"):
+        dense(summed).save(tmp_path / "out", "coefficients")
+
+
+def test_truncating_a_dense_update_is_truncating_its_factors(summed, tmp_path):
+    expected = summed.rank_errors(5)
+    found = dense(summed).rank_errors(5)
+    assert max(expected.values()) > 0.05
+    assert found == pytest.approx(expected, abs=1e-6)
+    out = dense(summed).save(tmp_path / "out", "lora", rank=5)
+    written = json.loads((out / "truncation.json").read_text())["relative_error"]
+    assert written == pytest.approx(expected, abs=1e-6)
+
+
+def test_truncating_a_wide_dense_update_reports_its_true_error():
+    from nsc_merge.export import _low_rank_of_dense
+
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.9 ** torch.arange(1100.0, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(1100, 1100, generator=generator).double()).Q for _ in range(2))
+    delta = (left * sigma) @ right
+    A, B, error = _low_rank_of_dense(delta, 8)
+    best = float(sigma[8:].norm() / sigma.norm())
+    assert best <= error + 1e-12
+    assert error <= 1.001 * best
+    assert float((delta - B @ A).norm() / delta.norm()) == pytest.approx(error)
+
+
+def test_nothing_to_save(model, folders, tmp_path):
+    with pytest.raises(ValueError, match="update of method 'zero_shot' is zero"):
+        nsc_merge.merge(model, folders, method="zero_shot").save(tmp_path / "none", "lora")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_no_low_rank_matrix_is_merged_by_task_arithmetic(model, write_adapter):
+    """Biases follow ``scale``, divided by the number of tasks for methods that average."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """scale: of the update."""
+
+        scale: float = 1.0
+
+    def first(adapters, paths, options):
+        for path in paths:
+            factor = next(iter(base.present(adapters, path).values()))
+            yield path, Factor(factor.A, options.scale * factor.scaling * factor.B, 1.0)
+
+    folders = {name: write_adapter(name, seed, lora_bias=True) for seed, name in enumerate("ab", 1)}
+    adapters = {name: nsc_merge.load_adapter(folder, name) for name, folder in folders.items()}
+    path = "layers.0.attention.q_proj"
+    for averages, share in ((False, 0.5), (True, 0.25)):
+        method = base.gradient_free("first", "", "", Options, first, averages=averages)
+        result = method.run(base.Problem(model, adapters), {"scale": 0.5})
+        torch.testing.assert_close(result.delta(path), 0.5 * adapters["a"].factors[path].delta())
+        biases = [adapter.factors[path].bias_delta() for adapter in adapters.values()]
+        torch.testing.assert_close(result.bias_delta(path), share * sum(biases), rtol=1e-6, atol=1e-7)
+
+
+def test_tuning_sweeps_coarsely_then_finely(summed):
+    tried = []
+
+    def evaluate(result):
+        tried.append(result.options["scale"])
+        return -abs(result.options["scale"] - 0.337)
+
+    tuned = tune_scale(summed, evaluate)
+    assert tuned.scale == pytest.approx(0.34)
+    assert tuned.result.options["scale"] == pytest.approx(0.34)
+    assert tried[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert sorted(tried[10:]) == pytest.approx([0.01 * step for step in range(21, 40) if step != 30])
+    assert len(tuned.trail) == len(tried)
+    with pytest.raises(ValueError, match="coarse: expected at least one scale"):
+        tune_scale(summed, evaluate, coarse=())
