@@ -43,12 +43,16 @@ class SceneSet:
         pixels: ``[N, 1, 24, 24]``, noisy and normalised; what a model sees.
         clean: ``[N, 1, 24, 24]``, normalised but noiseless; a pre-training target.
         digits: ``[N, 24, 24]`` uint8, 0 for background and 1 + digit elsewhere; a pre-training target.
+        primary: ``[N]``, class of the nearest digit, which is always there.
+        salient: ``[N, 24, 24]`` bool, the pixels of that digit.
         labels: per task, the ground truth in the form that the task's loss takes.
     """
 
     pixels: Tensor
     clean: Tensor
     digits: Tensor
+    primary: Tensor
+    salient: Tensor
     labels: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -140,6 +144,8 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
         covered = alpha[:, 0] > 0.5
         digits = torch.where(covered, (classes[sample] + 1).to(torch.uint8)[:, None, None], digits)
         depth = torch.where(covered, 1.6 - 0.75 * s, depth)
+    # The primary digit is drawn last, so what it covers is what is seen of it.
+    salient = covered
 
     noisy = image + _NOISE * torch.randn(image.shape, generator=generator)
     # Background 0, digits 0-4 are class 1, digits 5-9 are class 2.
@@ -148,6 +154,8 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
         pixels=(noisy - _MEAN) / _STD,
         clean=(image - _MEAN) / _STD,
         digits=digits,
+        primary=classes[which[:, 0]],
+        salient=salient,
         labels={
             "depth": depth,
             "normal": _normals(depth),

@@ -83,7 +83,7 @@ def measure(task: Task, output: Tensor, label: Tensor) -> float:
     if task.name == "angle":
         return _DEGREES_PER_UNIT * F.l1_loss(output[:, 0], label).item()
     predicted = output.argmax(1)
-    if task.name == "count":
+    if task.metric == "acc":
         return (predicted == label).float().mean().item()
     return _mean_iou(predicted, label, task.channels)
 

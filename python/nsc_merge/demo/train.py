@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from nsc_merge.demo.data import SCENES, Scene, SceneSet, make_scenes
 from nsc_merge.demo.model import PATCH, WIDTH, Head, load_backbone, new_backbone, patch_features, to_image
 from nsc_merge.demo.tasks import TASKS, Task, loss, measure
 from nsc_merge.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RANK = 8
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -123,30 +127,18 @@ def train_adapter(
     assets: Path, task: Task, scenes: SceneSet, *, seed: int, log: Log, progress: bool | None
 ) -> None:
     """Train the head on frozen features, then head and LoRA together; save both under ``assets``."""
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import save_file
-
     started = time.perf_counter()
     torch.manual_seed(1000 * seed + list(TASKS).index(task.name))
-    head = Head(task)
-    backbone = load_backbone(assets / "base")
-    _fit_head(backbone, head, scenes)
-    model = get_peft_model(
-        backbone,
-        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_MODULES, bias="none"),
+    model, head = fit_adapter(
+        load_backbone(assets / "base"),
+        task,
+        scenes,
+        scenes.labels[task.name],
+        probe_steps=_PROBE_STEPS,
+        probe_scenes=_PROBE_SCENES,
+        steps=_ADAPTER_STEPS,
+        progress=progress,
     )
-    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=_ADAPTER_LR, weight_decay=1e-6)
-    label = scenes.labels[task.name]
-    with Progress(f"{task.name} adapter", _ADAPTER_STEPS, progress) as bar:
-        for step in range(_ADAPTER_STEPS):
-            _set_rate(
-                optimiser, _ADAPTER_LR, step, _ADAPTER_STEPS, warmup=max(1, round(0.06 * _ADAPTER_STEPS))
-            )
-            rows = torch.randint(len(scenes), (_ADAPTER_BATCH,))
-            value = loss(task, head(patch_features(model, scenes.pixels[rows])), label[rows])
-            _update(optimiser, value, parameters)
-            bar.update(loss=f"{value.item():.4f}")
 
     held_out = make_scenes(_HELD_OUT, "val", task.scene, _scene_seed(seed, task.scene) + 1)
     model.eval()
@@ -156,29 +148,92 @@ def train_adapter(
         with model.disable_adapter():
             base_score = measure(task, head(patch_features(model, held_out.pixels)), truth)
 
-    folder = assets / "adapters" / task.name
-    model.half().save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
-    _tidy_config(folder / "adapter_config.json")
-    (assets / "heads").mkdir(exist_ok=True)
-    save_file(
-        {name: value.half().contiguous() for name, value in head.state_dict().items()},
-        assets / "heads" / f"{task.name}.safetensors",
-    )
+    save_adapter(model.half(), assets / "adapters" / task.name)
+    save_head(head.half(), assets / "heads")
     log(
         f"{task.name}: validation {task.metric} {score:.4g} (base with this head: {base_score:.4g}), "
         f"{time.perf_counter() - started:.0f} s"
     )
 
 
-def _fit_head(backbone: nn.Module, head: Head, scenes: SceneSet) -> None:
-    """Train ``head`` alone on the frozen features of the first scenes."""
+def fit_adapter(
+    backbone: nn.Module,
+    task: Task,
+    scenes: SceneSet,
+    label: Tensor,
+    *,
+    probe_steps: int,
+    probe_scenes: int,
+    steps: int,
+    progress: bool | None,
+    watch: Callable[[int, PeftModel, Head], None] | None = None,
+) -> tuple[PeftModel, Head]:
+    """Train a head on the backbone's features, then a LoRA adapter together with it.
+
+    All random choices come from torch's global generator.
+
+    Args:
+        backbone: to be adapted; it becomes part of what is returned.
+        task: what the head predicts.
+        scenes: to learn from.
+        label: of ``scenes``, as in :attr:`SceneSet.labels`.
+        probe_steps: of the head alone, on the features of the first ``probe_scenes`` scenes.
+        probe_scenes: see ``probe_steps``.
+        steps: of head and adapter together.
+        progress: as in :class:`Progress`.
+        watch: called with the number of steps done, before the first step and after every step.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    head = Head(task)
+    _fit_head(backbone, head, scenes.pixels[:probe_scenes], label, probe_steps)
+    model = get_peft_model(
+        backbone,
+        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_MODULES, bias="none"),
+    )
+    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=_ADAPTER_LR, weight_decay=1e-6)
+    if watch is not None:
+        watch(0, model, head)
+    with Progress(f"{task.name} adapter", steps, progress) as bar:
+        for step in range(steps):
+            _set_rate(optimiser, _ADAPTER_LR, step, steps, warmup=max(1, round(0.06 * steps)))
+            rows = torch.randint(len(scenes), (_ADAPTER_BATCH,))
+            value = loss(task, head(patch_features(model, scenes.pixels[rows])), label[rows])
+            _update(optimiser, value, parameters)
+            bar.update(loss=f"{value.item():.4f}")
+            if watch is not None:
+                watch(step + 1, model, head)
+    return model, head
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write a PEFT folder that is the same wherever it is trained: no local path, no list in a set's order."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = None
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_head(head: Head, folder: Path) -> None:
+    """Write ``folder/<task>.safetensors``, which :func:`nsc_merge.demo.model.load_head` reads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in head.state_dict().items()}
+    save_file(tensors, folder / f"{head.task.name}.safetensors")
+
+
+def _fit_head(backbone: nn.Module, head: Head, pixels: Tensor, label: Tensor, steps: int) -> None:
+    """Train ``head`` alone on the frozen features of ``pixels``."""
     with torch.no_grad():
-        features = torch.cat([patch_features(backbone, x) for x in scenes.pixels[:_PROBE_SCENES].split(512)])
-    label = scenes.labels[head.task.name]
+        features = torch.cat([patch_features(backbone, x) for x in pixels.split(512)])
     optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    for step in range(_PROBE_STEPS):
-        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / _PROBE_STEPS)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         rows = torch.randint(len(features), (64 if head.task.dense else 256,))
         value = loss(head.task, head(features[rows]), label[rows])
         optimiser.zero_grad()
@@ -201,11 +256,3 @@ def _set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, steps: i
 
 def _scene_seed(seed: int, scene: Scene) -> int:
     return 10_000 * seed + 10 + SCENES.index(scene)
-
-
-def _tidy_config(path: Path) -> None:
-    """Make the file the same wherever it is trained: no local path, no list in the order of a set."""
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = None
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
