@@ -138,7 +138,10 @@ def _route(
     grad = torch.is_grad_enabled() and (
         z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
     )
+    own_base = False
     if linear is not None and (compiling or transformed or not grad or not _is_plain(linear)):
+        # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
+        own_base = _is_plain(linear)
         base, linear = linear(z), None
         grad = grad or (torch.is_grad_enabled() and base.requires_grad)
     if transformed:
@@ -155,7 +158,7 @@ def _route(
         if grad:
             weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
             return MergedLoRAFunction.apply(z, lam, base, weight, bias, A, Bt, offsets, stats, backend)
-        y, quad, sqnorm, _ = run_forward(backend, z, A, Bt, offsets, lam, base, stats, False)
+        y, quad, sqnorm, _ = run_forward(backend, z, A, Bt, offsets, lam, base, stats, False, own_base)
     return (y, quad, sqnorm) if stats else y
 
 
@@ -196,7 +199,9 @@ class MergedLoRAFunction(torch.autograd.Function):
         save_u = need_dlam or need_dz
         if weight is not None:
             base = nn.functional.linear(z, weight, bias)
-        y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u)
+        y, quad, sqnorm, u = run_forward(
+            backend, z, A, Bt, offsets, lam, base, stats, save_u, weight is not None
+        )
         if save_u:
             ctx.save_for_backward(u, lam, A, Bt, weight if need_dz else None, z if stats and need_dz else None)
         ctx.offsets, ctx.backend = offsets, backend
@@ -209,11 +214,11 @@ class MergedLoRAFunction(torch.autograd.Function):
         dz = dlam = None
         if need_dz or need_dlam:
             u, lam, A, Bt, weight, z = ctx.saved_tensors
-            dz_base = None if weight is None or dy is None else dy @ weight
             create_graph = torch.is_grad_enabled()
             with torch.no_grad() if create_graph else nullcontext():
+                dz_base = None if weight is None or dy is None else dy @ weight
                 dz, dlam = run_backward(
-                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam
+                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, True
                 )
             if create_graph:
                 dz, dlam = OnceDifferentiable.apply(

@@ -57,10 +57,19 @@ def run_forward(
     base: Tensor | None,
     stats: bool,
     save_u: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One forward on one backend. The only way to a backend's kernels."""
     return backend.forward(
-        unit_stride(z), A.contiguous(), Bt.contiguous(), offsets, lam.contiguous(), unit_stride(base), stats, save_u
+        unit_stride(z),
+        A.contiguous(),
+        Bt.contiguous(),
+        offsets,
+        lam.contiguous(),
+        unit_stride(base),
+        stats,
+        save_u,
+        reuse_base,
     )
 
 
@@ -78,6 +87,7 @@ def run_backward(
     dz_base: Tensor | None,
     need_dz: bool,
     need_dlam: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One backward on one backend. The only way to a backend's kernels.
 
@@ -96,6 +106,7 @@ def run_backward(
         unit_stride(dz_base),
         need_dz,
         need_dlam,
+        reuse_base,
     )
 
 

@@ -39,6 +39,7 @@ def forward(
     base: Tensor | None,
     stats: bool,
     save_u: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     run = two_gemms.forward if two_gemms.preferred(z.dtype, z.shape[0]) else native_forward
     return run(z, A, Bt, offsets, lam, base, stats, save_u)
@@ -57,6 +58,7 @@ def backward(
     dz_base: Tensor | None,
     need_dz: bool,
     need_dlam: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     run = two_gemms.backward if two_gemms.preferred(u.dtype, u.shape[0]) else native_backward
     return run(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)

@@ -31,9 +31,25 @@ def forward(
     base: Tensor | None,
     stats: bool,
     save_u: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     y, quad, sqnorm, u = reference.forward(z, A, Bt, offsets, lam, base, stats)
     return y, quad, sqnorm, u if save_u else None
 
 
-backward = reference.backward
+def backward(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+    reuse_base: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    return reference.backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)

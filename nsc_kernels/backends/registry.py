@@ -48,7 +48,8 @@ class Backend(Protocol):
     """What a backend module provides. Tensors are as in :mod:`nsc_kernels.reference`, z of unit inner stride.
 
     What was not asked for (``u`` without ``save_u``, the statistics without ``stats``, a gradient that is not needed)
-    is returned as None or as an empty tensor.
+    is returned as None or as an empty tensor. ``reuse_base`` permits, and does not oblige, a backend to write the
+    output over ``base`` (``dz_base``) and return that tensor: nobody else holds it.
     """
 
     def unavailable(self) -> str | None:
@@ -73,6 +74,7 @@ class Backend(Protocol):
         base: Tensor | None,
         stats: bool,
         save_u: bool,
+        reuse_base: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
 
     def backward(
@@ -89,6 +91,7 @@ class Backend(Protocol):
         dz_base: Tensor | None,
         need_dz: bool,
         need_dlam: bool,
+        reuse_base: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
 

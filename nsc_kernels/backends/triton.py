@@ -82,10 +82,11 @@ def forward(
     base: Tensor | None,
     stats: bool,
     save_u: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     from ..triton import launch
 
-    return launch.forward(z, A, Bt, offsets, lam, base, stats, save_u)
+    return launch.forward(z, A, Bt, offsets, lam, base, stats, save_u, reuse_base=reuse_base)
 
 
 def backward(
@@ -101,7 +102,10 @@ def backward(
     dz_base: Tensor | None,
     need_dz: bool,
     need_dlam: bool,
+    reuse_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     from ..triton import launch
 
-    return launch.backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)
+    return launch.backward(
+        dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base=reuse_base
+    )

@@ -26,6 +26,16 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
+def _output(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_base: bool) -> Tensor:
+    """``base`` itself if it may be overwritten and no two of its rows overlap, else a new tensor.
+
+    In place is safe because an element of the output has one program, which reads base there before it writes.
+    """
+    if reuse_base and base is not None and base.stride(0) >= shape[1]:
+        return base
+    return like.new_empty(shape)
+
+
 def launch(
     x: Tensor | None,
     w_in: Tensor,
@@ -130,11 +140,16 @@ def forward(
     stats: bool,
     save_u: bool,
     config: Config | None = None,
+    *,
+    reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`nsc_kernels.reference.forward` in one launch; ``u`` is None without ``save_u``."""
+    """:func:`nsc_kernels.reference.forward` in one launch; ``u`` is None without ``save_u``.
+
+    With ``reuse_base`` y is written over ``base``.
+    """
     offsets = tuple(offsets)
     T = z.shape[0]
-    y = z.new_empty((T, Bt.shape[1]))
+    y = _output(base, (T, Bt.shape[1]), z, reuse_base)
     quad = lam.new_empty((T, len(offsets) - 1)) if stats else None
     sqnorm = lam.new_empty(T) if stats else None
     u = z.new_empty((T, offsets[-1])) if save_u else None
@@ -159,12 +174,14 @@ def backward(
     need_dz: bool,
     need_dlam: bool,
     config: Config | None = None,
+    *,
+    reuse_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`nsc_kernels.reference.backward` in one launch."""
+    """:func:`nsc_kernels.reference.backward` in one launch; with ``reuse_base`` dz is written over ``dz_base``."""
     T = u.shape[0]
     if dsqnorm is not None and need_dz and z is None:
         raise ValueError("z must be given where sqnorm has a gradient")
-    dz = u.new_empty((T, A.shape[1])) if need_dz else None
+    dz = _output(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
     if not T:
         return dz, torch.zeros_like(lam) if need_dlam else None
     dlam = torch.empty_like(lam) if need_dlam else None

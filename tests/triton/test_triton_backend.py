@@ -145,3 +145,33 @@ def test_what_the_package_ships_as_proof_is_well_formed():
         assert entry["arch"].startswith("sm_")
         assert len(entry["source"]) == 64
         assert entry["cases"] > 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_module_adds_its_adapters_in_place(device, monkeypatch, grad):
+    """Into what its own linear returned, and never into what a hook may have kept."""
+    from nsc_kernels.triton import launch
+
+    bank = nk.AdapterBank.from_factors([torch.randn(4, 24)], [torch.randn(40, 4)], device=device)
+    layer = nk.MergedLoRALinear(torch.nn.Linear(24, 40).to(device), bank, [0.5])
+    z = torch.randn(5, 24, device=device, requires_grad=grad)
+    reused = []
+    output = launch._output
+
+    def spy(base, shape, like, reuse_base):
+        found = output(base, shape, like, reuse_base)
+        reused.append(found is base)
+        return found
+
+    monkeypatch.setattr(launch, "_output", spy)
+    with nk.use_backend("triton"):
+        y = layer(z)
+        if grad:
+            y.sum().backward()
+        assert reused == [True] * (1 + grad)
+        kept = []
+        layer.linear.register_forward_hook(lambda module, args, result: kept.append(result))
+        again = layer(z)
+    assert not reused[-1]
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(kept[0], torch.nn.functional.linear(z, layer.linear.weight, layer.linear.bias))

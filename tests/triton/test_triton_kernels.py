@@ -214,3 +214,27 @@ def test_backward_is_the_derivative_of_the_forward(config, device):
         behind = objective(p.z - h * to_z, p.lam - h * to_lam)
         slope = (dz * to_z).sum() + (dlam * to_lam).sum()
         torch.testing.assert_close((ahead - behind) / (2 * h), slope, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_in_place_gives_the_same_bits_in_the_tensor_given(config, dtype, device):
+    p = problem(37, 112, 100, [16, 5], dtype, device)
+    forward = (p.z, p.A, p.Bt, p.offsets, p.lam)
+    y, _, _, u = launch.forward(*forward, p.base, True, True, config)
+    base = p.base.clone()
+    assert launch.forward(*forward, base, True, True, config, reuse_base=True)[0] is base
+    assert torch.equal(base, y)
+
+    gradients = (p.dy, p.dquad, p.dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam)
+    dz, _ = launch.backward(*gradients, p.dz_base, True, True, config)
+    dz_base = p.dz_base.clone()
+    assert launch.backward(*gradients, dz_base, True, True, config, reuse_base=True)[0] is dz_base
+    assert torch.equal(dz_base, dz)
+
+
+def test_rows_that_overlap_are_not_written_in_place(config, device):
+    p = problem(7, 40, 32, [4], torch.float32, device)
+    base = p.base[:1].expand(7, -1)
+    y = launch.forward(p.z, p.A, p.Bt, p.offsets, p.lam, base, False, False, config, reuse_base=True)[0]
+    assert y is not base
+    assert torch.equal(base, p.base[:1].expand(7, -1))
