@@ -8,14 +8,13 @@ would choose (0.3). The set was fixed before any merge on it was measured.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nsc_merge.demo.data import Scene
+from nsc_merge.evaluation import metrics, normalise
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def loss(task: Task, output: Tensor, label: Tensor) -> Tensor:
     if task.name == "depth":
         return F.mse_loss(output[:, 0], label)
     if task.name == "normal":
-        return (1 - _cosine(output, label)).mean()
+        return (1 - metrics.cosine(output, label, dim=1)).mean()
     if task.name == "edge":
         return F.l1_loss(output[:, 0], label)
     if task.name == "angle":
@@ -74,33 +73,18 @@ def loss(task: Task, output: Tensor, label: Tensor) -> Tensor:
 
 def measure(task: Task, output: Tensor, label: Tensor) -> float:
     """Metric of ``task`` over a whole set, in the unit of ``task.metric``; shapes as in :func:`loss`."""
-    if task.name == "depth":
-        return F.mse_loss(output[:, 0], label).sqrt().item()
     if task.name == "normal":
-        return math.degrees(torch.acos(_cosine(output, label).clamp(-1, 1)).mean().item())
+        return metrics.mean_angle(output.movedim(1, -1), label.movedim(1, -1))
+    if task.name == "depth":
+        return metrics.rmse(output[:, 0], label)
     if task.name == "edge":
-        return F.l1_loss(output[:, 0], label).item()
+        return metrics.l1(output[:, 0], label)
     if task.name == "angle":
-        return _DEGREES_PER_UNIT * F.l1_loss(output[:, 0], label).item()
-    predicted = output.argmax(1)
-    if task.metric == "acc":
-        return (predicted == label).float().mean().item()
-    return _mean_iou(predicted, label, task.channels)
+        return _DEGREES_PER_UNIT * metrics.l1(output[:, 0], label)
+    found = metrics.accuracy if task.metric == "acc" else metrics.mean_iou
+    return found(output.movedim(1, -1), label)
 
 
 def normalised(task: Task, value: float, reference: float) -> float:
     """Percent of the task's own fine-tuned model, as the paper reports it; higher is better."""
-    return 100.0 * (reference / value if task.lower_is_better else value / reference)
-
-
-def _cosine(output: Tensor, unit: Tensor) -> Tensor:
-    """Cosine between ``output`` and unit vectors, along axis 1, where F.cosine_similarity is slow."""
-    return (output * unit).sum(1) / output.square().sum(1).sqrt().clamp_min(1e-8)
-
-
-def _mean_iou(predicted: Tensor, label: Tensor, classes: int) -> float:
-    scores = []
-    for index in range(classes):
-        ours, truth = predicted == index, label == index
-        scores.append((ours & truth).sum() / (ours | truth).sum().clamp_min(1))
-    return torch.stack(scores).mean().item()
+    return normalise.normalised(value, reference, task.lower_is_better)

@@ -1,0 +1,1 @@
+"""Measures merged models: metrics, the papers' normalisation, evaluation recipes, tables and plots."""

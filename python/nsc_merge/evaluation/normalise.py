@@ -1,0 +1,51 @@
+"""The papers' summary of a table: percent of the fine-tuned model, mean over tasks, mean and deviation over seeds.
+
+As in Section 4.1 of arXiv 2603.26317: a score is divided by the fine-tuned model's, or that one by the score where
+lower is better.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+def normalised(value: float, reference: float, lower_is_better: bool) -> float:
+    """Percent of ``reference``, the fine-tuned model's score; higher is better in both directions.
+
+    NaN where the quotient means nothing: a divisor of 0.
+    """
+    above, below = (reference, value) if lower_is_better else (value, reference)
+    return 100.0 * above / below if below else math.nan
+
+
+def average(percents: Mapping[str, float]) -> float:
+    """Mean over tasks, each counting the same; NaN if some task has none."""
+    return sum(percents.values()) / len(percents)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, sample standard deviation (NaN for one value) and number of values."""
+
+    mean: float
+    std: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if math.isnan(self.std) else f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+def over_seeds(values: Sequence[float]) -> Spread:
+    """Mean and deviation of one figure over repetitions.
+
+    Raises:
+        ValueError: if there is no value.
+    """
+    if not values:
+        raise ValueError("values: expected at least one, found none")
+    return Spread(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values)
+    )
