@@ -26,7 +26,10 @@ class Family:
             the model itself where there is no head.
         frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the
             blocks and whose output depends on the inputs alone; see :func:`frozen_tower`.
+        tokens: name of the model input that holds token numbers ``[rows, tokens]``, if the family has it. Its models
+            are causal: padding after the last token changes nothing before it.
         mask: name of the model input that is 0 at padding, if the family pads.
+        images: names of the model inputs that hold images, where the tokens stand for text and images.
         legacy: pairs of regular expression and replacement that bring module paths of adapters saved by older
             releases of transformers to today's names; applied in order, and only where a path is not found.
     """
@@ -38,7 +41,9 @@ class Family:
     recipe: str
     prefill: str = "base_model"
     frozen_prefix: str | None = None
+    tokens: str | None = None
     mask: str | None = None
+    images: tuple[str, ...] = ()
     legacy: tuple[tuple[str, str], ...] = ()
 
 
@@ -54,8 +59,8 @@ _OLD_VIT = (
 )
 
 # To add a family: name its model types, say where the block number stands in a path, which linear the paper
-# measures for that kind of model, and the recipe. The rest only matters if the family pads (mask), has a
-# tower in front (frozen_prefix) or was once laid out otherwise (legacy).
+# measures for that kind of model, and the recipe. The rest only matters if the family pads (tokens, mask), has a
+# tower in front (frozen_prefix, images) or was once laid out otherwise (legacy).
 FAMILIES = (
     Family(
         name="ViT",
@@ -88,6 +93,7 @@ FAMILIES = (
         block=r"(?:^|\.)layers\.(\d+)\.",
         score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
         recipe="llm",
+        tokens="input_ids",
         mask="attention_mask",
     ),
     Family(
@@ -97,7 +103,9 @@ FAMILIES = (
         score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
         recipe="vlm",
         frozen_prefix="vision_tower",
+        tokens="input_ids",
         mask="attention_mask",
+        images=("pixel_values", "image_sizes"),
         legacy=(
             (r"^language_model\.lm_head$", "lm_head"),
             (r"^(model\.)?language_model\.model\.", "model.language_model."),

@@ -5,7 +5,7 @@ Exact to rounding, each with a switch so that its worth can be measured:
 * the forward ends at the last measured input, whose linear is not even applied, nor those beside it that take the
   same input, once the first forward has shown which they are;
 * the output of a frozen tower in front of the blocks is kept per batch;
-* batches of all tasks run as one pass where their shapes agree;
+* batches of all tasks run as one pass where their shapes agree, or can be made to by a little padding;
 * blocks without a measured input may recompute their activations in the backward.
 
 Nothing here waits for the device.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
 from nsc_merge.attachment import MeasuredLoRALinear
-from nsc_merge.passes import Batch, Pass, concatenated, one_by_one
+from nsc_merge.passes import Batch, Padding, Pass, concatenated, one_by_one
 from nsc_merge.tower import TowerCache
 
 
@@ -64,6 +64,9 @@ class Objective:
         shares: measured path -> the weight ``[K]`` of its mean ratio in each task's value of Eq. 4: one over
             the number of measured modules that the task's adapter touches, 0 where it is absent.
         mask: name of the model input ``[B, T]`` that is 0 at padding; None averages over every position.
+        padding: how batches of unequal lengths are put into one pass; None leaves them apart. What it adds never
+            counts.
+        restrict: makes the model's inputs from a batch; they are the batch itself when None.
         tower: path of the frozen tower whose output may be kept.
         block: regular expression of a block's path, for ``checkpointing``.
         batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
@@ -79,6 +82,8 @@ class Objective:
         shares: Mapping[str, Sequence[float]],
         *,
         mask: str | None = None,
+        padding: Padding | None = None,
+        restrict: Callable[[Batch], Mapping[str, Any]] | None = None,
         tower: str | None = None,
         block: str = "",
         batch_tasks: bool | None = None,
@@ -88,6 +93,7 @@ class Objective:
         self.coefficients = Coefficients(merged)
         self.batch_tasks = batch_tasks
         self._model, self._mask, self._early_exit = model, mask, early_exit
+        self._padding, self._restrict = padding, restrict
         self._scored = {path: merged[path] for path in shares}
         self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
         self._tower_path = tower
@@ -143,11 +149,11 @@ class Objective:
             ValueError: if a mask does not fit what is measured.
             RuntimeError: if the forward does not reach a measured module.
         """
-        passes = one_by_one(drawn, self._device)
+        passes = one_by_one(drawn, self._device, self._restrict)
         if self.batch_tasks is None:
             self.batch_tasks = self._fits_as_one(passes)
         total = torch.zeros_like(self._omega)
-        for one in concatenated(passes) if self.batch_tasks else passes:
+        for one in concatenated(passes, self._padding) if self.batch_tasks else passes:
             omega = self._forward(one)
             (omega.sum() / self._tasks).backward()
             total += omega.detach()
@@ -197,7 +203,8 @@ class Objective:
         """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""
         one = self._pass
         assert one is not None, "measured outside of a pass"
-        mask = None if self._mask is None or self._in_tower(path) else one.inputs.get(self._mask)
+        mask = one.inside if self._mask is None else one.inputs.get(self._mask)
+        mask = None if self._in_tower(path) else mask
         # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
         key = (None if mask is None else one.key, one.tasks, one.sizes, sqnorm.shape, sqnorm.device)
         kept = self._weights.get(key)
@@ -216,9 +223,10 @@ class Objective:
             positions = sqnorm.shape.numel() // max(rows.shape[0], 1)
             return rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
         if mask.shape != sqnorm.shape:
+            way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
             raise ValueError(
-                f"{self._mask}: expected shape {list(sqnorm.shape)}, that of the positions measured at "
-                f"{path}, found {list(mask.shape)}; include_pad=True averages over every position"
+                f"{self._mask or 'batch_tasks'}: expected shape {list(sqnorm.shape)}, that of the positions measured "
+                f"at {path}, found {list(mask.shape)}; {way_out}"
             )
         counted = (mask != 0).to(sqnorm)[..., None] * rows
         return counted / counted.flatten(0, -2).sum(0).clamp(min=1)
@@ -243,9 +251,9 @@ class Objective:
     def _fits_as_one(self, passes: Sequence[Pass]) -> bool:
         """Whether the graph of all batches at once fits into half of the free memory.
 
-        Runs the first batch forward and counts the bytes that its graph keeps alive.
+        Runs the largest batch forward and counts the bytes that its graph keeps alive.
         """
-        together = concatenated(passes)
+        together = concatenated(passes, self._padding)
         if len(together) == len(passes):
             return False
         frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters()}
@@ -257,7 +265,7 @@ class Objective:
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-            self._forward(passes[0])
+            self._forward(max(passes, key=lambda single: single.elements))
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
         return one * most <= _free_memory(self._device) / 2

@@ -18,7 +18,8 @@ from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings
 from nsc_merge.measure import Objective
-from nsc_merge.passes import Calibration, streams
+from nsc_merge.modality import MODALITIES, filler_of, restriction
+from nsc_merge.passes import Calibration, Padding, streams
 from nsc_merge.result import MergeResult
 from nsc_merge.state import State, problem_of
 
@@ -59,8 +60,11 @@ class NSCOptions:
         score_modules: names of the linears whose input is measured; the family's own when None.
         score_blocks: ``"last_quarter"``, how many last blocks, or block numbers.
         include_pad: average over padding as well, as the paper's public code does.
-        batch_tasks: run the batches of all tasks as one pass where their shapes agree; None does so where
-            memory allows. The gradient is the same.
+        modality: for models that read images and text: ``"joint"`` measures both; ``"text"`` takes the images
+            and their tokens out of every batch before the model sees it, ``"image"`` the text but for a start
+            token in front (Table 9).
+        batch_tasks: run the batches of all tasks as one pass where their shapes agree, with a little padding
+            where only their lengths differ; None does so where memory allows. The gradient is the same.
         checkpointing: keep no activations of the blocks before the measured ones but compute them twice.
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
         cache_prefix: keep the outputs of a frozen vision tower per batch, up to 2 GiB.
@@ -85,6 +89,7 @@ class NSCOptions:
     score_modules: Sequence[str] | None = None
     score_blocks: str | int | Sequence[int] = "last_quarter"
     include_pad: bool = False
+    modality: str = "joint"
     batch_tasks: bool | None = None
     checkpointing: bool = False
     early_exit: bool = True
@@ -115,6 +120,7 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
         ("schedule", tuple(SCHEDULES)),
         ("dead", DEAD_POLICIES),
         ("include_pad", (True, False)),
+        ("modality", MODALITIES),
         ("batch_tasks", (True, False, None)),
         ("checkpointing", (True, False)),
         ("early_exit", (True, False)),
@@ -218,7 +224,8 @@ def objective_of(
     """The objective of a merge, with ``adapters`` attached to ``model`` and evaluation mode for as long.
 
     Raises:
-        ValueError: if a task's adapter touches none of the measured modules ``scored``.
+        ValueError: if a task's adapter touches none of the measured modules ``scored``, or the models of the
+            family have only one kind of input for ``options.modality`` to choose from.
     """
     tasks = list(adapters)
     touched = {path: [path in adapters[task].factors for task in tasks] for path in scored}
@@ -232,6 +239,10 @@ def objective_of(
         path: [is_in / count for is_in, count in zip(row, counts, strict=True)]
         for path, row in touched.items()
     }
+    restrict = restriction(options.modality, family, model)
+    padding = None
+    if family.tokens is not None and family.mask is not None:
+        padding = Padding(family.tokens, family.mask, filler_of(model))
     training = model.training
     with attach(model, adapters, options.init) as merged:
         tower = frozen_tower(family, model, merged) if options.cache_prefix else None
@@ -242,6 +253,8 @@ def objective_of(
                 merged,
                 shares,
                 mask=None if options.include_pad else family.mask,
+                padding=padding,
+                restrict=restrict,
                 tower=tower,
                 block=family.block,
                 batch_tasks=options.batch_tasks,
