@@ -21,6 +21,7 @@ from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
 from nsc_merge.passes import Calibration, Padding, streams
 from nsc_merge.result import MergeResult
+from nsc_merge.signal import signal_notes
 from nsc_merge.state import State, problem_of
 
 logger = logging.getLogger("nsc_merge")
@@ -170,6 +171,8 @@ def merge_nsc(
     paths = list(adapted_linears(model, adapters))
     scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
     drawn = streams(calibration, tasks)
+    for note in signal_notes(adapters, scored):
+        logger.warning(note)
     problem, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
         kept = {name: value for name, value in _plain(chosen).items() if name not in _BESIDE_THE_PROBLEM}

@@ -1,0 +1,104 @@
+"""Adapters whose null-space ratios say nothing are noted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from loop_cases import TASKS, adapters_for, llama, text_batches, trajectory
+from torch import nn
+
+from nsc_merge.signal import signal_notes
+
+SCORED = [f"model.layers.{block}.self_attn.v_proj" for block in (2, 3)]
+
+
+def with_rows(adapter, rows):
+    """``adapter`` with the rows of A replaced at every module; B keeps what it is."""
+    factors = {
+        path: replace(factor, A=rows(path, factor), B=factor.B[:, : len(rows(path, factor))])
+        for path, factor in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
+
+
+def shared_by(adapters, tasks):
+    """VeRA: a shared A of rank 2 whose rows every task scales by numbers of its own."""
+    generator = torch.Generator().manual_seed(3)
+    common = {path: torch.randn(2, factor.A.shape[1], generator=generator) for path, factor in factors_of(adapters)}
+    scales = {task: torch.rand(2, 1, generator=generator) + 0.5 for task in tasks}
+    return {
+        task: with_rows(adapter, lambda path, _, task=task: scales[task] * common[path]) if task in tasks else adapter
+        for task, adapter in adapters.items()
+    }
+
+
+def factors_of(adapters):
+    return adapters["a"].factors.items()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_row_space_is_noted_and_does_make_the_ratios_coincide(dtype, caplog):
+    model = llama()
+    adapters = shared_by(adapters_for(model), TASKS)
+    rounded = {
+        task: with_rows(adapter, lambda _, factor: factor.A.to(dtype).float()) for task, adapter in adapters.items()
+    }
+    (note,) = signal_notes(rounded, SCORED)
+    assert note.startswith("a, b, c: one row space of A at every measured module")
+    assert "nothing ties a coefficient to its own task" in note
+    batch = text_batches(1)["a"]
+    result = trajectory(model, rounded, dict.fromkeys(TASKS, batch), steps=1)
+    assert note in caplog.text
+    omega = result.history[0]["omega"]
+    assert omega["a"] == pytest.approx(omega["b"], abs=1e-4 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_only_those_that_share_are_named():
+    adapters = shared_by(adapters_for(llama()), ["a", "c"])
+    (note,) = signal_notes(adapters, SCORED)
+    assert note.startswith("a, c: one row space")
+    assert "nothing among these ties" in note
+
+
+def test_sharing_at_one_module_but_not_at_another_tells_tasks_apart():
+    adapters = shared_by(adapters_for(llama()), TASKS)
+    own = adapters["b"].factors[SCORED[1]]
+    adapters["b"].factors[SCORED[1]] = replace(own, A=own.A.flip(1))
+    (note,) = signal_notes(adapters, SCORED)
+    assert note.startswith("a, c: one row space")
+    # Nor do tasks that are measured at different modules share everything.
+    del adapters["c"].factors[SCORED[1]]
+    assert not signal_notes(adapters, SCORED)
+
+
+def test_plain_adapters_need_no_note(caplog):
+    model = llama()
+    adapters = adapters_for(model)
+    assert not signal_notes(adapters, SCORED)
+    trajectory(model, adapters, text_batches(), steps=1)
+    assert "null-space" not in caplog.text
+
+
+def test_full_rank_is_noted_where_it_is(caplog):
+    model = llama()
+    adapters = adapters_for(model)
+    wide = replace(adapters["a"].factors[SCORED[0]], A=nn.init.orthogonal_(torch.empty(32, 32)), B=torch.ones(32, 32))
+    adapters["a"].factors[SCORED[0]] = wide
+    (note,) = signal_notes(adapters, SCORED)
+    assert note.startswith("a: A has the full rank 32 at 1 of 2 measured modules")
+    adapters["a"].factors[SCORED[1]] = wide
+    (note,) = signal_notes(adapters, SCORED)
+    assert note.startswith("a: A has the full rank 32 at every measured module, where its null-space ratio is 0")
+    result = trajectory(model, adapters, text_batches(), steps=1, score_blocks=[2, 3])
+    assert note in caplog.text
+    assert result.history[0]["omega"]["a"] == pytest.approx(0, abs=2e-3)
+
+
+def test_many_rows_of_lower_rank_are_not_full():
+    adapters = adapters_for(llama())
+    factor = adapters["a"].factors[SCORED[0]]
+    narrow = replace(factor, A=torch.randn(32, 3) @ torch.randn(3, 32), B=torch.ones(32, 32))
+    adapters["a"].factors[SCORED[0]] = narrow
+    assert not signal_notes(adapters, SCORED)
