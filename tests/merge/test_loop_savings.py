@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -259,30 +260,73 @@ def measured_pass(batch):
     return one_by_one([batch], torch.device("cpu"))[0]
 
 
-class NoHostReads(TorchDispatchMode):
-    """Refuses every operation whose result the host must wait for on a GPU."""
+class HostReads(TorchDispatchMode):
+    """Notes every operation whose result the host must wait for on a GPU, by the package that asked for it."""
+
+    KINDS = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.askers: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.masked_select,
-        ), f"{func} waits for the device"
+        by_mask = func.overloadpacket is torch.ops.aten.index and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        if func.overloadpacket in self.KINDS or by_mask:
+            frame = sys._getframe(1)
+            while frame.f_globals["__name__"].partition(".")[0] in ("torch", "typing"):
+                frame = frame.f_back
+            self.askers.append(frame.f_globals["__name__"].partition(".")[0])
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_tasks": True}, {"checkpointing": True}])
-def test_a_step_never_waits_for_the_device(options, model):
-    # A ViT: transformers itself reads masks and positions of decoders on the host while it builds attention masks.
-    context, _ = objective(model, adapters_for(model, ["v_proj", "o_proj"]), **options)
+def host_reads_of_a_step(context, drawn):
     with context as measured:
-        drawn = [{"pixel_values": torch.randn(2, 1, 8, 8)} for _ in TASKS]
         present = torch.ones_like(measured.coefficients.flat, dtype=torch.bool)
         settings = Settings("adamw", 1e-3, 0.01, 100, "cosine", None, False, None, 50)
-        loop = Optimisation(
-            measured, TASKS, present, [itertools.repeat(batch) for batch in drawn], settings, {}
-        )
+        streams = [itertools.repeat(batch) for batch in drawn]
+        loop = Optimisation(measured, TASKS, present, streams, settings, {})
         loop._step(0, lambda: None)
-        with NoHostReads():
+        with HostReads() as reads:
             loop._step(1, lambda: None)
         assert loop._pending == 2
+    return reads.askers
+
+
+SAVINGS = [{}, {"batch_tasks": True}, {"checkpointing": True}]
+
+
+@pytest.mark.parametrize("options", SAVINGS)
+def test_a_step_never_waits_for_the_device(options, model):
+    context, _ = objective(model, adapters_for(model, ["v_proj", "o_proj"]), **options)
+    assert not host_reads_of_a_step(context, [{"pixel_values": torch.randn(2, 1, 8, 8)} for _ in TASKS])
+
+
+@pytest.mark.parametrize("options", [*SAVINGS, {"include_pad": True}])
+@pytest.mark.parametrize(("make", "per_pass"), [(llama, 2), (llava, 4)])
+def test_only_transformers_asks_for_masks_and_image_tokens_as_a_pass_starts(make, per_pass, options):
+    model = make()
+    context, _ = objective(model, adapters_for(model), **options)
+    batches = image_batches(1) if make is llava else text_batches(1)
+    # Unequal lengths, which one pass pads.
+    drawn = [batches["a"][0], batches["b"][0], dict(batches["c"][0])]
+    mask = torch.ones_like(drawn[2]["input_ids"])
+    drawn[2] |= {"input_ids": drawn[2]["input_ids"][:, :-1], "attention_mask": mask[:, :-1]}
+    askers = host_reads_of_a_step(context, drawn)
+    assert set(askers) <= {"transformers"}
+    assert len(askers) <= per_pass * (1 if options.get("batch_tasks") else len(TASKS))
+
+
+def test_reads_are_noticed():
+    with HostReads() as reads:
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+        torch.ones(3)[torch.ones(3) > 0]
+        bool(torch.ones(()))
+    assert reads.askers == [__name__] * 4
