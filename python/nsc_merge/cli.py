@@ -212,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from nsc_merge.recipe import is_hub_id
+    from nsc_merge.fields import is_hub_id
 
     if arguments.inputs and not arguments.model:
         raise ValueError("--inputs: needs --model")

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsc_merge.fields import (
+    RecipeError,
+    absolute_model,
+    by_task,
+    choice,
+    count,
+    flag,
+    mapping,
+    numbers,
+    read_document,
+    refuse_unknown,
+    text,
+    text_path,
+)
 from nsc_merge.safefile import sha256
 
 if TYPE_CHECKING:
@@ -36,15 +48,6 @@ _OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
 _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # Options of one run, not of the merge.
 _PASSING_OPTIONS = ("progress", "resume_from", "state_to", "state_every", "scored")
-# YAML 1.1 takes 1e-3 for a string, which nobody means.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class RecipeError(ValueError):
-    """The recipe, not the data, is at fault."""
-
-    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -99,31 +102,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"recipe: {path} is not a file")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise RecipeError(f"recipe: {path}: expected keys and values, found {type(document).__name__}")
-    document = _absolute(document, path.resolve().parent)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not all(name.split(".")):
-            raise RecipeError(f"override: expected key.sub=value, found {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RecipeError(f"override: the value of {override!r} is not valid YAML") from None
-        nested: Any = value
-        for part in reversed(name.split(".")):
-            nested = {part: nested}
-        document = _updated(document, _absolute(nested, Path.cwd()))
-    return _checked(document)
+    return _checked(read_document(Path(path), overrides, _absolute))
 
 
 def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -134,41 +113,30 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
                 task: str(base / Path(value).expanduser()) if isinstance(value, str) else value
                 for task, value in document[key].items()
             }
-    model = document.get("model")
-    if isinstance(model, str) and not is_hub_id(model, base):
-        document["model"] = str(base / Path(model).expanduser())
+    if "model" in document:
+        document["model"] = absolute_model(document["model"], base)
     output = document.get("output")
     if isinstance(output, dict) and isinstance(output.get("dir"), str):
         document["output"] = {**output, "dir": str(base / Path(output["dir"]).expanduser())}
     return document
 
 
-def is_hub_id(model: str, base: Path) -> bool:
-    """``owner/name`` with no folder ``owner`` here: a mistyped path must not reach the network."""
-    return bool(_HUB_ID.fullmatch(model)) and model[0] != "." and not (base / model.split("/")[0]).exists()
-
-
-def _updated(document: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    document = dict(document)
-    for key, value in change.items():
-        old = document.get(key)
-        document[key] = _updated(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return document
-
-
 def _checked(document: dict[str, Any]) -> Recipe:
-    _refuse_unknown("", document, _KEYS)
-    output = _mapping(document, "output")
-    _refuse_unknown("output.", output, _OUTPUT_KEYS)
-    model = _text(document, "model")
+    refuse_unknown("", document, _KEYS)
+    output = mapping(document, "output")
+    refuse_unknown("output.", output, _OUTPUT_KEYS)
+    model = text(document, "model")
     local = Path(model).is_absolute()
     if local and not Path(model).is_dir():
         raise RecipeError(f"model: expected a folder or a hub id, {model} is no folder")
-    adapters = {task: Path(_path(f"adapters.{task}", value)) for task, value in _tasks(document, "adapters")}
+    adapters = {
+        task: Path(text_path(f"adapters.{task}", value)) for task, value in by_task(document, "adapters")
+    }
     if not adapters:
         raise RecipeError("adapters: expected at least one task, found none")
     calibration = {
-        task: Path(_path(f"calibration.{task}", value)) for task, value in _tasks(document, "calibration")
+        task: Path(text_path(f"calibration.{task}", value))
+        for task, value in by_task(document, "calibration")
     }
     for task, folder in adapters.items():
         if not folder.is_dir():
@@ -184,90 +152,32 @@ def _checked(document: dict[str, Any]) -> Recipe:
     formats = [formats] if isinstance(formats, str) else formats
     if not isinstance(formats, list) or not formats or not set(map(str, formats)) <= set(FORMATS):
         raise RecipeError(f"output.formats: expected some of {list(FORMATS)}, found {formats!r}")
-    out = Path(_text(output, "dir", "output."))
+    out = Path(text(output, "dir", "output."))
     if out.exists() and not out.is_dir():
         raise RecipeError(f"output.dir: expected a folder, {out} is a file")
     rank = output.get("rank")
     if rank is not None:
-        rank = _count(rank, "output.rank")
+        rank = count(rank, "output.rank")
         if "lora" not in formats:
             raise RecipeError("output.rank: only format 'lora' can be truncated")
-    plots = output.get("plots", True)
-    if not isinstance(plots, bool):
-        raise RecipeError(f"output.plots: expected true or false, found {plots!r}")
     return Recipe(
         model=model,
         local=local,
         adapters=adapters,
         calibration=calibration,
         out=out,
-        batch_size=_count(document.get("batch_size", 32), "batch_size"),
-        method=_text(document, "method", default="nsc"),
-        options=_numbers(_mapping(document, "options")),
-        shared_modules=_choice(document, "shared_modules", ("lambda", "mean", "first")),
-        dora=_choice(document, "dora", ("refuse", "convert")),
-        dtype=_choice(document, "dtype", _DTYPES),
-        device=_text(document, "device", default="auto"),
+        batch_size=count(document.get("batch_size", 32), "batch_size"),
+        method=text(document, "method", default="nsc"),
+        options=numbers(mapping(document, "options")),
+        shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
+        dora=choice(document, "dora", ("refuse", "convert")),
+        dtype=choice(document, "dtype", _DTYPES),
+        device=text(document, "device", default="auto"),
         formats=tuple(formats),
         rank=rank,
-        max_shard_size=_text(output, "max_shard_size", "output.", default="5GB"),
-        plots=plots,
+        max_shard_size=text(output, "max_shard_size", "output.", default="5GB"),
+        plots=flag(output, "plots", "output.", True),
     )
-
-
-def _refuse_unknown(prefix: str, document: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in document:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f" (keys: {', '.join(known)})"
-            raise RecipeError(f"{prefix}{key}: no such key{hint}")
-
-
-def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = document.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RecipeError(f"{key}: expected keys and values, found {value!r:.60}")
-    return value
-
-
-def _tasks(document: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    return [(str(task), value) for task, value in _mapping(document, key).items()]
-
-
-def _path(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise RecipeError(f"{key}: expected a path, found {value!r:.60}")
-    return value
-
-
-def _text(document: Mapping[str, Any], key: str, prefix: str = "", default: str | None = None) -> str:
-    value = document.get(key, default)
-    if not isinstance(value, str) or not value:
-        raise RecipeError(f"{prefix}{key}: expected text, found {value!r:.60}")
-    return value
-
-
-def _choice(document: Mapping[str, Any], key: str, choices: Sequence[str]) -> str:
-    value = document.get(key, choices[0])
-    if value not in choices:
-        raise RecipeError(f"{key}: expected one of {list(choices)}, found {value!r:.60}")
-    return value
-
-
-def _count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"{key}: expected a whole number of at least 1, found {value!r:.60}")
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def recipe_of(result: MergeResult) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Metric:
         measure: ``(outputs, labels) -> float`` over a whole set.
         quality: ``(outputs, labels) -> [N]``, per sample, higher is better.
         loss: ``(outputs, labels) -> scalar``, the usual training loss of such a task; None where there is none.
-        options: names of further arguments of ``measure`` and ``quality``.
+        options: names of further arguments of all three.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Metric:
     shapes: str
     measure: Measure
     quality: PerSample
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    loss: Callable[..., Tensor] | None = None
     options: tuple[str, ...] = ()
 
     def with_options(self, **given: Any) -> Metric:
@@ -64,6 +64,7 @@ class Metric:
             self,
             measure=functools.partial(self.measure, **given),
             quality=functools.partial(self.quality, **given),
+            loss=functools.partial(self.loss, **given) if self.loss is not None else None,
         )
 
 
@@ -335,7 +336,9 @@ def _f_measure(counts: Tensor) -> Tensor:
     return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
 
 
-def _edge_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+def _edge_loss(outputs: Tensor, labels: Tensor, *, logits: bool = False, **_others: int) -> Tensor:
+    if not logits:
+        return absolute_error(outputs, labels)
     _, known = _errors(outputs, labels)
     return F.binary_cross_entropy_with_logits(outputs.reshape(labels.shape)[known], labels[known])
 
