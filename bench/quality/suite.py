@@ -90,7 +90,9 @@ class Subset:
     def __init__(self, suite: Suite, tasks: Sequence[str]) -> None:
         unknown = [task for task in tasks if task not in suite.tasks]
         if unknown or len(tasks) < 2 or len(set(tasks)) < len(tasks):
-            raise ValueError(f"tasks: expected two or more different ones of {list(suite.tasks)}, found {list(tasks)}")
+            raise ValueError(
+                f"tasks: expected two or more different ones of {list(suite.tasks)}, found {list(tasks)}"
+            )
         self._suite = suite
         self.name, self.seed, self.model = suite.name, suite.seed, suite.model
         self.tasks = {task: info for task, info in suite.tasks.items() if task in tasks}
@@ -178,7 +180,10 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
     def once(*args: Any, **inputs: Any) -> Any:
         key = (
             *(id(value) for value in args),
-            *((name, id(value) if isinstance(value, Tensor) else value) for name, value in sorted(inputs.items())),
+            *(
+                (name, id(value) if isinstance(value, Tensor) else value)
+                for name, value in sorted(inputs.items())
+            ),
         )
         if key not in known:
             # The arguments are kept as well, so that no other tensor takes over their identity.

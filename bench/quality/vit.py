@@ -83,7 +83,8 @@ class ViTSuite:
     def __init__(self, folder: Path, seed: int, settings: Settings) -> None:
         self.seed = seed
         self.tasks = {
-            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task)) for task in TASKS.values()
+            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task))
+            for task in TASKS.values()
         }
         self.model = load_backbone(shipped_assets() / "base")
         self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
@@ -120,7 +121,10 @@ class ViTSuite:
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         direction = -1 if TASKS[task].lower_is_better else 1
-        values = [self.measure(task, output[None], label[None]) for output, label in zip(outputs, labels, strict=True)]
+        values = [
+            self.measure(task, output[None], label[None])
+            for output, label in zip(outputs, labels, strict=True)
+        ]
         return direction * torch.tensor(values)
 
 
@@ -156,7 +160,9 @@ def load(
     for kind, task in missing:
         if task.scene not in train_sets:
             train_sets[task.scene] = _labelled(
-                make_scenes(settings.train_scenes, "train", task.scene, _TRAIN_SEED + SCENES.index(task.scene))
+                make_scenes(
+                    settings.train_scenes, "train", task.scene, _TRAIN_SEED + SCENES.index(task.scene)
+                )
             )
         with building(folder / kind / task.name) as part:
             log(
@@ -175,9 +181,16 @@ def load(
     return ViTSuite(folder, seed, settings)
 
 
-def kept_adapters(work: Path, seed: int, task: str, kind: str = "adapters") -> list[tuple[dict[str, float], Path]]:
-    """Of every step that was kept: ``step``, ``loss`` and ``metric`` on validation scenes, and the PEFT folder."""
+def kept_adapters(
+    work: Path, seed: int, task: str, kind: str = "adapters"
+) -> list[tuple[dict[str, float], Path]]:
+    """Of every step that was kept: ``step``, ``loss`` and ``metric`` on validation scenes, and the PEFT folder.
+
+    Empty if the task was not trained that way.
+    """
     folder = work / "vit" / f"seed{seed}" / kind / task
+    if not folder.is_dir():
+        return []
     lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     return [(entry, folder / "steps" / f"{entry['step']:04d}") for entry in map(json.loads, lines)]
 
@@ -205,7 +218,9 @@ def _train(
         if step % every and step != settings.steps:
             return
         with torch.no_grad():
-            output = head(torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)]))
+            output = head(
+                torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)])
+            )
         truth = held_out.labels[task.name]
         loss = demo_tasks.loss(task, output, truth).item()
         entries.append({"step": step, "loss": loss, "metric": measure(task, output, truth)})
@@ -224,7 +239,9 @@ def _train(
     )
     save_adapter(model, folder / "adapter")
     save_head(head, folder)
-    (folder / "steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    (folder / "steps.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8"
+    )
     first, last = entries[0], entries[-1]
     return (
         f"{task.name}: validation {task.metric} {first['metric']:.4g} -> {last['metric']:.4g}, "
@@ -234,7 +251,9 @@ def _train(
 
 def _labelled(scenes: SceneSet) -> SceneSet:
     """With the labels of the two tasks that the demo does not have."""
-    return replace(scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()})
+    return replace(
+        scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()}
+    )
 
 
 def _scene_sets(split: Split, count: int) -> dict[Scene, SceneSet]:

@@ -1,0 +1,164 @@
+"""Rows that no merge method is: what shows whether a method's gains come from where it says they do.
+
+Those in :data:`CONTROLS` take a suite, its adapters as fitted to the model, and calibration batches. All return a
+:class:`nsc_merge.MergeResult` as a method would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from suite import Scores, Suite, evaluate, merged, shared_forward
+from torch import Tensor, nn
+
+import nsc_merge
+from nsc_merge.adapters import Adapter
+from nsc_merge.attachment import adapted_linears, attach
+from nsc_merge.families import family_of, scored_paths
+from nsc_merge.loop import Optimisation, Settings
+from nsc_merge.measure import Coefficients, Objective
+from nsc_merge.nsc import objective_of, resolve_options
+from nsc_merge.passes import Batch, Calibration, streams
+from nsc_merge.progress import Progress
+from nsc_merge.result import MergeResult
+
+
+class _Negated:
+    """An objective that whoever minimises it maximises."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective, self.coefficients = objective, objective.coefficients
+
+    @property
+    def batch_tasks(self) -> bool | None:
+        return self._objective.batch_tasks
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        omega = self._objective.accumulate(drawn)
+        assert self.coefficients.flat.grad is not None
+        self.coefficients.flat.grad.neg_()
+        return omega
+
+
+def anti_nsc(
+    suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any
+) -> MergeResult:
+    """NSC with the sign of its objective reversed; the history still shows the objective itself."""
+    model, tasks = suite.model, list(adapters)
+    family = family_of(model)
+    chosen = resolve_options(family, tasks, options)
+    paths = list(adapted_linears(model, adapters))
+    scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
+    present = torch.tensor([[path in adapters[task].factors for task in tasks] for path in paths])
+    drawn = list(streams(calibration, tasks).values())
+    settings = Settings(**{name: getattr(chosen, name) for name in Settings.__dataclass_fields__})
+    with objective_of(model, adapters, family, scored, chosen) as objective:
+        loop = Optimisation(_Negated(objective), tasks, present, drawn, settings, {})
+        loop.run(lambda: None)
+        lam = objective.coefficients.flat.detach().clone()
+    return _result(
+        "anti_nsc", suite, adapters, _rows(paths, tasks, lam), {**options, "init": chosen.init}, loop.history
+    )
+
+
+def shuffled(found: MergeResult, shuffle: int, seed: int) -> MergeResult:
+    """A learnt merge with its changes of the coefficients permuted at random over modules and tasks."""
+    start = found.options["init"]
+    lam = torch.tensor([list(row.values()) for row in found.coefficients.values()], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1000 * seed + shuffle)
+    moved = (lam - start).flatten()[torch.randperm(lam.numel(), generator=generator)].view_as(lam)
+    return replace(
+        found,
+        method="shuffled_nsc",
+        coefficients=_rows(list(found.coefficients), found.tasks, start + moved),
+        history=[],
+        dead={},
+    )
+
+
+def oracle(
+    suite: Suite,
+    adapters: dict[str, Adapter],
+    calibration: Calibration,
+    *,
+    lr: float = 1e-2,
+    steps: int = 200,
+    init: float = 0.4,
+    batch: int = 32,
+    weight_decay: float = 0.01,
+    progress: bool | None = None,
+) -> MergeResult:
+    """The same coefficients learnt from validation labels: the mean over the tasks of loss / fine-tuned loss.
+
+    What any choice of these coefficients can reach at most, roughly. ``calibration`` is not looked at.
+    """
+    reference = finetuned_scores(suite, adapters, "val")
+    model, tasks = suite.model, list(adapters)
+    data = {task: suite.labelled(task, "val") for task in tasks}
+    generator = torch.Generator().manual_seed(suite.seed)
+    history: list[dict[str, Any]] = []
+    with attach(model, adapters, init) as attached, Progress("labelled oracle", steps, progress) as bar:
+        coefficients = Coefficients(attached)
+        optimiser = torch.optim.AdamW([coefficients.flat], lr=lr, weight_decay=weight_decay)
+        for step in range(steps):
+            coefficients.spread()
+            drawn = _subsample(
+                {task: pairs[step % len(pairs)] for task, pairs in data.items()}, batch, generator
+            )
+            with shared_forward(model):
+                losses = [
+                    suite.loss(task, suite.output(task, model, inputs), label) / reference.losses[task]
+                    for task, (inputs, label) in drawn.items()
+                ]
+            objective = torch.stack(losses).mean()
+            optimiser.zero_grad()
+            objective.backward()
+            optimiser.step()
+            history.append({"step": step, "objective": objective.item()})
+            bar.update(loss=f"{history[-1]['objective']:.4f}")
+        lam = coefficients.flat.detach().clone()
+        paths = list(attached)
+    options = {"lr": lr, "steps": steps, "init": init, "batch": batch, "weight_decay": weight_decay}
+    return _result("oracle", suite, adapters, _rows(paths, tasks, lam), options, history)
+
+
+CONTROLS = {"anti_nsc": anti_nsc, "oracle": oracle}
+
+
+def finetuned_scores(suite: Suite, adapters: dict[str, Adapter], split: str) -> Scores:
+    """Every task with its own adapter alone, which scores are normalised by."""
+    return evaluate(suite, merged(suite, nsc_merge.merge(suite.model, adapters, method="finetuned")), split)
+
+
+def _subsample(
+    drawn: Mapping[str, tuple[dict[str, Tensor], Tensor]], size: int, generator: torch.Generator
+) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+    """``size`` rows of every batch; tasks that share their inputs as objects still do."""
+    known: dict[int, tuple[dict[str, Tensor], Tensor]] = {}
+    smaller = {}
+    for task, (inputs, label) in drawn.items():
+        if id(inputs) not in known:
+            rows = torch.randperm(len(label), generator=generator)[:size]
+            known[id(inputs)] = {name: value[rows] for name, value in inputs.items()}, rows
+        some, rows = known[id(inputs)]
+        smaller[task] = some, label[rows]
+    return smaller
+
+
+def _rows(paths: Sequence[str], tasks: Sequence[str], lam: Tensor) -> dict[str, dict[str, float]]:
+    return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
+
+
+def _result(
+    method: str,
+    suite: Suite,
+    adapters: dict[str, Adapter],
+    coefficients: dict[str, dict[str, float]],
+    options: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> MergeResult:
+    model: nn.Module = suite.model
+    return MergeResult(method, coefficients, history, adapters, options, {}, model)
