@@ -97,7 +97,7 @@ def _by_task(result: MergeResult) -> Iterator[tuple[str, MergeResult]]:
         yield "", result
         return
     for task in result.tasks:
-        yield f"{TASKS_FOLDER}/{_file_name(task)}", result.for_task(task)
+        yield f"{TASKS_FOLDER}/{file_name(task)}", result.for_task(task)
 
 
 def _refuse_full_rank(result: MergeResult) -> None:
@@ -264,7 +264,7 @@ def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> No
 
     for task, adapter in result.adapters.items():
         if adapter.trained:
-            file = folder / HEADS_FOLDER / f"{_file_name(task)}.safetensors"
+            file = folder / HEADS_FOLDER / f"{file_name(task)}.safetensors"
             if file.exists():
                 raise ValueError(f"adapters[{task!r}]: another task's head is kept as {file.name}, too")
             file.parent.mkdir(exist_ok=True)
@@ -279,7 +279,7 @@ def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> No
         draw(result.coefficients, result.dead, result.history, folder)
 
 
-def _file_name(task: str) -> str:
+def file_name(task: str) -> str:
     """The task as a file name: whatever could leave the folder is replaced."""
     return re.sub(r"[^\w.-]", "_", task).lstrip(".") or "task"
 
