@@ -199,9 +199,7 @@ class MergedLoRAFunction(torch.autograd.Function):
         save_u = need_dlam or need_dz
         if weight is not None:
             base = nn.functional.linear(z, weight, bias)
-        y, quad, sqnorm, u = run_forward(
-            backend, z, A, Bt, offsets, lam, base, stats, save_u, weight is not None
-        )
+        y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u, weight is not None)
         if save_u:
             ctx.save_for_backward(u, lam, A, Bt, weight if need_dz else None, z if stats and need_dz else None)
         ctx.offsets, ctx.backend = offsets, backend

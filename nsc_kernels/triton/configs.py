@@ -133,7 +133,7 @@ def _tile(on: Machine, problem: Problem) -> Config:
         # No matrix instructions: operands live in registers, which is what bounds the tile.
         config = Config(min(chunk, 64), 32 if small else 16, 32, 32, warps=8, stages=3 if small else 2)
         if on.arch < 90 and not small:
-            config = replace(config, block_k=16, block_n=16, registers=255)
+            config = replace(config, chunk=min(chunk, 128), block_k=16, block_n=16, warps=16, registers=128)
     elif mode == "tf32x3":
         config = Config(min(chunk, 64), 32, 16, 16, warps=8, stages=2)
     elif on.arch < 90:
