@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.folding import Folded
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -23,12 +24,14 @@ class MeasuredLoRALinear(MergedLoRALinear):
     Attributes:
         path: of the linear in the model.
         measure: the callback, while the linear is measured.
+        folded: what computes the linear and its low-rank updates in one, while it is not measured.
         biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
         denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
     """
 
     path: str = ""
     measure: Measure | None = None
+    folded: Folded | None = None
     biases: Tensor | None = None
     denses: Tensor | None = None
 
@@ -36,6 +39,8 @@ class MeasuredLoRALinear(MergedLoRALinear):
         if self.measure is not None:
             y, quad, sqnorm = self.nsc(z)
             self.measure(self.path, quad, sqnorm)
+        elif self.folded is not None:
+            y = self.folded(z, self.lam)
         elif self.bank.R == 0:
             y = self.linear(z)
         else:

@@ -6,7 +6,8 @@ Exact to rounding, each with a switch so that its worth can be measured:
   same input, once the first forward has shown which they are;
 * the output of a frozen tower in front of the blocks is kept per batch;
 * batches of all tasks run as one pass where their shapes agree, or can be made to by a little padding;
-* blocks without a measured input may recompute their activations in the backward.
+* blocks without a measured input may recompute their activations in the backward, and may be compiled;
+* linears that are not measured may be folded with their adapters into one weight per step.
 
 Nothing here waits for the device.
 """
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
 from nsc_merge.attachment import MeasuredLoRALinear
+from nsc_merge.folding import Folded, can_fold
 from nsc_merge.passes import Batch, Padding, Pass, concatenated, one_by_one
 from nsc_merge.tower import TowerCache
 
@@ -72,6 +74,8 @@ class Objective:
         batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
             first step by the memory that one pass takes.
         checkpointing: recompute the activations of blocks without a measured input in the backward.
+        fold: fold the linears that are not measured with their adapters, once per call of :meth:`accumulate`.
+        compiler: backend of ``torch.compile`` for the blocks without a measured input; None compiles nothing.
         early_exit: end the forward at the last measured input.
     """
 
@@ -88,6 +92,8 @@ class Objective:
         block: str = "",
         batch_tasks: bool | None = None,
         checkpointing: bool = False,
+        fold: bool = False,
+        compiler: str | None = None,
         early_exit: bool = True,
     ) -> None:
         self.coefficients = Coefficients(merged)
@@ -97,7 +103,17 @@ class Objective:
         self._scored = {path: merged[path] for path in shares}
         self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
         self._tower_path = tower
-        self._blocks = _blocks_without(model, block, self._scored) if checkpointing else []
+        self._blocks = _blocks_without(model, block, self._scored) if checkpointing or compiler else []
+        self._checkpointing, self._compiler = checkpointing, compiler
+        self._foldable = {
+            row: module
+            for row, (path, module) in enumerate(merged.items())
+            if fold
+            and path not in self._scored
+            and module.bank.R
+            and module.denses is None
+            and can_fold(module.linear)
+        }
         self._device = self.coefficients.flat.device
         kind = self.coefficients.flat.dtype
         self._shares = {
@@ -124,8 +140,12 @@ class Objective:
                 for path, linear in _beside(self._model, self._scored).items():
                     hook = functools.partial(self._before, path)
                     stack.callback(linear.register_forward_pre_hook(hook).remove)
+            for module in self._foldable.values():
+                module.folded = Folded(module.linear, module.bank)
+                stack.callback(delattr, module, "folded")
+            self._fold()
             for block in self._blocks:
-                stack.enter_context(_checkpointed(block))
+                stack.enter_context(_wrapped(block, self._checkpointing, self._compiler))
             if self._tower is not None:
                 stack.enter_context(self._tower)
             stack.enter_context(_without_key_value_cache(self._model))
@@ -149,6 +169,7 @@ class Objective:
             ValueError: if a mask does not fit what is measured.
             RuntimeError: if the forward does not reach a measured module.
         """
+        self._fold()
         passes = one_by_one(drawn, self._device, self._restrict)
         if self.batch_tasks is None:
             self.batch_tasks = self._fits_as_one(passes)
@@ -158,6 +179,11 @@ class Objective:
             (omega.sum() / self._tasks).backward()
             total += omega.detach()
         return total
+
+    def _fold(self) -> None:
+        for row, module in self._foldable.items():
+            assert module.folded is not None, "folded outside of a with block"
+            module.folded.refresh(self.coefficients.flat[row])
 
     def _forward(self, one: Pass) -> Tensor:
         """Eq. 4 for the tasks of a pass, ``[K]`` with 0 for the others."""
@@ -303,10 +329,11 @@ def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.M
 
 
 @contextmanager
-def _checkpointed(block: nn.Module) -> Iterator[None]:
-    block.forward = functools.partial(
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-    )
+def _wrapped(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
+    forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
+    if checkpointing:
+        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    block.forward = forward
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
+from nsc_merge.folding import should_fold
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
@@ -67,6 +68,11 @@ class NSCOptions:
         batch_tasks: run the batches of all tasks as one pass where their shapes agree, with a little padding
             where only their lengths differ; None does so where memory allows. The gradient is the same.
         checkpointing: keep no activations of the blocks before the measured ones but compute them twice.
+        fold: add the adapters to the weights of linears that are not measured once per step, instead of applying
+            them to every token: half of their arithmetic, for a copy of those weights. The same to rounding. None
+            does so on a CPU in float32 and float64, up to 1 GiB of copies.
+        compile: ``torch.compile`` the blocks before the measured ones: True, or the name of a backend. The first
+            step takes a minute or so longer.
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
         cache_prefix: keep the outputs of a frozen vision tower per batch, up to 2 GiB.
         seed: of torch's global generator while calibration batches are drawn; restored afterwards.
@@ -93,6 +99,8 @@ class NSCOptions:
     modality: str = "joint"
     batch_tasks: bool | None = None
     checkpointing: bool = False
+    fold: bool | None = None
+    compile: bool | str = False
     early_exit: bool = True
     cache_prefix: bool = True
     seed: int = 0
@@ -124,12 +132,16 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
         ("modality", MODALITIES),
         ("batch_tasks", (True, False, None)),
         ("checkpointing", (True, False)),
+        ("fold", (True, False, None)),
         ("early_exit", (True, False)),
         ("cache_prefix", (True, False)),
     ):
         value = getattr(chosen, name)
         if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
             raise ValueError(f"{name}: expected one of {list(allowed)}, found {value!r}")
+    if not isinstance(chosen.compile, bool) and chosen.compile not in torch.compiler.list_backends(exclude_tags=()):
+        usual = torch.compiler.list_backends()
+        raise ValueError(f"compile: expected True, False or one of {usual}, found {chosen.compile!r}")
     for name in ("steps", "state_every"):
         value = getattr(chosen, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -227,8 +239,9 @@ def objective_of(
     """The objective of a merge, with ``adapters`` attached to ``model`` and evaluation mode for as long.
 
     Raises:
-        ValueError: if a task's adapter touches none of the measured modules ``scored``, or the models of the
-            family have only one kind of input for ``options.modality`` to choose from.
+        ValueError: if a task's adapter touches none of the measured modules ``scored``, if the models of the
+            family have only one kind of input for ``options.modality`` to choose from, or if ``options.fold`` asks
+            for what the model's dtype cannot hold.
     """
     tasks = list(adapters)
     touched = {path: [path in adapters[task].factors for task in tasks] for path in scored}
@@ -247,6 +260,8 @@ def objective_of(
     if family.tokens is not None and family.mask is not None:
         padding = Padding(family.tokens, family.mask, filler_of(model))
     training = model.training
+    linears = adapted_linears(model, adapters)
+    fold = should_fold(options.fold, [linear.weight for path, linear in linears.items() if path not in scored])
     with attach(model, adapters, options.init) as merged:
         tower = frozen_tower(family, model, merged) if options.cache_prefix else None
         model.eval()
@@ -262,6 +277,8 @@ def objective_of(
                 block=family.block,
                 batch_tasks=options.batch_tasks,
                 checkpointing=options.checkpointing,
+                fold=fold,
+                compiler="inductor" if options.compile is True else options.compile or None,
                 early_exit=options.early_exit,
             ) as objective:
                 yield objective

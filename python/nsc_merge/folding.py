@@ -1,0 +1,97 @@
+"""A merged linear as one product with the merged weight, for steps of many tokens.
+
+The fused operator applies the adapters of every task to every token, in both directions. Where a step runs many tokens
+on the same coefficients, adding ``sum_k lam_k s_k B_k A_k`` to the weight once costs less: a pass then needs the
+adapters only for the gradient of the coefficients, ``dlam_k = sum_t (A_k z_t) . (s_k B_k^T dy_t)``, which is half of
+their products. The weight's own gradient, a matrix as large as the weight, is never formed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_kernels import AdapterBank
+
+# Bytes of merged weights that a merge may hold unless told to.
+LIMIT = 2**30
+
+
+class Folded:
+    """A frozen linear and its adapters, folded into one weight at the coefficients of the last :meth:`refresh`.
+
+    Args:
+        linear: float32 or float64, which can hold the sum without losing small updates.
+        bank: its adapters.
+    """
+
+    def __init__(self, linear: nn.Linear, bank: AdapterBank) -> None:
+        self._linear = linear
+        self._A, self._Bt, offsets = bank.packed
+        counts = torch.tensor([end - start for start, end in itertools.pairwise(offsets)])
+        # [R, K]: 1 where a row of A belongs to an adapter.
+        self._owners = torch.eye(len(counts)).repeat_interleave(counts, 0).to(linear.weight)
+        self._weight = torch.empty_like(linear.weight)
+
+    @torch.no_grad()
+    def refresh(self, lam: Tensor) -> None:
+        """Fold with the coefficients ``lam [K]``."""
+        scaled = self._Bt * (self._owners @ lam.to(self._owners))[:, None]
+        torch.addmm(self._linear.weight, scaled.t(), self._A, out=self._weight)
+
+    def __call__(self, z: Tensor, lam: Tensor) -> Tensor:
+        """``z [..., d_in]`` to ``[..., d_out]``, with gradients for both; ``lam`` must be what was folded last."""
+        bias = self._linear.bias
+        return _FoldedLinear.apply(z, lam, self._weight, bias, self._A, self._Bt, self._owners)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, lam: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, owners: Tensor
+    ) -> Tensor:
+        u = z.reshape(-1, z.shape[-1]) @ A.t() if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(u, weight, Bt, owners)
+        return nn.functional.linear(z, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        u, weight, Bt, owners = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1])
+        dz = (flat @ weight).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        dlam = None if u is None else (flat @ Bt.t()).mul_(u).sum(0) @ owners
+        return dz, dlam, None, None, None, None, None
+
+
+def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool:
+    """What the option ``fold`` comes to. None folds on a CPU, where it has been measured, in dtypes that hold the sum
+    and as long as the merged weights are not large.
+
+    Raises:
+        ValueError: if it was asked for and cannot be.
+    """
+    weights = list(weights)
+    unfit = next((weight for weight in weights if not _holds_the_sum(weight)), None)
+    if asked and unfit is not None:
+        raise ValueError(
+            f"fold: expected weights in float32 or float64 and no autocast, found {unfit.dtype}"
+            + (" under autocast" if torch.is_autocast_enabled(unfit.device.type) else "")
+        )
+    if asked is not None:
+        return asked
+    small = sum(weight.numel() * weight.element_size() for weight in weights) <= LIMIT
+    return small and unfit is None and all(weight.device.type == "cpu" for weight in weights)
+
+
+def _holds_the_sum(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+
+
+def can_fold(linear: nn.Linear) -> bool:
+    """Whether calling ``linear`` is its product and nothing else, so that another product can stand for it."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)

@@ -1,0 +1,139 @@
+"""Folding the adapters into the weights, and compiling blocks, changes nothing but the time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loop_cases import TASKS, adapters_for, image_batches, llama, llava, text_batches, trajectory
+from test_loop_inputs import same_course
+from zoo import build, write_adapter
+
+import nsc_merge
+from nsc_kernels import AdapterBank, merged_lora
+from nsc_merge.folding import Folded, should_fold
+
+
+@pytest.fixture
+def layer():
+    """A linear, its bank of unequal ranks, one of them 0, and coefficients; in float64."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 10).double().requires_grad_(False)
+    ranks = (3, 0, 2)
+    A = [torch.randn(rank, 12, dtype=torch.float64) for rank in ranks]
+    B = [torch.randn(10, rank, dtype=torch.float64) for rank in ranks]
+    return linear, AdapterBank.from_factors(A, B, [1.5, 1.0, 0.5]), torch.tensor([0.3, 0.7, -0.4]).double()
+
+
+def test_values_and_gradients_are_those_of_the_fused_operator(layer):
+    linear, bank, lam = layer
+    folded = Folded(linear, bank)
+    folded.refresh(lam)
+
+    def run(forward):
+        coefficients = lam.clone().requires_grad_()
+        z = torch.arange(120, dtype=torch.float64).reshape(2, 5, 12).sin().requires_grad_()
+        y = forward(z, coefficients)
+        return y, *torch.autograd.grad((y * y.detach().cos()).sum(), (z, coefficients))
+
+    for found, expected in zip(
+        run(folded), run(lambda z, lam: merged_lora(z, bank, lam, linear(z))), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences(layer):
+    linear, bank, lam = layer
+
+    def forward(z, coefficients):
+        folded = Folded(linear, bank)
+        folded.refresh(coefficients.detach())
+        return folded(z, coefficients)
+
+    z = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(forward, (z, lam.requires_grad_()))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_tasks": True}, {"checkpointing": True}, {"score_blocks": [1, 3]}])
+@pytest.mark.parametrize("make", [llama, llava])
+def test_the_course_is_that_of_the_fused_operator(make, options):
+    model = make()
+    adapters = adapters_for(model, ["q_proj", "v_proj", "o_proj"])
+    batches = image_batches() if make is llava else text_batches()
+    plain = trajectory(model, adapters, batches, fold=False, **options)
+    folded = trajectory(model, adapters, batches, fold=True, **options)
+    assert folded.coefficients != plain.coefficients
+    same_course(folded, plain)
+    assert trajectory(model, adapters, batches, **options).coefficients == folded.coefficients
+
+
+def test_biases_stay(tmp_path):
+    model = build("vit")
+    folders = {
+        task: write_adapter(model, tmp_path / task, seed, target_modules=["q_proj", "o_proj"], lora_bias=True)
+        for seed, task in enumerate(TASKS)
+    }
+    generator = torch.Generator().manual_seed(1)
+    batches = {task: [{"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}] for task in TASKS}
+    runs = [
+        nsc_merge.merge(model, folders, batches, steps=4, lr=1e-2, progress=False, fold=fold) for fold in (True, False)
+    ]
+    same_course(*runs)
+
+
+def test_a_linear_with_hooks_is_called_as_ever():
+    model = llama()
+    seen = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    adapters, batches = adapters_for(model), text_batches()
+    trajectory(model, adapters, batches, fold=True)
+    assert len(seen) == 12
+
+
+def test_what_cannot_hold_the_sum_is_not_folded():
+    half = torch.zeros(2, 2, dtype=torch.bfloat16)
+    assert not should_fold(None, [half])
+    with pytest.raises(ValueError, match=r"fold: expected weights in float32 or float64.*found torch\.bfloat16"):
+        should_fold(True, [half])
+    single = half.float()
+    assert should_fold(None, [single])
+    assert not should_fold(False, [single])
+    with torch.autocast("cpu"):
+        assert not should_fold(None, [single])
+        with pytest.raises(ValueError, match=r"found torch\.float32 under autocast"):
+            should_fold(True, [single])
+    # Two of these are more than a GiB; no memory is taken for them.
+    large = torch.empty(1, dtype=torch.float32).expand(2**14, 2**14)
+    assert not should_fold(None, [large, large])
+    assert should_fold(True, [large, large])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("qwen2", {"checkpointing": True, "fold": False}), ("vit", {"batch_tasks": True})],
+)
+def test_compiled_blocks_take_the_same_course(kind, options):
+    model = build(kind)
+    adapters = adapters_for(model)
+    generator = torch.Generator().manual_seed(1)
+    batches = text_batches()
+    if kind == "vit":
+        batches = {task: [{"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}] for task in TASKS}
+    plain = trajectory(model, adapters, batches, **options)
+    compiled = trajectory(model, adapters, batches, compile="aot_eager", **options)
+    same_course(compiled, plain)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_compile_wants_a_backend_that_there_is():
+    with pytest.raises(ValueError, match=r"compile: expected True, False or one of .*inductor.*found 'fast'"):
+        trajectory(llama(), adapters_for(llama()), text_batches(), compile="fast")
+
+
+def test_coefficients_other_than_those_folded_are_noticed(layer):
+    linear, bank, lam = layer
+    folded = Folded(linear, bank)
+    folded.refresh(lam)
+    y = folded(torch.randn(4, 12, dtype=torch.float64, requires_grad=True), lam.requires_grad_())
+    folded.refresh(2 * lam)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
