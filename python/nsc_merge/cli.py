@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.evaluation.command import add_eval
+from nsc_merge.terminal import log, names, positive, prepare, quieten_libraries
+
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
 _DEMO = """\
 Merges the LoRA adapters of six tasks on a small ViT and measures the result, on
@@ -23,6 +26,7 @@ examples:
   nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
   nsc-merge run recipe.yaml options.steps=200     merge; Ctrl-C and --resume at any time
   nsc-merge inspect adapters/* --model base --inputs depth.safetensors
+  nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
   nsc-merge export merged --format lora --rank 16 --out merged-16
   nsc-merge demo                                  merge six adapters of a small ViT and measure the result
   nsc-merge demo --tasks depth,normal,edge,semseg --out dense
@@ -70,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_export(commands)
     _add_plot(commands)
+    add_eval(commands)
     methods = commands.add_parser("methods", help="list the merge methods and their options")
     methods.add_argument("--json", action="store_true", help="print JSON")
     methods.set_defaults(run=_methods)
@@ -84,12 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("nsc-demo"), metavar="DIR", help="results (default: nsc-demo)"
     )
     demo.add_argument(
-        "--steps", type=_positive, default=100, metavar="N", help="optimisation steps (default: 100)"
+        "--steps", type=positive, default=100, metavar="N", help="optimisation steps (default: 100)"
     )
     demo.add_argument(
         "--seed", type=int, default=0, help="order of calibration batches, or of --retrain (default: 0)"
     )
-    demo.add_argument("--tasks", type=_names, metavar="A,B,...", help="subset of tasks (default: all six)")
+    demo.add_argument("--tasks", type=names, metavar="A,B,...", help="subset of tasks (default: all six)")
     demo.add_argument(
         "--assets", type=Path, metavar="DIR", help="trained parts (default: those of the package)"
     )
@@ -125,7 +130,7 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--inputs", type=Path, metavar="FILE|DIR", help="measure null-space ratios on these (needs --model)"
     )
-    inspect.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="of --inputs (default: 32)")
+    inspect.add_argument("--batch-size", type=positive, default=32, metavar="N", help="of --inputs (default: 32)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -135,7 +140,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("result", type=Path, help="folder written by nsc-merge run")
     export.add_argument("--format", required=True, choices=("lora", "model", "coefficients"))
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    export.add_argument("--rank", type=_positive, metavar="R", help="truncate lora to this rank")
+    export.add_argument("--rank", type=positive, metavar="R", help="truncate lora to this rank")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of model (default: 5GB)")
     export.set_defaults(run=_export)
 
@@ -155,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes a list of positionals in one place only; overrides may stand among the options.
-    if rest and (arguments.command != "run" or any(word.startswith("-") for word in rest)):
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
@@ -182,20 +187,20 @@ def _run(arguments: argparse.Namespace) -> int:
     from nsc_merge.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    _prepare(local=recipe.local)
+    prepare(local=recipe.local)
     from nsc_merge import runner
 
     if arguments.dry_run:
-        plan = runner.plan(recipe, _log)
+        plan = runner.plan(recipe, log)
         print(json.dumps(plan) if arguments.json else runner.render_plan(plan))
         return 0
     try:
-        summary = runner.run(recipe, resume=arguments.resume, progress=None, log=_log)
+        summary = runner.run(recipe, resume=arguments.resume, progress=None, log=log)
     except KeyboardInterrupt:
         state = runner.state_file(recipe)
         if state.is_file():
             again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
-            _log(f"the state is in {state}; go on with: {again}")
+            log(f"the state is in {state}; go on with: {again}")
         raise
     if arguments.json:
         print(json.dumps(summary))
@@ -217,7 +222,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.inputs and not arguments.model:
         raise ValueError("--inputs: needs --model")
     local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
-    _prepare(local=local)
+    prepare(local=local)
     from nsc_merge import inspection
     from nsc_merge.adapters import load_adapter
     from nsc_merge.attachment import merged_linears
@@ -225,14 +230,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.remap import fit
     from nsc_merge.runner import load_model
 
-    names = [folder.name for folder in arguments.adapters]
-    if len(set(names)) != len(names):
-        names = [str(folder) for folder in arguments.adapters]
-    if len(set(names)) != len(names):
-        raise ValueError(f"ADAPTER: {max(names, key=names.count)} is given twice")
+    called = [folder.name for folder in arguments.adapters]
+    if len(set(called)) != len(called):
+        called = [str(folder) for folder in arguments.adapters]
+    if len(set(called)) != len(called):
+        raise ValueError(f"ADAPTER: {max(called, key=called.count)} is given twice")
     adapters = {
         name: load_adapter(folder, name, dora="convert")
-        for name, folder in zip(names, arguments.adapters, strict=True)
+        for name, folder in zip(called, arguments.adapters, strict=True)
     }
     document: dict[str, Any] = {}
     if arguments.model:
@@ -250,7 +255,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    _prepare(local=True)
+    prepare(local=True)
     from nsc_merge.export import serving_notes
     from nsc_merge.saved import load_result
 
@@ -304,17 +309,10 @@ def _methods(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(*, local: bool) -> None:
-    """Quiet libraries; and none may look for anything on the network unless a hub id was given."""
-    if local:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    _quieten_libraries()
-
-
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.retrain and arguments.assets is None:
         raise ValueError("--retrain: say where to write with --assets DIR")
-    _quieten_libraries()
+    quieten_libraries()
     import torch
 
     # The matrices are so small that a second thread gains little, and on a busy machine it stalls.
@@ -322,7 +320,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.retrain:
         from nsc_merge.demo.train import retrain
 
-        retrain(arguments.assets, seed=arguments.seed, log=_log)
+        retrain(arguments.assets, seed=arguments.seed, log=log)
         return 0
     from nsc_merge.demo.run import render, run_demo
     from nsc_merge.demo.tasks import TASKS
@@ -333,36 +331,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         tasks=arguments.tasks or list(TASKS),
         steps=arguments.steps,
         seed=arguments.seed,
-        log=_log,
+        log=log,
     )
     print(json.dumps(summary) if arguments.json else f"\n{render(summary)}")
     return 0
-
-
-def _quieten_libraries() -> None:
-    """Keep transformers' own bars and deprecation notices out of the demo's output."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
-    return value
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

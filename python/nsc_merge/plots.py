@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 COEFFICIENTS_PLOT = "coefficients.png"
 RATIOS_PLOT = "ratios.png"
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -33,6 +34,22 @@ def draw(
     Raises:
         RuntimeError: if matplotlib is not installed.
     """
+    written = [folder / COEFFICIENTS_PLOT]
+    with pyplot_in_style() as pyplot:
+        _draw_coefficients(pyplot, coefficients, dead, written[0])
+        if history:
+            written.append(folder / RATIOS_PLOT)
+            _draw_ratios(pyplot, history, written[1])
+    return written
+
+
+@contextmanager
+def pyplot_in_style() -> Iterator[Any]:
+    """``matplotlib.pyplot`` without a display, in the style of all pictures here.
+
+    Raises:
+        RuntimeError: if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -41,13 +58,8 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    written = [folder / COEFFICIENTS_PLOT]
     with matplotlib.rc_context(_STYLE):
-        _draw_coefficients(pyplot, coefficients, dead, written[0])
-        if history:
-            written.append(folder / RATIOS_PLOT)
-            _draw_ratios(pyplot, history, written[1])
-    return written
+        yield pyplot
 
 
 def place(path: str) -> tuple[int, str]:
@@ -100,8 +112,8 @@ def _draw_ratios(pyplot: Any, history: Sequence[Mapping[str, Any]], out: Path) -
     figure, axis = pyplot.subplots(figsize=(7, 4))
     steps = [entry["step"] for entry in history]
     for index, task in enumerate(history[0]["omega"]):
-        colour = _COLOURS[index % len(_COLOURS)]
-        dashes = "-" if index < len(_COLOURS) else "--"
+        colour = COLOURS[index % len(COLOURS)]
+        dashes = "-" if index < len(COLOURS) else "--"
         axis.plot(
             steps, [entry["omega"][task] for entry in history], dashes, color=colour, lw=1.4, label=task
         )

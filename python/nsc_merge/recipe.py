@@ -45,7 +45,7 @@ _KEYS = (
     RECORD,
 )
 _OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
-_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # Options of one run, not of the merge.
 _PASSING_OPTIONS = ("progress", "resume_from", "state_to", "state_every", "scored")
 
@@ -171,7 +171,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         options=numbers(mapping(document, "options")),
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
         dora=choice(document, "dora", ("refuse", "convert")),
-        dtype=choice(document, "dtype", _DTYPES),
+        dtype=choice(document, "dtype", DTYPES),
         device=text(document, "device", default="auto"),
         formats=tuple(formats),
         rank=rank,
@@ -199,7 +199,7 @@ def recipe_of(result: MergeResult) -> dict[str, Any]:
             task: hashes(Path(place)) for task, place in (result.inputs.get("calibration") or {}).items()
         },
     }
-    record = {"versions": _versions(), "sha256": files}
+    record = {"versions": versions(), "sha256": files}
     if "scored" in result.options:
         record["scored"] = list(result.options["scored"])
     head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
@@ -222,7 +222,8 @@ def to_yaml(document: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
     import platform
 
     packages = ("nsc-kernels", "torch", "transformers", "peft", "safetensors")

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nsc_merge.evaluation import captions
 
 IGNORE = -100
 
@@ -38,6 +40,7 @@ class Metric:
         quality: ``(outputs, labels) -> [N]``, per sample, higher is better.
         loss: ``(outputs, labels) -> scalar``, the usual training loss of such a task; None where there is none.
         options: names of further arguments of all three.
+        settings: those that :meth:`with_options` set.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Metric:
     quality: PerSample
     loss: Callable[..., Tensor] | None = None
     options: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def with_options(self, **given: Any) -> Metric:
         """The same metric with its options set.
@@ -65,6 +69,7 @@ class Metric:
             measure=functools.partial(self.measure, **given),
             quality=functools.partial(self.quality, **given),
             loss=functools.partial(self.loss, **given) if self.loss is not None else None,
+            settings=given,
         )
 
 
@@ -186,6 +191,41 @@ def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     else:
         right, known = _hits(outputs, labels)
     return (right | ~known).flatten(1).all(1).float()
+
+
+def cider(outputs: Tensor, labels: Tensor) -> float:
+    """Mean CIDEr of generated captions, from 0 to 1; see :func:`nsc_merge.evaluation.captions.cider`.
+
+    Args:
+        outputs: generated tokens ``[N, T]``, integers; :data:`IGNORE` after the end.
+        labels: reference captions, tokens ``[N, T']``, or several per sample ``[N, R, T']``, filled up by
+            :data:`IGNORE`.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes, or fewer than two samples.
+    """
+    return cider_per_sample(outputs, labels).mean().item()
+
+
+def cider_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+    """CIDEr of every caption, ``[N]``."""
+    for name, value in (("outputs", outputs), ("labels", labels)):
+        if value.is_floating_point():
+            raise TypeError(f"{name}: expected tokens as integers, found {value.dtype}")
+    if outputs.dim() != 2 or labels.dim() not in (2, 3) or len(outputs) != len(labels):
+        raise ValueError(
+            f"labels: expected captions [N, T'] or [N, R, T'] for outputs [N, T], found {list(labels.shape)} and "
+            f"{list(outputs.shape)}"
+        )
+    several = labels[:, None] if labels.dim() == 2 else labels
+    references = [[_tokens(caption) for caption in sample] for sample in several]
+    known = [[caption for caption in sample if caption] for sample in references]
+    scores = captions.cider_per_sample([_tokens(caption) for caption in outputs], known)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _tokens(caption: Tensor) -> list[int]:
+    return caption[caption != IGNORE].tolist()
 
 
 def cosine(outputs: Tensor, units: Tensor, dim: int = -1) -> Tensor:
@@ -385,6 +425,15 @@ METRICS: dict[str, Metric] = {
             exact_match,
             exact_match_per_sample,
             cross_entropy,
+        ),
+        Metric(
+            "cider",
+            "CIDEr",
+            "",
+            False,
+            "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100",
+            cider,
+            cider_per_sample,
         ),
     )
 }

@@ -27,6 +27,21 @@ def average(percents: Mapping[str, float]) -> float:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Metric of every task in its own unit, and its loss where the metric has one."""
+
+    metrics: dict[str, float]
+    losses: dict[str, float]
+
+    def normalised(self, reference: Scores, lower_is_better: Mapping[str, bool]) -> dict[str, float]:
+        """Task -> :func:`normalised` by the fine-tuned models' scores."""
+        return {
+            task: normalised(value, reference.metrics[task], lower_is_better[task])
+            for task, value in self.metrics.items()
+        }
+
+
+@dataclass(frozen=True)
 class Spread:
     """Mean, sample standard deviation (NaN for one value) and number of values."""
 

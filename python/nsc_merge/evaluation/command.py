@@ -1,0 +1,77 @@
+"""The ``eval`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.terminal import log, prepare
+
+_EVAL = """\
+Measures merges side by side as a YAML recipe says, beside the base model (zero_shot) and every task's own adapter
+(finetuned), which the others are normalised by:
+
+  model: base                          # folder, or a hub id (owner/name)
+  tasks:
+    count:
+      adapter: adapters/count          # PEFT folder
+      test: data/count-test.safetensors        # inputs and labels, stacked by name; or a folder of batches
+      validation: data/count-val.safetensors   # for tune, and for methods that need data
+      labels: labels                   # which tensor holds the labels
+      metric: accuracy                 # or miou, rmse, l1, mean_angle, edge_f, exact_match, cider
+      head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
+      # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,
+      #                                # last, patches, tokens or image
+      # generate: true                 # generate as many tokens as labels have (exact_match, cider)
+      # calibration: inputs.safetensors  # unlabelled inputs instead of those of validation
+    depth: {adapter: ..., test: ..., metric: rmse, head: heads/depth.safetensors, pool: image}
+  methods:
+    - ties                             # with its defaults
+    - {method: task_arithmetic, name: TA 0.4, options: {scale: 0.4}}
+    - {method: task_arithmetic, name: TA, tune: metric}   # scale by the normalised average on validation; or loss
+    - {method: nsc, options: {steps: 100}}
+    - ensemble                         # outputs averaged over all adapters' models
+    - {folder: merged, name: mine}     # written by nsc-merge run; or any adapter or model
+  seeds: [0, 1, 2]                     # {seed} in a path stands for each; also orders data and seeds methods
+  joint: logits                        # Hits@1/3/5 over the classes of all accuracy tasks; or probabilities
+  batch_size: 32
+  output: {dir: evaluation, plots: true}
+
+shared_modules, dora, dtype and device are as in nsc-merge run --help; relative paths likewise. Writes results.md,
+results.csv, results.json, pictures, and rows.jsonl, from which an interrupted or extended evaluation goes on: rows
+whose settings and files are unchanged are not measured again. A row that fails is left out, and the exit status is
+then 1.
+
+example:
+  nsc-merge eval evaluation.yaml seeds=[0,1,2] output.dir=three-seeds
+"""
+
+
+def add_eval(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure merges on labelled data, beside the base and every task's own adapter",
+        description=_EVAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    parser.add_argument("--redo", action="store_true", help="measure rows again that are there already")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from nsc_merge.evaluation.recipe import load_eval_recipe
+    from nsc_merge.evaluation.tables import as_text
+
+    recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
+    prepare(local=recipe.local)
+    from nsc_merge.evaluation.run import run
+
+    document, failed = run(recipe, redo=arguments.redo, progress=None, log=log)
+    print(json.dumps(document) if arguments.json else f"{as_text(document)}\n\nwritten to {recipe.out}")
+    return 1 if failed else 0

@@ -1,0 +1,202 @@
+"""Turns what a model computes into a task's outputs: by its own head, one that a task brought, or a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsc_merge.evaluation.metrics import IGNORE
+from nsc_merge.families import find_family
+from nsc_merge.safefile import read_safetensors
+
+Inputs = Mapping[str, Tensor]
+Head = Callable[[nn.Module, Inputs], Tensor]
+
+POOLS = ("mean", "first", "last", "patches", "tokens", "image")
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """The model's own output ``logits``.
+
+    Attributes:
+        parameters: parameter path in the model -> value that takes its place meanwhile, such as a task's classifier;
+            the number of classes may differ.
+        shifted: leave out the last position, whose next token nobody knows, as causal language models are scored.
+    """
+
+    parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    shifted: bool = False
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        with _substituted(model, self.parameters):
+            logits = getattr(model(**inputs), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"head: {type(model).__name__} gives no logits; expected a head beside the model"
+            )
+        return logits[:, :-1] if self.shifted else logits
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """One linear layer on the final features ``[N, T, d]`` of the model.
+
+    Attributes:
+        weight: ``[C, d]``; for pool ``"image"`` ``[C * p * p, d]``, channels first, for patches of p x p pixels.
+        bias: ``[C]``, or ``[C * p * p]``.
+        pool: ``"mean"`` of all tokens that the mask keeps, ``"first"`` token, ``"last"`` token that the mask keeps,
+            mean of the ``"patches"`` without class tokens, every token (``"tokens"``: ``[N, T, C]``), or patches laid
+            out as an ``"image"``: ``[N, H, W, C]``.
+    """
+
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(repr=False)
+    pool: str
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool: expected one of {list(POOLS)}, found {self.pool!r}")
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        family = find_family(model)
+        trunk: nn.Module = getattr(model, family.prefill if family else "base_model", model)
+        features = trunk(**inputs).last_hidden_state
+        if features.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"head: expected weight [C, {features.shape[-1]}] for the features of {type(model).__name__}, found "
+                f"{list(self.weight.shape)}"
+            )
+        mask = inputs.get(family.mask) if family and family.mask else None
+        pooled = self._pooled(features, mask, model, inputs)
+        weight = self.weight.to(pooled)
+        output = F.linear(pooled, weight, None if self.bias is None else self.bias.to(pooled))
+        return self._image(output, model, inputs) if self.pool == "image" else output
+
+    def _pooled(self, features: Tensor, mask: Tensor | None, model: nn.Module, inputs: Inputs) -> Tensor:
+        if self.pool == "first":
+            return features[:, 0]
+        if self.pool in ("patches", "image"):
+            rows, columns, _ = _grid(model, inputs)
+            patches = features[:, features.shape[1] - rows * columns :]
+            return patches.mean(1) if self.pool == "patches" else patches
+        if self.pool == "tokens":
+            return features
+        if mask is None or mask.shape != features.shape[:2]:
+            mask = features.new_ones(features.shape[:2])
+        if self.pool == "last":
+            places = torch.arange(features.shape[1], device=features.device) * (mask != 0)
+            return features[torch.arange(len(features), device=features.device), places.argmax(1)]
+        weights = (mask != 0).to(features)[..., None]
+        return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def _image(self, output: Tensor, model: nn.Module, inputs: Inputs) -> Tensor:
+        rows, columns, patch = _grid(model, inputs)
+        if output.shape[-1] % patch**2:
+            raise ValueError(
+                f"head: pool 'image' expects weight [C * {patch} * {patch}, d], found {list(self.weight.shape)}"
+            )
+        size = (rows * patch, columns * patch)
+        return F.fold(output.transpose(1, 2), size, patch, stride=patch).movedim(1, -1)
+
+
+@dataclass(frozen=True)
+class GeneratingHead:
+    """Greedy generation: ``[N, length]`` new tokens, :data:`IGNORE` after the end of each.
+
+    Prompts of different lengths must be padded in front.
+    """
+
+    length: int
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if mask is not None and not bool((mask[:, -1] != 0).all()):
+            raise ValueError("generate: expected prompts padded in front (left), found padding at their end")
+        anyone: Any = model
+        tokens = anyone.generate(**inputs, max_new_tokens=self.length, do_sample=False)
+        # Models that are given embeddings or images return new tokens only if the prompt had no token numbers.
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        end = anyone.generation_config.eos_token_id
+        if end is not None:
+            ends = torch.isin(new, torch.tensor(end, device=new.device))
+            after = ends.cumsum(1) - ends.long() > 0
+            new = new.masked_fill(after, IGNORE)
+        return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
+
+
+def read_head(file: Path, model: nn.Module, pool: str | None, argument: str) -> Head:
+    """The head that a safetensors file holds: parameters of the model by name, or ``weight`` and perhaps ``bias``.
+
+    Raises:
+        ValueError: naming ``argument``, what was found and what was expected.
+    """
+    try:
+        tensors = read_safetensors(file)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
+    return head_of(tensors, model, pool, f"{argument}: {file}")
+
+
+def head_of(tensors: Mapping[str, Tensor], model: nn.Module, pool: str | None, argument: str) -> Head:
+    """The head that ``tensors`` are: parameters of the model by name, or weight and perhaps bias of one linear layer.
+
+    Raises:
+        ValueError: naming ``argument``, what was found and what was expected.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    if tensors and set(tensors) <= names:
+        if pool is not None:
+            raise ValueError(
+                f"{argument}: holds parameters of the model, to which no pool applies; found {pool!r}"
+            )
+        return ModelHead({name: value.float() for name, value in tensors.items()})
+    parts = {name.rpartition(".")[2]: value for name, value in tensors.items()}
+    layers = {name.rpartition(".")[0] for name in tensors}
+    fits = len(layers) == 1 and "weight" in parts and set(parts) <= {"weight", "bias"}
+    if not fits or parts["weight"].dim() != 2:
+        raise ValueError(
+            f"{argument}: expected parameters of {type(model).__name__}, or weight and bias of one linear layer, found "
+            f"{ {name: list(value.shape) for name, value in tensors.items()} }"
+        )
+    if pool is None:
+        raise ValueError(
+            f"{argument}: expected a pool for a linear layer on features, one of {list(POOLS)}, found none"
+        )
+    bias = parts.get("bias")
+    return LinearHead(parts["weight"].float(), None if bias is None else bias.float(), pool)
+
+
+def _grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
+    """Rows and columns of patches of an image model, and pixels along the side of one."""
+    config: Any = getattr(model, "config", None)
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int) or "pixel_values" not in inputs:
+        raise ValueError(f"pool: expected a model of images with a patch_size, found {type(model).__name__}")
+    height, width = inputs["pixel_values"].shape[-2:]
+    return height // patch, width // patch, patch
+
+
+@contextmanager
+def _substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in place of some parameters of ``model``, of other shapes if need be."""
+    held = {name: model.get_parameter(name) for name in parameters}
+
+    def put(name: str, value: nn.Parameter) -> None:
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, value)
+
+    try:
+        for name, value in parameters.items():
+            put(name, nn.Parameter(value.to(held[name]), requires_grad=False))
+        yield
+    finally:
+        for name, parameter in held.items():
+            put(name, parameter)

@@ -1,0 +1,311 @@
+"""``nsc-merge eval``: every row of a recipe, measured once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsc_merge.api import merge
+from nsc_merge.evaluation.measure import Candidate, joint_hits, open_saved, predict, score
+from nsc_merge.evaluation.normalise import Scores, average
+from nsc_merge.evaluation.recipe import SEED, EvalRecipe, Row
+from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.evaluation.tables import as_csv, as_markdown
+from nsc_merge.export import file_name
+from nsc_merge.methods import METHODS
+from nsc_merge.methods.tuning import tune_scale
+from nsc_merge.progress import Progress
+from nsc_merge.recipe import hashes, plain, versions
+from nsc_merge.result import MergeResult
+from nsc_merge.writing import write_text
+
+Log = Callable[[str], None]
+
+FORMAT = "nsc_merge.evaluation"
+ROWS_FILE = "rows.jsonl"
+RESULTS_FILE, TABLE_FILE, CSV_FILE = "results.json", "results.md", "results.csv"
+COEFFICIENTS_FOLDER = "coefficients"
+
+
+def run(
+    recipe: EvalRecipe, *, redo: bool, progress: bool | None, log: Log
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure what the output folder does not hold yet, and write tables and pictures.
+
+    Every row goes into ``rows.jsonl`` as soon as it is measured, with a fingerprint of all that it depends on;
+    rows found there are not measured again.
+
+    Args:
+        redo: measure them all the same.
+        progress: as in :class:`nsc_merge.progress.Progress`.
+        log: receives a line about rows that fail.
+
+    Returns:
+        The document of ``results.json``, and the names of the rows that failed.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: if the recipe's files do not fit together, before anything is
+            written; or if the fine-tuned models cannot be measured.
+    """
+    seeds = recipe.seeds or (0,)
+    known = {} if redo else _known(recipe.out / ROWS_FILE)
+    records: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with Progress("rows", len(seeds) * len(recipe.rows), progress) as bar:
+        for seed in seeds:
+            bench: _Bench | None = None
+            for row in recipe.rows:
+                mark = fingerprint(recipe, row, seed)
+                if mark not in known:
+                    bench = bench or _Bench(recipe, seed, log)
+                    try:
+                        found = bench.measured(row)
+                    except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
+                        if row.method == "finetuned":
+                            raise
+                        # One row that cannot be had must not cost the others; the exit status tells.
+                        failed.append(row.name)
+                        log(f"{row.name}, seed {seed}: {' '.join(str(error).split())}")
+                        bar.update(row=row.name, average="failed")
+                        continue
+                    known[mark] = {**found, "fingerprint": mark}
+                    _append(recipe.out / ROWS_FILE, known[mark])
+                record = {**known[mark], "row": row.name, "seed": seed}
+                del record["fingerprint"]
+                records.append(record)
+                bar.update(row=row.name, average=f"{record['average']:.2f} %")
+    document = _document(recipe, records)
+    write(document, recipe.out, plots=recipe.plots)
+    return document, list(dict.fromkeys(failed))
+
+
+def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
+    """Tables, and pictures if wanted."""
+    # JSON has no NaN; what is not defined is null there.
+    text = json.dumps(_without_nan(document), indent=1, allow_nan=False)
+    write_text(out / RESULTS_FILE, text + "\n")
+    write_text(out / TABLE_FILE, as_markdown(document))
+    write_text(out / CSV_FILE, as_csv(document))
+    if plots:
+        from nsc_merge.evaluation.plots import draw
+
+        draw(document, out)
+
+
+def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
+    """SHA-256 of all that a row's figures depend on: settings, files, versions, and the seed if it matters."""
+    method = METHODS[row.method] if row.method else None
+    paths = [recipe.model, str(row.folder or "")]
+    paths += [str(path) for task in recipe.tasks.values() for path in task.paths.values()]
+    seeded = any(SEED in path for path in paths)
+    drawn = method is not None and ("data" in method.needs or "seed" in method.option_names)
+    here = recipe.at(seed)
+    known = {
+        "row": [row.method, row.options, row.tune and vars(row.tune)],
+        "folder": None if row.folder is None else _all_hashes(Path(str(row.folder).replace(SEED, str(seed)))),
+        "model": _all_hashes(Path(here.model)) if here.local else here.model,
+        "tasks": {
+            name: [
+                {key: _all_hashes(path) for key, path in task.paths.items()},
+                [task.metric.name, task.metric.settings, task.labels, task.head and Path(task.head).name],
+                [task.pool, task.generate, task.classes],
+            ]
+            for name, task in here.tasks.items()
+        },
+        "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint],
+        "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
+
+
+def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) -> Candidate:
+    """What a row measures, before any tuning."""
+    if row.folder is not None:
+        return open_saved(row.folder, suite)
+    assert row.method is not None
+    method = METHODS[row.method]
+    options: dict[str, Any] = dict(row.options)
+    if "seed" in method.option_names:
+        options.setdefault("seed", seed)
+    if row.tune is not None:
+        options["scale"] = 1.0
+    if "outputs" in method.option_names and "outputs" in method.needs:
+        options["outputs"] = {task: _calling(suite.output, task) for task in suite.tasks}
+    if "losses" in method.option_names and "labels" in method.needs:
+        options["losses"] = {task: _calling(suite.labelled_loss, task) for task in suite.tasks}
+    calibration = suite.calibration(labels="labels" in method.needs) if "data" in method.needs else None
+    return merge(suite.model, suite.adapters, calibration, row.method, **options)
+
+
+class _Bench:
+    """The suite at one seed, with the fine-tuned models' scores once they are asked for."""
+
+    def __init__(self, recipe: EvalRecipe, seed: int, log: Log) -> None:
+        self._recipe, self._seed = recipe.at(seed), seed
+        log(f"loading {self._recipe.model}" + ("" if recipe.local else " from the hub"))
+        self._suite = RecipeSuite(self._recipe, shuffle=seed if recipe.seeds else None)
+        self._references: dict[str, Scores] = {}
+
+    def measured(self, row: Row) -> dict[str, Any]:
+        # A folder or an option may carry the seed.
+        row = next(one for one in self._recipe.rows if one.name == row.name)
+        started = time.perf_counter()
+        candidate = candidate_of(self._suite, self._recipe, row, self._seed)
+        tuned = None
+        if row.tune is not None:
+            assert isinstance(candidate, MergeResult)
+            candidate, tuned = self._tuned(candidate, row)
+        seconds = time.perf_counter() - started
+        scores = score(self._suite, predict(self._suite, candidate, "test"))
+        percents = scores.normalised(self._reference("test"), self._directions)
+        self._draw(row, candidate)
+        return {
+            "method": row.method,
+            "folder": None if row.folder is None else str(row.folder),
+            "options": plain(row.options),
+            "tuned": tuned,
+            "metrics": scores.metrics,
+            "losses": scores.losses,
+            "normalised": percents,
+            "average": average(percents),
+            "hits": self._hits(candidate),
+            "coefficients": coefficient_range(candidate),
+            "seconds": round(seconds, 2),
+        }
+
+    @property
+    def _directions(self) -> dict[str, bool]:
+        return {name: task.lower_is_better for name, task in self._suite.tasks.items()}
+
+    def _reference(self, split: str) -> Scores:
+        if split not in self._references:
+            alone = merge(self._suite.model, self._suite.adapters, method="finetuned")
+            self._references[split] = score(self._suite, predict(self._suite, alone, split))
+        return self._references[split]
+
+    def _tuned(self, unscaled: MergeResult, row: Row) -> tuple[MergeResult, dict[str, Any]]:
+        assert row.tune is not None
+        by = row.tune.by
+        if by == "metric" and any(not value for value in self._reference("val").metrics.values()):
+            raise ValueError(
+                "tune: a fine-tuned model scores 0 on its validation data, so that no average exists"
+            )
+
+        def quality(result: MergeResult) -> float:
+            scores = score(self._suite, predict(self._suite, result, "val"))
+            if by == "loss":
+                return -sum(scores.losses.values())
+            return average(scores.normalised(self._reference("val"), self._directions))
+
+        found = tune_scale(
+            unscaled,
+            quality,
+            coarse=row.tune.coarse,
+            fine_step=row.tune.fine_step,
+            fine_steps=row.tune.fine_steps,
+        )
+        trail = [[scale, value] for scale, value in sorted(found.trail)]
+        return found.result, {"by": by, "option": "scale", "value": found.scale, "trail": trail}
+
+    def _hits(self, candidate: Candidate) -> dict[str, dict[str, float]] | None:
+        if self._recipe.joint is None:
+            return None
+        tasks = {name: task for name, task in self._recipe.tasks.items() if task.metric.name == "accuracy"}
+        names = {name: task.classes for name, task in tasks.items() if task.classes}
+        found = joint_hits(self._suite, candidate, "test", list(tasks), self._recipe.joint, names)
+        if found is None:
+            return None
+        return {task: {str(count): share for count, share in hits.items()} for task, hits in found.items()}
+
+    def _draw(self, row: Row, candidate: Candidate) -> None:
+        if not self._recipe.plots or not isinstance(candidate, MergeResult) or not candidate.coefficients:
+            return
+        if len({value for values in candidate.coefficients.values() for value in values.values()}) < 3:
+            return
+        from nsc_merge.plots import draw
+
+        folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{file_name(row.name)}-seed{self._seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(candidate.coefficients, candidate.dead, candidate.history, folder)
+
+
+def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
+    """Mean, least and greatest coefficient where a task's adapter touches a module; None without coefficients."""
+    if not isinstance(candidate, MergeResult) or not candidate.coefficients:
+        return None
+    values = [
+        value
+        for path, row in candidate.coefficients.items()
+        for task, value in row.items()
+        if path in candidate.adapters[task].factors
+    ]
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+def _calling(function: Callable[..., torch.Tensor], task: str) -> Callable[..., torch.Tensor]:
+    return lambda model, batch: function(task, model, batch)
+
+
+def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [row.name for row in recipe.rows]
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "model": recipe.model,
+        "tasks": {
+            name: {"metric": task.metric.label, "lower_is_better": task.metric.lower_is_better}
+            for name, task in recipe.tasks.items()
+        },
+        "seeds": list(recipe.seeds or (0,)),
+        "joint": recipe.joint,
+        "rows": [
+            {"row": name, "runs": runs}
+            for name in names
+            if (runs := [record for record in records if record["row"] == name])
+        ],
+        "versions": versions(),
+    }
+
+
+def _known(file: Path) -> dict[str, dict[str, Any]]:
+    """Fingerprint -> record; a line that an interruption cut short is passed over."""
+    known = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        known[record["fingerprint"]] = record
+    return known
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A line cut short by an interruption is ended first.
+    torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(("\n" if torn else "") + json.dumps(record) + "\n")
+
+
+def _all_hashes(place: Path) -> dict[str, Any]:
+    """SHA-256 of a file, or of all weights and configurations in a folder and below."""
+    if place.is_file():
+        return hashes(place)
+    folders = [place, *sorted(path for path in place.rglob("*") if path.is_dir())]
+    return {str(folder.relative_to(place)): hashes(folder) for folder in folders}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

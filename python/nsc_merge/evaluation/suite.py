@@ -1,0 +1,226 @@
+"""Base model, adapters, heads and labelled data of several tasks, as an evaluation recipe names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.attachment import merged_linears
+from nsc_merge.batches import Batches, check_names, read_batches
+from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
+from nsc_merge.evaluation.metrics import Metric
+from nsc_merge.evaluation.recipe import EvalRecipe, TaskRecipe
+from nsc_merge.remap import fit
+from nsc_merge.runner import load_model
+
+Labelled = list[tuple[dict[str, Tensor], Tensor]]
+
+
+class Task(Protocol):
+    """What is asked of the description of a task."""
+
+    @property
+    def lower_is_better(self) -> bool: ...
+
+
+class Suite(Protocol):
+    """What can be evaluated: :class:`RecipeSuite`, or anything alike.
+
+    Attributes:
+        tasks: name -> description.
+        model: the base model.
+    """
+
+    @property
+    def tasks(self) -> Mapping[str, Task]: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def labelled(self, task: str, split: str) -> Labelled:
+        """All of ``"val"`` or ``"test"`` as batches of model inputs and labels."""
+        ...
+
+    def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the task's head makes of the model, differentiable."""
+        ...
+
+    def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
+        """Scalar; None where the task has no loss."""
+        ...
+
+    def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
+        """The task's metric over a whole split."""
+        ...
+
+    def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Per sample, higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task for tables: its name, the label of its metric, and the direction."""
+
+    name: str
+    metric: str
+    lower_is_better: bool
+
+
+class RecipeSuite:
+    """The suite of an evaluation recipe, at one seed.
+
+    Args:
+        recipe: with its seed put in; see :meth:`nsc_merge.evaluation.recipe.EvalRecipe.at`.
+        shuffle: seed by which calibration data are put in random order; None keeps that of the files.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: naming the key of the recipe, what was found and what was expected.
+    """
+
+    def __init__(self, recipe: EvalRecipe, shuffle: int | None = None) -> None:
+        self._recipe, self._shuffle = recipe, shuffle
+        loaded = {
+            name: load_adapter(task.adapter, name, dora=recipe.dora) for name, task in recipe.tasks.items()
+        }
+        self.model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device=recipe.device)
+        self.adapters: dict[str, Adapter] = fit(loaded, self.model, recipe.shared_modules)
+        merged_linears(self.model, self.adapters)
+        self.tasks = {
+            name: TaskInfo(name, task.metric.label, task.metric.lower_is_better)
+            for name, task in recipe.tasks.items()
+        }
+        self._labelled: dict[tuple[str, str], Labelled] = {}
+        self._heads = {name: self._head(task) for name, task in recipe.tasks.items()}
+        for name in self.tasks:
+            self.labelled(name, "test")
+
+    def metric(self, task: str) -> Metric:
+        return self._recipe.tasks[task].metric
+
+    def labelled(self, task: str, split: str) -> Labelled:
+        """All of ``"val"`` or ``"test"``.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the key of the recipe.
+        """
+        if (task, split) not in self._labelled:
+            settings = self._recipe.tasks[task]
+            key = {"test": "test", "val": "validation"}[split]
+            place = getattr(settings, key)
+            if place is None:
+                raise ValueError(f"tasks.{task}.{key}: expected labelled data, found none")
+            self._labelled[task, split] = self._read(settings, place, f"tasks.{task}.{key}")
+        return self._labelled[task, split]
+
+    def calibration(self, *, labels: bool = False) -> dict[str, Batches]:
+        """Task -> batches of inputs for methods that need data, with ``labels`` beside them where asked for."""
+        drawn = {}
+        for name, task in self._recipe.tasks.items():
+            if labels:
+                batches = [{**inputs, task.labels: label} for inputs, label in self.labelled(name, "val")]
+            elif task.calibration is not None:
+                argument = f"tasks.{name}.calibration"
+                read = read_batches(task.calibration, self._recipe.batch_size, argument).to(self._dtype)
+                batches = [
+                    {key: value for key, value in batch.items() if key != task.labels} for batch in read
+                ]
+                check_names(Batches(batches), self.model, argument)
+            else:
+                batches = [inputs for inputs, _ in self.labelled(name, "val")]
+            drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
+        return drawn
+
+    def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Outputs of the task's head on ``model``; labels in the batch are not looked at."""
+        device = next(model.parameters()).device
+        label = self._recipe.tasks[task].labels
+        return self._heads[task](
+            model, {name: value.to(device) for name, value in batch.items() if name != label}
+        )
+
+    def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
+        loss = self.metric(task).loss
+        return None if loss is None else loss(output, label.to(output.device))
+
+    def labelled_loss(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss on a batch that holds its labels.
+
+        Raises:
+            ValueError: if the metric has none.
+        """
+        loss = self.loss(task, self.output(task, model, batch), batch[self._recipe.tasks[task].labels])
+        if loss is None:
+            raise ValueError(f"tasks.{task}.metric: {self.metric(task).name} has no loss")
+        return loss
+
+    def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
+        return self.metric(task).measure(outputs, labels)
+
+    def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.metric(task).quality(outputs, labels)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _read(self, task: TaskRecipe, place: Path, argument: str) -> Labelled:
+        batches = read_batches(place, self._recipe.batch_size, argument)
+        if task.labels not in batches.names:
+            raise ValueError(
+                f"{argument}: expected a tensor {task.labels!r} in {place}, found {batches.names}"
+            )
+        inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
+        check_names(Batches(inputs), self.model, argument)
+        labels = [batch[task.labels] for batch in batches]
+        if self._shifted(task):
+            labels = [label[:, 1:] for label in labels]
+        return [
+            (dict(one), label.float() if label.is_floating_point() else label.long())
+            for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
+        ]
+
+    def _shifted(self, task: TaskRecipe) -> bool:
+        """Whether logits say the next token: those of a causal language model's own head."""
+        own = not task.generate and task.pool is None
+        can_generate: Any = getattr(self.model, "can_generate", bool)
+        return own and bool(can_generate())
+
+    def _head(self, task: TaskRecipe) -> Head:
+        key = f"tasks.{task.name}.head"
+        trained = self.adapters[task.name].trained
+        if task.generate:
+            return GeneratingHead(self.labelled(task.name, "test")[0][1].shape[-1])
+        if task.head == "adapter" or (task.head is None and trained):
+            if not trained:
+                raise ValueError(f"{key}: the adapter brought no head (modules_to_save); expected one")
+            head = head_of(trained, self.model, task.pool, f"{key}: {task.adapter}")
+        elif task.head in (None, "model"):
+            if task.pool is not None:
+                raise ValueError(
+                    f"tasks.{task.name}.pool: the model's own head has none, found {task.pool!r}"
+                )
+            head = ModelHead()
+        else:
+            head = read_head(Path(str(task.head)), self.model, task.pool, key)
+        if isinstance(head, ModelHead):
+            return ModelHead(head.parameters, shifted=self._shifted(task))
+        return head
+
+
+def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:
+    """All rows in random order, cut into batches of the same sizes; only the batches where shapes differ."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in batches}
+    if len(shapes) > 1:
+        return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    order = torch.randperm(sum(sizes), generator=generator).split(sizes)
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return [{name: value[rows] for name, value in whole.items()} for rows in order]
