@@ -1,9 +1,12 @@
-"""NSC merging of adapters that are loaded in a ``PeftModel``.
+"""Merging of adapters that are loaded in a ``PeftModel``.
 
-from nsc_merge.integrations.peft import merge
+    from nsc_merge.integrations.peft import merge
 
-coefficients = merge(model, ["a", "b"], data={"a": loader_a, "b": loader_b}, adapter_name="merged")
-model.set_adapter("merged")
+    merged = merge(model, ["a", "b"], data={"a": loader_a, "b": loader_b})      # NSC finds the coefficients
+    merged = merge(model, ["a", "b"], [0.7, 0.3], "mine", combination_type="svd", svd_rank=16)
+    model.set_adapter(merged.adapter_name)
+
+The second form takes what ``add_weighted_adapter`` takes.
 """
 
 from __future__ import annotations
@@ -11,55 +14,104 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 import nsc_merge
+from nsc_merge.export import concatenated, low_rank
 from nsc_merge.passes import Calibration
 from nsc_merge.result import MergeResult
+
+OUTPUTS = ("cat", "svd")
+# PEFT's name for a way of combining -> ours, and the form that PEFT gives the result.
+_COMBINATIONS = {"cat": ("task_arithmetic", "cat"), "svd": ("task_arithmetic", "svd")}
+# The option that takes one weight for each adapter.
+_WEIGHTS = {"nsc": "init", "task_arithmetic": "scale"}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What :func:`merge` registered.
+
+    Attributes:
+        adapter_name: of the new adapter.
+        coefficients: module path in the base model -> adapter name -> coefficient, empty for methods without.
+        errors: module path -> relative error (Frobenius) of the new adapter's update; 0 where it is exact.
+        result: the merge itself, which can also be applied to the base model or saved.
+    """
+
+    adapter_name: str
+    coefficients: dict[str, dict[str, float]]
+    errors: dict[str, float]
+    result: MergeResult
 
 
 def merge(
     model: PeftModel,
     adapters: Sequence[str],
+    weights: Sequence[float] | None = None,
+    adapter_name: str = "merged",
+    combination_type: str | None = None,
+    svd_rank: int | None = None,
     *,
-    adapter_name: str,
     data: Calibration | None = None,
-    method: str = "nsc",
+    method: str | None = None,
+    output: str | None = None,
+    rank: int | None = None,
     **options: Any,
-) -> dict[str, dict[str, float]]:
+) -> Merged:
     """Merge loaded adapters into a new one, registered beside them as ``add_weighted_adapter`` does.
 
-    The new adapter is exact: of rank sum of the ranks in every module, the coefficients and each adapter's own
-    scaling (also rsLoRA's) and bias folded in, its own scaling 1. It is frozen and not activated.
+    The new adapter has each adapter's own scaling (also rsLoRA's), coefficients and biases folded in; its own scaling
+    is 1. It is frozen and not activated.
 
     Args:
         model: with the adapters loaded. Which adapters are active, and whether they are enabled, plays no role
             and does not change.
         adapters: names of the adapters to merge.
+        weights: one for each adapter: the coefficients of task arithmetic, or where NSC starts from.
         adapter_name: of the new adapter.
+        combination_type: ``add_weighted_adapter``'s name for task arithmetic with the output of that name, ``"cat"``
+            or ``"svd"``. Its other ways combine A and B separately or are methods of their own: ``method``.
+        svd_rank: ``add_weighted_adapter``'s name for ``rank``.
         data: adapter name -> batches; see :func:`nsc_merge.merge`.
-        method: as in :func:`nsc_merge.merge`.
+        method: as in :func:`nsc_merge.merge`, ``"nsc"`` by default.
+        output: ``"cat"`` is exact, of rank sum of the ranks in every module; ``"svd"`` truncates every module to
+            ``rank`` by its singular values. By default ``"cat"``, or ``"svd"`` where a rank is given.
+        rank: of ``"svd"``; by default the largest rank of the adapters.
         options: of the method.
 
-    Returns:
-        Module path in the base model -> adapter name -> coefficient.
-
     Raises:
-        ValueError: if a name is not loaded or has ``modules_to_save``, or ``adapter_name`` is taken; and as
-            :func:`nsc_merge.merge`.
+        ValueError: if a name is not loaded or has ``modules_to_save``, if ``adapter_name`` is taken, if the method's
+            update has no exact adapter or is not one for all tasks; and as :func:`nsc_merge.merge`.
         TypeError: if ``model`` is not a ``PeftModel``.
     """
+    _check(model, adapters, adapter_name)
+    method, output, rank = _form(combination_type, method, output, svd_rank, rank)
+    if weights is not None:
+        options = {**_weighted(method, adapters, weights), **options}
+    sources = {name: nsc_merge.load_adapter(model, name) for name in adapters}
+    if output == "svd" and rank is None:
+        rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
+    base = model.get_base_model()
+    with _bare(base):
+        result = nsc_merge.merge(base, sources, data, method=method, **options)
+    errors = _register(model, result, adapter_name, adapters[0], rank)
+    return Merged(adapter_name, result.coefficients, errors, result)
+
+
+def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None:
     if not isinstance(model, PeftModel):
         raise TypeError(f"model: expected a PeftModel, found {type(model).__name__}")
     loaded = list(model.peft_config)
-    unknown = [name for name in adapters if name not in loaded]
-    if unknown or not adapters:
-        raise ValueError(f"adapters: expected names among {loaded}, found {list(adapters)}")
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    if isinstance(adapters, str) or not names or len(set(names)) < len(names) or set(names) - set(loaded):
+        raise ValueError(f"adapters: expected different names among {loaded}, found {adapters!r}")
     if adapter_name in loaded:
         raise ValueError(f"adapter_name: {adapter_name!r} is already loaded; loaded are {loaded}")
     trained = [name for name in adapters if getattr(model.peft_config[name], "modules_to_save", None)]
@@ -68,12 +120,44 @@ def merge(
             f"adapters: {trained} have modules_to_save, which a LoRA adapter cannot hold merged; "
             "nsc_merge.merge takes them from their folders"
         )
-    sources = {name: nsc_merge.load_adapter(model, name) for name in adapters}
-    base = model.get_base_model()
-    with _bare(base):
-        result = nsc_merge.merge(base, sources, data, method=method, **options)
-    _register(model, result, adapter_name, adapters[0])
-    return result.coefficients
+
+
+def _form(
+    combination_type: str | None, method: str | None, output: str | None, svd_rank: int | None, rank: int | None
+) -> tuple[str, str, int | None]:
+    """Method, output and rank, from our names for them and PEFT's."""
+    if combination_type is not None:
+        if method is not None or output is not None:
+            raise ValueError(
+                "combination_type: expected it, or method and output, which it stands for; found "
+                f"combination_type={combination_type!r}, method={method!r}, output={output!r}"
+            )
+        if combination_type not in _COMBINATIONS:
+            raise ValueError(
+                f"combination_type: expected one of {list(_COMBINATIONS)}, found {combination_type!r}; for other ways "
+                "choose a method, as nsc-merge methods lists them"
+            )
+        method, output = _COMBINATIONS[combination_type]
+    if rank is not None and svd_rank is not None:
+        raise ValueError(f"svd_rank: expected it or rank, found svd_rank={svd_rank!r} and rank={rank!r}")
+    rank = svd_rank if rank is None else rank
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
+    if output is None:
+        output = "cat" if rank is None else "svd"
+    if output not in OUTPUTS:
+        raise ValueError(f"output: expected one of {list(OUTPUTS)}, found {output!r}")
+    if output == "cat" and rank is not None:
+        raise ValueError(f"rank: output 'cat' has the sum of the ranks, expected output 'svd' with rank={rank}")
+    return method or "nsc", output, rank
+
+
+def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    if method not in _WEIGHTS:
+        raise ValueError(f"weights: method {method!r} takes none (those that do: {', '.join(_WEIGHTS)})")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: expected one for each of {list(adapters)}, found {list(weights)}")
+    return {_WEIGHTS[method]: dict(zip(adapters, map(float, weights), strict=True))}
 
 
 @contextmanager
@@ -95,12 +179,36 @@ def _bare(base: nn.Module) -> Iterator[None]:
         put(wrapped)
 
 
-def _register(model: PeftModel, result: MergeResult, adapter_name: str, like: str) -> None:
-    ranks = {path: sum(factor.rank for _, factor in result.terms(path)) for path in result.coefficients}
+def _register(
+    model: PeftModel, result: MergeResult, adapter_name: str, like: str, rank: int | None
+) -> dict[str, float]:
+    """Add the merged update as an adapter, truncated to ``rank`` if there is one; relative error per module."""
+    if result.per_task:
+        raise ValueError(
+            f"method: {result.method!r} gives every task an update of its own, which one adapter cannot hold"
+        )
+    updates: dict[str, tuple[Tensor, Tensor]] = {}
+    errors = {}
+    for path in result.paths:
+        if rank is None and any(factor.dense is not None for _, factor in result.terms(path)):
+            raise ValueError(
+                f"output: the update of method {result.method!r} is of full rank, which no small adapter holds "
+                "exactly: expected output 'svd', found 'cat'"
+            )
+        A, B, errors[path] = (*concatenated(result, path), 0.0) if rank is None else low_rank(result, path, rank)
+        # PEFT has no adapters of rank 0; leaving the module out says the same, unless there is a bias.
+        if A.shape[0] == 0 and result.bias_delta(path) is not None:
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        if A.shape[0]:
+            updates[path] = A, B
+    if not updates:
+        raise ValueError(f"method: the update of {result.method!r} is zero, there is nothing to register")
+    biases = {path: result.bias_delta(path) for path in updates}
+    biased = any(bias is not None for bias in biases.values())
+    ranks = {path: A.shape[0] for path, (A, _) in updates.items()}
     most = max(ranks.values())
-    biased = any(factor.bias is not None for path in ranks for _, factor in result.terms(path))
     # alpha = r everywhere, so that the scaling that PEFT applies is exactly 1.
-    fewer = {re.escape(path): rank for path, rank in ranks.items() if rank != most}
+    fewer = {re.escape(path): own for path, own in ranks.items() if own != most}
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -114,18 +222,15 @@ def _register(model: PeftModel, result: MergeResult, adapter_name: str, like: st
     )
     model.add_adapter(adapter_name, config)
     base = model.get_base_model()
-    for path in ranks:
+    for path, (A, B) in updates.items():
         layer: Any = base.get_submodule(path)
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        terms = list(result.terms(path))
+        bias = biases[path]
         with torch.no_grad():
-            down.weight.copy_(torch.cat([factor.A for _, factor in terms]))
-            up.weight.copy_(torch.cat([lam * factor.scaling * factor.B.double() for lam, factor in terms], 1))
+            down.weight.copy_(A)
+            up.weight.copy_(B)
             if biased:
-                up.bias.zero_()
-                for lam, factor in terms:
-                    delta = factor.bias_delta()
-                    if delta is not None:
-                        up.bias.add_(lam * delta)
+                up.bias.copy_(torch.zeros(len(up.bias)) if bias is None else bias)
         for parameter in (*down.parameters(), *up.parameters()):
             parameter.requires_grad_(False)
+    return errors
