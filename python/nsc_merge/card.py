@@ -124,5 +124,6 @@ def _remarks(
     missing = absent(result.adapters)
     if missing:
         remarks.append(f"{len(missing)} modules are not adapted by every task; the others count as 0 there.")
+    remarks += result.notes
     remarks += [f"{task}: {note}" for task, adapter in result.adapters.items() for note in adapter.notes]
     return remarks

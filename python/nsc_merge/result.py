@@ -59,6 +59,15 @@ class MergeResult:
         """Every linear that the merge changes, by its path in the base model."""
         return list(dict.fromkeys(path for adapter in self.adapters.values() for path in adapter.factors))
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the objective that found the coefficients, a sentence each; see
+        :func:`nsc_merge.signal.signal_notes`.
+        """
+        from nsc_merge.signal import signal_notes
+
+        return signal_notes(self.adapters, self.options.get("scored", ()))
+
     def terms(self, path: str) -> Iterator[tuple[float, Factor]]:
         """What the merged update of a linear is the sum of: coefficient and update of every adapter that touches it,
         or 1 and the method's own update.

@@ -130,6 +130,7 @@ def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
     seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
     return {
         **document,
+        "remarks": [*document["remarks"], *result.notes],
         "steps": steps,
         "options": {key: value for key, value in result.options.items() if key != "scored"},
         "measured_modules": list(result.options["scored"]),

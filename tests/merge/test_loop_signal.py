@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from loop_cases import TASKS, adapters_for, llama, text_batches, trajectory
+from safetensors.torch import save_file
 from torch import nn
+from zoo import build, text, write_adapter
 
+from nsc_merge.cli import main
 from nsc_merge.signal import signal_notes
 
 SCORED = [f"model.layers.{block}.self_attn.v_proj" for block in (2, 3)]
@@ -51,6 +55,7 @@ def test_a_shared_row_space_is_noted_and_does_make_the_ratios_coincide(dtype, ca
     batch = text_batches(1)["a"]
     result = trajectory(model, rounded, dict.fromkeys(TASKS, batch), steps=1)
     assert note in caplog.text
+    assert result.notes == [note]
     omega = result.history[0]["omega"]
     assert omega["a"] == pytest.approx(omega["b"], abs=1e-4 if dtype is torch.bfloat16 else 1e-6)
 
@@ -102,3 +107,25 @@ def test_many_rows_of_lower_rank_are_not_full():
     narrow = replace(factor, A=torch.randn(32, 3) @ torch.randn(3, 32), B=torch.ones(32, 32))
     adapters["a"].factors[SCORED[0]] = narrow
     assert not signal_notes(adapters, SCORED)
+
+
+def test_the_notes_are_in_the_model_card_and_in_the_plan(tmp_path, capsys):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "base")
+    # The same seed, and so the same A and B.
+    for task in ("one", "other"):
+        write_adapter(model, tmp_path / task, 1, r=2, target_modules=["q_proj", "v_proj"])
+        save_file(text(3), tmp_path / f"{task}.safetensors")
+    recipe = {
+        "model": "base",
+        "adapters": {task: task for task in ("one", "other")},
+        "calibration": {task: f"{task}.safetensors" for task in ("one", "other")},
+        "options": {"steps": 2},
+        "output": {"dir": "out", "formats": ["coefficients"]},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--dry-run", "--json"]) == 0
+    (remark,) = json.loads(capsys.readouterr().out)["remarks"]
+    assert remark.startswith("one, other: one row space of A at every measured module")
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    assert remark in (tmp_path / "out" / "README.md").read_text()
