@@ -58,7 +58,8 @@ def load_result(folder: str | Path) -> MergeResult:
 
     folder = Path(folder)
     document, history = read_document(folder)
-    recipe = load_recipe(folder / RECIPE_FILE)
+    # A merge that was saved from Python has no output of its own; JSON's quotes are YAML's.
+    recipe = load_recipe(folder / RECIPE_FILE, [f"output.dir={json.dumps(str(folder))}"])
     written = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     known = (written.get(RECORD) or {}).get("sha256") or {}
     known_adapters = known.get("adapters") or {}

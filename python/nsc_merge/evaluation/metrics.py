@@ -90,7 +90,7 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 def accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     """:func:`accuracy` of every sample, ``[N]``: 0 or 1 where a sample is one label."""
     right, known = _hits(outputs, labels)
-    return right.flatten(1).sum(1) / known.flatten(1).sum(1)
+    return right.reshape(len(labels), -1).sum(1) / known.reshape(len(labels), -1).sum(1)
 
 
 def mean_iou(outputs: Tensor, labels: Tensor) -> float:
@@ -190,7 +190,7 @@ def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
         right, known = _compared(outputs, labels)
     else:
         right, known = _hits(outputs, labels)
-    return (right | ~known).flatten(1).all(1).float()
+    return (right | ~known).reshape(len(labels), -1).all(1).float()
 
 
 def cider(outputs: Tensor, labels: Tensor) -> float:
@@ -290,9 +290,9 @@ def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:
     """``[N, C, C]``: pixels by true and predicted class."""
     _, known = _hits(outputs, labels)
     classes = outputs.shape[-1]
-    cells = (labels.clamp(min=0) * classes + outputs.argmax(-1)).flatten(1)
+    cells = (labels.clamp(min=0) * classes + outputs.argmax(-1)).reshape(len(labels), -1)
     counts = torch.zeros(len(labels), classes * classes, dtype=torch.float64, device=labels.device)
-    return counts.scatter_add_(1, cells, known.flatten(1).double()).view(-1, classes, classes)
+    return counts.scatter_add_(1, cells, known.reshape(len(labels), -1).double()).view(-1, classes, classes)
 
 
 def _iou(confusion: Tensor) -> Tensor:

@@ -356,10 +356,8 @@ def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
                 f"tasks.{task.name}.calibration: {prefix[:-1]} ({name}) needs inputs of every task, found neither "
                 "calibration nor validation"
             )
-        if tune is not None and tune.by == "loss" and task.metric.loss is None:
-            raise RecipeError(
-                f"{prefix}tune: metric {task.metric.name} of task {task.name} has no loss; use metric"
-            )
+        if tune is not None and tune.by == "loss" and (task.metric.loss is None or task.generate):
+            raise RecipeError(f"{prefix}tune: task {task.name} ({task.metric.name}) has no loss; use metric")
     return Row(text(value, "name", prefix, default=name), name, options, tune)
 
 

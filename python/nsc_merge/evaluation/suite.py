@@ -146,8 +146,11 @@ class RecipeSuite:
         )
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
+        """None where the metric has none, or where the outputs are generated tokens."""
         loss = self.metric(task).loss
-        return None if loss is None else loss(output, label.to(output.device))
+        return (
+            None if loss is None or not output.is_floating_point() else loss(output, label.to(output.device))
+        )
 
     def labelled_loss(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss on a batch that holds its labels.
