@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import CONFIG_FILE, WEIGHTS_FILE
 from nsc_merge.card import model_card
+from nsc_merge.folders import replacing_folder
 from nsc_merge.recipe import FORMATS, plain, recipe_of, to_yaml
 
 if TYPE_CHECKING:
@@ -70,7 +67,7 @@ def save(
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     if isinstance(format, str):
         _refuse_mixture(out, format)
-    with _staged(out) as staging:
+    with replacing_folder(out, _is_old_shard) as staging:
         errors: dict[str, float] = {}
         nested = not isinstance(format, str)
         if nested and result.coefficients:
@@ -310,25 +307,6 @@ def serving_notes(result: MergeResult, rank: int | None = None) -> list[str]:
     return notes
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` whose files move into ``out`` if the block succeeds."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield staging
-        files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        for file in files:
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / file, out / file)
-        _remove_old_shards(out, set(files))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_old_shards(out: Path, written: set[Path]) -> None:
-    """Shards of an earlier model in the same folder, which an index of other shards no longer names."""
-    for folder in {file.parent for file in written if file.name == "config.json"}:
-        for old in (out / folder).iterdir():
-            if _SHARD.fullmatch(old.name) and folder / old.name not in written:
-                old.unlink()
+def _is_old_shard(path: Path, written: set[Path]) -> bool:
+    """Of an earlier model in the same folder, which the index of other shards no longer names."""
+    return _SHARD.fullmatch(path.name) is not None and path.with_name("config.json") in written

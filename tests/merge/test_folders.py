@@ -1,0 +1,192 @@
+"""A result folder is the old one or the new one, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+
+import pytest
+
+from nsc_merge import folders
+from nsc_merge.folders import replacing_folder
+
+KILLED = 9
+CALLS = ["os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod", "folders._exchange"]
+OLD = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tasks/a/x": "old"}
+NEW = {"config.json": "new", "model-1.safetensors": "new", "tasks/a/x": "new", "tasks/b/x": "new"}
+FOREIGN = {"notes.txt": "mine", "sub/deep/data": "mine"}
+AFTER = {**NEW, **FOREIGN}
+
+
+def obsolete(path, written):
+    return path.name.startswith("model-")
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def read(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def replace(out):
+    with replacing_folder(out, obsolete) as staging:
+        write(staging, NEW)
+
+
+def killed_at(step, out):
+    """Replace ``out`` in a process that ends, as if killed, before its ``step``-th change to the filesystem; whether
+    it got that far.
+    """
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counting(original):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count > step:
+                    os._exit(KILLED)
+                return original(*args, **kwargs)
+
+            return call
+
+        for name in CALLS:
+            module, function = name.split(".")
+            holder = {"os": os, "folders": folders}[module]
+            setattr(holder, function, counting(getattr(holder, function)))
+        try:
+            replace(out)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+
+
+def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path):
+    seen, step = [], 0
+    while True:
+        place = tmp_path / str(step)
+        write(place / "out", {**OLD, **FOREIGN})
+        killed = killed_at(step, place / "out")
+        found = read(place / "out")
+        assert found in ({**OLD, **FOREIGN}, AFTER)
+        seen.append(found == AFTER)
+        if not killed:
+            break
+        step += 1
+    # Once new it stays new, and the last one, which nobody killed, has left nothing beside it.
+    assert seen == sorted(seen)
+    assert seen[-1]
+    assert sum(seen) < len(seen)
+    assert [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_no_folder_or_a_whole_one_where_there_was_none(tmp_path):
+    for step in range(100):
+        out = tmp_path / str(step) / "out"
+        killed = killed_at(step, out)
+        assert not out.exists() or read(out) == NEW
+        if not killed:
+            break
+    assert read(out) == NEW
+
+
+def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    for step in range(100):
+        place = tmp_path / str(step)
+        write(place / "out", {**OLD, **FOREIGN})
+        killed = killed_at(step, place / "out")
+        whole = [read(path) for path in place.iterdir()]
+        assert {**OLD, **FOREIGN} in whole or AFTER in whole
+        if (place / "out").exists():
+            assert read(place / "out") in ({**OLD, **FOREIGN}, AFTER)
+        if not killed:
+            break
+    assert whole == [AFTER]
+
+
+def test_an_error_leaves_everything_as_it_was(tmp_path):
+    write(tmp_path / "out", OLD)
+    with pytest.raises(RuntimeError, match="half"), replacing_folder(tmp_path / "out", obsolete) as staging:
+        write(staging, NEW)
+        raise RuntimeError("half done")
+    assert read(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
+
+
+def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "out", OLD)
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    real, calls = os.rename, []
+
+    def rename(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("no")
+        real(*args)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="no"):
+        replace(tmp_path / "out")
+    assert read(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
+
+
+def test_links_permissions_and_late_files_stay(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, OLD)
+    write(tmp_path / "elsewhere", {"x": "mine"})
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    out.chmod(0o750)
+    swap = folders._swap
+
+    def with_a_late_file(one, other):
+        write(other, {"late": "mine"})
+        swap(one, other)
+
+    monkeypatch.setattr(folders, "_swap", with_a_late_file)
+    replace(out)
+    assert (out / "link").is_symlink()
+    assert (out / "late").read_text() == "mine"
+    assert (out / "link" / "x").read_text() == "mine"
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+    monkeypatch.undo()
+
+    way = tmp_path / "way"
+    way.symlink_to(out)
+    write(out, {"config.json": "old"})
+    replace(way)
+    assert way.is_symlink()
+    assert (out / "config.json").read_text() == "new"
+
+
+def test_a_new_folder_has_the_permissions_of_any_other(tmp_path):
+    replace(tmp_path / "out")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_links_are_copied_where_the_filesystem_has_none(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "out", {**OLD, **FOREIGN})
+    replace(tmp_path / "out")
+    assert read(tmp_path / "out") == AFTER
+
+
+def test_the_folder_that_the_process_runs_in_stays_the_same_folder(tmp_path, monkeypatch):
+    write(tmp_path / "out", {**OLD, **FOREIGN})
+    monkeypatch.chdir(tmp_path / "out")
+    before = os.stat(".").st_ino
+    replace(tmp_path / "out")
+    assert os.stat(".").st_ino == before
+    assert read(tmp_path / "out") == AFTER
+    shutil.rmtree(tmp_path / "out" / "sub")
+    monkeypatch.chdir(tmp_path)
