@@ -234,6 +234,7 @@ def test_anti_nsc_mirrors_nsc(bench):
     down = nsc_merge.merge(bench.suite.model, bench.adapters, calibration, method="nsc", **options)
     up = anti_nsc(bench.suite, bench.adapters, calibration, **options)
     assert up.history[0]["objective"] == down.history[0]["objective"]
+    assert up.dead == down.dead != {}
     for path, row in down.coefficients.items():
         for task, value in row.items():
             assert up.coefficients[path][task] - 0.4 == pytest.approx(0.4 - value, abs=1e-6)

@@ -59,9 +59,14 @@ def anti_nsc(
         loop = Optimisation(_Negated(objective), tasks, present, drawn, settings, {})
         loop.run(lambda: None)
         lam = objective.coefficients.flat.detach().clone()
-    return _result(
+    found = _result(
         "anti_nsc", suite, adapters, _rows(paths, tasks, lam), {**options, "init": chosen.init}, loop.history
     )
+    dead = {
+        path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
+        for path, row in zip(paths, loop.dead.tolist(), strict=True)
+    }
+    return replace(found, dead={path: named for path, named in dead.items() if named})
 
 
 def shuffled(found: MergeResult, shuffle: int, seed: int) -> MergeResult:
@@ -75,7 +80,6 @@ def shuffled(found: MergeResult, shuffle: int, seed: int) -> MergeResult:
         method="shuffled_nsc",
         coefficients=_rows(list(found.coefficients), found.tasks, start + moved),
         history=[],
-        dead={},
     )
 
 
