@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
-from nsc_merge.methods import arithmetic, null_space
+from nsc_merge.methods import arithmetic, dare, emr, fr, null_space, ties
 from nsc_merge.methods.base import Method, Problem
 
 _FAMILIES = (
     null_space,
     arithmetic,
+    ties,
+    dare,
+    emr,
+    fr,
 )
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}

@@ -105,12 +105,7 @@ def gradient_free(
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         chosen = options(**given)
         linears = merged_linears(problem.model, problem.adapters)
-        low_rank = {
-            task: replace(
-                adapter, factors={path: factor for path, factor in adapter.factors.items() if factor.rank}
-            )
-            for task, adapter in problem.adapters.items()
-        }
+        low_rank = low_rank_only(problem.adapters)
         paths = [path for path in linears if any(path in adapter.factors for adapter in low_rank.values())]
         merged = dict(updates(low_rank, paths, chosen))
         scale = float(getattr(chosen, "scale", 1.0))
@@ -130,6 +125,14 @@ def gradient_free(
         )
 
     return Method(name, summary, paper, options, run, tuned=tuned)
+
+
+def low_rank_only(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters without modules that were trained in full."""
+    return {
+        task: replace(adapter, factors={path: factor for path, factor in adapter.factors.items() if factor.rank})
+        for task, adapter in adapters.items()
+    }
 
 
 def empty(linear: nn.Linear) -> Factor:

@@ -1,0 +1,159 @@
+"""What methods that look at single entries of the updates share: dense updates one module at a time, thresholds over
+all modules without holding them, and the three steps of TIES on a stack of tensors.
+
+Names of the steps: arXiv 2306.01708 (TIES-Merging).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+
+# (path, task) -> the tensor to merge, float32. Called anew in every pass, so that no pass holds all modules.
+Source = Callable[[str, str], Tensor]
+
+TRIM_SCOPES = ("global", "tensor")
+SIGNS = ("sum", "count")
+ZEROS = ("majority", "positive", "negative")
+AGGREGATES = ("mean", "sum", "weight")
+
+_HALF = 1 << 16
+
+
+@dataclass(frozen=True)
+class Ties:
+    """How a stack of tensors is merged; see :class:`nsc_merge.methods.ties.TiesOptions`."""
+
+    density: float
+    trim_scope: str
+    sign: str
+    zero: str
+    aggregate: str
+
+
+def dense_update(factor: Factor) -> Tensor:
+    """``s B A`` as a float32 matrix ``[d_out, d_in]``."""
+    return (factor.scaling * factor.B.float()) @ factor.A.float()
+
+
+def dense_factor(update: Tensor) -> Factor:
+    """A dense update as a method returns it."""
+    rows, columns = update.shape
+    return Factor(update.new_empty(0, columns), update.new_empty(rows, 0), 1.0, dense=update)
+
+
+def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, list[str]]:
+    """Path -> the tasks whose adapter touches it."""
+    return {path: [task for task, adapter in adapters.items() if path in adapter.factors] for path in paths}
+
+
+def threshold(tensors: Callable[[], Iterable[Tensor]], density: float) -> float:
+    """The magnitude of the n-th largest of N entries, n = density N rounded down; 0 if that is none of them.
+
+    Exact, in two passes over ``tensors``, which are float32 and need not exist at the same time: non-negative floats
+    are ordered as their bit patterns are, so one pass counts the upper halves of the patterns and the other the lower
+    halves of those that share the upper half sought.
+    """
+    upper = torch.zeros(_HALF // 2, dtype=torch.int64)
+    for tensor in tensors():
+        upper += torch.bincount(_pattern(tensor) >> 16, minlength=len(upper))
+    total = int(upper.sum())
+    wanted = int(density * total)
+    if wanted < 1:
+        return float("inf")
+    if wanted == total:
+        return 0.0
+    bin_, above = _nth_from_above(upper, wanted)
+    lower = torch.zeros(_HALF, dtype=torch.int64)
+    for tensor in tensors():
+        pattern = _pattern(tensor)
+        lower += torch.bincount(pattern[pattern >> 16 == bin_] & (_HALF - 1), minlength=_HALF)
+    rest, _ = _nth_from_above(lower, wanted - above)
+    return float(torch.tensor([bin_ << 16 | rest], dtype=torch.int32).view(torch.float32))
+
+
+def threshold_of(tensor: Tensor, density: float) -> float:
+    """:func:`threshold` of one tensor."""
+    return threshold(lambda: [tensor], density)
+
+
+def global_threshold(source: Source, tasks: Mapping[str, Sequence[str]], task: str, density: float) -> float:
+    """:func:`threshold` of all tensors of a task."""
+    paths = [path for path, row in tasks.items() if task in row]
+    return threshold(lambda: (source(path, task) for path in paths), density)
+
+
+def _pattern(tensor: Tensor) -> Tensor:
+    return tensor.abs().contiguous().view(torch.int32).flatten()
+
+
+def _nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin that holds the ``wanted``-th entry from above, and how many lie in the bins above it."""
+    from_above = counts.flip(0).cumsum(0)
+    index = int(torch.searchsorted(from_above, wanted))
+    return len(counts) - 1 - index, int(from_above[index - 1]) if index else 0
+
+
+def trim(tensor: Tensor, least: float) -> Tensor:
+    """``tensor`` with the entries of a magnitude below ``least`` set to zero."""
+    return torch.where(tensor.abs() >= least, tensor, 0.0)
+
+
+def elect(stack: Tensor, weights: Tensor, sign: str, zero: str) -> Tensor:
+    """The sign, -1 or 1, that each position of ``stack [K, ...]`` is given.
+
+    Args:
+        weights: ``[K]``.
+        sign: of the weighted ``"sum"`` of the values, or of the ``"count"`` of their signs.
+        zero: what a tie becomes: ``"positive"``, ``"negative"``, or the ``"majority"`` of the tensor's other
+            positions.
+    """
+    votes = stack.sign() if sign == "count" else stack
+    elected = torch.tensordot(weights.to(votes), votes, dims=1).sign()
+    majority = elected.sum() if zero == "majority" else elected.new_tensor(1.0 if zero == "positive" else -1.0)
+    return torch.where(elected == 0, torch.where(majority >= 0, 1.0, -1.0).to(elected), elected)
+
+
+def disjoint(stack: Tensor, signs: Tensor, weights: Tensor, aggregate: str) -> Tensor:
+    """Combine the values of ``stack [K, ...]`` that are not zero and agree with ``signs``: their weighted sum, divided
+    by how many there are (``"mean"``), by their weights (``"weight"``) or not at all (``"sum"``).
+    """
+    agree = (stack.sign() == signs).to(stack)
+    weights = weights.to(stack)
+    total = torch.tensordot(weights, agree * stack, dims=1)
+    if aggregate == "sum":
+        return total
+    count = agree.sum(0) if aggregate == "mean" else torch.tensordot(weights, agree, dims=1)
+    return torch.where(count == 0, 0.0, total / torch.where(count == 0, 1.0, count))
+
+
+def ties_merge(
+    source: Source, tasks: Mapping[str, Sequence[str]], settings: Ties, weights: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Trim, elect and combine, one module in memory at a time; a task that is absent from a module has no vote there.
+
+    Args:
+        source: of the tensors; of one shape per path.
+        tasks: path -> tasks that have a tensor there.
+        settings: of the three steps.
+        weights: task -> weight, 1 each when None.
+    """
+    least: dict[str, float] = {}
+    if settings.density < 1 and settings.trim_scope == "global":
+        for task in dict.fromkeys(task for row in tasks.values() for task in row):
+            least[task] = global_threshold(source, tasks, task, settings.density)
+    for path, row in tasks.items():
+        trimmed = [source(path, task) for task in row]
+        if settings.density < 1:
+            trimmed = [
+                trim(tensor, least[task] if task in least else threshold_of(tensor, settings.density))
+                for task, tensor in zip(row, trimmed, strict=True)
+            ]
+        stack = torch.stack(trimmed)
+        shares = torch.tensor([1.0 if weights is None else weights[task] for task in row])
+        yield path, disjoint(stack, elect(stack, shares, settings.sign, settings.zero), shares, settings.aggregate)
