@@ -6,7 +6,20 @@
 
 from __future__ import annotations
 
-from nsc_merge.methods import arithmetic, dare, emr, fr, null_space, ties
+from nsc_merge.methods import (
+    arithmetic,
+    core_space,
+    cur,
+    dare,
+    emr,
+    fr,
+    knots,
+    lego,
+    null_space,
+    robust,
+    svd,
+    ties,
+)
 from nsc_merge.methods.base import Method, Problem
 
 _FAMILIES = (
@@ -14,8 +27,14 @@ _FAMILIES = (
     arithmetic,
     ties,
     dare,
+    svd,
+    knots,
+    core_space,
+    cur,
+    lego,
     emr,
     fr,
+    robust,
 )
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}

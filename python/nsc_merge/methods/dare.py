@@ -17,9 +17,9 @@ from nsc_merge.methods.elementwise import (
     Source,
     dense_factor,
     dense_update,
-    global_threshold,
     tasks_by_path,
-    threshold_of,
+    threshold,
+    thresholds,
     ties_merge,
     trim,
 )
@@ -171,16 +171,13 @@ def dare_ties(
 
 def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) -> Source:
     """``source`` with entries dropped, after trimming if the options say so."""
-    least: dict[str, float] = {}
     trims = options.order == "trim_first" and options.density < 1
-    if trims and options.trim_scope == "global":
-        for task in dict.fromkeys(task for row in tasks.values() for task in row):
-            least[task] = global_threshold(source, tasks, task, options.density)
+    least = thresholds(source, tasks, options.density) if trims and options.trim_scope == "global" else {}
 
     def one(path: str, task: str) -> Tensor:
         tensor = source(path, task)
         if trims:
-            tensor = trim(tensor, least[task] if task in least else threshold_of(tensor, options.density))
+            tensor = trim(tensor, least[task] if task in least else threshold(tensor, options.density))
         return sparsify(tensor, options.drop, options.rescale, options.seed, task, path)
 
     return one

@@ -6,7 +6,7 @@ Names of the steps: arXiv 2306.01708 (TIES-Merging).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 
-# (path, task) -> the tensor to merge, float32. Called anew in every pass, so that no pass holds all modules.
+# (path, task) -> the tensor to merge. Called anew in every pass, so that no pass holds all modules.
 Source = Callable[[str, str], Tensor]
 
 TRIM_SCOPES = ("global", "tensor")
@@ -52,44 +52,50 @@ def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict
     return {path: [task for task, adapter in adapters.items() if path in adapter.factors] for path in paths}
 
 
-def threshold(tensors: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """The magnitude of the n-th largest of N entries, n = density N rounded down; 0 if that is none of them.
+def thresholds(source: Source, tasks: Mapping[str, Sequence[str]], density: float) -> dict[str, float]:
+    """Task -> the magnitude of the n-th largest of the N entries of all its tensors, n = density N rounded down;
+    infinity if n is 0.
 
-    Exact, in two passes over ``tensors``, which are float32 and need not exist at the same time: non-negative floats
-    are ordered as their bit patterns are, so one pass counts the upper halves of the patterns and the other the lower
+    Exact in float32, in two passes over the tensors, which need not exist at the same time: non-negative floats are
+    ordered as their bit patterns are, so one pass counts the upper halves of the patterns and the other the lower
     halves of those that share the upper half sought.
+
+    Args:
+        source: of the tensors.
+        tasks: path -> tasks that have a tensor there.
+        density: above 0, at most 1.
     """
-    upper = torch.zeros(_HALF // 2, dtype=torch.int64)
-    for tensor in tensors():
-        upper += torch.bincount(_pattern(tensor) >> 16, minlength=len(upper))
-    total = int(upper.sum())
-    wanted = int(density * total)
-    if wanted < 1:
-        return float("inf")
-    if wanted == total:
-        return 0.0
-    bin_, above = _nth_from_above(upper, wanted)
-    lower = torch.zeros(_HALF, dtype=torch.int64)
-    for tensor in tensors():
-        pattern = _pattern(tensor)
-        lower += torch.bincount(pattern[pattern >> 16 == bin_] & (_HALF - 1), minlength=_HALF)
-    rest, _ = _nth_from_above(lower, wanted - above)
-    return float(torch.tensor([bin_ << 16 | rest], dtype=torch.int32).view(torch.float32))
+    names = list(dict.fromkeys(task for row in tasks.values() for task in row))
+    upper = {task: torch.zeros(_HALF // 2, dtype=torch.int64) for task in names}
+    for task, pattern in _patterns(source, tasks):
+        upper[task] += torch.bincount(pattern >> 16, minlength=_HALF // 2)
+    found, sought = {}, {}
+    for task in names:
+        wanted = int(density * int(upper[task].sum()))
+        if wanted:
+            sought[task] = (*_nth_from_above(upper[task], wanted), wanted)
+        else:
+            found[task] = float("inf")
+    lower = {task: torch.zeros(_HALF, dtype=torch.int64) for task in sought}
+    for task, pattern in _patterns(source, tasks):
+        if task in sought:
+            inside = pattern[pattern >> 16 == sought[task][0]]
+            lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF)
+    for task, (half, above, wanted) in sought.items():
+        other, _ = _nth_from_above(lower[task], wanted - above)
+        found[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
+    return found
 
 
-def threshold_of(tensor: Tensor, density: float) -> float:
-    """:func:`threshold` of one tensor."""
-    return threshold(lambda: [tensor], density)
+def threshold(tensor: Tensor, density: float) -> float:
+    """:func:`thresholds` of one tensor."""
+    return thresholds(lambda path, task: tensor, {"": [""]}, density)[""]
 
 
-def global_threshold(source: Source, tasks: Mapping[str, Sequence[str]], task: str, density: float) -> float:
-    """:func:`threshold` of all tensors of a task."""
-    paths = [path for path, row in tasks.items() if task in row]
-    return threshold(lambda: (source(path, task) for path in paths), density)
-
-
-def _pattern(tensor: Tensor) -> Tensor:
-    return tensor.abs().contiguous().view(torch.int32).flatten()
+def _patterns(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
+    for path, row in tasks.items():
+        for task in row:
+            yield task, source(path, task).abs().float().contiguous().view(torch.int32).flatten()
 
 
 def _nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
@@ -101,7 +107,7 @@ def _nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 def trim(tensor: Tensor, least: float) -> Tensor:
     """``tensor`` with the entries of a magnitude below ``least`` set to zero."""
-    return torch.where(tensor.abs() >= least, tensor, 0.0)
+    return torch.where(tensor.abs().float() >= least, tensor, 0.0)
 
 
 def elect(stack: Tensor, weights: Tensor, sign: str, zero: str) -> Tensor:
@@ -143,15 +149,13 @@ def ties_merge(
         settings: of the three steps.
         weights: task -> weight, 1 each when None.
     """
-    least: dict[str, float] = {}
-    if settings.density < 1 and settings.trim_scope == "global":
-        for task in dict.fromkeys(task for row in tasks.values() for task in row):
-            least[task] = global_threshold(source, tasks, task, settings.density)
+    trims = settings.density < 1
+    least = thresholds(source, tasks, settings.density) if trims and settings.trim_scope == "global" else {}
     for path, row in tasks.items():
         trimmed = [source(path, task) for task in row]
-        if settings.density < 1:
+        if trims:
             trimmed = [
-                trim(tensor, least[task] if task in least else threshold_of(tensor, settings.density))
+                trim(tensor, least[task] if task in least else threshold(tensor, settings.density))
                 for task, tensor in zip(row, trimmed, strict=True)
             ]
         stack = torch.stack(trimmed)

@@ -1,0 +1,97 @@
+"""Core Space merging (arXiv 2509.17786): updates merged as small cores between common bases of their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.dare import RESCALES, sparsify
+from nsc_merge.methods.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
+from nsc_merge.methods.factors import cores, rounded
+
+MERGES = ("sum", "ties", "dare", "dare_ties")
+
+
+@dataclass(frozen=True)
+class CoreSpaceOptions:
+    """Options of ``method="core_space"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        merge: how cores are merged, each module by itself as in the authors' code: ``"sum"`` (which is task
+            arithmetic), ``"ties"``, ``"dare"`` or ``"dare_ties"``.
+        isotropise: give all singular values of the merged core their mean.
+        density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see :class:`nsc_merge.methods.ties.TiesOptions`.
+        sign: of TIES.
+        zero: of TIES.
+        aggregate: of TIES.
+        drop: as ``rescale`` and ``seed``, of DARE; see :class:`nsc_merge.methods.dare.DareOptions`.
+        rescale: of DARE.
+        seed: of DARE.
+    """
+
+    scale: float = 1.0
+    merge: str = "ties"
+    isotropise: bool = False
+    density: float = 0.3
+    sign: str = "sum"
+    zero: str = "majority"
+    aggregate: str = "mean"
+    drop: float = 0.9
+    rescale: str = "inverse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_choice("merge", self.merge, MERGES)
+        check_choice("isotropise", self.isotropise, (True, False))
+        check_number("density", self.density, 0, 1, above=True)
+        check_choice("sign", self.sign, SIGNS)
+        check_choice("zero", self.zero, ZEROS)
+        check_choice("aggregate", self.aggregate, AGGREGATES)
+        check_number("drop", self.drop, 0, 0.999)
+        check_choice("rescale", self.rescale, RESCALES)
+        check_count("seed", self.seed, 0)
+
+
+def core_space(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: CoreSpaceOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update. Entries of a core depend on the bases and so on how the updates are factored: only
+    ``"sum"`` is invariant to that.
+    """
+    for path in paths:
+        common = cores(present(adapters, path), singular=True)
+        merged = _merged(path, common.M, options)
+        if options.isotropise:
+            left, sigma, right = torch.linalg.svd(merged, full_matrices=False)
+            merged = sigma.mean() * (left @ right)
+        yield path, rounded(common.factor(options.scale * merged))
+
+
+def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
+    if options.merge in ("dare", "dare_ties"):
+        parts = {
+            task: sparsify(part, options.drop, options.rescale, options.seed, task, path)
+            for task, part in parts.items()
+        }
+    if options.merge in ("sum", "dare"):
+        return torch.stack(list(parts.values())).sum(0)
+    steps = Ties(options.density, "tensor", options.sign, options.zero, options.aggregate)
+    return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
+
+
+METHODS = (
+    gradient_free(
+        "core_space",
+        "merges small cores between bases that all adapters share",
+        "Core Space, Panariello et al. 2025, arXiv 2509.17786",
+        CoreSpaceOptions,
+        core_space,
+    ),
+)

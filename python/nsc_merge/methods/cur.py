@@ -1,0 +1,147 @@
+"""The hybrid of "On the Representation Geometry of LoRA Model Merging": KnOTS-TIES blended with a CUR decomposition.
+
+The paper leaves several choices open; each is an option here, with the reading that its equations support best as the
+default.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.elementwise import Ties, tasks_by_path, ties_merge
+from nsc_merge.methods.factors import Cores, cores, rounded
+from nsc_merge.methods.knots import KnotsTiesOptions, knots_ties
+
+CHOICES = ("norm", "pivoted")
+
+
+@dataclass(frozen=True)
+class SVDCUROptions:
+    """Options of ``method="svd_cur"``.
+
+    Attributes:
+        scale: multiplies the blended update.
+        alpha: share of the SVD branch: ``"magnitude"``, its norm by the sum of both branches' norms in each module
+            (Eq. 32 and 33; the residual energies of Eq. 31 would weigh the branches the other way round from what the
+            paper's theorem asks for), or a number for all modules.
+        svd_scale: of the SVD branch, KnOTS-TIES.
+        svd_density: of its TIES.
+        cur_scale: of the CUR branch.
+        cur_density: of its TIES, on the coefficients U R (Eq. 29).
+        columns: how many columns C keeps of all tasks' updates next to one another; None keeps as many as the ranks
+            add up to. (The paper does not say how many; its energy tables cannot come from fewer.)
+        choice: of the columns: the largest by ``"norm"``, as the paper says, or ``"pivoted"`` QR, which does not take
+            two that are nearly parallel.
+        rows: how many rows, the largest by norm, R keeps; 0 takes the best coefficients of C instead, which needs no
+            rows. (The paper does not define U.)
+    """
+
+    scale: float = 1.0
+    alpha: float | str = "magnitude"
+    svd_scale: float = 1.0
+    svd_density: float = 0.2
+    cur_scale: float = 1.0
+    cur_density: float = 0.2
+    columns: int | None = None
+    choice: str = "norm"
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "svd_scale", "cur_scale"):
+            check_number(name, getattr(self, name))
+        for name in ("svd_density", "cur_density"):
+            check_number(name, getattr(self, name), 0, 1, above=True)
+        if isinstance(self.alpha, str):
+            check_choice("alpha", self.alpha, ("magnitude",))
+        else:
+            check_number("alpha", self.alpha, 0, 1)
+        if self.columns is not None:
+            check_count("columns", self.columns)
+        check_choice("choice", self.choice, CHOICES)
+        check_count("rows", self.rows, 0)
+
+
+@dataclass(frozen=True)
+class CUR:
+    """``s_k B_k A_k ~ C @ coefficients[k]``: ``C [d_out, c]``, coefficients ``[c, d_in]``."""
+
+    C: Tensor
+    coefficients: dict[str, Tensor]
+
+
+def decompose(common: Cores, options: SVDCUROptions) -> CUR:
+    """The columns kept, and each task's coefficients (Eq. 29), without a matrix of the updates' own size."""
+    # Columns of U M_k V have the norms of those of M_k V.
+    side = torch.cat([part @ common.V for part in common.M.values()], 1)
+    count = min(options.columns or common.V.shape[0], side.shape[1])
+    chosen = side[:, _columns(side, count, options.choice)]
+    backward = torch.linalg.pinv(chosen)
+    if not options.rows:
+        solved = backward
+    else:
+        stacked = torch.cat(list(common.M.values()), 1)
+        norms = (common.U @ stacked).norm(dim=1)
+        rows = common.U[norms.topk(min(options.rows, len(norms))).indices]
+        solved = backward @ stacked @ torch.linalg.pinv(rows @ stacked) @ rows
+    return CUR(common.U @ chosen, {task: solved @ part @ common.V for task, part in common.M.items()})
+
+
+def _columns(side: Tensor, count: int, choice: str) -> Tensor:
+    if choice == "norm":
+        return side.norm(dim=0).topk(count).indices
+    from scipy.linalg import qr
+
+    return torch.from_numpy(qr(side.numpy(), mode="r", pivoting=True)[1][:count].copy()).long()
+
+
+def svd_cur(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: SVDCUROptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and blended update (Eq. 34)."""
+
+    @functools.lru_cache(maxsize=1)
+    def decomposed(path: str) -> CUR:
+        return decompose(cores(present(adapters, path)), options)
+
+    steps = Ties(options.cur_density, "global", "sum", "majority", "mean")
+    branch = ties_merge(
+        lambda path, task: decomposed(path).coefficients[task], tasks_by_path(adapters, paths), steps
+    )
+    aligned = knots_ties(
+        adapters, paths, KnotsTiesOptions(preset="canonical", density=options.svd_density, scale=options.svd_scale)
+    )
+    for (path, first), (_, coefficients) in zip(aligned, branch, strict=True):
+        second = Factor(coefficients, options.cur_scale * decomposed(path).C, 1.0)
+        alpha = options.alpha
+        if isinstance(alpha, str):
+            norms = [_norm(factor) for factor in (first, second)]
+            alpha = norms[0] / sum(norms) if sum(norms) else 0.5
+        A = torch.cat([first.A.double(), second.A])
+        B = options.scale * torch.cat([alpha * first.B.double(), (1 - alpha) * second.B], 1)
+        # Both branches lie in the span of the factors, so that a rank as large as theirs holds the blend.
+        common = cores({"blend": Factor(A, B, 1.0)})
+        yield path, rounded(common.factor(common.M["blend"]))
+
+
+def _norm(factor: Factor) -> float:
+    A, B = factor.A.double(), factor.B.double()
+    return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
+
+
+METHODS = (
+    gradient_free(
+        "svd_cur",
+        "KnOTS-TIES blended with TIES on a column (CUR) decomposition",
+        "On the Representation Geometry of LoRA Model Merging (code: lcytoronto/knots_cur)",
+        SVDCUROptions,
+        svd_cur,
+        averages=True,
+    ),
+)

@@ -1,0 +1,195 @@
+"""KnOTS (arXiv 2410.19735): updates aligned by the SVD of all of them next to one another, merged in that basis."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.base import check_choice, check_number, gradient_free, present
+from nsc_merge.methods.dare import DareTiesOptions, thinned
+from nsc_merge.methods.elementwise import Source, tasks_by_path, ties_merge
+from nsc_merge.methods.factors import cores, rounded
+from nsc_merge.methods.ties import TiesOptions, steps_of, weights_of
+
+ALONG = ("columns", "rows")
+VECTORS = ("scaled", "plain")
+
+# (source, tasks by path) -> path and merged tensor.
+Combine = Callable[[Source, Mapping[str, Sequence[str]]], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class KnotsTiesOptions(TiesOptions):
+    """Options of ``method="knots_ties"``: those of :class:`nsc_merge.methods.ties.TiesOptions`, and two.
+
+    Attributes:
+        preset: as in :class:`nsc_merge.methods.ties.TiesOptions`; ``"knots"`` by default.
+        scale: multiplies the merged update.
+        density: as ``trim_scope`` and all below, of TIES, here on the aligned vectors.
+        trim_scope: of TIES: ``"global"`` over all modules, or ``"tensor"``.
+        sign: of TIES.
+        zero: of TIES.
+        aggregate: of TIES.
+        weights: of TIES.
+        along: updates stand next to one another and share their output space (``"columns"``), or on top of one
+            another and share their input space (``"rows"``).
+        vectors: what is merged: singular vectors times singular values (``"scaled"``, the authors' code), or
+            ``"plain"`` ones.
+        tolerance: singular values at or below this are dropped.
+    """
+
+    preset: str = "knots"
+    along: str = "columns"
+    vectors: str = "scaled"
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+
+@dataclass(frozen=True)
+class KnotsDareTiesOptions(DareTiesOptions):
+    """Options of ``method="knots_dare_ties"``: those of :class:`nsc_merge.methods.dare.DareTiesOptions`, and two.
+
+    Attributes:
+        preset: as in :class:`nsc_merge.methods.dare.DareTiesOptions`.
+        scale: multiplies the merged update.
+        drop: of DARE, here on the aligned vectors; as ``rescale``, ``order`` and ``seed``.
+        rescale: of DARE.
+        order: of DARE.
+        density: as ``trim_scope`` and all below, of TIES.
+        trim_scope: of TIES.
+        sign: of TIES.
+        zero: of TIES.
+        aggregate: of TIES.
+        weights: of TIES.
+        seed: of DARE.
+        along: as ``vectors`` and ``tolerance``, in :class:`KnotsTiesOptions`.
+        vectors: see there.
+        tolerance: see there.
+    """
+
+    along: str = "columns"
+    vectors: str = "scaled"
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+
+def _check(options: Any) -> None:
+    check_choice("trim_scope", options.trim_scope, ("global", "tensor"))
+    check_choice("along", options.along, ALONG)
+    check_choice("vectors", options.vectors, VECTORS)
+    check_number("tolerance", options.tolerance, 0)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The updates of one module in their common basis: ``s_k B_k A_k = basis @ parts[k]``.
+
+    Attributes:
+        basis: ``[d_out, p]``; with plain vectors it holds the singular values.
+        parts: task -> ``[p, d_in]``.
+    """
+
+    basis: Tensor
+    parts: dict[str, Tensor]
+
+
+def align(factors: Mapping[str, Factor], vectors: str, tolerance: float) -> Aligned:
+    """The SVD of ``[s_1 B_1 A_1, ..., s_K B_K A_K]``, K times as wide as the layer, from cores of the ranks' size."""
+    common = cores(factors)
+    # Next to one another, U [M_1 V, ..., M_K V]: the rows of V are orthonormal, so the M_k alone have the same
+    # singular values and left vectors.
+    left, sigma, right = torch.linalg.svd(torch.cat(list(common.M.values()), 1), full_matrices=False)
+    kept = int((sigma > tolerance).sum())
+    basis, weights = common.U @ left[:, :kept], sigma[:kept]
+    if vectors == "plain":
+        basis, weights = basis * weights, torch.ones_like(weights)
+    blocks = right[:kept].split(common.V.shape[0], 1)
+    return Aligned(
+        basis, {task: (weights[:, None] * block) @ common.V for task, block in zip(common.M, blocks, strict=True)}
+    )
+
+
+def knots(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: Any, combine: Combine
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update, in float64, of the ranks' sum at most: ``basis @ merged parts``."""
+    across = options.along == "rows"
+
+    @functools.lru_cache(maxsize=1)
+    def aligned(path: str) -> Aligned:
+        factors = present(adapters, path)
+        if across:
+            factors = {task: _transposed(factor) for task, factor in factors.items()}
+        return align(factors, options.vectors, options.tolerance)
+
+    def source(path: str, task: str) -> Tensor:
+        return aligned(path).parts[task]
+
+    for path, merged in combine(source, tasks_by_path(adapters, paths)):
+        factor = Factor(merged, options.scale * aligned(path).basis, 1.0)
+        yield path, _transposed(factor) if across else factor
+
+
+def _transposed(factor: Factor) -> Factor:
+    return replace(factor, A=factor.B.t(), B=factor.A.t())
+
+
+def knots_ties(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: KnotsTiesOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update."""
+    weights = weights_of(options.weights, list(adapters))
+
+    def combine(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
+        return ties_merge(source, tasks, steps_of(options), weights)
+
+    for path, factor in knots(adapters, paths, options, combine):
+        yield path, rounded(factor)
+
+
+def knots_dare_ties(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: KnotsDareTiesOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update."""
+    weights = weights_of(options.weights, list(adapters))
+    steps = steps_of(options)
+    if options.order == "trim_first":
+        steps = replace(steps, density=1.0)
+
+    def combine(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
+        return ties_merge(thinned(source, options, tasks), tasks, steps, weights)
+
+    for path, factor in knots(adapters, paths, options, combine):
+        yield path, rounded(factor)
+
+
+METHODS = (
+    gradient_free(
+        "knots_ties",
+        "TIES on updates aligned by a joint SVD",
+        "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
+        KnotsTiesOptions,
+        knots_ties,
+        averages=True,
+    ),
+    gradient_free(
+        "knots_dare_ties",
+        "DARE, then TIES, on updates aligned by a joint SVD",
+        "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
+        KnotsDareTiesOptions,
+        knots_dare_ties,
+        averages=True,
+    ),
+)

@@ -1,0 +1,114 @@
+"""Merges that add: the truncated SVD of the summed updates, and the product of summed factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.factors import cores, rounded, truncated
+from nsc_merge.methods.ties import check_weights, weights_of
+
+SPLITS = ("sqrt", "B")
+
+
+@dataclass(frozen=True)
+class SVDOptions:
+    """Options of ``method="svd"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        rank: of the merged update in every module; None keeps the sum of the ranks, which is task arithmetic.
+    """
+
+    scale: float = 1.0
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        if self.rank is not None:
+            check_count("rank", self.rank)
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Options of ``method="linear"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        weights: task -> weight, 1 each when None.
+        split: where weight and scaling of a task go: the square root of their product into both factors and its sign
+            into A (``"sqrt"``, PEFT's ``linear``), or all into ``"B"``.
+    """
+
+    scale: float = 1.0
+    weights: Mapping[str, float] | None = None
+    split: str = "sqrt"
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_weights(self.weights)
+        check_choice("split", self.split, SPLITS)
+
+
+def svd(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: SVDOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and the best approximation of the sum of all updates."""
+    for path in paths:
+        common = cores(present(adapters, path))
+        total = torch.stack(list(common.M.values())).sum(0)
+        left, right = truncated(total, options.rank)
+        yield path, rounded(Factor(right @ common.V, options.scale * (common.U @ left), 1.0))
+
+
+def linear(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: LinearOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and ``(sum_k b_k B_k) (sum_k a_k A_k)``, which also holds the products of different tasks' factors."""
+    weights = weights_of(options.weights, list(adapters))
+    for path in paths:
+        factors = present(adapters, path)
+        check_equal_ranks("linear", path, factors)
+        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
+        roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+        into_A = {task: math.copysign(roots[task], shares[task]) if options.split == "sqrt" else 1.0 for task in shares}
+        into_B = roots if options.split == "sqrt" else shares
+        A = torch.stack([into_A[task] * factor.A.double() for task, factor in factors.items()]).sum(0)
+        B = torch.stack([into_B[task] * factor.B.double() for task, factor in factors.items()]).sum(0)
+        yield path, rounded(Factor(A, options.scale * B, 1.0))
+
+
+def check_equal_ranks(method: str, path: str, factors: Mapping[str, Factor]) -> None:
+    """Refuse adapters whose factors cannot be added.
+
+    Raises:
+        ValueError: naming the module and the ranks.
+    """
+    ranks = {task: factor.rank for task, factor in factors.items()}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(
+            f"adapters: method {method!r} adds factors and needs equal ranks in a module, found {ranks} at {path}"
+        )
+
+
+METHODS = (
+    gradient_free(
+        "svd",
+        "adds the updates and keeps the largest singular values",
+        "PEFT's combination_type 'svd'; a baseline of arXiv 2603.26317",
+        SVDOptions,
+        svd,
+    ),
+    gradient_free(
+        "linear",
+        "adds the A factors and the B factors; their product mixes tasks",
+        "PEFT's combination_type 'linear'; a baseline of arXiv 2603.26317",
+        LinearOptions,
+        linear,
+    ),
+)

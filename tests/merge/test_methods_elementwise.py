@@ -1,0 +1,301 @@
+"""TIES, DARE, EMR and FR: hand-computed cases, peft's own functions, expectations, and streaming."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.utils import merge_utils
+
+import nsc_merge
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS, dare, emr, fr, ties
+from nsc_merge.methods import elementwise as ew
+
+ELEMENTWISE = ("ties", "dare", "dare_ties", "emr_unified", "fr")
+
+
+def adapters_of(tensors):
+    """Task -> path -> matrix, as adapters whose update is that matrix exactly."""
+    return {
+        task: Adapter(task, {path: Factor(torch.eye(x.shape[1]), x, 1.0) for path, x in row.items()})
+        for task, row in tensors.items()
+    }
+
+
+def random_adapters(tasks="abc", paths="xyz", rank=4, scaling=0.7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {t: Adapter(t, {p: Factor(normal(rank, 30), normal(20, rank), scaling) for p in paths}) for t in tasks}
+
+
+def merged(method, adapters, paths, **options):
+    kind = METHODS[method]
+    function = {"ties": ties.ties, "dare": dare.dare, "dare_ties": dare.dare_ties}.get(
+        method, {"emr_unified": emr.emr_unified, "fr": fr.fr}.get(method)
+    )
+    return {path: factor.delta() for path, factor in function(adapters, list(paths), kind.options(**options))}
+
+
+# Two tasks on one module of four entries.
+HAND = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0, 0.5]])}, "b": {"x": torch.tensor([[2.0, 3.0, -5.0, 0.25]])}}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Half of four entries each: a keeps 4 and 3, b keeps 3 and -5.
+        ({"preset": "canonical", "density": 0.5}, [4.0, 3.0, -5.0, 0.0]),
+        ({"preset": "canonical", "density": 0.5, "scale": 0.5}, [2.0, 1.5, -2.5, 0.0]),
+        ({"preset": "peft", "density": 1.0}, [3.0, 3.0, -5.0, 0.375]),
+        # 3 (-1) + 1 (3) is a tie and so positive: b's 3 alone agrees with that.
+        ({"preset": "mergekit", "weights": {"a": 3.0, "b": 1.0}}, [3.5, 3.0, 3.0, 0.4375]),
+        ({"preset": "adamerging", "density": 1.0, "scale": 1.0}, [6.0, 3.0, -5.0, 0.75]),
+        # One vote each, and a tie is positive.
+        ({"preset": "nsc", "density": 1.0, "scale": 1.0}, [6.0, 3.0, 3.0, 0.75]),
+        ({"preset": "knots", "density": 1.0}, [1.8, 1.8, -3.0, 0.225]),
+    ],
+)
+def test_ties_by_hand(options, expected):
+    found = merged("ties", adapters_of(HAND), "x", **options)["x"]
+    torch.testing.assert_close(found.float(), torch.tensor([expected]))
+
+
+def test_ties_sign_of_a_cancellation():
+    cancelling = {"a": {"x": torch.tensor([[1.0, -1.0, -2.0]])}, "b": {"x": torch.tensor([[-1.0, -3.0, -2.0]])}}
+    for zero, expected in (("positive", 1.0), ("negative", -1.0), ("majority", -1.0)):
+        found = merged("ties", adapters_of(cancelling), "x", density=1.0, zero=zero)["x"]
+        assert found[0].tolist() == [expected, -2.0, -2.0]
+
+
+def test_ties_trims_over_all_modules_or_in_each():
+    tensors = {"a": {"x": torch.tensor([[1.0, 2.0]]), "y": torch.tensor([[30.0, 40.0]])}}
+    everywhere = merged("ties", adapters_of(tensors), "xy", density=0.5)
+    assert everywhere["x"].tolist() == [[0.0, 0.0]]
+    assert everywhere["y"].tolist() == [[30.0, 40.0]]
+    each = merged("ties", adapters_of(tensors), "xy", density=0.5, trim_scope="tensor")
+    assert (each["x"].tolist(), each["y"].tolist()) == ([[0.0, 2.0]], [[0.0, 40.0]])
+
+
+def test_an_absent_task_has_no_vote_and_does_not_dilute_the_mean():
+    tensors = {**HAND, "c": {"y": torch.tensor([[1.0, 1.0, 1.0, 1.0]])}}
+    assert torch.equal(merged("ties", adapters_of(tensors), "xy")["x"], merged("ties", adapters_of(HAND), "x")["x"])
+
+
+def test_ties_is_pefts():
+    adapters = random_adapters()
+    updates = [ew.dense_update(adapter.factors["x"]) for adapter in adapters.values()]
+    expected = merge_utils.ties(updates, torch.ones(3), 0.3, "total")
+    found = merged("ties", adapters, "xyz", preset="peft", density=0.3)["x"]
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-6)
+
+
+def test_ties_on_factors_is_pefts_ties(model):
+    """add_weighted_adapter(combination_type="ties") on a real PeftModel."""
+    targets = ["q_proj", "v_proj"]
+    config = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**config), adapter_name="a")
+    peft_model.add_adapter("b", LoraConfig(**config))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    peft_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "m", combination_type="ties", density=0.4)
+    adapters = {name: nsc_merge.load_adapter(peft_model, name) for name in "ab"}
+    result = nsc_merge.merge(model, adapters, method="ties", preset="peft", trim_scope="factors", density=0.4)
+    expected = nsc_merge.load_adapter(peft_model, "m")
+    for path, factor in expected.factors.items():
+        torch.testing.assert_close(result.delta(path), factor.delta(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.sampled_from([0.01, 0.2, 1 / 3, 0.5, 0.99, 1.0]),
+    st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
+    st.integers(0, 1000),
+)
+def test_streamed_thresholds_are_exact(shapes, density, magnitude, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {str(i): magnitude * torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+    found = ew.thresholds(lambda path, task: tensors[path], {path: ["a"] for path in tensors}, density)["a"]
+    entries = torch.cat([t.flatten() for t in tensors.values()]).abs().sort(descending=True).values
+    wanted = int(density * len(entries))
+    assert found == (float(entries[wanted - 1]) if wanted else math.inf)
+
+
+def test_modules_are_asked_for_one_at_a_time():
+    adapters = random_adapters()
+    asked = []
+
+    def source(path, task):
+        asked.append(path)
+        return ew.dense_update(adapters[task].factors[path])
+
+    tasks = ew.tasks_by_path(adapters, "xyz")
+    found = dict(ew.ties_merge(source, tasks, ew.Ties(0.2, "global", "sum", "majority", "mean")))
+    assert asked == [path for _ in range(3) for path in "xyz" for _ in "abc"]
+    torch.testing.assert_close(found["y"].double(), merged("ties", adapters, "xyz")["y"])
+
+
+def test_dare_keeps_the_expectation_and_what_it_is_told_to():
+    tensor = torch.full((400, 400), 2.0)
+    kept = dare.sparsify(tensor, 0.9, "inverse", 0, "a")
+    assert float((kept != 0).float().mean()) == pytest.approx(0.1, abs=0.005)
+    assert float(kept.mean()) == pytest.approx(2.0, rel=0.03)
+    assert kept.unique().tolist() == pytest.approx([0.0, 20.0])
+    assert float(dare.sparsify(tensor, 0.9, "l1", 0, "a").abs().sum()) == pytest.approx(float(tensor.sum()), rel=1e-5)
+    assert set(dare.sparsify(tensor, 0.9, "none", 0, "a").unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dare.sparsify(tensor, 0.0, "inverse", 0, "a"), tensor)
+
+
+def test_dare_draws_by_seed_task_and_module_and_not_by_order():
+    adapters = random_adapters()
+    first = merged("dare_ties", adapters, "xyz")
+    assert torch.equal(merged("dare_ties", adapters, "zyx")["x"], first["x"])
+    assert not torch.equal(merged("dare_ties", adapters, "xyz", seed=1)["x"], first["x"])
+    same = torch.ones(50, 50)
+    assert not torch.equal(dare.sparsify(same, 0.5, "none", 0, "a", "x"), dare.sparsify(same, 0.5, "none", 0, "b", "x"))
+
+
+@pytest.mark.parametrize("preset", dare.PRESETS)
+def test_dare_ties_without_dropping_is_ties(preset):
+    adapters = random_adapters()
+    steps = {name: value for name, value in dare.PRESETS[preset].items() if name in ties.PRESETS["canonical"]}
+    torch.testing.assert_close(
+        merged("dare_ties", adapters, "xyz", preset=preset, drop=0.0)["x"], merged("ties", adapters, "xyz", **steps)["x"]
+    )
+
+
+def test_trimming_before_dropping_keeps_only_the_largest():
+    adapters = random_adapters("a", "x")
+    found = merged("dare_ties", adapters, "x", preset="nsc", drop=0.5, scale=1.0, aggregate="sum")["x"]
+    update = adapters["a"].factors["x"].delta()
+    least = update.abs().flatten().sort(descending=True).values[int(0.2 * update.numel()) - 1]
+    assert bool((update.abs()[found != 0] >= least * (1 - 1e-6)).all())
+    assert 0 < int((found != 0).sum()) < int(0.2 * update.numel())
+
+
+def test_emr_by_hand():
+    tensors = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0]])}, "b": {"x": torch.tensor([[2.0, 3.0, -5.0]])}}
+    adapters = adapters_of(tensors)
+    assert merged("emr_unified", adapters, "x")["x"].tolist() == [[4.0, 3.0, -5.0]]
+    updates = dict(emr.emr(adapters, ["x"]))["x"]
+    # a agrees at the first entry only, b everywhere; both are scaled to their own mean magnitude.
+    torch.testing.assert_close(updates["a"], torch.tensor([[8.0, 0.0, 0.0]]))
+    torch.testing.assert_close(updates["b"], torch.tensor([[4.0, 3.0, -5.0]]) * (10 / 12))
+
+
+def test_emr_of_one_task_is_the_task(model, folders):
+    result = nsc_merge.merge(model, {"plain": folders["plain"]}, method="emr").for_task("plain")
+    alone = nsc_merge.merge(model, {"plain": folders["plain"]}, method="finetuned").for_task("plain")
+    for path in result.paths:
+        torch.testing.assert_close(result.delta(path), alone.delta(path), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "dropped"),
+    [
+        ("original", (768, 768), 0.0002),
+        ("original", (768, 3072), 0.68),
+        ("nsc", (768, 768), 0.031),
+        ("shifted", (768, 768), 0.031),
+    ],
+)
+def test_fr_drops_as_much_of_the_spectrum_as_documented(preset, shape, dropped):
+    kept = fr.kept_frequencies(shape, fr.FROptions(preset=preset))
+    assert 1 - float(kept.double().mean()) == pytest.approx(dropped, rel=0.05)
+    # Frequency zero goes in the original and the shifted form, the highest one in NSC's.
+    assert bool(kept[0, 0]) == (preset == "nsc")
+    assert bool(kept[shape[0] // 2, shape[1] // 2]) == (preset != "nsc")
+
+
+def test_fr_keeps_what_it_does_not_filter():
+    adapters = random_adapters()
+    everything = {"drop": "far", "cut": 10.0, "align": False, "scale": 1.0}
+    expected = sum(adapter.factors["x"].delta() for adapter in adapters.values())
+    torch.testing.assert_close(merged("fr", adapters, "xyz", **everything)["x"], expected, rtol=1e-5, atol=1e-5)
+    aligned = merged("fr", random_adapters("a", "x"), "x", preset="shifted", scale=1.0)["x"]
+    update = random_adapters("a", "x")["a"].factors["x"].delta()
+    assert float(aligned.abs().mean()) == pytest.approx(float(update.abs().mean()), rel=1e-5)
+    assert abs(float(aligned.mean())) < 1e-6
+
+
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_refactoring_an_update_changes_nothing(method):
+    adapters = random_adapters()
+    mixing = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) + 3 * torch.eye(4)
+
+    def other(factor):
+        return Factor(torch.linalg.solve(mixing, factor.A), 2.0 * factor.B @ mixing, factor.scaling / 2)
+
+    again = {t: Adapter(t, {p: other(f) for p, f in adapter.factors.items()}) for t, adapter in adapters.items()}
+    for path, update in merged(method, adapters, "xyz").items():
+        found = merged(method, again, "xyz")[path]
+        close = torch.isclose(found, update, rtol=1e-3, atol=1e-4)
+        # Rounding may move an entry across a threshold.
+        assert float(close.double().mean()) > 0.99
+
+
+def test_ties_on_factors_depends_on_the_factors():
+    adapters = random_adapters()
+    mixing = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) + 3 * torch.eye(4)
+    again = {
+        task: Adapter(
+            task, {p: Factor(torch.linalg.solve(mixing, f.A), f.B @ mixing, f.scaling) for p, f in one.factors.items()}
+        )
+        for task, one in adapters.items()
+    }
+    first, second = (merged("ties", one, "x", trim_scope="factors")["x"] for one in (adapters, again))
+    assert float((first - second).norm() / first.norm()) > 0.1
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "dare_ties", "emr", "emr_unified", "fr"])
+def test_every_method_takes_unequal_ranks_absent_modules_and_other_scalings(model, folders, method):
+    result = nsc_merge.merge(model, folders, method=method)
+    results = [result.for_task(task) for task in folders] if result.per_task else [result]
+    for one in results:
+        assert set(one.paths) == set(result.paths)
+        assert all(torch.isfinite(one.delta(path)).all() for path in one.paths)
+        one.apply(copy.deepcopy(model))
+
+
+def test_scaling_the_result_is_the_option_scale(model, folders):
+    for method in ELEMENTWISE:
+        unscaled, half = (nsc_merge.merge(model, folders, method=method, scale=scale) for scale in (1.0, 0.5))
+        path = unscaled.paths[0]
+        torch.testing.assert_close(unscaled.scaled(0.5).delta(path), half.delta(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ties", {"preset": "best"}, r"preset: expected one of \['canonical', .*, found 'best'"),
+        ("ties", {"density": 0.0}, "density: expected a finite number above 0 and of at most 1, found 0.0"),
+        ("ties", {"density": 1.5}, "density: expected .*, found 1.5"),
+        ("ties", {"trim_scope": "layer"}, "trim_scope: expected one of"),
+        ("ties", {"aggregate": "max"}, "aggregate: expected one of"),
+        ("ties", {"weights": {"plain": 1.0}}, "weights: expected one value for each of"),
+        ("ties", {"trim_scope": "factors"}, "'factors' needs equal ranks, found"),
+        ("dare", {"drop": 1.0}, "drop: expected a probability below 1, found 1"),
+        ("dare", {"drop": -0.1}, "drop: expected a finite number of at least 0 and of at most 1, found -0.1"),
+        ("dare", {"seed": -1}, "seed: expected a whole number of at least 0, found -1"),
+        ("dare_ties", {"rescale": "l2"}, "rescale: expected one of"),
+        ("dare_ties", {"order": "both"}, "order: expected one of"),
+        ("emr_unified", {"scale": float("nan")}, "scale: expected a finite number, found nan"),
+        ("fr", {"centre": "middle"}, "centre: expected one of"),
+        ("fr", {"cut": -1.0}, "cut: expected a finite number of at least 0, found -1.0"),
+    ],
+)
+def test_bad_options_are_named(model, folders, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        nsc_merge.merge(model, folders, method=method, **options)
