@@ -7,12 +7,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nsc_merge.measure import Objective
 from nsc_merge.passes import Batch
 from nsc_merge.progress import Progress
 from nsc_merge.state import State, random_states, restore_random_states
@@ -25,6 +24,26 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
 }
+
+
+class Parameters(Protocol):
+    """The coefficients ``flat [modules, K]``, one leaf tensor."""
+
+    @property
+    def flat(self) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What can be minimised; see :class:`nsc_merge.measure.Objective`."""
+
+    batch_tasks: bool | None
+
+    @property
+    def coefficients(self) -> Parameters: ...
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        """Add the gradient on one batch per task to ``coefficients.flat.grad``; returns the objective per task."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,9 @@ class Optimisation:
         settings: of the optimisation.
         problem: what a saved state is tied to.
         resumed: the state to go on from.
+        label: what the progress bar says.
+        quantity: what the objective per task is called in the history, and
+        shown: what their mean is called beside the progress bar.
     """
 
     def __init__(
@@ -70,7 +92,12 @@ class Optimisation:
         settings: Settings,
         problem: dict[str, Any],
         resumed: State | None = None,
+        *,
+        label: str = "NSC merging",
+        quantity: str = "omega",
+        shown: str = "ratio",
     ) -> None:
+        self._label, self._quantity, self._shown = label, quantity, shown
         self._objective, self._tasks, self._streams = objective, list(tasks), list(streams)
         self._settings, self._problem = settings, problem
         self._lam = objective.coefficients.flat
@@ -102,7 +129,7 @@ class Optimisation:
         if self._stalled(self._begin):
             return
         try:
-            with Progress("NSC merging", settings.steps - self._begin, settings.progress) as bar:
+            with Progress(self._label, settings.steps - self._begin, settings.progress) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
@@ -158,7 +185,7 @@ class Optimisation:
                 {
                     "step": step,
                     "objective": objective,
-                    "omega": dict(zip(self._tasks, omega, strict=True)),
+                    self._quantity: dict(zip(self._tasks, omega, strict=True)),
                     "lambda_min": least,
                     "lambda_mean": mean,
                     "lambda_max": most,
@@ -171,7 +198,7 @@ class Optimisation:
             return
         for entry in entries:
             bar.update(
-                ratio=f"{entry['objective']:.4f}",
+                **{self._shown: f"{entry['objective']:.4f}"},
                 lam=f"{entry['lambda_min']:.2f}..{entry['lambda_max']:.2f}",
             )
 

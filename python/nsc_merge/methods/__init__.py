@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 from nsc_merge.methods import (
+    adamerging,
     arithmetic,
     core_space,
     cur,
     dare,
     emr,
+    fisher,
     fr,
     knots,
     lego,
+    matching,
     null_space,
+    regression_mean,
     robust,
     svd,
     ties,
@@ -35,6 +39,10 @@ _FAMILIES = (
     emr,
     fr,
     robust,
+    adamerging,
+    regression_mean,
+    fisher,
+    matching,
 )
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}

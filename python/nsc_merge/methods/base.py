@@ -110,7 +110,7 @@ def gradient_free(
         merged = dict(updates(low_rank, paths, chosen))
         scale = float(getattr(chosen, "scale", 1.0))
         factors = {
-            path: _with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, scale, averages)
+            path: with_the_rest(path, linear, merged.get(path), problem.adapters, scale, averages=averages)
             for path, linear in linears.items()
         }
         return MergeResult(
@@ -145,10 +145,19 @@ def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
     return {task: adapter.factors[path] for task, adapter in adapters.items() if path in adapter.factors}
 
 
-def _with_the_rest(
-    path: str, merged: Factor, adapters: Mapping[str, Adapter], scale: float, averages: bool
+def with_the_rest(
+    path: str,
+    linear: nn.Linear,
+    merged: Factor | None,
+    adapters: Mapping[str, Adapter],
+    scale: float,
+    *,
+    averages: bool,
 ) -> Factor:
-    """``merged`` with the biases of the adapters and their updates of the whole weight added."""
+    """A method's update of one linear, none if there is none, with the biases of the adapters and their updates of the
+    whole weight added as :func:`gradient_free` says.
+    """
+    merged = merged or empty(linear)
     factors = present(adapters, path).values()
     parts: dict[str, Tensor | None] = {}
     for part in ("bias", "dense"):

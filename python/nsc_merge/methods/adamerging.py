@@ -1,0 +1,195 @@
+"""AdaMerging (arXiv 2310.02575): coefficients that minimise the entropy of the tasks' predictions, on factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.families import find_family
+from nsc_merge.methods.base import Method, Problem, check_choice, check_count
+from nsc_merge.methods.learned import (
+    Backward,
+    BoundedCoefficients,
+    DescentOptions,
+    Outputs,
+    check_outputs,
+    descend,
+    output_of,
+)
+from nsc_merge.methods.ties import fill
+from nsc_merge.passes import Batch, Pass
+from nsc_merge.result import MergeResult
+
+TOKENS = ("class", "single", "full")
+PRESETS: dict[str, dict[str, Any]] = {
+    "nsc": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "steps": 100, "init": 0.4, "clamp": ()},
+    "original": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "steps": 500, "init": 0.3, "clamp": (0.0, 1.0)},
+    "fusion_bench": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "steps": 1000, "init": 0.3, "clamp": ()},
+}
+
+
+@dataclass(frozen=True)
+class AdaMergingOptions(DescentOptions):
+    """Options of ``method="adamerging"``; those that are None are the preset's.
+
+    Attributes:
+        preset: ``"nsc"`` (as compared with in the NSC paper), ``"original"`` (the authors' code) or
+            ``"fusion_bench"``.
+        optimizer: as all that follow but the last three, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there.
+        share: see there; the authors call them layer-wise and task-wise.
+        clamp: see there; ``()`` for none.
+        seed: see there.
+        progress: see there.
+        outputs: task -> function of model and batch that gives its logits ``[N, C]``, or ``[N, ..., C]`` with classes
+            last; the model's own logits for every task when None. A task without logits, such as a regression, is left
+            out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
+        tokens: which predictions count: all that the output holds (``"class"``), the next token after the prompt
+            (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where the family has
+            tokens and no ``outputs`` were given, and ``"class"`` otherwise.
+        new_tokens: how many tokens ``"full"`` decodes at most. Each is a forward and a backward of its own.
+    """
+
+    preset: str = "nsc"
+    optimizer: str | None = None  # type: ignore[assignment]
+    lr: float | None = None  # type: ignore[assignment]
+    weight_decay: float | None = None  # type: ignore[assignment]
+    steps: int | None = None  # type: ignore[assignment]
+    init: float | Mapping[str, float] | None = None  # type: ignore[assignment]
+    outputs: Outputs | None = None
+    tokens: str | None = None
+    new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        fill(self, PRESETS)
+        if self.clamp is not None and len(self.clamp) == 0:
+            object.__setattr__(self, "clamp", None)
+        super().__post_init__()
+        check_choice("tokens", self.tokens, (*TOKENS, None))
+        check_count("new_tokens", self.new_tokens)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of the distributions ``softmax(logits [..., C])``, ``[...]``."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def left_padded(batch: Batch, tokens: str, mask: str) -> dict[str, Any]:
+    """The batch with all padding in front and positions to match, so that every prompt ends where the next token
+    goes.
+    """
+    ids = batch[tokens]
+    real = batch.get(mask, torch.ones_like(ids)).bool()
+    # Stable, so that real tokens keep their order.
+    order = real.long().sort(dim=1, stable=True).indices
+    held = real.gather(1, order).long()
+    positions = (held.cumsum(1) - 1).clamp(min=0)
+    return {**batch, tokens: ids.gather(1, order), mask: held, "position_ids": positions}
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = AdaMergingOptions(**given)
+    model, tasks = problem.model, problem.tasks
+    check_outputs(options.outputs, tasks)
+    family = find_family(model)
+    named = family is not None and family.tokens is not None and family.mask is not None
+    kind = options.tokens or ("single" if named and options.outputs is None else "class")
+    if kind != "class" and not named:
+        raise ValueError(f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {kind!r}")
+    if kind == "full" and options.outputs is not None:
+        raise ValueError("tokens: 'full' decodes with the model's own logits; expected no outputs beside it")
+    counted = [task for task in tasks if options.outputs is None or task in options.outputs]
+    if not counted:
+        raise ValueError("outputs: expected a function for at least one task, found none")
+
+    def losses(coefficients: BoundedCoefficients) -> Backward:
+        def backward(one: Pass) -> Tensor:
+            batch, numbers = one.inputs, one.tasks[0]
+            found = torch.zeros(len(numbers))
+            here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
+            if not here:
+                return found
+            if kind == "full":
+                assert family is not None
+                assert family.tokens is not None
+                assert family.mask is not None
+                weight = len(here) / len(tasks)
+                names = family.tokens, family.mask
+                found[here] = _decoded(model, batch, *names, options.new_tokens, coefficients, weight)
+                return found
+            if options.outputs is None and kind == "single":
+                assert family is not None
+                assert family.tokens is not None
+                assert family.mask is not None
+                prompts = left_padded(batch, family.tokens, family.mask)
+                shared = entropy(output_of(None, tasks[numbers[here[0]]], model, prompts)[:, -1]).mean()
+                values = [shared] * len(here)
+            else:
+                values = [
+                    entropy(output_of(options.outputs, tasks[numbers[place]], model, batch)).mean() for place in here
+                ]
+            (torch.stack(values).sum() / len(tasks)).backward()
+            found[here] = torch.stack(values).detach().float().cpu()
+            return found
+
+        return backward
+
+    return descend("adamerging", problem, options, losses, label="AdaMerging")
+
+
+def _decoded(
+    model: nn.Module,
+    batch: Batch,
+    tokens: str,
+    mask: str,
+    most: int,
+    coefficients: BoundedCoefficients,
+    weight: float,
+) -> float:
+    """Mean entropy per prompt, summed over greedily decoded tokens; adds the gradients token by token, so that memory
+    holds one forward.
+    """
+    inputs = left_padded(batch, tokens, mask)
+    ends = getattr(getattr(model, "config", None), "eos_token_id", None)
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends]) if ends is not None else torch.tensor([])
+    going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
+    total = 0.0
+    for _ in range(most):
+        coefficients.spread()
+        logits = model(**inputs).logits[:, -1]
+        value = (entropy(logits) * going).sum() / len(going)
+        (weight * value).backward()
+        total += float(value.detach())
+        following = logits.detach().argmax(-1, keepdim=True)
+        going = going & ~torch.isin(following[:, 0], ends.to(following))
+        if not going.any():
+            break
+        inputs = {
+            **inputs,
+            tokens: torch.cat([inputs[tokens], following], 1),
+            mask: torch.cat([inputs[mask], torch.ones_like(following)], 1),
+            "position_ids": torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + 1], 1),
+        }
+    return total
+
+
+METHODS = (
+    Method(
+        "adamerging",
+        "learns coefficients by minimising the entropy of the tasks' predictions (no labels)",
+        "AdaMerging, Yang et al. 2023, arXiv 2310.02575",
+        AdaMergingOptions,
+        _run,
+        needs=frozenset({"data", "gradients", "outputs"}),
+    ),
+)

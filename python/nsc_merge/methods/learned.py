@@ -1,0 +1,247 @@
+"""What methods share that learn merge coefficients by descending some loss of the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
+from nsc_merge.loop import SCHEDULES, Optimisation, Settings
+from nsc_merge.measure import Coefficients
+from nsc_merge.methods.base import Problem, check_choice, check_count, check_number
+from nsc_merge.passes import Batch, Pass, one_by_one, streams
+from nsc_merge.result import MergeResult
+
+SHARES = ("module", "task")
+Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """Options of every method that learns coefficients.
+
+    Attributes:
+        optimizer: ``"adamw"`` or ``"adam"``.
+        lr: learning rate.
+        weight_decay: of the optimizer.
+        steps: optimisation steps; each takes one batch of every task.
+        schedule: of the learning rate: ``"constant"``, or falling to 0 by ``"cosine"`` or ``"linear"``.
+        early_stop: stop once the mean loss of ten steps is less than this share below that of the ten before; None
+            never stops early.
+        init: initial coefficient, one for all tasks or one per task.
+        share: one coefficient per task and ``"module"``, or one per ``"task"``.
+        clamp: bounds that coefficients are held to in the forward, or None.
+        seed: of torch's global generator while batches are drawn; restored afterwards.
+        progress: True draws a bar, False prints lines, None decides by whether standard error is a terminal.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    steps: int = 100
+    schedule: str = "constant"
+    early_stop: float | None = None
+    init: float | Mapping[str, float] = 0.4
+    share: str = "module"
+    clamp: Sequence[float] | None = None
+    seed: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, ("adamw", "adam"))
+        check_number("lr", self.lr, 0)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_count("steps", self.steps)
+        check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        if self.early_stop is not None:
+            check_number("early_stop", self.early_stop, 0)
+        for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
+            check_number("init", value)
+        check_choice("share", self.share, SHARES)
+        if self.clamp is not None and not (len(self.clamp) == 2 and self.clamp[0] < self.clamp[1]):
+            raise ValueError(f"clamp: expected a lower and a higher bound, found {self.clamp!r}")
+
+
+class BoundedCoefficients(Coefficients):
+    """Coefficients that the model sees within bounds; outside of them no gradient reaches them."""
+
+    def __init__(self, merged: Mapping[str, MeasuredLoRALinear], clamp: Sequence[float] | None) -> None:
+        super().__init__(merged)
+        self._clamp = clamp
+
+    @property
+    def seen(self) -> Tensor:
+        """``[modules, K]``, as the model sees them."""
+        return self.flat if self._clamp is None else self.flat.clamp(*self._clamp)
+
+    def spread(self) -> None:
+        self.give(self.seen)
+
+    def give(self, values: Tensor) -> None:
+        """Give every module its row of ``values [modules, K]``."""
+        for module, row in zip(self._modules, values.unbind(0), strict=True):
+            module.lam = row.to(module.bank.device)
+
+
+# Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
+# of all tasks, and returns the losses, one per task of the pass and detached.
+Backward = Callable[[Pass], Tensor]
+
+
+@dataclass
+class Losses:
+    """The mean over tasks of a loss of the merged model, as :class:`nsc_merge.loop.Optimisation` minimises it.
+
+    Attributes:
+        coefficients: of the attached model.
+        backward: of one pass.
+        present: ``[modules, K]``, where an adapter touches a module.
+        share: as in :class:`DescentOptions`.
+        batch_tasks: tasks that draw the same batch share its forward; others never do.
+    """
+
+    coefficients: BoundedCoefficients
+    backward: Backward
+    present: Tensor
+    share: str
+    batch_tasks: bool | None = field(default=False)
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        """See :class:`nsc_merge.loop.Objective`."""
+        flat = self.coefficients.flat
+        total = flat.new_zeros(flat.shape[1])
+        for one in one_by_one(drawn, flat.device):
+            self.coefficients.spread()
+            total[list(one.tasks[0])] = self.backward(one).to(total)
+        if self.share == "task":
+            # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
+            assert flat.grad is not None
+            flat.grad.copy_(flat.grad.sum(0, keepdim=True) * self.present)
+        return total
+
+
+@contextmanager
+def attached(problem: Problem, options: DescentOptions) -> Iterator[BoundedCoefficients]:
+    """The coefficients of the attached model, in evaluation mode, for the duration of a ``with`` block.
+
+    Raises:
+        ValueError: if ``init`` does not have one value for each task.
+    """
+    if isinstance(options.init, Mapping) and set(options.init) != set(problem.tasks):
+        raise ValueError(f"init: expected one value for each of {problem.tasks}, found {sorted(options.init)}")
+    training = problem.model.training
+    with attach(problem.model, problem.adapters, options.init) as merged:
+        problem.model.eval()
+        try:
+            yield BoundedCoefficients(merged, options.clamp)
+        finally:
+            problem.model.train(training)
+
+
+def presence(problem: Problem) -> Tensor:
+    """``[modules, K]`` bool: where a task's adapter touches a module that has coefficients."""
+    paths = adapted_linears(problem.model, problem.adapters)
+    return torch.tensor([[path in adapter.factors for adapter in problem.adapters.values()] for path in paths])
+
+
+def descend(
+    method: str,
+    problem: Problem,
+    options: DescentOptions,
+    losses: Callable[[BoundedCoefficients], Backward],
+    *,
+    label: str,
+) -> MergeResult:
+    """Learn coefficients.
+
+    Args:
+        method: for the result.
+        problem: with calibration batches for every task.
+        options: of the descent.
+        losses: given the coefficients of the attached model, makes what runs a pass.
+        label: of the progress bar.
+    """
+    tasks = problem.tasks
+    drawn = list(streams(problem.calibration, tasks).values())
+    present = presence(problem)
+    device = next(problem.model.parameters()).device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        attached(problem, options) as coefficients,
+    ):
+        torch.manual_seed(options.seed)
+        objective = Losses(
+            coefficients, losses(coefficients), present.to(coefficients.flat.device), options.share
+        )
+        names = {one.name for one in fields(options)}
+        known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}
+        settings = Settings(**{"state_to": None, "state_every": 1, **known})
+        loop = Optimisation(
+            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss"
+        )
+        loop.run(lambda: None)
+        lam = coefficients.seen.detach().cpu()
+        dead = loop.dead.cpu() & present
+    paths = list(adapted_linears(problem.model, problem.adapters))
+    return MergeResult(
+        method=method,
+        coefficients={
+            path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)
+        },
+        history=loop.history,
+        adapters=problem.adapters,
+        options=plain_options(options),
+        dead={
+            path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
+            for path, row in zip(paths, dead.tolist(), strict=True)
+            if any(row)
+        },
+        model=problem.model,
+    )
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """Options as a recipe can hold them: functions are named by the tasks that they serve."""
+    return {
+        one.name: sorted(value) if _holds_functions(value) else value
+        for one in fields(options)
+        for value in [getattr(options, one.name)]
+    }
+
+
+def _holds_functions(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(callable(item) for item in value.values())
+
+
+def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
+    """Refuse functions for tasks that there are not.
+
+    Raises:
+        ValueError, TypeError: naming the task.
+    """
+    for task, function in (outputs or {}).items():
+        if task not in tasks:
+            raise ValueError(f"outputs: expected functions for some of {list(tasks)}, found one for {task!r}")
+        if not callable(function):
+            raise TypeError(f"outputs[{task!r}]: expected a function of model and batch, found {function!r}")
+
+
+def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
+    """A task's output: of its own function, or the model's logits.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if outputs is not None and task in outputs:
+        return outputs[task](model, batch)
+    found = getattr(model(**batch), "logits", None)
+    if found is None:
+        raise ValueError(
+            f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
+        )
+    return found

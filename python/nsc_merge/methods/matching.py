@@ -1,0 +1,301 @@
+"""Feature matching: coefficients for which the merged model's features are those of each task's own model.
+
+Free of labels and of the tasks' outputs, like NSC: task k's batches run through the merged model and, once, through
+the base with adapter k alone; minimised is ``sum_k ||h_merged(x) - h_k(x)||^2``. Not from the NSC paper; offered
+because it held where minimising the null-space ratio did not; docs/results.md has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_kernels import null_space_ratio
+from nsc_merge.attachment import adapted_linears
+from nsc_merge.families import Family, family_of, scored_paths
+from nsc_merge.methods.base import Method, Problem, check_choice, check_number
+from nsc_merge.methods.learned import (
+    Backward,
+    BoundedCoefficients,
+    DescentOptions,
+    attached,
+    descend,
+    presence,
+)
+from nsc_merge.passes import Batch, Pass, one_by_one, streams
+from nsc_merge.result import MergeResult
+
+NORMALISATIONS = ("none", "scale", "task")
+RATIO_TARGETS = ("zero", "own")
+# Bytes of the single models' features that are kept; beyond, they are computed anew.
+LIMIT = 2 * 2**30
+SCALES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+@dataclass(frozen=True)
+class MatchOptions(DescentOptions):
+    """Options of ``method="match"``.
+
+    Attributes:
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there, or ``"match"``: the one coefficient for everything, of 0.05, 0.1, ... 1, whose features match
+            best on the first batch of every task.
+        share: see there.
+        clamp: see there.
+        seed: see there.
+        progress: see there.
+        features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are
+            matched, with equal weight.
+        normalise: divide a task's squared distance by nothing (``"none"``), by the mean square of its own features
+            (``"scale"``), or by their distance from the base model's (``"task"``, which protects tasks that changed
+            little).
+        pull: weight of the mean squared distance of the coefficients from where they started.
+        ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
+        ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
+            own model, by the absolute distance.
+    """
+
+    lr: float = 1e-2
+    init: float | str | Mapping[str, float] = 0.4  # type: ignore[assignment]
+    features: str | Sequence[str] = "final"
+    normalise: str = "none"
+    pull: float = 0.0
+    ratio_weight: float = 0.0
+    ratio_target: str = "zero"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init, str):
+            check_choice("init", self.init, ("match",))
+        else:
+            super().__post_init__()
+        if isinstance(self.features, str):
+            check_choice("features", self.features, ("final",))
+        elif not self.features:
+            raise ValueError("features: expected 'final' or paths of modules, found none")
+        check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_number("pull", self.pull, 0)
+        check_number("ratio_weight", self.ratio_weight, 0)
+        check_choice("ratio_target", self.ratio_target, RATIO_TARGETS)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward shows.
+
+    Attributes:
+        features: one tensor ``[..., d]`` per matched place.
+        ratios: the mean null-space ratio of every adapter, ``[K]``; None where none was asked for.
+    """
+
+    features: list[Tensor]
+    ratios: Tensor | None
+
+
+class Watcher:
+    """Runs an attached model without its head and collects features and ratios.
+
+    Args:
+        problem: the adapters and the model that they are attached to.
+        family: of the model.
+        features: as in :class:`MatchOptions`.
+        ratios: whether ratios are measured at the family's modules.
+    """
+
+    def __init__(self, problem: Problem, family: Family, features: str | Sequence[str], ratios: bool) -> None:
+        self._problem, self._family = problem, family
+        self._trunk: nn.Module = getattr(problem.model, family.prefill, problem.model)
+        self._places: list[str] | None = None if isinstance(features, str) else list(features)
+        modules = dict(problem.model.named_modules())
+        unknown = [path for path in self._places or () if path not in modules]
+        if unknown:
+            raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
+        paths = list(adapted_linears(problem.model, problem.adapters))
+        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios else []
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
+        mask = batch.get(self._family.mask) if self._family.mask else None
+        return None if mask is None else mask.bool()
+
+    def see(self, batch: Batch) -> Seen:
+        """One forward at the coefficients that the modules have now."""
+        kept: dict[str, Tensor] = {}
+        sums: list[Tensor] = []
+        mask = self.mask(batch)
+
+        def record(_: str, quad: Tensor, sqnorm: Tensor) -> None:
+            ratio = null_space_ratio(quad, sqnorm)
+            inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
+            inside = inside.to(ratio)[..., None]
+            sums.append((ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1))
+
+        with ExitStack() as stack:
+            for path in self._scored:
+                module: Any = self._problem.model.get_submodule(path)
+                module.measure = record
+                stack.callback(setattr, module, "measure", None)
+            for path in self._places or ():
+                place = self._problem.model.get_submodule(path)
+                hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
+                stack.callback(hook.remove)
+            output = self._trunk(**batch)
+        if self._places is None:
+            features = [_tensor(output)]
+        else:
+            silent = [path for path in self._places if path not in kept]
+            if silent:
+                raise RuntimeError(f"features: the forward never reached {silent}")
+            features = [kept[path] for path in self._places]
+        return Seen(features, torch.stack(sums).mean(0) if sums else None)
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    hidden = getattr(output, "last_hidden_state", None)
+    return hidden if hidden is not None else output[0]
+
+
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean over places of the mean squared difference per feature and real position."""
+    values = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        square = (ours.float() - theirs.float()).square().mean(-1)
+        if mask is not None and mask.shape == square.shape:
+            values.append((square * mask).sum() / mask.sum().clamp(min=1))
+        else:
+            values.append(square.mean())
+    return torch.stack(values).mean()
+
+
+class Targets:
+    """What each task's own model shows on a batch, and how far the base is from it; kept per batch, up to
+    :data:`LIMIT`.
+    """
+
+    def __init__(self, watcher: Watcher, coefficients: BoundedCoefficients, present: Tensor, normalise: str) -> None:
+        self._watcher, self._coefficients, self._normalise = watcher, coefficients, normalise
+        self._present = present.to(coefficients.flat)
+        self._kept: dict[tuple[int, int | None], tuple[Batch, Seen]] = {}
+        self._held = 0
+
+    def distance(self, number: int, one: Pass, features: Sequence[Tensor]) -> Tensor:
+        """From ``features`` to those of the task of that number on the pass's batch, normalised."""
+        mask = self._watcher.mask(one.inputs)
+        own = self._of(number, one).features
+        found = distance(features, own, mask)
+        if self._normalise == "none":
+            return found
+        base = self._of(None, one).features if self._normalise == "task" else [feature * 0 for feature in own]
+        return found / distance(own, base, mask).clamp(min=1e-12)
+
+    def ratio(self, number: int, one: Pass) -> Tensor:
+        """The mean null-space ratio of a task's adapter in its own model."""
+        ratios = self._of(number, one).ratios
+        assert ratios is not None, "ratios were not measured"
+        return ratios[number]
+
+    def prepare(self, number: int, one: Pass) -> None:
+        """Run what :meth:`distance` needs, which changes the coefficients that the modules have."""
+        self._of(number, one)
+        if self._normalise == "task":
+            self._of(None, one)
+
+    @torch.no_grad()
+    def _of(self, number: int | None, one: Pass) -> Seen:
+        source = one.sources[0]
+        key = (id(source), number)
+        if key in self._kept:
+            return self._kept[key][1]
+        alone = torch.zeros_like(self._present)
+        if number is not None:
+            alone[:, number] = self._present[:, number]
+        self._coefficients.give(alone)
+        seen = self._watcher.see(one.inputs)
+        size = sum(feature.untyped_storage().nbytes() for feature in seen.features)
+        if self._held + size > LIMIT:
+            # Only the batch at hand is kept, then.
+            self._kept, self._held = {k: v for k, v in self._kept.items() if k[0] == id(source)}, 0
+        self._held += size
+        # The batch is kept alive, so that no other object takes its identity.
+        self._kept[key] = (source, seen)
+        return seen
+
+
+def best_scale(problem: Problem, options: MatchOptions) -> float:
+    """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
+    drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
+    start = replace(options, init=1.0)
+    with attached(problem, start) as coefficients, torch.no_grad():
+        watcher = Watcher(problem, family_of(problem.model), options.features, False)
+        targets = Targets(watcher, coefficients, presence(problem), options.normalise)
+        present = presence(problem).to(coefficients.flat)
+        totals = dict.fromkeys(SCALES, 0.0)
+        for one in one_by_one(drawn, coefficients.flat.device):
+            for scale in SCALES:
+                coefficients.give(scale * present)
+                found = watcher.see(one.inputs).features
+                for number in one.tasks[0]:
+                    totals[scale] += float(targets.distance(number, one, found))
+    return min(totals, key=lambda scale: totals[scale])
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = MatchOptions(**given)
+    family = family_of(problem.model)
+    if isinstance(options.init, str):
+        options = replace(options, init=best_scale(problem, options))
+    count = len(problem.tasks)
+
+    def losses(coefficients: BoundedCoefficients) -> Backward:
+        watcher = Watcher(problem, family, options.features, options.ratio_weight > 0)
+        targets = Targets(watcher, coefficients, presence(problem), options.normalise)
+        start = coefficients.flat.detach().clone()
+
+        def backward(one: Pass) -> Tensor:
+            numbers = one.tasks[0]
+            # The single models run first: the merged one's graph must not see their coefficients.
+            for number in numbers:
+                targets.prepare(number, one)
+            coefficients.spread()
+            found = watcher.see(one.inputs)
+            values = []
+            for number in numbers:
+                value = targets.distance(number, one, found.features)
+                if found.ratios is not None:
+                    ratio = found.ratios[number]
+                    if options.ratio_target == "own":
+                        ratio = (ratio - targets.ratio(number, one)).abs()
+                    value = value + options.ratio_weight * ratio
+                if options.pull:
+                    value = value + options.pull * (coefficients.flat - start).square().mean()
+                values.append(value)
+            total = torch.stack(values)
+            (total.sum() / count).backward()
+            return total.detach()
+
+        return backward
+
+    return descend("match", problem, options, losses, label="feature matching")
+
+
+METHODS = (
+    Method(
+        "match",
+        "learns coefficients by matching each task's own late features (no labels)",
+        "this project; the NSC setting of arXiv 2603.26317 with another objective",
+        MatchOptions,
+        _run,
+        needs=frozenset({"data", "gradients"}),
+    ),
+)
