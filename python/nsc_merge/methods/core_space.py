@@ -12,9 +12,10 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
 from nsc_merge.methods.dare import RESCALES, sparsify
 from nsc_merge.methods.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
-from nsc_merge.methods.factors import cores, rounded
+from nsc_merge.methods.factors import cores, in_float32, singular
 
 MERGES = ("sum", "ties", "dare", "dare_ties")
+BASES = ("factors", "updates")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class CoreSpaceOptions:
         scale: multiplies the merged update.
         merge: how cores are merged, each module by itself as in the authors' code: ``"sum"`` (which is task
             arithmetic), ``"ties"``, ``"dare"`` or ``"dare_ties"``.
-        isotropise: give all singular values of the merged core their mean.
+        bases: singular vectors of the ``"factors"`` next to one another (the authors'), so that the result depends on
+            how an update is factored unless cores are summed, or of the ``"updates"``, with which it does not.
+        isotropise: give all singular values of the merged core that are not zero their mean.
         density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see :class:`nsc_merge.methods.ties.TiesOptions`.
         sign: of TIES.
         zero: of TIES.
@@ -37,18 +40,20 @@ class CoreSpaceOptions:
 
     scale: float = 1.0
     merge: str = "ties"
+    bases: str = "factors"
     isotropise: bool = False
     density: float = 0.3
     sign: str = "sum"
     zero: str = "majority"
     aggregate: str = "mean"
-    drop: float = 0.9
+    drop: float = 0.3
     rescale: str = "inverse"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
         check_choice("merge", self.merge, MERGES)
+        check_choice("bases", self.bases, BASES)
         check_choice("isotropise", self.isotropise, (True, False))
         check_number("density", self.density, 0, 1, above=True)
         check_choice("sign", self.sign, SIGNS)
@@ -62,16 +67,22 @@ class CoreSpaceOptions:
 def core_space(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: CoreSpaceOptions
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and merged update. Entries of a core depend on the bases and so on how the updates are factored: only
-    ``"sum"`` is invariant to that.
-    """
+    """Path and merged update."""
     for path in paths:
-        common = cores(present(adapters, path), singular=True)
+        common = cores(present(adapters, path))
+        if options.bases == "updates":
+            common = common.by_updates()
         merged = _merged(path, common.M, options)
         if options.isotropise:
-            left, sigma, right = torch.linalg.svd(merged, full_matrices=False)
-            merged = sigma.mean() * (left @ right)
-        yield path, rounded(common.factor(options.scale * merged))
+            merged = isotropised(merged)
+        yield path, common.factor(options.scale * merged)
+
+
+def isotropised(core: Tensor) -> Tensor:
+    """``core`` with each singular value above rounding replaced by their mean."""
+    left, right = singular(core)
+    sigma = right.norm(dim=1, keepdim=True)
+    return sigma.mean() * left @ (right / sigma) if len(sigma) else core
 
 
 def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
@@ -92,6 +103,6 @@ METHODS = (
         "merges small cores between bases that all adapters share",
         "Core Space, Panariello et al. 2025, arXiv 2509.17786",
         CoreSpaceOptions,
-        core_space,
+        in_float32(core_space),
     ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
 from nsc_merge.methods.elementwise import Ties, tasks_by_path, ties_merge
-from nsc_merge.methods.factors import Cores, cores, rounded
+from nsc_merge.methods.factors import Cores, cores, in_float32
 from nsc_merge.methods.knots import KnotsTiesOptions, knots_ties
 
 CHOICES = ("norm", "pivoted")
@@ -70,8 +70,15 @@ class SVDCUROptions:
 
 @dataclass(frozen=True)
 class CUR:
-    """``s_k B_k A_k ~ C @ coefficients[k]``: ``C [d_out, c]``, coefficients ``[c, d_in]``."""
+    """``s_k B_k A_k ~ U C coefficients[k]``.
 
+    Attributes:
+        U: ``[d_out, p]``, orthonormal columns; those of ``U C`` are columns of the updates.
+        C: ``[p, c]``.
+        coefficients: task -> ``[c, d_in]``.
+    """
+
+    U: Tensor
     C: Tensor
     coefficients: dict[str, Tensor]
 
@@ -90,7 +97,7 @@ def decompose(common: Cores, options: SVDCUROptions) -> CUR:
         norms = (common.U @ stacked).norm(dim=1)
         rows = common.U[norms.topk(min(options.rows, len(norms))).indices]
         solved = backward @ stacked @ torch.linalg.pinv(rows @ stacked) @ rows
-    return CUR(common.U @ chosen, {task: solved @ part @ common.V for task, part in common.M.items()})
+    return CUR(common.U, chosen, {task: solved @ part @ common.V for task, part in common.M.items()})
 
 
 def _columns(side: Tensor, count: int, choice: str) -> Tensor:
@@ -98,7 +105,7 @@ def _columns(side: Tensor, count: int, choice: str) -> Tensor:
         return side.norm(dim=0).topk(count).indices
     from scipy.linalg import qr
 
-    return torch.from_numpy(qr(side.numpy(), mode="r", pivoting=True)[1][:count].copy()).long()
+    return torch.from_numpy(qr(side.cpu().numpy(), mode="r", pivoting=True)[1][:count].copy()).long()
 
 
 def svd_cur(
@@ -118,21 +125,15 @@ def svd_cur(
         adapters, paths, KnotsTiesOptions(preset="canonical", density=options.svd_density, scale=options.svd_scale)
     )
     for (path, first), (_, coefficients) in zip(aligned, branch, strict=True):
-        second = Factor(coefficients, options.cur_scale * decomposed(path).C, 1.0)
+        found = decomposed(path)
+        # Both branches lie in the span of U, which is the rank that the blend needs.
+        left = (found.U.t() @ first.B) @ first.A
+        right = options.cur_scale * (found.C @ coefficients)
         alpha = options.alpha
         if isinstance(alpha, str):
-            norms = [_norm(factor) for factor in (first, second)]
+            norms = [float(side.norm()) for side in (left, right)]
             alpha = norms[0] / sum(norms) if sum(norms) else 0.5
-        A = torch.cat([first.A.double(), second.A])
-        B = options.scale * torch.cat([alpha * first.B.double(), (1 - alpha) * second.B], 1)
-        # Both branches lie in the span of the factors, so that a rank as large as theirs holds the blend.
-        common = cores({"blend": Factor(A, B, 1.0)})
-        yield path, rounded(common.factor(common.M["blend"]))
-
-
-def _norm(factor: Factor) -> float:
-    A, B = factor.A.double(), factor.B.double()
-    return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0).sqrt())
+        yield path, Factor(alpha * left + (1 - alpha) * right, options.scale * found.U, 1.0)
 
 
 METHODS = (
@@ -141,7 +142,7 @@ METHODS = (
         "KnOTS-TIES blended with TIES on a column (CUR) decomposition",
         "On the Representation Geometry of LoRA Model Merging (code: lcytoronto/knots_cur)",
         SVDCUROptions,
-        svd_cur,
+        in_float32(svd_cur),
         averages=True,
     ),
 )

@@ -45,6 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "drop": 0.5, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
         "sign": "sum", "zero": "majority", "aggregate": "sum", "scale": 0.3,
     },
+    "knots": {
+        "drop": 0.1, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "global",
+        "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 0.7,
+    },
     "nsc": {
         "drop": 0.9, "rescale": "inverse", "order": "trim_first", "density": 0.2, "trim_scope": "tensor",
         "sign": "count", "zero": "positive", "aggregate": "sum", "scale": 0.3,
@@ -79,8 +83,8 @@ class DareTiesOptions:
     """Options of ``method="dare_ties"``; those that are None are the preset's.
 
     Attributes:
-        preset: ``"canonical"`` (what DARE's author states), ``"peft"``, ``"mergekit"``, ``"fusion_bench"`` or
-            ``"nsc"``.
+        preset: ``"canonical"`` (what DARE's author states), ``"peft"``, ``"mergekit"``, ``"fusion_bench"``,
+            ``"knots"`` (its published ViT-B/32 settings) or ``"nsc"``.
         scale: multiplies the merged update.
         drop: probability that an entry is dropped.
         rescale: as in :class:`DareOptions`.

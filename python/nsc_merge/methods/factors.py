@@ -4,13 +4,15 @@ of the ranks, and no decomposition is of one larger than the sum of the ranks (t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Factor
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.base import Updates
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Cores:
     """The updates of one module in bases that they share: ``s_k B_k A_k = U M_k V``.
 
     Attributes:
-        U: ``[d_out, p]``, orthonormal columns; p is the sum of the ranks, or d_out if that is less.
+        U: ``[d_out, p]``, orthonormal columns.
         V: ``[q, d_in]``, orthonormal rows.
         M: task -> ``[p, q]``.
     """
@@ -28,35 +30,52 @@ class Cores:
     M: dict[str, Tensor]
 
     def factor(self, core: Tensor) -> Factor:
-        """``U core V`` as an update, in float64: of rank p or q, whichever is less."""
+        """``U core V`` as an update, of rank p or q, whichever is less."""
         if core.shape[0] <= core.shape[1]:
             return Factor(core @ self.V, self.U, 1.0)
         return Factor(self.V, self.U @ core, 1.0)
 
+    def by_updates(self) -> Cores:
+        """The same updates between the singular vectors of all updates next to and on top of one another, which do not
+        depend on how an update is factored.
+        """
+        parts = list(self.M.values())
+        left, _ = singular(torch.cat(parts, 1))
+        right, _ = singular(torch.cat(parts).t())
+        return Cores(
+            self.U @ left, right.t() @ self.V, {task: left.t() @ part @ right for task, part in self.M.items()}
+        )
 
-def cores(factors: Mapping[str, Factor], *, singular: bool = False) -> Cores:
-    """Common bases of the updates of one module, by QR of the factors next to one another.
+
+def cores(factors: Mapping[str, Factor]) -> Cores:
+    """Common bases of the updates of one module: the left singular vectors of ``[s_1 B_1, ..., s_K B_K]`` and the right
+    ones of the ``A_k`` on top of one another, as Core Space takes them (arXiv 2509.17786).
+
+    p and q are the numerical ranks of the two, so that factors of deficient rank, or shared ones, need no more of
+    either than there is.
 
     Args:
         factors: task -> update of low rank.
-        singular: take the singular vectors of ``[s_k B_k]`` and of the ``A_k`` on top of one another as bases, as
-            Core Space does. Unlike any basis of the same spaces they depend on how an update is factored.
     """
-    ups = torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1)
-    downs = torch.cat([factor.A.double() for factor in factors.values()]).t()
-    (U, up), (Vt, down) = (_basis(side, singular) for side in (ups, downs))
+    U, up = _basis(torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1))
+    Vt, down = _basis(torch.cat([factor.A.double() for factor in factors.values()]).t())
     ranks = [factor.rank for factor in factors.values()]
     parts = zip(up.split(ranks, 1), down.split(ranks, 1), strict=True)
     return Cores(U, Vt.t(), {task: left @ right.t() for task, (left, right) in zip(factors, parts, strict=True)})
 
 
-def _basis(side: Tensor, singular: bool) -> tuple[Tensor, Tensor]:
-    """``Q [d, p]`` with orthonormal columns and ``C [p, R]`` with ``Q C = side [d, R]``."""
+def _basis(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``Q [d, p]`` of ``side [d, R]`` and ``C [p, R]`` with ``Q C = side``; p is its rank."""
     q, r = torch.linalg.qr(side)
-    if not singular:
-        return q, r
-    left, sigma, right = torch.linalg.svd(r, full_matrices=False)
-    return q @ left, sigma[:, None] * right
+    left, rest = singular(r)
+    return q @ left, rest
+
+
+def singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of values above rounding, and singular values times right singular vectors."""
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = sigma > max(matrix.shape) * torch.finfo(sigma.dtype).eps * sigma.max() if len(sigma) else sigma > 0
+    return left[:, kept], sigma[kept, None] * right[kept]
 
 
 def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -71,3 +90,13 @@ def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
 def rounded(factor: Factor) -> Factor:
     """The update with factors in float32, as adapters are kept."""
     return Factor(factor.A.float(), factor.B.float(), factor.scaling)
+
+
+def in_float32(updates: Updates) -> Updates:
+    """``updates``, which are computed in float64, with :func:`rounded` factors."""
+
+    def each(adapters: Mapping[str, Adapter], paths: Sequence[str], options: Any) -> Iterator[tuple[str, Factor]]:
+        for path, factor in updates(adapters, paths, options):
+            yield path, rounded(factor)
+
+    return each

@@ -14,7 +14,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_number, gradient_free, present
 from nsc_merge.methods.dare import DareTiesOptions, thinned
 from nsc_merge.methods.elementwise import Source, tasks_by_path, ties_merge
-from nsc_merge.methods.factors import cores, rounded
+from nsc_merge.methods.factors import cores, in_float32
 from nsc_merge.methods.ties import TiesOptions, steps_of, weights_of
 
 ALONG = ("columns", "rows")
@@ -26,7 +26,7 @@ Combine = Callable[[Source, Mapping[str, Sequence[str]]], Iterator[tuple[str, Te
 
 @dataclass(frozen=True)
 class KnotsTiesOptions(TiesOptions):
-    """Options of ``method="knots_ties"``: those of :class:`nsc_merge.methods.ties.TiesOptions`, and two.
+    """Options of ``method="knots_ties"``: those of :class:`nsc_merge.methods.ties.TiesOptions`, and four.
 
     Attributes:
         preset: as in :class:`nsc_merge.methods.ties.TiesOptions`; ``"knots"`` by default.
@@ -38,16 +38,19 @@ class KnotsTiesOptions(TiesOptions):
         aggregate: of TIES.
         weights: of TIES.
         along: updates stand next to one another and share their output space (``"columns"``), or on top of one
-            another and share their input space (``"rows"``).
-        vectors: what is merged: singular vectors times singular values (``"scaled"``, the authors' code), or
-            ``"plain"`` ones.
-        tolerance: singular values at or below this are dropped.
+            another and share their input space (``"rows"``; ``concat_across_output`` False in the authors' code).
+        vectors: what is merged: right singular vectors times singular values (``"scaled"``, the authors' code), or
+            ``"plain"`` ones (the paper's text, and Core Space's code for KnOTS).
+        atol: as ``rtol``, of singular values: those at or below ``max(atol, rtol * the largest of the module)`` are
+            dropped. The authors' is absolute, so that weak updates lose more.
+        rtol: see ``atol``.
     """
 
     preset: str = "knots"
     along: str = "columns"
     vectors: str = "scaled"
-    tolerance: float = 1e-5
+    atol: float = 1e-5
+    rtol: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,10 +59,10 @@ class KnotsTiesOptions(TiesOptions):
 
 @dataclass(frozen=True)
 class KnotsDareTiesOptions(DareTiesOptions):
-    """Options of ``method="knots_dare_ties"``: those of :class:`nsc_merge.methods.dare.DareTiesOptions`, and two.
+    """Options of ``method="knots_dare_ties"``: those of :class:`nsc_merge.methods.dare.DareTiesOptions`, and four.
 
     Attributes:
-        preset: as in :class:`nsc_merge.methods.dare.DareTiesOptions`.
+        preset: as in :class:`nsc_merge.methods.dare.DareTiesOptions`; ``"knots"`` by default, which does not trim.
         scale: multiplies the merged update.
         drop: of DARE, here on the aligned vectors; as ``rescale``, ``order`` and ``seed``.
         rescale: of DARE.
@@ -71,14 +74,17 @@ class KnotsDareTiesOptions(DareTiesOptions):
         aggregate: of TIES.
         weights: of TIES.
         seed: of DARE.
-        along: as ``vectors`` and ``tolerance``, in :class:`KnotsTiesOptions`.
+        along: as ``vectors``, ``atol`` and ``rtol``, in :class:`KnotsTiesOptions`.
         vectors: see there.
-        tolerance: see there.
+        atol: see there.
+        rtol: see there.
     """
 
+    preset: str = "knots"
     along: str = "columns"
     vectors: str = "scaled"
-    tolerance: float = 1e-5
+    atol: float = 1e-5
+    rtol: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +95,8 @@ def _check(options: Any) -> None:
     check_choice("trim_scope", options.trim_scope, ("global", "tensor"))
     check_choice("along", options.along, ALONG)
     check_choice("vectors", options.vectors, VECTORS)
-    check_number("tolerance", options.tolerance, 0)
+    check_number("atol", options.atol, 0)
+    check_number("rtol", options.rtol, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,13 +112,13 @@ class Aligned:
     parts: dict[str, Tensor]
 
 
-def align(factors: Mapping[str, Factor], vectors: str, tolerance: float) -> Aligned:
+def align(factors: Mapping[str, Factor], vectors: str, atol: float, rtol: float) -> Aligned:
     """The SVD of ``[s_1 B_1 A_1, ..., s_K B_K A_K]``, K times as wide as the layer, from cores of the ranks' size."""
     common = cores(factors)
     # Next to one another, U [M_1 V, ..., M_K V]: the rows of V are orthonormal, so the M_k alone have the same
     # singular values and left vectors.
     left, sigma, right = torch.linalg.svd(torch.cat(list(common.M.values()), 1), full_matrices=False)
-    kept = int((sigma > tolerance).sum())
+    kept = int((sigma > max(atol, rtol * float(sigma[:1].sum()))).sum())
     basis, weights = common.U @ left[:, :kept], sigma[:kept]
     if vectors == "plain":
         basis, weights = basis * weights, torch.ones_like(weights)
@@ -124,7 +131,7 @@ def align(factors: Mapping[str, Factor], vectors: str, tolerance: float) -> Alig
 def knots(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: Any, combine: Combine
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and merged update, in float64, of the ranks' sum at most: ``basis @ merged parts``."""
+    """Path and merged update, of the ranks' sum at most: ``basis @ merged parts``."""
     across = options.along == "rows"
 
     @functools.lru_cache(maxsize=1)
@@ -132,7 +139,7 @@ def knots(
         factors = present(adapters, path)
         if across:
             factors = {task: _transposed(factor) for task, factor in factors.items()}
-        return align(factors, options.vectors, options.tolerance)
+        return align(factors, options.vectors, options.atol, options.rtol)
 
     def source(path: str, task: str) -> Tensor:
         return aligned(path).parts[task]
@@ -155,8 +162,7 @@ def knots_ties(
     def combine(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
         return ties_merge(source, tasks, steps_of(options), weights)
 
-    for path, factor in knots(adapters, paths, options, combine):
-        yield path, rounded(factor)
+    return knots(adapters, paths, options, combine)
 
 
 def knots_dare_ties(
@@ -171,8 +177,7 @@ def knots_dare_ties(
     def combine(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
         return ties_merge(thinned(source, options, tasks), tasks, steps, weights)
 
-    for path, factor in knots(adapters, paths, options, combine):
-        yield path, rounded(factor)
+    return knots(adapters, paths, options, combine)
 
 
 METHODS = (
@@ -181,7 +186,7 @@ METHODS = (
         "TIES on updates aligned by a joint SVD",
         "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
         KnotsTiesOptions,
-        knots_ties,
+        in_float32(knots_ties),
         averages=True,
     ),
     gradient_free(
@@ -189,7 +194,7 @@ METHODS = (
         "DARE, then TIES, on updates aligned by a joint SVD",
         "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
         KnotsDareTiesOptions,
-        knots_dare_ties,
+        in_float32(knots_dare_ties),
         averages=True,
     ),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
-from nsc_merge.methods.factors import rounded
+from nsc_merge.methods.factors import in_float32
 
 ITERATIONS = 10
 
@@ -55,16 +55,16 @@ def lora_lego(
         factors = list(present(adapters, path).values())
         ranks = [factor.rank for factor in factors]
         # A unit is as large in A as in B, whichever way the scaling was stored.
-        halves = [
-            torch.cat([math.sqrt(abs(factor.scaling)) * factor.A.double() for factor in factors]),
-            torch.cat([_signed_root(factor.scaling) * factor.B.double().t() for factor in factors]),
-        ]
-        count = min(options.rank or max(ranks), sum(ranks))
-        labels = _clusters(torch.cat([_normalised(half) for half in halves], 1), count, options.seed)
-        A, Bt = (_centres(half, labels, count, options.rescale) for half in halves)
-        # The update is a sum over units: fewer of them are scaled up, by the square root of the shares of norm.
-        output = (sum(ranks) / len(ranks) / count) ** 0.5
-        yield path, rounded(Factor(A, options.scale * output * Bt.t(), 1.0))
+        downs = torch.cat([math.sqrt(abs(factor.scaling)) * factor.A.double() for factor in factors])
+        ups = torch.cat([_signed_root(factor.scaling) * factor.B.double().t() for factor in factors])
+        features = torch.cat([_normalised(downs), _normalised(ups)], 1)
+        wanted = options.rank or max(ranks)
+        labels = _clusters(features, wanted, options.seed)
+        centres = _centres(torch.cat([downs, ups], 1), labels, options.rescale)
+        A, Bt = centres.split([downs.shape[1], ups.shape[1]], 1)
+        # The output reweighting: fewer units than an adapter has are scaled up by the root of the ratio.
+        output = math.sqrt(sum(ranks) / len(ranks) / wanted)
+        yield path, Factor(A, options.scale * output * Bt.t(), 1.0)
 
 
 def _signed_root(value: float) -> float:
@@ -72,25 +72,31 @@ def _signed_root(value: float) -> float:
 
 
 def _normalised(units: Tensor) -> Tensor:
-    return units / units.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return units / units.norm(dim=1, keepdim=True).clamp(min=torch.finfo(units.dtype).tiny)
 
 
-def _clusters(features: Tensor, count: int, seed: int) -> Tensor:
+def _clusters(features: Tensor, wanted: int, seed: int) -> Tensor:
+    """Cluster of each unit, from 0 without gaps; there are fewer than wanted if there are fewer different units."""
     from sklearn.cluster import KMeans
 
+    count = min(wanted, len(features.unique(dim=0)))
     means = KMeans(count, init="k-means++", n_init=1, max_iter=ITERATIONS, random_state=seed)
-    return torch.from_numpy(means.fit_predict(features.numpy())).long()
+    labels = torch.from_numpy(means.fit_predict(features.cpu().numpy())).long()
+    return labels.unique(return_inverse=True)[1].to(features.device)
 
 
-def _centres(units: Tensor, labels: Tensor, count: int, rescale: bool) -> Tensor:
-    sizes = torch.bincount(labels, minlength=count).clamp(min=1)[:, None]
-    centres = units.new_zeros(count, units.shape[1]).index_add(0, labels, units) / sizes
+def _centres(units: Tensor, labels: Tensor, rescale: bool) -> Tensor:
+    """Mean of each cluster's units ``[N, d]``, brought to the mean of their largest magnitudes if ``rescale``."""
+    sizes = torch.bincount(labels)[:, None]
+
+    def mean(values: Tensor) -> Tensor:
+        return values.new_zeros(len(sizes), values.shape[1]).index_add(0, labels, values) / sizes
+
+    centres = mean(units)
     if not rescale:
         return centres
-    largest = units.abs().amax(1, keepdim=True)
-    mean = units.new_zeros(count, 1).index_add(0, labels, largest) / sizes
     own = centres.abs().amax(1, keepdim=True)
-    return torch.where(own > 0, centres * mean / own.clamp(min=1e-30), centres)
+    return torch.where(own > 0, centres * mean(units.abs().amax(1, keepdim=True)) / own.where(own > 0, 1.0), centres)
 
 
 METHODS = (
@@ -99,6 +105,6 @@ METHODS = (
         "clusters the adapters' rank-one units and keeps the centres",
         "LoRA-LEGO, Zhao et al. 2024, arXiv 2409.16167",
         LegoOptions,
-        lora_lego,
+        in_float32(lora_lego),
     ),
 )

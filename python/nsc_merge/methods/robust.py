@@ -11,7 +11,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_number, gradient_free, present
 from nsc_merge.methods.elementwise import threshold, trim
-from nsc_merge.methods.factors import rounded
+from nsc_merge.methods.factors import in_float32
 from nsc_merge.methods.svd import check_equal_ranks
 
 # The public code multiplies both merged factors by this.
@@ -52,18 +52,19 @@ def robustmerge(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: RobustMergeOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update: ``A = 2 sum_k A~_k``, ``B = 2 sum_k B~_k diag(c_k) / sum_k c_k``, where c_k makes up for
-    the magnitude that trimming took from each row of A, at least the 80th percentile of the module. The product has
-    cross terms between tasks and depends on how the updates are factored.
+    the magnitude that trimming took from each row of A and is raised to the 80th percentile of the task's rows. The
+    product has cross terms between tasks and depends on how the updates are factored.
     """
     for path in paths:
         factors = present(adapters, path)
         check_equal_ranks("robustmerge", path, factors)
         parts = [_pruned(factor, options.density) for factor in factors.values()]
         shares = torch.stack([share for _, _, share in parts])
-        shares = shares.clamp(min=float(torch.quantile(shares, PERCENTILE)))
+        least = shares.sort(dim=1).values[:, int(PERCENTILE * shares.shape[1]), None]
+        shares = torch.maximum(shares, least)
         A = FUSE * torch.stack([A for A, _, _ in parts]).sum(0)
         B = FUSE * torch.stack([B * share for (_, B, _), share in zip(parts, shares, strict=True)]).sum(0)
-        yield path, rounded(Factor(A, options.scale * B / shares.sum(0), 1.0))
+        yield path, Factor(A, options.scale * B / shares.sum(0), 1.0)
 
 
 def robustmerge_alg1(
@@ -78,7 +79,7 @@ def robustmerge_alg1(
         total = torch.stack([torch.nn.functional.pad(share, (0, longest - len(share))) for _, _, share in parts]).sum(0)
         A = torch.cat([A for A, _, _ in parts])
         B = torch.cat([B * (share / total[: len(share)]) for _, B, share in parts], 1)
-        yield path, rounded(Factor(A, options.scale * B, 1.0))
+        yield path, Factor(A, options.scale * B, 1.0)
 
 
 def _pruned(factor: Factor, density: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,14 +97,14 @@ METHODS = (
         "trims A and B, makes up for what was trimmed, and adds factors (the public code)",
         "RobustMerge, Zeng et al. 2025, arXiv 2502.17159",
         RobustMergeOptions,
-        robustmerge,
+        in_float32(robustmerge),
     ),
     gradient_free(
         "robustmerge_alg1",
         "trims A and B, makes up for what was trimmed, and adds updates (the paper's Algorithm 1)",
         "RobustMerge, Zeng et al. 2025, arXiv 2502.17159, Algorithm 1",
         RobustMerge1Options,
-        robustmerge_alg1,
+        in_float32(robustmerge_alg1),
         averages=True,
     ),
 )

@@ -10,10 +10,10 @@ import torch
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
-from nsc_merge.methods.factors import cores, rounded, truncated
+from nsc_merge.methods.factors import cores, in_float32, truncated
 from nsc_merge.methods.ties import check_weights, weights_of
 
-SPLITS = ("sqrt", "B")
+PRESETS = ("peft", "nsc")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SVDOptions:
 
     Attributes:
         scale: multiplies the merged update.
-        rank: of the merged update in every module; None keeps the sum of the ranks, which is task arithmetic.
+        rank: of the merged update in every module; None keeps all of the sum, which is task arithmetic.
     """
 
     scale: float = 1.0
@@ -41,18 +41,19 @@ class LinearOptions:
     Attributes:
         scale: multiplies the merged update.
         weights: task -> weight, 1 each when None.
-        split: where weight and scaling of a task go: the square root of their product into both factors and its sign
-            into A (``"sqrt"``, PEFT's ``linear``), or all into ``"B"``.
+        preset: where weight and scaling of a task go: ``"peft"`` puts the square root of their product into both
+            factors and its sign into A; ``"nsc"`` adds the A as they are and puts both into B (NSC's public code, which
+            has neither).
     """
 
     scale: float = 1.0
     weights: Mapping[str, float] | None = None
-    split: str = "sqrt"
+    preset: str = "peft"
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
         check_weights(self.weights)
-        check_choice("split", self.split, SPLITS)
+        check_choice("preset", self.preset, PRESETS)
 
 
 def svd(
@@ -63,24 +64,27 @@ def svd(
         common = cores(present(adapters, path))
         total = torch.stack(list(common.M.values())).sum(0)
         left, right = truncated(total, options.rank)
-        yield path, rounded(Factor(right @ common.V, options.scale * (common.U @ left), 1.0))
+        yield path, Factor(right @ common.V, options.scale * (common.U @ left), 1.0)
 
 
 def linear(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: LinearOptions
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and ``(sum_k b_k B_k) (sum_k a_k A_k)``, which also holds the products of different tasks' factors."""
+    """Path and ``(sum_k b_k B_k) (sum_k a_k A_k)``, which also holds the products of different tasks' factors and so
+    depends on how the updates are factored.
+    """
     weights = weights_of(options.weights, list(adapters))
     for path in paths:
         factors = present(adapters, path)
         check_equal_ranks("linear", path, factors)
         shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
         roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
-        into_A = {task: math.copysign(roots[task], shares[task]) if options.split == "sqrt" else 1.0 for task in shares}
-        into_B = roots if options.split == "sqrt" else shares
+        into_A, into_B = dict.fromkeys(shares, 1.0), shares
+        if options.preset == "peft":
+            into_A, into_B = {task: math.copysign(roots[task], share) for task, share in shares.items()}, roots
         A = torch.stack([into_A[task] * factor.A.double() for task, factor in factors.items()]).sum(0)
         B = torch.stack([into_B[task] * factor.B.double() for task, factor in factors.items()]).sum(0)
-        yield path, rounded(Factor(A, options.scale * B, 1.0))
+        yield path, Factor(A, options.scale * B, 1.0)
 
 
 def check_equal_ranks(method: str, path: str, factors: Mapping[str, Factor]) -> None:
@@ -102,13 +106,13 @@ METHODS = (
         "adds the updates and keeps the largest singular values",
         "PEFT's combination_type 'svd'; a baseline of arXiv 2603.26317",
         SVDOptions,
-        svd,
+        in_float32(svd),
     ),
     gradient_free(
         "linear",
         "adds the A factors and the B factors; their product mixes tasks",
         "PEFT's combination_type 'linear'; a baseline of arXiv 2603.26317",
         LinearOptions,
-        linear,
+        in_float32(linear),
     ),
 )
