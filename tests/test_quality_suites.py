@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import nsc_merge
+from nsc_merge.methods import METHODS
 
 FOLDER = Path(__file__).parents[1] / "bench" / "quality"
 sys.path.insert(0, str(FOLDER))
@@ -200,6 +201,15 @@ def test_a_failing_row_does_not_stop_the_others(trained, tmp_path):
     added, failed = run.run(trained, [broken, ROWS[0]], tmp_path, log=lines.append)
     assert (failed, [record["row"] for record in added]) == (["broken"], [ROWS[0].name])
     assert any("expected a finite number" in line for line in lines)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.method in METHODS], ids=lambda row: row.name)
+def test_rows_have_options_that_their_methods_take(row):
+    method = METHODS[row.method]
+    method.check_names(row.options)
+    method.options(**row.resolved(4))
+    if row.tuned:
+        assert (method.tuned, row.options["scale"]) == ("scale", 1.0)
 
 
 def test_tuning_goes_on_beyond_the_grid(bench, monkeypatch):

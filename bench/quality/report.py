@@ -91,12 +91,14 @@ def sample_table(records: Sequence[dict[str, Any]]) -> list[str]:
 def gains_table(records: Sequence[dict[str, Any]], tasks: tuple[str, ...]) -> list[str]:
     """What each learnt row adds to the row that it starts from, per seed, in points of the average."""
     by_seed: dict[int, dict[str, float]] = {}
+    starts: dict[str, Any] = {}
     for record in records:
         if tuple(record["tasks"]) == tasks:
             by_seed.setdefault(record["seed"], {})[record["row"]] = record["average"]
+            starts[record["row"]] = record.get("init") or record["options"].get("init")
     lines = ["| row | start | gain per seed | mean |", "|---|---|---|---|"]
     for row in ROWS:
-        start = {0.4: "TA@0.4", "1/K": "TA@1/K"}.get(row.options.get("init"))
+        start = {0.4: "TA@0.4", 1 / len(tasks): "TA@1/K"}.get(starts.get(row.name))
         gains = [
             found[row.name] - found[start]
             for _, found in sorted(by_seed.items())

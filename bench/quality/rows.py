@@ -59,6 +59,7 @@ class Row:
 
 
 _START = {"lr": 1e-3, "steps": GRADIENT_STEPS, "optimizer": "adamw", "weight_decay": 0.01, "init": 0.4}
+_MATCH = {"lr": 1e-2, "steps": GRADIENT_STEPS, "init": 0.4, "normalise": "none"}
 
 ROWS = (
     Row("zero_shot", REFERENCE, "zero_shot"),
@@ -86,6 +87,12 @@ ROWS = (
     Row("RobustMerge", GRADIENT_FREE, "robustmerge", {"scale": 1.0}, tuned="metric"),
     Row("RobustMerge Alg. 1", GRADIENT_FREE, "robustmerge_alg1", {"scale": 1.0}, tuned="metric"),
     Row("EMR", PER_TASK, "emr"),
+    Row("RegMean", CLOSED_FORM, "regmean"),
+    Row("RegMean (tuned)", CLOSED_FORM, "regmean", {"scale": 1.0}, tuned="metric"),
+    Row("Fisher", CLOSED_FORM, "fisher"),
+    Row("Fisher (tuned)", CLOSED_FORM, "fisher", {"scale": 1.0}, tuned="metric"),
+    Row("AdaMerging", LEARNT, "adamerging", {"lr": 1e-3, "init": 0.4}),
+    Row("AdaMerging lr1e-2", LEARNT, "adamerging", {"lr": 1e-2, "init": 0.4}),
     Row("NSC", LEARNT, "nsc", _START),
     Row("NSC lr1e-4", LEARNT, "nsc", {**_START, "lr": 1e-4}),
     Row("NSC lr1e-2", LEARNT, "nsc", {**_START, "lr": 1e-2}),
@@ -98,6 +105,13 @@ ROWS = (
         batch=2,
         suites=("llama", "llava"),
     ),
+    Row("match", LEARNT, "match"),
+    Row("match lr1e-3", LEARNT, "match", {**_MATCH, "lr": 1e-3}),
+    Row("match init1/K", LEARNT, "match", {**_MATCH, "init": "1/K"}),
+    Row("match init by match", LEARNT, "match", {**_MATCH, "init": "match"}),
+    Row("match by scale", LEARNT, "match", {**_MATCH, "normalise": "scale"}),
+    Row("match by task", LEARNT, "match", {**_MATCH, "normalise": "task"}),
+    Row("match, one per task", LEARNT, "match", {**_MATCH, "share": "task"}),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),
     Row("oracle", LABELLED, "oracle"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import importlib
 import json
 import statistics
@@ -31,7 +32,7 @@ from suite import Scores, Subset, Suite, evaluate, merged
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, load_adapter
-from nsc_merge.methods import METHODS
+from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.tuning import COARSE, tune_scale
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
@@ -69,6 +70,7 @@ class Bench:
             "row": row.name,
             "method": row.method,
             "options": row.resolved(len(self.suite.tasks)),
+            "init": result.options.get("init"),
             "tuned": tuning,
             "metrics": test.metrics,
             "losses": test.losses,
@@ -99,12 +101,33 @@ class Bench:
             if method in CONTROLS:
                 result = CONTROLS[method](self.suite, self.adapters, calibration, **options)
             else:
-                shown = {"progress": self.progress} if "progress" in METHODS[method].option_names else {}
                 result = nsc_merge.merge(
-                    self.suite.model, self.adapters, calibration, method=method, **options, **shown
+                    self.suite.model,
+                    self.adapters,
+                    calibration,
+                    method=method,
+                    **options,
+                    **self._implied(METHODS[method]),
                 )
             self._known[key] = result
         return self._known[key]
+
+    def _implied(self, method: Method) -> dict[str, Any]:
+        """Options that follow from the suite: the tasks' heads, for methods that look at outputs."""
+        options: dict[str, Any] = {}
+        if "progress" in method.option_names:
+            options["progress"] = self.progress
+        tasks = self.suite.tasks.values()
+        if "outputs" in method.needs and any(info.kind != "generation" for info in tasks):
+            counted = [info for info in tasks if method.name != "adamerging" or info.has_classes]
+            options["outputs"] = {
+                info.name: functools.partial(self.suite.output, info.name) for info in counted
+            }
+        if "likelihood" in method.option_names:
+            options["likelihood"] = {
+                info.name: "categorical" if info.has_classes else "gaussian" for info in tasks
+            }
+        return options
 
     def _tuned(self, unscaled: MergeResult, by: str) -> tuple[MergeResult, dict[str, Any]]:
         """The best scale on labelled validation data."""

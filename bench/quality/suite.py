@@ -41,6 +41,11 @@ class TaskInfo:
     lower_is_better: bool
     kind: str
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether outputs are logits: a dense task's are if its metric is an intersection over union."""
+        return self.kind in ("classification", "generation") or "IoU" in self.metric
+
 
 class Suite(Protocol):
     """Base model, adapters and data; everything is fixed by ``name`` and ``seed``.
