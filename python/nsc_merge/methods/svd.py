@@ -23,15 +23,18 @@ class SVDOptions:
     Attributes:
         scale: multiplies the merged update.
         rank: of the merged update in every module; None keeps all of the sum, which is task arithmetic.
+        weights: task -> weight of its update, 1 each when None.
     """
 
     scale: float = 1.0
     rank: int | None = None
+    weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
         if self.rank is not None:
             check_count("rank", self.rank)
+        check_weights(self.weights)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ def svd(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: SVDOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and the best approximation of the sum of all updates."""
+    weights = weights_of(options.weights, list(adapters))
     for path in paths:
         common = cores(present(adapters, path))
-        total = torch.stack(list(common.M.values())).sum(0)
+        total = torch.stack([weights[task] * part for task, part in common.M.items()]).sum(0)
         left, right = truncated(total, options.rank)
         yield path, Factor(right @ common.V, options.scale * (common.U @ left), 1.0)
 
