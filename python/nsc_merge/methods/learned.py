@@ -169,6 +169,7 @@ def descend(
     tasks = problem.tasks
     drawn = list(streams(problem.calibration, tasks).values())
     present = presence(problem)
+    paths = list(adapted_linears(problem.model, problem.adapters))
     device = next(problem.model.parameters()).device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -187,7 +188,6 @@ def descend(
         loop.run(lambda: None)
         lam = coefficients.seen.detach().cpu()
         dead = loop.dead.cpu() & present
-    paths = list(adapted_linears(problem.model, problem.adapters))
     return MergeResult(
         method=method,
         coefficients={

@@ -104,15 +104,17 @@ class Seen:
 class Watcher:
     """Runs an attached model without its head and collects features and ratios.
 
+    Made before adapters are attached.
+
     Args:
-        problem: the adapters and the model that they are attached to.
+        problem: the adapters and the model that they will be attached to.
         family: of the model.
         features: as in :class:`MatchOptions`.
         ratios: whether ratios are measured at the family's modules.
     """
 
     def __init__(self, problem: Problem, family: Family, features: str | Sequence[str], ratios: bool) -> None:
-        self._problem, self._family = problem, family
+        self._model, self._family = problem.model, family
         self._trunk: nn.Module = getattr(problem.model, family.prefill, problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
         modules = dict(problem.model.named_modules())
@@ -141,11 +143,11 @@ class Watcher:
 
         with ExitStack() as stack:
             for path in self._scored:
-                module: Any = self._problem.model.get_submodule(path)
+                module: Any = self._model.get_submodule(path)
                 module.measure = record
                 stack.callback(setattr, module, "measure", None)
             for path in self._places or ():
-                place = self._problem.model.get_submodule(path)
+                place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
             output = self._trunk(**batch)
@@ -235,11 +237,11 @@ class Targets:
 def best_scale(problem: Problem, options: MatchOptions) -> float:
     """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
-    start = replace(options, init=1.0)
-    with attached(problem, start) as coefficients, torch.no_grad():
-        watcher = Watcher(problem, family_of(problem.model), options.features, False)
-        targets = Targets(watcher, coefficients, presence(problem), options.normalise)
-        present = presence(problem).to(coefficients.flat)
+    watcher = Watcher(problem, family_of(problem.model), options.features, False)
+    present = presence(problem)
+    with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
+        present = present.to(coefficients.flat)
+        targets = Targets(watcher, coefficients, present, options.normalise)
         totals = dict.fromkeys(SCALES, 0.0)
         for one in one_by_one(drawn, coefficients.flat.device):
             for scale in SCALES:
@@ -252,14 +254,13 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = MatchOptions(**given)
-    family = family_of(problem.model)
+    watcher = Watcher(problem, family_of(problem.model), options.features, options.ratio_weight > 0)
     if isinstance(options.init, str):
         options = replace(options, init=best_scale(problem, options))
-    count = len(problem.tasks)
+    count, present = len(problem.tasks), presence(problem)
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
-        watcher = Watcher(problem, family, options.features, options.ratio_weight > 0)
-        targets = Targets(watcher, coefficients, presence(problem), options.normalise)
+        targets = Targets(watcher, coefficients, present, options.normalise)
         start = coefficients.flat.detach().clone()
 
         def backward(one: Pass) -> Tensor:

@@ -22,7 +22,6 @@ from nsc_merge.methods.base import (
     present,
     with_the_rest,
 )
-from nsc_merge.methods.factors import rounded
 from nsc_merge.passes import Batch, one_by_one, streams
 from nsc_merge.result import MergeResult
 
@@ -123,7 +122,7 @@ def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: Re
     right = torch.cat([shrunk[task] @ factor.A.double().t().to(total.device) for task, factor in factors.items()], 1)
     rows = torch.cholesky_solve(right, torch.linalg.cholesky(total)).t().cpu()
     B = torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1)
-    return rounded(Factor(rows, options.scale * B, 1.0))
+    return Factor(rows.float(), (options.scale * B).float(), 1.0)
 
 
 def _shrunk(gram: Tensor, factor: float) -> Tensor:
