@@ -58,7 +58,7 @@ def lora_lego(
         downs = torch.cat([math.sqrt(abs(factor.scaling)) * factor.A.double() for factor in factors])
         ups = torch.cat([_signed_root(factor.scaling) * factor.B.double().t() for factor in factors])
         features = torch.cat([_normalised(downs), _normalised(ups)], 1)
-        wanted = options.rank or max(ranks)
+        wanted = min(options.rank or max(ranks), sum(ranks))
         labels = _clusters(features, wanted, options.seed)
         centres = _centres(torch.cat([downs, ups], 1), labels, options.rescale)
         A, Bt = centres.split([downs.shape[1], ups.shape[1]], 1)
@@ -80,8 +80,10 @@ def _clusters(features: Tensor, wanted: int, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
 
     count = min(wanted, len(features.unique(dim=0)))
+    # As many coordinates as units: the distances, which are all that counts, stay as they are.
+    points = torch.linalg.qr(features.t(), mode="r").R.t()
     means = KMeans(count, init="k-means++", n_init=1, max_iter=ITERATIONS, random_state=seed)
-    labels = torch.from_numpy(means.fit_predict(features.cpu().numpy())).long()
+    labels = torch.from_numpy(means.fit_predict(points.cpu().numpy())).long()
     return labels.unique(return_inverse=True)[1].to(features.device)
 
 
