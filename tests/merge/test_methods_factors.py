@@ -460,6 +460,25 @@ def test_deficient_factors(method):
     assert all(torch.isfinite(update).all() for update in merged(method, adapters).values())
 
 
+@pytest.mark.parametrize("zero", ["A", "B"])
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_a_module_that_no_adapter_trained(method, zero):
+    """B starts at zero, so that an update of zero by every adapter is common; A of zero is the other way to it."""
+    adapters = random_adapters()
+    for adapter in adapters.values():
+        getattr(adapter.factors["x"], zero).zero_()
+    variants = {
+        "knots_ties": ({}, {"along": "rows", "vectors": "plain"}),
+        "core_space": ({}, {"bases": "updates", "isotropise": True}),
+        "svd_cur": ({}, {"choice": "pivoted", "rows": 3}),
+    }
+    for options in variants.get(method, ({},)):
+        found = merged(method, adapters, **options)
+        assert found["x"].shape == (20, 30)
+        assert not found["x"].any()
+        assert found["y"].any()
+
+
 @pytest.mark.parametrize("method", FUNCTIONS)
 def test_results_are_adapters(model, write_adapter, images, method, tmp_path):
     """alpha other than r, unequal ranks and absent modules; saved exactly, reloaded by peft."""

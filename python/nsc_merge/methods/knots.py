@@ -117,15 +117,16 @@ def align(factors: Mapping[str, Factor], vectors: str, atol: float, rtol: float)
     common = cores(factors)
     # Next to one another, U [M_1 V, ..., M_K V]: the rows of V are orthonormal, so the M_k alone have the same
     # singular values and left vectors.
-    left, sigma, right = torch.linalg.svd(torch.cat(list(common.M.values()), 1), full_matrices=False)
-    kept = int((sigma > max(atol, rtol * float(sigma[:1].sum()))).sum())
-    basis, weights = common.U @ left[:, :kept], sigma[:kept]
+    left, sigma, _ = torch.linalg.svd(torch.cat(list(common.M.values()), 1), full_matrices=False)
+    kept = sigma > max(atol, rtol * float(sigma[:1].sum()))
+    left, sigma = left[:, kept], sigma[kept]
+    # left.T @ M_k is the singular values times the task's block of right vectors.
+    blocks = {task: left.t() @ part for task, part in common.M.items()}
+    basis = common.U @ left
     if vectors == "plain":
-        basis, weights = basis * weights, torch.ones_like(weights)
-    blocks = right[:kept].split(common.V.shape[0], 1)
-    return Aligned(
-        basis, {task: (weights[:, None] * block) @ common.V for task, block in zip(common.M, blocks, strict=True)}
-    )
+        blocks = {task: block / sigma[:, None] for task, block in blocks.items()}
+        basis = basis * sigma
+    return Aligned(basis, {task: block @ common.V for task, block in blocks.items()})
 
 
 def knots(
