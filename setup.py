@@ -3,7 +3,7 @@
 Environment:
     NSC_BUILD_CPU, NSC_BUILD_CUDA   auto: build if possible, say what is missing and go on without (default)
                                     1: build or fail; 0: do not build
-    CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as PyTorch extensions use them
+    CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as PyTorch extensions use them; the CUDA kernels need 9.0 or newer
 
 torch must be importable when building (its headers are compiled against), so install with --no-build-isolation: an
 isolated build environment has no torch, and pip would download a second one.
@@ -56,6 +56,33 @@ def required_tool(name: str) -> str:
     return path
 
 
+def nvcc() -> Path:
+    """The CUDA compiler: of CUDA_HOME, else on the PATH, else where the toolkit installs itself."""
+    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    on_path = shutil.which("nvcc")
+    candidates = [home / "bin" / "nvcc" for home in homes] + ([Path(on_path)] if on_path else [])
+    for path in [*candidates, Path("/usr/local/cuda/bin/nvcc")]:
+        if path.is_file():
+            return path
+    raise RuntimeError("nvcc was not found (CUDA_HOME says where the toolkit is)")
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, as CMake writes it and without what lacks thread block clusters; Hopper if unset."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ["9.0a"]
+    chosen = []
+    for arch in asked:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0a or 10.0+PTX, found {arch!r}")
+        if int(found[1]) >= 9:
+            name = found[1] + found[2] + found[3]
+            chosen += [f"{name}-real"] + ([f"{name}-virtual"] if found[4] else [])
+    if not chosen:
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={' '.join(asked)}: the kernels need 9.0 or newer")
+    return ";".join(dict.fromkeys(chosen))
+
+
 class BuildNative(build_ext):
     """Runs CMake once per native library and leaves a record of what came of it in ``_build.json``."""
 
@@ -93,12 +120,22 @@ class BuildNative(build_ext):
         configure += [f"-DNSC_TORCH_DIR={torch}", f"-DCMAKE_INSTALL_PREFIX={destination}"]
         configure += [f"-DNSC_BUILD_{name.upper()}={'ON' if name == library else 'OFF'}" for name in ("cpu", "cuda")]
         configure += [f"-DCMAKE_CXX_COMPILER={compiler}"]
+        facts: dict[str, object] = {}
+        if library == "cuda":
+            architectures = cuda_architectures()
+            toolkit = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+            facts = {"cuda_architectures": architectures, "nvcc": toolkit.stdout.strip().splitlines()[-1]}
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+            configure += [f"-DCMAKE_CUDA_HOST_COMPILER={compiler}"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
         subprocess.run([cmake, "--install", str(build)], check=True)
         found = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
-        return {f"{library}_compiler": version.stdout.splitlines()[0], "torch": found[1] if found else "unknown"}
+        return facts | {
+            f"{library}_compiler": version.stdout.splitlines()[0],
+            "torch": found[1] if found else "unknown",
+        }
 
     def get_outputs(self) -> list[str]:
         return []

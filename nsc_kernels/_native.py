@@ -32,3 +32,23 @@ def cpu_instruction_sets() -> tuple[str, ...]:
     names = ctypes.CDLL(str(LIBRARY_DIR / "libnsc_cpu.so")).nsc_cpu_isas
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split())
+
+
+@cache
+def _cuda_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY_DIR / "libnsc_cuda.so"))
+    library.nsc_cuda_source.restype = ctypes.c_char_p
+    library.nsc_cuda_unsupported.restype = ctypes.c_char_p
+    return library
+
+
+def cuda_source() -> str | None:
+    """The digest of the sources that libnsc_cuda was built from, None where it does not load."""
+    if torch.version.cuda is None or load("nsc_cuda") is not None:
+        return None
+    return _cuda_library().nsc_cuda_source().decode()
+
+
+def cuda_unsupported(device: int) -> str | None:
+    """Why libnsc_cuda, which is loaded, cannot run on a device; None if it can."""
+    return _cuda_library().nsc_cuda_unsupported(device).decode() or None

@@ -36,12 +36,15 @@ def collect() -> dict[str, Any]:
             "torch_built_for": torch.version.cuda,
             "devices": [_device(i) for i in range(torch.cuda.device_count())],
         },
-        "triton_kernel": {
-            "source": ledger.triton_source()[:16],
-            "shown_correct_on": sorted({e["arch"] for e in ledger.entries() if e["source"] == ledger.triton_source()}),
-        },
+        **{f"{name}_kernel": _kernel(name) for name in ledger.BACKENDS},
         "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
     }
+
+
+def _kernel(backend: str) -> dict[str, Any]:
+    source = ledger.source(backend)
+    archs = {e["arch"] for e in ledger.entries() if ledger.backend_of(e) == backend and e["source"] == source}
+    return {"source": None if source is None else source[:16], "shown_correct_on": sorted(archs)}
 
 
 def _version(distribution: str) -> str | None:

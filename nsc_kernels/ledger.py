@@ -1,8 +1,9 @@
-"""Which GPU architectures the Triton kernel has been shown correct on, and at which source.
+"""Which GPU architectures a backend's kernels have been shown correct on, and at which source.
 
-``nsc_kernels/triton/verified.json`` is a list of entries, one per architecture and source, written by
+``nsc_kernels/triton/verified.json`` is a list of entries, one per backend, architecture and source, written by
 ``bench/gpu_report.py --accept`` from a correctness run on that hardware. An entry counts only while the source it names
-is the source installed here: any edit of the kernel, its launcher or its configurations withdraws it.
+is the source in use: any edit of a Triton kernel, its launcher or its configurations withdraws it, and any edit of
+csrc/cuda once the library is built from it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import _native
+
 PACKAGE = Path(__file__).parent / "triton"
 VERIFIED = PACKAGE / "verified.json"
 SOURCES = ("kernels.py", "columns.py", "configs.py", "counters.py", "launch.py")
+BACKENDS = ("triton", "cuda")
 
 
 @cache
@@ -30,12 +34,25 @@ def triton_source() -> str:
     return digest.hexdigest()
 
 
+def source(backend: str) -> str | None:
+    """The digest that names a backend's kernels; None where the CUDA library is not loaded."""
+    return _native.cuda_source() if backend == "cuda" else triton_source()
+
+
 @cache
 def entries() -> tuple[dict[str, Any], ...]:
-    """All entries: ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``."""
+    """All entries: ``backend``, ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``."""
     return tuple(json.loads(VERIFIED.read_text())) if VERIFIED.is_file() else ()
 
 
-def verified(arch: str) -> dict[str, Any] | None:
-    """The entry that shows the installed Triton kernel correct on ``arch`` ("sm_90"), or None."""
-    return next((e for e in entries() if e["arch"] == arch and e["source"] == triton_source()), None)
+def backend_of(entry: dict[str, Any]) -> str:
+    """The backend that an entry is about: Triton's where it does not say."""
+    return entry.get("backend", "triton")
+
+
+def verified(arch: str, backend: str = "triton") -> dict[str, Any] | None:
+    """The entry that shows the kernels in use correct on ``arch`` ("sm_90"), or None."""
+    current = source(backend)
+    return next(
+        (e for e in entries() if backend_of(e) == backend and e["arch"] == arch and e["source"] == current), None
+    )

@@ -1,0 +1,137 @@
+// Facts of the device, the choice of a variant and a cluster, and the launch.
+#include "launch.h"
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <tuple>
+
+namespace nsc::cuda {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // an error of ours must not surface in somebody else's next call
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+int current_device() {
+  int device;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+const Kernel& kernel_of(Element element, bool backward, int variant) {
+  const Kernel* table = element == Element::bf16 ? (backward ? bf16_backward() : bf16_forward())
+                                                 : (backward ? f16_backward() : f16_forward());
+  return table[variant];
+}
+
+// The launch of `blocks` blocks in clusters of `cluster`.
+struct Configuration {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Configuration(const Kernel& kernel, int64_t blocks, int cluster, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kernel.shared;
+    config.stream = stream;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+// A kernel on a device, made ready: how many clusters of 1, 2, 4, 8 and 16 blocks run there at a time.
+struct Ready {
+  int processors;
+  int active[kClusterSizes];
+};
+
+Ready prepare(const Kernel& kernel, int device) {
+  Ready ready{};
+  check(cudaDeviceGetAttribute(&ready.processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  int shared;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  if (kernel.shared > shared)
+    throw std::runtime_error("the kernel needs " + std::to_string(kernel.shared) + " bytes of shared memory per block, the device has " + std::to_string(shared));
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared),
+        "cudaFuncSetAttribute(shared memory)");
+  // Clusters of 16 are allowed per kernel; where the device has none the count below stays 0.
+  const bool large = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  if (!large) cudaGetLastError();
+  for (int i = 0; i < kClusterSizes; ++i) {
+    const int cluster = 1 << i;
+    if (cluster > 8 && !large) continue;
+    const Configuration launch(kernel, cluster, cluster, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&ready.active[i], kernel.function, &launch.config) != cudaSuccess) {
+      cudaGetLastError();
+      ready.active[i] = 0;
+    }
+  }
+  if (ready.active[0] <= 0) throw std::runtime_error("no block of the kernel fits a processor of this device");
+  return ready;
+}
+
+const Ready& ready(Element element, bool backward, int variant, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, bool, int, int>, Ready> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(int(element), backward, variant, device);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known.emplace(key, prepare(kernel_of(element, backward, variant), device)).first->second;
+}
+
+}  // namespace
+
+std::string unsupported() {
+  int device, major = 0, minor = 0;
+  cudaFuncAttributes attributes;
+  std::string reason;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    reason = "no CUDA device";
+  } else if (major < 9) {
+    reason = "compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+             " has no thread block clusters, 9.0 or newer is needed";
+  } else if (cudaFuncGetAttributes(&attributes, kernel_of(Element::bf16, false, 0).function) != cudaSuccess) {
+    reason = "libnsc_cuda holds no code for compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+             " (TORCH_CUDA_ARCH_LIST adds it when building)";
+  }
+  cudaGetLastError();
+  return reason;
+}
+
+Choice choose(const Problem& p, Element element, bool backward, int variant, int cluster) {
+  const int device = current_device();
+  Choice choice;
+  choice.variant = variant;
+  if (variant < 0) {
+    int processors;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    choice.variant = choose_variant(p.T, p.R, processors);
+  }
+  if (choice.variant < 0) throw std::runtime_error("the ranks add up to more than " + std::to_string(kMostRank));
+  choice.tiles = ceil_div(p.T, kVariants[choice.variant].tokens);
+  const Ready& facts = ready(element, backward, choice.variant, device);
+  choice.cluster = cluster > 0 ? cluster : choose_cluster(choice.tiles, p.d_in, p.d_out, facts.active);
+  return choice;
+}
+
+void launch(const Problem& p, Element element, bool backward, const Choice& choice, void* stream) {
+  const Kernel& kernel = kernel_of(element, backward, choice.variant);
+  if (kVariants[choice.variant].ranks < p.R) throw std::runtime_error("a variant of fewer ranks than the problem has");
+  if (choice.tiles * choice.cluster > INT32_MAX) throw std::runtime_error("more thread blocks than a grid can have");
+  const Configuration launch(kernel, choice.tiles * choice.cluster, choice.cluster, static_cast<cudaStream_t>(stream));
+  void* arguments[] = {const_cast<Problem*>(&p)};
+  check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments), "launch of the merged LoRA kernel");
+}
+
+}  // namespace nsc::cuda

@@ -1,0 +1,178 @@
+"""The CUDA C++ kernels (csrc/cuda): one launch per direction, a thread block cluster per tile of tokens.
+
+bfloat16 and float16 on GPUs with clusters (compute capability 9.0); what they do not serve, Triton does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .. import _native, ledger, ops
+from ..triton.counters import CounterPool
+from .registry import Call
+
+MAX_RANK = 512
+MAX_ADAPTERS = 64
+MULTIPLE = 8  # of d, in elements: rows are copied in pieces of 16 bytes
+LEAST_TILE = 64  # tokens: bounds the number of tiles, and with it the workspace
+DTYPES = (torch.bfloat16, torch.float16)
+AUTOMATIC = -1  # variant: chosen by the launcher
+
+_OPTIONS = "int variant=-1, int cluster=0"
+ops.define(
+    "cuda_forward",
+    "(Tensor z, Tensor A, Tensor Bt, int[] offsets, Tensor lam, Tensor? base, Tensor(a!) y, Tensor(b!)? quad,"
+    f" Tensor(c!)? sqnorm, Tensor(d!)? u, {_OPTIONS}) -> ()",
+    lambda *args, **kwargs: None,
+)
+ops.define(
+    "cuda_backward",
+    "(Tensor? dy, Tensor? dquad, Tensor? dsqnorm, Tensor u, Tensor? z, Tensor A, Tensor Bt, int[] offsets, Tensor lam,"
+    f" Tensor? dz_base, Tensor(a!)? dz, Tensor(b!)? dlam, Tensor(c!)? parts, Tensor(d!)? counter, {_OPTIONS}) -> ()",
+    lambda *args, **kwargs: None,
+)
+
+native_forward = torch.ops.nsc.cuda_forward.default
+native_backward = torch.ops.nsc.cuda_backward.default
+
+
+def unavailable() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _native.load("nsc_cuda")
+
+
+@cache
+def _unsupported(index: int) -> str | None:
+    return _native.cuda_unsupported(index)
+
+
+def rejects(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"runs on CUDA devices, not on {call.device.type}"
+    if call.dtype not in DTYPES:
+        return f"computes in bfloat16 and float16, not in {call.dtype}"
+    if call.d_in % MULTIPLE or call.d_out % MULTIPLE:
+        return f"needs d_in and d_out to be multiples of {MULTIPLE}, found {call.d_in} and {call.d_out}"
+    if call.offsets[-1] > MAX_RANK:
+        return f"the ranks add up to {call.offsets[-1]}, more than {MAX_RANK}"
+    if len(call.offsets) - 1 > MAX_ADAPTERS:
+        return f"{len(call.offsets) - 1} adapters, more than {MAX_ADAPTERS}"
+    return _unsupported(torch.cuda.current_device() if call.device.index is None else call.device.index)
+
+
+def unproven(call: Call) -> str | None:
+    major, minor = torch.cuda.get_device_capability(call.device)
+    arch = f"sm_{10 * major + minor}"
+    if ledger.verified(arch, "cuda") is not None:
+        return None
+    return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
+
+
+@cache
+def counter_pool(device: torch.device) -> CounterPool:
+    """The counters of a device; one per launch that adds dlam over tiles."""
+    return CounterPool(device)
+
+
+@overload
+def aligned(t: Tensor) -> Tensor: ...
+@overload
+def aligned(t: Tensor | None) -> Tensor | None: ...
+def aligned(t: Tensor | None) -> Tensor | None:
+    """``t`` itself if its rows can be copied in pieces of 16 bytes, else a copy that can."""
+    if t is None or (t.data_ptr() % 16 == 0 and (t.shape[0] <= 1 or t.stride(0) % MULTIPLE == 0)):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _output(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_base: bool) -> Tensor:
+    """``base`` itself if it may be overwritten and no two of its rows overlap, else a new tensor."""
+    if reuse_base and base is not None and base.stride(0) >= shape[1]:
+        return base
+    return like.new_empty(shape)
+
+
+def forward(
+    z: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    base: Tensor | None,
+    stats: bool,
+    save_u: bool,
+    reuse_base: bool = False,
+    *,
+    variant: int = AUTOMATIC,
+    cluster: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`nsc_kernels.reference.forward` in one launch; ``u`` is None without ``save_u``."""
+    T = z.shape[0]
+    z, base = aligned(z), aligned(base)
+    y = _output(base, (T, Bt.shape[1]), z, reuse_base)
+    quad = lam.new_empty((T, len(offsets) - 1)) if stats else None
+    sqnorm = lam.new_empty(T) if stats else None
+    u = z.new_empty((T, A.shape[0])) if save_u else None
+    native_forward(z, aligned(A), aligned(Bt), offsets, lam, base, y, quad, sqnorm, u, variant, cluster)
+    return y, quad, sqnorm, u
+
+
+def backward(
+    dy: Tensor | None,
+    dquad: Tensor | None,
+    dsqnorm: Tensor | None,
+    u: Tensor,
+    z: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    offsets: Sequence[int],
+    lam: Tensor,
+    dz_base: Tensor | None,
+    need_dz: bool,
+    need_dlam: bool,
+    reuse_base: bool = False,
+    *,
+    variant: int = AUTOMATIC,
+    cluster: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`nsc_kernels.reference.backward` in one launch."""
+    T = u.shape[0]
+    if dsqnorm is not None and need_dz and z is None:
+        raise ValueError("z must be given where sqnorm has a gradient")
+    dz_base = aligned(dz_base) if need_dz else None
+    dz = _output(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
+    dlam = torch.empty_like(lam) if need_dlam else None
+    if not T:
+        return dz, None if dlam is None else dlam.zero_()
+    parts = counter = None
+    if need_dlam and lam.dim() == 1:
+        parts = lam.new_empty(lam.shape[0] * -(-T // LEAST_TILE))
+        with torch.cuda.device(u.device):
+            counter = counter_pool(u.device).take(1)
+    native_backward(
+        aligned(dy),
+        dquad if need_dz else None,
+        dsqnorm if need_dz else None,
+        u,
+        aligned(z) if need_dz and dsqnorm is not None else None,
+        aligned(A),
+        aligned(Bt),
+        offsets,
+        lam,
+        dz_base,
+        dz,
+        dlam,
+        parts,
+        counter,
+        variant,
+        cluster,
+    )
+    return dz, dlam

@@ -1,0 +1,64 @@
+// The kernel on the emulator, and its plain mirror, for Python through ctypes (harness.py).
+#include "emulator.h"
+#include "kernel.inl"
+#include "mirror.h"
+
+namespace nsc::cuda {
+namespace {
+
+template <class E, class P>
+void emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
+  Machine machine(cluster, P::shared, order, copies);
+  machine.body = [&](unsigned char* shared) { merged_lora<E, P>(p, shared); };
+  for (int64_t tile = 0; tile < ceil_div(p.T, P::Tokens); ++tile) machine.run(int(tile));
+}
+
+template <class E>
+bool emulate(const Problem& p, bool backward, int ranks, int tokens, int cluster, Order order, Copies copies) {
+#define NSC_EMULATE(Ranks, Tokens)                                                                       \
+  if (ranks == Ranks && tokens == Tokens) {                                                              \
+    if (backward)                                                                                        \
+      emulate_plan<E, Plan<Ranks, Tokens, true>>(p, cluster, order, copies);                             \
+    else                                                                                                 \
+      emulate_plan<E, Plan<Ranks, Tokens, false>>(p, cluster, order, copies);                            \
+    return true;                                                                                         \
+  }
+  NSC_VARIANTS(NSC_EMULATE)
+#undef NSC_EMULATE
+  return false;
+}
+
+}  // namespace
+}  // namespace nsc::cuda
+
+using namespace nsc::cuda;
+
+extern "C" {
+
+int nsc_problem_bytes() { return int(sizeof(Problem)); }
+
+int nsc_emulate(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int order, int copies) {
+  const auto run = element == int(Element::bf16) ? emulate<Bf16> : emulate<F16>;
+  return run(*p, backward != 0, ranks, tokens, cluster, Order(order), Copies(copies));
+}
+
+void nsc_mirror(const Problem* p, int element, int backward, int ranks, int tokens, int cluster) {
+  const auto run = element == int(Element::bf16) ? mirror<Bf16> : mirror<F16>;
+  run(*p, backward != 0, ranks, tokens, cluster);
+}
+
+// [variants, 2]: ranks and tokens.
+int nsc_variants(int* out) {
+  int i = 0;
+  for (const Variant& v : kVariants) out[2 * i] = v.ranks, out[2 * i + 1] = v.tokens, ++i;
+  return i;
+}
+
+int nsc_choose_variant(int64_t T, int R, int processors) { return choose_variant(T, R, processors); }
+
+int nsc_choose_cluster(int64_t tiles, int64_t d_in, int64_t d_out, const int* active) {
+  int copy[kClusterSizes];
+  for (int i = 0; i < kClusterSizes; ++i) copy[i] = active[i];
+  return choose_cluster(tiles, d_in, d_out, copy);
+}
+}

@@ -1,0 +1,224 @@
+"""The CUDA kernel's own source, thread by thread on the CPU: against its plain mirror, bitwise, and against float64.
+
+The emulator runs the threads in any order that the barriers allow and lands asynchronous copies as late or as early as
+they may, so that a missing barrier or wait gives wrong results here. What the hardware adds (the sum inside a matrix
+instruction, the memory model between clusters, time) is not tested here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from harness import Emulator, How, Variant
+from torch import Tensor
+
+from nsc_kernels import reference
+
+problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
+
+CPU = torch.device("cpu")
+R16 = (16,) * 6
+UNEQUAL = (3, 0, 16, 5, 1, 7)
+FORWARD = ("y", "quad", "sqnorm", "u")
+
+
+def wide(tensors: Sequence[object]) -> list:
+    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+def hold(names: Sequence[str], ours: Sequence[Tensor | None], eager: Sequence, exact: Sequence) -> None:
+    for name, found, theirs, truth in zip(names, ours, eager, exact, strict=True):
+        if truth is None:
+            assert found is None, f"{name} was not asked for"
+        else:
+            problems.assert_as_accurate(name, found, theirs, truth)
+
+
+def same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool:
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def check_forward(emulator: Emulator, p, how: How, *, base: bool = True, stats: bool = True, save_u: bool = True):
+    """One forward: bitwise as the mirror computes it, and as accurate as eager torch."""
+    added = p.base if base else None
+    inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, added)
+    found = emulator.forward(how, *inputs, stats, save_u)
+    assert same(found, emulator.forward(How(how.variant, how.cluster, mirror=True), *inputs, stats, save_u))
+    eager, exact = (list(reference.forward(*tensors, True)) for tensors in (inputs, wide(inputs)))
+    kept = (True, stats, stats, save_u)
+    eager, exact = ([t if keep else None for t, keep in zip(all_, kept, strict=True)] for all_ in (eager, exact))
+    hold(FORWARD, found, eager, exact)
+    return found
+
+
+def check_backward(
+    emulator: Emulator,
+    p,
+    how: How,
+    *,
+    dy: bool = True,
+    dquad: bool = True,
+    dsqnorm: bool = True,
+    dz_base: bool = False,
+    need_dz: bool = True,
+    need_dlam: bool = True,
+):
+    u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
+    inputs = (
+        p.dy if dy else None,
+        p.dquad if dquad else None,
+        p.dsqnorm if dsqnorm else None,
+        u,
+        p.z if dsqnorm else None,
+        p.A,
+        p.Bt,
+        p.offsets,
+        p.lam,
+        p.dz_base if dz_base else None,
+    )
+    found = emulator.backward(how, *inputs, need_dz, need_dlam)
+    assert same(found, emulator.backward(How(how.variant, how.cluster, mirror=True), *inputs, need_dz, need_dlam))
+    eager, exact = (reference.backward(*tensors, need_dz, need_dlam) for tensors in (inputs, wide(inputs)))
+    hold(("dz",), found[:1], eager[:1], exact[:1])
+    if need_dlam:
+        # A sum over tokens cancels: its rounding errors are in proportion to the sum of the absolute values.
+        v = torch.zeros_like(u) if not dy else p.dy.double() @ p.Bt.double().t()
+        magnitude = reference.gather((u.double() * v).abs(), p.offsets)
+        magnitude = magnitude if p.lam.dim() == 2 else magnitude.sum(0)
+        allowed = 2 * (eager[1] - exact[1]).abs().max() + 4 * torch.finfo(torch.float32).eps * magnitude.max()
+        assert (found[1] - exact[1]).abs().max() <= allowed
+    else:
+        assert found[1] is None
+    return found
+
+
+def variants() -> list[Variant]:
+    """Those of csrc/cuda/geometry.h; test_every_variant_is_tested compares."""
+    return [Variant(r, 64) for r in (32, 64, 96, 128, 192, 256, 384, 512)] + [
+        Variant(r, 128) for r in (32, 64, 96, 128, 192, 256)
+    ]
+
+
+def test_every_variant_is_tested(emulator: Emulator) -> None:
+    assert sorted(emulator.variants) == sorted(variants())
+
+
+@pytest.mark.parametrize("variant", variants(), ids=lambda v: f"R{v.ranks}-T{v.tokens}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_every_variant_at_its_full_rank(emulator: Emulator, variant: Variant, dtype: torch.dtype) -> None:
+    ranks = (16,) * (variant.ranks // 16)
+    p = problems.problem(variant.tokens + 5, 136, 200, ranks, dtype, CPU)
+    how = How(variant, 2, "random")
+    check_forward(emulator, p, how)
+    check_backward(emulator, p, how)
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("ranks", [R16, UNEQUAL, (2,) * 47], ids=["equal", "unequal", "many"])
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
+def test_clusters_ranks_and_lambda(emulator: Emulator, cluster: int, ranks: tuple[int, ...], per_row: bool) -> None:
+    p = problems.problem(67, 264, 520, ranks, torch.bfloat16, CPU, per_row=per_row)
+    how = How(Variant(96, 64), cluster)
+    check_forward(emulator, p, how)
+    check_backward(emulator, p, how)
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 129, 200])
+@pytest.mark.parametrize("d", [(8, 8), (72, 1032), (768, 64)], ids=str)
+def test_tokens_and_widths_that_divide_nothing(emulator: Emulator, T: int, d: tuple[int, int]) -> None:
+    p = problems.problem(T, *d, (5, 11), torch.bfloat16, CPU)
+    for variant, cluster in ((Variant(32, 64), 4), (Variant(32, 128), 1)):
+        check_forward(emulator, p, How(variant, cluster))
+        check_backward(emulator, p, How(variant, cluster))
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (1,), (512,), (1,) * 64, (0, 130, 0)], ids=str)
+def test_extreme_ranks(emulator: Emulator, ranks: tuple[int, ...]) -> None:
+    p = problems.problem(66, 72, 136, ranks, torch.bfloat16, CPU)
+    variant = emulator.choose_variant(66, sum(ranks), 132)
+    check_forward(emulator, p, How(variant, 2))
+    check_backward(emulator, p, How(variant, 2))
+
+
+def test_what_was_not_asked_for_is_not_computed(emulator: Emulator) -> None:
+    p = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU)
+    how = How(Variant(96, 64), 2)
+    for base, stats, save_u in ((False, True, True), (True, False, True), (True, True, False), (False, False, False)):
+        check_forward(emulator, p, how, base=base, stats=stats, save_u=save_u)
+    check_backward(emulator, p, how, dy=False)
+    check_backward(emulator, p, how, dquad=False)
+    check_backward(emulator, p, how, dsqnorm=False)
+    check_backward(emulator, p, how, dquad=False, dsqnorm=False, dz_base=True)
+    check_backward(emulator, p, how, need_dlam=False)
+    check_backward(emulator, p, how, need_dz=False, dquad=False, dsqnorm=False)
+    q = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU, per_row=True)
+    check_backward(emulator, q, how, need_dz=False, dquad=False, dsqnorm=False)
+
+
+def test_rows_with_strides_and_the_output_over_base(emulator: Emulator) -> None:
+    p = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU)
+    how = How(Variant(96, 64), 2)
+    plain = emulator.forward(how, p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
+    room = torch.full((70, 72 + 24), float("nan"), dtype=torch.bfloat16)
+    room[:, 8:80] = p.z
+    z = room[:, 8:80]
+    one = p.base[:1].expand(70, -1)
+    assert same(plain, emulator.forward(how, z, p.A, p.Bt, p.offsets, p.lam, p.base))
+    repeated = emulator.forward(how, z, p.A, p.Bt, p.offsets, p.lam, one)
+    assert same(repeated, emulator.forward(how, z, p.A, p.Bt, p.offsets, p.lam, one.contiguous()))
+    for copies in harness.COPIES:
+        over = p.base.clone()
+        emulator._run(
+            How(Variant(96, 64), 2, copies=copies), False, over.dtype, p.offsets, T=70, d_in=72, d_out=136, x=p.z,
+            x_stride=72, w_in=p.A, w_out=p.Bt, lam=p.lam, base=over, base_stride=136, out=over, out_stride=136,
+        )  # fmt: skip
+        assert torch.equal(over, plain[0])
+
+
+@pytest.mark.parametrize("copies", harness.COPIES)
+@pytest.mark.parametrize("order", harness.ORDERS)
+@pytest.mark.parametrize(
+    ("variant", "cluster"), [(Variant(96, 64), 4), (Variant(128, 128), 2), (Variant(512, 64), 8)], ids=str
+)
+def test_no_order_of_threads_or_copies_changes_a_bit(
+    emulator: Emulator, variant: Variant, cluster: int, order: str, copies: str
+) -> None:
+    p = problems.problem(130, 328, 392, R16, torch.bfloat16, CPU)
+    how = How(variant, cluster, order, copies)
+    check_forward(emulator, p, how)
+    check_backward(emulator, p, how)
+
+
+def test_the_choice_follows_the_documented_cases(emulator: Emulator) -> None:
+    """132 processors, two blocks of R = 96 on each: clusters for few tiles, wide tiles for many tokens."""
+    active = [264, 132, 66, 33, 16]
+    assert emulator.choose_variant(512, 96, 132) == Variant(96, 64)
+    assert emulator.choose_variant(16384, 96, 132) == Variant(96, 128)
+    assert emulator.choose_variant(16384, 320, 132) == Variant(384, 64)
+    assert emulator.choose_variant(16384, 513, 132) is None
+    clusters = {T: emulator.choose_cluster(-(-T // 64), 4096, 4096, active) for T in (1, 256, 1024, 4096, 65536)}
+    assert clusters[1] == 16
+    assert clusters[65536] == 1
+    assert list(clusters.values()) == sorted(clusters.values(), reverse=True)
+
+
+@pytest.fixture(scope="module")
+def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if harness.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    target = tmp_path_factory.mktemp("host") / "nsc_cuda_test"
+    source = harness.HERE / "host_test.cpp"
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{harness.CSRC}"]
+    subprocess.run([str(harness.compiler()), *options, str(source), "-o", str(target)], check=True)
+    return target
+
+
+def test_indices_exhaustively_and_the_mirror_in_plain_cpp(host_test: Path) -> None:
+    result = subprocess.run([str(host_test)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "0 failures" in result.stdout
