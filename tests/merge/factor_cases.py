@@ -1,0 +1,52 @@
+"""The factor-space merge methods by name, and random adapters of one or two modules to merge by them."""
+
+from __future__ import annotations
+
+import torch
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS, core_space, cur, knots, lego, robust, svd
+
+FUNCTIONS = {
+    "svd": svd.svd,
+    "linear": svd.linear,
+    "knots_ties": knots.knots_ties,
+    "knots_dare_ties": knots.knots_dare_ties,
+    "core_space": core_space.core_space,
+    "svd_cur": cur.svd_cur,
+    "lora_lego": lego.lora_lego,
+    "robustmerge": robust.robustmerge,
+    "robustmerge_alg1": robust.robustmerge_alg1,
+}
+NEED_EQUAL_RANKS = ("linear", "robustmerge")
+# Methods that see the updates only, and not how they are factored.
+INVARIANT = ("svd", "knots_ties", "knots_dare_ties", "svd_cur")
+
+
+def random_adapters(ranks=(4, 4, 4), scalings=(0.7, 2.0, 1.0), d_in=30, d_out=20, paths="xy", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        str(k): Adapter(str(k), {p: Factor(normal(r, d_in), normal(d_out, r), s) for p in paths})
+        for k, (r, s) in enumerate(zip(ranks, scalings, strict=True))
+    }
+
+
+def merged(method, adapters, paths="xy", **options):
+    chosen = METHODS[method].options(**options)
+    return {path: factor.delta() for path, factor in FUNCTIONS[method](adapters, list(paths), chosen)}
+
+
+def factor(method, adapters, path="x", **options):
+    return dict(FUNCTIONS[method](adapters, [path], METHODS[method].options(**options)))[path]
+
+
+def total(adapters, path):
+    return sum(adapter.factors[path].delta() for adapter in adapters.values())
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
