@@ -1,0 +1,124 @@
+"""What the language suites share: heads on frozen features, adapters written by PEFT, and a suite on padded text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from suite import Inputs, TaskInfo
+from torch import Tensor, nn
+from training import train
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs of a transformers model with as many labels as rows."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, chosen: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
+        return {name: value[chosen] for name, value in self.inputs.items()}, self.labels[chosen]
+
+    def batches(self, size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The last real token's features next to their mean over real tokens, ``[N, 2 d]``."""
+    weights = mask.to(hidden)[..., None]
+    mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return torch.cat([hidden[torch.arange(len(mask)), mask.sum(1) - 1], mean], 1)
+
+
+def fit_head(features: Tensor, labels: Tensor, head: nn.Linear, loss: Loss, *, steps: int, batch: int = 128) -> None:
+    """Fit a head alone, on features that do not change."""
+
+    def one() -> Tensor:
+        rows = torch.randint(len(labels), (batch,))
+        return loss(head(features[rows]), labels[rows])
+
+    train(one, head.parameters(), label="head", steps=steps, lr=1e-2, weight_decay=0.0, progress=False)
+
+
+def tidy(folder: Path) -> None:
+    """Make what PEFT saved the same wherever it was trained."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def calibration(
+    sets: Mapping[str, Examples], batch: int, steps: int, seed: int
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Task -> ``steps`` batches of inputs, drawn without labels in an order that the seed gives."""
+    found = {}
+    for number, (task, examples) in enumerate(sets.items()):
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        order = torch.cat(
+            [torch.randperm(len(examples), generator=generator) for _ in range(1 + batch * steps // len(examples))]
+        )
+        found[task] = [examples.rows(rows)[0] for rows in order[: batch * steps].split(batch)]
+    return found
+
+
+def regression_loss(output: Tensor, label: Tensor) -> Tensor:
+    """Of ``output [N, 1]``; labels are scaled to a spread of about 1."""
+    return nn.functional.smooth_l1_loss(output[:, 0], label, beta=0.5)
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    return (outputs.argmax(-1) == labels).float().mean().item()
+
+
+class TextSuite:
+    """What :class:`suite.Suite` asks for, over :class:`Examples`."""
+
+    name: str
+    seed: int
+    tasks: dict[str, TaskInfo]
+    model: nn.Module
+    adapters: dict[str, Path]
+    sets: dict[str, dict[str, Examples]]
+    batch = 64
+
+    def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
+        return calibration(self.sets["val"], batch, steps, self.seed)
+
+    def labelled(self, task: str, split: str) -> list[tuple[dict[str, Tensor], Tensor]]:
+        return self.sets[split][task].batches(self.batch)
+
+    def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor:
+        if self.tasks[task].kind == "regression":
+            return regression_loss(output, label)
+        return nn.functional.cross_entropy(output, label)
+
+    def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
+        if self.tasks[task].kind == "regression":
+            return (outputs[:, 0] - labels).abs().mean().item()
+        return accuracy(outputs, labels)
+
+    def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+        if self.tasks[task].kind == "regression":
+            return -(outputs[:, 0] - labels).abs()
+        return (outputs.argmax(-1) == labels).float()
+
+    def output(self, task: str, model: nn.Module, batch: Inputs) -> Tensor:
+        raise NotImplementedError
+
+
+def masks(lengths: Sequence[int] | Tensor, width: int) -> Tensor:
+    """``[N, width]``, 1 at the first tokens of every row."""
+    return (torch.arange(width) < torch.as_tensor(lengths)[:, None]).long()

@@ -1,0 +1,74 @@
+"""One training loop, for the bases and the adapters of the language suites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from nsc_merge.progress import Progress
+
+
+def train(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    *,
+    label: str,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    warmup: float = 0.06,
+    progress: bool | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW with a linear warm-up and a cosine decay; gradients are clipped to norm 1.
+
+    Args:
+        loss: draws a batch and returns its loss; called once per step.
+        parameters: to train.
+        label: shown by the progress display.
+        steps: number of updates.
+        lr: highest learning rate.
+        weight_decay: of parameters with two or more dimensions.
+        warmup: share of the steps.
+        progress: as in :class:`nsc_merge.progress.Progress`.
+        watch: called with the number of steps done, before the first step and after every step.
+    """
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimiser, max(1, round(warmup * steps)), steps)
+    if watch is not None:
+        watch(0)
+    with Progress(label, steps, progress) as bar:
+        for step in range(steps):
+            value = loss()
+            optimiser.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            bar.update(loss=f"{value.item():.4f}")
+            if watch is not None:
+                watch(step + 1)
+
+
+def scale_initial_weights(model: nn.Module, blocks: int, seed: int) -> None:
+    """Draw weights with standard deviation ``d_in ** -0.5``, less where a block writes into the residual stream.
+
+    The default of transformers, 0.02, suits a width of a few thousand; at a hundred it starts with almost no signal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            std = parameter[0].numel() ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                std *= (2 * blocks) ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
