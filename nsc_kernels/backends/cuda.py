@@ -155,8 +155,7 @@ def backward(
     parts = counter = None
     if need_dlam and lam.dim() == 1:
         parts = lam.new_empty(lam.shape[0] * -(-T // LEAST_TILE))
-        with torch.cuda.device(u.device):
-            counter = counter_pool(u.device).take(1)
+        counter = counter_pool(u.device).take(1)
     native_backward(
         aligned(dy),
         dquad if need_dz else None,

@@ -1,0 +1,107 @@
+"""The library as it was built: machine code, symbols; and what the build asks of its environment."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+
+from nsc_kernels import _native, info
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = _native.LIBRARY_DIR / "libnsc_cuda.so"
+
+built = pytest.mark.skipif(not LIBRARY.is_file(), reason=f"libnsc_cuda: {info.collect()['build']}")
+
+
+@pytest.fixture(scope="module")
+def report() -> list[dict[str, Any]]:
+    pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+    command = [sys.executable, str(ROOT / "bench" / "sass_report.py"), str(LIBRARY), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout, result.stderr
+    return json.loads(result.stdout)
+
+
+@built
+def test_every_kernel_has_matrix_and_cluster_instructions_and_no_spills(report: list[dict[str, Any]]) -> None:
+    kinds = {(row["element"], row["kernel"], row["ranks"], row["tokens"]) for row in report}
+    assert len({(element, kernel) for element, kernel, *_ in kinds}) == 4
+    assert len(kinds) == 4 * len({(ranks, tokens) for *_, ranks, tokens in kinds})
+    for row in report:
+        assert not row["faults"], row
+        assert (row["local"], row["stack"]) == (0, 0), row
+        assert row["cluster"] > 0, row
+        assert row["mma"] + row["wgmma"] > 0, row
+
+
+@built
+def test_one_library_for_every_python_and_every_torch() -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = subprocess.run(["nm", "-D", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
+    assert not [s for s in undefined if s.startswith(("Py", "_Py", "cu", "cuda")) or "c10" in s or "2at" in s]
+    assert not [line for line in symbols.splitlines() if " T " in line and "nsc_cuda" not in line]
+
+
+@built
+def test_beside_a_torch_without_cuda_it_is_not_loaded() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    assert _native.cuda_source() is None
+    with pytest.raises(OSError):
+        torch.ops.load_library(LIBRARY)
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("needs the source tree")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        (None, "90a-real"),
+        ("", "90a-real"),
+        ("8.0;9.0a", "90a-real"),
+        ("9.0a 10.0+PTX", "90a-real;100-real;100-virtual"),
+        ("9.0;9.0", "90-real"),
+        ("12.0a", "120a-real"),
+    ],
+)
+def test_architectures_as_pytorch_extensions_name_them(
+    setup_py: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str | None, given: str
+) -> None:
+    if asked is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup_py["cuda_architectures"]() == given
+
+
+@pytest.mark.parametrize(("asked", "words"), [("8.0;8.6", "need 9.0 or newer"), ("Hopper", "found 'Hopper'")])
+def test_architectures_that_cannot_be_built_for(
+    setup_py: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: str, words: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(RuntimeError, match=words):
+        setup_py["cuda_architectures"]()
+
+
+def test_a_missing_nvcc_is_named(setup_py: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    with pytest.raises(RuntimeError, match="nvcc was not found"):
+        setup_py["nvcc"]()
