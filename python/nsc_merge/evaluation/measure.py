@@ -47,20 +47,23 @@ def applied(model: nn.Module, result: MergeResult) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def predict(suite: Suite, candidate: Candidate, split: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Task -> outputs and labels over a whole split, on the CPU.
+def predict(
+    suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all.
 
     Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
     over the models of all tasks.
     """
     found: dict[str, Tensor] = {}
+    wanted = list(suite.tasks) if tasks is None else list(tasks)
     labels = {
-        task: _joined([label for _, label in suite.labelled(task, split)], torch.nan) for task in suite.tasks
+        task: _joined([label for _, label in suite.labelled(task, split)], torch.nan) for task in wanted
     }
-    for tasks, models in _groups(suite, candidate):
+    for served, models in _groups(suite, candidate, wanted):
         for number, enter in enumerate(models, 1):
             with enter() as model:
-                for task in tasks:
+                for task in served:
                     output = _joined(
                         [suite.output(task, model, inputs) for inputs, _ in suite.labelled(task, split)]
                     )
@@ -68,7 +71,7 @@ def predict(suite: Suite, candidate: Candidate, split: str) -> dict[str, tuple[T
                         raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
                     # A running mean, so that one set of outputs is held.
                     found[task] = output if number == 1 else found[task] + (output - found[task]) / number
-    return {task: (found[task], labels[task]) for task in suite.tasks}
+    return {task: (found[task], labels[task]) for task in wanted}
 
 
 def score(suite: Suite, predicted: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
@@ -102,7 +105,7 @@ def joint_hits(
         kind: of scores; see :meth:`nsc_merge.evaluation.joint.Union.scores`.
         names: task -> names of its classes, if classes of the same name are one.
     """
-    groups = _groups(suite, candidate)
+    groups = _groups(suite, candidate, list(suite.tasks))
     if len(groups) > 1:
         return None
     ((_, models),) = groups
@@ -169,18 +172,18 @@ def _whole(model: nn.Module, adapters: dict) -> MergeResult:
     return merge(model, adapters, method="task_arithmetic", scale=1.0)
 
 
-def _groups(suite: Suite, candidate: Candidate) -> list[tuple[list[str], list[_Model]]]:
+def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[list[str], list[_Model]]]:
     """Tasks that share models, and the models whose outputs are averaged for them."""
-    tasks = list(suite.tasks)
     if isinstance(candidate, nn.Module):
         return [(tasks, [lambda: nullcontext(candidate)])]
     if isinstance(candidate, Mapping):
-        return [([task], _groups(suite, candidate[task])[0][1]) for task in tasks]
+        return [([task], _groups(suite, candidate[task], [task])[0][1]) for task in tasks]
     if not candidate.per_task:
         return [(tasks, [partial(applied, suite.model, candidate)])]
-    models = {task: partial(applied, suite.model, candidate.for_task(task)) for task in tasks}
+    models = {task: partial(applied, suite.model, candidate.for_task(task)) for task in candidate.per_task}
     if candidate.method == "ensemble":
         return [(tasks, list(models.values()))]
+    models = {task: models[task] for task in tasks}
     return [([task], [model]) for task, model in models.items()]
 
 
