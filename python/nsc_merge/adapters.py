@@ -137,7 +137,8 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
             f"adapters[{name!r}]: expected a PEFT folder, an Adapter, a PeftModel or a mapping with 'config' "
             f"and 'weights', found {type(source).__name__}"
         )
-    return _from_peft(name, config, weights, folder, dora)
+    # Merging is done on the CPU wherever the model is; attaching moves the factors to their linears.
+    return _from_peft(name, config, {key: value.cpu() for key, value in weights.items()}, folder, dora)
 
 
 def _read_folder(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
