@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything there is to learn from a machine with a GPU, in under nine minutes:
+# Everything there is to learn from a machine with a GPU, in under ten minutes:
 #
 #     bench/gpu.sh                    results in bench/results/<gpu>/, or in $OUT
 #     DRY_RUN=1 OUT=/tmp/x bench/gpu.sh    the same on a CPU at tiny sizes, to try the scripts
 #
 # Every stage is bounded in time and leaves its rows as it goes, so that a later one may die. Needs no installed package:
-# torch, triton and the sources here are enough. Exits with 0 if the Triton kernel was shown correct.
+# torch, triton and the sources here are enough; the CUDA C++ kernels take part where their library is built, or nvcc and
+# cmake are there to build it. Exits with 0 if every GPU backend that ran was shown correct.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -31,6 +32,13 @@ stage() {
 }
 
 stage environment 45 "$PYTHON" bench/gpu_environment.py --out "$OUT/environment.jsonl" "${FLAGS[@]}"
+if [ -z "${DRY_RUN:-}" ] && command -v nvcc >/dev/null && command -v cmake >/dev/null; then
+    stage cuda-build 60 bash -c "cmake -S . -B '$OUT/build' -DNSC_BUILD_CPU=OFF -DNSC_BUILD_CUDA=ON \\
+        -DNSC_BUILD_CUDA_TESTS=ON -DNSC_TORCH_DIR=\$('$PYTHON' -c 'import torch; print(torch.__path__[0])') \\
+        -DCMAKE_INSTALL_PREFIX=. && cmake --build '$OUT/build' -j $(nproc) && cmake --install '$OUT/build'"
+    if [ -x "$OUT/build/nsc_cuda_test" ]; then stage cuda-host-test 20 "$OUT/build/nsc_cuda_test"; fi
+    rm -rf "$OUT/build"
+fi
 stage correctness 180 "$PYTHON" bench/gpu_check.py --workers "$WORKERS" --out "$OUT/correctness.jsonl" "${FLAGS[@]}"
 stage launches 40 "$PYTHON" bench/gpu_launches.py --out "$OUT/launches.jsonl" "${FLAGS[@]}"
 if command -v compute-sanitizer >/dev/null; then
@@ -41,6 +49,6 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "sanitizer: compute-sanitizer is not on the PATH"
 fi
-stage bench 200 "$PYTHON" bench/gpu_bench.py --out "$OUT/bench.jsonl" "${FLAGS[@]}"
+stage bench 180 "$PYTHON" bench/gpu_bench.py --out "$OUT/bench.jsonl" "${FLAGS[@]}"
 timeout 20 "$PYTHON" bench/gpu_report.py "$OUT" | tee "$OUT/report.txt"
 exit "${PIPESTATUS[0]}"

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def cases(dry_run: bool) -> list[Case]:
 class Run:
     """One case on one backend."""
 
-    def __init__(self, backend: ModuleType, case: Case, on: torch.device, seed: int = 0):
+    def __init__(self, backend: ModuleType | SimpleNamespace, case: Case, on: torch.device, seed: int = 0):
         self.backend, self.case = backend, case
         dtype = getattr(torch, case.dtype)
         self.p = problems.problem(case.T, case.d_in, case.d_out, case.ranks, dtype, on, per_row=case.per_row, seed=seed)
@@ -211,8 +212,26 @@ def trials(names: list[str], dry_run: bool, smallest: bool) -> Iterator[tuple[st
     if not dry_run:
         for case, what, name in itertools.product(bitwise[:8], ("streams", "two_graphs"), names):
             yield name, what, case
+        for case in (case for case in bitwise if "cuda" in names and case.dtype != "float32"):
+            yield "cuda", "clusters", case
         for name in names:
             yield name, "beyond_int32", None
+
+
+def clusters(run: Run, on: torch.device) -> dict[str, tuple[float, float]]:
+    """The CUDA C++ kernel with every size of cluster; 16 blocks only where the device can run them."""
+    backend, found = run.backend, {}
+    for size in (1, 2, 4, 8, 16):
+        forced = {name: partial(getattr(backend, name), cluster=size) for name in ("forward", "backward")}
+        run.backend = SimpleNamespace(**forced)
+        try:
+            found |= {f"{name} in clusters of {size}": errors for name, errors in run.check().items()}
+        except RuntimeError:
+            if size <= 8:
+                raise
+        finally:
+            run.backend = backend
+    return found
 
 
 BITWISE = {"repeats": repeats, "replays": replays, "streams": streams, "two_graphs": two_graphs}
@@ -238,7 +257,7 @@ def attempt(name: str, what: str, case: Case | None, on: torch.device) -> dict[s
             if what in BITWISE:
                 passed = BITWISE[what](run, on)
                 return row | {"passed": passed, "why": None if passed else "results differ bitwise"}
-            found = run.check()
+            found = clusters(run, on) if what == "clusters" else run.check()
         wrong = [f"{n}: error {e:.3g}, bound {b:.3g}" for n, (e, b) in found.items() if not e <= b]
         return row | {"passed": not wrong, "why": "; ".join(wrong) or None, "errors": found}
     except Exception as error:

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton")]
 
-from nsc_kernels.ledger import triton_source  # noqa: E402
+from nsc_kernels import ledger  # noqa: E402
 
 
 class Rows:
@@ -30,7 +30,9 @@ class Rows:
         self.count = 0
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({**row, "source": triton_source()}) + "\n")
+        backend = row.get("backend", row.get("provider"))
+        source = ledger.source(backend if backend in ledger.BACKENDS else "triton")
+        self._file.write(json.dumps({**row, "source": source}) + "\n")
         self._file.flush()
         self.count += 1
 
