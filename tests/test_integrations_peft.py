@@ -21,14 +21,15 @@ from nsc_kernels.integrations.peft import accelerate
 from nsc_merge.integrations.peft import merge
 
 NAMES = ["a", "b", "c"]
+PATTERN = {"layers.1.self_attn.q_proj": 6}
 
 
 def configs(**settings) -> dict[str, LoraConfig]:
     common = {"target_modules": ["q_proj", "v_proj"], **settings}
     return {
-        "a": LoraConfig(r=4, lora_alpha=8, **common),
-        "b": LoraConfig(r=3, lora_alpha=5, use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 6}, **common),
-        "c": LoraConfig(r=2, lora_alpha=2, **{**common, "target_modules": ["v_proj"]}),
+        "a": LoraConfig(**{"r": 4, "lora_alpha": 8, **common}),
+        "b": LoraConfig(**{"r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": PATTERN, **common}),
+        "c": LoraConfig(**{"r": 2, "lora_alpha": 2, **common, "target_modules": ["v_proj"]}),
     }
 
 
@@ -301,6 +302,39 @@ def test_what_add_weighted_adapter_takes_gives_what_it_gives(combination_type):
     assert bool(truncated) == (combination_type == "svd")
 
 
+@pytest.mark.parametrize(
+    ("combination_type", "options"),
+    [
+        ("linear", {}),
+        ("ties", {"density": 0.3}),
+        ("ties", {"density": 0.5, "majority_sign_method": "frequency"}),
+        ("ties_svd", {"density": 0.3, "svd_rank": 7}),
+        ("ties_svd", {"density": 0.4, "majority_sign_method": "frequency"}),
+    ],
+)
+def test_pefts_other_ways_give_what_it_gives(combination_type, options):
+    model = build(r=4, lora_alpha=6, use_rslora=False, rank_pattern={})
+    arguments = (NAMES, [0.7, 0.2, 0.5])
+    model.add_weighted_adapter(*arguments, "theirs", combination_type, **options)
+    merged = merge(model, *arguments, "ours", combination_type, **options)
+    assert not merged.coefficients
+    assert merged.errors
+    for path in merged.errors:
+        torch.testing.assert_close(
+            update_of(model, path, "ours"), update_of(model, path, "theirs"), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_dare_keeps_the_density_that_peft_calls_so():
+    model = build()
+    merged = merge(model, NAMES, [1.0, 1.0, 1.0], "ours", "dare_ties_svd", 32, density=0.25)
+    assert merged.result.options["drop"] == 0.75
+    dense = merged.result.factors["model.layers.0.self_attn.q_proj"].delta()
+    # Two adapters with a quarter of their entries each.
+    assert float((dense != 0).double().mean()) == pytest.approx(1 - 0.75**2, abs=0.05)
+    assert max(merged.errors.values()) < 1e-6
+
+
 def test_svd_keeps_the_largest_rank_unless_told(batch):
     model = build()
     merged = merge(model, NAMES, method="task_arithmetic", output="svd")
@@ -373,7 +407,8 @@ def test_results_without_coefficients():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"combination_type": "ties"}, r"combination_type: expected one of \['cat', 'svd'\], found 'ties'"),
+        ({"combination_type": "dare"}, r"combination_type: expected one of \['cat', 'svd', .*\], found 'dare'"),
+        ({"combination_type": "ties", "majority_sign_method": "x"}, "majority_sign_method: expected one of"),
         ({"combination_type": "cat", "method": "nsc"}, "combination_type: expected it, or method and output"),
         ({"method": "task_arithmetic", "output": "full"}, r"output: expected one of \['cat', 'svd'\], found 'full'"),
         ({"method": "task_arithmetic", "output": "cat", "rank": 2}, "rank: output 'cat' has the sum of the ranks"),

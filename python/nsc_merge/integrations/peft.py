@@ -24,13 +24,22 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.export import concatenated, low_rank
+from nsc_merge.methods import METHODS
 from nsc_merge.passes import Calibration
 from nsc_merge.result import MergeResult
 
 OUTPUTS = ("cat", "svd")
-# PEFT's name for a way of combining -> ours, and the form that PEFT gives the result.
-_COMBINATIONS = {"cat": ("task_arithmetic", "cat"), "svd": ("task_arithmetic", "svd")}
-# The option that takes one weight for each adapter.
+# PEFT's name for a way of combining -> our method, the form that PEFT gives the result, and the method's options.
+_COMBINATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cat": ("task_arithmetic", "cat", {}),
+    "svd": ("task_arithmetic", "svd", {}),
+    "linear": ("linear", "cat", {"preset": "peft"}),
+    "ties": ("ties", "cat", {"preset": "peft", "trim_scope": "factors"}),
+    "ties_svd": ("ties", "svd", {"preset": "peft"}),
+    "dare_ties_svd": ("dare_ties", "svd", {"preset": "peft"}),
+}
+_SIGNS = {"total": "sum", "frequency": "count"}
+# The option that takes one weight for each adapter, where it is not called weights.
 _WEIGHTS = {"nsc": "init", "task_arithmetic": "scale"}
 
 
@@ -74,10 +83,12 @@ def merge(
         model: with the adapters loaded. Which adapters are active, and whether they are enabled, plays no role
             and does not change.
         adapters: names of the adapters to merge.
-        weights: one for each adapter: the coefficients of task arithmetic, or where NSC starts from.
+        weights: one for each adapter: the coefficients of task arithmetic, where NSC starts from, or the weights of
+            methods that have them.
         adapter_name: of the new adapter.
-        combination_type: ``add_weighted_adapter``'s name for task arithmetic with the output of that name, ``"cat"``
-            or ``"svd"``. Its other ways combine A and B separately or are methods of their own: ``method``.
+        combination_type: ``add_weighted_adapter``'s name for a method and an output: ``"cat"`` and ``"svd"`` (task
+            arithmetic), ``"linear"``, ``"ties"``, ``"ties_svd"`` or ``"dare_ties_svd"``, with its ``density`` and
+            ``majority_sign_method`` among the options.
         svd_rank: ``add_weighted_adapter``'s name for ``rank``.
         data: adapter name -> batches; see :func:`nsc_merge.merge`.
         method: as in :func:`nsc_merge.merge`, ``"nsc"`` by default.
@@ -92,7 +103,10 @@ def merge(
         TypeError: if ``model`` is not a ``PeftModel``.
     """
     _check(model, adapters, adapter_name)
-    method, output, rank = _form(combination_type, method, output, svd_rank, rank)
+    if combination_type is not None:
+        method, output, options = _translated(combination_type, method, output, options)
+        svd_rank = svd_rank if output == "svd" else None
+    method, output, rank = _form(method, output, svd_rank, rank)
     if weights is not None:
         options = {**_weighted(method, adapters, weights), **options}
     sources = {name: nsc_merge.load_adapter(model, name) for name in adapters}
@@ -122,22 +136,37 @@ def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None
         )
 
 
+def _translated(
+    combination_type: str, method: str | None, output: str | None, options: Mapping[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """Method, output and options that ``add_weighted_adapter``'s arguments stand for."""
+    if method is not None or output is not None:
+        raise ValueError(
+            "combination_type: expected it, or method and output, which it stands for; found "
+            f"combination_type={combination_type!r}, method={method!r}, output={output!r}"
+        )
+    if combination_type not in _COMBINATIONS:
+        raise ValueError(
+            f"combination_type: expected one of {list(_COMBINATIONS)}, found {combination_type!r}; for other ways "
+            "choose a method, as nsc-merge methods lists them"
+        )
+    method, output, preset = _COMBINATIONS[combination_type]
+    translated = {**preset, **options}
+    if "majority_sign_method" in translated:
+        given = translated.pop("majority_sign_method")
+        if given not in _SIGNS:
+            raise ValueError(f"majority_sign_method: expected one of {list(_SIGNS)}, found {given!r}")
+        translated["sign"] = _SIGNS[given]
+    if method == "dare_ties" and "density" in translated:
+        # PEFT's density is what DARE keeps, and there is no trimming after it.
+        translated["drop"] = 1 - translated.pop("density")
+    return method, output, translated
+
+
 def _form(
-    combination_type: str | None, method: str | None, output: str | None, svd_rank: int | None, rank: int | None
+    method: str | None, output: str | None, svd_rank: int | None, rank: int | None
 ) -> tuple[str, str, int | None]:
-    """Method, output and rank, from our names for them and PEFT's."""
-    if combination_type is not None:
-        if method is not None or output is not None:
-            raise ValueError(
-                "combination_type: expected it, or method and output, which it stands for; found "
-                f"combination_type={combination_type!r}, method={method!r}, output={output!r}"
-            )
-        if combination_type not in _COMBINATIONS:
-            raise ValueError(
-                f"combination_type: expected one of {list(_COMBINATIONS)}, found {combination_type!r}; for other ways "
-                "choose a method, as nsc-merge methods lists them"
-            )
-        method, output = _COMBINATIONS[combination_type]
+    """Method, output and rank, with what was left open."""
     if rank is not None and svd_rank is not None:
         raise ValueError(f"svd_rank: expected it or rank, found svd_rank={svd_rank!r} and rank={rank!r}")
     rank = svd_rank if rank is None else rank
@@ -153,11 +182,12 @@ def _form(
 
 
 def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-    if method not in _WEIGHTS:
-        raise ValueError(f"weights: method {method!r} takes none (those that do: {', '.join(_WEIGHTS)})")
+    option = _WEIGHTS.get(method, "weights")
+    if method in METHODS and option not in METHODS[method].option_names:
+        raise ValueError(f"weights: method {method!r} takes none")
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected one for each of {list(adapters)}, found {list(weights)}")
-    return {_WEIGHTS[method]: dict(zip(adapters, map(float, weights), strict=True))}
+    return {option: dict(zip(adapters, map(float, weights), strict=True))}
 
 
 @contextmanager
