@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.evaluation.command import add_eval
+from nsc_merge.commands.analyse import add_analyse
+from nsc_merge.commands.evaluate import add_eval
 from nsc_merge.terminal import log, names, positive, prepare, quieten_libraries
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
@@ -27,6 +28,7 @@ examples:
   nsc-merge run recipe.yaml options.steps=200     merge; Ctrl-C and --resume at any time
   nsc-merge inspect adapters/* --model base --inputs depth.safetensors
   nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
+  nsc-merge analyse quartiles evaluation.yaml     null-space ratio of every sample against its quality
   nsc-merge export merged --format lora --rank 16 --out merged-16
   nsc-merge demo                                  merge six adapters of a small ViT and measure the result
   nsc-merge demo --tasks depth,normal,edge,semseg --out dense
@@ -75,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_plot(commands)
     add_eval(commands)
+    add_analyse(commands)
     methods = commands.add_parser("methods", help="list the merge methods and their options")
     methods.add_argument("--json", action="store_true", help="print JSON")
     methods.set_defaults(run=_methods)

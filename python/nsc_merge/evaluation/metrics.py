@@ -64,6 +64,8 @@ class Metric:
             if name not in self.options:
                 listed = ", ".join(self.options) or "none"
                 raise ValueError(f"{name}: not an option of metric {self.name!r} (options: {listed})")
+        if not given:
+            return self
         return replace(
             self,
             measure=functools.partial(self.measure, **given),

@@ -69,7 +69,7 @@ class TaskRecipe:
         name: of the task.
         adapter: PEFT folder.
         test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches.
-        validation: labelled inputs for tuning, and for methods that need labels.
+        validation: labelled inputs for tuning, whose inputs also serve methods that need data.
         calibration: unlabelled inputs for methods that need data; those of ``validation`` when None.
         labels: name of the labels among the tensors.
         metric: what is reported.
@@ -347,9 +347,8 @@ def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
         raise RecipeError(f"{prefix}tune: method {name!r} has no scale to tune")
     if tune is not None and "scale" in options:
         raise RecipeError(f"{prefix}tune: chooses the scale, but options.scale is given, too")
-    wanted = "validation" if tune is not None or "labels" in method.needs else None
     for task in tasks.values():
-        if wanted and task.validation is None:
+        if tune is not None and task.validation is None:
             raise RecipeError(f"tasks.{task.name}.validation: {prefix[:-1]} ({name}) needs it, found none")
         if "data" in method.needs and task.validation is None and task.calibration is None:
             raise RecipeError(

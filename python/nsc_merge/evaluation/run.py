@@ -7,24 +7,26 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from nsc_merge.api import merge
 from nsc_merge.evaluation.measure import Candidate, joint_hits, open_saved, predict, score
+from nsc_merge.evaluation.metrics import cross_entropy
 from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.evaluation.recipe import SEED, EvalRecipe, Row
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
 from nsc_merge.export import file_name
-from nsc_merge.methods import METHODS
+from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.tuning import tune_scale
 from nsc_merge.progress import Progress
 from nsc_merge.recipe import hashes, plain, versions
 from nsc_merge.result import MergeResult
-from nsc_merge.writing import write_text
+from nsc_merge.writing import without_nan, write_text
 
 Log = Callable[[str], None]
 
@@ -89,7 +91,7 @@ def run(
 def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
     """Tables, and pictures if wanted."""
     # JSON has no NaN; what is not defined is null there.
-    text = json.dumps(_without_nan(document), indent=1, allow_nan=False)
+    text = json.dumps(without_nan(document), indent=1, allow_nan=False)
     write_text(out / RESULTS_FILE, text + "\n")
     write_text(out / TABLE_FILE, as_markdown(document))
     write_text(out / CSV_FILE, as_csv(document))
@@ -137,11 +139,9 @@ def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) ->
         options.setdefault("seed", seed)
     if row.tune is not None:
         options["scale"] = 1.0
-    if "outputs" in method.option_names and "outputs" in method.needs:
-        options["outputs"] = {task: _calling(suite.output, task) for task in suite.tasks}
-    if "losses" in method.option_names and "labels" in method.needs:
-        options["losses"] = {task: _calling(suite.labelled_loss, task) for task in suite.tasks}
-    calibration = suite.calibration(labels="labels" in method.needs) if "data" in method.needs else None
+    if "outputs" in method.needs:
+        options = {**_output_options(suite, recipe, method), **options}
+    calibration = suite.calibration() if "data" in method.needs else None
     return merge(suite.model, suite.adapters, calibration, row.method, **options)
 
 
@@ -250,8 +250,26 @@ def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
     return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
 
 
-def _calling(function: Callable[..., torch.Tensor], task: str) -> Callable[..., torch.Tensor]:
-    return lambda model, batch: function(task, model, batch)
+def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> dict[str, Any]:
+    """The tasks' heads, for methods that look at outputs. Those that know no likelihood but that of classes get the
+    heads of such tasks only; tasks that generate are left to the model's own logits.
+    """
+    given: dict[str, Any] = {}
+    classes = {name: task.metric.loss is cross_entropy for name, task in recipe.tasks.items()}
+    both = "likelihood" in method.option_names
+    served = [name for name, task in recipe.tasks.items() if not task.generate and (both or classes[name])]
+    if any(not task.generate for task in recipe.tasks.values()):
+        given["outputs"] = {name: partial(_output, suite, name) for name in served}
+    if both:
+        given["likelihood"] = {name: "categorical" if one else "gaussian" for name, one in classes.items()}
+        given["likelihood"].update(
+            {name: "categorical" for name, task in recipe.tasks.items() if task.generate}
+        )
+    return given
+
+
+def _output(suite: RecipeSuite, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return suite.output(task, model, batch)
 
 
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -301,11 +319,3 @@ def _all_hashes(place: Path) -> dict[str, Any]:
         return hashes(place)
     folders = [place, *sorted(path for path in place.rglob("*") if path.is_dir())]
     return {str(folder.relative_to(place)): hashes(folder) for folder in folders}
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -119,13 +119,11 @@ class RecipeSuite:
             self._labelled[task, split] = self._read(settings, place, f"tasks.{task}.{key}")
         return self._labelled[task, split]
 
-    def calibration(self, *, labels: bool = False) -> dict[str, Batches]:
-        """Task -> batches of inputs for methods that need data, with ``labels`` beside them where asked for."""
+    def calibration(self) -> dict[str, Batches]:
+        """Task -> batches of unlabelled inputs, for methods that need data."""
         drawn = {}
         for name, task in self._recipe.tasks.items():
-            if labels:
-                batches = [{**inputs, task.labels: label} for inputs, label in self.labelled(name, "val")]
-            elif task.calibration is not None:
+            if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
                 read = read_batches(task.calibration, self._recipe.batch_size, argument).to(self._dtype)
                 batches = [
@@ -138,12 +136,9 @@ class RecipeSuite:
         return drawn
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Outputs of the task's head on ``model``; labels in the batch are not looked at."""
+        """Outputs of the task's head on ``model``, where the model is."""
         device = next(model.parameters()).device
-        label = self._recipe.tasks[task].labels
-        return self._heads[task](
-            model, {name: value.to(device) for name, value in batch.items() if name != label}
-        )
+        return self._heads[task](model, {name: value.to(device) for name, value in batch.items()})
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
         """None where the metric has none, or where the outputs are generated tokens."""
@@ -151,17 +146,6 @@ class RecipeSuite:
         return (
             None if loss is None or not output.is_floating_point() else loss(output, label.to(output.device))
         )
-
-    def labelled_loss(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The loss on a batch that holds its labels.
-
-        Raises:
-            ValueError: if the metric has none.
-        """
-        loss = self.loss(task, self.output(task, model, batch), batch[self._recipe.tasks[task].labels])
-        if loss is None:
-            raise ValueError(f"tasks.{task}.metric: {self.metric(task).name} has no loss")
-        return loss
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
         return self.metric(task).measure(outputs, labels)

@@ -1,0 +1,1 @@
+"""Groups of commands of ``nsc-merge``; importing them loads no library."""
