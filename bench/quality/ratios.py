@@ -13,123 +13,93 @@ import argparse
 import importlib
 import json
 import math
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from run import HERE, SUITES, versions
-from scipy.stats import spearmanr
-from suite import Inputs, Suite, predict
-from torch import Tensor, nn
+from suite import Suite
+from torch import nn
 
-from nsc_kernels import null_space_ratio
-from nsc_merge.adapters import Adapter, load_adapter
-from nsc_merge.attachment import adapted_linears, attach
+import nsc_merge
+from nsc_merge.analysis.quartiles import sample_study
+from nsc_merge.analysis.ranks import rank_correlation
+from nsc_merge.analysis.tracking import track
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.progress import Progress
-from nsc_merge.remap import fit
 
-SETS = ("all", "target")
 START = 0.4
 
 
-@torch.no_grad()
-def sample_ratios(
-    model: nn.Module, adapters: Mapping[str, Adapter], scale: float, batches: Sequence[Inputs]
-) -> dict[str, Tensor]:
-    """Mean null-space ratio per sample of every adapter in ``model`` with all of them merged at ``scale``.
-
-    Returns:
-        Name of a set of modules -> ``[N, K]``; positions that the attention mask leaves out do not count.
-    """
-    family = family_of(model)
-    target = set(scored_paths(family, model, list(adapted_linears(model, adapters)), None, "last_quarter"))
-    parts: dict[str, list[Tensor]] = {name: [] for name in SETS}
-    found: dict[str, Tensor] = {}
-    mask: Tensor | None = None
-
-    def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
-        ratio = null_space_ratio(quad, sqnorm)
-        weight = torch.ones_like(sqnorm) if mask is None or mask.shape != sqnorm.shape else mask.to(sqnorm)
-        positions = tuple(range(1, sqnorm.dim()))
-        found[path] = (ratio * weight[..., None]).sum(positions) / weight.sum(positions)[:, None]
-
-    with attach(model, adapters, scale) as merged:
-        for module in merged.values():
-            module.measure = record if module.bank.R else None
-        for batch in batches:
-            found.clear()
-            mask = batch.get(family.mask) if family.mask else None
-            model(**batch)
-            parts["all"].append(torch.stack(list(found.values())).mean(0))
-            parts["target"].append(torch.stack([found[path] for path in target]).mean(0))
-    return {name: torch.cat(values) for name, values in parts.items()}
+def sets_of_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> paths of the adapted modules that are averaged over."""
+    return {
+        "all": list(paths),
+        "target": scored_paths(family_of(model), model, paths, None, "last_quarter"),
+    }
 
 
 def training_record(suite: Suite, module: Any, work: Path, task: str, kind: str) -> dict[str, Any]:
     """Ratio of an adapter in its own model, on validation inputs, at every step that was kept."""
     inputs = [batch for batch, _ in suite.labelled(task, "val")]
-    entries: list[dict[str, float]] = []
-    for entry, folder in module.kept_adapters(work, suite.seed, task, kind):
-        adapter = fit({task: load_adapter(folder, task)}, suite.model)
-        ratios = sample_ratios(suite.model, adapter, 1.0, inputs)
-        entries.append({**entry, **{name: ratios[name].mean().item() for name in SETS}})
-    factors = adapter[task].factors.values()
+    kept = module.kept_adapters(work, suite.seed, task, kind)
+    tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
+    curves = {
+        name: [
+            statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)
+        ]
+        for name, paths in sets_of_modules(suite.model, list(tracking.omega)).items()
+    }
+    losses = [entry["loss"] for entry, _ in kept]
     return {
         "suite": suite.name,
         "seed": suite.seed,
         "task": task,
         "labels": "permuted" if kind == "permuted" else "true",
-        "random": sum(math.sqrt(1 - factor.rank / factor.A.shape[1]) for factor in factors) / len(factors),
-        "rho": {
-            name: rank_correlation([e["loss"] for e in entries], [e[name] for e in entries]) for name in SETS
-        },
-        "steps": entries,
+        "random": tracking.random,
+        "rho": {name: _or_none(rank_correlation(losses, curve)) for name, curve in curves.items()},
+        "steps": [
+            {**entry, **{name: curve[number] for name, curve in curves.items()}}
+            for number, (entry, _) in enumerate(kept)
+        ],
         "versions": versions(),
     }
 
 
 def sample_records(suite: Suite) -> list[dict[str, Any]]:
     """Ratio against quality over test samples, with each adapter alone and with all merged at :data:`START`."""
-    adapters = fit({task: load_adapter(folder, task) for task, folder in suite.adapters.items()}, suite.model)
     records = []
-    for number, task in enumerate(suite.tasks):
-        inputs = [batch for batch, _ in suite.labelled(task, "test")]
-        for name, merged, scale in (
-            ("finetuned", {task: adapters[task]}, 1.0),
-            (f"TA@{START:g}", adapters, START),
-        ):
-            ratios = sample_ratios(suite.model, merged, scale, inputs)
-            with attach(suite.model, merged, scale):
-                quality = suite.quality(task, *predict(suite, suite.model, "test")[task])
-            own = {key: value[:, number if len(merged) > 1 else 0] for key, value in ratios.items()}
-            records.append(
-                {
-                    "suite": suite.name,
-                    "seed": suite.seed,
-                    "task": task,
-                    "model": name,
-                    "samples": len(quality),
-                    "rho": {
-                        key: rank_correlation(value.tolist(), quality.tolist()) for key, value in own.items()
-                    },
-                    "quality_by_quartile": {
-                        key: [part.mean().item() for part in quality[value.argsort()].chunk(4)]
-                        for key, value in own.items()
-                    },
-                    "versions": versions(),
-                }
-            )
+    for name, method, options in (
+        ("finetuned", "finetuned", {}),
+        (f"TA@{START:g}", "task_arithmetic", {"scale": START}),
+    ):
+        result = nsc_merge.merge(suite.model, suite.adapters, method=method, **options)
+        studies = {
+            chosen: sample_study(suite, result, modules=paths)
+            for chosen, paths in sets_of_modules(suite.model, result.paths).items()
+        }
+        records += [
+            {
+                "suite": suite.name,
+                "seed": suite.seed,
+                "task": task,
+                "model": name,
+                "samples": studies["all"][task]["samples"],
+                "rho": {chosen: _or_none(study[task]["rho"]) for chosen, study in studies.items()},
+                "quality_by_quartile": {chosen: study[task]["mean"] for chosen, study in studies.items()},
+                "versions": versions(),
+            }
+            for task in suite.tasks
+        ]
     return records
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rho; None where one side does not vary."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(spearmanr(first, second).statistic)
+def _or_none(value: float) -> float | None:
+    """What is not defined, as JSON can hold it."""
+    return None if math.isnan(value) else value
 
 
 def parser() -> argparse.ArgumentParser:
