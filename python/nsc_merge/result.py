@@ -47,8 +47,8 @@ class MergeResult:
     dead: dict[str, list[str]]
     model: nn.Module = field(repr=False)
     inputs: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, Factor] = field(default_factory=dict, repr=False)
-    per_task: dict[str, dict[str, Factor]] = field(default_factory=dict, repr=False)
+    factors: Mapping[str, Factor] = field(default_factory=dict, repr=False)
+    per_task: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> list[str]:

@@ -58,6 +58,8 @@ HAND = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0, 0.5]])}, "b": {"x": torch.tens
         ({"preset": "peft", "density": 1.0}, [3.0, 3.0, -5.0, 0.375]),
         # 3 (-1) + 1 (3) is a tie and so positive: b's 3 alone agrees with that.
         ({"preset": "mergekit", "weights": {"a": 3.0, "b": 1.0}}, [3.5, 3.0, 3.0, 0.4375]),
+        # Weighted, a is -4, 1, -3, -0.5 and b is 4, 6, -10, 0.5: two ties, and both agree in between.
+        ({"preset": "mergekit", "weights": {"a": -1.0, "b": 2.0}}, [2.0, 7.0, -13.0, 0.25]),
         ({"preset": "adamerging", "density": 1.0, "scale": 1.0}, [6.0, 3.0, -5.0, 0.75]),
         # One vote each, and a tie is positive.
         ({"preset": "nsc", "density": 1.0, "scale": 1.0}, [6.0, 3.0, 3.0, 0.75]),
@@ -90,31 +92,59 @@ def test_an_absent_task_has_no_vote_and_does_not_dilute_the_mean():
     assert torch.equal(merged("ties", adapters_of(tensors), "xy")["x"], merged("ties", adapters_of(HAND), "x")["x"])
 
 
-def test_ties_is_pefts():
+WEIGHTS = {"a": 0.3, "b": -1.0, "c": 2.0}
+
+
+@pytest.mark.parametrize(("sign", "name"), [("sum", "total"), ("count", "frequency")])
+def test_ties_is_pefts(sign, name):
     adapters = random_adapters()
     updates = [ew.dense_update(adapter.factors["x"]) for adapter in adapters.values()]
-    expected = merge_utils.ties(updates, torch.ones(3), 0.3, "total")
-    found = merged("ties", adapters, "xyz", preset="peft", density=0.3)["x"]
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-6)
+    expected = merge_utils.ties(updates, torch.tensor(list(WEIGHTS.values())), 0.3, name)
+    found = merged("ties", adapters, "xyz", preset="peft", density=0.3, sign=sign, weights=WEIGHTS)["x"]
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-5)
 
 
-def test_ties_on_factors_is_pefts_ties(model):
-    """add_weighted_adapter(combination_type="ties") on a real PeftModel."""
+def test_dare_is_pefts_with_the_same_draws(monkeypatch):
+    adapters = random_adapters()
+    updates = {task: ew.dense_update(adapter.factors["x"]) for task, adapter in adapters.items()}
+    masks = [dare.sparsify(torch.ones_like(update), 0.7, "none", 5, task, "x") for task, update in updates.items()]
+    for theirs, ours, options in (
+        (merge_utils.dare_ties, "dare_ties", {"preset": "peft", "weights": WEIGHTS}),
+        (merge_utils.dare_linear, "dare", {}),
+    ):
+        drawn = iter(masks)
+        monkeypatch.setattr(torch, "bernoulli", lambda shares, drawn=drawn: next(drawn))
+        weights = torch.tensor(list(WEIGHTS.values()) if options else [1.0, 1.0, 1.0])
+        expected = theirs(list(updates.values()), weights, 1 - 0.7)
+        found = merged(ours, adapters, "xyz", drop=0.7, seed=5, **options)["x"]
+        torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scope", "kind"), [("factors", "ties"), ("tensor", "ties_svd")])
+def test_ties_is_that_of_pefts_models(model, scope, kind):
+    """add_weighted_adapter on a real PeftModel; its SVD at full rank loses nothing."""
     targets = ["q_proj", "v_proj"]
-    config = {"r": 4, "lora_alpha": 6, "target_modules": targets}
-    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**config), adapter_name="a")
-    peft_model.add_adapter("b", LoraConfig(**config))
+    configs = {"a": {"lora_alpha": 6}, "b": {"lora_alpha": 3, "use_rslora": True}}
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=targets, **configs["a"]), "a")
+    peft_model.add_adapter("b", LoraConfig(r=4, target_modules=targets, **configs["b"]))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, value in peft_model.named_parameters():
             if "lora_" in name:
                 value.copy_(0.2 * torch.randn(value.shape, generator=generator))
-    peft_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "m", combination_type="ties", density=0.4)
+    weights = {"a": -0.5, "b": 2.0}
+    more = {"svd_rank": 32} if kind == "ties_svd" else {}
+    peft_model.add_weighted_adapter(
+        list(weights), list(weights.values()), "m", combination_type=kind, density=0.4, **more
+    )
     adapters = {name: nsc_merge.load_adapter(peft_model, name) for name in "ab"}
-    result = nsc_merge.merge(model, adapters, method="ties", preset="peft", trim_scope="factors", density=0.4)
+    result = nsc_merge.merge(
+        model, adapters, method="ties", preset="peft", trim_scope=scope, density=0.4, weights=weights
+    )
+    # peft 0.19 to 0.21 gives an adapter merged from rsLoRA ones the scaling of rsLoRA; its factors are right.
     expected = nsc_merge.load_adapter(peft_model, "m")
     for path, factor in expected.factors.items():
-        torch.testing.assert_close(result.delta(path), factor.delta(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.delta(path), factor.B.double() @ factor.A.double(), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -171,9 +201,8 @@ def test_dare_draws_by_seed_task_and_module_and_not_by_order():
 def test_dare_ties_without_dropping_is_ties(preset):
     adapters = random_adapters()
     steps = {name: value for name, value in dare.PRESETS[preset].items() if name in ties.PRESETS["canonical"]}
-    torch.testing.assert_close(
-        merged("dare_ties", adapters, "xyz", preset=preset, drop=0.0)["x"], merged("ties", adapters, "xyz", **steps)["x"]
-    )
+    expected = merged("ties", adapters, "xyz", **steps)["x"]
+    torch.testing.assert_close(merged("dare_ties", adapters, "xyz", preset=preset, drop=0.0)["x"], expected)
 
 
 def test_trimming_before_dropping_keeps_only_the_largest():
@@ -189,10 +218,29 @@ def test_emr_by_hand():
     tensors = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0]])}, "b": {"x": torch.tensor([[2.0, 3.0, -5.0]])}}
     adapters = adapters_of(tensors)
     assert merged("emr_unified", adapters, "x")["x"].tolist() == [[4.0, 3.0, -5.0]]
-    updates = dict(emr.emr(adapters, ["x"]))["x"]
+    rescale = emr.rescaling(adapters, ["x"])
+    updates = {
+        task: emr.Modulated(task, adapters, adapter.factors, rescale[task])["x"].delta().float()
+        for task, adapter in adapters.items()
+    }
     # a agrees at the first entry only, b everywhere; both are scaled to their own mean magnitude.
     torch.testing.assert_close(updates["a"], torch.tensor([[8.0, 0.0, 0.0]]))
     torch.testing.assert_close(updates["b"], torch.tensor([[4.0, 3.0, -5.0]]) * (10 / 12))
+
+
+def test_emr_rescales_over_all_modules_that_a_task_touches():
+    tensors = {
+        "a": {"x": torch.tensor([[1.0, -1.0]]), "y": torch.tensor([[2.0, 2.0]])},
+        "b": {"x": torch.tensor([[3.0, 3.0]])},
+    }
+    # In x the unified update is [3, 3] and a keeps one of two entries; in y it is a's own.
+    rescale = emr.rescaling(adapters_of(tensors), ["x", "y"])
+    assert rescale == {"a": pytest.approx((1 + 2) / (1.5 + 2)), "b": pytest.approx(1.0)}
+
+
+def test_emr_where_the_mean_is_zero_is_negative():
+    tensors = {"a": {"x": torch.tensor([[1.0, 0.0]])}, "b": {"x": torch.tensor([[-1.0, 0.0]])}}
+    assert merged("emr_unified", adapters_of(tensors), "x")["x"].tolist() == [[-1.0, 0.0]]
 
 
 def test_emr_of_one_task_is_the_task(model, folders):
@@ -200,6 +248,60 @@ def test_emr_of_one_task_is_the_task(model, folders):
     alone = nsc_merge.merge(model, {"plain": folders["plain"]}, method="finetuned").for_task("plain")
     for path in result.paths:
         torch.testing.assert_close(result.delta(path), alone.delta(path), rtol=1e-5, atol=1e-6)
+
+
+def test_emr_leaves_absent_modules_alone_and_keeps_biases(model, write_adapter, tmp_path):
+    folders = {
+        "a": write_adapter("a", 1, lora_bias=True),
+        "b": write_adapter("b", 2, target_modules=["v_proj"], lora_bias=True),
+    }
+    result = nsc_merge.merge(model, folders, method="emr")
+    one = result.for_task("b")
+    assert not one.delta("layers.0.attention.q_proj").any()
+    path = "layers.0.attention.v_proj"
+    torch.testing.assert_close(one.bias_delta(path), result.adapters["b"].factors[path].bias_delta())
+    out = result.save(tmp_path / "out", "lora", rank=8)
+    saved = nsc_merge.load_adapter(out / "tasks" / "a", "a").factors[path]
+    best = torch.linalg.svdvals(result.for_task("a").delta(path))[8:].norm()
+    assert float((saved.delta() - result.for_task("a").delta(path)).norm()) == pytest.approx(float(best), rel=1e-3)
+
+
+KEEP_EVERYTHING = {
+    "ties": {"density": 1.0},
+    "dare": {"drop": 0.0},
+    "dare_ties": {"density": 1.0, "drop": 0.0},
+    "emr_unified": {},
+    "fr": {"drop": "near", "cut": 0.0, "scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_one_task_is_reproduced(method):
+    adapters = random_adapters("a")
+    for path, update in merged(method, adapters, "xyz", **KEEP_EVERYTHING[method]).items():
+        torch.testing.assert_close(update, adapters["a"].factors[path].delta(), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(ELEMENTWISE),
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(0, 100),
+)
+def test_every_method_takes_any_shapes(method, ranks, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    adapters = {}
+    for index, rank in enumerate(ranks):
+        A, B = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+        adapters[str(index)] = Adapter(str(index), {"x": Factor(A, B, (-1.5) ** index)})
+    update = merged(method, adapters, "x")["x"]
+    assert update.shape == shape
+    assert torch.isfinite(update).all()
+    largest = sum(adapter.factors["x"].delta().abs().max() for adapter in adapters.values())
+    if method in ("ties", "emr_unified"):
+        assert float(update.abs().max()) <= float(largest) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +319,18 @@ def test_fr_drops_as_much_of_the_spectrum_as_documented(preset, shape, dropped):
     # Frequency zero goes in the original and the shifted form, the highest one in NSC's.
     assert bool(kept[0, 0]) == (preset == "nsc")
     assert bool(kept[shape[0] // 2, shape[1] // 2]) == (preset != "nsc")
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (7, 8), (6, 5), (7, 5), (1, 1)])
+@pytest.mark.parametrize("preset", fr.PRESETS)
+def test_fr_filters_the_full_spectrum(shape, preset):
+    """Of odd and even sides, as by a complex transform of which the real part is taken."""
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    adapters = adapters_of({"a": {"x": update}})
+    kept = fr.kept_frequencies(shape, fr.FROptions(preset=preset, cut=0.5))
+    expected = torch.fft.ifft2(torch.fft.fft2(update.double()) * kept).real
+    found = merged("fr", adapters, "x", preset=preset, cut=0.5, align=False, scale=1.0)["x"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fr_keeps_what_it_does_not_filter():

@@ -15,6 +15,7 @@ from nsc_merge.methods.base import check_choice, check_count, check_number, grad
 from nsc_merge.methods.elementwise import (
     TRIM_SCOPES,
     Source,
+    added,
     dense_factor,
     dense_update,
     tasks_by_path,
@@ -39,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mergekit": {
         "drop": 0.9, "rescale": "l1", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
-        "sign": "sum", "zero": "positive", "aggregate": "sum", "scale": 1.0,
+        "sign": "weighted", "zero": "positive", "aggregate": "sum", "scale": 1.0,
     },
     "fusion_bench": {
         "drop": 0.5, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
@@ -146,12 +147,13 @@ def dare(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and the sum of all tasks' thinned updates."""
     for path, tasks in tasks_by_path(adapters, paths).items():
-        updates = {task: dense_update(adapters[task].factors[path]) for task in tasks}
         left = [
-            sparsify(update, options.drop, options.rescale, options.seed, task, path)
-            for task, update in updates.items()
+            sparsify(
+                dense_update(adapters[task].factors[path]), options.drop, options.rescale, options.seed, task, path
+            )
+            for task in tasks
         ]
-        yield path, dense_factor(options.scale * torch.stack(left).sum(0))
+        yield path, dense_factor(options.scale * added(left))
 
 
 def dare_ties(

@@ -1,5 +1,5 @@
 """What methods that look at single entries of the updates share: dense updates one module at a time, thresholds over
-all modules without holding them, and the three steps of TIES on a stack of tensors.
+all modules without holding them, and the three steps of TIES.
 
 Names of the steps: arXiv 2306.01708 (TIES-Merging).
 """
@@ -18,7 +18,7 @@ from nsc_merge.adapters import Adapter, Factor
 Source = Callable[[str, str], Tensor]
 
 TRIM_SCOPES = ("global", "tensor")
-SIGNS = ("sum", "count")
+SIGNS = ("sum", "weighted", "count")
 ZEROS = ("majority", "positive", "negative")
 AGGREGATES = ("mean", "sum", "weight")
 
@@ -27,7 +27,7 @@ _HALF = 1 << 16
 
 @dataclass(frozen=True)
 class Ties:
-    """How a stack of tensors is merged; see :class:`nsc_merge.methods.ties.TiesOptions`."""
+    """How tensors of one shape are merged; see :class:`nsc_merge.methods.ties.TiesOptions`."""
 
     density: float
     trim_scope: str
@@ -45,6 +45,14 @@ def dense_factor(update: Tensor) -> Factor:
     """A dense update as a method returns it."""
     rows, columns = update.shape
     return Factor(update.new_empty(0, columns), update.new_empty(rows, 0), 1.0, dense=update)
+
+
+def added(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, without a stack of them."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
 
 
 def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, list[str]]:
@@ -110,32 +118,28 @@ def trim(tensor: Tensor, least: float) -> Tensor:
     return torch.where(tensor.abs().float() >= least, tensor, 0.0)
 
 
-def elect(stack: Tensor, weights: Tensor, sign: str, zero: str) -> Tensor:
-    """The sign, -1 or 1, that each position of ``stack [K, ...]`` is given.
+def elect(votes: Sequence[Tensor], zero: str) -> Tensor:
+    """The sign, -1 or 1, of the sum of ``votes`` at each position.
 
     Args:
-        weights: ``[K]``.
-        sign: of the weighted ``"sum"`` of the values, or of the ``"count"`` of their signs.
+        votes: of one shape.
         zero: what a tie becomes: ``"positive"``, ``"negative"``, or the ``"majority"`` of the tensor's other
             positions.
     """
-    votes = stack.sign() if sign == "count" else stack
-    elected = torch.tensordot(weights.to(votes), votes, dims=1).sign()
+    elected = added(votes).sign()
     majority = elected.sum() if zero == "majority" else elected.new_tensor(1.0 if zero == "positive" else -1.0)
     return torch.where(elected == 0, torch.where(majority >= 0, 1.0, -1.0).to(elected), elected)
 
 
-def disjoint(stack: Tensor, signs: Tensor, weights: Tensor, aggregate: str) -> Tensor:
-    """Combine the values of ``stack [K, ...]`` that are not zero and agree with ``signs``: their weighted sum, divided
-    by how many there are (``"mean"``), by their weights (``"weight"``) or not at all (``"sum"``).
+def disjoint(values: Sequence[Tensor], agrees: Sequence[Tensor], weights: Sequence[float], aggregate: str) -> Tensor:
+    """The weighted sum of ``values`` where they agree with the elected sign, divided by how many do (``"mean"``), by
+    their weights (``"weight"``) or not at all (``"sum"``).
     """
-    agree = (stack.sign() == signs).to(stack)
-    weights = weights.to(stack)
-    total = torch.tensordot(weights, agree * stack, dims=1)
-    if aggregate == "sum":
-        return total
-    count = agree.sum(0) if aggregate == "mean" else torch.tensordot(weights, agree, dims=1)
-    return torch.where(count == 0, 0.0, total / torch.where(count == 0, 1.0, count))
+    total, divisor = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    for value, agree, weight in zip(values, agrees, weights, strict=True):
+        total.add_(value * agree, alpha=weight)
+        divisor.add_(agree, alpha=1.0 if aggregate == "mean" else weight)
+    return total if aggregate == "sum" else total.div_(divisor.masked_fill_(divisor == 0, 1.0))
 
 
 def ties_merge(
@@ -152,12 +156,14 @@ def ties_merge(
     trims = settings.density < 1
     least = thresholds(source, tasks, settings.density) if trims and settings.trim_scope == "global" else {}
     for path, row in tasks.items():
-        trimmed = [source(path, task) for task in row]
+        values = [source(path, task) for task in row]
         if trims:
-            trimmed = [
-                trim(tensor, least[task] if task in least else threshold(tensor, settings.density))
-                for task, tensor in zip(row, trimmed, strict=True)
-            ]
-        stack = torch.stack(trimmed)
-        shares = torch.tensor([1.0 if weights is None else weights[task] for task in row])
-        yield path, disjoint(stack, elect(stack, shares, settings.sign, settings.zero), shares, settings.aggregate)
+            for index, task in enumerate(row):
+                bound = least[task] if task in least else threshold(values[index], settings.density)
+                values[index] = trim(values[index], bound)
+        shares = [1.0 if weights is None else weights[task] for task in row]
+        votes = values
+        if settings.sign == "weighted":
+            votes = [share * value for share, value in zip(shares, values, strict=True)]
+        signs = elect([vote.sign() for vote in votes] if settings.sign == "count" else votes, settings.zero)
+        yield path, disjoint(values, [vote.sign() == signs for vote in votes], shares, settings.aggregate)

@@ -12,8 +12,8 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.attachment import merged_linears
 from nsc_merge.methods.arithmetic import NoOptions
-from nsc_merge.methods.base import Method, Problem, check_number, empty, gradient_free, low_rank_only
-from nsc_merge.methods.elementwise import dense_factor, dense_update, tasks_by_path
+from nsc_merge.methods.base import Method, Problem, check_number, empty, gradient_free, low_rank_only, present
+from nsc_merge.methods.elementwise import added, dense_factor, dense_update
 from nsc_merge.result import MergeResult
 
 
@@ -31,66 +31,105 @@ class UnifiedOptions:
         check_number("scale", self.scale)
 
 
-def unify(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The unified update and the signs it was elected with, of ``stack [K, ...]``.
+class Modulated(Mapping[str, Factor]):
+    """One task's update of every module: the unified one where its sign agrees with the task's, rescaled.
 
-    The sign is that of the mean, negative where the mean is zero; the magnitude is the largest among the tasks that
+    Computed when asked for, as the dense updates of all tasks together would be K times the size of the merged layers.
+
+    Args:
+        task: of the adapters.
+        adapters: task -> adapter with low-rank factors only.
+        own: path -> the task's own update; what has no low-rank factors in its adapter stays as it is.
+        rescale: see :func:`rescaling`.
+    """
+
+    def __init__(
+        self, task: str, adapters: Mapping[str, Adapter], own: Mapping[str, Factor], rescale: float
+    ) -> None:
+        self.task, self.adapters, self.own, self.rescale = task, adapters, own, rescale
+        # Whoever merges a module asks for it several times in a row.
+        self._last: tuple[str, Factor] | None = None
+
+    def __getitem__(self, path: str) -> Factor:
+        if path not in self.adapters[self.task].factors:
+            return self.own[path]
+        if self._last is None or self._last[0] != path:
+            self._last = None
+            self._last = path, self._of(path)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def _of(self, path: str) -> Factor:
+        updates = dense_updates(self.adapters, path)
+        unified, signs = unify(list(updates.values()))
+        kept = unified * (updates[self.task] * signs > 0)
+        bias = self.own[path].bias_delta()
+        return replace(dense_factor(self.rescale * kept), bias=bias if bias is None else bias.float())
+
+
+def dense_updates(adapters: Mapping[str, Adapter], path: str) -> dict[str, Tensor]:
+    """Task -> dense update, of the tasks whose adapter touches a module."""
+    return {task: dense_update(factor) for task, factor in present(adapters, path).items()}
+
+
+def unify(updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The unified update and the signs it was elected with.
+
+    The sign is that of the mean, negative where the mean is zero; the magnitude is the largest among the updates that
     agree with it.
     """
-    signs = torch.where(stack.mean(0) > 0, 1.0, -1.0)
-    return signs * (stack * signs).clamp(min=0).amax(0), signs
+    signs = torch.where(added(updates) > 0, 1.0, -1.0)
+    largest = torch.zeros_like(signs)
+    for update in updates:
+        torch.maximum(largest, update * signs, out=largest)
+    return largest.mul_(signs), signs
 
 
 def emr_unified(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: UnifiedOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and unified update."""
-    for path, tasks in tasks_by_path(adapters, paths).items():
-        stack = torch.stack([dense_update(adapters[task].factors[path]) for task in tasks])
-        yield path, dense_factor(options.scale * unify(stack)[0])
+    for path in paths:
+        unified, _ = unify(list(dense_updates(adapters, path).values()))
+        yield path, dense_factor(options.scale * unified)
 
 
-def emr(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Path and every task's update: the unified one where its sign agrees with the task's, rescaled.
+def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, float]:
+    """Task -> the sum over modules of the mean magnitude of its own update, divided by that of the masked one.
 
-    The rescaling is one number per task: the sum over modules of the mean magnitude of its own update, divided by that
-    of the masked one. Two passes, one module in memory at a time.
+    One module in memory at a time; modules that a task does not touch count for neither.
     """
-    tasks_at = tasks_by_path(adapters, paths)
     own, masked = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0.0)
-    for path, tasks in tasks_at.items():
-        for task, update, kept in _masked(adapters, path, tasks):
+    for path in paths:
+        updates = dense_updates(adapters, path)
+        unified, signs = unify(list(updates.values()))
+        for task, update in updates.items():
             own[task] += float(update.abs().mean())
-            masked[task] += float(kept.abs().mean())
-    factor = {task: own[task] / masked[task] if masked[task] else 0.0 for task in adapters}
-    for path, tasks in tasks_at.items():
-        yield path, {task: factor[task] * kept for task, _, kept in _masked(adapters, path, tasks)}
+            masked[task] += float((unified * (update * signs > 0)).abs().mean())
+    return {task: own[task] / masked[task] if masked[task] else 0.0 for task in adapters}
 
 
-def _masked(
-    adapters: Mapping[str, Adapter], path: str, tasks: Sequence[str]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    updates = [dense_update(adapters[task].factors[path]) for task in tasks]
-    unified, signs = unify(torch.stack(updates))
-    for task, update in zip(tasks, updates, strict=True):
-        yield task, update, unified * (update * signs > 0)
-
-
-def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+def emr(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    """One update per task. Biases and modules trained in full stay the task's own, as its mask would make them."""
     linears = merged_linears(problem.model, problem.adapters)
     low_rank = low_rank_only(problem.adapters)
     paths = [path for path in linears if any(path in adapter.factors for adapter in low_rank.values())]
-    # Biases and modules trained in full stay the task's own, as its mask would make them.
-    own: dict[str, dict[str, Factor]] = {
-        task: {path: adapter.factors.get(path, empty(linear)) for path, linear in linears.items()}
+    rescale = rescaling(low_rank, paths)
+    per_task = {
+        task: Modulated(
+            task,
+            low_rank,
+            {path: adapter.factors.get(path, empty(linear)) for path, linear in linears.items()},
+            rescale[task],
+        )
         for task, adapter in problem.adapters.items()
     }
-    for path, updates in emr(low_rank, paths):
-        for task, update in updates.items():
-            factor = own[task][path]
-            bias = factor.bias_delta()
-            own[task][path] = replace(dense_factor(update), bias=bias if bias is None else bias.float())
-    return MergeResult("emr", {}, [], problem.adapters, {}, {}, problem.model, per_task=own)
+    return MergeResult("emr", {}, [], problem.adapters, {}, {}, problem.model, per_task=per_task)
 
 
 METHODS = (
@@ -99,7 +138,7 @@ METHODS = (
         "a unified update, masked and rescaled for each task: one model per task",
         "EMR-Merging, Huang et al. 2024, arXiv 2405.17461",
         NoOptions,
-        _run,
+        emr,
     ),
     gradient_free(
         "emr_unified",

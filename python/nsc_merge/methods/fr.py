@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.base import check_choice, check_number, gradient_free
-from nsc_merge.methods.elementwise import dense_factor, dense_update, tasks_by_path
+from nsc_merge.methods.elementwise import added, dense_factor, dense_update, tasks_by_path
 from nsc_merge.methods.ties import fill
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,6 +66,15 @@ def kept_frequencies(shape: Sequence[int], options: FROptions) -> Tensor:
     return torch.fft.ifftshift(kept) if options.centre == "zero" else kept
 
 
+def _filtered(update: Tensor, kept: Tensor) -> Tensor:
+    """The real part of ``update`` with its ``kept`` frequencies only."""
+    # Where a bin is kept and its mirror image is not, taking the real part leaves half of both.
+    mirrored = kept.flip(0, 1).roll((1, 1), (0, 1))
+    share = (kept.float() + mirrored.float()) / 2
+    spectrum = torch.fft.rfft2(update)
+    return torch.fft.irfft2(spectrum * share[:, : spectrum.shape[1]], s=update.shape)
+
+
 def fr(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: FROptions
 ) -> Iterator[tuple[str, Factor]]:
@@ -74,14 +83,14 @@ def fr(
     for path, tasks in tasks_by_path(adapters, paths).items():
         updates = [dense_update(adapters[task].factors[path]) for task in tasks]
         kept = kept_frequencies(updates[0].shape, options)
-        filtered = [torch.fft.ifft2(torch.fft.fft2(update) * kept).real for update in updates]
+        filtered = [_filtered(update, kept) for update in updates]
         if options.align:
             largest = max(float(update.abs().mean()) for update in updates)
             means = [float(update.abs().mean()) for update in filtered]
             filtered = [
                 update * (largest / mean) if mean else update for update, mean in zip(filtered, means, strict=True)
             ]
-        yield path, dense_factor(options.scale * torch.stack(filtered).sum(0))
+        yield path, dense_factor(options.scale * added(filtered))
 
 
 METHODS = (

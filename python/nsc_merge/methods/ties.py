@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,6 @@ from nsc_merge.methods.elementwise import (
     SIGNS,
     TRIM_SCOPES,
     ZEROS,
-    Source,
     Ties,
     dense_factor,
     dense_update,
@@ -30,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for name, values in {
         "canonical": (0.2, "global", "sum", "majority", "mean", 1.0),
         "peft": (0.2, "tensor", "sum", "positive", "mean", 1.0),
-        "mergekit": (1.0, "tensor", "sum", "positive", "weight", 1.0),
+        "mergekit": (1.0, "tensor", "weighted", "positive", "weight", 1.0),
         "knots": (0.2, "global", "sum", "majority", "mean", 0.6),
         "adamerging": (0.2, "global", "sum", "majority", "sum", 0.3),
         "nsc": (0.2, "tensor", "count", "positive", "sum", 0.3),
@@ -90,11 +89,11 @@ class TiesOptions:
         density: share of a task's entries that trimming keeps, the largest by magnitude. Entries as large as the
             smallest of these are kept as well.
         trim_scope: counts a task's entries over all modules (``"global"``), in each module (``"tensor"``), or in A and
-            B separately (``"factors"``, PEFT's ``ties``: the factors are merged, each with the square root of its
-            scaling, and their product has cross terms between tasks; all ranks must be equal, and unlike the others
-            the result depends on how an update is factored).
-        sign: that a position is given: of the ``"sum"`` of the values (weighted, with ``weights``), or of the
-            ``"count"`` of their signs.
+            B separately (``"factors"``, PEFT's ``ties``: the factors are merged, weighted by the root of weight times
+            scaling, and their product has cross terms between tasks; all ranks must be equal, and unlike with the
+            others the result depends on how an update is factored).
+        sign: that a position is given: of the ``"sum"`` of the values, of their ``"weighted"`` sum (mergekit's), or of
+            the ``"count"`` of their signs. With a negative weight, ``"weighted"`` elects and compares turned values.
         zero: what a tie becomes: ``"positive"``, ``"negative"``, or ``"majority"``, the more frequent sign of the
             module. (The authors count it over all modules. It only matters where values cancel exactly.)
         aggregate: of the values that agree with the sign: ``"mean"``, ``"sum"``, or ``"weight"``, their sum divided by
@@ -137,30 +136,23 @@ def ties(
 def _in_factors(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: TiesOptions, weights: Mapping[str, float]
 ) -> Iterator[tuple[str, Factor]]:
-    steps = Ties(options.density or 1.0, "tensor", options.sign or "sum", options.zero or "", options.aggregate or "")
-    negative = [task for task, weight in weights.items() if weight < 0]
-    if negative:
-        raise ValueError(f"weights: expected none below 0 with trim_scope='factors', found it for {negative}")
+    assert options.scale is not None
+    steps = replace(steps_of(options), trim_scope="tensor")
     for path in paths:
         factors = present(adapters, path)
         ranks = {task: factor.rank for task, factor in factors.items()}
         if len(set(ranks.values())) > 1:
             raise ValueError(f"trim_scope: 'factors' needs equal ranks, found {ranks} at {path}")
-        shares = {task: math.sqrt(weights[task] * abs(factor.scaling)) for task, factor in factors.items()}
-        merged = {}
-        for name in "AB":
-            # The sign of a negative scaling goes to one of the factors.
-            values = {
-                task: getattr(factor, name).float() * (-1.0 if name == "A" and factor.scaling < 0 else 1.0)
-                for task, factor in factors.items()
-            }
-            merged[name] = dict(ties_merge(_those(values), {path: list(factors)}, steps, shares))[path]
-        assert options.scale is not None
-        yield path, Factor(merged["A"], options.scale * merged["B"], 1.0)
+        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
+        into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+        into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
+        A = _one({task: factor.A.float() for task, factor in factors.items()}, steps, into_A)
+        B = _one({task: factor.B.float() for task, factor in factors.items()}, steps, into_B)
+        yield path, Factor(A, options.scale * B, 1.0)
 
 
-def _those(tensors: Mapping[str, Tensor]) -> Source:
-    return lambda path, task: tensors[task]
+def _one(tensors: Mapping[str, Tensor], steps: Ties, weights: Mapping[str, float]) -> Tensor:
+    return dict(ties_merge(lambda path, task: tensors[task], {"": list(tensors)}, steps, weights))[""]
 
 
 METHODS = (
