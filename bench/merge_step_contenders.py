@@ -1,0 +1,316 @@
+"""The contenders of bench_merge_step.py: one step of a merge, as this package and as others do it, and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.families import family_of, scored_paths
+from nsc_merge.nsc import objective_of, resolve_options
+
+LAM = 0.4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model, the adapters and the batches."""
+
+    layers: int = 8
+    d: int = 512
+    intermediate: int = 1376
+    heads: int = 8
+    kv_heads: int = 8
+    vocabulary: int = 1024
+    tasks: int = 6
+    rank: int = 16
+    rows: int = 2
+    tokens: int = 128
+    batches: int = 6
+
+
+class Problem:
+    """A model with random weights, adapters on q and v, and one batch per task."""
+
+    def __init__(self, shape: Shape) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=shape.d,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                vocab_size=shape.vocabulary,
+                use_cache=False,
+            )
+        ).eval()
+        self.model.requires_grad_(False)
+        self.names = [f"task{k}" for k in range(shape.tasks)]
+        self.paths = [
+            f"model.layers.{layer}.self_attn.{name}" for layer in range(shape.layers) for name in ("q_proj", "v_proj")
+        ]
+        self.adapters = {
+            name: Adapter(
+                name,
+                {
+                    path: Factor(
+                        torch.randn(shape.rank, shape.d) / shape.d**0.5,
+                        0.02 * torch.randn(self.model.get_submodule(path).out_features, shape.rank),
+                        2.0,
+                    )
+                    for path in self.paths
+                },
+            )
+            for name in self.names
+        }
+        distinct = [
+            {
+                "input_ids": torch.randint(shape.vocabulary, (shape.rows, shape.tokens)),
+                "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
+            }
+            for _ in range(shape.batches)
+        ]
+        self.batches = [distinct[task % shape.batches] for task in range(shape.tasks)]
+        self.passes = [
+            (batch, [task for task, other in enumerate(self.batches) if other is batch]) for batch in distinct
+        ]
+        self.family = family_of(self.model)
+        self.scored = scored_paths(self.family, self.model, self.paths, None, "last_quarter")
+
+    def factors(self, path: str) -> list[Factor]:
+        return [adapter.factors[path] for adapter in self.adapters.values()]
+
+
+Step = Callable[[], object]
+
+
+def loop(problem: Problem, stack: ExitStack, **options: Any) -> Step:
+    chosen = resolve_options(problem.family, problem.names, options)
+    objective = stack.enter_context(
+        objective_of(problem.model, problem.adapters, problem.family, problem.scored, chosen)
+    )
+    lam = objective.coefficients.flat
+    optimiser = torch.optim.AdamW([lam], lr=chosen.lr, fused=True)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        omega = objective.accumulate(problem.batches)
+        optimiser.step()
+        return omega.mean()
+
+    return step
+
+
+class Hooks:
+    """The ratio as forward hooks see it: inputs of the measured linears, scored with inverted Gram matrices."""
+
+    def __init__(self, problem: Problem, modules: dict[str, nn.Module], stack: ExitStack) -> None:
+        self.tasks: list[int] = []
+        self.values: list[Tensor] = []
+        for path in problem.scored:
+            down = [factor.A for factor in problem.factors(path)]
+            inverse = [torch.linalg.inv((A @ A.t()).double()).float() for A in down]
+            handle = modules[path].register_forward_hook(
+                lambda module, args, output, down=down, inverse=inverse: self.measure(args[0], down, inverse)
+            )
+            stack.callback(handle.remove)
+
+    def measure(self, z: Tensor, down: list[Tensor], inverse: list[Tensor]) -> None:
+        for task in self.tasks:
+            u = z @ down[task].t()
+            quad = ((u @ inverse[task]) * u).sum(-1)
+            share = 1 - quad / (z.square().sum(-1) + 1e-8)
+            self.values.append(share.clamp(min=1e-12).sqrt().mean())
+
+    def score(
+        self, tasks: list[int], forward: Callable[[dict[str, Tensor]], object], batch: dict[str, Tensor]
+    ) -> Tensor:
+        """The sum over ``tasks`` of Eq. 4, in one forward."""
+        self.tasks, self.values = tasks, []
+        forward(batch)
+        return torch.stack(self.values).mean() * len(tasks)
+
+
+def hooked_step(
+    problem: Problem, hooks: Hooks, forward: Callable[[dict[str, Tensor]], object], lams: list[nn.Parameter]
+) -> Step:
+    optimiser = torch.optim.AdamW(lams, lr=3e-4, fused=True)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        total = torch.zeros(())
+        for batch, tasks in problem.passes:
+            omega = hooks.score(tasks, forward, batch) / len(problem.names)
+            omega.backward()
+            total += omega.detach()
+        optimiser.step()
+        return total
+
+    return step
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    originals = {path: model.get_submodule(path) for path in modules}
+
+    def put(found: dict[str, nn.Module]) -> None:
+        for path, module in found.items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+
+    put(modules)
+    try:
+        yield
+    finally:
+        put(originals)
+
+
+class ConcatenatedLinear(nn.Module):
+    """A linear with all adapters concatenated along the rank: two eager products."""
+
+    def __init__(self, linear: nn.Linear, factors: list[Factor], lam: nn.Parameter) -> None:
+        super().__init__()
+        self.linear, self.lam, self.rank = linear, lam, factors[0].rank
+        self.down = torch.cat([factor.A for factor in factors])
+        self.up = torch.cat([factor.scaling * factor.B for factor in factors], 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        weighted = (z @ self.down.t()) * self.lam.repeat_interleave(self.rank)
+        return self.linear(z) + weighted @ self.up.t()
+
+
+def concatenated(problem: Problem, stack: ExitStack) -> Step:
+    lams = {path: nn.Parameter(torch.full((len(problem.names),), LAM)) for path in problem.paths}
+    modules: dict[str, nn.Module] = {
+        path: ConcatenatedLinear(problem.model.get_submodule(path), problem.factors(path), lam)
+        for path, lam in lams.items()
+    }
+    hooks = Hooks(problem, modules, stack)
+
+    def forward(batch: dict[str, Tensor]) -> None:
+        with replaced(problem.model, modules):
+            problem.model(**batch)
+
+    return hooked_step(problem, hooks, forward, list(lams.values()))
+
+
+def peft(problem: Problem, stack: ExitStack) -> Step:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=problem.shape.rank, lora_alpha=2 * problem.shape.rank)
+    lams = {path: nn.Parameter(torch.full((len(problem.names),), LAM)) for path in problem.paths}
+    modules: dict[str, nn.Module] = {}
+    for path in problem.paths:
+        first, *others = problem.names
+        linear = problem.model.get_submodule(path)
+        layer = Linear(linear, first, config=config, r=config.r, lora_alpha=config.lora_alpha)
+        for name in others:
+            layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=config)
+        layer.set_adapter(problem.names)
+        layer.requires_grad_(False)
+        for name, factor in zip(problem.names, problem.factors(path), strict=True):
+            layer.lora_A[name].weight.copy_(factor.A)
+            layer.lora_B[name].weight.copy_(factor.B)
+        modules[path] = layer.eval()
+    hooks = Hooks(problem, modules, stack)
+
+    def forward(batch: dict[str, Tensor]) -> None:
+        for path, module in modules.items():
+            module.scaling = {name: 2.0 * lams[path][k] for k, name in enumerate(problem.names)}
+        with replaced(problem.model, modules):
+            problem.model(**batch)
+
+    return hooked_step(problem, hooks, forward, list(lams.values()))
+
+
+def dense(problem: Problem, stack: ExitStack) -> Step:
+    lams = [nn.Parameter(torch.full((len(problem.names),), LAM)) for _ in problem.paths]
+    updates = [[factor.delta().float() for factor in problem.factors(path)] for path in problem.paths]
+    weights = [problem.model.get_submodule(path).weight for path in problem.paths]
+    hooks = Hooks(problem, {path: problem.model.get_submodule(path) for path in problem.scored}, stack)
+    optimiser = torch.optim.AdamW(lams, lr=3e-4, fused=True)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        merged = {}
+        for path, weight, lam, update in zip(problem.paths, weights, lams, updates, strict=True):
+            for coefficient, delta in zip(lam, update, strict=True):
+                weight = weight + coefficient * delta
+            merged[f"{path}.weight"] = weight
+        total = torch.zeros(())
+        for batch, tasks in problem.passes:
+            omega = hooks.score(tasks, lambda kept: functional_call(problem.model, merged, (), kept), batch)
+            omega = omega / len(problem.names)
+            omega.backward(retain_graph=True)
+            total += omega.detach()
+        optimiser.step()
+        return total
+
+    return step
+
+
+class _Cut(Exception):
+    """Ends a forward."""
+
+
+def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: bool = False) -> Step:
+    """Frozen weights only. What needs a gradient is what needs one in the loop: all that follows q and v of block 0."""
+    if compiled:
+        for layer in list(problem.model.model.layers)[: -len(problem.scored)]:
+            layer.compile()
+    gradient = torch.randn(problem.shape.d)
+    modules = dict(problem.model.named_modules())
+    found: list[Tensor] = []
+
+    def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Cut
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        handles = [modules[path].register_forward_hook(leaf) for path in problem.paths[:2]]
+        handles.append(modules[problem.scored[-1]].register_forward_pre_hook(cut))
+        found.clear()
+        try:
+            with suppress(_Cut):
+                problem.model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        loss = (found[0] * gradient).sum()
+        loss.backward()
+        return loss.detach()
+
+    batches = [batch for batch, _ in problem.passes]
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return lambda: [run(batch) for batch in ([joined] if together else batches)]
+
+
+CONTENDERS: dict[str, Callable[[Problem, ExitStack], Step]] = {
+    "loop": lambda problem, stack: loop(problem, stack, batch_tasks=False),
+    "loop_together": lambda problem, stack: loop(problem, stack, batch_tasks=True),
+    "fused": lambda problem, stack: loop(problem, stack, batch_tasks=False, fold=False),
+    "fused_together": lambda problem, stack: loop(problem, stack, batch_tasks=True, fold=False),
+    "no_early_exit": lambda problem, stack: loop(problem, stack, batch_tasks=False, early_exit=False),
+    "checkpointing": lambda problem, stack: loop(problem, stack, batch_tasks=False, checkpointing=True),
+    "compiled": lambda problem, stack: loop(problem, stack, batch_tasks=False, compile=True),
+    "compiled_together": lambda problem, stack: loop(problem, stack, batch_tasks=True, compile=True),
+    "concatenated": concatenated,
+    "peft": peft,
+    "dense": dense,
+    "floor": floor,
+    "floor_together": lambda problem, stack: floor(problem, stack, together=True),
+    "floor_compiled": lambda problem, stack: floor(problem, stack, compiled=True),
+}
