@@ -23,7 +23,7 @@ from gpu_tune import timed
 from nsc_kernels.backends import cuda
 
 # As kVariants in csrc/cuda/geometry.h: padded ranks and tokens per tile.
-VARIANTS = [(r, 64) for r in (32, 64, 96, 128, 192, 256, 384, 512)] + [(r, 128) for r in (32, 64, 96, 128, 192, 256)]
+VARIANTS = [(r, 64) for r in (32, 64, 96, 128, 192, 256, 320, 384, 512)] + [(r, 128) for r in (32, 64, 96, 128, 192, 256)]
 CHOSEN = (cuda.AUTOMATIC, 0)
 
 

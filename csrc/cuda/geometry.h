@@ -135,7 +135,7 @@ struct Variant {
   int ranks, tokens;
 };
 #define NSC_VARIANTS(X)                                                                              \
-  X(32, 64) X(64, 64) X(96, 64) X(128, 64) X(192, 64) X(256, 64) X(384, 64) X(512, 64)              \
+  X(32, 64) X(64, 64) X(96, 64) X(128, 64) X(192, 64) X(256, 64) X(320, 64) X(384, 64) X(512, 64)   \
   X(32, 128) X(64, 128) X(96, 128) X(128, 128) X(192, 128) X(256, 128)
 #define NSC_VARIANT_ENTRY(ranks, tokens) {ranks, tokens},
 constexpr Variant kVariants[] = {NSC_VARIANTS(NSC_VARIANT_ENTRY)};

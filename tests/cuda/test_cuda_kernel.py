@@ -99,7 +99,7 @@ def check_backward(
 
 def variants() -> list[Variant]:
     """Those of csrc/cuda/geometry.h; test_every_variant_is_tested compares."""
-    return [Variant(r, 64) for r in (32, 64, 96, 128, 192, 256, 384, 512)] + [
+    return [Variant(r, 64) for r in (32, 64, 96, 128, 192, 256, 320, 384, 512)] + [
         Variant(r, 128) for r in (32, 64, 96, 128, 192, 256)
     ]
 
@@ -199,7 +199,7 @@ def test_the_choice_follows_the_documented_cases(emulator: Emulator) -> None:
     active = [264, 132, 66, 33, 16]
     assert emulator.choose_variant(512, 96, 132) == Variant(96, 64)
     assert emulator.choose_variant(16384, 96, 132) == Variant(96, 128)
-    assert emulator.choose_variant(16384, 320, 132) == Variant(384, 64)
+    assert emulator.choose_variant(16384, 320, 132) == Variant(320, 64)
     assert emulator.choose_variant(16384, 513, 132) is None
     clusters = {T: emulator.choose_cluster(-(-T // 64), 4096, 4096, active) for T in (1, 256, 1024, 4096, 65536)}
     assert clusters[1] == 16
