@@ -128,14 +128,14 @@ def draw_bound(checks: Sequence[Mapping[str, Any]], out: Path) -> Path:
             places = [_place(check["path"], index) for index, check in enumerate(own)]
             colour = COLOURS[number % len(COLOURS)]
             axis.vlines(
-                [place + 0.12 * number for place in places],
+                [place + 0.12 * (number - (len(names) - 1) / 2) for place in places],
                 [check["least"] for check in own],
                 [check["tightness"] for check in own],
                 color=colour,
                 lw=1.2,
             )
             axis.plot(
-                [place + 0.12 * number for place in places],
+                [place + 0.12 * (number - (len(names) - 1) / 2) for place in places],
                 [check["tightness"] for check in own],
                 "o",
                 color=colour,
