@@ -39,6 +39,7 @@ class Row:
         tuned: how the scale is chosen on labelled validation data: ``"metric"``, the normalised average;
             ``"loss"``, the sum of the raw losses; None keeps the options.
         batch: rows of a calibration batch; the suite's own when None.
+        batches: how many different batches there are, taken in turn; one for every step when None.
         suites: where the row applies; everywhere when empty.
     """
 
@@ -48,6 +49,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: str | None = None
     batch: int | None = None
+    batches: int | None = None
     suites: tuple[str, ...] = ()
 
     @property
@@ -105,13 +107,14 @@ ROWS = (
         batch=2,
         suites=("llama", "llava"),
     ),
-    Row("match", LEARNT, "match"),
-    Row("match lr1e-3", LEARNT, "match", {**_MATCH, "lr": 1e-3}),
-    Row("match init1/K", LEARNT, "match", {**_MATCH, "init": "1/K"}),
-    Row("match init by match", LEARNT, "match", {**_MATCH, "init": "match"}),
-    Row("match by scale", LEARNT, "match", {**_MATCH, "normalise": "scale"}),
-    Row("match by task", LEARNT, "match", {**_MATCH, "normalise": "task"}),
-    Row("match, one per task", LEARNT, "match", {**_MATCH, "share": "task"}),
+    # The single models' features are kept per batch, so batches come again: eight are all of ViT's validation scenes.
+    Row("match", LEARNT, "match", batches=8),
+    Row("match lr1e-3", LEARNT, "match", {**_MATCH, "lr": 1e-3}, batches=8),
+    Row("match init1/K", LEARNT, "match", {**_MATCH, "init": "1/K"}, batches=8),
+    Row("match init by match", LEARNT, "match", {**_MATCH, "init": "match"}, batches=8),
+    Row("match by scale", LEARNT, "match", {**_MATCH, "normalise": "scale"}, batches=8),
+    Row("match by task", LEARNT, "match", {**_MATCH, "normalise": "task"}, batches=8),
+    Row("match, one per task", LEARNT, "match", {**_MATCH, "share": "task"}, batches=8),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),
     Row("oracle", LABELLED, "oracle"),

@@ -89,15 +89,15 @@ class Bench:
         batch = row.batch or BATCH[self.suite.name]
         if row.method == SHUFFLED:
             shuffle = options.pop("shuffle")
-            return shuffled(self._learnt("nsc", options, batch), shuffle, self.suite.seed), None
-        result = self._learnt(row.method, options, batch)
+            return shuffled(self._learnt("nsc", options, batch, row.batches), shuffle, self.suite.seed), None
+        result = self._learnt(row.method, options, batch, row.batches)
         return (result, None) if row.tuned is None else self._tuned(result, row.tuned)
 
-    def _learnt(self, method: str, options: dict[str, Any], batch: int) -> MergeResult:
+    def _learnt(self, method: str, options: dict[str, Any], batch: int, batches: int | None) -> MergeResult:
         """The merge, kept for the rows that start from the same one."""
-        key = json.dumps([method, options, batch])
+        key = json.dumps([method, options, batch, batches])
         if key not in self._known:
-            calibration = self.suite.calibration(batch, options.get("steps", GRADIENT_STEPS))
+            calibration = self.suite.calibration(batch, batches or options.get("steps", GRADIENT_STEPS))
             if method in CONTROLS:
                 result = CONTROLS[method](self.suite, self.adapters, calibration, **options)
             else:
