@@ -180,12 +180,14 @@ class Optimisation:
                     f"calibration: the gradient of step {step} is not finite; do the batches or the model "
                     "hold NaN or infinite values?"
                 )
-            objective = sum(omega) / len(omega)
+            # A task may have no objective of its own, which is not a number.
+            known = {task: value for task, value in zip(self._tasks, omega, strict=True) if not math.isnan(value)}
+            objective = sum(known.values()) / max(len(known), 1)
             entries.append(
                 {
                     "step": step,
                     "objective": objective,
-                    self._quantity: dict(zip(self._tasks, omega, strict=True)),
+                    self._quantity: known,
                     "lambda_min": least,
                     "lambda_mean": mean,
                     "lambda_max": most,

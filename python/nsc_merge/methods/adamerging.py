@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from nsc_merge.methods.learned import (
     Outputs,
     check_outputs,
     descend,
+    last_token,
     output_of,
 )
 from nsc_merge.methods.ties import fill
@@ -53,9 +55,9 @@ class AdaMergingOptions(DescentOptions):
         outputs: task -> function of model and batch that gives its logits ``[N, C]``, or ``[N, ..., C]`` with classes
             last; the model's own logits for every task when None. A task without logits, such as a regression, is left
             out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
-        tokens: which predictions count: all that the output holds (``"class"``), the next token after the prompt
-            (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where the family has
-            tokens and no ``outputs`` were given, and ``"class"`` otherwise.
+        tokens: which predictions count: all that the output holds but those at padding (``"class"``), the next token
+            after the prompt (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where
+            the model predicts every token and no ``outputs`` were given, and ``"class"`` otherwise.
         new_tokens: how many tokens ``"full"`` decodes at most. Each is a forward and a backward of its own.
     """
 
@@ -87,8 +89,14 @@ def entropy(logits: Tensor) -> Tensor:
 def left_padded(batch: Batch, tokens: str, mask: str) -> dict[str, Any]:
     """The batch with all padding in front and positions to match, so that every prompt ends where the next token
     goes.
+
+    Raises:
+        ValueError: if another input has a value for every token, which decoded ones would not have.
     """
     ids = batch[tokens]
+    others = [name for name, value in batch.items() if name not in (tokens, mask) and value.shape == ids.shape]
+    if others:
+        raise ValueError(f"calibration: tokens='full' decodes from {tokens} and {mask} alone, found {others[0]}")
     real = batch.get(mask, torch.ones_like(ids)).bool()
     # Stable, so that real tokens keep their order.
     order = real.long().sort(dim=1, stable=True).indices
@@ -102,11 +110,12 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     model, tasks = problem.model, problem.tasks
     check_outputs(options.outputs, tasks)
     family = find_family(model)
-    named = family is not None and family.tokens is not None and family.mask is not None
-    kind = options.tokens or ("single" if named and options.outputs is None else "class")
-    if kind != "class" and not named:
-        raise ValueError(f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {kind!r}")
-    if kind == "full" and options.outputs is not None:
+    names = (family.tokens, family.mask) if family and family.tokens and family.mask else None
+    if options.tokens in ("single", "full") and names is None:
+        raise ValueError(
+            f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {options.tokens!r}"
+        )
+    if options.tokens == "full" and options.outputs is not None:
         raise ValueError("tokens: 'full' decodes with the model's own logits; expected no outputs beside it")
     counted = [task for task in tasks if options.outputs is None or task in options.outputs]
     if not counted:
@@ -115,36 +124,42 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     def losses(coefficients: BoundedCoefficients) -> Backward:
         def backward(one: Pass) -> Tensor:
             batch, numbers = one.inputs, one.tasks[0]
-            found = torch.zeros(len(numbers))
+            # Tasks that do not count have no loss, rather than one of 0.
+            found = torch.full((len(numbers),), math.nan)
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
-            if not here:
-                return found
-            if kind == "full":
-                assert family is not None
-                assert family.tokens is not None
-                assert family.mask is not None
+            if here and options.tokens == "full":
+                assert names is not None
                 weight = len(here) / len(tasks)
-                names = family.tokens, family.mask
                 found[here] = _decoded(model, batch, *names, options.new_tokens, coefficients, weight)
-                return found
-            if options.outputs is None and kind == "single":
-                assert family is not None
-                assert family.tokens is not None
-                assert family.mask is not None
-                prompts = left_padded(batch, family.tokens, family.mask)
-                shared = entropy(output_of(None, tasks[numbers[here[0]]], model, prompts)[:, -1]).mean()
-                values = [shared] * len(here)
-            else:
-                values = [
-                    entropy(output_of(options.outputs, tasks[numbers[place]], model, batch)).mean() for place in here
-                ]
-            (torch.stack(values).sum() / len(tasks)).backward()
-            found[here] = torch.stack(values).detach().float().cpu()
+            elif here:
+                mask = batch.get(names[1]) if names else None
+                values = []
+                for place in here if options.outputs is not None else here[:1]:
+                    output = output_of(options.outputs, tasks[numbers[place]], model, batch)
+                    values.append(_mean_entropy(output, mask, options))
+                # Without functions of their own, tasks that share a batch share its logits.
+                values = values if options.outputs is not None else values * len(here)
+                (torch.stack(values).sum() / len(tasks)).backward()
+                found[here] = torch.stack(values).detach().float().cpu()
             return found
 
         return backward
 
     return descend("adamerging", problem, options, losses, label="AdaMerging")
+
+
+def _mean_entropy(output: Tensor, mask: Tensor | None, options: AdaMergingOptions) -> Tensor:
+    """Over the predictions that ``options.tokens`` counts."""
+    every = output.dim() == 3 and mask is not None and mask.shape == output.shape[:2]
+    if options.tokens == "single" or (options.tokens is None and options.outputs is None and every):
+        if output.dim() != 3:
+            raise ValueError(f"tokens: 'single' needs logits [N, T, C], found {list(output.shape)}")
+        return entropy(last_token(output, mask)).mean()
+    values = entropy(output)
+    if every:
+        assert mask is not None
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+    return values.mean()
 
 
 def _decoded(

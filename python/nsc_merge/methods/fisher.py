@@ -24,7 +24,7 @@ from nsc_merge.methods.base import (
     with_the_rest,
 )
 from nsc_merge.methods.elementwise import dense_factor, dense_update
-from nsc_merge.methods.learned import Outputs, check_outputs, output_of, plain_options
+from nsc_merge.methods.learned import Outputs, check_outputs, last_token, output_of, plain_options
 from nsc_merge.methods.regression_mean import alone, draw
 from nsc_merge.passes import Batch, one_by_one
 from nsc_merge.result import MergeResult
@@ -84,15 +84,17 @@ def information(
     family = find_family(model)
     ends = family.mask if family and family.tokens and not options.outputs else None
     likelihood = options.likelihood if isinstance(options.likelihood, str) else options.likelihood[task]
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    # A module that runs more than once in a forward has as many of each.
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
     examples = 0
 
     def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
         # Where nothing before has a gradient, the output itself is where the graph starts.
         y = y if y.requires_grad else y.detach().requires_grad_()
-        inputs[path], outputs[path] = z.detach(), y
+        inputs.setdefault(path, []).append(z.detach())
+        outputs.setdefault(path, []).append(y)
         return y
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -107,17 +109,20 @@ def information(
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
             if ends is not None and output.dim() == 3:
-                output = _last(output, held.get(ends))
+                output = last_token(output, held.get(ends))
             examples += len(output)
             for weights, likelihoods in _labels(output, likelihood, options.exact, generator):
-                reached = [path for path in paths if path in outputs]
+                uses = [(path, z, y) for path in outputs for z, y in zip(inputs[path], outputs[path], strict=True)]
                 found = torch.autograd.grad(
-                    likelihoods.sum(), [outputs[path] for path in reached], retain_graph=True, allow_unused=True
+                    likelihoods.sum(), [y for _, _, y in uses], retain_graph=True, allow_unused=True
                 )
-                for path, dy in zip(reached, found, strict=True):
+                pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+                for (path, z, _), dy in zip(uses, found, strict=True):
                     if dy is not None:
-                        squares = _squares(inputs[path], dy, weights)
-                        sums[path] = squares if path not in sums else sums[path] + squares
+                        pairs.setdefault(path, []).append((z, dy))
+                for path, held_pairs in pairs.items():
+                    squares = _squares(held_pairs, weights)
+                    sums[path] = squares if path not in sums else sums[path] + squares
             inputs.clear()
             outputs.clear()
     # What the output does not depend on has no information.
@@ -128,15 +133,6 @@ def information(
 def _weight(linear: nn.Module) -> Tensor:
     assert isinstance(linear, nn.Linear)
     return linear.weight
-
-
-def _last(output: Tensor, mask: Tensor | None) -> Tensor:
-    """The logits at the last real token of ``[N, T, C]``."""
-    if mask is None:
-        return output[:, -1]
-    positions = torch.arange(output.shape[1], device=output.device)
-    last = torch.where(mask.bool(), positions, -1).amax(1)
-    return output[torch.arange(len(output), device=output.device), last]
 
 
 def _labels(
@@ -159,10 +155,13 @@ def _labels(
     return [(ones, chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen)]
 
 
-def _squares(z: Tensor, dy: Tensor, weights: Tensor) -> Tensor:
-    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32."""
+def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32, t over the positions of all pairs."""
     count = len(weights)
-    z, dy = (side.reshape(count, -1, side.shape[-1]).float() for side in (z, dy))
+    z, dy = (
+        torch.cat([side.reshape(count, -1, side.shape[-1]).float() for side in sides], 1)
+        for sides in zip(*pairs, strict=True)
+    )
     size = max(1, _ENTRIES // (z.shape[-1] * dy.shape[-1]))
     total = z.new_zeros(dy.shape[-1], z.shape[-1])
     for start in range(0, count, size):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class DescentOptions:
             never stops early.
         init: initial coefficient, one for all tasks or one per task.
         share: one coefficient per task and ``"module"``, or one per ``"task"``.
+        warm_up: steps at the start in which coefficients are shared per task, whatever ``share`` says.
         clamp: bounds that coefficients are held to in the forward, or None.
         seed: of torch's global generator while batches are drawn; restored afterwards.
         progress: True draws a bar, False prints lines, None decides by whether standard error is a terminal.
@@ -48,6 +50,7 @@ class DescentOptions:
     early_stop: float | None = None
     init: float | Mapping[str, float] = 0.4
     share: str = "module"
+    warm_up: int = 0
     clamp: Sequence[float] | None = None
     seed: int = 0
     progress: bool | None = None
@@ -60,11 +63,16 @@ class DescentOptions:
         check_choice("schedule", self.schedule, tuple(SCHEDULES))
         if self.early_stop is not None:
             check_number("early_stop", self.early_stop, 0)
-        for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
-            check_number("init", value)
+        self.check_init()
         check_choice("share", self.share, SHARES)
+        check_count("warm_up", self.warm_up, 0)
         if self.clamp is not None and not (len(self.clamp) == 2 and self.clamp[0] < self.clamp[1]):
             raise ValueError(f"clamp: expected a lower and a higher bound, found {self.clamp!r}")
+
+    def check_init(self) -> None:
+        """Refuse initial coefficients that are no finite numbers."""
+        for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
+            check_number("init", value)
 
 
 class BoundedCoefficients(Coefficients):
@@ -88,6 +96,9 @@ class BoundedCoefficients(Coefficients):
             module.lam = row.to(module.bank.device)
 
 
+# Steps between two looks at the data held out.
+HELD_OUT_EVERY = 10
+
 # Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
 # of all tasks, and returns the losses, one per task of the pass and detached.
 Backward = Callable[[Pass], Tensor]
@@ -101,28 +112,53 @@ class Losses:
         coefficients: of the attached model.
         backward: of one pass.
         present: ``[modules, K]``, where an adapter touches a module.
-        share: as in :class:`DescentOptions`.
+        warm_up: steps in which coefficients are shared per task, as in :class:`DescentOptions`.
+        held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
+            steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
     """
 
     coefficients: BoundedCoefficients
     backward: Backward
     present: Tensor
-    share: str
-    batch_tasks: bool | None = field(default=False)
+    warm_up: float
+    held_out: Callable[[], float] | None = None
+    batch_tasks: bool | None = False
+    _steps: int = 0
+    _best: tuple[float, Tensor] | None = None
 
     def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
         """See :class:`nsc_merge.loop.Objective`."""
         flat = self.coefficients.flat
+        if self._steps % HELD_OUT_EVERY == 0:
+            self.look()
         total = flat.new_zeros(flat.shape[1])
         for one in one_by_one(drawn, flat.device):
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)
-        if self.share == "task":
+        if self._steps < self.warm_up:
             # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
             assert flat.grad is not None
             flat.grad.copy_(flat.grad.sum(0, keepdim=True) * self.present)
+        self._steps += 1
         return total
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Measure on the data held out, and remember the coefficients if they are the best so far."""
+        if self.held_out is None:
+            return
+        self.coefficients.spread()
+        found = self.held_out()
+        if self._best is None or found < self._best[0]:
+            self._best = (found, self.coefficients.flat.detach().clone())
+
+    def keep_best(self) -> None:
+        """Go back to the best coefficients, if any were measured."""
+        self.look()
+        if self._best is not None:
+            with torch.no_grad():
+                self.coefficients.flat.copy_(self._best[1])
 
 
 @contextmanager
@@ -156,6 +192,7 @@ def descend(
     losses: Callable[[BoundedCoefficients], Backward],
     *,
     label: str,
+    held_out: Callable[[BoundedCoefficients], Callable[[], float]] | None = None,
 ) -> MergeResult:
     """Learn coefficients.
 
@@ -165,6 +202,7 @@ def descend(
         options: of the descent.
         losses: given the coefficients of the attached model, makes what runs a pass.
         label: of the progress bar.
+        held_out: given the same, makes what measures data that is held out, at the coefficients that the modules have.
     """
     tasks = problem.tasks
     drawn = list(streams(problem.calibration, tasks).values())
@@ -177,7 +215,11 @@ def descend(
     ):
         torch.manual_seed(options.seed)
         objective = Losses(
-            coefficients, losses(coefficients), present.to(coefficients.flat.device), options.share
+            coefficients,
+            losses(coefficients),
+            present.to(coefficients.flat.device),
+            math.inf if options.share == "task" else options.warm_up,
+            None if held_out is None else held_out(coefficients),
         )
         names = {one.name for one in fields(options)}
         known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}
@@ -186,6 +228,7 @@ def descend(
             objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss"
         )
         loop.run(lambda: None)
+        objective.keep_best()
         lam = coefficients.seen.detach().cpu()
         dead = loop.dead.cpu() & present
     return MergeResult(
@@ -245,3 +288,12 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
         )
     return found
+
+
+def last_token(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Of ``output [N, T, ...]``, what is at the last real token of every row, ``[N, ...]``."""
+    if mask is None:
+        return output[:, -1]
+    positions = torch.arange(output.shape[1], device=output.device)
+    last = torch.where(mask.bool(), positions, -1).amax(1)
+    return output[torch.arange(len(output), device=output.device), last]

@@ -2,12 +2,12 @@
 
 Free of labels and of the tasks' outputs, like NSC: task k's batches run through the merged model and, once, through
 the base with adapter k alone; minimised is ``sum_k ||h_merged(x) - h_k(x)||^2``. Not from the NSC paper; offered
-because it held where minimising the null-space ratio did not; docs/results.md has the figures.
+as an alternative whose gradient is about the tasks; docs/results.md has the figures of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
 from nsc_merge.attachment import adapted_linears
-from nsc_merge.families import Family, family_of, scored_paths
-from nsc_merge.methods.base import Method, Problem, check_choice, check_number
+from nsc_merge.families import family_of, find_family, scored_paths
+from nsc_merge.methods.base import Method, Problem, check_choice, check_count, check_number
 from nsc_merge.methods.learned import (
     Backward,
     BoundedCoefficients,
@@ -51,6 +51,7 @@ class MatchOptions(DescentOptions):
         init: see there, or ``"match"``: the one coefficient for everything, of 0.05, 0.1, ... 1, whose features match
             best on the first batch of every task.
         share: see there.
+        warm_up: see there.
         clamp: see there.
         seed: see there.
         progress: see there.
@@ -63,6 +64,8 @@ class MatchOptions(DescentOptions):
         ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
         ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
             own model, by the absolute distance.
+        hold_out: how many batches of every task, its first ones, are not descended on; the coefficients that match
+            best on them, measured every ten steps, are the result.
     """
 
     lr: float = 1e-2
@@ -72,12 +75,10 @@ class MatchOptions(DescentOptions):
     pull: float = 0.0
     ratio_weight: float = 0.0
     ratio_target: str = "zero"
+    hold_out: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.init, str):
-            check_choice("init", self.init, ("match",))
-        else:
-            super().__post_init__()
+        super().__post_init__()
         if isinstance(self.features, str):
             check_choice("features", self.features, ("final",))
         elif not self.features:
@@ -86,6 +87,13 @@ class MatchOptions(DescentOptions):
         check_number("pull", self.pull, 0)
         check_number("ratio_weight", self.ratio_weight, 0)
         check_choice("ratio_target", self.ratio_target, RATIO_TARGETS)
+        check_count("hold_out", self.hold_out, 0)
+
+    def check_init(self) -> None:
+        if isinstance(self.init, str):
+            check_choice("init", self.init, ("match",))
+        else:
+            super().check_init()
 
 
 @dataclass(frozen=True)
@@ -108,25 +116,27 @@ class Watcher:
 
     Args:
         problem: the adapters and the model that they will be attached to.
-        family: of the model.
         features: as in :class:`MatchOptions`.
         ratios: whether ratios are measured at the family's modules.
     """
 
-    def __init__(self, problem: Problem, family: Family, features: str | Sequence[str], ratios: bool) -> None:
-        self._model, self._family = problem.model, family
-        self._trunk: nn.Module = getattr(problem.model, family.prefill, problem.model)
+    def __init__(self, problem: Problem, features: str | Sequence[str], ratios: bool) -> None:
+        # Which module ends before the head is known of families alone; modules can be named in any model.
+        needed = isinstance(features, str) or ratios
+        family = family_of(problem.model) if needed else find_family(problem.model)
+        self._model, self._mask = problem.model, family.mask if family else None
+        self._trunk: nn.Module = getattr(problem.model, family.prefill if family else "", problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
         modules = dict(problem.model.named_modules())
         unknown = [path for path in self._places or () if path not in modules]
         if unknown:
             raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
         paths = list(adapted_linears(problem.model, problem.adapters))
-        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios else []
+        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
 
     def mask(self, batch: Batch) -> Tensor | None:
         """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
-        mask = batch.get(self._family.mask) if self._family.mask else None
+        mask = batch.get(self._mask) if self._mask else None
         return None if mask is None else mask.bool()
 
     def see(self, batch: Batch) -> Seen:
@@ -224,20 +234,25 @@ class Targets:
             alone[:, number] = self._present[:, number]
         self._coefficients.give(alone)
         seen = self._watcher.see(one.inputs)
-        size = sum(feature.untyped_storage().nbytes() for feature in seen.features)
+        size = _size(seen)
         if self._held + size > LIMIT:
             # Only the batch at hand is kept, then.
-            self._kept, self._held = {k: v for k, v in self._kept.items() if k[0] == id(source)}, 0
+            self._kept = {place: held for place, held in self._kept.items() if place[0] == id(source)}
+            self._held = sum(_size(held) for _, held in self._kept.values())
         self._held += size
         # The batch is kept alive, so that no other object takes its identity.
         self._kept[key] = (source, seen)
         return seen
 
 
+def _size(seen: Seen) -> int:
+    return sum(feature.untyped_storage().nbytes() for feature in seen.features)
+
+
 def best_scale(problem: Problem, options: MatchOptions) -> float:
     """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
-    watcher = Watcher(problem, family_of(problem.model), options.features, False)
+    watcher = Watcher(problem, options.features, False)
     present = presence(problem)
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
         present = present.to(coefficients.flat)
@@ -254,10 +269,17 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = MatchOptions(**given)
-    watcher = Watcher(problem, family_of(problem.model), options.features, options.ratio_weight > 0)
+    watcher = Watcher(problem, options.features, options.ratio_weight > 0)
     if isinstance(options.init, str):
         options = replace(options, init=best_scale(problem, options))
     count, present = len(problem.tasks), presence(problem)
+    device = next(problem.model.parameters()).device
+    held: list[list[Batch]] = []
+    if options.hold_out:
+        drawn = streams(problem.calibration, problem.tasks)
+        first = {task: [next(stream) for _ in range(options.hold_out)] for task, stream in drawn.items()}
+        held = [[first[task][number] for task in problem.tasks] for number in range(options.hold_out)]
+        problem = replace(problem, calibration=drawn)
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
         targets = Targets(watcher, coefficients, present, options.normalise)
@@ -287,7 +309,26 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
         return backward
 
-    return descend("match", problem, options, losses, label="feature matching")
+    def held_out(coefficients: BoundedCoefficients) -> Callable[[], float]:
+        targets = Targets(watcher, coefficients, present, options.normalise)
+
+        def measure() -> float:
+            passes = [one for batches in held for one in one_by_one(batches, device)]
+            for one in passes:
+                for number in one.tasks[0]:
+                    targets.prepare(number, one)
+            coefficients.spread()
+            total = 0.0
+            for one in passes:
+                found = watcher.see(one.inputs).features
+                total += sum(float(targets.distance(number, one, found)) for number in one.tasks[0])
+            return total
+
+        return measure
+
+    return descend(
+        "match", problem, options, losses, label="feature matching", held_out=held_out if held else None
+    )
 
 
 METHODS = (

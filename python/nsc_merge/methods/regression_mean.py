@@ -120,7 +120,13 @@ def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: Re
     total = torch.stack(list(shrunk.values())).sum(0)
     total.diagonal().add_(options.ridge * total.diagonal().mean().clamp(min=1e-30))
     right = torch.cat([shrunk[task] @ factor.A.double().t().to(total.device) for task, factor in factors.items()], 1)
-    rows = torch.cholesky_solve(right, torch.linalg.cholesky(total)).t().cpu()
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise ValueError(
+            f"ridge: the Gram matrix [{total.shape[0]}, {total.shape[0]}] is singular; "
+            f"expected more batches or a larger ridge, found batches={options.batches}, ridge={options.ridge:g}"
+        )
+    rows = torch.cholesky_solve(right, factor).t().cpu()
     B = torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1)
     return Factor(rows.float(), (options.scale * B).float(), 1.0)
 
