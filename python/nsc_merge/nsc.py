@@ -20,7 +20,7 @@ from nsc_merge.folding import should_fold
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
-from nsc_merge.passes import Calibration, Padding, streams
+from nsc_merge.passes import FEW, Calibration, Padding, streams
 from nsc_merge.result import MergeResult
 from nsc_merge.signal import signal_notes
 from nsc_merge.state import State, problem_of
@@ -66,7 +66,8 @@ class NSCOptions:
             and their tokens out of every batch before the model sees it, ``"image"`` the text but for a start
             token in front (Table 9).
         batch_tasks: run the batches of all tasks as one pass where their shapes agree, with a little padding
-            where only their lengths differ; None does so where memory allows. The gradient is the same.
+            where only their lengths differ; None does so where memory allows and pads small batches only, for
+            which it is faster. The gradient is the same.
         checkpointing: keep no activations of the blocks before the measured ones but compute them twice.
         fold: add the adapters to the weights of linears that are not measured once per step, instead of applying
             them to every token: half of their arithmetic, for a copy of those weights. The same to rounding. None
@@ -258,7 +259,8 @@ def objective_of(
     restrict = restriction(options.modality, family, model)
     padding = None
     if family.tokens is not None and family.mask is not None:
-        padding = Padding(family.tokens, family.mask, filler_of(model))
+        most = FEW if options.batch_tasks is None else None
+        padding = Padding(family.tokens, family.mask, filler_of(model), most)
     training = model.training
     linears = adapted_linears(model, adapters)
     fold = should_fold(options.fold, [linear.weight for path, linear in linears.items() if path not in scored])

@@ -15,8 +15,9 @@ Calibration = Mapping[str, Iterable[Batch]]
 
 
 # Padding may add this share of the tokens that are there: it costs as much as they do, and saves what a pass costs
-# whatever its size.
-SPARE = 0.25
+# whatever its size. Measured on a CPU (d = 512, 13 % added): batches of about 50 tokens take 0.80 of the time of passes
+# of their own, batches of about 230 tokens 1.07.
+SPARE, FEW = 0.25, 128
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Padding:
         tokens: name of the input ``[rows, tokens]`` of token numbers.
         mask: name of the input of the same shape that is 0 at padding.
         filler: token number to pad with.
+        most: batches of more tokens are left as they are; None pads batches of any size.
     """
 
     tokens: str
     mask: str
     filler: int = 0
+    most: int | None = None
 
     def width(self, inputs: Mapping[str, Any]) -> int:
         """How many tokens the rows have; 0 for inputs that it does not apply to."""
@@ -39,6 +42,7 @@ class Padding:
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             return 0
         fits = mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)
+        fits = fits and (self.most is None or ids.numel() <= self.most)
         return ids.shape[1] if fits else 0
 
     def kind(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:

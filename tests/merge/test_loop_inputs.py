@@ -104,6 +104,24 @@ def test_what_padding_might_change_stays_apart(other):
     assert len(passes(batches, padding=False)) == 2
 
 
+def test_large_batches_are_not_padded_unless_asked():
+    singles = one_by_one([{"input_ids": ids(2, 8)}, {"input_ids": ids(2, 7)}], torch.device("cpu"))
+    for most, count in ((16, 1), (15, 2), (None, 1)):
+        assert len(concatenated(singles, Padding("input_ids", "attention_mask", most=most))) == count
+
+
+@pytest.mark.parametrize(("rows", "count"), [(2, 1), (20, 3)])
+def test_left_to_itself_the_loop_pads_small_batches(rows, count):
+    model = build("llama")
+    seen = calls_of(model)
+    batches = {
+        task: [{"input_ids": torch.arange(6, 6 + length).repeat(rows, 1)}] for task, length in LENGTHS.items()
+    }
+    trajectory(model, adapters_for(model), batches, steps=2, batch_tasks=None)
+    # One more, to see how much memory a pass takes, if there is anything to join.
+    assert len(seen) == 2 * count + (count == 1)
+
+
 def test_explicit_positions_of_one_length_still_run_together():
     batch = {"input_ids": ids(1, 8), "position_ids": ids(1, 8)}
     (one,) = passes([batch, dict(batch)])
