@@ -209,9 +209,8 @@ def test_regmean_is_the_dense_form(model, folders, calibration, off_diagonal):
         above, below = 0, 0
         for task in folders:
             weights, seen = alone(problem, task), []
-            hook = model.get_submodule(path).register_forward_pre_hook(
-                lambda _, inputs, seen=seen: seen.append(inputs[0])
-            )
+            module = model.get_submodule(path)
+            hook = module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
                 for batch in calibration[task]:
                     functional_call(model, weights, (), batch)
