@@ -19,15 +19,13 @@ from nsc_merge.demo.data import digit_split
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "quality"))
 
-import corpus  # noqa: E402
-import llama  # noqa: E402
-import llava  # noqa: E402
-from language import pooled  # noqa: E402
-from suite import evaluate, merged  # noqa: E402
+import corpus
+import llama
+import llava
+from language import pooled
+from suite import evaluate, merged
 
-TEXT = llama.Settings(
-    pretrain_steps=4, train=48, val=24, test=40, probe_steps=10, steps=3, batch=8
-)
+TEXT = llama.Settings(pretrain_steps=4, train=48, val=24, test=40, probe_steps=10, steps=3, batch=8)
 PICTURES = llava.Settings(
     pretrain_pictures=64, pretrain_steps=4, pretrain_batch=8, train=48, val=24, test=40, steps=3, batch=8
 )
@@ -69,9 +67,7 @@ def name(request):
 def trained(work, name):
     module, settings = SUITES[name]
     lines: list[str] = []
-    suite = module.load(
-        work, 0, log=lines.append, progress=False, settings=settings, permuted=module.PERMUTED[:1]
-    )
+    suite = module.load(work, 0, log=lines.append, progress=False, settings=settings, permuted=module.PERMUTED[:1])
     assert sum("adapters:" in line for line in lines) == len(module.TASKS)
     assert sum("permuted:" in line for line in lines) == 1
     return suite
