@@ -11,6 +11,7 @@ from typing import Any
 
 COEFFICIENTS_PLOT = "coefficients.png"
 RATIOS_PLOT = "ratios.png"
+LOSSES_PLOT = "losses.png"
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
 _STYLE: dict[Any, Any] = {
@@ -29,7 +30,8 @@ def draw(
     history: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> list[Path]:
-    """Draw ``coefficients.png`` and, if there is a history, ``ratios.png``; returns what was written.
+    """Draw ``coefficients.png`` and, if there is a history, ``ratios.png``, or ``losses.png`` of methods that minimise
+    something else; returns what was written.
 
     Raises:
         RuntimeError: if matplotlib is not installed.
@@ -38,8 +40,9 @@ def draw(
     with pyplot_in_style() as pyplot:
         _draw_coefficients(pyplot, coefficients, dead, written[0])
         if history:
-            written.append(folder / RATIOS_PLOT)
-            _draw_ratios(pyplot, history, written[1])
+            measured = "omega" in history[0]
+            written.append(folder / (RATIOS_PLOT if measured else LOSSES_PLOT))
+            _draw_history(pyplot, history, "omega" if measured else "loss", written[1])
     return written
 
 
@@ -108,19 +111,19 @@ def _draw_coefficients(
     pyplot.close(figure)
 
 
-def _draw_ratios(pyplot: Any, history: Sequence[Mapping[str, Any]], out: Path) -> None:
+def _draw_history(pyplot: Any, history: Sequence[Mapping[str, Any]], quantity: str, out: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4))
     steps = [entry["step"] for entry in history]
-    for index, task in enumerate(history[0]["omega"]):
+    for index, task in enumerate(history[0][quantity]):
         colour = COLOURS[index % len(COLOURS)]
         dashes = "-" if index < len(COLOURS) else "--"
         axis.plot(
-            steps, [entry["omega"][task] for entry in history], dashes, color=colour, lw=1.4, label=task
+            steps, [entry[quantity][task] for entry in history], dashes, color=colour, lw=1.4, label=task
         )
     axis.plot(steps, [entry["objective"] for entry in history], color="black", lw=2.4, label="mean")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step")
-    axis.set_ylabel("null-space ratio ω")
+    axis.set_ylabel("null-space ratio ω" if quantity == "omega" else quantity)
     axis.grid(axis="y", color="0.9")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(out)

@@ -51,8 +51,9 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
     result = _merge(recipe, model, adapters, calibration, options)
     if result.history:
         first, last = result.history[0], result.history[-1]
+        quantity = "null-space ratio" if "omega" in first else "loss"
         log(
-            f"{len(result.history)} steps: mean null-space ratio {first['objective']:.4f} -> "
+            f"{len(result.history)} steps: mean {quantity} {first['objective']:.4f} -> "
             f"{last['objective']:.4f}, coefficients {last['lambda_min']:.3f} to {last['lambda_max']:.3f}"
         )
     dead = sum(len(tasks) for tasks in result.dead.values())

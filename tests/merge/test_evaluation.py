@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from nsc_merge.evaluation.joint import Union, hits
 from nsc_merge.evaluation.measure import applied, joint_hits, predict
 from nsc_merge.evaluation.normalise import average, normalised, over_seeds
 from nsc_merge.evaluation.recipe import load_eval_recipe
+from nsc_merge.evaluation.run import candidate_of
 from nsc_merge.evaluation.suite import RecipeSuite
 
 METRICS = metrics.METRICS
@@ -539,6 +541,58 @@ def test_seeds_repeat_what_depends_on_them(place, capsys):
     assert losses[0] != losses[1]
     own, labels = reference(place, 0.4, "nli")
     assert losses[0] == pytest.approx(nn.functional.cross_entropy(own, labels).item(), rel=1e-4)
+
+
+def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys):
+    """AdaMerging only those with classes; Fisher all, with a likelihood each."""
+    file = place / "data" / "topic-test.safetensors"
+    data = load_file(file)
+    save_file({**data, "labels": torch.rand(12)}, file)
+    save_file({**data, "labels": torch.rand(12)}, place / "data" / "topic-val.safetensors")
+    save_file({"weight": torch.randn(1, 32)}, place / "value.safetensors")
+    overrides = [
+        "joint=false",
+        "tasks.topic.metric=l1",
+        f"tasks.topic.head={place / 'value.safetensors'}",
+        "tasks.topic.pool=last",
+    ]
+    steps = {"steps": 2, "lr": 0.05}
+    change(
+        place,
+        methods=[{"method": "adamerging", "options": steps}, {"method": "fisher", "options": {"batches": 1}}],
+    )
+    assert main(["eval", str(place / "eval.yaml"), *overrides, "--json"]) == 0
+    assert list(rows(json.loads(capsys.readouterr().out))) == [
+        "zero_shot",
+        "finetuned",
+        "adamerging",
+        "fisher",
+    ]
+    suite_recipe = load_eval_recipe(place / "eval.yaml", overrides)
+    suite = RecipeSuite(suite_recipe.at(0))
+    found = {row.name: candidate_of(suite, suite_recipe.at(0), row, 0) for row in suite_recipe.rows}
+    model = type(build("llama-cls")).from_pretrained(place / "base")
+    adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
+    heads_given = {task: functools.partial(suite.output, task) for task in adapters}
+    batches = suite.calibration()
+    by_hand = {
+        "adamerging": nsc_merge.merge(
+            model, adapters, batches, "adamerging", outputs={"nli": heads_given["nli"]}, **steps
+        ),
+        "fisher": nsc_merge.merge(
+            model,
+            adapters,
+            batches,
+            "fisher",
+            outputs=heads_given,
+            likelihood={"nli": "categorical", "topic": "gaussian"},
+            batches=1,
+        ),
+    }
+    for name, expected in by_hand.items():
+        for path in expected.paths:
+            torch.testing.assert_close(found[name].delta(path), expected.delta(path), rtol=1e-5, atol=1e-7)
+    assert (place / "out" / "coefficients" / "adamerging-seed0" / "losses.png").is_file()
 
 
 def test_a_row_that_fails_costs_no_other(place, capsys):
