@@ -54,6 +54,8 @@ class Method:
         needs: of ``"data"`` (unlabelled inputs), ``"gradients"``, ``"outputs"`` (what the tasks' heads make of
             them) and ``"labels"``.
         tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.tuning`.
+        updates: of methods made by :func:`gradient_free`, what computes one module's update after another, for whoever
+            does not want to hold them all.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Method:
     run: Run
     needs: frozenset[str] = frozenset()
     tuned: str | None = None
+    updates: Updates | None = None
 
     @property
     def option_names(self) -> list[str]:
@@ -124,7 +127,7 @@ def gradient_free(
             factors=factors,
         )
 
-    return Method(name, summary, paper, options, run, tuned=tuned)
+    return Method(name, summary, paper, options, run, tuned=tuned, updates=updates)
 
 
 def low_rank_only(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
