@@ -53,13 +53,13 @@ class Settings:
     """How much is trained and measured; the defaults are the suite, anything less is for tests."""
 
     pretrain_pictures: int = 16384
-    pretrain_steps: int = 2000
+    pretrain_steps: int = 600
     pretrain_batch: int = 32
     train: int = 4096
     val: int = 256
     test: int = 768
-    steps: int = 200
-    batch: int = 24
+    steps: int = 120
+    batch: int = 16
     lr: float = 2e-3
 
 
