@@ -49,6 +49,7 @@ class AdaMergingOptions(DescentOptions):
         early_stop: see there.
         init: see there.
         share: see there; the authors call them layer-wise and task-wise.
+        warm_up: see there.
         clamp: see there; ``()`` for none.
         seed: see there.
         progress: see there.
