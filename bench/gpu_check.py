@@ -219,13 +219,15 @@ def trials(names: list[str], dry_run: bool, smallest: bool) -> Iterator[tuple[st
 
 
 def clusters(run: Run, on: torch.device) -> dict[str, tuple[float, float]]:
-    """The CUDA C++ kernel with every size of cluster; 16 blocks only where the device can run them."""
+    """Every variant of the CUDA C++ kernel with every size of cluster; 16 blocks only where the device can run them."""
     backend, found = run.backend, {}
-    for size in (1, 2, 4, 8, 16):
-        forced = {name: partial(getattr(backend, name), cluster=size) for name in ("forward", "backward")}
-        run.backend = SimpleNamespace(**forced)
+    for variant, size in itertools.product(backend.variants_of(run.p.offsets[-1]), (1, 2, 4, 8, 16)):
+        how = {"variant": variant, "cluster": size}
+        run.backend = SimpleNamespace(
+            forward=partial(backend.forward, **how), backward=partial(backend.backward, **how)
+        )
         try:
-            found |= {f"{name} in clusters of {size}": errors for name, errors in run.check().items()}
+            found |= {f"{name} of variant {variant} in clusters of {size}": e for name, e in run.check().items()}
         except RuntimeError:
             if size <= 8:
                 raise

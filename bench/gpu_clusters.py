@@ -22,8 +22,7 @@ from gpu_common import Rows, arguments, device
 from gpu_tune import timed
 from nsc_kernels.backends import cuda
 
-# As kVariants in csrc/cuda/geometry.h: padded ranks and tokens per tile.
-VARIANTS = [(r, 64) for r in (32, 64, 96, 128, 192, 256, 320, 384, 512)] + [(r, 128) for r in (32, 64, 96, 128, 192, 256)]
+ALL = [*cuda.VARIANTS, *cuda.WARPGROUP_VARIANTS]
 CHOSEN = (cuda.AUTOMATIC, 0)
 
 
@@ -36,13 +35,11 @@ def call(data: Data, backward: bool, u: Tensor, variant: int, cluster: int) -> A
     return lambda: cuda.backward(*data.grads, u, z, *factors, None, True, True, **how)
 
 
-def variants_of(R: int) -> list[int]:
-    """The least padding with 64 and with 128 tokens per tile."""
-    found = []
-    for tokens in (64, 128):
-        fitting = [i for i, (r, t) in enumerate(VARIANTS) if t == tokens and r >= R]
-        found += [min(fitting, key=lambda i: VARIANTS[i][0])] if fitting else []
-    return found
+def name_of(variant: int) -> str:
+    if variant == cuda.AUTOMATIC:
+        return "the formula"
+    family = "mma" if variant < len(cuda.VARIANTS) else "wgmma"
+    return "{} {} x {}".format(family, *ALL[variant])
 
 
 def sweep(shape: Shape, rows: Rows, samples: int) -> None:
@@ -54,7 +51,7 @@ def sweep(shape: Shape, rows: Rows, samples: int) -> None:
     ]
     for backward in (False, True):
         times: dict[tuple[int, int], float] = {}
-        for how in [CHOSEN, *itertools.product(variants_of(shape.K * shape.r), (1, 2, 4, 8, 16))]:
+        for how in [CHOSEN, *itertools.product(cuda.variants_of(shape.K * shape.r), (1, 2, 4, 8, 16))]:
             row = {
                 **shape._asdict(),
                 "backend": "cuda",
@@ -62,7 +59,7 @@ def sweep(shape: Shape, rows: Rows, samples: int) -> None:
                 "chosen": how == CHOSEN,
                 "cluster": how[1],
             }
-            row["variant"] = None if how == CHOSEN else VARIANTS[how[0]]
+            row["variant"] = name_of(how[0])
             try:
                 calls = [call(d, backward, u, *how) for d, u in zip(sets, saved, strict=True)]
                 times[how] = timed(calls, on, samples)
@@ -71,7 +68,7 @@ def sweep(shape: Shape, rows: Rows, samples: int) -> None:
                 continue
             rows.write(row | {"us_p50": times[how]})
         best = min(times, key=lambda how: times[how])
-        name = "the formula" if best == CHOSEN else f"{VARIANTS[best[0]]} in clusters of {best[1]}"
+        name = name_of(best[0]) if best == CHOSEN else f"{name_of(best[0])} in clusters of {best[1]}"
         direction = "backward" if backward else "forward"
         print(
             f"{shape.name} T={shape.T} {direction}: formula {times[CHOSEN]:.1f} us, best {times[best]:.1f} us, {name}"

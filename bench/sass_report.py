@@ -26,6 +26,7 @@ INSTRUCTIONS = {
     "wgmma": r"HGMMA",
     "cp_async": r"LDGSTS",
     "tma": r"UTMALDG",
+    "tma_store": r"UTMASTG",
     "cluster": r"UCGABAR_\w+",
     "ldmatrix": r"LDSM",
     "local": r"(?:LDL|STL)",
@@ -81,7 +82,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = []
     if row["local"] or row["stack"]:
         found.append(f"{row['local']} accesses to local memory, {row['stack']} bytes of stack")
-    wanted = {"mma": ("mma", "cp_async"), "wgmma": ("wgmma", "tma")}[row["family"]]
+    wanted = {"mma": ("mma", "cp_async"), "wgmma": ("wgmma", "tma", "tma_store")}[row["family"]]
     found += [f"no {name}" for name in (*wanted, "cluster") if not row[name]]
     return found
 

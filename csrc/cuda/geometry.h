@@ -29,6 +29,7 @@ constexpr int kColumns = 64;         // columns of a tile
 constexpr int kRowBytes = 128;       // of a row of a tile
 constexpr int kChunk = 8;            // elements in 16 bytes; d is a multiple of it
 constexpr int kWarpRows = 32;        // tokens of one warp's part of a product
+constexpr int kMostStages = 4;
 constexpr int kMostRank = 512;
 constexpr int kMostAdapters = 64;
 constexpr int kMostCluster = 16;     // beyond 8 the device has to allow it
@@ -78,14 +79,19 @@ NSC_HD constexpr int expand_chunk(int lane) { return lane >> 4; }
 NSC_HD constexpr int acc_row(int lane) { return lane >> 2; }
 NSC_HD constexpr int acc_column(int lane) { return (lane & 3) << 1; }
 
+// Rows of a box of weights as TMA loads it: 256 at most.
+NSC_HD constexpr int weight_box(int ranks) { return ranks <= 256 ? ranks : ranks / 2; }
+
 // Everything that is fixed at compile time for `Ranks` padded columns of the rank axis and `Tokens` tokens per tile.
-template <int Ranks_, int Tokens_, bool Backward_>
+// Warpgroup: products by wgmma and copies by TMA (warpgroup.inl), not mma.sync and cp.async (kernel.inl).
+template <int Ranks_, int Tokens_, bool Backward_, bool Warpgroup_ = false>
 struct Plan {
   static constexpr int Ranks = Ranks_, Tokens = Tokens_;
-  static constexpr bool Backward = Backward_;
+  static constexpr bool Backward = Backward_, Warpgroup = Warpgroup_;
 
-  // Warps over the product: 32 tokens each, and the columns shared among the rest.
-  static constexpr int warps_m = Tokens / kWarpRows;
+  // Warps over the product: 32 tokens each, and the columns shared among the rest. A warpgroup has four warps on 64
+  // tokens; two share the columns where the tile has no more tokens.
+  static constexpr int warps_m = Tokens / (Warpgroup ? 16 : kWarpRows);
   static constexpr int warps_n = kWarps / warps_m;
   static constexpr int shrink_tiles = Ranks / warps_n / 8;     // accumulators of 8 columns, per 16 tokens
   static constexpr int expand_tiles = kColumns / warps_n / 8;
@@ -106,14 +112,17 @@ struct Plan {
   static constexpr int c_stride = Ranks * 2 + 16;
   static constexpr int c_bytes = Tokens * c_stride;
   static constexpr int owner_bytes = Ranks;
-  static constexpr int fixed = c_bytes + owner_bytes + 16;
+  static constexpr int barrier_bytes = Warpgroup ? 3 * kMostStages * 8 : 0;  // full and empty of shrink, full of expand
+  static constexpr int fixed = c_bytes + owner_bytes + 16 + barrier_bytes;
 
   // Two blocks per processor where they fit, in memory and in registers: one loads while the other is in its middle.
   static constexpr int least(int slot) { return 2 * slot > exchange ? 2 * slot : exchange; }
   static constexpr int two_slots = least(shrink_slot) > least(expand_slot) ? least(shrink_slot) : least(expand_slot);
-  static constexpr int resident = Ranks * Tokens <= 96 * 128 && two_slots + fixed <= kSharedOfTwo ? 2 : 1;
+  static constexpr int resident = Ranks <= (Tokens == 64 ? 192 : 64) && two_slots + fixed <= kSharedOfTwo ? 2 : 1;
   static constexpr int budget = (resident == 2 ? kSharedOfTwo : kSharedLimit) - fixed;
-  static constexpr int stages(int slot) { return budget / slot < 2 ? 2 : budget / slot > 4 ? 4 : budget / slot; }
+  static constexpr int stages(int slot) {
+    return budget / slot < 2 ? 2 : budget / slot > kMostStages ? kMostStages : budget / slot;
+  }
   static constexpr int shrink_stages = stages(shrink_slot);
   static constexpr int expand_stages = stages(expand_slot);
 
@@ -122,11 +131,18 @@ struct Plan {
   static constexpr int c_at = ring;
   static constexpr int owner_at = c_at + c_bytes;
   static constexpr int flag_at = owner_at + owner_bytes;
+  static constexpr int barriers_at = flag_at + 16;
   static constexpr int shared = ring + fixed;
+
+  // Warpgroups: columns of one wgmma of the shrink; stages of the expand that each of the two has to itself.
+  static constexpr int wgmma_columns = Ranks / warps_n % 64 == 0 ? 64 : 32;
+  static constexpr int own_stages = expand_stages / 2;
+  static constexpr int weight_box = nsc::cuda::weight_box(Ranks);
 
   static_assert(Tokens % kWarpRows == 0 && kWarps % warps_m == 0, "warps must tile the tokens");
   static_assert(Ranks % (8 * warps_n) == 0 && Ranks % 16 == 0, "warps must tile the ranks");
-  static_assert(kColumns % (16 * warps_n) == 0, "warps must tile the output in pairs of accumulators");
+  static_assert(Warpgroup || kColumns % (16 * warps_n) == 0, "warps must tile the output in pairs of accumulators");
+  static_assert(!Warpgroup || Ranks / warps_n % wgmma_columns == 0, "wgmma must tile the ranks");
   static_assert(shared <= kSharedLimit, "more shared memory than a block can have");
 };
 
@@ -139,7 +155,14 @@ struct Variant {
   X(32, 128) X(64, 128) X(96, 128) X(128, 128) X(192, 128) X(256, 128)
 #define NSC_VARIANT_ENTRY(ranks, tokens) {ranks, tokens},
 constexpr Variant kVariants[] = {NSC_VARIANTS(NSC_VARIANT_ENTRY)};
+// Those of warpgroup.inl. The automatic choice does not take them; they are numbered from kVariantCount on.
+#define NSC_WARPGROUP_VARIANTS(X)                                              \
+  X(64, 64) X(128, 64) X(192, 64) X(256, 64) X(320, 64) X(384, 64) X(512, 64) \
+  X(32, 128) X(64, 128) X(96, 128) X(128, 128) X(192, 128) X(256, 128)
+constexpr Variant kWarpgroupVariants[] = {NSC_WARPGROUP_VARIANTS(NSC_VARIANT_ENTRY)};
 #undef NSC_VARIANT_ENTRY
+constexpr int kVariantCount = int(sizeof(kVariants) / sizeof(Variant));
+constexpr int kWarpgroupCount = int(sizeof(kWarpgroupVariants) / sizeof(Variant));
 
 // The least padding with this many tokens per tile; -1 if R is too large for it.
 constexpr int find_variant(int R, int tokens) {

@@ -14,16 +14,17 @@ namespace nsc::cuda {
 
 struct Bf16 {
   using type = __nv_bfloat16;
-  using pair = __nv_bfloat162;
+  static constexpr bool is_bf16 = true;
 };
 struct F16 {
   using type = __half;
-  using pair = __half2;
+  static constexpr bool is_bf16 = false;
 };
 
 NSC_DEVICE int thread_index() { return threadIdx.x; }
 NSC_DEVICE int lane_index() { return threadIdx.x % 32; }
-NSC_DEVICE int warp_index() { return threadIdx.x / 32; }
+// From one lane, which tells the compiler that it is the same for all of them.
+NSC_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 NSC_DEVICE int cluster_rank() { return cooperative_groups::cluster_group::block_rank(); }
 NSC_DEVICE int cluster_size() { return cooperative_groups::cluster_group::num_blocks(); }
 NSC_DEVICE int64_t cluster_index() { return blockIdx.x / cluster_size(); }

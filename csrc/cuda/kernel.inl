@@ -123,6 +123,20 @@ NSC_DEVICE void shrink(const Problem& p, unsigned char* shared, int64_t first, R
   sync_block();
 }
 
+// What the middle adds dlam of its rows to.
+template <class P>
+NSC_DEVICE void clear_sums(const Problem& p, unsigned char* shared) {
+  if (!P::Backward || p.dlam == nullptr) return;
+  float* sums = reinterpret_cast<float*>(shared + P::warp_sums_at);
+  for (int i = thread_index(); i < kWarps * kMostAdapters; i += kThreads) sums[i] = 0.0f;
+}
+
+template <class P>
+NSC_DEVICE void store_owners(const Problem& p, unsigned char* shared) {
+  for (int j = thread_index(); j < P::Ranks; j += kThreads)
+    shared[P::owner_at + j] = static_cast<unsigned char>(owner(p.offsets, p.K, j));
+}
+
 // This block's partial of u, and of the norms, to where the cluster can read it.
 template <class P>
 NSC_DEVICE void publish(const Problem& p, unsigned char* shared, const Accumulators<P::shrink_tiles>& acc,
@@ -148,10 +162,7 @@ NSC_DEVICE void publish(const Problem& p, unsigned char* shared, const Accumulat
       if ((lane & 3) == 0) norms[warp_n * P::Tokens + warp_m * kWarpRows + i * 8 + acc_row(lane)] = sum;
     }
   }
-  if (P::Backward && p.dlam != nullptr) {
-    float* sums = reinterpret_cast<float*>(shared + P::warp_sums_at);
-    for (int i = thread_index(); i < kWarps * kMostAdapters; i += kThreads) sums[i] = 0.0f;
-  }
+  clear_sums<P>(p, shared);
 }
 
 // sum over each adapter's columns of `products` [R], in an order fixed by the offsets: eight lanes per adapter, four
@@ -392,9 +403,7 @@ NSC_DEVICE void expand(const Problem& p, unsigned char* shared, int64_t first, R
 template <class E, class P>
 NSC_DEVICE void merged_lora(const Problem& p, unsigned char* shared) {
   const int64_t tile = cluster_index(), tiles = ceil_div(p.T, P::Tokens), first = tile * P::Tokens;
-  for (int j = thread_index(); j < P::Ranks; j += kThreads)
-    shared[P::owner_at + j] = static_cast<unsigned char>(owner(p.offsets, p.K, j));
-
+  store_owners<P>(p, shared);
   {
     Accumulators<P::shrink_tiles> acc;
     acc.clear();

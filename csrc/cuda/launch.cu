@@ -1,6 +1,7 @@
 // Facts of the device, the choice of a variant and a cluster, and the launch.
 #include "launch.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -23,10 +24,76 @@ int current_device() {
   return device;
 }
 
+bool is_warpgroup(int variant) { return variant >= kVariantCount; }
+
+const Variant& variant_of(int variant) {
+  if (variant < 0 || variant >= kVariantCount + kWarpgroupCount)
+    throw std::runtime_error("there is no variant " + std::to_string(variant));
+  return is_warpgroup(variant) ? kWarpgroupVariants[variant - kVariantCount] : kVariants[variant];
+}
+
 const Kernel& kernel_of(Element element, bool backward, int variant) {
+  if (is_warpgroup(variant)) {
+    const Kernel* table = element == Element::bf16 ? (backward ? bf16_backward_warpgroup() : bf16_forward_warpgroup())
+                                                   : (backward ? f16_backward_warpgroup() : f16_forward_warpgroup());
+    return table[variant - kVariantCount];
+  }
   const Kernel* table = element == Element::bf16 ? (backward ? bf16_backward() : bf16_forward())
                                                  : (backward ? f16_backward() : f16_forward());
   return table[variant];
+}
+
+// The driver's encoder, found through the runtime: nothing here links to libcuda.
+using Encoder = decltype(&cuTensorMapEncodeTiled);
+Encoder encoder() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
+          "cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encoder>(function);
+  }();
+  return found;
+}
+
+// wgmma is an instruction of compute capability 9.0 only, in code built for 9.0a; elsewhere those kernels are empty.
+void require_warpgroups() {
+#ifdef NSC_SM90A
+  int major = 0, minor = 0;
+  const int device = current_device();
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  if (major == 9 && minor == 0) return;
+#endif
+  throw std::runtime_error("the variants with wgmma run on compute capability 9.0, built for 9.0a");
+}
+
+// Maps as the kernels of warpgroup.inl take them (struct Maps there). One that is not there is never used.
+struct TensorMaps {
+  CUtensorMap of[6];
+};
+
+TensorMaps tensor_maps(const Problem& p, Element element, const Variant& variant) {
+  TensorMaps maps{};
+  const Boxes all = boxes(p, weight_box(variant.ranks), variant.tokens);
+  for (int i = 0; i < 6; ++i) {
+    const Box& box = all.of[i];
+    if (box.data == nullptr) continue;
+    if (box.rows == 0 || (box.stride < box.columns && box.rows > 1))
+      throw std::runtime_error("the variants with tensor maps need ranks that are not all 0 and rows that do not overlap");
+    const cuuint64_t extent[2] = {cuuint64_t(box.columns), cuuint64_t(box.rows)};
+    // A single row may come with any stride, which is then not looked at.
+    const cuuint64_t stride = 2 * cuuint64_t(box.rows > 1 ? box.stride : box.columns);
+    const cuuint32_t size[2] = {kColumns, cuuint32_t(box.box_rows)}, steps[2] = {1, 1};
+    const CUresult result = encoder()(
+        &maps.of[i], element == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+        const_cast<half_bits*>(box.data), extent, &stride, size, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+      throw std::runtime_error("cuTensorMapEncodeTiled failed with code " + std::to_string(int(result)));
+  }
+  return maps;
 }
 
 // The launch of `blocks` blocks in clusters of `cluster`.
@@ -119,18 +186,24 @@ Choice choose(const Problem& p, Element element, bool backward, int variant, int
     choice.variant = choose_variant(p.T, p.R, processors);
   }
   if (choice.variant < 0) throw std::runtime_error("the ranks add up to more than " + std::to_string(kMostRank));
-  choice.tiles = ceil_div(p.T, kVariants[choice.variant].tokens);
+  choice.tiles = ceil_div(p.T, variant_of(choice.variant).tokens);
   const Ready& facts = ready(element, backward, choice.variant, device);
   choice.cluster = cluster > 0 ? cluster : choose_cluster(choice.tiles, p.d_in, p.d_out, facts.active);
   return choice;
 }
 
 void launch(const Problem& p, Element element, bool backward, const Choice& choice, void* stream) {
+  const Variant& variant = variant_of(choice.variant);
   const Kernel& kernel = kernel_of(element, backward, choice.variant);
-  if (kVariants[choice.variant].ranks < p.R) throw std::runtime_error("a variant of fewer ranks than the problem has");
+  if (variant.ranks < p.R) throw std::runtime_error("a variant of fewer ranks than the problem has");
   if (choice.tiles * choice.cluster > INT32_MAX) throw std::runtime_error("more thread blocks than a grid can have");
   const Configuration launch(kernel, choice.tiles * choice.cluster, choice.cluster, static_cast<cudaStream_t>(stream));
-  void* arguments[] = {const_cast<Problem*>(&p)};
+  TensorMaps maps;
+  if (is_warpgroup(choice.variant)) {
+    require_warpgroups();
+    maps = tensor_maps(p, element, variant);
+  }
+  void* arguments[] = {const_cast<Problem*>(&p), &maps};
   check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments), "launch of the merged LoRA kernel");
 }
 

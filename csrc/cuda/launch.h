@@ -16,8 +16,12 @@ const Kernel* bf16_forward();
 const Kernel* bf16_backward();
 const Kernel* f16_forward();
 const Kernel* f16_backward();
+const Kernel* bf16_forward_warpgroup();
+const Kernel* bf16_backward_warpgroup();
+const Kernel* f16_forward_warpgroup();
+const Kernel* f16_backward_warpgroup();
 
-// How a problem is run: an index into kVariants, blocks per cluster, tiles.
+// How a problem is run: an index into kVariants, or kVariantCount plus one into kWarpgroupVariants; blocks per cluster; tiles.
 struct Choice {
   int variant = -1;
   int cluster = 0;

@@ -33,13 +33,13 @@ struct Mirror {
   const int64_t tiles;
   std::vector<float> partial, norms, c, block_sums, parts;  // of the current tile, but for parts [K, tiles]
 
-  Mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks)
+  Mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup)
       : p(p),
         backward(backward),
         ranks(ranks),
         tokens(tokens),
         blocks(blocks),
-        warps_n(kWarps / (tokens / kWarpRows)),
+        warps_n(kWarps / (tokens / (warpgroup ? 16 : kWarpRows))),
         tiles(ceil_div(p.T, tokens)) {}
 
   // x . w_in^T over one block's slice: the inner sum runs through 64 columns a step, in the order of the columns.
@@ -157,8 +157,8 @@ struct Mirror {
 };
 
 template <class E>
-void mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks) {
-  Mirror<E>(p, backward, ranks, tokens, blocks).run();
+void mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup = false) {
+  Mirror<E>(p, backward, ranks, tokens, blocks, warpgroup).run();
 }
 
 }  // namespace nsc::cuda

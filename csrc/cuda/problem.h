@@ -44,6 +44,26 @@ struct Problem {
   int16_t offsets[kMostAdapters + 1];  // adapter k owns columns offsets[k] .. offsets[k + 1]
 };
 
+// A matrix as TMA reads or writes it: boxes of 64 columns by box_rows, zeros outside. Row stride in elements.
+struct Box {
+  const half_bits* data = nullptr;
+  int64_t rows = 0, columns = 0, stride = 0;
+  int box_rows = 0;
+};
+
+// x, w_in, w_out, base, z and out, in this order; without data where there is none.
+struct Boxes {
+  Box of[6];
+};
+inline Boxes boxes(const Problem& p, int weight_box, int tokens) {
+  return {{{p.x, p.T, p.d_in, p.x_stride, tokens},
+           {p.w_in, p.R, p.d_in, p.d_in, weight_box},
+           {p.w_out, p.R, p.d_out, p.d_out, weight_box},
+           {p.base, p.T, p.d_out, p.base_stride, tokens},
+           {p.dsqnorm ? p.z : nullptr, p.T, p.d_out, p.z_stride, tokens},
+           {p.out, p.T, p.d_out, p.out_stride, tokens}}};
+}
+
 enum class Element : int { bf16, f16 };
 
 }  // namespace nsc::cuda

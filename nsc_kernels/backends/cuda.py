@@ -21,7 +21,15 @@ MAX_ADAPTERS = 64
 MULTIPLE = 8  # of d, in elements: rows are copied in pieces of 16 bytes
 LEAST_TILE = 64  # tokens: bounds the number of tiles, and with it the workspace
 DTYPES = (torch.bfloat16, torch.float16)
-AUTOMATIC = -1  # variant: chosen by the launcher
+AUTOMATIC = -1  # variant: chosen by the launcher, among those of the first family
+# Variants by number, as csrc/cuda/geometry.h has them: padded ranks and tokens per tile. First those with mma.sync and
+# cp.async, then those with wgmma and TMA.
+VARIANTS = [(r, 64) for r in (32, 64, 96, 128, 192, 256, 320, 384, 512)] + [
+    (r, 128) for r in (32, 64, 96, 128, 192, 256)
+]
+WARPGROUP_VARIANTS = [(r, 64) for r in (64, 128, 192, 256, 320, 384, 512)] + [
+    (r, 128) for r in (32, 64, 96, 128, 192, 256)
+]
 
 _OPTIONS = "int variant=-1, int cluster=0"
 ops.define(
@@ -98,6 +106,16 @@ def _output(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_bas
     if reuse_base and base is not None and base.stride(0) >= shape[1]:
         return base
     return like.new_empty(shape)
+
+
+def variants_of(R: int) -> list[int]:
+    """The variants that serve R with the least padding, one of each family and number of tokens per tile."""
+    found = []
+    for first, family in ((0, VARIANTS), (len(VARIANTS), WARPGROUP_VARIANTS)):
+        for tokens in (64, 128):
+            fitting = [(r, first + i) for i, (r, t) in enumerate(family) if t == tokens and r >= R]
+            found += [min(fitting)[1]] if fitting else []
+    return found
 
 
 def forward(

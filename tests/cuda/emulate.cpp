@@ -1,15 +1,34 @@
-// The kernel on the emulator, and its plain mirror, for Python through ctypes (harness.py).
-#include "emulator.h"
+// The kernel on the emulator, and its plain mirror, for Python through ctypes (harness.py). With NSC_WARPGROUP the kernel of
+// warpgroup.inl, else that of kernel.inl.
+#include "emulator_async.h"
 #include "kernel.inl"
 #include "mirror.h"
+#include "warpgroup.inl"
 
 namespace nsc::cuda {
 namespace {
 
+#ifdef NSC_WARPGROUP
+constexpr bool kWarpgroup = true;
+constexpr auto& kFamily = kWarpgroupVariants;
+#define NSC_FAMILY NSC_WARPGROUP_VARIANTS
+#else
+constexpr bool kWarpgroup = false;
+constexpr auto& kFamily = kVariants;
+#define NSC_FAMILY NSC_VARIANTS
+#endif
+
 template <class E, class P>
 void emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
   Machine machine(cluster, P::shared, order, copies);
-  machine.body = [&](unsigned char* shared) { merged_lora<E, P>(p, shared); };
+  const Boxes b = boxes(p, P::weight_box, P::Tokens);
+  const Maps maps{b.of[0], b.of[1], b.of[2], b.of[3], b.of[4], b.of[5]};
+  machine.body = [&](unsigned char* shared) {
+    if constexpr (P::Warpgroup)
+      merged_lora_warpgroups<E, P>(p, maps, shared);
+    else
+      merged_lora<E, P>(p, shared);
+  };
   for (int64_t tile = 0; tile < ceil_div(p.T, P::Tokens); ++tile) machine.run(int(tile));
 }
 
@@ -18,12 +37,12 @@ bool emulate(const Problem& p, bool backward, int ranks, int tokens, int cluster
 #define NSC_EMULATE(Ranks, Tokens)                                                                       \
   if (ranks == Ranks && tokens == Tokens) {                                                              \
     if (backward)                                                                                        \
-      emulate_plan<E, Plan<Ranks, Tokens, true>>(p, cluster, order, copies);                             \
+      emulate_plan<E, Plan<Ranks, Tokens, true, kWarpgroup>>(p, cluster, order, copies);                             \
     else                                                                                                 \
-      emulate_plan<E, Plan<Ranks, Tokens, false>>(p, cluster, order, copies);                            \
+      emulate_plan<E, Plan<Ranks, Tokens, false, kWarpgroup>>(p, cluster, order, copies);                            \
     return true;                                                                                         \
   }
-  NSC_VARIANTS(NSC_EMULATE)
+  NSC_FAMILY(NSC_EMULATE)
 #undef NSC_EMULATE
   return false;
 }
@@ -44,13 +63,13 @@ int nsc_emulate(const Problem* p, int element, int backward, int ranks, int toke
 
 void nsc_mirror(const Problem* p, int element, int backward, int ranks, int tokens, int cluster) {
   const auto run = element == int(Element::bf16) ? mirror<Bf16> : mirror<F16>;
-  run(*p, backward != 0, ranks, tokens, cluster);
+  run(*p, backward != 0, ranks, tokens, cluster, kWarpgroup);
 }
 
 // [variants, 2]: ranks and tokens.
 int nsc_variants(int* out) {
   int i = 0;
-  for (const Variant& v : kVariants) out[2 * i] = v.ranks, out[2 * i + 1] = v.tokens, ++i;
+  for (const Variant& v : kFamily) out[2 * i] = v.ranks, out[2 * i + 1] = v.tokens, ++i;
   return i;
 }
 

@@ -93,6 +93,7 @@ struct Fiber {
   bool started = false, done = false;
   Barrier* waits = nullptr;
   uint64_t phase = 0;
+  std::function<bool()> until;
   int block = 0, thread = 0;
   struct Copy {
     void* to;
@@ -120,7 +121,7 @@ struct Machine {
   std::vector<std::vector<unsigned char>> shared;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<Barrier> block_barriers;
+  std::vector<Barrier> block_barriers, group_barriers;
   Barrier cluster_barrier;
   std::function<void(unsigned char*)> body;
   Fiber* current = nullptr;
@@ -135,7 +136,7 @@ struct Machine {
       : blocks(blocks), shared_bytes(shared_bytes), order(order), copies(copies), fibers(size_t(blocks) * kThreads) {}
 
   unsigned char* memory(int block) {
-    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared[block].data()) + 127) / 128 * 128);
+    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared[block].data()) + 1023) / 1024 * 1024);
   }
 
   static void trampoline() {
@@ -167,19 +168,30 @@ struct Machine {
     if (_setjmp(f.point) == 0) _longjmp(scheduler, 1);
   }
 
+  // Returns when `condition` holds.
+  void wait_until(std::function<bool()> condition) {
+    if (condition()) return;
+    Fiber& f = *current;
+    f.until = std::move(condition);
+    if (_setjmp(f.point) == 0) _longjmp(scheduler, 1);
+    current->until = nullptr;
+  }
+
   // One tile: every thread of its cluster from beginning to end.
   void run(int tile_index) {
     active() = this;
     tile = tile_index;
-    shared.assign(blocks, std::vector<unsigned char>(shared_bytes + 128, 0xff));
+    shared.assign(blocks, std::vector<unsigned char>(shared_bytes + 1024, 0xff));
     warps.assign(size_t(blocks) * kWarps, Warp{});
     for (Warp& warp : warps) warp.barrier.size = 32;
     block_barriers.assign(blocks, Barrier{kThreads});
+    group_barriers.assign(size_t(blocks) * 2, Barrier{kThreads / 2});
     cluster_barrier = Barrier{blocks * kThreads};
     for (size_t i = 0; i < fibers.size(); ++i) {
       Fiber& f = fibers[i];
       f.started = f.done = false;
       f.waits = nullptr;
+      f.until = nullptr;
       f.groups.assign(1, {});
       f.block = int(i) / kThreads;
       f.thread = int(i) % kThreads;
@@ -203,7 +215,7 @@ struct Machine {
           moved = false;
           for (int lane : lanes) {
             Fiber& f = fibers[size_t(w) * 32 + lane];
-            if (f.done || (f.waits != nullptr && f.waits->phase == f.phase)) continue;
+            if (f.done || (f.waits != nullptr && f.waits->phase == f.phase) || (f.until && !f.until())) continue;
             f.waits = nullptr;
             resume(f);
             moved = progress = true;

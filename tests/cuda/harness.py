@@ -47,10 +47,14 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++")
 
 
-def build(folder: Path, csrc: Path = CSRC) -> Path:
-    """Compile the emulator; exact floating point, so that it and the mirror can be compared bitwise."""
+def build(folder: Path, csrc: Path = CSRC, *, warpgroup: bool = False) -> Path:
+    """Compile the emulator; exact floating point, so that it and the mirror can be compared bitwise.
+
+    ``warpgroup``: of the kernel in warpgroup.inl, else of that in kernel.inl.
+    """
     target = folder / "libnsc_emulator.so"
     options = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+    options += ["-DNSC_WARPGROUP"] if warpgroup else []
     command = [str(compiler()), *options, "-fPIC", "-shared", f"-I{csrc}", str(HERE / "emulate.cpp"), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -138,6 +138,40 @@ void test_plan() {
   }
 }
 
+// Where TMA and wgmma find their tiles: the swizzle of 128 bytes counts from multiples of 1024.
+template <int Ranks, int Tokens, bool Backward>
+void test_warpgroup_plan() {
+  using P = Plan<Ranks, Tokens, Backward, true>;
+  const std::string name = "warpgroup plan" + text({Ranks, Tokens, Backward});
+  expect(P::shared <= kSharedLimit && P::resident * (P::shared + (1 << 10)) <= 228 << 10, name + ": shared memory");
+  expect(P::exchange <= P::ring && P::shrink_stages * P::shrink_slot <= P::ring &&
+             2 * P::own_stages * P::expand_slot <= P::ring && P::own_stages >= 1, name + ": regions overlap");
+  for (int at : {P::shrink_slot, P::expand_slot, Tokens * kRowBytes, Ranks * kRowBytes, P::weight_box * kRowBytes,
+                 Ranks / P::warps_n * kRowBytes, P::wgmma_columns * kRowBytes})
+    expect(at % 1024 == 0, name + ": alignment of a tile");
+  expect(P::barriers_at % 8 == 0 && P::barriers_at >= P::flag_at + 4 &&
+             P::barriers_at + 3 * kMostStages * 8 <= P::shared, name + ": barriers");
+  expect(P::weight_box <= 256 && Ranks % P::weight_box == 0, name + ": box");
+  std::vector<int> owners(Tokens * Ranks, 0);
+  for (int warp = 0; warp < kWarps; ++warp)
+    for (int lane = 0; lane < 32; ++lane)
+      for (int n = 0; n < P::shrink_tiles; ++n)
+        for (int i = 0; i < 4; ++i) {
+          const int row = warp % P::warps_m * 16 + acc_row(lane) + i / 2 * 8;
+          const int column = (warp / P::warps_m * P::shrink_tiles + n) * 8 + acc_column(lane) + i % 2;
+          ++owners[row * Ranks + column];
+        }
+  for (int count : owners) expect(count == 1, name + ": accumulators");
+  // Two warpgroups: every tile of the output has one, and all are counted.
+  for (int begin = 0; begin < 3; ++begin)
+    for (int count = 0; count < 9; ++count) {
+      std::set<int> steps_done;
+      for (int group : {0, 1})
+        for (int step = 0; step < (count - group + 1) / 2; ++step) steps_done.insert(begin + group + 2 * step);
+      expect(int(steps_done.size()) == count && (count == 0 || *steps_done.rbegin() == begin + count - 1), name + ": steps");
+    }
+}
+
 void test_owners_and_choices() {
   const std::vector<std::vector<int16_t>> all = {{0, 3, 3, 19, 24, 25, 56}, {0, 0, 0}, {0, 512}, {0, 1}, {0, 0, 7, 7}};
   for (const auto& offsets : all) {
@@ -380,14 +414,15 @@ int run_kernels() {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 || !unsupported().empty()) return 0;
   int runs = 0;
-  for (int v = 0; v < int(std::size(kVariants)); ++v)
+  for (int v = 0; v < kVariantCount + kWarpgroupCount; ++v)
     for (int cluster : {1, 2, 4, 8})
       for (bool per_row : {false, true}) {
-        if (kVariants[v].ranks < 96) continue;
+        const Variant& variant = v < kVariantCount ? kVariants[v] : kWarpgroupVariants[v - kVariantCount];
+        if (variant.ranks < 96) continue;
         Data d(333, 776, 1032, per_row ? kUnequal : kEqual, per_row);
         for (bool backward : {false, true}) {
           run_kernel(d, backward, v, cluster);
-          judge(d, backward, "kernel" + text({kVariants[v].ranks, kVariants[v].tokens, cluster, per_row, backward}));
+          judge(d, backward, "kernel" + text({v, variant.ranks, variant.tokens, cluster, per_row, backward}));
           ++runs;
         }
       }
@@ -403,6 +438,9 @@ int main() {
   test_owners_and_choices();
 #define NSC_TEST_PLAN(ranks, tokens) test_plan<ranks, tokens, false>(), test_plan<ranks, tokens, true>();
   NSC_VARIANTS(NSC_TEST_PLAN)
+#define NSC_TEST_WARPGROUP_PLAN(ranks, tokens) \
+  test_warpgroup_plan<ranks, tokens, false>(), test_warpgroup_plan<ranks, tokens, true>();
+  NSC_WARPGROUP_VARIANTS(NSC_TEST_WARPGROUP_PLAN)
   int mirrored = 0;
   for (const Variant& v : kVariants)
     for (int cluster : {1, 2, 16})

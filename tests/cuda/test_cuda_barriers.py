@@ -1,58 +1,111 @@
-"""That the emulator would notice: every barrier of the CUDA kernel taken out in turn."""
+"""That the emulator would notice: the barriers and waits of the CUDA kernels taken out in turn."""
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import harness
 import pytest
+
+
+class Mutant(NamedTuple):
+    """A line of a source, and the call in it that is taken out."""
+
+    what: str
+    source: str
+    line: str
+    call: str
+
+
+EMPTY = "if (step > 0) wait_phase(empty + (step - 1) % S, (step - 1) / S % 2);"
+FULL = "wait_phase(full + step % S, step / S % 2);"
+MUTANTS = [
+    Mutant("before the partials are read", "kernel.inl", "sync_cluster();  // every partial", "sync_cluster();"),
+    Mutant("before c is read", "kernel.inl", "sync_cluster();  // every c is there", "sync_cluster();"),
+    Mutant("after the shrink", "kernel.inl", "wait_copies<0>();\n  sync_block();\n}", "sync_block();"),
+    Mutant("before the output is copied out", "kernel.inl", "sync_block();\n    copier.store", "sync_block();"),
+    Mutant("before a row is added", "kernel.inl", "sync_warp();\n    if (products)", "sync_warp();"),
+    Mutant("before dlam is added", "kernel.inl", "sync_block();\n  const float* warp_sums", "sync_block();"),
+    Mutant(
+        "between the steps of the expand",
+        "kernel.inl",
+        "sync_block();\n    load(step + S - 1);\n    unsigned char* w_tile",
+        "sync_block();",
+    ),
+    Mutant("before a stage is filled", "warpgroup.inl", EMPTY, EMPTY),
+    Mutant("before x is read", "warpgroup.inl", FULL + "\n    const unsigned char* x_tile", FULL),
+    Mutant("after the shrink", "warpgroup.inl", "  }\n  sync_block();\n}", "sync_block();"),
+    Mutant("before a tile leaves", "warpgroup.inl", "sync_warpgroup(group);", "sync_warpgroup(group);"),
+    Mutant("before the output's place is filled", "warpgroup.inl", "wait_stores();", "wait_stores();"),
+]
+
+# Exits with 1 if some order of threads and copies gives other bits than the mirror; a deadlock aborts.
+RUN = """
+import sys
+from pathlib import Path
 import torch
-from harness import Emulator, How, Variant
-
+import harness, problems
 from nsc_kernels import reference
+torch.set_num_threads(1)
+folder, ranks, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+variant = harness.Variant(ranks, tokens)
+emulator = harness.Emulator(folder / "libnsc_emulator.so")
+p = problems.problem(70, 776, 840, (16,) * 6, torch.bfloat16, torch.device("cpu"))
+u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
+inputs = (p.A, p.Bt, p.offsets, p.lam)
 
-problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
+def results(how):
+    return [
+        *emulator.forward(how, p.z, *inputs, p.base),
+        *emulator.backward(how, p.dy, p.dquad, p.dsqnorm, u, p.z, *inputs, None),
+    ]
 
-VARIANT = Variant(96, 64)
-
-BARRIERS = {
-    "before the partials are read": "  sync_cluster();  // every partial is there\n",
-    "before c is read": "  sync_cluster();  // every c is there, and no block reads another's memory from here on\n",
-    "after the stages of the shrink": "  wait_copies<0>();\n  sync_block();\n}\n\n// This block's partial",
-    "before the output is copied out": "    sync_block();\n    copier.store",
-    "before the products of a row are added": "    sync_warp();\n    if (products)",
-    "before the warps' dlam is added": "  sync_block();\n  const float* warp_sums",
-    "between the steps of the expand": "    sync_block();\n    load(step + S - 1);\n    unsigned char* w_tile",
-}
+right = results(harness.How(variant, 2, mirror=True))
+for copies in harness.COPIES:
+    for order in harness.ORDERS:
+        if not all(map(torch.equal, results(harness.How(variant, 2, order, copies)), right)):
+            sys.exit(1)
+"""
 
 
-@pytest.mark.parametrize("barrier", BARRIERS)
-def test_the_emulator_notices_a_missing_barrier(tmp_path: Path, barrier: str) -> None:
-    """Each barrier taken out in turn, in a build of one variant: the results change in some order of the threads."""
+def run(folder: Path, warpgroup: bool) -> int:
+    """Build the sources in ``folder`` with one variant, and run it in a process of its own."""
+    geometry = (folder / "geometry.h").read_text()
+    one = re.sub(r"(#define NSC_(?:WARPGROUP_)?VARIANTS\(X\)).*\\\n(?:.*\\\n)*.*\n", r"\1 X(128, 64)\n", geometry)
+    assert one.count("X(128, 64)\n") == 2
+    (folder / "geometry.h").write_text(one)
+    harness.build(folder, csrc=folder, warpgroup=warpgroup)
+    path = [str(harness.HERE), str(harness.HERE.parent / "triton"), str(harness.HERE.parents[1])]
+    code = f"import sys; sys.path[:0] = {path}\n{RUN}"
+    command = [sys.executable, "-c", code, str(folder), "128", "64"]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
     if harness.compiler() is None:
         pytest.skip("needs a C++ compiler")
-    line = BARRIERS[barrier]
-    removed = line.replace("sync_cluster();", "").replace("sync_block();", "").replace("sync_warp();", "")
     for path in harness.CSRC.glob("*.*"):
         shutil.copy(path, tmp_path)
-    kernel = (tmp_path / "kernel.inl").read_text()
-    assert kernel.count(line) == 1
-    (tmp_path / "kernel.inl").write_text(kernel.replace(line, removed))
-    geometry = (tmp_path / "geometry.h").read_text()
-    start, end = geometry.index("#define NSC_VARIANTS(X)"), geometry.index("#define NSC_VARIANT_ENTRY")
-    (tmp_path / "geometry.h").write_text(geometry[:start] + "#define NSC_VARIANTS(X) X(96, 64)\n" + geometry[end:])
-    broken = Emulator(harness.build(tmp_path, csrc=tmp_path))
-    p = problems.problem(70, 328, 392, (16,) * 6, torch.bfloat16, torch.device("cpu"))
-    u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
-    inputs = (p.A, p.Bt, p.offsets, p.lam)
+    return tmp_path
 
-    def results(how: How) -> list[torch.Tensor]:
-        return [
-            *broken.forward(how, p.z, *inputs, p.base),
-            *broken.backward(how, p.dy, p.dquad, p.dsqnorm, u, p.z, *inputs, None),
-        ]
 
-    right = results(How(VARIANT, 4, mirror=True))
-    settings = [How(VARIANT, 4, order, copies) for order in harness.ORDERS for copies in harness.COPIES]
-    assert any(not all(map(torch.equal, results(how), right)) for how in settings)
+@pytest.mark.parametrize("warpgroup", [False, True], ids=["mma", "wgmma"])
+def test_with_all_of_them_it_is_right(sources: Path, warpgroup: bool) -> None:
+    assert run(sources, warpgroup) == 0
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.source}: {m.what}")
+def test_without_one_of_them_it_is_wrong(sources: Path, mutant: Mutant) -> None:
+    source = (sources / mutant.source).read_text()
+    assert source.count(mutant.line) == 1
+    assert mutant.line.count(mutant.call) == 1
+    without = mutant.line.replace(mutant.call, "")
+    (sources / mutant.source).write_text(source.replace(mutant.line, without))
+    assert run(sources, mutant.source == "warpgroup.inl") != 0

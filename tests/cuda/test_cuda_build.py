@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 import shutil
@@ -15,6 +16,7 @@ import setuptools
 import torch
 
 from nsc_kernels import _native, info
+from nsc_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = _native.LIBRARY_DIR / "libnsc_cuda.so"
@@ -33,14 +35,15 @@ def report() -> list[dict[str, Any]]:
 
 @built
 def test_every_kernel_has_matrix_and_cluster_instructions_and_no_spills(report: list[dict[str, Any]]) -> None:
-    kinds = {(row["element"], row["kernel"], row["ranks"], row["tokens"]) for row in report}
-    assert len({(element, kernel) for element, kernel, *_ in kinds}) == 4
-    assert len(kinds) == 4 * len({(ranks, tokens) for *_, ranks, tokens in kinds})
+    for family, variants in (("mma", cuda.VARIANTS), ("wgmma", cuda.WARPGROUP_VARIANTS)):
+        expected = set(itertools.product(("bf16", "f16"), ("forward", "backward"), variants))
+        rows = [row for row in report if row["family"] == family]
+        assert {(row["element"], row["kernel"], (row["ranks"], row["tokens"])) for row in rows} == expected
     for row in report:
         assert not row["faults"], row
         assert (row["local"], row["stack"]) == (0, 0), row
         assert row["cluster"] > 0, row
-        assert row["mma"] + row["wgmma"] > 0, row
+        assert (row["mma"] and row["cp_async"]) if row["family"] == "mma" else (row["wgmma"] and row["tma"]), row
 
 
 @built
