@@ -19,7 +19,7 @@ constexpr auto& kFamily = kVariants;
 #endif
 
 template <class E, class P>
-void emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
+bool emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
   Machine machine(cluster, P::shared, order, copies);
   const Boxes b = boxes(p, P::weight_box, P::Tokens);
   const Maps maps{b.of[0], b.of[1], b.of[2], b.of[3], b.of[4], b.of[5]};
@@ -29,7 +29,11 @@ void emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
     else
       merged_lora<E, P>(p, shared);
   };
-  for (int64_t tile = 0; tile < ceil_div(p.T, P::Tokens); ++tile) machine.run(int(tile));
+  for (int64_t tile = 0; tile < ceil_div(p.T, P::Tokens) && !machine.failed; ++tile) {
+    clear_flights();
+    machine.run(int(tile));
+  }
+  return !machine.failed;
 }
 
 template <class E>
@@ -37,10 +41,9 @@ bool emulate(const Problem& p, bool backward, int ranks, int tokens, int cluster
 #define NSC_EMULATE(Ranks, Tokens)                                                                       \
   if (ranks == Ranks && tokens == Tokens) {                                                              \
     if (backward)                                                                                        \
-      emulate_plan<E, Plan<Ranks, Tokens, true, kWarpgroup>>(p, cluster, order, copies);                             \
+      return emulate_plan<E, Plan<Ranks, Tokens, true, kWarpgroup>>(p, cluster, order, copies);                             \
     else                                                                                                 \
-      emulate_plan<E, Plan<Ranks, Tokens, false, kWarpgroup>>(p, cluster, order, copies);                            \
-    return true;                                                                                         \
+      return emulate_plan<E, Plan<Ranks, Tokens, false, kWarpgroup>>(p, cluster, order, copies);                            \
   }
   NSC_FAMILY(NSC_EMULATE)
 #undef NSC_EMULATE
@@ -56,6 +59,7 @@ extern "C" {
 
 int nsc_problem_bytes() { return int(sizeof(Problem)); }
 
+// 1 if it ran to the end; 0 for a deadlock, a wrong address, or no such variant.
 int nsc_emulate(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int order, int copies) {
   const auto run = element == int(Element::bf16) ? emulate<Bf16> : emulate<F16>;
   return run(*p, backward != 0, ranks, tokens, cluster, Order(order), Copies(copies));

@@ -126,6 +126,7 @@ struct Machine {
   std::function<void(unsigned char*)> body;
   Fiber* current = nullptr;
   jmp_buf scheduler;
+  bool failed = false;
 
   static Machine*& active() {
     static Machine* machine = nullptr;
@@ -218,13 +219,24 @@ struct Machine {
             if (f.done || (f.waits != nullptr && f.waits->phase == f.phase) || (f.until && !f.until())) continue;
             f.waits = nullptr;
             resume(f);
+            if (failed) return;
             moved = progress = true;
           }
         }
       }
     }
     for (const Fiber& f : fibers)
-      if (!f.done) std::fprintf(stderr, "emulator: deadlock, block %d thread %d\n", f.block, f.thread), std::abort();
+      if (!f.done && !failed) {
+        std::fprintf(stderr, "emulator: deadlock, block %d thread %d\n", f.block, f.thread);
+        failed = true;
+      }
+  }
+
+  // Ends the run from within a thread; what its threads have on their stacks is lost.
+  [[noreturn]] void fail(const char* what) {
+    std::fprintf(stderr, "emulator: block %d thread %d: %s\n", current->block, current->thread, what);
+    failed = true;
+    _longjmp(scheduler, 1);
   }
 
   Warp& warp() { return warps[size_t(current->block) * kWarps + current->thread / 32]; }
@@ -237,6 +249,7 @@ struct Machine {
 };
 
 inline Machine& machine() { return *Machine::active(); }
+[[noreturn]] inline void fail(const char* what) { machine().fail(what); }
 
 inline int thread_index() { return machine().current->thread; }
 inline int lane_index() { return thread_index() % 32; }
@@ -290,7 +303,7 @@ void load_matrices(uint32_t* r, const void* row) {
       const int outer = lane / 4, inner = lane % 4 * 2 + e;
       const int from_row = Transposed ? inner : outer, column = Transposed ? outer : inner;
       const void* start = machine().warp().rows[buffer][8 * i + from_row];
-      if (reinterpret_cast<uintptr_t>(start) % 16 != 0) std::fprintf(stderr, "emulator: ldmatrix misaligned\n"), std::abort();
+      if (reinterpret_cast<uintptr_t>(start) % 16 != 0) fail("ldmatrix misaligned");
       std::memcpy(&pair[e], static_cast<const half_bits*>(start) + column, 2);
     }
     r[i] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
@@ -324,7 +337,7 @@ void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 inline void store_pair(float* to, float low, float high) { to[0] = low, to[1] = high; }
 inline void store4(float* to, const float (&v)[4]) { std::copy(v, v + 4, to); }
 inline void store16(half_bits* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) std::fprintf(stderr, "emulator: store misaligned\n"), std::abort();
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("store misaligned");
   std::memcpy(to, from, 16);
 }
 
@@ -332,13 +345,13 @@ template <class T>
 T* remote(T* here, int rank) {
   Machine& m = machine();
   const auto distance = reinterpret_cast<const unsigned char*>(here) - m.memory(cluster_rank());
-  if (distance < 0 || distance >= m.shared_bytes) std::fprintf(stderr, "emulator: not shared memory\n"), std::abort();
+  if (distance < 0 || distance >= m.shared_bytes) fail("not shared memory");
   return reinterpret_cast<T*>(m.memory(rank) + distance);
 }
 inline float remote_load(const float* here, int rank) { return *remote(here, rank); }
 inline void remote_load4(float (&v)[4], const float* here, int rank) {
   const float* there = remote(here, rank);
-  if (reinterpret_cast<uintptr_t>(there) % 16 != 0) std::fprintf(stderr, "emulator: load misaligned\n"), std::abort();
+  if (reinterpret_cast<uintptr_t>(there) % 16 != 0) fail("load misaligned");
   std::copy(there, there + 4, v);
 }
 inline void remote_store(float* here, float value, int rank) { *remote(here, rank) = value; }

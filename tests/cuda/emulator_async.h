@@ -40,12 +40,18 @@ inline std::vector<std::pair<Fiber*, std::function<void()>>>& stores() {
   return all;
 }
 
+// Before a tile: a run that failed leaves things in the air.
+inline void clear_flights() {
+  flights().clear();
+  stores().clear();
+}
+
 inline void start_barrier(PhaseBarrier* barrier, int arrivals) {
   *barrier = {uint8_t(arrivals), uint8_t(arrivals), 0, 0, 0};
 }
 inline void publish_barriers() {}
 inline void arrive(PhaseBarrier* barrier) {
-  if (barrier->missing == 0) std::fprintf(stderr, "emulator: too many arrivals\n"), std::abort();
+  if (barrier->missing == 0) fail("too many arrivals");
   --barrier->missing;
   barrier->settle();
 }
@@ -83,7 +89,7 @@ inline void tensor_load(void* tile, const TensorMap& map, int64_t column, int64_
   const int start = place_of(tile);
   unsigned char* memory = machine().memory(cluster_rank());
   if (start % 1024 != 0 || start + map.box_rows * kRowBytes > machine().shared_bytes)
-    std::fprintf(stderr, "emulator: a box at byte %d\n", start), std::abort();
+    fail("a box outside of its alignment or of shared memory");
   auto land = [=] {
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < kColumns; ++c) {
@@ -137,7 +143,7 @@ inline void wgmma_wait() {}
 
 template <class E, int Columns, bool Transposed>
 void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix) {
-  if (matrix >> 62 != 1) std::fprintf(stderr, "emulator: another swizzle\n"), std::abort();
+  if (matrix >> 62 != 1) fail("another swizzle");
   const int start = int(matrix & 0x3fff) << 4, stride = int(matrix >> 32 & 0x3fff) << 4;
   const int buffer = exchange([&](Warp& warp, int b, int lane) { std::memcpy(warp.a[b][lane], a, 16); });
   const Warp& warp = machine().warp();

@@ -76,6 +76,10 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None or not t.numel() else t.data_ptr()
 
 
+class EmulatorError(Exception):
+    """The threads of the kernel could not be run to their end."""
+
+
 class Emulator:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
@@ -104,7 +108,9 @@ class Emulator:
         if how.mirror:
             self.library.nsc_mirror(*what)
         else:
-            assert self.library.nsc_emulate(*what, ORDERS[how.order], COPIES[how.copies]), f"no variant {how.variant}"
+            ran = self.library.nsc_emulate(*what, ORDERS[how.order], COPIES[how.copies])
+            if not ran:
+                raise EmulatorError(f"{how}: a deadlock, a wrong address, or no such variant")
 
     def forward(
         self,
