@@ -13,6 +13,7 @@ from rows import GRADIENT_FREE, ROWS
 
 Record = Mapping[str, Any]
 DENSE = ("semseg", "depth", "normal", "edge")
+SHADED = ("count", "angle", "sal")
 BEST = "the best gradient-free row"
 
 
@@ -197,6 +198,8 @@ def _of_the_ranking(results: _Results) -> list[dict[str, Any]]:
         ),
         *_check("F", "K=4 dense: NSC lr1e-2 (known to be bad)", bad, -_NO_LIMIT, 55, 1),
         *_check("G", f"K=8: {default} - {BEST}", results.gap(default, BEST, many), 0, _NO_LIMIT),
+        *_check("G", f"K=4 dense: {default} - {BEST}", results.gap(default, BEST, dense), 0, _NO_LIMIT),
+        *_check("G", f"K=3: {default} - {BEST}", results.gap(default, BEST, SHADED), 0, _NO_LIMIT),
         *_check(
             "G",
             f"K=8: {default} lr1e-3 - TA@0.4",
