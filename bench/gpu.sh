@@ -35,7 +35,7 @@ stage environment 45 "$PYTHON" bench/gpu_environment.py --out "$OUT/environment.
 if [ -z "${DRY_RUN:-}" ] && command -v nvcc >/dev/null && command -v cmake >/dev/null; then
     stage cuda-build 60 bash -c "cmake -S . -B '$OUT/build' -DNSC_BUILD_CPU=OFF -DNSC_BUILD_CUDA=ON \\
         -DNSC_BUILD_CUDA_TESTS=ON -DNSC_TORCH_DIR=\$('$PYTHON' -c 'import torch; print(torch.__path__[0])') \\
-        -DCMAKE_INSTALL_PREFIX=. && cmake --build '$OUT/build' -j $(nproc) && cmake --install '$OUT/build'"
+        -DCMAKE_INSTALL_PREFIX='$PWD' && cmake --build '$OUT/build' -j $(nproc) && cmake --install '$OUT/build'"
     if [ -x "$OUT/build/nsc_cuda_test" ]; then stage cuda-host-test 20 "$OUT/build/nsc_cuda_test"; fi
     rm -rf "$OUT/build"
 fi
