@@ -18,7 +18,7 @@ from harness import Emulator, How, Variant
 from nsc_kernels.backends import cuda
 
 problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
-from checks import check_backward, check_forward, same  # noqa: E402
+from emulator_checks import check_backward, check_forward, same  # noqa: E402
 
 CPU = torch.device("cpu")
 R16 = (16,) * 6
