@@ -18,7 +18,7 @@ import nsc_merge
 from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import family_of, scored_paths
-from nsc_merge.loop import Optimisation, Settings
+from nsc_merge.loop import Optimisation, Settings, by_path
 from nsc_merge.measure import Coefficients, Objective
 from nsc_merge.nsc import objective_of, resolve_options
 from nsc_merge.passes import Batch, Calibration, streams
@@ -60,7 +60,7 @@ def anti_nsc(
         loop.run(lambda: None)
         lam = objective.coefficients.flat.detach().clone()
     found = _result(
-        "anti_nsc", suite, adapters, _rows(paths, tasks, lam), {**options, "init": chosen.init}, loop.history
+        "anti_nsc", suite, adapters, by_path(lam, paths, tasks), {**options, "init": chosen.init}, loop.history
     )
     dead = {
         path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
@@ -78,7 +78,7 @@ def shuffled(found: MergeResult, shuffle: int, seed: int) -> MergeResult:
     return replace(
         found,
         method="shuffled_nsc",
-        coefficients=_rows(list(found.coefficients), found.tasks, start + moved),
+        coefficients=by_path(start + moved, list(found.coefficients), found.tasks),
         history=[],
     )
 
@@ -126,7 +126,7 @@ def oracle(
         lam = coefficients.flat.detach().clone()
         paths = list(attached)
     options = {"lr": lr, "steps": steps, "init": init, "batch": batch, "weight_decay": weight_decay}
-    return _result("oracle", suite, adapters, _rows(paths, tasks, lam), options, history)
+    return _result("oracle", suite, adapters, by_path(lam, paths, tasks), options, history)
 
 
 CONTROLS = {"anti_nsc": anti_nsc, "oracle": oracle}
@@ -150,10 +150,6 @@ def _subsample(
         some, rows = known[id(inputs)]
         smaller[task] = some, label[rows]
     return smaller
-
-
-def _rows(paths: Sequence[str], tasks: Sequence[str], lam: Tensor) -> dict[str, dict[str, float]]:
-    return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
 
 
 def _result(

@@ -253,3 +253,17 @@ class Optimisation:
         if state.step:
             self._objective.batch_tasks = state.batch_tasks
         restore_random_states(state.tensors, device)
+
+
+def by_path(lam: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Coefficients ``lam [modules, K]`` as a result holds them."""
+    return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
+
+
+def named(dead: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Path -> tasks where ``dead [modules, K]`` is set, of the modules where it is for some."""
+    return {
+        path: [task for task, is_dead in row.items() if is_dead]
+        for path, row in by_path(dead, paths, tasks).items()
+        if any(row.values())
+    }

@@ -17,7 +17,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.folding import should_fold
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings
+from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, named
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
 from nsc_merge.passes import FEW, Calibration, Padding, streams
@@ -203,7 +203,7 @@ def merge_nsc(
         loop = Optimisation(objective, tasks, present, list(drawn.values()), settings, problem, resumed)
 
         def report() -> None:
-            dead = _named(loop.dead & present.to(loop.dead.device), paths, tasks)
+            dead = named(loop.dead & present.to(loop.dead.device), paths, tasks)
             if dead:
                 logger.info(
                     "coefficients that nothing measured depends on, in %d of %d modules: %s (dead=%r)",
@@ -218,13 +218,11 @@ def merge_nsc(
         lam = _with_policy(chosen.dead, objective.coefficients.flat.detach().cpu(), dead, present, paths)
     return MergeResult(
         method="nsc",
-        coefficients={
-            path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)
-        },
+        coefficients=by_path(lam, paths, tasks),
         history=loop.history,
         adapters=dict(adapters),
         options={**_plain(chosen), "scored": scored},
-        dead=_named(dead, paths, tasks),
+        dead=named(dead, paths, tasks),
         model=model,
     )
 
@@ -309,11 +307,3 @@ def _with_policy(policy: str, lam: Tensor, dead: Tensor, present: Tensor, paths:
             if live:
                 lam[row, task] = lam[(same or live)[-1], task]
     return lam
-
-
-def _named(dead: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
-    named = {
-        path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
-        for path, row in zip(paths, dead.tolist(), strict=True)
-    }
-    return {path: found for path, found in named.items() if found}

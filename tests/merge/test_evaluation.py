@@ -1,4 +1,4 @@
-"""Metrics against figures by hand, normalisation, the union of tasks, and evaluation recipes from end to end."""
+"""Evaluation recipes from end to end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import csv
 import functools
 import json
-import math
 import shutil
 
 import pytest
@@ -18,280 +17,11 @@ from zoo import KINDS, build, write_adapter
 
 import nsc_merge
 from nsc_merge.cli import main
-from nsc_merge.evaluation import captions, heads, metrics
-from nsc_merge.evaluation.joint import Union, hits
+from nsc_merge.evaluation import heads
 from nsc_merge.evaluation.measure import applied, joint_hits, predict
-from nsc_merge.evaluation.normalise import average, normalised, over_seeds
 from nsc_merge.evaluation.recipe import load_eval_recipe
 from nsc_merge.evaluation.run import candidate_of
 from nsc_merge.evaluation.suite import RecipeSuite
-
-METRICS = metrics.METRICS
-
-
-def logits(predicted, classes):
-    return nn.functional.one_hot(torch.tensor(predicted), classes).float()
-
-
-# Metrics
-
-
-def test_accuracy_by_hand():
-    outputs, labels = logits([0, 2, 1, 1], 3), torch.tensor([0, 1, 1, metrics.IGNORE])
-    assert metrics.accuracy(outputs, labels) == pytest.approx(2 / 3)
-    per_sample = metrics.accuracy_per_sample(outputs[:3], labels[:3])
-    assert per_sample.tolist() == [1, 0, 1]
-
-
-def test_mean_iou_by_hand():
-    # Class 0: 2 of 3 pixels in common; class 1: 1 of 3; class 2 neither occurs nor is predicted.
-    outputs = logits([[0, 0, 1, 1]], 3)
-    labels = torch.tensor([[0, 0, 0, 1]])
-    assert metrics.mean_iou(outputs, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
-    two = torch.cat([outputs, logits([[1, 1, 1, 1]], 3)]), torch.cat([labels, torch.tensor([[1, 1, 1, 1]])])
-    assert metrics.mean_iou_per_sample(*two).tolist() == pytest.approx([(2 / 3 + 1 / 2) / 2, 1.0])
-    # Together: class 0 2/3, class 1 5/6; an unknown pixel counts nowhere.
-    assert metrics.mean_iou(*two) == pytest.approx((2 / 3 + 5 / 6) / 2)
-    ignored = torch.tensor([[0, 0, metrics.IGNORE, 1]])
-    assert metrics.mean_iou(outputs, ignored) == 1.0
-
-
-def test_errors_by_hand():
-    outputs, labels = torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([[2.0, 2.0], [2.0, math.nan]])
-    assert metrics.rmse(outputs, labels) == pytest.approx(math.sqrt(10 / 3))
-    assert metrics.l1(outputs[..., None], labels) == pytest.approx(4 / 3)
-    assert METRICS["rmse"].quality(outputs, labels).tolist() == pytest.approx([-math.sqrt(5), 0])
-    assert METRICS["l1"].quality(outputs, labels).tolist() == pytest.approx([-2, 0])
-    assert float(METRICS["rmse"].loss(outputs, labels)) == pytest.approx(10 / 3)
-
-
-def test_mean_angle_by_hand():
-    outputs = torch.tensor([[[2.0, 0.0], [3.0, 3.0]], [[0.0, -1.0], [1.0, 0.0]]])
-    labels = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [math.nan, 0.0]]])
-    assert metrics.mean_angle(outputs, labels) == pytest.approx((0 + 45 + 180) / 3, rel=1e-5)
-    assert METRICS["mean_angle"].quality(outputs, labels).tolist() == pytest.approx([-22.5, -180])
-    assert float(metrics.cosine_loss(outputs, labels)) == pytest.approx((0 + 1 - math.sqrt(0.5) + 2) / 3)
-
-
-def test_edge_f_by_hand():
-    truth = torch.zeros(1, 5, 5)
-    truth[0, :, 2] = 1
-    scores = torch.zeros(1, 5, 5)
-    scores[0, :, 3], scores[0, 0, 0] = 0.9, 0.6
-    # Above 0.6 only the column beside the edge is predicted: right within one pixel, wrong within none.
-    assert metrics.edge_f(scores, truth) == pytest.approx(1.0)
-    assert metrics.edge_f(scores, truth, tolerance=0) == 0
-    # With the stray pixel, precision is 5/6 and recall 1.
-    assert metrics.edge_f(scores, truth, thresholds=1) == pytest.approx(2 * (5 / 6) / (5 / 6 + 1))
-    assert metrics.edge_f(10 * (scores - 0.5), truth, logits=True, thresholds=1) == pytest.approx(10 / 11)
-    blank = torch.cat([scores, torch.zeros(1, 5, 5)]), torch.cat([truth, truth])
-    assert metrics.edge_f_per_sample(*blank).tolist() == pytest.approx([1.0, 0.0])
-
-
-def test_exact_match_by_hand():
-    labels = torch.tensor([[1, 2, metrics.IGNORE], [1, 2, 0]])
-    tokens = torch.tensor([[1, 2, 7], [1, 0, 0]])
-    assert metrics.exact_match_per_sample(tokens, labels).tolist() == [1, 0]
-    assert metrics.exact_match(logits([[1, 2, 0], [1, 2, 0]], 3), labels) == 1
-
-
-def test_cider_by_hand():
-    references = [["a cat sat"], ["a dog ran", "the dog ran"]]
-    assert captions.cider(["A cat sat.", "a dog ran"], references) < 1
-    # "a" is in both samples and weighs nothing. Length 1: cat and sat weigh alike, so that the cosine of "cat" with
-    # them is sqrt(1/2); no longer n-gram occurs.
-    scores = captions.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
-    assert scores[0] == pytest.approx(math.sqrt(0.5) / 4)
-    # the, dog, ran against dog, ran: sqrt(2/3). Of "the dog", "dog ran" against "a dog", "dog ran": 1/2.
-    assert scores[1] == pytest.approx((math.sqrt(2 / 3) + 1 / 2) / 4)
-    # A caption that is its own reference: 1 for every length up to its own.
-    same = captions.cider_per_sample(
-        ["one two three four five", "six"], [["one two three four five"], ["six"]]
-    )
-    assert same == pytest.approx([1.0, 0.25])
-
-
-def test_cider_of_tokens_is_that_of_words():
-    outputs = torch.tensor([[3, metrics.IGNORE, metrics.IGNORE], [5, 6, 7]])
-    labels = torch.tensor([[1, 3, 4], [1, 6, 7]])
-    words = captions.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
-    assert METRICS["cider"].quality(outputs, labels).tolist() == pytest.approx(words)
-    several = labels[:, None].repeat(1, 2, 1)
-    several[:, 1] = metrics.IGNORE
-    assert METRICS["cider"].measure(outputs, several) == pytest.approx(sum(words) / 2)
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_quality_and_metric_agree_in_direction(name):
-    """A perfect prediction is the best there is, overall and for every sample."""
-    metric = METRICS[name]
-    generator = torch.Generator().manual_seed(0)
-    if name in ("accuracy", "miou"):
-        labels = torch.randint(0, 3, (4, 6), generator=generator)
-        good, bad = logits(labels.tolist(), 3), logits(((labels + 1) % 3).tolist(), 3)
-    elif name in ("exact_match", "cider"):
-        labels = torch.randint(0, 30, (4, 6), generator=generator)
-        good, bad = labels, labels + 1
-    elif name == "mean_angle":
-        labels = nn.functional.normalize(torch.randn(4, 6, 3, generator=generator), dim=-1)
-        good, bad = labels, -labels
-    else:
-        labels = (torch.rand(4, 6, 6, generator=generator) > 0.7).float()
-        good, bad = labels, 1 - labels
-    assert (metric.measure(good, labels) < metric.measure(bad, labels)) == metric.lower_is_better
-    quality, worse = metric.quality(good, labels), metric.quality(bad, labels)
-    assert quality.shape == (4,)
-    assert (quality >= worse).all()
-    assert quality.mean() > worse.mean()
-    if metric.loss is not None and good.is_floating_point():
-        assert metric.loss(good, labels) < metric.loss(bad, labels)
-
-
-@pytest.mark.parametrize(
-    ("name", "outputs", "labels", "error", "words"),
-    [
-        ("accuracy", torch.zeros(2, 3), torch.zeros(2), TypeError, "labels: expected class indices"),
-        ("accuracy", torch.zeros(2, 3).long(), torch.zeros(2).long(), TypeError, "outputs: expected logits"),
-        ("accuracy", torch.zeros(3), torch.zeros(3).long(), ValueError, r"expected logits \[N, ..., C\]"),
-        (
-            "miou",
-            torch.zeros(2, 3),
-            torch.tensor([0, 3]),
-            ValueError,
-            "classes from 0 to 2 .or -100., found 3",
-        ),
-        ("miou", torch.zeros(1, 3), torch.tensor([-100]), ValueError, "at least one known label"),
-        (
-            "rmse",
-            torch.zeros(2, 3),
-            torch.zeros(2),
-            ValueError,
-            r"expected \[2\] or \[2, 1\].*found \[2, 3\]",
-        ),
-        ("l1", torch.zeros(2), torch.zeros(2).long(), TypeError, "labels: expected floating point"),
-        ("l1", torch.zeros(2), torch.full((2,), math.nan), ValueError, "at least one known label"),
-        ("mean_angle", torch.zeros(2), torch.zeros(2), ValueError, r"expected vectors \[N, ..., D\]"),
-        ("edge_f", torch.zeros(2, 3, 3), torch.zeros(2, 3, 3), ValueError, "at least one edge pixel"),
-        ("edge_f", torch.zeros(2, 3), torch.ones(2, 3), ValueError, r"expected edge maps \[N, H, W\]"),
-        ("cider", torch.zeros(2, 3), torch.zeros(2, 3).long(), TypeError, "expected tokens as integers"),
-        ("cider", torch.ones(1, 3).long(), torch.ones(1, 3).long(), ValueError, "at least two samples"),
-    ],
-)
-def test_wrong_outputs_are_refused_by_name(name, outputs, labels, error, words):
-    with pytest.raises(error, match=words):
-        METRICS[name].measure(outputs, labels)
-
-
-def test_metrics_take_only_their_own_options():
-    with pytest.raises(ValueError, match=r"tolerance: not an option of metric 'rmse' \(options: none\)"):
-        METRICS["rmse"].with_options(tolerance=2)
-    assert METRICS["edge_f"].with_options(tolerance=2).settings == {"tolerance": 2}
-    with pytest.raises(ValueError, match="tolerance: expected a whole number of at least 0"):
-        METRICS["edge_f"].with_options(tolerance=-1).measure(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
-
-
-# Summary
-
-
-def test_normalised_by_hand():
-    assert normalised(0.4, 0.5, False) == pytest.approx(80)
-    assert normalised(0.5, 0.4, True) == pytest.approx(80)
-    assert math.isnan(normalised(0.4, 0.0, False))
-    assert average({"a": 80.0, "b": 120.0}) == 100
-    spread = over_seeds([79.0, 80.0, 81.0])
-    assert (spread.mean, spread.std, spread.count, str(spread)) == (80, 1, 3, "80.00 ± 1.00")
-    assert str(over_seeds([3.0])) == "3.00"
-
-
-def test_the_union_of_tasks_by_hand():
-    union = Union.of({"a": 2, "b": 3}, None)
-    assert (union.size, union.columns) == (5, {"a": [0, 1], "b": [2, 3, 4]})
-    named = Union.of({"a": 2, "b": 3}, {"a": ["cat", "dog"], "b": ["owl", "cat", "elk"]})
-    assert (named.size, named.columns) == (4, {"a": [0, 1], "b": [2, 0, 3]})
-    outputs = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[0.0, 3.0, -1.0]])}
-    assert named.scores(outputs).tolist() == [[3.0, 2.0, 0.0, -1.0]]
-    shares = named.scores(outputs, "probabilities")
-    assert shares[0, 0] == pytest.approx(outputs["b"].softmax(-1)[0, 1].item())
-    assert named.labels("b", torch.tensor([2, 0])).tolist() == [3, 2]
-    found = hits(torch.tensor([[3.0, 2.0, 0.0, -1.0], [3.0, 2.0, 0.0, -1.0]]), torch.tensor([1, 3]))
-    assert found == {1: 0.0, 3: 0.5, 5: 1.0}
-    # Equal scores rank by index, so that a constant model is no better than it is.
-    assert hits(torch.zeros(4, 4), torch.arange(4)) == {1: 0.25, 3: 0.75, 5: 1.0}
-    with pytest.raises(ValueError, match="classes.a: expected 2 names, found 1"):
-        Union.of({"a": 2}, {"a": ["cat"]})
-    with pytest.raises(ValueError, match="labels: expected classes from 0 to 3"):
-        hits(torch.zeros(1, 4), torch.tensor([4]))
-
-
-# Heads
-
-
-def test_linear_heads_pool_as_they_say():
-    model, inputs = build("llama"), KINDS["llama"].inputs(0)
-    with torch.no_grad():
-        features = model.model(**inputs).last_hidden_state
-    weight, bias = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), torch.ones(3)
-    expected = {
-        "first": features[:, 0],
-        "last": torch.stack([features[0, -1], features[1, 4], features[2, -1]]),
-        "mean": torch.stack([features[0].mean(0), features[1, :5].mean(0), features[2].mean(0)]),
-        "tokens": features,
-    }
-    for pool, pooled in expected.items():
-        with torch.no_grad():
-            output = heads.LinearHead(weight, bias, pool)(model, inputs)
-        torch.testing.assert_close(output, pooled @ weight.t() + 1)
-    with pytest.raises(ValueError, match="expected a model of images"):
-        heads.LinearHead(weight, bias, "patches")(model, inputs)
-    with pytest.raises(ValueError, match=r"expected weight \[C, 32\].*found \[3, 8\]"):
-        heads.LinearHead(weight[:, :8], bias, "first")(model, inputs)
-
-
-def test_images_are_laid_out_patch_by_patch():
-    model, inputs = build("vit"), KINDS["vit"].inputs(0)
-    with torch.no_grad():
-        patches = model.vit(**inputs).last_hidden_state[:, 1:]
-        weight = torch.randn(2 * 16, 32, generator=torch.Generator().manual_seed(0))
-        image = heads.LinearHead(weight, None, "image")(model, inputs)
-        pooled = heads.LinearHead(weight, None, "patches")(model, inputs)
-    assert image.shape == (3, 8, 8, 2)
-    # Patch (1, 0), channel 1, pixel (2, 3) of it.
-    expected = patches[0, 2] @ weight[16 + 2 * 4 + 3]
-    torch.testing.assert_close(image[0, 4 + 2, 3, 1], expected)
-    torch.testing.assert_close(pooled, patches.mean(1) @ weight.t())
-
-
-def test_a_brought_classifier_may_have_other_classes_and_is_taken_out_again():
-    model, inputs = build("llama-cls"), KINDS["llama-cls"].inputs(0)
-    before = model(**inputs).logits
-    head = heads.head_of({"score.weight": torch.zeros(5, 32)}, model, None, "head")
-    assert head(model, inputs).tolist() == [[0.0] * 5] * 3
-    assert torch.equal(model(**inputs).logits, before)
-    with pytest.raises(ValueError, match="head: expected a pool for a linear layer"):
-        heads.head_of({"weight": torch.zeros(5, 32)}, model, None, "head")
-    with pytest.raises(ValueError, match="to which no pool applies"):
-        heads.head_of({"score.weight": torch.zeros(5, 32)}, model, "first", "head")
-    with pytest.raises(ValueError, match="expected parameters of LlamaForSequenceClassification, or weight"):
-        heads.head_of({"a": torch.zeros(1)}, model, None, "head")
-
-
-def test_generation_stops_at_the_end_and_wants_padding_in_front():
-    model = build("llama")
-    inputs = {name: value.flip(1) for name, value in KINDS["llama"].inputs(0).items()}
-    model.generation_config.eos_token_id = None
-    free = heads.GeneratingHead(4)(model, inputs)
-    assert free.shape == (3, 4)
-    torch.testing.assert_close(free[0, 0], model(**inputs).logits[0, -1].argmax())
-    end = int(free[0, 1])
-    model.generation_config.eos_token_id = end
-    stopped = heads.GeneratingHead(4)(model, inputs)
-    written = free[0].tolist()[: free[0].tolist().index(end) + 1]
-    assert stopped[0].tolist() == [*written, *[metrics.IGNORE] * (4 - len(written))]
-    with pytest.raises(ValueError, match="expected prompts padded in front"):
-        heads.GeneratingHead(4)(model, KINDS["llama"].inputs(0))
-
-
-# Recipes
 
 
 @pytest.fixture(autouse=True)
@@ -416,9 +146,7 @@ def test_the_ensemble_and_the_joint_labels_by_hand(place):
     mean = 0
     for task in ("nli", "topic"):
         with applied(suite.model, ensemble.for_task(task)) as model, torch.no_grad():
-            mean = mean + torch.cat(
-                [suite.output("nli", model, inputs) for inputs, _ in suite.labelled("nli", "test")]
-            )
+            mean = mean + torch.cat([suite.output("nli", model, inputs) for inputs, _ in suite.labelled("nli", "test")])
     torch.testing.assert_close(predict(suite, ensemble, "test")["nli"][0], mean / 2)
 
     summed = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=0.4)
@@ -428,10 +156,7 @@ def test_the_ensemble_and_the_joint_labels_by_hand(place):
         with applied(suite.model, summed) as model, torch.no_grad():
             pairs = suite.labelled(task, "test")
             union = torch.cat(
-                [
-                    torch.cat([suite.output(head, model, inputs) for head in ("nli", "topic")], 1)
-                    for inputs, _ in pairs
-                ]
+                [torch.cat([suite.output(head, model, inputs) for head in ("nli", "topic")], 1) for inputs, _ in pairs]
             )
         labels = torch.cat([label for _, label in pairs]) + offset
         right.append((union.topk(3).indices == labels[:, None]).any(1).float())
@@ -727,9 +452,7 @@ def test_dense_regression_and_generated_tasks_on_their_models(tmp_path, capsys):
     nsc_merge.merge(model, {"depth": tmp_path / "depth"}, method="task_arithmetic", scale=0.5).apply(model)
     head = heads.read_head(tmp_path / "head.safetensors", model, "image", "head")
     with torch.no_grad():
-        error = (
-            head(model, {"pixel_values": pixels})[..., 0] - load_file(tmp_path / "depth.safetensors")["depth"]
-        )
+        error = head(model, {"pixel_values": pixels})[..., 0] - load_file(tmp_path / "depth.safetensors")["depth"]
     assert run["metrics"]["depth"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
 
     llama = build("llama")

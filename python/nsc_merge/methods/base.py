@@ -107,9 +107,7 @@ def gradient_free(
 
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         chosen = options(**given)
-        linears = merged_linears(problem.model, problem.adapters)
-        low_rank = low_rank_only(problem.adapters)
-        paths = [path for path in linears if any(path in adapter.factors for adapter in low_rank.values())]
+        linears, low_rank, paths = low_rank_part(problem)
         merged = dict(updates(low_rank, paths, chosen))
         scale = float(getattr(chosen, "scale", 1.0))
         factors = {
@@ -130,12 +128,16 @@ def gradient_free(
     return Method(name, summary, paper, options, run, tuned=tuned, updates=updates)
 
 
-def low_rank_only(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters without modules that were trained in full."""
-    return {
+def low_rank_part(problem: Problem) -> tuple[dict[str, nn.Linear], dict[str, Adapter], list[str]]:
+    """All linears that some adapter touches, the adapters without modules that were trained in full, and the paths of
+    the linears that are left in these.
+    """
+    linears = merged_linears(problem.model, problem.adapters)
+    low_rank = {
         task: replace(adapter, factors={path: factor for path, factor in adapter.factors.items() if factor.rank})
-        for task, adapter in adapters.items()
+        for task, adapter in problem.adapters.items()
     }
+    return linears, low_rank, [path for path in linears if present(low_rank, path)]
 
 
 def empty(linear: nn.Linear) -> Factor:

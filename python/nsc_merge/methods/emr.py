@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.attachment import merged_linears
 from nsc_merge.methods.arithmetic import NoOptions
-from nsc_merge.methods.base import Method, Problem, check_number, empty, gradient_free, low_rank_only, present
+from nsc_merge.methods.base import Method, Problem, check_number, empty, gradient_free, low_rank_part, present
 from nsc_merge.methods.elementwise import added, dense_factor, dense_update
 from nsc_merge.result import MergeResult
 
@@ -116,9 +115,7 @@ def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str
 
 def emr(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     """One update per task. Biases and modules trained in full stay the task's own, as its mask would make them."""
-    linears = merged_linears(problem.model, problem.adapters)
-    low_rank = low_rank_only(problem.adapters)
-    paths = [path for path in linears if any(path in adapter.factors for adapter in low_rank.values())]
+    linears, low_rank, paths = low_rank_part(problem)
     rescale = rescaling(low_rank, paths)
     per_task = {
         task: Modulated(

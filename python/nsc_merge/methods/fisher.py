@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Factor
-from nsc_merge.attachment import merged_linears
 from nsc_merge.families import find_family
 from nsc_merge.methods.base import (
     Method,
@@ -19,8 +18,7 @@ from nsc_merge.methods.base import (
     check_choice,
     check_count,
     check_number,
-    low_rank_only,
-    present,
+    low_rank_part,
     with_the_rest,
 )
 from nsc_merge.methods.elementwise import dense_factor, dense_update
@@ -177,9 +175,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if isinstance(options.likelihood, Mapping) and set(options.likelihood) != set(problem.tasks):
         found = sorted(options.likelihood)
         raise ValueError(f"likelihood: expected one for each of {problem.tasks}, found {found}")
-    linears = merged_linears(problem.model, problem.adapters)
-    low_rank = low_rank_only(problem.adapters)
-    paths = [path for path in linears if present(low_rank, path)]
+    linears, low_rank, paths = low_rank_part(problem)
     batches = draw(problem, options.batches)
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}

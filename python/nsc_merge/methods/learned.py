@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings
+from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, named
 from nsc_merge.measure import Coefficients
 from nsc_merge.methods.base import Problem, check_choice, check_count, check_number
 from nsc_merge.passes import Batch, Pass, one_by_one, streams
@@ -233,17 +233,11 @@ def descend(
         dead = loop.dead.cpu() & present
     return MergeResult(
         method=method,
-        coefficients={
-            path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)
-        },
+        coefficients=by_path(lam, paths, tasks),
         history=loop.history,
         adapters=problem.adapters,
         options=plain_options(options),
-        dead={
-            path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
-            for path, row in zip(paths, dead.tolist(), strict=True)
-            if any(row)
-        },
+        dead=named(dead, paths, tasks),
         model=problem.model,
     )
 

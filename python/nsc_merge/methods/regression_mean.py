@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Factor
-from nsc_merge.attachment import attach, merged_linears
+from nsc_merge.attachment import attach
 from nsc_merge.families import find_family
 from nsc_merge.methods.base import (
     Method,
     Problem,
     check_count,
     check_number,
-    low_rank_only,
+    low_rank_part,
     present,
     with_the_rest,
 )
@@ -137,9 +137,7 @@ def _shrunk(gram: Tensor, factor: float) -> Tensor:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = RegMeanOptions(**given)
-    linears = merged_linears(problem.model, problem.adapters)
-    low_rank = low_rank_only(problem.adapters)
-    paths = [path for path in linears if present(low_rank, path)]
+    linears, low_rank, paths = low_rank_part(problem)
     batches = draw(problem, options.batches)
     size = options.modules_at_once or len(paths)
     merged: dict[str, Factor] = {}
