@@ -2,6 +2,7 @@
 # Everything there is to learn from a machine with a GPU, in under ten minutes:
 #
 #     bench/gpu.sh                    results in bench/results/<gpu>/, or in $OUT
+#     bench/gpu.sh merge-step         instead: one step of a merge of LLaMA-3-8B and of LLaVA-1.5-7B, in five minutes more
 #     DRY_RUN=1 OUT=/tmp/x bench/gpu.sh    the same on a CPU at tiny sizes, to try the scripts
 #
 # Every stage is bounded in time and leaves its rows as it goes, so that a later one may die. Needs no installed package:
@@ -30,6 +31,15 @@ stage() {
     echo "$name: exit $code after $((SECONDS - start)) s"
     if [ "$code" -ne 0 ]; then tail -n 5 "$OUT/$name.log"; fi
 }
+
+if [ "${1:-}" = merge-step ]; then
+    # Needs transformers and peft.
+    export PYTHONPATH="$PWD/python:$PYTHONPATH"
+    stage merge-step 300 "$PYTHON" bench/gpu_merge_step.py --out "$OUT/merge-step.jsonl" "${FLAGS[@]}"
+    cat "$OUT/merge-step.log"
+    [ -s "$OUT/merge-step.jsonl" ]
+    exit
+fi
 
 stage environment 45 "$PYTHON" bench/gpu_environment.py --out "$OUT/environment.jsonl" "${FLAGS[@]}"
 if [ -z "${DRY_RUN:-}" ] && command -v nvcc >/dev/null && command -v cmake >/dev/null; then

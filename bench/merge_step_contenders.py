@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.families import family_of, scored_paths
@@ -21,7 +28,15 @@ LAM = 0.4
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model, the adapters and the batches."""
+    """Of the model, the adapters and the batches.
+
+    Attributes:
+        tokens: per row, with those of the image.
+        batches: how many different ones there are; tasks share them in turn.
+        vision_layers: blocks of the vision tower of a LLaVA; 0 for a LLaMA.
+        vision_d: width of the vision tower.
+        patches: along each side of an image. Each is 14 pixels wide and becomes a token.
+    """
 
     layers: int = 8
     d: int = 512
@@ -34,29 +49,64 @@ class Shape:
     rows: int = 2
     tokens: int = 128
     batches: int = 6
+    vision_layers: int = 0
+    vision_d: int = 1024
+    patches: int = 24
+
+
+def model_of(shape: Shape) -> PreTrainedModel:
+    """With random weights, of torch's default type and on its default device."""
+    words = LlamaConfig(
+        hidden_size=shape.d,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        use_cache=False,
+    )
+    if not shape.vision_layers:
+        return LlamaForCausalLM(words)
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_d,
+        intermediate_size=4 * shape.vision_d,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_d // 64,
+        image_size=14 * shape.patches,
+        patch_size=14,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=words, image_token_index=shape.vocabulary - 1)
+    )
+
+
+def batch_of(shape: Shape) -> dict[str, Tensor]:
+    """Of torch's default type and on its default device: rows without padding, the image in front of the text."""
+    batch = {
+        "input_ids": torch.randint(shape.vocabulary - 1, (shape.rows, shape.tokens)),
+        "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
+    }
+    if shape.vision_layers:
+        batch["input_ids"][:, : shape.patches**2] = shape.vocabulary - 1
+        batch["pixel_values"] = torch.randn(shape.rows, 3, *[14 * shape.patches] * 2)
+    return batch
 
 
 class Problem:
-    """A model with random weights, adapters on q and v, and one batch per task."""
+    """A model with random weights, adapters on q and v, and one batch per task.
+
+    Everything is of torch's default type and on its default device.
+    """
 
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(0)
         self.shape = shape
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=shape.d,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                vocab_size=shape.vocabulary,
-                use_cache=False,
-            )
-        ).eval()
+        self.model = model_of(shape).eval()
         self.model.requires_grad_(False)
         self.names = [f"task{k}" for k in range(shape.tasks)]
+        blocks = "model.language_model.layers" if shape.vision_layers else "model.layers"
         self.paths = [
-            f"model.layers.{layer}.self_attn.{name}" for layer in range(shape.layers) for name in ("q_proj", "v_proj")
+            f"{blocks}.{layer}.self_attn.{name}" for layer in range(shape.layers) for name in ("q_proj", "v_proj")
         ]
         self.adapters = {
             name: Adapter(
@@ -72,13 +122,7 @@ class Problem:
             )
             for name in self.names
         }
-        distinct = [
-            {
-                "input_ids": torch.randint(shape.vocabulary, (shape.rows, shape.tokens)),
-                "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
-            }
-            for _ in range(shape.batches)
-        ]
+        distinct = [batch_of(shape) for _ in range(shape.batches)]
         self.batches = [distinct[task % shape.batches] for task in range(shape.tasks)]
         self.passes = [
             (batch, [task for task, other in enumerate(self.batches) if other is batch]) for batch in distinct
@@ -99,7 +143,8 @@ def loop(problem: Problem, stack: ExitStack, **options: Any) -> Step:
         objective_of(problem.model, problem.adapters, problem.family, problem.scored, chosen)
     )
     lam = objective.coefficients.flat
-    optimiser = torch.optim.AdamW([lam], lr=chosen.lr, fused=True)
+    # capturable: in a CUDA graph.
+    optimiser = torch.optim.AdamW([lam], lr=chosen.lr, fused=True, capturable=lam.is_cuda)
 
     def step() -> Tensor:
         optimiser.zero_grad()
@@ -118,7 +163,7 @@ class Hooks:
         self.values: list[Tensor] = []
         for path in problem.scored:
             down = [factor.A for factor in problem.factors(path)]
-            inverse = [torch.linalg.inv((A @ A.t()).double()).float() for A in down]
+            inverse = [torch.linalg.inv(A.double() @ A.double().t()).float() for A in down]
             handle = modules[path].register_forward_hook(
                 lambda module, args, output, down=down, inverse=inverse: self.measure(args[0], down, inverse)
             )
@@ -126,9 +171,9 @@ class Hooks:
 
     def measure(self, z: Tensor, down: list[Tensor], inverse: list[Tensor]) -> None:
         for task in self.tasks:
-            u = z @ down[task].t()
+            u = (z @ down[task].t()).float()
             quad = ((u @ inverse[task]) * u).sum(-1)
-            share = 1 - quad / (z.square().sum(-1) + 1e-8)
+            share = 1 - quad / (z.float().square().sum(-1) + 1e-8)
             self.values.append(share.clamp(min=1e-12).sqrt().mean())
 
     def score(
@@ -174,6 +219,11 @@ def replaced(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
         put(originals)
 
 
+def coefficients(problem: Problem) -> dict[str, nn.Parameter]:
+    start = torch.full((len(problem.names),), LAM, dtype=torch.float32)
+    return {path: nn.Parameter(start.clone()) for path in problem.paths}
+
+
 class ConcatenatedLinear(nn.Module):
     """A linear with all adapters concatenated along the rank: two eager products."""
 
@@ -184,12 +234,12 @@ class ConcatenatedLinear(nn.Module):
         self.up = torch.cat([factor.scaling * factor.B for factor in factors], 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        weighted = (z @ self.down.t()) * self.lam.repeat_interleave(self.rank)
+        weighted = (z @ self.down.t()) * self.lam.repeat_interleave(self.rank).to(z.dtype)
         return self.linear(z) + weighted @ self.up.t()
 
 
 def concatenated(problem: Problem, stack: ExitStack) -> Step:
-    lams = {path: nn.Parameter(torch.full((len(problem.names),), LAM)) for path in problem.paths}
+    lams = coefficients(problem)
     modules: dict[str, nn.Module] = {
         path: ConcatenatedLinear(problem.model.get_submodule(path), problem.factors(path), lam)
         for path, lam in lams.items()
@@ -208,7 +258,7 @@ def peft(problem: Problem, stack: ExitStack) -> Step:
     from peft.tuners.lora import Linear
 
     config = LoraConfig(r=problem.shape.rank, lora_alpha=2 * problem.shape.rank)
-    lams = {path: nn.Parameter(torch.full((len(problem.names),), LAM)) for path in problem.paths}
+    lams = coefficients(problem)
     modules: dict[str, nn.Module] = {}
     for path in problem.paths:
         first, *others = problem.names
@@ -234,8 +284,8 @@ def peft(problem: Problem, stack: ExitStack) -> Step:
 
 
 def dense(problem: Problem, stack: ExitStack) -> Step:
-    lams = [nn.Parameter(torch.full((len(problem.names),), LAM)) for _ in problem.paths]
-    updates = [[factor.delta().float() for factor in problem.factors(path)] for path in problem.paths]
+    lams = list(coefficients(problem).values())
+    updates = [[factor.delta().to(factor.A.dtype) for factor in problem.factors(path)] for path in problem.paths]
     weights = [problem.model.get_submodule(path).weight for path in problem.paths]
     hooks = Hooks(problem, {path: problem.model.get_submodule(path) for path in problem.scored}, stack)
     optimiser = torch.optim.AdamW(lams, lr=3e-4, fused=True)
@@ -263,10 +313,29 @@ class _Cut(Exception):
     """Ends a forward."""
 
 
+@torch.no_grad()
+def embedded(problem: Problem, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the language model of a LLaVA is given for a batch."""
+    found: dict[str, Tensor] = {}
+
+    def cut(module: nn.Module, args: tuple[()], given: dict[str, Any]) -> None:
+        found.update(inputs_embeds=given["inputs_embeds"], attention_mask=batch["attention_mask"])
+        raise _Cut
+
+    handle = problem.model.model.language_model.register_forward_pre_hook(cut, with_kwargs=True)
+    with suppress(_Cut):
+        problem.model(**batch)
+    handle.remove()
+    return found
+
+
 def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: bool = False) -> Step:
-    """Frozen weights only. What needs a gradient is what needs one in the loop: all that follows q and v of block 0."""
+    """Frozen weights only. What needs a gradient is what needs one in the loop: all that follows q and v of block 0.
+
+    A vision tower is left out: it need not run at all once its output is known.
+    """
     if compiled:
-        for layer in list(problem.model.model.layers)[: -len(problem.scored)]:
+        for layer in list(problem.model.get_decoder().layers)[: -len(problem.scored)]:
             layer.compile()
     gradient = torch.randn(problem.shape.d)
     modules = dict(problem.model.named_modules())
@@ -285,7 +354,7 @@ def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: 
         found.clear()
         try:
             with suppress(_Cut):
-                problem.model(**batch)
+                model(**batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -294,6 +363,10 @@ def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: 
         return loss.detach()
 
     batches = [batch for batch, _ in problem.passes]
+    model: nn.Module = problem.model
+    if problem.shape.vision_layers:
+        batches = [embedded(problem, batch) for batch in batches]
+        model = problem.model.model.language_model
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return lambda: [run(batch) for batch in ([joined] if together else batches)]
 

@@ -213,8 +213,8 @@ class Objective:
         if last not in self._exit_at:
             self._exit_at[last] = next((earlier for earlier, same in self._inputs if same is z), last)
         A, Bt, offsets = self._scored[last].bank.packed
-        # One output column in place of all: the statistics need none, and kernels want at least one.
-        narrow = AdapterBank(A, Bt[:, :1], offsets)
+        # A few output columns in place of all: the statistics need none, and kernels want at least one, or eight.
+        narrow = AdapterBank(A, Bt[:, :8], offsets)
         _, quad, sqnorm = merged_lora_nsc(z, narrow, self._scored[last].lam.detach())
         self._record(last, quad, sqnorm)
         raise _Measured
