@@ -22,6 +22,7 @@ import checks  # noqa: E402
 import ratios  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import summary  # noqa: E402
 import vit  # noqa: E402
 from controls import anti_nsc, oracle, shuffled  # noqa: E402
 from rows import GRADIENT_FREE, ROWS, Row  # noqa: E402
@@ -316,6 +317,28 @@ def test_report_holds_what_was_measured(trained, tmp_path, capsys):
     sections = json.loads(capsys.readouterr().out)[0]["sections"]
     assert any(section["title"] == "vit, K = 8" for section in sections)
     assert report.main(["--results", str(tmp_path / "nowhere")]) == 1
+
+
+def test_the_summary_sets_suites_side_by_side(tmp_path, capsys):
+    def write(suite, tasks, averages):
+        lines = [
+            json.dumps({"suite": suite, "seed": seed, "tasks": tasks, "row": row, "average": average})
+            for row, values in averages.items()
+            for seed, average in enumerate(values)
+        ]
+        (tmp_path / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
+
+    assert summary.main(["--results", str(tmp_path)]) == 1
+    write("vit", ["a", "b", "c"], {"TA@0.4": [70, 72], "TIES": [75, 71], "NSC": [71, 70]})
+    write("llava", ["d", "e"], {"TA@0.4": [40], "NSC": [39, 38]})
+    capsys.readouterr()
+    assert summary.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "| | ViT, K = 3 | LLaVA, K = 2 |" in printed
+    assert "| TA@0.4 | 71.0 ± 1.4 | 40.0 (1 seed) |" in printed
+    assert "| TIES | 73.0 ± 2.8 |  |" in printed
+    assert "| NSC | +1.0 / -2.0 | -1.0 |" in printed
+    assert "| NSC - best gradient-free row of the seed | -4.0 / -2.0 | -1.0 |" in printed
 
 
 def test_checks_say_inside_and_outside():

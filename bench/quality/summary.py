@@ -1,0 +1,104 @@
+"""The tables of docs/results.md: every row's average over tasks, and gains over the start, in all suites side by side.
+
+    python bench/quality/summary.py
+
+Averages are means ± standard deviations over the seeds (n - 1); gains are per seed, in points of the average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from report import sets_of_tasks
+from rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
+from run import HERE, SUITES, read_records
+
+NAMES = {"vit": "ViT", "llama": "LLaMA", "llava": "LLaVA"}
+START = "TA@0.4"
+COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", "match")
+
+# Row -> seed -> average.
+Averages = dict[str, dict[int, float]]
+
+
+def columns(folder: Path) -> dict[str, Averages]:
+    """Title -> averages, for each suite and set of tasks, the largest sets first."""
+    found: dict[str, Averages] = {}
+    for suite in SUITES:
+        records = read_records(folder / f"{suite}.jsonl")
+        for tasks in sets_of_tasks(records):
+            column = found.setdefault(f"{NAMES[suite]}, K = {len(tasks)}", {})
+            for record in records:
+                if tuple(record["tasks"]) == tasks:
+                    column.setdefault(record["row"], {})[record["seed"]] = record["average"]
+    return found
+
+
+def averages_table(found: dict[str, Averages]) -> list[str]:
+    lines = [f"| | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for group in GROUPS:
+        body = []
+        for row in (row for row in ROWS if row.group == group):
+            cells = [_spread(list(column.get(row.name, {}).values())) for column in found.values()]
+            if any(cells):
+                body.append(f"| {row.name} | {' | '.join(cells)} |")
+        if body:
+            lines += [f"| *{group}* |{' |' * len(found)}", *body]
+    return lines
+
+
+def gains_table(found: dict[str, Averages]) -> list[str]:
+    """What NSC, its controls and other learnt rows add to where they start, and to the best row tuned with labels."""
+    lines = [f"| against {START}, per seed | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for name in COMPARED:
+        cells = [
+            _gains(column, name, lambda seed, column=column: column.get(START, {}).get(seed))
+            for column in found.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in ("NSC", "match"):
+        cells = [
+            _gains(column, name, lambda seed, column=column: best_gradient_free(column, seed))
+            for column in found.values()
+        ]
+        lines.append(f"| {name} - best gradient-free row of the seed | {' | '.join(cells)} |")
+    return lines
+
+
+def best_gradient_free(column: Averages, seed: int) -> float | None:
+    """The best of many on the test data itself, tuned with labels: a high bar."""
+    return max(
+        (column[row.name][seed] for row in ROWS if row.group == GRADIENT_FREE and seed in column.get(row.name, {})),
+        default=None,
+    )
+
+
+def _gains(column: Averages, name: str, start: Callable[[int], float | None]) -> str:
+    pairs = [(value, start(seed)) for seed, value in sorted(column.get(name, {}).items())]
+    return " / ".join(f"{value - before:+.1f}" for value, before in pairs if before is not None)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.1f} " + (f"± {statistics.stdev(values):.1f}" if len(values) > 1 else "(1 seed)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
+    given = parser.parse_args(arguments)
+    found = columns(given.results)
+    if not found:
+        print(f"{given.results} holds no results; run.py makes them", file=sys.stderr)
+        return 1
+    print("\n".join([*averages_table(found), "", *gains_table(found)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
