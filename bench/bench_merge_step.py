@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
+from memory import peak, reset_peak, resident
 from merge_step_contenders import CONTENDERS, Problem, Shape
 from timing import keep_freed_memory
 
@@ -117,16 +118,11 @@ def peak_of(shape: Shape, name: str) -> int:
     problem = Problem(shape)
     with ExitStack() as stack:
         step = CONTENDERS[name](problem, stack)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the highest resident set
-        before = _status("VmRSS")
+        reset_peak()
+        before = resident()
         step()
         step()
-        return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+        return peak() - before
 
 
 def peaks(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, int]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,19 +188,18 @@ def ratio(found: dict[str, list[dict[str, float]]], other: str, contender: Conte
     return statistics.median(slow["ms"] / quick["ms"] for slow, quick in pairs)
 
 
-def verdicts(model: Model, contender: Contender, row: dict[str, object]) -> Iterator[str]:
+def verdicts(model: Model, contender: Contender, row: dict[str, Any]) -> Iterator[str]:
     """What was to be reached and what was."""
     if contender.name not in OURS:
         return
-    own = float(str(row["ms"]))
     aims = [
-        ("500 steps, s", 0.5 * own, model.iterations_in, True),
-        ("peak over weights, GB", float(str(row["peak_bytes"])) / 1e9, MOST_BYTES / 1e9, True),
+        ("500 steps, s", 0.5 * row["ms"], model.iterations_in, True),
+        ("peak over weights, GB", row["peak_bytes"] / 1e9, MOST_BYTES / 1e9, True),
     ]
     if f"over_{contender.floor}" in row:
-        aims.append(("to the floor", 1 / float(str(row[f"over_{contender.floor}"])), MOST_TO_FLOOR, True))
+        aims.append(("to the floor", 1 / row[f"over_{contender.floor}"], MOST_TO_FLOOR, True))
     if model.over_peft is not None and "over_peft" in row:
-        aims.append(("faster than peft", float(str(row["over_peft"])), model.over_peft, False))
+        aims.append(("faster than peft", row["over_peft"], model.over_peft, False))
     for what, value, bar, at_most in aims:
         good = value <= bar if at_most else value >= bar
         bound = f"{'at most' if at_most else 'at least'} {bar}"

@@ -40,7 +40,7 @@ def table(records: Sequence[dict[str, Any]], tasks: tuple[str, ...]) -> list[str
             cells = [f"{statistics.mean(run['normalised'][task] for run in runs):.1f}" for task in tasks]
             scales = sorted({run["tuned"]["value"] for run in runs if run["tuned"]})
             shown = " ".join(f"{scale:g}" for scale in scales)
-            average = _mean_and_spread([run["average"] for run in runs])
+            average = mean_and_spread([run["average"] for run in runs])
             body.append(f"| {row.name} | {' | '.join(cells)} | **{average}** | {shown} | {len(runs)} |")
         if body:
             lines += [f"| *{group}* |{' |' * (len(tasks) + 3)}", *body]
@@ -153,9 +153,9 @@ def report(folder: Path, suite: str) -> dict[str, Any] | None:
     return found
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -8,12 +8,11 @@ Averages are means ± standard deviations over the seeds (n - 1); gains are per 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from report import sets_of_tasks
+from report import mean_and_spread, sets_of_tasks
 from rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
 from run import HERE, SUITES, read_records
 
@@ -85,7 +84,7 @@ def _gains(column: Averages, name: str, start: Callable[[int], float | None]) ->
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    return f"{statistics.mean(values):.1f} " + (f"± {statistics.stdev(values):.1f}" if len(values) > 1 else "(1 seed)")
+    return mean_and_spread(values, 1) + (" (1 seed)" if len(values) == 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -260,10 +260,10 @@ def by_path(lam: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str
     return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
 
 
-def named(dead: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Path -> tasks where ``dead [modules, K]`` is set, of the modules where it is for some."""
+def tasks_where(mask: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Path -> tasks where ``mask [modules, K]`` is set, of the modules where it is for some."""
     return {
-        path: [task for task, is_dead in row.items() if is_dead]
-        for path, row in by_path(dead, paths, tasks).items()
+        path: [task for task, is_set in row.items() if is_set]
+        for path, row in by_path(mask, paths, tasks).items()
         if any(row.values())
     }

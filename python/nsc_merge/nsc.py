@@ -17,7 +17,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.folding import should_fold
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, named
+from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
 from nsc_merge.passes import FEW, Calibration, Padding, streams
@@ -203,7 +203,7 @@ def merge_nsc(
         loop = Optimisation(objective, tasks, present, list(drawn.values()), settings, problem, resumed)
 
         def report() -> None:
-            dead = named(loop.dead & present.to(loop.dead.device), paths, tasks)
+            dead = tasks_where(loop.dead & present.to(loop.dead.device), paths, tasks)
             if dead:
                 logger.info(
                     "coefficients that nothing measured depends on, in %d of %d modules: %s (dead=%r)",
@@ -222,7 +222,7 @@ def merge_nsc(
         history=loop.history,
         adapters=dict(adapters),
         options={**_plain(chosen), "scored": scored},
-        dead=named(dead, paths, tasks),
+        dead=tasks_where(dead, paths, tasks),
         model=model,
     )
 

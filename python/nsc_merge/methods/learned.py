@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, named
+from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Coefficients
 from nsc_merge.methods.base import Problem, check_choice, check_count, check_number
 from nsc_merge.passes import Batch, Pass, one_by_one, streams
@@ -237,7 +237,7 @@ def descend(
         history=loop.history,
         adapters=problem.adapters,
         options=plain_options(options),
-        dead=named(dead, paths, tasks),
+        dead=tasks_where(dead, paths, tasks),
         model=problem.model,
     )
 
