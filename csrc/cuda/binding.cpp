@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -175,8 +176,12 @@ __attribute__((visibility("default"))) const char* nsc_cuda_source() { return NS
 // Why the kernels do not run on a device, empty if they do.
 __attribute__((visibility("default"))) const char* nsc_cuda_unsupported(int device) {
   static thread_local std::string reason;
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  reason = nsc::cuda::unsupported();
+  try {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    reason = nsc::cuda::unsupported();
+  } catch (const std::exception& error) {  // which a caller in C could not catch
+    reason = error.what();
+  }
   return reason.c_str();
 }
 }

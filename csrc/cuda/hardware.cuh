@@ -32,7 +32,8 @@ NSC_DEVICE int64_t cluster_index() { return blockIdx.x / cluster_size(); }
 NSC_DEVICE void sync_block() { __syncthreads(); }
 NSC_DEVICE void sync_warp() { __syncwarp(); }
 NSC_DEVICE void sync_cluster() {
-  __syncwarp();  // the barrier expects converged warps
+  if (cluster_size() == 1) return sync_block();  // nobody outside of the block to wait for
+  __syncwarp();                                  // the barrier expects converged warps
   cooperative_groups::cluster_group::sync();
 }
 NSC_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

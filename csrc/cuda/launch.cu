@@ -4,10 +4,12 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 namespace nsc::cuda {
 namespace {
@@ -22,6 +24,20 @@ int current_device() {
   int device;
   check(cudaGetDevice(&device), "cudaGetDevice");
   return device;
+}
+
+std::pair<int, int> compute_capability(int device) {
+  int major, minor;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  return {major, minor};
+}
+
+// Bytes of shared memory that a block can have.
+int shared_limit(int device) {
+  int bytes;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return bytes;
 }
 
 bool is_warpgroup(int variant) { return variant >= kVariantCount; }
@@ -60,11 +76,7 @@ Encoder encoder() {
 // wgmma is an instruction of compute capability 9.0 only, in code built for 9.0a; elsewhere those kernels are empty.
 void require_warpgroups() {
 #ifdef NSC_SM90A
-  int major = 0, minor = 0;
-  const int device = current_device();
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-  if (major == 9 && minor == 0) return;
+  if (compute_capability(current_device()) == std::make_pair(9, 0)) return;
 #endif
   throw std::runtime_error("the variants with wgmma run on compute capability 9.0, built for 9.0a");
 }
@@ -123,10 +135,10 @@ struct Ready {
 Ready prepare(const Kernel& kernel, int device) {
   Ready ready{};
   check(cudaDeviceGetAttribute(&ready.processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-  int shared;
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  if (kernel.shared > shared)
-    throw std::runtime_error("the kernel needs " + std::to_string(kernel.shared) + " bytes of shared memory per block, the device has " + std::to_string(shared));
+  const int limit = shared_limit(device);
+  if (kernel.shared > limit)
+    throw std::runtime_error("the kernel needs " + std::to_string(kernel.shared) +
+                             " bytes of shared memory per block, the device has " + std::to_string(limit));
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared),
         "cudaFuncSetAttribute(shared memory)");
   // Clusters of 16 are allowed per kernel; where the device has none the count below stays 0.
@@ -158,22 +170,26 @@ const Ready& ready(Element element, bool backward, int variant, int device) {
 }  // namespace
 
 std::string unsupported() {
-  int device, major = 0, minor = 0;
+  const int device = current_device();
+  const auto [major, minor] = compute_capability(device);
+  const std::string capability = "compute capability " + std::to_string(major) + "." + std::to_string(minor);
+  if (major < 9) return capability + " has no thread block clusters, 9.0 or newer is needed";
   cudaFuncAttributes attributes;
-  std::string reason;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    reason = "no CUDA device";
-  } else if (major < 9) {
-    reason = "compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-             " has no thread block clusters, 9.0 or newer is needed";
-  } else if (cudaFuncGetAttributes(&attributes, kernel_of(Element::bf16, false, 0).function) != cudaSuccess) {
-    reason = "libnsc_cuda holds no code for compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-             " (TORCH_CUDA_ARCH_LIST adds it when building)";
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel_of(Element::bf16, false, 0).function);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    return "libnsc_cuda holds no code for " + capability + " (TORCH_CUDA_ARCH_LIST adds it when building)";
   }
-  cudaGetLastError();
-  return reason;
+  check(status, "cudaFuncGetAttributes");
+  int needed = 0;
+  for (int variant = 0; variant < kVariantCount; ++variant)
+    for (const bool backward : {false, true})
+      needed = std::max(needed, kernel_of(Element::bf16, backward, variant).shared);
+  const int limit = shared_limit(device);
+  if (needed > limit)
+    return "the kernels need up to " + std::to_string(needed) + " bytes of shared memory per block, the device has " +
+           std::to_string(limit);
+  return "";
 }
 
 Choice choose(const Problem& p, Element element, bool backward, int variant, int cluster) {

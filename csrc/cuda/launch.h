@@ -28,7 +28,7 @@ struct Choice {
   int64_t tiles = 0;
 };
 
-// Why the current device cannot run the kernels, or an empty string.
+// Why the current device cannot run the kernels, or an empty string. Throws std::runtime_error if CUDA does not answer.
 std::string unsupported();
 
 // What a problem is run with on the current device. Non-negative `variant` or positive `cluster` are taken as they are.

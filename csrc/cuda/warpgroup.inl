@@ -26,7 +26,23 @@ struct Strip {
 #pragma unroll
       for (int i = 0; i < 4; ++i) of[n][i] = 0.0f;
   }
+  // Before wgmma_fence() and after wgmma_wait().
+  NSC_DEVICE void hold() {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) stay(of[n][i]);
+  }
 };
+
+// By one thread: the hardware reads a map before it can load its first box.
+NSC_DEVICE void prefetch_maps(const Problem& p, const Maps& maps) {
+  if (p.x != nullptr) prefetch(maps.x), prefetch(maps.w_in);
+  if (p.out == nullptr) return;
+  prefetch(maps.w_out), prefetch(maps.out);
+  if (p.base != nullptr) prefetch(maps.base);
+  if (p.dsqnorm != nullptr) prefetch(maps.z);
+}
 
 template <class P>
 NSC_DEVICE void load_weights(unsigned char* tile, const TensorMap& map, int64_t column, PhaseBarrier* full) {
@@ -89,14 +105,16 @@ NSC_DEVICE void shrink_warpgroups(const Maps& maps, unsigned char* shared, int64
         for (int i = 0; i < 4; ++i) squares[i % 2] += square_sum<E>(a[k][i]);
       }
     }
+    acc.hold();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k)
 #pragma unroll
       for (int n = 0; n < P::shrink_tiles * 8; n += N)
-        wgmma<E, N, false>(acc.of + n / 8, a[k], descriptor(w_tile + n * kRowBytes + k * 32));
+        wgmma<E, N, false>(acc.of + n / 8, a[k], descriptor<false>(w_tile + n * kRowBytes + k * 32), true);
     wgmma_commit();
     wgmma_wait();
+    acc.hold();
     sync_warp();
     if (lane == 0) arrive(empty + step % S);
   }
@@ -176,15 +194,17 @@ NSC_DEVICE void expand_warpgroups(const Problem& p, const Maps& maps, unsigned c
     const unsigned char* z_tile = out_tile + P::Tokens * kRowBytes;
     Strip<N> acc[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) acc[m].clear();
+    for (int m = 0; m < M; ++m) acc[m].hold();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < P::Ranks / 16; ++k)
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        wgmma<E, kColumns, true>(acc[m].of, a[m][k], descriptor(w_tile + k * 16 * kRowBytes));
+        wgmma<E, kColumns, true>(acc[m].of, a[m][k], descriptor<true>(w_tile + k * 16 * kRowBytes), k > 0);
     wgmma_commit();
     wgmma_wait();
+#pragma unroll
+    for (int m = 0; m < M; ++m) acc[m].hold();
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -212,7 +232,10 @@ NSC_DEVICE void expand_warpgroups(const Problem& p, const Maps& maps, unsigned c
 template <class E, class P>
 NSC_DEVICE void merged_lora_warpgroups(const Problem& p, const Maps& maps, unsigned char* shared) {
   const int64_t tile = cluster_index(), tiles = ceil_div(p.T, P::Tokens), first = tile * P::Tokens;
-  if (thread_index() == 0) start_barriers<P>(shared);
+  if (thread_index() == 0) {
+    prefetch_maps(p, maps);
+    start_barriers<P>(shared);
+  }
   store_owners<P>(p, shared);
   sync_block();
   {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import gcd
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .counters import persistent
 
 MIN_CHUNK = 16  # the least extent of a matrix instruction's operand
 
@@ -50,13 +52,13 @@ def columns(offsets: tuple[int, ...], chunk: int) -> Columns:
     return Columns(max(-(-R // chunk), 1), chunk, group, uniform)
 
 
-@lru_cache(maxsize=4096)
+@cache  # without a limit: graphs hold the addresses
 def owner_table(offsets: tuple[int, ...], group: int, device: torch.device) -> Tensor:
-    """Adapter of each group of columns, int32 on ``device``."""
+    """Adapter of each group of columns, int32 on ``device``, which is the current device if it is a GPU."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the first call for a bank with unequal ranks copies a table to the GPU, which a CUDA graph cannot "
             "capture: make one call (or nsc_kernels.triton.warm_up) before the capture"
         )
     owner = [k for k in range(len(offsets) - 1) for _ in range(offsets[k], offsets[k + 1], group)]
-    return torch.tensor(owner or [0], dtype=torch.int32, device=device)
+    return persistent(lambda: torch.tensor(owner or [0], dtype=torch.int32, device=device), device)

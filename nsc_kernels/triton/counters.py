@@ -13,6 +13,8 @@ that does not clears its counters with a recorded memset instead, right and one 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,6 +22,25 @@ from torch import Tensor
 ARENA = 1 << 18  # 1 MiB: about 2,700 recorded launches at T = 2,048 (96 counters)
 LOW = ARENA // 2
 ALIGN = 32  # one 128-byte line, so that launches do not share one
+
+
+def persistent(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """``make()``, to be kept for good and ready for every stream of ``device``.
+
+    On a thread of its own, because this one's memory may come from a graph's pool: while torch.compile with
+    mode="reduce-overhead" warms up, what stays allocated there is an error. Such a pool serves one thread only.
+    """
+    if device.type != "cuda":
+        return make()
+
+    def made() -> Tensor:
+        with torch.cuda.device(device):
+            kept = make()
+            torch.cuda.current_stream().synchronize()
+        return kept
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
 
 
 class CounterPool:
@@ -36,8 +57,9 @@ class CounterPool:
         """``count`` or more int32 zeros for one launch on the device's current stream."""
         stream, capturing = 0, False
         if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            capturing = torch.cuda.is_current_stream_capturing()
+            with torch.cuda.device(self.device):  # both questions are about the current device
+                stream = torch.cuda.current_stream().cuda_stream
+                capturing = torch.cuda.is_current_stream_capturing()
         with self._lock:
             if capturing:
                 if self._left() < count:
@@ -56,10 +78,11 @@ class CounterPool:
     def _reserve(self, count: int) -> None:
         """Have room for ``count`` in the current arena."""
         if self._left() < count:
-            self._arenas.append(torch.zeros(max(ARENA, 2 * count), dtype=torch.int32, device=self.device))
+            size = max(ARENA, 2 * count)
+            self._arenas.append(
+                persistent(lambda: torch.zeros(size, dtype=torch.int32, device=self.device), self.device)
+            )
             self._used = 0
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
 
     def _cut(self, count: int) -> Tensor:
         start = self._used

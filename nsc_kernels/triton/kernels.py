@@ -43,7 +43,8 @@ import triton
 def signal(counter, sem: tl.constexpr):
     """Count one arrival after every store of this program; returns the arrivals before it.
 
-    The barrier puts all threads' stores before the one thread that does the release.
+    The barrier puts all threads' stores before the one thread that does the release. Whoever puts a counter back on
+    the strength of what is returned must also acquire: else its store may overtake the others' last looks at it.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem=sem)
@@ -292,7 +293,7 @@ def mid_unit(
         sums, squares, t, index, quad, sqnorm, dlam, owner, parts, T, R, K, N, C, G, UNIFORM, BACKWARD, PER_ROW
     )  # fmt: skip
     # Whoever is last here knows that all mid units of the tile have seen its slices arrive.
-    if signal(ready + tile, "release") == MIDS - 1:
+    if signal(ready + tile, "acq_rel") == MIDS - 1:
         tl.store(arrived + tile, 0)
         if not EXPAND:
             tl.store(ready + tile, 0)
@@ -321,7 +322,7 @@ def expand_unit(
         cs, w_out, base, out, z, dsqnorm, t, begin, end, T, R, D, stride_base, stride_out, stride_z,
         BT, BN, N, C, PRECISION,
     )  # fmt: skip
-    if signal(left + tile, "relaxed") == OUT_SLICES - 1:
+    if signal(left + tile, "acq_rel") == OUT_SLICES - 1:
         tl.store(ready + tile, 0)
         tl.store(left + tile, 0)
 

@@ -78,12 +78,12 @@ def launch(
         c = w_in.new_empty((T, R))
     floats = parts_at + (tiles * mids * (layout.padded // layout.group) if sum_dlam else 0)
     work = lam.new_empty(floats) if floats else None
-    owner = None if layout.uniform else owner_table(offsets, layout.group, device)
 
     other = device.type == "cuda" and torch.cuda.current_device() != device.index
     guard: Any = torch.cuda.device(device) if other else contextlib.nullcontext()
     with guard:
-        counters = counter_pool(device).take(2 + 3 * tiles) if sliced or sum_dlam else None
+        owner = None if layout.uniform else owner_table(offsets, layout.group, device)
+        counters = counter_pool(device).take(2 + 3 * tiles if sliced else 2) if sliced or sum_dlam else None
         merged_lora_kernel[(programs,)](
             w_in if x is None else x,
             w_in,

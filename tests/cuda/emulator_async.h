@@ -46,6 +46,7 @@ inline void clear_flights() {
   stores().clear();
 }
 
+inline void prefetch(const TensorMap&) {}
 inline void start_barrier(PhaseBarrier* barrier, int arrivals) {
   *barrier = {uint8_t(arrivals), uint8_t(arrivals), 0, 0, 0};
 }
@@ -134,15 +135,18 @@ inline void fence_async() {}
 inline void sync_warpgroup(int group) { machine().wait(machine().group_barriers[size_t(cluster_rank()) * 2 + group]); }
 
 // Start, stride between groups of eight rows, swizzle of 128 bytes; the start is a place in this block's memory.
-inline uint64_t descriptor(const void* start) {
-  return uint64_t((place_of(start) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+template <bool Transposed>
+uint64_t descriptor(const void* start) {
+  return uint64_t((place_of(start) & 0x3ffff) >> 4) | uint64_t(Transposed ? 1024 >> 4 : 1) << 16 |
+         uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
+inline void stay(float&) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
 
 template <class E, int Columns, bool Transposed>
-void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix) {
+void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix, bool add) {
   if (matrix >> 62 != 1) fail("another swizzle");
   const int start = int(matrix & 0x3fff) << 4, stride = int(matrix >> 32 & 0x3fff) << 4;
   const int buffer = exchange([&](Warp& warp, int b, int lane) { std::memcpy(warp.a[b][lane], a, 16); });
@@ -152,7 +156,7 @@ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix) {
   for (int n = 0; n < Columns / 8; ++n)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = n * 8 + lane % 4 * 2 + i % 2;
-      double sum = d[n][i];
+      double sum = add ? d[n][i] : 0.0f;
       for (int k = 0; k < 16; ++k) {
         const uint32_t left = warp.a[buffer][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
         const int outer = Transposed ? k : column, inner = Transposed ? column : k;

@@ -14,10 +14,6 @@ from nsc_kernels import reference
 FORWARD = ("y", "quad", "sqnorm", "u")
 
 
-def wide(tensors: Sequence[object]) -> list:
-    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
-
-
 def hold(names: Sequence[str], ours: Sequence[Tensor | None], eager: Sequence, exact: Sequence) -> None:
     for name, found, theirs, truth in zip(names, ours, eager, exact, strict=True):
         if truth is None:
@@ -36,45 +32,24 @@ def check_forward(emulator: Emulator, p, how: How, *, base: bool = True, stats: 
     inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, added)
     found = emulator.forward(how, *inputs, stats, save_u)
     assert same(found, emulator.forward(How(how.variant, how.cluster, mirror=True), *inputs, stats, save_u))
-    eager, exact = (list(reference.forward(*tensors, True)) for tensors in (inputs, wide(inputs)))
+    eager, exact = (list(reference.forward(*tensors, True)) for tensors in (inputs, problems.wide(inputs)))
     kept = (True, stats, stats, save_u)
     eager, exact = ([t if keep else None for t, keep in zip(all_, kept, strict=True)] for all_ in (eager, exact))
     hold(FORWARD, found, eager, exact)
     return found
 
 
-def check_backward(
-    emulator: Emulator,
-    p,
-    how: How,
-    *,
-    dy: bool = True,
-    dquad: bool = True,
-    dsqnorm: bool = True,
-    dz_base: bool = False,
-    need_dz: bool = True,
-    need_dlam: bool = True,
-):
-    u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
-    inputs = (
-        p.dy if dy else None,
-        p.dquad if dquad else None,
-        p.dsqnorm if dsqnorm else None,
-        u,
-        p.z if dsqnorm else None,
-        p.A,
-        p.Bt,
-        p.offsets,
-        p.lam,
-        p.dz_base if dz_base else None,
-    )
+def check_backward(emulator: Emulator, p, how: How, *, need_dz: bool = True, need_dlam: bool = True, **given: bool):
+    """One backward, on what is ``given``: as :func:`check_forward`."""
+    inputs = problems.backward_inputs(p, **given)
+    dy, u = inputs[0], inputs[3]
     found = emulator.backward(how, *inputs, need_dz, need_dlam)
     assert same(found, emulator.backward(How(how.variant, how.cluster, mirror=True), *inputs, need_dz, need_dlam))
-    eager, exact = (reference.backward(*tensors, need_dz, need_dlam) for tensors in (inputs, wide(inputs)))
+    eager, exact = (reference.backward(*tensors, need_dz, need_dlam) for tensors in (inputs, problems.wide(inputs)))
     hold(("dz",), found[:1], eager[:1], exact[:1])
     if need_dlam:
         # A sum over tokens cancels: its rounding errors are in proportion to the sum of the absolute values.
-        v = torch.zeros_like(u) if not dy else p.dy.double() @ p.Bt.double().t()
+        v = torch.zeros_like(u) if dy is None else dy.double() @ p.Bt.double().t()
         magnitude = reference.gather((u.double() * v).abs(), p.offsets)
         magnitude = magnitude if p.lam.dim() == 2 else magnitude.sum(0)
         allowed = 2 * (eager[1] - exact[1]).abs().max() + 4 * torch.finfo(torch.float32).eps * magnitude.max()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,29 @@ def problem(
     )
 
 
+def wide(values: Sequence[object]) -> list[Any]:
+    """``values`` with tensors in float64."""
+    return [t.double() if isinstance(t, Tensor) else t for t in values]
+
+
+def backward_inputs(
+    p: Problem, *, dy: bool = True, dquad: bool = True, dsqnorm: bool = True, dz_base: bool = False
+) -> tuple[Any, ...]:
+    """What a backward takes before its needs, with the eager forward's u; None for what is not given."""
+    return (
+        p.dy if dy else None,
+        p.dquad if dquad else None,
+        p.dsqnorm if dsqnorm else None,
+        reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3],
+        p.z if dsqnorm else None,
+        p.A,
+        p.Bt,
+        p.offsets,
+        p.lam,
+        p.dz_base if dz_base else None,
+    )
+
+
 def errors(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
     """Largest error of ``found`` against float64, and what it may be: twice that of eager torch in the same dtype.
 
@@ -87,11 +111,9 @@ def check_forward(
     p: Problem, config: Config | None = None, *, base: bool = True, stats: bool = True, save_u: bool = True
 ) -> tuple[Tensor | None, ...]:
     """Run and compare one forward; returns its results."""
-    added = p.base if base else None
-    found = launch.forward(p.z, p.A, p.Bt, p.offsets, p.lam, added, stats, save_u, config)
-    eager = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, added, True)
-    wide = [t if t is None else t.double() for t in (p.z, p.A, p.Bt, p.lam, added)]
-    exact = reference.forward(wide[0], wide[1], wide[2], p.offsets, wide[3], wide[4], True)
+    inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base if base else None)
+    found = launch.forward(*inputs, stats, save_u, config)
+    eager, exact = (reference.forward(*tensors, True) for tensors in (inputs, wide(inputs)))
     asked = {"y": True, "quad": stats, "sqnorm": stats, "u": save_u}
     for (name, wanted), ours, theirs, truth in zip(asked.items(), found, eager, exact, strict=True):
         if wanted:
@@ -105,31 +127,14 @@ def check_backward(
     p: Problem,
     config: Config | None = None,
     *,
-    dy: bool = True,
-    dquad: bool = True,
-    dsqnorm: bool = True,
-    dz_base: bool = False,
     need_dz: bool = True,
     need_dlam: bool = True,
+    **given: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Run and compare one backward on the eager forward's u; returns its results."""
-    u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
-    tensors = (
-        p.dy if dy else None,
-        p.dquad if dquad else None,
-        p.dsqnorm if dsqnorm else None,
-        u,
-        p.z if dsqnorm else None,
-        p.A,
-        p.Bt,
-        p.lam,
-        p.dz_base if dz_base else None,
-    )
-    wide = [t if t is None else t.double() for t in tensors]
-    needs = (need_dz, need_dlam)
-    found = launch.backward(*tensors[:7], p.offsets, *tensors[7:], *needs, config)
-    eager = reference.backward(*tensors[:7], p.offsets, *tensors[7:], *needs)
-    exact = reference.backward(*wide[:7], p.offsets, *wide[7:], *needs)
+    """Run and compare one backward on what is ``given`` (:func:`backward_inputs`); returns its results."""
+    inputs = backward_inputs(p, **given)
+    found = launch.backward(*inputs, need_dz, need_dlam, config)
+    eager, exact = (reference.backward(*tensors, need_dz, need_dlam) for tensors in (inputs, wide(inputs)))
     for name, ours, theirs, truth in zip(("dz", "dlam"), found, eager, exact, strict=True):
         if truth is None:
             assert ours is None, f"{name} was not asked for"

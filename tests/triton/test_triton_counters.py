@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from problems import check_backward, check_forward, problem
 from test_triton_kernels import ONE_SLICE, SLICED, TILE
 
-from nsc_kernels.triton import counters, launch
+from nsc_kernels.triton import launch
+from nsc_kernels.triton.columns import owner_table
 from nsc_kernels.triton.counters import ALIGN, ARENA, CounterPool
 
 
@@ -60,35 +65,57 @@ def test_a_request_larger_than_an_arena_is_served(device):
     assert not taken.any()
 
 
-class FakeStream:
-    """A stream of a GPU that is not there, for the bookkeeping alone."""
+class FakeGPUs:
+    """GPUs that are not there, for the bookkeeping alone: which is current, its stream, where a capture goes on."""
 
-    def __init__(self, handle: int):
-        self.cuda_stream = handle
+    def __init__(self) -> None:
+        self.current = 0
+        self.cuda_stream = 1
+        self.capturing: set[int] = set()
+        self.allocated: list[tuple[int, int]] = []  # thread and current device of each tensor
+        self.waits = 0
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def current_stream(self) -> FakeGPUs:
+        return self
 
     def synchronize(self) -> None:
-        pass
+        self.waits += 1
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.current in self.capturing
+
+    def tensors(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
+            self.allocated.append((threading.get_ident(), self.current))
+            return make(*args, **kwargs)
+
+        return made
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """State of a pretended GPU: the current stream, and whether it is being captured."""
-    state: dict[str, object] = {"stream": FakeStream(1), "capturing": False}
-    zeros = torch.zeros
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: state["stream"])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(counters.torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
-    return state
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPUs:
+    fake = FakeGPUs()
+    for name in ("device", "current_stream", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    for name in ("zeros", "tensor"):
+        monkeypatch.setattr(torch, name, fake.tensors(getattr(torch, name)))
+    return fake
 
 
 def test_streams_and_captured_launches_have_slices_of_their_own(gpu):
     pool = CounterPool(torch.device("cuda", 0))
     first = pool.take(40)
-    gpu["stream"] = FakeStream(2)
+    gpu.cuda_stream = 2
     second = pool.take(40)
-    gpu["capturing"] = True
+    gpu.capturing = {0}
     captured = [pool.take(40) for _ in range(3)]
-    gpu["capturing"] = False
+    gpu.capturing = set()
     again = pool.take(40)
     slices = [first, second, *captured]
     places = sorted((s.data_ptr(), s.numel()) for s in slices)
@@ -99,17 +126,48 @@ def test_streams_and_captured_launches_have_slices_of_their_own(gpu):
 
 def test_a_capture_that_finds_no_room_clears_its_own_counters(gpu):
     pool = CounterPool(torch.device("cuda", 0))
-    gpu["capturing"] = True
+    gpu.capturing = {0}
     unprepared = pool.take(40)
     assert unprepared.numel() == 40
     assert not pool._arenas, "nothing may be allocated for keeps inside a capture"
-    gpu["capturing"] = False
+    gpu.capturing = set()
     pool.take(40)
-    gpu["capturing"] = True
+    gpu.capturing = {0}
     for _ in range(ARENA // (2 * ALIGN)):
         inside = pool.take(ALIGN)
     assert len(pool._arenas) == 1
     assert inside.untyped_storage().data_ptr() == pool._arenas[0].data_ptr()
-    gpu["capturing"] = False
+    gpu.capturing = set()
     pool.take(40)
     assert len(pool._arenas) == 2, "an eager call makes room for the next capture"
+
+
+def test_only_a_capture_on_the_pools_own_device_counts(gpu):
+    """The current device may be another one, as it is in a thread that has not chosen any."""
+    pool = CounterPool(torch.device("cuda", 1))
+    gpu.capturing = {0}
+    assert pool.take(40).data_ptr() == pool.take(40).data_ptr()
+    gpu.capturing = {1}
+    assert pool.take(40).data_ptr() != pool.take(40).data_ptr()
+    assert len(pool._arenas) == 1
+    assert gpu.current == 0
+
+
+def test_what_stays_is_allocated_by_another_thread_on_its_device_and_waited_for(gpu):
+    """In this thread it might come from the memory pool of a graph."""
+    device = torch.device("cuda", 1)
+    CounterPool(device).take(40)
+    owner_table.__wrapped__((0, 8, 24), 8, device)
+    assert [on for _, on in gpu.allocated] == [1, 1]
+    assert threading.get_ident() not in {thread for thread, _ in gpu.allocated}
+    assert gpu.waits == 2
+
+
+def test_the_tile_schedule_needs_two_counters_for_any_number_of_tiles(pool, monkeypatch, device):
+    asked = []
+    take = pool.take
+    monkeypatch.setattr(pool, "take", lambda count: asked.append(count) or take(count))
+    p = problem(45, 40, 24, [4, 8], torch.float32, device)
+    for config in (TILE, SLICED):
+        check_backward(p, config)
+    assert asked == [2, 2 + 3 * 3]
