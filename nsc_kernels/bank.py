@@ -62,7 +62,7 @@ class AdapterBank(nn.Module):
             raise ValueError(f"A is {A.dtype} on {A.device} but Bt is {Bt.dtype} on {Bt.device}")
         self.register_buffer("A", A.contiguous())
         self.register_buffer("Bt", Bt.contiguous())
-        self._autocast_copies: dict[torch.dtype, tuple[tuple[int, int], AdapterBank]] = {}
+        self._autocast_copies: dict[torch.dtype, tuple[tuple[Tensor, int, Tensor, int], AdapterBank]] = {}
 
     @classmethod
     def from_factors(
@@ -154,15 +154,26 @@ class AdapterBank(nn.Module):
         return (self.Bt.to(acc) * per_row[:, None]).t() @ self.A.to(acc)
 
     def cast_for_autocast(self, dtype: torch.dtype) -> AdapterBank:
-        """This bank in ``dtype``, converted once and kept until the buffers are replaced or written to."""
+        """This bank in ``dtype``: itself, or a copy that is kept until the buffers are replaced or written to.
+
+        What is written through ``.data`` is not noticed. Nothing is kept of buffers made under
+        ``torch.inference_mode``, which do not tell that they were written to.
+        """
         if dtype is self.dtype:
             return self
-        stamp = (id(self.A), self.A._version)
-        kept = self._autocast_copies.get(dtype)
-        if kept is None or kept[0] != stamp:
-            kept = (stamp, AdapterBank(self.A.to(dtype), self.Bt.to(dtype), self.offsets))
-            self._autocast_copies[dtype] = kept
-        return kept[1]
+        A, Bt, offsets = self.packed
+        tracked = not (A.is_inference() or Bt.is_inference())
+        if tracked and dtype in self._autocast_copies:
+            (kept_A, version_A, kept_Bt, version_Bt), copy = self._autocast_copies[dtype]
+            # The tensors and not their ids: that of a freed tensor is given to the next.
+            if kept_A is A and kept_Bt is Bt and (version_A, version_Bt) == (A._version, Bt._version):
+                return copy
+        # A copy made in inference mode could not be saved for a backward later on.
+        with torch.inference_mode(False), torch.no_grad():
+            copy = AdapterBank(A.to(dtype), Bt.to(dtype), offsets)
+        if tracked:
+            self._autocast_copies[dtype] = ((A, A._version, Bt, Bt._version), copy)
+        return copy
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed bank as safetensors: to a temporary file first, renamed when complete."""

@@ -56,8 +56,12 @@ class MergedLoRALinear(nn.Module):
         return merged_linear(z, self.linear, self.bank, self.lam, stats=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = self.lam.detach()
-        super()._apply(fn, recurse)
-        if self.lam.dtype.itemsize < 4:
-            self.lam.data = wide.to(self.lam.device)
-        return self
+        def keep_wide(t: Tensor) -> Tensor:
+            applied = fn(t)
+            return applied if applied.dtype.itemsize >= 4 else t.to(applied.device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        # What is left is lam and its gradient.
+        return super()._apply(keep_wide, recurse=False)

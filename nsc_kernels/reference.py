@@ -13,9 +13,10 @@ Read this file first. Forward and backward are the same three steps with the ope
 sum of squares. ``Bt [R, d_out]`` is the transposed up-projection: with both factors stored ``[R, d]``, both
 directions read their operands in the same order.
 
-Rounding points (part of the contract): sums are accumulated in ``accumulation_dtype``; ``u`` and ``c`` are rounded
-to the compute dtype once, before expand; ``quad`` and ``dlam`` come from unrounded accumulators; the output is
-rounded once, after ``base`` has been added.
+Rounding points (part of the contract): sums are accumulated in ``accumulation_dtype``; ``c`` is rounded to the
+compute dtype once, before expand, and ``u`` once, where it is saved for the backward; ``quad`` comes from the
+unrounded ``u``, ``dlam`` from the saved ``u`` and the unrounded ``v``; the output is rounded once, after ``base`` has
+been added.
 
 The forward is differentiable by autograd as it stands, which is how ``torch.func`` transforms and forward-mode
 differentiation are served.

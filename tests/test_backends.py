@@ -46,8 +46,8 @@ def test_an_explicit_choice_raises_where_it_cannot_serve() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="use_backend: expected one of auto, .*found 'fast'"), nk.use_backend("fast"):
-        pass
+    with pytest.raises(ValueError, match="use_backend: expected one of auto, .*found 'fast'"):
+        nk.use_backend("fast")
 
 
 def test_choices_nest_and_are_restored_after_an_error() -> None:
@@ -58,6 +58,15 @@ def test_choices_nest_and_are_restored_after_an_error() -> None:
         assert registry.chosen() == "reference"
     with pytest.raises(KeyError), nk.use_backend("reference"):
         raise KeyError
+    assert registry.chosen() == "auto"
+
+
+def test_a_choice_decorates_functions_that_call_themselves() -> None:
+    @nk.use_backend("reference")
+    def choices(depth: int) -> list[str]:
+        return [registry.chosen(), *(choices(depth - 1) if depth else []), registry.chosen()]
+
+    assert choices(2) == ["reference"] * 6
     assert registry.chosen() == "auto"
 
 

@@ -104,6 +104,59 @@ def test_moves_copies_and_pickles() -> None:
     assert bank.Bt.is_contiguous()
 
 
+@pytest.mark.parametrize("factor", ["A", "Bt"])
+def test_a_copy_for_autocast_follows_what_is_written_to_the_bank(factor: str) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    z, lam = torch.randn(4, 20), torch.rand(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nk.merged_lora(z, bank, lam)
+        assert bank.cast_for_autocast(torch.bfloat16) is bank.cast_for_autocast(torch.bfloat16)
+        getattr(bank, factor).mul_(2)
+        assert torch.equal(nk.merged_lora(z, bank, lam), 2 * y)
+
+
+@pytest.mark.parametrize("change", ["replaced", "converted"])
+def test_a_copy_for_autocast_is_not_of_a_bank_that_is_gone(change: str) -> None:
+    """A freed tensor's place in memory is given to the next one, so often enough an id says nothing."""
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    for _ in range(100):
+        bank.cast_for_autocast(torch.bfloat16)
+        other = nk.AdapterBank.from_factors(*factors((3, 2)))
+        if change == "replaced":
+            bank.A = None  # type: ignore[assignment]
+            bank.A = other.A.clone()
+        else:
+            bank.load_state_dict(other.state_dict(), assign=True)
+            bank.double().float()
+        assert torch.equal(bank.cast_for_autocast(torch.bfloat16).A, bank.A.bfloat16())
+        assert torch.equal(bank.cast_for_autocast(torch.bfloat16).Bt, bank.Bt.bfloat16())
+
+
+def test_a_copy_for_autocast_made_in_inference_mode_serves_gradients_later() -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    z, lam = torch.randn(4, 20), torch.rand(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            y = nk.merged_lora(z, bank, lam)
+        again = nk.merged_lora(z, bank, lam)
+    again.float().sum().backward()
+    assert torch.equal(again, y)
+    assert lam.grad is not None
+
+
+def test_a_copy_for_autocast_of_buffers_made_in_inference_mode_follows_them() -> None:
+    with torch.inference_mode():
+        bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+        bank.cast_for_autocast(torch.bfloat16)
+        bank.Bt.mul_(2)
+    copy_ = bank.cast_for_autocast(torch.bfloat16)
+    assert torch.equal(copy_.Bt, bank.Bt.bfloat16())
+    z, lam = torch.randn(4, 20), torch.rand(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        nk.merged_lora(z, bank, lam).float().sum().backward()
+    assert lam.grad is not None
+
+
 def test_state_dict_round_trip() -> None:
     bank = nk.AdapterBank.from_factors(*factors((3, 2)))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""PEFT swap-ins against PEFT's own forward."""
+"""PEFT's forward with several active adapters in one call, against PEFT's own."""
 
 from __future__ import annotations
 
@@ -6,61 +6,23 @@ import copy
 import itertools
 import logging
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft.utils.hotswap import hotswap_adapter
 
 from nsc_kernels.integrations import peft as integration
 from nsc_kernels.integrations.peft import accelerate
-from nsc_merge.integrations.peft import merge
-
-NAMES = ["a", "b", "c"]
-PATTERN = {"layers.1.self_attn.q_proj": 6}
-
-
-def configs(**settings) -> dict[str, LoraConfig]:
-    common = {"target_modules": ["q_proj", "v_proj"], **settings}
-    return {
-        "a": LoraConfig(**{"r": 4, "lora_alpha": 8, **common}),
-        "b": LoraConfig(**{"r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": PATTERN, **common}),
-        "c": LoraConfig(**{"r": 2, "lora_alpha": 2, **common, "target_modules": ["v_proj"]}),
-    }
-
-
-def build(dtype=torch.float32, **settings):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    base = LlamaForCausalLM(config).to(dtype)
-    first, *others = configs(**settings).items()
-    model = get_peft_model(base, first[1], adapter_name=first[0], autocast_adapter_dtype=False)
-    for name, one in others:
-        model.add_adapter(name, one, autocast_adapter_dtype=False)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if "lora_" in key:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
-    model.base_model.set_adapter(NAMES)
-    return model.requires_grad_(False).eval()
+from peft_cases import NAMES, build, inputs, lora_layers
 
 
 @pytest.fixture
 def batch():
-    return {"input_ids": torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(2))}
+    return inputs()
 
 
 @pytest.fixture
@@ -68,10 +30,6 @@ def fallbacks(caplog):
     integration._say_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="nsc_kernels")
     return caplog
-
-
-def lora_layers(model):
-    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def learnable(model):
@@ -168,6 +126,131 @@ def test_changes_to_adapters_are_seen(batch):
     assert all((one - other).abs().max() > 1e-3 for one, other in itertools.pairwise(different))
 
 
+def write_by_fused_optimizer(weight):
+    weight.requires_grad_(True)
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.5, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_by_fused_optimizer,
+        lambda weight: weight.data.mul_(3),
+        lambda weight: weight.data[0, 0].add_(5),
+        lambda weight: np.multiply(weight.detach().numpy(), 3, out=weight.detach().numpy()),
+    ],
+)
+def test_writes_that_leave_no_trace_are_seen(batch, write):
+    model = build()
+    with torch.no_grad():
+        with accelerate(model):
+            before = model(**batch).logits
+            for layer in lora_layers(model):
+                write(layer.lora_A["a"].weight)
+                write(layer.lora_B["b"].weight)
+            found = model(**batch).logits
+        expected = model(**batch).logits
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_training_with_a_fused_optimizer_and_evaluating_in_turn(batch):
+    model, twin = build(), build()
+    trained = [value for key, value in model.named_parameters() if "lora_" in key]
+    for weight in trained:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    with accelerate(model):
+        for _ in range(3):
+            model(**batch).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            twin.load_state_dict(model.state_dict())
+            with torch.no_grad():
+                torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, rtol=2e-5, atol=2e-5)
+
+
+def test_a_hot_swapped_adapter_is_seen(batch, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            layer.lora_B["a"].weight.mul_(-2)
+        with accelerate(model):
+            before = model(**batch).logits
+            hotswap_adapter(model, str(tmp_path / "a"), "a")
+            found = model(**batch).logits
+        expected = model(**batch).logits
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_gradient_after_a_call_in_inference_mode(batch):
+    model = build()
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(model(inputs_embeds=embedded).logits.sum(), embedded)[0]
+
+    expected = gradient()
+    with accelerate(model):
+        with torch.inference_mode():
+            model(**batch)
+        torch.testing.assert_close(gradient(), expected, rtol=2e-4, atol=2e-4)
+
+
+def hook_forward(module):
+    module.register_forward_hook(lambda module, args, output: 3 * output)
+
+
+def hook_input(module):
+    module.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+
+
+def hook_gradient(module):
+    module.register_full_backward_hook(lambda module, into, out: (3 * into[0],))
+
+
+def hook_output_gradient(module):
+    module.register_full_backward_pre_hook(lambda module, out: (3 * out[0],))
+
+
+def subclass(module):
+    class Tripled(type(module)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    module.__class__ = Tripled
+
+
+def replace_forward(module):
+    module.forward = lambda x: 3 * type(module).forward(module, x)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize(
+    "change", [hook_forward, hook_input, hook_gradient, hook_output_gradient, subclass, replace_forward]
+)
+def test_hooks_and_other_modules_in_an_adapter_have_their_effect(batch, fallbacks, part, change):
+    model = build()
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+
+    def run():
+        logits = model(inputs_embeds=embedded).logits
+        return [logits, *torch.autograd.grad(logits.square().mean(), embedded)]
+
+    plain = run()
+    change(getattr(lora_layers(model)[3], part)["b"])
+    expected = run()
+    with accelerate(model):
+        found = run()
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=2e-4, atol=2e-5)
+    assert max(float((one - other).detach().abs().max()) for one, other in zip(plain, expected, strict=True)) > 1e-3
+    assert "hooks" in fallbacks.text
+
+
 def test_what_it_cannot_express_goes_to_peft_and_is_said_once(batch, fallbacks):
     model = build(lora_dropout=0.5)
     with accelerate(model):
@@ -214,214 +297,3 @@ def test_a_copy_of_an_accelerated_model_is_its_own(batch):
         for layer in lora_layers(model):
             layer.lora_B["a"].weight.zero_()
         assert torch.equal(twin(**batch).logits, before)
-
-
-def data():
-    generator = torch.Generator().manual_seed(3)
-    return {name: [{"input_ids": torch.randint(0, 64, (2, 7), generator=generator)}] for name in NAMES}
-
-
-@pytest.mark.parametrize("lora_bias", [False, True])
-def test_merge_registers_an_exact_adapter(batch, lora_bias):
-    model = build(lora_bias=lora_bias)
-    model.base_model.set_adapter("a")
-    objects = {name: id(module) for name, module in model.named_modules()}
-    merged = merge(model, NAMES, data=data(), steps=3, lr=1e-2, progress=False)
-    coefficients = merged.coefficients
-    assert merged.adapter_name == "merged"
-    assert set(merged.errors.values()) == {0.0}
-    assert {id(module) for module in model.modules()} > set(objects.values())
-    assert model.active_adapters == ["a"]
-    assert not any(value.requires_grad for key, value in model.named_parameters() if "merged" in key)
-    assert len({value for row in coefficients.values() for value in row.values()}) > 10
-    for path, layer in ((path, m) for path, m in model.get_base_model().named_modules() if isinstance(m, Linear)):
-        assert layer.scaling["merged"] == 1.0
-        assert layer.r["merged"] == sum(layer.r[name] for name in NAMES if name in layer.lora_A)
-        for name in NAMES:
-            if name in layer.lora_A:
-                layer.scaling[name] *= coefficients[path][name]
-    with torch.no_grad():
-        model.set_adapter("merged")
-        found = model(**batch).logits
-        model.base_model.set_adapter(NAMES)
-        torch.testing.assert_close(found, model(**batch).logits, rtol=2e-5, atol=2e-5)
-
-
-def test_merge_of_a_subset_ignores_the_others_and_can_be_saved(batch, tmp_path):
-    model = build()
-    options = {"method": "task_arithmetic", "scale": 0.5}
-    coefficients = merge(model, ["a", "c"], adapter_name="sum", **options).coefficients
-    assert {value for row in coefficients.values() for value in row.values()} == {0.0, 0.5}
-    model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    model.set_adapter("sum")
-    with torch.no_grad():
-        expected = model(**batch).logits
-        model.load_adapter(tmp_path / "sum", "again")
-        model.set_adapter("again")
-        assert torch.equal(model(**batch).logits, expected)
-
-
-def test_merge_refuses_wrong_names():
-    model = build()
-    for wrong in (["a", "x"], ["a", "a"], [], "ab"):
-        with pytest.raises(ValueError, match=r"adapters: expected different names among \['a', 'b', 'c'\], found"):
-            merge(model, wrong, data=data(), adapter_name="merged")
-    with pytest.raises(ValueError, match="adapter_name: 'b' is already loaded"):
-        merge(model, ["a"], data=data(), adapter_name="b")
-    with pytest.raises(TypeError, match="model: expected a PeftModel, found Linear"):
-        merge(torch.nn.Linear(2, 2), ["a"], adapter_name="merged")
-    dora = build(use_dora=True)
-    with pytest.raises(ValueError, match="DoRA"):
-        merge(dora, NAMES, data=data(), adapter_name="merged")
-    assert list(dora.peft_config) == NAMES
-
-
-def update_of(model, path, name):
-    layer = model.get_base_model().get_submodule(path)
-    return layer.get_delta_weight(name) if name in layer.lora_A else 0.0
-
-
-@pytest.mark.parametrize("combination_type", ["cat", "svd"])
-def test_what_add_weighted_adapter_takes_gives_what_it_gives(combination_type):
-    model = build()
-    arguments = (NAMES, [0.7, -0.2, 0.5])
-    model.add_weighted_adapter(*arguments, "theirs", combination_type, svd_rank=5)
-    merged = merge(model, *arguments, "ours", combination_type, 5 if combination_type == "svd" else None)
-    assert merged.adapter_name == "ours"
-    for path, row in merged.coefficients.items():
-        present = [name for name in NAMES if name in model.get_base_model().get_submodule(path).lora_A]
-        assert {name: row[name] for name in present} == {
-            name: weight for name, weight in zip(*arguments, strict=True) if name in present
-        }
-        exact = sum(row[name] * update_of(model, path, name) for name in present)
-        ours, theirs = update_of(model, path, "ours"), update_of(model, path, "theirs")
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        error = float((ours - exact).norm() / exact.norm())
-        assert merged.errors[path] == pytest.approx(error, abs=1e-5)
-    truncated = {path: error for path, error in merged.errors.items() if error}
-    assert bool(truncated) == (combination_type == "svd")
-
-
-@pytest.mark.parametrize(
-    ("combination_type", "options"),
-    [
-        ("linear", {}),
-        ("ties", {"density": 0.3}),
-        ("ties", {"density": 0.5, "majority_sign_method": "frequency"}),
-        ("ties_svd", {"density": 0.3, "svd_rank": 7}),
-        ("ties_svd", {"density": 0.4, "majority_sign_method": "frequency"}),
-    ],
-)
-def test_pefts_other_ways_give_what_it_gives(combination_type, options):
-    model = build(r=4, lora_alpha=6, use_rslora=False, rank_pattern={})
-    arguments = (NAMES, [0.7, 0.2, 0.5])
-    model.add_weighted_adapter(*arguments, "theirs", combination_type, **options)
-    merged = merge(model, *arguments, "ours", combination_type, **options)
-    assert not merged.coefficients
-    assert merged.errors
-    for path in merged.errors:
-        torch.testing.assert_close(
-            update_of(model, path, "ours"), update_of(model, path, "theirs"), rtol=1e-4, atol=1e-5
-        )
-
-
-def test_dare_keeps_the_density_that_peft_calls_so():
-    model = build()
-    merged = merge(model, NAMES, [1.0, 1.0, 1.0], "ours", "dare_ties_svd", 32, density=0.25)
-    assert merged.result.options["drop"] == 0.75
-    dense = merged.result.factors["model.layers.0.self_attn.q_proj"].delta()
-    # Two adapters with a quarter of their entries each.
-    assert float((dense != 0).double().mean()) == pytest.approx(1 - 0.75**2, abs=0.05)
-    assert max(merged.errors.values()) < 1e-6
-
-
-def test_svd_keeps_the_largest_rank_unless_told(batch):
-    model = build()
-    merged = merge(model, NAMES, method="task_arithmetic", output="svd")
-    ranks = {layer.r["merged"] for layer in lora_layers(model)}
-    assert max(ranks) == 6
-    assert 0 < max(merged.errors.values()) < 1
-    exact = merge(model, NAMES, adapter_name="wide", method="task_arithmetic", rank=32)
-    assert set(exact.errors.values()) == {0.0}
-    with torch.no_grad():
-        model.set_adapter("wide")
-        found = model(**batch).logits
-        model.delete_adapter("wide")
-        merge(model, NAMES, adapter_name="cat", method="task_arithmetic")
-        model.set_adapter("cat")
-        torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_svd_keeps_biases():
-    model = build(lora_bias=True)
-    merge(model, NAMES, [1.0, 0.5, 2.0], "small", "svd", 2)
-    for layer in lora_layers(model):
-        weights = dict(zip(NAMES, [1.0, 0.5, 2.0], strict=True))
-        present = [name for name in NAMES if name in layer.lora_A]
-        expected = sum(weights[name] * layer.scaling[name] * layer.lora_B[name].bias for name in present)
-        torch.testing.assert_close(layer.lora_B["small"].bias, expected)
-
-
-def test_weights_are_where_nsc_starts():
-    model = build()
-    merged = merge(model, NAMES, [0.1, 0.2, 0.3], data=data(), steps=1, lr=0.0, weight_decay=0.0, progress=False)
-    assert merged.result.method == "nsc"
-    found = {name: {row[name] for row in merged.coefficients.values()} - {0.0} for name in NAMES}
-    assert {name: pytest.approx(weight) for name, weight in zip(NAMES, (0.1, 0.2, 0.3), strict=True)} == {
-        name: values.pop() for name, values in found.items()
-    }
-    for layer in lora_layers(model):
-        assert layer.scaling["merged"] == 1.0
-
-
-def test_results_without_coefficients():
-    """A method registered for the test: its update is dense, of full rank."""
-    from nsc_merge.adapters import Factor
-    from nsc_merge.methods import METHODS
-    from nsc_merge.methods.arithmetic import NoOptions
-    from nsc_merge.methods.base import gradient_free
-
-    def updates(adapters, paths, options):
-        for path in paths:
-            present = [adapter.factors[path] for adapter in adapters.values() if path in adapter.factors]
-            dense = sum(factor.delta() for factor in present).relu().float()
-            yield path, Factor(torch.empty(0, dense.shape[1]), torch.empty(dense.shape[0], 0), 1.0, dense=dense)
-
-    METHODS["positive"] = gradient_free("positive", "", "", NoOptions, updates)
-    try:
-        model = build()
-        with pytest.raises(ValueError, match="output: the update of method 'positive' is of full rank"):
-            merge(model, NAMES, method="positive")
-        assert list(model.peft_config) == NAMES
-        merged = merge(model, NAMES, method="positive", output="svd", rank=4)
-    finally:
-        del METHODS["positive"]
-    assert not merged.coefficients
-    for path, error in merged.errors.items():
-        dense = sum(update_of(model, path, name) for name in NAMES).relu()
-        sigma = torch.linalg.svdvals(dense.double())
-        assert error == pytest.approx(float(sigma[4:].norm() / sigma.norm()), rel=1e-4)
-        assert float((update_of(model, path, "merged") - dense).norm() / dense.norm()) == pytest.approx(error, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"combination_type": "dare"}, r"combination_type: expected one of \['cat', 'svd', .*\], found 'dare'"),
-        ({"combination_type": "ties", "majority_sign_method": "x"}, "majority_sign_method: expected one of"),
-        ({"combination_type": "cat", "method": "nsc"}, "combination_type: expected it, or method and output"),
-        ({"method": "task_arithmetic", "output": "full"}, r"output: expected one of \['cat', 'svd'\], found 'full'"),
-        ({"method": "task_arithmetic", "output": "cat", "rank": 2}, "rank: output 'cat' has the sum of the ranks"),
-        ({"method": "task_arithmetic", "rank": 0}, "rank: expected a whole number of at least 1, found 0"),
-        ({"method": "task_arithmetic", "rank": 2, "svd_rank": 2}, "svd_rank: expected it or rank"),
-        ({"method": "task_arithmetic", "weights": [1.0]}, r"weights: expected one for each of .* found \[1\.0\]"),
-        ({"method": "zero_shot", "weights": [1.0, 1.0, 1.0]}, "weights: method 'zero_shot' takes none"),
-        ({"method": "finetuned"}, "method: 'finetuned' gives every task an update of its own"),
-        ({"method": "zero_shot"}, "method: the update of 'zero_shot' is zero"),
-    ],
-)
-def test_merge_refuses_what_it_cannot_do(arguments, message):
-    model = build()
-    with pytest.raises(ValueError, match=message):
-        merge(model, NAMES, **arguments)
-    assert list(model.peft_config) == NAMES

@@ -102,6 +102,21 @@ def test_lam_stays_wide_when_the_module_is_narrowed(learnt: bool) -> None:
     assert layer(torch.randn(3, 48, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
+def test_a_pending_gradient_of_lam_stays_wide_too() -> None:
+    lam = nn.Parameter(torch.tensor([0.3001, 0.6]))
+    layer = make(lam)
+    layer(torch.randn(3, 48)).sum().backward()
+    assert lam.grad is not None
+    grad = lam.grad.clone()
+    layer.to(torch.bfloat16)
+    assert layer.lam is lam
+    assert lam.grad.dtype is torch.float32
+    assert torch.equal(lam.grad, grad)
+    torch.optim.AdamW([lam], lr=0.1).step()
+    layer.double()
+    assert lam.dtype is lam.grad.dtype is torch.float64
+
+
 def test_copies_pickles_and_loads() -> None:
     layer, z = make(), torch.randn(3, 48)
     y = layer(z)

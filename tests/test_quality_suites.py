@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import nsc_merge
+from nsc_merge.forwards import shared_forward
 from nsc_merge.methods import METHODS
 
 FOLDER = Path(__file__).parents[1] / "bench" / "quality"
@@ -26,7 +27,7 @@ import summary  # noqa: E402
 import vit  # noqa: E402
 from controls import anti_nsc, oracle, shuffled  # noqa: E402
 from rows import GRADIENT_FREE, ROWS, Row  # noqa: E402
-from suite import Scores, Subset, building, evaluate, merged, predict, score, shared_forward  # noqa: E402
+from suite import Scores, Subset, building, evaluate, merged, predict, score  # noqa: E402
 
 SETTINGS = vit.Settings(
     train_scenes=128,
@@ -284,6 +285,15 @@ def test_ratios_along_training_start_at_that_of_random_factors(trained, work):
     assert record["steps"][0]["all"] == pytest.approx(record["random"], abs=0.01)
     assert [entry["step"] for entry in record["steps"]] == [0, 2, 4, 6]
     assert record["steps"][-1]["all"] < record["steps"][0]["all"]
+
+
+def test_a_seed_measured_again_replaces_its_own_lines_only(tmp_path):
+    path = tmp_path / "ratios.jsonl"
+    ratios.replace_seeds(path, [{"seed": 0, "rho": 1}, {"seed": 1, "rho": 2}, {"seed": 1, "rho": 3}], [0, 1])
+    ratios.replace_seeds(path, [{"seed": 0, "rho": 4}], [0])
+    assert [json.loads(line)["rho"] for line in path.read_text().splitlines()] == [4, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["ratios.jsonl"]
+
 
 
 def test_samples_are_related_to_their_quality(trained):

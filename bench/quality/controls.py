@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from suite import Scores, Suite, evaluate, merged, shared_forward
+from suite import Scores, Suite, evaluate, merged
 from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import family_of, scored_paths
+from nsc_merge.forwards import shared_forward
 from nsc_merge.loop import Optimisation, Settings, by_path
 from nsc_merge.measure import Coefficients, Objective
 from nsc_merge.nsc import objective_of, resolve_options

@@ -3,8 +3,9 @@
     python bench/quality/ratios.py --suite vit --seeds 0 1 2
 
 Writes OUT/<suite>-training.jsonl, one line per seed, task and kind of labels (true or permuted), for suites that keep
-adapters along the way, and OUT/<suite>-samples.jsonl, one line per seed, task and model. Two sets of modules are
-averaged over: "all" adapted ones, and the "target" of NSC's default.
+adapters along the way, and OUT/<suite>-samples.jsonl, one line per seed, task and model. Seeds measured again replace
+their own lines and no others. Two sets of modules are averaged over: "all" adapted ones, and the "target" of NSC's
+default.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import importlib
 import json
 import math
+import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     for name, records in (("training", training), ("samples", samples)):
         if records:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            (given.out / f"{given.suite}-{name}.jsonl").write_text(text, encoding="utf-8")
+            replace_seeds(given.out / f"{given.suite}-{name}.jsonl", records, given.seeds)
     return 0
+
+
+def replace_seeds(path: Path, records: Sequence[dict[str, Any]], seeds: Collection[int]) -> None:
+    """Put ``records`` in the place of what a file holds about ``seeds``; other seeds' lines stay."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [record for record in map(json.loads, lines) if record["seed"] not in seeds]
+    together = sorted([*kept, *records], key=lambda record: record["seed"])
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in together), encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

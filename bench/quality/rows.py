@@ -61,7 +61,7 @@ class Row:
 
 
 _START = {"lr": 1e-3, "steps": GRADIENT_STEPS, "optimizer": "adamw", "weight_decay": 0.01, "init": 0.4}
-_MATCH = {"lr": 1e-2, "steps": GRADIENT_STEPS, "init": 0.4, "normalise": "none"}
+_MATCH = {"lr": 1e-2, "steps": GRADIENT_STEPS, "init": 0.4, "normalise": "none", "positions": "all"}
 
 ROWS = (
     Row("zero_shot", REFERENCE, "zero_shot"),
@@ -108,13 +108,25 @@ ROWS = (
         suites=("llama", "llava"),
     ),
     # The single models' features are kept per batch, so batches come again: eight are all of ViT's validation scenes.
-    Row("match", LEARNT, "match", batches=8),
+    Row("match", LEARNT, "match", _MATCH, batches=8),
     Row("match lr1e-3", LEARNT, "match", {**_MATCH, "lr": 1e-3}, batches=8),
     Row("match init1/K", LEARNT, "match", {**_MATCH, "init": "1/K"}, batches=8),
     Row("match init by match", LEARNT, "match", {**_MATCH, "init": "match"}, batches=8),
     Row("match by scale", LEARNT, "match", {**_MATCH, "normalise": "scale"}, batches=8),
     Row("match by task", LEARNT, "match", {**_MATCH, "normalise": "task"}, batches=8),
     Row("match, one per task", LEARNT, "match", {**_MATCH, "share": "task"}, batches=8),
+    Row("match last", LEARNT, "match", {**_MATCH, "positions": "last"}, batches=8, suites=("llama", "llava")),
+    Row(
+        "match last by task",
+        LEARNT,
+        "match",
+        {**_MATCH, "positions": "last", "normalise": "task"},
+        batches=8,
+        suites=("llama", "llava"),
+    ),
+    Row("distill", LEARNT, "distill", {"lr": 1e-2, "init": 0.4}, batches=8),
+    Row("distill init1/K", LEARNT, "distill", {"lr": 1e-2, "init": "1/K"}, batches=8),
+    Row("distill by task", LEARNT, "distill", {"lr": 1e-2, "init": 0.4, "normalise": "task"}, batches=8),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),
     Row("oracle", LABELLED, "oracle"),

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nsc_merge.forwards import shared_forward
 from nsc_merge.result import MergeResult
 
 Log = Callable[[str], None]
@@ -174,32 +175,6 @@ def merged(suite: Suite, result: MergeResult) -> Models:
     if not result.per_task:
         return result.apply(copy.deepcopy(suite.model)).eval()
     return {task: result.for_task(task).apply(copy.deepcopy(suite.model)).eval() for task in suite.tasks}
-
-
-@contextmanager
-def shared_forward(model: nn.Module) -> Iterator[None]:
-    """Within it, calling ``model`` again with the very same tensors returns what the first call returned."""
-    known: dict[tuple[Any, ...], Any] = {}
-    forward = model.forward
-
-    def once(*args: Any, **inputs: Any) -> Any:
-        key = (
-            *(id(value) for value in args),
-            *(
-                (name, id(value) if isinstance(value, Tensor) else value)
-                for name, value in sorted(inputs.items())
-            ),
-        )
-        if key not in known:
-            # The arguments are kept as well, so that no other tensor takes over their identity.
-            known[key] = args, inputs, forward(*args, **inputs)
-        return known[key][-1]
-
-    model.forward = once
-    try:
-        yield
-    finally:
-        del model.forward
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from run import HERE, SUITES, read_records
 
 NAMES = {"vit": "ViT", "llama": "LLaMA", "llava": "LLaVA"}
 START = "TA@0.4"
-COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", "match")
+COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", "match", "distill")
 
 # Row -> seed -> average.
 Averages = dict[str, dict[int, float]]
@@ -59,7 +59,7 @@ def gains_table(found: dict[str, Averages]) -> list[str]:
             for column in found.values()
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    for name in ("NSC", "match"):
+    for name in ("NSC", "match", "distill"):
         cells = [
             _gains(column, name, lambda seed, column=column: best_gradient_free(column, seed))
             for column in found.values()

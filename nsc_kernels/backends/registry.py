@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
@@ -110,18 +110,32 @@ def chosen() -> str:
     return _choice
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block every call uses this backend, or raises where it cannot; ``"auto"`` chooses per call.
+class use_backend(contextlib.ContextDecorator):
+    """``with use_backend(name):`` every call in the block uses this backend, or raises where it cannot.
 
-    The choice is the process's, as ``NSC_BACKEND`` is: threads that want different backends must not overlap.
+    Also a decorator of functions. Outside a ``with`` or a decorated function it does nothing. The choice is the
+    process's, as ``NSC_BACKEND`` is: threads that want different backends must not overlap.
+
+    Args:
+        name: of the backend; ``"auto"`` chooses per call.
+
+    Raises:
+        ValueError: if there is no such backend.
     """
-    global _choice
-    previous, _choice = _choice, _checked_name(name, "use_backend")
-    try:
-        yield
-    finally:
-        _choice = previous
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked_name(name, "use_backend")
+        # One for each block entered and not left: a decorated function may call itself.
+        self._previous: list[str] = []
+
+    def __enter__(self) -> None:
+        global _choice
+        self._previous.append(_choice)
+        _choice = self._name
+
+    def __exit__(self, *error: object) -> None:
+        global _choice
+        _choice = self._previous.pop()
 
 
 @cache

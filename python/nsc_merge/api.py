@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from torch import nn
 
 from nsc_merge.adapters import AdapterSource, load_adapter
-from nsc_merge.methods import METHODS, Problem
+from nsc_merge.families import FAMILIES
+from nsc_merge.fields import did_you_mean
+from nsc_merge.methods import METHODS, Method, Problem
+from nsc_merge.nsc import RECIPES
 from nsc_merge.passes import Calibration
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
@@ -50,21 +53,46 @@ def merge(
         TypeError, ValueError, FileNotFoundError: naming the argument, what was found and what was expected,
             before the model is touched.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, found {method!r}")
-    METHODS[method].check_names(options)
+    chosen = method_of(method, options)
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
             f"adapters: expected a mapping from task to adapter with at least one entry, found {adapters!r}"
         )
+    for task in adapters:
+        if not isinstance(task, str):
+            raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     problem = Problem(model, fit(loaded, model, shared_modules), calibration)
-    result = METHODS[method].run(problem, options)
+    result = chosen.run(problem, options)
     return replace(result, inputs={"shared_modules": shared_modules, "dora": dora})
 
 
+def method_of(name: str, options: Collection[str] = ()) -> Method:
+    """The method of a name, which has the options given.
+
+    Raises:
+        ValueError: naming the method or the option that there is not, and the nearest that there is.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, found {name!r}{did_you_mean(name, METHODS)}")
+    method = METHODS[name]
+    try:
+        method.check_names(options)
+    except ValueError as error:
+        unknown = next(option for option in options if option not in method.option_names)
+        raise ValueError(f"{error}{did_you_mean(unknown, method.option_names)}") from None
+    return method
+
+
 def describe_methods() -> dict[str, dict[str, Any]]:
-    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs``, and its ``options`` with defaults."""
+    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs``, the option that is ``tuned`` on
+    validation data if any, its ``options`` with defaults, and its ``recipes``: name -> the ``families`` of models that
+    it is for, and the ``options`` whose defaults it replaces there.
+    """
+    recipes = {
+        name: {"families": [family.name for family in FAMILIES if family.recipe == name], "options": settings}
+        for name, settings in RECIPES.items()
+    }
     return {
         method.name: {
             "summary": method.summary,
@@ -75,6 +103,7 @@ def describe_methods() -> dict[str, dict[str, Any]]:
                 option.name: None if option.default is MISSING else option.default
                 for option in fields(method.options)
             },
+            "recipes": recipes if method.name == "nsc" else {},
         }
         for method in METHODS.values()
     }

@@ -45,11 +45,13 @@ class MeasuredLoRALinear(MergedLoRALinear):
             y = self.linear(z)
         else:
             y = super().forward(z)
+        # The coefficients stay as wide as they are: rounded to bfloat16, small steps would change nothing.
         if self.denses is not None:
-            weight = torch.einsum("k,koi->oi", self.lam.to(self.denses.dtype), self.denses)
-            y = y + nn.functional.linear(z, weight.to(z.dtype))
+            stacked = self.denses.flatten(0, 1).to(z.dtype)
+            shares = nn.functional.linear(z, stacked).unflatten(-1, self.denses.shape[:2])
+            y = y + (self.lam[:, None] * shares).sum(-2).to(y.dtype)
         if self.biases is not None:
-            y = y + (self.lam.to(self.biases.dtype) @ self.biases).to(y.dtype)
+            y = y + (self.lam @ self.biases.to(self.lam.dtype)).to(y.dtype)
         return y
 
 
@@ -83,7 +85,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
         if unknown:
             raise ValueError(
                 f"adapters[{name!r}]: {len(unknown)} of {len(adapter.factors)} adapted modules are not in "
-                f"{type(model).__name__}, for example {unknown[0]!r}"
+                f"{type(model).__name__}, for example {unknown[0]!r}" + _wrapped(model)
             )
         for path, factor in adapter.factors.items():
             linear = modules[path]
@@ -94,7 +96,8 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
             if not isinstance(linear, nn.Linear):
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, "
-                    f"found {type(linear).__name__}"
+                    f"found {type(linear).__module__}.{type(linear).__name__}"
+                    + ("; expected a model without adapters" if hasattr(linear, "base_layer") else "")
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -106,6 +109,13 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     return {
         path: module for path, module in modules.items() if path in touched and isinstance(module, nn.Linear)
     }
+
+
+def _wrapped(model: nn.Module) -> str:
+    """What to say where the model is a wrapper, under which every path begins otherwise."""
+    if hasattr(model, "_orig_mod"):
+        return "; of a compiled model, expected the module that was compiled"
+    return "; of a PeftModel, expected the base model without adapters" if hasattr(model, "peft_config") else ""
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from nsc_merge.commands.analyse import add_analyse
 from nsc_merge.commands.evaluate import add_eval
+from nsc_merge.fields import UsageError
 from nsc_merge.terminal import log, names, positive, prepare, quieten_libraries
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
@@ -36,7 +37,7 @@ examples:
   nsc-merge demo --retrain --assets my-assets     train base and adapters anew (15-20 minutes)
   nsc-merge demo --assets my-assets               and merge those
 
-exit status: 0 success, 1 failure (one line says why), 2 wrong usage or recipe, 130 interrupted
+exit status: 0 success, 1 failure (one line says why), 2 wrong usage or recipe, 130 interrupted, 141 output closed
 """
 _RUN = """\
 Merges as a YAML recipe says:
@@ -50,7 +51,7 @@ Merges as a YAML recipe says:
     edge: inputs/edge.safetensors
   batch_size: 32                    # rows of a calibration file per batch
   method: nsc                       # see nsc-merge methods
-  options: {steps: 100, lr: 1e-3}   # of the method
+  options: {steps: 100, lr: 1e-3}   # of the method; nsc's defaults depend on the model
   shared_modules: lambda            # or mean, first: modules trained in full before the head
   dora: refuse                      # or convert
   dtype: auto                       # or float32, bfloat16, ...
@@ -58,8 +59,11 @@ Merges as a YAML recipe says:
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
-The output folder changes only once everything is written. Nothing but a hub id
-touches the network.
+The output folder changes only once everything is written; what an earlier merge left
+there goes, other files stay. Nothing but a hub id touches the network.
+
+Method nsc keeps the state of a run beside the output folder, from which --resume goes
+on with the same recipe and files.
 """
 
 
@@ -71,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_inspect(commands)
@@ -111,6 +116,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Version(argparse.Action):
+    """Prints the version, which is not looked up before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from nsc_kernels import __version__
+
+        print(f"nsc-merge {__version__}")
+        parser.exit()
+
+
 def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run",
@@ -119,9 +134,11 @@ def _add_run(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument("recipe", type=Path, help="YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    run.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the recipe")
     run.add_argument("--dry-run", action="store_true", help="load, check, estimate; write nothing")
-    run.add_argument("--resume", action="store_true", help="go on from the state of an interrupted run")
+    run.add_argument(
+        "--resume", action="store_true", help="go on from the state of an interrupted run (method nsc)"
+    )
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     run.set_defaults(run=_run)
 
@@ -166,17 +183,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is left of it must not be written at the end, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("nsc-merge: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if arguments.debug:
             raise
+        what = str(error)
+        if isinstance(error, UnicodeEncodeError):
+            what = f"the locale's encoding {error.encoding} has no form of {error.object!r}; expected LC_ALL=C.UTF-8"
         # One line, whatever the library that raised it wrote.
-        print(f"nsc-merge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"nsc-merge: error: {' '.join(what.split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
     except Exception as error:
         if arguments.debug:
@@ -192,6 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     prepare(local=recipe.local)
     from nsc_merge import runner
+    from nsc_merge.checks import can_resume
 
     if arguments.dry_run:
         plan = runner.plan(recipe, log)
@@ -201,7 +228,7 @@ def _run(arguments: argparse.Namespace) -> int:
         summary = runner.run(recipe, resume=arguments.resume, progress=None, log=log)
     except KeyboardInterrupt:
         state = runner.state_file(recipe)
-        if state.is_file():
+        if can_resume(recipe) and state.is_file():
             again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
             log(f"the state is in {state}; go on with: {again}")
         raise
@@ -223,7 +250,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.fields import is_hub_id
 
     if arguments.inputs and not arguments.model:
-        raise ValueError("--inputs: needs --model")
+        raise UsageError("--inputs: needs --model")
     local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
     prepare(local=local)
     from nsc_merge import inspection
@@ -237,7 +264,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if len(set(called)) != len(called):
         called = [str(folder) for folder in arguments.adapters]
     if len(set(called)) != len(called):
-        raise ValueError(f"ADAPTER: {max(called, key=called.count)} is given twice")
+        raise UsageError(f"ADAPTER: {max(called, key=called.count)} is given twice")
     adapters = {
         name: load_adapter(folder, name, dora="convert")
         for name, folder in zip(called, arguments.adapters, strict=True)
@@ -263,7 +290,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from nsc_merge.saved import load_result
 
     if arguments.rank is not None and arguments.format != "lora":
-        raise ValueError("--rank: only --format lora can be truncated")
+        raise UsageError("--rank: only --format lora can be truncated")
     result = load_result(arguments.result)
     result.save(
         arguments.out, arguments.format, rank=arguments.rank, max_shard_size=arguments.max_shard_size
@@ -300,7 +327,11 @@ def _methods(arguments: argparse.Namespace) -> int:
         print(json.dumps(methods))
         return 0
     for name, method in methods.items():
-        options = ", ".join(f"{option}={value!r}" for option, value in method["options"].items())
+        by_family = {option for recipe in method["recipes"].values() for option in recipe["options"]}
+        options = ", ".join(
+            f"{option}={'by recipe' if option in by_family else repr(value)}"
+            for option, value in method["options"].items()
+        )
         lines = [f"  {method['summary']}", f"  {method['paper']}"]
         if method["needs"]:
             lines.append(f"  needs: {', '.join(method['needs'])}")
@@ -308,13 +339,16 @@ def _methods(arguments: argparse.Namespace) -> int:
             lines.append(f"  tuned on validation data: {method['tuned']}")
         if options:
             lines += textwrap.wrap(f"options: {options}", 100, initial_indent="  ", subsequent_indent="    ")
+        for recipe, its in method["recipes"].items():
+            settings = ", ".join(f"{option}={value!r}" for option, value in its["options"].items())
+            lines.append(f"  recipe {recipe} ({', '.join(its['families']) or 'on demand'}): {settings}")
         print("\n".join([name, *lines]))
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.retrain and arguments.assets is None:
-        raise ValueError("--retrain: say where to write with --assets DIR")
+        raise UsageError("--retrain: say where to write with --assets DIR")
     quieten_libraries()
     import torch
 
@@ -328,10 +362,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     from nsc_merge.demo.run import render, run_demo
     from nsc_merge.demo.tasks import TASKS
 
+    tasks = arguments.tasks or list(TASKS)
+    if not set(tasks) <= set(TASKS) or len(tasks) < 2 or len(set(tasks)) != len(tasks):
+        raise UsageError(f"--tasks: expected two or more different ones of {list(TASKS)}, found {tasks}")
     summary = run_demo(
         arguments.out,
         assets=arguments.assets,
-        tasks=arguments.tasks or list(TASKS),
+        tasks=tasks,
         steps=arguments.steps,
         seed=arguments.seed,
         log=log,

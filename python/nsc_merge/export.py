@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nsc_merge.adapters import CONFIG_FILE, WEIGHTS_FILE
 from nsc_merge.card import model_card
-from nsc_merge.folders import replacing_folder
-from nsc_merge.recipe import FORMATS, plain, recipe_of, to_yaml
+from nsc_merge.folders import files_in, replacing_folder
+from nsc_merge.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT
+from nsc_merge.recipe import FORMATS, RECORD, digest_of, plain, recipe_of, to_yaml
 
 if TYPE_CHECKING:
     from nsc_merge.result import MergeResult
@@ -47,8 +48,8 @@ def save(
     rank: int | None,
     max_shard_size: str | int,
     plots: bool,
-) -> Path:
-    """See :meth:`nsc_merge.MergeResult.save`."""
+) -> list[str]:
+    """See :meth:`nsc_merge.MergeResult.save`; returns the files written, by their paths within ``out``."""
     wanted = [format] if isinstance(format, str) else list(format)
     for name in wanted:
         if name not in FORMATS:
@@ -63,11 +64,20 @@ def save(
         raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
     if rank is None and "lora" in wanted:
         _refuse_full_rank(result)
+    if "model" in wanted or ("lora" in wanted and any(map(result.is_whole, result.paths))):
+        result.check_base()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     if isinstance(format, str):
         _refuse_mixture(out, format)
-    with replacing_folder(out, _is_old_shard) as staging:
+    digest = digest_of(result)
+    earlier, files = _earlier(out)
+    kept = files if earlier == digest else set()
+
+    def obsolete(path: Path, written: set[Path]) -> bool:
+        return path.as_posix() in files - kept or _is_old_shard(path, written)
+
+    with replacing_folder(out, obsolete) as staging:
         errors: dict[str, float] = {}
         nested = not isinstance(format, str)
         if nested and result.coefficients:
@@ -81,11 +91,27 @@ def save(
                     continue
                 folder = staging / place / (name if nested else "")
                 folder.mkdir(parents=True, exist_ok=True)
-                errors |= _write(one, folder, name, rank, max_shard_size)
+                found = _write(one, folder, name, rank, max_shard_size)
+                errors |= {f"{place}/{path}" if place else path: error for path, error in found.items()}
         _write_surroundings(result, staging, plots=plots)
         card = model_card(result, shown, rank, errors, nested=nested)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
-    return out
+        written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
+        document = recipe_of(result, digest, sorted(written | kept))
+        (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
+    return sorted(written)
+
+
+def _earlier(out: Path) -> tuple[str | None, set[str]]:
+    """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
+    import yaml
+
+    try:
+        record = yaml.safe_load((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
+        # The pictures may have been drawn later.
+        return record["merge"], {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return None, set()
 
 
 def _by_task(result: MergeResult) -> Iterator[tuple[str, MergeResult]]:
@@ -198,9 +224,11 @@ def _write_lora(result: MergeResult, folder: Path, rank: int | None) -> dict[str
             A, B = concatenated(result, path)
         else:
             A, B, errors[path] = low_rank(result, path, rank)
-        if A.shape[0] == 0 and biases[path] is None:
-            # PEFT has no adapters of rank 0; leaving the module out says the same.
-            continue
+        if A.shape[0] == 0:
+            # PEFT has no adapters of rank 0. Leaving the module out says the same, unless it has a bias.
+            if biases[path] is None:
+                continue
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().contiguous()
         if has_bias:
@@ -269,7 +297,6 @@ def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> No
     if result.history:
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(to_yaml(recipe_of(result)), encoding="utf-8")
     if plots and result.coefficients:
         from nsc_merge.plots import draw
 

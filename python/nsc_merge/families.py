@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nsc_merge.options import check_names
+
 
 @dataclass(frozen=True)
 class Family:
@@ -174,6 +176,8 @@ def scored_paths(
     Raises:
         ValueError: naming the option, if it selects nothing or a block that does not exist.
     """
+    if score_modules is not None:
+        check_names("score_modules", score_modules)
     pattern = re.compile(family.block)
     numbers = [int(match[1]) for path, _ in model.named_modules() if (match := pattern.search(path + "."))]
     count = max(numbers, default=-1) + 1
@@ -184,7 +188,8 @@ def scored_paths(
             raise ValueError(f"score_blocks: expected 1 to {count} last blocks, found {score_blocks}")
         blocks = set(range(count - score_blocks, count))
     elif isinstance(score_blocks, Sequence) and not isinstance(score_blocks, str):
-        blocks = set(score_blocks)
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in score_blocks)
+        blocks = set(score_blocks) if whole else set()
         if not blocks or not blocks <= set(range(count)):
             raise ValueError(
                 f"score_blocks: expected block numbers from 0 to {count - 1}, found {list(score_blocks)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class RecipeError(ValueError):
-    """The recipe, not the data, is at fault."""
+class UsageError(ValueError):
+    """The command line, not the data, is at fault."""
 
     exit_status = 2
+
+
+class RecipeError(UsageError):
+    """The recipe, not the data, is at fault."""
 
 
 def read_document(
@@ -38,7 +42,7 @@ def read_document(
     if not path.is_file():
         raise RecipeError(f"recipe: {path} is not a file")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
@@ -49,14 +53,39 @@ def read_document(
         if not equals or not all(name.split(".")):
             raise RecipeError(f"override: expected key.sub=value, found {override!r}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RecipeError(f"override: the value of {override!r} is not valid YAML") from None
+            # Where the locale knows no character for a byte, Python passes the byte on as it is.
+            value = _parsed(text.encode("utf-8", "surrogateescape").decode("utf-8"))
+        except (yaml.YAMLError, UnicodeError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"override: the value of {override!r} is not valid YAML: {reason}") from None
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         document = _updated(document, absolute(nested, Path.cwd()))
     return document
+
+
+def _parsed(text: str) -> Any:
+    """The value of YAML text, in which no key is given twice.
+
+    Raises:
+        yaml.YAMLError: naming the line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is given twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def _updated(document: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,12 +108,17 @@ def absolute_model(model: Any, base: Path) -> Any:
     return model
 
 
+def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
 def refuse_unknown(prefix: str, document: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse keys that there are not, with the nearest that there is."""
     for key in document:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f" (keys: {', '.join(known)})"
+            hint = did_you_mean(key, known, prefix) or f" (keys: {', '.join(known)})"
             raise RecipeError(f"{prefix}{key}: no such key{hint}")
 
 
@@ -99,7 +133,15 @@ def mapping(document: Mapping[str, Any], key: str, prefix: str = "") -> dict[str
 
 
 def by_task(document: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    return [(str(task), value) for task, value in mapping(document, key).items()]
+    """Names of tasks and their values, none if the key is absent."""
+    values = mapping(document, key)
+    for task in values:
+        if not isinstance(task, str):
+            raise RecipeError(
+                f"{key}: expected names of tasks, found {task!r}, which is how YAML reads numbers, dates and yes, no, "
+                "on, off; in quotes it is a name"
+            )
+    return list(values.items())
 
 
 def text_path(key: str, value: Any) -> str:

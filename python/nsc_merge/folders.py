@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -31,7 +31,7 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield staging
-        written = set(_files(staging))
+        written = set(files_in(staging))
         if not out.exists():
             staging.chmod(0o777 & ~_umask())
             os.rename(staging, out)
@@ -40,18 +40,18 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
             _drop(out, written, obsolete)
         else:
             shutil.copystat(out, staging)
-            kept = {path for path in _files(out) if path not in written and not obsolete(path, written)}
+            kept = {path for path in files_in(out) if path not in written and not obsolete(path, written)}
             for path in kept:
                 _link(out / path, staging / path)
             _swap(staging, out)
             # What someone else put there meanwhile is not ours to delete.
-            late = {path for path in _files(staging) if path not in written | kept and not obsolete(path, written)}
+            late = {path for path in files_in(staging) if path not in written | kept and not obsolete(path, written)}
             _move(staging, out, late)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """Everything in a folder that is no folder, by its path within."""
     return sorted(
         (Path(parent) / name).relative_to(folder)
@@ -75,9 +75,13 @@ def _move(source: Path, target: Path, paths: set[Path]) -> None:
 
 
 def _drop(out: Path, written: set[Path], obsolete: Callable[[Path, set[Path]], bool]) -> None:
-    for path in _files(out):
+    for path in files_in(out):
         if path not in written and obsolete(path, written):
             (out / path).unlink()
+            for folder in path.parents[:-1]:
+                # One that other files are left in stays.
+                with suppress(OSError):
+                    (out / folder).rmdir()
 
 
 def _swap(one: Path, other: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.folding import should_fold
+from nsc_merge.forwards import evaluating
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
+from nsc_merge.options import check_choice, check_count, check_number, check_seed
 from nsc_merge.passes import FEW, Calibration, Padding, streams
 from nsc_merge.result import MergeResult
 from nsc_merge.signal import signal_notes
@@ -77,7 +78,7 @@ class NSCOptions:
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
         cache_prefix: keep the outputs of a frozen vision tower per batch, up to 2 GiB.
         seed: of torch's global generator while calibration batches are drawn; restored afterwards.
-        progress: True draws a bar, False prints lines, None decides by whether standard error is a terminal.
+        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
         state_to: file that the state of the optimisation is saved to, every ``state_every`` steps, at the end
             and on Ctrl-C.
         state_every: steps between two saved states.
@@ -122,10 +123,9 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
         if name not in known:
             raise ValueError(f"{name}: not an option of method 'nsc' (options: {', '.join(known)})")
     recipe = options.get("recipe") or family.recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe: expected one of {sorted(RECIPES)}, found {recipe!r}")
+    check_choice("recipe", recipe, sorted(RECIPES))
     chosen = replace(NSCOptions(**{**RECIPES[recipe], **options}), recipe=recipe)
-    for name, allowed in (
+    for name, choices in (
         ("optimizer", ("adamw", "adam")),
         ("schedule", tuple(SCHEDULES)),
         ("dead", DEAD_POLICIES),
@@ -137,31 +137,21 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
         ("early_exit", (True, False)),
         ("cache_prefix", (True, False)),
     ):
-        value = getattr(chosen, name)
-        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
-            raise ValueError(f"{name}: expected one of {list(allowed)}, found {value!r}")
+        check_choice(name, getattr(chosen, name), choices)
     if not isinstance(chosen.compile, bool) and chosen.compile not in torch.compiler.list_backends(exclude_tags=()):
         usual = torch.compiler.list_backends()
         raise ValueError(f"compile: expected True, False or one of {usual}, found {chosen.compile!r}")
-    for name in ("steps", "state_every"):
-        value = getattr(chosen, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
-    for name in ("lr", "weight_decay", "early_stop"):
-        value = getattr(chosen, name)
-        if name == "early_stop" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number of at least 0, found {value!r}")
+    check_count("steps", chosen.steps)
+    check_count("state_every", chosen.state_every)
+    check_seed(chosen.seed)
+    check_number("lr", chosen.lr, 0)
+    check_number("weight_decay", chosen.weight_decay, 0)
+    if chosen.early_stop is not None:
+        check_number("early_stop", chosen.early_stop, 0)
     if isinstance(chosen.init, Mapping) and set(chosen.init) != set(tasks):
         raise ValueError(f"init: expected one value for each of {list(tasks)}, found {sorted(chosen.init)}")
     for value in chosen.init.values() if isinstance(chosen.init, Mapping) else [chosen.init]:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"init: expected finite numbers, found {value!r}")
-    if isinstance(chosen.score_modules, str):
-        raise ValueError(
-            f"score_modules: expected a list of names, found the string {chosen.score_modules!r}"
-        )
+        check_number("init", value)
     return chosen
 
 
@@ -195,6 +185,8 @@ def merge_nsc(
     present = torch.tensor([[path in adapters[task].factors for task in tasks] for path in paths])
     device = next(model.parameters()).device
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         objective_of(model, adapters, family, scored, chosen) as objective,
     ):
@@ -247,8 +239,10 @@ def objective_of(
     counts = [sum(column) for column in zip(*touched.values(), strict=True)]
     unscored = [task for task, count in zip(tasks, counts, strict=True) if not count]
     if unscored:
+        names = [{path.rsplit(".", 1)[-1] for path in adapter.factors} for adapter in adapters.values()]
         raise ValueError(
-            f"score_modules: the adapters of {unscored} touch none of the measured modules {list(scored)}"
+            f"score_modules: the adapters of {unscored} touch none of the measured modules {list(scored)}; expected "
+            f"modules that all adapters touch, found {sorted(set.intersection(*names)) or 'none'}"
         )
     shares = {
         path: [is_in / count for is_in, count in zip(row, counts, strict=True)]
@@ -259,31 +253,26 @@ def objective_of(
     if family.tokens is not None and family.mask is not None:
         most = FEW if options.batch_tasks is None else None
         padding = Padding(family.tokens, family.mask, filler_of(model), most)
-    training = model.training
     linears = adapted_linears(model, adapters)
     fold = should_fold(options.fold, [linear.weight for path, linear in linears.items() if path not in scored])
-    with attach(model, adapters, options.init) as merged:
+    with evaluating(model), attach(model, adapters, options.init) as merged:
         tower = frozen_tower(family, model, merged) if options.cache_prefix else None
-        model.eval()
-        try:
-            with Objective(
-                model,
-                merged,
-                shares,
-                mask=None if options.include_pad else family.mask,
-                padding=padding,
-                restrict=restrict,
-                tower=tower,
-                block=family.block,
-                batch_tasks=options.batch_tasks,
-                checkpointing=options.checkpointing,
-                fold=fold,
-                compiler="inductor" if options.compile is True else options.compile or None,
-                early_exit=options.early_exit,
-            ) as objective:
-                yield objective
-        finally:
-            model.train(training)
+        with Objective(
+            model,
+            merged,
+            shares,
+            mask=None if options.include_pad else family.mask,
+            padding=padding,
+            restrict=restrict,
+            tower=tower,
+            block=family.block,
+            batch_tasks=options.batch_tasks,
+            checkpointing=options.checkpointing,
+            fold=fold,
+            compiler="inductor" if options.compile is True else options.compile or None,
+            early_exit=options.early_exit,
+        ) as objective:
+            yield objective
 
 
 def _plain(options: NSCOptions) -> dict[str, Any]:

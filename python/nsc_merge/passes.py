@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -101,10 +102,70 @@ def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, 
         ValueError: if ``calibration`` is not a mapping with exactly these tasks; on drawing, if a task has no
             batch or one that is not a mapping.
     """
+    return {task: _endless(task, batches) for task, batches in restartable(calibration, tasks).items()}
+
+
+def restartable(calibration: Calibration | None, tasks: Sequence[str]) -> Calibration:
+    """The same batches, in the order of ``tasks``, from iterables that can be gone through more than once.
+
+    Raises:
+        ValueError: if ``calibration`` is not a mapping with exactly these tasks.
+    """
     if not isinstance(calibration, Mapping) or set(calibration) != set(tasks):
         found = sorted(calibration) if isinstance(calibration, Mapping) else type(calibration).__name__
         raise ValueError(f"calibration: expected batches for each of {list(tasks)}, found {found}")
-    return {task: _endless(task, calibration[task]) for task in tasks}
+    known = {task: calibration[task] for task in tasks}
+    return {task: Replayed(found) if isinstance(found, Iterator) else found for task, found in known.items()}
+
+
+class Replayed:
+    """An iterator as an iterable that starts anew: what it gave is remembered."""
+
+    def __init__(self, source: Iterator[Batch]) -> None:
+        self._source = source
+        self._seen: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        while number < len(self._seen) or self._draw():
+            yield self._seen[number]
+            number += 1
+
+    def _draw(self) -> bool:
+        for batch in self._source:
+            self._seen.append(batch)
+            return True
+        return False
+
+
+class _Rest:
+    """An iterable without its first items, however often it is started."""
+
+    def __init__(self, source: Iterable[Batch], skipped: int) -> None:
+        self._source, self._skipped = source, skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(iter(self._source), self._skipped, None)
+
+
+def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tuple[dict[str, list[Batch]], Calibration]:
+    """The first ``count`` batches of every task, and a calibration without them.
+
+    Args:
+        calibration: of iterables that start anew (:func:`restartable`).
+
+    Raises:
+        ValueError: if a task has no more batches than that.
+    """
+    first: dict[str, list[Batch]] = {}
+    for task in tasks:
+        found = list(islice(iter(calibration[task]), count + 1))
+        if len(found) <= count:
+            raise ValueError(
+                f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
+            )
+        first[task] = found[:count]
+    return first, {task: _Rest(calibration[task], count) for task in tasks}
 
 
 def one_by_one(
@@ -211,20 +272,16 @@ def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches in order, again and again; an iterator, which cannot be restarted, is remembered."""
-    once = isinstance(batches, Iterator)
-    seen: list[Batch] = []
+    """The batches of an iterable that can be gone through more than once, in order, again and again."""
     while True:
         empty = True
-        for batch in seen if once and seen else batches:
+        for batch in batches:
             if not isinstance(batch, Mapping) or not batch:
                 raise ValueError(
                     f"calibration[{task!r}]: expected dictionaries of model inputs, "
                     f"found {type(batch).__name__}"
                 )
             empty = False
-            if once:
-                seen.append(batch)
             yield batch
         if empty:
             raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")

@@ -11,21 +11,20 @@ from typing import Any
 class Progress:
     """Counts steps on standard error.
 
-    On a terminal it draws a tqdm bar with rate and time left. Otherwise, or when ``show`` is False, it prints
-    about ten plain lines over the whole run, so that a log file stays readable.
+    A tqdm bar with rate and time left, or about ten plain lines over the whole run, so that a log file stays readable.
 
     Args:
         label: what is being done.
         total: number of steps.
-        show: True forces the bar, False forces lines, None decides by whether standard error is a terminal.
+        show: True draws the bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
     """
 
     def __init__(self, label: str, total: int, show: bool | None = None) -> None:
-        self._label, self._total, self._done = label, total, 0
+        self._label, self._total, self._done, self._silent = label, total, 0, show is False
         self._every = max(1, total // 10)
         self._started = time.perf_counter()
         self._bar: Any = None
-        if show if show is not None else sys.stderr.isatty():
+        if show or (show is None and sys.stderr.isatty()):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit="step", file=sys.stderr, dynamic_ncols=True)
@@ -36,7 +35,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({name: str(value) for name, value in values.items()}, refresh=False)
             self._bar.update()
-        elif self._done % self._every == 0 or self._done == self._total:
+        elif not self._silent and (self._done % self._every == 0 or self._done == self._total):
             seconds = time.perf_counter() - self._started
             shown = "".join(f"  {name} {value}" for name, value in values.items())
             left = seconds / self._done * (self._total - self._done)

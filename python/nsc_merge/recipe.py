@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +49,12 @@ _KEYS = (
 )
 _OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+# Options that the command sets.
+_OPTIONS_OF_RUN = ("state_to", "resume_from")
 # Options of one run, not of the merge.
-_PASSING_OPTIONS = ("progress", "resume_from", "state_to", "state_every", "scored")
+_PASSING_OPTIONS = ("progress", *_OPTIONS_OF_RUN, "state_every", "scored")
+# As transformers reads it.
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,13 @@ def _checked(document: dict[str, Any]) -> Recipe:
         rank = count(rank, "output.rank")
         if "lora" not in formats:
             raise RecipeError("output.rank: only format 'lora' can be truncated")
+    max_shard_size = text(output, "max_shard_size", "output.", default="5GB")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
+    options = numbers(mapping(document, "options"))
+    for name in _OPTIONS_OF_RUN:
+        if name in options:
+            raise RecipeError(f"options.{name}: is chosen by nsc-merge run, which keeps the state beside output.dir")
     return Recipe(
         model=model,
         local=local,
@@ -168,22 +182,26 @@ def _checked(document: dict[str, Any]) -> Recipe:
         out=out,
         batch_size=count(document.get("batch_size", 32), "batch_size"),
         method=text(document, "method", default="nsc"),
-        options=numbers(mapping(document, "options")),
+        options=options,
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
         dora=choice(document, "dora", ("refuse", "convert")),
         dtype=choice(document, "dtype", DTYPES),
         device=text(document, "device", default="auto"),
         formats=tuple(formats),
         rank=rank,
-        max_shard_size=text(output, "max_shard_size", "output.", default="5GB"),
+        max_shard_size=max_shard_size,
         plots=flag(output, "plots", "output.", True),
     )
 
 
-def recipe_of(result: MergeResult) -> dict[str, Any]:
+def recipe_of(result: MergeResult, digest: str, files: Sequence[str]) -> dict[str, Any]:
     """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256.
 
     It can be run again if all adapters came from folders and the calibration from files.
+
+    Args:
+        digest: :func:`digest_of` the result.
+        files: that were written beside it, for whoever writes another merge to their place.
     """
     name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
     model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
@@ -192,18 +210,33 @@ def recipe_of(result: MergeResult) -> dict[str, Any]:
         for task, adapter in result.adapters.items()
     }
     options = {key: value for key, value in result.options.items() if key not in _PASSING_OPTIONS}
-    files = {
+    hashed = {
         **({"model": hashes(Path(model))} if model and Path(model).is_dir() else {}),
         "adapters": {task: hashes(Path(folder)) for task, folder in adapters.items() if folder},
         "calibration": {
             task: hashes(Path(place)) for task, place in (result.inputs.get("calibration") or {}).items()
         },
     }
-    record = {"versions": versions(), "sha256": files}
+    record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
     if "scored" in result.options:
         record["scored"] = list(result.options["scored"])
     head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
     return plain({**head, **result.inputs, RECORD: record})
+
+
+def digest_of(result: MergeResult) -> str:
+    """SHA-256 of all that the merged update follows from."""
+    from nsc_merge import state
+
+    parts = {
+        "method": result.method,
+        "adapters": {task: state.digest_of(adapter.factors) for task, adapter in result.adapters.items()},
+        "coefficients": result.coefficients,
+        "factors": state.digest_of(result.factors),
+        # Updates per task may be computed when asked for, each time; options and adapters say what they are.
+        "per_task": plain(result.options) if result.per_task else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:

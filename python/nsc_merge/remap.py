@@ -35,7 +35,8 @@ def fit(
 
     Raises:
         ValueError: naming the adapter and the module, if two paths become one, if a shared module is not
-            linear, or if a shape does not fit.
+            linear, if a shape does not fit, or if a linear that some task trained in full has LoRA for another and
+            ``shared_modules`` is not ``"lambda"``.
     """
     if shared_modules not in SHARED_POLICIES:
         raise ValueError(
@@ -161,6 +162,13 @@ def _by_policy(adapters: dict[str, Adapter], policy: str) -> dict[str, Adapter]:
         for path, factor in adapter.factors.items():
             if factor.dense is not None:
                 holders.setdefault(path, []).append(task)
+    for path, tasks in holders.items():
+        others = [task for task, adapter in adapters.items() if path in adapter.factors and task not in tasks]
+        if others:
+            raise ValueError(
+                f"shared_modules: {path} was trained in full for {tasks}, but has LoRA for {others}; "
+                f"expected 'lambda', found {policy!r}, which needs one kind"
+            )
     fixed = {}
     for task, adapter in adapters.items():
         factors = dict(adapter.factors)

@@ -37,6 +37,7 @@ class MergeResult:
         inputs: further arguments of the merge, as they go into ``recipe.yaml``.
         factors: module path -> the merged update, low-rank or dense, of methods that give no coefficients.
         per_task: task -> module path -> update, of methods that give every task its own.
+        found_after: how often :meth:`apply` had changed ``model`` when the result was made.
     """
 
     method: str
@@ -49,6 +50,11 @@ class MergeResult:
     inputs: dict[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Factor] = field(default_factory=dict, repr=False)
     per_task: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict, repr=False)
+    found_after: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.found_after is None:
+            object.__setattr__(self, "found_after", _applications(self.model))
 
     @property
     def tasks(self) -> list[str]:
@@ -195,15 +201,31 @@ class MergeResult:
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
 
-        Calling it twice adds twice.
+        Calling it twice adds twice. :attr:`model` itself is then no longer the base, so that :meth:`save` can no longer
+        write what needs it; a copy can be changed freely.
 
         Raises:
             TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
+        merged = self.merged(model)
+        setattr(model, _APPLICATIONS, _applications(model) + 1)
         with torch.no_grad():
-            for name, value in self.merged(model).items():
+            for name, value in merged.items():
                 model.get_parameter(name).copy_(value)
         return model
+
+    def check_base(self) -> None:
+        """Refuse a base model that :meth:`apply`, of this result or of another, changed since the result was made.
+
+        Raises:
+            ValueError: saying what to do instead.
+        """
+        if _applications(self.model) != self.found_after:
+            raise ValueError(
+                "model: apply has changed it since this merge was made, so that the base is gone and the update would "
+                "be added twice; expected save before apply, or apply to a copy.deepcopy of the model. What the model "
+                "holds now can be written by its own save_pretrained"
+            )
 
     def rank_errors(self, rank: int) -> dict[str, float]:
         """Relative error (Frobenius) per module of the adapter of ``rank`` that :meth:`save` writes; 0 where it is
@@ -225,12 +247,13 @@ class MergeResult:
     ) -> Path:
         """Write the result into the folder ``out``, which appears or changes only once everything is written.
 
-        Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs),
-        ``README.md`` (a model card), ``history.jsonl`` if there is a history, and ``heads/<task>.safetensors``
-        for every task that brought a head.
+        Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs, files
+        written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and
+        ``heads/<task>.safetensors`` for every task that brought a head.
 
         Args:
-            out: a folder; made if needed. Files of the same names are replaced.
+            out: a folder; made if needed. Files of the same names are replaced, and what an earlier save of another
+                merge left there goes; other files stay.
             format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
                 of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
                 ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method
@@ -244,10 +267,25 @@ class MergeResult:
 
         Returns:
             ``out`` as a path.
+
+        Raises:
+            TypeError, ValueError, OSError: naming the argument, what was found and what was expected; ``out`` is then
+                as it was. ``"model"``, and ``"lora"`` where adapters trained linears in full, need the base as it was
+                merged: see :meth:`apply`.
         """
         from nsc_merge.export import save
 
-        return save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
+        save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
+        return Path(out)
+
+
+# On the model itself, and not in a table beside it: a copy of a changed model is a changed model.
+_APPLICATIONS = "_nsc_merge_applications"
+
+
+def _applications(model: nn.Module) -> int:
+    """How often :meth:`MergeResult.apply` has changed a model."""
+    return getattr(model, _APPLICATIONS, 0)
 
 
 def _plus(parameter: Tensor, update: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsc_merge.recipe import Recipe, RecipeError
+from nsc_merge.checks import can_resume, check, device_of, options_at_fault
+from nsc_merge.export import save, serving_notes
+from nsc_merge.families import family_of
+from nsc_merge.nsc import resolve_options
+from nsc_merge.recipe import Recipe, RecipeError, hashes
+from nsc_merge.state import tied_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,23 +37,37 @@ def state_file(recipe: Recipe) -> Path:
 def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dict[str, Any]:
     """Merge and save; returns a summary.
 
-    Ctrl-C leaves the state in :func:`state_file`; ``resume`` goes on from there, or starts if it is missing.
+    Ctrl-C leaves the state in :func:`state_file` if the method keeps one; ``resume`` goes on from there, or starts if
+    it is missing.
+
+    Raises:
+        RecipeError: if the recipe is at fault, if there is a state and no ``resume``, or if the method has no state to
+            resume from.
+        TypeError, ValueError, RuntimeError, OSError: if what the recipe names is.
     """
     started = time.perf_counter()
-    model, adapters, calibration = _load(recipe, log)
-    for line in _remarks(model, adapters):
-        log(line)
     state = state_file(recipe)
-    options: dict[str, Any] = {}
-    if recipe.method == "nsc":
-        state.parent.mkdir(parents=True, exist_ok=True)
-        options = {"progress": progress, "state_to": state}
+    options: dict[str, Any] = {} if progress is None else {"progress": progress}
+    check(recipe)
+    if can_resume(recipe):
+        options["state_to"] = state
         if resume and state.is_file():
             options["resume_from"] = state
             log(f"resuming from {state}")
         elif resume:
             log(f"nothing to resume: {state} is missing, starting anew")
-    result = _merge(recipe, model, adapters, calibration, options)
+        elif state.is_file():
+            raise RecipeError(
+                f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
+                "remove the file"
+            )
+    elif resume:
+        raise RecipeError(f"--resume: method {recipe.method!r} keeps no state to go on from")
+    model, adapters, calibration = _load(recipe, log)
+    for line in _remarks(model, adapters):
+        log(line)
+    with tied_to(_sources(recipe, model) if can_resume(recipe) else {}):
+        result = _merge(recipe, model, adapters, calibration, options)
     if result.history:
         first, last = result.history[0], result.history[-1]
         quantity = "null-space ratio" if "omega" in first else "loss"
@@ -62,10 +81,11 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
     formats = [name for name in recipe.formats if name != "coefficients"]
     if result.coefficients:
         formats.insert(0, "coefficients")
-    result.save(
-        recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
+    files = save(
+        result, recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
     )
-    state.unlink(missing_ok=True)
+    if can_resume(recipe):
+        state.unlink(missing_ok=True)
     summary: dict[str, Any] = {
         "out": str(recipe.out),
         "formats": formats,
@@ -73,11 +93,9 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
         "seconds": round(time.perf_counter() - started, 2),
         "objective": [entry["objective"] for entry in (result.history[:1] + result.history[-1:])],
         "dead": dead,
-        "files": sorted(str(path.relative_to(recipe.out)) for path in recipe.out.rglob("*") if path.is_file()),
+        "files": files,
     }
     if "lora" in formats:
-        from nsc_merge.export import serving_notes
-
         summary["serving"] = serving_notes(result, recipe.rank)
         if recipe.rank is not None:
             errors = _truncation(result, recipe.rank)
@@ -95,10 +113,14 @@ def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
     """Load everything, check coverage, time a few real steps, and write nothing.
 
     The estimate is of the merge alone: loading and saving come on top.
+
+    Raises:
+        RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
     """
     from nsc_merge.attachment import merged_linears
     from nsc_merge.remap import absent
 
+    check(recipe)
     model, adapters, calibration = _load(recipe, log)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -116,7 +138,7 @@ def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
         "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
         "batches": {task: len(batches) for task, batches in calibration.items()},
         "absent": absent(adapters),
-        "remarks": _remarks(model, adapters),
+        "remarks": [*_remarks(model, adapters), *_unfinished(recipe)],
         "weights_bytes": weights,
         "adapters_bytes": packed,
         "out": str(recipe.out),
@@ -124,7 +146,7 @@ def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
     }
     if recipe.method != "nsc":
         return document
-    steps = int(_resolved(recipe, model).steps)
+    steps = resolve_options(family_of(model), list(recipe.adapters), recipe.options).steps
     recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
     reset_peak(model)
     result = _merge(recipe, model, adapters, calibration, {"progress": False})
@@ -178,6 +200,7 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
         device: ``"auto"`` for a GPU if there is one.
 
     Raises:
+        RecipeError: if there is no such device.
         ValueError, OSError: if it cannot be loaded, naming what is missing.
     """
     import torch
@@ -185,6 +208,7 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
 
     from nsc_merge.safefile import check_safetensors
 
+    place = device_of(device)
     if local:
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"model: {name} holds no config.json")
@@ -209,9 +233,7 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
         missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"model: {name} lacks {len(missing)} tensors, for example {missing[0]}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(place).eval()
 
 
 def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
@@ -219,7 +241,6 @@ def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict
     from nsc_merge.batches import check_names, read_batches
     from nsc_merge.remap import fit
 
-    _check_method(recipe)
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
         task: read_batches(place, recipe.batch_size, f"calibration.{task}")
@@ -234,30 +255,22 @@ def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict
     return model, fit(adapters, model, recipe.shared_modules), calibration
 
 
-def _check_method(recipe: Recipe) -> None:
-    from nsc_merge.methods import METHODS
-
-    if recipe.method not in METHODS:
-        raise RecipeError(f"method: expected one of {sorted(METHODS)}, found {recipe.method!r}")
-    method = METHODS[recipe.method]
-    try:
-        method.check_names(recipe.options)
-    except ValueError as error:
-        raise RecipeError(f"options.{error}") from None
-    if "data" not in method.needs:
-        return
-    missing = [task for task in recipe.adapters if task not in recipe.calibration]
-    if missing:
-        raise RecipeError(
-            f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
-        )
+def _sources(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """What a run is of, beside what the merge is given as arguments."""
+    return {
+        "model": hashes(Path(recipe.model)) if recipe.local else recipe.model,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "calibration": {task: hashes(place) for task, place in recipe.calibration.items()},
+        "batch_size": recipe.batch_size,
+        "shared_modules": recipe.shared_modules,
+    }
 
 
-def _resolved(recipe: Recipe, model: nn.Module) -> Any:
-    from nsc_merge.families import family_of
-    from nsc_merge.nsc import resolve_options
-
-    return resolve_options(family_of(model), list(recipe.adapters), recipe.options)
+def _unfinished(recipe: Recipe) -> list[str]:
+    state = state_file(recipe)
+    if not can_resume(recipe) or not state.is_file():
+        return []
+    return [f"{state} is the state of an unfinished run: --resume goes on from it; to start anew, remove the file"]
 
 
 def _merge(
@@ -269,7 +282,8 @@ def _merge(
 ) -> MergeResult:
     from nsc_merge.api import merge
 
-    result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
+    with options_at_fault(recipe):
+        result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
     inputs = {
         "calibration": {task: str(place) for task, place in recipe.calibration.items()},
         "batch_size": recipe.batch_size,

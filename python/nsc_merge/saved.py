@@ -61,6 +61,11 @@ def load_result(folder: str | Path) -> MergeResult:
     # A merge that was saved from Python has no output of its own; JSON's quotes are YAML's.
     recipe = load_recipe(folder / RECIPE_FILE, [f"output.dir={json.dumps(str(folder))}"])
     written = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    if document["method"] != recipe.method:
+        raise ValueError(
+            f"result: {folder} holds parts of two merges: {COEFFICIENTS_FILE} is of method {document['method']!r}, "
+            f"{RECIPE_FILE} of {recipe.method!r}"
+        )
     known = (written.get(RECORD) or {}).get("sha256") or {}
     known_adapters = known.get("adapters") or {}
     places = {f"adapters.{task}": (place, known_adapters.get(task)) for task, place in recipe.adapters.items()}

@@ -6,18 +6,38 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter
+from nsc_merge.adapters import Adapter, Factor
 
 FORMAT = "nsc_merge.state"
 VERSION = "1"
+
+_SOURCES: ContextVar[Mapping[str, Any]] = ContextVar("sources", default=MappingProxyType({}))
+
+
+@contextmanager
+def tied_to(sources: Mapping[str, Any]) -> Iterator[None]:
+    """States that are saved or read in the block belong to ``sources``, too: what JSON can hold, by names that are no
+    options.
+
+    For those who know where base model and calibration come from, which the method that saves the state is given as
+    objects.
+    """
+    token = _SOURCES.set(sources)
+    try:
+        yield
+    finally:
+        _SOURCES.reset(token)
 
 
 @dataclass(frozen=True)
@@ -83,10 +103,12 @@ class State:
             )
         document = json.loads(metadata["document"])
         for name, value in problem.items():
-            if document["problem"].get(name) != value:
+            saved = document["problem"].get(name)
+            if saved != value:
+                name, saved, value = _first_difference(name, saved, value)
                 raise ValueError(
-                    f"resume_from: {os.fspath(path)} was saved with {name}="
-                    f"{_short(document['problem'].get(name))}, and this is {name}={_short(value)}"
+                    f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
+                    f"{name}={_short(value)}"
                 )
         return cls(tensors=tensors, **document)
 
@@ -94,15 +116,17 @@ class State:
 def problem_of(
     adapters: Mapping[str, Adapter], options: Mapping[str, Any], paths: list[str], scored: list[str]
 ) -> dict[str, Any]:
-    """What must be the same for a saved state to be continued: options, modules, and adapters by content.
+    """What must be the same for a saved state to be continued: options, modules, adapters by content, and what
+    :func:`tied_to` says.
 
-    The base model and the calibration batches are taken on trust.
+    Beyond that the base model and the calibration batches are taken on trust.
     """
     problem = {
         **options,
         "modules": paths,
         "scored": scored,
-        "adapters": {task: _digest(adapter) for task, adapter in adapters.items()},
+        "adapters": {task: digest_of(adapter.factors) for task, adapter in adapters.items()},
+        **_SOURCES.get(),
     }
     # As JSON gives it back, so that tuples compare with lists.
     return json.loads(json.dumps(problem))
@@ -123,9 +147,10 @@ def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -
         torch.cuda.set_rng_state(tensors["rng_cuda"], device)
 
 
-def _digest(adapter: Adapter) -> str:
+def digest_of(factors: Mapping[str, Factor]) -> str:
+    """SHA-256 of updates by module path."""
     digest = hashlib.sha256()
-    for path, factor in sorted(adapter.factors.items()):
+    for path, factor in sorted(factors.items()):
         digest.update(path.encode())
         for name, value in vars(factor).items():
             if isinstance(value, Tensor):
@@ -134,6 +159,14 @@ def _digest(adapter: Adapter) -> str:
             else:
                 digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()
+
+
+def _first_difference(name: str, saved: Any, now: Any) -> tuple[str, Any, Any]:
+    """Name and both values of what differs first in two values that differ, as deep in mappings as it lies."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        key = next(key for key in [*saved, *now] if saved.get(key) != now.get(key))
+        return _first_difference(f"{name}.{key}", saved.get(key), now.get(key))
+    return name, saved, now
 
 
 def _short(value: Any) -> str:

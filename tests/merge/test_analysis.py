@@ -225,12 +225,13 @@ def test_tracking_on_the_command_line(training, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 checkpoints, steps 0 to 20, 2 modules" in shown
     assert "rho with loss over 4 steps  all +1.00" in shown
-    for wrong, message in (
-        (["--column", "metric"], "--column: expected some of ['loss'], found 'metric'"),
-        (["--modules", "up_proj"], "modules: expected paths or some of"),
-        (["--inputs", "nowhere"], "--inputs: nowhere is missing"),
+    for wrong, status, message in (
+        (["--column", "metric"], 2, "--column: expected some of ['loss'], found 'metric'"),
+        (["--modules", "up_proj"], 2, "--modules: expected paths or some of"),
+        (["--blocks", "7"], 2, "--blocks: expected 1 to 3 last blocks, found 7"),
+        (["--inputs", "nowhere"], 1, "--inputs: nowhere is missing"),
     ):
-        assert main(["analyse", "tracking", str(folder), *arguments, *wrong]) == 1
+        assert main(["analyse", "tracking", str(folder), *arguments, *wrong]) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert main(["analyse", "tracking", str(tmp_path / "base"), *arguments]) == 1
     assert "expected PEFT folders whose names end in the step" in capsys.readouterr().err
@@ -320,27 +321,13 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("row", ["finetuned", "TA 0.4"])
 def test_quartiles_on_the_command_line(recipe, capsys, row):
-    arguments = [
-        "analyse",
-        "quartiles",
-        str(recipe / "eval.yaml"),
-        "--row",
-        row,
-        "--modules",
-        "v_proj",
-        "--bins",
-        "3",
-    ]
+    arguments = ["analyse", "quartiles", str(recipe / "eval.yaml"), "--modules", "v_proj", "--bins", "3", "--row", row]
     assert main([*arguments, "--out", str(recipe / "out"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (recipe / "out" / "quartiles.png").stat().st_size > 5_000
     for task in ("nli", "topic"):
         model = type(build("llama-cls")).from_pretrained(recipe / "base").eval()
-        chosen = (
-            {task: recipe / task}
-            if row == "finetuned"
-            else {name: recipe / name for name in ("nli", "topic")}
-        )
+        chosen = {name: recipe / name for name in ([task] if row == "finetuned" else ["nli", "topic"])}
         scale = 1.0 if row == "finetuned" else 0.4
         result = nsc_merge.merge(model, chosen, method="task_arithmetic", scale=scale)
         data = load_file(recipe / f"{task}.safetensors")
@@ -357,6 +344,18 @@ def test_quartiles_on_the_command_line(recipe, capsys, row):
         assert document["tasks"][task]["rho_others"] is not None
 
 
+def test_quartiles_of_a_folder_that_says_what_was_merged(recipe, capsys):
+    base = type(build("llama-cls")).from_pretrained(recipe / "base")
+    adapters = {task: recipe / task for task in ("nli", "topic")}
+    nsc_merge.merge(base, adapters, method="task_arithmetic", scale=0.4).save(recipe / "ta", ["coefficients", "lora"])
+    arguments = ["analyse", "quartiles", str(recipe / "eval.yaml"), "--json", "--bins", "3"]
+    assert main([*arguments, "--row", "TA 0.4"]) == 0
+    found = [json.loads(capsys.readouterr().out)]
+    assert main([*arguments, f"methods=[{{folder: {recipe / 'ta'}}}]", "--row", "ta"]) == 0
+    found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["tasks"] == found[1]["tasks"]
+
+
 def test_wrong_rows_and_tasks_give_one_line(recipe, capsys):
     for wrong, message in (
         (["--row", "TA"], "--row: expected one of ['zero_shot', 'finetuned', 'TA 0.4', 'saved', 'ensemble']"),
@@ -364,7 +363,7 @@ def test_wrong_rows_and_tasks_give_one_line(recipe, capsys):
         (["--row", "ensemble"], "--row: an ensemble is no single model"),
         (["--tasks", "nlp"], "--tasks: expected some of ['nli', 'topic'], found 'nlp'"),
     ):
-        assert main(["analyse", "quartiles", str(recipe / "eval.yaml"), *wrong]) == 1
+        assert main(["analyse", "quartiles", str(recipe / "eval.yaml"), *wrong]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -489,6 +488,10 @@ def test_the_bound_on_the_command_line(llama, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bound.json", "bound.png"}
     assert main(["analyse", "bound", str(adapters["a"]), *arguments, "--at", "base", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["held"] is True
+    write_adapter(model, tmp_path / "dora", 3, r=2, target_modules=["v_proj"], use_dora=True)
+    assert main(["analyse", "bound", str(tmp_path / "dora"), *arguments]) == 1
+    assert "dora='convert'" in capsys.readouterr().err
+    assert main(["analyse", "bound", str(tmp_path / "dora"), *arguments, "--dora", "convert"]) == 0
     with pytest.raises(SystemExit):
         main(["analyse", "bound", str(adapters["a"]), *arguments, "--blocks", "first"])
     assert "expected last_quarter, a number" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_cases import contents, make_place
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, outputs, write_adapter
@@ -44,24 +45,7 @@ def base():
 @pytest.fixture
 def place(base, tmp_path):
     """A folder with base, two adapters, their inputs and a recipe."""
-    base.save_pretrained(tmp_path / "base")
-    for seed, task in enumerate(("nli", "topic"), 1):
-        settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
-        write_adapter(base, tmp_path / "adapters" / task, seed, **settings)
-        inputs = [KINDS["llama-cls"].inputs(10 * seed + i) for i in range(2)]
-        stacked = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
-        (tmp_path / "inputs").mkdir(exist_ok=True)
-        save_file(stacked, tmp_path / "inputs" / f"{task}.safetensors")
-    recipe = {
-        "model": "base",
-        "adapters": {"nli": "adapters/nli", "topic": "adapters/topic"},
-        "calibration": {"nli": "inputs/nli.safetensors", "topic": "inputs/topic.safetensors"},
-        "batch_size": 2,
-        "options": {"steps": 4, "lr": 0.01},
-        "output": {"dir": "merged", "formats": ["lora", "model"], "plots": False},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
+    return make_place(base, tmp_path)
 
 
 def command(*arguments, cwd):
@@ -75,10 +59,6 @@ def command(*arguments, cwd):
         text=True,
         timeout=120,
     )
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_run_writes_every_format_and_each_gives_the_same_outputs(place, base):
@@ -176,9 +156,9 @@ def test_inspect(place, capsys):
     shown = capsys.readouterr().out
     assert "6/6" in shown
     assert shown.count("1.000") == 2
-    assert main(["inspect", folders[0], "--inputs", "x"]) == 1
+    assert main(["inspect", folders[0], "--inputs", "x"]) == 2
     assert "--inputs: needs --model" in capsys.readouterr().err
-    assert main(["inspect", folders[0], folders[0]]) == 1
+    assert main(["inspect", folders[0], folders[0]]) == 2
     assert "given twice" in capsys.readouterr().err
 
 
@@ -221,7 +201,11 @@ def test_methods(capsys):
     methods = json.loads(capsys.readouterr().out)
     assert {"nsc", "task_arithmetic"} <= set(methods)
     assert "steps" in methods["nsc"]["options"]
+    assert methods["nsc"]["recipes"]["llm"]["options"]["steps"] == 500
     assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr=by recipe" in shown
+    assert "recipe llm (decoder): optimizer='adamw', lr=0.0003, weight_decay=0.01, steps=500" in shown
 
 
 def damage(place, kind):

@@ -142,9 +142,9 @@ def test_retrain_writes_parts_that_the_demo_can_load(tmp_path, monkeypatch):
     ("arguments", "status", "message"),
     [
         (["demo", "--steps", "0"], 2, "--steps"),
-        (["demo", "--tasks", "depth"], 1, "error: tasks: expected two or more"),
-        (["demo", "--tasks", "depth,taste"], 1, "error: tasks: expected two or more"),
-        (["demo", "--retrain"], 1, "error: --retrain: say where to write"),
+        (["demo", "--tasks", "depth"], 2, "error: --tasks: expected two or more"),
+        (["demo", "--tasks", "depth,taste"], 2, "error: --tasks: expected two or more"),
+        (["demo", "--retrain"], 2, "error: --retrain: say where to write"),
         (["demo", "--assets", "nowhere"], 1, "error: assets: nowhere holds no base/model.safetensors"),
         (["cook"], 2, "invalid choice"),
     ],

@@ -82,6 +82,28 @@ def test_exact_match_by_hand():
     assert metrics.exact_match(logits([[1, 2, 0], [1, 2, 0]], 3), labels) == 1
 
 
+def test_samples_without_anything_to_measure_do_not_count():
+    labels = torch.tensor([[1, 2], [metrics.IGNORE, metrics.IGNORE], [1, 0]])
+    tokens = torch.tensor([[1, 2], [1, 2], [1, 2]])
+    found = metrics.exact_match_per_sample(tokens, labels)
+    torch.testing.assert_close(found, torch.tensor([1.0, math.nan, 0.0]), equal_nan=True)
+    assert metrics.exact_match(tokens, labels) == 0.5
+    truth, scores = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    truth[0, 1], scores[0, 1] = 1, 1
+    scores[2, 2] = 1
+    # Without an edge, predicting none leaves nothing to measure, and predicting one is wrong.
+    found = metrics.edge_f_per_sample(scores, truth)
+    torch.testing.assert_close(found, torch.tensor([1.0, math.nan, 0.0]).double(), equal_nan=True)
+
+
+def test_what_is_generated_beyond_the_labels_is_not_asked_for():
+    labels = torch.tensor([[1, 2], [3, metrics.IGNORE]])
+    assert metrics.exact_match(torch.tensor([[1, 2, 9], [3, 4, 5]]), labels) == 1
+    assert metrics.exact_match(torch.tensor([[1, 1, 2], [3, 4, 5]]), labels) == 0.5
+    with pytest.raises(TypeError, match="outputs: expected logits"):
+        metrics.exact_match(torch.tensor([[1], [3]]), labels)
+
+
 def test_cider_by_hand():
     references = [["a cat sat"], ["a dog ran", "the dog ran"]]
     assert captions.cider(["A cat sat.", "a dog ran"], references) < 1
@@ -202,6 +224,8 @@ def test_the_union_of_tasks_by_hand():
     assert found == {1: 0.0, 3: 0.5, 5: 1.0}
     # Equal scores rank by index, so that a constant model is no better than it is.
     assert hits(torch.zeros(4, 4), torch.arange(4)) == {1: 0.25, 3: 0.75, 5: 1.0}
+    # A score that is no number is never among the highest.
+    assert hits(torch.full((2, 4), math.nan), torch.tensor([0, 3])) == {1: 0.0, 3: 0.0, 5: 0.0}
     with pytest.raises(ValueError, match="classes.a: expected 2 names, found 1"):
         Union.of({"a": 2}, {"a": ["cat"]})
     with pytest.raises(ValueError, match="labels: expected classes from 0 to 3"):

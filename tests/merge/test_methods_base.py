@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 import nsc_merge
-from nsc_merge.adapters import Factor
+from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS, base
 from nsc_merge.methods.tuning import tune_scale
 
@@ -38,7 +38,7 @@ def dense(result):
 def test_every_method_is_described():
     for name, method in METHODS.items():
         assert name == method.name
-        assert method.needs <= set(base.NEEDS)
+        assert method.needs <= {"data", "gradients", "outputs", "labels"}
         assert method.tuned is None or method.tuned in method.option_names
         documented = method.options.__doc__ or ""
         assert all(f"{option}:" in documented for option in method.option_names), name
@@ -175,6 +175,103 @@ def test_what_is_no_low_rank_matrix_is_merged_by_task_arithmetic(model, write_ad
         torch.testing.assert_close(result.delta(path), 0.5 * adapters["a"].factors[path].delta())
         biases = [adapter.factors[path].bias_delta() for adapter in adapters.values()]
         torch.testing.assert_close(result.bias_delta(path), share * sum(biases), rtol=1e-6, atol=1e-7)
+
+
+LORA, WHOLE = "layers.0.attention.q_proj", "layers.0.mlp.fc1"
+
+
+def with_the_rest(model, seeds):
+    """Adapters with a bias beside their factors, and one linear trained in full."""
+
+    def one(task, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        rows, columns = model.get_submodule(WHOLE).weight.shape
+        empty = base.empty(model.get_submodule(WHOLE))
+        lora = Factor(normal(4, 32), normal(32, 4), 1.5, bias=normal(32))
+        whole = dataclasses.replace(empty, dense=normal(rows, columns), bias=normal(rows))
+        return Adapter(task, {LORA: lora, WHOLE: whole})
+
+    return {task: one(task, seed) for task, seed in seeds.items()}
+
+
+ALL, NO_DROP = {"density": 1.0, "scale": 1.0}, {"density": 1.0, "scale": 1.0, "drop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "times"),
+    [
+        ("core_space", ALL, 1),
+        ("core_space", {**ALL, "aggregate": "sum"}, 3),
+        ("core_space", {"merge": "sum"}, 3),
+        ("core_space", {**NO_DROP, "merge": "dare"}, 3),
+        ("core_space", {**NO_DROP, "merge": "dare_ties"}, 1),
+        ("lora_lego", {}, 1),
+        ("emr_unified", {}, 1),
+        ("ties", ALL, 1),
+        ("ties", {**ALL, "preset": "mergekit"}, 1),
+        ("ties", {**ALL, "preset": "adamerging"}, 3),
+        ("ties", {**ALL, "preset": "peft", "trim_scope": "factors"}, 1),
+        ("dare", {"drop": 0.0}, 3),
+        ("dare_ties", NO_DROP, 1),
+        ("dare_ties", {**NO_DROP, "preset": "mergekit"}, 3),
+        ("knots_ties", ALL, 1),
+        ("knots_ties", {**ALL, "aggregate": "sum"}, 3),
+        ("knots_dare_ties", NO_DROP, 1),
+        ("knots_dare_ties", {**NO_DROP, "aggregate": "sum"}, 3),
+        ("svd", {}, 3),
+        ("svd_cur", {"svd_density": 1.0, "cur_density": 1.0}, 1),
+        ("fr", {"preset": "nsc", "cut": 0.0, "scale": 1.0}, 3),
+    ],
+)
+def test_biases_and_whole_linears_follow_the_factors(model, method, options, times):
+    """Three copies of an adapter merge to it or to their sum, and so does what has no factors."""
+    adapters = with_the_rest(model, dict.fromkeys("abc", 1))
+    result = METHODS[method].run(base.Problem(model, adapters), options)
+    for path, own in adapters["a"].factors.items():
+        torch.testing.assert_close(result.delta(path), times * own.delta(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result.bias_delta(path), times * own.bias_delta(), rtol=1e-6, atol=1e-6)
+
+
+def test_robustmerge_takes_the_mean_of_whole_linears(model):
+    adapters = with_the_rest(model, {"a": 1, "b": 2})
+    result = METHODS["robustmerge"].run(base.Problem(model, adapters), {"scale": 0.5})
+    mean = (adapters["a"].factors[WHOLE].dense + adapters["b"].factors[WHOLE].dense).double() / 2
+    torch.testing.assert_close(result.delta(WHOLE), 0.5 * mean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "shares"),
+    [
+        ("svd", {}, (3.0, -1.0)),
+        ("linear", {}, (3.0, -1.0)),
+        ("ties", {"scale": 0.5}, (0.75, -0.25)),
+        ("ties", {"preset": "mergekit"}, (1.5, -0.5)),
+        ("ties", {"preset": "nsc"}, (0.9, -0.3)),
+        ("dare_ties", {}, (1.5, -0.5)),
+        ("knots_ties", {"scale": 1.0}, (1.5, -0.5)),
+        ("knots_dare_ties", {"scale": 1.0, "aggregate": "weight"}, (1.5, -0.5)),
+    ],
+)
+def test_weights_count_for_biases_and_whole_linears(model, method, options, shares):
+    adapters = with_the_rest(model, {"a": 1, "b": 2})
+    given = {**options, "weights": {"a": 3.0, "b": -1.0}}
+    result = METHODS[method].run(base.Problem(model, adapters), given)
+    own = [adapter.factors[WHOLE] for adapter in adapters.values()]
+    for found, parts in (
+        (result.delta(WHOLE), [factor.delta() for factor in own]),
+        (result.bias_delta(WHOLE), [factor.bias_delta() for factor in own]),
+    ):
+        expected = sum(share * part for share, part in zip(shares, parts, strict=True))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_that_are_nan_are_never_chosen(summed):
+    tuned = tune_scale(summed, lambda result: float("nan") if result.options["scale"] < 0.45 else 1.0)
+    assert (tuned.scale, tuned.score) == (pytest.approx(0.5), 1.0)
 
 
 def test_tuning_sweeps_coarsely_then_finely(summed):

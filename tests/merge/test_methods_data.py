@@ -12,8 +12,9 @@ import zoo
 from torch.func import functional_call
 
 import nsc_merge
-from nsc_merge.methods import Problem, fisher, matching
+from nsc_merge.methods import Problem, fisher, matching, own
 from nsc_merge.methods.learned import attached, presence
+from nsc_merge.methods.own import OwnModels
 from nsc_merge.passes import one_by_one
 from nsc_merge.remap import fit
 
@@ -334,7 +335,9 @@ def test_match_objective_is_the_explicit_distance(tmp_path):
     model, folders, calibration = llama(tmp_path)
     problem = problem_of(model, folders, calibration)
     for normalise in matching.NORMALISATIONS:
-        result = nsc_merge.merge(model, folders, calibration, "match", steps=1, normalise=normalise, progress=False)
+        result = nsc_merge.merge(
+            model, folders, calibration, "match", steps=1, normalise=normalise, positions="all", progress=False
+        )
         weights = dense_weights(problem, 0.4 * presence(problem))
 
         def hidden(weights, batch):
@@ -357,10 +360,10 @@ def test_match_objective_is_the_explicit_distance(tmp_path):
 def test_match_gradient_by_finite_differences(model, folders, calibration):
     problem = problem_of(model, folders, calibration)
     options = matching.MatchOptions(steps=1)
-    watcher = matching.Watcher(problem, "final", False)
+    watcher = matching.Watcher(problem, options)
     present = presence(problem)
     with attached(problem, options) as coefficients:
-        targets = matching.Targets(watcher, coefficients, present, "task")
+        targets = matching.Targets(watcher, OwnModels(problem, coefficients, present), "task")
         drawn = [calibration[task][0] for task in folders]
 
         def value():
@@ -418,19 +421,21 @@ def test_warm_up_shares_coefficients_and_then_lets_go(model, folders, calibratio
     assert max(values(6)) - min(values(6)) > 1e-4
 
 
-def test_match_keeps_to_its_limit(model, folders, calibration, monkeypatch):
-    monkeypatch.setattr(matching, "LIMIT", 10_000)
-    kept = []
-    of = matching.Targets._of
+def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
+    monkeypatch.setattr(own, "LIMIT", 10)
+    kept = own.Kept(lambda value: value)
+    first, second = {}, {}
+    computed = []
 
-    def spy(self, number, one):
-        seen = of(self, number, one)
-        kept.append((sum(matching._size(held) for _, held in self._kept.values()), self._held))
-        return seen
+    def ask(batch, key, value):
+        return kept(batch, key, lambda: computed.append(value) or value)
 
-    monkeypatch.setattr(matching.Targets, "_of", spy)
-    nsc_merge.merge(model, folders, calibration, "match", steps=2, progress=False)
-    assert all(size == counted for size, counted in kept)
+    assert [ask(first, (0,), 4), ask(first, (1,), 5), ask(first, (0,), 0)] == [4, 5, 4]
+    assert kept.held == 9
+    # The first batch's values make room for the second's, and are computed anew.
+    assert [ask(second, (0,), 6), ask(first, (0,), 3)] == [6, 3]
+    assert computed == [4, 5, 6, 3]
+    assert kept.held == 9
 
 
 def test_match_initial_scale_of_one_adapter_is_one(model, folders, calibration):

@@ -399,7 +399,7 @@ def test_scaling_the_result_is_the_option_scale(model, folders):
         ("ties", {"trim_scope": "layer"}, "trim_scope: expected one of"),
         ("ties", {"aggregate": "max"}, "aggregate: expected one of"),
         ("ties", {"weights": {"plain": 1.0}}, "weights: expected one value for each of"),
-        ("ties", {"trim_scope": "factors"}, "'factors' needs equal ranks, found"),
+        ("ties", {"trim_scope": "factors"}, "trim_scope='factors' adds factors and needs equal ranks in"),
         ("dare", {"drop": 1.0}, "drop: expected a probability below 1, found 1"),
         ("dare", {"drop": -0.1}, "drop: expected a finite number of at least 0 and of at most 1, found -0.1"),
         ("dare", {"seed": -1}, "seed: expected a whole number of at least 0, found -1"),

@@ -29,6 +29,10 @@ def dense_ties(stack, density):
     return (kept * agrees).sum(0) / agrees.sum(0).clamp(min=1)
 
 
+def of_x(adapters):
+    return {task: adapter.factors["x"] for task, adapter in adapters.items()}
+
+
 @st.composite
 def families(draw):
     """Adapters of one module with any shapes, ranks, scalings, and factors of deficient rank."""
@@ -63,8 +67,7 @@ def test_sums_in_any_bases_are_task_arithmetic(adapters, along, vectors, bases):
     for name, update in found.items():
         assert update.rank <= ranks, name
         torch.testing.assert_close(update.delta(), expected, rtol=1e-10, atol=1e-10, msg=name)
-    common = cores({task: adapter.factors["x"] for task, adapter in adapters.items()})
-    columns = cur.decompose(common, cur.SVDCUROptions(columns=10_000))
+    columns = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=10_000))
     for task, adapter in adapters.items():
         rebuilt = columns.U @ columns.C @ columns.coefficients[task]
         torch.testing.assert_close(rebuilt, adapter.factors["x"].delta(), rtol=1e-8, atol=1e-8)
@@ -73,7 +76,7 @@ def test_sums_in_any_bases_are_task_arithmetic(adapters, along, vectors, bases):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(families())
 def test_bases_are_orthonormal_and_as_large_as_the_rank(adapters):
-    factors = {task: adapter.factors["x"] for task, adapter in adapters.items()}
+    factors = of_x(adapters)
     ups = torch.cat([f.scaling * f.B for f in factors.values()], 1)
     downs = torch.cat([f.A for f in factors.values()])
     for common in (cores(factors), cores(factors).by_updates()):
@@ -242,8 +245,7 @@ def test_core_space_dare_sums_thinned_cores():
 @pytest.mark.parametrize("options", [{}, {"rows": 12}, {"choice": "pivoted"}, {"choice": "pivoted", "rows": 20}])
 def test_cur_with_enough_columns_reproduces_the_updates(options):
     adapters = random_adapters()
-    common = cores({task: adapter.factors["x"] for task, adapter in adapters.items()})
-    found = cur.decompose(common, cur.SVDCUROptions(columns=None if "choice" in options else 90, **options))
+    found = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=None if "choice" in options else 90, **options))
     for task, adapter in adapters.items():
         assert relative(found.U @ found.C @ found.coefficients[task], adapter.factors["x"].delta()) < 1e-8
 
@@ -251,13 +253,22 @@ def test_cur_with_enough_columns_reproduces_the_updates(options):
 def test_cur_keeps_actual_columns_and_solves_for_the_best_coefficients():
     adapters = random_adapters()
     dense = torch.cat([adapter.factors["x"].delta() for adapter in adapters.values()], 1)
-    common = cores({task: adapter.factors["x"] for task, adapter in adapters.items()})
-    found = cur.decompose(common, cur.SVDCUROptions(columns=5))
+    found = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=5))
     chosen = dense[:, dense.norm(dim=0).topk(5).indices]
     assert relative(found.U @ found.C, chosen) < 1e-10
     for task, adapter in adapters.items():
         best = torch.linalg.lstsq(chosen, adapter.factors["x"].delta()).solution
         assert relative(found.coefficients[task], best) < 1e-8
+
+
+def test_cur_keeps_as_many_columns_as_the_ranks_add_up_to():
+    """Also where the adapters share A, whose rank is less."""
+    adapters = random_adapters()
+    for adapter in adapters.values():
+        adapter.factors["x"].A.copy_(adapters["0"].factors["x"].A)
+    assert cur.decompose(of_x(adapters), cur.SVDCUROptions()).C.shape[1] == 12
+    narrow = random_adapters(d_in=3)
+    assert cur.decompose(of_x(narrow), cur.SVDCUROptions()).C.shape[1] == 9
 
 
 def test_svd_cur_blends_by_magnitude():

@@ -153,6 +153,33 @@ def test_truncation_is_the_best_of_its_rank_and_exact_at_full_rank(model, result
     PeftModel.from_pretrained(copy.deepcopy(model), folder)
 
 
+def test_the_card_counts_the_errors_of_every_task(model, folders, tmp_path):
+    folder = nsc_merge.merge(model, folders, method="finetuned").save(tmp_path / "alone", "lora", rank=2)
+    errors = {
+        f"tasks/{task}/{path}": error
+        for task in folders
+        for path, error in json.loads((folder / "tasks" / task / "truncation.json").read_text())[
+            "relative_error"
+        ].items()
+    }
+    worst = max(errors, key=errors.get)
+    told = f"{sum(errors.values()) / len(errors):.3g} on average, {errors[worst]:.3g} at most (`{worst}`)"
+    assert told in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("method", "rank"), [("svd", None), ("ties", 2)])
+def test_a_bias_without_an_update_is_saved_and_read_again(model, write_adapter, method, rank, tmp_path):
+    adapter = nsc_merge.load_adapter(write_adapter("a", 1, lora_bias=True), "a")
+    for factor in adapter.factors.values():
+        factor.B.zero_()
+    result = nsc_merge.merge(model, {"a": adapter}, method=method)
+    folder = result.save(tmp_path / "out", "lora", rank=rank)
+    PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    for path, factor in nsc_merge.load_adapter(folder, "out").factors.items():
+        assert not factor.delta().any()
+        torch.testing.assert_close(factor.bias_delta(), adapter.factors[path].bias_delta())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -186,3 +213,91 @@ def test_heads_whose_names_collide_are_refused(result, tmp_path):
     del adapters["a_b"]
     folder = renamed.save(tmp_path / "out", "coefficients")
     assert sorted(path.name for path in (folder / "heads").iterdir()) == ["_c.safetensors", "a_b.safetensors"]
+
+
+def test_what_needs_the_base_is_refused_after_apply_changed_it(model, result, expected, images, folders, tmp_path):
+    other, base = nsc_merge.merge(model, folders, method="task_arithmetic"), copy.deepcopy(model)
+    result.apply(copy.deepcopy(model))
+    result.save(tmp_path / "before", "model")
+    result.apply(model)
+    for made_before in (result, result.scaled(0.5), other, copy.deepcopy(result)):
+        with pytest.raises(ValueError, match="model: apply has changed it since this merge was made"):
+            made_before.save(tmp_path / "after", "model")
+    assert not (tmp_path / "after").exists()
+
+    lora = PeftModel.from_pretrained(base, result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora, images), expected, rtol=2e-5, atol=2e-5)
+    again = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.1)
+    reloaded = ViTModel.from_pretrained(again.save(tmp_path / "again", "model"), add_pooling_layer=False)
+    torch.testing.assert_close(outputs(reloaded, images), outputs(again.apply(model), images), rtol=2e-5, atol=2e-5)
+
+
+def test_an_adapter_that_holds_whole_linears_needs_the_base_too(model, write_adapter, tmp_path):
+    folder = write_adapter("whole", 1, target_modules=["q_proj"], modules_to_save=["o_proj"])
+    result = nsc_merge.merge(model, {"whole": folder}, method="task_arithmetic")
+    result.apply(model)
+    with pytest.raises(ValueError, match="model: apply has changed it"):
+        result.save(tmp_path / "out", "lora")
+    result.save(tmp_path / "out", "coefficients")
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_merge_leaves_nothing_of_the_one_before(model, folders, result, tmp_path, monkeypatch, inside):
+    heads = {
+        task: dataclasses.replace(adapter, trained={"classifier.weight": torch.zeros(2, 2)})
+        for task, adapter in result.adapters.items()
+    }
+    out = tmp_path / "out"
+    dataclasses.replace(result, adapters=heads).save(out, ["lora", "model"], rank=2, plots=True)
+    mine = {"notes.txt", "model/tokenizer.json", "lora/deep/x", "heads/mine.safetensors", "tasks/plan"}
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    if inside:
+        monkeypatch.chdir(out)
+    nsc_merge.merge(model, folders, method="finetuned").save(out, ["lora"])
+    ours = {"recipe.yaml", "README.md"}
+    kinds = ("config.json", "model.safetensors")
+    of_tasks = {f"tasks/{task}/lora/adapter_{kind}" for task in folders for kind in kinds}
+    assert files(out) == ours | of_tasks | mine
+    nsc_merge.merge(model, folders, method="ties").save(out, ["model"])
+    assert files(out) == ours | {"model/config.json", "model/model.safetensors"} | mine
+    assert not (out / "tasks" / "plain").exists()
+    assert {(out / name).read_text() for name in mine} == {"mine"}
+
+
+def test_one_merge_can_be_saved_to_one_folder_in_turns(model, folders, result, tmp_path):
+    out = result.save(tmp_path / "out", "coefficients", plots=True)
+    before = files(out)
+    result.save(out, "lora")
+    assert files(out) == before | {"adapter_config.json", "adapter_model.safetensors"}
+    nsc_merge.merge(model, folders, method="task_arithmetic").save(out, ["lora"])
+    assert files(out) == before - {"history.jsonl", "ratios.png", "coefficients.png"} | {
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+    }
+
+
+def test_files_beside_a_recipe_that_is_no_record_of_ours_stay(result, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("config.json", "model.safetensors", "truncation.json"):
+        (out / name).write_text("mine")
+    (out / "recipe.yaml").write_text("model: .\nrecord: {files: [config.json]}\n")
+    result.save(out, ["lora"])
+    assert {(out / name).read_text() for name in ("config.json", "model.safetensors", "truncation.json")} == {"mine"}
+
+
+def test_coefficients_of_another_method_than_the_recipe_are_refused(model, folders, result, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    model = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    out = nsc_merge.merge(model, folders, method="task_arithmetic").save(tmp_path / "out", "coefficients")
+    assert nsc_merge.load_result(out).method == "task_arithmetic"
+    document = json.loads((out / "coefficients.json").read_text())
+    (out / "coefficients.json").write_text(json.dumps({**document, "method": "nsc"}))
+    with pytest.raises(ValueError, match=r"parts of two merges: coefficients.json is of method 'nsc', recipe.yaml of"):
+        nsc_merge.load_result(out)

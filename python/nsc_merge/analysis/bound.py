@@ -16,6 +16,7 @@ from nsc_merge.analysis.ranks import rank_correlation
 from nsc_merge.analysis.ratios import low_rank_part
 from nsc_merge.evaluation.measure import applied
 from nsc_merge.families import find_family
+from nsc_merge.forwards import evaluating
 from nsc_merge.result import MergeResult
 
 # Rounding of float64 products over a few thousand terms stays well below.
@@ -74,6 +75,7 @@ def check_bound(
     with ExitStack() as stack:
         if isinstance(source, MergeResult):
             stack.enter_context(applied(model, source))
+        stack.enter_context(evaluating(model))
         for check in checks:
             linear = model.get_submodule(check.path)
             hook = linear.register_forward_pre_hook(lambda _, given, check=check: see(check, given[0]))

@@ -14,6 +14,7 @@ from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
 from nsc_merge.attachment import attach
 from nsc_merge.evaluation.measure import applied
 from nsc_merge.families import family_of, find_family, scored_paths
+from nsc_merge.forwards import evaluating
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
 
@@ -150,6 +151,7 @@ def per_sample_ratios(
     with ExitStack() as stack:
         if isinstance(source, MergeResult):
             stack.enter_context(applied(model, source))
+        stack.enter_context(evaluating(model))
         merged = stack.enter_context(attach(model, chosen, 0.0))
         for module in merged.values():
             module.measure = record

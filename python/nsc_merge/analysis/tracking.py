@@ -120,6 +120,7 @@ def track(
     columns: Mapping[str, Mapping[int, float]] | None = None,
     modules: Sequence[str] | None = None,
     blocks: str | int | Sequence[int] | None = None,
+    dora: str = "refuse",
     progress: bool | None = None,
 ) -> Tracking:
     """Measure an adapter at several steps of its training, on the same inputs.
@@ -130,6 +131,7 @@ def track(
         batches: model inputs that were not trained on.
         columns: what was logged at which step, for :meth:`Tracking.correlations`.
         modules, blocks: as in :func:`nsc_merge.analysis.per_sample_ratios`.
+        dora: as in :func:`nsc_merge.merge`.
         progress: as in :class:`nsc_merge.progress.Progress`.
 
     Raises:
@@ -142,7 +144,7 @@ def track(
     random = math.nan
     with Progress("checkpoints", len(ordered), progress) as bar:
         for number, (step, source) in enumerate(ordered):
-            whole = merge(model, {_TASK: source}, method="task_arithmetic", scale=1.0)
+            whole = merge(model, {_TASK: source}, method="task_arithmetic", scale=1.0, dora=dora)
             found = per_sample_ratios(model, whole, batches, modules=modules, blocks=blocks).by_module(_TASK)
             if number and set(found) != set(omega):
                 odd = sorted(set(found) ^ set(omega))[0]

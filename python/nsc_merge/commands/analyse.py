@@ -6,16 +6,18 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsc_merge.fields import is_hub_id
+from nsc_merge.fields import UsageError, is_hub_id
 from nsc_merge.terminal import log, names, positive, prepare
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nsc_merge.batches import Batches
+    from nsc_merge.evaluation.measure import Candidate
 
 _ANALYSE = """\
 Measures the phenomena that NSC builds on, on your own models and adapters.
@@ -46,7 +48,8 @@ Splits the test samples of every task into equal shares by the null-space ratio 
 the mean quality in each: accuracy, intersection over union, or the negative error. 'others' is the same correlation
 for the other tasks' adapters: where it is alike, the ratio tells how hard a sample is, and nothing about the adapter.
 
-RECIPE is that of nsc-merge eval; --row is one of its methods. With finetuned every task is studied in its own model.
+RECIPE is that of nsc-merge eval; --row is one of its methods, or a folder written by nsc-merge run, of which the
+coefficients are taken. With finetuned every task is studied in its own model.
 
 example:
   nsc-merge analyse quartiles evaluation.yaml --row "TA 0.4" --blocks last_quarter --modules o_proj
@@ -85,7 +88,7 @@ def add_analyse(commands: Any) -> None:
         "quartiles", help="ratios per sample", description=_QUARTILES, formatter_class=raw
     )
     quartiles.add_argument("recipe", type=Path, help="YAML file of nsc-merge eval")
-    quartiles.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    quartiles.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the recipe")
     quartiles.add_argument("--row", default="finetuned", help="of the recipe (default: finetuned)")
     quartiles.add_argument("--tasks", type=names, metavar="A,B,...", help="of the recipe (default: all)")
     quartiles.add_argument("--seed", type=int, help="of the recipe (default: its first)")
@@ -101,6 +104,13 @@ def add_analyse(commands: Any) -> None:
         help="inputs in the model with the adapter, or in the base (default: adapter)",
     )
     bound.set_defaults(run=_bound)
+    for kind in (tracking, bound):
+        kind.add_argument(
+            "--dora",
+            choices=("refuse", "convert"),
+            default="refuse",
+            help="refuse DoRA, or convert it to a LoRA update of the same rank (default: refuse)",
+        )
     for kind in kinds.choices.values():
         kind.add_argument(
             "--modules", type=names, metavar="A,B,...", help="names such as o_proj (default: all)"
@@ -126,6 +136,19 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextmanager
+def _arguments_at_fault() -> Iterator[None]:
+    """Make errors that name what --blocks and --modules are called inside name these."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        argument = {"score_blocks": "--blocks", "score_modules": "--modules", "modules": "--modules"}.get(name)
+        if argument is None:
+            raise
+        raise UsageError(f"{argument}:{rest}") from error
+
+
 def _tracking(arguments: argparse.Namespace) -> int:
     from nsc_merge.analysis.tracking import find_checkpoints, find_log, read_log, track
 
@@ -135,17 +158,19 @@ def _tracking(arguments: argparse.Namespace) -> int:
     if arguments.column:
         unknown = [name for name in arguments.column if name not in columns]
         if unknown:
-            raise ValueError(f"--column: expected some of {list(columns)}, found {unknown[0]!r}")
+            raise UsageError(f"--column: expected some of {list(columns)}, found {unknown[0]!r}")
         columns = {name: columns[name] for name in arguments.column}
     model, batches = _model_and_inputs(arguments)
-    tracking = track(
-        model,
-        found,
-        list(batches),
-        columns=columns,
-        modules=arguments.modules,
-        blocks=arguments.blocks,
-    )
+    with _arguments_at_fault():
+        tracking = track(
+            model,
+            found,
+            list(batches),
+            columns=columns,
+            modules=arguments.modules,
+            blocks=arguments.blocks,
+            dora=arguments.dora,
+        )
     usable = [name for name, column in columns.items() if len(set(column) & set(tracking.steps)) > 2]
     document = {**tracking.document(), "correlations": {name: tracking.correlations(name) for name in usable}}
 
@@ -181,43 +206,50 @@ def _quartiles(arguments: argparse.Namespace) -> int:
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
     for task in arguments.tasks or ():
         if task not in recipe.tasks:
-            raise ValueError(f"--tasks: expected some of {list(recipe.tasks)}, found {task!r}")
+            raise UsageError(f"--tasks: expected some of {list(recipe.tasks)}, found {task!r}")
     rows = [row for row in recipe.rows if row.name == arguments.row]
     if not rows:
-        raise ValueError(
+        raise UsageError(
             f"--row: expected one of {[row.name for row in recipe.rows]}, found {arguments.row!r}"
         )
     if rows[0].tune is not None:
-        raise ValueError(
+        raise UsageError(
             f"--row: {arguments.row!r} is tuned; give the scale that was found as options.scale instead"
         )
     if rows[0].method == "ensemble":
-        raise ValueError("--row: an ensemble is no single model, so that its modules see no single input")
+        raise UsageError("--row: an ensemble is no single model, so that its modules see no single input")
     seeds = recipe.seeds or (0,)
     seed = seeds[0] if arguments.seed is None else arguments.seed
     prepare(local=recipe.local)
     from nsc_merge.analysis.quartiles import sample_study
     from nsc_merge.evaluation.run import candidate_of
     from nsc_merge.evaluation.suite import RecipeSuite
+    from nsc_merge.export import COEFFICIENTS_FILE
     from nsc_merge.result import MergeResult
+    from nsc_merge.saved import load_result
 
     here = recipe.at(seed)
     log(f"loading {here.model}" + ("" if recipe.local else " from the hub"))
     suite = RecipeSuite(here, shuffle=seed if recipe.seeds else None)
     row = next(row for row in here.rows if row.name == arguments.row)
-    merged = candidate_of(suite, here, row, seed)
+    if row.folder is not None and (row.folder / COEFFICIENTS_FILE).is_file():
+        # What else lies there no longer says which adapters it was made of.
+        merged: Candidate = load_result(row.folder)
+    else:
+        merged = candidate_of(suite, here, row, seed)
     if not isinstance(merged, MergeResult) or set(merged.adapters) != set(suite.tasks):
-        raise ValueError(
+        raise UsageError(
             f"--row: {row.folder} does not say what was merged; expected a method, or saved coefficients"
         )
-    studies = sample_study(
-        suite,
-        merged,
-        arguments.tasks,
-        modules=arguments.modules,
-        blocks=arguments.blocks,
-        bins=arguments.bins,
-    )
+    with _arguments_at_fault():
+        studies = sample_study(
+            suite,
+            merged,
+            arguments.tasks,
+            modules=arguments.modules,
+            blocks=arguments.blocks,
+            bins=arguments.bins,
+        )
     document = {"row": row.name, "seed": seed, "bins": arguments.bins, "tasks": studies}
 
     def pictures(folder: Path) -> Iterator[Path]:
@@ -250,15 +282,17 @@ def _bound(arguments: argparse.Namespace) -> int:
     from nsc_merge.analysis.bound import check_bound, summary
     from nsc_merge.api import merge
 
-    adapters = {arguments.adapter.name: load_adapter(arguments.adapter, arguments.adapter.name)}
+    name = arguments.adapter.name
+    adapters = {name: load_adapter(arguments.adapter, name, dora=arguments.dora)}
     whole = merge(model, adapters, method="task_arithmetic", scale=1.0)
-    checks = check_bound(
-        model,
-        whole if arguments.at == "adapter" else adapters,
-        batches,
-        modules=arguments.modules,
-        blocks=arguments.blocks,
-    )
+    with _arguments_at_fault():
+        checks = check_bound(
+            model,
+            whole if arguments.at == "adapter" else adapters,
+            batches,
+            modules=arguments.modules,
+            blocks=arguments.blocks,
+        )
     whole_summary = summary(checks)
     document = {"at": arguments.at, "summary": whole_summary, "modules": checks}
 

@@ -58,7 +58,7 @@ def add_eval(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the recipe")
     parser.add_argument("--redo", action="store_true", help="measure rows again that are there already")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     parser.set_defaults(run=_eval)

@@ -52,7 +52,7 @@ def retrain(assets: Path, *, seed: int = 0, log: Log = print, progress: bool | N
         assets: folder to fill; ``base/``, ``adapters/<task>/`` and ``heads/<task>.safetensors`` appear in it.
         seed: seeds the initialisation, the scenes and the order of batches.
         log: receives one line per finished part.
-        progress: True draws a bar, False prints lines, None decides by whether stderr is a terminal.
+        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
     """
     assets.mkdir(parents=True, exist_ok=True)
     if (assets / "base" / "model.safetensors").exists():

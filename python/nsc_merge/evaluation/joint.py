@@ -78,7 +78,8 @@ class Union:
 
 
 def hits(scores: Tensor, labels: Tensor, counts: Sequence[int] = HITS) -> dict[int, float]:
-    """Hits@k: the share of samples whose label is among the k highest scores; equal scores rank by index.
+    """Hits@k: the share of samples whose label is among the k highest scores; equal scores rank by index, and a
+    label whose score is NaN is among none.
 
     Args:
         scores: ``[N, C]``.
@@ -97,4 +98,5 @@ def hits(scores: Tensor, labels: Tensor, counts: Sequence[int] = HITS) -> dict[i
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
-    return {count: (rank < count).double().mean().item() for count in counts}
+    known = ~own[:, 0].isnan()
+    return {count: (known & (rank < count)).double().mean().item() for count in counts}

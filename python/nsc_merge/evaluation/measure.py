@@ -136,8 +136,8 @@ def joint_hits(
 def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     """A finished merge, an adapter or a model from disk, to be measured on ``suite``.
 
-    Of a folder written by ``nsc-merge run`` it is the adapter, else the model, or those of every task, else the
-    coefficients, with base and adapters read again.
+    Of a folder written by ``nsc-merge run`` it is the adapter, else the model, else the coefficients, with base and
+    adapters read again; or the adapter or model of every task.
 
     Raises:
         FileNotFoundError: if it holds none of these.
@@ -152,14 +152,14 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
         model = next(suite.model.parameters())
         dtype = str(model.dtype).removeprefix("torch.")
         return load_model(str(folder), local=True, dtype=dtype, device=str(model.device))
-    for name in ("lora", "model"):
-        if (folder / name).is_dir():
+    for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
+        if (folder / name / file).is_file():
             return open_saved(folder / name, suite)
+    if (folder / COEFFICIENTS_FILE).is_file():
+        return load_result(folder)
     if (folder / TASKS_FOLDER).is_dir():
         own = {task: open_saved(folder / TASKS_FOLDER / file_name(task), suite) for task in suite.tasks}
         return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
-    if (folder / COEFFICIENTS_FILE).is_file():
-        return load_result(folder)
     raise FileNotFoundError(
         f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "
         "nsc-merge run, found none"

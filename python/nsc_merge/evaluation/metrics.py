@@ -168,31 +168,38 @@ def edge_f(
 def edge_f_per_sample(
     outputs: Tensor, labels: Tensor, *, tolerance: int = 1, thresholds: int = 99, logits: bool = False
 ) -> Tensor:
-    """F-measure of every sample, ``[N]``, at the threshold that is best for the whole set."""
+    """F-measure of every sample, ``[N]``, at the threshold that is best for the whole set; NaN where no edge is, nor is
+    predicted.
+    """
     counts = _edge_counts(outputs, labels, tolerance, thresholds, logits)
-    return _f_measure(counts[_f_measure(counts.sum(1)).argmax()])
+    best = counts[_f_measure(counts.sum(1)).argmax()]
+    return _f_measure(best).masked_fill(best.sum(1) == 0, torch.nan)
 
 
 def exact_match(outputs: Tensor, labels: Tensor) -> float:
     """Share of sequences of which every known token is predicted.
 
     Args:
-        outputs: logits ``[N, T, C]``, or predicted tokens ``[N, T]`` (integers).
-        labels: tokens ``[N, T]``, integers; :data:`IGNORE` where nothing is asked.
+        outputs: logits ``[N, T, C]``, or predicted tokens (integers) ``[N, T]`` or longer, of which only the first T
+            are asked for.
+        labels: tokens ``[N, T]``, integers; :data:`IGNORE` where nothing is asked. Sequences of which nothing is asked
+            do not count.
 
     Raises:
         TypeError, ValueError: as :func:`accuracy`.
     """
-    return exact_match_per_sample(outputs, labels).mean().item()
+    return exact_match_per_sample(outputs, labels).nanmean().item()
 
 
 def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
-    """0 or 1 for every sequence, ``[N]``."""
-    if not outputs.is_floating_point() and outputs.shape == labels.shape:
-        right, known = _compared(outputs, labels)
+    """0 or 1 for every sequence, ``[N]``; NaN where nothing is asked."""
+    tokens = outputs[:, : labels.shape[-1]] if outputs.dim() == 2 else outputs
+    if not tokens.is_floating_point() and tokens.shape == labels.shape:
+        right, known = _compared(tokens, labels)
     else:
         right, known = _hits(outputs, labels)
-    return (right | ~known).reshape(len(labels), -1).all(1).float()
+    matched = (right | ~known).reshape(len(labels), -1).all(1).float()
+    return matched.masked_fill(~known.reshape(len(labels), -1).any(1), torch.nan)
 
 
 def cider(outputs: Tensor, labels: Tensor) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.api import method_of
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint import SCORES
 from nsc_merge.evaluation.metrics import METRICS, Metric
@@ -24,7 +25,6 @@ from nsc_merge.fields import (
     text,
     text_path,
 )
-from nsc_merge.methods import METHODS
 from nsc_merge.methods.tuning import COARSE, FINE_STEP, FINE_STEPS
 from nsc_merge.recipe import DTYPES
 
@@ -334,12 +334,13 @@ def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
         folder = Path(text_path(f"{prefix}folder", value["folder"]))
         return Row(text(value, "name", prefix, default=folder.name), folder=folder)
     name = value["method"]
-    if name not in METHODS:
-        raise RecipeError(f"{prefix}method: expected one of {sorted(METHODS)}, found {name!r:.60}")
-    method = METHODS[name]
     options = numbers(mapping(value, "options", prefix))
     try:
-        method.check_names(options)
+        method = method_of(name)
+    except ValueError as error:
+        raise RecipeError(f"{prefix}{error}") from None
+    try:
+        method_of(name, options)
     except ValueError as error:
         raise RecipeError(f"{prefix}options.{error}") from None
     tune = _tuning(prefix, value.get("tune"))

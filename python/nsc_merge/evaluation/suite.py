@@ -179,11 +179,16 @@ class RecipeSuite:
         can_generate: Any = getattr(self.model, "can_generate", bool)
         return own and bool(can_generate())
 
+    def _longest(self, task: TaskRecipe) -> int:
+        """Tokens of the longest labels among all that are generated for."""
+        splits = ["test"] if task.validation is None else ["test", "val"]
+        return max(label.shape[-1] for split in splits for _, label in self.labelled(task.name, split))
+
     def _head(self, task: TaskRecipe) -> Head:
         key = f"tasks.{task.name}.head"
         trained = self.adapters[task.name].trained
         if task.generate:
-            return GeneratingHead(self.labelled(task.name, "test")[0][1].shape[-1])
+            return GeneratingHead(self._longest(task))
         if task.head == "adapter" or (task.head is None and trained):
             if not trained:
                 raise ValueError(f"{key}: the adapter brought no head (modules_to_save); expected one")

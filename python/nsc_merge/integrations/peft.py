@@ -98,8 +98,9 @@ def merge(
         options: of the method.
 
     Raises:
-        ValueError: if a name is not loaded or has ``modules_to_save``, if ``adapter_name`` is taken, if the method's
-            update has no exact adapter or is not one for all tasks; and as :func:`nsc_merge.merge`.
+        ValueError: if a name is not loaded or has ``modules_to_save``, if ``adapter_name`` is taken or is none that
+            PEFT takes, if adapters are merged into the model's weights (``merge_adapter``), if the method's update has
+            no exact adapter or is not one for all tasks; and as :func:`nsc_merge.merge`.
         TypeError: if ``model`` is not a ``PeftModel``.
     """
     _check(model, adapters, adapter_name)
@@ -128,6 +129,17 @@ def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None
         raise ValueError(f"adapters: expected different names among {loaded}, found {adapters!r}")
     if adapter_name in loaded:
         raise ValueError(f"adapter_name: {adapter_name!r} is already loaded; loaded are {loaded}")
+    try:
+        # As PEFT keeps adapters; it would say so only after the merge.
+        nn.ModuleDict({adapter_name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"adapter_name: expected a name that PEFT takes, found {adapter_name!r}: {error}") from error
+    merged = {name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
+            "unmerge_adapter() first"
+        )
     trained = [name for name in adapters if getattr(model.peft_config[name], "modules_to_save", None)]
     if trained:
         raise ValueError(
@@ -193,9 +205,7 @@ def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) ->
 @contextmanager
 def _bare(base: nn.Module) -> Iterator[None]:
     """PEFT's layers replaced by the layers that they wrap."""
-    wrapped: dict[str, Any] = {
-        path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)
-    }
+    wrapped: dict[str, Any] = {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
 
     def put(modules: Mapping[str, nn.Module]) -> None:
         for path, module in modules.items():

@@ -12,6 +12,7 @@ from nsc_merge.methods import (
     core_space,
     cur,
     dare,
+    distilling,
     emr,
     fisher,
     fr,
@@ -43,6 +44,7 @@ _FAMILIES = (
     regression_mean,
     fisher,
     matching,
+    distilling,
 )
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.families import find_family
-from nsc_merge.methods.base import Method, Problem, check_choice, check_count
+from nsc_merge.forwards import shared_forward
+from nsc_merge.methods.base import Method, Problem
 from nsc_merge.methods.learned import (
     Backward,
     BoundedCoefficients,
@@ -22,7 +23,9 @@ from nsc_merge.methods.learned import (
     last_token,
     output_of,
 )
+from nsc_merge.methods.masks import real_positions
 from nsc_merge.methods.ties import fill
+from nsc_merge.options import check_choice, check_count
 from nsc_merge.passes import Batch, Pass
 from nsc_merge.result import MergeResult
 
@@ -118,6 +121,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         )
     if options.tokens == "full" and options.outputs is not None:
         raise ValueError("tokens: 'full' decodes with the model's own logits; expected no outputs beside it")
+    tokens = options.tokens
+    if tokens is None and (names is None or options.outputs is not None):
+        tokens = "class"
     counted = [task for task in tasks if options.outputs is None or task in options.outputs]
     if not counted:
         raise ValueError("outputs: expected a function for at least one task, found none")
@@ -135,9 +141,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             elif here:
                 mask = batch.get(names[1]) if names else None
                 values = []
-                for place in here if options.outputs is not None else here[:1]:
-                    output = output_of(options.outputs, tasks[numbers[place]], model, batch)
-                    values.append(_mean_entropy(output, mask, options))
+                with shared_forward(model):
+                    for place in here if options.outputs is not None else here[:1]:
+                        output = output_of(options.outputs, tasks[numbers[place]], model, batch)
+                        values.append(_mean_entropy(output, mask, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)
                 (torch.stack(values).sum() / len(tasks)).backward()
@@ -149,18 +156,16 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     return descend("adamerging", problem, options, losses, label="AdaMerging")
 
 
-def _mean_entropy(output: Tensor, mask: Tensor | None, options: AdaMergingOptions) -> Tensor:
-    """Over the predictions that ``options.tokens`` counts."""
-    every = output.dim() == 3 and mask is not None and mask.shape == output.shape[:2]
-    if options.tokens == "single" or (options.tokens is None and options.outputs is None and every):
-        if output.dim() != 3:
-            raise ValueError(f"tokens: 'single' needs logits [N, T, C], found {list(output.shape)}")
-        return entropy(last_token(output, mask)).mean()
+def _mean_entropy(output: Tensor, mask: Tensor | None, tokens: str | None) -> Tensor:
+    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every token."""
+    real = real_positions(output, mask)
+    if tokens == "single" or (tokens is None and output.dim() == 3):
+        if output.dim() != 3 or (mask is not None and real is None):
+            wanted = "[N, T, C]" if mask is None else f"[N, T, C] that fit the mask {list(mask.shape)}"
+            raise ValueError(f"tokens: 'single' needs logits {wanted}, found {list(output.shape)}")
+        return entropy(last_token(output, real)).mean()
     values = entropy(output)
-    if every:
-        assert mask is not None
-        return (values * mask).sum() / mask.sum().clamp(min=1)
-    return values.mean()
+    return values.mean() if real is None else (values * real).sum() / real.sum().clamp(min=1)
 
 
 def _decoded(

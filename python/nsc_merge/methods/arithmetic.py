@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nsc_merge.attachment import adapted_linears, merged_linears
-from nsc_merge.methods.base import Method, Problem, check_number, empty
+from nsc_merge.methods.base import Method, Problem, empty
+from nsc_merge.options import check_number
 from nsc_merge.result import MergeResult
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.attachment import merged_linears
 from nsc_merge.passes import Calibration
 from nsc_merge.result import MergeResult
-
-NEEDS = ("data", "gradients", "outputs", "labels")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Problem:
 
 Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
 Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
+# Whether a sum over tasks is divided by how many there are, or by the sum of their weights.
+Averages = bool | Literal["weight"]
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,20 @@ def gradient_free(
     options: type,
     updates: Updates,
     *,
-    averages: bool = False,
+    averages: Averages | Callable[[Any], Averages] = False,
     tuned: str | None = "scale",
 ) -> Method:
     """A method that computes a merged update from the adapters alone, one module after another.
 
     What is no low-rank matrix, biases of LoRA layers (``lora_bias``) and shared modules trained in full, is
-    merged by task arithmetic instead: with the option ``scale`` (1 where there is none), divided by the number of
-    tasks that have it if the method ``averages``.
+    merged by task arithmetic instead: with the options ``scale`` and ``weights`` (1 where there are none), divided as
+    the method divides its updates.
 
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
             adapters hold low-rank factors only; a path is touched by one task at least.
+        averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
+            where the sum is divided by the weights; or a function of the options that says so.
     """
 
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -110,8 +111,12 @@ def gradient_free(
         linears, low_rank, paths = low_rank_part(problem)
         merged = dict(updates(low_rank, paths, chosen))
         scale = float(getattr(chosen, "scale", 1.0))
+        weights = getattr(chosen, "weights", None)
+        divided = averages(chosen) if callable(averages) else averages
         factors = {
-            path: with_the_rest(path, linear, merged.get(path), problem.adapters, scale, averages=averages)
+            path: with_the_rest(
+                path, linear, merged.get(path), problem.adapters, scale, averages=divided, weights=weights
+            )
             for path, linear in linears.items()
         }
         return MergeResult(
@@ -157,63 +162,27 @@ def with_the_rest(
     adapters: Mapping[str, Adapter],
     scale: float,
     *,
-    averages: bool,
+    averages: Averages,
+    weights: Mapping[str, float] | None = None,
 ) -> Factor:
     """A method's update of one linear, none if there is none, with the biases of the adapters and their updates of the
     whole weight added as :func:`gradient_free` says.
     """
     merged = merged or empty(linear)
-    factors = present(adapters, path).values()
+    factors = present(adapters, path)
     parts: dict[str, Tensor | None] = {}
     for part in ("bias", "dense"):
-        held = [factor for factor in factors if getattr(factor, part) is not None]
-        share = scale / max(len(held), 1) if averages else scale
+        held = {task: factor for task, factor in factors.items() if getattr(factor, part) is not None}
+        shares = {task: 1.0 if weights is None else weights[task] for task in held}
+        divisor = {False: 1, True: len(held), "weight": sum(shares.values())}[averages] or 1
         terms = [
-            (share if factor.fixed is None else factor.fixed) * factor.scaling * getattr(factor, part).double()
-            for factor in held
+            (scale * shares[task] / divisor if factor.fixed is None else factor.fixed)
+            * factor.scaling
+            * getattr(factor, part).double()
+            for task, factor in held.items()
         ]
         parts[part] = torch.stack(terms).sum(0).float() if terms else None
     if parts["dense"] is not None and merged.dense is not None:
         parts["dense"] = parts["dense"] + merged.dense
     assert merged.scaling == 1.0, "methods fold scalings into the factors"
     return replace(merged, bias=parts["bias"], dense=merged.dense if parts["dense"] is None else parts["dense"])
-
-
-def check_number(
-    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: bool = False
-) -> None:
-    """Refuse what is no finite number from ``least`` (exclusive if ``above``) to ``most``.
-
-    Raises:
-        ValueError: naming the option, what was found and what was expected.
-    """
-    good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if good and (least < value if above else least <= value) and value <= most:
-        return
-    bounds = []
-    if least > -math.inf:
-        bounds.append(f"{'above' if above else 'of at least'} {least:g}")
-    if most < math.inf:
-        bounds.append(f"of at most {most:g}")
-    wanted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
-    raise ValueError(f"{name}: expected {wanted}, found {value!r}")
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``.
-
-    Raises:
-        ValueError: naming the option, what was found and what was expected.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse what is not among ``choices``.
-
-    Raises:
-        ValueError: naming the option, what was found and what was expected.
-    """
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, found {value!r}")

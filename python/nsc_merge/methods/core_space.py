@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.base import Averages, gradient_free, present
 from nsc_merge.methods.dare import RESCALES, sparsify
 from nsc_merge.methods.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
 from nsc_merge.methods.factors import cores, in_float32, singular
+from nsc_merge.methods.ties import averages
+from nsc_merge.options import check_choice, check_count, check_number
 
 MERGES = ("sum", "ties", "dare", "dare_ties")
 BASES = ("factors", "updates")
@@ -97,6 +99,10 @@ def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -
     return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
 
 
+def _averages(options: CoreSpaceOptions) -> Averages:
+    return options.merge in ("ties", "dare_ties") and averages(options)
+
+
 METHODS = (
     gradient_free(
         "core_space",
@@ -104,5 +110,6 @@ METHODS = (
         "Core Space, Panariello et al. 2025, arXiv 2509.17786",
         CoreSpaceOptions,
         in_float32(core_space),
+        averages=_averages,
     ),
 )

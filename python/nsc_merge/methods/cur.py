@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.elementwise import Ties, tasks_by_path, ties_merge
-from nsc_merge.methods.factors import Cores, cores, in_float32
+from nsc_merge.methods.factors import cores, in_float32
 from nsc_merge.methods.knots import KnotsTiesOptions, knots_ties
+from nsc_merge.options import check_choice, check_count, check_number
 
 CHOICES = ("norm", "pivoted")
 
@@ -36,9 +37,11 @@ class SVDCUROptions:
         cur_scale: of the CUR branch.
         cur_density: of its TIES, on the coefficients U R (Eq. 29).
         columns: how many columns C keeps of all tasks' updates next to one another; None keeps as many as the ranks
-            add up to. (The paper does not say how many; its energy tables cannot come from fewer.)
+            of a module's adapters add up to. (The paper does not say how many; its energy tables cannot come from
+            fewer.)
         choice: of the columns: the largest by ``"norm"``, as the paper says, or ``"pivoted"`` QR, which does not take
-            two that are nearly parallel.
+            two that are nearly parallel. By norm one adapter with large updates can take all columns, whereas as many
+            pivoted ones as the ranks add up to span every adapter.
         rows: how many rows, the largest by norm, R keeps; 0 takes the best coefficients of C instead, which needs no
             rows. (The paper does not define U.)
     """
@@ -83,11 +86,14 @@ class CUR:
     coefficients: dict[str, Tensor]
 
 
-def decompose(common: Cores, options: SVDCUROptions) -> CUR:
-    """The columns kept, and each task's coefficients (Eq. 29), without a matrix of the updates' own size."""
+def decompose(factors: Mapping[str, Factor], options: SVDCUROptions) -> CUR:
+    """The columns kept of one module's updates, and each task's coefficients (Eq. 29), without a matrix of the updates'
+    own size.
+    """
+    common = cores(factors)
     # Columns of U M_k V have the norms of those of M_k V.
     side = torch.cat([part @ common.V for part in common.M.values()], 1)
-    count = min(options.columns or common.V.shape[0], side.shape[1])
+    count = min(options.columns or sum(factor.rank for factor in factors.values()), side.shape[1])
     chosen = side[:, _columns(side, count, options.choice)]
     backward = torch.linalg.pinv(chosen)
     if not options.rows:
@@ -115,7 +121,7 @@ def svd_cur(
 
     @functools.lru_cache(maxsize=1)
     def decomposed(path: str) -> CUR:
-        return decompose(cores(present(adapters, path)), options)
+        return decompose(present(adapters, path), options)
 
     steps = Ties(options.cur_density, "global", "sum", "majority", "mean")
     branch = ties_merge(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free
+from nsc_merge.methods.base import gradient_free
 from nsc_merge.methods.elementwise import (
     TRIM_SCOPES,
     Source,
+    Ties,
     added,
     dense_factor,
     dense_update,
@@ -24,7 +25,8 @@ from nsc_merge.methods.elementwise import (
     ties_merge,
     trim,
 )
-from nsc_merge.methods.ties import check_ties, check_weights, fill, steps_of, weights_of
+from nsc_merge.methods.ties import averages, check_ties, check_weights, fill, steps_of, weights_of
+from nsc_merge.options import check_choice, check_count, check_number
 
 RESCALES = ("inverse", "l1", "none")
 ORDERS = ("drop_first", "trim_first")
@@ -165,11 +167,10 @@ def dare_ties(
     assert options.scale is not None
     tasks = tasks_by_path(adapters, paths)
     weights = weights_of(options.weights, list(adapters))
-    steps = steps_of(options)
     for path, merged in ties_merge(
         thinned(lambda path, task: dense_update(adapters[task].factors[path]), options, tasks),
         tasks,
-        replace(steps, density=1.0) if options.order == "trim_first" else steps,
+        steps_after(options),
         weights,
     ):
         yield path, dense_factor(options.scale * merged)
@@ -189,6 +190,12 @@ def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) ->
     return one
 
 
+def steps_after(options: Any) -> Ties:
+    """The three steps of TIES that come after :func:`thinned`, which has trimmed already if the options say so."""
+    steps = steps_of(options)
+    return replace(steps, density=1.0) if options.order == "trim_first" else steps
+
+
 METHODS = (
     gradient_free(
         "dare",
@@ -203,6 +210,6 @@ METHODS = (
         "DARE, Yu et al. 2023, arXiv 2311.03099, with TIES-Merging, arXiv 2306.01708",
         DareTiesOptions,
         dare_ties,
-        averages=True,
+        averages=averages,
     ),
 )

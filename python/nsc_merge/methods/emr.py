@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.arithmetic import NoOptions
-from nsc_merge.methods.base import Method, Problem, check_number, empty, gradient_free, low_rank_part, present
+from nsc_merge.methods.base import Method, Problem, empty, gradient_free, low_rank_part, present
 from nsc_merge.methods.elementwise import added, dense_factor, dense_update
+from nsc_merge.options import check_number
 from nsc_merge.result import MergeResult
 
 
@@ -143,5 +144,6 @@ METHODS = (
         "EMR-Merging, Huang et al. 2024, arXiv 2405.17461",
         UnifiedOptions,
         emr_unified,
+        averages=True,
     ),
 )

@@ -87,6 +87,22 @@ def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * roots, roots[:, None] * right[:rank]
 
 
+def check_equal_ranks(what: str, path: str, factors: Mapping[str, Factor]) -> None:
+    """Refuse adapters whose factors cannot be added.
+
+    Args:
+        what: adds them, for the message.
+        path: of the module.
+        factors: task -> update.
+
+    Raises:
+        ValueError: naming the module and the ranks.
+    """
+    ranks = {task: factor.rank for task, factor in factors.items()}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}")
+
+
 def rounded(factor: Factor) -> Factor:
     """The update with factors in float32, as adapters are kept."""
     return Factor(factor.A.float(), factor.B.float(), factor.scaling)

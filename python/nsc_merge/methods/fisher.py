@@ -12,22 +12,23 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Factor
 from nsc_merge.families import find_family
-from nsc_merge.methods.base import (
-    Method,
-    Problem,
-    check_choice,
-    check_count,
-    check_number,
-    low_rank_part,
-    with_the_rest,
-)
+from nsc_merge.methods.base import Method, Problem, low_rank_part, with_the_rest
 from nsc_merge.methods.elementwise import dense_factor, dense_update
-from nsc_merge.methods.learned import Outputs, check_outputs, last_token, output_of, plain_options
+from nsc_merge.methods.learned import (
+    Outputs,
+    check_likelihood,
+    check_outputs,
+    last_token,
+    likelihood_of,
+    output_of,
+    plain_options,
+)
+from nsc_merge.methods.masks import real_positions
 from nsc_merge.methods.regression_mean import alone, draw
+from nsc_merge.options import check_choice, check_count, check_number
 from nsc_merge.passes import Batch, one_by_one
 from nsc_merge.result import MergeResult
 
-LIKELIHOODS = ("categorical", "gaussian")
 # Of per-example gradients [N, d_out, d_in] held at once.
 _ENTRIES = 1 << 24
 
@@ -39,13 +40,13 @@ class FisherOptions:
     Attributes:
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
-        outputs: task -> function of model and batch that gives its output: logits with classes last, or values. The
-            model's own logits when None.
+        outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
+            it gives at padding does not count. The model's own logits when None.
         likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
             outputs of many positions, one label is drawn per example.
-        floor: least Fisher information of an entry.
+        floor: least Fisher information of an entry, before any normalisation, as in the authors' code.
         normalise: divide each task's Fisher information by its norm over all modules, so that no task outweighs the
             others by the scale of its loss.
         seed: of drawn labels.
@@ -63,8 +64,7 @@ class FisherOptions:
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
         check_count("batches", self.batches)
-        for value in self.likelihood.values() if isinstance(self.likelihood, Mapping) else [self.likelihood]:
-            check_choice("likelihood", value, LIKELIHOODS)
+        check_likelihood(self.likelihood)
         check_count("exact", self.exact, 0)
         check_number("floor", self.floor, 0)
         check_choice("normalise", self.normalise, (True, False))
@@ -80,8 +80,8 @@ def information(
     """
     model = problem.model
     family = find_family(model)
-    ends = family.mask if family and family.tokens and not options.outputs else None
-    likelihood = options.likelihood if isinstance(options.likelihood, str) else options.likelihood[task]
+    masked = family.mask if family and family.tokens else None
+    likelihood = likelihood_of(options.likelihood, task)
     # A module that runs more than once in a forward has as many of each.
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -106,10 +106,12 @@ def information(
         for batch in batches:
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
-            if ends is not None and output.dim() == 3:
-                output = last_token(output, held.get(ends))
+            mask = held.get(masked) if masked else None
+            if masked and not options.outputs and output.dim() == 3:
+                output = last_token(output, mask)
             examples += len(output)
-            for weights, likelihoods in _labels(output, likelihood, options.exact, generator):
+            real = real_positions(output, mask)
+            for weights, likelihoods in _labels(output, real, likelihood, options.exact, generator):
                 uses = [(path, z, y) for path in outputs for z, y in zip(inputs[path], outputs[path], strict=True)]
                 found = torch.autograd.grad(
                     likelihoods.sum(), [y for _, _, y in uses], retain_graph=True, allow_unused=True
@@ -134,15 +136,18 @@ def _weight(linear: nn.Module) -> Tensor:
 
 
 def _labels(
-    output: Tensor, likelihood: str, exact: int, generator: torch.Generator
+    output: Tensor, real: Tensor | None, likelihood: str, exact: int, generator: torch.Generator
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn."""
+    """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn; over the positions that are
+    ``real`` if given.
+    """
     ones = torch.ones(len(output), device=output.device)
     output = output.float()
     if likelihood == "gaussian":
         noise = torch.randn(output.shape, generator=generator).to(output)
         # The gradient of -(y - f)^2 / 2 with y = f + noise.
-        return [(ones, (output * noise).flatten(1).sum(1) if output.dim() > 1 else output * noise)]
+        terms = output * noise if real is None else output * noise * real[..., None]
+        return [(ones, terms.reshape(len(terms), -1).sum(1))]
     log_p = output.log_softmax(-1)
     classes = log_p.shape[-1]
     if log_p.dim() == 2 and classes <= exact:
@@ -150,7 +155,8 @@ def _labels(
     probabilities = log_p.detach().exp().reshape(-1, classes).cpu()
     drawn = torch.multinomial(probabilities, 1, generator=generator).to(output.device)
     chosen = log_p.gather(-1, drawn.view(*log_p.shape[:-1], 1))[..., 0]
-    return [(ones, chosen.flatten(1).sum(1) if chosen.dim() > 1 else chosen)]
+    terms = chosen if real is None else chosen * real
+    return [(ones, terms.reshape(len(terms), -1).sum(1))]
 
 
 def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
@@ -182,9 +188,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     for task in problem.tasks:
         fisher = information(problem, task, paths, batches[task], options)
         norm = torch.stack([value.norm() for value in fisher.values()]).norm()
+        # A task without any information keeps the floor.
+        divisor = norm if options.normalise and norm > 0 else 1.0
         for path in paths:
-            value = fisher.pop(path)
-            weight = (value / norm.clamp(min=1e-30) if options.normalise else value).clamp(min=options.floor).cpu()
+            weight = (fisher.pop(path).clamp(min=options.floor) / divisor).cpu()
             factor = low_rank[task].factors.get(path)
             update = torch.zeros_like(weight) if factor is None else weight * dense_update(factor)
             above[path] = update if path not in above else above[path] + update

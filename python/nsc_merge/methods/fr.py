@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_number, gradient_free
+from nsc_merge.methods.base import gradient_free
 from nsc_merge.methods.elementwise import added, dense_factor, dense_update, tasks_by_path
 from nsc_merge.methods.ties import fill
+from nsc_merge.options import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {
     "original": {"centre": "nyquist", "drop": "far", "cut": 0.7, "align": True, "scale": 0.7},

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_number, gradient_free, present
-from nsc_merge.methods.dare import DareTiesOptions, thinned
+from nsc_merge.methods.base import gradient_free, present
+from nsc_merge.methods.dare import DareTiesOptions, steps_after, thinned
 from nsc_merge.methods.elementwise import Source, tasks_by_path, ties_merge
 from nsc_merge.methods.factors import cores, in_float32
-from nsc_merge.methods.ties import TiesOptions, steps_of, weights_of
+from nsc_merge.methods.ties import TiesOptions, averages, steps_of, weights_of
+from nsc_merge.options import check_choice, check_number
 
 ALONG = ("columns", "rows")
 VECTORS = ("scaled", "plain")
@@ -171,12 +172,9 @@ def knots_dare_ties(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update."""
     weights = weights_of(options.weights, list(adapters))
-    steps = steps_of(options)
-    if options.order == "trim_first":
-        steps = replace(steps, density=1.0)
 
     def combine(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
-        return ties_merge(thinned(source, options, tasks), tasks, steps, weights)
+        return ties_merge(thinned(source, options, tasks), tasks, steps_after(options), weights)
 
     return knots(adapters, paths, options, combine)
 
@@ -188,7 +186,7 @@ METHODS = (
         "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
         KnotsTiesOptions,
         in_float32(knots_ties),
-        averages=True,
+        averages=averages,
     ),
     gradient_free(
         "knots_dare_ties",
@@ -196,6 +194,6 @@ METHODS = (
         "KnOTS, Stoica et al. 2024, arXiv 2410.19735",
         KnotsDareTiesOptions,
         in_float32(knots_dare_ties),
-        averages=True,
+        averages=averages,
     ),
 )

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
+from nsc_merge.forwards import evaluating
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Coefficients
-from nsc_merge.methods.base import Problem, check_choice, check_count, check_number
+from nsc_merge.methods.base import Problem
+from nsc_merge.options import check_choice, check_count, check_number
 from nsc_merge.passes import Batch, Pass, one_by_one, streams
 from nsc_merge.result import MergeResult
 
 SHARES = ("module", "task")
+LIKELIHOODS = ("categorical", "gaussian")
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 
 
@@ -39,7 +42,7 @@ class DescentOptions:
         warm_up: steps at the start in which coefficients are shared per task, whatever ``share`` says.
         clamp: bounds that coefficients are held to in the forward, or None.
         seed: of torch's global generator while batches are drawn; restored afterwards.
-        progress: True draws a bar, False prints lines, None decides by whether standard error is a terminal.
+        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
     """
 
     optimizer: str = "adamw"
@@ -90,6 +93,10 @@ class BoundedCoefficients(Coefficients):
     def spread(self) -> None:
         self.give(self.seen)
 
+    def has(self, module: MeasuredLoRALinear) -> bool:
+        """Whether they are those of ``module``, among others."""
+        return module in self._modules
+
     def give(self, values: Tensor) -> None:
         """Give every module its row of ``values [modules, K]``."""
         for module, row in zip(self._modules, values.unbind(0), strict=True):
@@ -137,8 +144,11 @@ class Losses:
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)
         if self._steps < self.warm_up:
-            # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
             assert flat.grad is not None
+            if self._steps == 0 and math.isfinite(self.warm_up):
+                # Coefficients of their own, later on: those that nothing depends on stay where they are.
+                self.present = self.present & (flat.grad != 0)
+            # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
             flat.grad.copy_(flat.grad.sum(0, keepdim=True) * self.present)
         self._steps += 1
         return total
@@ -170,13 +180,8 @@ def attached(problem: Problem, options: DescentOptions) -> Iterator[BoundedCoeff
     """
     if isinstance(options.init, Mapping) and set(options.init) != set(problem.tasks):
         raise ValueError(f"init: expected one value for each of {problem.tasks}, found {sorted(options.init)}")
-    training = problem.model.training
-    with attach(problem.model, problem.adapters, options.init) as merged:
-        problem.model.eval()
-        try:
-            yield BoundedCoefficients(merged, options.clamp)
-        finally:
-            problem.model.train(training)
+    with evaluating(problem.model), attach(problem.model, problem.adapters, options.init) as merged:
+        yield BoundedCoefficients(merged, options.clamp)
 
 
 def presence(problem: Problem) -> Tensor:
@@ -210,6 +215,8 @@ def descend(
     paths = list(adapted_linears(problem.model, problem.adapters))
     device = next(problem.model.parameters()).device
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         attached(problem, options) as coefficients,
     ):
@@ -282,6 +289,29 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
         )
     return found
+
+
+def check_likelihood(likelihood: str | Mapping[str, str]) -> None:
+    """Refuse what is none of :data:`LIKELIHOODS`, nor a mapping of tasks to them.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    for value in likelihood.values() if isinstance(likelihood, Mapping) else [likelihood]:
+        check_choice("likelihood", value, LIKELIHOODS)
+
+
+def likelihood_of(likelihood: str | Mapping[str, str], task: str) -> str:
+    """What a task's output parametrises.
+
+    Raises:
+        ValueError: if a mapping does not say it.
+    """
+    if isinstance(likelihood, str):
+        return likelihood
+    if task not in likelihood:
+        raise ValueError(f"likelihood: expected one for every task, found none for {task!r}")
+    return likelihood[task]
 
 
 def last_token(output: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
+from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.factors import in_float32
+from nsc_merge.options import check_choice, check_count, check_number
 
 ITERATIONS = 10
 
@@ -108,5 +109,6 @@ METHODS = (
         "LoRA-LEGO, Zhao et al. 2024, arXiv 2409.16167",
         LegoOptions,
         in_float32(lora_lego),
+        averages=True,
     ),
 )

@@ -18,22 +18,24 @@ from torch import Tensor, nn
 from nsc_kernels import null_space_ratio
 from nsc_merge.attachment import adapted_linears
 from nsc_merge.families import family_of, find_family, scored_paths
-from nsc_merge.methods.base import Method, Problem, check_choice, check_count, check_number
+from nsc_merge.methods.base import Method, Problem
 from nsc_merge.methods.learned import (
     Backward,
     BoundedCoefficients,
     DescentOptions,
     attached,
     descend,
+    last_token,
     presence,
 )
-from nsc_merge.passes import Batch, Pass, one_by_one, streams
+from nsc_merge.methods.own import Kept, OwnModels
+from nsc_merge.options import check_choice, check_count, check_number
+from nsc_merge.passes import Batch, Pass, held_out, one_by_one, restartable, streams
 from nsc_merge.result import MergeResult
 
 NORMALISATIONS = ("none", "scale", "task")
 RATIO_TARGETS = ("zero", "own")
-# Bytes of the single models' features that are kept; beyond, they are computed anew.
-LIMIT = 2 * 2**30
+POSITIONS = ("all", "last")
 SCALES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 
@@ -57,6 +59,8 @@ class MatchOptions(DescentOptions):
         progress: see there.
         features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are
             matched, with equal weight.
+        positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers. None takes
+            ``"last"`` for models of tokens and ``"all"`` for others; docs/results.md has both.
         normalise: divide a task's squared distance by nothing (``"none"``), by the mean square of its own features
             (``"scale"``), or by their distance from the base model's (``"task"``, which protects tasks that changed
             little).
@@ -64,13 +68,14 @@ class MatchOptions(DescentOptions):
         ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
         ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
             own model, by the absolute distance.
-        hold_out: how many batches of every task, its first ones, are not descended on; the coefficients that match
-            best on them, measured every ten steps, are the result.
+        hold_out: how many batches of every task, the first that its iterable gives, are never descended on; the
+            coefficients that match best on them, measured every ten steps, are the result.
     """
 
     lr: float = 1e-2
     init: float | str | Mapping[str, float] = 0.4  # type: ignore[assignment]
     features: str | Sequence[str] = "final"
+    positions: str | None = None
     normalise: str = "none"
     pull: float = 0.0
     ratio_weight: float = 0.0
@@ -83,6 +88,8 @@ class MatchOptions(DescentOptions):
             check_choice("features", self.features, ("final",))
         elif not self.features:
             raise ValueError("features: expected 'final' or paths of modules, found none")
+        if self.positions is not None:
+            check_choice("positions", self.positions, POSITIONS)
         check_choice("normalise", self.normalise, NORMALISATIONS)
         check_number("pull", self.pull, 0)
         check_number("ratio_weight", self.ratio_weight, 0)
@@ -101,8 +108,9 @@ class Seen:
     """What one forward shows.
 
     Attributes:
-        features: one tensor ``[..., d]`` per matched place.
-        ratios: the mean null-space ratio of every adapter, ``[K]``; None where none was asked for.
+        features: one tensor ``[..., d]`` per matched place, of the positions that are matched.
+        ratios: the mean null-space ratio of every adapter over the modules that it touches, ``[K]``; None where none
+            was asked for.
     """
 
     features: list[Tensor]
@@ -116,15 +124,16 @@ class Watcher:
 
     Args:
         problem: the adapters and the model that they will be attached to.
-        features: as in :class:`MatchOptions`.
-        ratios: whether ratios are measured at the family's modules.
+        options: say what is seen.
     """
 
-    def __init__(self, problem: Problem, features: str | Sequence[str], ratios: bool) -> None:
+    def __init__(self, problem: Problem, options: MatchOptions) -> None:
+        features, ratios = options.features, options.ratio_weight > 0
         # Which module ends before the head is known of families alone; modules can be named in any model.
         needed = isinstance(features, str) or ratios
         family = family_of(problem.model) if needed else find_family(problem.model)
         self._model, self._mask = problem.model, family.mask if family else None
+        self._last = (options.positions or ("last" if family and family.tokens else "all")) == "last"
         self._trunk: nn.Module = getattr(problem.model, family.prefill if family else "", problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
         modules = dict(problem.model.named_modules())
@@ -133,6 +142,10 @@ class Watcher:
             raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
         paths = list(adapted_linears(problem.model, problem.adapters))
         self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
+        self._touched = {
+            path: torch.tensor([path in adapter.factors for adapter in problem.adapters.values()])
+            for path in self._scored
+        }
 
     def mask(self, batch: Batch) -> Tensor | None:
         """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
@@ -142,14 +155,14 @@ class Watcher:
     def see(self, batch: Batch) -> Seen:
         """One forward at the coefficients that the modules have now."""
         kept: dict[str, Tensor] = {}
-        sums: list[Tensor] = []
+        ratios: dict[str, Tensor] = {}
         mask = self.mask(batch)
 
-        def record(_: str, quad: Tensor, sqnorm: Tensor) -> None:
+        def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
             inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
             inside = inside.to(ratio)[..., None]
-            sums.append((ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1))
+            ratios[path] = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
 
         with ExitStack() as stack:
             for path in self._scored:
@@ -168,7 +181,14 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-        return Seen(features, torch.stack(sums).mean(0) if sums else None)
+        if self._last:
+            features = [last_token(feature, mask) if feature.dim() > 2 else feature for feature in features]
+        return Seen(features, self._mean(ratios) if ratios else None)
+
+    def _mean(self, ratios: Mapping[str, Tensor]) -> Tensor:
+        """``[K]``, over the modules that each adapter touches; 0 where there is none."""
+        touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
+        return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -191,15 +211,17 @@ def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | N
 
 
 class Targets:
-    """What each task's own model shows on a batch, and how far the base is from it; kept per batch, up to
-    :data:`LIMIT`.
+    """What each task's own model shows on a batch, and how far the base is from it.
+
+    Args:
+        watcher: sees the models.
+        own: turns the attached model into each of them.
+        normalise: as in :class:`MatchOptions`.
     """
 
-    def __init__(self, watcher: Watcher, coefficients: BoundedCoefficients, present: Tensor, normalise: str) -> None:
-        self._watcher, self._coefficients, self._normalise = watcher, coefficients, normalise
-        self._present = present.to(coefficients.flat)
-        self._kept: dict[tuple[int, int | None], tuple[Batch, Seen]] = {}
-        self._held = 0
+    def __init__(self, watcher: Watcher, own: OwnModels, normalise: str) -> None:
+        self._watcher, self._own, self._normalise = watcher, own, normalise
+        self._kept: Kept[Seen] = Kept(_size)
 
     def distance(self, number: int, one: Pass, features: Sequence[Tensor]) -> Tensor:
         """From ``features`` to those of the task of that number on the pass's batch, normalised."""
@@ -223,26 +245,12 @@ class Targets:
         if self._normalise == "task":
             self._of(None, one)
 
-    @torch.no_grad()
     def _of(self, number: int | None, one: Pass) -> Seen:
-        source = one.sources[0]
-        key = (id(source), number)
-        if key in self._kept:
-            return self._kept[key][1]
-        alone = torch.zeros_like(self._present)
-        if number is not None:
-            alone[:, number] = self._present[:, number]
-        self._coefficients.give(alone)
-        seen = self._watcher.see(one.inputs)
-        size = _size(seen)
-        if self._held + size > LIMIT:
-            # Only the batch at hand is kept, then.
-            self._kept = {place: held for place, held in self._kept.items() if place[0] == id(source)}
-            self._held = sum(_size(held) for _, held in self._kept.values())
-        self._held += size
-        # The batch is kept alive, so that no other object takes its identity.
-        self._kept[key] = (source, seen)
-        return seen
+        def see() -> Seen:
+            with self._own.of(number):
+                return self._watcher.see(one.inputs)
+
+        return self._kept(one.sources[0], (number,), see)
 
 
 def _size(seen: Seen) -> int:
@@ -252,11 +260,11 @@ def _size(seen: Seen) -> int:
 def best_scale(problem: Problem, options: MatchOptions) -> float:
     """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
-    watcher = Watcher(problem, options.features, False)
+    watcher = Watcher(problem, replace(options, ratio_weight=0.0))
     present = presence(problem)
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         present = present.to(coefficients.flat)
-        targets = Targets(watcher, coefficients, present, options.normalise)
         totals = dict.fromkeys(SCALES, 0.0)
         for one in one_by_one(drawn, coefficients.flat.device):
             for scale in SCALES:
@@ -269,20 +277,22 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = MatchOptions(**given)
-    watcher = Watcher(problem, options.features, options.ratio_weight > 0)
+    watcher = Watcher(problem, options)
+    # What the start is chosen by must not be lost to the steps.
+    batches = restartable(problem.calibration, problem.tasks)
+    problem = replace(problem, calibration=batches)
     if isinstance(options.init, str):
         options = replace(options, init=best_scale(problem, options))
     count, present = len(problem.tasks), presence(problem)
     device = next(problem.model.parameters()).device
     held: list[list[Batch]] = []
     if options.hold_out:
-        drawn = streams(problem.calibration, problem.tasks)
-        first = {task: [next(stream) for _ in range(options.hold_out)] for task, stream in drawn.items()}
+        first, rest = held_out(batches, problem.tasks, options.hold_out)
         held = [[first[task][number] for task in problem.tasks] for number in range(options.hold_out)]
-        problem = replace(problem, calibration=drawn)
+        problem = replace(problem, calibration=rest)
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
-        targets = Targets(watcher, coefficients, present, options.normalise)
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         start = coefficients.flat.detach().clone()
 
         def backward(one: Pass) -> Tensor:
@@ -309,8 +319,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
         return backward
 
-    def held_out(coefficients: BoundedCoefficients) -> Callable[[], float]:
-        targets = Targets(watcher, coefficients, present, options.normalise)
+    def unseen(coefficients: BoundedCoefficients) -> Callable[[], float]:
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
 
         def measure() -> float:
             passes = [one for batches in held for one in one_by_one(batches, device)]
@@ -326,9 +336,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
         return measure
 
-    return descend(
-        "match", problem, options, losses, label="feature matching", held_out=held_out if held else None
-    )
+    return descend("match", problem, options, losses, label="feature matching", held_out=unseen if held else None)
 
 
 METHODS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,9 @@ from torch import Tensor
 from nsc_merge.adapters import Factor
 from nsc_merge.attachment import attach
 from nsc_merge.families import find_family
-from nsc_merge.methods.base import (
-    Method,
-    Problem,
-    check_count,
-    check_number,
-    low_rank_part,
-    present,
-    with_the_rest,
-)
+from nsc_merge.forwards import evaluating
+from nsc_merge.methods.base import Method, Problem, low_rank_part, present, with_the_rest
+from nsc_merge.options import check_count, check_number
 from nsc_merge.passes import Batch, one_by_one, streams
 from nsc_merge.result import MergeResult
 
@@ -92,13 +86,14 @@ def grams(
 @contextmanager
 def alone(problem: Problem, task: str) -> Iterator[Any]:
     """The model with one task's adapter at 1, in evaluation mode; yields the merged linears by path."""
-    training = problem.model.training
-    with attach(problem.model, {task: problem.adapters[task]}, 1.0) as merged:
-        problem.model.eval()
-        try:
-            yield merged
-        finally:
-            problem.model.train(training)
+    adapter = problem.adapters[task]
+    # In its own model a task has all of a shared module's update, not the share that it has in the merge.
+    whole = {path: replace(factor, fixed=None) for path, factor in adapter.factors.items()}
+    with (
+        evaluating(problem.model),
+        attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
+    ):
+        yield merged
 
 
 def draw(problem: Problem, count: int) -> dict[str, list[Batch]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_number, gradient_free, present
+from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.elementwise import threshold, trim
-from nsc_merge.methods.factors import in_float32
-from nsc_merge.methods.svd import check_equal_ranks
+from nsc_merge.methods.factors import check_equal_ranks, in_float32
+from nsc_merge.options import check_number
 
 # The public code multiplies both merged factors by this.
 FUSE = 2.0
@@ -57,7 +57,7 @@ def robustmerge(
     """
     for path in paths:
         factors = present(adapters, path)
-        check_equal_ranks("robustmerge", path, factors)
+        check_equal_ranks("method 'robustmerge'", path, factors)
         parts = [_pruned(factor, options.density) for factor in factors.values()]
         shares = torch.stack([share for _, _, share in parts])
         least = shares.sort(dim=1).values[:, int(PERCENTILE * shares.shape[1]), None]
@@ -98,6 +98,7 @@ METHODS = (
         "RobustMerge, Zeng et al. 2025, arXiv 2502.17159",
         RobustMergeOptions,
         in_float32(robustmerge),
+        averages=True,
     ),
     gradient_free(
         "robustmerge_alg1",

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_count, check_number, gradient_free, present
-from nsc_merge.methods.factors import cores, in_float32, truncated
+from nsc_merge.methods.base import gradient_free, present
+from nsc_merge.methods.factors import check_equal_ranks, cores, in_float32, truncated
 from nsc_merge.methods.ties import check_weights, weights_of
+from nsc_merge.options import check_choice, check_count, check_number
 
 PRESETS = ("peft", "nsc")
 
@@ -80,7 +81,7 @@ def linear(
     weights = weights_of(options.weights, list(adapters))
     for path in paths:
         factors = present(adapters, path)
-        check_equal_ranks("linear", path, factors)
+        check_equal_ranks("method 'linear'", path, factors)
         shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
         roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
         into_A, into_B = dict.fromkeys(shares, 1.0), shares
@@ -89,19 +90,6 @@ def linear(
         A = torch.stack([into_A[task] * factor.A.double() for task, factor in factors.items()]).sum(0)
         B = torch.stack([into_B[task] * factor.B.double() for task, factor in factors.items()]).sum(0)
         yield path, Factor(A, options.scale * B, 1.0)
-
-
-def check_equal_ranks(method: str, path: str, factors: Mapping[str, Factor]) -> None:
-    """Refuse adapters whose factors cannot be added.
-
-    Raises:
-        ValueError: naming the module and the ranks.
-    """
-    ranks = {task: factor.rank for task, factor in factors.items()}
-    if len(set(ranks.values())) > 1:
-        raise ValueError(
-            f"adapters: method {method!r} adds factors and needs equal ranks in a module, found {ranks} at {path}"
-        )
 
 
 METHODS = (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.base import check_choice, check_number, gradient_free, present
+from nsc_merge.methods.base import Averages, gradient_free, present
 from nsc_merge.methods.elementwise import (
     AGGREGATES,
     SIGNS,
@@ -22,6 +22,8 @@ from nsc_merge.methods.elementwise import (
     tasks_by_path,
     ties_merge,
 )
+from nsc_merge.methods.factors import check_equal_ranks
+from nsc_merge.options import check_choice, check_number
 
 _STEPS = ("density", "trim_scope", "sign", "zero", "aggregate", "scale")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,6 +60,11 @@ def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
 def steps_of(options: Any) -> Ties:
     """The options of the three steps."""
     return Ties(options.density, options.trim_scope, options.sign, options.zero, options.aggregate)
+
+
+def averages(options: Any) -> Averages:
+    """Whether the three steps divide what they add up, as :func:`nsc_merge.methods.base.gradient_free` asks."""
+    return "weight" if options.aggregate == "weight" else options.aggregate == "mean"
 
 
 def check_weights(weights: Mapping[str, float] | None) -> None:
@@ -140,9 +147,7 @@ def _in_factors(
     steps = replace(steps_of(options), trim_scope="tensor")
     for path in paths:
         factors = present(adapters, path)
-        ranks = {task: factor.rank for task, factor in factors.items()}
-        if len(set(ranks.values())) > 1:
-            raise ValueError(f"trim_scope: 'factors' needs equal ranks, found {ranks} at {path}")
+        check_equal_ranks("trim_scope='factors'", path, factors)
         shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
         into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
         into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
@@ -162,6 +167,6 @@ METHODS = (
         "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
         TiesOptions,
         ties,
-        averages=True,
+        averages=averages,
     ),
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nsc_merge.methods.base import check_number
+from nsc_merge.options import check_number
 from nsc_merge.result import MergeResult
 
 COARSE = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -45,8 +46,8 @@ def tune_scale(
 
     Args:
         unscaled: the merge at a scale of 1.
-        evaluate: a score on validation data, higher is better. Say which one where you report the result: the
-            papers use the loss, and the metric often chooses otherwise.
+        evaluate: a score on validation data, higher is better; NaN is worse than any other. Say which one where you
+            report the result: the papers use the loss, and the metric often chooses otherwise.
         coarse: scales of the first sweep.
         fine_step: of the second sweep; None leaves it out.
         fine_steps: how many scales to each side. 9 of 0.01 reach the neighbours of a coarse sweep by 0.1.
@@ -59,9 +60,13 @@ def tune_scale(
     for scale in coarse:
         check_number("coarse", scale)
     trail = [(float(scale), evaluate(unscaled.scaled(scale))) for scale in coarse]
-    best = max(trail, key=lambda pair: pair[1])[0]
+    best = max(trail, key=_rank)[0]
     if fine_step is not None:
         around = [round(best + fine_step * step, 10) for step in range(-fine_steps, fine_steps + 1) if step]
         trail += [(scale, evaluate(unscaled.scaled(scale))) for scale in around]
-    scale, score = max(trail, key=lambda pair: pair[1])
+    scale, score = max(trail, key=_rank)
     return Tuned(unscaled.scaled(scale), scale, score, tuple(trail))
+
+
+def _rank(pair: tuple[float, float]) -> float:
+    return -math.inf if math.isnan(pair[1]) else pair[1]

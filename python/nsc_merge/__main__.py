@@ -1,0 +1,8 @@
+"""``python -m nsc_merge``: the ``nsc-merge`` command."""
+
+import sys
+
+from nsc_merge.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What is refused of a recipe before anything is loaded, so that no work is done in vain."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nsc_merge.api import method_of
+from nsc_merge.families import FAMILIES
+from nsc_merge.methods import METHODS
+from nsc_merge.nsc import resolve_options
+from nsc_merge.recipe import Recipe, RecipeError
+
+# What the methods give, which otherwise only a merge would tell.
+_WITH_COEFFICIENTS = frozenset({"nsc", "task_arithmetic", "adamerging", "match", "distill"})
+_OF_FULL_RANK = frozenset({"ties", "dare", "dare_ties", "emr", "emr_unified", "fr", "fisher"})
+_WITHOUT_UPDATE = frozenset({"zero_shot"})
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse, before anything is loaded, what a merge would fail on only after its work.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    try:
+        method = method_of(recipe.method)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    with options_at_fault(recipe, always=True):
+        method_of(recipe.method, recipe.options)
+        if recipe.method == "nsc":
+            # Any family: it only chooses defaults.
+            resolve_options(FAMILIES[0], list(recipe.adapters), recipe.options)
+        else:
+            method.options(**recipe.options)
+    if "data" in method.needs:
+        missing = [task for task in recipe.adapters if task not in recipe.calibration]
+        if missing:
+            raise RecipeError(
+                f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
+            )
+    device_of(recipe.device)
+    _check_formats(recipe)
+    _check_place(recipe.out)
+
+
+@contextmanager
+def options_at_fault(recipe: Recipe, *, always: bool = False) -> Iterator[None]:
+    """Make errors that begin with the name of an option that is given, or ``always`` all, the recipe's."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        named = re.split(r"\W", str(error), maxsplit=1)[0] in recipe.options
+        if not named and not always:
+            raise
+        raise RecipeError(f"options.{error}" if named else f"options: {error}") from error
+
+
+def _check_formats(recipe: Recipe) -> None:
+    if set(recipe.formats) == {"coefficients"} and recipe.method not in _WITH_COEFFICIENTS:
+        raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
+    if "lora" not in recipe.formats:
+        return
+    if recipe.method in _WITHOUT_UPDATE:
+        raise RecipeError(f"output.formats: method {recipe.method!r} has no update for an adapter; expected model")
+    if recipe.rank is None and recipe.method in _OF_FULL_RANK and recipe.options.get("trim_scope") != "factors":
+        raise RecipeError(
+            f"output.rank: the update of method {recipe.method!r} is of full rank, so that no small adapter holds it "
+            "exactly: expected a rank to truncate to, or format model; found format lora without a rank"
+        )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an output folder whose parent cannot be made or written to."""
+    # The results come together beside the folder.
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
+
+
+def can_resume(recipe: Recipe) -> bool:
+    """Whether the method keeps a state to go on from."""
+    return recipe.method in METHODS and "state_to" in METHODS[recipe.method].option_names
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name as in :class:`nsc_merge.recipe.Recipe`.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RecipeError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise RecipeError(
+            f"device: expected cpu or one of the {count} GPUs that PyTorch {torch.__version__} finds, found {name}"
+        )
+    return device

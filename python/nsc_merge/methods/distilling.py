@@ -1,0 +1,184 @@
+"""Distillation: coefficients for which each task's predictions are those of its own model.
+
+Free of labels, but not of the tasks' outputs: task k's batches run through the merged model and, once, through the base
+with adapter k alone, both with the task's head; minimised is ``sum_k D(f_k(x) || f_merged(x))``. Not from the NSC
+paper; knowledge distillation (arXiv 1503.02531) into a model that has nothing but merge coefficients to learn.
+docs/results.md has its figures next to those of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsc_merge.families import find_family
+from nsc_merge.forwards import shared_forward
+from nsc_merge.methods.base import Method, Problem
+from nsc_merge.methods.learned import (
+    Backward,
+    BoundedCoefficients,
+    DescentOptions,
+    Outputs,
+    check_likelihood,
+    check_outputs,
+    descend,
+    last_token,
+    likelihood_of,
+    output_of,
+    presence,
+)
+from nsc_merge.methods.masks import real_positions
+from nsc_merge.methods.matching import POSITIONS
+from nsc_merge.methods.own import Kept, OwnModels
+from nsc_merge.options import check_choice
+from nsc_merge.passes import Batch, Pass
+from nsc_merge.result import MergeResult
+
+NORMALISATIONS = ("none", "task")
+
+
+@dataclass(frozen=True)
+class DistillOptions(DescentOptions):
+    """Options of ``method="distill"``.
+
+    Attributes:
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there.
+        share: see there.
+        warm_up: see there.
+        clamp: see there.
+        seed: see there.
+        progress: see there.
+        outputs: task -> function of model and batch that gives its output: logits with classes last, or values. The
+            model's own logits for every task when None.
+        likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes, whose
+            distance is the Kullback-Leibler divergence in nats) or ``"gaussian"`` (values, whose distance is the mean
+            squared difference).
+        positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
+            real token. None takes ``"last"`` where the model predicts every token and no ``outputs`` were given.
+        normalise: divide a task's distance by nothing (``"none"``), so that tasks weigh as their losses do, or by
+            that of the base model (``"task"``), so that they weigh alike.
+    """
+
+    lr: float = 1e-2
+    outputs: Outputs | None = None
+    likelihood: str | Mapping[str, str] = "categorical"
+    positions: str | None = None
+    normalise: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_likelihood(self.likelihood)
+        if self.positions is not None:
+            check_choice("positions", self.positions, POSITIONS)
+        check_choice("normalise", self.normalise, NORMALISATIONS)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a task's own model predicts for a batch.
+
+    Attributes:
+        output: at the positions that count.
+        base: distance of the base model's output; 1 where it is not asked for.
+    """
+
+    output: Tensor
+    base: Tensor
+
+
+class Predictions:
+    """Runs an attached model with the tasks' heads.
+
+    Args:
+        problem: the adapters and the model.
+        options: say what is compared, and how.
+    """
+
+    def __init__(self, problem: Problem, options: DistillOptions) -> None:
+        family = find_family(problem.model)
+        self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
+        self._likelihoods = [likelihood_of(options.likelihood, task) for task in problem.tasks]
+        self._mask = family.mask if family and family.tokens else None
+        last = options.positions or ("last" if self._mask and options.outputs is None else "all")
+        self._last = last == "last"
+
+    def of(self, number: int, batch: Batch) -> Tensor:
+        """The output of task ``number`` at the positions that count, float32 or wider."""
+        output = output_of(self._outputs, self._tasks[number], self._model, batch)
+        output = output if output.dtype == torch.float64 else output.float()
+        if output.dim() < 3:
+            return output
+        mask = batch.get(self._mask) if self._mask else None
+        real = real_positions(output, mask)
+        if self._last:
+            return last_token(output, real)
+        return output if real is None else output[real]
+
+    def distance(self, number: int, output: Tensor, own: Tensor) -> Tensor:
+        """Of ``output`` from ``own``, both as :meth:`of` returns them."""
+        if self._likelihoods[number] == "gaussian":
+            return (output - own).square().mean()
+        each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True)
+        return each.sum(-1).mean()
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = DistillOptions(**given)
+    check_outputs(options.outputs, problem.tasks)
+    predictions, present = Predictions(problem, options), presence(problem)
+    count = len(problem.tasks)
+
+    def losses(coefficients: BoundedCoefficients) -> Backward:
+        own = OwnModels(problem, coefficients, present)
+        kept: Kept[Target] = Kept(lambda target: target.output.untyped_storage().nbytes())
+
+        def target(number: int, one: Pass) -> Target:
+            with own.of(number):
+                output = predictions.of(number, one.inputs)
+            base = output.new_ones(())
+            if options.normalise == "task":
+                with own.of(None):
+                    base = predictions.distance(number, predictions.of(number, one.inputs), output)
+            return Target(output, base.clamp(min=1e-12))
+
+        def backward(one: Pass) -> Tensor:
+            numbers = one.tasks[0]
+            # The single models run first: the merged one's graph must not see their coefficients.
+            targets = [kept(one.sources[0], (number,), partial(target, number, one)) for number in numbers]
+            coefficients.spread()
+            with shared_forward(problem.model):
+                found = [
+                    predictions.distance(number, predictions.of(number, one.inputs), wanted.output) / wanted.base
+                    for number, wanted in zip(numbers, targets, strict=True)
+                ]
+            total = torch.stack(found)
+            (total.sum() / count).backward()
+            return total.detach()
+
+        return backward
+
+    return descend("distill", problem, options, losses, label="distillation")
+
+
+METHODS = (
+    Method(
+        "distill",
+        "learns coefficients by matching the predictions of each task's own model (no labels)",
+        "this project; knowledge distillation, Hinton et al. 2015, arXiv 1503.02531, into merge coefficients",
+        DistillOptions,
+        _run,
+        needs=frozenset({"data", "gradients", "outputs"}),
+    ),
+)

@@ -1,0 +1,68 @@
+"""Checks of option values: each names the option, what was found and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: bool = False
+) -> None:
+    """Refuse what is no finite number from ``least`` (exclusive if ``above``) to ``most``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if good and (least < value if above else least <= value) and value <= most:
+        return
+    bounds = []
+    if least > -math.inf:
+        bounds.append(f"{'above' if above else 'of at least'} {least:g}")
+    if most < math.inf:
+        bounds.append(f"of at most {most:g}")
+    wanted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
+    raise ValueError(f"{name}: expected {wanted}, found {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse what is not among ``choices``.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}: expected one of {list(choices)}, found {value!r}")
+
+
+def check_seed(value: Any) -> None:
+    """Refuse what torch's generators cannot be seeded with.
+
+    Raises:
+        ValueError: naming what was found and what was expected.
+    """
+    check_count("seed", value, 0)
+    if value >= 2**63:
+        raise ValueError(f"seed: expected a whole number below 2^63, found {value!r}")
+
+
+def check_names(name: str, value: Any) -> None:
+    """Refuse what is no list of strings.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}: expected a list of names, found {value!r}")

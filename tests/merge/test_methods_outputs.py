@@ -1,0 +1,137 @@
+"""AdaMerging and Fisher merging of models that predict every token: what counts, and the least information."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch.func import functional_call
+
+import nsc_merge
+from nsc_merge.evaluation.heads import LinearHead, ModelHead
+from nsc_merge.methods import METHODS, Problem, adamerging, fisher
+from nsc_merge.methods.elementwise import dense_update
+from nsc_merge.methods.learned import LIKELIHOODS
+from nsc_merge.methods.masks import real_positions
+
+TASKS = ("1", "2")
+
+
+@pytest.fixture
+def llama():
+    return zoo.build("llama")
+
+
+@pytest.fixture
+def problem(llama, tmp_path):
+    adapters = {
+        task: nsc_merge.load_adapter(
+            zoo.write_adapter(
+                llama, tmp_path / task, int(task), r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            ),
+            task,
+        )
+        for task in TASKS
+    }
+    return Problem(llama, nsc_merge.remap.fit(adapters, llama), {task: [zoo.text(int(task))] for task in TASKS})
+
+
+def other_padding(batch):
+    """The batch with other tokens at padding, which a causal model's real tokens do not see."""
+    return {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), torch.tensor(40))}
+
+
+def padded_otherwise(problem):
+    calibration = {task: [other_padding(batch) for batch in held] for task, held in problem.calibration.items()}
+    return Problem(problem.model, problem.adapters, calibration)
+
+
+def losses(problem, **options):
+    result = METHODS["adamerging"].run(problem, {"steps": 1, "progress": False, **options})
+    return result.history[0]["loss"]
+
+
+def logits(problem, batch, lam=0.4):
+    """Of the model with every update added at ``lam``."""
+    weights = dict(problem.model.named_parameters())
+    for adapter in problem.adapters.values():
+        for path, factor in adapter.factors.items():
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + lam * factor.delta().float()
+    with torch.no_grad():
+        return functional_call(problem.model, weights, (), dict(batch)).logits
+
+
+def test_a_mask_fits_every_position_or_every_next_token():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert torch.equal(real_positions(torch.zeros(2, 4, 5), mask), mask.bool())
+    next_tokens = [[True, True, False], [False, True, True]]
+    assert real_positions(torch.zeros(2, 3, 5), mask).tolist() == next_tokens
+    for shape in ((2, 2, 5), (1, 4, 5), (2, 4), (2, 4, 4, 5)):
+        assert real_positions(torch.zeros(shape), mask) is None
+    assert real_positions(torch.zeros(2, 4, 5), None) is None
+
+
+def test_single_is_the_default_also_without_a_mask(problem):
+    for batches in problem.calibration.values():
+        del batches[0]["attention_mask"]
+    found = losses(problem)
+    assert found == losses(problem, tokens="single")
+    for task, (batch,) in problem.calibration.items():
+        expected = adamerging.entropy(logits(problem, batch)[:, -1]).mean()
+        assert found[task] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_default_with_outputs_is_class(problem):
+    outputs = dict.fromkeys(TASKS, ModelHead())
+    assert losses(problem, outputs=outputs) == losses(problem, outputs=outputs, tokens="class")
+    assert losses(problem, outputs=outputs) != losses(problem)
+
+
+def test_entropy_of_next_tokens_leaves_out_padding(problem):
+    outputs = dict.fromkeys(TASKS, ModelHead(shifted=True))
+    for tokens in ("class", "single"):
+        found = losses(problem, outputs=outputs, tokens=tokens)
+        assert losses(padded_otherwise(problem), outputs=outputs, tokens=tokens) == pytest.approx(found, rel=1e-5)
+        for task, (batch,) in problem.calibration.items():
+            values = adamerging.entropy(logits(problem, batch)[:, :-1])
+            real = batch["attention_mask"][:, 1:].bool()
+            expected = values[real] if tokens == "class" else values[torch.arange(3), real.sum(1) - 1]
+            assert found[task] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_single_refuses_positions_that_the_mask_does_not_speak_of(problem):
+    outputs = dict.fromkeys(TASKS, lambda model, batch: model(**batch).logits[:, 3:])
+    with pytest.raises(ValueError, match=r"logits \[N, T, C\] that fit the mask \[3, 7\], found \[3, 4, 64\]"):
+        losses(problem, outputs=outputs, tokens="single")
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("head", [ModelHead(), ModelHead(shifted=True), LinearHead(torch.eye(32)[:5], None, "tokens")])
+def test_fisher_information_leaves_out_padding(problem, head, likelihood):
+    options = fisher.FisherOptions(outputs={"1": head}, likelihood=likelihood)
+    path = "model.layers.0.self_attn.v_proj"
+    (batch,) = problem.calibration["1"]
+    first, second = (
+        fisher.information(problem, "1", [path], [one], options)[path] for one in (batch, other_padding(batch))
+    )
+    assert first.any()
+    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6 * float(first.max()))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_information_is_floored_before_it_is_normalised(problem, monkeypatch, normalise):
+    """As in the authors' code, with the norm of what was not floored; a task without information has the floor."""
+    generator = torch.Generator().manual_seed(0)
+    paths = list(problem.adapters["1"].factors)
+    shapes = {path: problem.model.get_submodule(path).weight.shape for path in paths}
+    held = {
+        "1": {path: 1e-5 * torch.rand(shape, generator=generator) for path, shape in shapes.items()},
+        "2": {path: torch.zeros(shape) for path, shape in shapes.items()},
+    }
+    monkeypatch.setattr(fisher, "information", lambda problem, task, *others: dict(held[task]))
+    result = METHODS["fisher"].run(problem, {"normalise": normalise, "floor": 4e-6, "batches": 1})
+    norm = torch.cat([value.flatten() for value in held["1"].values()]).norm() if normalise else 1.0
+    for path in paths:
+        weights = {"1": held["1"][path].clamp(min=4e-6) / norm, "2": torch.full(shapes[path], 4e-6)}
+        above = sum(weight * dense_update(problem.adapters[task].factors[path]) for task, weight in weights.items())
+        torch.testing.assert_close(result.delta(path).float(), above / sum(weights.values()), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,288 @@
+"""What methods compare the merged model with: each task's own model, in the same forward and at the same positions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import nsc_merge
+from nsc_merge.attachment import attach
+from nsc_merge.forwards import evaluating, shared_forward
+from nsc_merge.methods import METHODS, Problem, matching, regression_mean
+from nsc_merge.methods.learned import attached, presence
+from nsc_merge.methods.own import OwnModels
+from nsc_merge.passes import held_out, restartable, streams
+from nsc_merge.remap import fit
+
+QUIET = {"progress": False}
+
+
+def problem_of(kind, tmp_path, shared="lambda", count=1, **config):
+    """Two tasks on a model of the zoo, ``count`` batches each."""
+    model = zoo.build(kind)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": zoo.KINDS[kind].targets, **config}
+    folders = {task: zoo.write_adapter(model, tmp_path / task, n, **config) for n, task in enumerate(("a", "b"), 1)}
+    adapters = fit({task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}, model, shared)
+    batches = {task: [zoo.KINDS[kind].inputs(10 * n + i) for i in range(count)] for n, task in enumerate(adapters)}
+    return Problem(model, adapters, batches)
+
+
+def merged(problem, scales):
+    """A copy of the model with every task's update times its scale."""
+    result = METHODS["task_arithmetic"].run(problem, {"scale": scales})
+    return result.apply(copy.deepcopy(problem.model)).eval()
+
+
+def merge(problem, method, **options):
+    return METHODS[method].run(problem, {**QUIET, **options})
+
+
+@pytest.mark.parametrize("normalise", ["none", "task"])
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+@pytest.mark.parametrize("positions", [None, "last", "all"])
+def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalise, likelihood, positions):
+    problem = problem_of("llama", tmp_path)
+    result = merge(problem, "distill", steps=1, normalise=normalise, likelihood=likelihood, positions=positions)
+
+    def outputs(model, batch):
+        with torch.no_grad():
+            logits = model(**batch).logits.double()
+        mask = batch["attention_mask"].bool()
+        return logits[mask] if positions == "all" else logits[torch.arange(3), mask.sum(1) - 1]
+
+    def distance(found, own):
+        if likelihood == "gaussian":
+            return (found - own).square().mean()
+        p, q = own.softmax(-1), found.softmax(-1)
+        return (p * (p.log() - q.log())).sum(-1).mean()
+
+    both = merged(problem, {"a": 0.4, "b": 0.4})
+    for task in ("a", "b"):
+        batch = problem.calibration[task][0]
+        own = outputs(merged(problem, {"a": float(task == "a"), "b": float(task == "b")}), batch)
+        expected = distance(outputs(both, batch), own)
+        if normalise == "task":
+            expected = expected / distance(outputs(problem.model, batch), own)
+        assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=2e-4)
+
+
+def test_distillation_of_one_adapter_goes_to_one(tmp_path):
+    problem = problem_of("vit", tmp_path)
+    one = Problem(problem.model, {"a": problem.adapters["a"]}, {"a": problem.calibration["a"]})
+    result = merge(one, "distill", steps=120, lr=4e-2, weight_decay=0.0, schedule="cosine")
+    assert result.history[-1]["objective"] < 1e-3 * result.history[0]["objective"]
+
+
+def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path):
+    problem = problem_of("vit", tmp_path)
+    shared = problem.calibration["a"]
+    heads = {
+        task: lambda model, batch, sign=sign: sign * model(**batch).logits for task, sign in (("a", 1), ("b", -1))
+    }
+    together = Problem(problem.model, problem.adapters, {"a": shared, "b": shared})
+    apart = Problem(problem.model, problem.adapters, {"a": shared, "b": [dict(shared[0])]})
+    calls = []
+    hook = problem.model.vit.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    first = merge(together, "distill", steps=3, outputs=heads)
+    once = len(calls)
+    second = merge(apart, "distill", steps=3, outputs=heads)
+    hook.remove()
+    # Each task's own model once, then one forward a step, against two.
+    assert (once, len(calls) - once) == (2 + 3, 2 + 6)
+    assert first.history[-1]["objective"] == pytest.approx(second.history[-1]["objective"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "poisson"}, "likelihood: expected one of"),
+        ({"likelihood": {"a": "gaussian"}}, "likelihood: expected one for every task, found none for 'b'"),
+        ({"positions": "first"}, "positions: expected one of"),
+        ({"normalise": "scale"}, "normalise: expected one of"),
+        ({"outputs": {"c": len}}, "outputs: expected functions for some of"),
+    ],
+)
+def test_distillation_names_what_is_wrong(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        merge(problem_of("vit", tmp_path), "distill", steps=1, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "last"}])
+def test_match_at_the_last_real_token(tmp_path, options):
+    problem = problem_of("llama", tmp_path)
+    result = merge(problem, "match", steps=1, **options)
+
+    def hidden(model, batch):
+        with torch.no_grad():
+            found = model.base_model(**batch).last_hidden_state
+        return found[torch.arange(3), batch["attention_mask"].sum(1) - 1]
+
+    both = merged(problem, {"a": 0.4, "b": 0.4})
+    for task in ("a", "b"):
+        batch = problem.calibration[task][0]
+        own = merged(problem, {"a": float(task == "a"), "b": float(task == "b")})
+        expected = (hidden(both, batch) - hidden(own, batch)).square().mean()
+        assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["lambda", "mean", "first"])
+def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
+    """Whatever share of them the merge has."""
+    problem = problem_of("llava", tmp_path, policy, modules_to_save=["multi_modal_projector"])
+    whole = problem_of("llava", tmp_path / "again", "lambda", modules_to_save=["multi_modal_projector"])
+    present = presence(problem)
+    with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():
+        own = OwnModels(problem, coefficients, present)
+        for number, task in enumerate(problem.tasks):
+            batch = problem.calibration[task][0]
+            expected = zoo.outputs(merged(whole, {"a": float(task == "a"), "b": float(task == "b")}), batch)
+            with own.of(number):
+                torch.testing.assert_close(zoo.outputs(problem.model, batch), expected, rtol=1e-4, atol=1e-5)
+        with own.of(None):
+            base = zoo.outputs(problem.model, batch)
+        torch.testing.assert_close(base, zoo.outputs(zoo.build("llava"), batch), rtol=1e-4, atol=1e-5)
+    for task in problem.tasks:
+        batch = problem.calibration[task][0]
+        expected = zoo.outputs(merged(whole, {"a": float(task == "a"), "b": float(task == "b")}), batch)
+        with regression_mean.alone(problem, task):
+            torch.testing.assert_close(zoo.outputs(problem.model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_what_is_held_out_is_never_descended_on(tmp_path, monkeypatch, kind):
+    problem = problem_of("vit", tmp_path, count=3)
+    numbers = {id(batch): n for n, batch in enumerate(problem.calibration["a"])}
+    calibration = {task: kind(batches) for task, batches in problem.calibration.items()}
+    drawn = []
+    descend = matching.descend
+
+    def spy(method, problem, options, losses, **rest):
+        def noting(coefficients):
+            backward = losses(coefficients)
+            return lambda one: (drawn.append(numbers.get(id(one.sources[0]))), backward(one))[1]
+
+        return descend(method, problem, options, noting, **rest)
+
+    monkeypatch.setattr(matching, "descend", spy)
+    merge(Problem(problem.model, problem.adapters, calibration), "match", steps=5, hold_out=1, init="match")
+    assert [n for n in drawn if n is not None] == [1, 2, 1, 2, 1]
+
+
+def test_holding_everything_out_is_refused(tmp_path):
+    problem = problem_of("vit", tmp_path, count=2)
+    with pytest.raises(ValueError, match=r"calibration\['a'\]: expected more batches than the 2 held out, found 2"):
+        merge(problem, "match", steps=1, hold_out=2)
+
+
+def test_iterators_start_anew_and_datasets_are_not_remembered():
+    made = []
+
+    class Dataset:
+        def __iter__(self):
+            for n in range(3):
+                made.append(n)
+                yield {"x": torch.tensor(n)}
+
+    known = restartable({"a": iter([{"x": torch.tensor(n)} for n in range(3)]), "b": Dataset()}, ["a", "b"])
+    first, rest = held_out(known, ["a", "b"], 1)
+    assert [int(batch["x"]) for task in ("a", "b") for batch in first[task]] == [0, 0]
+    drawn = streams(rest, ["a", "b"])
+    for task in ("a", "b"):
+        assert [int(next(drawn[task])["x"]) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert len(made) == 2 + 3 * 3 - 1
+
+
+def test_coefficients_that_nothing_depends_on_stay_through_a_warm_up(tmp_path):
+    problem = problem_of("llama", tmp_path)
+    options = {"steps": 20, "lr": 1e-2, "features": ["model.layers.1"]}
+    found = merge(problem, "match", warm_up=3, **options)
+    later = [path for path in found.coefficients if path.startswith("model.layers.2.")]
+    assert sorted(found.dead) == sorted(merge(problem, "match", **options).dead) == sorted(later)
+    assert all(value == pytest.approx(0.4) for path in later for value in found.coefficients[path].values())
+    assert all(value != 0.4 for value in found.coefficients["model.layers.0.self_attn.q_proj"].values())
+
+
+def test_ratios_are_averaged_over_the_modules_that_an_adapter_touches(tmp_path):
+    model = zoo.build("llama")
+    both = zoo.write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "v_proj"])
+    half = zoo.write_adapter(
+        model, tmp_path / "b", 2, r=4, target_modules=r".*(layers\.[01]\..*(q|v)_proj|layers\.2\..*q_proj)"
+    )
+    adapters = fit({"a": nsc_merge.load_adapter(both, "a"), "b": nsc_merge.load_adapter(half, "b")}, model)
+    problem = Problem(model, adapters, {task: [zoo.text(3)] for task in adapters})
+    watcher = matching.Watcher(problem, matching.MatchOptions(ratio_weight=1.0))
+    watcher._scored = ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
+    watcher._touched = {watcher._scored[0]: torch.tensor([True, True]), watcher._scored[1]: torch.tensor([True, False])}
+    with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():
+        coefficients.spread()
+        seen = watcher.see(zoo.text(3)).ratios
+        watcher._scored = watcher._scored[:1]
+        alone = watcher.see(zoo.text(3)).ratios
+    torch.testing.assert_close(seen[1], alone[1])
+    assert float(seen[1]) < 0.999
+
+
+@pytest.mark.parametrize("method", ["nsc", "match", "distill", "adamerging"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_learning_works_where_gradients_are_off(tmp_path, method, mode):
+    problem = problem_of("llama-cls", tmp_path)
+    expected = merge(problem, method, steps=2)
+    with mode():
+        found = merge(problem, method, steps=2)
+        assert not torch.is_grad_enabled()
+    assert found.coefficients == expected.coefficients
+
+
+def test_every_module_gets_its_own_mode_back(tmp_path):
+    problem = problem_of("vit", tmp_path)
+    problem.model.train()
+    modules = dict(problem.model.named_modules())
+    frozen = next(path for path, module in modules.items() if isinstance(module, nn.LayerNorm))
+    modules[frozen].eval()
+    before = {path: module.training for path, module in modules.items()}
+    with evaluating(problem.model):
+        assert not any(module.training for module in problem.model.modules())
+    for method in ("nsc", "match"):
+        merge(problem, method, steps=1)
+    METHODS["regmean"].run(problem, {"batches": 1})
+    assert {path: module.training for path, module in problem.model.named_modules()} == before
+
+
+def test_a_shared_forward_gives_an_own_forward_of_the_model_back():
+    model = nn.Linear(2, 2)
+    model.forward = forward = lambda z: z + 1
+    with shared_forward(model):
+        z = torch.zeros(2)
+        assert model(z) is model(z)
+    assert model.forward is forward
+
+
+def test_coefficients_of_shared_modules_are_not_rounded(tmp_path):
+    """A step of 3e-4 moves a bfloat16 projector, as it moves a LoRA update."""
+    problem = problem_of("llava", tmp_path, modules_to_save=["multi_modal_projector"])
+    model = problem.model.to(torch.bfloat16)
+    z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with attach(model, problem.adapters, 0.4) as linears, torch.no_grad():
+        module = linears["model.multi_modal_projector.linear_1"]
+        assert module.denses is not None
+        before = module(z)
+        module.lam += 3e-4
+        assert not torch.equal(module(z), before)
+
+
+def test_a_linear_with_two_kinds_of_updates_has_no_share(tmp_path):
+    model = zoo.build("llava")
+    folders = {
+        "a": zoo.write_adapter(
+            model, tmp_path / "a", 1, target_modules=zoo.LANGUAGE, modules_to_save=["multi_modal_projector"]
+        ),
+        "b": zoo.write_adapter(model, tmp_path / "b", 2, target_modules=zoo.LANGUAGE + "|.*projector.linear_1"),
+    }
+    loaded = {task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}
+    fit(loaded, model, "lambda")
+    with pytest.raises(ValueError, match=r"shared_modules: .*linear_1 was trained in full for \['a'\].*\['b'\]"):
+        fit(loaded, model, "mean")
