@@ -118,7 +118,7 @@ def _remarks(
     dead = sum(len(tasks) for tasks in result.dead.values())
     if dead:
         remarks.append(
-            f"{dead} coefficients come after the last measured input and received no gradient; "
+            f"{dead} coefficients received no gradient, as nothing measured depends on them; "
             f"modules: {', '.join(f'`{path}`' for path in result.dead)}."
         )
     missing = absent(result.adapters)

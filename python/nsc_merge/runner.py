@@ -77,7 +77,7 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
         )
     dead = sum(len(tasks) for tasks in result.dead.values())
     if dead:
-        log(f"{dead} coefficients come after the last measured input and received no gradient")
+        log(f"{dead} coefficients received no gradient: nothing measured depends on them")
     formats = [name for name in recipe.formats if name != "coefficients"]
     if result.coefficients:
         formats.insert(0, "coefficients")

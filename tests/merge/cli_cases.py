@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -36,3 +39,18 @@ def make_place(base: nn.Module, folder: Path) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Path within the folder -> bytes, of every file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C at the second step of whatever shows its progress."""
+    calls = []
+
+    def interrupt(self, **values):
+        calls.append(values)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nsc_merge.progress.Progress.update", interrupt)
+        yield

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_cases import contents, make_place
+from cli_cases import contents, interrupted, make_place
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, outputs, write_adapter
@@ -114,15 +114,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(place, capsys):
 def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch, capsys):
     assert main(["run", str(place / "recipe.yaml"), "output.dir=" + str(place / "whole")]) == 0
     recipe = load_recipe(place / "recipe.yaml")
-    calls = []
-
-    def interrupt(self, **values):
-        calls.append(values)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("nsc_merge.progress.Progress.update", interrupt)
+    with interrupted(monkeypatch):
         assert main(["run", str(place / "recipe.yaml")]) == 130
     assert "go on with: nsc-merge run" in capsys.readouterr().err
     assert runner.state_file(recipe).is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_cases import contents, make_place
+from cli_cases import contents, interrupted, make_place
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build
 
@@ -135,15 +135,7 @@ def test_what_methods_are_said_to_give_is_what_they_give(place):
 @pytest.fixture
 def unfinished(place, monkeypatch, capsys):
     """The place after Ctrl-C in a run, and the bytes of its state."""
-    calls = []
-
-    def interrupt(self, **values):
-        calls.append(values)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("nsc_merge.progress.Progress.update", interrupt)
+    with interrupted(monkeypatch):
         assert main(["run", "recipe.yaml"]) == 130
     capsys.readouterr()
     state = runner.state_file(load_recipe(place / "recipe.yaml"))
