@@ -284,7 +284,11 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
     steps = {"steps": 2, "lr": 0.05}
     change(
         place,
-        methods=[{"method": "adamerging", "options": steps}, {"method": "fisher", "options": {"batches": 1}}],
+        methods=[
+            {"method": "adamerging", "options": steps},
+            {"method": "fisher", "options": {"batches": 1}},
+            {"method": "distill", "options": steps},
+        ],
     )
     assert main(["eval", str(place / "eval.yaml"), *overrides, "--json"]) == 0
     assert list(rows(json.loads(capsys.readouterr().out))) == [
@@ -292,6 +296,7 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
         "finetuned",
         "adamerging",
         "fisher",
+        "distill",
     ]
     suite_recipe = load_eval_recipe(place / "eval.yaml", overrides)
     suite = RecipeSuite(suite_recipe.at(0))
@@ -300,18 +305,16 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
     adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
     heads_given = {task: functools.partial(suite.output, task) for task in adapters}
     batches = suite.calibration()
+    likelihood = {"nli": "categorical", "topic": "gaussian"}
     by_hand = {
         "adamerging": nsc_merge.merge(
             model, adapters, batches, "adamerging", outputs={"nli": heads_given["nli"]}, **steps
         ),
         "fisher": nsc_merge.merge(
-            model,
-            adapters,
-            batches,
-            "fisher",
-            outputs=heads_given,
-            likelihood={"nli": "categorical", "topic": "gaussian"},
-            batches=1,
+            model, adapters, batches, "fisher", outputs=heads_given, likelihood=likelihood, batches=1
+        ),
+        "distill": nsc_merge.merge(
+            model, adapters, batches, "distill", outputs=heads_given, likelihood=likelihood, **steps
         ),
     }
     for name, expected in by_hand.items():
