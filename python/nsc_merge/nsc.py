@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 DEAD_POLICIES = ("init", "tie_previous", "zero")
 # Options that say how a run is watched and kept, and nothing about its outcome.
-_BESIDE_THE_PROBLEM = ("progress", "resume_from", "state_to", "state_every")
+_BESIDE_THE_PROBLEM = ("progress", "resume_from", "state_to", "state_every", "state_of")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ class NSCOptions:
         state_to: file that the state of the optimisation is saved to, every ``state_every`` steps, at the end
             and on Ctrl-C.
         state_every: steps between two saved states.
+        state_of: what a saved state belongs to besides the adapters and options, such as hashes of the base model and
+            of the calibration data, by names that are no options; values that JSON can hold. Resuming with others is
+            refused.
         resume_from: file written through ``state_to``. The run goes on from there as if it had never stopped,
             to the bit, if the iterables of ``calibration`` give the same batches again.
     """
@@ -109,6 +112,7 @@ class NSCOptions:
     progress: bool | None = None
     state_to: str | os.PathLike[str] | None = None
     state_every: int = 50
+    state_of: Mapping[str, Any] | None = None
     resume_from: str | os.PathLike[str] | None = None
 
 
@@ -179,7 +183,7 @@ def merge_nsc(
     problem, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
         kept = {name: value for name, value in _plain(chosen).items() if name not in _BESIDE_THE_PROBLEM}
-        problem = problem_of(adapters, kept, paths, scored)
+        problem = problem_of(adapters, kept, paths, scored, chosen.state_of or {})
     if chosen.resume_from is not None:
         resumed = State.load(chosen.resume_from, problem)
     present = torch.tensor([[path in adapters[task].factors for task in tasks] for path in paths])

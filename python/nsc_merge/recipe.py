@@ -50,7 +50,7 @@ _KEYS = (
 _OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 # Options that the command sets.
-_OPTIONS_OF_RUN = ("state_to", "resume_from")
+_OPTIONS_OF_RUN = ("state_to", "state_of", "resume_from")
 # Options of one run, not of the merge.
 _PASSING_OPTIONS = ("progress", *_OPTIONS_OF_RUN, "state_every", "scored")
 # As transformers reads it.

@@ -14,7 +14,6 @@ from nsc_merge.export import save, serving_notes
 from nsc_merge.families import family_of
 from nsc_merge.nsc import resolve_options
 from nsc_merge.recipe import Recipe, RecipeError, hashes
-from nsc_merge.state import tied_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,8 +65,9 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
     model, adapters, calibration = _load(recipe, log)
     for line in _remarks(model, adapters):
         log(line)
-    with tied_to(_sources(recipe, model) if can_resume(recipe) else {}):
-        result = _merge(recipe, model, adapters, calibration, options)
+    if can_resume(recipe):
+        options["state_of"] = _sources(recipe, model)
+    result = _merge(recipe, model, adapters, calibration, options)
     if result.history:
         first, last = result.history[0], result.history[-1]
         quantity = "null-space ratio" if "omega" in first else "loss"

@@ -6,12 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,23 +18,6 @@ from nsc_merge.adapters import Adapter, Factor
 
 FORMAT = "nsc_merge.state"
 VERSION = "1"
-
-_SOURCES: ContextVar[Mapping[str, Any]] = ContextVar("sources", default=MappingProxyType({}))
-
-
-@contextmanager
-def tied_to(sources: Mapping[str, Any]) -> Iterator[None]:
-    """States that are saved or read in the block belong to ``sources``, too: what JSON can hold, by names that are no
-    options.
-
-    For those who know where base model and calibration come from, which the method that saves the state is given as
-    objects.
-    """
-    token = _SOURCES.set(sources)
-    try:
-        yield
-    finally:
-        _SOURCES.reset(token)
 
 
 @dataclass(frozen=True)
@@ -114,19 +94,21 @@ class State:
 
 
 def problem_of(
-    adapters: Mapping[str, Adapter], options: Mapping[str, Any], paths: list[str], scored: list[str]
+    adapters: Mapping[str, Adapter],
+    options: Mapping[str, Any],
+    paths: list[str],
+    scored: list[str],
+    sources: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What must be the same for a saved state to be continued: options, modules, adapters by content, and what
-    :func:`tied_to` says.
-
-    Beyond that the base model and the calibration batches are taken on trust.
+    """What must be the same for a saved state to be continued: options, modules, adapters by content, and
+    ``sources``, beyond which the base model and the calibration batches are taken on trust.
     """
     problem = {
         **options,
         "modules": paths,
         "scored": scored,
         "adapters": {task: digest_of(adapter.factors) for task, adapter in adapters.items()},
-        **_SOURCES.get(),
+        **sources,
     }
     # As JSON gives it back, so that tuples compare with lists.
     return json.loads(json.dumps(problem))
