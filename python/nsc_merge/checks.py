@@ -22,8 +22,9 @@ _OF_FULL_RANK = frozenset({"ties", "dare", "dare_ties", "emr", "emr_unified", "f
 _WITHOUT_UPDATE = frozenset({"zero_shot"})
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse, before anything is loaded, what a merge would fail on only after its work.
+def check(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse, before anything is loaded, what a merge would fail on only after its work, and to resume what keeps
+    no state.
 
     Raises:
         RecipeError: naming the key, what was found and what was expected.
@@ -39,6 +40,8 @@ def check(recipe: Recipe) -> None:
             resolve_options(FAMILIES[0], list(recipe.adapters), recipe.options)
         else:
             method.options(**recipe.options)
+    if resume and not can_resume(recipe):
+        raise RecipeError(f"--resume: method {recipe.method!r} keeps no state to go on from")
     if "data" in method.needs:
         missing = [task for task in recipe.adapters if task not in recipe.calibration]
         if missing:

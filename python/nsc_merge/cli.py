@@ -26,7 +26,7 @@ history and plots."""
 _EPILOG = """\
 examples:
   nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
-  nsc-merge run recipe.yaml options.steps=200     merge; Ctrl-C and --resume at any time
+  nsc-merge run recipe.yaml options.steps=200     merge; with method nsc, Ctrl-C and --resume at any time
   nsc-merge inspect adapters/* --model base --inputs depth.safetensors
   nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
   nsc-merge analyse quartiles evaluation.yaml     null-space ratio of every sample against its quality
@@ -221,11 +221,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from nsc_merge.checks import can_resume
 
     if arguments.dry_run:
-        plan = runner.plan(recipe, log)
+        plan = runner.plan(recipe, log, resume=arguments.resume)
         print(json.dumps(plan) if arguments.json else runner.render_plan(plan))
         return 0
     try:
-        summary = runner.run(recipe, resume=arguments.resume, progress=None, log=log)
+        summary = runner.run(recipe, resume=arguments.resume, log=log)
     except KeyboardInterrupt:
         state = runner.state_file(recipe)
         if can_resume(recipe) and state.is_file():

@@ -75,7 +75,7 @@ def save(
     kept = files if earlier == digest else set()
 
     def obsolete(path: Path, written: set[Path]) -> bool:
-        return path.as_posix() in files - kept or _is_old_shard(path, written)
+        return path.as_posix() in files - kept or _is_outdated(path, written)
 
     with replacing_folder(out, obsolete) as staging:
         errors: dict[str, float] = {}
@@ -97,7 +97,9 @@ def save(
         card = model_card(result, shown, rank, errors, nested=nested)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
         written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
-        document = recipe_of(result, digest, sorted(written | kept))
+        places = {Path(path) for path in written}
+        left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), places)}
+        document = recipe_of(result, digest, sorted(written | left))
         (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
     return sorted(written)
 
@@ -334,6 +336,10 @@ def serving_notes(result: MergeResult, rank: int | None = None) -> list[str]:
     return notes
 
 
-def _is_old_shard(path: Path, written: set[Path]) -> bool:
-    """Of an earlier model in the same folder, which the index of other shards no longer names."""
+def _is_outdated(path: Path, written: set[Path]) -> bool:
+    """Of an earlier save in the same folder: a shard that the index of other shards no longer names, or the errors of a
+    truncation that is no more.
+    """
+    if path.name == TRUNCATION_FILE:
+        return path not in written and path.with_name(CONFIG_FILE) in written
     return _SHARD.fullmatch(path.name) is not None and path.with_name("config.json") in written

@@ -74,16 +74,18 @@ def _parsed(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # As written, before merge keys (<<) put in those of other mappings.
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
             seen: set[str] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise yaml.constructor.ConstructorError(
+                        raise yaml.composer.ComposerError(
                             None, None, f"the key {key.value!r} is given twice", key.start_mark
                         )
                     seen.add(key.value)
-            return super().construct_mapping(node, deep)
+            return node
 
     return yaml.load(text, Loader)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -25,18 +25,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def shared_forward(model: nn.Module) -> Iterator[None]:
-    """Within it, calling ``model`` again with the very same tensors returns what the first call returned."""
+    """Within it, calling ``model`` again with the very same objects returns what the first call returned."""
     known: dict[tuple[Any, ...], Any] = {}
     own = vars(model).get("forward")
     forward = model.forward
 
     def once(*args: Any, **inputs: Any) -> Any:
-        key = (
-            *(id(value) for value in args),
-            *((name, id(value) if isinstance(value, Tensor) else value) for name, value in sorted(inputs.items())),
-        )
+        key = (*map(id, args), *((name, id(value)) for name, value in sorted(inputs.items())))
         if key not in known:
-            # The arguments are kept as well, so that no other tensor takes over their identity.
+            # The arguments are kept as well, so that no other object takes over their identity.
             known[key] = args, inputs, forward(*args, **inputs)
         return known[key][-1]
 

@@ -20,7 +20,7 @@ from nsc_merge.forwards import evaluating
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
-from nsc_merge.options import check_choice, check_count, check_number, check_seed
+from nsc_merge.options import check_choice, check_count, check_number, check_plain, check_seed
 from nsc_merge.passes import FEW, Calibration, Padding, streams
 from nsc_merge.result import MergeResult
 from nsc_merge.signal import signal_notes
@@ -38,7 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 DEAD_POLICIES = ("init", "tie_previous", "zero")
 # Options that say how a run is watched and kept, and nothing about its outcome.
-_BESIDE_THE_PROBLEM = ("progress", "resume_from", "state_to", "state_every", "state_of")
+_OF_THE_STATE = ("state_to", "state_every", "state_of", "resume_from")
+_BESIDE_THE_PROBLEM = ("progress", *_OF_THE_STATE)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class NSCOptions:
             and on Ctrl-C.
         state_every: steps between two saved states.
         state_of: what a saved state belongs to besides the adapters and options, such as hashes of the base model and
-            of the calibration data, by names that are no options; values that JSON can hold. Resuming with others is
-            refused.
+            of the calibration data: names to values that JSON can hold. Resuming with others, or without, is refused.
         resume_from: file written through ``state_to``. The run goes on from there as if it had never stopped,
             to the bit, if the iterables of ``calibration`` give the same batches again.
     """
@@ -147,6 +147,9 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
         raise ValueError(f"compile: expected True, False or one of {usual}, found {chosen.compile!r}")
     check_count("steps", chosen.steps)
     check_count("state_every", chosen.state_every)
+    if chosen.state_of is not None:
+        check_plain("state_of", chosen.state_of)
+    check_choice("progress", chosen.progress, (True, False, None))
     check_seed(chosen.seed)
     check_number("lr", chosen.lr, 0)
     check_number("weight_decay", chosen.weight_decay, 0)
@@ -217,7 +220,7 @@ def merge_nsc(
         coefficients=by_path(lam, paths, tasks),
         history=loop.history,
         adapters=dict(adapters),
-        options={**_plain(chosen), "scored": scored},
+        options={**{k: v for k, v in _plain(chosen).items() if k not in _OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
     )

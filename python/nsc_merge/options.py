@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -66,3 +67,29 @@ def check_names(name: str, value: Any) -> None:
     """
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
         raise ValueError(f"{name}: expected a list of names, found {value!r}")
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Refuse what is no mapping that JSON can hold.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    try:
+        if isinstance(value, Mapping):
+            json.dumps(dict(value))
+            return
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name}: expected a mapping that JSON can hold, found {value!r}")
+
+
+def check_bounds(name: str, value: Any) -> None:
+    """Refuse what is no pair of a lower and a higher number.
+
+    Raises:
+        ValueError: naming the option, what was found and what was expected.
+    """
+    pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if not pair or not all(isinstance(one, int | float) for one in value) or not value[0] < value[1]:
+        raise ValueError(f"{name}: expected a lower and a higher bound, found {value!r}")

@@ -152,7 +152,7 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
     """The first ``count`` batches of every task, and a calibration without them.
 
     Args:
-        calibration: of iterables that start anew (:func:`restartable`).
+        calibration: of iterables that start anew (:func:`restartable`), each time with the same batches.
 
     Raises:
         ValueError: if a task has no more batches than that.
@@ -164,7 +164,7 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
             raise ValueError(
                 f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
             )
-        first[task] = found[:count]
+        first[task] = [_checked(task, batch) for batch in found[:count]]
     return first, {task: _Rest(calibration[task], count) for task in tasks}
 
 
@@ -271,17 +271,20 @@ def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
+def _checked(task: str, batch: Batch) -> Batch:
+    if not isinstance(batch, Mapping) or not batch:
+        raise ValueError(
+            f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
+        )
+    return batch
+
+
 def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of an iterable that can be gone through more than once, in order, again and again."""
     while True:
         empty = True
         for batch in batches:
-            if not isinstance(batch, Mapping) or not batch:
-                raise ValueError(
-                    f"calibration[{task!r}]: expected dictionaries of model inputs, "
-                    f"found {type(batch).__name__}"
-                )
             empty = False
-            yield batch
+            yield _checked(task, batch)
         if empty:
             raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")

@@ -33,7 +33,7 @@ def state_file(recipe: Recipe) -> Path:
     return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
 
 
-def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dict[str, Any]:
+def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     """Merge and save; returns a summary.
 
     Ctrl-C leaves the state in :func:`state_file` if the method keeps one; ``resume`` goes on from there, or starts if
@@ -46,8 +46,8 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
     """
     started = time.perf_counter()
     state = state_file(recipe)
-    options: dict[str, Any] = {} if progress is None else {"progress": progress}
-    check(recipe)
+    options: dict[str, Any] = {}
+    check(recipe, resume=resume)
     if can_resume(recipe):
         options["state_to"] = state
         if resume and state.is_file():
@@ -60,8 +60,6 @@ def run(recipe: Recipe, *, resume: bool, progress: bool | None, log: Log) -> dic
                 f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
                 "remove the file"
             )
-    elif resume:
-        raise RecipeError(f"--resume: method {recipe.method!r} keeps no state to go on from")
     model, adapters, calibration = _load(recipe, log)
     for line in _remarks(model, adapters):
         log(line)
@@ -109,7 +107,7 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
     return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
-def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
+def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     """Load everything, check coverage, time a few real steps, and write nothing.
 
     The estimate is of the merge alone: loading and saving come on top.
@@ -120,7 +118,7 @@ def plan(recipe: Recipe, log: Log) -> dict[str, Any]:
     from nsc_merge.attachment import merged_linears
     from nsc_merge.remap import absent
 
-    check(recipe)
+    check(recipe, resume=resume)
     model, adapters, calibration = _load(recipe, log)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -86,6 +86,8 @@ class State:
             saved = document["problem"].get(name)
             if saved != value:
                 name, saved, value = _first_difference(name, saved, value)
+                # Sources have the names that whoever gave them knows.
+                name = name.removeprefix("sources.")
                 raise ValueError(
                     f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
                     f"{name}={_short(value)}"
@@ -107,8 +109,10 @@ def problem_of(
         **options,
         "modules": paths,
         "scored": scored,
+        # In their order, which is that of the columns of coefficients.
+        "tasks": list(adapters),
         "adapters": {task: digest_of(adapter.factors) for task, adapter in adapters.items()},
-        **sources,
+        "sources": dict(sources),
     }
     # As JSON gives it back, so that tuples compare with lists.
     return json.loads(json.dumps(problem))

@@ -17,6 +17,7 @@ from zoo import KINDS, build
 import nsc_merge
 from nsc_merge import checks, runner
 from nsc_merge.cli import main
+from nsc_merge.fields import read_document
 from nsc_merge.methods import METHODS
 from nsc_merge.recipe import load_recipe
 
@@ -59,6 +60,13 @@ def test_keys_that_yaml_would_lose_are_refused(place, capsys, text, message):
 
 def test_keys_that_an_override_would_lose_are_refused(place, capsys):
     assert "the key 'lr' is given twice" in refusal(capsys, "run", "recipe.yaml", "options={lr: 1, lr: 2}")[0]
+
+
+def test_merge_keys_of_merge_keys_are_no_repetition(tmp_path):
+    text = "base: &a {x: 1, y: 2}\ndeep: {inner: &b {<<: *a, x: 2}}\nuse: {<<: *b, y: 3}\n"
+    (tmp_path / "some.yaml").write_text(text)
+    found = read_document(tmp_path / "some.yaml", [], lambda document, _: document)
+    assert found["use"] == {"x": 2, "y": 3}
 
 
 def test_merged_keys_may_still_be_overridden(place):
@@ -190,9 +198,10 @@ def test_an_unfinished_run_is_not_replaced_unasked(unfinished, capsys):
 def test_a_method_without_a_state_is_not_resumed_and_leaves_that_of_another(unfinished, capsys, monkeypatch):
     _, state, content = unfinished
     overrides = plain(method="task_arithmetic")
-    line, loaded = refusal(capsys, "run", "recipe.yaml", *overrides, "--resume")
-    assert "--resume: method 'task_arithmetic' keeps no state to go on from" in line
-    assert not loaded
+    for dry in ([], ["--dry-run"]):
+        line, loaded = refusal(capsys, "run", "recipe.yaml", *overrides, "--resume", *dry)
+        assert "--resume: method 'task_arithmetic' keeps no state to go on from" in line
+        assert not loaded
     assert main(["run", "recipe.yaml", *overrides]) == 0
     capsys.readouterr()
 

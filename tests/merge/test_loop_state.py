@@ -116,6 +116,20 @@ def test_a_finished_state_returns_the_same_at_once(tmp_path, optimizer):
     assert (values(done) != 0.4).any()
 
 
+def test_a_state_belongs_to_its_sources(tmp_path):
+    state = tmp_path / "state"
+    done = whole(state_to=state, steps=2, state_of={"base": {"file": "x"}, "lr": 9})
+    assert not {"state_to", "state_of", "resume_from"} & set(done.options)
+    same_to_the_bit(whole(resume_from=state, steps=2, state_of={"base": {"file": "x"}, "lr": 9}), done)
+    with pytest.raises(ValueError, match="saved with base.file='x', and this is base.file='y'"):
+        whole(resume_from=state, steps=2, state_of={"base": {"file": "y"}, "lr": 9})
+    with pytest.raises(ValueError, match="saved with base={'file': 'x'}, and this is base=None"):
+        whole(resume_from=state, steps=2)
+    for bad in (5, {"path": tmp_path}):
+        with pytest.raises(ValueError, match="state_of: expected a mapping that JSON can hold, found"):
+            whole(state_to=state, steps=2, state_of=bad)
+
+
 def test_a_state_of_something_else_is_refused(tmp_path):
     state = tmp_path / "state"
     whole(state_to=state, steps=2)
@@ -125,6 +139,9 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     next(iter(adapters["a"].factors.values())).B.mul_(2)
     with pytest.raises(ValueError, match="resume_from: .*saved with adapters.a="):
         trajectory(llama(), adapters, text_batches(), **{**SETTINGS, "steps": 2}, resume_from=state)
+    swapped = dict(reversed(adapters_for(llama()).items()))
+    with pytest.raises(ValueError, match=r"resume_from: .*saved with tasks=\['a', 'b'.*, and this is tasks=\['"):
+        trajectory(llama(), swapped, text_batches(), **{**SETTINGS, "steps": 2}, resume_from=state)
     with pytest.raises(FileNotFoundError, match="resume_from: there is no file"):
         whole(resume_from=tmp_path / "missing")
     content = state.read_bytes()

@@ -12,7 +12,7 @@ import zoo
 from torch.func import functional_call
 
 import nsc_merge
-from nsc_merge.methods import Problem, fisher, matching, own
+from nsc_merge.methods import Problem, fisher, matching
 from nsc_merge.methods.learned import attached, presence
 from nsc_merge.methods.own import OwnModels
 from nsc_merge.passes import one_by_one
@@ -419,23 +419,6 @@ def test_warm_up_shares_coefficients_and_then_lets_go(model, folders, calibratio
 
     assert max(values(4)) - min(values(4)) < 1e-6
     assert max(values(6)) - min(values(6)) > 1e-4
-
-
-def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
-    monkeypatch.setattr(own, "LIMIT", 10)
-    kept = own.Kept(lambda value: value)
-    first, second = {}, {}
-    computed = []
-
-    def ask(batch, key, value):
-        return kept(batch, key, lambda: computed.append(value) or value)
-
-    assert [ask(first, (0,), 4), ask(first, (1,), 5), ask(first, (0,), 0)] == [4, 5, 4]
-    assert kept.held == 9
-    # The first batch's values make room for the second's, and are computed anew.
-    assert [ask(second, (0,), 6), ask(first, (0,), 3)] == [6, 3]
-    assert computed == [4, 5, 6, 3]
-    assert kept.held == 9
 
 
 def test_match_initial_scale_of_one_adapter_is_one(model, folders, calibration):

@@ -12,7 +12,7 @@ from torch import nn
 import nsc_merge
 from nsc_merge.attachment import attach
 from nsc_merge.forwards import evaluating, shared_forward
-from nsc_merge.methods import METHODS, Problem, matching, regression_mean
+from nsc_merge.methods import METHODS, Problem, matching, own, regression_mean
 from nsc_merge.methods.learned import attached, presence
 from nsc_merge.methods.own import OwnModels
 from nsc_merge.passes import held_out, restartable, streams
@@ -70,6 +70,25 @@ def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalis
         assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=2e-4)
 
 
+def test_a_task_without_an_output_of_its_own_has_the_models(tmp_path):
+    """At the last token, as where no task has one."""
+    problem = problem_of("llama", tmp_path)
+    some = merge(problem, "distill", steps=1, outputs={"a": lambda model, batch: model(**batch).logits[:, 0]})
+    none = merge(problem, "distill", steps=1)
+    assert some.history[0]["loss"]["b"] == none.history[0]["loss"]["b"]
+    assert some.history[0]["loss"]["a"] != none.history[0]["loss"]["a"]
+
+
+def test_batches_may_hold_more_than_tensors(tmp_path):
+    problem = problem_of("vit", tmp_path)
+    expected = merge(problem, "distill", steps=1)
+    forward = problem.model.forward
+    problem.model.forward = lambda sizes, **inputs: forward(**inputs)
+    batches = {task: [{**batch, "sizes": [1, 2]} for batch in one] for task, one in problem.calibration.items()}
+    found = merge(Problem(problem.model, problem.adapters, batches), "distill", steps=1)
+    assert found.coefficients == expected.coefficients
+
+
 def test_distillation_of_one_adapter_goes_to_one(tmp_path):
     problem = problem_of("vit", tmp_path)
     one = Problem(problem.model, {"a": problem.adapters["a"]}, {"a": problem.calibration["a"]})
@@ -100,7 +119,11 @@ def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path)
     ("options", "message"),
     [
         ({"likelihood": "poisson"}, "likelihood: expected one of"),
-        ({"likelihood": {"a": "gaussian"}}, "likelihood: expected one for every task, found none for 'b'"),
+        ({"likelihood": {"a": "gaussian"}}, r"likelihood: expected one for each of \['a', 'b'\], found \['a'\]"),
+        ({"clamp": 0.5}, "clamp: expected a lower and a higher bound, found 0.5"),
+        ({"clamp": ["a", "b"]}, "clamp: expected a lower and a higher bound"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
+        ({"progress": "x"}, "progress: expected one of"),
         ({"positions": "first"}, "positions: expected one of"),
         ({"normalise": "scale"}, "normalise: expected one of"),
         ({"outputs": {"c": len}}, "outputs: expected functions for some of"),
@@ -129,6 +152,22 @@ def test_match_at_the_last_real_token(tmp_path, options):
         assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_named_features_that_are_not_of_tokens_count_at_all_positions(tmp_path):
+    problem = problem_of("llava", tmp_path, target_modules=r".*(language_model.*q_proj|projector.linear_1)")
+    places = {"features": ["model.multi_modal_projector"], "steps": 1}
+    plain = merge(problem, "match", **places)
+    for positions in ("all", "last"):
+        assert merge(problem, "match", positions=positions, **places).coefficients == plain.coefficients
+
+
+def test_names_of_features_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="features: expected a list of names, found 5"):
+        matching.MatchOptions(features=5)
+    problem = problem_of("vit", tmp_path)
+    with pytest.raises(ValueError, match=r"calibration\['a'\]: expected dictionaries of model inputs, found list"):
+        merge(Problem(problem.model, problem.adapters, {"a": [[1], [2]], "b": [[1], [2]]}), "match", hold_out=1)
+
+
 @pytest.mark.parametrize("policy", ["lambda", "mean", "first"])
 def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
     """Whatever share of them the merge has."""
@@ -136,13 +175,13 @@ def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
     whole = problem_of("llava", tmp_path / "again", "lambda", modules_to_save=["multi_modal_projector"])
     present = presence(problem)
     with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():
-        own = OwnModels(problem, coefficients, present)
+        models = OwnModels(problem, coefficients, present)
         for number, task in enumerate(problem.tasks):
             batch = problem.calibration[task][0]
             expected = zoo.outputs(merged(whole, {"a": float(task == "a"), "b": float(task == "b")}), batch)
-            with own.of(number):
+            with models.of(number):
                 torch.testing.assert_close(zoo.outputs(problem.model, batch), expected, rtol=1e-4, atol=1e-5)
-        with own.of(None):
+        with models.of(None):
             base = zoo.outputs(problem.model, batch)
         torch.testing.assert_close(base, zoo.outputs(zoo.build("llava"), batch), rtol=1e-4, atol=1e-5)
     for task in problem.tasks:
@@ -150,6 +189,31 @@ def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
         expected = zoo.outputs(merged(whole, {"a": float(task == "a"), "b": float(task == "b")}), batch)
         with regression_mean.alone(problem, task):
             torch.testing.assert_close(zoo.outputs(problem.model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
+    monkeypatch.setattr(own, "LIMIT", 10)
+    kept = own.Kept(lambda value: value)
+    first, second = {}, {}
+    computed = []
+
+    def ask(batch, key, value):
+        return kept(batch, key, lambda: computed.append(value) or value)
+
+    assert [ask(first, (0,), 4), ask(first, (1,), 5), ask(first, (0,), 0)] == [4, 5, 4]
+    assert kept.held == 9
+    # The first batch's values make room for the second's, and are computed anew.
+    assert [ask(second, (0,), 6), ask(first, (0,), 3)] == [6, 3]
+    assert computed == [4, 5, 6, 3]
+    assert kept.held == 9
+
+
+def test_held_out_batches_are_measured_in_the_merged_model_whatever_is_kept(tmp_path, monkeypatch):
+    problem = problem_of("vit", tmp_path, count=3)
+    options = {"steps": 12, "lr": 5e-2, "hold_out": 2, "normalise": "task"}
+    expected = merge(problem, "match", **options)
+    monkeypatch.setattr(own, "LIMIT", 1)
+    assert merge(problem, "match", **options).coefficients == expected.coefficients
 
 
 @pytest.mark.parametrize("kind", [list, iter])

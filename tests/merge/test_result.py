@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import ViTModel
 
@@ -268,6 +269,14 @@ def test_another_merge_leaves_nothing_of_the_one_before(model, folders, result, 
     assert files(out) == ours | {"model/config.json", "model/model.safetensors"} | mine
     assert not (out / "tasks" / "plain").exists()
     assert {(out / name).read_text() for name in mine} == {"mine"}
+
+
+def test_what_is_recorded_is_there_and_a_truncation_that_is_no_more_leaves_no_errors(result, tmp_path):
+    out = result.save(tmp_path / "out", "lora", rank=2)
+    assert "truncation.json" in files(out)
+    result.save(out, "lora")
+    assert "truncation.json" not in files(out)
+    assert set(yaml.safe_load((out / "recipe.yaml").read_text())["record"]["files"]) == files(out)
 
 
 def test_one_merge_can_be_saved_to_one_folder_in_turns(model, folders, result, tmp_path):

@@ -29,7 +29,7 @@ from nsc_merge.methods.learned import (
     check_outputs,
     descend,
     last_token,
-    likelihood_of,
+    likelihoods_of,
     output_of,
     presence,
 )
@@ -60,13 +60,14 @@ class DistillOptions(DescentOptions):
         clamp: see there.
         seed: see there.
         progress: see there.
-        outputs: task -> function of model and batch that gives its output: logits with classes last, or values. The
-            model's own logits for every task when None.
+        outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
+            without one have the model's own logits.
         likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes, whose
             distance is the Kullback-Leibler divergence in nats) or ``"gaussian"`` (values, whose distance is the mean
             squared difference).
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
-            real token. None takes ``"last"`` where the model predicts every token and no ``outputs`` were given.
+            real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
+            for ``outputs``.
         normalise: divide a task's distance by nothing (``"none"``), so that tasks weigh as their losses do, or by
             that of the base model (``"task"``), so that they weigh alike.
     """
@@ -109,10 +110,10 @@ class Predictions:
     def __init__(self, problem: Problem, options: DistillOptions) -> None:
         family = find_family(problem.model)
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
-        self._likelihoods = [likelihood_of(options.likelihood, task) for task in problem.tasks]
+        self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None
-        last = options.positions or ("last" if self._mask and options.outputs is None else "all")
-        self._last = last == "last"
+        usual = ["last" if self._mask and task not in (options.outputs or {}) else "all" for task in problem.tasks]
+        self._last = [(options.positions or one) == "last" for one in usual]
 
     def of(self, number: int, batch: Batch) -> Tensor:
         """The output of task ``number`` at the positions that count, float32 or wider."""
@@ -122,7 +123,7 @@ class Predictions:
             return output
         mask = batch.get(self._mask) if self._mask else None
         real = real_positions(output, mask)
-        if self._last:
+        if self._last[number]:
             return last_token(output, real)
         return output if real is None else output[real]
 

@@ -19,13 +19,13 @@ from nsc_merge.methods.learned import (
     check_likelihood,
     check_outputs,
     last_token,
-    likelihood_of,
+    likelihoods_of,
     output_of,
     plain_options,
 )
 from nsc_merge.methods.masks import real_positions
 from nsc_merge.methods.regression_mean import alone, draw
-from nsc_merge.options import check_choice, check_count, check_number
+from nsc_merge.options import check_choice, check_count, check_number, check_seed
 from nsc_merge.passes import Batch, one_by_one
 from nsc_merge.result import MergeResult
 
@@ -41,7 +41,7 @@ class FisherOptions:
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
-            it gives at padding does not count. The model's own logits when None.
+            it gives at padding does not count. Tasks without one have the model's own logits.
         likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
@@ -68,7 +68,7 @@ class FisherOptions:
         check_count("exact", self.exact, 0)
         check_number("floor", self.floor, 0)
         check_choice("normalise", self.normalise, (True, False))
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
 
 
 def information(
@@ -81,7 +81,7 @@ def information(
     model = problem.model
     family = find_family(model)
     masked = family.mask if family and family.tokens else None
-    likelihood = likelihood_of(options.likelihood, task)
+    likelihood = likelihoods_of(options.likelihood, problem.tasks)[problem.tasks.index(task)]
     # A module that runs more than once in a forward has as many of each.
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -107,7 +107,7 @@ def information(
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
             mask = held.get(masked) if masked else None
-            if masked and not options.outputs and output.dim() == 3:
+            if masked and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)
             examples += len(output)
             real = real_positions(output, mask)
@@ -178,9 +178,7 @@ def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = FisherOptions(**given)
     check_outputs(options.outputs, problem.tasks)
-    if isinstance(options.likelihood, Mapping) and set(options.likelihood) != set(problem.tasks):
-        found = sorted(options.likelihood)
-        raise ValueError(f"likelihood: expected one for each of {problem.tasks}, found {found}")
+    likelihoods_of(options.likelihood, problem.tasks)
     linears, low_rank, paths = low_rank_part(problem)
     batches = draw(problem, options.batches)
     above: dict[str, Tensor] = {}

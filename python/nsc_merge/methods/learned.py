@@ -16,7 +16,7 @@ from nsc_merge.forwards import evaluating
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Coefficients
 from nsc_merge.methods.base import Problem
-from nsc_merge.options import check_choice, check_count, check_number
+from nsc_merge.options import check_bounds, check_choice, check_count, check_number, check_seed
 from nsc_merge.passes import Batch, Pass, one_by_one, streams
 from nsc_merge.result import MergeResult
 
@@ -69,8 +69,10 @@ class DescentOptions:
         self.check_init()
         check_choice("share", self.share, SHARES)
         check_count("warm_up", self.warm_up, 0)
-        if self.clamp is not None and not (len(self.clamp) == 2 and self.clamp[0] < self.clamp[1]):
-            raise ValueError(f"clamp: expected a lower and a higher bound, found {self.clamp!r}")
+        if self.clamp is not None:
+            check_bounds("clamp", self.clamp)
+        check_seed(self.seed)
+        check_choice("progress", self.progress, (True, False, None))
 
     def check_init(self) -> None:
         """Refuse initial coefficients that are no finite numbers."""
@@ -292,7 +294,7 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
 
 
 def check_likelihood(likelihood: str | Mapping[str, str]) -> None:
-    """Refuse what is none of :data:`LIKELIHOODS`, nor a mapping of tasks to them.
+    """Refuse what is none of :data:`LIKELIHOODS`, nor a mapping to them.
 
     Raises:
         ValueError: naming what was found.
@@ -301,23 +303,24 @@ def check_likelihood(likelihood: str | Mapping[str, str]) -> None:
         check_choice("likelihood", value, LIKELIHOODS)
 
 
-def likelihood_of(likelihood: str | Mapping[str, str], task: str) -> str:
-    """What a task's output parametrises.
+def likelihoods_of(likelihood: str | Mapping[str, str], tasks: Sequence[str]) -> list[str]:
+    """What each task's output parametrises.
 
     Raises:
-        ValueError: if a mapping does not say it.
+        ValueError: if a mapping has not exactly these tasks.
     """
     if isinstance(likelihood, str):
-        return likelihood
-    if task not in likelihood:
-        raise ValueError(f"likelihood: expected one for every task, found none for {task!r}")
-    return likelihood[task]
+        return [likelihood] * len(tasks)
+    if set(likelihood) != set(tasks):
+        raise ValueError(f"likelihood: expected one for each of {list(tasks)}, found {sorted(likelihood)}")
+    return [likelihood[task] for task in tasks]
 
 
 def last_token(output: Tensor, mask: Tensor | None) -> Tensor:
     """Of ``output [N, T, ...]``, what is at the last real token of every row, ``[N, ...]``."""
     if mask is None:
-        return output[:, -1]
+        # A copy, so that whoever keeps it does not keep all positions.
+        return output[:, -1].clone()
     positions = torch.arange(output.shape[1], device=output.device)
     last = torch.where(mask.bool(), positions, -1).amax(1)
     return output[torch.arange(len(output), device=output.device), last]

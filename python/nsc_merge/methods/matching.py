@@ -29,7 +29,7 @@ from nsc_merge.methods.learned import (
     presence,
 )
 from nsc_merge.methods.own import Kept, OwnModels
-from nsc_merge.options import check_choice, check_count, check_number
+from nsc_merge.options import check_choice, check_count, check_names, check_number
 from nsc_merge.passes import Batch, Pass, held_out, one_by_one, restartable, streams
 from nsc_merge.result import MergeResult
 
@@ -59,8 +59,9 @@ class MatchOptions(DescentOptions):
         progress: see there.
         features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are
             matched, with equal weight.
-        positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers. None takes
-            ``"last"`` for models of tokens and ``"all"`` for others; docs/results.md has both.
+        positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers, where an
+            output has as many positions as the inputs have tokens. None takes ``"last"`` for models of tokens whose
+            final features are matched, and ``"all"`` otherwise; docs/results.md has both.
         normalise: divide a task's squared distance by nothing (``"none"``), by the mean square of its own features
             (``"scale"``), or by their distance from the base model's (``"task"``, which protects tasks that changed
             little).
@@ -68,8 +69,9 @@ class MatchOptions(DescentOptions):
         ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
         ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
             own model, by the absolute distance.
-        hold_out: how many batches of every task, the first that its iterable gives, are never descended on; the
-            coefficients that match best on them, measured every ten steps, are the result.
+        hold_out: how many batches of every task, the first that its iterable gives, are never descended on, if it
+            gives the same in the same order each time; the coefficients that match best on them, measured every ten
+            steps, are the result.
     """
 
     lr: float = 1e-2
@@ -86,8 +88,10 @@ class MatchOptions(DescentOptions):
         super().__post_init__()
         if isinstance(self.features, str):
             check_choice("features", self.features, ("final",))
-        elif not self.features:
-            raise ValueError("features: expected 'final' or paths of modules, found none")
+        else:
+            check_names("features", self.features)
+            if not self.features:
+                raise ValueError("features: expected 'final' or paths of modules, found none")
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
         check_choice("normalise", self.normalise, NORMALISATIONS)
@@ -133,7 +137,8 @@ class Watcher:
         needed = isinstance(features, str) or ratios
         family = family_of(problem.model) if needed else find_family(problem.model)
         self._model, self._mask = problem.model, family.mask if family else None
-        self._last = (options.positions or ("last" if family and family.tokens else "all")) == "last"
+        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
+        self._last = (options.positions or ("last" if of_tokens else "all")) == "last"
         self._trunk: nn.Module = getattr(problem.model, family.prefill if family else "", problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
         modules = dict(problem.model.named_modules())
@@ -181,9 +186,13 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-        if self._last:
-            features = [last_token(feature, mask) if feature.dim() > 2 else feature for feature in features]
+        features = [self._matched(feature, mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
+
+    def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
+        """What is matched of a place's output: what is at the positions of tokens, or all of what has others."""
+        of_tokens = feature.dim() > 2 and (mask is None or mask.shape == feature.shape[:2])
+        return last_token(feature, mask) if self._last and of_tokens else feature
 
     def _mean(self, ratios: Mapping[str, Tensor]) -> Tensor:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
@@ -327,9 +336,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             for one in passes:
                 for number in one.tasks[0]:
                     targets.prepare(number, one)
-            coefficients.spread()
             total = 0.0
             for one in passes:
+                # Anew for each: what was kept of the single models may have had to be computed again.
+                coefficients.spread()
                 found = watcher.see(one.inputs).features
                 total += sum(float(targets.distance(number, one, found)) for number in one.tasks[0])
             return total
