@@ -85,9 +85,10 @@ def method_of(name: str, options: Collection[str] = ()) -> Method:
 
 
 def describe_methods() -> dict[str, dict[str, Any]]:
-    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs``, the option that is ``tuned`` on
-    validation data if any, its ``options`` with defaults, and its ``recipes``: name -> the ``families`` of models that
-    it is for, and the ``options`` whose defaults it replaces there.
+    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs`` and ``gives`` (see
+    :class:`nsc_merge.methods.Method`), the option that is ``tuned`` on validation data if any, its ``options`` with
+    defaults, and its ``recipes``: name -> the ``families`` of models that it is for, and the ``options`` whose defaults
+    it replaces there.
     """
     recipes = {
         name: {"families": [family.name for family in FAMILIES if family.recipe == name], "options": settings}
@@ -98,6 +99,7 @@ def describe_methods() -> dict[str, dict[str, Any]]:
             "summary": method.summary,
             "paper": method.paper,
             "needs": sorted(method.needs),
+            "gives": method.gives,
             "tuned": method.tuned,
             "options": {
                 option.name: None if option.default is MISSING else option.default

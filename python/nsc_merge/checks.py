@@ -16,11 +16,6 @@ from nsc_merge.methods import METHODS
 from nsc_merge.nsc import resolve_options
 from nsc_merge.recipe import Recipe, RecipeError
 
-# What the methods give, which otherwise only a merge would tell.
-_WITH_COEFFICIENTS = frozenset({"nsc", "task_arithmetic", "adamerging", "match", "distill"})
-_OF_FULL_RANK = frozenset({"ties", "dare", "dare_ties", "emr", "emr_unified", "fr", "fisher"})
-_WITHOUT_UPDATE = frozenset({"zero_shot"})
-
 
 def check(recipe: Recipe, *, resume: bool) -> None:
     """Refuse, before anything is loaded, what a merge would fail on only after its work, and to resume what keeps
@@ -66,13 +61,17 @@ def options_at_fault(recipe: Recipe, *, always: bool = False) -> Iterator[None]:
 
 
 def _check_formats(recipe: Recipe) -> None:
-    if set(recipe.formats) == {"coefficients"} and recipe.method not in _WITH_COEFFICIENTS:
+    gives = METHODS[recipe.method].gives
+    # The one option that makes another kind of update: TIES on the factors themselves.
+    if recipe.options.get("trim_scope") == "factors":
+        gives = "low rank"
+    if set(recipe.formats) == {"coefficients"} and gives != "coefficients":
         raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
     if "lora" not in recipe.formats:
         return
-    if recipe.method in _WITHOUT_UPDATE:
+    if gives == "nothing":
         raise RecipeError(f"output.formats: method {recipe.method!r} has no update for an adapter; expected model")
-    if recipe.rank is None and recipe.method in _OF_FULL_RANK and recipe.options.get("trim_scope") != "factors":
+    if recipe.rank is None and gives == "full rank":
         raise RecipeError(
             f"output.rank: the update of method {recipe.method!r} is of full rank, so that no small adapter holds it "
             "exactly: expected a rank to truncate to, or format model; found format lora without a rank"

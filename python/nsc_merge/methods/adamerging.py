@@ -212,5 +212,6 @@ METHODS = (
         AdaMergingOptions,
         _run,
         needs=frozenset({"data", "gradients", "outputs"}),
+        gives="coefficients",
     ),
 )

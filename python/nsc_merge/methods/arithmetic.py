@@ -86,6 +86,7 @@ METHODS = (
         "Task Arithmetic, Ilharco et al. 2023, arXiv 2212.04089",
         TaskArithmeticOptions,
         task_arithmetic,
+        gives="coefficients",
         tuned="scale",
     ),
     Method(
@@ -94,6 +95,7 @@ METHODS = (
         "the floor in the tables of arXiv 2603.26317",
         NoOptions,
         _zero_shot,
+        gives="nothing",
     ),
     Method(
         "finetuned",

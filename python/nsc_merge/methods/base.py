@@ -36,6 +36,9 @@ class Problem:
 
 Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
 Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
+# What a result holds for each module: a coefficient per adapter; an update as two factors, or as a matrix, which an
+# adapter holds only after truncation; or no update.
+Gives = Literal["coefficients", "low rank", "full rank", "nothing"]
 # Whether a sum over tasks is divided by how many there are, or by the sum of their weights.
 Averages = bool | Literal["weight"]
 
@@ -52,6 +55,7 @@ class Method:
         run: does it, given the options by name.
         needs: of ``"data"`` (unlabelled inputs), ``"gradients"``, ``"outputs"`` (what the tasks' heads make of
             them) and ``"labels"``.
+        gives: what the result holds for each module.
         tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.tuning`.
         updates: of methods made by :func:`gradient_free`, what computes one module's update after another, for whoever
             does not want to hold them all.
@@ -63,6 +67,7 @@ class Method:
     options: type
     run: Run
     needs: frozenset[str] = frozenset()
+    gives: Gives = "low rank"
     tuned: str | None = None
     updates: Updates | None = None
 
@@ -91,6 +96,7 @@ def gradient_free(
     updates: Updates,
     *,
     averages: Averages | Callable[[Any], Averages] = False,
+    gives: Gives = "low rank",
     tuned: str | None = "scale",
 ) -> Method:
     """A method that computes a merged update from the adapters alone, one module after another.
@@ -102,6 +108,7 @@ def gradient_free(
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
             adapters hold low-rank factors only; a path is touched by one task at least.
+        gives: see :class:`Method`.
         averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
             where the sum is divided by the weights; or a function of the options that says so.
     """
@@ -130,7 +137,7 @@ def gradient_free(
             factors=factors,
         )
 
-    return Method(name, summary, paper, options, run, tuned=tuned, updates=updates)
+    return Method(name, summary, paper, options, run, gives=gives, tuned=tuned, updates=updates)
 
 
 def low_rank_part(problem: Problem) -> tuple[dict[str, nn.Linear], dict[str, Adapter], list[str]]:

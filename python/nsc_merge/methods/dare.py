@@ -203,6 +203,7 @@ METHODS = (
         "DARE, Yu et al. 2023, arXiv 2311.03099",
         DareOptions,
         dare,
+        gives="full rank",
     ),
     gradient_free(
         "dare_ties",
@@ -211,5 +212,6 @@ METHODS = (
         DareTiesOptions,
         dare_ties,
         averages=averages,
+        gives="full rank",
     ),
 )

@@ -181,5 +181,6 @@ METHODS = (
         DistillOptions,
         _run,
         needs=frozenset({"data", "gradients", "outputs"}),
+        gives="coefficients",
     ),
 )

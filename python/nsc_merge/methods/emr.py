@@ -137,6 +137,7 @@ METHODS = (
         "EMR-Merging, Huang et al. 2024, arXiv 2405.17461",
         NoOptions,
         emr,
+        gives="full rank",
     ),
     gradient_free(
         "emr_unified",
@@ -145,5 +146,6 @@ METHODS = (
         UnifiedOptions,
         emr_unified,
         averages=True,
+        gives="full rank",
     ),
 )

@@ -214,6 +214,7 @@ METHODS = (
         FisherOptions,
         _run,
         needs=frozenset({"data", "gradients", "outputs"}),
+        gives="full rank",
         tuned="scale",
     ),
 )

@@ -101,5 +101,6 @@ METHODS = (
         "FR-Merging (FREE-Merging), Zheng and Wang 2024, arXiv 2411.16815",
         FROptions,
         fr,
+        gives="full rank",
     ),
 )

@@ -357,5 +357,6 @@ METHODS = (
         MatchOptions,
         _run,
         needs=frozenset({"data", "gradients"}),
+        gives="coefficients",
     ),
 )

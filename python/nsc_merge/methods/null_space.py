@@ -22,5 +22,6 @@ METHODS = (
         NSCOptions,
         _run,
         needs=frozenset({"data", "gradients"}),
+        gives="coefficients",
     ),
 )

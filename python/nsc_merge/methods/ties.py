@@ -168,5 +168,6 @@ METHODS = (
         TiesOptions,
         ties,
         averages=averages,
+        gives="full rank",
     ),
 )
