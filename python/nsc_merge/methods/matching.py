@@ -139,7 +139,9 @@ class Watcher:
         self._model, self._mask = problem.model, family.mask if family else None
         of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
         self._last = (options.positions or ("last" if of_tokens else "all")) == "last"
-        self._trunk: nn.Module = getattr(problem.model, family.prefill if family else "", problem.model)
+        self._trunk: nn.Module = problem.model
+        if family is not None:
+            self._trunk = getattr(problem.model, family.prefill, problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
         modules = dict(problem.model.named_modules())
         unknown = [path for path in self._places or () if path not in modules]
