@@ -2,8 +2,8 @@
 
     python bench/sass_report.py [LIBRARY] [--json]
 
-Needs no GPU and no CUDA toolkit: the disassembler ships with Triton. Exits with 1 if a kernel spills to local memory or
-lacks matrix, asynchronous copy or cluster instructions.
+Needs no GPU and no CUDA toolkit: the disassembler ships with Triton. Exits with 1 if a kernel spills to local memory,
+lacks matrix, asynchronous copy or cluster instructions, or had fences added to its matrix instructions.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ NAME = re.compile(r"merged_lora_(?P<family>\w*?)kernelI\w*?\d(?P<element>Bf16|F1
 INSTRUCTIONS = {
     "mma": r"HMMA",
     "wgmma": r"HGMMA",
+    "fences": r"WARPGROUP\.ARRIVE",
+    "waits": r"WARPGROUP\.DEPBAR",
     "cp_async": r"LDGSTS",
     "tma": r"UTMALDG",
     "tma_store": r"UTMASTG",
@@ -84,6 +86,9 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['local']} accesses to local memory, {row['stack']} bytes of stack")
     wanted = {"mma": ("mma", "cp_async"), "wgmma": ("wgmma", "tma", "tma_store")}[row["family"]]
     found += [f"no {name}" for name in (*wanted, "cluster") if not row[name]]
+    if row["fences"] > row["waits"]:
+        # The source has one before each wait; the assembler adds others where it finds accumulators written after it.
+        found.append(f"{row['fences']} fences of matrix instructions for {row['waits']} waits")
     return found
 
 
