@@ -98,4 +98,10 @@ def _read(file: Path, argument: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}"
         )
+    mask = tensors.get("attention_mask")
+    if mask is not None:
+        # A mean over no tokens would count as a ratio of 0.
+        empty = (mask.reshape(len(mask), -1) == 0).all(1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"{argument}: {file}: attention_mask has no real token in {len(empty)} rows: {empty[:5]}")
     return tensors

@@ -218,6 +218,9 @@ def damage(place, kind):
         save_file({"pixels": torch.zeros(4, 3)}, inputs)
     elif kind == "uneven inputs":
         save_file({"input_ids": torch.zeros(4, 3), "attention_mask": torch.zeros(3, 3)}, inputs)
+    elif kind == "only padding":
+        mask = torch.tensor([[1, 0], [0, 0]])
+        save_file({"input_ids": torch.ones_like(mask), "attention_mask": mask}, inputs)
     elif kind == "truncated base":
         file = place / "base" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
@@ -236,6 +239,7 @@ def damage(place, kind):
         ("truncated inputs", "calibration.nli"),
         ("wrong input", "calibration.nli: LlamaForSequenceClassification takes no input ['pixels']"),
         ("uneven inputs", "one and the same number of rows"),
+        ("only padding", "nli.safetensors: attention_mask has no real token in 1 rows: [1]"),
         ("truncated base", "is not valid safetensors"),
         ("wrong base", "lacks"),
     ],
