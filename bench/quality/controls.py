@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters import Adapter
-from nsc_merge.attachment import adapted_linears, attach
+from nsc_merge.attachment import adapted_linears, attach, presence
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.forwards import shared_forward
 from nsc_merge.loop import Optimisation, Settings, by_path
@@ -53,7 +53,7 @@ def anti_nsc(
     chosen = resolve_options(family, tasks, options)
     paths = list(adapted_linears(model, adapters))
     scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
-    present = torch.tensor([[path in adapters[task].factors for task in tasks] for path in paths])
+    present = presence(paths, adapters)
     drawn = list(streams(calibration, tasks).values())
     settings = Settings(**{name: getattr(chosen, name) for name in Settings.__dataclass_fields__})
     with objective_of(model, adapters, family, scored, chosen) as objective:

@@ -60,8 +60,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     The model's modules, parameters and adapters stay where they are; activating, adding, deleting, merging,
     hot-swapping and disabling adapters works as before. Every call packs the active adapters as they are then: nothing
-    is kept between calls, and no change to a weight, however it is made, is missed. On a CPU the packing takes a few
-    per cent of a model's forward where that has a few tokens, and about nothing with hundreds.
+    is kept between calls, and no change to a weight, however it is made, is missed. The packing copies these adapters
+    once per call.
 
     A call that the kernel cannot express goes through PEFT's own forward, and the first one of each kind is logged with
     the reason: dropout in training mode, DoRA and other variants, batches with ``adapter_names``, adapters that are
@@ -99,8 +99,8 @@ def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
     """The adapters as they are now.
 
     Not kept from one call to the next: fused optimisers, PEFT's hotswap_adapter and whoever else writes through
-    ``.data`` leave no trace on a tensor. Looking at its contents instead costs half as much as packing on a CPU, and
-    makes the host wait for a GPU.
+    ``.data`` leave no trace on a tensor. Looking at its contents instead would cost about as much as
+    packing, and make the host wait for a GPU.
     """
     offsets = list(itertools.accumulate((A.shape[0] for A in down), initial=0))
     with torch.no_grad():

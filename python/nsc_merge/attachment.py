@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -70,6 +70,11 @@ def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[s
     }
     linears = merged_linears(model, adapters)
     return {path: linear for path, linear in linears.items() if path not in fixed}
+
+
+def presence(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> Tensor:
+    """``[modules, K]`` bool: where each adapter touches the modules of ``paths``."""
+    return torch.tensor([[path in adapter.factors for adapter in adapters.values()] for path in paths])
 
 
 def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.attachment import adapted_linears, attach
+from nsc_merge.attachment import adapted_linears, attach, presence
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.folding import should_fold
 from nsc_merge.forwards import evaluating
@@ -189,7 +189,7 @@ def merge_nsc(
         problem = problem_of(adapters, kept, paths, scored, chosen.state_of or {})
     if chosen.resume_from is not None:
         resumed = State.load(chosen.resume_from, problem)
-    present = torch.tensor([[path in adapters[task].factors for task in tasks] for path in paths])
+    present = presence(paths, adapters)
     device = next(model.parameters()).device
     with (
         torch.inference_mode(False),
@@ -242,7 +242,7 @@ def objective_of(
             for what the model's dtype cannot hold.
     """
     tasks = list(adapters)
-    touched = {path: [path in adapters[task].factors for task in tasks] for path in scored}
+    touched = dict(zip(scored, presence(scored, adapters).tolist(), strict=True))
     counts = [sum(column) for column in zip(*touched.values(), strict=True)]
     unscored = [task for task, count in zip(tasks, counts, strict=True) if not count]
     if unscored:

@@ -197,13 +197,13 @@ def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
     first, second = {}, {}
     computed = []
 
-    def ask(batch, key, value):
-        return kept(batch, key, lambda: computed.append(value) or value)
+    def ask(batch, number, value):
+        return kept(batch, number, lambda: computed.append(value) or value)
 
-    assert [ask(first, (0,), 4), ask(first, (1,), 5), ask(first, (0,), 0)] == [4, 5, 4]
+    assert [ask(first, 0, 4), ask(first, 1, 5), ask(first, 0, 0)] == [4, 5, 4]
     assert kept.held == 9
     # The first batch's values make room for the second's, and are computed anew.
-    assert [ask(second, (0,), 6), ask(first, (0,), 3)] == [6, 3]
+    assert [ask(second, 0, 6), ask(first, 0, 3)] == [6, 3]
     assert computed == [4, 5, 6, 3]
     assert kept.held == 9
 

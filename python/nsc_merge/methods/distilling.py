@@ -157,7 +157,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def backward(one: Pass) -> Tensor:
             numbers = one.tasks[0]
             # The single models run first: the merged one's graph must not see their coefficients.
-            targets = [kept(one.sources[0], (number,), partial(target, number, one)) for number in numbers]
+            targets = [kept(one.sources[0], number, partial(target, number, one)) for number in numbers]
             coefficients.spread()
             with shared_forward(problem.model):
                 found = [

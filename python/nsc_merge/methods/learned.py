@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsc_merge import attachment
 from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
 from nsc_merge.forwards import evaluating
 from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
@@ -188,8 +189,7 @@ def attached(problem: Problem, options: DescentOptions) -> Iterator[BoundedCoeff
 
 def presence(problem: Problem) -> Tensor:
     """``[modules, K]`` bool: where a task's adapter touches a module that has coefficients."""
-    paths = adapted_linears(problem.model, problem.adapters)
-    return torch.tensor([[path in adapter.factors for adapter in problem.adapters.values()] for path in paths])
+    return attachment.presence(adapted_linears(problem.model, problem.adapters), problem.adapters)
 
 
 def descend(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
+from nsc_merge import attachment
 from nsc_merge.attachment import adapted_linears
 from nsc_merge.families import family_of, find_family, scored_paths
 from nsc_merge.methods.base import Method, Problem
@@ -149,10 +150,8 @@ class Watcher:
             raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
         paths = list(adapted_linears(problem.model, problem.adapters))
         self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
-        self._touched = {
-            path: torch.tensor([path in adapter.factors for adapter in problem.adapters.values()])
-            for path in self._scored
-        }
+        touched = attachment.presence(self._scored, problem.adapters)
+        self._touched = dict(zip(self._scored, touched, strict=True))
 
     def mask(self, batch: Batch) -> Tensor | None:
         """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
@@ -261,7 +260,7 @@ class Targets:
             with self._own.of(number):
                 return self._watcher.see(one.inputs)
 
-        return self._kept(one.sources[0], (number,), see)
+        return self._kept(one.sources[0], number, see)
 
 
 def _size(seen: Seen) -> int:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from nsc_merge.attachment import MeasuredLoRALinear
+from nsc_merge.attachment import MeasuredLoRALinear, presence
 from nsc_merge.methods.base import Problem
 from nsc_merge.methods.learned import BoundedCoefficients
 from nsc_merge.passes import Batch
@@ -18,7 +18,6 @@ from nsc_merge.passes import Batch
 LIMIT = 2 * 2**30
 
 Value = TypeVar("Value")
-Key = tuple[int | None, ...]
 
 
 class OwnModels:
@@ -36,27 +35,25 @@ class OwnModels:
         self._coefficients = coefficients
         self._present = present.to(coefficients.flat)
         # Shared modules with a share that is not learnt: in its own model, a task has all of its own.
-        self._shared = [
-            (module, [path in adapter.factors for adapter in problem.adapters.values()])
+        shared = {
+            path: module
             for path, module in problem.model.named_modules()
             if isinstance(module, MeasuredLoRALinear) and not coefficients.has(module)
-        ]
+        }
+        self._shared = list(zip(shared.values(), presence(shared, problem.adapters), strict=True))
 
     @contextmanager
     def of(self, number: int | None) -> Iterator[None]:
         """Task ``number``'s own model, the base for None, without gradients. Afterwards modules with coefficients
         keep what they were given here: whoever runs the merged model next calls ``coefficients.spread()``.
         """
-        alone = torch.zeros_like(self._present)
-        if number is not None:
-            alone[:, number] = self._present[:, number]
+        only = torch.arange(self._present.shape[1]) == (-1 if number is None else number)
         merged = [module.lam for module, _ in self._shared]
         with torch.no_grad():
-            self._coefficients.give(alone)
+            self._coefficients.give(self._present * only.to(self._present))
             try:
                 for module, touched in self._shared:
-                    only = [float(place == number and is_in) for place, is_in in enumerate(touched)]
-                    module.lam = torch.tensor(only).to(module.lam)
+                    module.lam = (touched & only).to(module.lam)
                 yield
             finally:
                 for (module, _), lam in zip(self._shared, merged, strict=True):
@@ -64,7 +61,7 @@ class OwnModels:
 
 
 class Kept(Generic[Value]):
-    """Values computed once per batch.
+    """Values computed once per batch and model, which is a task's number, or None for the base.
 
     Args:
         size: bytes of a value.
@@ -73,12 +70,12 @@ class Kept(Generic[Value]):
     def __init__(self, size: Callable[[Value], int]) -> None:
         self._size = size
         # The batches are kept alive, so that no other object takes their identity.
-        self._values: dict[tuple[int, Key], tuple[Batch, Value]] = {}
+        self._values: dict[tuple[int, int | None], tuple[Batch, Value]] = {}
         self.held = 0
 
-    def __call__(self, batch: Batch, key: Key, compute: Callable[[], Value]) -> Value:
-        """The value of that batch and key."""
-        place = id(batch), key
+    def __call__(self, batch: Batch, number: int | None, compute: Callable[[], Value]) -> Value:
+        """The value of that batch in that model."""
+        place = id(batch), number
         if place not in self._values:
             value = compute()
             if self.held + self._size(value) > LIMIT:
