@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "quality"))
 import corpus
 import llama
 import llava
+import ratios
+from kept import kept_adapters
 from language import pooled
 from suite import evaluate, merged
 
@@ -133,6 +135,27 @@ def test_seeds_and_permuted_labels_give_other_adapters(trained, work, name, tmp_
     permuted = work / name / "seed0" / "permuted" / task / "adapter"
     other = nsc_merge.load_adapter(permuted, task).factors
     assert any(not torch.equal(one[path].B, other[path].B) for path in low_rank)
+
+
+def test_adapters_along_training_are_kept(trained, work, name):
+    module, settings = SUITES[name]
+    task = module.PERMUTED[0]
+    for kind in ("adapters", "permuted"):
+        kept = kept_adapters(work, name, 0, task, kind)
+        assert [entry["step"] for entry, _ in kept] == list(range(settings.steps + 1))
+        start, end = (nsc_merge.load_adapter(kept[at][1], task).factors for at in (0, -1))
+        final = nsc_merge.load_adapter(work / name / "seed0" / kind / task / "adapter", task).factors
+        low_rank = [path for path, factor in final.items() if factor.rank]
+        assert not any(start[path].B.any() for path in low_rank)
+        assert all(torch.equal(end[path].B, final[path].B) for path in low_rank)
+    # The curve is that of the model as it is measured elsewhere.
+    alone = merged(trained, nsc_merge.merge(trained.model, trained.adapters, method="finetuned"))
+    scores = evaluate(trained, alone, "val")
+    last, _ = kept_adapters(work, name, 0, task, "adapters")[-1]
+    assert last["metric"] == pytest.approx(scores.metrics[task], rel=1e-4)
+    assert last["loss"] == pytest.approx(scores.losses[task], rel=1e-4)
+    record = ratios.training_record(trained, work, task, "adapters")
+    assert record["steps"][0]["all"] == pytest.approx(record["random"], abs=0.02)
 
 
 def test_adapters_are_peft_folders_of_rank_8_on_q_and_v(trained, name):

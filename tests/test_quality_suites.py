@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import nsc_merge
+from nsc_merge.demo import train
 from nsc_merge.forwards import shared_forward
 from nsc_merge.methods import METHODS
 
@@ -23,9 +24,11 @@ import checks  # noqa: E402
 import ratios  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import siglip  # noqa: E402
 import summary  # noqa: E402
 import vit  # noqa: E402
 from controls import anti_nsc, oracle, shuffled  # noqa: E402
+from kept import kept_adapters  # noqa: E402
 from rows import GRADIENT_FREE, ROWS, Row  # noqa: E402
 from suite import Scores, Subset, building, evaluate, merged, predict, score  # noqa: E402
 
@@ -99,7 +102,7 @@ def test_seeds_differ(trained, tmp_path):
 
 
 def test_adapters_along_training_are_kept(trained, work):
-    kept = vit.kept_adapters(work, 0, "depth")
+    kept = kept_adapters(work, "vit", 0, "depth", "adapters")
     assert [entry["step"] for entry, _ in kept] == [0, 2, 4, 6]
     start = nsc_merge.load_adapter(kept[0][1], "depth").factors
     assert all(not factor.B.any() for factor in start.values())
@@ -110,8 +113,40 @@ def test_adapters_along_training_are_kept(trained, work):
     alone = merged(trained, nsc_merge.merge(trained.model, trained.adapters, method="finetuned"))
     scores = evaluate(trained, alone, "val")
     assert kept[-1][0]["metric"] == pytest.approx(scores.metrics["depth"], rel=1e-4)
-    assert vit.kept_adapters(work, 0, "depth", "permuted") == []
-    assert len(vit.kept_adapters(work, 0, "sal", "permuted")) == 4
+    assert kept_adapters(work, "vit", 0, "depth", "permuted") == []
+    assert len(kept_adapters(work, "vit", 0, "sal", "permuted")) == 4
+
+
+def test_the_suite_without_a_class_token_trains_its_own_base(tmp_path, monkeypatch):
+    for name, value in (("_PRETRAIN_STEPS", 3), ("_PRETRAIN_SCENES", 64), ("_HELD_OUT", 16)):
+        monkeypatch.setattr(train, name, value)
+    few = replace(SETTINGS, probe_steps=2, steps=2, kept_steps=2)
+    lines: list[str] = []
+    suite = siglip.load(tmp_path, 0, log=lines.append, progress=False, settings=few)
+    assert (len(lines), suite.name, len(suite.tasks)) == (1 + len(vit.TASKS), "siglip", 8)
+    assert suite.model.config.model_type == "siglip_vision_model"
+    assert not hasattr(suite.model.embeddings, "mask_token") or suite.model.embeddings.mask_token is None
+    factors = nsc_merge.load_adapter(suite.adapters["depth"], "depth").factors
+    assert {path.rsplit(".", 1)[-1] for path in factors} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    (inputs, _), *_ = suite.labelled("depth", "val")
+    assert suite.output("depth", suite.model, inputs).shape == (32, 24, 24, 1)
+    assert [entry["step"] for entry, _ in kept_adapters(tmp_path, "siglip", 0, "depth", "adapters")] == [0, 2]
+    siglip.load(tmp_path, 0, log=lines.append, progress=False, settings=few)
+    assert len(lines) == 1 + len(vit.TASKS)
+
+
+def test_masked_patches_do_not_reach_the_model():
+    tower = siglip.new_tower(0)
+    masked = torch.zeros(2, 36, dtype=torch.bool)
+    masked[:, 5] = True
+    pixels = torch.randn(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    changed = pixels.clone()
+    changed[:, :, 0:4, 20:24] += 9
+    with torch.no_grad():
+        hidden = siglip.masked_features(tower, pixels, bool_masked_pos=masked)
+        assert torch.equal(hidden, siglip.masked_features(tower, changed, bool_masked_pos=masked))
+        shown = siglip.masked_features(tower, changed, bool_masked_pos=torch.zeros_like(masked))
+    assert not torch.allclose(hidden, shown, atol=1e-2)
 
 
 def test_labels_of_the_added_tasks(trained):
@@ -281,7 +316,7 @@ def test_the_oracle_lowers_the_labelled_loss(bench):
 
 
 def test_ratios_along_training_start_at_that_of_random_factors(trained, work):
-    record = ratios.training_record(trained, vit, work, "edge", "adapters")
+    record = ratios.training_record(trained, work, "edge", "adapters")
     assert record["steps"][0]["all"] == pytest.approx(record["random"], abs=0.01)
     assert [entry["step"] for entry in record["steps"]] == [0, 2, 4, 6]
     assert record["steps"][-1]["all"] < record["steps"][0]["all"]

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from kept import Keeper, kept_entries
 from suite import Inputs, TaskInfo
 from torch import Tensor, nn
 from training import train
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained and measured; a suite's defaults are the suite, anything less is for tests.
+
+    Attributes:
+        train: examples of a task.
+        val: calibration, tuning, and the curves along training.
+        test: examples that are measured.
+        steps: of an adapter.
+        batch: examples of a step.
+        lr: highest learning rate of an adapter.
+        kept_steps: how many adapters are kept along the way, from the untrained to the final one.
+    """
+
+    train: int = 4096
+    val: int = 256
+    test: int = 768
+    steps: int = 200
+    batch: int = 16
+    lr: float = 2e-3
+    kept_steps: int = 26
 
 
 @dataclass(frozen=True)
@@ -49,7 +78,73 @@ def fit_head(features: Tensor, labels: Tensor, head: nn.Linear, loss: Loss, *, s
     train(one, head.parameters(), label="head", steps=steps, lr=1e-2, weight_decay=0.0, progress=False)
 
 
-def tidy(folder: Path) -> None:
+def permute(examples: Examples) -> Examples:
+    """The same inputs with the labels in another order, from torch's global generator."""
+    return Examples(examples.inputs, examples.labels[torch.randperm(len(examples))])
+
+
+def train_adapter(
+    folder: Path,
+    model: PeftModel,
+    output: Callable[[Inputs], Tensor],
+    loss: Loss,
+    measure: Callable[[Tensor, Tensor], float],
+    examples: Examples,
+    held_out: Examples,
+    *,
+    task: str,
+    settings: Settings,
+    progress: bool | None,
+    head: nn.Module | None = None,
+) -> str:
+    """Train a PEFT model and save its adapter.
+
+    Args:
+        folder: for ``adapter/``, and what :mod:`kept` keeps.
+        model: to be trained.
+        output: of the task, given model inputs.
+        loss: given outputs and labels.
+        measure: the metric, given outputs and labels.
+        examples: to learn from, in an order from torch's global generator.
+        held_out: measured along the training.
+        task: its name, for the progress display.
+        settings: steps, batch, learning rate and how many adapters are kept.
+        progress: as in :class:`nsc_merge.progress.Progress`.
+        head: trained together with the adapter, if the task has one.
+
+    Returns:
+        What came of it, in words.
+    """
+    started = time.perf_counter()
+
+    def step() -> Tensor:
+        inputs, label = examples.rows(torch.randint(len(examples), (settings.batch,)))
+        return loss(output(inputs), label)
+
+    def save(target: Path) -> None:
+        model.save_pretrained(str(target))
+        _tidy(target)
+
+    def measured() -> tuple[float, float]:
+        outputs = torch.cat([output(inputs) for inputs, _ in held_out.batches(256)])
+        return loss(outputs, held_out.labels).item(), measure(outputs, held_out.labels)
+
+    train(
+        step,
+        [p for part in (model, head) if part is not None for p in part.parameters() if p.requires_grad],
+        label=f"{task} adapter",
+        steps=settings.steps,
+        lr=settings.lr,
+        weight_decay=1e-6,
+        progress=progress,
+        watch=Keeper(folder, settings.steps, settings.kept_steps, save, measured),
+    )
+    save(folder / "adapter")
+    first, last = (kept_entries(folder)[end] for end in (0, -1))
+    return f"{task}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}, {time.perf_counter() - started:.0f} s"
+
+
+def _tidy(folder: Path) -> None:
     """Make what PEFT saved the same wherever it was trained."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -77,6 +172,11 @@ def calibration(
 def regression_loss(output: Tensor, label: Tensor) -> Tensor:
     """Of ``output [N, 1]``; labels are scaled to a spread of about 1."""
     return nn.functional.smooth_l1_loss(output[:, 0], label, beta=0.5)
+
+
+def absolute_error(outputs: Tensor, labels: Tensor) -> float:
+    """Mean, of ``outputs [N, 1]``."""
+    return (outputs[:, 0] - labels).abs().mean().item()
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
@@ -107,7 +207,7 @@ class TextSuite:
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
         if self.tasks[task].kind == "regression":
-            return (outputs[:, 0] - labels).abs().mean().item()
+            return absolute_error(outputs, labels)
         return accuracy(outputs, labels)
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ and stay with their task; texts have unequal lengths and are padded.
     <work>/llama/base/, corpus/                    the language model, and the text that was read
     <work>/llama/seed<seed>/<kind>/<task>/         kind: adapters, or permuted (trained on labels in a wrong order)
         adapter/, head.safetensors                 the PEFT folder and the head
+        steps/, steps.jsonl                        along the training, see kept.py
 """
 
 from __future__ import annotations
@@ -18,11 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import language
 import torch
 import torch.nn.functional as F
 from corpus import BREAK, PAD, SECTIONS, SOURCES, SPLITS, START, VOCABULARY, Split, Texts, load_corpus
-from language import Examples, TextSuite, fit_head, masks, pooled, regression_loss, tidy
-from suite import Inputs, Log, TaskInfo, building
+from language import (
+    Examples,
+    TextSuite,
+    absolute_error,
+    accuracy,
+    fit_head,
+    masks,
+    permute,
+    pooled,
+    regression_loss,
+    train_adapter,
+)
+from suite import Inputs, Log, TaskInfo, building, train_missing
 from torch import Tensor, nn
 from training import scale_initial_weights, train
 
@@ -54,17 +67,11 @@ PERMUTED = ("source", "relation")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much is trained and measured; the defaults are the suite, anything less is for tests."""
+class Settings(language.Settings):
+    """As :class:`language.Settings`; ``probe_steps`` are those of a head on frozen features."""
 
     pretrain_steps: int = 1500
-    train: int = 4096
-    val: int = 256
-    test: int = 768
     probe_steps: int = 300
-    steps: int = 200
-    batch: int = 16
-    lr: float = 2e-3
 
 
 class LlamaSuite(TextSuite):
@@ -102,16 +109,6 @@ def load(
     files, parts = load_corpus(root, log)
     counts: dict[Split, int] = {"train": settings.train, "val": settings.val, "test": settings.test}
     folder = root / f"seed{seed}"
-    for kind, names in (("adapters", tuple(TASKS)), ("permuted", tuple(permuted))):
-        for name in names:
-            if (folder / kind / name).is_dir():
-                continue
-            examples = make_examples(name, files["train"], parts["train"], settings.train, 0)
-            with building(folder / kind / name) as part:
-                line = _train_adapter(
-                    part, root / "base", name, examples, seed, settings, permute=kind == "permuted", progress=progress
-                )
-            log(f"llama seed {seed} {kind}: {line}")
     held_out: tuple[Split, ...] = ("val", "test")
     sets = {
         split: {
@@ -120,6 +117,15 @@ def load(
         }
         for split in held_out
     }
+
+    def train_one(part: Path, task: str, permuted: bool) -> str:
+        examples = make_examples(task, files["train"], parts["train"], settings.train, 0)
+        torch.manual_seed(1000 * seed + list(TASKS).index(task))
+        if permuted:
+            examples = permute(examples)
+        return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
+
+    train_missing(folder, f"llama seed {seed}", TASKS, permuted, train_one, log)
     return LlamaSuite(folder, {str(split): found for split, found in sets.items()}, seed)
 
 
@@ -226,59 +232,44 @@ def _train_adapter(
     base: Path,
     task: str,
     examples: Examples,
-    seed: int,
+    held_out: Examples,
     settings: Settings,
     *,
-    permute: bool,
     progress: bool | None,
 ) -> str:
     """Head on frozen features first, then head and LoRA together; both saved in ``folder``."""
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
-    started = time.perf_counter()
-    torch.manual_seed(1000 * seed + list(TASKS).index(task))
-    if permute:
-        examples = Examples(examples.inputs, examples.labels[torch.randperm(len(examples))])
     model = load_base(base)
     head = nn.Linear(2 * WIDTH, CLASSES.get(task, 1))
-
-    def criterion(output: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(output, label) if task in CLASSES else regression_loss(output, label)
+    loss, measure = (F.cross_entropy, accuracy) if task in CLASSES else (regression_loss, absolute_error)
 
     def features(network: nn.Module, inputs: Inputs) -> Tensor:
         return pooled(network(**inputs).last_hidden_state, inputs["attention_mask"])
 
     with torch.no_grad():
         frozen = torch.cat([features(model, inputs) for inputs, _ in examples.batches(256)])
-    fit_head(frozen, examples.labels, head, criterion, steps=settings.probe_steps)
-    before = criterion(head(frozen), examples.labels).item()
+    fit_head(frozen, examples.labels, head, loss, steps=settings.probe_steps)
     peft_model = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], bias="none")
     )
-    losses: list[float] = []
-
-    def step() -> Tensor:
-        inputs, label = examples.rows(torch.randint(len(examples), (settings.batch,)))
-        value = criterion(head(features(peft_model, inputs)), label)
-        losses.append(value.item())
-        return value
-
-    train(
-        step,
-        [p for p in [*peft_model.parameters(), *head.parameters()] if p.requires_grad],
-        label=f"{task} adapter",
-        steps=settings.steps,
-        lr=settings.lr,
-        weight_decay=1e-6,
+    line = train_adapter(
+        folder,
+        peft_model,
+        lambda inputs: head(features(peft_model, inputs)),
+        loss,
+        measure,
+        examples,
+        held_out,
+        task=task,
+        settings=settings,
         progress=progress,
+        head=head,
     )
-    peft_model.save_pretrained(str(folder / "adapter"))
-    tidy(folder / "adapter")
     weights = {name: value.detach().contiguous() for name, value in head.state_dict().items()}
     save_file(weights, folder / "head.safetensors")
-    after = sum(losses[-20:]) / len(losses[-20:])
-    return f"{task}: training loss {before:.3f} -> {after:.3f}, {time.perf_counter() - started:.0f} s"
+    return line
 
 
 def pretrain(folder: Path, work: Path, steps: int, *, log: Log, progress: bool | None) -> None:

@@ -7,7 +7,9 @@ description in another order, a generation of six tokens. Adapters are LoRA on q
 projector trained in full (PEFT's modules_to_save), as in the paper's LLaVA experiment; the vision tower is frozen.
 
     <work>/llava/base/                             the LLaVA
-    <work>/llava/seed<seed>/<kind>/<task>/adapter/ kind: adapters, or permuted (trained on answers in a wrong order)
+    <work>/llava/seed<seed>/<kind>/<task>/         kind: adapters, or permuted (trained on answers in a wrong order)
+        adapter/                                   the PEFT folder
+        steps/, steps.jsonl                        along the training, see kept.py
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import language
 import torch
 import torch.nn.functional as F
-from language import Examples, TextSuite, tidy
-from suite import Inputs, Log, TaskInfo, building
+from language import Examples, TextSuite, permute, train_adapter
+from suite import Inputs, Log, TaskInfo, building, train_missing
 from torch import Tensor, nn
 from training import scale_initial_weights, train
 
@@ -49,18 +52,13 @@ _SPLIT_SEED = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much is trained and measured; the defaults are the suite, anything less is for tests."""
+class Settings(language.Settings):
+    """As :class:`language.Settings`."""
 
     pretrain_pictures: int = 16384
     pretrain_steps: int = 600
     pretrain_batch: int = 32
-    train: int = 4096
-    val: int = 256
-    test: int = 768
     steps: int = 120
-    batch: int = 16
-    lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,7 @@ class LlavaSuite(TextSuite):
         }
 
     def output(self, task: str, model: nn.Module, batch: Inputs) -> Tensor:
-        """The logits of the answer ``[N, V]``, or ``[N, answer, V]`` where it is of several tokens, each given those
-        before it; of its first token where the batch holds prompts alone.
-        """
-        logits = model(**batch).logits[:, _PROMPT - 1 :]
-        return logits if logits.shape[1] > 1 else logits[:, 0]
+        return answer_logits(model, batch)
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor:
         return answer_loss(output, label)
@@ -103,8 +97,20 @@ class LlavaSuite(TextSuite):
         return self.quality(task, outputs, labels).mean().item()
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-        """1 where every token is right, which greedy decoding then writes as well."""
-        return (outputs.argmax(-1) == labels).view(len(labels), -1).all(1).float()
+        return right(outputs, labels)
+
+
+def answer_logits(model: nn.Module, batch: Inputs) -> Tensor:
+    """The logits of the answer ``[N, V]``, or ``[N, answer, V]`` where it is of several tokens, each given those
+    before it; of its first token where the batch holds prompts alone.
+    """
+    logits = model(**batch).logits[:, _PROMPT - 1 :]
+    return logits if logits.shape[1] > 1 else logits[:, 0]
+
+
+def right(outputs: Tensor, labels: Tensor) -> Tensor:
+    """1 where every token is right, which greedy decoding then writes as well."""
+    return (outputs.argmax(-1) == labels).view(len(labels), -1).all(1).float()
 
 
 def answer_loss(output: Tensor, label: Tensor) -> Tensor:
@@ -127,20 +133,19 @@ def load(
         with building(root / "base") as part:
             pretrain(part, settings, log=log, progress=progress)
     folder = root / f"seed{seed}"
-    for kind, names in (("adapters", tuple(TASKS)), ("permuted", tuple(permuted))):
-        for name in names:
-            if (folder / kind / name).is_dir():
-                continue
-            examples = make_examples(name, make_pictures(settings.train, "train"))
-            with building(folder / kind / name) as part:
-                line = _train_adapter(
-                    part, root / "base", name, examples, seed, settings, permute=kind == "permuted", progress=progress
-                )
-            log(f"llava seed {seed} {kind}: {line}")
     sets = {
         split: {name: make_examples(name, make_pictures(count, split)) for name in TASKS}
         for split, count in (("val", settings.val), ("test", settings.test))
     }
+
+    def train_one(part: Path, task: str, permuted: bool) -> str:
+        examples = make_examples(task, make_pictures(settings.train, "train"))
+        torch.manual_seed(1000 * seed + list(TASKS).index(task))
+        if permuted:
+            examples = permute(examples)
+        return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
+
+    train_missing(folder, f"llava seed {seed}", TASKS, permuted, train_one, log)
     return LlavaSuite(folder, sets, seed)
 
 
@@ -271,18 +276,13 @@ def _train_adapter(
     base: Path,
     task: str,
     examples: Examples,
-    seed: int,
+    held_out: Examples,
     settings: Settings,
     *,
-    permute: bool,
     progress: bool | None,
 ) -> str:
     from peft import LoraConfig, get_peft_model
 
-    started = time.perf_counter()
-    torch.manual_seed(1000 * seed + list(TASKS).index(task))
-    if permute:
-        examples = Examples(examples.inputs, examples.labels[torch.randperm(len(examples))])
     config = LoraConfig(
         r=RANK,
         lora_alpha=RANK,
@@ -292,25 +292,15 @@ def _train_adapter(
         bias="none",
     )
     model = get_peft_model(load_base(base), config)
-    losses: list[float] = []
-
-    def step() -> Tensor:
-        inputs, label = examples.rows(torch.randint(len(examples), (settings.batch,)))
-        logits = model(**inputs).logits[:, _PROMPT - 1 :]
-        value = answer_loss(logits if label.dim() > 1 else logits[:, 0], label)
-        losses.append(value.item())
-        return value
-
-    train(
-        step,
-        [p for p in model.parameters() if p.requires_grad],
-        label=f"{task} adapter",
-        steps=settings.steps,
-        lr=settings.lr,
-        weight_decay=1e-6,
+    return train_adapter(
+        folder,
+        model,
+        lambda inputs: answer_logits(model, inputs),
+        answer_loss,
+        lambda outputs, labels: right(outputs, labels).mean().item(),
+        examples,
+        held_out,
+        task=task,
+        settings=settings,
         progress=progress,
     )
-    model.save_pretrained(str(folder / "adapter"))
-    tidy(folder / "adapter")
-    first, last = (sum(part) / len(part) for part in (losses[:5], losses[-20:]))
-    return f"{task}: training loss {first:.3f} -> {last:.3f}, {time.perf_counter() - started:.0f} s"

@@ -2,10 +2,9 @@
 
     python bench/quality/ratios.py --suite vit --seeds 0 1 2
 
-Writes OUT/<suite>-training.jsonl, one line per seed, task and kind of labels (true or permuted), for suites that keep
-adapters along the way, and OUT/<suite>-samples.jsonl, one line per seed, task and model. Seeds measured again replace
-their own lines and no others. Two sets of modules are averaged over: "all" adapted ones, and the "target" of NSC's
-default.
+Writes OUT/<suite>-training.jsonl, one line per seed, task and kind of labels (true or permuted), and
+OUT/<suite>-samples.jsonl, one line per seed, task and model. Seeds measured again replace their own lines and no
+others. Two sets of modules are averaged over: "all" adapted ones, and the "target" of NSC's default.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept_adapters
 from run import HERE, SUITES, versions
 from suite import Suite
 from torch import nn
@@ -44,10 +44,10 @@ def sets_of_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, list[st
     }
 
 
-def training_record(suite: Suite, module: Any, work: Path, task: str, kind: str) -> dict[str, Any]:
+def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str, Any]:
     """Ratio of an adapter in its own model, on validation inputs, at every step that was kept."""
     inputs = [batch for batch, _ in suite.labelled(task, "val")]
-    kept = module.kept_adapters(work, suite.seed, task, kind)
+    kept = kept_adapters(work, suite.name, suite.seed, task, kind)
     tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
     curves = {
         name: [
@@ -129,17 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in given.seeds:
         suite: Suite = module.load(given.work, seed, log=lambda line: print(line, file=sys.stderr))
         samples += sample_records(suite)
-        if not hasattr(module, "kept_adapters"):
-            continue
         runs = [
             (task, kind)
             for kind in ("adapters", "permuted")
             for task in suite.tasks
-            if module.kept_adapters(given.work, seed, task, kind)
+            if kept_adapters(given.work, suite.name, seed, task, kind)
         ]
         with Progress(f"{suite.name} seed {seed}: ratios along training", len(runs), given.progress) as bar:
             for task, kind in runs:
-                training.append(training_record(suite, module, given.work, task, kind))
+                training.append(training_record(suite, given.work, task, kind))
                 bar.update(task=f"{task} {kind}")
     given.out.mkdir(parents=True, exist_ok=True)
     for name, records in (("training", training), ("samples", samples)):

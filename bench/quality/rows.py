@@ -11,7 +11,7 @@ from controls import CONTROLS
 from nsc_merge.methods import METHODS
 
 # Rows of a batch: the ViT study's, and per task 8 for language (the paper's two are the rows "LLM").
-BATCH = {"vit": 32, "llama": 8, "llava": 8}
+BATCH = {"vit": 32, "siglip": 32, "llama": 8, "llava": 8}
 GRADIENT_STEPS = 100
 # The merge of method "nsc" with its changes of the coefficients permuted.
 SHUFFLED = "shuffled_nsc"

@@ -38,7 +38,7 @@ from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
 
 HERE = Path(__file__).parent
-SUITES = ("vit", "llama", "llava")
+SUITES = ("vit", "siglip", "llama", "llava")
 # Scales beyond the papers' grid, tried where its last is the best; then finer steps around the best.
 BEYOND = tuple(round(1 + 0.2 * step, 1) for step in range(1, 11))
 FINE_STEP, FINE_STEPS = 0.02, 4

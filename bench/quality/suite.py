@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,32 @@ def building(folder: Path) -> Iterator[Path]:
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def train_missing(
+    folder: Path,
+    label: str,
+    tasks: Iterable[str],
+    permuted: Iterable[str],
+    train_one: Callable[[Path, str, bool], str],
+    log: Log,
+) -> None:
+    """Train what ``folder`` does not hold yet.
+
+    Args:
+        folder: of the suite's seed.
+        label: of the lines in ``log``.
+        tasks: all of the suite.
+        permuted: tasks to train once more, with their labels in a wrong order.
+        train_one: trains into a folder the task of that name, with permuted labels if so told; returns a line.
+        log: receives the lines.
+    """
+    for kind, names in (("adapters", tasks), ("permuted", permuted)):
+        for name in names:
+            if not (folder / kind / name).is_dir():
+                with building(folder / kind / name) as part:
+                    line = train_one(part, name, kind == "permuted")
+                log(f"{label} {kind}: {line}")
 
 
 def _per_task(suite: Suite, models: Models) -> Mapping[str, nn.Module]:

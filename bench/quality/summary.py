@@ -16,7 +16,7 @@ from report import mean_and_spread, sets_of_tasks
 from rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
 from run import HERE, SUITES, read_records
 
-NAMES = {"vit": "ViT", "llama": "LLaMA", "llava": "LLaVA"}
+NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA"}
 START = "TA@0.4"
 COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", "match", "distill")
 

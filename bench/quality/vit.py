@@ -3,26 +3,25 @@
 Four dense tasks share the photo scenes; a classification, a count, an angle and a saliency mask share the shaded ones.
 Scenes, model, training and the base itself are those of ``nsc-merge demo``, whose package documents them. Heads
 are fitted on frozen features first. The seed changes the adapters' initialisation, the heads and the order of
-batches; base and scenes stay.
+batches; base and scenes stay. The same tasks on another base are another suite: ``siglip.py``.
 
-    <work>/vit/seed<seed>/<kind>/<task>/     kind: adapters, or permuted (trained on labels in a wrong order)
+    <work>/<suite>/seed<seed>/<kind>/<task>/     kind: adapters, or permuted (trained on labels in a wrong order)
         adapter/, <task>.safetensors         the PEFT folder and the head
-        steps/<number>/                      the adapter after so many steps, as a PEFT folder
-        steps.jsonl                          step, validation loss and metric
+        steps/, steps.jsonl                  along the training, see kept.py
 """
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from suite import Inputs, Log, TaskInfo, building
+from kept import Keeper, kept_entries
+from suite import Inputs, Log, TaskInfo, train_missing
 from torch import Tensor, nn
 
 from nsc_merge.demo import evaluate as demo
@@ -31,7 +30,7 @@ from nsc_merge.demo.data import SCENES, Scene, SceneSet, Split, make_scenes
 from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.run import shipped_assets
 from nsc_merge.demo.tasks import Task, measure
-from nsc_merge.demo.train import fit_adapter, save_adapter, save_head
+from nsc_merge.demo.train import LORA_MODULES, fit_adapter, save_adapter, save_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,6 +49,24 @@ TASKS: dict[str, Task] = {
 PERMUTED = ("depth", "count", "sal")
 _TRAIN_SEED = 10
 _BATCH = 128
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the tasks are trained on.
+
+    Attributes:
+        name: of the suite, and of its folder.
+        load: reads a fresh copy, in float32 and evaluation mode.
+        target_modules: last components of the paths of the linears that carry adapters.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    target_modules: Sequence[str]
+
+
+VIT = Base("vit", lambda: load_backbone(shipped_assets() / "base"), LORA_MODULES)
 
 
 @dataclass(frozen=True)
@@ -78,15 +95,13 @@ class Settings:
 class ViTSuite:
     """The suite at one seed, all parts trained."""
 
-    name = "vit"
-
-    def __init__(self, folder: Path, seed: int, settings: Settings) -> None:
-        self.seed = seed
+    def __init__(self, base: Base, folder: Path, seed: int, settings: Settings) -> None:
+        self.name, self.seed = base.name, seed
         self.tasks = {
             task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task))
             for task in TASKS.values()
         }
-        self.model = load_backbone(shipped_assets() / "base")
+        self.model = base.load()
         self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
         self.heads = {name: load_head(folder / "adapters" / name, task) for name, task in TASKS.items()}
         counts: dict[Split, int] = {"val": settings.val_scenes, "test": settings.test_scenes}
@@ -136,6 +151,7 @@ def load(
     progress: bool | None = None,
     settings: Settings | None = None,
     permuted: Sequence[str] = (),
+    base: Base = VIT,
 ) -> ViTSuite:
     """The suite at ``seed``; what is missing below ``work`` is trained first.
 
@@ -146,88 +162,56 @@ def load(
         progress: as in :class:`nsc_merge.progress.Progress`.
         settings: the suite's own when None.
         permuted: tasks to train once more, with their labels in a wrong order.
+        base: what is adapted; it names the suite.
     """
     settings = settings or Settings()
-    folder = work / "vit" / f"seed{seed}"
-    missing = [
-        (kind, TASKS[name])
-        for kind, names in (("adapters", TASKS), ("permuted", permuted))
-        for name in names
-        if not (folder / kind / name).is_dir()
-    ]
-    train_sets: dict[Scene, SceneSet] = {}
-    val_sets = _scene_sets("val", settings.val_scenes) if missing else {}
-    for kind, task in missing:
-        if task.scene not in train_sets:
-            train_sets[task.scene] = _labelled(
-                make_scenes(
-                    settings.train_scenes, "train", task.scene, _TRAIN_SEED + SCENES.index(task.scene)
-                )
-            )
-        with building(folder / kind / task.name) as part:
-            log(
-                f"vit seed {seed} {kind}: "
-                + _train(
-                    part,
-                    task,
-                    train_sets[task.scene],
-                    _labelled(val_sets[task.scene]),
-                    seed,
-                    settings,
-                    permute=kind == "permuted",
-                    progress=progress,
-                )
-            )
-    return ViTSuite(folder, seed, settings)
+    folder = work / base.name / f"seed{seed}"
 
+    @cache
+    def scenes(split: Split, kind: Scene) -> SceneSet:
+        if split == "train":
+            seed_of_scenes = _TRAIN_SEED + SCENES.index(kind)
+            return _labelled(make_scenes(settings.train_scenes, split, kind, seed_of_scenes))
+        return _labelled(_scene_sets(split, settings.val_scenes)[kind])
 
-def kept_adapters(
-    work: Path, seed: int, task: str, kind: str = "adapters"
-) -> list[tuple[dict[str, float], Path]]:
-    """Of every step that was kept: ``step``, ``loss`` and ``metric`` on validation scenes, and the PEFT folder.
+    def train_one(part: Path, name: str, permute: bool) -> str:
+        task = TASKS[name]
+        torch.manual_seed(1000 * seed + list(TASKS).index(name))
+        learnt, held_out = scenes("train", task.scene), scenes("val", task.scene)
+        label = learnt.labels[name]
+        if permute:
+            label = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(7 + seed))]
+        return _train(part, base, task, learnt, label, held_out, settings, progress=progress)
 
-    Empty if the task was not trained that way.
-    """
-    folder = work / "vit" / f"seed{seed}" / kind / task
-    if not folder.is_dir():
-        return []
-    lines = (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(entry, folder / "steps" / f"{entry['step']:04d}") for entry in map(json.loads, lines)]
+    train_missing(folder, f"{base.name} seed {seed}", TASKS, permuted, train_one, log)
+    return ViTSuite(base, folder, seed, settings)
 
 
 def _train(
     folder: Path,
+    base: Base,
     task: Task,
     scenes: SceneSet,
+    label: Tensor,
     held_out: SceneSet,
-    seed: int,
     settings: Settings,
     *,
-    permute: bool,
     progress: bool | None,
 ) -> str:
     started = time.perf_counter()
-    torch.manual_seed(1000 * seed + list(TASKS).index(task.name))
-    label = scenes.labels[task.name]
-    if permute:
-        label = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(7 + seed))]
-    every = max(1, math.ceil(settings.steps / (settings.kept_steps - 1)))
-    entries: list[dict[str, float]] = []
 
     def watch(step: int, model: PeftModel, head: Head) -> None:
-        if step % every and step != settings.steps:
-            return
-        with torch.no_grad():
+        def measured() -> tuple[float, float]:
             output = head(
                 torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)])
             )
-        truth = held_out.labels[task.name]
-        loss = demo_tasks.loss(task, output, truth).item()
-        entries.append({"step": step, "loss": loss, "metric": measure(task, output, truth)})
-        save_adapter(model, folder / "steps" / f"{step:04d}")
+            truth = held_out.labels[task.name]
+            return demo_tasks.loss(task, output, truth).item(), measure(task, output, truth)
+
+        Keeper(folder, settings.steps, settings.kept_steps, partial(save_adapter, model), measured)(step)
 
     model, head = fit_adapter(
-        load_backbone(shipped_assets() / "base"),
+        base.load(),
         task,
         scenes,
         label,
@@ -235,14 +219,12 @@ def _train(
         probe_scenes=settings.probe_scenes,
         steps=settings.steps,
         progress=progress,
+        target_modules=base.target_modules,
         watch=watch,
     )
     save_adapter(model, folder / "adapter")
     save_head(head, folder)
-    (folder / "steps.jsonl").write_text(
-        "".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8"
-    )
-    first, last = entries[0], entries[-1]
+    first, last = (kept_entries(folder)[end] for end in (0, -1))
     return (
         f"{task.name}: validation {task.metric} {first['metric']:.4g} -> {last['metric']:.4g}, "
         f"{time.perf_counter() - started:.0f} s"

@@ -73,8 +73,8 @@ FAMILIES = (
         legacy=_OLD_VIT,
     ),
     Family(
-        name="CLIP vision",
-        model_types=("clip_vision_model",),
+        name="CLIP or SigLIP vision",
+        model_types=("clip_vision_model", "siglip_vision_model"),
         block=r"(?:^|\.)layers\.(\d+)\.",
         score_modules=("out_proj", "v_proj", "k_proj", "q_proj"),
         recipe="vision",

@@ -163,7 +163,7 @@ def test_nsc_measures_the_last_quarter_and_lowers_its_ratio(kind, base, folders)
     folders = {task: folders[task] for task in ("plain", "mixed")}
     batches = {task: [KINDS[kind].inputs(seed)] for seed, task in enumerate(folders)}
     result = nsc_merge.merge(base, folders, batches, steps=8, lr=0.02, progress=False)
-    measured = {"vit": "o_proj", "clip": "out_proj", "dinov2": "o_proj"}.get(kind, "v_proj")
+    measured = {"vit": "o_proj", "clip": "out_proj", "siglip": "out_proj", "dinov2": "o_proj"}.get(kind, "v_proj")
     assert [path.rsplit(".", 1)[-1] for path in result.options["scored"]] == [measured]
     assert ".2." in result.options["scored"][0]
     assert result.history[-1]["objective"] < result.history[0]["objective"]

@@ -67,6 +67,14 @@ KINDS = {
         ["q_proj", "v_proj", "out_proj"],
         True,
     ),
+    "siglip": Kind(
+        lambda: tf.SiglipVisionModel(
+            tf.SiglipVisionConfig(**WIDTH, intermediate_size=48, vision_use_head=False, **IMAGE)
+        ),
+        pixels,
+        ["q_proj", "k_proj", "v_proj", "out_proj"],
+        True,
+    ),
     "dinov2": Kind(
         lambda: tf.Dinov2Model(tf.Dinov2Config(**WIDTH, mlp_ratio=2, **IMAGE)), pixels, ATTENTION, True
     ),

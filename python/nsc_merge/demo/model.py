@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 PATCH = 4
 WIDTH = 64
 BLOCKS = 8
+PATCHES = (SIZE // PATCH) ** 2
+# What a transformers configuration of a vision transformer takes.
+SHAPE: dict[str, Any] = {
+    "num_channels": 1,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "intermediate_size": 3 * WIDTH,
+}
 
 
 def new_backbone(seed: int) -> ViTModel:
@@ -29,33 +40,27 @@ def new_backbone(seed: int) -> ViTModel:
     """
     from transformers import ViTConfig, ViTModel
 
-    config = ViTConfig(
-        num_channels=1,
-        image_size=SIZE,
-        patch_size=PATCH,
-        hidden_size=WIDTH,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        intermediate_size=3 * WIDTH,
-    )
-    model = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layernorm" in name:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                std = (
-                    0.02
-                    if name.startswith("embeddings.") and "projection" not in name
-                    else parameter[0].numel() ** -0.5
-                )
-                if name.endswith(("o_proj.weight", "fc2.weight")):
-                    std *= (2 * BLOCKS) ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    model = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False, use_mask_token=True)
+    initialise(model, seed)
     return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw the weights of a vision transformer of :data:`SHAPE`, as :func:`new_backbone` says."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            # The patch projection is a convolution; the other embeddings are added to what it gives.
+            added = name.startswith("embeddings.") and parameter.dim() != 4
+            std = 0.02 if added else parameter[0].numel() ** -0.5
+            if name.endswith(("o_proj.weight", "out_proj.weight", "fc2.weight")):
+                std *= (2 * BLOCKS) ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 def load_backbone(folder: Path) -> ViTModel:
@@ -69,8 +74,8 @@ def load_backbone(folder: Path) -> ViTModel:
 
 
 def patch_features(model: nn.Module, pixels: Tensor, **inputs) -> Tensor:
-    """Final features of the patch tokens, ``[N, 36, 64]``; the class token is left out."""
-    return model(pixel_values=pixels, **inputs).last_hidden_state[:, 1:]
+    """Final features of the patch tokens, ``[N, 36, 64]``; a class token, which comes first, is left out."""
+    return model(pixel_values=pixels, **inputs).last_hidden_state[:, -PATCHES:]
 
 
 def to_image(values: Tensor, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.demo.data import SCENES, Scene, SceneSet, make_scenes
-from nsc_merge.demo.model import PATCH, WIDTH, Head, load_backbone, new_backbone, patch_features, to_image
+from nsc_merge.demo.model import (
+    PATCH,
+    PATCHES,
+    WIDTH,
+    Head,
+    load_backbone,
+    new_backbone,
+    patch_features,
+    to_image,
+)
 from nsc_merge.demo.tasks import TASKS, Task, loss, measure
 from nsc_merge.progress import Progress
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 RANK = 8
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -71,8 +81,25 @@ def retrain(assets: Path, *, seed: int = 0, log: Log = print, progress: bool | N
         train_adapter(assets, task, sets[task.scene], seed=seed, log=log, progress=progress)
 
 
-def pretrain(folder: Path, *, seed: int, log: Log, progress: bool | None) -> None:
-    """Pre-train on masked reconstruction and per-pixel digit segmentation; save the ViT in ``folder``."""
+def pretrain(
+    folder: Path,
+    *,
+    seed: int,
+    log: Log,
+    progress: bool | None,
+    new_model: Callable[[int], PreTrainedModel] = new_backbone,
+    features: Callable[..., Tensor] = patch_features,
+) -> None:
+    """Pre-train on masked reconstruction and per-pixel digit segmentation; save the model in ``folder``.
+
+    Args:
+        folder: for the transformers model, in float16.
+        seed: of weights, scenes and the order of batches.
+        log: receives one line.
+        progress: as in :class:`Progress`.
+        new_model: makes the model of a seed, with a trainable ``embeddings.mask_token``.
+        features: of the patch tokens, ``[N, 36, 64]``, given the model, pixels and ``bool_masked_pos`` ``[N, 36]``.
+    """
     started = time.perf_counter()
     torch.manual_seed(seed)
     scenes = [
@@ -82,7 +109,7 @@ def pretrain(folder: Path, *, seed: int, log: Log, progress: bool | None) -> Non
         torch.cat([getattr(part, field) for part in scenes]) for field in ("pixels", "clean", "digits")
     )
     held_out = [make_scenes(_HELD_OUT, "val", scene, _scene_seed(seed, scene) + 950) for scene in SCENES]
-    model = new_backbone(seed)
+    model = new_model(seed)
     reconstruct, segment = nn.Linear(WIDTH, PATCH**2), nn.Linear(WIDTH, 11 * PATCH**2)
     parameters = [*model.parameters(), *reconstruct.parameters(), *segment.parameters()]
     optimiser = torch.optim.AdamW(
@@ -95,11 +122,11 @@ def pretrain(folder: Path, *, seed: int, log: Log, progress: bool | None) -> Non
     )
 
     def losses(x: Tensor, target: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        masked = torch.rand(len(x), (x.shape[-1] // PATCH) ** 2) < 0.4
+        masked = torch.rand(len(x), PATCHES) < 0.4
         masked[: len(x) // 3] = False
-        features = patch_features(model, x, bool_masked_pos=masked)
-        rebuilt = to_image(reconstruct(features), 1)
-        return F.mse_loss(rebuilt, target), F.cross_entropy(to_image(segment(features), 11), label.long())
+        tokens = features(model, x, bool_masked_pos=masked)
+        rebuilt = to_image(reconstruct(tokens), 1)
+        return F.mse_loss(rebuilt, target), F.cross_entropy(to_image(segment(tokens), 11), label.long())
 
     model.train()
     with Progress("pre-training", _PRETRAIN_STEPS, progress) as bar:
@@ -118,7 +145,7 @@ def pretrain(folder: Path, *, seed: int, log: Log, progress: bool | None) -> Non
         f"{scene}: reconstruction {rebuild:.3f}, digits {digit:.3f}"
         for scene, (rebuild, digit) in zip(SCENES, scores, strict=True)
     )
-    model.embeddings.mask_token = None
+    model.get_submodule("embeddings").register_parameter("mask_token", None)
     model.half().save_pretrained(folder)
     log(f"base pre-trained in {time.perf_counter() - started:.0f} s; held-out losses: {summary}")
 
@@ -166,6 +193,7 @@ def fit_adapter(
     probe_scenes: int,
     steps: int,
     progress: bool | None,
+    target_modules: Sequence[str] = LORA_MODULES,
     watch: Callable[[int, PeftModel, Head], None] | None = None,
 ) -> tuple[PeftModel, Head]:
     """Train a head on the backbone's features, then a LoRA adapter together with it.
@@ -181,6 +209,7 @@ def fit_adapter(
         probe_scenes: see ``probe_steps``.
         steps: of head and adapter together.
         progress: as in :class:`Progress`.
+        target_modules: last components of the paths of the linears that LoRA is trained on.
         watch: called with the number of steps done, before the first step and after every step.
     """
     from peft import LoraConfig, get_peft_model
@@ -189,7 +218,7 @@ def fit_adapter(
     _fit_head(backbone, head, scenes.pixels[:probe_scenes], label, probe_steps)
     model = get_peft_model(
         backbone,
-        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_MODULES, bias="none"),
+        LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=list(target_modules), bias="none"),
     )
     parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=_ADAPTER_LR, weight_decay=1e-6)
