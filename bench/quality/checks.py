@@ -1,6 +1,7 @@
-"""The acceptance checks of the ViT suite: what an earlier, independent study of the same setting found.
+"""The acceptance checks of the ViT suites: what an earlier, independent study of the same setting found.
 
-They hold the library to that study's numbers, good and bad. Nothing here asks NSC to win.
+They hold the library to that study's numbers, good and bad. Nothing here asks NSC to win. The ranges are those of the
+study's one base: what they allow for is the noise of adapters and merges, not that of another base.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from rows import GRADIENT_FREE, ROWS
 
+# Suites of the study's tasks.
+CHECKED = ("vit", "siglip")
 Record = Mapping[str, Any]
 DENSE = ("semseg", "depth", "normal", "edge")
 SHADED = ("count", "angle", "sal")
@@ -181,8 +184,6 @@ def _of_baselines(results: _Results) -> list[dict[str, Any]]:
 def _of_the_ranking(results: _Results) -> list[dict[str, Any]]:
     many, dense = results.all, DENSE
     bad = list(results.averages("NSC lr1e-2", dense).values())
-    # What the library recommends for use without labels.
-    default = "match"
     return [
         *_check("F", "K=8: NSC - AdaMerging", results.gap("NSC", "AdaMerging", many), 0, _NO_LIMIT),
         *_check("F", "K=8: NSC - TA@0.4", results.gap("NSC", "TA@0.4", many), -7, 2),
@@ -197,14 +198,12 @@ def _of_the_ranking(results: _Results) -> list[dict[str, Any]]:
             _NO_LIMIT,
         ),
         *_check("F", "K=4 dense: NSC lr1e-2 (known to be bad)", bad, -_NO_LIMIT, 55, 1),
-        *_check("G", f"K=8: {default} - {BEST}", results.gap(default, BEST, many), 0, _NO_LIMIT),
-        *_check("G", f"K=4 dense: {default} - {BEST}", results.gap(default, BEST, dense), 0, _NO_LIMIT),
-        *_check("G", f"K=3: {default} - {BEST}", results.gap(default, BEST, SHADED), 0, _NO_LIMIT),
-        *_check(
-            "G",
-            f"K=8: {default} lr1e-3 - TA@0.4",
-            results.gap(f"{default} lr1e-3", "TA@0.4", many),
-            6,
-            _NO_LIMIT,
+        # What the library recommends for use without labels: with the tasks' heads at hand, and without.
+        *(
+            check
+            for row in ("distill", "match")
+            for name, tasks in (("K=8", many), ("K=4 dense", dense), ("K=3", SHADED))
+            for check in _check("G", f"{name}: {row} - {BEST}", results.gap(row, BEST, tasks), 0, _NO_LIMIT)
         ),
+        *_check("G", "K=8: match lr1e-3 - TA@0.4", results.gap("match lr1e-3", "TA@0.4", many), 6, _NO_LIMIT),
     ]

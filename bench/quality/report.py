@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import vit_checks
+from checks import CHECKED, vit_checks
 from rows import GROUPS, ROWS
 from run import HERE, SUITES, read_records
 
@@ -147,9 +147,9 @@ def report(folder: Path, suite: str) -> dict[str, Any] | None:
         )
     if samples:
         found["sections"].append({"title": f"{suite}: ratio against quality", "lines": sample_table(samples)})
-    if suite == "vit":
+    if suite in CHECKED:
         found["checks"] = vit_checks(records, training, samples)
-        found["sections"].append({"title": "Acceptance checks", "lines": checks_table(found["checks"])})
+        found["sections"].append({"title": f"{suite}: acceptance checks", "lines": checks_table(found["checks"])})
     return found
 
 

@@ -127,6 +127,7 @@ ROWS = (
     Row("distill", LEARNT, "distill", {"lr": 1e-2, "init": 0.4}, batches=8),
     Row("distill init1/K", LEARNT, "distill", {"lr": 1e-2, "init": "1/K"}, batches=8),
     Row("distill by task", LEARNT, "distill", {"lr": 1e-2, "init": 0.4, "normalise": "task"}, batches=8),
+    Row("distill by variance", LEARNT, "distill", {"lr": 1e-2, "init": 0.4, "normalise": "variance"}, batches=8),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),
     Row("oracle", LABELLED, "oracle"),

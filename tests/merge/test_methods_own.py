@@ -13,6 +13,7 @@ import nsc_merge
 from nsc_merge.attachment import attach
 from nsc_merge.forwards import evaluating, shared_forward
 from nsc_merge.methods import METHODS, Problem, matching, own, regression_mean
+from nsc_merge.methods.distilling import Variance
 from nsc_merge.methods.learned import attached, presence
 from nsc_merge.methods.own import OwnModels
 from nsc_merge.passes import held_out, restartable, streams
@@ -41,7 +42,7 @@ def merge(problem, method, **options):
     return METHODS[method].run(problem, {**QUIET, **options})
 
 
-@pytest.mark.parametrize("normalise", ["none", "task"])
+@pytest.mark.parametrize("normalise", ["none", "task", "variance"])
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 @pytest.mark.parametrize("positions", [None, "last", "all"])
 def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalise, likelihood, positions):
@@ -67,7 +68,55 @@ def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalis
         expected = distance(outputs(both, batch), own)
         if normalise == "task":
             expected = expected / distance(outputs(problem.model, batch), own)
+        if normalise == "variance" and likelihood == "gaussian":
+            expected = expected / own.var(0, correction=0).mean()
         assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=2e-4)
+
+
+def scaled(factor):
+    return lambda model, batch: factor * model(**batch).logits
+
+
+@pytest.mark.parametrize("normalise", ["variance", "none"])
+def test_the_unit_of_values_matters_only_without_their_variance(tmp_path, normalise):
+    problem = problem_of("vit", tmp_path, count=2)
+    metres, millimetres = (
+        merge(
+            problem,
+            "distill",
+            steps=4,
+            normalise=normalise,
+            likelihood={"a": "gaussian", "b": "categorical"},
+            outputs={"a": scaled(factor)},
+        )
+        for factor in (1.0, 1000.0)
+    )
+    same = [
+        value == pytest.approx(millimetres.coefficients[path][task], rel=1e-4)
+        for path, row in metres.coefficients.items()
+        for task, value in row.items()
+    ]
+    assert all(same) == (normalise == "variance")
+
+
+def test_the_variance_is_that_of_all_values_so_far():
+    parts = [5 + torch.randn(size, 3, 2, generator=torch.Generator().manual_seed(size)) for size in (1, 4, 2)]
+    variance = Variance()
+    for number, part in enumerate(parts, 1):
+        variance.add(part)
+        together = torch.cat(parts[:number]).double().flatten(0, 1)
+        torch.testing.assert_close(variance(), together.var(0, correction=0).mean())
+    flat = Variance()
+    flat.add(torch.tensor([1.0, 3.0]))
+    assert flat() == 1
+
+
+def test_values_that_are_all_alike_have_no_variance_to_divide_by(tmp_path):
+    outputs = {"b": lambda model, batch: 0 * model(**batch).logits + 0.7}
+    options = {"steps": 1, "outputs": outputs, "likelihood": "gaussian"}
+    with pytest.raises(ValueError, match="normalise: 'variance' needs outputs that differ .* 'b'"):
+        merge(problem_of("vit", tmp_path), "distill", normalise="variance", **options)
+    merge(problem_of("vit", tmp_path / "none"), "distill", normalise="none", **options)
 
 
 def test_a_task_without_an_output_of_its_own_has_the_models(tmp_path):

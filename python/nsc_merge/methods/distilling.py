@@ -40,7 +40,7 @@ from nsc_merge.options import check_choice
 from nsc_merge.passes import Batch, Pass
 from nsc_merge.result import MergeResult
 
-NORMALISATIONS = ("none", "task")
+NORMALISATIONS = ("none", "task", "variance")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,38 @@ class Predictions:
 
     def distance(self, number: int, output: Tensor, own: Tensor) -> Tensor:
         """Of ``output`` from ``own``, both as :meth:`of` returns them."""
-        if self._likelihoods[number] == "gaussian":
+        if self.values(number):
             return (output - own).square().mean()
         each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True)
         return each.sum(-1).mean()
+
+    def values(self, number: int) -> bool:
+        """Whether a task's output is values, rather than classes."""
+        return self._likelihoods[number] == "gaussian"
+
+
+class Variance:
+    """Of values ``[..., C]`` around the mean of their component, over all that were added."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._origin: Tensor | None = None
+        self._sums: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        rows = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[:, None]
+        if self._origin is None:
+            # Sums of squares far from zero would cancel, and values that are all alike not give 0.
+            self._origin = rows[0]
+            self._sums = [torch.zeros_like(rows[0]), torch.zeros_like(rows[0])]
+        rows = rows - self._origin
+        self._count += len(rows)
+        self._sums = [self._sums[0] + rows.sum(0), self._sums[1] + rows.square().sum(0)]
+
+    def __call__(self) -> Tensor:
+        """Mean over the components, a float64 scalar."""
+        mean, square = (total / self._count for total in self._sums)
+        return (square - mean.square()).mean()
 
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -143,6 +171,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
         own = OwnModels(problem, coefficients, present)
+        variances = {n: Variance() for n in range(count) if options.normalise == "variance" and predictions.values(n)}
         kept: Kept[Target] = Kept(lambda target: target.output.untyped_storage().nbytes())
 
         def target(number: int, one: Pass) -> Target:
@@ -152,6 +181,13 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             if options.normalise == "task":
                 with own.of(None):
                     base = predictions.distance(number, predictions.of(number, one.inputs), output)
+            if number in variances:
+                variances[number].add(output)
+                if not variances[number]() > 0:
+                    raise ValueError(
+                        "normalise: 'variance' needs outputs that differ from sample to sample, those of task "
+                        f"{problem.tasks[number]!r} in its own model are all alike; 'none' takes them"
+                    )
             return Target(output, base.clamp(min=1e-12))
 
         def backward(one: Pass) -> Tensor:
@@ -161,7 +197,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             coefficients.spread()
             with shared_forward(problem.model):
                 found = [
-                    predictions.distance(number, predictions.of(number, one.inputs), wanted.output) / wanted.base
+                    predictions.distance(number, predictions.of(number, one.inputs), wanted.output)
+                    / wanted.base
+                    / (variances[number]() if number in variances else 1.0)
                     for number, wanted in zip(numbers, targets, strict=True)
                 ]
             total = torch.stack(found)
