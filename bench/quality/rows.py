@@ -62,6 +62,7 @@ class Row:
 
 _START = {"lr": 1e-3, "steps": GRADIENT_STEPS, "optimizer": "adamw", "weight_decay": 0.01, "init": 0.4}
 _MATCH = {"lr": 1e-2, "steps": GRADIENT_STEPS, "init": 0.4, "normalise": "none", "positions": "all"}
+_DISTILL = {"lr": 1e-2, "init": 0.4, "normalise": "variance"}
 
 ROWS = (
     Row("zero_shot", REFERENCE, "zero_shot"),
@@ -124,10 +125,18 @@ ROWS = (
         batches=8,
         suites=("llama", "llava"),
     ),
-    Row("distill", LEARNT, "distill", {"lr": 1e-2, "init": 0.4}, batches=8),
-    Row("distill init1/K", LEARNT, "distill", {"lr": 1e-2, "init": "1/K"}, batches=8),
-    Row("distill by task", LEARNT, "distill", {"lr": 1e-2, "init": 0.4, "normalise": "task"}, batches=8),
-    Row("distill by variance", LEARNT, "distill", {"lr": 1e-2, "init": 0.4, "normalise": "variance"}, batches=8),
+    Row("distill", LEARNT, "distill", _DISTILL, batches=8),
+    Row("distill init1/K", LEARNT, "distill", {**_DISTILL, "init": "1/K"}, batches=8),
+    Row("distill by task", LEARNT, "distill", {**_DISTILL, "normalise": "task"}, batches=8),
+    # The same as "distill" where no task predicts values.
+    Row(
+        "distill unscaled",
+        LEARNT,
+        "distill",
+        {**_DISTILL, "normalise": "none"},
+        batches=8,
+        suites=("vit", "siglip", "llama"),
+    ),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),
     Row("oracle", LABELLED, "oracle"),

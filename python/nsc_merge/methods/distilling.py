@@ -68,15 +68,16 @@ class DistillOptions(DescentOptions):
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
-        normalise: divide a task's distance by nothing (``"none"``), so that tasks weigh as their losses do, or by
-            that of the base model (``"task"``), so that they weigh alike.
+        normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
+            predicts, over all batches so far, so that their unit does not matter; ``"none"`` does not, and tasks weigh
+            as their losses do; ``"task"`` divides every distance by that of the base model, so that tasks weigh alike.
     """
 
     lr: float = 1e-2
     outputs: Outputs | None = None
     likelihood: str | Mapping[str, str] = "categorical"
     positions: str | None = None
-    normalise: str = "none"
+    normalise: str = "variance"
 
     def __post_init__(self) -> None:
         super().__post_init__()
