@@ -158,6 +158,16 @@ def test_adapters_along_training_are_kept(trained, work, name):
     assert record["steps"][0]["all"] == pytest.approx(record["random"], abs=0.02)
 
 
+def test_samples_are_related_to_their_quality(trained):
+    records = ratios.sample_records(trained)
+    assert [(record["model"], record["task"]) for record in records] == [
+        (model, task) for model in ("finetuned", "TA@0.4") for task in trained.tasks
+    ]
+    for record in records:
+        assert record["samples"] == 40
+        assert record["rho"].keys() == {"all", "target"}
+
+
 def test_adapters_are_peft_folders_of_rank_8_on_q_and_v(trained, name):
     for task, folder in trained.adapters.items():
         config = json.loads((folder / "adapter_config.json").read_text())

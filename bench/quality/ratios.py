@@ -79,9 +79,15 @@ def sample_records(suite: Suite) -> list[dict[str, Any]]:
         (f"TA@{START:g}", "task_arithmetic", {"scale": START}),
     ):
         result = nsc_merge.merge(suite.model, suite.adapters, method=method, **options)
+        # A shared module that is trained in full has no A, and so no ratio.
+        low_rank = [
+            path
+            for path in result.paths
+            if any(path in one.factors and one.factors[path].rank for one in result.adapters.values())
+        ]
         studies = {
             chosen: sample_study(suite, result, modules=paths)
-            for chosen, paths in sets_of_modules(suite.model, result.paths).items()
+            for chosen, paths in sets_of_modules(suite.model, low_rank).items()
         }
         records += [
             {
