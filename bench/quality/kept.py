@@ -9,39 +9,37 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 
-@dataclass(frozen=True)
-class Keeper:
-    """Called with the number of steps done, before the first step and after every step.
+@torch.no_grad()
+def keep(
+    folder: Path,
+    step: int,
+    steps: int,
+    count: int,
+    save: Callable[[Path], None],
+    measure: Callable[[], tuple[float, float]],
+) -> None:
+    """Keep the adapter as it is, if it is the turn of this step.
 
-    Attributes:
+    Args:
         folder: of the adapter.
+        step: how many are done: to be called before the first step and after every step.
         steps: of the whole training.
         count: how many adapters are kept at most, from the untrained to the final one.
         save: writes the PEFT folder that it is given.
         measure: validation loss and metric of the model as it is.
     """
-
-    folder: Path
-    steps: int
-    count: int
-    save: Callable[[Path], None]
-    measure: Callable[[], tuple[float, float]]
-
-    @torch.no_grad()
-    def __call__(self, step: int) -> None:
-        every = max(1, math.ceil(self.steps / (self.count - 1)))
-        if step % every and step != self.steps:
-            return
-        self.save(self.folder / "steps" / f"{step:04d}")
-        loss, metric = self.measure()
-        with (self.folder / "steps.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": loss, "metric": metric}) + "\n")
+    every = max(1, math.ceil(steps / (count - 1)))
+    if step % every and step != steps:
+        return
+    save(folder / "steps" / f"{step:04d}")
+    loss, metric = measure()
+    with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "loss": loss, "metric": metric}) + "\n")
 
 
 def kept_entries(folder: Path) -> list[dict[str, float]]:

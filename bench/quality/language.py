@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kept import Keeper, kept_entries
+from kept import keep, kept_entries
 from suite import Inputs, TaskInfo
 from torch import Tensor, nn
 from training import train
+
+from nsc_merge.demo.train import save_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,14 +118,11 @@ def train_adapter(
         What came of it, in words.
     """
     started = time.perf_counter()
+    save = partial(save_adapter, model)
 
     def step() -> Tensor:
         inputs, label = examples.rows(torch.randint(len(examples), (settings.batch,)))
         return loss(output(inputs), label)
-
-    def save(target: Path) -> None:
-        model.save_pretrained(str(target))
-        _tidy(target)
 
     def measured() -> tuple[float, float]:
         outputs = torch.cat([output(inputs) for inputs, _ in held_out.batches(256)])
@@ -137,22 +136,11 @@ def train_adapter(
         lr=settings.lr,
         weight_decay=1e-6,
         progress=progress,
-        watch=Keeper(folder, settings.steps, settings.kept_steps, save, measured),
+        watch=lambda done: keep(folder, done, settings.steps, settings.kept_steps, save, measured),
     )
     save(folder / "adapter")
     first, last = (kept_entries(folder)[end] for end in (0, -1))
     return f"{task}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}, {time.perf_counter() - started:.0f} s"
-
-
-def _tidy(folder: Path) -> None:
-    """Make what PEFT saved the same wherever it was trained."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = None
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 def calibration(

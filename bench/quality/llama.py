@@ -108,7 +108,6 @@ def load(
             pretrain(part, root, settings.pretrain_steps, log=log, progress=progress)
     files, parts = load_corpus(root, log)
     counts: dict[Split, int] = {"train": settings.train, "val": settings.val, "test": settings.test}
-    folder = root / f"seed{seed}"
     held_out: tuple[Split, ...] = ("val", "test")
     sets = {
         split: {
@@ -120,12 +119,11 @@ def load(
 
     def train_one(part: Path, task: str, permuted: bool) -> str:
         examples = make_examples(task, files["train"], parts["train"], settings.train, 0)
-        torch.manual_seed(1000 * seed + list(TASKS).index(task))
         if permuted:
             examples = permute(examples)
         return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
 
-    train_missing(folder, f"llama seed {seed}", TASKS, permuted, train_one, log)
+    folder = train_missing(work, "llama", seed, list(TASKS), permuted, train_one, log)
     return LlamaSuite(folder, {str(split): found for split, found in sets.items()}, seed)
 
 

@@ -132,7 +132,6 @@ def load(
     if not (root / "base").is_dir():
         with building(root / "base") as part:
             pretrain(part, settings, log=log, progress=progress)
-    folder = root / f"seed{seed}"
     sets = {
         split: {name: make_examples(name, make_pictures(count, split)) for name in TASKS}
         for split, count in (("val", settings.val), ("test", settings.test))
@@ -140,12 +139,11 @@ def load(
 
     def train_one(part: Path, task: str, permuted: bool) -> str:
         examples = make_examples(task, make_pictures(settings.train, "train"))
-        torch.manual_seed(1000 * seed + list(TASKS).index(task))
         if permuted:
             examples = permute(examples)
         return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
 
-    train_missing(folder, f"llava seed {seed}", TASKS, permuted, train_one, log)
+    folder = train_missing(work, "llava", seed, list(TASKS), permuted, train_one, log)
     return LlavaSuite(folder, sets, seed)
 
 

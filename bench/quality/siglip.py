@@ -8,7 +8,6 @@ of ``nsc-merge demo``, once, in about ten minutes of a core, and kept in ``<work
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,11 +34,15 @@ def load(
     permuted: Sequence[str] = (),
 ) -> vit.ViTSuite:
     """The suite at ``seed``; what is missing below ``work`` is trained first. Arguments as :func:`vit.load`."""
-    base = _base(work)
     folder = work / NAME / "base"
     if not folder.is_dir():
         with building(folder) as part:
             pretrain(part, seed=0, log=log, progress=progress, new_model=new_tower, features=masked_features)
+
+    def load_tower() -> nn.Module:
+        return SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+    base = vit.Base(NAME, load_tower, _MODULES)
     return vit.load(work, seed, log=log, progress=progress, settings=settings, permuted=permuted, base=base)
 
 
@@ -64,9 +67,3 @@ def masked_features(model: SiglipVisionModel, pixels: Tensor, bool_masked_pos: T
     finally:
         handle.remove()
 
-
-def _base(work: Path) -> vit.Base:
-    load_tower = partial(
-        SiglipVisionModel.from_pretrained, work / NAME / "base", dtype=torch.float32, local_files_only=True
-    )
-    return vit.Base(NAME, lambda: load_tower().eval(), _MODULES)

@@ -191,29 +191,37 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def train_missing(
-    folder: Path,
-    label: str,
-    tasks: Iterable[str],
+    work: Path,
+    suite: str,
+    seed: int,
+    tasks: Sequence[str],
     permuted: Iterable[str],
     train_one: Callable[[Path, str, bool], str],
     log: Log,
-) -> None:
-    """Train what ``folder`` does not hold yet.
+) -> Path:
+    """Train what ``work`` does not hold yet of a suite's seed, each task from a state of torch's generator of its own.
 
     Args:
-        folder: of the suite's seed.
-        label: of the lines in ``log``.
+        work: folder for trained parts.
+        suite: its name.
+        seed: of what differs between repetitions.
         tasks: all of the suite.
         permuted: tasks to train once more, with their labels in a wrong order.
         train_one: trains into a folder the task of that name, with permuted labels if so told; returns a line.
         log: receives the lines.
+
+    Returns:
+        The seed's folder.
     """
+    folder = work / suite / f"seed{seed}"
     for kind, names in (("adapters", tasks), ("permuted", permuted)):
         for name in names:
             if not (folder / kind / name).is_dir():
+                torch.manual_seed(1000 * seed + tasks.index(name))
                 with building(folder / kind / name) as part:
                     line = train_one(part, name, kind == "permuted")
-                log(f"{label} {kind}: {line}")
+                log(f"{suite} seed {seed} {kind}: {line}")
+    return folder
 
 
 def _per_task(suite: Suite, models: Models) -> Mapping[str, nn.Module]:

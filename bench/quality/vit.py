@@ -5,9 +5,9 @@ Scenes, model, training and the base itself are those of ``nsc-merge demo``, who
 are fitted on frozen features first. The seed changes the adapters' initialisation, the heads and the order of
 batches; base and scenes stay. The same tasks on another base are another suite: ``siglip.py``.
 
-    <work>/<suite>/seed<seed>/<kind>/<task>/     kind: adapters, or permuted (trained on labels in a wrong order)
-        adapter/, <task>.safetensors         the PEFT folder and the head
-        steps/, steps.jsonl                  along the training, see kept.py
+    <work>/<suite>/seed<seed>/<kind>/<task>/    kind: adapters, or permuted (trained on labels in a wrong order)
+        adapter/, <task>.safetensors            the PEFT folder and the head
+        steps/, steps.jsonl                     along the training, see kept.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kept import Keeper, kept_entries
+from kept import keep, kept_entries
 from suite import Inputs, Log, TaskInfo, train_missing
 from torch import Tensor, nn
 
@@ -165,25 +165,24 @@ def load(
         base: what is adapted; it names the suite.
     """
     settings = settings or Settings()
-    folder = work / base.name / f"seed{seed}"
 
     @cache
-    def scenes(split: Split, kind: Scene) -> SceneSet:
-        if split == "train":
-            seed_of_scenes = _TRAIN_SEED + SCENES.index(kind)
-            return _labelled(make_scenes(settings.train_scenes, split, kind, seed_of_scenes))
-        return _labelled(_scene_sets(split, settings.val_scenes)[kind])
+    def train_scenes(kind: Scene) -> SceneSet:
+        return _labelled(make_scenes(settings.train_scenes, "train", kind, _TRAIN_SEED + SCENES.index(kind)))
+
+    @cache
+    def val_scenes() -> dict[Scene, SceneSet]:
+        return {kind: _labelled(part) for kind, part in _scene_sets("val", settings.val_scenes).items()}
 
     def train_one(part: Path, name: str, permute: bool) -> str:
         task = TASKS[name]
-        torch.manual_seed(1000 * seed + list(TASKS).index(name))
-        learnt, held_out = scenes("train", task.scene), scenes("val", task.scene)
+        learnt, held_out = train_scenes(task.scene), val_scenes()[task.scene]
         label = learnt.labels[name]
         if permute:
             label = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(7 + seed))]
         return _train(part, base, task, learnt, label, held_out, settings, progress=progress)
 
-    train_missing(folder, f"{base.name} seed {seed}", TASKS, permuted, train_one, log)
+    folder = train_missing(work, base.name, seed, list(TASKS), permuted, train_one, log)
     return ViTSuite(base, folder, seed, settings)
 
 
@@ -208,7 +207,7 @@ def _train(
             truth = held_out.labels[task.name]
             return demo_tasks.loss(task, output, truth).item(), measure(task, output, truth)
 
-        Keeper(folder, settings.steps, settings.kept_steps, partial(save_adapter, model), measured)(step)
+        keep(folder, step, settings.steps, settings.kept_steps, partial(save_adapter, model), measured)
 
     model, head = fit_adapter(
         base.load(),

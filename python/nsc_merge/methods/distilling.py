@@ -130,12 +130,12 @@ class Predictions:
 
     def distance(self, number: int, output: Tensor, own: Tensor) -> Tensor:
         """Of ``output`` from ``own``, both as :meth:`of` returns them."""
-        if self.values(number):
+        if self.predicts_values(number):
             return (output - own).square().mean()
         each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True)
         return each.sum(-1).mean()
 
-    def values(self, number: int) -> bool:
+    def predicts_values(self, number: int) -> bool:
         """Whether a task's output is values, rather than classes."""
         return self._likelihoods[number] == "gaussian"
 
@@ -172,7 +172,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
         own = OwnModels(problem, coefficients, present)
-        variances = {n: Variance() for n in range(count) if options.normalise == "variance" and predictions.values(n)}
+        scaled = [n for n in range(count) if options.normalise == "variance" and predictions.predicts_values(n)]
+        variances = {number: Variance() for number in scaled}
         kept: Kept[Target] = Kept(lambda target: target.output.untyped_storage().nbytes())
 
         def target(number: int, one: Pass) -> Target:
