@@ -9,7 +9,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from nsc_kernels import ledger  # noqa: E402
 
 
 class Rows:
-    """Writes each row at once, so that a script that is stopped leaves what it has."""
+    """Writes each row at once, so that a script that is stopped leaves what it has. ``keep``: after what is there."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, keep: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
+        cut_off = keep and path.is_file() and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a" if keep else "w")
+        self._file.write("\n" if cut_off else "")
         self.count = 0
 
     def write(self, row: dict[str, Any]) -> None:
@@ -67,6 +70,23 @@ def test_problems() -> Any:
     return importlib.import_module("problems")
 
 
+@contextmanager
+def own_stream(on: torch.device) -> Iterator[None]:
+    """A stream of our own, current for everything in the block: forward, backward, timing, capture.
+
+    Autograd runs a backward on the stream of its forward, and keeps that of a leaf's first use. Were one of them the
+    default stream, a capture of the backward alone would have to wait for it, which fails.
+    """
+    if on.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(on)
+    stream.wait_stream(torch.cuda.current_stream(on))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 def synchronize(on: torch.device) -> None:
     if on.type == "cuda":
         torch.cuda.synchronize(on)
@@ -104,7 +124,10 @@ def microseconds(run: Callable[[], None], on: torch.device) -> float:
 
 
 def captured(calls: Sequence[Callable[[], Any]], on: torch.device) -> Callable[[], None]:
-    """One CUDA graph of the calls in turn, warmed up on a side stream first; a plain loop on the CPU."""
+    """One CUDA graph of the calls in turn, after one run to warm up; a plain loop on the CPU.
+
+    Captured on the current stream, which must be one of our own (:func:`own_stream`).
+    """
     if on.type != "cuda":
 
         def plain() -> None:
@@ -112,14 +135,18 @@ def captured(calls: Sequence[Callable[[], Any]], on: torch.device) -> Callable[[
                 call()
 
         return plain
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    stream = torch.cuda.current_stream(on)
+    if stream == torch.cuda.default_stream(on):
+        raise RuntimeError("the default stream cannot be captured: wrap the whole of it in own_stream()")
+    for call in calls:
+        call()
+    return recorded(calls, on)
+
+
+def recorded(calls: Sequence[Callable[[], Any]], on: torch.device) -> Callable[[], None]:
+    """:func:`captured` without the run before it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(on)):
         for call in calls:
             call()
     return graph.replay
