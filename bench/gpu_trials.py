@@ -83,7 +83,7 @@ def trial_arguments(description: str | None, workers: int = 1) -> argparse.Argum
 
 
 def results(path: Path) -> list[dict[str, Any]]:
-    """What the last run of every trial yielded; for one that hung or died also its ``ended`` row, which says ``why``."""
+    """What the last run of every trial yielded; if it did not end well also its ``ended`` row, which says ``why``."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in read_rows(path):
         if "started" in row:

@@ -1,11 +1,12 @@
 // The kernel's arithmetic as plain loops on a CPU: the same tiles, the same slices, every sum in the same order and
-// every rounding in the same place. Only what a matrix instruction does inside is not specified: here its 16 products and
-// the accumulator are added in double and rounded once. `E` has float widen(half_bits) and half_bits round(float).
+// every rounding in the same place. Only what a matrix instruction does inside is not specified: matrix_unit.h has two
+// models of it. `E` has float widen(half_bits) and half_bits round(float).
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "matrix_unit.h"
 #include "problem.h"
 
 namespace nsc::cuda {
@@ -17,29 +18,23 @@ inline float tree(std::vector<float> lanes) {
   return lanes[0];
 }
 
-// One matrix instruction, or the part of it that is not padding.
-template <class Product>
-float multiply_add(float acc, int count, Product product) {
-  double sum = acc;
-  for (int k = 0; k < count; ++k) sum += product(k);
-  return float(sum);
-}
-
 template <class E>
 struct Mirror {
   const Problem& p;
   const bool backward;
   const int ranks, tokens, blocks, warps_n;
+  const Unit unit;
   const int64_t tiles;
   std::vector<float> partial, norms, c, block_sums, parts;  // of the current tile, but for parts [K, tiles]
 
-  Mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup)
+  Mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup, Unit unit)
       : p(p),
         backward(backward),
         ranks(ranks),
         tokens(tokens),
         blocks(blocks),
         warps_n(kWarps / (tokens / (warpgroup ? 16 : kWarpRows))),
+        unit(unit),
         tiles(ceil_div(p.T, tokens)) {}
 
   // x . w_in^T over one block's slice: the inner sum runs through 64 columns a step, in the order of the columns.
@@ -51,7 +46,7 @@ struct Mirror {
       for (int j = 0; j < p.R; ++j) {
         float acc = 0.0f;
         for (int64_t i = begin; i < end; i += 16)
-          acc = multiply_add(acc, int(std::min<int64_t>(16, end - i)), [&](int64_t k) {
+          acc = inner_sum(unit, acc, int(std::min<int64_t>(16, end - i)), [&](int64_t k) {
             return double(E::widen(x[i + k])) * E::widen(p.w_in[j * p.d_in + i + k]);
           });
         partial[(size_t(block) * tokens + row) * ranks + j] = acc;
@@ -124,7 +119,7 @@ struct Mirror {
       for (int64_t n = 0; n < p.d_out; ++n) {
         float acc = 0.0f;
         for (int j = 0; j < p.R; j += 16)
-          acc = multiply_add(acc, std::min(16, p.R - j), [&](int64_t k) {
+          acc = inner_sum(unit, acc, std::min(16, p.R - j), [&](int64_t k) {
             return double(c[size_t(row) * ranks + j + k]) * E::widen(p.w_out[(j + k) * p.d_out + n]);
           });
         if (p.base) acc += E::widen(p.base[t * p.base_stride + n]);
@@ -157,8 +152,9 @@ struct Mirror {
 };
 
 template <class E>
-void mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup = false) {
-  Mirror<E>(p, backward, ranks, tokens, blocks, warpgroup).run();
+void mirror(const Problem& p, bool backward, int ranks, int tokens, int blocks, bool warpgroup = false,
+            Unit unit = Unit::rounding) {
+  Mirror<E>(p, backward, ranks, tokens, blocks, warpgroup, unit).run();
 }
 
 }  // namespace nsc::cuda

@@ -19,8 +19,8 @@ constexpr auto& kFamily = kVariants;
 #endif
 
 template <class E, class P>
-bool emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
-  Machine machine(cluster, P::shared, order, copies);
+bool emulate_plan(const Problem& p, int cluster, Order order, Copies copies, Unit unit) {
+  Machine machine(cluster, P::shared, order, copies, unit);
   const Boxes b = boxes(p, P::weight_box, P::Tokens);
   const Maps maps{b.of[0], b.of[1], b.of[2], b.of[3], b.of[4], b.of[5]};
   machine.body = [&](unsigned char* shared) {
@@ -37,13 +37,13 @@ bool emulate_plan(const Problem& p, int cluster, Order order, Copies copies) {
 }
 
 template <class E>
-bool emulate(const Problem& p, bool backward, int ranks, int tokens, int cluster, Order order, Copies copies) {
+bool emulate(const Problem& p, bool backward, int ranks, int tokens, int cluster, Order order, Copies copies, Unit unit) {
 #define NSC_EMULATE(Ranks, Tokens)                                                                       \
   if (ranks == Ranks && tokens == Tokens) {                                                              \
     if (backward)                                                                                        \
-      return emulate_plan<E, Plan<Ranks, Tokens, true, kWarpgroup>>(p, cluster, order, copies);                             \
+      return emulate_plan<E, Plan<Ranks, Tokens, true, kWarpgroup>>(p, cluster, order, copies, unit);                             \
     else                                                                                                 \
-      return emulate_plan<E, Plan<Ranks, Tokens, false, kWarpgroup>>(p, cluster, order, copies);                            \
+      return emulate_plan<E, Plan<Ranks, Tokens, false, kWarpgroup>>(p, cluster, order, copies, unit);                            \
   }
   NSC_FAMILY(NSC_EMULATE)
 #undef NSC_EMULATE
@@ -60,14 +60,15 @@ extern "C" {
 int nsc_problem_bytes() { return int(sizeof(Problem)); }
 
 // 1 if it ran to the end; 0 for a deadlock, a wrong address, or no such variant.
-int nsc_emulate(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int order, int copies) {
+int nsc_emulate(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int order, int copies,
+                int unit) {
   const auto run = element == int(Element::bf16) ? emulate<Bf16> : emulate<F16>;
-  return run(*p, backward != 0, ranks, tokens, cluster, Order(order), Copies(copies));
+  return run(*p, backward != 0, ranks, tokens, cluster, Order(order), Copies(copies), Unit(unit));
 }
 
-void nsc_mirror(const Problem* p, int element, int backward, int ranks, int tokens, int cluster) {
+void nsc_mirror(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int unit) {
   const auto run = element == int(Element::bf16) ? mirror<Bf16> : mirror<F16>;
-  run(*p, backward != 0, ranks, tokens, cluster, kWarpgroup);
+  run(*p, backward != 0, ranks, tokens, cluster, kWarpgroup, Unit(unit));
 }
 
 // [variants, 2]: ranks and tokens.

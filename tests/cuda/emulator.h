@@ -2,7 +2,8 @@
 //
 // What real hardware leaves open is a setting, so that a missing barrier or wait shows as a wrong result:
 //   * the order in which threads run between barriers: ascending, descending, or drawn anew in every pass;
-//   * asynchronous copies land when they are issued, or not before the wait that they are waited for with.
+//   * asynchronous copies land when they are issued, or not before the wait that they are waited for with;
+//   * matrix instructions round to nearest or towards zero (matrix_unit.h).
 // Shared memory starts as NaN. Fragments are laid out as the PTX ISA defines them for ldmatrix and mma.m16n8k16.
 // Not modelled: caches, the memory model between blocks of different clusters, and timing.
 #pragma once
@@ -19,6 +20,7 @@
 #include <random>
 #include <vector>
 
+#include "matrix_unit.h"
 #include "problem.h"
 
 #define NSC_DEVICE inline
@@ -117,6 +119,7 @@ struct Machine {
   int blocks, shared_bytes, tile;
   Order order;
   Copies copies;
+  Unit unit;
   std::mt19937 draw{1};
   std::vector<std::vector<unsigned char>> shared;
   std::vector<Fiber> fibers;
@@ -133,8 +136,13 @@ struct Machine {
     return machine;
   }
 
-  Machine(int blocks, int shared_bytes, Order order, Copies copies)
-      : blocks(blocks), shared_bytes(shared_bytes), order(order), copies(copies), fibers(size_t(blocks) * kThreads) {}
+  Machine(int blocks, int shared_bytes, Order order, Copies copies, Unit unit)
+      : blocks(blocks),
+        shared_bytes(shared_bytes),
+        order(order),
+        copies(copies),
+        unit(unit),
+        fibers(size_t(blocks) * kThreads) {}
 
   unsigned char* memory(int block) {
     return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared[block].data()) + 1023) / 1024 * 1024);
@@ -324,13 +332,11 @@ void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   const int lane = lane_index();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = acc[i];  // 16 exact products, one rounding: mirror.h does the same
-    for (int k = 0; k < 16; ++k) {
+    acc[i] = inner_sum(machine().unit, acc[i], 16, [&](int k) {
       const uint32_t left = warp.a[buffer][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       const uint32_t right = warp.b[buffer][column * 4 + k % 8 / 2][k / 8];
-      sum += double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(half_bits(right >> k % 2 * 16));
-    }
-    acc[i] = float(sum);
+      return double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(half_bits(right >> k % 2 * 16));
+    });
   }
 }
 

@@ -156,16 +156,14 @@ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix, bool add) {
   for (int n = 0; n < Columns / 8; ++n)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = n * 8 + lane % 4 * 2 + i % 2;
-      double sum = add ? d[n][i] : 0.0f;
-      for (int k = 0; k < 16; ++k) {
+      d[n][i] = inner_sum(machine().unit, add ? d[n][i] : 0.0f, 16, [&](int k) {
         const uint32_t left = warp.a[buffer][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
         const int outer = Transposed ? k : column, inner = Transposed ? column : k;
         const int at = swizzled(start + outer / 8 * stride + outer % 8 * kRowBytes + inner * 2);
         half_bits right;
         std::memcpy(&right, memory + at, 2);
-        sum += double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(right);
-      }
-      d[n][i] = float(sum);
+        return double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(right);
+      });
     }
 }
 

@@ -22,6 +22,7 @@ CSRC = HERE.parents[1] / "csrc" / "cuda"
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
 COPIES = {"late": 0, "early": 1}
+UNITS = {"rounding": 0, "truncating": 1}
 MOST_ADAPTERS = 64
 POINTERS = ("x", "w_in", "w_out", "base", "out", "lam", "u_out", "quad", "sqnorm", "u", "dquad", "dsqnorm", "z")
 POINTERS += ("dlam", "parts", "counter")
@@ -63,12 +64,13 @@ def build(folder: Path, csrc: Path = CSRC, *, warpgroup: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class How:
-    """``mirror`` runs the plain loops and looks at variant and cluster only."""
+    """``mirror`` runs the plain loops and looks at variant, cluster and unit only."""
 
     variant: Variant
     cluster: int = 1
     order: str = "ascending"
     copies: str = "late"
+    unit: str = "rounding"
     mirror: bool = False
 
 
@@ -106,9 +108,9 @@ class Emulator:
             setattr(p, name, _pointer(value) if isinstance(value, Tensor) else value)
         what = (ctypes.byref(p), ELEMENTS[dtype], int(backward), *how.variant, how.cluster)
         if how.mirror:
-            self.library.nsc_mirror(*what)
+            self.library.nsc_mirror(*what, UNITS[how.unit])
         else:
-            ran = self.library.nsc_emulate(*what, ORDERS[how.order], COPIES[how.copies])
+            ran = self.library.nsc_emulate(*what, ORDERS[how.order], COPIES[how.copies], UNITS[how.unit])
             if not ran:
                 raise EmulatorError(f"{how}: a deadlock, a wrong address, or no such variant")
 

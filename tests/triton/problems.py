@@ -89,22 +89,101 @@ def backward_inputs(
     )
 
 
-def errors(found: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest error of ``found`` against float64, and what it may be: twice that of eager torch in the same dtype.
+STEP = 16  # columns of the inner dimension that one matrix instruction adds
+UNIT = torch.finfo(torch.float32).eps  # 2^-23, what is lost at most by cutting off instead of rounding
+FORWARD, BACKWARD = ("y", "quad", "sqnorm", "u"), ("dz", "dlam")
+Judgement = dict[str, tuple[float, float]]  # of each result the largest error and its bound
 
-    With the same rounding points. The floor is 4 float32 units in the last place of the largest entry: where eager
-    torch is exact by luck (one product, one adapter) a different order of summation is not an error.
+
+def lost(width: int, dtype: torch.dtype) -> float:
+    """What a sum over ``width`` columns may lose in a matrix unit that cuts off, relative to the sum's magnitude.
+
+    Every step of 16 columns cuts the accumulator off once, at most one unit in its last place. float32 does not go
+    through such a unit, or is compared with eager torch at the same precision.
     """
-    assert found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
-    if not exact.numel():
-        return 0.0, 0.0
-    floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-    return float((found.double() - exact).abs().max()), float(2 * (eager.double() - exact).abs().max() + floor)
+    return -(-width // STEP) * UNIT if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
-def assert_as_accurate(name: str, found: Tensor, eager: Tensor, exact: Tensor) -> None:
-    error, bound = errors(found, eager, exact)
-    assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+def _largest(t: Tensor | float) -> float:
+    if not isinstance(t, Tensor):
+        return t
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def _judge(
+    names: Sequence[str], found: Sequence[Any], eager: Sequence[Any], exact: Sequence[Any], also: dict[str, float]
+) -> Judgement:
+    """Largest error against float64, and its bound: twice that of eager torch in the same dtype and rounding points.
+
+    And 4 float32 units in the last place of the largest entry: where eager torch is exact by luck (one product, one
+    adapter) another order of summation is not an error. And what the results may ``also`` be off by.
+    """
+    judged = {}
+    for name, ours, theirs, truth in zip(names, found, eager, exact, strict=True):
+        if ours is None:
+            continue
+        assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+        bound = 2 * _largest(theirs.double() - truth) + 4 * UNIT * _largest(truth) + also.get(name, 0.0)
+        judged[name] = (_largest(ours.double() - truth), bound)
+    return judged
+
+
+def judge_forward(found: Sequence[Tensor | None], *inputs: Any) -> Judgement:
+    """A forward's results on ``z, A, Bt, offsets, lam, base``, None for what was not asked for.
+
+    Beyond eager torch, ``u`` may be off by what its sum over d_in may lose, ``quad = sum u^2`` by twice as much in
+    proportion, and ``y`` by that and what its sum over R may lose of ``|base| + sum |c| |w|``.
+    """
+    z, A, Bt, offsets, _, base = inputs
+    eager, exact = (reference.forward(*values, True) for values in (inputs, wide(inputs)))
+    in_shrink, in_expand = lost(A.shape[1], z.dtype), lost(A.shape[0], z.dtype)
+    also = {}
+    if in_shrink:
+        magnitude = (reference.spread(wide(inputs)[4], offsets) * exact[3]).abs() @ Bt.double().abs()
+        magnitude = magnitude if base is None else magnitude + base.double().abs()
+        also = {
+            "u": in_shrink * _largest(exact[3]),
+            "quad": 2 * in_shrink * _largest(exact[1]),
+            "y": (in_shrink + in_expand) * _largest(magnitude),
+        }
+    return _judge(FORWARD, found, eager, exact, also)
+
+
+def judge_backward(
+    found: Sequence[Tensor | None], *inputs: Any, need_dz: bool = True, need_dlam: bool = True
+) -> Judgement:
+    """A backward's results on ``dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base``.
+
+    ``dz`` is as ``y`` in :func:`judge_forward`. ``dlam`` adds terms u v of both signs, many more than are left of them:
+    its rounding errors are in proportion to ``sum |u v|``. What v loses is always towards zero, which shrinks dlam and,
+    the signs of the terms being as good as drawn, moves it by no more than a few ``sqrt(sum (u v)^2)``.
+    """
+    dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base = wide(inputs)
+    eager, exact = (reference.backward(*values, need_dz, need_dlam) for values in (inputs, wide(inputs)))
+    dtype, also = inputs[5].dtype, {}
+    in_shrink, in_expand = lost(Bt.shape[1], dtype), lost(A.shape[0], dtype)
+    v = torch.zeros_like(u) if dy is None else reference.shrink(dy, Bt)
+    if need_dlam:
+        terms, squares = (reference.gather(t, offsets) for t in ((u * v).abs(), (u * v).square()))
+        if lam.dim() == 1:
+            terms, squares = terms.sum(0), squares.sum(0)
+        also["dlam"] = 4 * UNIT * _largest(terms) + in_shrink * _largest(exact[1].abs() + 2 * squares.sqrt())
+    if need_dz and in_shrink:
+        c = (reference.spread(lam, offsets) * v).abs()
+        if dquad is not None:
+            c = c + (2 * reference.spread(dquad, offsets) * u).abs()
+        magnitude = c @ A.abs()
+        if dz_base is not None:
+            magnitude = magnitude + dz_base.abs()
+        if dsqnorm is not None:
+            magnitude = magnitude + (2 * dsqnorm[:, None] * z).abs()
+        also["dz"] = (in_shrink + in_expand) * _largest(magnitude)
+    return _judge(BACKWARD, found, eager, exact, also)
+
+
+def assert_right(judged: Judgement) -> None:
+    for name, (error, bound) in judged.items():
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
 def check_forward(
@@ -113,13 +192,8 @@ def check_forward(
     """Run and compare one forward; returns its results."""
     inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base if base else None)
     found = launch.forward(*inputs, stats, save_u, config)
-    eager, exact = (reference.forward(*tensors, True) for tensors in (inputs, wide(inputs)))
-    asked = {"y": True, "quad": stats, "sqnorm": stats, "u": save_u}
-    for (name, wanted), ours, theirs, truth in zip(asked.items(), found, eager, exact, strict=True):
-        if wanted:
-            assert_as_accurate(name, ours, theirs, truth)
-        else:
-            assert ours is None, f"{name} was not asked for"
+    assert [t is not None for t in found] == [True, stats, stats, save_u]
+    assert_right(judge_forward(found, *inputs))
     return found
 
 
@@ -134,10 +208,6 @@ def check_backward(
     """Run and compare one backward on what is ``given`` (:func:`backward_inputs`); returns its results."""
     inputs = backward_inputs(p, **given)
     found = launch.backward(*inputs, need_dz, need_dlam, config)
-    eager, exact = (reference.backward(*tensors, need_dz, need_dlam) for tensors in (inputs, wide(inputs)))
-    for name, ours, theirs, truth in zip(("dz", "dlam"), found, eager, exact, strict=True):
-        if truth is None:
-            assert ours is None, f"{name} was not asked for"
-        else:
-            assert_as_accurate(name, ours, theirs, truth)
+    assert [t is not None for t in found] == [need_dz, need_dlam]
+    assert_right(judge_backward(found, *inputs, need_dz=need_dz, need_dlam=need_dlam))
     return found

@@ -1,0 +1,154 @@
+"""The criterion itself: a right kernel passes it under matrix units that round and that cut off, a wrong one does not.
+
+The faults are planted in the kernel's own source, as expressions that a number chooses at run time, and run on the
+emulator. Each must be off by ten times what the criterion allows: one that is only just refused would be accepted with
+other random numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import harness
+import pytest
+import torch
+from harness import Emulator, How, Variant
+
+problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
+
+VARIANT = Variant(96, 64)
+
+
+class Fault(NamedTuple):
+    """``right`` stands in kernel.inl, followed by ``after``; ``wrong`` is what it becomes."""
+
+    what: str
+    right: str
+    wrong: str
+    after: str = ""
+
+
+FAULTS = [
+    Fault("u rounded before quad", "sum[i] * sum[i]", "square(to_float<E>(to_half<E>(sum[i])))"),
+    Fault("a missed slice", "there[i]", "(b == 1 ? 0.0f : there[i])", ";\n      }\n      float c[4]"),
+    Fault(
+        "a stale z tile",
+        "(step % S)",
+        "((step == 2 ? 1 : step) % S)",
+        " * P::shrink_slot;\n    const unsigned char* w_tile",
+    ),
+    Fault("lam of the wrong adapter", "lam[k]", "lam[(k + 1) % p.K]", " * sum[i];"),
+    Fault("dlam of one tile missing", "i < tiles", "i < tiles - 1", "; i += 32)"),
+    Fault("the last token left out", "p.T", "(p.T - 1)", ", column, p.d_in);\n      copier.load<P::Ranks>"),
+    Fault("base added twice", "1.0f", "2.0f", ");\n          if (tail)"),
+    Fault("dsqnorm without the 2", "2.0f", "1.0f", " * p.dsqnorm[t]"),
+    Fault("dquad without the 2", "2.0f", "1.0f", " * p.dquad["),
+    Fault("c of another token", "row * P::c_stride", "(row ^ 1) * P::c_stride", " + j * 2;"),
+]
+
+
+def planted(source: str) -> str:
+    """kernel.inl with every fault in it, each while ``planted`` is its number from one on."""
+    for number, fault in enumerate(FAULTS, 1):
+        assert source.count(fault.right + fault.after) == 1, fault.what
+        choice = f"(planted == {number} ? {fault.wrong} : {fault.right})"
+        source = source.replace(fault.right + fault.after, choice + fault.after)
+    begin = (
+        "namespace nsc::cuda {\n\ninline int planted = 0;\ninline float square(float value) { return value * value; }\n"
+    )
+    return source.replace("namespace nsc::cuda {\n", begin, 1)
+
+
+class Faulty:
+    """The emulator with the faults; as a backend it serves as ``bench/gpu_check.py`` calls one."""
+
+    def __init__(self, emulator: Emulator):
+        self.emulator = emulator
+        self.fault = ctypes.c_int.in_dll(emulator.library, "_ZN3nsc4cuda7plantedE")
+        self.unit, self.cluster = "rounding", 2
+
+    def backend(self) -> SimpleNamespace:
+        how = How(VARIANT, self.cluster, unit=self.unit)
+
+        def forward(*inputs: Any) -> Any:
+            return self.emulator.forward(how, *inputs)
+
+        def backward(*inputs: Any) -> Any:
+            return self.emulator.backward(how, *inputs)
+
+        return SimpleNamespace(forward=forward, backward=backward)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    if harness.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("faulty")
+    for path in harness.CSRC.glob("*.*"):
+        shutil.copy(path, folder)
+    kernel, geometry = folder / "kernel.inl", folder / "geometry.h"
+    kernel.write_text(planted(kernel.read_text()))
+    one = re.sub(r"(#define NSC_VARIANTS\(X\)).*\\\n(?:.*\\\n)*.*\n", r"\1 X(96, 64)\n", geometry.read_text())
+    assert one.count("X(96, 64)\n") == 1
+    geometry.write_text(one)
+    return Faulty(Emulator(harness.build(folder, csrc=folder)))
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """``bench/gpu_check.py``, which judges what runs on hardware."""
+    bench = harness.HERE.parents[1] / "bench"
+    if not (bench / "gpu_check.py").is_file():
+        pytest.skip("needs the source tree")
+    monkeypatch.syspath_prepend(str(bench))
+    import gpu_check
+
+    return gpu_check
+
+
+def worst(run: Any) -> dict[str, float]:
+    """Error over bound of every result; not a number counts as infinite."""
+    ratios = {name: error / bound if bound else float(error > 0) for name, (error, bound) in run.check().items()}
+    return {name: ratio if ratio == ratio else float("inf") for name, ratio in ratios.items()}
+
+
+def cases(gpu_check: Any) -> list[Any]:
+    return [
+        gpu_check.Case(130, 776, 840, (16,) * 6, "bfloat16"),
+        gpu_check.Case(67, 4096, 264, (16,) * 6, "bfloat16"),
+        gpu_check.Case(130, 776, 840, (3, 0, 16, 5, 1, 7), "float16", per_row=True),
+    ]
+
+
+@pytest.mark.parametrize("unit", harness.UNITS)
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_a_right_kernel_passes_with_room(faulty: Faulty, gpu_check: Any, unit: str, cluster: int) -> None:
+    faulty.fault.value, faulty.unit, faulty.cluster = 0, unit, cluster
+    for case in cases(gpu_check):
+        for name, ratio in worst(gpu_check.Run(faulty.backend(), case, torch.device("cpu"))).items():
+            assert ratio <= 0.75, f"{case}: {name} at {ratio:.2f} of its bound"
+
+
+def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty, gpu_check: Any) -> None:
+    """Else the additional terms of the criterion would be for nothing."""
+    faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
+    run = gpu_check.Run(faulty.backend(), cases(gpu_check)[1], torch.device("cpu"))
+    p = run.p
+    quad = run()["quad"]
+    exact = problems.reference.forward(*problems.wide((p.z, p.A, p.Bt, p.offsets, p.lam, None)), True)[1]
+    eager = problems.reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, True)[1]
+    assert (quad - exact).abs().max() > 4 * (eager - exact).abs().max()
+
+
+@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].what)
+@pytest.mark.parametrize("unit", harness.UNITS)
+def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, gpu_check: Any, number: int, unit: str) -> None:
+    faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
+    for case in cases(gpu_check)[:2]:
+        ratios = worst(gpu_check.Run(faulty.backend(), case, torch.device("cpu")))
+        assert max(ratios.values()) >= 10, f"{case}: {ratios}"
