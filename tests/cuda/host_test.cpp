@@ -353,10 +353,12 @@ Errors compare(const Data& d, bool backward) {
   return e;
 }
 
-// Two roundings to eight bits in the output (c and out), none in the statistics.
+// Two roundings to eight bits in the output (c and out), none in the statistics; but a matrix unit that cuts off may lose
+// a unit in the last place in each step of 16 columns, and what is a square or a product of two sums twice as much.
 void judge(const Data& d, bool backward, const std::string& name) {
   const Errors e = compare(d, backward);
-  expect(e.out < 6e-3 && e.statistics < 1e-5, name + " errors " + std::to_string(e.out) + " " + std::to_string(e.statistics));
+  const double steps = double(ceil_div(backward ? d.d_out : d.d_in, 16));
+  expect(e.out < 6e-3 && e.statistics < 1e-5 + 2 * steps * 1.2e-7, name + " errors " + std::to_string(e.out) + " " + std::to_string(e.statistics));
 }
 
 const std::vector<int16_t> kEqual = {0, 16, 32, 48, 64, 80, 96}, kUnequal = {0, 3, 3, 19, 24, 25};

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import harness
+import numpy as np
 import pytest
 import torch
 from harness import Emulator, How, Variant
@@ -143,6 +144,17 @@ def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty, gpu_ch
     exact = problems.reference.forward(*problems.wide((p.z, p.A, p.Bt, p.offsets, p.lam, None)), True)[1]
     eager = problems.reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, True)[1]
     assert (quad - exact).abs().max() > 4 * (eager - exact).abs().max()
+
+
+def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
+    """Adapters of rank 1 show every sum of the shrink, unrounded, as its square."""
+    interpreter = pytest.importorskip("interpreter_bf16")
+    p = problems.problem(5, 136, 8, (1,) * 16, torch.bfloat16, torch.device("cpu"))
+    faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
+    quad = faulty.backend().forward(p.z, p.A, p.Bt, p.offsets, p.lam, None)[1]
+    z, A = p.z.float().numpy(), p.A.float().numpy()
+    u = torch.from_numpy(interpreter.truncated_dot(z, A.T, np.zeros((5, 16))))
+    assert torch.equal(quad, u * u)
 
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].what)

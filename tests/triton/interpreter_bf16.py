@@ -1,11 +1,14 @@
 """Correct bfloat16 arithmetic for Triton's interpreter, which keeps it as uint16 and computes on the bits.
 
 Without this ``tl.dot`` multiplies integers, float32 is truncated and not rounded, and no error is raised. Seen on
-Triton 3.6 and 3.9. Also lets a run-time scalar be a loop bound on Triton 3.6 with NumPy 2.4 or newer.
+Triton 3.6 and 3.9. Also lets a run-time scalar be a loop bound on Triton 3.6 with NumPy 2.4 or newer, and
+(:func:`truncating`) products be taken as tensor cores take them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,41 @@ def _is_bf16(handle: Any) -> bool:
 
 def _float32(handle: Any) -> Any:
     return interpreter.TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def truncated_dot(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """``acc + a @ b`` as a matrix unit that cuts off: csrc/cuda/matrix_unit.h, 16 inner columns at a time."""
+    a, b, acc = (np.asarray(t, np.float64) for t in (a, b, acc))
+    for k in range(0, a.shape[1], 16):
+        products = a[:, None, k : k + 16] * b.T[None, :, k : k + 16]
+        largest = np.maximum(np.abs(products).max(-1), np.abs(acc))
+        place = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1.0))) - 25)
+        cut = np.trunc(products / place[..., None]) * place[..., None]
+        total = np.trunc(acc / place) * place + cut.sum(-1)
+        nearest = total.astype(np.float32)
+        acc = np.where(np.abs(nearest) > np.abs(total), np.nextafter(nearest, np.float32(0)), nearest).astype(
+            np.float64
+        )
+    return acc.astype(np.float32)
+
+
+@contextmanager
+def truncating() -> Iterator[None]:
+    """In the block, products of 16-bit numbers are taken by :func:`truncated_dot`."""
+    builder = interpreter.InterpreterBuilder
+    rounding = builder.create_dot
+
+    def dot(self: Any, a: Any, b: Any, acc: Any, *rest: Any) -> Any:
+        if a.dtype.primitive_bitwidth != 16:
+            return rounding(self, a, b, acc, *rest)
+        wide = [_float32(t).data.astype(np.float32) for t in (a, b)]
+        return interpreter.TensorHandle(truncated_dot(*wide, acc.data), tl.float32)
+
+    builder.create_dot = dot
+    try:
+        yield
+    finally:
+        builder.create_dot = rounding
 
 
 def apply() -> None:

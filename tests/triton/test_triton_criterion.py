@@ -1,0 +1,47 @@
+"""The kernel on a matrix unit that cuts off instead of rounding, as tensor cores do, held to the same criterion."""
+
+from __future__ import annotations
+
+import interpreter_bf16
+import numpy as np
+import pytest
+import torch
+from problems import check_backward, check_forward, judge_forward, problem
+
+from nsc_kernels import reference
+from nsc_kernels.triton.configs import Config
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
+
+TILE = Config(chunk=16, block_t=16, block_k=64, block_n=64, warps=4, stages=2)
+SLICED = Config(chunk=16, block_t=16, block_k=64, block_n=64, warps=4, stages=2, slices=4, out_slices=2, rows=4)
+
+
+@pytest.mark.parametrize("config", [TILE, SLICED], ids=["tile", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_a_right_kernel_passes_where_sums_are_cut_off(config, dtype, device):
+    p = problem(37, 1040, 200, [16, 16], dtype, device)
+    exact = check_forward(p, config)[1]
+    with interpreter_bf16.truncating():
+        cut = check_forward(p, config)[1]
+        check_backward(p, config)
+    assert not torch.equal(cut, exact), "the unit made no difference"
+    assert (cut < exact).float().mean() > 0.9, "what is cut off is missing"
+
+
+def test_u_rounded_before_its_square_is_refused(device):
+    """The fault nearest to rounding: by ten times, at the widest layer there is."""
+    p = problem(200, 16384, 8, [16], torch.bfloat16, device)
+    inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, None)
+    u = reference.forward(*inputs, True)[3]
+    error, bound = judge_forward((None, reference.gather(u.float().square(), p.offsets), None, None), *inputs)["quad"]
+    assert error > 10 * bound
+
+
+def test_the_unit_that_cuts_off_is_the_emulators():
+    """By hand: 1 + 16 products of 2^-27 are lost one by one; two bits below the last place are kept until the end."""
+    one, tiny = np.ones((1, 16)), np.full((16, 1), 2.0**-27)
+    assert interpreter_bf16.truncated_dot(one, tiny, np.ones((1, 1))) == 1.0
+    assert interpreter_bf16.truncated_dot(one, 4 * tiny, np.ones((1, 1))) == 1 + 2.0**-21
+    assert interpreter_bf16.truncated_dot(one[:, :7], 4 * tiny[:7], np.ones((1, 1))) == 1 + 2.0**-23
+    assert interpreter_bf16.truncated_dot(-one, 4 * tiny, -np.ones((1, 1))) == -1 - 2.0**-21
