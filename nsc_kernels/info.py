@@ -25,7 +25,8 @@ def collect() -> dict[str, Any]:
         "nsc_kernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors")},
+        # torch's own word: a package index may leave out of its version which build (+cpu, +cu130) it is.
+        "versions": {"torch": torch.__version__, **{n: _version(n) for n in ("triton", "numpy", "safetensors")}},
         "backends": available_backends(),
         "backend_choice": chosen(),
         "cpu": {

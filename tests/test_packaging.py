@@ -11,9 +11,33 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from nsc_kernels import _native, info
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+# What the libraries take from torch: the wheel serves torch 2.11 and newer, so nothing may be added here that the
+# libraries of torch 2.11.0 do not export (nm -D of libtorch_cpu.so and libtorch_cuda.so). Of the functions in torch's
+# headers only those of torch/csrc/stable say since when they are there, and not all of these come from it.
+TORCH_2_11 = set(
+    """
+    aoti_torch_abi_version aoti_torch_create_device_guard aoti_torch_delete_device_guard
+    aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_device_type_cpu
+    aoti_torch_device_type_cuda aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_complex128
+    aoti_torch_dtype_complex32 aoti_torch_dtype_complex64 aoti_torch_dtype_float16 aoti_torch_dtype_float32
+    aoti_torch_dtype_float64 aoti_torch_dtype_float8_e4m3fn aoti_torch_dtype_float8_e4m3fnuz
+    aoti_torch_dtype_float8_e5m2 aoti_torch_dtype_float8_e5m2fnuz aoti_torch_dtype_int16 aoti_torch_dtype_int32
+    aoti_torch_dtype_int64 aoti_torch_dtype_int8 aoti_torch_dtype_uint16 aoti_torch_dtype_uint32
+    aoti_torch_dtype_uint64 aoti_torch_dtype_uint8 aoti_torch_empty_strided aoti_torch_get_current_cuda_stream
+    aoti_torch_get_data_ptr aoti_torch_get_device_index aoti_torch_get_device_type aoti_torch_get_dim
+    aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_stride aoti_torch_is_contiguous
+    aoti_torch_library_init_impl aoti_torch_new_tensor_handle torch_delete_list torch_dtype_float4_e2m1fn_x2
+    torch_dtype_float8_e8m0fnu torch_get_num_threads torch_library_impl torch_list_get_item torch_list_size
+    torch_parallel_for
+    """.split()  # noqa: SIM905
+)
 
 
 @pytest.fixture
@@ -58,6 +82,17 @@ def contents(source: Path, pattern: str) -> tuple[str, set[str]]:
         return archive.name, {name.partition("/")[2] for name in sdist.getnames()}
 
 
+def depends_on_no_version(library: Path) -> None:
+    """That a library asks for nothing of one Python or of a torch newer than 2.11."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+    undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
+    assert not [s for s in undefined if s.startswith(("Py", "_Py"))], "the library depends on one Python"
+    assert not [s for s in undefined if "c10" in s or "2at" in s], "the library depends on one torch"
+    assert {s for s in undefined if s.startswith(("aoti_", "torch_"))} <= TORCH_2_11, "does torch 2.11 export these?"
+
+
 def test_one_wheel_for_every_python(source: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
@@ -73,11 +108,25 @@ def test_one_wheel_for_every_python(source: Path) -> None:
     library = source / "libnsc_cpu.so"
     with zipfile.ZipFile(source / "out" / name) as wheel:
         library.write_bytes(wheel.read("nsc_kernels/lib/libnsc_cpu.so"))
-    if shutil.which("nm"):
-        symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
-        undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
-        assert not [s for s in undefined if s.startswith(("Py", "_Py"))], "the library depends on one Python"
-        assert not [s for s in undefined if "c10" in s or "2at" in s], "the library depends on one torch"
+    for place in (source, Path(torch.__file__).parent):
+        assert str(place).encode() not in library.read_bytes(), "messages name where the library was built"
+    depends_on_no_version(library)
+
+
+@pytest.mark.parametrize("name", ["nsc_cpu", "nsc_cuda"])
+def test_the_built_libraries_serve_every_torch_since_2_11(name: str) -> None:
+    library = _native.LIBRARY_DIR / f"lib{name}.so"
+    if not library.is_file():
+        pytest.skip(f"lib{name} is not built: {info.collect()['build']}")
+    depends_on_no_version(library)
+    if torch.version.cuda is not None or name == "nsc_cpu":
+        # Without a GPU too: what is missing then is a device.
+        assert _native.load(name) is None
+
+
+def test_the_report_says_which_build_of_torch_it_is() -> None:
+    """2.11.0+cu130 where the installed distribution calls itself 2.11.0."""
+    assert info.collect()["versions"]["torch"] == torch.__version__
 
 
 def test_without_a_compiler_the_install_succeeds_and_says_so(source: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import CONFIG_FILE, WEIGHTS_FILE
 from nsc_merge.card import model_card
+from nsc_merge.fields import from_yaml
 from nsc_merge.folders import files_in, replacing_folder
 from nsc_merge.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT
 from nsc_merge.recipe import FORMATS, RECORD, digest_of, plain, recipe_of, to_yaml
@@ -109,7 +110,7 @@ def _earlier(out: Path) -> tuple[str | None, set[str]]:
     import yaml
 
     try:
-        record = yaml.safe_load((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
+        record = from_yaml((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
         # The pictures may have been drawn later.
         return record["merge"], {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):

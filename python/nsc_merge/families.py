@@ -24,16 +24,16 @@ class Family:
         score_modules: names of linears in order of preference; by default the input of the first one that an
             adapter touches is measured.
         recipe: default settings of the optimisation, a key of :data:`nsc_merge.nsc.RECIPES`.
-        prefill: attribute of the model that runs the blocks without a head. transformers' ``base_model`` is
-            the model itself where there is no head.
+        prefill: attribute of the model that runs the blocks without a head; a model without it has no head.
+            transformers' ``base_model``, but for classes where some releases take that for the whole model.
         frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the
             blocks and whose output depends on the inputs alone; see :func:`frozen_tower`.
         tokens: name of the model input that holds token numbers ``[rows, tokens]``, if the family has it. Its models
             are causal: padding after the last token changes nothing before it.
         mask: name of the model input that is 0 at padding, if the family pads.
         images: names of the model inputs that hold images, where the tokens stand for text and images.
-        legacy: pairs of regular expression and replacement that bring module paths of adapters saved by older
-            releases of transformers to today's names; applied in order, and only where a path is not found.
+        legacy: pairs of regular expression and replacement that bring module paths of adapters saved by other
+            releases of transformers to this one's names; applied in order, and only where a path is not found.
     """
 
     name: str
@@ -60,6 +60,13 @@ _OLD_VIT = (
     (r"\.output\.dense$", ".mlp.fc2"),
 )
 
+_NEW_DINOV2 = (
+    (r"\.attention\.q_proj$", ".attention.attention.query"),
+    (r"\.attention\.k_proj$", ".attention.attention.key"),
+    (r"\.attention\.v_proj$", ".attention.attention.value"),
+    (r"\.attention\.o_proj$", ".attention.output.dense"),
+)
+
 # To add a family: name its model types, say where the block number stands in a path, which linear the paper
 # measures for that kind of model, and the recipe. The rest only matters if the family pads (tokens, mask), has a
 # tower in front (frozen_prefix, images) or was once laid out otherwise (legacy).
@@ -78,16 +85,19 @@ FAMILIES = (
         block=r"(?:^|\.)layers\.(\d+)\.",
         score_modules=("out_proj", "v_proj", "k_proj", "q_proj"),
         recipe="vision",
+        # In transformers 5.17 the base_model of CLIPVisionModelWithProjection is the model with its projection.
+        prefill="vision_model",
         legacy=((r"^vision_model\.", ""),),
     ),
     Family(
         name="DINOv2",
         model_types=("dinov2",),
         block=r"(?:^|\.)layer\.(\d+)\.",
-        score_modules=("o_proj", "v_proj", "k_proj", "q_proj"),
+        # Either naming, as the release of transformers has it: 5.17 has the older.
+        score_modules=("o_proj", "dense", "v_proj", "value", "k_proj", "key", "q_proj", "query"),
         recipe="vision",
         # Its blocks are still called encoder.layer, so the first of ViT's rules does not apply.
-        legacy=_OLD_VIT[1:],
+        legacy=(*_OLD_VIT[1:], *_NEW_DINOV2),
     ),
     Family(
         name="decoder",

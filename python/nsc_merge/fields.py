@@ -10,6 +10,7 @@ from typing import Any
 
 # YAML 1.1 takes 1e-3 for a string, which nobody means.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -42,7 +43,7 @@ def read_document(
     if not path.is_file():
         raise RecipeError(f"recipe: {path} is not a file")
     try:
-        document = _parsed(path.read_text(encoding="utf-8"))
+        document = from_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
@@ -54,7 +55,7 @@ def read_document(
             raise RecipeError(f"override: expected key.sub=value, found {override!r}")
         try:
             # Where the locale knows no character for a byte, Python passes the byte on as it is.
-            value = _parsed(text.encode("utf-8", "surrogateescape").decode("utf-8"))
+            value = from_yaml(text.encode("utf-8", "surrogateescape").decode("utf-8"))
         except (yaml.YAMLError, UnicodeError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"override: the value of {override!r} is not valid YAML: {reason}") from None
@@ -65,8 +66,8 @@ def read_document(
     return document
 
 
-def _parsed(text: str) -> Any:
-    """The value of YAML text, in which no key is given twice.
+def from_yaml(text: str) -> Any:
+    """The value of YAML text, in which no key is given twice; for all YAML that is read.
 
     Raises:
         yaml.YAMLError: naming the line.
@@ -86,6 +87,25 @@ def _parsed(text: str) -> Any:
                         )
                     seen.add(key.value)
             return node
+
+        # As YAML has it, whichever PyYAML there is: a mapping's own keys win over merged ones, of a list of mappings
+        # the earlier. 6.0.4 lets the later win, except for keys that happen to be the same object in memory.
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            written, merged = node.value, []
+            # Before those of others are looked at, which may be this one.
+            node.value = [(key, value) for key, value in written if key.tag != _MERGE_TAG]
+            for key, value in written:
+                if key.tag == _MERGE_TAG:
+                    for other in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+                        if not isinstance(other, yaml.MappingNode):
+                            expected = "expected keys and values, or a list of such, to merge (<<)"
+                            raise yaml.constructor.ConstructorError(
+                                None, None, f"{expected}, found a {other.id}", other.start_mark
+                            )
+                        self.flatten_mapping(other)
+                        merged += other.value
+            node.value = merged + node.value
+            super().flatten_mapping(node)
 
     return yaml.load(text, Loader)
 

@@ -259,8 +259,12 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
     import platform
 
-    packages = ("nsc-kernels", "torch", "transformers", "peft", "safetensors")
-    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    import torch
+
+    packages = ("nsc-kernels", "transformers", "peft", "safetensors")
+    found = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    # torch's own word: a package index may leave out of its version which build (+cpu, +cu130) it is.
+    return found | {"torch": str(torch.__version__)}
 
 
 def _version(package: str) -> str:

@@ -44,8 +44,10 @@ def fit(
         )
     family = find_family(model)
     modules = dict(model.named_modules())
-    prefix = str(getattr(model, "base_model_prefix", ""))
     trunk = getattr(model, family.prefill if family else "base_model", model)
+    # What the bare model is called under a head, this model's or another's.
+    prefix = next((name for name, part in modules.items() if name and part is trunk), None)
+    prefix = str(getattr(model, "base_model_prefix", "")) if prefix is None else prefix
     trunk_parameters = {id(parameter) for parameter in trunk.parameters()}
     inside = {name for name, value in model.named_parameters() if id(value) in trunk_parameters}
     fitted = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsc_merge.export import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE
+from nsc_merge.fields import from_yaml
 from nsc_merge.recipe import RECORD, load_recipe
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def load_result(folder: str | Path) -> MergeResult:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
             merged, by their SHA-256.
     """
-    import yaml
-
     from nsc_merge.adapters import load_adapter
     from nsc_merge.attachment import adapted_linears
     from nsc_merge.recipe import hashes
@@ -60,7 +59,7 @@ def load_result(folder: str | Path) -> MergeResult:
     document, history = read_document(folder)
     # A merge that was saved from Python has no output of its own; JSON's quotes are YAML's.
     recipe = load_recipe(folder / RECIPE_FILE, [f"output.dir={json.dumps(str(folder))}"])
-    written = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    written = from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     if document["method"] != recipe.method:
         raise ValueError(
             f"result: {folder} holds parts of two merges: {COEFFICIENTS_FILE} is of method {document['method']!r}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,19 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 from zoo import KINDS, write_adapter
+
+import nsc_kernels
+import nsc_merge
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a process that imports both packages from where this one does, whichever are installed.
+
+    With the kernels of another build its results would differ in the last bit.
+    """
+    places = dict.fromkeys(str(Path(package.__file__).parents[1]) for package in (nsc_merge, nsc_kernels))
+    path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **changes}
 
 
 def make_place(base: nn.Module, folder: Path) -> Path:
@@ -34,6 +48,12 @@ def make_place(base: nn.Module, folder: Path) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
+
+
+def on_cpu(place: Path) -> None:
+    """For tests that compare two runs to the bit: on a GPU torch's own attention adds gradients in no fixed order."""
+    recipe = place / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "device: cpu\n")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
-from cli_cases import contents, interrupted, make_place
+from cli_cases import contents, environment, interrupted, make_place, on_cpu
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, outputs, write_adapter
 
+import nsc_kernels
 import nsc_merge
 from nsc_merge import runner
 from nsc_merge.cli import main
@@ -49,19 +49,26 @@ def place(base, tmp_path):
 
 
 def command(*arguments, cwd):
-    source = str(Path(nsc_merge.__file__).parents[1])
-    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-m", "nsc_merge.cli", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
+def test_another_process_imports_the_packages_of_this_one(tmp_path):
+    code = "import nsc_merge, nsc_kernels; print(nsc_merge.__file__, nsc_kernels.__file__, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [nsc_merge.__file__, nsc_kernels.__file__]
+
+
 def test_run_writes_every_format_and_each_gives_the_same_outputs(place, base):
+    on_cpu(place)
     done = command("run", "recipe.yaml", "--json", "options.steps=5", cwd=place)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -81,7 +88,7 @@ def test_run_writes_every_format_and_each_gives_the_same_outputs(place, base):
     torch.testing.assert_close(outputs(whole, inputs), expected, **TOLERANCE)
     torch.testing.assert_close(outputs(lora, inputs), expected, **TOLERANCE)
 
-    assert main(["run", str(merged / "recipe.yaml"), f"output.dir={place / 'again'}"]) == 0
+    assert command("run", merged / "recipe.yaml", f"output.dir={place / 'again'}", cwd=place).returncode == 0
     documents = [json.loads((place / out / "coefficients.json").read_text()) for out in ("merged", "again")]
     assert documents[0]["coefficients"] == documents[1]["coefficients"]
     assert not [path.name for path in place.iterdir() if "state" in path.name or path.name.startswith(".")]
@@ -91,6 +98,7 @@ def test_the_recipe_records_versions_and_hashes(place):
     assert main(["run", str(place / "recipe.yaml"), "output.formats=coefficients"]) == 0
     record = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())["record"]
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["transformers"] == transformers.__version__
     assert set(record["sha256"]["adapters"]["nli"]) == {"adapter_config.json", "adapter_model.safetensors"}
     assert "model.safetensors" in record["sha256"]["model"]
     assert set(record["sha256"]["calibration"]) == {"nli", "topic"}
@@ -112,6 +120,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(place, capsys):
 
 
 def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch, capsys):
+    on_cpu(place)
     assert main(["run", str(place / "recipe.yaml"), "output.dir=" + str(place / "whole")]) == 0
     recipe = load_recipe(place / "recipe.yaml")
     with interrupted(monkeypatch):

@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from cli_cases import contents, interrupted, make_place
+from cli_cases import contents, environment, interrupted, make_place
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build
 
@@ -20,6 +19,7 @@ from nsc_merge.cli import main
 from nsc_merge.fields import read_document
 from nsc_merge.methods import METHODS
 from nsc_merge.recipe import load_recipe
+from nsc_merge.saved import load_result
 
 
 @pytest.fixture
@@ -67,6 +67,45 @@ def test_merge_keys_of_merge_keys_are_no_repetition(tmp_path):
     (tmp_path / "some.yaml").write_text(text)
     found = read_document(tmp_path / "some.yaml", [], lambda document, _: document)
     assert found["use"] == {"x": 2, "y": 3}
+
+
+@pytest.mark.parametrize("keys", [("x", "y"), ("steps", "lr")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("use: {<<: *a}", (1, 2)),
+        ("use: {<<: *a, X: 5}", (5, 2)),
+        ("use: {X: 5, <<: *a}", (5, 2)),
+        ("use: {<<: [*a, *b]}", (1, 2)),
+        ("use: {<<: [*b, *a]}", (3, 2)),
+        ("use: {<<: [*b, *c, *a]}", (3, 4)),
+        ("use: &use {<<: *use, X: 5, Y: 6}", (5, 6)),
+        ("own: &own {<<: *a, X: 5}\nuse: {<<: *own}", (5, 2)),
+        ("own: &own {<<: [*b, *a], Y: 6}\nuse: {<<: [*own, *c]}", (3, 6)),
+    ],
+)
+def test_merge_keys_are_read_as_yaml_defines_them(tmp_path, text, expected, keys):
+    """Own keys win over merged ones and earlier mappings over later ones, in every release of PyYAML."""
+    written = f"a: &a {{X: 1, Y: 2}}\nb: &b {{X: 3}}\nc: &c {{X: 4, Y: 4}}\n{text}\n"
+    (tmp_path / "some.yaml").write_text(written.replace("X", keys[0]).replace("Y", keys[1]))
+    found = read_document(tmp_path / "some.yaml", [], lambda document, _: document)
+    assert found["use"] == dict(zip(keys, expected, strict=True))
+
+
+@pytest.mark.parametrize(("text", "found"), [("a: {<<: 3}", "scalar"), ("b: {x: 1}\na: {<<: [{y: 1}, 3]}", "scalar")])
+def test_only_mappings_are_merged(place, capsys, text, found):
+    (place / "recipe.yaml").write_text(text)
+    message = refusal(capsys, "run", "recipe.yaml")[0]
+    assert f"expected keys and values, or a list of such, to merge (<<), found a {found}" in message
+
+
+def test_a_saved_recipe_is_read_as_any_recipe_is(place):
+    assert main(["run", "recipe.yaml", "output.formats=coefficients"]) == 0
+    recipe = place / "merged" / "recipe.yaml"
+    line, merged = "\nshared_modules: lambda\n", "\n<<: [{shared_modules: lambda}, {shared_modules: mean}]\n"
+    assert line in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(line, merged))
+    assert load_result(place / "merged").inputs["shared_modules"] == "lambda"
 
 
 def test_merged_keys_may_still_be_overridden(place):
@@ -241,9 +280,7 @@ def test_bytes_that_the_locale_does_not_know_are_read_as_utf8(place):
 
 
 def module(*arguments, **settings):
-    source = str(Path(nsc_merge.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", "nsc_merge", *arguments], env=environment, timeout=120, **settings)
+    return subprocess.run([sys.executable, "-m", "nsc_merge", *arguments], env=environment(), timeout=120, **settings)
 
 
 def test_the_package_runs_as_a_module_and_tells_its_version():

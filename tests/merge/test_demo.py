@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import environment
 from safetensors import safe_open
 
 import nsc_merge
@@ -22,13 +22,11 @@ from nsc_merge.demo.run import render, shipped_assets, verdict
 from nsc_merge.demo.tasks import TASKS
 
 
-def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    source = str(Path(nsc_merge.__file__).parents[1])
-    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+def command(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "nsc_merge.cli", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(OMP_NUM_THREADS="1", **changes),
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from zoo import KINDS, build, llava_config, outputs, write_adapter
+from zoo import DINOV2, KINDS, build, llava_config, outputs, write_adapter
 
 import nsc_merge
 from nsc_merge.families import family_of, frozen_tower, scored_paths
@@ -30,10 +30,10 @@ def base(kind):
 def folders(kind, base, tmp_path):
     """Plain; rsLoRA with other ranks in places, and biases where peft allows them; absent from some modules."""
     targets = KINDS[kind].targets
-    some = r".*layers?\.[02]\..*v_proj"
+    some = r".*layers?\.[02]\..*(v_proj|value)"
     some = r".*language_model\.layers\.[02]\..*v_proj" if kind == "llava" else some
     bias = {"lora_bias": True} if KINDS[kind].has_bias else {}
-    patterns = {"rank_pattern": {r".*\.1\..*v_proj": 5}, "alpha_pattern": {"q_proj": 2}}
+    patterns = {"rank_pattern": {r".*\.1\..*(v_proj|value)": 5}, "alpha_pattern": {"q_proj": 2, "query": 2}}
     return {
         "plain": write_adapter(base, tmp_path / "plain", 1, r=4, lora_alpha=6, target_modules=targets),
         "mixed": write_adapter(
@@ -163,7 +163,8 @@ def test_nsc_measures_the_last_quarter_and_lowers_its_ratio(kind, base, folders)
     folders = {task: folders[task] for task in ("plain", "mixed")}
     batches = {task: [KINDS[kind].inputs(seed)] for seed, task in enumerate(folders)}
     result = nsc_merge.merge(base, folders, batches, steps=8, lr=0.02, progress=False)
-    measured = {"vit": "o_proj", "clip": "out_proj", "siglip": "out_proj", "dinov2": "o_proj"}.get(kind, "v_proj")
+    output = DINOV2[-1].rsplit(".", 1)[-1]
+    measured = {"vit": "o_proj", "clip": "out_proj", "siglip": "out_proj", "dinov2": output}.get(kind, "v_proj")
     assert [path.rsplit(".", 1)[-1] for path in result.options["scored"]] == [measured]
     assert ".2." in result.options["scored"][0]
     assert result.history[-1]["objective"] < result.history[0]["objective"]

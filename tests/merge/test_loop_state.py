@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import environment
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import nsc_merge
 from nsc_merge import merge
 from nsc_merge.nsc import RECIPES
 from nsc_merge.passes import Batch
@@ -58,9 +57,12 @@ class Interrupting:
 
 def test_kill_at_a_random_moment_and_resume(tmp_path):
     state = tmp_path / "state.safetensors"
-    source = [str(Path(__file__).parent), str(Path(nsc_merge.__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(source), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(state)], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(state)],
+        cwd=Path(__file__).parent,
+        env=environment(OMP_NUM_THREADS="1"),
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

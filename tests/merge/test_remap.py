@@ -11,9 +11,24 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from zoo import ATTENTION, DECODER, IMAGE, KINDS, LANGUAGE, WIDTH, build, outputs, write_adapter
+from torch import nn
+from zoo import (
+    ATTENTION,
+    DECODER,
+    DINOV2,
+    DINOV2_NAMINGS,
+    IMAGE,
+    KINDS,
+    LANGUAGE,
+    WIDTH,
+    build,
+    outputs,
+    write_adapter,
+)
 
 import nsc_merge
+from nsc_merge.adapters import Factor
+from nsc_merge.families import family_of, scored_paths
 from nsc_merge.remap import absent, fit
 
 TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
@@ -58,7 +73,6 @@ def same_merge(model, new, old):
     [
         ("vit", [*ATTENTION, "fc1", "fc2"], OLD_VIT),
         ("clip", ["q_proj", "out_proj"], [(r"model\.encoder", "model.vision_model.encoder")]),
-        ("dinov2", ATTENTION, OLD_VIT[1:3]),
         ("llava", LANGUAGE, [(r"model\.language_model\.layers", "language_model.model.layers")]),
         ("llava", LANGUAGE, [(r"model\.language_model\.layers", "model.layers")]),
         (
@@ -75,6 +89,43 @@ def test_old_names_mean_the_same_modules(kind, targets, rules, tmp_path):
     old = renamed(new, tmp_path / "old", rules)
     assert load_file(old / WEIGHTS).keys() != load_file(new / WEIGHTS).keys()
     same_merge(model, new, old)
+
+
+def test_an_adapter_of_either_dinov2_naming_fits_the_installed_model(tmp_path):
+    model = build("dinov2")
+    (other,) = (naming for naming in DINOV2_NAMINGS if naming != DINOV2)
+    own = write_adapter(model, tmp_path / "own", 1, r=4, target_modules=DINOV2)
+    rules = [(rf"\.attention\.{re.escape(a)}\.", f".attention.{b}.") for a, b in zip(DINOV2, other, strict=True)]
+    foreign = renamed(own, tmp_path / "foreign", rules)
+    assert load_file(foreign / WEIGHTS).keys().isdisjoint(load_file(own / WEIGHTS))
+    same_merge(model, own, foreign)
+
+
+def dinov2_skeleton(attention):
+    """A block's attention as some release of transformers, not the installed one, names it."""
+    model = nn.Module()
+    model.config = tf.Dinov2Config()
+    for name in attention:
+        parent = model
+        *above, last = f"encoder.layer.0.attention.{name}".split(".")
+        for part in above:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, nn.Linear(4, 4))
+    return model
+
+
+@pytest.mark.parametrize("of_model", DINOV2_NAMINGS)
+@pytest.mark.parametrize("of_adapter", DINOV2_NAMINGS)
+def test_dinov2_namings_are_fitted_and_measured_alike(of_model, of_adapter):
+    model = dinov2_skeleton(of_model)
+    ones = torch.ones(1, 4), torch.ones(4, 1)
+    factors = {f"encoder.layer.0.attention.{name}": Factor(*ones, float(i)) for i, name in enumerate(of_adapter)}
+    fitted = fit({"a": nsc_merge.Adapter("a", factors)}, model)["a"].factors
+    paths = [f"encoder.layer.0.attention.{name}" for name in of_model]
+    assert {path: factor.scaling for path, factor in fitted.items()} == dict(zip(paths, range(4), strict=True))
+    assert scored_paths(family_of(model), model, fitted, None, 1) == paths[3:]
 
 
 def test_an_adapter_fits_the_model_with_and_without_its_head(tmp_path):
@@ -298,7 +349,10 @@ def test_tied_weights_are_not_merged_into(tmp_path):
         result.apply(model)
 
 
-def test_clip_with_a_projection_head(tmp_path):
+# Of transformers 5.17, which has base_model be the whole of this class, and of later ones.
+@pytest.mark.parametrize("base_model_prefix", ["clip", "vision_model"])
+def test_clip_with_a_projection_head(tmp_path, monkeypatch, base_model_prefix):
+    monkeypatch.setattr(tf.CLIPVisionModelWithProjection, "base_model_prefix", base_model_prefix)
     torch.manual_seed(0)
     model = tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**WIDTH, intermediate_size=48, **IMAGE))
     folder = write_adapter(

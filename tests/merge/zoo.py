@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.dinov2 import modeling_dinov2
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 IMAGE = {"image_size": 8, "patch_size": 4}
@@ -54,6 +55,9 @@ def images_and_text(seed: int) -> dict[str, Tensor]:
 
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# DINOv2 has one or the other, as the release of transformers has it: 5.17 the second.
+DINOV2_NAMINGS = (ATTENTION, ["attention.query", "attention.key", "attention.value", "output.dense"])
+DINOV2 = DINOV2_NAMINGS[hasattr(modeling_dinov2, "Dinov2SelfAttention")]
 KINDS = {
     "vit": Kind(
         lambda: tf.ViTForImageClassification(tf.ViTConfig(**WIDTH, intermediate_size=48, **IMAGE)),
@@ -76,7 +80,7 @@ KINDS = {
         True,
     ),
     "dinov2": Kind(
-        lambda: tf.Dinov2Model(tf.Dinov2Config(**WIDTH, mlp_ratio=2, **IMAGE)), pixels, ATTENTION, True
+        lambda: tf.Dinov2Model(tf.Dinov2Config(**WIDTH, mlp_ratio=2, **IMAGE)), pixels, DINOV2, True
     ),
     "llama": Kind(
         lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, **TOKENS)), text, ["q_proj", "v_proj"], False
