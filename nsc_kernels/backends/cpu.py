@@ -41,8 +41,9 @@ def forward(
     save_u: bool,
     reuse_base: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    run = two_gemms.forward if two_gemms.preferred(z.dtype, z.shape[0]) else native_forward
-    return run(z, A, Bt, offsets, lam, base, stats, save_u)
+    if not stats and two_gemms.preferred(z.dtype, z.shape[0]):
+        return two_gemms.forward(z, A, Bt, offsets, lam, base, save_u)
+    return native_forward(z, A, Bt, offsets, lam, base, stats, save_u)
 
 
 def backward(
@@ -60,5 +61,6 @@ def backward(
     need_dlam: bool,
     reuse_base: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    run = two_gemms.backward if two_gemms.preferred(u.dtype, u.shape[0]) else native_backward
-    return run(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)
+    if need_dz and not need_dlam and two_gemms.preferred(u.dtype, u.shape[0]):
+        return two_gemms.backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base)
+    return native_backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)

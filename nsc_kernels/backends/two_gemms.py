@@ -1,11 +1,8 @@
 """The operator as two matrix products of PyTorch's own, for processors whose matrix units only those reach.
 
 Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives and which
-multiply bfloat16 several times faster than the vector units that csrc/cpu uses. The rule follows from the
-instruction rates; it has not been measured on such a processor.
-
-One rounding point differs from the contract: PyTorch rounds ``u`` before it hands it over, so ``quad`` is formed from
-the rounded values (relative error about 2^-9 / sqrt(rank) in bfloat16).
+multiply bfloat16 several times faster than the vector units that csrc/cpu uses. Only for y alone and dz alone: PyTorch
+rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..reference import gather, spread
+from ..reference import spread
 
 # Below this the products are too small for their set-up cost to be repaid.
 MIN_TOKENS = 64
@@ -24,7 +21,7 @@ AMX_QUERY = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_f
 
 
 def preferred(dtype: torch.dtype, T: int) -> bool:
-    """Whether two matrix products are expected to beat the fused kernel on this processor."""
+    """Whether two matrix products beat the fused kernel on this processor."""
     return dtype in AMX_QUERY and T >= MIN_TOKENS and has_tiles(dtype)
 
 
@@ -35,22 +32,12 @@ def has_tiles(dtype: torch.dtype) -> bool:
 
 
 def forward(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    z: Tensor, A: Tensor, Bt: Tensor, offsets: Sequence[int], lam: Tensor, base: Tensor | None, save_u: bool
+) -> tuple[Tensor, None, None, Tensor | None]:
     u = z @ A.t()
-    wide = u.to(lam.dtype)
-    quad = gather(wide * wide, offsets) if stats else None
-    sqnorm = z.to(lam.dtype).square().sum(-1) if stats else None
-    c = (spread(lam, offsets) * wide).to(z.dtype)
+    c = (spread(lam, offsets) * u.to(lam.dtype)).to(z.dtype)
     y = c @ Bt if base is None else torch.addmm(base, c, Bt)
-    return y, quad, sqnorm, u if save_u else None
+    return y, None, None, u if save_u else None
 
 
 def backward(
@@ -64,17 +51,9 @@ def backward(
     offsets: Sequence[int],
     lam: Tensor,
     dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, None]:
     wide = u.to(lam.dtype)
-    v = torch.zeros_like(wide) if dy is None else (dy @ Bt.t()).to(lam.dtype)
-    dlam = gather(wide * v, offsets) if need_dlam else None
-    if dlam is not None and lam.dim() == 1:
-        dlam = dlam.sum(0)
-    if not need_dz:
-        return None, dlam
-    c = spread(lam, offsets) * v
+    c = torch.zeros_like(wide) if dy is None else spread(lam, offsets) * (dy @ Bt.t()).to(lam.dtype)
     if dquad is not None:
         c = c + 2 * spread(dquad, offsets) * wide
     start = dz_base
@@ -83,4 +62,4 @@ def backward(
         tail = 2 * dsqnorm[:, None] * z.to(lam.dtype)
         start = (tail if start is None else start + tail).to(A.dtype)
     c = c.to(A.dtype)
-    return (c @ A if start is None else torch.addmm(start, c, A)), dlam
+    return (c @ A if start is None else torch.addmm(start, c, A)), None
