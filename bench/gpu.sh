@@ -1,64 +1,163 @@
 #!/usr/bin/env bash
-# Everything there is to learn from a machine with a GPU, in under ten minutes:
+# Everything there is to learn from a machine with a GPU, stage by stage (docs/gpu.md says what comes out):
 #
-#     bench/gpu.sh                    results in bench/results/<gpu>/, or in $OUT
-#     bench/gpu.sh merge-step         instead: one step of a merge of LLaMA-3-8B and of LLaVA-1.5-7B, in five minutes more
-#     DRY_RUN=1 OUT=/tmp/x bench/gpu.sh    the same on a CPU at tiny sizes, to try the scripts
+#     bench/gpu.sh                    every stage in turn, about 50 minutes
+#     bench/gpu.sh correctness        Triton: every trial, launches counted              each of these alone takes
+#     bench/gpu.sh bench              speed of each available backend against the rest   less than ten minutes,
+#     bench/gpu.sh merge-step         one step of a merge of LLaMA-3-8B and LLaVA-1.5-7B and run again it goes on
+#     bench/gpu.sh cuda               CUDA C++: build, host test, every trial            where it stopped
+#     bench/gpu.sh tune               configurations and variants beside the committed ones
+#     bench/gpu.sh profile            ncu on four shapes, compute-sanitizer on a small case
+#     bench/gpu.sh report             the tables of what is there
+#     DRY_RUN=1 RESULTS=/tmp/x bench/gpu.sh     all of it on a CPU at tiny sizes, to try the scripts
 #
-# Every stage is bounded in time and leaves its rows as it goes, so that a later one may die. Needs no installed package:
-# torch, triton and the sources here are enough; the CUDA C++ kernels take part where their library is built, or nvcc and
-# cmake are there to build it. Exits with 0 if every GPU backend that ran was shown correct.
+#     RESULTS   folder of the rows and logs, bench/results/<gpu> unless set; a stage goes on from what is there
+#     OUT       folder for one archive per stage, <stage>.tgz, written anew after every step; none unless set
+#     BUDGET    seconds for the trials of a stage, 330 unless set: with all its other steps at their bounds a stage
+#               then ends within ten minutes
+#     PYTHON    the interpreter, python3 unless set; needs torch and triton, and nothing installed (merge-step:
+#               transformers and peft)
+#
+# Exits with 0 if no step of it failed; a stage with trials left to another run has not failed.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
-export TOKENIZERS_PARALLELISM=false
-OUT=${OUT:-bench/results/$("$PYTHON" -c 'from gpu_common import slug; print(slug())')}
-mkdir -p "$OUT"
-WORKERS=$(($(nproc) > 12 ? 12 : $(nproc)))
+export PYTHONPATH="$PWD:$PWD/bench:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
+BUDGET=${BUDGET:-330}
+# Triton compiles a kernel in one thread of one process: as many processes as cores, but not more than share 80 GB.
+WORKERS=$(($(nproc) > 13 ? 13 : $(nproc)))
 FLAGS=()
 if [ -n "${DRY_RUN:-}" ]; then
     export TRITON_INTERPRET=1
     FLAGS=(--dry-run)
-    WORKERS=2
+    RESULTS=${RESULTS:-/tmp/nsc-dry-run}
 fi
+RESULTS=${RESULTS:-bench/results/$("$PYTHON" -c 'from gpu_common import slug; print(slug())')}
+mkdir -p "$RESULTS" || exit 2
+STAGE=
+FAILED=0
 
-# stage NAME SECONDS COMMAND...: a bounded command, its output in NAME.log.
-stage() {
-    local name=$1 seconds=$2 start=$SECONDS code=0
-    shift 2
-    timeout --kill-after=5 "$seconds" "$@" >"$OUT/$name.log" 2>&1 || code=$?
-    echo "$name: exit $code after $((SECONDS - start)) s"
-    if [ "$code" -ne 0 ]; then tail -n 5 "$OUT/$name.log"; fi
+archive() {
+    if [ -n "${OUT:-}" ]; then
+        tar czf "$OUT/.$STAGE.tgz" -C "$RESULTS" . && mv "$OUT/.$STAGE.tgz" "$OUT/$STAGE.tgz"
+    fi
 }
 
-if [ "${1:-}" = merge-step ]; then
-    # Needs transformers and peft.
-    export PYTHONPATH="$PWD/python:$PYTHONPATH"
-    stage merge-step 300 "$PYTHON" bench/gpu_merge_step.py --out "$OUT/merge-step.jsonl" "${FLAGS[@]}"
-    cat "$OUT/merge-step.log"
-    [ -s "$OUT/merge-step.jsonl" ]
-    exit
-fi
+# step NAME SECONDS LINES COMMAND...: bounded, its output in NAME.log, the last LINES of it shown.
+step() {
+    local name=$1 seconds=$2 lines=$3 start=$SECONDS code=0
+    shift 3
+    timeout --kill-after=5 "$seconds" "$@" >"$RESULTS/$name.log" 2>&1 || code=$?
+    echo "$name: exit $code after $((SECONDS - start)) s"
+    tail -n "$lines" "$RESULTS/$name.log" | cut -c1-300
+    archive
+    if [ "$code" -ne 0 ] && [ "$code" -ne 3 ]; then FAILED=1; fi
+    return "$code"
+}
 
-stage environment 45 "$PYTHON" bench/gpu_environment.py --out "$OUT/environment.jsonl" "${FLAGS[@]}"
-if [ -z "${DRY_RUN:-}" ] && command -v nvcc >/dev/null && command -v cmake >/dev/null; then
-    stage cuda-build 60 bash -c "cmake -S . -B '$OUT/build' -DNSC_BUILD_CPU=OFF -DNSC_BUILD_CUDA=ON \\
-        -DNSC_BUILD_CUDA_TESTS=ON -DNSC_TORCH_DIR=\$('$PYTHON' -c 'import torch; print(torch.__path__[0])') \\
-        -DCMAKE_INSTALL_PREFIX='$PWD' && cmake --build '$OUT/build' -j $(nproc) && cmake --install '$OUT/build'"
-    if [ -x "$OUT/build/nsc_cuda_test" ]; then stage cuda-host-test 20 "$OUT/build/nsc_cuda_test"; fi
-    rm -rf "$OUT/build"
-fi
-stage correctness 180 "$PYTHON" bench/gpu_check.py --workers "$WORKERS" --out "$OUT/correctness.jsonl" "${FLAGS[@]}"
-stage launches 40 "$PYTHON" bench/gpu_launches.py --out "$OUT/launches.jsonl" "${FLAGS[@]}"
-if command -v compute-sanitizer >/dev/null; then
+# rows NAME SECONDS SCRIPT ARGUMENT...: a script that starts no new trial after SECONDS, and goes on from NAME.jsonl.
+rows() {
+    local name=$1 seconds=$2 script=$3
+    shift 3
+    step "$name-of-$STAGE" $((seconds + 30)) 25 \
+        "$PYTHON" "bench/$script" --out "$RESULTS/$name.jsonl" --seconds "$seconds" "${FLAGS[@]}" "$@"
+}
+
+environment() {
+    if [ ! -s "$RESULTS/environment.jsonl" ]; then
+        step environment 45 2 "$PYTHON" bench/gpu_environment.py --out "$RESULTS/environment.jsonl" "${FLAGS[@]}"
+    fi
+}
+
+report() {
+    timeout 30 "$PYTHON" bench/gpu_report.py "$RESULTS" >"$RESULTS/report.txt" 2>&1
+    cut -c1-200 "$RESULTS/report.txt" | tail -n "${1:-20}"
+    archive
+}
+
+cuda_built() {
+    "$PYTHON" -c 'from nsc_kernels import ledger, _native; import sys
+sys.exit(_native.cuda_source() != ledger.checkout_source("cuda"))' 2>/dev/null
+}
+
+cuda_build() {
+    local build="$RESULTS/.build"
+    step cuda-build 100 3 bash -c "cmake -S . -B '$build' -DCMAKE_BUILD_TYPE=Release -DNSC_BUILD_CPU=OFF \\
+        -DNSC_BUILD_CUDA=ON -DNSC_BUILD_CUDA_TESTS=ON -DCMAKE_INSTALL_PREFIX='$PWD' \\
+        -DNSC_TORCH_DIR=\$('$PYTHON' -c 'import torch; print(torch.__path__[0])') \\
+        && cmake --build '$build' -j $(nproc) && cmake --install '$build' && cp '$build/nsc_cuda_test' '$RESULTS/.nsc_cuda_test'"
+    rm -rf "$build"
+}
+
+run_correctness() {
+    environment
+    step truncation 40 12 "$PYTHON" bench/gpu_truncation.py --out "$RESULTS/truncation.jsonl" "${FLAGS[@]}"
+    rows correctness "$BUDGET" gpu_check.py --backends triton --workers "$WORKERS"
+    rows launches 45 gpu_launches.py --backends triton
+    report
+}
+
+run_bench() {
+    environment
+    rows bench $((BUDGET + 90)) gpu_bench.py
+    report 90
+}
+
+run_merge_step() {
+    environment
+    rows merge-step $((BUDGET + 90)) gpu_merge_step.py
+    report 40
+}
+
+run_cuda() {
+    environment
+    if [ -n "${DRY_RUN:-}" ]; then
+        echo "cuda: nothing to run on a CPU; tests/cuda runs its source on an emulator"
+        return
+    fi
+    cuda_built || cuda_build || return
+    if [ -x "$RESULTS/.nsc_cuda_test" ]; then step cuda-host-test 60 5 "$RESULTS/.nsc_cuda_test"; fi
+    rows correctness $((BUDGET - 120)) gpu_check.py --backends cuda --workers "$WORKERS"
+    rows launches 45 gpu_launches.py --backends cuda
+    report
+}
+
+run_tune() {
+    environment
+    rows clusters 100 gpu_clusters.py
+    rows tune $((BUDGET - 30)) gpu_tune.py --table "$RESULTS/table.json"
+}
+
+run_profile() {
+    if [ -n "${DRY_RUN:-}" ]; then
+        echo "profile: nothing to look at on a CPU"
+        return
+    fi
+    local backend index tool
     for tool in memcheck racecheck; do
-        stage "sanitizer-$tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" bench/gpu_check.py --smallest --out "$OUT/sanitizer-$tool.jsonl" "${FLAGS[@]}"
+        step "sanitizer-$tool" 90 4 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" bench/gpu_check.py --smallest --out "$RESULTS/sanitizer-$tool.jsonl"
     done
-else
-    echo "sanitizer: compute-sanitizer is not on the PATH"
-fi
-stage bench 180 "$PYTHON" bench/gpu_bench.py --out "$OUT/bench.jsonl" "${FLAGS[@]}"
-timeout 20 "$PYTHON" bench/gpu_report.py "$OUT" | tee "$OUT/report.txt"
-exit "${PIPESTATUS[0]}"
+    for backend in triton cuda; do
+        for index in 1 0 6 9; do
+            step "ncu-$backend-$index" 40 0 ncu --clock-control none --cache-control all --set full \
+                -k regex:merged_lora -s 4 -c 2 "$PYTHON" bench/gpu_one.py "$backend" "$index"
+            grep -E "merged_lora|Duration|DRAM Throughput|L2 Cache Throughput|Achieved Occ|Registers Per|Waves Per" \
+                "$RESULTS/ncu-$backend-$index.log" | cut -c1-100
+        done
+    done
+}
+
+for STAGE in "${@:-all}"; do
+    case "$STAGE" in
+    correctness | bench | merge-step | cuda | tune | profile) "run_${STAGE//-/_}" ;;
+    report) report 200 ;;
+    all) for STAGE in correctness bench merge-step cuda bench tune profile report; do "$0" "$STAGE" || FAILED=1; done ;;
+    *)
+        echo "unknown stage $STAGE: correctness, bench, merge-step, cuda, tune, profile, report" >&2
+        exit 2
+        ;;
+    esac
+done
+exit "$FAILED"

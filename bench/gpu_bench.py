@@ -1,241 +1,252 @@
-"""Speed of the operator on a GPU against what people run today.
+"""Speed of the operator on a GPU against what people run and against the strongest designs known.
 
-    python bench/gpu_bench.py --out bench.jsonl
+    python bench/gpu_bench.py --out bench.jsonl [--sets operator whole] [--seconds 500]
 
-Providers, all differentiable and all returning y, quad and sqnorm:
+gpu_contenders.py says who takes part, gpu_data.py in which layers. A trial is one set of contenders on one shape, with
+one of our backends among them, in one process: samples of all of them in changing order, so that a ratio is of
+neighbours in time. Each is first compared with float64 at the very size; one that is wrong is named and not timed.
 
-    loop      one adapter after another, as PEFT applies several active adapters
-    concat    the adapters concatenated along the rank: two GEMMs, and the statistics, eager
-    compiled  the same under torch.compile
-    triton, cuda   nsc_kernels
+A sample is the mean of a run of calls between two events. "eager" launches them from Python, "graph" replays a CUDA
+graph of them. "warm" calls on one set of inputs. "cold" goes around so many sets that between two turns of one the
+others move three times the L2, and keeps the results of a whole round: what a call writes has an address of its own in
+the round (checked, also in the graph), so it is written over only after it had to leave L2 for memory, and cannot be
+saved by a later write to the same place. What works in place writes over inputs, which go around as well.
 
-Each row is the median over samples that interleave the providers in changing order. A sample is the mean of a run of
-calls between two events. "eager" launches from Python, "graph" replays a CUDA graph of the calls. "cold" rotates among
-enough input sets that each finds L2 full of others, "warm" uses one set. Bytes are the least a call must move: each
-input read once, each output written once. All adapters have rank 16; K = 6 for the language models.
+Bytes are the least a call must move: each input read once, each output written once. Adapters have rank 16.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from gpu_common import Rows, arguments, captured, device, microseconds, quantiles, synchronize
+from gpu_accuracy import errors, faults
+from gpu_common import captured, microseconds, quantiles, synchronize
+from gpu_contenders import Contender, contenders
+from gpu_data import DRY_RUN, FAMILIES, LARGE, MLP, SHAPES, Data, Shape, least_bytes, operations, rotation
+from gpu_environment import Clocks
+from gpu_trials import Trial, supervise, trial_arguments
+
+__all__ = ["SHAPES", "Data", "Shape"]
+
+BACKENDS = ("triton", "cuda")
+GRAPH, EAGER, WARM = ("graph", "cold"), ("eager", "cold"), ("graph", "warm")
+CALLS = {"cuda": 16, "cpu": 1}  # per sample, at least
 
 
-class Shape(NamedTuple):
-    """One adapted linear layer: K adapters of rank r."""
+class Set(NamedTuple):
+    """``limit``: seconds that one shape may take, compilation and all."""
 
-    name: str
-    T: int
-    d_in: int
-    d_out: int
-    K: int
-    r: int
+    hows: tuple[tuple[str, str], ...]
+    limit: float
 
 
-# In the order they are run: the three model families first, so that a run that is cut short has them.
-SHAPES = [
-    Shape("ViT-B", 6304, 768, 768, 20, 16),
-    Shape("LLaMA-3-8B q", 256, 4096, 4096, 6, 16),
-    Shape("LLaMA-3-8B v", 256, 4096, 1024, 6, 16),
-    Shape("LLaVA-7B", 640, 4096, 4096, 6, 16),
-    Shape("LLaMA-3-8B q", 1536, 4096, 4096, 6, 16),
-    Shape("LLaMA-3-8B v", 1536, 4096, 1024, 6, 16),
-    Shape("LLaVA-7B", 3840, 4096, 4096, 6, 16),
-    Shape("large T", 16384, 4096, 4096, 8, 16),
-    Shape("large T", 16384, 4096, 4096, 1, 16),
-    Shape("large T", 8192, 8192, 8192, 8, 16),
+SETS = {
+    "operator": Set((GRAPH, EAGER, WARM), 90),
+    "whole": Set((GRAPH, EAGER), 90),
+    "compiled": Set((GRAPH, EAGER), 150),
+    "two_launches": Set((GRAPH, EAGER), 180),
+    "autograd": Set((EAGER,), 150),
+    "autotuned": Set((GRAPH, EAGER), 400),
+    "whole_compiled": Set((GRAPH, EAGER), 400),
+}
+# In the order of their worth. Each phase is run for all backends before the next; what compiles for long comes last.
+PHASES = [
+    [("operator", FAMILIES), ("whole", FAMILIES)],
+    [
+        ("compiled", FAMILIES),
+        ("operator", [*LARGE, *MLP]),
+        ("two_launches", FAMILIES),
+        ("whole", [*MLP, *LARGE]),
+        ("autograd", FAMILIES),
+        ("compiled", [*LARGE, *MLP]),
+        ("two_launches", [*LARGE, *MLP]),
+    ],
+    [("autotuned", FAMILIES), ("whole_compiled", FAMILIES), ("autotuned", LARGE)],
 ]
 
 
-def merged(z: Tensor, A: Tensor, Bt: Tensor, lam: Tensor, base: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The concatenated adapters: two GEMMs and the statistics, as a careful user would write them in PyTorch."""
-    u = z @ A.t()
-    wide = u.float().unflatten(-1, (-1, r))
-    c = (wide * lam[:, None]).flatten(-2).to(z.dtype)
-    return torch.addmm(base, c, Bt), wide.square().sum(-1), z.float().square().sum(-1)
+class What(NamedTuple):
+    """The payload of a trial."""
+
+    backend: str
+    of: str
+    shape: Shape
+    samples: int
+    clocks: Path
 
 
-class Data:
-    """One set of inputs of a layer, and one call of each provider on it."""
+class Round:
+    """Calls in turn, again and again; the result of each is kept until its next one is there."""
 
-    def __init__(self, shape: Shape, on: torch.device, seed: int, compiled: Callable[..., Any] = merged):
-        source = torch.Generator(on).manual_seed(seed)
-        R = shape.K * shape.r
+    def __init__(self, calls: Sequence[Callable[[], Any]], least: int):
+        self._calls = calls
+        self.kept: list[Any] = [None] * len(calls)
+        self.turns = len(calls) * -(-least // len(calls))
 
-        def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(size, generator=source, device=on) * scale).bfloat16()
+    def _turn(self, i: int) -> None:
+        self.kept[i] = self._calls[i]()
 
-        self.shape, self._compiled = shape, compiled
-        offsets = list(range(0, R + 1, shape.r))
-        self.bank = nk.AdapterBank(normal(R, shape.d_in, scale=shape.d_in**-0.5), normal(R, shape.d_out), offsets)
-        self.z = normal(shape.T, shape.d_in).requires_grad_()
-        self.base = normal(shape.T, shape.d_out)
-        self.lam = torch.rand(shape.K, generator=source, device=on).requires_grad_()
-        f32 = {"device": on, "dtype": torch.float32, "generator": source}
-        self.grads = (
-            normal(shape.T, shape.d_out),
-            torch.randn(shape.T, shape.K, **f32),
-            torch.randn(shape.T, **f32),
-        )
+    def pieces(self) -> list[Callable[[], None]]:
+        return [partial(self._turn, i % len(self._calls)) for i in range(self.turns)]
 
-    @property
-    def bytes(self) -> int:
-        """Of z, base, dy and the weights: what a rotation has to push out of L2."""
-        tensors = (self.z, self.base, self.bank.A, self.bank.Bt, self.grads[0])
-        return sum(t.nbytes for t in tensors)
+    def run(self) -> None:
+        for piece in self.pieces():
+            piece()
 
-    def fused(self) -> tuple[Tensor, ...]:
-        return nk.merged_lora_nsc(self.z, self.bank, self.lam, self.base)
-
-    def concat(self) -> tuple[Tensor, ...]:
-        return merged(self.z, self.bank.A, self.bank.Bt, self.lam, self.base, self.shape.r)
-
-    def compiled(self) -> tuple[Tensor, ...]:
-        return self._compiled(self.z, self.bank.A, self.bank.Bt, self.lam, self.base, self.shape.r)
-
-    def loop(self) -> tuple[Tensor, ...]:
-        y, quad, r = self.base, [], self.shape.r
-        for k in range(self.shape.K):
-            u = self.z @ self.bank.A[k * r : (k + 1) * r].t()
-            y = y + (u @ self.bank.Bt[k * r : (k + 1) * r]) * self.lam[k].to(y.dtype)
-            quad.append(u.float().square().sum(-1))
-        return y, torch.stack(quad, -1), self.z.float().square().sum(-1)
-
-    def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs, (self.z, self.lam), self.grads, retain_graph=True)
-
-
-def least_bytes(shape: Shape, direction: str) -> int:
-    """Each input once, each output once; u is written by the forward and read by the backward."""
-    T, R = shape.T, shape.K * shape.r
-    weights = 2 * R * (shape.d_in + shape.d_out)
-    small = 2 * T * R + 4 * T * (shape.K + 1)
-    if direction == "forward":
-        return weights + small + 2 * T * (shape.d_in + 2 * shape.d_out)
-    return weights + small + 2 * T * (shape.d_out + 2 * shape.d_in)
-
-
-def operations(shape: Shape) -> int:
-    """Floating-point operations of the two products of one direction."""
-    return 2 * shape.T * shape.K * shape.r * (shape.d_in + shape.d_out)
+    def apart(self) -> bool:
+        """Whether no two results share memory."""
+        spans = []
+        for t in (t for result in self.kept for t in result[:3] if isinstance(t, Tensor)):
+            storage = t.untyped_storage()
+            spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        spans.sort()
+        return all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
 
 
 Sampler = Callable[[], float]
 
 
-def samplers(name: str, call: str, direction: str, how: str, data: list[Data], on: torch.device, calls: int) -> Sampler:
-    """Microseconds per call: one sample of a provider in one direction."""
-    backend = name if call == "fused" else "auto"
-
-    def one(d: Data) -> Callable[[], Any]:
-        forward = getattr(d, call)
-        if direction == "forward":
-            return forward
-        outputs = forward()
-        return lambda: d.backward(outputs)
-
-    with nk.use_backend(backend):
-        sets = [one(d) for d in data]
-        # At least as many calls as sets, or the last ones would never be in the rotation.
-        turns = [sets[i % len(sets)] for i in range(max(calls, len(sets)))]
-        for turn in sets:
-            turn()
-        synchronize(on)
-        if how == "graph":
-            replay = captured(turns, on)
-            replay()
-            synchronize(on)
-            return lambda: microseconds(replay, on) / len(turns)
-
-    def eager() -> None:
-        for turn in turns:
-            turn()
-
-    def sample() -> float:
-        with nk.use_backend(backend):
-            return microseconds(eager, on) / len(turns)
-
-    return sample
+def sampler(contender: Contender, direction: str, how: str, sets: Sequence[Data], on: torch.device) -> Sampler:
+    """Microseconds per call, one sample at a time. Also warms up, and captures."""
+    if direction == "forward":
+        calls = [partial(contender.forward, d) for d in sets]
+    else:
+        calls = [partial(contender.backward, d, contender.forward(d).saved) for d in sets]
+    around = Round(calls, CALLS[on.type])
+    around.run()
+    synchronize(on)
+    run = around.run
+    if how == "graph":
+        run = captured(around.pieces(), on)
+        run()
+    if not around.apart():
+        raise RuntimeError("two calls of a round wrote to the same memory")
+    synchronize(on)
+    return lambda: microseconds(run, on) / around.turns
 
 
-def providers() -> list[tuple[str, str]]:
-    """(name in the rows, method of Data)."""
-    ours = [(name, "fused") for name in ("triton", "cuda") if nk.available_backends()[name] is True]
-    return [("loop", "loop"), ("concat", "concat"), ("compiled", "compiled"), *ours]
-
-
-def attempt(prepare: Callable[[], Sampler]) -> Sampler | str:
-    """What ``prepare`` returns, or why it cannot: one provider that fails does not stop the others."""
+def attempt(contender: Contender, on: torch.device, prepare: Callable[[], Any]) -> Any:
+    """What ``prepare`` returns, or in words why it cannot: one that fails does not stop the others."""
     try:
-        return prepare()
+        with torch.set_grad_enabled(contender.autograd):
+            return prepare()
     except Exception as error:
-        return repr(error)
+        synchronize(on)  # raises where the device is lost, and with it everything that follows in this process
+        return f"{type(error).__name__}: {error}"
 
 
-def measure(shape: Shape, on: torch.device, rows: Rows, samples: int, dry_run: bool) -> None:
-    torch._dynamo.reset()
-    compiled = merged if dry_run else torch.compile(merged, dynamic=False)
+def accuracy(contender: Contender, shape: Shape, on: torch.device, seed: int) -> dict[str, Any]:
+    """On inputs of its own: nothing that another left in memory is the right answer."""
+    found = attempt(contender, on, lambda: errors(contender, Data(shape, on, seed, contender.whole)))
+    if isinstance(found, str):
+        return {"error": found}
+    wrong = faults(found)
+    return {"accuracy": found, **({"error": "; ".join(wrong)} if wrong else {})}
+
+
+def timed(
+    running: list[Contender], direction: str, how: str, sets: Sequence[Data], on: torch.device, samples: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each contender, of samples that take turns."""
+    found: dict[str, Sampler] = {}
+    for contender in running:
+        one = attempt(contender, on, partial(sampler, contender, direction, how, sets, on))
+        if isinstance(one, str):
+            yield {"contender": contender.name, "error": one}
+        else:
+            found[contender.name] = one
+    times: dict[str, list[float]] = {name: [] for name in found}
+    order = [contender for contender in running if contender.name in found]
+    for _ in range(samples):
+        random.shuffle(order)
+        for contender in order:
+            with torch.set_grad_enabled(contender.autograd):
+                times[contender.name].append(found[contender.name]())
+    for contender in running:
+        if contender.name not in times:
+            continue
+        ours = "fused_inplace" if contender.inplace and not contender.whole else running[0].name
+        mine, spent = times.get(ours), times[contender.name]
+        over = statistics.median(a / b for a, b in zip(spent, mine, strict=True)) if mine else None
+        shape = sets[0].shape
+        result = quantiles(spent)
+        moved = least_bytes(shape, direction, contender.whole, contender.inplace)
+        yield {
+            "contender": contender.name,
+            "stats": contender.stats,
+            "adapters": contender.adapters,
+            **{f"us_{name}": value for name, value in result.items() if name != "samples"},
+            "us": spent,
+            "over_ours": over,
+            "least_bytes": moved,
+            "tb_per_s": moved / result["p50"] / 1e6,
+            "tflop_per_s": operations(shape, contender.whole) / result["p50"] / 1e6,
+        }
+
+
+def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
+    random.seed(0)
+    shape, whole = what.shape, what.of.startswith("whole")
     l2 = torch.cuda.get_device_properties(on).L2_cache_size if on.type == "cuda" else 1
-    first = Data(shape, on, 0, compiled)
-    rotation = min(max(2, -(-3 * l2 // first.bytes)), 24)
-    data = [first, *(Data(shape, on, seed, compiled) for seed in range(1, rotation))]
-    calls = 1 if dry_run else 8
-    for direction, cache, how in itertools.product(("forward", "backward"), ("cold", "warm"), ("eager", "graph")):
-        inputs = data if cache == "cold" else data[:1]
-        found: dict[str, Sampler] = {}
-        for name, call in providers():
-            prepared = attempt(partial(samplers, name, call, direction, how, inputs, on, calls))
-            if isinstance(prepared, str):
-                rows.write({"provider": name, "direction": direction, **shape._asdict(), "error": prepared})
-            else:
-                found[name] = prepared
-        times: dict[str, list[float]] = {name: [] for name in found}
-        order = list(found)
-        for _ in range(samples):
-            random.shuffle(order)
-            for name in order:
-                times[name].append(found[name]())
-        for name, values in times.items():
-            result = quantiles(values)
-            moved = least_bytes(shape, direction)
-            rows.write(
-                {
-                    "provider": name,
-                    "direction": direction,
-                    "cache": cache,
-                    "how": how,
-                    **shape._asdict(),
-                    **{f"us_{key}" if key != "samples" else key: value for key, value in result.items()},
-                    "least_bytes": moved,
-                    "tb_per_s": moved / result["p50"] / 1e6,
-                    "tflop_per_s": operations(shape) / result["p50"] / 1e6,
-                    "dry_run": dry_run,
-                }
-            )
+    common = {"set": what.of, **shape._asdict()}
+    with nk.use_backend(what.backend), Clocks(what.clocks, on) as clocks:
+        data = [Data(shape, on, seed, whole) for seed in range(rotation(shape, whole, l2))]
+        running = []
+        for i, contender in enumerate(contenders(what.of)):
+            if contender.prepare is not None:
+                attempt(contender, on, partial(contender.prepare, data))
+            found = accuracy(contender, shape, on, 1000 + i)
+            yield {**common, "contender": contender.name, **found}
+            if "error" not in found:
+                running.append(contender)
+        hows = SETS[what.of].hows
+        # The interpreter takes a tenth of a second per call: a dry run goes through each way once.
+        for how, cache in hows if on.type == "cuda" or what.of == "operator" else hows[:1]:
+            sets = data if cache == "cold" else data[:1]
+            for direction in ("forward", "backward"):
+                start = time.monotonic()
+                for row in timed(running, direction, how, sets, on, what.samples):
+                    around = {"direction": direction, "how": how, "cache": cache, "sets": len(sets)}
+                    yield {**common, **around, **row, "sm_mhz": clocks.since(start)}
+
+
+def trials(args: argparse.Namespace) -> dict[str, Trial]:
+    ours = [name for name in args.backends if nk.available_backends()[name] is True]
+    clocks = args.out.with_name("clocks.jsonl")
+    found = {}
+    phases = [[(of, [DRY_RUN]) for of in SETS]] if args.dry_run else PHASES
+    for i, phase in enumerate(phases):
+        for backend in ours:
+            for of, shapes in phase:
+                for shape in shapes if of in args.sets else ():
+                    key = f"{backend} {of} {shape.name} T={shape.T} {shape.d_in}->{shape.d_out} R={shape.R}"
+                    what = What(backend, of, shape, 1 if args.dry_run else args.samples, clocks)
+                    found[key] = Trial(f"{backend} phase {i + 1}", what, SETS[of].limit)
+    return found
 
 
 def main() -> int:
-    parser = arguments(__doc__)
+    parser = trial_arguments(__doc__)
     parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     args = parser.parse_args()
-    on = device(args.dry_run)
-    random.seed(0)
-    rows = Rows(args.out)
-    shapes = [Shape("dry run", 5, 24, 40, 2, 4)] if args.dry_run else SHAPES
-    for shape in shapes:
-        measure(shape, on, rows, 2 if args.dry_run else args.samples, args.dry_run)
-        print(f"{shape.name} T={shape.T}: {rows.count} rows", flush=True)
-    return int(not rows.count)
+    outcome = supervise(args, trials(args), run_trial)
+    print(outcome)
+    return 1 if outcome.failed else 3 if outcome.left else 0
 
 
 if __name__ == "__main__":

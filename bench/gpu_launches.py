@@ -5,16 +5,29 @@ python bench/gpu_launches.py --out launches.jsonl
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import nsc_kernels as nk
-from gpu_bench import SHAPES, Data, Shape
-from gpu_common import Rows, arguments, device, synchronize
+from gpu_common import synchronize
+from gpu_data import DRY_RUN, SHAPES, Data, Shape
+from gpu_trials import Trial, results, supervise, trial_arguments
+
+BACKENDS = ("triton", "cuda")
+TOKENS = (256, 6304, 16384)  # of the shapes that are tried: few, many at a large rank, very many
+
+
+class What(NamedTuple):
+    """The payload of a trial."""
+
+    backend: str
+    shape: Shape
+    direction: str
 
 
 def launched(run: Callable[[], Any], on: torch.device) -> list[str]:
@@ -29,35 +42,38 @@ def launched(run: Callable[[], Any], on: torch.device) -> list[str]:
     return [event.name for event in found.events() if event.device_type is torch.autograd.DeviceType.CUDA]
 
 
+def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
+    data = Data(what.shape, on, seed=0)
+    with nk.use_backend(what.backend):
+        outputs = data.fused()
+        kernels = launched(data.fused if what.direction == "forward" else lambda: data.backward(outputs), on)
+    yield {"direction": what.direction, **what.shape._asdict(), "launches": len(kernels), "kernels": kernels}
+
+
+def trials(args: argparse.Namespace) -> dict[str, Trial]:
+    shapes = [DRY_RUN] if args.dry_run else [shape for shape in SHAPES if shape.T in TOKENS]
+    return {
+        f"{backend} {direction} {shape.name} T={shape.T} R={shape.R}": Trial(
+            backend, What(backend, shape, direction), limit=30
+        )
+        for backend in args.backends
+        if nk.available_backends()[backend] is True
+        for shape in shapes
+        for direction in ("forward", "backward")
+    }
+
+
 def main() -> int:
-    args = arguments(__doc__).parse_args()
-    on = device(args.dry_run)
-    rows = Rows(args.out)
-    several = 0
-    shapes = [Shape("dry run", 5, 24, 40, 2, 4)] if args.dry_run else [s for s in SHAPES if s.T in (256, 6304, 16384)]
-    for shape in shapes:
-        for name in ("triton", "cuda"):
-            if nk.available_backends()[name] is not True:
-                continue
-            data = Data(shape, on, seed=0)
-            with nk.use_backend(name):
-                outputs = data.fused()
-                runs = {"forward": data.fused, "backward": lambda d=data, o=outputs: d.backward(o)}
-                for direction, run in runs.items():
-                    kernels = launched(run, on)
-                    several += len(kernels) != 1
-                    rows.write(
-                        {
-                            "backend": name,
-                            "direction": direction,
-                            **shape._asdict(),
-                            "launches": len(kernels),
-                            "kernels": kernels,
-                            "dry_run": args.dry_run,
-                        }
-                    )
-                    print(f"{name} {direction} {shape.name} T={shape.T}: {len(kernels)} launches {kernels}")
-    return 0 if args.dry_run else int(several > 0 or not rows.count)
+    parser = trial_arguments(__doc__)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    args = parser.parse_args()
+    outcome = supervise(args, trials(args), run_trial)
+    counted = [row for row in results(args.out) if "launches" in row and row["backend"] in args.backends]
+    for row in counted:
+        print(f"{row['trial']}: {row['launches']} launches {row['kernels']}")
+    print(outcome)
+    several = any(row["launches"] != 1 for row in counted)
+    return 1 if outcome.failed or (several and not args.dry_run) else 3 if outcome.left else 0
 
 
 if __name__ == "__main__":

@@ -4,42 +4,34 @@
 
 Six rank-16 adapters on q and v, bfloat16; per task 256 tokens (LLaMA) or an image and 64 tokens of text (LLaVA). The
 contenders are those of bench_merge_step.py: one model for all, each built anew in every round, warmed up by one step,
-whose objective is kept, and timed over the next ones. Ours run with each GPU backend; "_graph" replays a CUDA graph of
-the whole step. Memory is the most that was allocated, less the weights of the model.
+whose objective is kept, and timed over the next ones. A trial is one model with one of our GPU backends in a process
+of its own; a row per contender and round is written as it is measured. "_graph" replays a CUDA graph of the whole
+step. Memory is the most that was allocated, less the weights of the model.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import math
-import statistics
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from gpu_common import Rows, arguments, captured, device, synchronize
+from gpu_common import captured, synchronize
+from gpu_environment import Clocks
+from gpu_tables import print_merge_step
+from gpu_trials import Trial, supervise, trial_arguments
 from merge_step_contenders import CONTENDERS, Problem, Shape
-
-
-@dataclass(frozen=True)
-class Model:
-    """A shape, and what the project set out to reach with it.
-
-    Attributes:
-        iterations_in: seconds for 500 steps.
-        over_peft: how many times faster than PEFT's loop.
-    """
-
-    shape: Shape
-    iterations_in: float
-    over_peft: float | None
-
 
 LLAMA = Shape(layers=32, d=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256, rows=1, tokens=256)
 LLAVA = Shape(
@@ -53,9 +45,9 @@ LLAVA = Shape(
     tokens=640,
     vision_layers=24,
 )
-MODELS = {"LLaMA-3-8B": Model(LLAMA, 90, 3.0), "LLaVA-1.5-7B": Model(LLAVA, 120, None)}
+MODELS = {"LLaMA-3-8B": LLAMA, "LLaVA-1.5-7B": LLAVA}
 TINY = {
-    "layers": 4,
+    "layers": 2,
     "d": 64,
     "intermediate": 96,
     "heads": 4,
@@ -66,7 +58,7 @@ TINY = {
     "tokens": 9,
     "batches": 2,
 }
-MOST_TO_FLOOR, MOST_BYTES = 1.15, 6e9
+BACKENDS = ("triton", "cuda")
 OURS, OTHERS = ("loop", "loop_together"), ("concatenated", "peft", "dense", "floor", "floor_together")
 
 
@@ -81,16 +73,9 @@ class Contender:
     def __str__(self) -> str:
         return self.name + ("_graph" if self.graph else "") + (f"/{self.backend}" if self.backend else "")
 
-    @property
-    def floor(self) -> str:
-        """The floor of a step that puts the tasks' batches together, or does not."""
-        return "floor_together" if self.name.endswith("_together") else "floor"
 
-
-def contenders() -> list[Contender]:
-    ours = [name for name in ("triton", "cuda") if nk.available_backends()[name] is True]
-    mine = [Contender(name, backend, graph) for backend in ours for name in OURS for graph in (False, True)]
-    return [*mine, *(Contender(name) for name in OTHERS)]
+def contenders(backend: str) -> list[Contender]:
+    return [*(Contender(name, backend, graph) for name in OURS for graph in (False, True)), *map(Contender, OTHERS)]
 
 
 def small(shape: Shape) -> Shape:
@@ -114,6 +99,7 @@ def defaults(on: torch.device) -> Iterator[None]:
 
 def timed(problem: Problem, contender: Contender, on: torch.device, steps: int) -> dict[str, float]:
     """Milliseconds of a step, the peak of memory, and the objective of the first step; not a number for a floor."""
+    gc.collect()  # what the contender before held
     if on.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(on)
@@ -138,85 +124,58 @@ def timed(problem: Problem, contender: Contender, on: torch.device, steps: int) 
     }
 
 
-def attempt(problem: Problem, contender: Contender, on: torch.device, steps: int) -> dict[str, float] | str:
-    """What :func:`timed` finds, or why it cannot: what stops one contender says nothing about the others."""
-    try:
-        return timed(problem, contender, on, steps)
-    except Exception as error:
-        return repr(error)
+class What(NamedTuple):
+    """The payload of a trial: one model, in a process that measures one of our backends beside all others."""
+
+    backend: str
+    model: str
+    rounds: int
+    steps: int
+    clocks: Path
 
 
-def measure(name: str, model: Model, on: torch.device, rows: Rows, rounds: int, dry_run: bool) -> None:
-    shape = small(model.shape) if dry_run else model.shape
-    problem = Problem(shape)
-    found: dict[str, list[dict[str, float]]] = {}
-    running = contenders()
-    for _ in range(rounds):
-        for contender in list(running):
-            one = attempt(problem, contender, on, 1 if dry_run else 4)
-            if isinstance(one, str):
-                running.remove(contender)
-                found.pop(str(contender), None)
-                rows.write({"model": name, "contender": str(contender), "error": one, "dry_run": dry_run})
-                print(f"{name}  {contender}: {one}", flush=True)
-            else:
-                found.setdefault(str(contender), []).append(one)
-    for contender in running:
-        times = [one["ms"] for one in found[str(contender)]]
-        row = {
-            "model": name,
-            "contender": str(contender),
-            "backend": contender.backend,
-            "ms": statistics.median(times),
-            "rounds": times,
-            "objective": found[str(contender)][0]["objective"],
-            "peak_bytes": max(one["peak_bytes"] for one in found[str(contender)]),
-            **{f"over_{other}": ratio(found, other, contender) for other in OTHERS if other in found},
-            "shape": asdict(shape),
-            "dry_run": dry_run,
-        }
-        rows.write(row)
-        figures = f"{row['ms']:9.2f} ms  {row['peak_bytes'] / 1e9:6.2f} GB  {row['objective']:.5f}"
-        print(f"{name:<13} {contender!s:<28} {figures}", flush=True)
-        for line in () if dry_run else verdicts(model, contender, row):
-            print(f"    {line}", flush=True)
+def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each contender in each round, in changing order; one that fails is not tried again."""
+    shape = MODELS[what.model] if on.type == "cuda" else small(MODELS[what.model])
+    order = random.Random(0)
+    with defaults(on), Clocks(what.clocks, on) as clocks:
+        problem = Problem(shape)
+        running = contenders(what.backend)
+        for turn in range(what.rounds):
+            for contender in order.sample(running, len(running)):
+                common = {"model": what.model, "contender": str(contender), "round": turn}
+                start = time.monotonic()
+                try:
+                    found = timed(problem, contender, on, what.steps)
+                except Exception as error:
+                    synchronize(on)  # raises where the device is lost, and with it everything that follows
+                    running.remove(contender)
+                    yield {**common, "error": f"{type(error).__name__}: {error}"}
+                    continue
+                yield {**common, "name": contender.name, **found, "sm_mhz": clocks.since(start)}
 
 
-def ratio(found: dict[str, list[dict[str, float]]], other: str, contender: Contender) -> float:
-    """How many times a step of ``contender`` fits into one of ``other``: the median over rounds."""
-    pairs = zip(found[other], found[str(contender)], strict=True)
-    return statistics.median(slow["ms"] / quick["ms"] for slow, quick in pairs)
-
-
-def verdicts(model: Model, contender: Contender, row: dict[str, Any]) -> Iterator[str]:
-    """What was to be reached and what was."""
-    if contender.name not in OURS:
-        return
-    aims = [
-        ("500 steps, s", 0.5 * row["ms"], model.iterations_in, True),
-        ("peak over weights, GB", row["peak_bytes"] / 1e9, MOST_BYTES / 1e9, True),
-    ]
-    if f"over_{contender.floor}" in row:
-        aims.append(("to the floor", 1 / row[f"over_{contender.floor}"], MOST_TO_FLOOR, True))
-    if model.over_peft is not None and "over_peft" in row:
-        aims.append(("faster than peft", row["over_peft"], model.over_peft, False))
-    for what, value, bar, at_most in aims:
-        good = value <= bar if at_most else value >= bar
-        bound = f"{'at most' if at_most else 'at least'} {bar}"
-        yield f"{what}: {value:.3f}, to be {bound}: {'reached' if good else 'missed'}"
+def trials(args: argparse.Namespace) -> dict[str, Trial]:
+    rounds, steps = (1, 1) if args.dry_run else (args.rounds, 4)
+    clocks = args.out.with_name("clocks.jsonl")
+    return {
+        f"{backend} {model}": Trial(f"{backend} {model}", What(backend, model, rounds, steps, clocks), limit=400)
+        for model in args.models
+        for backend in args.backends
+        if nk.available_backends()[backend] is True
+    }
 
 
 def main() -> int:
-    parser = arguments(__doc__)
+    parser = trial_arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    on = device(args.dry_run)
-    rows = Rows(args.out)
-    with defaults(on):
-        for name in args.models:
-            measure(name, MODELS[name], on, rows, 1 if args.dry_run else args.rounds, args.dry_run)
-    return int(not rows.count)
+    outcome = supervise(args, trials(args), run_trial)
+    print_merge_step(args.out)
+    print(outcome)
+    return 1 if outcome.failed else 3 if outcome.left else 0
 
 
 if __name__ == "__main__":

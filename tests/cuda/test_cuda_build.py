@@ -15,7 +15,7 @@ import pytest
 import setuptools
 import torch
 
-from nsc_kernels import _native, info
+from nsc_kernels import _native, info, ledger
 from nsc_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,16 @@ def test_one_library_for_every_python_and_every_torch() -> None:
     undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
     assert not [s for s in undefined if s.startswith(("Py", "_Py", "cu", "cuda")) or "c10" in s or "2at" in s]
     assert not [line for line in symbols.splitlines() if " T " in line and "nsc_cuda" not in line]
+
+
+@built
+def test_a_result_for_it_can_be_entered_where_it_cannot_be_loaded() -> None:
+    if any(path.stat().st_mtime > LIBRARY.stat().st_mtime for path in ledger.CUDA.glob("*")):
+        pytest.skip("the sources are newer than the library")
+    digest = ledger.checkout_source("cuda")
+    if digest is None:
+        pytest.skip("needs the source tree")
+    assert digest.encode() in LIBRARY.read_bytes()
 
 
 @built
