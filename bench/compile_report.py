@@ -1,10 +1,14 @@
 """Compile the Triton kernel for GPUs that are not here and say what the compiler made of it.
 
-    python bench/compile_report.py [--quick] [--arch 80 90 100] [--json]
+    python bench/compile_report.py [--quick] [--arch 80 90 100] [--variants] [--json]
 
 Needs Triton (3.6 to 3.9) and no GPU. Every configuration that the formula gives for the grid below is compiled in both
 directions with everything switched on, and read back from the machine code: registers, spills, shared memory, matrix
-instructions. Exits with 1 if a row spills, asks for more shared memory than the GPU has, or lacks matrix instructions.
+instructions, asynchronous copies and plain loads. Exits with 1 if a row spills, asks for more shared memory than the
+GPU has or than configs.py says, or lacks matrix instructions.
+
+With --variants it is what gpu_tune.py times beside the formula's choice for the layers of the benchmark, each distinct
+one once: about ten minutes of a core per architecture.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import triton
+from gpu_candidates import MOST, candidates
 from nsc_kernels.ledger import triton_source
 from nsc_kernels.triton.columns import columns
-from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, choose, shared_bytes
+from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
 from nsc_kernels.triton.kernels import merged_lora_kernel
 
 # Processor counts of the A100, RTX 4090, H100/H200 and B200: they decide between the schedules.
@@ -41,6 +46,8 @@ MACHINES = {
     90: Machine("sm_90", 90, 132, SHARED[90]),
     100: Machine("sm_100", 100, 148, SHARED[100]),
 }
+# T, d and R of the layers of the benchmark.
+LAYERS = [(6304, 768, 320), *((T, 4096, 96) for T in (256, 640, 1536, 3840)), (16384, 4096, 128), (16384, 4096, 16)]
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = ("x", "w_in", "w_out", "base", "out", "u", "z", "c")
 FLOATS = ("lam", "quad", "sqnorm", "dlam", "work")
@@ -97,6 +104,8 @@ def signature(case: Case, config: Config) -> tuple[dict[str, str], dict[tuple[in
         "OUT_SLICES": config.out_slices,
         "ROWS": config.rows,
         "PRECISION": case.precision,
+        "EXPAND_STAGES": config.expand_stages,
+        "EARLY": config.early,
     }
     constants |= {name: None for name, missing in absent.items() if missing}
     types, constexprs, attributes = {}, {}, {}
@@ -154,6 +163,7 @@ def compile_case(case: Case, config: Config) -> dict[str, Any]:
         "wgmma": len(re.findall(r"\bHGMMA\b", code)),
         "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", code)),
         "cp_async": len(re.findall(r"\bLDGSTS\b", code)),
+        "ldg": len(re.findall(r"\bLDG\b", code)),
         "tma": len(re.findall(r"\bUTMALDG\b", code)),
         "seconds": round(seconds, 2),
         "triton": triton.__version__,
@@ -176,8 +186,9 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, estimated {row['shared_estimate']}")
     if row["precision"] != "ieee" or row["dtype"] != "fp32":
         wanted = "mma" if row["arch"] in ("sm_80", "sm_89") else "wgmma" if row["arch"] == "sm_90" else "tcgen05"
-        # float32 products in three TF32 parts may stay on mma.sync on every architecture.
-        if not row[wanted] and not (row["dtype"] == "fp32" and row["mma"]):
+        # float32 products in three TF32 parts and tiles of 32 tokens may stay on mma.sync on every architecture.
+        small = row["dtype"] == "fp32" or row["config"]["block_t"] < 64
+        if not row[wanted] and not (small and row["mma"]):
             found.append(f"no {wanted}")
     return found
 
@@ -200,35 +211,50 @@ def grid(archs: list[int], quick: bool) -> Iterator[Case]:
         yield Case(arch, backward, 8192, 4096, 96, "fp16", "ieee")
 
 
-def rows(cases: Iterator[Case]) -> Iterator[dict[str, Any]]:
-    """A row per distinct compilation."""
+def layers(archs: list[int], quick: bool) -> Iterator[Case]:
+    """The layers of the benchmark, by what tells their candidates apart."""
+    for arch, backward in itertools.product(archs, (False, True)):
+        for T, d, R in [(256, 4096, 96)] if quick else LAYERS:
+            yield Case(arch, backward, T, d, R, "bf16", "ieee")
+
+
+def rows(cases: Iterator[Case], variants: int = 0) -> Iterator[dict[str, Any]]:
+    """A row per distinct compilation: the chosen configuration, or the first ``variants`` candidates beside it."""
     seen = set()
     for case in cases:
-        config = choose(MACHINES[case.arch], case.problem)
+        problem, machine = case.problem._replace(T=bucket(case.T)), MACHINES[case.arch]
+        config = choose(machine, problem)
         if config is None:
             raise RuntimeError(f"no configuration for {case}")
-        key = (config, case._replace(T=0, d=0))
-        if key not in seen:
-            seen.add(key)
-            row = compile_case(case, config)
-            yield row | {"faults": faults(row)}
+        wanted = list(candidates(machine, problem, config).values())[:variants] if variants else [config]
+        for config in wanted:
+            key = (config, case._replace(T=0, d=0))
+            if key not in seen:
+                seen.add(key)
+                row = compile_case(case, config)
+                yield row | {"faults": faults(row)}
 
 
 TABLE = ("kernel", "arch", "dtype", "precision", "ranks", "R", "T", "regs", "spills", "shared")
-INSTRUCTIONS = ("mma", "wgmma", "tcgen05", "cp_async", "tma")
+INSTRUCTIONS = ("mma", "wgmma", "tcgen05", "cp_async", "ldg", "tma")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(MACHINES))
     parser.add_argument("--quick", action="store_true", help="a few cases per architecture, about a minute")
+    parser.add_argument("--variants", action="store_true", help="what gpu_tune.py would time, not what is chosen")
     parser.add_argument("--json", action="store_true", help="a list of rows instead of a table")
     args = parser.parse_args()
     found = []
     if not args.json:
         print(f"Triton {triton.__version__}, kernel source {triton_source()[:12]}")
         print("  ".join(f"{name:>9}" for name in (*TABLE, *INSTRUCTIONS)) + "  config")
-    for row in rows(grid(args.arch, args.quick)):
+    if args.variants:
+        found_rows = rows(layers(args.arch, args.quick), 2 if args.quick else MOST)
+    else:
+        found_rows = rows(grid(args.arch, args.quick))
+    for row in found_rows:
         found.append(row)
         if not args.json:
             line = "  ".join(f"{row[name]!s:>9}" for name in (*TABLE, *INSTRUCTIONS))

@@ -17,8 +17,9 @@ from typing import Any
 from . import _native
 
 PACKAGE = Path(__file__).parent / "triton"
+CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 VERIFIED = PACKAGE / "verified.json"
-SOURCES = ("kernels.py", "columns.py", "configs.py", "counters.py", "launch.py")
+SOURCES = ("kernels.py", "steps.py", "columns.py", "configs.py", "counters.py", "launch.py")
 BACKENDS = ("triton", "cuda")
 
 
@@ -37,6 +38,18 @@ def triton_source() -> str:
 def source(backend: str) -> str | None:
     """The digest that names a backend's kernels; None where the CUDA library is not loaded."""
     return _native.cuda_source() if backend == "cuda" else triton_source()
+
+
+def checkout_source(backend: str) -> str | None:
+    """The digest that a backend built from this checkout has, whether or not it can be loaded; None without one.
+
+    For ``csrc/cuda`` what CMakeLists.txt computes, so that a result from a machine with a GPU can be entered here.
+    """
+    if backend != "cuda":
+        return triton_source()
+    files = sorted(path for path in CUDA.glob("*") if path.is_file())
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if files else None
 
 
 @cache

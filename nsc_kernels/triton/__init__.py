@@ -1,6 +1,7 @@
 """The Triton kernels: one launch forward, one launch backward.
 
-    kernels.py    the kernel: shrink -> mid -> expand, tile schedule and sliced schedule
+    steps.py      shrink -> mid -> expand, each on the tokens of one program
+    kernels.py    the kernel: who runs the steps when, tile schedule and sliced schedule
     columns.py    the rank axis: chunks, groups, owners
     configs.py    tiles and schedule for a problem: a formula, and tables per GPU
     counters.py   counters that need no clearing

@@ -29,7 +29,7 @@ BARRIERS = 256  # bytes: one mbarrier per product and stage on sm_100
 
 @dataclass(frozen=True)
 class Config:
-    """One compiled variant. All sizes are powers of two.
+    """One compiled variant. All sizes but the numbers of slices are powers of two.
 
     Attributes:
         chunk: columns of the rank axis per product.
@@ -41,6 +41,9 @@ class Config:
         out_slices: slices of the expand of one tile.
         rows: tokens per mid unit.
         registers: the most per thread, None for the assembler's own choice.
+        expand_stages: depth of the compiler's prefetch of everything that the expand reads; None: of the weights
+            only, ``stages`` deep, and the rest one step ahead by hand.
+        early: the units of the sliced schedule load what does not depend on other units before they wait for those.
     """
 
     chunk: int
@@ -53,6 +56,12 @@ class Config:
     out_slices: int = 1
     rows: int = 1
     registers: int | None = None
+    expand_stages: int | None = None
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        if self.early and (not self.slices or self.expand_stages):
+            raise ValueError("early is about units that wait, and their expand is prefetched by hand")
 
 
 class Machine(NamedTuple):
@@ -113,10 +122,14 @@ def shared_bytes(on: Machine, problem: Problem, config: Config) -> int:
     padded = -(-max(problem.R, 1) // config.chunk) * config.chunk
     warpgroup = on.arch >= 90 and problem.mode == "half"
     # Products that read registers free a buffer one step earlier than those that read shared memory.
-    buffers = config.stages if warpgroup else config.stages - 1
-    shrink = buffers * (config.block_t + padded) * config.block_k
+    held = 0 if warpgroup else 1
+    shrink = (config.stages - held) * (config.block_t + padded) * config.block_k
     parts_of_c = 2 if problem.mode == "tf32x3" else 1
-    expand = buffers * padded * config.block_n + config.block_t * (parts_of_c * padded + config.block_n)
+    expand = ((config.expand_stages or config.stages) - held) * padded * config.block_n
+    expand += config.block_t * (parts_of_c * padded + config.block_n)
+    if config.expand_stages:
+        # base, and in the backward z: no product reads them.
+        expand += (config.expand_stages - 1) * (2 if problem.backward else 1) * config.block_t * config.block_n
     itemsize = 2 if problem.mode == "half" else 4
     return itemsize * max(shrink, expand) + BARRIERS
 

@@ -38,6 +38,8 @@ import triton.language as tl
 
 import triton
 
+from .steps import expand, first_rows, load_diagonal, load_step, middle, shrink, store_per_adapter, store_sums
+
 
 @triton.jit
 def signal(counter, sem: tl.constexpr):
@@ -55,118 +57,6 @@ def wait(counter, arrivals):
     """Return when ``arrivals`` have been counted; what was stored before them is then visible."""
     while tl.atomic_add(counter, 0, sem="acquire") < arrivals:
         pass
-
-
-@triton.jit
-def shrink(
-    x, w_in, t, begin, end, T, R, D, stride_x,
-    BT: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``x[t, begin:end] @ w_in[:, begin:end]^T`` in N chunks, and with NORM the sums of x^2, all float32."""
-    accs = ()
-    for _ in tl.static_range(N):
-        accs = accs + (tl.zeros((BT, C), tl.float32),)
-    # Summed over columns once, at the end: a reduction across threads in every step would cost more than the squares.
-    squares = tl.zeros((BT, BK), tl.float32)
-    x_rows = x + t.to(tl.int64)[:, None] * stride_x
-    j = tl.arange(0, C)
-    w_rows = w_in + j.to(tl.int64)[None, :] * D
-    for k0 in range(begin, end, BK):
-        k = k0 + tl.arange(0, BK)
-        x_tile = tl.load(x_rows + k[None, :], mask=(t < T)[:, None] & (k < D)[None, :], other=0.0)
-        added = ()
-        for i in tl.static_range(N):
-            inside = (k < D)[:, None] & (i * C + j < R)[None, :]
-            w_tile = tl.load(w_rows + (i * C * tl.cast(D, tl.int64) + k)[:, None], mask=inside, other=0.0)
-            added = added + (tl.dot(x_tile, w_tile, accs[i], input_precision=PRECISION),)
-        accs = added
-        if NORM:
-            x_wide = x_tile.to(tl.float32)
-            squares += x_wide * x_wide
-    return accs, tl.sum(squares, 1)
-
-
-@triton.jit
-def middle(
-    acc, i, t, u, lam, quad, owner, T, R, K,
-    ROWS: tl.constexpr, C: tl.constexpr, G: tl.constexpr, UNIFORM: tl.constexpr,
-    BACKWARD: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """The diagonal on chunk i: ``c`` in float32, and u * u or u * v summed over each group of columns.
-
-    Computed as ``[ROWS, C / G, G]``: what an adapter has per token is loaded once per group and not once per column.
-    """
-    GROUPS: tl.constexpr = C // G
-    g = i * GROUPS + tl.arange(0, GROUPS)
-    used = g * G < R
-    if UNIFORM:
-        k = g
-    else:
-        k = tl.load(owner + g, mask=used, other=0)
-    j = i * C + tl.arange(0, C)
-    columns = t.to(tl.int64)[:, None] * R + j[None, :]
-    inside = (t < T)[:, None] & (j < R)[None, :]
-    adapters = t.to(tl.int64)[:, None] * K + k[None, :]
-    in_group = (t < T)[:, None] & used[None, :]
-    grouped = tl.reshape(acc, (ROWS, GROUPS, G))
-    if PER_ROW:
-        c = grouped * tl.load(lam + adapters, mask=in_group, other=0.0)[:, :, None]
-    else:
-        c = grouped * tl.load(lam + k, mask=used, other=0.0)[None, :, None]
-    if BACKWARD:
-        saved = tl.load(u + columns, mask=inside, other=0.0).to(tl.float32)
-        saved = tl.reshape(saved, (ROWS, GROUPS, G))
-        product = saved * grouped
-        if quad is not None:
-            c += saved * (2.0 * tl.load(quad + adapters, mask=in_group, other=0.0))[:, :, None]
-    else:
-        product = grouped * grouped
-        if u is not None:
-            tl.store(u + columns, acc.to(u.dtype.element_ty), mask=inside)
-    return tl.reshape(c, (ROWS, C)), tl.sum(product, 2)
-
-
-@triton.jit
-def store_per_adapter(
-    out, sums, t, owner, T, R, K,
-    N: tl.constexpr, C: tl.constexpr, G: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
-    """``out[t, k]`` = the sum over adapter k's groups; ``sums`` holds ``[len(t), C / G]`` for each chunk."""
-    GROUPS: tl.constexpr = C // G
-    g = tl.arange(0, GROUPS)
-    rows = out + t.to(tl.int64) * K
-    if UNIFORM:
-        for i in tl.static_range(N):
-            k = i * GROUPS + g
-            tl.store(rows[:, None] + k[None, :], sums[i], mask=(t < T)[:, None] & (k < K)[None, :])
-    else:
-        for k in range(K):
-            value = tl.zeros_like(tl.sum(sums[0], 1))
-            for i in tl.static_range(N):
-                owners = tl.load(owner + i * GROUPS + g, mask=(i * GROUPS + g) * G < R, other=-1)
-                value += tl.sum(tl.where((owners == k)[None, :], sums[i], 0.0), 1)
-            tl.store(rows + k, value, mask=t < T)
-
-
-@triton.jit
-def store_sums(
-    sums, squares, t, unit, quad, sqnorm, dlam, owner, parts, T, R, K,
-    N: tl.constexpr, C: tl.constexpr, G: tl.constexpr, UNIFORM: tl.constexpr,
-    BACKWARD: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """What the middle leaves per token (statistics, dlam per row) or per unit (parts of dlam)."""
-    if BACKWARD:
-        if dlam is not None:
-            if PER_ROW:
-                store_per_adapter(dlam, sums, t, owner, T, R, K, N, C, G, UNIFORM)
-            else:
-                for i in tl.static_range(N):
-                    at = (unit * N + i) * (C // G) + tl.arange(0, C // G)
-                    tl.store(parts + at, tl.sum(sums[i], 0))
-    elif quad is not None:
-        store_per_adapter(quad, sums, t, owner, T, R, K, N, C, G, UNIFORM)
-        tl.store(sqnorm + t, squares, mask=t < T)
 
 
 @triton.jit
@@ -193,45 +83,11 @@ def finish_dlam(
 
 
 @triton.jit
-def load_tile(source, t, n0, T, end, stride, BT: tl.constexpr, BN: tl.constexpr):
-    """``source[t, n0 : n0 + BN]``, zero outside of ``[T, end]`` and where there is no source."""
-    if source is None:
-        tile = tl.zeros((BT, BN), tl.float32)
-    else:
-        n = n0 + tl.arange(0, BN)
-        inside = (t < T)[:, None] & (n < end)[None, :]
-        tile = tl.load(source + t.to(tl.int64)[:, None] * stride + n[None, :], mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def expand(
-    cs, w_out, base, out, z, dsqnorm, t, begin, end, T, R, D, stride_base, stride_out, stride_z,
-    BT: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``out[t, begin:end] = base + c @ w_out [+ 2 dsqnorm z]``, rounded once."""
-    rows = t.to(tl.int64)[:, None]
-    j = tl.arange(0, C)
-    w_rows = w_out + j.to(tl.int64)[:, None] * D
-    scale = tl.zeros((BT,), tl.float32)
-    if z is not None:
-        scale = 2.0 * tl.load(dsqnorm + t, mask=t < T, other=0.0)
-    base_tile = load_tile(base, t, begin, T, end, stride_base, BT, BN)
-    z_tile = load_tile(z, t, begin, T, end, stride_z, BT, BN)
-    for n0 in range(begin, end, BN):
-        n = n0 + tl.arange(0, BN)
-        acc = base_tile.to(tl.float32)
-        if z is not None:
-            acc += scale[:, None] * z_tile.to(tl.float32)
-        # One step ahead by hand: the compiler prefetches what a product reads from shared memory, and this it does not.
-        base_tile = load_tile(base, t, n0 + BN, T, end, stride_base, BT, BN)
-        z_tile = load_tile(z, t, n0 + BN, T, end, stride_z, BT, BN)
-        for i in tl.static_range(N):
-            in_chunk = (i * C + j < R)[:, None] & (n < D)[None, :]
-            w_tile = tl.load(w_rows + (i * C * tl.cast(D, tl.int64) + n)[None, :], mask=in_chunk, other=0.0)
-            acc = tl.dot(cs[i], w_tile, acc, input_precision=PRECISION)
-        inside = (t < T)[:, None] & (n < D)[None, :]
-        tl.store(out + rows * stride_out + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+def slice_of(s, D, BLOCK: tl.constexpr, SLICES: tl.constexpr):
+    """Where slice s of D columns begins and ends."""
+    width = tl.cdiv(tl.cdiv(D, BLOCK), SLICES) * BLOCK
+    begin = s * width
+    return begin, tl.minimum(begin + width, D)
 
 
 @triton.jit
@@ -244,9 +100,7 @@ def shrink_unit(
     tile = unit // SLICES
     s = unit % SLICES
     t = tile * BT + tl.arange(0, BT)
-    width = tl.cdiv(tl.cdiv(D, BK), SLICES) * BK
-    begin = s * width
-    end = tl.minimum(begin + width, D)
+    begin, end = slice_of(s, D, BK, SLICES)
     accs, squares = shrink(x, w_in, t, begin, end, T, R, D, stride_x, BT, BK, N, C, NORM, PRECISION)
     rows = t.to(tl.int64) + tl.cast(s, tl.int64) * T
     for i in tl.static_range(N):
@@ -263,11 +117,16 @@ def mid_unit(
     index, lam, u, quad, sqnorm, dlam, owner, work, norms, parts, c, arrived, ready, T, R, K,
     MIDS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     UNIFORM: tl.constexpr, BACKWARD: tl.constexpr, PER_ROW: tl.constexpr, NORM: tl.constexpr,
-    SLICES: tl.constexpr, EXPAND: tl.constexpr,
+    SLICES: tl.constexpr, EXPAND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The middle of ROWS tokens, once every slice of their tile has arrived."""
     tile = index // MIDS
     t = index * ROWS + tl.arange(0, ROWS)
+    ahead = ()
+    if EARLY:  # inputs of the launch only: what another program writes is not there yet
+        for i in tl.static_range(N):
+            found = load_diagonal(i, t, u, lam, quad, owner, T, R, K, ROWS, C, G, UNIFORM, BACKWARD, PER_ROW)
+            ahead = ahead + (found,)
     wait(arrived + tile, SLICES)
     rows = t.to(tl.int64)
     sums = ()
@@ -280,7 +139,8 @@ def mid_unit(
             partial = work + (rows + s * tl.cast(T, tl.int64))[:, None] * R + j[None, :]
             acc += tl.load(partial, mask=inside, other=0.0)
         c_chunk, per_group = middle(
-            acc, i, t, u, lam, quad, owner, T, R, K, ROWS, C, G, UNIFORM, BACKWARD, PER_ROW
+            acc, ahead[i] if EARLY else None, i, t, u, lam, quad, owner, T, R, K,
+            ROWS, C, G, UNIFORM, BACKWARD, PER_ROW,
         )  # fmt: skip
         sums = sums + (per_group,)
         if EXPAND:
@@ -303,24 +163,27 @@ def mid_unit(
 def expand_unit(
     index, w_out, base, out, z, dsqnorm, c, ready, left, T, R, D, stride_base, stride_out, stride_z,
     MIDS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    OUT_SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    OUT_SLICES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One slice of the output columns of one tile, once its middle is done."""
     tile = index // OUT_SLICES
     s = index % OUT_SLICES
     t = tile * BT + tl.arange(0, BT)
+    first = None
+    if EARLY:
+        begin, end = slice_of(s, D, BN, OUT_SLICES)
+        w_rows = first_rows(w_out, D, C)
+        first = load_step(w_rows, base, z, t, begin, T, R, end, D, stride_base, stride_z, BT, BN, N, C, True)
     wait(ready + tile, MIDS)
     cs = ()
     for i in tl.static_range(N):
         j = i * C + tl.arange(0, C)
         inside = (t < T)[:, None] & (j < R)[None, :]
         cs = cs + (tl.load(c + t.to(tl.int64)[:, None] * R + j[None, :], mask=inside, other=0.0),)
-    width = tl.cdiv(tl.cdiv(D, BN), OUT_SLICES) * BN
-    begin = s * width
-    end = tl.minimum(begin + width, D)
+    begin, end = slice_of(s, D, BN, OUT_SLICES)
     expand(
-        cs, w_out, base, out, z, dsqnorm, t, begin, end, T, R, D, stride_base, stride_out, stride_z,
-        BT, BN, N, C, PRECISION,
+        cs, first, w_out, base, out, z, dsqnorm, t, begin, end, T, R, D, stride_base, stride_out, stride_z,
+        BT, BN, N, C, PRECISION, STAGES,
     )  # fmt: skip
     if signal(left + tile, "acq_rel") == OUT_SLICES - 1:
         tl.store(ready + tile, 0)
@@ -335,6 +198,7 @@ def merged_lora_kernel(
     N: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     SLICES: tl.constexpr, OUT_SLICES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One direction of the operator on ``x [T, D_IN]``; what is None is not read, not computed and not written.
 
@@ -350,6 +214,8 @@ def merged_lora_kernel(
         work: float32: the shrink partials ``[SLICES, T, R]`` and ``[SLICES, T]``, then from ``parts_at`` the parts of
             dlam ``[units, N, C / G]``.
         c: ``[T, R]`` in the compute dtype, sliced only.
+        EXPAND_STAGES, EARLY: when the loads of the expand are issued, and whether units load what they can before they
+            wait; neither changes what is added in which order. See :class:`nsc_kernels.triton.configs.Config`.
     """
     NORM: tl.constexpr = (not BACKWARD) and (sqnorm is not None)
     SUM_DLAM: tl.constexpr = BACKWARD and (dlam is not None) and (not PER_ROW)
@@ -368,7 +234,7 @@ def merged_lora_kernel(
         sums = ()
         for i in tl.static_range(N):
             c_chunk, per_group = middle(
-                accs[i], i, t, u, lam, quad, owner, T, R, K, BT, C, G, UNIFORM, BACKWARD, PER_ROW
+                accs[i], None, i, t, u, lam, quad, owner, T, R, K, BT, C, G, UNIFORM, BACKWARD, PER_ROW
             )
             cs = cs + (c_chunk.to(w_out.dtype.element_ty),)
             sums = sums + (per_group,)
@@ -377,8 +243,8 @@ def merged_lora_kernel(
         )  # fmt: skip
         if EXPAND:
             expand(
-                cs, w_out, base, out, z, sqnorm, t, 0, D_OUT, T, R, D_OUT, stride_base, stride_out, stride_z,
-                BT, BN, N, C, PRECISION,
+                cs, None, w_out, base, out, z, sqnorm, t, 0, D_OUT, T, R, D_OUT, stride_base, stride_out, stride_z,
+                BT, BN, N, C, PRECISION, EXPAND_STAGES,
             )  # fmt: skip
         if SUM_DLAM:
             finish_dlam(dlam, parts, tiles, owner, arrivals, R, K, N, C, G, UNIFORM)
@@ -404,12 +270,12 @@ def merged_lora_kernel(
             index = unit - first_mid
             mid_unit(
                 index, lam, u, quad, sqnorm, dlam, owner, work, norms, parts, c, arrived, ready, T, R, K,
-                MIDS, ROWS, N, C, G, UNIFORM, BACKWARD, PER_ROW, NORM, SLICES, EXPAND,
+                MIDS, ROWS, N, C, G, UNIFORM, BACKWARD, PER_ROW, NORM, SLICES, EXPAND, EARLY,
             )  # fmt: skip
             if SUM_DLAM:
                 finish_dlam(dlam, parts, tiles * MIDS, owner, arrivals, R, K, N, C, G, UNIFORM)
         elif EXPAND:
             expand_unit(
                 unit - first_expand, w_out, base, out, z, sqnorm, c, ready, left, T, R, D_OUT,
-                stride_base, stride_out, stride_z, MIDS, BT, BN, N, C, OUT_SLICES, PRECISION,
+                stride_base, stride_out, stride_z, MIDS, BT, BN, N, C, OUT_SLICES, PRECISION, EXPAND_STAGES, EARLY,
             )  # fmt: skip

@@ -122,6 +122,8 @@ def launch(
             SLICES=config.slices,
             OUT_SLICES=config.out_slices,
             ROWS=config.rows,
+            EXPAND_STAGES=config.expand_stages,
+            EARLY=config.early,
             PRECISION="tf32x3" if mode == "tf32x3" else "ieee",  # 16-bit products are exact and ignore it
             num_warps=config.warps,
             num_stages=config.stages,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "bench" / "compile_report.py"
 
 
+def report(*options: str) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, str(REPORT), "--quick", "--json", *options]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.stdout, run.stderr
+    return json.loads(run.stdout)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_shipped_configurations_compile_to_matrix_instructions_without_spills(arch):
     """No spills, shared memory within the limit and the estimate, matrix instructions of the architecture."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, str(REPORT), "--quick", "--json", "--arch", str(arch)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.stdout, run.stderr
-    rows = json.loads(run.stdout)
+    rows = report("--arch", str(arch))
     assert {row["kernel"] for row in rows} == {"forward", "backward"}
     assert {row["config"]["slices"] > 0 for row in rows} == {False, True}, "both schedules"
     instruction = {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
@@ -31,3 +36,12 @@ def test_shipped_configurations_compile_to_matrix_instructions_without_spills(ar
         assert (row["spills"], row["stack"]) == (0, 0), row
         assert row["shared"] <= row["shared_limit"], row
         assert row[instruction] > 0, row
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_prepared_variants_compile_without_spills_and_within_their_estimate(arch):
+    rows = report("--variants", "--arch", str(arch))
+    assert {row["kernel"] for row in rows} == {"forward", "backward"}
+    assert {(row["config"]["expand_stages"], row["config"]["early"]) for row in rows} == {(3, False), (None, True)}
+    for row in rows:
+        assert not row["faults"], row
