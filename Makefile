@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
