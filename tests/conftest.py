@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -12,6 +14,13 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when it is first imported, which torch may do for any test, whether its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A process that a test starts imports the packages from where this one does, whichever are installed: another build of
+# the kernels differs in the last bit.
+_found = [spec.origin for name in ("nsc_kernels", "nsc_merge") if (spec := importlib.util.find_spec(name))]
+_places = dict.fromkeys(str(Path(origin).parents[1]) for origin in _found if origin)
+os.environ["PYTHONPATH"] = os.pathsep.join([*_places, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(autouse=True)

@@ -14,18 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from zoo import KINDS, write_adapter
 
-import nsc_kernels
-import nsc_merge
-
 
 def environment(**changes: str) -> dict[str, str]:
-    """For a process that imports both packages from where this one does, whichever are installed.
-
-    With the kernels of another build its results would differ in the last bit.
-    """
-    places = dict.fromkeys(str(Path(package.__file__).parents[1]) for package in (nsc_merge, nsc_kernels))
-    path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **changes}
+    """For a process of a test's own; tests/conftest.py has it import the packages from where this one does."""
+    return {**os.environ, **changes}
 
 
 def make_place(base: nn.Module, folder: Path) -> Path:
