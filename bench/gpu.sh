@@ -58,9 +58,10 @@ step() {
 
 # rows NAME SECONDS SCRIPT ARGUMENT...: a script that starts no new trial after SECONDS, and goes on from NAME.jsonl.
 rows() {
-    local name=$1 seconds=$2 script=$3
+    local name=$1 seconds=$2 script=$3 log=$1
     shift 3
-    step "$name-of-$STAGE" $((seconds + 30)) 25 \
+    if [ "$name" != "$STAGE" ]; then log="$STAGE-$name"; fi
+    step "$log" $((seconds + 30)) 25 \
         "$PYTHON" "bench/$script" --out "$RESULTS/$name.jsonl" --seconds "$seconds" "${FLAGS[@]}" "$@"
 }
 
