@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -46,6 +47,19 @@ class Variant(NamedTuple):
 
 def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++")
+
+
+def copy_sources(folder: Path, variant: Variant) -> None:
+    """The kernels' sources, with one variant of each family: what a test changes and builds anew is built quickly."""
+    for path in CSRC.glob("*.*"):
+        shutil.copy(path, folder)
+    geometry = folder / "geometry.h"
+    one = f"X({variant.ranks}, {variant.tokens})\n"
+    text = re.sub(
+        r"(#define NSC_(?:WARPGROUP_)?VARIANTS\(X\)).*\\\n(?:.*\\\n)*.*\n", rf"\1 {one}", geometry.read_text()
+    )
+    assert text.count(one) == 2
+    geometry.write_text(text)
 
 
 def build(folder: Path, csrc: Path = CSRC, *, warpgroup: bool = False) -> Path:

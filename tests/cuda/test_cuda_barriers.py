@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +51,7 @@ VARIANT = Variant(128, 64)
 
 
 def right(folder: Path, warpgroup: bool) -> bool:
-    """Build ``folder`` with one variant: whether every order of threads and copies gives the bits of the mirror."""
-    geometry = (folder / "geometry.h").read_text()
-    one = re.sub(r"(#define NSC_(?:WARPGROUP_)?VARIANTS\(X\)).*\\\n(?:.*\\\n)*.*\n", r"\1 X(128, 64)\n", geometry)
-    assert one.count("X(128, 64)\n") == 2
-    (folder / "geometry.h").write_text(one)
+    """Build ``folder``: whether every order of threads and copies gives the bits of the mirror."""
     emulator = Emulator(harness.build(folder, csrc=folder, warpgroup=warpgroup))
     p = problems.problem(70, 776, 840, (16,) * 6, torch.bfloat16, torch.device("cpu"))
     u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
@@ -81,8 +75,7 @@ def right(folder: Path, warpgroup: bool) -> bool:
 def sources(tmp_path: Path) -> Path:
     if harness.compiler() is None:
         pytest.skip("needs a C++ compiler")
-    for path in harness.CSRC.glob("*.*"):
-        shutil.copy(path, tmp_path)
+    harness.copy_sources(tmp_path, VARIANT)
     return tmp_path
 
 

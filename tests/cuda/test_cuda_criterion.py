@@ -8,9 +8,8 @@ other random numbers.
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from harness import Emulator, How, Variant
 
 problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
 
-VARIANT = Variant(96, 64)
+VARIANT = Variant(128, 64)
 
 
 class Fault(NamedTuple):
@@ -85,19 +84,18 @@ class Faulty:
         return SimpleNamespace(forward=forward, backward=backward)
 
 
+def build_faulty(folder: Path) -> Faulty:
+    harness.copy_sources(folder, VARIANT)
+    kernel = folder / "kernel.inl"
+    kernel.write_text(planted(kernel.read_text()))
+    return Faulty(Emulator(harness.build(folder, csrc=folder)))
+
+
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     if harness.compiler() is None:
         pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("faulty")
-    for path in harness.CSRC.glob("*.*"):
-        shutil.copy(path, folder)
-    kernel, geometry = folder / "kernel.inl", folder / "geometry.h"
-    kernel.write_text(planted(kernel.read_text()))
-    one = re.sub(r"(#define NSC_VARIANTS\(X\)).*\\\n(?:.*\\\n)*.*\n", r"\1 X(96, 64)\n", geometry.read_text())
-    assert one.count("X(96, 64)\n") == 1
-    geometry.write_text(one)
-    return Faulty(Emulator(harness.build(folder, csrc=folder)))
+    return build_faulty(tmp_path_factory.mktemp("faulty"))
 
 
 @pytest.fixture
