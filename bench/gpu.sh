@@ -40,7 +40,7 @@ FAILED=0
 
 archive() {
     if [ -n "${OUT:-}" ]; then
-        tar czf "$OUT/.$STAGE.tgz" -C "$RESULTS" . && mv "$OUT/.$STAGE.tgz" "$OUT/$STAGE.tgz"
+        tar czf "$OUT/.$STAGE.tgz" --exclude="./.*" -C "$RESULTS" . && mv "$OUT/.$STAGE.tgz" "$OUT/$STAGE.tgz"
     fi
 }
 
