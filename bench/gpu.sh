@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to learn from a machine with a GPU, stage by stage (docs/gpu.md says what comes out):
 #
-#     bench/gpu.sh                    every stage in turn, about 50 minutes
+#     bench/gpu.sh                    every stage in turn, an hour at most
 #     bench/gpu.sh correctness        Triton: every trial, launches counted              each of these alone takes
 #     bench/gpu.sh bench              speed of each available backend against the rest   less than ten minutes,
 #     bench/gpu.sh merge-step         one step of a merge of LLaMA-3-8B and LLaVA-1.5-7B and run again it goes on

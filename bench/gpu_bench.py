@@ -35,13 +35,10 @@ import nsc_kernels as nk
 from gpu_accuracy import errors, faults
 from gpu_common import captured, microseconds, quantiles, synchronize
 from gpu_contenders import Contender, contenders
-from gpu_data import DRY_RUN, FAMILIES, LARGE, MLP, SHAPES, Data, Shape, least_bytes, operations, rotation
+from gpu_data import DRY_RUN, FAMILIES, LARGE, MLP, Data, Shape, least_bytes, operations, rotation
 from gpu_environment import Clocks
-from gpu_trials import Trial, supervise, trial_arguments
+from gpu_trials import Trial, add_backends, available, supervise, trial_arguments
 
-__all__ = ["SHAPES", "Data", "Shape"]
-
-BACKENDS = ("triton", "cuda")
 GRAPH, EAGER, WARM = ("graph", "cold"), ("eager", "cold"), ("graph", "warm")
 CALLS = {"cuda": 16, "cpu": 1}  # per sample, at least
 
@@ -224,7 +221,7 @@ def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def trials(args: argparse.Namespace) -> dict[str, Trial]:
-    ours = [name for name in args.backends if nk.available_backends()[name] is True]
+    ours = available(args.backends)
     clocks = args.out.with_name("clocks.jsonl")
     found = {}
     phases = [[(of, [DRY_RUN]) for of in SETS]] if args.dry_run else PHASES
@@ -242,11 +239,11 @@ def main() -> int:
     parser = trial_arguments(__doc__)
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    add_backends(parser)
     args = parser.parse_args()
     outcome = supervise(args, trials(args), run_trial)
     print(outcome)
-    return 1 if outcome.failed else 3 if outcome.left else 0
+    return outcome.code
 
 
 if __name__ == "__main__":

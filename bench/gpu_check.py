@@ -25,12 +25,11 @@ from torch import Tensor
 
 from gpu_common import Rows, device, own_stream, test_problems
 from gpu_repeats import BITWISE, QUESTIONS, Skipped, wait_for_memory
-from gpu_trials import Trial, supervise, trial_arguments
+from gpu_trials import Trial, add_backends, available, supervise, trial_arguments
 from nsc_kernels.backends import registry
 
 problems = test_problems()
 
-GPU_BACKENDS = ("triton", "cuda")
 UNEQUAL = (3, 0, 16, 5, 1, 31)
 R16 = {K: (16,) * K for K in (1, 6, 8, 20, 32)}
 
@@ -242,10 +241,6 @@ def run_one(payload: Payload, on: torch.device) -> Iterator[dict[str, Any]]:
     yield attempt(payload, on)
 
 
-def available() -> list[str]:
-    return [name for name in GPU_BACKENDS if registry.load(name)[0] is not None and registry.load(name)[1] is None]
-
-
 def smallest(args: Any, names: list[str]) -> int:
     """One case in this process: a tool that watches a process need not follow others."""
     on, rows = device(args.dry_run), Rows(args.out)
@@ -261,10 +256,10 @@ def smallest(args: Any, names: list[str]) -> int:
 
 def main() -> int:
     parser = trial_arguments(__doc__)
-    parser.add_argument("--backends", nargs="+", choices=GPU_BACKENDS, default=list(GPU_BACKENDS))
+    add_backends(parser)
     parser.add_argument("--smallest", action="store_true", help="one small case in this process")
     args = parser.parse_args()
-    names = [name for name in available() if name in args.backends]
+    names = available(args.backends)
     if not names:
         print(f"none of {', '.join(args.backends)} is available")
         return 1
@@ -272,7 +267,7 @@ def main() -> int:
         return smallest(args, names)
     outcome = supervise(args, trials(names, args.dry_run), run_one)
     print(f"{', '.join(names)}: {outcome}")
-    return 1 if outcome.failed else 3 if outcome.left else 0
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main() -> int:
     }
     outcome = supervise(args, trials, sweep)
     print(outcome)
-    return 1 if outcome.failed else 3 if outcome.left else 0
+    return outcome.code
 
 
 if __name__ == "__main__":

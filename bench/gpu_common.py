@@ -22,6 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton")]
 from nsc_kernels import ledger  # noqa: E402
 
 
+def source_of(backend: str | None) -> str | None:
+    """The digest of the kernels that a row is about: Triton's where it is about no backend of ours."""
+    return ledger.source(backend if backend in ledger.BACKENDS else "triton")
+
+
 class Rows:
     """Writes each row at once, so that a script that is stopped leaves what it has. ``keep``: after what is there."""
 
@@ -33,9 +38,7 @@ class Rows:
         self.count = 0
 
     def write(self, row: dict[str, Any]) -> None:
-        backend = row.get("backend", row.get("provider"))
-        source = ledger.source(backend if backend in ledger.BACKENDS else "triton")
-        self._file.write(json.dumps({**row, "source": source}) + "\n")
+        self._file.write(json.dumps({**row, "source": source_of(row.get("backend"))}) + "\n")
         self._file.flush()
         self.count += 1
 

@@ -16,9 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 import nsc_kernels as nk
 from gpu_common import synchronize
 from gpu_data import DRY_RUN, SHAPES, Data, Shape
-from gpu_trials import Trial, results, supervise, trial_arguments
+from gpu_trials import Trial, add_backends, available, results, supervise, trial_arguments
 
-BACKENDS = ("triton", "cuda")
 TOKENS = (256, 6304, 16384)  # of the shapes that are tried: few, many at a large rank, very many
 
 
@@ -56,8 +55,7 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
         f"{backend} {direction} {shape.name} T={shape.T} R={shape.R}": Trial(
             backend, What(backend, shape, direction), limit=30
         )
-        for backend in args.backends
-        if nk.available_backends()[backend] is True
+        for backend in available(args.backends)
         for shape in shapes
         for direction in ("forward", "backward")
     }
@@ -65,7 +63,7 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
 
 def main() -> int:
     parser = trial_arguments(__doc__)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    add_backends(parser)
     args = parser.parse_args()
     outcome = supervise(args, trials(args), run_trial)
     counted = [row for row in results(args.out) if "launches" in row and row["backend"] in args.backends]
@@ -73,7 +71,7 @@ def main() -> int:
         print(f"{row['trial']}: {row['launches']} launches {row['kernels']}")
     print(outcome)
     several = any(row["launches"] != 1 for row in counted)
-    return 1 if outcome.failed or (several and not args.dry_run) else 3 if outcome.left else 0
+    return 1 if several and not args.dry_run else outcome.code
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import nsc_kernels as nk
 from gpu_common import captured, synchronize
 from gpu_environment import Clocks
 from gpu_tables import print_merge_step
-from gpu_trials import Trial, supervise, trial_arguments
+from gpu_trials import Trial, add_backends, available, supervise, trial_arguments
 from merge_step_contenders import CONTENDERS, Problem, Shape
 
 LLAMA = Shape(layers=32, d=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256, rows=1, tokens=256)
@@ -58,7 +58,6 @@ TINY = {
     "tokens": 9,
     "batches": 2,
 }
-BACKENDS = ("triton", "cuda")
 OURS, OTHERS = ("loop", "loop_together"), ("concatenated", "peft", "dense", "floor", "floor_together")
 
 
@@ -161,21 +160,20 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
     return {
         f"{backend} {model}": Trial(f"{backend} {model}", What(backend, model, rounds, steps, clocks), limit=400)
         for model in args.models
-        for backend in args.backends
-        if nk.available_backends()[backend] is True
+        for backend in available(args.backends)
     }
 
 
 def main() -> int:
     parser = trial_arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    add_backends(parser)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     outcome = supervise(args, trials(args), run_trial)
     print_merge_step(args.out)
     print(outcome)
-    return 1 if outcome.failed else 3 if outcome.left else 0
+    return outcome.code
 
 
 if __name__ == "__main__":

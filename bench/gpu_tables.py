@@ -46,6 +46,13 @@ def say_if_dry(rows: list[Row]) -> None:
         print("a dry run: no figure is a measurement")
 
 
+def print_failures(rows: list[Row]) -> None:
+    """Contenders that could not be measured, and trials that did not end well."""
+    for row in rows:
+        if "error" in row or "why" in row:
+            print(f"{row['trial']} {row.get('contender', '')}: {row.get('error', row.get('why'))}")
+
+
 class Key(NamedTuple):
     """Of a measurement."""
 
@@ -84,9 +91,7 @@ def print_speed(folder: Path, copy: float | None) -> None:
             here = {key: row for key, row in mine.items() if key.direction == direction}
             for line in [*best(here), *verdicts(backend, shape, here, copy, latency and latency["p50"])]:
                 print(f"  {direction:<8} {line}")
-    for row in rows:
-        if "error" in row or "why" in row:
-            print(f"{row['trial']} {row.get('contender', '')}: {row.get('error', row.get('why'))}")
+    print_failures(rows)
 
 
 def print_table(table: tuple[str, str, Shape], found: dict[Key, Row], copy: float | None) -> None:
@@ -170,9 +175,7 @@ def print_merge_step(path: Path) -> None:
     """Medians over rounds; a ratio is the median over rounds of the ratio within one."""
     rows = results(path)
     say_if_dry(rows)
-    for row in rows:
-        if "error" in row or "why" in row:
-            print(f"{row['trial']} {row.get('contender', '')}: {row.get('error', row.get('why'))}")
+    print_failures(rows)
     for trial in dict.fromkeys(row["trial"] for row in rows if "ms" in row):
         by_name: dict[str, dict[int, Row]] = {}
         for row in rows:

@@ -24,13 +24,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 
-from gpu_common import Rows, arguments, device, own_stream, read_rows
+import nsc_kernels as nk
+from gpu_common import Rows, arguments, device, own_stream, read_rows, source_of
 from nsc_kernels import ledger
 
 START_LIMIT = 180.0  # seconds for a worker to import everything and meet its device
@@ -52,7 +53,7 @@ class Trial(NamedTuple):
 
     @property
     def source(self) -> str | None:
-        return ledger.source(self.backend if self.backend in ledger.BACKENDS else "triton")
+        return source_of(self.backend)
 
 
 # What one trial yields, on a device and on a stream of the worker's own. An exception ends the trial as failed, and so
@@ -67,6 +68,11 @@ class Outcome(NamedTuple):
     failed: int
     left: int
 
+    @property
+    def code(self) -> int:
+        """For the shell: 1 if a trial failed, 3 if some are left to another run."""
+        return 1 if self.failed else 3 if self.left else 0
+
     def __str__(self) -> str:
         return f"{self.done} trials done, {self.failed} failed, {self.left} left"
 
@@ -80,6 +86,15 @@ def trial_arguments(description: str | None, workers: int = 1) -> argparse.Argum
     parser.add_argument("--again", action="store_true", help="repeat trials that failed, hung or died before")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def add_backends(parser: argparse.ArgumentParser) -> None:
+    """``--backends``; :func:`available` says which of them there are."""
+    parser.add_argument("--backends", nargs="+", choices=ledger.BACKENDS, default=list(ledger.BACKENDS))
+
+
+def available(backends: Sequence[str]) -> list[str]:
+    return [name for name in backends if nk.available_backends()[name] is True]
 
 
 def results(path: Path) -> list[dict[str, Any]]:

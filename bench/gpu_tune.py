@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bench import SHAPES, Data, Shape
 from gpu_candidates import candidates
 from gpu_common import captured, microseconds, quantiles, synchronize
+from gpu_data import SHAPES, Data, Shape
 from gpu_trials import Trial, results, supervise, trial_arguments
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config, Problem, bucket, formula, machine
@@ -179,7 +179,7 @@ def main() -> int:
     args.table.parent.mkdir(parents=True, exist_ok=True)
     args.table.write_text(json.dumps(table(rows), indent=1) + "\n")
     print(outcome)
-    return 1 if outcome.failed else 3 if outcome.left else 0
+    return outcome.code
 
 
 if __name__ == "__main__":

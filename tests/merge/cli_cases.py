@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 from zoo import KINDS, write_adapter
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """For a process of a test's own; tests/conftest.py has it import the packages from where this one does."""
-    return {**os.environ, **changes}
 
 
 def make_place(base: nn.Module, folder: Path) -> Path:

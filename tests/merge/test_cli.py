@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from cli_cases import contents, environment, interrupted, make_place, on_cpu
+from cli_cases import contents, interrupted, make_place, on_cpu
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, outputs, write_adapter
@@ -52,7 +53,7 @@ def command(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", "nsc_merge.cli", *map(str, arguments)],
         cwd=cwd,
-        env=environment(OMP_NUM_THREADS="1"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -61,9 +62,7 @@ def command(*arguments, cwd):
 
 def test_another_process_imports_the_packages_of_this_one(tmp_path):
     code = "import nsc_merge, nsc_kernels; print(nsc_merge.__file__, nsc_kernels.__file__, sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [nsc_merge.__file__, nsc_kernels.__file__]
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from cli_cases import contents, environment, interrupted, make_place
+from cli_cases import contents, interrupted, make_place
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build
 
@@ -280,7 +280,7 @@ def test_bytes_that_the_locale_does_not_know_are_read_as_utf8(place):
 
 
 def module(*arguments, **settings):
-    return subprocess.run([sys.executable, "-m", "nsc_merge", *arguments], env=environment(), timeout=120, **settings)
+    return subprocess.run([sys.executable, "-m", "nsc_merge", *arguments], timeout=120, **settings)
 
 
 def test_the_package_runs_as_a_module_and_tells_its_version():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import environment
 from safetensors import safe_open
 
 import nsc_merge
@@ -26,7 +26,7 @@ def command(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, "-m", "nsc_merge.cli", *arguments],
         cwd=cwd,
-        env=environment(OMP_NUM_THREADS="1", **changes),
+        env=os.environ | {"OMP_NUM_THREADS": "1", **changes},
         capture_output=True,
         text=True,
         timeout=120,
@@ -147,9 +147,7 @@ def test_retrain_writes_parts_that_the_demo_can_load(tmp_path, monkeypatch):
         (["cook"], 2, "invalid choice"),
     ],
 )
-def test_wrong_usage_is_one_line_and_writes_nothing(
-    tmp_path, monkeypatch, capsys, arguments, status, message
-):
+def test_wrong_usage_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     try:
         found = main(arguments)

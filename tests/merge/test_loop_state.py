@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import environment
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -60,7 +60,7 @@ def test_kill_at_a_random_moment_and_resume(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(state)],
         cwd=Path(__file__).parent,
-        env=environment(OMP_NUM_THREADS="1"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
