@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.nsc import objective_of, resolve_options
 

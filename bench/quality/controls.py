@@ -15,7 +15,7 @@ from suite import Scores, Suite, evaluate, merged
 from torch import Tensor, nn
 
 import nsc_merge
-from nsc_merge.adapters import Adapter
+from nsc_merge.adapter import Adapter
 from nsc_merge.attachment import adapted_linears, attach, presence
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.forwards import shared_forward

@@ -31,7 +31,8 @@ from rows import BATCH, GRADIENT_STEPS, ROWS, SHUFFLED, Row
 from suite import Scores, Subset, Suite, evaluate, merged
 
 import nsc_merge
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapter import Adapter
+from nsc_merge.adapters import load_adapter
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.tuning import COARSE, tune_scale
 from nsc_merge.remap import fit

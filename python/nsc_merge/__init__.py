@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nsc_merge.adapters import Adapter, Factor, load_adapter
+    from nsc_merge.adapter import Adapter, Factor
+    from nsc_merge.adapters import load_adapter
     from nsc_merge.api import merge
     from nsc_merge.attachment import attach
     from nsc_merge.result import MergeResult

@@ -7,19 +7,19 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.safefile import read_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
 # Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
@@ -39,65 +39,6 @@ _REFUSED = {
 }
 # Initialisations that move a part of the base weights into the factors.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The update of one linear layer: ``scaling * (B @ A)``, with ``scaling * bias`` on its bias.
-
-    Attributes:
-        A: down-projection ``[r, d_in]``.
-        B: up-projection ``[d_out, r]``.
-        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        bias: bias of lora_B (``lora_bias=True``), ``[d_out]``.
-        dense: update of a layer that was trained in full, ``[d_out, d_in]``; ``A`` and ``B`` are then of
-            rank 0.
-        fixed: coefficient that no method may change, for layers trained in full and merged by rule.
-        magnitude: DoRA's row norms ``[d_out]``, before the conversion to a plain update.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-    bias: Tensor | None = None
-    dense: Tensor | None = None
-    fixed: float | None = None
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def delta(self) -> Tensor:
-        """The dense update ``[d_out, d_in]``, in float64."""
-        low_rank = self.B.double() @ self.A.double()
-        return self.scaling * (low_rank if self.dense is None else low_rank + self.dense.double())
-
-    def bias_delta(self) -> Tensor | None:
-        """The update of the layer's bias ``[d_out]`` in float64, if there is one."""
-        return None if self.bias is None else self.scaling * self.bias.double()
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One task's LoRA adapter.
-
-    Attributes:
-        name: the task.
-        factors: module path in the base model -> its update.
-        base_model: what the adapter's configuration says it was trained on, if anything.
-        trained: parameter path -> value, of the modules that were trained in full (``modules_to_save``). Once
-            fitted to a model by :func:`nsc_merge.remap.fit`, only the task's own heads are left here.
-        source: the folder it came from, if any.
-        notes: what a person should know about how it was read.
-    """
-
-    name: str
-    factors: dict[str, Factor]
-    base_model: str | None = None
-    trained: dict[str, Tensor] = field(default_factory=dict)
-    source: Path | None = None
-    notes: tuple[str, ...] = ()
 
 
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
@@ -185,7 +126,7 @@ def _from_peft(
     left_over = []
     whole = config.get("modules_to_save") or []
     for key, value in weights.items():
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(path)
         if path == key:
             left_over.append(key)
@@ -198,7 +139,7 @@ def _from_peft(
     if left_over:
         raise ValueError(
             f"adapters[{name!r}]: {len(left_over)} of {len(weights)} tensors would be ignored, so nothing "
-            f"is loaded: {_listed(left_over)}. Expected {_PREFIX}<module>.lora_A.weight and .lora_B.weight, "
+            f"is loaded: {_listed(left_over)}. Expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, "
             f"and modules_to_save {list(whole)}"
         )
     if not parts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, MergedLoRALinear
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.folding import Folded
 
 Measure = Callable[[str, Tensor, Tensor], None]
@@ -57,7 +57,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
 
 def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:
     """Every linear that has coefficients to choose, in the order of the model: all that some adapter touches,
-    but those whose coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`).
+    but those whose coefficients are fixed (:attr:`nsc_merge.adapter.Factor.fixed`).
 
     Raises:
         TypeError, ValueError: as :func:`merged_linears`.
@@ -133,7 +133,7 @@ def attach(
     ``[K]``, in the order of ``adapters``; a task whose adapter does not touch the module has a coefficient of
     0 there, which no gradient reaches. All of the model's own parameters are frozen meanwhile. On leaving,
     also by an error, the model holds the same modules with the same settings as before. Layers whose
-    coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`) are merged too, but not yielded.
+    coefficients are fixed (:attr:`nsc_merge.adapter.Factor.fixed`) are merged too, but not yielded.
 
     Args:
         model: any module whose adapted submodules are ``nn.Linear``.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nsc_merge.adapters import Adapter
-    from nsc_merge.result import MergeResult
+from nsc_merge.adapter import Adapter
+from nsc_merge.merged_update import MergedUpdate
 
 _LOADING = {
     "lora": """\
@@ -26,7 +23,7 @@ model = {cls}.from_pretrained("{place}")
 
 
 def model_card(
-    result: MergeResult, formats: list[str], rank: int | None, errors: dict[str, float], *, nested: bool
+    result: MergedUpdate, formats: list[str], rank: int | None, errors: dict[str, float], *, nested: bool
 ) -> str:
     """Markdown with the metadata that model hubs read.
 
@@ -45,35 +42,27 @@ def model_card(
     lines += [f"library_name: {'transformers' if 'model' in formats else 'peft'}", "tags:", "- merge", "- lora"]
     count = len(result.tasks)
     lines += ["---", "", f"# {count} LoRA adapter{'s' * (count > 1)} merged: {', '.join(result.tasks)}", ""]
-    lines += [*_method(result), "", *_table(result), "", "## Loading", ""]
+    lines += [*_found(result), "", *_table(result), "", "## Loading", ""]
     for name in formats:
         lines.append(_LOADING[name].format(place=name if nested else ".", cls=type(result.model).__name__))
     lines += [f"- {note}" for note in _remarks(result, formats, rank, errors)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _method(result: MergeResult) -> list[str]:
-    if result.method != "nsc":
-        from nsc_merge.methods import METHODS
-
-        paper = f" ({METHODS[result.method].paper})" if result.method in METHODS else ""
-        return [f"Method: `{result.method}`{paper}. All settings are in `recipe.yaml`."]
-    lines = [
-        "The coefficients were found by null-space compression ([arXiv 2603.26317]"
-        "(https://arxiv.org/abs/2603.26317)) on unlabelled inputs: no labels and no task metric were used. "
-        "All settings, versions and hashes of the inputs are in `recipe.yaml`."
+def _found(result: MergedUpdate) -> list[str]:
+    about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
+    if not result.history or "omega" not in result.history[0]:
+        return [about]
+    first, last = result.history[0], result.history[-1]
+    return [
+        about,
+        "",
+        f"Mean null-space ratio (the objective): {first['objective']:.4f} at the first of "
+        f"{len(result.history)} steps, {last['objective']:.4f} at the last.",
     ]
-    if result.history:
-        first, last = result.history[0], result.history[-1]
-        lines += [
-            "",
-            f"Mean null-space ratio (the objective): {first['objective']:.4f} at the first of "
-            f"{len(result.history)} steps, {last['objective']:.4f} at the last.",
-        ]
-    return lines
 
 
-def _table(result: MergeResult) -> list[str]:
+def _table(result: MergedUpdate) -> list[str]:
     if not result.coefficients:
         rows = [
             f"| {task} | {len(adapter.factors)} | {_ranks(adapter)} |" for task, adapter in result.adapters.items()
@@ -97,10 +86,10 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _remarks(
-    result: MergeResult, formats: list[str], rank: int | None, errors: dict[str, float]
+    result: MergedUpdate, formats: list[str], rank: int | None, errors: dict[str, float]
 ) -> list[str]:
-    from nsc_merge.export import serving_notes
     from nsc_merge.remap import absent
+    from nsc_merge.serving_notes import serving_notes
 
     remarks = serving_notes(result, rank) if "lora" in formats else []
     if errors:

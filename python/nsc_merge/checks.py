@@ -8,12 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from nsc_merge.api import method_of
-from nsc_merge.families import FAMILIES
-from nsc_merge.methods import METHODS
-from nsc_merge.nsc import resolve_options
+from nsc_merge.loading import device_of
+from nsc_merge.methods import Method, method_of
 from nsc_merge.recipe import Recipe, RecipeError
 
 
@@ -29,13 +25,8 @@ def check(recipe: Recipe, *, resume: bool) -> None:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     with options_at_fault(recipe, always=True):
-        method_of(recipe.method, recipe.options)
-        if recipe.method == "nsc":
-            # Any family: it only chooses defaults.
-            resolve_options(FAMILIES[0], list(recipe.adapters), recipe.options)
-        else:
-            method.options(**recipe.options)
-    if resume and not can_resume(recipe):
+        method.resolved(recipe.options, list(recipe.adapters))
+    if resume and not method.resumable:
         raise RecipeError(f"--resume: method {recipe.method!r} keeps no state to go on from")
     if "data" in method.needs:
         missing = [task for task in recipe.adapters if task not in recipe.calibration]
@@ -43,8 +34,8 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             raise RecipeError(
                 f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
             )
-    device_of(recipe.device)
-    _check_formats(recipe)
+    check_device(recipe.device)
+    _check_formats(recipe, method)
     _check_place(recipe.out)
 
 
@@ -60,11 +51,8 @@ def options_at_fault(recipe: Recipe, *, always: bool = False) -> Iterator[None]:
         raise RecipeError(f"options.{error}" if named else f"options: {error}") from error
 
 
-def _check_formats(recipe: Recipe) -> None:
-    gives = METHODS[recipe.method].gives
-    # The one option that makes another kind of update: TIES on the factors themselves.
-    if recipe.options.get("trim_scope") == "factors":
-        gives = "low rank"
+def _check_formats(recipe: Recipe, method: Method) -> None:
+    gives = method.gives_with(recipe.options)
     if set(recipe.formats) == {"coefficients"} and gives != "coefficients":
         raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
     if "lora" not in recipe.formats:
@@ -89,24 +77,13 @@ def _check_place(out: Path) -> None:
         raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
 
 
-def can_resume(recipe: Recipe) -> bool:
-    """Whether the method keeps a state to go on from."""
-    return recipe.method in METHODS and "state_to" in METHODS[recipe.method].option_names
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name as in :class:`nsc_merge.recipe.Recipe`.
+def check_device(name: str) -> None:
+    """Refuse a device that there is not.
 
     Raises:
-        RecipeError: if there is none.
+        RecipeError: naming it, and those that there are.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise RecipeError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise RecipeError(
-            f"device: expected cpu or one of the {count} GPUs that PyTorch {torch.__version__} finds, found {name}"
-        )
-    return device
+    try:
+        device_of(name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None

@@ -218,7 +218,7 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     prepare(local=recipe.local)
     from nsc_merge import runner
-    from nsc_merge.checks import can_resume
+    from nsc_merge.methods import method_of
 
     if arguments.dry_run:
         plan = runner.plan(recipe, log, resume=arguments.resume)
@@ -228,7 +228,7 @@ def _run(arguments: argparse.Namespace) -> int:
         summary = runner.run(recipe, resume=arguments.resume, log=log)
     except KeyboardInterrupt:
         state = runner.state_file(recipe)
-        if can_resume(recipe) and state.is_file():
+        if method_of(recipe.method).resumable and state.is_file():
             again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
             log(f"the state is in {state}; go on with: {again}")
         raise
@@ -257,8 +257,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.adapters import load_adapter
     from nsc_merge.attachment import merged_linears
     from nsc_merge.batches import check_names, read_batches
+    from nsc_merge.loading import load_model
     from nsc_merge.remap import fit
-    from nsc_merge.runner import load_model
 
     called = [folder.name for folder in arguments.adapters]
     if len(set(called)) != len(called):
@@ -286,8 +286,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     prepare(local=True)
-    from nsc_merge.export import serving_notes
     from nsc_merge.saved import load_result
+    from nsc_merge.serving_notes import serving_notes
 
     if arguments.rank is not None and arguments.format != "lora":
         raise UsageError("--rank: only --format lora can be truncated")
@@ -320,7 +320,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from nsc_merge.api import describe_methods
+    from nsc_merge.methods.registry import describe_methods
 
     methods = describe_methods()
     if arguments.json:

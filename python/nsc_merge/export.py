@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from nsc_merge.adapters import CONFIG_FILE, WEIGHTS_FILE
+from nsc_merge.adapter import Factor
+from nsc_merge.adapters import CONFIG_FILE
 from nsc_merge.card import model_card
-from nsc_merge.fields import from_yaml
 from nsc_merge.folders import files_in, replacing_folder
-from nsc_merge.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT
-from nsc_merge.recipe import FORMATS, RECORD, digest_of, plain, recipe_of, to_yaml
-
-if TYPE_CHECKING:
-    from nsc_merge.result import MergeResult
-
-COEFFICIENTS_FILE = "coefficients.json"
-HISTORY_FILE = "history.jsonl"
-RECIPE_FILE = "recipe.yaml"
-CARD_FILE = "README.md"
-TRUNCATION_FILE = "truncation.json"
-HEADS_FOLDER = "heads"
-TASKS_FOLDER = "tasks"
-
-COEFFICIENTS_FORMAT = "nsc_merge.coefficients"
+from nsc_merge.layout import (
+    CARD_FILE,
+    COEFFICIENTS_FILE,
+    COEFFICIENTS_FORMAT,
+    FORMATS,
+    HEADS_FOLDER,
+    HISTORY_FILE,
+    RECIPE_FILE,
+    RECORD,
+    TRUNCATION_FILE,
+    file_name,
+)
+from nsc_merge.low_rank import concatenated, low_rank
+from nsc_merge.merged_update import MergedUpdate, by_task
+from nsc_merge.peft_writer import write_adapter
+from nsc_merge.plain_values import plain
+from nsc_merge.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
+from nsc_merge.record import merge_digest, recipe_of
+from nsc_merge.yaml_text import from_yaml, to_yaml
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
-# Up to this width an exact SVD of a dense update takes about a second; a wide one would take minutes.
-_EXACT_WIDTH = 1024
-_OVERSAMPLING, _ITERATIONS = 16, 4
-
-# The ranks that vLLM's --max-lora-rank accepts.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
 
 def save(
-    result: MergeResult,
+    result: MergedUpdate,
     out: Path,
     format: str | Sequence[str],
     *,
@@ -71,7 +65,7 @@ def save(
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     if isinstance(format, str):
         _refuse_mixture(out, format)
-    digest = digest_of(result)
+    digest = merge_digest(result)
     earlier, files = _earlier(out)
     kept = files if earlier == digest else set()
 
@@ -86,7 +80,7 @@ def save(
             shown = list(dict.fromkeys(["coefficients", *wanted]))
         else:
             shown = [name for name in wanted if name != "coefficients" or not nested]
-        for place, one in _by_task(result):
+        for place, one in by_task(result):
             for name in shown:
                 if nested and name == "coefficients":
                     continue
@@ -117,17 +111,8 @@ def _earlier(out: Path) -> tuple[str | None, set[str]]:
         return None, set()
 
 
-def _by_task(result: MergeResult) -> Iterator[tuple[str, MergeResult]]:
-    """Folder within the output, and what is written there: one entry, or one for each task."""
-    if not result.per_task:
-        yield "", result
-        return
-    for task in result.tasks:
-        yield f"{TASKS_FOLDER}/{file_name(task)}", result.for_task(task)
-
-
-def _refuse_full_rank(result: MergeResult) -> None:
-    for _, one in _by_task(result):
+def _refuse_full_rank(result: MergedUpdate) -> None:
+    for _, one in by_task(result):
         for path in one.paths:
             if not one.is_whole(path) and any(factor.dense is not None for _, factor in one.terms(path)):
                 raise ValueError(
@@ -145,7 +130,7 @@ def _refuse_mixture(out: Path, format: str) -> None:
 
 
 def _write(
-    result: MergeResult, folder: Path, format: str, rank: int | None, max_shard_size: str | int
+    result: MergedUpdate, folder: Path, format: str, rank: int | None, max_shard_size: str | int
 ) -> dict[str, float]:
     if format == "coefficients":
         _write_coefficients(result, folder)
@@ -156,7 +141,7 @@ def _write(
     return {}
 
 
-def _write_coefficients(result: MergeResult, folder: Path) -> None:
+def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
     document = {
         "format": COEFFICIENTS_FORMAT,
         "version": 1,
@@ -169,115 +154,42 @@ def _write_coefficients(result: MergeResult, folder: Path) -> None:
     (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def concatenated(result: MergeResult, path: str) -> tuple[Tensor, Tensor]:
-    """``A [R, d_in]`` and ``B [d_out, R]`` in float64 whose product is the merged update, R = sum of ranks."""
-    terms = list(result.terms(path))
-    A = torch.cat([factor.A.double() for _, factor in terms])
-    B = torch.cat([lam * factor.scaling * factor.B.double() for lam, factor in terms], 1)
-    return A, B
-
-
-def low_rank(result: MergeResult, path: str, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``A [r, d_in]``, ``B [d_out, r]`` with r <= ``rank`` next to the merged update, and their relative Frobenius
-    error.
-
-    The best of that rank; of a wide update that has no factors, as good as a few subspace iterations find it.
-    """
-    if any(factor.dense is not None for _, factor in result.terms(path)):
-        return _low_rank_of_dense(result.delta(path), rank)
-    A, B = concatenated(result, path)
-    if A.shape[0] <= rank:
-        return A, B, 0.0
-    # QR of both factors first: the SVD is then of the sum of the ranks, not of the layer's width.
-    q_in, r_in = torch.linalg.qr(A.t())
-    q_out, r_out = torch.linalg.qr(B)
-    left, sigma, right = torch.linalg.svd(r_out @ r_in.t(), full_matrices=False)
-    roots = sigma[:rank].sqrt()
-    error = float(sigma[rank:].norm() / sigma.norm()) if sigma.any() else 0.0
-    return (roots[:, None] * right[:rank]) @ q_in.t(), (q_out @ left[:, :rank]) * roots, error
-
-
-def _low_rank_of_dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    narrow = min(delta.shape)
-    if narrow <= max(_EXACT_WIDTH, 4 * rank):
-        left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
-    else:
-        # Seeded here, so that the same merge gives the same file.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            left, sigma, columns = torch.svd_lowrank(delta, q=min(narrow, rank + _OVERSAMPLING), niter=_ITERATIONS)
-        right = columns.t()
-    kept = int((sigma[:rank] > 0).sum())
-    roots = sigma[:kept].sqrt()
-    A, B = roots[:, None] * right[:kept], left[:, :kept] * roots
-    norm = delta.norm()
-    return A, B, float((delta - B @ A).norm() / norm) if norm > 0 else 0.0
-
-
-def _write_lora(result: MergeResult, folder: Path, rank: int | None) -> dict[str, float]:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    ranks, errors = {}, {}
+def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[str, float]:
+    factors, errors = {}, {}
     whole = [path for path in result.paths if result.is_whole(path)]
-    biases = {path: result.bias_delta(path) for path in result.paths if path not in whole}
-    has_bias = any(bias is not None for bias in biases.values())
-    for path in biases:
+    for path in result.paths:
+        if path in whole:
+            continue
         if rank is None:
-            A, B = concatenated(result, path)
+            A, B = concatenated(result.terms(path))
         else:
-            A, B, errors[path] = low_rank(result, path, rank)
+            A, B, errors[path] = low_rank(result.terms(path), rank)
+        bias = result.bias_delta(path)
         if A.shape[0] == 0:
             # PEFT has no adapters of rank 0. Leaving the module out says the same, unless it has a bias.
-            if biases[path] is None:
+            if bias is None:
                 continue
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().contiguous()
-        if has_bias:
-            bias = biases[path]
-            tensors[f"base_model.model.{path}.lora_B.bias"] = (
-                torch.zeros(B.shape[0]) if bias is None else bias.float()
-            )
-        ranks[path] = A.shape[0]
-    if not ranks and not whole:
+        factors[path] = Factor(A, B, 1.0, bias)
+    if not factors and not whole:
         raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
-    if whole:
-        merged = result.merged(result.model, whole)
-        for path in whole:
-            for parameter, value in result.model.get_submodule(path).state_dict().items():
-                name = f"{path}.{parameter}"
-                tensors[f"base_model.model.{name}"] = merged.get(name, value).contiguous()
-    largest = max(ranks.values(), default=1)
-    other = {re.escape(path): value for path, value in ranks.items() if value != largest}
-    bases = {adapter.base_model for adapter in result.adapters.values()}
-    # alpha = r everywhere, so that the scaling that PEFT applies is exactly 1.
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": bases.pop() if len(bases) == 1 else None,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": list(ranks),
-        "modules_to_save": whole or None,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": has_bias,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
+    merged = result.merged(result.model, whole) if whole else {}
+    kept = {
+        path: {
+            name: merged.get(f"{path}.{name}", value)
+            for name, value in result.model.get_submodule(path).state_dict().items()
+        }
+        for path in whole
     }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    bases = {adapter.base_model for adapter in result.adapters.values()}
+    write_adapter(folder, factors, kept, bases.pop() if len(bases) == 1 else None)
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return errors
 
 
-def _write_model(result: MergeResult, folder: Path, max_shard_size: str | int) -> None:
+def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) -> None:
     model: Any = result.model
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
@@ -287,7 +199,7 @@ def _write_model(result: MergeResult, folder: Path, max_shard_size: str | int) -
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
-def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> None:
+def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:
     from safetensors.torch import save_file
 
     for task, adapter in result.adapters.items():
@@ -301,40 +213,7 @@ def _write_surroundings(result: MergeResult, folder: Path, *, plots: bool) -> No
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
     if plots and result.coefficients:
-        from nsc_merge.plots import draw
-
         draw(result.coefficients, result.dead, result.history, folder)
-
-
-def file_name(task: str) -> str:
-    """The task as a file name: whatever could leave the folder is replaced."""
-    return re.sub(r"[^\w.-]", "_", task).lstrip(".") or "task"
-
-
-def _rank(result: MergeResult, path: str) -> int:
-    """Of the exact adapter of one module."""
-    return sum(
-        factor.rank if factor.dense is None else min(factor.dense.shape) for _, factor in result.terms(path)
-    )
-
-
-def serving_notes(result: MergeResult, rank: int | None = None) -> list[str]:
-    """What a server must be told to load the result's adapter, one line each."""
-    merges = [one for _, one in _by_task(result)]
-    full = max((_rank(one, path) for one in merges for path in one.paths if not one.is_whole(path)), default=0)
-    largest = full if rank is None else min(rank, full)
-    flag = next((allowed for allowed in _VLLM_RANKS if allowed >= largest), None)
-    notes = [
-        f"the adapter has rank {largest}; vLLM: --enable-lora --max-lora-rank {flag}"
-        if flag
-        else f"the adapter has rank {largest}, more than vLLM's {_VLLM_RANKS[-1]}: save with a smaller rank, or "
-        "as a model"
-    ]
-    if any(result.is_whole(path) for path in result.paths):
-        notes.append("the adapter has modules_to_save, which PEFT loads and vLLM does not: save as a model")
-    if any(factor.bias is not None for one in merges for path in one.paths for _, factor in one.terms(path)):
-        notes.append("the adapter has biases (lora_bias), which not every server loads")
-    return notes
 
 
 def _is_outdated(path: Path, written: set[Path]) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.options import did_you_mean
+from nsc_merge.yaml_text import from_yaml
+
 # YAML 1.1 takes 1e-3 for a string, which nobody means.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-_MERGE_TAG = "tag:yaml.org,2002:merge"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -66,50 +67,6 @@ def read_document(
     return document
 
 
-def from_yaml(text: str) -> Any:
-    """The value of YAML text, in which no key is given twice; for all YAML that is read.
-
-    Raises:
-        yaml.YAMLError: naming the line.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        # As written, before merge keys (<<) put in those of other mappings.
-        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-            node = super().compose_mapping_node(anchor)
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode):
-                    if key.value in seen:
-                        raise yaml.composer.ComposerError(
-                            None, None, f"the key {key.value!r} is given twice", key.start_mark
-                        )
-                    seen.add(key.value)
-            return node
-
-        # As YAML has it, whichever PyYAML there is: a mapping's own keys win over merged ones, of a list of mappings
-        # the earlier. 6.0.4 lets the later win, except for keys that happen to be the same object in memory.
-        def flatten_mapping(self, node: yaml.MappingNode) -> None:
-            written, merged = node.value, []
-            # Before those of others are looked at, which may be this one.
-            node.value = [(key, value) for key, value in written if key.tag != _MERGE_TAG]
-            for key, value in written:
-                if key.tag == _MERGE_TAG:
-                    for other in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
-                        if not isinstance(other, yaml.MappingNode):
-                            expected = "expected keys and values, or a list of such, to merge (<<)"
-                            raise yaml.constructor.ConstructorError(
-                                None, None, f"{expected}, found a {other.id}", other.start_mark
-                            )
-                        self.flatten_mapping(other)
-                        merged += other.value
-            node.value = merged + node.value
-            super().flatten_mapping(node)
-
-    return yaml.load(text, Loader)
-
-
 def _updated(document: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     document = dict(document)
     for key, value in change.items():
@@ -128,12 +85,6 @@ def absolute_model(model: Any, base: Path) -> Any:
     if isinstance(model, str) and not is_hub_id(model, base):
         return str(base / Path(model).expanduser())
     return model
-
-
-def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def refuse_unknown(prefix: str, document: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -6,21 +6,22 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter
+from nsc_merge.adapter import Adapter
 from nsc_merge.attachment import adapted_linears, attach, presence
+from nsc_merge.descent_options import DescentOptions
 from nsc_merge.families import Family, family_of, frozen_tower, scored_paths
 from nsc_merge.folding import should_fold
 from nsc_merge.forwards import evaluating
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
+from nsc_merge.loop import Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Objective
 from nsc_merge.modality import MODALITIES, filler_of, restriction
-from nsc_merge.options import check_choice, check_count, check_number, check_plain, check_seed
+from nsc_merge.options import check_choice, check_count, check_plain
 from nsc_merge.passes import FEW, Calibration, Padding, streams
 from nsc_merge.result import MergeResult
 from nsc_merge.signal import signal_notes
@@ -43,21 +44,20 @@ _BESIDE_THE_PROBLEM = ("progress", *_OF_THE_STATE)
 
 
 @dataclass(frozen=True)
-class NSCOptions:
+class NSCOptions(DescentOptions):
     """Options of ``method="nsc"``.
 
     Attributes:
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent_options.DescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there. Eq. 5 is not convex: the result depends on it.
+        seed: see there.
+        progress: see there.
         recipe: named defaults for optimizer, lr, weight_decay and steps; the family's own when None.
-        optimizer: ``"adamw"`` or ``"adam"``.
-        lr: learning rate. Adam moves a coefficient by at most about ``steps * lr``.
-        weight_decay: of the optimizer.
-        steps: optimisation steps; each takes one batch of every task.
-        schedule: of the learning rate over the steps: ``"constant"``, or falling to 0 by ``"cosine"`` or
-            ``"linear"``.
-        early_stop: stop once the mean objective of ten steps is less than this share below that of the ten
-            before (0.001 is a tenth of a percent); None never stops early.
-        init: initial coefficient, one for all tasks or one per task. Eq. 5 is not convex: the result depends
-            on it.
         dead: what becomes of coefficients that nothing measured depends on: ``"init"`` keeps their initial
             value, ``"tie_previous"`` takes the task's value in the nearest earlier live module of the same
             name (of any name if there is none), ``"zero"`` drops the adapter there.
@@ -78,8 +78,6 @@ class NSCOptions:
             step takes a minute or so longer.
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
         cache_prefix: keep the outputs of a frozen vision tower per batch, up to 2 GiB.
-        seed: of torch's global generator while calibration batches are drawn; restored afterwards.
-        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
         state_to: file that the state of the optimisation is saved to, every ``state_every`` steps, at the end
             and on Ctrl-C.
         state_every: steps between two saved states.
@@ -90,13 +88,6 @@ class NSCOptions:
     """
 
     recipe: str | None = None
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    steps: int = 100
-    schedule: str = "constant"
-    early_stop: float | None = None
-    init: float | Mapping[str, float] = 0.4
     dead: str = "init"
     score_modules: Sequence[str] | None = None
     score_blocks: str | int | Sequence[int] = "last_quarter"
@@ -108,12 +99,30 @@ class NSCOptions:
     compile: bool | str = False
     early_exit: bool = True
     cache_prefix: bool = True
-    seed: int = 0
-    progress: bool | None = None
     state_to: str | os.PathLike[str] | None = None
     state_every: int = 50
     state_of: Mapping[str, Any] | None = None
     resume_from: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("dead", DEAD_POLICIES),
+            ("include_pad", (True, False)),
+            ("modality", MODALITIES),
+            ("batch_tasks", (True, False, None)),
+            ("checkpointing", (True, False)),
+            ("fold", (True, False, None)),
+            ("early_exit", (True, False)),
+            ("cache_prefix", (True, False)),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.compile, bool) and self.compile not in torch.compiler.list_backends(exclude_tags=()):
+            usual = torch.compiler.list_backends()
+            raise ValueError(f"compile: expected True, False or one of {usual}, found {self.compile!r}")
+        check_count("state_every", self.state_every)
+        if self.state_of is not None:
+            check_plain("state_of", self.state_of)
 
 
 def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, Any]) -> NSCOptions:
@@ -122,43 +131,10 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
-    known = [field.name for field in fields(NSCOptions)]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{name}: not an option of method 'nsc' (options: {', '.join(known)})")
     recipe = options.get("recipe") or family.recipe
     check_choice("recipe", recipe, sorted(RECIPES))
-    chosen = replace(NSCOptions(**{**RECIPES[recipe], **options}), recipe=recipe)
-    for name, choices in (
-        ("optimizer", ("adamw", "adam")),
-        ("schedule", tuple(SCHEDULES)),
-        ("dead", DEAD_POLICIES),
-        ("include_pad", (True, False)),
-        ("modality", MODALITIES),
-        ("batch_tasks", (True, False, None)),
-        ("checkpointing", (True, False)),
-        ("fold", (True, False, None)),
-        ("early_exit", (True, False)),
-        ("cache_prefix", (True, False)),
-    ):
-        check_choice(name, getattr(chosen, name), choices)
-    if not isinstance(chosen.compile, bool) and chosen.compile not in torch.compiler.list_backends(exclude_tags=()):
-        usual = torch.compiler.list_backends()
-        raise ValueError(f"compile: expected True, False or one of {usual}, found {chosen.compile!r}")
-    check_count("steps", chosen.steps)
-    check_count("state_every", chosen.state_every)
-    if chosen.state_of is not None:
-        check_plain("state_of", chosen.state_of)
-    check_choice("progress", chosen.progress, (True, False, None))
-    check_seed(chosen.seed)
-    check_number("lr", chosen.lr, 0)
-    check_number("weight_decay", chosen.weight_decay, 0)
-    if chosen.early_stop is not None:
-        check_number("early_stop", chosen.early_stop, 0)
-    if isinstance(chosen.init, Mapping) and set(chosen.init) != set(tasks):
-        raise ValueError(f"init: expected one value for each of {list(tasks)}, found {sorted(chosen.init)}")
-    for value in chosen.init.values() if isinstance(chosen.init, Mapping) else [chosen.init]:
-        check_number("init", value)
+    chosen = NSCOptions(**{**RECIPES[recipe], **options, "recipe": recipe})
+    chosen.check_tasks(tasks)
     return chosen
 
 

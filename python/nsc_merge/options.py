@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -93,3 +94,9 @@ def check_bounds(name: str, value: Any) -> None:
     pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     if not pair or not all(isinstance(one, int | float) for one in value) or not value[0] < value[1]:
         raise ValueError(f"{name}: expected a lower and a higher bound, found {value!r}")
+
+
+def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nsc_merge.fields import (
     RecipeError,
@@ -25,14 +22,8 @@ from nsc_merge.fields import (
     text,
     text_path,
 )
-from nsc_merge.safefile import sha256
+from nsc_merge.layout import FORMATS, OPTIONS_OF_RUN, RECORD
 
-if TYPE_CHECKING:
-    from nsc_merge.result import MergeResult
-
-FORMATS = ("coefficients", "lora", "model")
-# What a finished merge keeps of its circumstances; ignored when the file is run again.
-RECORD = "record"
 _KEYS = (
     "model",
     "adapters",
@@ -49,10 +40,6 @@ _KEYS = (
 )
 _OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-# Options that the command sets.
-_OPTIONS_OF_RUN = ("state_to", "state_of", "resume_from")
-# Options of one run, not of the merge.
-_PASSING_OPTIONS = ("progress", *_OPTIONS_OF_RUN, "state_every", "scored")
 # As transformers reads it.
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 
@@ -171,7 +158,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
     if not _SIZE.fullmatch(max_shard_size):
         raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
     options = numbers(mapping(document, "options"))
-    for name in _OPTIONS_OF_RUN:
+    for name in OPTIONS_OF_RUN:
         if name in options:
             raise RecipeError(f"options.{name}: is chosen by nsc-merge run, which keeps the state beside output.dir")
     return Recipe(
@@ -192,104 +179,3 @@ def _checked(document: dict[str, Any]) -> Recipe:
         max_shard_size=max_shard_size,
         plots=flag(output, "plots", "output.", True),
     )
-
-
-def recipe_of(result: MergeResult, digest: str, files: Sequence[str]) -> dict[str, Any]:
-    """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256.
-
-    It can be run again if all adapters came from folders and the calibration from files.
-
-    Args:
-        digest: :func:`digest_of` the result.
-        files: that were written beside it, for whoever writes another merge to their place.
-    """
-    name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
-    model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
-    adapters = {
-        task: str(adapter.source.resolve()) if adapter.source else None
-        for task, adapter in result.adapters.items()
-    }
-    options = {key: value for key, value in result.options.items() if key not in _PASSING_OPTIONS}
-    hashed = {
-        **({"model": hashes(Path(model))} if model and Path(model).is_dir() else {}),
-        "adapters": {task: hashes(Path(folder)) for task, folder in adapters.items() if folder},
-        "calibration": {
-            task: hashes(Path(place)) for task, place in (result.inputs.get("calibration") or {}).items()
-        },
-    }
-    record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
-    if "scored" in result.options:
-        record["scored"] = list(result.options["scored"])
-    head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
-    return plain({**head, **result.inputs, RECORD: record})
-
-
-def digest_of(result: MergeResult) -> str:
-    """SHA-256 of all that the merged update follows from."""
-    from nsc_merge import state
-
-    parts = {
-        "method": result.method,
-        "adapters": {task: state.digest_of(adapter.factors) for task, adapter in result.adapters.items()},
-        "coefficients": result.coefficients,
-        "factors": state.digest_of(result.factors),
-        # Updates per task may be computed when asked for, each time; options and adapters say what they are.
-        "per_task": plain(result.options) if result.per_task else None,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """``value`` with only dictionaries, lists, strings, numbers, booleans and None in it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def to_yaml(document: dict[str, Any]) -> str:
-    """YAML in the order of the keys."""
-    import yaml
-
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
-    import platform
-
-    import torch
-
-    packages = ("nsc-kernels", "transformers", "peft", "safetensors")
-    found = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
-    # torch's own word: a package index may leave out of its version which build (+cpu, +cu130) it is.
-    return found | {"torch": str(torch.__version__)}
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def hashes(place: Path) -> dict[str, str]:
-    """SHA-256 of a file, or of the weights and configurations in a folder, by file name."""
-    if place.is_file():
-        return {place.name: _hash(place)}
-    kept = [*place.glob("*.safetensors"), *place.glob("*config.json")]
-    return {file.name: _hash(file) for file in sorted(kept) if file.is_file()}
-
-
-def _hash(file: Path) -> str:
-    status = file.stat()
-    return _hash_once(str(file), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_once(file: str, size: int, modified: int) -> str:
-    """A large base is read once, however many formats are saved."""
-    return sha256(file)

@@ -7,20 +7,25 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nsc_merge.checks import can_resume, check, device_of, options_at_fault
-from nsc_merge.export import save, serving_notes
-from nsc_merge.families import family_of
-from nsc_merge.nsc import resolve_options
-from nsc_merge.recipe import Recipe, RecipeError, hashes
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from nsc_merge.adapters import Adapter
-    from nsc_merge.batches import Batches
-    from nsc_merge.result import MergeResult
+from nsc_merge.adapter import Adapter
+from nsc_merge.adapters import load_adapter
+from nsc_merge.api import merge
+from nsc_merge.attachment import merged_linears
+from nsc_merge.batches import Batches, check_names, read_batches
+from nsc_merge.checks import check, options_at_fault
+from nsc_merge.export import save
+from nsc_merge.loading import load_model
+from nsc_merge.methods import method_of
+from nsc_merge.provenance import hashes
+from nsc_merge.recipe import Recipe, RecipeError
+from nsc_merge.remap import absent, fit
+from nsc_merge.result import MergeResult
+from nsc_merge.serving_notes import serving_notes
 
 Log = Callable[[str], None]
 
@@ -48,7 +53,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     state = state_file(recipe)
     options: dict[str, Any] = {}
     check(recipe, resume=resume)
-    if can_resume(recipe):
+    resumable = method_of(recipe.method).resumable
+    if resumable:
         options["state_to"] = state
         if resume and state.is_file():
             options["resume_from"] = state
@@ -63,7 +69,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     model, adapters, calibration = _load(recipe, log)
     for line in _remarks(model, adapters):
         log(line)
-    if can_resume(recipe):
+    if resumable:
         options["state_of"] = _sources(recipe, model)
     result = _merge(recipe, model, adapters, calibration, options)
     if result.history:
@@ -82,7 +88,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     files = save(
         result, recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
     )
-    if can_resume(recipe):
+    if resumable:
         state.unlink(missing_ok=True)
     summary: dict[str, Any] = {
         "out": str(recipe.out),
@@ -115,9 +121,6 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
     """
-    from nsc_merge.attachment import merged_linears
-    from nsc_merge.remap import absent
-
     check(recipe, resume=resume)
     model, adapters, calibration = _load(recipe, log)
     linears = merged_linears(model, adapters)
@@ -142,9 +145,11 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         "out": str(recipe.out),
         "formats": list(recipe.formats),
     }
-    if recipe.method != "nsc":
+    method = method_of(recipe.method)
+    if "steps" not in method.option_names:
         return document
-    steps = resolve_options(family_of(model), list(recipe.adapters), recipe.options).steps
+    with options_at_fault(recipe):
+        steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
     recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
     reset_peak(model)
     result = _merge(recipe, model, adapters, calibration, {"progress": False})
@@ -154,7 +159,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         "remarks": [*document["remarks"], *result.notes],
         "steps": steps,
         "options": {key: value for key, value in result.options.items() if key != "scored"},
-        "measured_modules": list(result.options["scored"]),
+        "measured_modules": list(result.options.get("scored", ())),
         "dead": result.dead,
         "seconds_per_step": seconds,
         "seconds": seconds * steps,
@@ -176,11 +181,13 @@ def render_plan(plan: dict[str, Any]) -> str:
         lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
     lines += [f"note      {remark}" for remark in plan["remarks"]]
     if "steps" in plan:
-        dead = sum(len(tasks) for tasks in plan["dead"].values())
+        measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
+        why = ""
+        if measured:
+            lines.append(f"measured  {len(measured)} modules: {measured[0]} to {measured[-1]}")
+            why = "come after them and "
         lines += [
-            f"measured  {len(plan['measured_modules'])} modules: {plan['measured_modules'][0]} to "
-            f"{plan['measured_modules'][-1]}",
-            f"dead      {dead} coefficients come after them and receive no gradient",
+            f"dead      {dead} coefficients {why}receive no gradient",
             f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
             f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
         ]
@@ -188,56 +195,7 @@ def render_plan(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "auto") -> nn.Module:
-    """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
-
-    Args:
-        name: folder or hub id.
-        local: never touch the network.
-        dtype: as in :class:`nsc_merge.recipe.Recipe`.
-        device: ``"auto"`` for a GPU if there is one.
-
-    Raises:
-        RecipeError: if there is no such device.
-        ValueError, OSError: if it cannot be loaded, naming what is missing.
-    """
-    import torch
-    import transformers
-
-    from nsc_merge.safefile import check_safetensors
-
-    place = device_of(device)
-    if local:
-        if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(f"model: {name} holds no config.json")
-        for file in sorted(Path(name).glob("*.safetensors")):
-            check_safetensors(file)
-    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-    names = getattr(config, "architectures", None) or ["AutoModel"]
-    kind: Any = getattr(transformers, names[0], None)
-    if kind is None:
-        raise ValueError(f"model: transformers has no {names[0]}, which {name} asks for")
-    settings: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": local,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    model, info = kind.from_pretrained(name, **settings)
-    missing = sorted(info["missing_keys"])
-    if missing and all(key.startswith("pooler.") for key in missing):
-        model, info = kind.from_pretrained(name, add_pooling_layer=False, **settings)
-        missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"model: {name} lacks {len(missing)} tensors, for example {missing[0]}")
-    return model.to(place).eval()
-
-
 def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
-    from nsc_merge.adapters import load_adapter
-    from nsc_merge.batches import check_names, read_batches
-    from nsc_merge.remap import fit
 
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
@@ -266,7 +224,7 @@ def _sources(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 
 def _unfinished(recipe: Recipe) -> list[str]:
     state = state_file(recipe)
-    if not can_resume(recipe) or not state.is_file():
+    if not method_of(recipe.method).resumable or not state.is_file():
         return []
     return [f"{state} is the state of an unfinished run: --resume goes on from it; to start anew, remove the file"]
 
@@ -278,7 +236,6 @@ def _merge(
     calibration: dict[str, Batches],
     options: dict[str, Any],
 ) -> MergeResult:
-    from nsc_merge.api import merge
 
     with options_at_fault(recipe):
         result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
@@ -302,9 +259,7 @@ def _merge(
 
 def _remarks(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
     """What a person should know before merging, one line each."""
-    import torch
 
-    from nsc_merge.remap import absent
 
     remarks = [f"{task}: {note}" for task, adapter in adapters.items() for note in adapter.notes]
     missing = absent(adapters)
@@ -336,7 +291,6 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 
 def reset_peak(model: nn.Module) -> None:
     """Forget earlier peaks of GPU memory."""
-    import torch
 
     if next(model.parameters()).is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -344,7 +298,6 @@ def reset_peak(model: nn.Module) -> None:
 
 def peak_bytes(model: nn.Module) -> int:
     """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
-    import torch
 
     if next(model.parameters()).is_cuda:
         return int(torch.cuda.max_memory_allocated())

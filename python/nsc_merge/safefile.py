@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -104,12 +103,3 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
         raise _broken(Path(path), str(error)) from None
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nsc_merge.export import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE
-from nsc_merge.fields import from_yaml
-from nsc_merge.recipe import RECORD, load_recipe
-
-if TYPE_CHECKING:
-    from nsc_merge.result import MergeResult
+from nsc_merge.adapters import load_adapter
+from nsc_merge.attachment import adapted_linears
+from nsc_merge.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
+from nsc_merge.loading import load_model
+from nsc_merge.methods import METHODS
+from nsc_merge.provenance import hashes
+from nsc_merge.recipe import load_recipe
+from nsc_merge.remap import fit
+from nsc_merge.result import MergeResult
+from nsc_merge.yaml_text import from_yaml
 
 
 def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -48,13 +52,6 @@ def load_result(folder: str | Path) -> MergeResult:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
             merged, by their SHA-256.
     """
-    from nsc_merge.adapters import load_adapter
-    from nsc_merge.attachment import adapted_linears
-    from nsc_merge.recipe import hashes
-    from nsc_merge.remap import fit
-    from nsc_merge.result import MergeResult
-    from nsc_merge.runner import load_model
-
     folder = Path(folder)
     document, history = read_document(folder)
     # A merge that was saved from Python has no output of its own; JSON's quotes are YAML's.
@@ -89,6 +86,7 @@ def load_result(folder: str | Path) -> MergeResult:
         dead=document["dead"],
         model=model,
         inputs=inputs,
+        about=METHODS[document["method"]].paragraph if document["method"] in METHODS else "",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsc_kernels import AdapterBank
-from nsc_merge.adapters import Adapter
+from nsc_merge.adapter import Adapter
 
 # Two row spaces count as one if the mean squared sine of the angles between them is below this: they then look the
 # same to an input up to a hundredth of its length, and adapters saved in bfloat16 agree no better.

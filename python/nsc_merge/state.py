@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, factors_digest
 
 FORMAT = "nsc_merge.state"
 VERSION = "1"
@@ -111,7 +110,7 @@ def problem_of(
         "scored": scored,
         # In their order, which is that of the columns of coefficients.
         "tasks": list(adapters),
-        "adapters": {task: digest_of(adapter.factors) for task, adapter in adapters.items()},
+        "adapters": {task: factors_digest(adapter.factors) for task, adapter in adapters.items()},
         "sources": dict(sources),
     }
     # As JSON gives it back, so that tuples compare with lists.
@@ -131,20 +130,6 @@ def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -
     torch.set_rng_state(tensors["rng"])
     if device.type == "cuda" and "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"], device)
-
-
-def digest_of(factors: Mapping[str, Factor]) -> str:
-    """SHA-256 of updates by module path."""
-    digest = hashlib.sha256()
-    for path, factor in sorted(factors.items()):
-        digest.update(path.encode())
-        for name, value in vars(factor).items():
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{name} {value!r}".encode())
-    return digest.hexdigest()
 
 
 def _first_difference(name: str, saved: Any, now: Any) -> tuple[str, Any, Any]:

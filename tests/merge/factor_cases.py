@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods import METHODS, core_space, cur, knots, lego, robust, svd
 
 FUNCTIONS = {

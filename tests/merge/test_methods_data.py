@@ -360,7 +360,7 @@ def test_match_objective_is_the_explicit_distance(tmp_path):
 def test_match_gradient_by_finite_differences(model, folders, calibration):
     problem = problem_of(model, folders, calibration)
     options = matching.MatchOptions(steps=1)
-    watcher = matching.Watcher(problem, options)
+    watcher = matching.Watcher(problem, options.features, options.positions)
     present = presence(problem)
     with attached(problem, options) as coefficients:
         targets = matching.Targets(watcher, OwnModels(problem, coefficients, present), "task")

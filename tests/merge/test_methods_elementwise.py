@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 import nsc_merge
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods import METHODS, dare, emr, fr, ties
 from nsc_merge.methods import elementwise as ew
 

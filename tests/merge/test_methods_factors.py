@@ -10,7 +10,7 @@ from factor_cases import FUNCTIONS, INVARIANT, NEED_EQUAL_RANKS, factor, merged,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods import core_space, cur, knots, svd
 from nsc_merge.methods.factors import cores
 

@@ -327,7 +327,7 @@ def test_ratios_are_averaged_over_the_modules_that_an_adapter_touches(tmp_path):
     )
     adapters = fit({"a": nsc_merge.load_adapter(both, "a"), "b": nsc_merge.load_adapter(half, "b")}, model)
     problem = Problem(model, adapters, {task: [zoo.text(3)] for task in adapters})
-    watcher = matching.Watcher(problem, matching.MatchOptions(ratio_weight=1.0))
+    watcher = matching.Watcher(problem, "final", None, ratios=True)
     watcher._scored = ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
     watcher._touched = {watcher._scored[0]: torch.tensor([True, True]), watcher._scored[1]: torch.tensor([True, False])}
     with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():

@@ -27,7 +27,7 @@ from zoo import (
 )
 
 import nsc_merge
-from nsc_merge.adapters import Factor
+from nsc_merge.adapter import Factor
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.remap import absent, fit
 

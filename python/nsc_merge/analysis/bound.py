@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import AdapterSource, Factor
+from nsc_merge.adapter import Factor
+from nsc_merge.adapters import AdapterSource
 from nsc_merge.analysis.ranks import rank_correlation
 from nsc_merge.analysis.ratios import low_rank_part
 from nsc_merge.evaluation.measure import applied

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
-from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
+from nsc_merge.adapter import Adapter
+from nsc_merge.adapters import AdapterSource, load_adapter
 from nsc_merge.attachment import attach
 from nsc_merge.evaluation.measure import applied
 from nsc_merge.families import family_of, find_family, scored_paths

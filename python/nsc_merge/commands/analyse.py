@@ -224,7 +224,7 @@ def _quartiles(arguments: argparse.Namespace) -> int:
     from nsc_merge.analysis.quartiles import sample_study
     from nsc_merge.evaluation.run import candidate_of
     from nsc_merge.evaluation.suite import RecipeSuite
-    from nsc_merge.export import COEFFICIENTS_FILE
+    from nsc_merge.layout import COEFFICIENTS_FILE
     from nsc_merge.result import MergeResult
     from nsc_merge.saved import load_result
 
@@ -326,7 +326,7 @@ def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches
     local = not is_hub_id(arguments.model, Path.cwd())
     prepare(local=local)
     from nsc_merge.batches import Batches, check_names, read_batches
-    from nsc_merge.runner import load_model
+    from nsc_merge.loading import load_model
 
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))
@@ -343,7 +343,8 @@ def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches
 def _finish(
     arguments: argparse.Namespace, name: str, document: Mapping[str, Any], lines: list[str], pictures: Any
 ) -> int:
-    from nsc_merge.writing import without_nan, write_text
+    from nsc_merge.plain_values import without_nan
+    from nsc_merge.writing import write_text
 
     text = json.dumps(without_nan(document), indent=None if arguments.out is None else 1, allow_nan=False)
     if arguments.out is not None:

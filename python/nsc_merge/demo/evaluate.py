@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapter import Adapter
+from nsc_merge.adapters import load_adapter
 from nsc_merge.api import merge
 from nsc_merge.demo.data import SCENES, Scene, SceneSet, Split, make_scenes
 from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -16,7 +16,9 @@ from nsc_merge.evaluation import joint
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import RecipeSuite, Suite
-from nsc_merge.export import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
+from nsc_merge.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
+from nsc_merge.merged_update import applied
+from nsc_merge.methods import METHODS
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
 
@@ -24,26 +26,6 @@ Candidate: TypeAlias = "MergeResult | nn.Module | Mapping[str, MergeResult | nn.
 """What is measured: a merge, another model, or one of those per task."""
 
 _Model = Callable[[], AbstractContextManager[nn.Module]]
-
-
-@contextmanager
-def applied(model: nn.Module, result: MergeResult) -> Iterator[nn.Module]:
-    """``model`` with the merged update in its weights, for the duration of a ``with`` block.
-
-    Raises:
-        TypeError, ValueError: as :meth:`nsc_merge.MergeResult.merged`, before any weight changes.
-    """
-    merged = result.merged(model)
-    before = {name: model.get_parameter(name).detach().clone() for name in merged}
-    try:
-        with torch.no_grad():
-            for name, value in merged.items():
-                model.get_parameter(name).copy_(value)
-        yield model
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()
@@ -142,7 +124,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     Raises:
         FileNotFoundError: if it holds none of these.
     """
-    from nsc_merge.runner import load_model
+    from nsc_merge.loading import load_model
     from nsc_merge.saved import load_result
 
     if (folder / CONFIG_FILE).is_file():
@@ -181,7 +163,7 @@ def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[
     if not candidate.per_task:
         return [(tasks, [partial(applied, suite.model, candidate)])]
     models = {task: partial(applied, suite.model, candidate.for_task(task)) for task in candidate.per_task}
-    if candidate.method == "ensemble":
+    if candidate.method in METHODS and METHODS[candidate.method].averages_outputs:
         return [(tasks, list(models.values()))]
     models = {task: models[task] for task in tasks}
     return [([task], [model]) for task, model in models.items()]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.api import method_of
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint import SCORES
 from nsc_merge.evaluation.metrics import METRICS, Metric
@@ -25,6 +24,7 @@ from nsc_merge.fields import (
     text,
     text_path,
 )
+from nsc_merge.methods.registry import method_of
 from nsc_merge.methods.tuning import COARSE, FINE_STEP, FINE_STEPS
 from nsc_merge.recipe import DTYPES
 
@@ -340,7 +340,7 @@ def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
     except ValueError as error:
         raise RecipeError(f"{prefix}{error}") from None
     try:
-        method_of(name, options)
+        method.check_names(options)
     except ValueError as error:
         raise RecipeError(f"{prefix}options.{error}") from None
     tune = _tuning(prefix, value.get("tune"))

@@ -20,13 +20,14 @@ from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.evaluation.recipe import SEED, EvalRecipe, Row
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
-from nsc_merge.export import file_name
+from nsc_merge.layout import file_name
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.tuning import tune_scale
+from nsc_merge.plain_values import plain, without_nan
 from nsc_merge.progress import Progress
-from nsc_merge.recipe import hashes, plain, versions
+from nsc_merge.provenance import hashes, versions
 from nsc_merge.result import MergeResult
-from nsc_merge.writing import without_nan, write_text
+from nsc_merge.writing import write_text
 
 Log = Callable[[str], None]
 

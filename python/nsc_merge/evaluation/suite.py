@@ -10,14 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapter import Adapter
+from nsc_merge.adapters import load_adapter
 from nsc_merge.attachment import merged_linears
 from nsc_merge.batches import Batches, check_names, read_batches
+from nsc_merge.checks import check_device
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.evaluation.recipe import EvalRecipe, TaskRecipe
+from nsc_merge.loading import load_model
 from nsc_merge.remap import fit
-from nsc_merge.runner import load_model
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
 
@@ -86,6 +88,7 @@ class RecipeSuite:
 
     def __init__(self, recipe: EvalRecipe, shuffle: int | None = None) -> None:
         self._recipe, self._shuffle = recipe, shuffle
+        check_device(recipe.device)
         loaded = {
             name: load_adapter(task.adapter, name, dora=recipe.dora) for name, task in recipe.tasks.items()
         }

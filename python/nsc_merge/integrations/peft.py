@@ -23,8 +23,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import nsc_merge
-from nsc_merge.export import concatenated, low_rank
-from nsc_merge.methods import METHODS
+from nsc_merge.low_rank import concatenated, low_rank
+from nsc_merge.methods import method_of
 from nsc_merge.passes import Calibration
 from nsc_merge.result import MergeResult
 
@@ -39,8 +39,6 @@ _COMBINATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dare_ties_svd": ("dare_ties", "svd", {"preset": "peft"}),
 }
 _SIGNS = {"total": "sum", "frequency": "count"}
-# The option that takes one weight for each adapter, where it is not called weights.
-_WEIGHTS = {"nsc": "init", "task_arithmetic": "scale"}
 
 
 @dataclass(frozen=True)
@@ -194,8 +192,9 @@ def _form(
 
 
 def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-    option = _WEIGHTS.get(method, "weights")
-    if method in METHODS and option not in METHODS[method].option_names:
+    chosen = method_of(method)
+    option = chosen.weighted
+    if option not in chosen.option_names:
         raise ValueError(f"weights: method {method!r} takes none")
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected one for each of {list(adapters)}, found {list(weights)}")
@@ -230,12 +229,13 @@ def _register(
     updates: dict[str, tuple[Tensor, Tensor]] = {}
     errors = {}
     for path in result.paths:
-        if rank is None and any(factor.dense is not None for _, factor in result.terms(path)):
+        terms = list(result.terms(path))
+        if rank is None and any(factor.dense is not None for _, factor in terms):
             raise ValueError(
                 f"output: the update of method {result.method!r} is of full rank, which no small adapter holds "
                 "exactly: expected output 'svd', found 'cat'"
             )
-        A, B, errors[path] = (*concatenated(result, path), 0.0) if rank is None else low_rank(result, path, rank)
+        A, B, errors[path] = (*concatenated(terms), 0.0) if rank is None else low_rank(terms, rank)
         # PEFT has no adapters of rank 0; leaving the module out says the same, unless there is a bias.
         if A.shape[0] == 0 and result.bias_delta(path) is not None:
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)

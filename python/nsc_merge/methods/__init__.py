@@ -1,4 +1,4 @@
-"""Every merge method, under one interface: one file per family, and this registry.
+"""Every merge method, under one interface: one file per method or few that belong together, and a registry.
 
 >>> from nsc_merge.methods import METHODS
 >>> METHODS["ties"].paper
@@ -6,47 +6,7 @@
 
 from __future__ import annotations
 
-from nsc_merge.methods import (
-    adamerging,
-    arithmetic,
-    core_space,
-    cur,
-    dare,
-    distilling,
-    emr,
-    fisher,
-    fr,
-    knots,
-    lego,
-    matching,
-    null_space,
-    regression_mean,
-    robust,
-    svd,
-    ties,
-)
 from nsc_merge.methods.base import Method, Problem
+from nsc_merge.methods.registry import METHODS, describe_methods, method_of
 
-_FAMILIES = (
-    null_space,
-    arithmetic,
-    ties,
-    dare,
-    svd,
-    knots,
-    core_space,
-    cur,
-    lego,
-    emr,
-    fr,
-    robust,
-    adamerging,
-    regression_mean,
-    fisher,
-    matching,
-    distilling,
-)
-
-METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}
-
-__all__ = ["METHODS", "Method", "Problem"]
+__all__ = ["METHODS", "Method", "Problem", "describe_methods", "method_of"]

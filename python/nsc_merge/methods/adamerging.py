@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsc_merge.descent_options import SharedDescentOptions
 from nsc_merge.families import find_family
 from nsc_merge.forwards import shared_forward
 from nsc_merge.methods.base import Method, Problem
 from nsc_merge.methods.learned import (
     Backward,
     BoundedCoefficients,
-    DescentOptions,
     Outputs,
     check_outputs,
     descend,
@@ -38,13 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class AdaMergingOptions(DescentOptions):
+class AdaMergingOptions(SharedDescentOptions):
     """Options of ``method="adamerging"``; those that are None are the preset's.
 
     Attributes:
         preset: ``"nsc"`` (as compared with in the NSC paper), ``"original"`` (the authors' code) or
             ``"fusion_bench"``.
-        optimizer: as all that follow but the last three, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        optimizer: as all that follow but the last three, in :class:`nsc_merge.descent_options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.

@@ -88,6 +88,7 @@ METHODS = (
         task_arithmetic,
         gives="coefficients",
         tuned="scale",
+        weighted="scale",
     ),
     Method(
         "zero_shot",
@@ -110,5 +111,6 @@ METHODS = (
         "a reference row of 'On the Representation Geometry of LoRA Model Merging'",
         NoOptions,
         lambda problem, given: _alone("ensemble", problem),
+        averages_outputs=True,
     ),
 )

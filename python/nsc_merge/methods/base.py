@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.attachment import merged_linears
+from nsc_merge.options import did_you_mean
 from nsc_merge.passes import Calibration
 from nsc_merge.result import MergeResult
 
@@ -34,6 +35,7 @@ class Problem:
         return list(self.adapters)
 
 
+Resolve = Callable[[nn.Module | None, Sequence[str], Mapping[str, Any]], Any]
 Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
 Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
 # What a result holds for each module: a coefficient per adapter; an update as two factors, or as a matrix, which an
@@ -59,6 +61,12 @@ class Method:
         tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.tuning`.
         updates: of methods made by :func:`gradient_free`, what computes one module's update after another, for whoever
             does not want to hold them all.
+        about: how the update was found, in a paragraph for the model card; made of name and paper if empty.
+        recipes: name -> defaults that take the place of those of ``options``, for methods with an option ``recipe``.
+        resolve: makes the options of those given by name, where that takes the tasks and the model (None for any).
+        weighted: the option that takes one number for each task, if the method has it.
+        low_rank_with: options by which an update of full rank becomes one of low rank.
+        averages_outputs: the models of all tasks serve together, by the mean of their outputs.
     """
 
     name: str
@@ -70,22 +78,60 @@ class Method:
     gives: Gives = "low rank"
     tuned: str | None = None
     updates: Updates | None = None
+    about: str = ""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    resolve: Resolve | None = None
+    weighted: str = "weights"
+    low_rank_with: Mapping[str, Any] = field(default_factory=dict)
+    averages_outputs: bool = False
 
     @property
     def option_names(self) -> list[str]:
-        return [field.name for field in fields(self.options)]
+        return [option.name for option in fields(self.options)]
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the method keeps a state to go on from."""
+        return "state_to" in self.option_names
+
+    @property
+    def paragraph(self) -> str:
+        """:attr:`about`, whether it was given or not."""
+        return self.about or f"Method: `{self.name}` ({self.paper}). All settings are in `recipe.yaml`."
+
+    def resolved(self, given: Mapping[str, Any], tasks: Sequence[str], model: nn.Module | None = None) -> Any:
+        """The options, with all that were not given.
+
+        Args:
+            given: options by name.
+            tasks: that are merged.
+            model: on whose family defaults may depend; None checks for any.
+
+        Raises:
+            TypeError, ValueError: naming the option, what was found and what was expected.
+        """
+        self.check_names(given)
+        return self.options(**given) if self.resolve is None else self.resolve(model, tasks, given)
+
+    def gives_with(self, given: Mapping[str, Any]) -> Gives:
+        """What the result holds for each module, with these options."""
+        if any(given.get(name) == value for name, value in self.low_rank_with.items()):
+            return "low rank"
+        return self.gives
 
     def check_names(self, given: Collection[str]) -> None:
         """Refuse options that the method does not have.
 
         Raises:
-            ValueError: naming the option and those that there are.
+            ValueError: naming the option, those that there are, and the nearest.
         """
         known = self.option_names
         for name in given:
             if name not in known:
                 listed = ", ".join(known) or "none"
-                raise ValueError(f"{name}: not an option of method {self.name!r} (options: {listed})")
+                raise ValueError(
+                    f"{name}: not an option of method {self.name!r} (options: {listed}){did_you_mean(name, known)}"
+                )
 
 
 def gradient_free(
@@ -97,6 +143,7 @@ def gradient_free(
     *,
     averages: Averages | Callable[[Any], Averages] = False,
     gives: Gives = "low rank",
+    low_rank_with: Mapping[str, Any] | None = None,
     tuned: str | None = "scale",
 ) -> Method:
     """A method that computes a merged update from the adapters alone, one module after another.
@@ -108,7 +155,7 @@ def gradient_free(
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
             adapters hold low-rank factors only; a path is touched by one task at least.
-        gives: see :class:`Method`.
+        gives, low_rank_with, tuned: see :class:`Method`.
         averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
             where the sum is divided by the weights; or a function of the options that says so.
     """
@@ -131,13 +178,23 @@ def gradient_free(
             coefficients={},
             history=[],
             adapters=problem.adapters,
-            options={field.name: getattr(chosen, field.name) for field in fields(options)},
+            options={option.name: getattr(chosen, option.name) for option in fields(options)},
             dead={},
             model=problem.model,
             factors=factors,
         )
 
-    return Method(name, summary, paper, options, run, gives=gives, tuned=tuned, updates=updates)
+    return Method(
+        name,
+        summary,
+        paper,
+        options,
+        run,
+        gives=gives,
+        tuned=tuned,
+        updates=updates,
+        low_rank_with=low_rank_with or {},
+    )
 
 
 def low_rank_part(problem: Problem) -> tuple[dict[str, nn.Linear], dict[str, Adapter], list[str]]:

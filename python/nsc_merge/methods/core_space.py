@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import Averages, gradient_free, present
 from nsc_merge.methods.dare import RESCALES, sparsify
 from nsc_merge.methods.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.elementwise import Ties, tasks_by_path, ties_merge
 from nsc_merge.methods.factors import cores, in_float32

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free
 from nsc_merge.methods.elementwise import (
     TRIM_SCOPES,

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsc_merge.descent_options import SharedDescentOptions
 from nsc_merge.families import find_family
 from nsc_merge.forwards import shared_forward
 from nsc_merge.methods.base import Method, Problem
 from nsc_merge.methods.learned import (
     Backward,
     BoundedCoefficients,
-    DescentOptions,
     Outputs,
     check_likelihood,
     check_outputs,
@@ -44,11 +44,11 @@ NORMALISATIONS = ("none", "task", "variance")
 
 
 @dataclass(frozen=True)
-class DistillOptions(DescentOptions):
+class DistillOptions(SharedDescentOptions):
     """Options of ``method="distill"``.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent_options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.

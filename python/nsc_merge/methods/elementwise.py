@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 
 # (path, task) -> the tensor to merge. Called anew in every pass, so that no pass holds all modules.
 Source = Callable[[str, str], Tensor]

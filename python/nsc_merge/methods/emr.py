@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.arithmetic import NoOptions
 from nsc_merge.methods.base import Method, Problem, empty, gradient_free, low_rank_part, present
 from nsc_merge.methods.elementwise import added, dense_factor, dense_update

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Factor
+from nsc_merge.adapter import Factor
 from nsc_merge.families import find_family
 from nsc_merge.methods.base import Method, Problem, low_rank_part, with_the_rest
 from nsc_merge.methods.elementwise import dense_factor, dense_update

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.dare import DareTiesOptions, steps_after, thinned
 from nsc_merge.methods.elementwise import Source, tasks_by_path, ties_merge

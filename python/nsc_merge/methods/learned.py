@@ -13,72 +13,17 @@ from torch import Tensor, nn
 
 from nsc_merge import attachment
 from nsc_merge.attachment import MeasuredLoRALinear, adapted_linears, attach
+from nsc_merge.descent_options import SharedDescentOptions
 from nsc_merge.forwards import evaluating
-from nsc_merge.loop import SCHEDULES, Optimisation, Settings, by_path, tasks_where
+from nsc_merge.loop import Optimisation, Settings, by_path, tasks_where
 from nsc_merge.measure import Coefficients
 from nsc_merge.methods.base import Problem
-from nsc_merge.options import check_bounds, check_choice, check_count, check_number, check_seed
+from nsc_merge.options import check_choice
 from nsc_merge.passes import Batch, Pass, one_by_one, streams
 from nsc_merge.result import MergeResult
 
-SHARES = ("module", "task")
 LIKELIHOODS = ("categorical", "gaussian")
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
-
-
-@dataclass(frozen=True)
-class DescentOptions:
-    """Options of every method that learns coefficients.
-
-    Attributes:
-        optimizer: ``"adamw"`` or ``"adam"``.
-        lr: learning rate.
-        weight_decay: of the optimizer.
-        steps: optimisation steps; each takes one batch of every task.
-        schedule: of the learning rate: ``"constant"``, or falling to 0 by ``"cosine"`` or ``"linear"``.
-        early_stop: stop once the mean loss of ten steps is less than this share below that of the ten before; None
-            never stops early.
-        init: initial coefficient, one for all tasks or one per task.
-        share: one coefficient per task and ``"module"``, or one per ``"task"``.
-        warm_up: steps at the start in which coefficients are shared per task, whatever ``share`` says.
-        clamp: bounds that coefficients are held to in the forward, or None.
-        seed: of torch's global generator while batches are drawn; restored afterwards.
-        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
-    """
-
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    steps: int = 100
-    schedule: str = "constant"
-    early_stop: float | None = None
-    init: float | Mapping[str, float] = 0.4
-    share: str = "module"
-    warm_up: int = 0
-    clamp: Sequence[float] | None = None
-    seed: int = 0
-    progress: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, ("adamw", "adam"))
-        check_number("lr", self.lr, 0)
-        check_number("weight_decay", self.weight_decay, 0)
-        check_count("steps", self.steps)
-        check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        if self.early_stop is not None:
-            check_number("early_stop", self.early_stop, 0)
-        self.check_init()
-        check_choice("share", self.share, SHARES)
-        check_count("warm_up", self.warm_up, 0)
-        if self.clamp is not None:
-            check_bounds("clamp", self.clamp)
-        check_seed(self.seed)
-        check_choice("progress", self.progress, (True, False, None))
-
-    def check_init(self) -> None:
-        """Refuse initial coefficients that are no finite numbers."""
-        for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
-            check_number("init", value)
 
 
 class BoundedCoefficients(Coefficients):
@@ -175,14 +120,13 @@ class Losses:
 
 
 @contextmanager
-def attached(problem: Problem, options: DescentOptions) -> Iterator[BoundedCoefficients]:
+def attached(problem: Problem, options: SharedDescentOptions) -> Iterator[BoundedCoefficients]:
     """The coefficients of the attached model, in evaluation mode, for the duration of a ``with`` block.
 
     Raises:
         ValueError: if ``init`` does not have one value for each task.
     """
-    if isinstance(options.init, Mapping) and set(options.init) != set(problem.tasks):
-        raise ValueError(f"init: expected one value for each of {problem.tasks}, found {sorted(options.init)}")
+    options.check_tasks(problem.tasks)
     with evaluating(problem.model), attach(problem.model, problem.adapters, options.init) as merged:
         yield BoundedCoefficients(merged, options.clamp)
 
@@ -195,7 +139,7 @@ def presence(problem: Problem) -> Tensor:
 def descend(
     method: str,
     problem: Problem,
-    options: DescentOptions,
+    options: SharedDescentOptions,
     losses: Callable[[BoundedCoefficients], Backward],
     *,
     label: str,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.factors import in_float32
 from nsc_merge.options import check_choice, check_count, check_number

@@ -18,17 +18,10 @@ from torch import Tensor, nn
 from nsc_kernels import null_space_ratio
 from nsc_merge import attachment
 from nsc_merge.attachment import adapted_linears
+from nsc_merge.descent_options import SharedDescentOptions
 from nsc_merge.families import family_of, find_family, scored_paths
 from nsc_merge.methods.base import Method, Problem
-from nsc_merge.methods.learned import (
-    Backward,
-    BoundedCoefficients,
-    DescentOptions,
-    attached,
-    descend,
-    last_token,
-    presence,
-)
+from nsc_merge.methods.learned import Backward, BoundedCoefficients, attached, descend, last_token, presence
 from nsc_merge.methods.own import Kept, OwnModels
 from nsc_merge.options import check_choice, check_count, check_names, check_number
 from nsc_merge.passes import Batch, Pass, held_out, one_by_one, restartable, streams
@@ -41,11 +34,11 @@ SCALES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 
 @dataclass(frozen=True)
-class MatchOptions(DescentOptions):
+class MatchOptions(SharedDescentOptions):
     """Options of ``method="match"``.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.methods.learned.DescentOptions`.
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent_options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.
@@ -129,17 +122,20 @@ class Watcher:
 
     Args:
         problem: the adapters and the model that they will be attached to.
-        options: say what is seen.
+        features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are seen.
+        positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen.
+        ratios: whether null-space ratios are measured, too.
     """
 
-    def __init__(self, problem: Problem, options: MatchOptions) -> None:
-        features, ratios = options.features, options.ratio_weight > 0
+    def __init__(
+        self, problem: Problem, features: str | Sequence[str], positions: str | None, *, ratios: bool = False
+    ) -> None:
         # Which module ends before the head is known of families alone; modules can be named in any model.
         needed = isinstance(features, str) or ratios
         family = family_of(problem.model) if needed else find_family(problem.model)
         self._model, self._mask = problem.model, family.mask if family else None
         of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
-        self._last = (options.positions or ("last" if of_tokens else "all")) == "last"
+        self._last = (positions or ("last" if of_tokens else "all")) == "last"
         self._trunk: nn.Module = problem.model
         if family is not None:
             self._trunk = getattr(problem.model, family.prefill, problem.model)
@@ -270,7 +266,7 @@ def _size(seen: Seen) -> int:
 def best_scale(problem: Problem, options: MatchOptions) -> float:
     """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
-    watcher = Watcher(problem, replace(options, ratio_weight=0.0))
+    watcher = Watcher(problem, options.features, options.positions)
     present = presence(problem)
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
@@ -287,7 +283,7 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = MatchOptions(**given)
-    watcher = Watcher(problem, options)
+    watcher = Watcher(problem, options.features, options.positions, ratios=options.ratio_weight > 0)
     # What the start is chosen by must not be lost to the steps.
     batches = restartable(problem.calibration, problem.tasks)
     problem = replace(problem, calibration=batches)

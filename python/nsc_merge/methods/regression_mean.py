@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Factor
+from nsc_merge.adapter import Factor
 from nsc_merge.attachment import attach
 from nsc_merge.families import find_family
 from nsc_merge.forwards import evaluating

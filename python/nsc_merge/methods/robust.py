@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.elementwise import threshold, trim
 from nsc_merge.methods.factors import check_equal_ranks, in_float32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import gradient_free, present
 from nsc_merge.methods.factors import check_equal_ranks, cores, in_float32, truncated
 from nsc_merge.methods.ties import check_weights, weights_of

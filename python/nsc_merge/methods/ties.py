@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapter import Adapter, Factor
 from nsc_merge.methods.base import Averages, gradient_free, present
 from nsc_merge.methods.elementwise import (
     AGGREGATES,
@@ -169,5 +169,6 @@ METHODS = (
         ties,
         averages=averages,
         gives="full rank",
+        low_rank_with={"trim_scope": "factors"},
     ),
 )

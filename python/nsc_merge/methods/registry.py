@@ -1,0 +1,90 @@
+"""Every merge method by its name. A new method is a file beside the others and a line in the table below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from nsc_merge.families import FAMILIES
+from nsc_merge.methods import (
+    adamerging,
+    arithmetic,
+    core_space,
+    cur,
+    dare,
+    distilling,
+    emr,
+    fisher,
+    fr,
+    knots,
+    lego,
+    matching,
+    null_space,
+    regression_mean,
+    robust,
+    svd,
+    ties,
+)
+from nsc_merge.methods.base import Method
+from nsc_merge.options import did_you_mean
+
+_FAMILIES = (
+    null_space,
+    arithmetic,
+    ties,
+    dare,
+    svd,
+    knots,
+    core_space,
+    cur,
+    lego,
+    emr,
+    fr,
+    robust,
+    adamerging,
+    regression_mean,
+    fisher,
+    matching,
+    distilling,
+)
+
+METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}
+
+
+def method_of(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: naming what was found, and the nearest that there is.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, found {name!r}{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def describe_methods() -> dict[str, dict[str, Any]]:
+    """Method -> its ``summary`` and ``paper`` in a line each, what it ``needs`` and ``gives`` (see
+    :class:`nsc_merge.methods.Method`), the option that is ``tuned`` on validation data if any, its ``options`` with
+    defaults, and its ``recipes``: name -> the ``families`` of models that it is for, and the ``options`` whose defaults
+    it replaces there.
+    """
+    return {
+        method.name: {
+            "summary": method.summary,
+            "paper": method.paper,
+            "needs": sorted(method.needs),
+            "gives": method.gives,
+            "tuned": method.tuned,
+            "options": {
+                option.name: None if option.default is MISSING else option.default
+                for option in fields(method.options)
+            },
+            "recipes": {name: _described(name, settings) for name, settings in method.recipes.items()},
+        }
+        for method in METHODS.values()
+    }
+
+
+def _described(recipe: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"families": [family.name for family in FAMILIES if family.recipe == recipe], "options": settings}
