@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from suite import Scores, Suite, evaluate, merged
 from torch import Tensor, nn
 
 import nsc_merge
@@ -25,6 +24,8 @@ from nsc_merge.nsc import objective_of, resolve_options
 from nsc_merge.passes import Batch, Calibration, streams
 from nsc_merge.progress import Progress
 from nsc_merge.result import MergeResult
+
+from .suite import Scores, Suite, evaluate, merged
 
 
 class _Negated:

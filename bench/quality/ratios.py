@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import kept_adapters
-from run import HERE, SUITES, versions
-from suite import Suite
 from torch import nn
 
 import nsc_merge
@@ -32,6 +29,10 @@ from nsc_merge.analysis.ranks import rank_correlation
 from nsc_merge.analysis.tracking import track
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.progress import Progress
+
+from .run import HERE, SUITES, versions
+from .suite import Suite
+from .suites.kept_adapters import kept_adapters
 
 START = 0.4
 
@@ -129,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     torch.set_num_threads(1)
-    module = importlib.import_module(given.suite)
+    module = importlib.import_module(f".suites.{given.suite}", __package__)
     training: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for seed in given.seeds:

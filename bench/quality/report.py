@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import CHECKED, vit_checks
-from rows import GROUPS, ROWS
-from run import HERE, SUITES, read_records
+from .acceptance_ranges import CHECKED, vit_checks
+from .rows import GROUPS, ROWS
+from .run import HERE, SUITES, read_records
 
 
 def sets_of_tasks(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

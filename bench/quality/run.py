@@ -26,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import CONTROLS, finetuned_scores, shuffled
-from rows import BATCH, GRADIENT_STEPS, ROWS, SHUFFLED, Row
-from suite import Scores, Subset, Suite, evaluate, merged
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, load_adapter
@@ -36,6 +33,10 @@ from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.tuning import COARSE, tune_scale
 from nsc_merge.remap import fit
 from nsc_merge.result import MergeResult
+
+from .controls import CONTROLS, finetuned_scores, shuffled
+from .rows import BATCH, GRADIENT_STEPS, ROWS, SHUFFLED, Row
+from .suite import Scores, Subset, Suite, evaluate, merged
 
 HERE = Path(__file__).parent
 SUITES = ("vit", "siglip", "llama", "llava")
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 0
     torch.set_num_threads(given.threads)
-    module = importlib.import_module(given.suite)
+    module = importlib.import_module(f".suites.{given.suite}", __package__)
     failed: list[str] = []
 
     def log(line: str) -> None:

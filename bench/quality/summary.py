@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from report import mean_and_spread, sets_of_tasks
-from rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
-from run import HERE, SUITES, read_records
+from .report import mean_and_spread, sets_of_tasks
+from .rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
+from .run import HERE, SUITES, read_records
 
 NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA"}
 START = "TA@0.4"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,17 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import nsc_merge
+from bench.quality import ratios
+from bench.quality.suite import evaluate, merged
+from bench.quality.suites import corpus, llama, llava
+from bench.quality.suites.kept_adapters import kept_adapters
+from bench.quality.suites.language import pooled
 from nsc_merge.demo.data import digit_split
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "quality"))
-
-import corpus
-import llama
-import llava
-import ratios
-from kept import kept_adapters
-from language import pooled
-from suite import evaluate, merged
 
 TEXT = llama.Settings(pretrain_steps=4, train=48, val=24, test=40, probe_steps=10, steps=3, batch=8)
 PICTURES = llava.Settings(

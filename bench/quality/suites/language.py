@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kept import keep, kept_entries
-from suite import Inputs, TaskInfo
 from torch import Tensor, nn
-from training import train
 
 from nsc_merge.demo.train import save_adapter
+
+from ..suite import Inputs, TaskInfo
+from .kept_adapters import keep, kept_entries
+from .training import train
 
 if TYPE_CHECKING:
     from peft import PeftModel

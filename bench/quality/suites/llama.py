@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import language
 import torch
 import torch.nn.functional as F
-from corpus import BREAK, PAD, SECTIONS, SOURCES, SPLITS, START, VOCABULARY, Split, Texts, load_corpus
-from language import (
+from torch import Tensor, nn
+
+from ..suite import Inputs, Log, TaskInfo, building, train_missing
+from . import language
+from .corpus import BREAK, PAD, SECTIONS, SOURCES, SPLITS, START, VOCABULARY, Split, Texts, load_corpus
+from .language import (
     Examples,
     TextSuite,
     absolute_error,
@@ -35,9 +38,7 @@ from language import (
     regression_loss,
     train_adapter,
 )
-from suite import Inputs, Log, TaskInfo, building, train_missing
-from torch import Tensor, nn
-from training import scale_initial_weights, train
+from .training import scale_initial_weights, train
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import vit
-from suite import Log, building
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from nsc_merge.demo.model import SHAPE, WIDTH, initialise, patch_features
 from nsc_merge.demo.train import pretrain
+
+from ..suite import Log, building
+from . import vit
 
 NAME = "siglip"
 PERMUTED = vit.PERMUTED

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import language
 import torch
 import torch.nn.functional as F
-from language import Examples, TextSuite, permute, train_adapter
-from suite import Inputs, Log, TaskInfo, building, train_missing
 from torch import Tensor, nn
-from training import scale_initial_weights, train
 
 from nsc_merge.demo.data import digit_images, digit_split
+
+from ..suite import Inputs, Log, TaskInfo, building, train_missing
+from . import language
+from .language import Examples, TextSuite, permute, train_adapter
+from .training import scale_initial_weights, train
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

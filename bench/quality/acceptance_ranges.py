@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rows import GRADIENT_FREE, ROWS
+from .rows import GRADIENT_FREE, ROWS
 
 # Suites of the study's tasks.
 CHECKED = ("vit", "siglip")

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from suite import Log, building
 from torch import Tensor
+
+from ..suite import Log, building
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

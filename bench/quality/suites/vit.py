@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kept import keep, kept_entries
-from suite import Inputs, Log, TaskInfo, train_missing
 from torch import Tensor, nn
 
 from nsc_merge.demo import evaluate as demo
@@ -31,6 +29,9 @@ from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.run import shipped_assets
 from nsc_merge.demo.tasks import Task, measure
 from nsc_merge.demo.train import LORA_MODULES, fit_adapter, save_adapter, save_head
+
+from ..suite import Inputs, Log, TaskInfo, train_missing
+from .kept_adapters import keep, kept_entries
 
 if TYPE_CHECKING:
     from peft import PeftModel

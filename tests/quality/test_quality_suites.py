@@ -13,25 +13,17 @@ import pytest
 import torch
 
 import nsc_merge
+from bench.quality import acceptance_ranges, ratios, report, run, summary
+from bench.quality.controls import anti_nsc, oracle, shuffled
+from bench.quality.rows import GRADIENT_FREE, ROWS, Row
+from bench.quality.suite import Scores, Subset, building, evaluate, merged, predict, score
+from bench.quality.suites import siglip, vit
+from bench.quality.suites.kept_adapters import kept_adapters
 from nsc_merge.demo import train
 from nsc_merge.forwards import shared_forward
 from nsc_merge.methods import METHODS
 
-FOLDER = Path(__file__).parents[1] / "bench" / "quality"
-sys.path.insert(0, str(FOLDER))
-
-import checks  # noqa: E402
-import ratios  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-import siglip  # noqa: E402
-import summary  # noqa: E402
-import vit  # noqa: E402
-from controls import anti_nsc, oracle, shuffled  # noqa: E402
-from kept import kept_adapters  # noqa: E402
-from rows import GRADIENT_FREE, ROWS, Row  # noqa: E402
-from suite import Scores, Subset, building, evaluate, merged, predict, score  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 SETTINGS = vit.Settings(
     train_scenes=128,
     val_scenes=32,
@@ -405,7 +397,7 @@ def test_checks_say_inside_and_outside():
         record("NSC", 1, 60.0),
         record("TA@0.4", 1, 71.5),
     ]
-    found = {check["what"]: check for check in checks.vit_checks(measured, [], [])}
+    found = {check["what"]: check for check in acceptance_ranges.vit_checks(measured, [], [])}
     assert found["K=8: NSC - TA@0.4"]["values"] == [-2.0, -11.5]
     assert not found["K=8: NSC - TA@0.4"]["inside"]
     assert found["TA@0.4: average, mean over seeds"]["inside"]
@@ -444,7 +436,8 @@ def test_command_line(capsys, arguments, status, message):
 
 def test_run_is_a_script():
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--list"],
+        [sys.executable, "-m", "bench.quality.run", "--list"],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
