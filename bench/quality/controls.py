@@ -45,9 +45,7 @@ class _Negated:
         return omega
 
 
-def anti_nsc(
-    suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any
-) -> MergeResult:
+def anti_nsc(suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any) -> MergeResult:
     """NSC with the sign of its objective reversed; the history still shows the objective itself."""
     model, tasks = suite.model, list(adapters)
     family = family_of(model)
@@ -111,9 +109,7 @@ def oracle(
         optimiser = torch.optim.AdamW([coefficients.flat], lr=lr, weight_decay=weight_decay)
         for step in range(steps):
             coefficients.spread()
-            drawn = _subsample(
-                {task: pairs[step % len(pairs)] for task, pairs in data.items()}, batch, generator
-            )
+            drawn = _subsample({task: pairs[step % len(pairs)] for task, pairs in data.items()}, batch, generator)
             with shared_forward(model):
                 losses = [
                     suite.loss(task, suite.output(task, model, inputs), label) / reference.losses[task]

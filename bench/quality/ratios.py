@@ -51,9 +51,7 @@ def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str,
     kept = kept_adapters(work, suite.name, suite.seed, task, kind)
     tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
     curves = {
-        name: [
-            statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)
-        ]
+        name: [statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)]
         for name, paths in sets_of_modules(suite.model, list(tracking.omega)).items()
     }
     losses = [entry["loss"] for entry, _ in kept]
@@ -112,18 +110,12 @@ def _or_none(value: float) -> float | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, default="vit")
     parsed.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parsed.add_argument(
-        "--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)"
-    )
+    parsed.add_argument("--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)")
     parsed.add_argument("--out", type=Path, default=HERE.parent / "results" / "quality")
-    parsed.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal"
-    )
+    parsed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal")
     return parsed
 
 

@@ -67,9 +67,7 @@ def training_table(records: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             rho = {name: " ".join(_number(run["rho"][name], 2) for run in runs) for name in ("all", "target")}
             path = {
-                name: " -> ".join(
-                    f"{statistics.mean(run['steps'][end][name] for run in runs):.3f}" for end in (0, -1)
-                )
+                name: " -> ".join(f"{statistics.mean(run['steps'][end][name] for run in runs):.3f}" for end in (0, -1))
                 for name in ("all", "target")
             }
             cells = (rho["all"], rho["target"], path["all"], path["target"])
@@ -114,9 +112,7 @@ def checks_table(checks: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["| | check | found | expected | |", "|---|---|---|---|---|"]
     for check in checks:
         verdict = "inside" if check["inside"] else "**outside**"
-        lines.append(
-            f"| {check['group']} | {check['what']} | {check['found']} | {check['expected']} | {verdict} |"
-        )
+        lines.append(f"| {check['group']} | {check['what']} | {check['found']} | {check['expected']} | {verdict} |")
     return lines
 
 
@@ -142,9 +138,7 @@ def report(folder: Path, suite: str) -> dict[str, Any] | None:
             },
         ]
     if training:
-        found["sections"].append(
-            {"title": f"{suite}: ratio along training", "lines": training_table(training)}
-        )
+        found["sections"].append({"title": f"{suite}: ratio along training", "lines": training_table(training)})
     if samples:
         found["sections"].append({"title": f"{suite}: ratio against quality", "lines": sample_table(samples)})
     if suite in CHECKED:
@@ -163,9 +157,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, help="one suite; all that were measured by default")
     parsed.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
     parsed.add_argument("--json", action="store_true", help="print JSON")

@@ -121,13 +121,9 @@ class Bench:
         tasks = self.suite.tasks.values()
         if "outputs" in method.needs and any(info.kind != "generation" for info in tasks):
             counted = [info for info in tasks if method.name != "adamerging" or info.has_classes]
-            options["outputs"] = {
-                info.name: functools.partial(self.suite.output, info.name) for info in counted
-            }
+            options["outputs"] = {info.name: functools.partial(self.suite.output, info.name) for info in counted}
         if "likelihood" in method.option_names:
-            options["likelihood"] = {
-                info.name: "categorical" if info.has_classes else "gaussian" for info in tasks
-            }
+            options["likelihood"] = {info.name: "categorical" if info.has_classes else "gaussian" for info in tasks}
         return options
 
     def _tuned(self, unscaled: MergeResult, by: str) -> tuple[MergeResult, dict[str, Any]]:
@@ -143,14 +139,10 @@ class Bench:
             beyond = tune_scale(unscaled, quality, coarse=BEYOND, fine_step=None)
             trail += beyond.trail
             found = max(found, beyond, key=lambda tuned: tuned.score)
-        fine = tune_scale(
-            unscaled, quality, coarse=(found.scale,), fine_step=FINE_STEP, fine_steps=FINE_STEPS
-        )
+        fine = tune_scale(unscaled, quality, coarse=(found.scale,), fine_step=FINE_STEP, fine_steps=FINE_STEPS)
         trail += fine.trail[1:]
         note = {
-            "by": "normalised average on labelled validation data"
-            if by == "metric"
-            else "summed raw validation loss",
+            "by": "normalised average on labelled validation data" if by == "metric" else "summed raw validation loss",
             "option": "scale",
             "value": fine.scale,
             "trail": [[scale, round(value, 4)] for scale, value in sorted(trail)],
@@ -158,11 +150,7 @@ class Bench:
         return fine.result, note
 
     def _quality(self, scores: Scores, by: str) -> float:
-        return (
-            scores.average(self.suite, self.reference["val"])
-            if by == "metric"
-            else -sum(scores.losses.values())
-        )
+        return scores.average(self.suite, self.reference["val"]) if by == "metric" else -sum(scores.losses.values())
 
 
 def coefficient_statistics(result: MergeResult) -> dict[str, float] | None:
@@ -259,36 +247,24 @@ def chosen_rows(patterns: Sequence[str] | None, suite: str) -> list[Row]:
     rows = [row for row in ROWS if not row.suites or suite in row.suites]
     for pattern in patterns or ():
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in ROWS):
-            raise ValueError(
-                f"--methods: no row matches {pattern!r}; rows: {', '.join(row.name for row in ROWS)}"
-            )
-    return [
-        row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, one) for one in patterns)
-    ]
+            raise ValueError(f"--methods: no row matches {pattern!r}; rows: {', '.join(row.name for row in ROWS)}")
+    return [row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, one) for one in patterns)]
 
 
 def parser() -> argparse.ArgumentParser:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, default="vit")
     parsed.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parsed.add_argument("--tasks", help="comma-separated subset of the suite's tasks, at least two")
-    parsed.add_argument(
-        "--methods", nargs="+", metavar="ROW", help="names of rows, or patterns such as 'NSC*'; all"
-    )
-    parsed.add_argument(
-        "--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)"
-    )
+    parsed.add_argument("--methods", nargs="+", metavar="ROW", help="names of rows, or patterns such as 'NSC*'; all")
+    parsed.add_argument("--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)")
     parsed.add_argument("--out", type=Path, default=HERE.parent / "results" / "quality")
     parsed.add_argument("--redo", action="store_true", help="measure rows again that are there already")
     parsed.add_argument("--train-only", action="store_true", help="train what is missing, and stop")
     parsed.add_argument("--permuted", action="store_true", help="also train some adapters on permuted labels")
     parsed.add_argument("--list", action="store_true", help="print the rows, and stop")
     parsed.add_argument("--json", action="store_true", help="print new rows as JSON lines")
-    parsed.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal"
-    )
+    parsed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal")
     parsed.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     return parsed
 
@@ -303,9 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         for row in rows:
             note = f", scale by {row.tuned}" if row.tuned else ""
-            print(
-                f"{row.name:<26}{row.method} {dict(row.options)}{note}{'' if row.available else ' (not available)'}"
-            )
+            print(f"{row.name:<26}{row.method} {dict(row.options)}{note}{'' if row.available else ' (not available)'}")
         return 0
     torch.set_num_threads(given.threads)
     module = importlib.import_module(f".suites.{given.suite}", __package__)

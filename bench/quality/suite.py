@@ -96,9 +96,7 @@ class Subset:
     def __init__(self, suite: Suite, tasks: Sequence[str]) -> None:
         unknown = [task for task in tasks if task not in suite.tasks]
         if unknown or len(tasks) < 2 or len(set(tasks)) < len(tasks):
-            raise ValueError(
-                f"tasks: expected two or more different ones of {list(suite.tasks)}, found {list(tasks)}"
-            )
+            raise ValueError(f"tasks: expected two or more different ones of {list(suite.tasks)}, found {list(tasks)}")
         self._suite = suite
         self.name, self.seed, self.model = suite.name, suite.seed, suite.model
         self.tasks = {task: info for task, info in suite.tasks.items() if task in tasks}

@@ -71,9 +71,7 @@ def test_a_missing_part_is_trained_again_and_comes_out_the_same(trained, work, t
     lines: list[str] = []
     again = vit.load(tmp_path, 0, log=lines.append, progress=False, settings=SETTINGS)
     assert len(lines) == 1
-    first, second = (
-        nsc_merge.load_adapter(suite.adapters["angle"], "angle").factors for suite in (trained, again)
-    )
+    first, second = (nsc_merge.load_adapter(suite.adapters["angle"], "angle").factors for suite in (trained, again))
     for path, factor in first.items():
         assert torch.equal(factor.A, second[path].A)
         assert torch.equal(factor.B, second[path].B)
@@ -87,9 +85,7 @@ def test_seeds_differ(trained, tmp_path):
         if name != "count":
             (only / name).symlink_to(trained.adapters[name].parent)
     other = vit.load(tmp_path, 1, log=lambda line: None, progress=False, settings=SETTINGS)
-    one, two = (
-        nsc_merge.load_adapter(suite.adapters["count"], "count").factors for suite in (trained, other)
-    )
+    one, two = (nsc_merge.load_adapter(suite.adapters["count"], "count").factors for suite in (trained, other))
     assert all(not torch.equal(one[path].A, two[path].A) for path in one)
 
 
@@ -170,9 +166,7 @@ def test_outputs_losses_and_measures_agree_in_shape(trained, task):
 
 
 def test_evaluation_is_that_of_every_task_by_itself(trained):
-    model = merged(
-        trained, nsc_merge.merge(trained.model, trained.adapters, method="task_arithmetic", scale=0.3)
-    )
+    model = merged(trained, nsc_merge.merge(trained.model, trained.adapters, method="task_arithmetic", scale=0.3))
     together = predict(trained, model, "test")
     for task in trained.tasks:
         with torch.no_grad():
@@ -282,9 +276,7 @@ def test_anti_nsc_mirrors_nsc(bench):
 
 def test_shuffling_keeps_the_changes_and_loses_their_places(bench):
     calibration = bench.suite.calibration(8, 2)
-    found = nsc_merge.merge(
-        bench.suite.model, bench.adapters, calibration, method="nsc", steps=2, progress=False
-    )
+    found = nsc_merge.merge(bench.suite.model, bench.adapters, calibration, method="nsc", steps=2, progress=False)
     mixed = shuffled(found, 0, 0)
 
     def values(result):
@@ -300,8 +292,7 @@ def test_the_oracle_lowers_the_labelled_loss(bench):
     start = nsc_merge.merge(bench.suite.model, bench.adapters, method="task_arithmetic", scale=0.4)
     reference = bench.reference["val"]
     before, after = (
-        evaluate(bench.suite, merged(bench.suite, result), "val").relative_loss(reference)
-        for result in (start, learnt)
+        evaluate(bench.suite, merged(bench.suite, result), "val").relative_loss(reference) for result in (start, learnt)
     )
     assert after < before
     assert before == pytest.approx(learnt.history[0]["objective"], rel=1e-3)
@@ -320,7 +311,6 @@ def test_a_seed_measured_again_replaces_its_own_lines_only(tmp_path):
     ratios.replace_seeds(path, [{"seed": 0, "rho": 4}], [0])
     assert [json.loads(line)["rho"] for line in path.read_text().splitlines()] == [4, 2, 3]
     assert [file.name for file in tmp_path.iterdir()] == ["ratios.jsonl"]
-
 
 
 def test_samples_are_related_to_their_quality(trained):

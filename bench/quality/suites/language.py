@@ -144,9 +144,7 @@ def train_adapter(
     return f"{task}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}, {time.perf_counter() - started:.0f} s"
 
 
-def calibration(
-    sets: Mapping[str, Examples], batch: int, steps: int, seed: int
-) -> dict[str, list[dict[str, Tensor]]]:
+def calibration(sets: Mapping[str, Examples], batch: int, steps: int, seed: int) -> dict[str, list[dict[str, Tensor]]]:
     """Task -> ``steps`` batches of inputs, drawn without labels in an order that the seed gives."""
     found = {}
     for number, (task, examples) in enumerate(sets.items()):

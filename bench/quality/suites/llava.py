@@ -207,9 +207,7 @@ def make_pictures(count: int, split: str, seed: int = 0) -> Pictures:
             ink = images[which[number, half]]
             patch = pixels[number, :, y : y + 8, x : x + 8]
             patch += ink * (palette[colours[number, half]][:, None, None] - patch)
-    return Pictures(
-        (pixels - 0.3) / 0.3, torch.where(shown, classes[which], -1), torch.where(shown, colours, -1)
-    )
+    return Pictures((pixels - 0.3) / 0.3, torch.where(shown, classes[which], -1), torch.where(shown, colours, -1))
 
 
 def make_examples(task: str, pictures: Pictures) -> Examples:

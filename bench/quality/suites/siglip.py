@@ -67,4 +67,3 @@ def masked_features(model: SiglipVisionModel, pixels: Tensor, bool_masked_pos: T
         return patch_features(model, pixels)
     finally:
         handle.remove()
-

@@ -99,8 +99,7 @@ class ViTSuite:
     def __init__(self, base: Base, folder: Path, seed: int, settings: Settings) -> None:
         self.name, self.seed = base.name, seed
         self.tasks = {
-            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task))
-            for task in TASKS.values()
+            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task)) for task in TASKS.values()
         }
         self.model = base.load()
         self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
@@ -137,10 +136,7 @@ class ViTSuite:
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         direction = -1 if TASKS[task].lower_is_better else 1
-        values = [
-            self.measure(task, output[None], label[None])
-            for output, label in zip(outputs, labels, strict=True)
-        ]
+        values = [self.measure(task, output[None], label[None]) for output, label in zip(outputs, labels, strict=True)]
         return direction * torch.tensor(values)
 
 
@@ -202,9 +198,7 @@ def _train(
 
     def watch(step: int, model: PeftModel, head: Head) -> None:
         def measured() -> tuple[float, float]:
-            output = head(
-                torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)])
-            )
+            output = head(torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)]))
             truth = held_out.labels[task.name]
             return demo_tasks.loss(task, output, truth).item(), measure(task, output, truth)
 
@@ -233,9 +227,7 @@ def _train(
 
 def _labelled(scenes: SceneSet) -> SceneSet:
     """With the labels of the two tasks that the demo does not have."""
-    return replace(
-        scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()}
-    )
+    return replace(scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()})
 
 
 def _scene_sets(split: Split, count: int) -> dict[Scene, SceneSet]:
