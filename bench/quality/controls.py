@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import nsc_merge
 from nsc_merge.adapters import Adapter
 from nsc_merge.attachment import adapted_linears, attach, presence
+from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.forwards import shared_forward
 from nsc_merge.loop import Optimisation, Settings, by_path
@@ -25,7 +26,7 @@ from nsc_merge.passes import Batch, Calibration, streams
 from nsc_merge.progress import Progress
 from nsc_merge.result import MergeResult
 
-from .suite import Scores, Suite, evaluate, merged
+from .suite import Suite, evaluate
 
 
 class _Negated:
@@ -132,7 +133,7 @@ CONTROLS = {"anti_nsc": anti_nsc, "oracle": oracle}
 
 def finetuned_scores(suite: Suite, adapters: dict[str, Adapter], split: str) -> Scores:
     """Every task with its own adapter alone, which scores are normalised by."""
-    return evaluate(suite, merged(suite, nsc_merge.merge(suite.model, adapters, method="finetuned")), split)
+    return evaluate(suite, nsc_merge.merge(suite.model, adapters, method="finetuned"), split)
 
 
 def _subsample(

@@ -10,7 +10,6 @@ others. Two sets of modules are averaged over: "all" adapted ones, and the "targ
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from nsc_merge.analysis.tracking import track
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.progress import Progress
 
-from .run import HERE, SUITES, versions
+from .records import RESULTS, SUITES, WORK, suite_module, versions
 from .suite import Suite
 from .suites.kept_adapters import kept_adapters
 
@@ -113,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
     parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, default="vit")
     parsed.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parsed.add_argument("--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)")
-    parsed.add_argument("--out", type=Path, default=HERE.parent / "results" / "quality")
+    parsed.add_argument("--work", type=Path, default=WORK, help="trained parts (default: %(default)s)")
+    parsed.add_argument("--out", type=Path, default=RESULTS)
     parsed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal")
     return parsed
 
@@ -122,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     torch.set_num_threads(1)
-    module = importlib.import_module(f".suites.{given.suite}", __package__)
+    module = suite_module(given.suite)
     training: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for seed in given.seeds:

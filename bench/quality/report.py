@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .acceptance_ranges import CHECKED, vit_checks
+from .records import RESULTS, SUITES, read_records
 from .rows import GROUPS, ROWS
-from .run import HERE, SUITES, read_records
 
 
 def sets_of_tasks(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -159,7 +159,7 @@ def _number(value: float | None, digits: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, help="one suite; all that were measured by default")
-    parsed.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
+    parsed.add_argument("--results", type=Path, default=RESULTS)
     parsed.add_argument("--json", action="store_true", help="print JSON")
     given = parsed.parse_args(arguments)
     suites = [given.suite] if given.suite else SUITES

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .records import RESULTS, SUITES, read_records
 from .report import mean_and_spread, sets_of_tasks
 from .rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
-from .run import HERE, SUITES, read_records
 
 NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA"}
 START = "TA@0.4"
@@ -89,7 +89,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     found = columns(given.results)
     if not found:

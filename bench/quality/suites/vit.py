@@ -7,7 +7,7 @@ batches; base and scenes stay. The same tasks on another base are another suite:
 
     <work>/<suite>/seed<seed>/<kind>/<task>/    kind: adapters, or permuted (trained on labels in a wrong order)
         adapter/, <task>.safetensors            the PEFT folder and the head
-        steps/, steps.jsonl                     along the training, see kept.py
+        steps/, steps.jsonl                     along the training, see kept_adapters.py
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.run import shipped_assets
 from nsc_merge.demo.tasks import Task, measure
 from nsc_merge.demo.train import LORA_MODULES, fit_adapter, save_adapter, save_head
+from nsc_merge.evaluation.heads import Inputs
 
-from ..suite import Inputs, Log, TaskInfo, train_missing
+from ..suite import Log, TaskInfo
 from .kept_adapters import keep, kept_entries
+from .training import train_missing
 
 if TYPE_CHECKING:
     from peft import PeftModel
