@@ -1,6 +1,6 @@
 """Measures null-space ratios: along the training of adapters, and per sample against how good its prediction is.
 
-    python bench/quality/ratios.py --suite vit --seeds 0 1 2
+    python -m bench.quality.ratios --suite vit --seeds 0 1 2
 
 Writes OUT/<suite>-training.jsonl, one line per seed, task and kind of labels (true or permuted), and
 OUT/<suite>-samples.jsonl, one line per seed, task and model. Seeds measured again replace their own lines and no

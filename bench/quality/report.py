@@ -1,7 +1,7 @@
 """Tables and acceptance checks from what run.py and ratios.py measured.
 
-    python bench/quality/report.py                          Markdown of everything in bench/results/quality
-    python bench/quality/report.py --suite vit --json       the same as JSON
+    python -m bench.quality.report                          Markdown of everything in bench/results/quality
+    python -m bench.quality.report --suite vit --json       the same as JSON
 
 Tables give the normalised score per task and its average, mean over the seeds, ± the standard deviation over the seeds
 (n - 1). A check outside its range is a finding, not an error: the exit code is 0 either way, 1 if there is nothing to

@@ -1,8 +1,8 @@
 """Trains a quality suite, merges its adapters in every way, and measures the results.
 
-    python bench/quality/run.py --suite vit --seeds 0 1 2
-    python bench/quality/run.py --suite vit --seeds 0 --tasks depth,normal,edge,semseg --methods 'TA*' NSC
-    python bench/quality/run.py --suite vit --train-only --permuted
+    python -m bench.quality.run --suite vit --seeds 0 1 2
+    python -m bench.quality.run --suite vit --seeds 0 --tasks depth,normal,edge,semseg --methods 'TA*' NSC
+    python -m bench.quality.run --suite vit --train-only --permuted
 
 Everything trained is kept in --work and trained once. One JSON line per suite, seed, set of tasks and row is appended
 to OUT/<suite>.jsonl; rows that are there already are skipped, so an interrupted run goes on where it was.

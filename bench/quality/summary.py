@@ -1,6 +1,6 @@
 """The tables of docs/results.md: every row's average over tasks, and gains over the start, in all suites side by side.
 
-    python bench/quality/summary.py
+    python -m bench.quality.summary
 
 Averages are means ± standard deviations over the seeds (n - 1); gains are per seed, in points of the average.
 """
