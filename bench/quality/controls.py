@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from suite import Scores, Suite, evaluate, merged
 from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapter import Adapter
 from nsc_merge.attachment import adapted_linears, attach, presence
+from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.forwards import shared_forward
 from nsc_merge.loop import Optimisation, Settings, by_path
@@ -25,6 +25,8 @@ from nsc_merge.nsc import objective_of, resolve_options
 from nsc_merge.passes import Batch, Calibration, streams
 from nsc_merge.progress import Progress
 from nsc_merge.result import MergeResult
+
+from .suite import Suite, evaluate
 
 
 class _Negated:
@@ -44,9 +46,7 @@ class _Negated:
         return omega
 
 
-def anti_nsc(
-    suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any
-) -> MergeResult:
+def anti_nsc(suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any) -> MergeResult:
     """NSC with the sign of its objective reversed; the history still shows the objective itself."""
     model, tasks = suite.model, list(adapters)
     family = family_of(model)
@@ -110,9 +110,7 @@ def oracle(
         optimiser = torch.optim.AdamW([coefficients.flat], lr=lr, weight_decay=weight_decay)
         for step in range(steps):
             coefficients.spread()
-            drawn = _subsample(
-                {task: pairs[step % len(pairs)] for task, pairs in data.items()}, batch, generator
-            )
+            drawn = _subsample({task: pairs[step % len(pairs)] for task, pairs in data.items()}, batch, generator)
             with shared_forward(model):
                 losses = [
                     suite.loss(task, suite.output(task, model, inputs), label) / reference.losses[task]
@@ -135,7 +133,7 @@ CONTROLS = {"anti_nsc": anti_nsc, "oracle": oracle}
 
 def finetuned_scores(suite: Suite, adapters: dict[str, Adapter], split: str) -> Scores:
     """Every task with its own adapter alone, which scores are normalised by."""
-    return evaluate(suite, merged(suite, nsc_merge.merge(suite.model, adapters, method="finetuned")), split)
+    return evaluate(suite, nsc_merge.merge(suite.model, adapters, method="finetuned"), split)
 
 
 def _subsample(

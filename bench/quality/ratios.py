@@ -1,6 +1,6 @@
 """Measures null-space ratios: along the training of adapters, and per sample against how good its prediction is.
 
-    python bench/quality/ratios.py --suite vit --seeds 0 1 2
+    python -m bench.quality.ratios --suite vit --seeds 0 1 2
 
 Writes OUT/<suite>-training.jsonl, one line per seed, task and kind of labels (true or permuted), and
 OUT/<suite>-samples.jsonl, one line per seed, task and model. Seeds measured again replace their own lines and no
@@ -10,7 +10,6 @@ others. Two sets of modules are averaged over: "all" adapted ones, and the "targ
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -21,9 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import kept_adapters
-from run import HERE, SUITES, versions
-from suite import Suite
 from torch import nn
 
 import nsc_merge
@@ -32,6 +28,10 @@ from nsc_merge.analysis.ranks import rank_correlation
 from nsc_merge.analysis.tracking import track
 from nsc_merge.families import family_of, scored_paths
 from nsc_merge.progress import Progress
+
+from .records import RESULTS, SUITES, WORK, suite_module, versions
+from .suite import Suite
+from .suites.kept_adapters import kept_adapters
 
 START = 0.4
 
@@ -50,9 +50,7 @@ def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str,
     kept = kept_adapters(work, suite.name, suite.seed, task, kind)
     tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
     curves = {
-        name: [
-            statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)
-        ]
+        name: [statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)]
         for name, paths in sets_of_modules(suite.model, list(tracking.omega)).items()
     }
     losses = [entry["loss"] for entry, _ in kept]
@@ -111,25 +109,19 @@ def _or_none(value: float) -> float | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, default="vit")
     parsed.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parsed.add_argument(
-        "--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)"
-    )
-    parsed.add_argument("--out", type=Path, default=HERE.parent / "results" / "quality")
-    parsed.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal"
-    )
+    parsed.add_argument("--work", type=Path, default=WORK, help="trained parts (default: %(default)s)")
+    parsed.add_argument("--out", type=Path, default=RESULTS)
+    parsed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     torch.set_num_threads(1)
-    module = importlib.import_module(given.suite)
+    module = suite_module(given.suite)
     training: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for seed in given.seeds:

@@ -1,7 +1,7 @@
 """Tables and acceptance checks from what run.py and ratios.py measured.
 
-    python bench/quality/report.py                          Markdown of everything in bench/results/quality
-    python bench/quality/report.py --suite vit --json       the same as JSON
+    python -m bench.quality.report                          Markdown of everything in bench/results/quality
+    python -m bench.quality.report --suite vit --json       the same as JSON
 
 Tables give the normalised score per task and its average, mean over the seeds, ± the standard deviation over the seeds
 (n - 1). A check outside its range is a finding, not an error: the exit code is 0 either way, 1 if there is nothing to
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checks import CHECKED, vit_checks
-from rows import GROUPS, ROWS
-from run import HERE, SUITES, read_records
+from .acceptance_ranges import CHECKED, vit_checks
+from .records import RESULTS, SUITES, read_records
+from .rows import GROUPS, ROWS
 
 
 def sets_of_tasks(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -67,9 +67,7 @@ def training_table(records: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             rho = {name: " ".join(_number(run["rho"][name], 2) for run in runs) for name in ("all", "target")}
             path = {
-                name: " -> ".join(
-                    f"{statistics.mean(run['steps'][end][name] for run in runs):.3f}" for end in (0, -1)
-                )
+                name: " -> ".join(f"{statistics.mean(run['steps'][end][name] for run in runs):.3f}" for end in (0, -1))
                 for name in ("all", "target")
             }
             cells = (rho["all"], rho["target"], path["all"], path["target"])
@@ -114,9 +112,7 @@ def checks_table(checks: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["| | check | found | expected | |", "|---|---|---|---|---|"]
     for check in checks:
         verdict = "inside" if check["inside"] else "**outside**"
-        lines.append(
-            f"| {check['group']} | {check['what']} | {check['found']} | {check['expected']} | {verdict} |"
-        )
+        lines.append(f"| {check['group']} | {check['what']} | {check['found']} | {check['expected']} | {verdict} |")
     return lines
 
 
@@ -142,9 +138,7 @@ def report(folder: Path, suite: str) -> dict[str, Any] | None:
             },
         ]
     if training:
-        found["sections"].append(
-            {"title": f"{suite}: ratio along training", "lines": training_table(training)}
-        )
+        found["sections"].append({"title": f"{suite}: ratio along training", "lines": training_table(training)})
     if samples:
         found["sections"].append({"title": f"{suite}: ratio against quality", "lines": sample_table(samples)})
     if suite in CHECKED:
@@ -163,11 +157,9 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, help="one suite; all that were measured by default")
-    parsed.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
+    parsed.add_argument("--results", type=Path, default=RESULTS)
     parsed.add_argument("--json", action="store_true", help="print JSON")
     given = parsed.parse_args(arguments)
     suites = [given.suite] if given.suite else SUITES

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from controls import CONTROLS
-
 from nsc_merge.methods import METHODS
+
+from .controls import CONTROLS
 
 # Rows of a batch: the ViT study's, and per task 8 for language (the paper's two are the rows "LLM").
 BATCH = {"vit": 32, "siglip": 32, "llama": 8, "llava": 8}

@@ -1,8 +1,8 @@
 """Trains a quality suite, merges its adapters in every way, and measures the results.
 
-    python bench/quality/run.py --suite vit --seeds 0 1 2
-    python bench/quality/run.py --suite vit --seeds 0 --tasks depth,normal,edge,semseg --methods 'TA*' NSC
-    python bench/quality/run.py --suite vit --train-only --permuted
+    python -m bench.quality.run --suite vit --seeds 0 1 2
+    python -m bench.quality.run --suite vit --seeds 0 --tasks depth,normal,edge,semseg --methods 'TA*' NSC
+    python -m bench.quality.run --suite vit --train-only --permuted
 
 Everything trained is kept in --work and trained once. One JSON line per suite, seed, set of tasks and row is appended
 to OUT/<suite>.jsonl; rows that are there already are skipped, so an interrupted run goes on where it was.
@@ -13,204 +13,19 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
-import importlib
 import json
-import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from controls import CONTROLS, finetuned_scores, shuffled
-from rows import BATCH, GRADIENT_STEPS, ROWS, SHUFFLED, Row
-from suite import Scores, Subset, Suite, evaluate, merged
 
-import nsc_merge
-from nsc_merge.adapter import Adapter
-from nsc_merge.adapters import load_adapter
-from nsc_merge.methods import METHODS, Method
-from nsc_merge.methods.tuning import COARSE, tune_scale
-from nsc_merge.remap import fit
-from nsc_merge.result import MergeResult
-
-HERE = Path(__file__).parent
-SUITES = ("vit", "siglip", "llama", "llava")
-# Scales beyond the papers' grid, tried where its last is the best; then finer steps around the best.
-BEYOND = tuple(round(1 + 0.2 * step, 1) for step in range(1, 11))
-FINE_STEP, FINE_STEPS = 0.02, 4
-
-
-class Bench:
-    """A suite at one seed, and what every row needs of it."""
-
-    def __init__(self, suite: Suite, progress: bool | None) -> None:
-        self.suite, self.progress = suite, progress
-        loaded = {task: load_adapter(folder, task) for task, folder in suite.adapters.items()}
-        self.adapters: dict[str, Adapter] = fit(loaded, suite.model)
-        self._known: dict[str, MergeResult] = {}
-        self.reference = {split: finetuned_scores(suite, self.adapters, split) for split in ("val", "test")}
-
-    def record(self, row: Row) -> dict[str, Any]:
-        """Merge and measure one row."""
-        started = time.perf_counter()
-        result, tuning = self._merged(row)
-        seconds = time.perf_counter() - started
-        models = merged(self.suite, result)
-        test = evaluate(self.suite, models, "test")
-        val = evaluate(self.suite, models, "val")
-        reference = self.reference["test"]
-        return {
-            "suite": self.suite.name,
-            "seed": self.suite.seed,
-            "tasks": list(self.suite.tasks),
-            "row": row.name,
-            "method": row.method,
-            "options": row.resolved(len(self.suite.tasks)),
-            "init": result.options.get("init"),
-            "tuned": tuning,
-            "metrics": test.metrics,
-            "losses": test.losses,
-            "normalised": test.normalised(self.suite, reference),
-            "average": test.average(self.suite, reference),
-            "val_average": val.average(self.suite, self.reference["val"]),
-            "val_losses": val.losses,
-            "coefficients": coefficient_statistics(result),
-            "objective": objective_ends(result),
-            "seconds": round(seconds, 2),
-            "versions": versions(),
-        }
-
-    def _merged(self, row: Row) -> tuple[MergeResult, dict[str, Any] | None]:
-        options = row.resolved(len(self.suite.tasks))
-        batch = row.batch or BATCH[self.suite.name]
-        if row.method == SHUFFLED:
-            shuffle = options.pop("shuffle")
-            return shuffled(self._learnt("nsc", options, batch, row.batches), shuffle, self.suite.seed), None
-        result = self._learnt(row.method, options, batch, row.batches)
-        return (result, None) if row.tuned is None else self._tuned(result, row.tuned)
-
-    def _learnt(self, method: str, options: dict[str, Any], batch: int, batches: int | None) -> MergeResult:
-        """The merge, kept for the rows that start from the same one."""
-        key = json.dumps([method, options, batch, batches])
-        if key not in self._known:
-            calibration = self.suite.calibration(batch, batches or options.get("steps", GRADIENT_STEPS))
-            if method in CONTROLS:
-                result = CONTROLS[method](self.suite, self.adapters, calibration, **options)
-            else:
-                result = nsc_merge.merge(
-                    self.suite.model,
-                    self.adapters,
-                    calibration,
-                    method=method,
-                    **options,
-                    **self._implied(METHODS[method]),
-                )
-            self._known[key] = result
-        return self._known[key]
-
-    def _implied(self, method: Method) -> dict[str, Any]:
-        """Options that follow from the suite: the tasks' heads, for methods that look at outputs."""
-        options: dict[str, Any] = {}
-        if "progress" in method.option_names:
-            options["progress"] = self.progress
-        tasks = self.suite.tasks.values()
-        if "outputs" in method.needs and any(info.kind != "generation" for info in tasks):
-            counted = [info for info in tasks if method.name != "adamerging" or info.has_classes]
-            options["outputs"] = {
-                info.name: functools.partial(self.suite.output, info.name) for info in counted
-            }
-        if "likelihood" in method.option_names:
-            options["likelihood"] = {
-                info.name: "categorical" if info.has_classes else "gaussian" for info in tasks
-            }
-        return options
-
-    def _tuned(self, unscaled: MergeResult, by: str) -> tuple[MergeResult, dict[str, Any]]:
-        """The best scale on labelled validation data."""
-
-        def quality(result: MergeResult) -> float:
-            scores = evaluate(self.suite, merged(self.suite, result), "val")
-            return self._quality(scores, by)
-
-        found = tune_scale(unscaled, quality, coarse=COARSE, fine_step=None)
-        trail = list(found.trail)
-        if found.scale == COARSE[-1]:
-            beyond = tune_scale(unscaled, quality, coarse=BEYOND, fine_step=None)
-            trail += beyond.trail
-            found = max(found, beyond, key=lambda tuned: tuned.score)
-        fine = tune_scale(
-            unscaled, quality, coarse=(found.scale,), fine_step=FINE_STEP, fine_steps=FINE_STEPS
-        )
-        trail += fine.trail[1:]
-        note = {
-            "by": "normalised average on labelled validation data"
-            if by == "metric"
-            else "summed raw validation loss",
-            "option": "scale",
-            "value": fine.scale,
-            "trail": [[scale, round(value, 4)] for scale, value in sorted(trail)],
-        }
-        return fine.result, note
-
-    def _quality(self, scores: Scores, by: str) -> float:
-        return (
-            scores.average(self.suite, self.reference["val"])
-            if by == "metric"
-            else -sum(scores.losses.values())
-        )
-
-
-def coefficient_statistics(result: MergeResult) -> dict[str, float] | None:
-    """Of all coefficients of modules that an adapter touches, dead ones included; None without coefficients."""
-    values = [
-        value
-        for path, row in result.coefficients.items()
-        for task, value in row.items()
-        if path in result.adapters[task].factors
-    ]
-    if len(values) < 2:
-        return None
-    found = {
-        "mean": statistics.mean(values),
-        "std": statistics.stdev(values),
-        "min": min(values),
-        "max": max(values),
-        "dead": sum(map(len, result.dead.values())) / len(values),
-    }
-    start = result.options.get("init")
-    if isinstance(start, float):
-        found["moved"] = statistics.mean(abs(value - start) for value in values)
-    return found
-
-
-def objective_ends(result: MergeResult) -> dict[str, float] | None:
-    """The objective at the first step and its mean over the last ten; None for methods without steps."""
-    values = [entry["objective"] for entry in result.history]
-    return {"first": values[0], "last": statistics.mean(values[-10:])} if values else None
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("nsc-kernels", "torch", "transformers", "peft")}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a result file; of those about the same suite, seed, tasks and row the last counts."""
-    if not path.is_file():
-        return []
-    records = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        records[key_of(record)] = record
-    return list(records.values())
-
-
-def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record["suite"], record["seed"], tuple(record["tasks"]), record["row"]
+from .measuring import Bench
+from .records import RESULTS, SUITES, WORK, key_of, read_records, suite_module
+from .rows import ROWS, Row
+from .suite import Subset, Suite
 
 
 def run(
@@ -259,36 +74,24 @@ def chosen_rows(patterns: Sequence[str] | None, suite: str) -> list[Row]:
     rows = [row for row in ROWS if not row.suites or suite in row.suites]
     for pattern in patterns or ():
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in ROWS):
-            raise ValueError(
-                f"--methods: no row matches {pattern!r}; rows: {', '.join(row.name for row in ROWS)}"
-            )
-    return [
-        row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, one) for one in patterns)
-    ]
+            raise ValueError(f"--methods: no row matches {pattern!r}; rows: {', '.join(row.name for row in ROWS)}")
+    return [row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, one) for one in patterns)]
 
 
 def parser() -> argparse.ArgumentParser:
-    parsed = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsed.add_argument("--suite", choices=SUITES, default="vit")
     parsed.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parsed.add_argument("--tasks", help="comma-separated subset of the suite's tasks, at least two")
-    parsed.add_argument(
-        "--methods", nargs="+", metavar="ROW", help="names of rows, or patterns such as 'NSC*'; all"
-    )
-    parsed.add_argument(
-        "--work", type=Path, default=HERE / "work", help="trained parts (default: %(default)s)"
-    )
-    parsed.add_argument("--out", type=Path, default=HERE.parent / "results" / "quality")
+    parsed.add_argument("--methods", nargs="+", metavar="ROW", help="names of rows, or patterns such as 'NSC*'; all")
+    parsed.add_argument("--work", type=Path, default=WORK, help="trained parts (default: %(default)s)")
+    parsed.add_argument("--out", type=Path, default=RESULTS)
     parsed.add_argument("--redo", action="store_true", help="measure rows again that are there already")
     parsed.add_argument("--train-only", action="store_true", help="train what is missing, and stop")
     parsed.add_argument("--permuted", action="store_true", help="also train some adapters on permuted labels")
     parsed.add_argument("--list", action="store_true", help="print the rows, and stop")
     parsed.add_argument("--json", action="store_true", help="print new rows as JSON lines")
-    parsed.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal"
-    )
+    parsed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bars; by default on a terminal")
     parsed.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     return parsed
 
@@ -303,12 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.list:
         for row in rows:
             note = f", scale by {row.tuned}" if row.tuned else ""
-            print(
-                f"{row.name:<26}{row.method} {dict(row.options)}{note}{'' if row.available else ' (not available)'}"
-            )
+            print(f"{row.name:<26}{row.method} {dict(row.options)}{note}{'' if row.available else ' (not available)'}")
         return 0
     torch.set_num_threads(given.threads)
-    module = importlib.import_module(given.suite)
+    module = suite_module(given.suite)
     failed: list[str] = []
 
     def log(line: str) -> None:

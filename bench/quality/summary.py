@@ -1,6 +1,6 @@
 """The tables of docs/results.md: every row's average over tasks, and gains over the start, in all suites side by side.
 
-    python bench/quality/summary.py
+    python -m bench.quality.summary
 
 Averages are means ± standard deviations over the seeds (n - 1); gains are per seed, in points of the average.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from report import mean_and_spread, sets_of_tasks
-from rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
-from run import HERE, SUITES, read_records
+from .records import RESULTS, SUITES, read_records
+from .report import mean_and_spread, sets_of_tasks
+from .rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
 
 NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA"}
 START = "TA@0.4"
@@ -89,7 +89,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "quality")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     found = columns(given.results)
     if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from nsc_merge.evaluation import joint
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import RecipeSuite, Suite
+from nsc_merge.forwards import shared_forward
 from nsc_merge.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
 from nsc_merge.merged_update import applied
 from nsc_merge.methods import METHODS
@@ -30,12 +32,13 @@ _Model = Callable[[], AbstractContextManager[nn.Module]]
 
 @torch.no_grad()
 def predict(
-    suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None
+    suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None, *, share: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all.
 
     Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
-    over the models of all tasks.
+    over the models of all tasks. With ``share``, tasks whose batches hold the very same tensors share the forwards of
+    a model that serves them all; it is not for heads that generate, which need more than one forward of a batch.
     """
     found: dict[str, Tensor] = {}
     wanted = list(suite.tasks) if tasks is None else list(tasks)
@@ -45,14 +48,12 @@ def predict(
     for served, models in _groups(suite, candidate, wanted):
         for number, enter in enumerate(models, 1):
             with enter() as model:
-                for task in served:
-                    output = _joined(
-                        [suite.output(task, model, inputs) for inputs, _ in suite.labelled(task, split)]
-                    )
-                    if len(models) > 1 and not output.is_floating_point():
-                        raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
-                    # A running mean, so that one set of outputs is held.
-                    found[task] = output if number == 1 else found[task] + (output - found[task]) / number
+                for together in [served] if share else [[task] for task in served]:
+                    for task, output in _outputs(suite, model, together, split).items():
+                        if len(models) > 1 and not output.is_floating_point():
+                            raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
+                        # A running mean, so that one set of outputs is held.
+                        found[task] = output if number == 1 else found[task] + (output - found[task]) / number
     return {task: (found[task], labels[task]) for task in wanted}
 
 
@@ -167,6 +168,18 @@ def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[
         return [(tasks, list(models.values()))]
     models = {task: models[task] for task in tasks}
     return [([task], [model]) for task, model in models.items()]
+
+
+def _outputs(suite: Suite, model: nn.Module, tasks: list[str], split: str) -> dict[str, Tensor]:
+    """Task -> outputs of ``model`` over a whole split; several tasks share its forwards."""
+    parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    labelled = [suite.labelled(task, split) for task in tasks]
+    for batches in zip_longest(*labelled):
+        with shared_forward(model) if len(tasks) > 1 else nullcontext():
+            for task, batch in zip(tasks, batches, strict=True):
+                if batch is not None:
+                    parts[task].append(suite.output(task, model, batch[0]))
+    return {task: _joined(parts.pop(task)) for task in tasks}
 
 
 def _joined(parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:

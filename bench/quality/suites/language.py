@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from kept import keep, kept_entries
-from suite import Inputs, TaskInfo
 from torch import Tensor, nn
-from training import train
 
-from nsc_merge.demo.train import save_adapter
+from nsc_merge.demo.train import RANK, save_adapter
+from nsc_merge.evaluation.heads import Inputs
+
+from ..suite import TaskInfo
+from .kept_adapters import keep, kept_entries
+from .training import train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,6 +87,20 @@ def permute(examples: Examples) -> Examples:
     return Examples(examples.inputs, examples.labels[torch.randperm(len(examples))])
 
 
+def with_lora(model: nn.Module, target_modules: list[str] | str, **others: Any) -> PeftModel:
+    """``model`` with an untrained LoRA, of the rank of every suite.
+
+    Args:
+        model: to be adapted; it becomes part of what is returned.
+        target_modules: the linears, as PEFT understands it.
+        others: of PEFT's configuration.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=target_modules, bias="none", **others)
+    return get_peft_model(model, config)
+
+
 def train_adapter(
     folder: Path,
     model: PeftModel,
@@ -102,7 +118,7 @@ def train_adapter(
     """Train a PEFT model and save its adapter.
 
     Args:
-        folder: for ``adapter/``, and what :mod:`kept` keeps.
+        folder: for ``adapter/``, and what :mod:`.kept_adapters` keeps.
         model: to be trained.
         output: of the task, given model inputs.
         loss: given outputs and labels.
@@ -143,9 +159,7 @@ def train_adapter(
     return f"{task}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}, {time.perf_counter() - started:.0f} s"
 
 
-def calibration(
-    sets: Mapping[str, Examples], batch: int, steps: int, seed: int
-) -> dict[str, list[dict[str, Tensor]]]:
+def calibration(sets: Mapping[str, Examples], batch: int, steps: int, seed: int) -> dict[str, list[dict[str, Tensor]]]:
     """Task -> ``steps`` batches of inputs, drawn without labels in an order that the seed gives."""
     found = {}
     for number, (task, examples) in enumerate(sets.items()):
@@ -172,15 +186,21 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
 
 
 class TextSuite:
-    """What :class:`suite.Suite` asks for, over :class:`Examples`."""
+    """What :class:`bench.quality.suite.Suite` asks for, over :class:`Examples`."""
 
     name: str
-    seed: int
-    tasks: dict[str, TaskInfo]
-    model: nn.Module
-    adapters: dict[str, Path]
-    sets: dict[str, dict[str, Examples]]
     batch = 64
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        tasks: Mapping[str, TaskInfo],
+        sets: dict[str, dict[str, Examples]],
+        seed: int,
+    ) -> None:
+        self.model, self.tasks, self.sets, self.seed = model, dict(tasks), sets, seed
+        self.adapters = {name: folder / "adapters" / name / "adapter" for name in tasks}
 
     def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
         return calibration(self.sets["val"], batch, steps, self.seed)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rows import GRADIENT_FREE, ROWS
+from .rows import GRADIENT_FREE, ROWS
 
 # Suites of the study's tasks.
 CHECKED = ("vit", "siglip")
@@ -60,9 +60,7 @@ def vit_checks(
     ]
 
 
-def _check(
-    group: str, what: str, values: Sequence[float], low: float, high: float, digits: int = 2
-) -> list[dict]:
+def _check(group: str, what: str, values: Sequence[float], low: float, high: float, digits: int = 2) -> list[dict]:
     """``values`` must all lie between ``low`` and ``high``; no values, no check."""
     if not values:
         return []
@@ -101,9 +99,7 @@ def _of_training(training: Sequence[Record]) -> list[dict[str, Any]]:
     depth = [record["steps"][-1]["all"] for record in permuted if record["task"] == "depth"]
     return [
         *_check("A", "mean ratio of untrained adapters (random: 0.935)", [start], 0.930, 0.940, 4),
-        *_check(
-            "B", f"smallest fall of the ratio, all modules ({len(drops)} runs)", [min(drops)], 0, _NO_LIMIT, 3
-        ),
+        *_check("B", f"smallest fall of the ratio, all modules ({len(drops)} runs)", [min(drops)], 0, _NO_LIMIT, 3),
         *_check("B", "mean ratio of trained adapters", [end], 0.87, 0.89, 3),
         *_check("B", "rho(loss, ratio), all modules: mean", [statistics.mean(rhos("all"))], 0.85, 1),
         *_check("B", "rho(loss, ratio), all modules: smallest", [min(rhos("all"))], 0.5, 1),
@@ -140,8 +136,7 @@ def _of_the_optimiser(results: _Results) -> list[dict[str, Any]]:
         return [run["coefficients"][name] for run in results.runs(row, tasks)]
 
     furthest = [
-        max(abs(run["coefficients"][end] - 0.4) for end in ("min", "max"))
-        for run in results.runs("NSC lr1e-4", tasks)
+        max(abs(run["coefficients"][end] - 0.4) for end in ("min", "max")) for run in results.runs("NSC lr1e-4", tasks)
     ]
     known_bad = list(results.averages("NSC lr1e-2", tasks).values())
     return [
@@ -152,9 +147,7 @@ def _of_the_optimiser(results: _Results) -> list[dict[str, Any]]:
         *_check("D", "NSC lr1e-4: furthest move of a coefficient", furthest, 0, 0.0101, 4),
         *_check("D", "NSC lr1e-2: fall of the objective", falls("NSC lr1e-2"), 0.055, _NO_LIMIT, 3),
         *_check("D", "NSC lr1e-2: average (known to be bad)", known_bad, 47.3, 53.3, 1),
-        *_check(
-            "D", "anti-NSC: rise of the objective", [-fall for fall in falls("anti-NSC")], 0.007, 0.010, 4
-        ),
+        *_check("D", "anti-NSC: rise of the objective", [-fall for fall in falls("anti-NSC")], 0.007, 0.010, 4),
     ]
 
 
@@ -174,9 +167,7 @@ def _of_baselines(results: _Results) -> list[dict[str, Any]]:
     checks = []
     for row, low, high in expected:
         found = list(results.averages(row, tasks).values())
-        checks += _check(
-            "E", f"{row}: average, mean over seeds", [statistics.mean(found)] if found else [], low, high
-        )
+        checks += _check("E", f"{row}: average, mean over seeds", [statistics.mean(found)] if found else [], low, high)
     scales = [run["tuned"]["value"] for run in results.runs("TA", tasks)]
     return checks + _check("E", "TA: best scale", scales, 0.15, 0.22)
 

@@ -9,7 +9,7 @@ projector trained in full (PEFT's modules_to_save), as in the paper's LLaVA expe
     <work>/llava/base/                             the LLaVA
     <work>/llava/seed<seed>/<kind>/<task>/         kind: adapters, or permuted (trained on answers in a wrong order)
         adapter/                                   the PEFT folder
-        steps/, steps.jsonl                        along the training, see kept.py
+        steps/, steps.jsonl                        along the training, see kept_adapters.py
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import language
 import torch
 import torch.nn.functional as F
-from language import Examples, TextSuite, permute, train_adapter
-from suite import Inputs, Log, TaskInfo, building, train_missing
 from torch import Tensor, nn
-from training import scale_initial_weights, train
 
 from nsc_merge.demo.data import digit_images, digit_split
+from nsc_merge.evaluation.heads import Inputs
+
+from ..suite import Log, TaskInfo
+from . import language
+from .language import Examples, TextSuite, permute, train_adapter, with_lora
+from .training import new_folder, scale_initial_weights, train, train_missing
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 SIZE, PATCH = 24, 4
 PATCHES = (SIZE // PATCH) ** 2
-RANK = 8
 COLOURS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 0.9, 0.1), "blue": (0.2, 0.3, 1.0), "yellow": (0.9, 0.9, 0.1)}
 NUMBERS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 WORDS = (
@@ -74,11 +75,6 @@ class LlavaSuite(TextSuite):
     """The suite at one seed, all parts trained."""
 
     name = "llava"
-
-    def __init__(self, folder: Path, sets: dict[str, dict[str, Examples]], seed: int) -> None:
-        self.seed, self.tasks, self.sets = seed, dict(TASKS), sets
-        self.model = load_base(folder.parent / "base")
-        self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
 
     def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
         """Prompts alone: an answer is a label."""
@@ -130,7 +126,7 @@ def load(
     settings = settings or Settings()
     root = work / "llava"
     if not (root / "base").is_dir():
-        with building(root / "base") as part:
+        with new_folder(root / "base") as part:
             pretrain(part, settings, log=log, progress=progress)
     sets = {
         split: {name: make_examples(name, make_pictures(count, split)) for name in TASKS}
@@ -144,7 +140,7 @@ def load(
         return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
 
     folder = train_missing(work, "llava", seed, list(TASKS), permuted, train_one, log)
-    return LlavaSuite(folder, sets, seed)
+    return LlavaSuite(folder, load_base(root / "base"), TASKS, sets, seed)
 
 
 def load_base(folder: Path) -> nn.Module:
@@ -206,9 +202,7 @@ def make_pictures(count: int, split: str, seed: int = 0) -> Pictures:
             ink = images[which[number, half]]
             patch = pixels[number, :, y : y + 8, x : x + 8]
             patch += ink * (palette[colours[number, half]][:, None, None] - patch)
-    return Pictures(
-        (pixels - 0.3) / 0.3, torch.where(shown, classes[which], -1), torch.where(shown, colours, -1)
-    )
+    return Pictures((pixels - 0.3) / 0.3, torch.where(shown, classes[which], -1), torch.where(shown, colours, -1))
 
 
 def make_examples(task: str, pictures: Pictures) -> Examples:
@@ -279,17 +273,9 @@ def _train_adapter(
     *,
     progress: bool | None,
 ) -> str:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        lora_dropout=0.0,
-        target_modules=r".*language_model.*\.(q_proj|v_proj)",
-        modules_to_save=["multi_modal_projector"],
-        bias="none",
+    model = with_lora(
+        load_base(base), r".*language_model.*\.(q_proj|v_proj)", modules_to_save=["multi_modal_projector"]
     )
-    model = get_peft_model(load_base(base), config)
     return train_adapter(
         folder,
         model,

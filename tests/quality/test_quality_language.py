@@ -1,63 +1,29 @@
-"""The language and vision-language quality suites, small enough to train here."""
+"""The language and vision-language suites, small enough to train here."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from quality_cases import PICTURES, TEXT
 from safetensors.torch import load_file
 
 import nsc_merge
-from nsc_merge.demo.data import digit_split
+from bench.quality import ratios
+from bench.quality.suite import evaluate
+from bench.quality.suites import llama, llava
+from bench.quality.suites.kept_adapters import kept_adapters
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "quality"))
-
-import corpus
-import llama
-import llava
-import ratios
-from kept import kept_adapters
-from language import pooled
-from suite import evaluate, merged
-
-TEXT = llama.Settings(pretrain_steps=4, train=48, val=24, test=40, probe_steps=10, steps=3, batch=8)
-PICTURES = llava.Settings(
-    pretrain_pictures=64, pretrain_steps=4, pretrain_batch=8, train=48, val=24, test=40, steps=3, batch=8
-)
 SUITES = {"llama": (llama, TEXT), "llava": (llava, PICTURES)}
-# Parts of the packages, as all of them take half a minute to read.
-PARTS = {
-    "python": "email",
-    "numpy": "lib",
-    "scipy": "cluster",
-    "sklearn": "neighbors",
-    "torch": "optim",
-    "transformers": "generation",
-    "sympy": "ntheory",
-    "matplotlib": "projections",
-    "networkx": "classes",
-}
-
-
-def part_of(source: str) -> Path:
-    if source == "python":
-        return Path(sysconfig.get_path("stdlib")) / PARTS[source]
-    spec = importlib.util.find_spec(source)
-    return Path(spec.origin).parent / PARTS[source]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_root", part_of)
-        yield tmp_path_factory.mktemp("work")
+def work(language_work):
+    return language_work
 
 
 @pytest.fixture(scope="module", params=SUITES)
@@ -73,11 +39,6 @@ def trained(work, name):
     assert sum("adapters:" in line for line in lines) == len(module.TASKS)
     assert sum("permuted:" in line for line in lines) == 1
     return suite
-
-
-@pytest.fixture(scope="module")
-def texts(work):
-    return corpus.load_corpus(work / "llama", lambda line: None)
 
 
 def linked(work: Path, target: Path, suite: str, tasks) -> None:
@@ -98,7 +59,7 @@ def test_parts_are_trained_once(trained, work, name):
     assert lines == []
     assert list(again.tasks) == list(trained.tasks) == list(module.TASKS)
     assert again.name == name
-    assert not list(work.rglob("*.part-*"))
+    assert not list(work.rglob(".*"))
     assert not trained.model.training
     assert {value.dtype for value in trained.model.parameters()} == {torch.float32}
 
@@ -149,7 +110,7 @@ def test_adapters_along_training_are_kept(trained, work, name):
         assert not any(start[path].B.any() for path in low_rank)
         assert all(torch.equal(end[path].B, final[path].B) for path in low_rank)
     # The curve is that of the model as it is measured elsewhere.
-    alone = merged(trained, nsc_merge.merge(trained.model, trained.adapters, method="finetuned"))
+    alone = nsc_merge.merge(trained.model, trained.adapters, method="finetuned")
     scores = evaluate(trained, alone, "val")
     last, _ = kept_adapters(work, name, 0, task, "adapters")[-1]
     assert last["metric"] == pytest.approx(scores.metrics[task], rel=1e-4)
@@ -242,13 +203,13 @@ def test_calibration_is_unlabelled_and_the_same_each_time(trained):
 
 def test_the_finetuned_reference_is_what_peft_computes(trained):
     result = nsc_merge.merge(trained.model, trained.adapters, method="finetuned")
-    models = merged(trained, result)
     for task, folder in trained.adapters.items():
         inputs, _ = trained.labelled(task, "test")[0]
+        alone = result.for_task(task).apply(copy.deepcopy(trained.model))
         own = PeftModel.from_pretrained(copy.deepcopy(trained.model), folder).eval()
         with torch.no_grad():
             theirs = trained.output(task, own, inputs)
-            ours = trained.output(task, models[task], inputs)
+            ours = trained.output(task, alone, inputs)
             base = trained.output(task, trained.model, inputs)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(base, theirs, rtol=1e-3, atol=1e-3)
@@ -258,194 +219,8 @@ def test_the_finetuned_reference_is_what_peft_computes(trained):
 def test_suites_merge(trained, method, name):
     options = {"steps": 2, "progress": False} if method == "nsc" else {"scale": 0.4}
     result = nsc_merge.merge(trained.model, trained.adapters, trained.calibration(4, 2), method=method, **options)
-    scores = evaluate(trained, merged(trained, result), "val")
+    scores = evaluate(trained, result, "val")
     assert set(scores.metrics) == set(trained.tasks)
     assert all(torch.tensor(list(scores.losses.values())).isfinite())
     projector = [path for path in result.coefficients if "multi_modal_projector" in path]
     assert bool(projector) == (name == "llava")
-
-
-def test_files_are_split_by_their_path(texts):
-    assert [corpus.split_of(f"numpy/{number}.py") for number in range(200)].count("train") > 110
-    assert {corpus.split_of("python/ast.py") for _ in range(3)} == {corpus.split_of("python/ast.py")}
-    files, sections = texts
-    for kind in (files, sections):
-        for split in corpus.SPLITS:
-            assert kind[split].ends[-1] == len(kind[split].tokens)
-            assert kind[split].tokens.max() < corpus.VOCABULARY
-            assert kind[split].tokens.min() >= 0
-    assert set(files["train"].labels.tolist()) == set(range(len(corpus.SOURCES)))
-
-
-def test_tokens_are_the_text_of_the_installation(work, texts):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(work / "llama" / "corpus" / "tokenizer.json"))
-    for split in corpus.SPLITS:
-        source = corpus.SOURCES[int(texts[0][split].labels[0])]
-        text = tokenizer.decode(texts[0][split].text(0).tolist())
-        assert len(text) >= 60
-        originals = {
-            f"{source}/{file.relative_to(part_of(source)).as_posix()}": file.read_text(encoding="utf-8")
-            for file in part_of(source).rglob("*.py")
-        }
-        found = [name for name, original in originals.items() if text in original]
-        assert found
-        assert split in {corpus.split_of(name) for name in found}
-    versions = json.loads((work / "llama" / "corpus" / "versions.json").read_text())
-    assert set(versions) == {"python", *corpus.PACKAGES}
-
-
-def test_docstring_sections():
-    source = '''
-def add(a):
-    """Add one.
-
-    Parameters
-    ----------
-    a : int
-
-    Returns
-    -------
-    int
-        One more.
-    """
-
-
-class Plain:
-    """Has no sections."""
-'''
-    assert list(corpus.sections(source)) == [
-        ("Summary", "Add one."),
-        ("Parameters", "a : int"),
-        ("Returns", "int\n    One more."),
-    ]
-
-
-def examples(texts, task: str, split="val", count=60):
-    files, sections = texts
-    found = llama.make_examples(task, files[split], sections[split], count, 2)
-    ids, mask = found.inputs["input_ids"], found.inputs["attention_mask"].bool()
-    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], found
-
-
-def passages(row: list[int]) -> tuple[list[int], list[int]]:
-    middle = row.index(corpus.BREAK)
-    assert row[-1] == corpus.BREAK
-    return row[1:middle], row[middle + 1 : -1]
-
-
-def test_texts_are_padded_on_the_right(texts):
-    for task in llama.TASKS:
-        rows, found = examples(texts, task)
-        ids, mask = found.inputs["input_ids"], found.inputs["attention_mask"]
-        assert (mask.diff(dim=1) <= 0).all()
-        assert (ids[mask == 0] == corpus.PAD).all()
-        assert len({len(row) for row in rows}) > 5
-        assert all(row[0] == corpus.START for row in rows)
-
-
-def test_padding_changes_no_output(work):
-    suite = llama.load(work, 0, log=lambda line: None, progress=False, settings=TEXT)
-    for task in suite.tasks:
-        inputs, _ = suite.labelled(task, "val")[0]
-        one = {key: value[:1, : int(inputs["attention_mask"][0].sum())] for key, value in inputs.items()}
-        with torch.no_grad():
-            together = suite.output(task, suite.model, inputs)[:1]
-            torch.testing.assert_close(suite.output(task, suite.model, one), together, rtol=1e-4, atol=1e-5)
-
-
-def test_pooling_leaves_padding_out():
-    hidden = torch.tensor([[[1.0], [3.0], [100.0]], [[2.0], [4.0], [9.0]]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert pooled(hidden, mask).tolist() == [[3.0, 2.0], [9.0, 5.0]]
-
-
-def test_labels_of_texts(texts):
-    rows, found = examples(texts, "varied")
-    for row, label in zip(rows, found.labels.tolist(), strict=True):
-        assert label == pytest.approx((len(set(row[1:])) / len(row[1:]) - 0.6) / 0.1, abs=1e-4)
-    rows, found = examples(texts, "shared")
-    for row, label in zip(rows, found.labels.tolist(), strict=True):
-        first, second = passages(row)
-        share = sum(token in first for token in second) / len(second)
-        assert label == pytest.approx((share - 0.45) / 0.3, abs=1e-4)
-    rows, found = examples(texts, "relation")
-    stream = texts[0]["val"].tokens.tolist()
-    for row, label in zip(rows, found.labels.tolist(), strict=True):
-        first, second = passages(row)
-        if label == 1:
-            assert any(second == first[turn:] + first[:turn] for turn in range(1, len(first)))
-        else:
-            assert any(stream[at : at + len(second)] == second for at in range(len(stream)))
-        if label == 0:
-            both = first + second
-            assert any(stream[at : at + len(both)] == both for at in range(len(stream)))
-    assert found.labels.bincount().tolist() == [20, 20, 20]
-
-
-def test_pictures_show_what_is_said_of_them():
-    pictures = llava.make_pictures(40, "val")
-    assert torch.equal(pictures.pixels, llava.make_pictures(40, "val").pixels)
-    assert not torch.equal(pictures.pixels, llava.make_pictures(40, "val", seed=1).pixels)
-    assert torch.equal(pictures.digits < 0, pictures.colours < 0)
-    assert (pictures.digits >= 0).any(1).all()
-    pixels = pictures.pixels * 0.3 + 0.3
-    palette = torch.tensor(list(llava.COLOURS.values()))
-    for half in range(2):
-        part = pixels[..., : llava.SIZE // 2] if half == 0 else pixels[..., llava.SIZE // 2 :]
-        for image, colour in zip(part, pictures.colours[:, half].tolist(), strict=True):
-            brightest = image.flatten(1)[:, image.sum(0).argmax()]
-            if colour < 0:
-                assert image.max() <= 0.25 + 1e-6
-            else:
-                assert (palette - brightest).abs().sum(1).argmin() == colour
-    splits = [set(indices.tolist()) for indices in digit_split().values()]
-    assert not any(one & two for number, one in enumerate(splits) for two in splits[number + 1 :])
-
-
-def test_answers():
-    pictures = llava.Pictures(
-        torch.zeros(3, 3, 24, 24),
-        torch.tensor([[7, 2], [-1, 3], [4, -1]]),
-        torch.tensor([[0, 2], [-1, 1], [3, -1]]),
-    )
-
-    def answers(task: str) -> list[str]:
-        labels = llava.make_examples(task, pictures).labels
-        return [" ".join(llava.WORDS[token] for token in row) for row in labels.view(3, -1).tolist()]
-
-    assert answers("digit") == ["7", "nothing", "4"]
-    assert answers("colour") == ["blue", "green", "nothing"]
-    assert answers("count") == ["2", "1", "1"]
-    assert answers("larger") == ["yes", "no", "yes"]
-    assert answers("describe") == [
-        "red 7 blue 2 <end>",
-        "nothing nothing green 3 <end>",
-        "yellow 4 nothing nothing <end>",
-    ]
-    assert answers("caption") == [
-        "2 blue 7 red <end>",
-        "3 green nothing nothing <end>",
-        "nothing nothing 4 yellow <end>",
-    ]
-
-
-def test_a_caption_is_right_where_greedy_decoding_writes_it(work):
-    suite = llava.load(work, 0, log=lambda line: None, progress=False, settings=PICTURES)
-    inputs, labels = suite.labelled("caption", "test")[0]
-    prompt = inputs["input_ids"].shape[1] - labels.shape[1] + 1
-    written = inputs["input_ids"][:, :prompt]
-    with torch.no_grad():
-        for _ in range(labels.shape[1]):
-            logits = suite.model(input_ids=written, pixel_values=inputs["pixel_values"]).logits
-            written = torch.cat([written, logits[:, -1].argmax(-1)[:, None]], 1)
-        # The same with what was written in place of the labels, so that some are right.
-        half = len(labels) // 2
-        wanted = torch.cat([written[:half, prompt:], labels[half:]])
-        inputs["input_ids"] = torch.cat([written[:, :prompt], wanted[:, :-1]], 1)
-        quality = suite.quality("caption", suite.output("caption", suite.model, inputs), wanted)
-    assert quality[:half].all()
-    assert torch.equal(quality.bool(), (written[:, prompt:] == wanted).all(1))
-    # Calibration stops at the prompt: what follows is a label.
-    assert suite.calibration(4, 1)["caption"][0]["input_ids"].shape == (4, prompt)

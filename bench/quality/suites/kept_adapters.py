@@ -1,7 +1,7 @@
 """Adapters kept along their training, with the validation loss and metric of every step that was kept.
 
-    <folder>/steps/<number>/    the adapter after so many steps, as a PEFT folder
-    <folder>/steps.jsonl        step, loss, metric
+<folder>/steps/<number>/    the adapter after so many steps, as a PEFT folder
+<folder>/steps.jsonl        step, loss, metric
 """
 
 from __future__ import annotations

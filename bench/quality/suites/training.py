@@ -1,14 +1,56 @@
-"""One training loop, for the bases and the adapters of the language suites."""
+"""What suites train: each part once, in a folder that is there when all of it is, and one loop for language suites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from nsc_merge.folders import replacing_folder
 from nsc_merge.progress import Progress
+
+from ..suite import Log
+
+# Parts are made where there are none, so that nothing becomes obsolete.
+new_folder = partial(replacing_folder, obsolete=lambda path, written: False)
+
+
+def train_missing(
+    work: Path,
+    suite: str,
+    seed: int,
+    tasks: Sequence[str],
+    permuted: Iterable[str],
+    train_one: Callable[[Path, str, bool], str],
+    log: Log,
+) -> Path:
+    """Train what ``work`` does not hold yet of a suite's seed, each task from a state of torch's generator of its own.
+
+    Args:
+        work: folder for trained parts.
+        suite: its name.
+        seed: of what differs between repetitions.
+        tasks: all of the suite.
+        permuted: tasks to train once more, with their labels in a wrong order.
+        train_one: trains into a folder the task of that name, with permuted labels if so told; returns a line.
+        log: receives the lines.
+
+    Returns:
+        The seed's folder.
+    """
+    folder = work / suite / f"seed{seed}"
+    for kind, names in (("adapters", tasks), ("permuted", permuted)):
+        for name in names:
+            if not (folder / kind / name).is_dir():
+                torch.manual_seed(1000 * seed + tasks.index(name))
+                with new_folder(folder / kind / name) as part:
+                    line = train_one(part, name, kind == "permuted")
+                log(f"{suite} seed {seed} {kind}: {line}")
+    return folder
 
 
 def train(

@@ -8,7 +8,7 @@ and stay with their task; texts have unequal lengths and are padded.
     <work>/llama/base/, corpus/                    the language model, and the text that was read
     <work>/llama/seed<seed>/<kind>/<task>/         kind: adapters, or permuted (trained on labels in a wrong order)
         adapter/, head.safetensors                 the PEFT folder and the head
-        steps/, steps.jsonl                        along the training, see kept.py
+        steps/, steps.jsonl                        along the training, see kept_adapters.py
 """
 
 from __future__ import annotations
@@ -19,50 +19,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import language
 import torch
 import torch.nn.functional as F
-from corpus import BREAK, PAD, SECTIONS, SOURCES, SPLITS, START, VOCABULARY, Split, Texts, load_corpus
-from language import (
+from torch import Tensor, nn
+
+from nsc_merge.evaluation.heads import Inputs
+
+from ..suite import Log
+from . import language
+from .corpus import BREAK, PAD, SPLITS, START, VOCABULARY, Split, load_corpus
+from .language import (
     Examples,
     TextSuite,
     absolute_error,
     accuracy,
     fit_head,
-    masks,
     permute,
     pooled,
     regression_loss,
     train_adapter,
+    with_lora,
 )
-from suite import Inputs, Log, TaskInfo, building, train_missing
-from torch import Tensor, nn
-from training import scale_initial_weights, train
+from .passages import CLASSES, PASSAGE, TASKS, make_examples
+from .training import new_folder, scale_initial_weights, train, train_missing
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 WIDTH = 96
 BLOCKS = 6
-RANK = 8
 _PRETRAIN_BATCH = 24
 _PRETRAIN_LR = 3e-3
-_PASSAGE = 38
-_SHORTEST = 20
 _HELD_OUT = 256
 
-TASKS = {
-    task.name: task
-    for task in (
-        TaskInfo("source", "acc", False, "classification"),
-        TaskInfo("section", "acc", False, "classification"),
-        TaskInfo("varied", "MAE", True, "regression"),
-        TaskInfo("relation", "acc", False, "classification"),
-        TaskInfo("same", "acc", False, "classification"),
-        TaskInfo("shared", "MAE", True, "regression"),
-    )
-}
-CLASSES = {"source": len(SOURCES), "section": len(SECTIONS), "relation": 3, "same": 2}
 PERMUTED = ("source", "relation")
 
 
@@ -80,9 +69,7 @@ class LlamaSuite(TextSuite):
     name = "llama"
 
     def __init__(self, folder: Path, sets: dict[str, dict[str, Examples]], seed: int) -> None:
-        self.seed, self.tasks, self.sets = seed, dict(TASKS), sets
-        self.model = load_base(folder.parent / "base")
-        self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
+        super().__init__(folder, load_base(folder.parent / "base"), TASKS, sets, seed)
         self.heads = {name: load_head(folder / "adapters" / name, name) for name in TASKS}
 
     def output(self, task: str, model: nn.Module, batch: Inputs) -> Tensor:
@@ -104,7 +91,7 @@ def load(
     settings = settings or Settings()
     root = work / "llama"
     if not (root / "base").is_dir():
-        with building(root / "base") as part:
+        with new_folder(root / "base") as part:
             pretrain(part, root, settings.pretrain_steps, log=log, progress=progress)
     files, parts = load_corpus(root, log)
     counts: dict[Split, int] = {"train": settings.train, "val": settings.val, "test": settings.test}
@@ -143,88 +130,6 @@ def load_head(folder: Path, task: str) -> nn.Linear:
     return head.requires_grad_(False)
 
 
-def make_examples(task: str, files: Texts, parts: Texts, count: int, seed: int) -> Examples:
-    """``count`` labelled examples; equal arguments give equal tensors."""
-    generator = torch.Generator().manual_seed(100 * seed + list(TASKS).index(task))
-    singles = {"source": files, "section": parts, "varied": files}
-    if task in singles:
-        return _single(task, singles[task], count, generator)
-    return _pairs(task, files, count, generator)
-
-
-def _single(task: str, texts: Texts, count: int, generator: torch.Generator) -> Examples:
-    rows, labels = [], []
-    longest = 2 * _PASSAGE
-    classes = texts.labels.unique().tolist()
-    members = {label: (texts.labels == label).nonzero().flatten().tolist() for label in classes}
-    for number in range(count):
-        # Classes in turn, so that they are balanced.
-        label = classes[number % len(classes)]
-        text = texts.text(_choose(members[label], generator))
-        length = int(torch.randint(longest // 2, longest + 1, (), generator=generator))
-        first = 0
-        if task != "section":
-            first = int(torch.randint(max(len(text) - length, 1), (), generator=generator))
-        piece = text[first : first + length]
-        rows.append(torch.cat([torch.tensor([START]), piece]))
-        # The share of different tokens, about 0.6 and spread by 0.1.
-        labels.append(label if task != "varied" else (len(piece.unique()) / len(piece) - 0.6) / 0.1)
-    return _padded(rows, labels, generator)
-
-
-def _pairs(task: str, files: Texts, count: int, generator: torch.Generator) -> Examples:
-    rows, labels = [], []
-    longer = [number for number in range(len(files)) if len(files.text(number)) > 2 * _PASSAGE]
-    members: dict[int, list[int]] = {}
-    for number in longer:
-        members.setdefault(int(files.labels[number]), []).append(number)
-    sources = sorted(source for source, numbers in members.items() if len(numbers) > 1)
-    for number in range(count):
-        source = _choose(sources, generator)
-        one = _choose(members[source], generator)
-        first, end = _passage(files.text(one), None, generator)
-        if task == "same":
-            label = number % 2
-            others = [source] if label else [other for other in sources if other != source]
-            second, _ = _passage(files.text(_choose(members[_choose(others, generator)], generator)), None, generator)
-        else:
-            # What follows, the same words again from another start, or something else.
-            label = number % 3
-            if label == 0:
-                second, _ = _passage(files.text(one), end, generator)
-            elif label == 1:
-                second = first.roll(-int(torch.randint(1, len(first) // 2, (), generator=generator)))
-            else:
-                second, _ = _passage(files.text(_choose(longer, generator)), None, generator)
-        rows.append(torch.cat([torch.tensor([START]), first, torch.tensor([BREAK]), second, torch.tensor([BREAK])]))
-        share = float(torch.isin(second, first).float().mean())
-        # About 0.45 on average, spread by 0.3.
-        labels.append(label if task != "shared" else (share - 0.45) / 0.3)
-    return _padded(rows, labels, generator)
-
-
-def _passage(text: Tensor, first: int | None, generator: torch.Generator) -> tuple[Tensor, int]:
-    """A passage of ``text`` from ``first`` on, or from anywhere that leaves room for another, and where it ends."""
-    length = int(torch.randint(_SHORTEST, _PASSAGE + 1, (), generator=generator))
-    if first is None:
-        first = int(torch.randint(len(text) - 2 * _PASSAGE + 1, (), generator=generator))
-    return text[first : first + length], first + length
-
-
-def _choose(among: Sequence[int], generator: torch.Generator) -> int:
-    return among[int(torch.randint(len(among), (), generator=generator))]
-
-
-def _padded(rows: list[Tensor], labels: list[float], generator: torch.Generator) -> Examples:
-    width = 2 * _PASSAGE + 3
-    order = torch.randperm(len(rows), generator=generator)
-    ids = torch.full((len(rows), width), PAD)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-    mask = masks([len(row) for row in rows], width)
-    return Examples({"input_ids": ids[order], "attention_mask": mask[order]}, torch.tensor(labels)[order])
-
-
 def _train_adapter(
     folder: Path,
     base: Path,
@@ -236,7 +141,6 @@ def _train_adapter(
     progress: bool | None,
 ) -> str:
     """Head on frozen features first, then head and LoRA together; both saved in ``folder``."""
-    from peft import LoraConfig, get_peft_model
     from safetensors.torch import save_file
 
     model = load_base(base)
@@ -249,9 +153,7 @@ def _train_adapter(
     with torch.no_grad():
         frozen = torch.cat([features(model, inputs) for inputs, _ in examples.batches(256)])
     fit_head(frozen, examples.labels, head, loss, steps=settings.probe_steps)
-    peft_model = get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], bias="none")
-    )
+    peft_model = with_lora(model, ["q_proj", "v_proj"])
     line = train_adapter(
         folder,
         peft_model,
@@ -325,12 +227,12 @@ def new_model() -> LlamaForCausalLM:
 
 def pretraining_batch(tokens: Tensor, count: int) -> Tensor:
     """``[count, 2 * passage + 3]`` tokens from torch's global generator."""
-    window = _windows(tokens, count, 2 * _PASSAGE + 2)
-    first, following = window[:, :_PASSAGE], window[:, _PASSAGE : 2 * _PASSAGE]
+    window = _windows(tokens, count, 2 * PASSAGE + 2)
+    first, following = window[:, :PASSAGE], window[:, PASSAGE : 2 * PASSAGE]
     kind = torch.randint(6, (count, 1))
-    turn = torch.randint(_PASSAGE // 2, (count, 1))
-    again = first.gather(1, (turn + torch.arange(_PASSAGE)) % _PASSAGE)
-    second = torch.where(kind == 4, _windows(tokens, count, _PASSAGE), following)
+    turn = torch.randint(PASSAGE // 2, (count, 1))
+    again = first.gather(1, (turn + torch.arange(PASSAGE)) % PASSAGE)
+    second = torch.where(kind == 4, _windows(tokens, count, PASSAGE), following)
     second = torch.where(kind == 5, again, second)
     start, end = torch.full((count, 1), START), torch.full((count, 1), BREAK)
     pair = torch.cat([start, first, end, second, end], 1)

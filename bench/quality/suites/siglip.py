@@ -1,23 +1,25 @@
 """The tasks of ``vit.py`` on a vision transformer without a class token: a small SigLIP tower.
 
 A class token takes part in every attention although none of the heads reads it. The earlier study whose figures
-``checks.py`` holds the suites to had none, so this suite is the closer one to it. The base is pre-trained like that
-of ``nsc-merge demo``, once, in about ten minutes of a core, and kept in ``<work>/siglip/base``.
+``acceptance_ranges.py`` holds the suites to had none, so this suite is the closer one to it. The base is pre-trained
+like that of ``nsc-merge demo``, once, in about ten minutes of a core, and kept in ``<work>/siglip/base``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import vit
-from suite import Log, building
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from nsc_merge.demo.model import SHAPE, WIDTH, initialise, patch_features
 from nsc_merge.demo.train import pretrain
+
+from ..suite import Log
+from . import vit
+from .training import new_folder
 
 NAME = "siglip"
 PERMUTED = vit.PERMUTED
@@ -30,20 +32,19 @@ def load(
     *,
     log: Log = print,
     progress: bool | None = None,
-    settings: vit.Settings | None = None,
-    permuted: Sequence[str] = (),
+    **others: Any,
 ) -> vit.ViTSuite:
     """The suite at ``seed``; what is missing below ``work`` is trained first. Arguments as :func:`vit.load`."""
     folder = work / NAME / "base"
     if not folder.is_dir():
-        with building(folder) as part:
+        with new_folder(folder) as part:
             pretrain(part, seed=0, log=log, progress=progress, new_model=new_tower, features=masked_features)
 
     def load_tower() -> nn.Module:
         return SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
     base = vit.Base(NAME, load_tower, _MODULES)
-    return vit.load(work, seed, log=log, progress=progress, settings=settings, permuted=permuted, base=base)
+    return vit.load(work, seed, log=log, progress=progress, base=base, **others)
 
 
 def new_tower(seed: int) -> SiglipVisionModel:
@@ -66,4 +67,3 @@ def masked_features(model: SiglipVisionModel, pixels: Tensor, bool_masked_pos: T
         return patch_features(model, pixels)
     finally:
         handle.remove()
-

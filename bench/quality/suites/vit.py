@@ -7,7 +7,7 @@ batches; base and scenes stay. The same tasks on another base are another suite:
 
     <work>/<suite>/seed<seed>/<kind>/<task>/    kind: adapters, or permuted (trained on labels in a wrong order)
         adapter/, <task>.safetensors            the PEFT folder and the head
-        steps/, steps.jsonl                     along the training, see kept.py
+        steps/, steps.jsonl                     along the training, see kept_adapters.py
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from kept import keep, kept_entries
-from suite import Inputs, Log, TaskInfo, train_missing
 from torch import Tensor, nn
 
 from nsc_merge.demo import evaluate as demo
@@ -31,6 +29,11 @@ from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.run import shipped_assets
 from nsc_merge.demo.tasks import Task, measure
 from nsc_merge.demo.train import LORA_MODULES, fit_adapter, save_adapter, save_head
+from nsc_merge.evaluation.heads import Inputs
+
+from ..suite import Log, TaskInfo
+from .kept_adapters import keep, kept_entries
+from .training import train_missing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,8 +101,7 @@ class ViTSuite:
     def __init__(self, base: Base, folder: Path, seed: int, settings: Settings) -> None:
         self.name, self.seed = base.name, seed
         self.tasks = {
-            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task))
-            for task in TASKS.values()
+            task.name: TaskInfo(task.name, task.metric, task.lower_is_better, _kind(task)) for task in TASKS.values()
         }
         self.model = base.load()
         self.adapters = {name: folder / "adapters" / name / "adapter" for name in TASKS}
@@ -136,10 +138,7 @@ class ViTSuite:
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         direction = -1 if TASKS[task].lower_is_better else 1
-        values = [
-            self.measure(task, output[None], label[None])
-            for output, label in zip(outputs, labels, strict=True)
-        ]
+        values = [self.measure(task, output[None], label[None]) for output, label in zip(outputs, labels, strict=True)]
         return direction * torch.tensor(values)
 
 
@@ -201,9 +200,7 @@ def _train(
 
     def watch(step: int, model: PeftModel, head: Head) -> None:
         def measured() -> tuple[float, float]:
-            output = head(
-                torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)])
-            )
+            output = head(torch.cat([patch_features(model, pixels) for pixels in held_out.pixels.split(_BATCH)]))
             truth = held_out.labels[task.name]
             return demo_tasks.loss(task, output, truth).item(), measure(task, output, truth)
 
@@ -232,9 +229,7 @@ def _train(
 
 def _labelled(scenes: SceneSet) -> SceneSet:
     """With the labels of the two tasks that the demo does not have."""
-    return replace(
-        scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()}
-    )
+    return replace(scenes, labels={**scenes.labels, CLS.name: scenes.primary, SAL.name: scenes.salient.long()})
 
 
 def _scene_sets(split: Split, count: int) -> dict[Scene, SceneSet]:

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from suite import Log, building
 from torch import Tensor
+
+from ..suite import Log
+from .training import new_folder
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -92,7 +94,7 @@ def load_corpus(work: Path, log: Log) -> tuple[dict[Split, Texts], dict[Split, T
 
     folder = work / "corpus"
     if not folder.is_dir():
-        with building(folder) as part:
+        with new_folder(folder) as part:
             log(_write(part))
     stored = load_file(folder / "tokens.safetensors")
     found = [

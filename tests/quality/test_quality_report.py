@@ -1,0 +1,141 @@
+"""Ratios, tables, acceptance checks and command lines of the quality benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.quality import acceptance_ranges, ratios, report, run, summary
+from bench.quality.records import read_records
+from bench.quality.rows import ROWS
+from bench.quality.suite import Subset
+from bench.quality.suites import vit
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_ratios_along_training_start_at_that_of_random_factors(trained, work):
+    record = ratios.training_record(trained, work, "edge", "adapters")
+    assert record["steps"][0]["all"] == pytest.approx(record["random"], abs=0.01)
+    assert [entry["step"] for entry in record["steps"]] == [0, 2, 4, 6]
+    assert record["steps"][-1]["all"] < record["steps"][0]["all"]
+
+
+def test_a_seed_measured_again_replaces_its_own_lines_only(tmp_path):
+    path = tmp_path / "ratios.jsonl"
+    ratios.replace_seeds(path, [{"seed": 0, "rho": 1}, {"seed": 1, "rho": 2}, {"seed": 1, "rho": 3}], [0, 1])
+    ratios.replace_seeds(path, [{"seed": 0, "rho": 4}], [0])
+    assert [json.loads(line)["rho"] for line in path.read_text().splitlines()] == [4, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["ratios.jsonl"]
+
+
+def test_samples_are_related_to_their_quality(trained):
+    records = ratios.sample_records(Subset(trained, ["depth", "cls"]))
+    assert [(record["task"], record["model"]) for record in records] == [
+        (task, model) for model in ("finetuned", "TA@0.4") for task in ("depth", "cls")
+    ]
+    for record in records:
+        assert record["samples"] == 48
+        assert -1 <= record["rho"]["all"] <= 1
+        assert len(record["quality_by_quartile"]["target"]) == 4
+
+
+def test_report_holds_what_was_measured(trained, tmp_path, capsys):
+    rows = [row for row in ROWS if row.name in ("zero_shot", "finetuned", "TA@1/K", "TA@0.4")]
+    run.run(trained, rows, tmp_path, log=lambda line: None)
+    found = read_records(tmp_path / "vit.jsonl")
+    assert report.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for record in found:
+        assert f"**{record['average']:.2f}**" in printed
+    assert "outside" in printed
+    assert report.main(["--results", str(tmp_path), "--json"]) == 0
+    sections = json.loads(capsys.readouterr().out)[0]["sections"]
+    assert any(section["title"] == "vit, K = 8" for section in sections)
+    assert report.main(["--results", str(tmp_path / "nowhere")]) == 1
+
+
+def test_the_summary_sets_suites_side_by_side(tmp_path, capsys):
+    def write(suite, tasks, averages):
+        lines = [
+            json.dumps({"suite": suite, "seed": seed, "tasks": tasks, "row": row, "average": average})
+            for row, values in averages.items()
+            for seed, average in enumerate(values)
+        ]
+        (tmp_path / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
+
+    assert summary.main(["--results", str(tmp_path)]) == 1
+    write("vit", ["a", "b", "c"], {"TA@0.4": [70, 72], "TIES": [75, 71], "NSC": [71, 70]})
+    write("llava", ["d", "e"], {"TA@0.4": [40], "NSC": [39, 38]})
+    capsys.readouterr()
+    assert summary.main(["--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "| | ViT, K = 3 | LLaVA, K = 2 |" in printed
+    assert "| TA@0.4 | 71.0 ± 1.4 | 40.0 (1 seed) |" in printed
+    assert "| TIES | 73.0 ± 2.8 |  |" in printed
+    assert "| NSC | +1.0 / -2.0 | -1.0 |" in printed
+    assert "| NSC - best gradient-free row of the seed | -4.0 / -2.0 | -1.0 |" in printed
+
+
+def test_checks_say_inside_and_outside():
+    def record(row, seed, average):
+        moved = {"mean": 0.4, "min": 0.3, "max": 0.5, "moved": 0.083, "dead": 0.03125}
+        return {
+            "row": row,
+            "tasks": list(vit.TASKS),
+            "seed": seed,
+            "average": average,
+            "tuned": None,
+            "coefficients": moved,
+            "objective": {"first": 0.92, "last": 0.912},
+        }
+
+    measured = [
+        record("NSC", 0, 69.0),
+        record("TA@0.4", 0, 71.0),
+        record("NSC", 1, 60.0),
+        record("TA@0.4", 1, 71.5),
+    ]
+    found = {check["what"]: check for check in acceptance_ranges.vit_checks(measured, [], [])}
+    assert found["K=8: NSC - TA@0.4"]["values"] == [-2.0, -11.5]
+    assert not found["K=8: NSC - TA@0.4"]["inside"]
+    assert found["TA@0.4: average, mean over seeds"]["inside"]
+    assert found["NSC: fall of the objective"]["inside"]
+    # What was not measured is not judged.
+    assert "oracle: average, mean over seeds" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--list"], 0, "TA@1/K"),
+        (["--help"], 0, "--train-only"),
+        (["--methods", "nonsense"], 2, "no row matches 'nonsense'"),
+        (["--suite", "words"], 2, "invalid choice"),
+    ],
+)
+def test_command_line(capsys, arguments, status, message):
+    try:
+        found = run.main(arguments)
+    except SystemExit as leaving:
+        found = leaving.code
+    printed = capsys.readouterr()
+    assert (found, message in printed.out + printed.err) == (status, True), printed
+
+
+def test_run_is_a_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.quality.run", "--list"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "oracle" in done.stdout
