@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import nsc_kernels as nk
 from memory import peak, reset_peak, resident
-from nsc_merge.adapter import Adapter, Factor
+from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS, Problem
 
 TASKS, RANK, WIDTH = 6, 16, 4096

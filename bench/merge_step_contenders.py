@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nsc_merge.adapter import Adapter, Factor
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.nsc import objective_of, resolve_options
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.models.families import family_of, scored_paths
 
 LAM = 0.4
 

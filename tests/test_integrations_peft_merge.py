@@ -194,10 +194,10 @@ def test_weights_are_where_nsc_starts():
 
 def test_results_without_coefficients():
     """A method registered for the test: its update is dense, of full rank."""
-    from nsc_merge.adapter import Factor
+    from nsc_merge.adapters import Factor
     from nsc_merge.methods import METHODS
-    from nsc_merge.methods.arithmetic import NoOptions
-    from nsc_merge.methods.base import gradient_free
+    from nsc_merge.methods.gradient_free import gradient_free
+    from nsc_merge.methods.task_vectors.task_arithmetic import NoOptions
 
     def updates(adapters, paths, options):
         for path in paths:

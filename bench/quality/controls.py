@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import nsc_merge
-from nsc_merge.adapter import Adapter
-from nsc_merge.attachment import adapted_linears, attach, presence
+from nsc_merge.adapters import Adapter
+from nsc_merge.calibration.forward_passes import Batch, Calibration, streams
+from nsc_merge.descent.null_space_objective import Coefficients, Objective
+from nsc_merge.descent.optimisation import Optimisation, Settings, by_path
 from nsc_merge.evaluation.normalise import Scores
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.forwards import shared_forward
-from nsc_merge.loop import Optimisation, Settings, by_path
-from nsc_merge.measure import Coefficients, Objective
-from nsc_merge.nsc import objective_of, resolve_options
-from nsc_merge.passes import Batch, Calibration, streams
-from nsc_merge.progress import Progress
-from nsc_merge.result import MergeResult
+from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.models.attachment import adapted_linears, attach, presence
+from nsc_merge.models.families import family_of, scored_paths
+from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.progress import Progress
 
 from .suite import Suite, evaluate
 

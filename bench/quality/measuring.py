@@ -9,13 +9,12 @@ import time
 from typing import Any
 
 import nsc_merge
-from nsc_merge.adapter import Adapter
-from nsc_merge.adapters import load_adapter
+from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.methods import METHODS, Method
-from nsc_merge.methods.tuning import COARSE, tune_scale
-from nsc_merge.remap import fit
-from nsc_merge.result import MergeResult
+from nsc_merge.methods.scale_tuning import COARSE, tune_scale
+from nsc_merge.models.fitting import fit
+from nsc_merge.results.result import MergeResult
 
 from .controls import CONTROLS, finetuned_scores, shuffled
 from .records import versions

@@ -24,10 +24,10 @@ from torch import nn
 
 import nsc_merge
 from nsc_merge.analysis.quartiles import sample_study
-from nsc_merge.analysis.ranks import rank_correlation
+from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.analysis.tracking import track
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.progress import Progress
+from nsc_merge.models.families import family_of, scored_paths
+from nsc_merge.utils.progress import Progress
 
 from .records import RESULTS, SUITES, WORK, suite_module, versions
 from .suite import Suite

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nsc_merge.evaluation import normalise
 from nsc_merge.evaluation import suite as evaluation
-from nsc_merge.evaluation.measure import Candidate, predict, score
 from nsc_merge.evaluation.normalise import Scores
+from nsc_merge.evaluation.scoring import Candidate, predict, score
 
 Log = Callable[[str], None]
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nsc_merge.adapter import Adapter, Factor
-    from nsc_merge.adapters import load_adapter
+    from nsc_merge.adapters import Adapter, Factor, load_adapter
     from nsc_merge.api import merge
-    from nsc_merge.attachment import attach
-    from nsc_merge.result import MergeResult
-    from nsc_merge.saved import load_result
+    from nsc_merge.models.attachment import attach
+    from nsc_merge.recipes.saved_result import load_result
+    from nsc_merge.results.result import MergeResult
 
 _HOME = {
     "Adapter": "adapters",
     "Factor": "adapters",
-    "MergeResult": "result",
-    "attach": "attachment",
+    "MergeResult": "results.result",
+    "attach": "models.attachment",
     "load_adapter": "adapters",
-    "load_result": "saved",
+    "load_result": "recipes.saved_result",
     "merge": "api",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from nsc_merge.cli import main
+from nsc_merge.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

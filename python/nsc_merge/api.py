@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters import AdapterSource, load_adapter
+from nsc_merge.calibration.forward_passes import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
-from nsc_merge.passes import Calibration
-from nsc_merge.remap import fit
-from nsc_merge.result import MergeResult
+from nsc_merge.models.fitting import fit
+from nsc_merge.results.result import MergeResult
 
 
 def merge(
@@ -36,11 +36,11 @@ def merge(
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
             need no data do not look at it.
-        method: ``"nsc"`` (options: :class:`nsc_merge.nsc.NSCOptions`), or another name that ``nsc-merge methods``
-            lists.
+        method: ``"nsc"`` (options: :class:`nsc_merge.methods.gradient.nsc.NSCOptions`), or another name that
+            ``nsc-merge methods`` lists.
         shared_modules: what happens to modules that the adapters trained in full and that come before the
             head, such as LLaVA's projector: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
-            ``"first"`` do not. See :func:`nsc_merge.remap.fit`.
+            ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
         options: of the method.
 

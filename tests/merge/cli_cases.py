@@ -58,5 +58,5 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nsc_merge.progress.Progress.update", interrupt)
+        patch.setattr("nsc_merge.utils.progress.Progress.update", interrupt)
         yield

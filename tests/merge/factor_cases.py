@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from nsc_merge.adapter import Adapter, Factor
-from nsc_merge.methods import METHODS, core_space, cur, knots, lego, robust, svd
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS
+from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
 
 FUNCTIONS = {
-    "svd": svd.svd,
-    "linear": svd.linear,
+    "svd": svd_and_linear.svd,
+    "linear": svd_and_linear.linear,
     "knots_ties": knots.knots_ties,
     "knots_dare_ties": knots.knots_dare_ties,
     "core_space": core_space.core_space,
-    "svd_cur": cur.svd_cur,
-    "lora_lego": lego.lora_lego,
-    "robustmerge": robust.robustmerge,
-    "robustmerge_alg1": robust.robustmerge_alg1,
+    "svd_cur": svd_cur.svd_cur,
+    "lora_lego": lora_lego.lora_lego,
+    "robustmerge": robustmerge.robustmerge,
+    "robustmerge_alg1": robustmerge.robustmerge_alg1,
 }
 NEED_EQUAL_RANKS = ("linear", "robustmerge")
 # Methods that see the updates only, and not how they are factored.

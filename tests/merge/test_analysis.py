@@ -25,11 +25,11 @@ from nsc_merge.analysis import (
     sample_study,
     track,
 )
+from nsc_merge.analysis.adapter_overlap import null_space_ratios
 from nsc_merge.analysis.bound import summary
-from nsc_merge.analysis.ranks import rank_correlation
-from nsc_merge.cli import main
+from nsc_merge.analysis.rank_correlation import rank_correlation
+from nsc_merge.commands.main import main
 from nsc_merge.evaluation.metrics import METRICS
-from nsc_merge.inspection import null_space_ratios
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,10 @@ from zoo import KINDS, build, outputs, write_adapter
 
 import nsc_kernels
 import nsc_merge
-from nsc_merge import runner
-from nsc_merge.cli import main
-from nsc_merge.recipe import RecipeError, load_recipe
-from nsc_merge.saved import load_result
+from nsc_merge.commands.main import main
+from nsc_merge.recipes import run
+from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
+from nsc_merge.recipes.saved_result import load_result
 
 TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
 
@@ -51,7 +51,7 @@ def place(base, tmp_path):
 
 def command(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, "-m", "nsc_merge.cli", *map(str, arguments)],
+        [sys.executable, "-m", "nsc_merge.commands.main", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -125,11 +125,11 @@ def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch,
     with interrupted(monkeypatch):
         assert main(["run", str(place / "recipe.yaml")]) == 130
     assert "go on with: nsc-merge run" in capsys.readouterr().err
-    assert runner.state_file(recipe).is_file()
+    assert run.state_file(recipe).is_file()
     assert not recipe.out.exists()
     assert main(["run", str(place / "recipe.yaml"), "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().err
-    assert not runner.state_file(recipe).exists()
+    assert not run.state_file(recipe).exists()
     documents = [json.loads((place / out / "coefficients.json").read_text()) for out in ("whole", "merged")]
     assert documents[0]["coefficients"] == documents[1]["coefficients"]
 
@@ -320,7 +320,7 @@ def test_an_unexpected_error_is_one_line_too(place, monkeypatch, capsys):
     def fail(*_, **__):
         raise KeyError("gone\nastray")
 
-    monkeypatch.setattr("nsc_merge.runner.load_model", fail)
+    monkeypatch.setattr("nsc_merge.recipes.run.load_model", fail)
     assert main(["run", str(place / "recipe.yaml")]) == 1
     assert "unexpected error: KeyError: 'gone" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(KeyError):

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from zoo import KINDS, build
 
 import nsc_merge
-from nsc_merge import runner
-from nsc_merge.cli import main
-from nsc_merge.fields import read_document
+from nsc_merge.commands.main import main
 from nsc_merge.methods import METHODS
-from nsc_merge.recipe import load_recipe
-from nsc_merge.saved import load_result
+from nsc_merge.recipes import run
+from nsc_merge.recipes.merge_recipe import load_recipe
+from nsc_merge.recipes.saved_result import load_result
+from nsc_merge.recipes.yaml_keys import read_document
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def unfinished(place, monkeypatch, capsys):
     with interrupted(monkeypatch):
         assert main(["run", "recipe.yaml"]) == 130
     capsys.readouterr()
-    state = runner.state_file(load_recipe(place / "recipe.yaml"))
+    state = run.state_file(load_recipe(place / "recipe.yaml"))
     return place, state, state.read_bytes()
 
 
@@ -246,7 +246,7 @@ def test_a_method_without_a_state_is_not_resumed_and_leaves_that_of_another(unfi
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nsc_merge.runner.save", interrupt)
+        patch.setattr("nsc_merge.recipes.run.save", interrupt)
         assert main(["run", "recipe.yaml", *overrides]) == 130
     assert "--resume" not in capsys.readouterr().err
     assert state.read_bytes() == content

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 import nsc_merge
-from nsc_merge.cli import main
+from nsc_merge.commands.main import main
 from nsc_merge.demo import tasks as demo_tasks
 from nsc_merge.demo import train
 from nsc_merge.demo.data import SCENES, SPLITS, digit_images, digit_split, make_scenes
@@ -24,7 +24,7 @@ from nsc_merge.demo.tasks import TASKS
 
 def command(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "nsc_merge.cli", *arguments],
+        [sys.executable, "-m", "nsc_merge.commands.main", *arguments],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", **changes},
         capture_output=True,

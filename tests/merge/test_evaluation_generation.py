@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from zoo import KINDS, build, write_adapter
 
 from nsc_merge.evaluation import heads
-from nsc_merge.evaluation.measure import predict, score
-from nsc_merge.evaluation.recipe import load_eval_recipe
+from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.scoring import predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 
 

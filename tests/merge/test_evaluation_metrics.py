@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from zoo import KINDS, build
 
-from nsc_merge.evaluation import captions, heads, metrics
-from nsc_merge.evaluation.joint import Union, hits
+from nsc_merge.evaluation import heads, metrics
+from nsc_merge.evaluation.joint_classes import Union, hits
+from nsc_merge.evaluation.metrics import cider_score
 from nsc_merge.evaluation.normalise import average, normalised, over_seeds
 
 METRICS = metrics.METRICS
@@ -106,22 +107,22 @@ def test_what_is_generated_beyond_the_labels_is_not_asked_for():
 
 def test_cider_by_hand():
     references = [["a cat sat"], ["a dog ran", "the dog ran"]]
-    assert captions.cider(["A cat sat.", "a dog ran"], references) < 1
+    assert cider_score.cider(["A cat sat.", "a dog ran"], references) < 1
     # "a" is in both samples and weighs nothing. Length 1: cat and sat weigh alike, so that the cosine of "cat" with
     # them is sqrt(1/2); no longer n-gram occurs.
-    scores = captions.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
+    scores = cider_score.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
     assert scores[0] == pytest.approx(math.sqrt(0.5) / 4)
     # the, dog, ran against dog, ran: sqrt(2/3). Of "the dog", "dog ran" against "a dog", "dog ran": 1/2.
     assert scores[1] == pytest.approx((math.sqrt(2 / 3) + 1 / 2) / 4)
     # A caption that is its own reference: 1 for every length up to its own.
-    same = captions.cider_per_sample(["one two three four five", "six"], [["one two three four five"], ["six"]])
+    same = cider_score.cider_per_sample(["one two three four five", "six"], [["one two three four five"], ["six"]])
     assert same == pytest.approx([1.0, 0.25])
 
 
 def test_cider_of_tokens_is_that_of_words():
     outputs = torch.tensor([[3, metrics.IGNORE, metrics.IGNORE], [5, 6, 7]])
     labels = torch.tensor([[1, 3, 4], [1, 6, 7]])
-    words = captions.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
+    words = cider_score.cider_per_sample(["cat", "the dog ran"], [["a cat sat"], ["a dog ran"]])
     assert METRICS["cider"].quality(outputs, labels).tolist() == pytest.approx(words)
     several = labels[:, None].repeat(1, 2, 1)
     several[:, 1] = metrics.IGNORE

@@ -10,7 +10,7 @@ from peft import PeftModel
 from zoo import DINOV2, KINDS, build, llava_config, outputs, write_adapter
 
 import nsc_merge
-from nsc_merge.families import family_of, frozen_tower, scored_paths
+from nsc_merge.models.families import family_of, frozen_tower, scored_paths
 
 TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
 TASKS = ("plain", "mixed", "partial")

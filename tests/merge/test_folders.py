@@ -8,11 +8,11 @@ import stat
 
 import pytest
 
-from nsc_merge import folders
-from nsc_merge.folders import replacing_folder
+from nsc_merge.utils import atomic_folder
+from nsc_merge.utils.atomic_folder import replacing_folder
 
 KILLED = 9
-CALLS = ["os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod", "folders._exchange"]
+CALLS = [*(f"os.{name}" for name in "rename replace link unlink rmdir mkdir chmod".split()), "atomic_folder._exchange"]
 OLD = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tasks/a/x": "old"}
 NEW = {"config.json": "new", "model-1.safetensors": "new", "tasks/a/x": "new", "tasks/b/x": "new"}
 FOREIGN = {"notes.txt": "mine", "sub/deep/data": "mine"}
@@ -58,7 +58,7 @@ def killed_at(step, out):
 
         for name in CALLS:
             module, function = name.split(".")
-            holder = {"os": os, "folders": folders}[module]
+            holder = {"os": os, "atomic_folder": atomic_folder}[module]
             setattr(holder, function, counting(getattr(holder, function)))
         try:
             replace(out)
@@ -98,7 +98,7 @@ def test_a_kill_leaves_no_folder_or_a_whole_one_where_there_was_none(tmp_path):
 
 
 def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_folder, "_exchange", lambda *_: False)
     for step in range(100):
         place = tmp_path / str(step)
         write(place / "out", {**OLD, **FOREIGN})
@@ -122,7 +122,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path):
 
 def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
     write(tmp_path / "out", OLD)
-    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_folder, "_exchange", lambda *_: False)
     real, calls = os.rename, []
 
     def rename(*args):
@@ -143,13 +143,13 @@ def test_links_permissions_and_late_files_stay(tmp_path, monkeypatch):
     write(tmp_path / "elsewhere", {"x": "mine"})
     (out / "link").symlink_to(tmp_path / "elsewhere")
     out.chmod(0o750)
-    swap = folders._swap
+    swap = atomic_folder._swap
 
     def with_a_late_file(one, other):
         write(other, {"late": "mine"})
         swap(one, other)
 
-    monkeypatch.setattr(folders, "_swap", with_a_late_file)
+    monkeypatch.setattr(atomic_folder, "_swap", with_a_late_file)
     replace(out)
     assert (out / "link").is_symlink()
     assert (out / "late").read_text() == "mine"

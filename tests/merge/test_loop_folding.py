@@ -10,7 +10,7 @@ from zoo import build, write_adapter
 
 import nsc_merge
 from nsc_kernels import AdapterBank, merged_lora
-from nsc_merge.folding import Folded, should_fold
+from nsc_merge.models.folded_linear import Folded, should_fold
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from loop_cases import IMAGE_TOKEN, TASKS, adapters_for, image_batches, llama, llava, text_batches, trajectory, values
 from zoo import build
 
-from nsc_merge.passes import Padding, concatenated, one_by_one
+from nsc_merge.calibration.forward_passes import Padding, concatenated, one_by_one
 
 START = 1
 DECODERS = ("llama", "llama-cls", "mistral", "qwen2", "llava")

@@ -10,8 +10,8 @@ from loop_cases import TASKS, adapters_for, llama, text_batches
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.nsc import objective_of, resolve_options
+from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.models.families import family_of, scored_paths
 
 
 def peft_layers(model, adapters):

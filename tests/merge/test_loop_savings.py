@@ -20,10 +20,10 @@ from loop_cases import (
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.loop import Optimisation, Settings
-from nsc_merge.nsc import objective_of, resolve_options
-from nsc_merge.passes import one_by_one
+from nsc_merge.calibration.forward_passes import one_by_one
+from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.models.families import family_of, scored_paths
 
 
 def calls_of(module):

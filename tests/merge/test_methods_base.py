@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 
 import nsc_merge
-from nsc_merge.adapter import Adapter, Factor
-from nsc_merge.methods import METHODS, base
-from nsc_merge.methods.tuning import tune_scale
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS, gradient_free
+from nsc_merge.methods.scale_tuning import tune_scale
 
 
 def outputs(model, images):
@@ -28,7 +28,7 @@ def summed(model, folders):
 
 def dense(result):
     """The same update as a method of full rank would give it."""
-    no_rank = {path: base.empty(result.model.get_submodule(path)) for path in result.paths}
+    no_rank = {path: gradient_free.empty(result.model.get_submodule(path)) for path in result.paths}
     factors = {
         path: dataclasses.replace(factor, dense=result.delta(path).float()) for path, factor in no_rank.items()
     }
@@ -133,7 +133,7 @@ def test_truncating_a_dense_update_is_truncating_its_factors(summed, tmp_path):
 
 
 def test_truncating_a_wide_dense_update_reports_its_true_error():
-    from nsc_merge.low_rank import _low_rank_of_dense
+    from nsc_merge.adapters.low_rank import _low_rank_of_dense
 
     generator = torch.Generator().manual_seed(0)
     sigma = 0.9 ** torch.arange(1100.0, dtype=torch.float64)
@@ -163,15 +163,15 @@ def test_what_is_no_low_rank_matrix_is_merged_by_task_arithmetic(model, write_ad
 
     def first(adapters, paths, options):
         for path in paths:
-            factor = next(iter(base.present(adapters, path).values()))
+            factor = next(iter(gradient_free.present(adapters, path).values()))
             yield path, Factor(factor.A, options.scale * factor.scaling * factor.B, 1.0)
 
     folders = {name: write_adapter(name, seed, lora_bias=True) for seed, name in enumerate("ab", 1)}
     adapters = {name: nsc_merge.load_adapter(folder, name) for name, folder in folders.items()}
     path = "layers.0.attention.q_proj"
     for averages, share in ((False, 0.5), (True, 0.25)):
-        method = base.gradient_free("first", "", "", Options, first, averages=averages)
-        result = method.run(base.Problem(model, adapters), {"scale": 0.5})
+        method = gradient_free.gradient_free("first", "", "", Options, first, averages=averages)
+        result = method.run(gradient_free.Problem(model, adapters), {"scale": 0.5})
         torch.testing.assert_close(result.delta(path), 0.5 * adapters["a"].factors[path].delta())
         biases = [adapter.factors[path].bias_delta() for adapter in adapters.values()]
         torch.testing.assert_close(result.bias_delta(path), share * sum(biases), rtol=1e-6, atol=1e-7)
@@ -190,7 +190,7 @@ def with_the_rest(model, seeds):
             return torch.randn(*shape, generator=generator)
 
         rows, columns = model.get_submodule(WHOLE).weight.shape
-        empty = base.empty(model.get_submodule(WHOLE))
+        empty = gradient_free.empty(model.get_submodule(WHOLE))
         lora = Factor(normal(4, 32), normal(32, 4), 1.5, bias=normal(32))
         whole = dataclasses.replace(empty, dense=normal(rows, columns), bias=normal(rows))
         return Adapter(task, {LORA: lora, WHOLE: whole})
@@ -230,7 +230,7 @@ ALL, NO_DROP = {"density": 1.0, "scale": 1.0}, {"density": 1.0, "scale": 1.0, "d
 def test_biases_and_whole_linears_follow_the_factors(model, method, options, times):
     """Three copies of an adapter merge to it or to their sum, and so does what has no factors."""
     adapters = with_the_rest(model, dict.fromkeys("abc", 1))
-    result = METHODS[method].run(base.Problem(model, adapters), options)
+    result = METHODS[method].run(gradient_free.Problem(model, adapters), options)
     for path, own in adapters["a"].factors.items():
         torch.testing.assert_close(result.delta(path), times * own.delta(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(result.bias_delta(path), times * own.bias_delta(), rtol=1e-6, atol=1e-6)
@@ -238,7 +238,7 @@ def test_biases_and_whole_linears_follow_the_factors(model, method, options, tim
 
 def test_robustmerge_takes_the_mean_of_whole_linears(model):
     adapters = with_the_rest(model, {"a": 1, "b": 2})
-    result = METHODS["robustmerge"].run(base.Problem(model, adapters), {"scale": 0.5})
+    result = METHODS["robustmerge"].run(gradient_free.Problem(model, adapters), {"scale": 0.5})
     mean = (adapters["a"].factors[WHOLE].dense + adapters["b"].factors[WHOLE].dense).double() / 2
     torch.testing.assert_close(result.delta(WHOLE), 0.5 * mean, rtol=1e-6, atol=1e-6)
 
@@ -259,7 +259,7 @@ def test_robustmerge_takes_the_mean_of_whole_linears(model):
 def test_weights_count_for_biases_and_whole_linears(model, method, options, shares):
     adapters = with_the_rest(model, {"a": 1, "b": 2})
     given = {**options, "weights": {"a": 3.0, "b": -1.0}}
-    result = METHODS[method].run(base.Problem(model, adapters), given)
+    result = METHODS[method].run(gradient_free.Problem(model, adapters), given)
     own = [adapter.factors[WHOLE] for adapter in adapters.values()]
     for found, parts in (
         (result.delta(WHOLE), [factor.delta() for factor in own]),

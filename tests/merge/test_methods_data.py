@@ -12,11 +12,13 @@ import zoo
 from torch.func import functional_call
 
 import nsc_merge
-from nsc_merge.methods import Problem, fisher, matching
-from nsc_merge.methods.learned import attached, presence
-from nsc_merge.methods.own import OwnModels
-from nsc_merge.passes import one_by_one
-from nsc_merge.remap import fit
+from nsc_merge.calibration.forward_passes import one_by_one
+from nsc_merge.methods import Problem
+from nsc_merge.methods.closed_form import fisher
+from nsc_merge.methods.gradient import feature_matching
+from nsc_merge.methods.gradient.learned_coefficients import attached, presence
+from nsc_merge.methods.gradient.task_models import OwnModels
+from nsc_merge.models.fitting import fit
 
 CLASSES = {"plain": 5, "mixed": 3, "partial": 4}
 
@@ -334,7 +336,7 @@ def test_fisher_merge_is_the_dense_average(model, folders, calibration, outputs)
 def test_match_objective_is_the_explicit_distance(tmp_path):
     model, folders, calibration = llama(tmp_path)
     problem = problem_of(model, folders, calibration)
-    for normalise in matching.NORMALISATIONS:
+    for normalise in feature_matching.NORMALISATIONS:
         result = nsc_merge.merge(
             model, folders, calibration, "match", steps=1, normalise=normalise, positions="all", progress=False
         )
@@ -359,11 +361,11 @@ def test_match_objective_is_the_explicit_distance(tmp_path):
 
 def test_match_gradient_by_finite_differences(model, folders, calibration):
     problem = problem_of(model, folders, calibration)
-    options = matching.MatchOptions(steps=1)
-    watcher = matching.Watcher(problem, options.features, options.positions)
+    options = feature_matching.MatchOptions(steps=1)
+    watcher = feature_matching.Watcher(problem, options.features, options.positions)
     present = presence(problem)
     with attached(problem, options) as coefficients:
-        targets = matching.Targets(watcher, OwnModels(problem, coefficients, present), "task")
+        targets = feature_matching.Targets(watcher, OwnModels(problem, coefficients, present), "task")
         drawn = [calibration[task][0] for task in folders]
 
         def value():
@@ -423,7 +425,7 @@ def test_warm_up_shares_coefficients_and_then_lets_go(model, folders, calibratio
 
 def test_match_initial_scale_of_one_adapter_is_one(model, folders, calibration):
     problem = problem_of(model, {"plain": folders["plain"]}, {"plain": calibration["plain"]})
-    assert matching.best_scale(problem, matching.MatchOptions(init="match")) == 1.0
+    assert feature_matching.best_scale(problem, feature_matching.MatchOptions(init="match")) == 1.0
 
 
 @pytest.mark.parametrize("method", ["adamerging", "regmean", "fisher", "match"])
@@ -459,7 +461,7 @@ def test_calibration_errors(model, folders, calibration, outputs, method, bad):
 @pytest.mark.parametrize("options", [{"lr": "x"}, {"steps": 0}, {"share": "layer"}, {"clamp": (1, 0)}, {"steps": -1}])
 def test_options_are_checked_also_with_a_matched_init(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
-        matching.MatchOptions(init="match", **options)
+        feature_matching.MatchOptions(init="match", **options)
 
 
 def test_regmean_names_the_ridge_where_inputs_are_too_few(model, folders, calibration):

@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 import nsc_merge
-from nsc_merge.adapter import Adapter, Factor
-from nsc_merge.methods import METHODS, dare, emr, fr, ties
-from nsc_merge.methods import elementwise as ew
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS
+from nsc_merge.methods.task_vectors import dare, emr, fr_merging, ties
+from nsc_merge.methods.task_vectors import elementwise as ew
 
 ELEMENTWISE = ("ties", "dare", "dare_ties", "emr_unified", "fr")
 
@@ -40,7 +41,7 @@ def random_adapters(tasks="abc", paths="xyz", rank=4, scaling=0.7, seed=0):
 def merged(method, adapters, paths, **options):
     kind = METHODS[method]
     function = {"ties": ties.ties, "dare": dare.dare, "dare_ties": dare.dare_ties}.get(
-        method, {"emr_unified": emr.emr_unified, "fr": fr.fr}.get(method)
+        method, {"emr_unified": emr.emr_unified, "fr": fr_merging.fr}.get(method)
     )
     return {path: factor.delta() for path, factor in function(adapters, list(paths), kind.options(**options))}
 
@@ -314,7 +315,7 @@ def test_every_method_takes_any_shapes(method, ranks, shape, seed):
     ],
 )
 def test_fr_drops_as_much_of_the_spectrum_as_documented(preset, shape, dropped):
-    kept = fr.kept_frequencies(shape, fr.FROptions(preset=preset))
+    kept = fr_merging.kept_frequencies(shape, fr_merging.FROptions(preset=preset))
     assert 1 - float(kept.double().mean()) == pytest.approx(dropped, rel=0.05)
     # Frequency zero goes in the original and the shifted form, the highest one in NSC's.
     assert bool(kept[0, 0]) == (preset == "nsc")
@@ -322,12 +323,12 @@ def test_fr_drops_as_much_of_the_spectrum_as_documented(preset, shape, dropped):
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (7, 8), (6, 5), (7, 5), (1, 1)])
-@pytest.mark.parametrize("preset", fr.PRESETS)
+@pytest.mark.parametrize("preset", fr_merging.PRESETS)
 def test_fr_filters_the_full_spectrum(shape, preset):
     """Of odd and even sides, as by a complex transform of which the real part is taken."""
     update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     adapters = adapters_of({"a": {"x": update}})
-    kept = fr.kept_frequencies(shape, fr.FROptions(preset=preset, cut=0.5))
+    kept = fr_merging.kept_frequencies(shape, fr_merging.FROptions(preset=preset, cut=0.5))
     expected = torch.fft.ifft2(torch.fft.fft2(update.double()) * kept).real
     found = merged("fr", adapters, "x", preset=preset, cut=0.5, align=False, scale=1.0)["x"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

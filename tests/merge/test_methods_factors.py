@@ -10,9 +10,9 @@ from factor_cases import FUNCTIONS, INVARIANT, NEED_EQUAL_RANKS, factor, merged,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsc_merge.adapter import Adapter, Factor
-from nsc_merge.methods import core_space, cur, knots, svd
-from nsc_merge.methods.factors import cores
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.low_rank import core_space, knots, svd_and_linear, svd_cur
+from nsc_merge.methods.low_rank.common_bases import cores
 
 
 def summing(source, tasks):
@@ -67,7 +67,7 @@ def test_sums_in_any_bases_are_task_arithmetic(adapters, along, vectors, bases):
     for name, update in found.items():
         assert update.rank <= ranks, name
         torch.testing.assert_close(update.delta(), expected, rtol=1e-10, atol=1e-10, msg=name)
-    columns = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=10_000))
+    columns = svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions(columns=10_000))
     for task, adapter in adapters.items():
         rebuilt = columns.U @ columns.C @ columns.coefficients[task]
         torch.testing.assert_close(rebuilt, adapter.factors["x"].delta(), rtol=1e-8, atol=1e-8)
@@ -109,7 +109,7 @@ def test_svd_truncates_best():
     assert relative(found.delta(), best) < 1e-12
 
 
-@pytest.mark.parametrize("preset", svd.PRESETS)
+@pytest.mark.parametrize("preset", svd_and_linear.PRESETS)
 def test_linear_adds_factors(preset):
     adapters = random_adapters()
     weights = {"0": 0.5, "1": -1.0, "2": 2.0}
@@ -245,7 +245,8 @@ def test_core_space_dare_sums_thinned_cores():
 @pytest.mark.parametrize("options", [{}, {"rows": 12}, {"choice": "pivoted"}, {"choice": "pivoted", "rows": 20}])
 def test_cur_with_enough_columns_reproduces_the_updates(options):
     adapters = random_adapters()
-    found = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=None if "choice" in options else 90, **options))
+    columns = None if "choice" in options else 90
+    found = svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions(columns=columns, **options))
     for task, adapter in adapters.items():
         assert relative(found.U @ found.C @ found.coefficients[task], adapter.factors["x"].delta()) < 1e-8
 
@@ -253,7 +254,7 @@ def test_cur_with_enough_columns_reproduces_the_updates(options):
 def test_cur_keeps_actual_columns_and_solves_for_the_best_coefficients():
     adapters = random_adapters()
     dense = torch.cat([adapter.factors["x"].delta() for adapter in adapters.values()], 1)
-    found = cur.decompose(of_x(adapters), cur.SVDCUROptions(columns=5))
+    found = svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions(columns=5))
     chosen = dense[:, dense.norm(dim=0).topk(5).indices]
     assert relative(found.U @ found.C, chosen) < 1e-10
     for task, adapter in adapters.items():
@@ -266,9 +267,9 @@ def test_cur_keeps_as_many_columns_as_the_ranks_add_up_to():
     adapters = random_adapters()
     for adapter in adapters.values():
         adapter.factors["x"].A.copy_(adapters["0"].factors["x"].A)
-    assert cur.decompose(of_x(adapters), cur.SVDCUROptions()).C.shape[1] == 12
+    assert svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions()).C.shape[1] == 12
     narrow = random_adapters(d_in=3)
-    assert cur.decompose(of_x(narrow), cur.SVDCUROptions()).C.shape[1] == 9
+    assert svd_cur.decompose(of_x(narrow), svd_cur.SVDCUROptions()).C.shape[1] == 9
 
 
 def test_svd_cur_blends_by_magnitude():

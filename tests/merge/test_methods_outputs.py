@@ -9,10 +9,13 @@ from torch.func import functional_call
 
 import nsc_merge
 from nsc_merge.evaluation.heads import LinearHead, ModelHead
-from nsc_merge.methods import METHODS, Problem, adamerging, fisher
-from nsc_merge.methods.elementwise import dense_update
-from nsc_merge.methods.learned import LIKELIHOODS
+from nsc_merge.methods import METHODS, Problem
+from nsc_merge.methods.closed_form import fisher
+from nsc_merge.methods.gradient import adamerging
+from nsc_merge.methods.gradient.learned_coefficients import LIKELIHOODS
 from nsc_merge.methods.masks import real_positions
+from nsc_merge.methods.task_vectors.elementwise import dense_update
+from nsc_merge.models.fitting import fit
 
 TASKS = ("1", "2")
 
@@ -33,7 +36,7 @@ def problem(llama, tmp_path):
         )
         for task in TASKS
     }
-    return Problem(llama, nsc_merge.remap.fit(adapters, llama), {task: [zoo.text(int(task))] for task in TASKS})
+    return Problem(llama, fit(adapters, llama), {task: [zoo.text(int(task))] for task in TASKS})
 
 
 def other_padding(batch):

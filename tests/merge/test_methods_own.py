@@ -10,14 +10,16 @@ import zoo
 from torch import nn
 
 import nsc_merge
-from nsc_merge.attachment import attach
-from nsc_merge.forwards import evaluating, shared_forward
-from nsc_merge.methods import METHODS, Problem, matching, own, regression_mean
-from nsc_merge.methods.distilling import Variance
-from nsc_merge.methods.learned import attached, presence
-from nsc_merge.methods.own import OwnModels
-from nsc_merge.passes import held_out, restartable, streams
-from nsc_merge.remap import fit
+from nsc_merge.calibration.forward_passes import held_out, restartable, streams
+from nsc_merge.methods import METHODS, Problem
+from nsc_merge.methods.closed_form import regmean
+from nsc_merge.methods.gradient import feature_matching, task_models
+from nsc_merge.methods.gradient.distillation import Variance
+from nsc_merge.methods.gradient.learned_coefficients import attached, presence
+from nsc_merge.methods.gradient.task_models import OwnModels
+from nsc_merge.models.attachment import attach
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.forward_contexts import evaluating, shared_forward
 
 QUIET = {"progress": False}
 
@@ -211,7 +213,7 @@ def test_named_features_that_are_not_of_tokens_count_at_all_positions(tmp_path):
 
 def test_names_of_features_are_checked(tmp_path):
     with pytest.raises(ValueError, match="features: expected a list of names, found 5"):
-        matching.MatchOptions(features=5)
+        feature_matching.MatchOptions(features=5)
     problem = problem_of("vit", tmp_path)
     with pytest.raises(ValueError, match=r"calibration\['a'\]: expected dictionaries of model inputs, found list"):
         merge(Problem(problem.model, problem.adapters, {"a": [[1], [2]], "b": [[1], [2]]}), "match", hold_out=1)
@@ -223,7 +225,7 @@ def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
     problem = problem_of("llava", tmp_path, policy, modules_to_save=["multi_modal_projector"])
     whole = problem_of("llava", tmp_path / "again", "lambda", modules_to_save=["multi_modal_projector"])
     present = presence(problem)
-    with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():
+    with attached(problem, feature_matching.MatchOptions()) as coefficients, torch.no_grad():
         models = OwnModels(problem, coefficients, present)
         for number, task in enumerate(problem.tasks):
             batch = problem.calibration[task][0]
@@ -236,13 +238,13 @@ def test_a_task_alone_has_all_of_its_shared_modules(tmp_path, policy):
     for task in problem.tasks:
         batch = problem.calibration[task][0]
         expected = zoo.outputs(merged(whole, {"a": float(task == "a"), "b": float(task == "b")}), batch)
-        with regression_mean.alone(problem, task):
+        with regmean.alone(problem, task):
             torch.testing.assert_close(zoo.outputs(problem.model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
-    monkeypatch.setattr(own, "LIMIT", 10)
-    kept = own.Kept(lambda value: value)
+    monkeypatch.setattr(task_models, "LIMIT", 10)
+    kept = task_models.Kept(lambda value: value)
     first, second = {}, {}
     computed = []
 
@@ -261,7 +263,7 @@ def test_held_out_batches_are_measured_in_the_merged_model_whatever_is_kept(tmp_
     problem = problem_of("vit", tmp_path, count=3)
     options = {"steps": 12, "lr": 5e-2, "hold_out": 2, "normalise": "task"}
     expected = merge(problem, "match", **options)
-    monkeypatch.setattr(own, "LIMIT", 1)
+    monkeypatch.setattr(task_models, "LIMIT", 1)
     assert merge(problem, "match", **options).coefficients == expected.coefficients
 
 
@@ -271,7 +273,7 @@ def test_what_is_held_out_is_never_descended_on(tmp_path, monkeypatch, kind):
     numbers = {id(batch): n for n, batch in enumerate(problem.calibration["a"])}
     calibration = {task: kind(batches) for task, batches in problem.calibration.items()}
     drawn = []
-    descend = matching.descend
+    descend = feature_matching.descend
 
     def spy(method, problem, options, losses, **rest):
         def noting(coefficients):
@@ -280,7 +282,7 @@ def test_what_is_held_out_is_never_descended_on(tmp_path, monkeypatch, kind):
 
         return descend(method, problem, options, noting, **rest)
 
-    monkeypatch.setattr(matching, "descend", spy)
+    monkeypatch.setattr(feature_matching, "descend", spy)
     merge(Problem(problem.model, problem.adapters, calibration), "match", steps=5, hold_out=1, init="match")
     assert [n for n in drawn if n is not None] == [1, 2, 1, 2, 1]
 
@@ -327,10 +329,10 @@ def test_ratios_are_averaged_over_the_modules_that_an_adapter_touches(tmp_path):
     )
     adapters = fit({"a": nsc_merge.load_adapter(both, "a"), "b": nsc_merge.load_adapter(half, "b")}, model)
     problem = Problem(model, adapters, {task: [zoo.text(3)] for task in adapters})
-    watcher = matching.Watcher(problem, "final", None, ratios=True)
+    watcher = feature_matching.Watcher(problem, "final", None, ratios=True)
     watcher._scored = ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
     watcher._touched = {watcher._scored[0]: torch.tensor([True, True]), watcher._scored[1]: torch.tensor([True, False])}
-    with attached(problem, matching.MatchOptions()) as coefficients, torch.no_grad():
+    with attached(problem, feature_matching.MatchOptions()) as coefficients, torch.no_grad():
         coefficients.spread()
         seen = watcher.see(zoo.text(3)).ratios
         watcher._scored = watcher._scored[:1]

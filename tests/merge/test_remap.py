@@ -27,9 +27,9 @@ from zoo import (
 )
 
 import nsc_merge
-from nsc_merge.adapter import Factor
-from nsc_merge.families import family_of, scored_paths
-from nsc_merge.remap import absent, fit
+from nsc_merge.adapters import Factor
+from nsc_merge.models.families import family_of, scored_paths
+from nsc_merge.models.fitting import absent, fit
 
 TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
 WEIGHTS = "adapter_model.safetensors"

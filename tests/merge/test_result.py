@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import ViTModel
 
 import nsc_merge
-from nsc_merge.serving_notes import serving_notes
+from nsc_merge.results.serving_notes import serving_notes
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nsc_merge.provenance import sha256
-from nsc_merge.safefile import check_safetensors, read_safetensors
+from nsc_merge.utils.provenance import sha256
+from nsc_merge.utils.safetensors_checks import check_safetensors, read_safetensors
 
 
 def write(path, header, data=b""):

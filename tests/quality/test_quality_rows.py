@@ -15,8 +15,8 @@ from bench.quality.controls import anti_nsc, oracle, shuffled
 from bench.quality.records import read_records
 from bench.quality.rows import GRADIENT_FREE, ROWS, Row
 from bench.quality.suite import Subset, average, evaluate, normalised
-from nsc_merge.evaluation.measure import predict, score
 from nsc_merge.evaluation.normalise import Scores
+from nsc_merge.evaluation.scoring import predict, score
 from nsc_merge.methods import METHODS
 
 

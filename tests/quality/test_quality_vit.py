@@ -13,7 +13,7 @@ from bench.quality.suite import evaluate
 from bench.quality.suites import siglip, vit
 from bench.quality.suites.kept_adapters import kept_adapters
 from nsc_merge.demo import train
-from nsc_merge.forwards import shared_forward
+from nsc_merge.models.forward_contexts import shared_forward
 
 
 def test_parts_are_trained_once(trained, work):

@@ -127,7 +127,7 @@ def train_adapter(
         held_out: measured along the training.
         task: its name, for the progress display.
         settings: steps, batch, learning rate and how many adapters are kept.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
         head: trained together with the adapter, if the task has one.
 
     Returns:

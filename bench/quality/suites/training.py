@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from nsc_merge.folders import replacing_folder
-from nsc_merge.progress import Progress
+from nsc_merge.utils.atomic_folder import replacing_folder
+from nsc_merge.utils.progress import Progress
 
 from ..suite import Log
 
@@ -75,7 +75,7 @@ def train(
         lr: highest learning rate.
         weight_decay: of parameters with two or more dimensions.
         warmup: share of the steps.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
         watch: called with the number of steps done, before the first step and after every step.
     """
     parameters = list(parameters)

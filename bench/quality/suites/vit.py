@@ -158,7 +158,7 @@ def load(
         work: folder for trained parts.
         seed: of adapters, heads and the order of batches.
         log: receives a line per trained part.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
         settings: the suite's own when None.
         permuted: tasks to train once more, with their labels in a wrong order.
         base: what is adapted; it names the suite.

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapter import Factor
-from nsc_merge.adapters import AdapterSource
-from nsc_merge.analysis.ranks import rank_correlation
-from nsc_merge.analysis.ratios import low_rank_part
-from nsc_merge.evaluation.measure import applied
-from nsc_merge.families import find_family
-from nsc_merge.forwards import evaluating
-from nsc_merge.result import MergeResult
+from nsc_merge.adapters import AdapterSource, Factor
+from nsc_merge.analysis.null_space_ratios import low_rank_part
+from nsc_merge.analysis.rank_correlation import rank_correlation
+from nsc_merge.evaluation.scoring import applied
+from nsc_merge.models.families import find_family
+from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.results.result import MergeResult
 
 # Rounding of float64 products over a few thousand terms stays well below.
 _SLACK = 1e-9

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.analysis.ranks import rank_correlation
-from nsc_merge.analysis.ratios import per_sample_ratios
-from nsc_merge.evaluation.measure import predict
+from nsc_merge.analysis.null_space_ratios import per_sample_ratios
+from nsc_merge.analysis.rank_correlation import rank_correlation
+from nsc_merge.evaluation.scoring import predict
 from nsc_merge.evaluation.suite import Suite
-from nsc_merge.result import MergeResult
+from nsc_merge.results.result import MergeResult
 
 
 def by_quantile(ratios: Tensor, quality: Tensor, bins: int = 4) -> dict[str, Any]:

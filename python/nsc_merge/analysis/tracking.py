@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsc_merge.adapters import CONFIG_FILE, AdapterSource
-from nsc_merge.analysis.ranks import rank_correlation
-from nsc_merge.analysis.ratios import low_rank_part, per_sample_ratios
+from nsc_merge.analysis.null_space_ratios import low_rank_part, per_sample_ratios
+from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.api import merge
-from nsc_merge.plots import place
-from nsc_merge.progress import Progress
+from nsc_merge.results.plots import place
+from nsc_merge.utils.progress import Progress
 
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 _TASK = "adapter"
@@ -132,7 +132,7 @@ def track(
         columns: what was logged at which step, for :meth:`Tracking.correlations`.
         modules, blocks: as in :func:`nsc_merge.analysis.per_sample_ratios`.
         dora: as in :func:`nsc_merge.merge`.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
 
     Raises:
         ValueError: if there is no checkpoint or no batch, or if the checkpoints touch different modules.

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsc_merge.fields import UsageError, is_hub_id
-from nsc_merge.terminal import log, names, positive, prepare
+from nsc_merge.commands.terminal import log, names, positive, prepare
+from nsc_merge.recipes.yaml_keys import UsageError, is_hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nsc_merge.batches import Batches
-    from nsc_merge.evaluation.measure import Candidate
+    from nsc_merge.calibration.batch_files import Batches
+    from nsc_merge.evaluation.scoring import Candidate
 
 _ANALYSE = """\
 Measures the phenomena that NSC builds on, on your own models and adapters.
@@ -201,7 +201,7 @@ def _tracking(arguments: argparse.Namespace) -> int:
 
 
 def _quartiles(arguments: argparse.Namespace) -> int:
-    from nsc_merge.evaluation.recipe import load_eval_recipe
+    from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
     for task in arguments.tasks or ():
@@ -224,9 +224,9 @@ def _quartiles(arguments: argparse.Namespace) -> int:
     from nsc_merge.analysis.quartiles import sample_study
     from nsc_merge.evaluation.run import candidate_of
     from nsc_merge.evaluation.suite import RecipeSuite
-    from nsc_merge.layout import COEFFICIENTS_FILE
-    from nsc_merge.result import MergeResult
-    from nsc_merge.saved import load_result
+    from nsc_merge.recipes.saved_result import load_result
+    from nsc_merge.results.layout import COEFFICIENTS_FILE
+    from nsc_merge.results.result import MergeResult
 
     here = recipe.at(seed)
     log(f"loading {here.model}" + ("" if recipe.local else " from the hub"))
@@ -325,8 +325,8 @@ def _bound(arguments: argparse.Namespace) -> int:
 def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches]:
     local = not is_hub_id(arguments.model, Path.cwd())
     prepare(local=local)
-    from nsc_merge.batches import Batches, check_names, read_batches
-    from nsc_merge.loading import load_model
+    from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+    from nsc_merge.models.loading import load_model
 
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))
@@ -343,8 +343,8 @@ def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches
 def _finish(
     arguments: argparse.Namespace, name: str, document: Mapping[str, Any], lines: list[str], pictures: Any
 ) -> int:
-    from nsc_merge.plain_values import without_nan
-    from nsc_merge.writing import write_text
+    from nsc_merge.utils.atomic_file import write_text
+    from nsc_merge.utils.plain_values import without_nan
 
     text = json.dumps(without_nan(document), indent=None if arguments.out is None else 1, allow_nan=False)
     if arguments.out is not None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare
 
 _EVAL = """\
 Measures merges side by side as a YAML recipe says, beside the base model (zero_shot) and every task's own adapter
@@ -65,7 +65,7 @@ def add_eval(commands: Any) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from nsc_merge.evaluation.recipe import load_eval_recipe
+    from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
     from nsc_merge.evaluation.tables import as_text
 
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapter import Adapter
-from nsc_merge.adapters import load_adapter
+from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.demo.data import SCENES, Scene, SceneSet, Split, make_scenes
 from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.tasks import TASKS, Task, loss, measure, normalised
-from nsc_merge.result import MergeResult
+from nsc_merge.results.result import MergeResult
 
 if TYPE_CHECKING:
     from transformers import ViTModel

@@ -12,7 +12,7 @@ from torch import Tensor
 from nsc_merge.demo.data import Scene, SceneSet
 from nsc_merge.demo.model import BLOCKS
 from nsc_merge.demo.tasks import Task
-from nsc_merge.result import MergeResult
+from nsc_merge.results.result import MergeResult
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLE: dict[Any, Any] = {

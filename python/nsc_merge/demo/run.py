@@ -15,7 +15,7 @@ from nsc_merge.api import merge
 from nsc_merge.demo import evaluate as ev
 from nsc_merge.demo import plots
 from nsc_merge.demo.tasks import TASKS, Task
-from nsc_merge.result import MergeResult
+from nsc_merge.results.result import MergeResult
 
 BATCH = 32
 _PICTURED_SCENE = 3
@@ -54,7 +54,7 @@ def run_demo(
         tasks: which tasks to merge, at least two.
         steps: optimisation steps of NSC.
         seed: order of the calibration batches.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
         log: receives one line per stage.
 
     Returns:

@@ -31,7 +31,7 @@ from nsc_merge.demo.model import (
     to_image,
 )
 from nsc_merge.demo.tasks import TASKS, Task, loss, measure
-from nsc_merge.progress import Progress
+from nsc_merge.utils.progress import Progress
 
 if TYPE_CHECKING:
     from peft import PeftModel

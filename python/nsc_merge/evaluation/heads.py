@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.evaluation.metrics import IGNORE
-from nsc_merge.families import find_family
-from nsc_merge.safefile import read_safetensors
+from nsc_merge.models.families import find_family
+from nsc_merge.utils.safetensors_checks import read_safetensors
 
 Inputs = Mapping[str, Tensor]
 Head = Callable[[nn.Module, Inputs], Tensor]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.plots import pyplot_in_style
-from nsc_merge.writing import replacing
+from nsc_merge.results.plots import pyplot_in_style
+from nsc_merge.utils.atomic_file import replacing
 
 HEAT_MAP = "normalised.png"
 

@@ -14,20 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsc_merge.api import merge
-from nsc_merge.evaluation.measure import Candidate, joint_hits, open_saved, predict, score
+from nsc_merge.evaluation.eval_recipe_reader import SEED, EvalRecipe, Row
 from nsc_merge.evaluation.metrics import cross_entropy
 from nsc_merge.evaluation.normalise import Scores, average
-from nsc_merge.evaluation.recipe import SEED, EvalRecipe, Row
+from nsc_merge.evaluation.scoring import Candidate, joint_hits, open_saved, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
-from nsc_merge.layout import file_name
 from nsc_merge.methods import METHODS, Method
-from nsc_merge.methods.tuning import tune_scale
-from nsc_merge.plain_values import plain, without_nan
-from nsc_merge.progress import Progress
-from nsc_merge.provenance import hashes, versions
-from nsc_merge.result import MergeResult
-from nsc_merge.writing import write_text
+from nsc_merge.methods.scale_tuning import tune_scale
+from nsc_merge.results.layout import file_name
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.atomic_file import write_text
+from nsc_merge.utils.plain_values import plain, without_nan
+from nsc_merge.utils.progress import Progress
+from nsc_merge.utils.provenance import hashes, versions
 
 Log = Callable[[str], None]
 
@@ -47,7 +47,7 @@ def run(
 
     Args:
         redo: measure them all the same.
-        progress: as in :class:`nsc_merge.progress.Progress`.
+        progress: as in :class:`nsc_merge.utils.progress.Progress`.
         log: receives a line about rows that fail.
 
     Returns:
@@ -231,7 +231,7 @@ class _Bench:
             return
         if len({value for values in candidate.coefficients.values() for value in values.values()}) < 3:
             return
-        from nsc_merge.plots import draw
+        from nsc_merge.results.plots import draw
 
         folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{file_name(row.name)}-seed{self._seed}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapter import Adapter
-from nsc_merge.adapters import load_adapter
-from nsc_merge.attachment import merged_linears
-from nsc_merge.batches import Batches, check_names, read_batches
-from nsc_merge.checks import check_device
+from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.evaluation.eval_recipe_reader import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
-from nsc_merge.evaluation.recipe import EvalRecipe, TaskRecipe
-from nsc_merge.loading import load_model
-from nsc_merge.remap import fit
+from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.loading import load_model
+from nsc_merge.recipes.preflight import check_device
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
 
@@ -79,7 +78,7 @@ class RecipeSuite:
     """The suite of an evaluation recipe, at one seed.
 
     Args:
-        recipe: with its seed put in; see :meth:`nsc_merge.evaluation.recipe.EvalRecipe.at`.
+        recipe: with its seed put in; see :meth:`nsc_merge.evaluation.eval_recipe_reader.EvalRecipe.at`.
         shuffle: seed by which calibration data are put in random order; None keeps that of the files.
 
     Raises:

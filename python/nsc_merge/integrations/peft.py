@@ -23,10 +23,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import nsc_merge
-from nsc_merge.low_rank import concatenated, low_rank
+from nsc_merge.adapters.low_rank import concatenated, low_rank
+from nsc_merge.calibration.forward_passes import Calibration
 from nsc_merge.methods import method_of
-from nsc_merge.passes import Calibration
-from nsc_merge.result import MergeResult
+from nsc_merge.results.result import MergeResult
 
 OUTPUTS = ("cat", "svd")
 # PEFT's name for a way of combining -> our method, the form that PEFT gives the result, and the method's options.

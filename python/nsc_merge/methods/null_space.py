@@ -1,4 +1,4 @@
-"""NSC merging as a method of the registry; the work is in :mod:`nsc_merge.nsc`."""
+"""NSC merging as a method of the registry; the work is in :mod:`nsc_merge.methods.gradient.nsc`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from nsc_merge.families import FAMILIES, family_of
-from nsc_merge.methods.base import Method, Problem
-from nsc_merge.nsc import RECIPES, NSCOptions, merge_nsc, resolve_options
-from nsc_merge.result import MergeResult
+from nsc_merge.methods.gradient.nsc import RECIPES, NSCOptions, merge_nsc, resolve_options
+from nsc_merge.methods.gradient_free import Method, Problem
+from nsc_merge.models.families import FAMILIES, family_of
+from nsc_merge.results.result import MergeResult
 
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:

@@ -6,47 +6,33 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from nsc_merge.families import FAMILIES
-from nsc_merge.methods import (
-    adamerging,
-    arithmetic,
-    core_space,
-    cur,
-    dare,
-    distilling,
-    emr,
-    fisher,
-    fr,
-    knots,
-    lego,
-    matching,
-    null_space,
-    regression_mean,
-    robust,
-    svd,
-    ties,
-)
-from nsc_merge.methods.base import Method
-from nsc_merge.options import did_you_mean
+from nsc_merge.methods import null_space
+from nsc_merge.methods.closed_form import fisher, regmean
+from nsc_merge.methods.gradient import adamerging, distillation, feature_matching
+from nsc_merge.methods.gradient_free import Method
+from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
+from nsc_merge.methods.task_vectors import dare, emr, fr_merging, task_arithmetic, ties
+from nsc_merge.models.families import FAMILIES
+from nsc_merge.utils.option_checks import did_you_mean
 
 _FAMILIES = (
     null_space,
-    arithmetic,
+    task_arithmetic,
     ties,
     dare,
-    svd,
+    svd_and_linear,
     knots,
     core_space,
-    cur,
-    lego,
+    svd_cur,
+    lora_lego,
     emr,
-    fr,
-    robust,
+    fr_merging,
+    robustmerge,
     adamerging,
-    regression_mean,
+    regmean,
     fisher,
-    matching,
-    distilling,
+    feature_matching,
+    distillation,
 )
 
 METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}

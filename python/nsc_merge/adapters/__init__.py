@@ -1,0 +1,8 @@
+"""LoRA adapters: read, held and written in the PEFT format, and the algebra of their updates."""
+
+from __future__ import annotations
+
+from nsc_merge.adapters.adapter import Adapter, Factor
+from nsc_merge.adapters.peft_reader import CONFIG_FILE, WEIGHTS_FILE, AdapterSource, load_adapter
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Adapter", "AdapterSource", "Factor", "load_adapter"]

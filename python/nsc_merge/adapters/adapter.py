@@ -1,0 +1,84 @@
+"""An adapter in memory: one task's updates of the linears that it touches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The update of one linear layer: ``scaling * (B @ A)``, with ``scaling * bias`` on its bias.
+
+    Attributes:
+        A: down-projection ``[r, d_in]``.
+        B: up-projection ``[d_out, r]``.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        bias: bias of lora_B (``lora_bias=True``), ``[d_out]``.
+        dense: update of a layer that was trained in full, ``[d_out, d_in]``; ``A`` and ``B`` are then of
+            rank 0.
+        fixed: coefficient that no method may change, for layers trained in full and merged by rule.
+        magnitude: DoRA's row norms ``[d_out]``, before the conversion to a plain update.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    dense: Tensor | None = None
+    fixed: float | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The dense update ``[d_out, d_in]``, in float64."""
+        low_rank = self.B.double() @ self.A.double()
+        return self.scaling * (low_rank if self.dense is None else low_rank + self.dense.double())
+
+    def bias_delta(self) -> Tensor | None:
+        """The update of the layer's bias ``[d_out]`` in float64, if there is one."""
+        return None if self.bias is None else self.scaling * self.bias.double()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One task's LoRA adapter.
+
+    Attributes:
+        name: the task.
+        factors: module path in the base model -> its update.
+        base_model: what the adapter's configuration says it was trained on, if anything.
+        trained: parameter path -> value, of the modules that were trained in full (``modules_to_save``). Once
+            fitted to a model by :func:`nsc_merge.models.fitting.fit`, only the task's own heads are left here.
+        source: the folder it came from, if any.
+        notes: what a person should know about how it was read.
+    """
+
+    name: str
+    factors: dict[str, Factor]
+    base_model: str | None = None
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    source: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def factors_digest(factors: Mapping[str, Factor]) -> str:
+    """SHA-256 of updates by module path."""
+    digest = hashlib.sha256()
+    for path, factor in sorted(factors.items()):
+        digest.update(path.encode())
+        for name, value in vars(factor).items():
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(f"{name} {value!r}".encode())
+    return digest.hexdigest()

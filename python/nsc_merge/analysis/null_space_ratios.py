@@ -1,0 +1,175 @@
+"""Null-space ratios per sample, module and adapter, in any model that adapters make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from nsc_kernels import null_space_ratio
+from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
+from nsc_merge.evaluation.scoring import applied
+from nsc_merge.models.attachment import attach
+from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.results.result import MergeResult
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Null-space ratios (Eq. 3 of arXiv 2603.26317), mean over the tokens of a sample.
+
+    Attributes:
+        values: ``[N, modules, K]``, NaN where an adapter does not touch a module.
+        paths: of the modules in the base model.
+        tasks: whose adapters.
+    """
+
+    values: Tensor = field(repr=False)
+    paths: list[str]
+    tasks: list[str]
+
+    def of(self, task: str, modules: Sequence[str] | None = None) -> Tensor:
+        """Mean over modules, ``[N]``: Eq. 4 for every sample.
+
+        Args:
+            task: whose adapter.
+            modules: last components or whole paths; all when None.
+        """
+        chosen = chosen_paths(self.paths, modules)
+        rows = [number for number, path in enumerate(self.paths) if path in chosen]
+        return self.values[:, rows, self.tasks.index(task)].nanmean(1)
+
+    def by_module(self, task: str) -> dict[str, float]:
+        """Mean over samples, by path of the modules that the task's adapter touches."""
+        means = self.values[:, :, self.tasks.index(task)].mean(0).tolist()
+        return {path: mean for path, mean in zip(self.paths, means, strict=True) if mean == mean}
+
+
+def chosen_paths(paths: Sequence[str], modules: Sequence[str] | None) -> list[str]:
+    """Those of ``paths`` that ``modules`` name, by last component or in full.
+
+    Raises:
+        ValueError: if a name fits none.
+    """
+    if modules is None:
+        return list(paths)
+    for name in modules:
+        if not any(name in (path, path.rpartition(".")[2]) for path in paths):
+            known = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            raise ValueError(f"modules: expected paths or some of {known}, found {name!r}")
+    return [path for path in paths if path in modules or path.rpartition(".")[2] in modules]
+
+
+def low_rank_part(
+    model: nn.Module,
+    adapters: Mapping[str, AdapterSource],
+    modules: Sequence[str] | None = None,
+    blocks: str | int | Sequence[int] | None = None,
+) -> dict[str, Adapter]:
+    """Adapters fitted to the model, with nothing but the low-rank updates of the chosen modules.
+
+    Args:
+        model: the base model.
+        adapters: task -> PEFT folder, or anything that :func:`nsc_merge.merge` takes.
+        modules: last components or whole paths of modules; all when None.
+        blocks: ``"last_quarter"``, how many last blocks, or block numbers; all when None.
+
+    Raises:
+        ValueError: if nothing is chosen.
+    """
+    fitted = fit({task: load_adapter(source, task) for task, source in adapters.items()}, model)
+    touched = list(
+        dict.fromkeys(
+            path for adapter in fitted.values() for path, factor in adapter.factors.items() if factor.rank
+        )
+    )
+    kept = chosen_paths(touched, modules)
+    if blocks is not None:
+        names = sorted({path.rpartition(".")[2] for path in kept})
+        kept = scored_paths(family_of(model), model, kept, names, blocks)
+    return {
+        task: replace(
+            adapter,
+            factors={
+                path: factor for path, factor in adapter.factors.items() if path in kept and factor.rank
+            },
+        )
+        for task, adapter in fitted.items()
+    }
+
+
+@torch.no_grad()
+def per_sample_ratios(
+    model: nn.Module,
+    source: MergeResult | Mapping[str, AdapterSource],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    modules: Sequence[str] | None = None,
+    blocks: str | int | Sequence[int] | None = None,
+) -> Ratios:
+    """Measure every adapter's null-space ratio on the inputs that its modules see.
+
+    Tokens that the family's mask leaves out do not count.
+
+    Args:
+        model: the base model; it is left as it was.
+        source: a merge: the ratios are those in the merged model. Or adapters, as :func:`nsc_merge.merge` takes
+            them: the ratios are those in ``model`` as it is, without their updates.
+        batches: model inputs, samples in the first dimension.
+        modules: last components or whole paths of modules; all when None.
+        blocks: ``"last_quarter"``, how many last blocks, or block numbers; all when None.
+
+    Raises:
+        ValueError: if nothing is chosen, or if every task of the merge has an update of its own (take one with
+            ``for_task``).
+        RuntimeError: if the forward does not reach a chosen module.
+    """
+    adapters = source.adapters if isinstance(source, MergeResult) else source
+    chosen = low_rank_part(model, adapters, modules, blocks)
+    tasks = list(chosen)
+    family = find_family(model)
+    found: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
+        ratio = null_space_ratio(quad, sqnorm)
+        weight = (
+            torch.ones_like(sqnorm) if mask is None or mask.shape != sqnorm.shape else (mask != 0).to(sqnorm)
+        )
+        tokens = tuple(range(1, sqnorm.dim()))
+        if tokens:
+            ratio = (ratio * weight[..., None]).sum(tokens) / weight.sum(tokens)[:, None].clamp(min=1)
+        found[path] = ratio
+
+    parts = []
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        if isinstance(source, MergeResult):
+            stack.enter_context(applied(model, source))
+        stack.enter_context(evaluating(model))
+        merged = stack.enter_context(attach(model, chosen, 0.0))
+        for module in merged.values():
+            module.measure = record
+        paths = list(merged)
+        for batch in batches:
+            found.clear()
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs.get(family.mask) if family and family.mask else None
+            model(**inputs)
+            silent = [path for path in paths if path not in found]
+            if silent:
+                raise RuntimeError(f"inputs: the forward reaches no {silent[0]}")
+            parts.append(torch.stack([found[path].float().cpu() for path in paths], 1))
+    if not parts:
+        raise ValueError("batches: expected at least one batch, found none")
+    values = torch.cat(parts)
+    for row, path in enumerate(paths):
+        for column, task in enumerate(tasks):
+            if path not in chosen[task].factors:
+                values[:, row, column] = torch.nan
+    return Ratios(values, paths, tasks)

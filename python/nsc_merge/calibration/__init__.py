@@ -1,0 +1,1 @@
+"""Calibration batches: read from files, drawn for every task, and put together into forward passes."""

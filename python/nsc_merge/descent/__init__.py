@@ -1,0 +1,1 @@
+"""Learning coefficients: the objective of NSC, the optimisation, and its state."""

@@ -1,0 +1,358 @@
+"""The objective of NSC (Eq. 5 of arXiv 2603.26317) and its gradient, computing nothing that it does not need.
+
+Exact to rounding, each with a switch so that its worth can be measured:
+
+* the forward ends at the last measured input, whose linear is not even applied, nor those beside it that take the
+  same input, once the first forward has shown which they are;
+* the output of a frozen tower in front of the blocks is kept per batch;
+* batches of all tasks run as one pass where their shapes agree, or can be made to by a little padding;
+* blocks without a measured input may recompute their activations in the backward, and may be compiled;
+* linears that are not measured may be folded with their adapters into one weight per step.
+
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
+from nsc_merge.calibration.forward_passes import Batch, Padding, Pass, concatenated, one_by_one
+from nsc_merge.descent.tower_cache import TowerCache
+from nsc_merge.models.attachment import MeasuredLoRALinear
+from nsc_merge.models.folded_linear import Folded, can_fold
+
+
+class _Measured(Exception):
+    """No error but a signal, raised inside the forward once everything needed has been measured."""
+
+
+class Coefficients:
+    """All coefficients of an attached model as one parameter, so that a step updates a single tensor.
+
+    Attributes:
+        flat: ``[modules, K]``, in the order of ``merged``; the modules' own ``lam`` are views of it.
+    """
+
+    def __init__(self, merged: Mapping[str, MeasuredLoRALinear]) -> None:
+        self._modules = list(merged.values())
+        device = self._modules[0].lam.device
+        self.flat = nn.Parameter(torch.stack([module.lam.detach().to(device) for module in self._modules]))
+        for module in self._modules:
+            del module.lam
+
+    def spread(self) -> None:
+        """Give every module its row, as part of a new graph."""
+        for module, row in zip(self._modules, self.flat.unbind(0), strict=True):
+            module.lam = row.to(module.bank.device)
+
+
+class Objective:
+    """Measures null-space ratios of merged models; a context manager that leaves the model as it was.
+
+    Args:
+        model: in which ``merged`` is attached.
+        merged: path -> merged linear.
+        shares: measured path -> the weight ``[K]`` of its mean ratio in each task's value of Eq. 4: one over
+            the number of measured modules that the task's adapter touches, 0 where it is absent.
+        mask: name of the model input ``[B, T]`` that is 0 at padding; None averages over every position.
+        padding: how batches of unequal lengths are put into one pass; None leaves them apart. What it adds never
+            counts.
+        restrict: makes the model's inputs from a batch; they are the batch itself when None.
+        tower: path of the frozen tower whose output may be kept.
+        block: regular expression of a block's path, for ``checkpointing``.
+        batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
+            first step by the memory that one pass takes.
+        checkpointing: recompute the activations of blocks without a measured input in the backward.
+        fold: fold the linears that are not measured with their adapters, once per call of :meth:`accumulate`.
+        compiler: backend of ``torch.compile`` for the blocks without a measured input; None compiles nothing.
+        early_exit: end the forward at the last measured input.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        merged: Mapping[str, MeasuredLoRALinear],
+        shares: Mapping[str, Sequence[float]],
+        *,
+        mask: str | None = None,
+        padding: Padding | None = None,
+        restrict: Callable[[Batch], Mapping[str, Any]] | None = None,
+        tower: str | None = None,
+        block: str = "",
+        batch_tasks: bool | None = None,
+        checkpointing: bool = False,
+        fold: bool = False,
+        compiler: str | None = None,
+        early_exit: bool = True,
+    ) -> None:
+        self.coefficients = Coefficients(merged)
+        self.batch_tasks = batch_tasks
+        self._model, self._mask, self._early_exit = model, mask, early_exit
+        self._padding, self._restrict = padding, restrict
+        self._scored = {path: merged[path] for path in shares}
+        self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
+        self._tower_path = tower
+        self._blocks = _blocks_without(model, block, self._scored) if checkpointing or compiler else []
+        self._checkpointing, self._compiler = checkpointing, compiler
+        self._foldable = {
+            row: module
+            for row, (path, module) in enumerate(merged.items())
+            if fold
+            and path not in self._scored
+            and module.bank.R
+            and module.denses is None
+            and can_fold(module.linear)
+        }
+        self._device = self.coefficients.flat.device
+        kind = self.coefficients.flat.dtype
+        self._shares = {
+            path: torch.tensor(share, dtype=kind, device=self._device) for path, share in shares.items()
+        }
+        self._tasks = self.coefficients.flat.shape[1]
+        self._missing: set[str] = set()
+        # Linears run since all but one input are measured, with their inputs; and, per last measured linear, the
+        # first one that takes the same input.
+        self._inputs: list[tuple[str, Tensor]] = []
+        self._exit_at: dict[str, str] = {}
+        self._pass: Pass | None = None
+        self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
+        self._weights: dict[Any, Tensor] = {}
+        self._rows: dict[Any, Tensor] = {}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Objective:
+        with ExitStack() as stack:
+            for module in self._scored.values():
+                module.measure = self._record
+                stack.callback(setattr, module, "measure", None)
+            if self._early_exit:
+                for path, linear in _beside(self._model, self._scored).items():
+                    hook = functools.partial(self._before, path)
+                    stack.callback(linear.register_forward_pre_hook(hook).remove)
+            for module in self._foldable.values():
+                module.folded = Folded(module.linear, module.bank)
+                stack.callback(delattr, module, "folded")
+            self._fold()
+            for block in self._blocks:
+                stack.enter_context(_wrapped(block, self._checkpointing, self._compiler))
+            if self._tower is not None:
+                stack.enter_context(self._tower)
+            stack.enter_context(_without_key_value_cache(self._model))
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        """Add the gradient of Eq. 5 on ``drawn``, one batch for each task, to ``coefficients.flat.grad``.
+
+        Each task's batch is scored by that task's own adapter only.
+
+        Returns:
+            ``[K]``, Eq. 4 of every task, detached.
+
+        Raises:
+            ValueError: if a mask does not fit what is measured.
+            RuntimeError: if the forward does not reach a measured module.
+        """
+        self._fold()
+        passes = one_by_one(drawn, self._device, self._restrict)
+        if self.batch_tasks is None:
+            self.batch_tasks = self._fits_as_one(passes)
+        total = torch.zeros_like(self._omega)
+        for one in concatenated(passes, self._padding) if self.batch_tasks else passes:
+            omega = self._forward(one)
+            (omega.sum() / self._tasks).backward()
+            total += omega.detach()
+        return total
+
+    def _fold(self) -> None:
+        for row, module in self._foldable.items():
+            assert module.folded is not None, "folded outside of a with block"
+            module.folded.refresh(self.coefficients.flat[row])
+
+    def _forward(self, one: Pass) -> Tensor:
+        """Eq. 4 for the tasks of a pass, ``[K]`` with 0 for the others."""
+        self.coefficients.spread()
+        self._pass, self._missing, self._inputs = one, set(self._scored), []
+        self._omega = torch.zeros_like(self._omega)
+        self._weights = {key: kept for key, kept in self._weights.items() if key[0] is None}
+        if self._tower is not None:
+            self._tower.now(one)
+        with suppress(_Measured):
+            self._model(**one.inputs)
+        if self._missing:
+            raise RuntimeError(
+                f"calibration: the forward never reached {sorted(self._missing)}, which are to be measured"
+            )
+        return self._omega
+
+    def _before(self, path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Before a measured linear or one beside it runs: if only that input is missing, measure it and stop."""
+        if len(self._missing) > 1:
+            return
+        (last,) = self._missing
+        z = arguments[0]
+        if path != last and path != self._exit_at.get(last):
+            self._inputs.append((path, z))
+            return
+        if last not in self._exit_at:
+            self._exit_at[last] = next((earlier for earlier, same in self._inputs if same is z), last)
+        A, Bt, offsets = self._scored[last].bank.packed
+        # A few output columns in place of all: the statistics need none, and kernels want at least one, or eight.
+        narrow = AdapterBank(A, Bt[:, :8], offsets)
+        _, quad, sqnorm = merged_lora_nsc(z, narrow, self._scored[last].lam.detach())
+        self._record(last, quad, sqnorm)
+        raise _Measured
+
+    def _record(self, path: str, quad: Tensor, sqnorm: Tensor) -> None:
+        weights = self._position_weights(path, sqnorm)
+        means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
+        self._omega = self._omega + means.to(self._device) * self._shares[path]
+        self._missing.discard(path)
+
+    def _position_weights(self, path: str, sqnorm: Tensor) -> Tensor:
+        """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""
+        one = self._pass
+        assert one is not None, "measured outside of a pass"
+        mask = one.inside if self._mask is None else one.inputs.get(self._mask)
+        mask = None if self._in_tower(path) else mask
+        # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
+        key = (None if mask is None else one.key, one.tasks, one.sizes, sqnorm.shape, sqnorm.device)
+        kept = self._weights.get(key)
+        if kept is None:
+            kept = self._weights[key] = self._new_weights(path, one, sqnorm, mask)
+        return kept
+
+    def _new_weights(self, path: str, one: Pass, sqnorm: Tensor, mask: Tensor | None) -> Tensor:
+        if one.sizes is not None and sum(one.sizes) != sqnorm.shape[0]:
+            raise ValueError(
+                f"batch_tasks: {path} sees an input of {sqnorm.shape[0]} rows for {sum(one.sizes)} rows of "
+                "calibration data, so rows cannot be told apart by task; use batch_tasks=False"
+            )
+        rows = self._owners(one, sqnorm)
+        if mask is None:
+            positions = sqnorm.shape.numel() // max(rows.shape[0], 1)
+            return rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
+        if mask.shape != sqnorm.shape:
+            way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
+            raise ValueError(
+                f"{self._mask or 'batch_tasks'}: expected shape {list(sqnorm.shape)}, that of the positions measured "
+                f"at {path}, found {list(mask.shape)}; {way_out}"
+            )
+        counted = (mask != 0).to(sqnorm)[..., None] * rows
+        return counted / counted.flatten(0, -2).sum(0).clamp(min=1)
+
+    def _owners(self, one: Pass, sqnorm: Tensor) -> Tensor:
+        """``[rows, 1, ..., K]``: 1 where a row belongs to a task. One row where all belong to the same."""
+        key = (one.tasks, one.sizes, sqnorm.dim(), sqnorm.device)
+        kept = self._rows.get(key)
+        if kept is None:
+            owners = torch.zeros(len(one.tasks), self._tasks, dtype=sqnorm.dtype)
+            for source, numbers in enumerate(one.tasks):
+                owners[source, list(numbers)] = 1
+            sizes = torch.tensor(one.sizes if one.sizes is not None else [1])
+            shape = (-1, *[1] * (sqnorm.dim() - 1), self._tasks)
+            # Built on the host once and kept, so that no later step copies anything to the device.
+            kept = self._rows[key] = owners.repeat_interleave(sizes, 0).view(shape).to(sqnorm.device)
+        return kept
+
+    def _in_tower(self, path: str) -> bool:
+        return self._tower_path is not None and path.startswith(f"{self._tower_path}.")
+
+    def _fits_as_one(self, passes: Sequence[Pass]) -> bool:
+        """Whether the graph of all batches at once fits into half of the free memory.
+
+        Runs the largest batch forward and counts the bytes that its graph keeps alive.
+        """
+        together = concatenated(passes, self._padding)
+        if len(together) == len(passes):
+            return False
+        frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters()}
+        held: dict[int, int] = {}
+
+        def count(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+            self._forward(max(passes, key=lambda single: single.elements))
+        one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
+        most = max(len(joined.sources) for joined in together)
+        return one * most <= _free_memory(self._device) / 2
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        # What a container may use is not told reliably, so no more than a few GiB are taken for granted.
+        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4 * 2**30)
+    return 0.0
+
+
+def _blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The blocks that hold no measured linear: recomputing one has no effect besides its output."""
+    found = []
+    for path, module in model.named_modules():
+        match = re.search(pattern, f"{path}.")
+        whole = match is not None and match.end() == len(path) + 1
+        if whole and not any(name.startswith(f"{path}.") for name in scored):
+            found.append(module)
+    return found
+
+
+def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The measured linears and the linears of the same parents, by path."""
+    parents = {path.rpartition(".")[0] for path in scored}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[0] in parents and isinstance(module, (nn.Linear, MeasuredLoRALinear))
+    }
+
+
+@contextmanager
+def _wrapped(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
+    forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
+    if checkpointing:
+        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+@contextmanager
+def _without_key_value_cache(model: nn.Module) -> Iterator[None]:
+    """Prefills are all there is, so decoders need not keep keys and values, which holds them in memory."""
+    configs = {id(config): config for module in model.modules() if (config := _caching(module)) is not None}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _caching(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if getattr(config, "use_cache", False) is True else None

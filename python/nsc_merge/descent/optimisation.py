@@ -1,0 +1,269 @@
+"""The optimisation of Algorithm 1: steps, schedule, history, and what it takes to go on after an interruption."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nsc_merge.calibration.forward_passes import Batch
+from nsc_merge.descent.checkpoint import State, random_states, restore_random_states
+from nsc_merge.utils.progress import Progress
+
+# Steps between two readings of what happened on the device. A step itself never waits for it.
+READ_EVERY = 10
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+
+
+class Parameters(Protocol):
+    """The coefficients ``flat [modules, K]``, one leaf tensor."""
+
+    @property
+    def flat(self) -> Tensor: ...
+
+
+class Objective(Protocol):
+    """What can be minimised; see :class:`nsc_merge.descent.null_space_objective.Objective`."""
+
+    batch_tasks: bool | None
+
+    @property
+    def coefficients(self) -> Parameters: ...
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        """Add the gradient on one batch per task to ``coefficients.flat.grad``; returns the objective per task."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an :class:`Optimisation`; the fields are those of :class:`nsc_merge.methods.gradient.nsc.NSCOptions`."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+    steps: int
+    schedule: str
+    early_stop: float | None
+    progress: bool | None
+    state_to: str | os.PathLike[str] | None
+    state_every: int
+
+
+class Optimisation:
+    """Minimises an objective over its coefficients.
+
+    Attributes:
+        history: one entry per step done.
+        dead: ``[modules, K]`` bool: coefficients with a gradient of exactly zero on the first batches. Nothing
+            measured depends on them, and they keep their initial value, which weight decay would change.
+
+    Args:
+        objective: to be minimised.
+        tasks: names for the history.
+        present: ``[modules, K]`` bool, where an adapter touches a module; the history's range of coefficients
+            is taken there.
+        streams: one endless iterator of batches per task.
+        settings: of the optimisation.
+        problem: what a saved state is tied to.
+        resumed: the state to go on from.
+        label: what the progress bar says.
+        quantity: what the objective per task is called in the history, and
+        shown: what their mean is called beside the progress bar.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        tasks: Sequence[str],
+        present: Tensor,
+        streams: Sequence[Iterator[Batch]],
+        settings: Settings,
+        problem: dict[str, Any],
+        resumed: State | None = None,
+        *,
+        label: str = "NSC merging",
+        quantity: str = "omega",
+        shown: str = "ratio",
+    ) -> None:
+        self._label, self._quantity, self._shown = label, quantity, shown
+        self._objective, self._tasks, self._streams = objective, list(tasks), list(streams)
+        self._settings, self._problem = settings, problem
+        self._lam = objective.coefficients.flat
+        self._present = present.flatten().nonzero().flatten().to(self._lam.device)
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        # A tensor, so that a captured graph would see the schedule; fused, because only that takes one.
+        self._lr = torch.tensor(settings.lr, dtype=torch.float32, device=self._lam.device)
+        self._optimiser = kind([self._lam], lr=self._lr, weight_decay=settings.weight_decay, fused=True)
+        self._lam.grad = torch.zeros_like(self._lam)
+        self._start = self._lam.detach().clone()
+        self.dead = torch.zeros_like(self._lam, dtype=torch.bool)
+        self.history: list[dict[str, Any]] = []
+        self._records = self._lam.new_zeros(READ_EVERY, len(self._tasks) + 4)
+        self._pending = 0
+        self._read_at = time.perf_counter()
+        self._begin = 0
+        self._kept: tuple[int, dict[str, Tensor]] | None = None
+        if resumed is not None:
+            self._resume(resumed)
+
+    def run(self, on_first: Callable[[], None]) -> None:
+        """Do all steps that are left. ``on_first`` is called before the first update, when ``dead`` is known.
+
+        Raises:
+            RuntimeError: if a gradient is not finite.
+            KeyboardInterrupt: passed on, after the state at the start of the interrupted step was saved.
+        """
+        settings = self._settings
+        if self._stalled(self._begin):
+            return
+        try:
+            with Progress(self._label, settings.steps - self._begin, settings.progress) as bar:
+                for done in range(self._begin, settings.steps):
+                    if settings.state_to is not None:
+                        self._kept = (done, self._tensors())
+                    self._step(done, on_first)
+                    last = done + 1 == settings.steps
+                    due = settings.state_to is not None and (done + 1) % settings.state_every == 0
+                    if done == self._begin or last or due or (done + 1) % READ_EVERY == 0:
+                        self._read(bar)
+                    if last or due:
+                        self._save(done + 1, self._tensors())
+                    if self._stalled(done + 1):
+                        self._save(done + 1, self._tensors())
+                        break
+        except KeyboardInterrupt:
+            if self._kept is not None:
+                self._read(None)
+                self._save(*self._kept)
+            raise
+
+    def _step(self, step: int, on_first: Callable[[], None]) -> None:
+        lam, settings = self._lam, self._settings
+        assert lam.grad is not None
+        lam.grad.zero_()
+        omega = self._objective.accumulate([next(stream) for stream in self._streams])
+        if step == 0:
+            self.dead = lam.grad == 0
+            on_first()
+        with torch.no_grad():
+            live = lam.detach().flatten()[self._present]
+            finite = lam.grad.isfinite().all().to(lam.dtype)
+            row = [*omega.unbind(), live.min(), live.mean(), live.max(), finite]
+            torch.stack(row, out=self._records[self._pending])
+        self._pending += 1
+        self._lr.fill_(settings.lr * SCHEDULES[settings.schedule](step / settings.steps))
+        self._optimiser.step()
+        with torch.no_grad():
+            lam.copy_(torch.where(self.dead, self._start, lam))
+
+    def _read(self, bar: Progress | None) -> None:
+        """Turn what the device recorded since the last reading into history."""
+        rows = self._records[: self._pending].tolist()
+        now = time.perf_counter()
+        seconds = (now - self._read_at) / max(len(rows), 1)
+        entries = []
+        for step, (*omega, least, mean, most, finite) in enumerate(rows, len(self.history)):
+            if not finite:
+                raise RuntimeError(
+                    f"calibration: the gradient of step {step} is not finite; do the batches or the model "
+                    "hold NaN or infinite values?"
+                )
+            # A task may have no objective of its own, which is not a number.
+            known = {task: value for task, value in zip(self._tasks, omega, strict=True) if not math.isnan(value)}
+            objective = sum(known.values()) / max(len(known), 1)
+            entries.append(
+                {
+                    "step": step,
+                    "objective": objective,
+                    self._quantity: known,
+                    "lambda_min": least,
+                    "lambda_mean": mean,
+                    "lambda_max": most,
+                    "seconds": seconds,
+                }
+            )
+        self.history += entries
+        self._read_at, self._pending = now, 0
+        if bar is None:
+            return
+        for entry in entries:
+            bar.update(
+                **{self._shown: f"{entry['objective']:.4f}"},
+                lam=f"{entry['lambda_min']:.2f}..{entry['lambda_max']:.2f}",
+            )
+
+    def _stalled(self, done: int) -> bool:
+        """Whether the mean objective of the last readings is no longer below that of the ones before."""
+        least = self._settings.early_stop
+        if least is None or done % READ_EVERY or done < 2 * READ_EVERY:
+            return False
+        objectives = [entry["objective"] for entry in self.history[done - 2 * READ_EVERY : done]]
+        before, after = sum(objectives[:READ_EVERY]), sum(objectives[READ_EVERY:])
+        return before - after < least * before
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """A copy of everything that the next step depends on."""
+        moments = self._optimiser.state[self._lam]
+        tensors = {
+            "lam": self._lam.detach(),
+            "start": self._start,
+            "dead": self.dead,
+            **{f"optimizer.{name}": value for name, value in moments.items()},
+        }
+        copies = {name: value.detach().clone() for name, value in tensors.items()}
+        return {**copies, **random_states(self._lam.device)}
+
+    def _save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        if self._settings.state_to is None:
+            return
+        batched = bool(self._objective.batch_tasks)
+        on_host = {name: value.cpu() for name, value in tensors.items()}
+        State(step, on_host, self.history[:step], self._problem, batched).save(self._settings.state_to)
+
+    def _resume(self, state: State) -> None:
+        # Drawing anew brings the iterables to where they were, whatever they are; the generators come last,
+        # since iterables may draw from them.
+        for _ in range(state.step):
+            for stream in self._streams:
+                next(stream)
+        device = self._lam.device
+        tensors = {name: value.to(device) for name, value in state.tensors.items()}
+        with torch.no_grad():
+            self._lam.copy_(tensors["lam"])
+        self._start, self.dead = tensors["start"], tensors["dead"]
+        # The count of steps lies where the fused optimizer keeps it: beside the moments.
+        prefix = "optimizer."
+        self._optimiser.state[self._lam] = {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
+        self.history = list(state.history)
+        self._begin = state.step
+        if state.step:
+            self._objective.batch_tasks = state.batch_tasks
+        restore_random_states(state.tensors, device)
+
+
+def by_path(lam: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Coefficients ``lam [modules, K]`` as a result holds them."""
+    return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
+
+
+def tasks_where(mask: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Path -> tasks where ``mask [modules, K]`` is set, of the modules where it is for some."""
+    return {
+        path: [task for task, is_set in row.items() if is_set]
+        for path, row in by_path(mask, paths, tasks).items()
+        if any(row.values())
+    }

@@ -1,0 +1,96 @@
+"""Options of every method that learns coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nsc_merge.descent.optimisation import SCHEDULES
+from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_seed
+
+SHARES = ("module", "task")
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """Options of every method that learns coefficients by gradient descent.
+
+    Attributes:
+        optimizer: ``"adamw"`` or ``"adam"``.
+        lr: learning rate. Adam moves a coefficient by at most about ``steps * lr``.
+        weight_decay: of the optimizer.
+        steps: optimisation steps; each takes one batch of every task.
+        schedule: of the learning rate over the steps: ``"constant"``, or falling to 0 by ``"cosine"`` or ``"linear"``.
+        early_stop: stop once the mean objective of ten steps is less than this share below that of the ten before
+            (0.001 is a tenth of a percent); None never stops early.
+        init: initial coefficient, one for all tasks or one per task.
+        seed: of torch's global generator while batches are drawn; restored afterwards.
+        progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    steps: int = 100
+    schedule: str = "constant"
+    early_stop: float | None = None
+    init: float | Mapping[str, float] = 0.4
+    seed: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, ("adamw", "adam"))
+        check_number("lr", self.lr, 0)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_count("steps", self.steps)
+        check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        if self.early_stop is not None:
+            check_number("early_stop", self.early_stop, 0)
+        self.check_init()
+        check_seed(self.seed)
+        check_choice("progress", self.progress, (True, False, None))
+
+    def check_init(self) -> None:
+        """Refuse initial coefficients that are no finite numbers."""
+        for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
+            check_number("init", value)
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Refuse initial coefficients of other tasks than there are.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if isinstance(self.init, Mapping) and set(self.init) != set(tasks):
+            raise ValueError(f"init: expected one value for each of {list(tasks)}, found {sorted(self.init)}")
+
+
+@dataclass(frozen=True)
+class SharedDescentOptions(DescentOptions):
+    """Options of the methods whose coefficients may be shared between modules, and bounded.
+
+    Attributes:
+        optimizer: as all that follow up to ``progress``, in :class:`DescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there.
+        seed: see there.
+        progress: see there.
+        share: one coefficient per task and ``"module"``, or one per ``"task"``.
+        warm_up: steps at the start in which coefficients are shared per task, whatever ``share`` says.
+        clamp: bounds that coefficients are held to in the forward, or None.
+    """
+
+    share: str = "module"
+    warm_up: int = 0
+    clamp: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("share", self.share, SHARES)
+        check_count("warm_up", self.warm_up, 0)
+        if self.clamp is not None:
+            check_bounds("clamp", self.clamp)

@@ -1,0 +1,409 @@
+"""The recipe file of ``nsc-merge eval``: read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.evaluation.heads import POOLS
+from nsc_merge.evaluation.joint_classes import SCORES
+from nsc_merge.evaluation.metrics import METRICS, Metric
+from nsc_merge.methods.registry import method_of
+from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
+from nsc_merge.recipes.merge_recipe import DTYPES
+from nsc_merge.recipes.yaml_keys import (
+    RecipeError,
+    absolute_model,
+    by_task,
+    choice,
+    count,
+    flag,
+    mapping,
+    numbers,
+    read_document,
+    refuse_unknown,
+    text,
+    text_path,
+)
+
+SEED = "{seed}"
+REFERENCES = ("zero_shot", "finetuned")
+TUNED_BY = ("metric", "loss")
+_KEYS = (
+    "model",
+    "tasks",
+    "methods",
+    "seeds",
+    "joint",
+    "batch_size",
+    "shared_modules",
+    "dora",
+    "dtype",
+    "device",
+    "output",
+)
+_TASK_KEYS = (
+    "adapter",
+    "test",
+    "validation",
+    "calibration",
+    "labels",
+    "metric",
+    "head",
+    "pool",
+    "generate",
+    "classes",
+)
+_ROW_KEYS = ("method", "folder", "name", "options", "tune")
+_TUNE_KEYS = ("by", "coarse", "fine_step", "fine_steps")
+_TASK_PATHS = ("adapter", "test", "validation", "calibration")
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """One task; paths are absolute.
+
+    Attributes:
+        name: of the task.
+        adapter: PEFT folder.
+        test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches.
+        validation: labelled inputs for tuning, whose inputs also serve methods that need data.
+        calibration: unlabelled inputs for methods that need data; those of ``validation`` when None.
+        labels: name of the labels among the tensors.
+        metric: what is reported.
+        head: ``"adapter"`` (what the PEFT folder brought), ``"model"`` (the model's own), a safetensors file, or None:
+            the adapter's if it has one, else the model's.
+        pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`.
+        generate: greedily generate as many tokens as the labels have.
+        classes: names of the classes, by which tasks share them in the joint evaluation.
+    """
+
+    name: str
+    adapter: Path
+    test: Path
+    metric: Metric
+    validation: Path | None = None
+    calibration: Path | None = None
+    labels: str = "labels"
+    head: str | None = None
+    pool: str | None = None
+    generate: bool = False
+    classes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Key -> path, of all that the task reads."""
+        named = {key: getattr(self, key) for key in _TASK_PATHS}
+        if self.head not in (None, "adapter", "model"):
+            named["head"] = Path(str(self.head))
+        return {key: path for key, path in named.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a scale is chosen on validation data; see :func:`nsc_merge.methods.scale_tuning.tune_scale`."""
+
+    by: str
+    coarse: tuple[float, ...] = COARSE
+    fine_step: float | None = FINE_STEP
+    fine_steps: int = FINE_STEPS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a method with its options, or a folder with a finished merge, adapter or model."""
+
+    name: str
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    tune: Tuning | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """A checked evaluation recipe; paths are absolute, and may hold ``{seed}``.
+
+    Attributes:
+        model: folder of the base model, or a hub id.
+        local: whether ``model`` is a folder, so that nothing may touch the network.
+        tasks: in the order of the tables.
+        rows: of the tables, with ``zero_shot`` and ``finetuned`` among them.
+        out: output folder.
+        seeds: every row is repeated for each; without any, one run of seed 0 that takes all data in order.
+        joint: how the scores of several tasks' heads are put together for Hits@k; None leaves that table out.
+        batch_size: rows of a data file per batch.
+        shared_modules, dora: as in :func:`nsc_merge.merge`.
+        dtype, device: of the base model, as in :class:`nsc_merge.recipes.merge_recipe.Recipe`.
+        plots: whether to draw.
+    """
+
+    model: str
+    local: bool
+    tasks: dict[str, TaskRecipe]
+    rows: tuple[Row, ...]
+    out: Path
+    seeds: tuple[int, ...] = ()
+    joint: str | None = None
+    batch_size: int = 32
+    shared_modules: str = "lambda"
+    dora: str = "refuse"
+    dtype: str = "auto"
+    device: str = "auto"
+    plots: bool = True
+
+    def at(self, seed: int) -> EvalRecipe:
+        """The recipe with ``{seed}`` replaced in every path.
+
+        Raises:
+            RecipeError: if a path is missing.
+        """
+
+        def put(path: Path) -> Path:
+            return Path(str(path).replace(SEED, str(seed)))
+
+        tasks = {}
+        for name, task in self.tasks.items():
+            changed: dict[str, Any] = {}
+            for key, path in task.paths.items():
+                found = put(path)
+                if not (found.is_dir() if key == "adapter" else found.exists()):
+                    wanted = "a PEFT folder" if key == "adapter" else "a safetensors file"
+                    if key in ("test", "validation", "calibration"):
+                        wanted += " or a folder of them"
+                    raise RecipeError(f"tasks.{name}.{key}: expected {wanted}, {found} is missing")
+                changed[key] = str(found) if key == "head" else found
+            tasks[name] = replace(task, **changed)
+        model = self.model.replace(SEED, str(seed))
+        if self.local and not Path(model).is_dir():
+            raise RecipeError(f"model: expected a folder or a hub id, {model} is no folder")
+        rows = []
+        for row in self.rows:
+            folder = None if row.folder is None else put(row.folder)
+            if folder is not None and not folder.is_dir():
+                raise RecipeError(f"methods.{row.name}.folder: expected a folder, {folder} is none")
+            rows.append(replace(row, folder=folder))
+        return replace(self, model=model, tasks=tasks, rows=tuple(rows))
+
+
+def load_eval_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
+    """Read and check an evaluation recipe; arguments and errors as
+    :func:`nsc_merge.recipes.merge_recipe.load_recipe`.
+    """
+    return _checked(read_document(Path(path), overrides, _absolute))
+
+
+def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
+    document = dict(document)
+    if "model" in document:
+        document["model"] = absolute_model(document["model"], base)
+    if isinstance(document.get("tasks"), dict):
+        document["tasks"] = {
+            task: _absolute_in(settings, (*_TASK_PATHS, "head"), base)
+            for task, settings in document["tasks"].items()
+        }
+    if isinstance(document.get("methods"), list):
+        document["methods"] = [_absolute_in(row, ("folder",), base) for row in document["methods"]]
+    if "output" in document:
+        document["output"] = _absolute_in(document["output"], ("dir",), base)
+    return document
+
+
+def _absolute_in(value: Any, keys: Sequence[str], base: Path) -> Any:
+    if not isinstance(value, dict):
+        return value
+    changed = {
+        key: str(base / Path(value[key]).expanduser())
+        for key in keys
+        if isinstance(value.get(key), str) and not (key == "head" and value[key] in ("adapter", "model"))
+    }
+    return {**value, **changed}
+
+
+def _checked(document: dict[str, Any]) -> EvalRecipe:
+    refuse_unknown("", document, _KEYS)
+    output = mapping(document, "output")
+    refuse_unknown("output.", output, ("dir", "plots"))
+    out = Path(text(output, "dir", "output."))
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"output.dir: expected a folder, {out} is a file")
+    model = text(document, "model")
+    tasks = {name: _task(name, value) for name, value in by_task(document, "tasks")}
+    if not tasks:
+        raise RecipeError("tasks: expected at least one task, found none")
+    recipe = EvalRecipe(
+        model=model,
+        local=Path(model).is_absolute(),
+        tasks=tasks,
+        rows=_rows(document, tasks),
+        out=out,
+        seeds=_seeds(document),
+        joint=_joint(document, tasks),
+        batch_size=count(document.get("batch_size", 32), "batch_size"),
+        shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
+        dora=choice(document, "dora", ("refuse", "convert")),
+        dtype=choice(document, "dtype", DTYPES),
+        device=text(document, "device", default="auto"),
+        plots=flag(output, "plots", "output.", True),
+    )
+    for seed in recipe.seeds or (0,):
+        recipe.at(seed)
+    return recipe
+
+
+def _task(name: str, value: Any) -> TaskRecipe:
+    key = f"tasks.{name}"
+    if not isinstance(value, dict):
+        raise RecipeError(f"{key}: expected keys and values, found {value!r:.60}")
+    prefix = f"{key}."
+    refuse_unknown(prefix, value, _TASK_KEYS)
+    paths = {
+        one: Path(text_path(f"{prefix}{one}", value[one]))
+        for one in _TASK_PATHS
+        if value.get(one) is not None
+    }
+    for one in ("adapter", "test"):
+        if one not in paths:
+            raise RecipeError(f"{prefix}{one}: expected a path, found none")
+    classes = value.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
+        raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")
+    pool = choice(value, "pool", POOLS, prefix) if value.get("pool") is not None else None
+    generate = flag(value, "generate", prefix, False)
+    metric = _metric(prefix, value.get("metric"))
+    if metric.name == "cider" and not generate:
+        raise RecipeError(f"{prefix}generate: metric cider needs true, found false")
+    if generate and metric.name not in ("exact_match", "cider"):
+        raise RecipeError(
+            f"{prefix}metric: a task that generates has exact_match or cider, found {metric.name}"
+        )
+    if generate and (pool is not None or value.get("head") not in (None, "model")):
+        raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")
+    return TaskRecipe(
+        name=name,
+        metric=metric,
+        labels=text(value, "labels", prefix, default="labels"),
+        head=text(value, "head", prefix) if value.get("head") is not None else None,
+        pool=pool,
+        generate=generate,
+        classes=tuple(str(one) for one in classes),
+        **paths,
+    )
+
+
+def _metric(prefix: str, value: Any) -> Metric:
+    options = {}
+    if isinstance(value, dict):
+        options = {str(key): item for key, item in numbers(value).items() if key != "name"}
+        value = value.get("name")
+    if value not in METRICS:
+        raise RecipeError(f"{prefix}metric: expected one of {list(METRICS)}, found {value!r:.60}")
+    try:
+        return METRICS[value].with_options(**options)
+    except ValueError as error:
+        raise RecipeError(f"{prefix}metric.{error}") from None
+
+
+def _rows(document: Mapping[str, Any], tasks: Mapping[str, TaskRecipe]) -> tuple[Row, ...]:
+    listed = document.get("methods")
+    if not isinstance(listed, list) or not listed:
+        raise RecipeError(f"methods: expected a list of methods or folders, found {listed!r:.60}")
+    rows = [_row(number, value, tasks) for number, value in enumerate(listed)]
+    known = [row.method for row in rows]
+    rows = [*(Row(name, name) for name in REFERENCES if name not in known), *rows]
+    names = [row.name for row in rows]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"methods: two rows are called {twice!r}; give one another name")
+    return tuple(rows)
+
+
+def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
+    prefix = f"methods[{number}]."
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, dict):
+        raise RecipeError(f"methods[{number}]: expected a method or keys and values, found {value!r:.60}")
+    refuse_unknown(prefix, value, _ROW_KEYS)
+    if ("method" in value) == ("folder" in value):
+        raise RecipeError(f"methods[{number}]: expected either a method or a folder, found {sorted(value)}")
+    if "folder" in value:
+        for key in ("options", "tune"):
+            if value.get(key) is not None:
+                raise RecipeError(f"{prefix}{key}: applies to methods, not to a folder")
+        folder = Path(text_path(f"{prefix}folder", value["folder"]))
+        return Row(text(value, "name", prefix, default=folder.name), folder=folder)
+    name = value["method"]
+    options = numbers(mapping(value, "options", prefix))
+    try:
+        method = method_of(name)
+    except ValueError as error:
+        raise RecipeError(f"{prefix}{error}") from None
+    try:
+        method.check_names(options)
+    except ValueError as error:
+        raise RecipeError(f"{prefix}options.{error}") from None
+    tune = _tuning(prefix, value.get("tune"))
+    if tune is not None and method.tuned != "scale":
+        raise RecipeError(f"{prefix}tune: method {name!r} has no scale to tune")
+    if tune is not None and "scale" in options:
+        raise RecipeError(f"{prefix}tune: chooses the scale, but options.scale is given, too")
+    for task in tasks.values():
+        if tune is not None and task.validation is None:
+            raise RecipeError(f"tasks.{task.name}.validation: {prefix[:-1]} ({name}) needs it, found none")
+        if "data" in method.needs and task.validation is None and task.calibration is None:
+            raise RecipeError(
+                f"tasks.{task.name}.calibration: {prefix[:-1]} ({name}) needs inputs of every task, found neither "
+                "calibration nor validation"
+            )
+        if tune is not None and tune.by == "loss" and (task.metric.loss is None or task.generate):
+            raise RecipeError(f"{prefix}tune: task {task.name} ({task.metric.name}) has no loss; use metric")
+    return Row(text(value, "name", prefix, default=name), name, options, tune)
+
+
+def _tuning(prefix: str, value: Any) -> Tuning | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = {"by": value}
+    if not isinstance(value, dict):
+        raise RecipeError(f"{prefix}tune: expected one of {list(TUNED_BY)}, found {value!r:.60}")
+    refuse_unknown(f"{prefix}tune.", value, _TUNE_KEYS)
+    given = numbers({key: item for key, item in value.items() if key != "by"})
+    coarse = given.get("coarse", list(COARSE))
+    if not isinstance(coarse, list) or not coarse or not all(_is_number(scale) for scale in coarse):
+        raise RecipeError(f"{prefix}tune.coarse: expected a list of scales, found {coarse!r:.60}")
+    step = given.get("fine_step", FINE_STEP)
+    if step is not None and not _is_number(step):
+        raise RecipeError(f"{prefix}tune.fine_step: expected a number or null, found {step!r:.60}")
+    by = choice(value, "by", TUNED_BY, f"{prefix}tune.")
+    steps = count(given.get("fine_steps", FINE_STEPS), f"{prefix}tune.fine_steps")
+    return Tuning(by, tuple(float(scale) for scale in coarse), step, steps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _seeds(document: Mapping[str, Any]) -> tuple[int, ...]:
+    seeds = document.get("seeds")
+    if seeds is None:
+        return ()
+    good = isinstance(seeds, list) and seeds and len(set(map(str, seeds))) == len(seeds)
+    if not good or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise RecipeError(f"seeds: expected a list of different whole numbers, found {seeds!r:.60}")
+    return tuple(seeds)
+
+
+def _joint(document: Mapping[str, Any], tasks: Mapping[str, TaskRecipe]) -> str | None:
+    value = document.get("joint")
+    if value is None or value is False:
+        return None
+    if value not in SCORES:
+        raise RecipeError(f"joint: expected one of {list(SCORES)}, or false, found {value!r:.60}")
+    classifiers = [task for task in tasks.values() if task.metric.name == "accuracy"]
+    if len(classifiers) < 2:
+        raise RecipeError(f"joint: expected at least two tasks of metric accuracy, found {len(classifiers)}")
+    return str(value)

@@ -1,0 +1,57 @@
+"""What a task's outputs are measured by: every metric with its direction, unit, per-sample quality and loss.
+
+Classes, and the components of a vector, are in the last axis of the outputs; samples are in the first. Labels that are
+not known are left out: :data:`IGNORE` among class indices, NaN among values.
+
+>>> METRICS["miou"].measure(outputs, labels)
+"""
+
+from __future__ import annotations
+
+from nsc_merge.evaluation.metrics.registry import (
+    IGNORE,
+    METRICS,
+    Metric,
+    absolute_error,
+    accuracy,
+    accuracy_per_sample,
+    cider,
+    cider_per_sample,
+    cosine,
+    cosine_loss,
+    cross_entropy,
+    edge_f,
+    edge_f_per_sample,
+    exact_match,
+    exact_match_per_sample,
+    l1,
+    mean_angle,
+    mean_iou,
+    mean_iou_per_sample,
+    rmse,
+    squared_error,
+)
+
+__all__ = [
+    "IGNORE",
+    "METRICS",
+    "Metric",
+    "absolute_error",
+    "accuracy",
+    "accuracy_per_sample",
+    "cider",
+    "cider_per_sample",
+    "cosine",
+    "cosine_loss",
+    "cross_entropy",
+    "edge_f",
+    "edge_f_per_sample",
+    "exact_match",
+    "exact_match_per_sample",
+    "l1",
+    "mean_angle",
+    "mean_iou",
+    "mean_iou_per_sample",
+    "rmse",
+    "squared_error",
+]

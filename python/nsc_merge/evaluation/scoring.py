@@ -1,0 +1,198 @@
+"""Measures a merge on a suite: applies it to the base model, predicts a split, and takes it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import CONFIG_FILE, load_adapter
+from nsc_merge.evaluation import joint_classes
+from nsc_merge.evaluation.metrics import IGNORE
+from nsc_merge.evaluation.normalise import Scores
+from nsc_merge.evaluation.suite import RecipeSuite, Suite
+from nsc_merge.methods import METHODS
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
+from nsc_merge.results.merged_update import applied
+from nsc_merge.results.result import MergeResult
+
+Candidate: TypeAlias = "MergeResult | nn.Module | Mapping[str, MergeResult | nn.Module]"
+"""What is measured: a merge, another model, or one of those per task."""
+
+_Model = Callable[[], AbstractContextManager[nn.Module]]
+
+
+@torch.no_grad()
+def predict(
+    suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None, *, share: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all.
+
+    Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
+    over the models of all tasks. With ``share``, tasks whose batches hold the very same tensors share the forwards of
+    a model that serves them all; it is not for heads that generate, which need more than one forward of a batch.
+    """
+    found: dict[str, Tensor] = {}
+    wanted = list(suite.tasks) if tasks is None else list(tasks)
+    labels = {
+        task: _joined([label for _, label in suite.labelled(task, split)], torch.nan) for task in wanted
+    }
+    for served, models in _groups(suite, candidate, wanted):
+        for number, enter in enumerate(models, 1):
+            with enter() as model:
+                for together in [served] if share else [[task] for task in served]:
+                    for task, output in _outputs(suite, model, together, split).items():
+                        if len(models) > 1 and not output.is_floating_point():
+                            raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
+                        # A running mean, so that one set of outputs is held.
+                        found[task] = output if number == 1 else found[task] + (output - found[task]) / number
+    return {task: (found[task], labels[task]) for task in wanted}
+
+
+def score(suite: Suite, predicted: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
+    """Metric and loss of what :func:`predict` returned."""
+    losses = {task: suite.loss(task, *pair) for task, pair in predicted.items()}
+    return Scores(
+        {task: suite.measure(task, *pair) for task, pair in predicted.items()},
+        {task: float(loss) for task, loss in losses.items() if loss is not None},
+    )
+
+
+@torch.no_grad()
+def joint_hits(
+    suite: Suite,
+    candidate: Candidate,
+    split: str,
+    tasks: Sequence[str],
+    kind: str,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, dict[int, float]] | None:
+    """Hits@k over the classes of all ``tasks`` together, by task and, under ``"all"``, over all samples.
+
+    Costs a forward for every pair of tasks. None where every task has a model of its own, as it may not be known
+    which task a sample is of.
+
+    Args:
+        suite: classifies with one label per sample.
+        candidate: what is measured.
+        split: of the data.
+        tasks: whose samples and classes.
+        kind: of scores; see :meth:`nsc_merge.evaluation.joint_classes.Union.scores`.
+        names: task -> names of its classes, if classes of the same name are one.
+    """
+    groups = _groups(suite, candidate, list(suite.tasks))
+    if len(groups) > 1:
+        return None
+    ((_, models),) = groups
+    # Outputs of a task's head on the samples of another, by both.
+    outputs = {(source, head): torch.zeros(()) for source in tasks for head in tasks}
+    for number, enter in enumerate(models, 1):
+        with enter() as model:
+            for source, head in outputs:
+                whole = _joined(
+                    [suite.output(head, model, inputs) for inputs, _ in suite.labelled(source, split)]
+                )
+                outputs[source, head] = outputs[source, head] + (whole - outputs[source, head]) / number
+    union = joint_classes.Union.of({task: outputs[task, task].shape[-1] for task in tasks}, names)
+    every_score, every_label = [], []
+    found = {}
+    for source in tasks:
+        label = torch.cat([label for _, label in suite.labelled(source, split)]).cpu()
+        known = label != IGNORE
+        scores = union.scores({head: outputs[source, head][known] for head in tasks}, kind)
+        truth = union.labels(source, label[known])
+        found[source] = joint_classes.hits(scores, truth)
+        every_score.append(scores)
+        every_label.append(truth)
+    found["all"] = joint_classes.hits(torch.cat(every_score), torch.cat(every_label))
+    return found
+
+
+def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
+    """A finished merge, an adapter or a model from disk, to be measured on ``suite``.
+
+    Of a folder written by ``nsc-merge run`` it is the adapter, else the model, else the coefficients, with base and
+    adapters read again; or the adapter or model of every task.
+
+    Raises:
+        FileNotFoundError: if it holds none of these.
+    """
+    from nsc_merge.models.loading import load_model
+    from nsc_merge.recipes.saved_result import load_result
+
+    if (folder / CONFIG_FILE).is_file():
+        adapter = fit({"merged": load_adapter(folder, "merged")}, suite.model)
+        return _whole(suite.model, adapter)
+    if (folder / "config.json").is_file():
+        model = next(suite.model.parameters())
+        dtype = str(model.dtype).removeprefix("torch.")
+        return load_model(str(folder), local=True, dtype=dtype, device=str(model.device))
+    for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
+        if (folder / name / file).is_file():
+            return open_saved(folder / name, suite)
+    if (folder / COEFFICIENTS_FILE).is_file():
+        return load_result(folder)
+    if (folder / TASKS_FOLDER).is_dir():
+        own = {task: open_saved(folder / TASKS_FOLDER / file_name(task), suite) for task in suite.tasks}
+        return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
+    raise FileNotFoundError(
+        f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "
+        "nsc-merge run, found none"
+    )
+
+
+def _whole(model: nn.Module, adapters: dict) -> MergeResult:
+    from nsc_merge.api import merge
+
+    return merge(model, adapters, method="task_arithmetic", scale=1.0)
+
+
+def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[list[str], list[_Model]]]:
+    """Tasks that share models, and the models whose outputs are averaged for them."""
+    if isinstance(candidate, nn.Module):
+        return [(tasks, [lambda: nullcontext(candidate)])]
+    if isinstance(candidate, Mapping):
+        return [([task], _groups(suite, candidate[task], [task])[0][1]) for task in tasks]
+    if not candidate.per_task:
+        return [(tasks, [partial(applied, suite.model, candidate)])]
+    models = {task: partial(applied, suite.model, candidate.for_task(task)) for task in candidate.per_task}
+    if candidate.method in METHODS and METHODS[candidate.method].averages_outputs:
+        return [(tasks, list(models.values()))]
+    models = {task: models[task] for task in tasks}
+    return [([task], [model]) for task, model in models.items()]
+
+
+def _outputs(suite: Suite, model: nn.Module, tasks: list[str], split: str) -> dict[str, Tensor]:
+    """Task -> outputs of ``model`` over a whole split; several tasks share its forwards."""
+    parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+    labelled = [suite.labelled(task, split) for task in tasks]
+    for batches in zip_longest(*labelled):
+        with shared_forward(model) if len(tasks) > 1 else nullcontext():
+            for task, batch in zip(tasks, batches, strict=True):
+                if batch is not None:
+                    parts[task].append(suite.output(task, model, batch[0]))
+    return {task: _joined(parts.pop(task)) for task in tasks}
+
+
+def _joined(parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
+    """Batches as one, in float32 or as integers. Where their shapes differ, as those of sequences may, they are filled
+    up: with :data:`IGNORE` if integers, else with ``missing``.
+    """
+    kind = torch.float32 if parts[0].is_floating_point() else parts[0].dtype
+    shape = [max(extents) for extents in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = torch.full(
+        (sum(map(len, parts)), *shape), missing if kind is torch.float32 else IGNORE, dtype=kind
+    )
+    start = 0
+    for part in parts:
+        whole[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+        start += len(part)
+    return whole

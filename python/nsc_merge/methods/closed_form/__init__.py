@@ -1,0 +1,1 @@
+"""Methods that solve for the update from statistics of calibration data."""

@@ -1,0 +1,220 @@
+"""Fisher merging (arXiv 2111.09832): an average of the tasks' weights, each entry by its Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Factor
+from nsc_merge.calibration.forward_passes import Batch, one_by_one
+from nsc_merge.methods.closed_form.regmean import alone, draw
+from nsc_merge.methods.gradient.learned_coefficients import (
+    Outputs,
+    check_likelihood,
+    check_outputs,
+    last_token,
+    likelihoods_of,
+    output_of,
+    plain_options,
+)
+from nsc_merge.methods.gradient_free import Method, Problem, low_rank_part, with_the_rest
+from nsc_merge.methods.masks import real_positions
+from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
+from nsc_merge.models.families import find_family
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
+
+# Of per-example gradients [N, d_out, d_in] held at once.
+_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """Options of ``method="fisher"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        batches: how many batches of every task are run.
+        outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
+            it gives at padding does not count. Tasks without one have the model's own logits.
+        likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
+            one for all tasks or one per task. Labels are drawn from it and never needed.
+        exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
+            outputs of many positions, one label is drawn per example.
+        floor: least Fisher information of an entry, before any normalisation, as in the authors' code.
+        normalise: divide each task's Fisher information by its norm over all modules, so that no task outweighs the
+            others by the scale of its loss.
+        seed: of drawn labels.
+    """
+
+    scale: float = 1.0
+    batches: int = 8
+    outputs: Outputs | None = None
+    likelihood: str | Mapping[str, str] = "categorical"
+    exact: int = 16
+    floor: float = 1e-6
+    normalise: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_count("batches", self.batches)
+        check_likelihood(self.likelihood)
+        check_count("exact", self.exact, 0)
+        check_number("floor", self.floor, 0)
+        check_choice("normalise", self.normalise, (True, False))
+        check_seed(self.seed)
+
+
+def information(
+    problem: Problem, task: str, paths: Sequence[str], batches: Sequence[Batch], options: FisherOptions
+) -> dict[str, Tensor]:
+    """Path -> the diagonal of the Fisher information of a weight ``[d_out, d_in]`` in the task's own model: the mean
+    over examples of the squared gradient of the log-likelihood of one example, in expectation over labels that the
+    model itself gives. float32.
+    """
+    model = problem.model
+    family = find_family(model)
+    masked = family.mask if family and family.tokens else None
+    likelihood = likelihoods_of(options.likelihood, problem.tasks)[problem.tasks.index(task)]
+    # A module that runs more than once in a forward has as many of each.
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    examples = 0
+
+    def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
+        # Where nothing before has a gradient, the output itself is where the graph starts.
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        inputs.setdefault(path, []).append(z.detach())
+        outputs.setdefault(path, []).append(y)
+        return y
+
+    generator = torch.Generator().manual_seed(options.seed)
+    with alone(problem, task), ExitStack() as stack, torch.enable_grad():
+        for path in paths:
+            hook = model.get_submodule(path).register_forward_hook(
+                lambda _, arguments, y, path=path: keep(path, arguments[0], y)
+            )
+            stack.callback(hook.remove)
+        device = next(model.parameters()).device
+        for batch in batches:
+            held = one_by_one([batch], device)[0].inputs
+            output = output_of(options.outputs, task, model, held)
+            mask = held.get(masked) if masked else None
+            if masked and task not in (options.outputs or {}) and output.dim() == 3:
+                output = last_token(output, mask)
+            examples += len(output)
+            real = real_positions(output, mask)
+            for weights, likelihoods in _labels(output, real, likelihood, options.exact, generator):
+                uses = [(path, z, y) for path in outputs for z, y in zip(inputs[path], outputs[path], strict=True)]
+                found = torch.autograd.grad(
+                    likelihoods.sum(), [y for _, _, y in uses], retain_graph=True, allow_unused=True
+                )
+                pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+                for (path, z, _), dy in zip(uses, found, strict=True):
+                    if dy is not None:
+                        pairs.setdefault(path, []).append((z, dy))
+                for path, held_pairs in pairs.items():
+                    squares = _squares(held_pairs, weights)
+                    sums[path] = squares if path not in sums else sums[path] + squares
+            inputs.clear()
+            outputs.clear()
+    # What the output does not depend on has no information.
+    zeros = {path: torch.zeros_like(_weight(model.get_submodule(path)), dtype=torch.float32) for path in paths}
+    return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight
+
+
+def _labels(
+    output: Tensor, real: Tensor | None, likelihood: str, exact: int, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn; over the positions that are
+    ``real`` if given.
+    """
+    ones = torch.ones(len(output), device=output.device)
+    output = output.float()
+    if likelihood == "gaussian":
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        # The gradient of -(y - f)^2 / 2 with y = f + noise.
+        terms = output * noise if real is None else output * noise * real[..., None]
+        return [(ones, terms.reshape(len(terms), -1).sum(1))]
+    log_p = output.log_softmax(-1)
+    classes = log_p.shape[-1]
+    if log_p.dim() == 2 and classes <= exact:
+        return [(log_p[:, label].detach().exp(), log_p[:, label]) for label in range(classes)]
+    probabilities = log_p.detach().exp().reshape(-1, classes).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator).to(output.device)
+    chosen = log_p.gather(-1, drawn.view(*log_p.shape[:-1], 1))[..., 0]
+    terms = chosen if real is None else chosen * real
+    return [(ones, terms.reshape(len(terms), -1).sum(1))]
+
+
+def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32, t over the positions of all pairs."""
+    count = len(weights)
+    z, dy = (
+        torch.cat([side.reshape(count, -1, side.shape[-1]).float() for side in sides], 1)
+        for sides in zip(*pairs, strict=True)
+    )
+    size = max(1, _ENTRIES // (z.shape[-1] * dy.shape[-1]))
+    total = z.new_zeros(dy.shape[-1], z.shape[-1])
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        gradients = torch.einsum("nto,nti->noi", dy[part], z[part])
+        total += torch.einsum("n,noi->oi", weights[part].to(gradients), gradients.square())
+    return total
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = FisherOptions(**given)
+    check_outputs(options.outputs, problem.tasks)
+    likelihoods_of(options.likelihood, problem.tasks)
+    linears, low_rank, paths = low_rank_part(problem)
+    batches = draw(problem, options.batches)
+    above: dict[str, Tensor] = {}
+    below: dict[str, Tensor] = {}
+    for task in problem.tasks:
+        fisher = information(problem, task, paths, batches[task], options)
+        norm = torch.stack([value.norm() for value in fisher.values()]).norm()
+        # A task without any information keeps the floor.
+        divisor = norm if options.normalise and norm > 0 else 1.0
+        for path in paths:
+            weight = (fisher.pop(path).clamp(min=options.floor) / divisor).cpu()
+            factor = low_rank[task].factors.get(path)
+            update = torch.zeros_like(weight) if factor is None else weight * dense_update(factor)
+            above[path] = update if path not in above else above[path] + update
+            below[path] = weight if path not in below else below[path] + weight
+    factors: dict[str, Factor] = {}
+    for path, linear in linears.items():
+        merged = None
+        if path in above:
+            total = below.pop(path)
+            merged = dense_factor(options.scale * above.pop(path) / torch.where(total > 0, total, 1.0))
+        factors[path] = with_the_rest(path, linear, merged, problem.adapters, options.scale, averages=True)
+    return MergeResult(
+        "fisher", {}, [], problem.adapters, plain_options(options), {}, problem.model, factors=factors
+    )
+
+
+METHODS = (
+    Method(
+        "fisher",
+        "averages entries by how much each task's likelihood depends on them (no labels)",
+        "Fisher merging, Matena and Raffel 2021, arXiv 2111.09832",
+        FisherOptions,
+        _run,
+        needs=frozenset({"data", "gradients", "outputs"}),
+        gives="full rank",
+        tuned="scale",
+    ),
+)

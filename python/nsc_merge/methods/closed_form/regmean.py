@@ -1,0 +1,167 @@
+"""RegMean (arXiv 2212.09849): the weight whose outputs are closest, in least squares, to every task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Factor
+from nsc_merge.calibration.forward_passes import Batch, one_by_one, streams
+from nsc_merge.methods.gradient_free import Method, Problem, low_rank_part, present, with_the_rest
+from nsc_merge.models.attachment import attach
+from nsc_merge.models.families import find_family
+from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_count, check_number
+
+
+@dataclass(frozen=True)
+class RegMeanOptions:
+    """Options of ``method="regmean"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        batches: how many batches of every task are run.
+        off_diagonal: factor on the off-diagonal entries of the Gram matrices; the authors take 0.9 to 1.
+        ridge: added to the diagonal of the summed Gram matrix, as a share of its mean.
+        modules_at_once: how many modules' Gram matrices ``[d_in, d_in]`` are held at a time; the data is run again for
+            every group. None holds all.
+    """
+
+    scale: float = 1.0
+    batches: int = 8
+    off_diagonal: float = 0.95
+    ridge: float = 1e-6
+    modules_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_count("batches", self.batches)
+        check_number("off_diagonal", self.off_diagonal, 0, 1)
+        check_number("ridge", self.ridge, 0)
+        if self.modules_at_once is not None:
+            check_count("modules_at_once", self.modules_at_once)
+
+
+def grams(
+    problem: Problem, task: str, paths: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Path -> ``X^T X / N [d_in, d_in]`` in float64, of the inputs that a module has in the task's own model, without
+    those at padding.
+    """
+    model = problem.model
+    family = find_family(model)
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(paths, 0)
+    mask: list[Tensor | None] = [None]
+
+    def record(path: str, z: Tensor) -> None:
+        real = mask[0]
+        flat = z[real.bool()] if real is not None and real.shape == z.shape[:-1] else z.reshape(-1, z.shape[-1])
+        flat = flat.double()
+        sums[path] = flat.t() @ flat if path not in sums else sums[path].addmm_(flat.t(), flat)
+        counts[path] += len(flat)
+
+    with alone(problem, task), ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            module = model.get_submodule(path)
+            hook = module.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs[0]))
+            stack.callback(hook.remove)
+        device = next(model.parameters()).device
+        for batch in batches:
+            inputs = one_by_one([batch], device)[0].inputs
+            mask[0] = inputs.get(family.mask) if family and family.mask else None
+            model(**inputs)
+    silent = [path for path in paths if not counts[path]]
+    if silent:
+        raise RuntimeError(f"calibration: the forward never reached {silent}, whose inputs are needed")
+    return {path: sums[path] / counts[path] for path in paths}
+
+
+@contextmanager
+def alone(problem: Problem, task: str) -> Iterator[Any]:
+    """The model with one task's adapter at 1, in evaluation mode; yields the merged linears by path."""
+    adapter = problem.adapters[task]
+    # In its own model a task has all of a shared module's update, not the share that it has in the merge.
+    whole = {path: replace(factor, fixed=None) for path, factor in adapter.factors.items()}
+    with (
+        evaluating(problem.model),
+        attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
+    ):
+        yield merged
+
+
+def draw(problem: Problem, count: int) -> dict[str, list[Batch]]:
+    """Task -> ``count`` batches."""
+    drawn = streams(problem.calibration, problem.tasks)
+    return {task: [next(stream) for _ in range(count)] for task, stream in drawn.items()}
+
+
+def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: RegMeanOptions) -> Factor:
+    """``dW = (sum_k dW_k G_k) (sum_k G_k)^-1``, as factors: the base weight cancels, and with ``dW_k = B_k A_k`` the
+    rows ``A_k G_k (sum_j G_j)^-1`` take the place of A_k.
+
+    Args:
+        factors: task -> update, of the tasks that have one.
+        gram: task -> ``G_k``, of all tasks.
+        options: of the method.
+    """
+    shrunk = {task: _shrunk(value, options.off_diagonal) for task, value in gram.items()}
+    total = torch.stack(list(shrunk.values())).sum(0)
+    total.diagonal().add_(options.ridge * total.diagonal().mean().clamp(min=1e-30))
+    right = torch.cat([shrunk[task] @ factor.A.double().t().to(total.device) for task, factor in factors.items()], 1)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise ValueError(
+            f"ridge: the Gram matrix [{total.shape[0]}, {total.shape[0]}] is singular; "
+            f"expected more batches or a larger ridge, found batches={options.batches}, ridge={options.ridge:g}"
+        )
+    rows = torch.cholesky_solve(right, factor).t().cpu()
+    B = torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1)
+    return Factor(rows.float(), (options.scale * B).float(), 1.0)
+
+
+def _shrunk(gram: Tensor, factor: float) -> Tensor:
+    return factor * gram + (1 - factor) * torch.diag(gram.diagonal())
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = RegMeanOptions(**given)
+    linears, low_rank, paths = low_rank_part(problem)
+    batches = draw(problem, options.batches)
+    size = options.modules_at_once or len(paths)
+    merged: dict[str, Factor] = {}
+    for start in range(0, len(paths), size):
+        group = paths[start : start + size]
+        held: dict[str, dict[str, Tensor]] = {path: {} for path in group}
+        for task in problem.tasks:
+            # A task's inputs count where it has no adapter, too: there its own weight is the base's.
+            for path, gram in grams(problem, task, group, batches[task]).items():
+                held[path][task] = gram
+        for path in group:
+            merged[path] = solve(present(low_rank, path), held.pop(path), options)
+    factors = {
+        path: with_the_rest(path, linear, merged.get(path), problem.adapters, options.scale, averages=True)
+        for path, linear in linears.items()
+    }
+    return MergeResult(
+        "regmean", {}, [], problem.adapters, asdict(options), {}, problem.model, factors=factors
+    )
+
+
+METHODS = (
+    Method(
+        "regmean",
+        "matches every task's own outputs of each layer on its inputs, in least squares (no labels)",
+        "RegMean, Jin et al. 2022, arXiv 2212.09849",
+        RegMeanOptions,
+        _run,
+        needs=frozenset({"data"}),
+        tuned="scale",
+    ),
+)

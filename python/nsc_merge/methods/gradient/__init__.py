@@ -1,0 +1,1 @@
+"""Methods that learn coefficients by gradient descent."""

@@ -1,0 +1,217 @@
+"""AdaMerging (arXiv 2310.02575): coefficients that minimise the entropy of the tasks' predictions, on factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.calibration.forward_passes import Batch, Pass
+from nsc_merge.descent.options import SharedDescentOptions
+from nsc_merge.methods.gradient.learned_coefficients import (
+    Backward,
+    BoundedCoefficients,
+    Outputs,
+    check_outputs,
+    descend,
+    last_token,
+    output_of,
+)
+from nsc_merge.methods.gradient_free import Method, Problem
+from nsc_merge.methods.masks import real_positions
+from nsc_merge.methods.task_vectors.ties import fill
+from nsc_merge.models.families import find_family
+from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_choice, check_count
+
+TOKENS = ("class", "single", "full")
+PRESETS: dict[str, dict[str, Any]] = {
+    "nsc": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "steps": 100, "init": 0.4, "clamp": ()},
+    "original": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "steps": 500, "init": 0.3, "clamp": (0.0, 1.0)},
+    "fusion_bench": {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "steps": 1000, "init": 0.3, "clamp": ()},
+}
+
+
+@dataclass(frozen=True)
+class AdaMergingOptions(SharedDescentOptions):
+    """Options of ``method="adamerging"``; those that are None are the preset's.
+
+    Attributes:
+        preset: ``"nsc"`` (as compared with in the NSC paper), ``"original"`` (the authors' code) or
+            ``"fusion_bench"``.
+        optimizer: as all that follow but the last three, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there.
+        share: see there; the authors call them layer-wise and task-wise.
+        warm_up: see there.
+        clamp: see there; ``()`` for none.
+        seed: see there.
+        progress: see there.
+        outputs: task -> function of model and batch that gives its logits ``[N, C]``, or ``[N, ..., C]`` with classes
+            last; the model's own logits for every task when None. A task without logits, such as a regression, is left
+            out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
+        tokens: which predictions count: all that the output holds but those at padding (``"class"``), the next token
+            after the prompt (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where
+            the model predicts every token and no ``outputs`` were given, and ``"class"`` otherwise.
+        new_tokens: how many tokens ``"full"`` decodes at most. Each is a forward and a backward of its own.
+    """
+
+    preset: str = "nsc"
+    optimizer: str | None = None  # type: ignore[assignment]
+    lr: float | None = None  # type: ignore[assignment]
+    weight_decay: float | None = None  # type: ignore[assignment]
+    steps: int | None = None  # type: ignore[assignment]
+    init: float | Mapping[str, float] | None = None  # type: ignore[assignment]
+    outputs: Outputs | None = None
+    tokens: str | None = None
+    new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        fill(self, PRESETS)
+        if self.clamp is not None and len(self.clamp) == 0:
+            object.__setattr__(self, "clamp", None)
+        super().__post_init__()
+        check_choice("tokens", self.tokens, (*TOKENS, None))
+        check_count("new_tokens", self.new_tokens)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of the distributions ``softmax(logits [..., C])``, ``[...]``."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def left_padded(batch: Batch, tokens: str, mask: str) -> dict[str, Any]:
+    """The batch with all padding in front and positions to match, so that every prompt ends where the next token
+    goes.
+
+    Raises:
+        ValueError: if another input has a value for every token, which decoded ones would not have.
+    """
+    ids = batch[tokens]
+    others = [name for name, value in batch.items() if name not in (tokens, mask) and value.shape == ids.shape]
+    if others:
+        raise ValueError(f"calibration: tokens='full' decodes from {tokens} and {mask} alone, found {others[0]}")
+    real = batch.get(mask, torch.ones_like(ids)).bool()
+    # Stable, so that real tokens keep their order.
+    order = real.long().sort(dim=1, stable=True).indices
+    held = real.gather(1, order).long()
+    positions = (held.cumsum(1) - 1).clamp(min=0)
+    return {**batch, tokens: ids.gather(1, order), mask: held, "position_ids": positions}
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = AdaMergingOptions(**given)
+    model, tasks = problem.model, problem.tasks
+    check_outputs(options.outputs, tasks)
+    family = find_family(model)
+    names = (family.tokens, family.mask) if family and family.tokens and family.mask else None
+    if options.tokens in ("single", "full") and names is None:
+        raise ValueError(
+            f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {options.tokens!r}"
+        )
+    if options.tokens == "full" and options.outputs is not None:
+        raise ValueError("tokens: 'full' decodes with the model's own logits; expected no outputs beside it")
+    tokens = options.tokens
+    if tokens is None and (names is None or options.outputs is not None):
+        tokens = "class"
+    counted = [task for task in tasks if options.outputs is None or task in options.outputs]
+    if not counted:
+        raise ValueError("outputs: expected a function for at least one task, found none")
+
+    def losses(coefficients: BoundedCoefficients) -> Backward:
+        def backward(one: Pass) -> Tensor:
+            batch, numbers = one.inputs, one.tasks[0]
+            # Tasks that do not count have no loss, rather than one of 0.
+            found = torch.full((len(numbers),), math.nan)
+            here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
+            if here and options.tokens == "full":
+                assert names is not None
+                weight = len(here) / len(tasks)
+                found[here] = _decoded(model, batch, *names, options.new_tokens, coefficients, weight)
+            elif here:
+                mask = batch.get(names[1]) if names else None
+                values = []
+                with shared_forward(model):
+                    for place in here if options.outputs is not None else here[:1]:
+                        output = output_of(options.outputs, tasks[numbers[place]], model, batch)
+                        values.append(_mean_entropy(output, mask, tokens))
+                # Without functions of their own, tasks that share a batch share its logits.
+                values = values if options.outputs is not None else values * len(here)
+                (torch.stack(values).sum() / len(tasks)).backward()
+                found[here] = torch.stack(values).detach().float().cpu()
+            return found
+
+        return backward
+
+    return descend("adamerging", problem, options, losses, label="AdaMerging")
+
+
+def _mean_entropy(output: Tensor, mask: Tensor | None, tokens: str | None) -> Tensor:
+    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every token."""
+    real = real_positions(output, mask)
+    if tokens == "single" or (tokens is None and output.dim() == 3):
+        if output.dim() != 3 or (mask is not None and real is None):
+            wanted = "[N, T, C]" if mask is None else f"[N, T, C] that fit the mask {list(mask.shape)}"
+            raise ValueError(f"tokens: 'single' needs logits {wanted}, found {list(output.shape)}")
+        return entropy(last_token(output, real)).mean()
+    values = entropy(output)
+    return values.mean() if real is None else (values * real).sum() / real.sum().clamp(min=1)
+
+
+def _decoded(
+    model: nn.Module,
+    batch: Batch,
+    tokens: str,
+    mask: str,
+    most: int,
+    coefficients: BoundedCoefficients,
+    weight: float,
+) -> float:
+    """Mean entropy per prompt, summed over greedily decoded tokens; adds the gradients token by token, so that memory
+    holds one forward.
+    """
+    inputs = left_padded(batch, tokens, mask)
+    ends = getattr(getattr(model, "config", None), "eos_token_id", None)
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends]) if ends is not None else torch.tensor([])
+    going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
+    total = 0.0
+    for _ in range(most):
+        coefficients.spread()
+        logits = model(**inputs).logits[:, -1]
+        value = (entropy(logits) * going).sum() / len(going)
+        (weight * value).backward()
+        total += float(value.detach())
+        following = logits.detach().argmax(-1, keepdim=True)
+        going = going & ~torch.isin(following[:, 0], ends.to(following))
+        if not going.any():
+            break
+        inputs = {
+            **inputs,
+            tokens: torch.cat([inputs[tokens], following], 1),
+            mask: torch.cat([inputs[mask], torch.ones_like(following)], 1),
+            "position_ids": torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + 1], 1),
+        }
+    return total
+
+
+METHODS = (
+    Method(
+        "adamerging",
+        "learns coefficients by minimising the entropy of the tasks' predictions (no labels)",
+        "AdaMerging, Yang et al. 2023, arXiv 2310.02575",
+        AdaMergingOptions,
+        _run,
+        needs=frozenset({"data", "gradients", "outputs"}),
+        gives="coefficients",
+    ),
+)

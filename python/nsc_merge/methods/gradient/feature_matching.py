@@ -1,0 +1,366 @@
+"""Feature matching: coefficients for which the merged model's features are those of each task's own model.
+
+Free of labels and of the tasks' outputs, like NSC: task k's batches run through the merged model and, once, through
+the base with adapter k alone; minimised is ``sum_k ||h_merged(x) - h_k(x)||^2``. Not from the NSC paper; offered
+as an alternative whose gradient is about the tasks; docs/results.md has the figures of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_kernels import null_space_ratio
+from nsc_merge.calibration.forward_passes import Batch, Pass, held_out, one_by_one, restartable, streams
+from nsc_merge.descent.options import SharedDescentOptions
+from nsc_merge.methods.gradient.learned_coefficients import (
+    Backward,
+    BoundedCoefficients,
+    attached,
+    descend,
+    last_token,
+    presence,
+)
+from nsc_merge.methods.gradient.task_models import Kept, OwnModels
+from nsc_merge.methods.gradient_free import Method, Problem
+from nsc_merge.models import attachment
+from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
+
+NORMALISATIONS = ("none", "scale", "task")
+RATIO_TARGETS = ("zero", "own")
+POSITIONS = ("all", "last")
+SCALES = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+
+@dataclass(frozen=True)
+class MatchOptions(SharedDescentOptions):
+    """Options of ``method="match"``.
+
+    Attributes:
+        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
+        lr: see there.
+        weight_decay: see there.
+        steps: see there.
+        schedule: see there.
+        early_stop: see there.
+        init: see there, or ``"match"``: the one coefficient for everything, of 0.05, 0.1, ... 1, whose features match
+            best on the first batch of every task.
+        share: see there.
+        warm_up: see there.
+        clamp: see there.
+        seed: see there.
+        progress: see there.
+        features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are
+            matched, with equal weight.
+        positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers, where an
+            output has as many positions as the inputs have tokens. None takes ``"last"`` for models of tokens whose
+            final features are matched, and ``"all"`` otherwise; docs/results.md has both.
+        normalise: divide a task's squared distance by nothing (``"none"``), by the mean square of its own features
+            (``"scale"``), or by their distance from the base model's (``"task"``, which protects tasks that changed
+            little).
+        pull: weight of the mean squared distance of the coefficients from where they started.
+        ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
+        ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
+            own model, by the absolute distance.
+        hold_out: how many batches of every task, the first that its iterable gives, are never descended on, if it
+            gives the same in the same order each time; the coefficients that match best on them, measured every ten
+            steps, are the result.
+    """
+
+    lr: float = 1e-2
+    init: float | str | Mapping[str, float] = 0.4  # type: ignore[assignment]
+    features: str | Sequence[str] = "final"
+    positions: str | None = None
+    normalise: str = "none"
+    pull: float = 0.0
+    ratio_weight: float = 0.0
+    ratio_target: str = "zero"
+    hold_out: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.features, str):
+            check_choice("features", self.features, ("final",))
+        else:
+            check_names("features", self.features)
+            if not self.features:
+                raise ValueError("features: expected 'final' or paths of modules, found none")
+        if self.positions is not None:
+            check_choice("positions", self.positions, POSITIONS)
+        check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_number("pull", self.pull, 0)
+        check_number("ratio_weight", self.ratio_weight, 0)
+        check_choice("ratio_target", self.ratio_target, RATIO_TARGETS)
+        check_count("hold_out", self.hold_out, 0)
+
+    def check_init(self) -> None:
+        if isinstance(self.init, str):
+            check_choice("init", self.init, ("match",))
+        else:
+            super().check_init()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward shows.
+
+    Attributes:
+        features: one tensor ``[..., d]`` per matched place, of the positions that are matched.
+        ratios: the mean null-space ratio of every adapter over the modules that it touches, ``[K]``; None where none
+            was asked for.
+    """
+
+    features: list[Tensor]
+    ratios: Tensor | None
+
+
+class Watcher:
+    """Runs an attached model without its head and collects features and ratios.
+
+    Made before adapters are attached.
+
+    Args:
+        problem: the adapters and the model that they will be attached to.
+        features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are seen.
+        positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen.
+        ratios: whether null-space ratios are measured, too.
+    """
+
+    def __init__(
+        self, problem: Problem, features: str | Sequence[str], positions: str | None, *, ratios: bool = False
+    ) -> None:
+        # Which module ends before the head is known of families alone; modules can be named in any model.
+        needed = isinstance(features, str) or ratios
+        family = family_of(problem.model) if needed else find_family(problem.model)
+        self._model, self._mask = problem.model, family.mask if family else None
+        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
+        self._last = (positions or ("last" if of_tokens else "all")) == "last"
+        self._trunk: nn.Module = problem.model
+        if family is not None:
+            self._trunk = getattr(problem.model, family.prefill, problem.model)
+        self._places: list[str] | None = None if isinstance(features, str) else list(features)
+        modules = dict(problem.model.named_modules())
+        unknown = [path for path in self._places or () if path not in modules]
+        if unknown:
+            raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
+        paths = list(adapted_linears(problem.model, problem.adapters))
+        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
+        touched = attachment.presence(self._scored, problem.adapters)
+        self._touched = dict(zip(self._scored, touched, strict=True))
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
+        mask = batch.get(self._mask) if self._mask else None
+        return None if mask is None else mask.bool()
+
+    def see(self, batch: Batch) -> Seen:
+        """One forward at the coefficients that the modules have now."""
+        kept: dict[str, Tensor] = {}
+        ratios: dict[str, Tensor] = {}
+        mask = self.mask(batch)
+
+        def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
+            ratio = null_space_ratio(quad, sqnorm)
+            inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
+            inside = inside.to(ratio)[..., None]
+            ratios[path] = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
+
+        with ExitStack() as stack:
+            for path in self._scored:
+                module: Any = self._model.get_submodule(path)
+                module.measure = record
+                stack.callback(setattr, module, "measure", None)
+            for path in self._places or ():
+                place = self._model.get_submodule(path)
+                hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
+                stack.callback(hook.remove)
+            output = self._trunk(**batch)
+        if self._places is None:
+            features = [_tensor(output)]
+        else:
+            silent = [path for path in self._places if path not in kept]
+            if silent:
+                raise RuntimeError(f"features: the forward never reached {silent}")
+            features = [kept[path] for path in self._places]
+        features = [self._matched(feature, mask) for feature in features]
+        return Seen(features, self._mean(ratios) if ratios else None)
+
+    def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
+        """What is matched of a place's output: what is at the positions of tokens, or all of what has others."""
+        of_tokens = feature.dim() > 2 and (mask is None or mask.shape == feature.shape[:2])
+        return last_token(feature, mask) if self._last and of_tokens else feature
+
+    def _mean(self, ratios: Mapping[str, Tensor]) -> Tensor:
+        """``[K]``, over the modules that each adapter touches; 0 where there is none."""
+        touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
+        return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    hidden = getattr(output, "last_hidden_state", None)
+    return hidden if hidden is not None else output[0]
+
+
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean over places of the mean squared difference per feature and real position."""
+    values = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        square = (ours.float() - theirs.float()).square().mean(-1)
+        if mask is not None and mask.shape == square.shape:
+            values.append((square * mask).sum() / mask.sum().clamp(min=1))
+        else:
+            values.append(square.mean())
+    return torch.stack(values).mean()
+
+
+class Targets:
+    """What each task's own model shows on a batch, and how far the base is from it.
+
+    Args:
+        watcher: sees the models.
+        own: turns the attached model into each of them.
+        normalise: as in :class:`MatchOptions`.
+    """
+
+    def __init__(self, watcher: Watcher, own: OwnModels, normalise: str) -> None:
+        self._watcher, self._own, self._normalise = watcher, own, normalise
+        self._kept: Kept[Seen] = Kept(_size)
+
+    def distance(self, number: int, one: Pass, features: Sequence[Tensor]) -> Tensor:
+        """From ``features`` to those of the task of that number on the pass's batch, normalised."""
+        mask = self._watcher.mask(one.inputs)
+        own = self._of(number, one).features
+        found = distance(features, own, mask)
+        if self._normalise == "none":
+            return found
+        base = self._of(None, one).features if self._normalise == "task" else [feature * 0 for feature in own]
+        return found / distance(own, base, mask).clamp(min=1e-12)
+
+    def ratio(self, number: int, one: Pass) -> Tensor:
+        """The mean null-space ratio of a task's adapter in its own model."""
+        ratios = self._of(number, one).ratios
+        assert ratios is not None, "ratios were not measured"
+        return ratios[number]
+
+    def prepare(self, number: int, one: Pass) -> None:
+        """Run what :meth:`distance` needs, which changes the coefficients that the modules have."""
+        self._of(number, one)
+        if self._normalise == "task":
+            self._of(None, one)
+
+    def _of(self, number: int | None, one: Pass) -> Seen:
+        def see() -> Seen:
+            with self._own.of(number):
+                return self._watcher.see(one.inputs)
+
+        return self._kept(one.sources[0], number, see)
+
+
+def _size(seen: Seen) -> int:
+    return sum(feature.untyped_storage().nbytes() for feature in seen.features)
+
+
+def best_scale(problem: Problem, options: MatchOptions) -> float:
+    """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
+    drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
+    watcher = Watcher(problem, options.features, options.positions)
+    present = presence(problem)
+    with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
+        present = present.to(coefficients.flat)
+        totals = dict.fromkeys(SCALES, 0.0)
+        for one in one_by_one(drawn, coefficients.flat.device):
+            for scale in SCALES:
+                coefficients.give(scale * present)
+                found = watcher.see(one.inputs).features
+                for number in one.tasks[0]:
+                    totals[scale] += float(targets.distance(number, one, found))
+    return min(totals, key=lambda scale: totals[scale])
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    options = MatchOptions(**given)
+    watcher = Watcher(problem, options.features, options.positions, ratios=options.ratio_weight > 0)
+    # What the start is chosen by must not be lost to the steps.
+    batches = restartable(problem.calibration, problem.tasks)
+    problem = replace(problem, calibration=batches)
+    if isinstance(options.init, str):
+        options = replace(options, init=best_scale(problem, options))
+    count, present = len(problem.tasks), presence(problem)
+    device = next(problem.model.parameters()).device
+    held: list[list[Batch]] = []
+    if options.hold_out:
+        first, rest = held_out(batches, problem.tasks, options.hold_out)
+        held = [[first[task][number] for task in problem.tasks] for number in range(options.hold_out)]
+        problem = replace(problem, calibration=rest)
+
+    def losses(coefficients: BoundedCoefficients) -> Backward:
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
+        start = coefficients.flat.detach().clone()
+
+        def backward(one: Pass) -> Tensor:
+            numbers = one.tasks[0]
+            # The single models run first: the merged one's graph must not see their coefficients.
+            for number in numbers:
+                targets.prepare(number, one)
+            coefficients.spread()
+            found = watcher.see(one.inputs)
+            values = []
+            for number in numbers:
+                value = targets.distance(number, one, found.features)
+                if found.ratios is not None:
+                    ratio = found.ratios[number]
+                    if options.ratio_target == "own":
+                        ratio = (ratio - targets.ratio(number, one)).abs()
+                    value = value + options.ratio_weight * ratio
+                if options.pull:
+                    value = value + options.pull * (coefficients.flat - start).square().mean()
+                values.append(value)
+            total = torch.stack(values)
+            (total.sum() / count).backward()
+            return total.detach()
+
+        return backward
+
+    def unseen(coefficients: BoundedCoefficients) -> Callable[[], float]:
+        targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
+
+        def measure() -> float:
+            passes = [one for batches in held for one in one_by_one(batches, device)]
+            for one in passes:
+                for number in one.tasks[0]:
+                    targets.prepare(number, one)
+            total = 0.0
+            for one in passes:
+                # Anew for each: what was kept of the single models may have had to be computed again.
+                coefficients.spread()
+                found = watcher.see(one.inputs).features
+                total += sum(float(targets.distance(number, one, found)) for number in one.tasks[0])
+            return total
+
+        return measure
+
+    return descend("match", problem, options, losses, label="feature matching", held_out=unseen if held else None)
+
+
+METHODS = (
+    Method(
+        "match",
+        "learns coefficients by matching each task's own late features (no labels)",
+        "this project; the NSC setting of arXiv 2603.26317 with another objective",
+        MatchOptions,
+        _run,
+        needs=frozenset({"data", "gradients"}),
+        gives="coefficients",
+    ),
+)

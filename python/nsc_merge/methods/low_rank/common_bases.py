@@ -1,0 +1,118 @@
+"""Algebra of low-rank updates in float64: common bases, so that no matrix is larger than a layer's width times the sum
+of the ranks, and no decomposition is of one larger than the sum of the ranks (times the number of tasks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import Updates
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The updates of one module in bases that they share: ``s_k B_k A_k = U M_k V``.
+
+    Attributes:
+        U: ``[d_out, p]``, orthonormal columns.
+        V: ``[q, d_in]``, orthonormal rows.
+        M: task -> ``[p, q]``.
+    """
+
+    U: Tensor
+    V: Tensor
+    M: dict[str, Tensor]
+
+    def factor(self, core: Tensor) -> Factor:
+        """``U core V`` as an update, of rank p or q, whichever is less."""
+        if core.shape[0] <= core.shape[1]:
+            return Factor(core @ self.V, self.U, 1.0)
+        return Factor(self.V, self.U @ core, 1.0)
+
+    def by_updates(self) -> Cores:
+        """The same updates between the singular vectors of all updates next to and on top of one another, which do not
+        depend on how an update is factored.
+        """
+        parts = list(self.M.values())
+        left, _ = singular(torch.cat(parts, 1))
+        right, _ = singular(torch.cat(parts).t())
+        return Cores(
+            self.U @ left, right.t() @ self.V, {task: left.t() @ part @ right for task, part in self.M.items()}
+        )
+
+
+def cores(factors: Mapping[str, Factor]) -> Cores:
+    """Common bases of the updates of one module: the left singular vectors of ``[s_1 B_1, ..., s_K B_K]`` and the right
+    ones of the ``A_k`` on top of one another, as Core Space takes them (arXiv 2509.17786).
+
+    p and q are the numerical ranks of the two, so that factors of deficient rank, or shared ones, need no more of
+    either than there is.
+
+    Args:
+        factors: task -> update of low rank.
+    """
+    U, up = _basis(torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1))
+    Vt, down = _basis(torch.cat([factor.A.double() for factor in factors.values()]).t())
+    ranks = [factor.rank for factor in factors.values()]
+    parts = zip(up.split(ranks, 1), down.split(ranks, 1), strict=True)
+    return Cores(U, Vt.t(), {task: left @ right.t() for task, (left, right) in zip(factors, parts, strict=True)})
+
+
+def _basis(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``Q [d, p]`` of ``side [d, R]`` and ``C [p, R]`` with ``Q C = side``; p is its rank."""
+    q, r = torch.linalg.qr(side)
+    left, rest = singular(r)
+    return q @ left, rest
+
+
+def singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of values above rounding, and singular values times right singular vectors."""
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = sigma > max(matrix.shape) * torch.finfo(sigma.dtype).eps * sigma.max() if len(sigma) else sigma > 0
+    return left[:, kept], sigma[kept, None] * right[kept]
+
+
+def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """``left [p, r]``, ``right [r, q]`` of the best approximation of rank ``rank`` at most, both with the roots of the
+    singular values.
+    """
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    roots = sigma[:rank].sqrt()
+    return left[:, :rank] * roots, roots[:, None] * right[:rank]
+
+
+def check_equal_ranks(what: str, path: str, factors: Mapping[str, Factor]) -> None:
+    """Refuse adapters whose factors cannot be added.
+
+    Args:
+        what: adds them, for the message.
+        path: of the module.
+        factors: task -> update.
+
+    Raises:
+        ValueError: naming the module and the ranks.
+    """
+    ranks = {task: factor.rank for task, factor in factors.items()}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}")
+
+
+def rounded(factor: Factor) -> Factor:
+    """The update with factors in float32, as adapters are kept."""
+    return Factor(factor.A.float(), factor.B.float(), factor.scaling)
+
+
+def in_float32(updates: Updates) -> Updates:
+    """``updates``, which are computed in float64, with :func:`rounded` factors."""
+
+    def each(adapters: Mapping[str, Adapter], paths: Sequence[str], options: Any) -> Iterator[tuple[str, Factor]]:
+        for path, factor in updates(adapters, paths, options):
+            yield path, rounded(factor)
+
+    return each

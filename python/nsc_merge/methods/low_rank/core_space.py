@@ -1,0 +1,116 @@
+"""Core Space merging (arXiv 2509.17786): updates merged as small cores between common bases of their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import Averages, gradient_free, present
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular
+from nsc_merge.methods.task_vectors.dare import RESCALES, sparsify
+from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
+from nsc_merge.methods.task_vectors.ties import averages
+from nsc_merge.utils.option_checks import check_choice, check_count, check_number
+
+MERGES = ("sum", "ties", "dare", "dare_ties")
+BASES = ("factors", "updates")
+
+
+@dataclass(frozen=True)
+class CoreSpaceOptions:
+    """Options of ``method="core_space"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        merge: how cores are merged, each module by itself as in the authors' code: ``"sum"`` (which is task
+            arithmetic), ``"ties"``, ``"dare"`` or ``"dare_ties"``.
+        bases: singular vectors of the ``"factors"`` next to one another (the authors'), so that the result depends on
+            how an update is factored unless cores are summed, or of the ``"updates"``, with which it does not.
+        isotropise: give all singular values of the merged core that are not zero their mean.
+        density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see
+            :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
+        sign: of TIES.
+        zero: of TIES.
+        aggregate: of TIES.
+        drop: as ``rescale`` and ``seed``, of DARE; see :class:`nsc_merge.methods.task_vectors.dare.DareOptions`.
+        rescale: of DARE.
+        seed: of DARE.
+    """
+
+    scale: float = 1.0
+    merge: str = "ties"
+    bases: str = "factors"
+    isotropise: bool = False
+    density: float = 0.3
+    sign: str = "sum"
+    zero: str = "majority"
+    aggregate: str = "mean"
+    drop: float = 0.3
+    rescale: str = "inverse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_choice("merge", self.merge, MERGES)
+        check_choice("bases", self.bases, BASES)
+        check_choice("isotropise", self.isotropise, (True, False))
+        check_number("density", self.density, 0, 1, above=True)
+        check_choice("sign", self.sign, SIGNS)
+        check_choice("zero", self.zero, ZEROS)
+        check_choice("aggregate", self.aggregate, AGGREGATES)
+        check_number("drop", self.drop, 0, 0.999)
+        check_choice("rescale", self.rescale, RESCALES)
+        check_count("seed", self.seed, 0)
+
+
+def core_space(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: CoreSpaceOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update."""
+    for path in paths:
+        common = cores(present(adapters, path))
+        if options.bases == "updates":
+            common = common.by_updates()
+        merged = _merged(path, common.M, options)
+        if options.isotropise:
+            merged = isotropised(merged)
+        yield path, common.factor(options.scale * merged)
+
+
+def isotropised(core: Tensor) -> Tensor:
+    """``core`` with each singular value above rounding replaced by their mean."""
+    left, right = singular(core)
+    sigma = right.norm(dim=1, keepdim=True)
+    return sigma.mean() * left @ (right / sigma) if len(sigma) else core
+
+
+def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
+    if options.merge in ("dare", "dare_ties"):
+        parts = {
+            task: sparsify(part, options.drop, options.rescale, options.seed, task, path)
+            for task, part in parts.items()
+        }
+    if options.merge in ("sum", "dare"):
+        return torch.stack(list(parts.values())).sum(0)
+    steps = Ties(options.density, "tensor", options.sign, options.zero, options.aggregate)
+    return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
+
+
+def _averages(options: CoreSpaceOptions) -> Averages:
+    return options.merge in ("ties", "dare_ties") and averages(options)
+
+
+METHODS = (
+    gradient_free(
+        "core_space",
+        "merges small cores between bases that all adapters share",
+        "Core Space, Panariello et al. 2025, arXiv 2509.17786",
+        CoreSpaceOptions,
+        in_float32(core_space),
+        averages=_averages,
+    ),
+)

@@ -1,0 +1,111 @@
+"""RobustMerge (arXiv 2502.17159), as its public code has it and as its Algorithm 1 has it, which are two methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import gradient_free, present
+from nsc_merge.methods.low_rank.common_bases import check_equal_ranks, in_float32
+from nsc_merge.methods.task_vectors.elementwise import threshold, trim
+from nsc_merge.utils.option_checks import check_number
+
+# The public code multiplies both merged factors by this.
+FUSE = 2.0
+PERCENTILE = 0.8
+
+
+@dataclass(frozen=True)
+class RobustMergeOptions:
+    """Options of ``method="robustmerge"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        density: share of the entries of each A and each B that is kept, the largest by magnitude.
+    """
+
+    scale: float = 1.0
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_number("density", self.density, 0, 1, above=True)
+
+
+@dataclass(frozen=True)
+class RobustMerge1Options(RobustMergeOptions):
+    """Options of ``method="robustmerge_alg1"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        density: share of the entries of each A and each B that is kept, the largest by magnitude.
+    """
+
+    density: float = 0.8
+
+
+def robustmerge(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: RobustMergeOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update: ``A = 2 sum_k A~_k``, ``B = 2 sum_k B~_k diag(c_k) / sum_k c_k``, where c_k makes up for
+    the magnitude that trimming took from each row of A and is raised to the 80th percentile of the task's rows. The
+    product has cross terms between tasks and depends on how the updates are factored.
+    """
+    for path in paths:
+        factors = present(adapters, path)
+        check_equal_ranks("method 'robustmerge'", path, factors)
+        parts = [_pruned(factor, options.density) for factor in factors.values()]
+        shares = torch.stack([share for _, _, share in parts])
+        least = shares.sort(dim=1).values[:, int(PERCENTILE * shares.shape[1]), None]
+        shares = torch.maximum(shares, least)
+        A = FUSE * torch.stack([A for A, _, _ in parts]).sum(0)
+        B = FUSE * torch.stack([B * share for (_, B, _), share in zip(parts, shares, strict=True)]).sum(0)
+        yield path, Factor(A, options.scale * B / shares.sum(0), 1.0)
+
+
+def robustmerge_alg1(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: RobustMerge1Options
+) -> Iterator[tuple[str, Factor]]:
+    """Path and ``sum_k B~_k diag(c_k / sum_j c_j) A~_k``, without cross terms. The sum over tasks is taken for each
+    number of a row, over the tasks whose rank reaches it.
+    """
+    for path in paths:
+        parts = [_pruned(factor, options.density) for factor in present(adapters, path).values()]
+        longest = max(len(share) for _, _, share in parts)
+        total = torch.stack([torch.nn.functional.pad(share, (0, longest - len(share))) for _, _, share in parts]).sum(0)
+        A = torch.cat([A for A, _, _ in parts])
+        B = torch.cat([B * (share / total[: len(share)]) for _, B, share in parts], 1)
+        yield path, Factor(A, options.scale * B, 1.0)
+
+
+def _pruned(factor: Factor, density: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The trimmed A and s B, and per row of A the magnitude before trimming by that after."""
+    A, B = factor.A.double(), factor.scaling * factor.B.double()
+    kept_A, kept_B = (trim(side, threshold(side, density)) for side in (A, B))
+    left = kept_A.abs().sum(1)
+    # A row of which nothing is left has nothing to make up for.
+    return kept_A, kept_B, torch.where(left > 0, A.abs().sum(1) / left.clamp(min=1e-30), 1.0)
+
+
+METHODS = (
+    gradient_free(
+        "robustmerge",
+        "trims A and B, makes up for what was trimmed, and adds factors (the public code)",
+        "RobustMerge, Zeng et al. 2025, arXiv 2502.17159",
+        RobustMergeOptions,
+        in_float32(robustmerge),
+        averages=True,
+    ),
+    gradient_free(
+        "robustmerge_alg1",
+        "trims A and B, makes up for what was trimmed, and adds updates (the paper's Algorithm 1)",
+        "RobustMerge, Zeng et al. 2025, arXiv 2502.17159, Algorithm 1",
+        RobustMerge1Options,
+        in_float32(robustmerge_alg1),
+        averages=True,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Methods that merge the entries of dense updates."""

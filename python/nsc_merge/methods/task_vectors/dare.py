@@ -1,0 +1,217 @@
+"""DARE (arXiv 2311.03099): entries dropped at random and the others scaled up, alone or before TIES."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import gradient_free
+from nsc_merge.methods.task_vectors.elementwise import (
+    TRIM_SCOPES,
+    Source,
+    Ties,
+    added,
+    dense_factor,
+    dense_update,
+    tasks_by_path,
+    threshold,
+    thresholds,
+    ties_merge,
+    trim,
+)
+from nsc_merge.methods.task_vectors.ties import averages, check_ties, check_weights, fill, steps_of, weights_of
+from nsc_merge.utils.option_checks import check_choice, check_count, check_number
+
+RESCALES = ("inverse", "l1", "none")
+ORDERS = ("drop_first", "trim_first")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "canonical": {
+        "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
+        "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 1.0,
+    },
+    "peft": {
+        "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
+        "sign": "sum", "zero": "positive", "aggregate": "mean", "scale": 1.0,
+    },
+    "mergekit": {
+        "drop": 0.9, "rescale": "l1", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
+        "sign": "weighted", "zero": "positive", "aggregate": "sum", "scale": 1.0,
+    },
+    "fusion_bench": {
+        "drop": 0.5, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
+        "sign": "sum", "zero": "majority", "aggregate": "sum", "scale": 0.3,
+    },
+    "knots": {
+        "drop": 0.1, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "global",
+        "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 0.7,
+    },
+    "nsc": {
+        "drop": 0.9, "rescale": "inverse", "order": "trim_first", "density": 0.2, "trim_scope": "tensor",
+        "sign": "count", "zero": "positive", "aggregate": "sum", "scale": 0.3,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DareOptions:
+    """Options of ``method="dare"``.
+
+    Attributes:
+        scale: multiplies the merged update.
+        drop: probability that an entry is dropped.
+        rescale: of what is left: ``"inverse"`` by 1 / (1 - drop), so that the expectation is the update itself;
+            ``"l1"`` so that the sum of magnitudes is (mergekit); or ``"none"``.
+        seed: each task and module draws from a generator of its own, made from this, its name and its path.
+    """
+
+    scale: float = 1.0
+    drop: float = 0.9
+    rescale: str = "inverse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        _check_drop(self)
+
+
+@dataclass(frozen=True)
+class DareTiesOptions:
+    """Options of ``method="dare_ties"``; those that are None are the preset's.
+
+    Attributes:
+        preset: ``"canonical"`` (what DARE's author states), ``"peft"``, ``"mergekit"``, ``"fusion_bench"``,
+            ``"knots"`` (its published ViT-B/32 settings) or ``"nsc"``.
+        scale: multiplies the merged update.
+        drop: probability that an entry is dropped.
+        rescale: as in :class:`DareOptions`.
+        order: ``"drop_first"``, or ``"trim_first"`` as NSC's public code.
+        density: as ``trim_scope``, ``sign``, ``zero``, ``aggregate`` and ``weights``, of TIES;
+            see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
+        trim_scope: of TIES.
+        sign: of TIES.
+        zero: of TIES.
+        aggregate: of TIES.
+        weights: of TIES.
+        seed: as in :class:`DareOptions`.
+    """
+
+    preset: str = "canonical"
+    scale: float | None = None
+    drop: float | None = None
+    rescale: str | None = None
+    order: str | None = None
+    density: float | None = None
+    trim_scope: str | None = None
+    sign: str | None = None
+    zero: str | None = None
+    aggregate: str | None = None
+    weights: Mapping[str, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fill(self, PRESETS)
+        _check_drop(self)
+        check_choice("order", self.order, ORDERS)
+        check_ties(self, TRIM_SCOPES)
+        check_weights(self.weights)
+
+
+def _check_drop(options: Any) -> None:
+    check_number("drop", options.drop, 0, 1)
+    if options.drop == 1:
+        raise ValueError("drop: expected a probability below 1, found 1: nothing would be left")
+    check_choice("rescale", options.rescale, RESCALES)
+    check_count("seed", options.seed, 0)
+
+
+def sparsify(tensor: Tensor, drop: float, rescale: str, seed: int, *names: str) -> Tensor:
+    """``tensor`` with entries dropped at random, from a generator made from ``seed`` and ``names``."""
+    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    kept = tensor * (torch.rand(tensor.shape, generator=generator) >= drop)
+    if rescale == "inverse":
+        return kept / (1 - drop)
+    if rescale == "l1":
+        left = kept.abs().sum()
+        return kept * torch.where(left > 0, tensor.abs().sum() / left, 1.0)
+    return kept
+
+
+def dare(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and the sum of all tasks' thinned updates."""
+    for path, tasks in tasks_by_path(adapters, paths).items():
+        left = [
+            sparsify(
+                dense_update(adapters[task].factors[path]), options.drop, options.rescale, options.seed, task, path
+            )
+            for task in tasks
+        ]
+        yield path, dense_factor(options.scale * added(left))
+
+
+def dare_ties(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareTiesOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update."""
+    assert options.drop is not None
+    assert options.rescale is not None
+    assert options.scale is not None
+    tasks = tasks_by_path(adapters, paths)
+    weights = weights_of(options.weights, list(adapters))
+    for path, merged in ties_merge(
+        thinned(lambda path, task: dense_update(adapters[task].factors[path]), options, tasks),
+        tasks,
+        steps_after(options),
+        weights,
+    ):
+        yield path, dense_factor(options.scale * merged)
+
+
+def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) -> Source:
+    """``source`` with entries dropped, after trimming if the options say so."""
+    trims = options.order == "trim_first" and options.density < 1
+    least = thresholds(source, tasks, options.density) if trims and options.trim_scope == "global" else {}
+
+    def one(path: str, task: str) -> Tensor:
+        tensor = source(path, task)
+        if trims:
+            tensor = trim(tensor, least[task] if task in least else threshold(tensor, options.density))
+        return sparsify(tensor, options.drop, options.rescale, options.seed, task, path)
+
+    return one
+
+
+def steps_after(options: Any) -> Ties:
+    """The three steps of TIES that come after :func:`thinned`, which has trimmed already if the options say so."""
+    steps = steps_of(options)
+    return replace(steps, density=1.0) if options.order == "trim_first" else steps
+
+
+METHODS = (
+    gradient_free(
+        "dare",
+        "drops entries at random, scales the others up, and adds the tasks",
+        "DARE, Yu et al. 2023, arXiv 2311.03099",
+        DareOptions,
+        dare,
+        gives="full rank",
+    ),
+    gradient_free(
+        "dare_ties",
+        "drops entries at random, then merges by TIES",
+        "DARE, Yu et al. 2023, arXiv 2311.03099, with TIES-Merging, arXiv 2306.01708",
+        DareTiesOptions,
+        dare_ties,
+        averages=averages,
+        gives="full rank",
+    ),
+)

@@ -1,0 +1,151 @@
+"""EMR-Merging (arXiv 2405.17461): elect, mask and rescale; one update per task, or its unified part alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import Method, Problem, empty, gradient_free, low_rank_part, present
+from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update
+from nsc_merge.methods.task_vectors.task_arithmetic import NoOptions
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_number
+
+
+@dataclass(frozen=True)
+class UnifiedOptions:
+    """Options of ``method="emr_unified"``.
+
+    Attributes:
+        scale: multiplies the unified update.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+
+
+class Modulated(Mapping[str, Factor]):
+    """One task's update of every module: the unified one where its sign agrees with the task's, rescaled.
+
+    Computed when asked for, as the dense updates of all tasks together would be K times the size of the merged layers.
+
+    Args:
+        task: of the adapters.
+        adapters: task -> adapter with low-rank factors only.
+        own: path -> the task's own update; what has no low-rank factors in its adapter stays as it is.
+        rescale: see :func:`rescaling`.
+    """
+
+    def __init__(
+        self, task: str, adapters: Mapping[str, Adapter], own: Mapping[str, Factor], rescale: float
+    ) -> None:
+        self.task, self.adapters, self.own, self.rescale = task, adapters, own, rescale
+        # Whoever merges a module asks for it several times in a row.
+        self._last: tuple[str, Factor] | None = None
+
+    def __getitem__(self, path: str) -> Factor:
+        if path not in self.adapters[self.task].factors:
+            return self.own[path]
+        if self._last is None or self._last[0] != path:
+            self._last = None
+            self._last = path, self._of(path)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def _of(self, path: str) -> Factor:
+        updates = dense_updates(self.adapters, path)
+        unified, signs = unify(list(updates.values()))
+        kept = unified * (updates[self.task] * signs > 0)
+        bias = self.own[path].bias_delta()
+        return replace(dense_factor(self.rescale * kept), bias=bias if bias is None else bias.float())
+
+
+def dense_updates(adapters: Mapping[str, Adapter], path: str) -> dict[str, Tensor]:
+    """Task -> dense update, of the tasks whose adapter touches a module."""
+    return {task: dense_update(factor) for task, factor in present(adapters, path).items()}
+
+
+def unify(updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The unified update and the signs it was elected with.
+
+    The sign is that of the mean, negative where the mean is zero; the magnitude is the largest among the updates that
+    agree with it.
+    """
+    signs = torch.where(added(updates) > 0, 1.0, -1.0)
+    largest = torch.zeros_like(signs)
+    for update in updates:
+        torch.maximum(largest, update * signs, out=largest)
+    return largest.mul_(signs), signs
+
+
+def emr_unified(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: UnifiedOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and unified update."""
+    for path in paths:
+        unified, _ = unify(list(dense_updates(adapters, path).values()))
+        yield path, dense_factor(options.scale * unified)
+
+
+def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, float]:
+    """Task -> the sum over modules of the mean magnitude of its own update, divided by that of the masked one.
+
+    One module in memory at a time; modules that a task does not touch count for neither.
+    """
+    own, masked = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0.0)
+    for path in paths:
+        updates = dense_updates(adapters, path)
+        unified, signs = unify(list(updates.values()))
+        for task, update in updates.items():
+            own[task] += float(update.abs().mean())
+            masked[task] += float((unified * (update * signs > 0)).abs().mean())
+    return {task: own[task] / masked[task] if masked[task] else 0.0 for task in adapters}
+
+
+def emr(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    """One update per task. Biases and modules trained in full stay the task's own, as its mask would make them."""
+    linears, low_rank, paths = low_rank_part(problem)
+    rescale = rescaling(low_rank, paths)
+    per_task = {
+        task: Modulated(
+            task,
+            low_rank,
+            {path: adapter.factors.get(path, empty(linear)) for path, linear in linears.items()},
+            rescale[task],
+        )
+        for task, adapter in problem.adapters.items()
+    }
+    return MergeResult("emr", {}, [], problem.adapters, {}, {}, problem.model, per_task=per_task)
+
+
+METHODS = (
+    Method(
+        "emr",
+        "a unified update, masked and rescaled for each task: one model per task",
+        "EMR-Merging, Huang et al. 2024, arXiv 2405.17461",
+        NoOptions,
+        emr,
+        gives="full rank",
+    ),
+    gradient_free(
+        "emr_unified",
+        "the unified update of EMR for all tasks, without masks",
+        "EMR-Merging, Huang et al. 2024, arXiv 2405.17461",
+        UnifiedOptions,
+        emr_unified,
+        averages=True,
+        gives="full rank",
+    ),
+)

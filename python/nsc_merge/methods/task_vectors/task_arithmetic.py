@@ -1,0 +1,116 @@
+"""Task arithmetic, and the references without a merge: the base, each adapter alone, and their ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nsc_merge.methods.gradient_free import Method, Problem, empty
+from nsc_merge.models.attachment import adapted_linears, merged_linears
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_number
+
+
+@dataclass(frozen=True)
+class TaskArithmeticOptions:
+    """Options of ``method="task_arithmetic"``.
+
+    Attributes:
+        scale: the one coefficient of every task and module, or one for each task. 0.4 is where NSC starts; with
+            1/K the merged update is the mean.
+    """
+
+    scale: float | Mapping[str, float] = 0.4
+
+    def __post_init__(self) -> None:
+        for value in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
+            check_number("scale", value)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """There are none."""
+
+
+def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    """``sum_k scale_k s_k B_k A_k``, exact."""
+    chosen = TaskArithmeticOptions(**given)
+    if isinstance(chosen.scale, Mapping) and set(chosen.scale) != set(problem.tasks):
+        raise ValueError(
+            f"scale: expected one value for each of {problem.tasks}, found {sorted(chosen.scale)}"
+        )
+    scales = chosen.scale if isinstance(chosen.scale, Mapping) else dict.fromkeys(problem.tasks, chosen.scale)
+    coefficients = {
+        path: {
+            task: float(scales[task]) if path in adapter.factors else 0.0
+            for task, adapter in problem.adapters.items()
+        }
+        for path in adapted_linears(problem.model, problem.adapters)
+    }
+    return _result("task_arithmetic", problem, asdict(chosen), coefficients=coefficients)
+
+
+def _zero_shot(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    linears = merged_linears(problem.model, problem.adapters)
+    return _result(
+        "zero_shot", problem, {}, factors={path: empty(linear) for path, linear in linears.items()}
+    )
+
+
+def _alone(name: str, problem: Problem) -> MergeResult:
+    linears = merged_linears(problem.model, problem.adapters)
+    per_task = {
+        task: {path: adapter.factors.get(path, empty(linear)) for path, linear in linears.items()}
+        for task, adapter in problem.adapters.items()
+    }
+    return _result(name, problem, {}, per_task=per_task)
+
+
+def _result(name: str, problem: Problem, options: dict[str, Any], **parts: Any) -> MergeResult:
+    return MergeResult(
+        method=name,
+        history=[],
+        adapters=problem.adapters,
+        options=options,
+        dead={},
+        model=problem.model,
+        **{"coefficients": {}, **parts},
+    )
+
+
+METHODS = (
+    Method(
+        "task_arithmetic",
+        "one coefficient for everything",
+        "Task Arithmetic, Ilharco et al. 2023, arXiv 2212.04089",
+        TaskArithmeticOptions,
+        task_arithmetic,
+        gives="coefficients",
+        tuned="scale",
+        weighted="scale",
+    ),
+    Method(
+        "zero_shot",
+        "the base model, without any adapter (a reference)",
+        "the floor in the tables of arXiv 2603.26317",
+        NoOptions,
+        _zero_shot,
+        gives="nothing",
+    ),
+    Method(
+        "finetuned",
+        "each task with its own adapter (a reference: one model per task)",
+        "the ceiling in the tables of arXiv 2603.26317",
+        NoOptions,
+        lambda problem, given: _alone("finetuned", problem),
+    ),
+    Method(
+        "ensemble",
+        "all adapters' models side by side; whoever evaluates averages their outputs (a reference)",
+        "a reference row of 'On the Representation Geometry of LoRA Model Merging'",
+        NoOptions,
+        lambda problem, given: _alone("ensemble", problem),
+        averages_outputs=True,
+    ),
+)

@@ -1,0 +1,176 @@
+"""TIES-Merging (arXiv 2306.01708) with the variants of public codebases as presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import Averages, gradient_free, present
+from nsc_merge.methods.low_rank.common_bases import check_equal_ranks
+from nsc_merge.methods.task_vectors.elementwise import (
+    AGGREGATES,
+    SIGNS,
+    TRIM_SCOPES,
+    ZEROS,
+    Ties,
+    dense_factor,
+    dense_update,
+    tasks_by_path,
+    ties_merge,
+)
+from nsc_merge.utils.option_checks import check_choice, check_number
+
+_STEPS = ("density", "trim_scope", "sign", "zero", "aggregate", "scale")
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_STEPS, values, strict=True))
+    for name, values in {
+        "canonical": (0.2, "global", "sum", "majority", "mean", 1.0),
+        "peft": (0.2, "tensor", "sum", "positive", "mean", 1.0),
+        "mergekit": (1.0, "tensor", "weighted", "positive", "weight", 1.0),
+        "knots": (0.2, "global", "sum", "majority", "mean", 0.6),
+        "adamerging": (0.2, "global", "sum", "majority", "sum", 0.3),
+        "nsc": (0.2, "tensor", "count", "positive", "sum", 0.3),
+    }.items()
+}
+
+
+def fill(options: Any, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the options of a frozen dataclass that are None the values of its ``preset``."""
+    check_choice("preset", options.preset, list(presets))
+    for name, value in presets[options.preset].items():
+        if getattr(options, name) is None:
+            object.__setattr__(options, name, value)
+
+
+def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
+    """Refuse options of the three steps that are none."""
+    check_number("density", options.density, 0, 1, above=True)
+    check_choice("trim_scope", options.trim_scope, scopes)
+    check_choice("sign", options.sign, SIGNS)
+    check_choice("zero", options.zero, ZEROS)
+    check_choice("aggregate", options.aggregate, AGGREGATES)
+    check_number("scale", options.scale)
+
+
+def steps_of(options: Any) -> Ties:
+    """The options of the three steps."""
+    return Ties(options.density, options.trim_scope, options.sign, options.zero, options.aggregate)
+
+
+def averages(options: Any) -> Averages:
+    """Whether the three steps divide what they add up, as :func:`nsc_merge.methods.gradient_free.gradient_free`
+    asks.
+    """
+    return "weight" if options.aggregate == "weight" else options.aggregate == "mean"
+
+
+def check_weights(weights: Mapping[str, float] | None) -> None:
+    """Refuse weights that are no finite numbers."""
+    for value in (weights or {}).values():
+        check_number("weights", value)
+
+
+def weights_of(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> dict[str, float]:
+    """Task -> weight, 1 each when None.
+
+    Raises:
+        ValueError: if other tasks are weighted than there are.
+    """
+    if weights is not None and set(weights) != set(tasks):
+        raise ValueError(f"weights: expected one value for each of {list(tasks)}, found {sorted(weights)}")
+    return dict(weights) if weights is not None else dict.fromkeys(tasks, 1.0)
+
+
+@dataclass(frozen=True)
+class TiesOptions:
+    """Options of ``method="ties"``; those that are None are the preset's.
+
+    Attributes:
+        preset: ``"canonical"`` (the authors'), ``"peft"`` (its ``ties_svd``, before the SVD), ``"mergekit"``,
+            ``"knots"``, ``"adamerging"`` (also FusionBench's) or ``"nsc"`` (that of NSC's public code, with the
+            density of the paper).
+        scale: multiplies the merged update.
+        density: share of a task's entries that trimming keeps, the largest by magnitude. Entries as large as the
+            smallest of these are kept as well.
+        trim_scope: counts a task's entries over all modules (``"global"``), in each module (``"tensor"``), or in A and
+            B separately (``"factors"``, PEFT's ``ties``: the factors are merged, weighted by the root of weight times
+            scaling, and their product has cross terms between tasks; all ranks must be equal, and unlike with the
+            others the result depends on how an update is factored).
+        sign: that a position is given: of the ``"sum"`` of the values, of their ``"weighted"`` sum (mergekit's), or of
+            the ``"count"`` of their signs. With a negative weight, ``"weighted"`` elects and compares turned values.
+        zero: what a tie becomes: ``"positive"``, ``"negative"``, or ``"majority"``, the more frequent sign of the
+            module. (The authors count it over all modules. It only matters where values cancel exactly.)
+        aggregate: of the values that agree with the sign: ``"mean"``, ``"sum"``, or ``"weight"``, their sum divided by
+            the sum of their weights.
+        weights: task -> weight of its values, 1 each when None.
+    """
+
+    preset: str = "canonical"
+    scale: float | None = None
+    density: float | None = None
+    trim_scope: str | None = None
+    sign: str | None = None
+    zero: str | None = None
+    aggregate: str | None = None
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        fill(self, PRESETS)
+        check_ties(self, (*TRIM_SCOPES, "factors"))
+        check_weights(self.weights)
+
+
+def ties(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: TiesOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and merged update; with ``trim_scope="factors"`` of low rank, else dense."""
+    assert options.scale is not None
+    weights = weights_of(options.weights, list(adapters))
+    if options.trim_scope == "factors":
+        yield from _in_factors(adapters, paths, options, weights)
+        return
+
+    def source(path: str, task: str) -> Tensor:
+        return dense_update(adapters[task].factors[path])
+
+    for path, merged in ties_merge(source, tasks_by_path(adapters, paths), steps_of(options), weights):
+        yield path, dense_factor(options.scale * merged)
+
+
+def _in_factors(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: TiesOptions, weights: Mapping[str, float]
+) -> Iterator[tuple[str, Factor]]:
+    assert options.scale is not None
+    steps = replace(steps_of(options), trim_scope="tensor")
+    for path in paths:
+        factors = present(adapters, path)
+        check_equal_ranks("trim_scope='factors'", path, factors)
+        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
+        into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+        into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
+        A = _one({task: factor.A.float() for task, factor in factors.items()}, steps, into_A)
+        B = _one({task: factor.B.float() for task, factor in factors.items()}, steps, into_B)
+        yield path, Factor(A, options.scale * B, 1.0)
+
+
+def _one(tensors: Mapping[str, Tensor], steps: Ties, weights: Mapping[str, float]) -> Tensor:
+    return dict(ties_merge(lambda path, task: tensors[task], {"": list(tensors)}, steps, weights))[""]
+
+
+METHODS = (
+    gradient_free(
+        "ties",
+        "keeps each task's largest entries, elects a sign per entry, and averages those that agree",
+        "TIES-Merging, Yadav et al. 2023, arXiv 2306.01708",
+        TiesOptions,
+        ties,
+        averages=averages,
+        gives="full rank",
+        low_rank_with={"trim_scope": "factors"},
+    ),
+)

@@ -1,0 +1,225 @@
+"""What NSC needs to know about a model architecture: a table with one entry per family."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from nsc_merge.utils.option_checks import check_names
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        name: for messages.
+        model_types: values of ``model.config.model_type`` that belong to it.
+        block: regular expression that finds the block number, as group 1, in a module path. Only the blocks
+            that carry adapters may match: in LLaVA those of the language model, not of the vision tower.
+        score_modules: names of linears in order of preference; by default the input of the first one that an
+            adapter touches is measured.
+        recipe: default settings of the optimisation, a key of :data:`nsc_merge.methods.gradient.nsc.RECIPES`.
+        prefill: attribute of the model that runs the blocks without a head; a model without it has no head.
+            transformers' ``base_model``, but for classes where some releases take that for the whole model.
+        frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the
+            blocks and whose output depends on the inputs alone; see :func:`frozen_tower`.
+        tokens: name of the model input that holds token numbers ``[rows, tokens]``, if the family has it. Its models
+            are causal: padding after the last token changes nothing before it.
+        mask: name of the model input that is 0 at padding, if the family pads.
+        images: names of the model inputs that hold images, where the tokens stand for text and images.
+        legacy: pairs of regular expression and replacement that bring module paths of adapters saved by other
+            releases of transformers to this one's names; applied in order, and only where a path is not found.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    block: str
+    score_modules: tuple[str, ...]
+    recipe: str
+    prefill: str = "base_model"
+    frozen_prefix: str | None = None
+    tokens: str | None = None
+    mask: str | None = None
+    images: tuple[str, ...] = ()
+    legacy: tuple[tuple[str, str], ...] = ()
+
+
+_OLD_VIT = (
+    (r"(^|\.)encoder\.layer\.(?=\d+\.)", r"\1layers."),
+    (r"\.attention\.attention\.(query|key|value)$", r".attention.\1"),
+    (r"\.attention\.query$", ".attention.q_proj"),
+    (r"\.attention\.key$", ".attention.k_proj"),
+    (r"\.attention\.value$", ".attention.v_proj"),
+    (r"\.attention\.output\.dense$", ".attention.o_proj"),
+    (r"\.intermediate\.dense$", ".mlp.fc1"),
+    (r"\.output\.dense$", ".mlp.fc2"),
+)
+
+_NEW_DINOV2 = (
+    (r"\.attention\.q_proj$", ".attention.attention.query"),
+    (r"\.attention\.k_proj$", ".attention.attention.key"),
+    (r"\.attention\.v_proj$", ".attention.attention.value"),
+    (r"\.attention\.o_proj$", ".attention.output.dense"),
+)
+
+# To add a family: name its model types, say where the block number stands in a path, which linear the paper
+# measures for that kind of model, and the recipe. The rest only matters if the family pads (tokens, mask), has a
+# tower in front (frozen_prefix, images) or was once laid out otherwise (legacy).
+FAMILIES = (
+    Family(
+        name="ViT",
+        model_types=("vit",),
+        block=r"(?:^|\.)layers\.(\d+)\.",
+        score_modules=("o_proj", "v_proj", "k_proj", "q_proj"),
+        recipe="vision",
+        legacy=_OLD_VIT,
+    ),
+    Family(
+        name="CLIP or SigLIP vision",
+        model_types=("clip_vision_model", "siglip_vision_model"),
+        block=r"(?:^|\.)layers\.(\d+)\.",
+        score_modules=("out_proj", "v_proj", "k_proj", "q_proj"),
+        recipe="vision",
+        # In transformers 5.17 the base_model of CLIPVisionModelWithProjection is the model with its projection.
+        prefill="vision_model",
+        legacy=((r"^vision_model\.", ""),),
+    ),
+    Family(
+        name="DINOv2",
+        model_types=("dinov2",),
+        block=r"(?:^|\.)layer\.(\d+)\.",
+        # Either naming, as the release of transformers has it: 5.17 has the older.
+        score_modules=("o_proj", "dense", "v_proj", "value", "k_proj", "key", "q_proj", "query"),
+        recipe="vision",
+        # Its blocks are still called encoder.layer, so the first of ViT's rules does not apply.
+        legacy=(*_OLD_VIT[1:], *_NEW_DINOV2),
+    ),
+    Family(
+        name="decoder",
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        block=r"(?:^|\.)layers\.(\d+)\.",
+        score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
+        recipe="llm",
+        tokens="input_ids",
+        mask="attention_mask",
+    ),
+    Family(
+        name="LLaVA",
+        model_types=("llava",),
+        block=r"(?:^|\.)language_model\.layers\.(\d+)\.",
+        score_modules=("v_proj", "o_proj", "k_proj", "q_proj"),
+        recipe="vlm",
+        frozen_prefix="vision_tower",
+        tokens="input_ids",
+        mask="attention_mask",
+        images=("pixel_values", "image_sizes"),
+        legacy=(
+            (r"^language_model\.lm_head$", "lm_head"),
+            (r"^(model\.)?language_model\.model\.", "model.language_model."),
+            # Saved by the authors' own repository rather than by transformers.
+            (r"^model\.layers\.", "model.language_model.layers."),
+            (r"^(?=vision_tower\.|multi_modal_projector\.|language_model\.)", "model."),
+            (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+        ),
+    ),
+)
+
+
+def frozen_tower(family: Family, model: nn.Module, adapted: Iterable[str]) -> str | None:
+    """Full path in ``model`` of the family's adapter-free tower, None if there is none or it is adapted.
+
+    Args:
+        adapted: paths of all linears that carry an adapter.
+    """
+    if family.frozen_prefix is None:
+        return None
+    trunk = getattr(model, family.prefill, model)
+    tower = getattr(trunk, family.frozen_prefix, None)
+    path = next((name for name, module in model.named_modules() if module is tower), None)
+    if path is None or any(name.startswith(f"{path}.") for name in adapted):
+        return None
+    return path
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """The family of a transformers model, if its ``config.model_type`` is in one."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a transformers model.
+
+    Raises:
+        ValueError: if its ``config.model_type`` is in no family.
+    """
+    family = find_family(model)
+    if family is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
+        raise ValueError(
+            f"model: {type(model).__name__} has config.model_type {model_type!r}, which "
+            f"no family lists (known: {known})"
+        )
+    return family
+
+
+def scored_paths(
+    family: Family,
+    model: nn.Module,
+    adapted: Iterable[str],
+    score_modules: Sequence[str] | None,
+    score_blocks: str | int | Sequence[int],
+) -> list[str]:
+    """Paths of the adapted linears whose input enters the objective, the set J_tgt of Eq. 4.
+
+    Args:
+        adapted: paths of all linears that carry an adapter.
+        score_modules: last components of the paths; the first of the family's that occurs when None.
+        score_blocks: ``"last_quarter"`` (rounded up), how many last blocks, or block numbers.
+
+    Raises:
+        ValueError: naming the option, if it selects nothing or a block that does not exist.
+    """
+    if score_modules is not None:
+        check_names("score_modules", score_modules)
+    pattern = re.compile(family.block)
+    numbers = [int(match[1]) for path, _ in model.named_modules() if (match := pattern.search(path + "."))]
+    count = max(numbers, default=-1) + 1
+    if score_blocks == "last_quarter":
+        blocks = set(range(count - math.ceil(count / 4), count))
+    elif isinstance(score_blocks, int) and not isinstance(score_blocks, bool):
+        if not 1 <= score_blocks <= count:
+            raise ValueError(f"score_blocks: expected 1 to {count} last blocks, found {score_blocks}")
+        blocks = set(range(count - score_blocks, count))
+    elif isinstance(score_blocks, Sequence) and not isinstance(score_blocks, str):
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in score_blocks)
+        blocks = set(score_blocks) if whole else set()
+        if not blocks or not blocks <= set(range(count)):
+            raise ValueError(
+                f"score_blocks: expected block numbers from 0 to {count - 1}, found {list(score_blocks)}"
+            )
+    else:
+        raise ValueError(f"score_blocks: expected 'last_quarter', a number or a list, found {score_blocks!r}")
+
+    adapted = list(adapted)
+    inside = [
+        path for path in adapted if (match := pattern.search(f"{path}.")) and int(match[1]) in blocks
+    ]
+    choices = (
+        [tuple(score_modules)] if score_modules is not None else [(name,) for name in family.score_modules]
+    )
+    for names in choices:
+        chosen = [path for path in inside if path.rsplit(".", 1)[-1] in names]
+        if chosen:
+            return chosen
+    wanted = [name for names in choices for name in names]
+    carried = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+    raise ValueError(
+        f"score_modules: no adapter touches {wanted} in blocks {sorted(blocks)}; adapted modules: {carried}"
+    )

@@ -1,0 +1,182 @@
+"""Fits adapters to a model: today's module names, shared trainables as updates, heads set aside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.models.families import Family, find_family
+
+SHARED_POLICIES = ("lambda", "mean", "first")
+
+
+def fit(
+    adapters: Mapping[str, Adapter], model: nn.Module, shared_modules: str = "lambda"
+) -> dict[str, Adapter]:
+    """Adapters whose every path is one of ``model``, as far as the family's rules can tell.
+
+    Module names of older releases of transformers, and of the same model with or without its head, become
+    those of ``model``; a path that no rule helps is kept, for :func:`nsc_merge.models.attachment.adapted_linears` to
+    refuse by name. DoRA updates become plain ones. Of the modules trained in full (``modules_to_save``),
+    those that the model needs before its head, such as LLaVA's projector, are shared by all tasks and become
+    dense updates; the others are heads and stay in :attr:`Adapter.trained`.
+
+    Args:
+        adapters: task -> adapter as read.
+        model: the base model.
+        shared_modules: what happens to shared modules: ``"lambda"`` gives each linear one coefficient per
+            task like an adapted one, ``"mean"`` averages them over the tasks that trained them, ``"first"``
+            takes the first task's.
+
+    Raises:
+        ValueError: naming the adapter and the module, if two paths become one, if a shared module is not
+            linear, if a shape does not fit, or if a linear that some task trained in full has LoRA for another and
+            ``shared_modules`` is not ``"lambda"``.
+    """
+    if shared_modules not in SHARED_POLICIES:
+        raise ValueError(
+            f"shared_modules: expected one of {list(SHARED_POLICIES)}, found {shared_modules!r}"
+        )
+    family = find_family(model)
+    modules = dict(model.named_modules())
+    trunk = getattr(model, family.prefill if family else "base_model", model)
+    # What the bare model is called under a head, this model's or another's.
+    prefix = next((name for name, part in modules.items() if name and part is trunk), None)
+    prefix = str(getattr(model, "base_model_prefix", "")) if prefix is None else prefix
+    trunk_parameters = {id(parameter) for parameter in trunk.parameters()}
+    inside = {name for name, value in model.named_parameters() if id(value) in trunk_parameters}
+    fitted = {}
+    for task, adapter in adapters.items():
+        factors = _renamed(task, adapter.factors, modules, family, prefix)
+        trained = _renamed_parameters(task, adapter.trained, modules, family, prefix)
+        notes = list(adapter.notes)
+        for path, factor in factors.items():
+            if factor.magnitude is not None and isinstance(module := modules.get(path), nn.Linear):
+                factors[path], error = _without_dora(task, path, factor, module)
+                notes.append(f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}")
+        factors.update(_shared(task, {k: v for k, v in trained.items() if k in inside}, modules))
+        heads = {name: value for name, value in trained.items() if name not in inside}
+        fitted[task] = replace(adapter, factors=factors, trained=heads, notes=tuple(notes))
+    return _by_policy(fitted, shared_modules)
+
+
+def absent(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """Adapted module path -> tasks whose adapter does not touch it and whose coefficient is therefore 0."""
+    paths = dict.fromkeys(path for adapter in adapters.values() for path in adapter.factors)
+    missing = {path: [task for task in adapters if path not in adapters[task].factors] for path in paths}
+    return {path: tasks for path, tasks in missing.items() if tasks}
+
+
+def _renamed(
+    task: str, factors: Mapping[str, Factor], names: Collection[str], family: Family | None, prefix: str
+) -> dict[str, Factor]:
+    renamed: dict[str, Factor] = {}
+    for path, factor in factors.items():
+        found = _today(path, names, family, prefix)
+        if found in renamed:
+            raise ValueError(f"adapters[{task!r}]: {path} and another module both mean {found} of the model")
+        renamed[found] = factor
+    return renamed
+
+
+def _renamed_parameters(
+    task: str, trained: Mapping[str, Tensor], names: Collection[str], family: Family | None, prefix: str
+) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in trained.items():
+        path, _, parameter = key.rpartition(".")
+        found = f"{_today(path, names, family, prefix)}.{parameter}"
+        if found in renamed:
+            raise ValueError(f"adapters[{task!r}]: {key} and another tensor both mean {found} of the model")
+        renamed[found] = value
+    return renamed
+
+
+def _today(path: str, names: Collection[str], family: Family | None, prefix: str) -> str:
+    stages = [path]
+    for pattern, replacement in family.legacy if family else ():
+        stages.append(re.sub(pattern, replacement, stages[-1]))
+    for stage in stages:
+        # An adapter of the bare model fits the one with a head, and the other way round.
+        for candidate in (stage, stage.removeprefix(f"{prefix}."), f"{prefix}.{stage}"):
+            if candidate in names:
+                return candidate
+    return path
+
+
+def _without_dora(task: str, path: str, factor: Factor, linear: nn.Linear) -> tuple[Factor, float]:
+    """The best update of the same rank in place of DoRA's, and its relative error."""
+    assert factor.magnitude is not None
+    if linear.weight.shape != (factor.B.shape[0], factor.A.shape[1]):
+        raise ValueError(
+            f"adapters[{task!r}]: {path}: expected an update of shape {list(linear.weight.shape)}, "
+            f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
+        )
+    base = linear.weight.detach().double().cpu()
+    moved = base + factor.delta().cpu()
+    moved *= (factor.magnitude.double().cpu() / moved.norm(dim=1))[:, None]
+    left, sigma, right = torch.linalg.svd(moved - base, full_matrices=False)
+    kept = min(factor.rank, sigma.numel())
+    roots = sigma[:kept].sqrt()
+    converted = Factor((roots[:, None] * right[:kept]).float(), (left[:, :kept] * roots).float(), 1.0)
+    return converted, float(sigma[kept:].norm() / sigma.norm()) if sigma.any() else 0.0
+
+
+def _shared(task: str, trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Factor]:
+    values: dict[str, dict[str, Tensor]] = {}
+    for name, value in trained.items():
+        path, _, parameter = name.rpartition(".")
+        values.setdefault(path, {})[parameter] = value
+    factors = {}
+    for path, tensors in values.items():
+        linear = modules[path]
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"adapters[{task!r}]: {path} was trained in full (modules_to_save) and all tasks share it, "
+                f"but only nn.Linear can be merged, found {type(linear).__name__}"
+            )
+        deltas = {}
+        for parameter, value in tensors.items():
+            base = getattr(linear, parameter).detach()
+            if value.shape != base.shape:
+                raise ValueError(
+                    f"adapters[{task!r}]: {path}.{parameter}: expected shape {list(base.shape)}, "
+                    f"found {list(value.shape)}"
+                )
+            deltas[parameter] = (value.double().cpu() - base.double().cpu()).float()
+        no_rank = deltas["weight"].new_empty(0, linear.in_features), deltas["weight"].new_empty(
+            linear.out_features, 0
+        )
+        factors[path] = Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=deltas["weight"])
+    return factors
+
+
+def _by_policy(adapters: dict[str, Adapter], policy: str) -> dict[str, Adapter]:
+    if policy == "lambda":
+        return adapters
+    holders: dict[str, list[str]] = {}
+    for task, adapter in adapters.items():
+        for path, factor in adapter.factors.items():
+            if factor.dense is not None:
+                holders.setdefault(path, []).append(task)
+    for path, tasks in holders.items():
+        others = [task for task, adapter in adapters.items() if path in adapter.factors and task not in tasks]
+        if others:
+            raise ValueError(
+                f"shared_modules: {path} was trained in full for {tasks}, but has LoRA for {others}; "
+                f"expected 'lambda', found {policy!r}, which needs one kind"
+            )
+    fixed = {}
+    for task, adapter in adapters.items():
+        factors = dict(adapter.factors)
+        for path, tasks in holders.items():
+            if task in tasks:
+                share = 1 / len(tasks) if policy == "mean" else float(task == tasks[0])
+                factors[path] = replace(factors[path], fixed=share)
+        fixed[task] = replace(adapter, factors=factors)
+    return fixed

@@ -1,0 +1,181 @@
+"""The recipe file of ``nsc-merge run``: read, checked and written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.recipes.yaml_keys import (
+    RecipeError,
+    absolute_model,
+    by_task,
+    choice,
+    count,
+    flag,
+    mapping,
+    numbers,
+    read_document,
+    refuse_unknown,
+    text,
+    text_path,
+)
+from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN, RECORD
+
+_KEYS = (
+    "model",
+    "adapters",
+    "calibration",
+    "batch_size",
+    "method",
+    "options",
+    "shared_modules",
+    "dora",
+    "dtype",
+    "device",
+    "output",
+    RECORD,
+)
+_OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+# As transformers reads it.
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; paths are absolute.
+
+    Attributes:
+        model: folder of the base model, or a hub id.
+        local: whether ``model`` is a folder, so that nothing may touch the network.
+        adapters: task -> PEFT folder.
+        calibration: task -> safetensors file of stacked inputs, or folder of batches; empty for methods
+            without data.
+        batch_size: rows of a calibration file per batch.
+        method: a key of :data:`nsc_merge.methods.METHODS`.
+        options: of the method.
+        shared_modules: as in :func:`nsc_merge.merge`.
+        dora: as in :func:`nsc_merge.merge`.
+        dtype: of the base model, ``"auto"`` for that of its files.
+        device: where to merge, ``"auto"`` for a GPU if there is one.
+        out: output folder.
+        formats: what to write into it.
+        rank: truncation of format ``"lora"``.
+        max_shard_size: of format ``"model"``.
+        plots: whether to draw coefficients and ratios.
+    """
+
+    model: str
+    local: bool
+    adapters: dict[str, Path]
+    calibration: dict[str, Path]
+    out: Path
+    batch_size: int = 32
+    method: str = "nsc"
+    options: dict[str, Any] = field(default_factory=dict)
+    shared_modules: str = "lambda"
+    dora: str = "refuse"
+    dtype: str = "auto"
+    device: str = "auto"
+    formats: tuple[str, ...] = ("coefficients", "lora")
+    rank: int | None = None
+    max_shard_size: str = "5GB"
+    plots: bool = True
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file. Relative paths in it are relative to its folder.
+        overrides: ``"key.sub=value"``, the value in YAML; relative paths are relative to the working folder.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    return _checked(read_document(Path(path), overrides, _absolute))
+
+
+def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
+    document = dict(document)
+    for key in ("adapters", "calibration"):
+        if isinstance(document.get(key), dict):
+            document[key] = {
+                task: str(base / Path(value).expanduser()) if isinstance(value, str) else value
+                for task, value in document[key].items()
+            }
+    if "model" in document:
+        document["model"] = absolute_model(document["model"], base)
+    output = document.get("output")
+    if isinstance(output, dict) and isinstance(output.get("dir"), str):
+        document["output"] = {**output, "dir": str(base / Path(output["dir"]).expanduser())}
+    return document
+
+
+def _checked(document: dict[str, Any]) -> Recipe:
+    refuse_unknown("", document, _KEYS)
+    output = mapping(document, "output")
+    refuse_unknown("output.", output, _OUTPUT_KEYS)
+    model = text(document, "model")
+    local = Path(model).is_absolute()
+    if local and not Path(model).is_dir():
+        raise RecipeError(f"model: expected a folder or a hub id, {model} is no folder")
+    adapters = {
+        task: Path(text_path(f"adapters.{task}", value)) for task, value in by_task(document, "adapters")
+    }
+    if not adapters:
+        raise RecipeError("adapters: expected at least one task, found none")
+    calibration = {
+        task: Path(text_path(f"calibration.{task}", value))
+        for task, value in by_task(document, "calibration")
+    }
+    for task, folder in adapters.items():
+        if not folder.is_dir():
+            raise RecipeError(f"adapters.{task}: expected a PEFT folder, {folder} is none")
+    for task, place in calibration.items():
+        if task not in adapters:
+            raise RecipeError(f"calibration.{task}: no such task (tasks: {', '.join(adapters)})")
+        if not place.exists():
+            raise RecipeError(
+                f"calibration.{task}: expected a safetensors file or a folder, {place} is missing"
+            )
+    formats = output.get("formats", list(Recipe.formats))
+    formats = [formats] if isinstance(formats, str) else formats
+    if not isinstance(formats, list) or not formats or not set(map(str, formats)) <= set(FORMATS):
+        raise RecipeError(f"output.formats: expected some of {list(FORMATS)}, found {formats!r}")
+    out = Path(text(output, "dir", "output."))
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"output.dir: expected a folder, {out} is a file")
+    rank = output.get("rank")
+    if rank is not None:
+        rank = count(rank, "output.rank")
+        if "lora" not in formats:
+            raise RecipeError("output.rank: only format 'lora' can be truncated")
+    max_shard_size = text(output, "max_shard_size", "output.", default="5GB")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
+    options = numbers(mapping(document, "options"))
+    for name in OPTIONS_OF_RUN:
+        if name in options:
+            raise RecipeError(f"options.{name}: is chosen by nsc-merge run, which keeps the state beside output.dir")
+    return Recipe(
+        model=model,
+        local=local,
+        adapters=adapters,
+        calibration=calibration,
+        out=out,
+        batch_size=count(document.get("batch_size", 32), "batch_size"),
+        method=text(document, "method", default="nsc"),
+        options=options,
+        shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
+        dora=choice(document, "dora", ("refuse", "convert")),
+        dtype=choice(document, "dtype", DTYPES),
+        device=text(document, "device", default="auto"),
+        formats=tuple(formats),
+        rank=rank,
+        max_shard_size=max_shard_size,
+        plots=flag(output, "plots", "output.", True),
+    )

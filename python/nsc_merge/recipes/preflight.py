@@ -1,0 +1,89 @@
+"""What is refused of a recipe before anything is loaded, so that no work is done in vain."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nsc_merge.methods import Method, method_of
+from nsc_merge.models.loading import device_of
+from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
+
+
+def check(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse, before anything is loaded, what a merge would fail on only after its work, and to resume what keeps
+    no state.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    try:
+        method = method_of(recipe.method)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    with options_at_fault(recipe, always=True):
+        method.resolved(recipe.options, list(recipe.adapters))
+    if resume and not method.resumable:
+        raise RecipeError(f"--resume: method {recipe.method!r} keeps no state to go on from")
+    if "data" in method.needs:
+        missing = [task for task in recipe.adapters if task not in recipe.calibration]
+        if missing:
+            raise RecipeError(
+                f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
+            )
+    check_device(recipe.device)
+    _check_formats(recipe, method)
+    _check_place(recipe.out)
+
+
+@contextmanager
+def options_at_fault(recipe: Recipe, *, always: bool = False) -> Iterator[None]:
+    """Make errors that begin with the name of an option that is given, or ``always`` all, the recipe's."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        named = re.split(r"\W", str(error), maxsplit=1)[0] in recipe.options
+        if not named and not always:
+            raise
+        raise RecipeError(f"options.{error}" if named else f"options: {error}") from error
+
+
+def _check_formats(recipe: Recipe, method: Method) -> None:
+    gives = method.gives_with(recipe.options)
+    if set(recipe.formats) == {"coefficients"} and gives != "coefficients":
+        raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
+    if "lora" not in recipe.formats:
+        return
+    if gives == "nothing":
+        raise RecipeError(f"output.formats: method {recipe.method!r} has no update for an adapter; expected model")
+    if recipe.rank is None and gives == "full rank":
+        raise RecipeError(
+            f"output.rank: the update of method {recipe.method!r} is of full rank, so that no small adapter holds it "
+            "exactly: expected a rank to truncate to, or format model; found format lora without a rank"
+        )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an output folder whose parent cannot be made or written to."""
+    # The results come together beside the folder.
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        RecipeError: naming it, and those that there are.
+    """
+    try:
+        device_of(name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None

@@ -1,0 +1,317 @@
+"""``nsc-merge run``: from a recipe to a folder."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.api import merge
+from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.methods import method_of
+from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.fitting import absent, fit
+from nsc_merge.models.loading import load_model
+from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
+from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.results.result import MergeResult
+from nsc_merge.results.saving import save
+from nsc_merge.results.serving_notes import serving_notes
+from nsc_merge.utils.provenance import hashes
+
+Log = Callable[[str], None]
+
+# The first step warms caches up and finds out which coefficients are dead.
+_DRY_STEPS = 3
+
+
+def state_file(recipe: Recipe) -> Path:
+    """Where an interrupted run keeps its state: beside the output folder, which stays untouched until the end."""
+    return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
+
+
+def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
+    """Merge and save; returns a summary.
+
+    Ctrl-C leaves the state in :func:`state_file` if the method keeps one; ``resume`` goes on from there, or starts if
+    it is missing.
+
+    Raises:
+        RecipeError: if the recipe is at fault, if there is a state and no ``resume``, or if the method has no state to
+            resume from.
+        TypeError, ValueError, RuntimeError, OSError: if what the recipe names is.
+    """
+    started = time.perf_counter()
+    state = state_file(recipe)
+    options: dict[str, Any] = {}
+    check(recipe, resume=resume)
+    resumable = method_of(recipe.method).resumable
+    if resumable:
+        options["state_to"] = state
+        if resume and state.is_file():
+            options["resume_from"] = state
+            log(f"resuming from {state}")
+        elif resume:
+            log(f"nothing to resume: {state} is missing, starting anew")
+        elif state.is_file():
+            raise RecipeError(
+                f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
+                "remove the file"
+            )
+    model, adapters, calibration = _load(recipe, log)
+    for line in _remarks(model, adapters):
+        log(line)
+    if resumable:
+        options["state_of"] = _sources(recipe, model)
+    result = _merge(recipe, model, adapters, calibration, options)
+    if result.history:
+        first, last = result.history[0], result.history[-1]
+        quantity = "null-space ratio" if "omega" in first else "loss"
+        log(
+            f"{len(result.history)} steps: mean {quantity} {first['objective']:.4f} -> "
+            f"{last['objective']:.4f}, coefficients {last['lambda_min']:.3f} to {last['lambda_max']:.3f}"
+        )
+    dead = sum(len(tasks) for tasks in result.dead.values())
+    if dead:
+        log(f"{dead} coefficients received no gradient: nothing measured depends on them")
+    formats = [name for name in recipe.formats if name != "coefficients"]
+    if result.coefficients:
+        formats.insert(0, "coefficients")
+    files = save(
+        result, recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
+    )
+    if resumable:
+        state.unlink(missing_ok=True)
+    summary: dict[str, Any] = {
+        "out": str(recipe.out),
+        "formats": formats,
+        "steps": len(result.history),
+        "seconds": round(time.perf_counter() - started, 2),
+        "objective": [entry["objective"] for entry in (result.history[:1] + result.history[-1:])],
+        "dead": dead,
+        "files": files,
+    }
+    if "lora" in formats:
+        summary["serving"] = serving_notes(result, recipe.rank)
+        if recipe.rank is not None:
+            errors = _truncation(result, recipe.rank)
+            summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
+    return summary
+
+
+def _truncation(result: MergeResult, rank: int) -> list[float]:
+    """Relative errors of every module, of every task if each has an update of its own."""
+    merges = [result.for_task(task) for task in result.per_task] or [result]
+    return [error for one in merges for error in one.rank_errors(rank).values()]
+
+
+def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
+    """Load everything, check coverage, time a few real steps, and write nothing.
+
+    The estimate is of the merge alone: loading and saving come on top.
+
+    Raises:
+        RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
+    """
+    check(recipe, resume=resume)
+    model, adapters, calibration = _load(recipe, log)
+    linears = merged_linears(model, adapters)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    packed = sum(
+        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * linears[path].weight.element_size()
+        for adapter in adapters.values()
+        for path, factor in adapter.factors.items()
+    )
+    document: dict[str, Any] = {
+        "model": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "method": recipe.method,
+        "adapted_modules": len(linears),
+        "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
+        "batches": {task: len(batches) for task, batches in calibration.items()},
+        "absent": absent(adapters),
+        "remarks": [*_remarks(model, adapters), *_unfinished(recipe)],
+        "weights_bytes": weights,
+        "adapters_bytes": packed,
+        "out": str(recipe.out),
+        "formats": list(recipe.formats),
+    }
+    method = method_of(recipe.method)
+    if "steps" not in method.option_names:
+        return document
+    with options_at_fault(recipe):
+        steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
+    recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
+    reset_peak(model)
+    result = _merge(recipe, model, adapters, calibration, {"progress": False})
+    seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
+    return {
+        **document,
+        "remarks": [*document["remarks"], *result.notes],
+        "steps": steps,
+        "options": {key: value for key, value in result.options.items() if key != "scored"},
+        "measured_modules": list(result.options.get("scored", ())),
+        "dead": result.dead,
+        "seconds_per_step": seconds,
+        "seconds": seconds * steps,
+        "peak_bytes": peak_bytes(model),
+    }
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    lines = [
+        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
+        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
+    ]
+    for task, adapter in plan["tasks"].items():
+        batches = f", {plan['batches'][task]} batches" if task in plan["batches"] else ""
+        heads = f", {adapter['heads']} tensors of heads" if adapter["heads"] else ""
+        shared = f", {adapter['shared']} shared modules" if adapter["shared"] else ""
+        ranks = ", ".join(map(str, adapter["ranks"]))
+        lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
+    lines += [f"note      {remark}" for remark in plan["remarks"]]
+    if "steps" in plan:
+        measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
+        why = ""
+        if measured:
+            lines.append(f"measured  {len(measured)} modules: {measured[0]} to {measured[-1]}")
+            why = "come after them and "
+        lines += [
+            f"dead      {dead} coefficients {why}receive no gradient",
+            f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
+            f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
+        ]
+    lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
+    return "\n".join(lines)
+
+
+def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+
+    adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
+    calibration = {
+        task: read_batches(place, recipe.batch_size, f"calibration.{task}")
+        for task, place in recipe.calibration.items()
+    }
+    log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
+    model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device=recipe.device)
+    for task, batches in calibration.items():
+        check_names(batches, model, f"calibration.{task}")
+    dtype = next(model.parameters()).dtype
+    calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
+    return model, fit(adapters, model, recipe.shared_modules), calibration
+
+
+def _sources(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """What a run is of, beside what the merge is given as arguments."""
+    return {
+        "model": hashes(Path(recipe.model)) if recipe.local else recipe.model,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "calibration": {task: hashes(place) for task, place in recipe.calibration.items()},
+        "batch_size": recipe.batch_size,
+        "shared_modules": recipe.shared_modules,
+    }
+
+
+def _unfinished(recipe: Recipe) -> list[str]:
+    state = state_file(recipe)
+    if not method_of(recipe.method).resumable or not state.is_file():
+        return []
+    return [f"{state} is the state of an unfinished run: --resume goes on from it; to start anew, remove the file"]
+
+
+def _merge(
+    recipe: Recipe,
+    model: nn.Module,
+    adapters: dict[str, Adapter],
+    calibration: dict[str, Batches],
+    options: dict[str, Any],
+) -> MergeResult:
+
+    with options_at_fault(recipe):
+        result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
+    inputs = {
+        "calibration": {task: str(place) for task, place in recipe.calibration.items()},
+        "batch_size": recipe.batch_size,
+        "shared_modules": recipe.shared_modules,
+        "dora": recipe.dora,
+        "dtype": recipe.dtype,
+        "device": recipe.device,
+        "output": {
+            "dir": str(recipe.out),
+            "formats": list(recipe.formats),
+            "rank": recipe.rank,
+            "max_shard_size": recipe.max_shard_size,
+            "plots": recipe.plots,
+        },
+    }
+    return replace(result, inputs=inputs)
+
+
+def _remarks(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
+    """What a person should know before merging, one line each."""
+
+
+    remarks = [f"{task}: {note}" for task, adapter in adapters.items() for note in adapter.notes]
+    missing = absent(adapters)
+    for task in adapters:
+        paths = [path for path, tasks in missing.items() if task in tasks]
+        if paths:
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            remarks.append(f"{task}: coefficient 0 where it has no adapter: {', '.join(paths[:3])}{more}")
+    first = next(model.parameters())
+    if first.dtype is torch.float16 and first.device.type == "cpu":
+        remarks.append("float16 is slow on the CPU: dtype=float32 takes twice the memory, a fraction of the time")
+    bases = {adapter.base_model for adapter in adapters.values()}
+    if len(bases) > 1:
+        remarks.append(f"the adapters name different base models: {', '.join(sorted(map(str, bases)))}")
+    return remarks
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    factors = adapter.factors.values()
+    return {
+        "source": str(adapter.source),
+        "modules": sum(1 for factor in factors if factor.rank),
+        "ranks": sorted({factor.rank for factor in factors if factor.rank}),
+        "shared": sum(1 for factor in factors if factor.dense is not None),
+        "heads": len(adapter.trained),
+        "notes": list(adapter.notes),
+    }
+
+
+def reset_peak(model: nn.Module) -> None:
+    """Forget earlier peaks of GPU memory."""
+
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(model: nn.Module) -> int:
+    """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
+
+    if next(model.parameters()).is_cuda:
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,1 @@
+"""What a merge gives: the merged update, and everything that is written of it."""

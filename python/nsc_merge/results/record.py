@@ -1,0 +1,58 @@
+"""The record of a merge that lies beside it: a recipe that leads to it, versions, and SHA-256 of the inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
+from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.plain_values import plain
+from nsc_merge.utils.provenance import hashes, versions
+
+
+def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[str, Any]:
+    """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256.
+
+    It can be run again if all adapters came from folders and the calibration from files.
+
+    Args:
+        digest: :func:`merge_digest` of the result.
+        files: that were written beside it, for whoever writes another merge to their place.
+    """
+    name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
+    model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+    adapters = {
+        task: str(adapter.source.resolve()) if adapter.source else None
+        for task, adapter in result.adapters.items()
+    }
+    options = {key: value for key, value in result.options.items() if key not in PASSING_OPTIONS}
+    hashed = {
+        **({"model": hashes(Path(model))} if model and Path(model).is_dir() else {}),
+        "adapters": {task: hashes(Path(folder)) for task, folder in adapters.items() if folder},
+        "calibration": {
+            task: hashes(Path(place)) for task, place in (result.inputs.get("calibration") or {}).items()
+        },
+    }
+    record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
+    if "scored" in result.options:
+        record["scored"] = list(result.options["scored"])
+    head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
+    return plain({**head, **result.inputs, RECORD: record})
+
+
+def merge_digest(result: MergedUpdate) -> str:
+    """SHA-256 of all that the merged update follows from."""
+    parts = {
+        "method": result.method,
+        "adapters": {task: factors_digest(adapter.factors) for task, adapter in result.adapters.items()},
+        "coefficients": result.coefficients,
+        "factors": factors_digest(result.factors),
+        # Updates per task may be computed when asked for, each time; options and adapters say what they are.
+        "per_task": plain(result.options) if result.per_task else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

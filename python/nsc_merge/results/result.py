@@ -1,0 +1,58 @@
+"""What a merge returns: an update that can be applied, and saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.results.saving import save
+
+
+@dataclass(frozen=True)
+class MergeResult(MergedUpdate):
+    """A merged update, with the adapters that it was made of; its attributes are those of
+    :class:`nsc_merge.results.merged_update.MergedUpdate`.
+    """
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        format: str | Sequence[str] = "model",
+        *,
+        rank: int | None = None,
+        max_shard_size: str | int = "5GB",
+        plots: bool = False,
+    ) -> Path:
+        """Write the result into the folder ``out``, which appears or changes only once everything is written.
+
+        Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs, files
+        written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and
+        ``heads/<task>.safetensors`` for every task that brought a head.
+
+        Args:
+            out: a folder; made if needed. Files of the same names are replaced, and what an earlier save of another
+                merge left there goes; other files stay.
+            format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
+                of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
+                ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method
+                gives coefficients) into ``out`` and each other format into a folder of its name. Where every task
+                has an update of its own, each goes into ``tasks/<task>`` of that folder.
+            rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
+                ``truncation.json``; :meth:`rank_errors` returns the same. Methods whose update is of full rank
+                have no exact adapter and need it.
+            max_shard_size: of ``"model"``, as in transformers.
+            plots: also draw the coefficients and, if there is a history, the null-space ratios.
+
+        Returns:
+            ``out`` as a path.
+
+        Raises:
+            TypeError, ValueError, OSError: naming the argument, what was found and what was expected; ``out`` is then
+                as it was. ``"model"``, and ``"lora"`` where adapters trained linears in full, need the base as it was
+                merged: see :meth:`apply`.
+        """
+        save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
+        return Path(out)

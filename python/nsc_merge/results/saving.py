@@ -1,0 +1,224 @@
+"""Writes merge results: PEFT adapter, transformers model or coefficients, with everything around them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.adapters import CONFIG_FILE, Factor
+from nsc_merge.adapters.low_rank import concatenated, low_rank
+from nsc_merge.adapters.peft_writer import write_adapter
+from nsc_merge.results.layout import (
+    CARD_FILE,
+    COEFFICIENTS_FILE,
+    COEFFICIENTS_FORMAT,
+    FORMATS,
+    HEADS_FOLDER,
+    HISTORY_FILE,
+    RECIPE_FILE,
+    RECORD,
+    TRUNCATION_FILE,
+    file_name,
+)
+from nsc_merge.results.merged_update import MergedUpdate, by_task
+from nsc_merge.results.model_card import model_card
+from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
+from nsc_merge.results.record import merge_digest, recipe_of
+from nsc_merge.utils.atomic_folder import files_in, replacing_folder
+from nsc_merge.utils.plain_values import plain
+from nsc_merge.utils.yaml_text import from_yaml, to_yaml
+
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def save(
+    result: MergedUpdate,
+    out: Path,
+    format: str | Sequence[str],
+    *,
+    rank: int | None,
+    max_shard_size: str | int,
+    plots: bool,
+) -> list[str]:
+    """See :meth:`nsc_merge.MergeResult.save`; returns the files written, by their paths within ``out``."""
+    wanted = [format] if isinstance(format, str) else list(format)
+    for name in wanted:
+        if name not in FORMATS:
+            raise ValueError(f"format: expected one of {list(FORMATS)}, found {name!r}")
+    if not wanted:
+        raise ValueError(f"format: expected one or more of {list(FORMATS)}, found none")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
+    if rank is not None and "lora" not in wanted:
+        raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
+    if not result.coefficients and format == "coefficients":
+        raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
+    if rank is None and "lora" in wanted:
+        _refuse_full_rank(result)
+    if "model" in wanted or ("lora" in wanted and any(map(result.is_whole, result.paths))):
+        result.check_base()
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, found the file {out}")
+    if isinstance(format, str):
+        _refuse_mixture(out, format)
+    digest = merge_digest(result)
+    earlier, files = _earlier(out)
+    kept = files if earlier == digest else set()
+
+    def obsolete(path: Path, written: set[Path]) -> bool:
+        return path.as_posix() in files - kept or _is_outdated(path, written)
+
+    with replacing_folder(out, obsolete) as staging:
+        errors: dict[str, float] = {}
+        nested = not isinstance(format, str)
+        if nested and result.coefficients:
+            _write_coefficients(result, staging)
+            shown = list(dict.fromkeys(["coefficients", *wanted]))
+        else:
+            shown = [name for name in wanted if name != "coefficients" or not nested]
+        for place, one in by_task(result):
+            for name in shown:
+                if nested and name == "coefficients":
+                    continue
+                folder = staging / place / (name if nested else "")
+                folder.mkdir(parents=True, exist_ok=True)
+                found = _write(one, folder, name, rank, max_shard_size)
+                errors |= {f"{place}/{path}" if place else path: error for path, error in found.items()}
+        _write_surroundings(result, staging, plots=plots)
+        card = model_card(result, shown, rank, errors, nested=nested)
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
+        written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
+        places = {Path(path) for path in written}
+        left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), places)}
+        document = recipe_of(result, digest, sorted(written | left))
+        (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
+    return sorted(written)
+
+
+def _earlier(out: Path) -> tuple[str | None, set[str]]:
+    """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
+    import yaml
+
+    try:
+        record = from_yaml((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
+        # The pictures may have been drawn later.
+        return record["merge"], {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return None, set()
+
+
+def _refuse_full_rank(result: MergedUpdate) -> None:
+    for _, one in by_task(result):
+        for path in one.paths:
+            if not one.is_whole(path) and any(factor.dense is not None for _, factor in one.terms(path)):
+                raise ValueError(
+                    f"rank: the update of method {result.method!r} is of full rank, so that no small adapter holds it "
+                    "exactly: expected a rank to truncate to, or format 'model'; found format 'lora' without a rank"
+                )
+
+
+def _refuse_mixture(out: Path, format: str) -> None:
+    """transformers adds an adapter that lies beside a model's weights to them: it would count twice."""
+    if format == "model" and (out / CONFIG_FILE).exists():
+        raise ValueError(f"out: {out} holds an adapter ({CONFIG_FILE}); expected a folder without one")
+    if format == "lora" and (out / "config.json").exists():
+        raise ValueError(f"out: {out} holds a model (config.json); expected a folder without one")
+
+
+def _write(
+    result: MergedUpdate, folder: Path, format: str, rank: int | None, max_shard_size: str | int
+) -> dict[str, float]:
+    if format == "coefficients":
+        _write_coefficients(result, folder)
+    elif format == "model":
+        _write_model(result, folder, max_shard_size)
+    else:
+        return _write_lora(result, folder, rank)
+    return {}
+
+
+def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
+    document = {
+        "format": COEFFICIENTS_FORMAT,
+        "version": 1,
+        "method": result.method,
+        "tasks": result.tasks,
+        "options": plain(result.options),
+        "dead": result.dead,
+        "coefficients": result.coefficients,
+    }
+    (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[str, float]:
+    factors, errors = {}, {}
+    whole = [path for path in result.paths if result.is_whole(path)]
+    for path in result.paths:
+        if path in whole:
+            continue
+        if rank is None:
+            A, B = concatenated(result.terms(path))
+        else:
+            A, B, errors[path] = low_rank(result.terms(path), rank)
+        bias = result.bias_delta(path)
+        if A.shape[0] == 0:
+            # PEFT has no adapters of rank 0. Leaving the module out says the same, unless it has a bias.
+            if bias is None:
+                continue
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        factors[path] = Factor(A, B, 1.0, bias)
+    if not factors and not whole:
+        raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
+    merged = result.merged(result.model, whole) if whole else {}
+    kept = {
+        path: {
+            name: merged.get(f"{path}.{name}", value)
+            for name, value in result.model.get_submodule(path).state_dict().items()
+        }
+        for path in whole
+    }
+    bases = {adapter.base_model for adapter in result.adapters.values()}
+    write_adapter(folder, factors, kept, bases.pop() if len(bases) == 1 else None)
+    if rank is not None:
+        document = {"rank": rank, "relative_error": errors}
+        (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return errors
+
+
+def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) -> None:
+    model: Any = result.model
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
+    if getattr(model, "is_quantized", False):
+        raise ValueError("format 'model' would round the merge to the quantised base; use format 'lora'")
+    state = {**model.state_dict(), **result.merged(model)}
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+
+def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:
+    from safetensors.torch import save_file
+
+    for task, adapter in result.adapters.items():
+        if adapter.trained:
+            file = folder / HEADS_FOLDER / f"{file_name(task)}.safetensors"
+            if file.exists():
+                raise ValueError(f"adapters[{task!r}]: another task's head is kept as {file.name}, too")
+            file.parent.mkdir(exist_ok=True)
+            save_file({name: value.contiguous() for name, value in adapter.trained.items()}, file)
+    if result.history:
+        lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
+        (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
+    if plots and result.coefficients:
+        draw(result.coefficients, result.dead, result.history, folder)
+
+
+def _is_outdated(path: Path, written: set[Path]) -> bool:
+    """Of an earlier save in the same folder: a shard that the index of other shards no longer names, or the errors of a
+    truncation that is no more.
+    """
+    if path.name == TRUNCATION_FILE:
+        return path not in written and path.with_name(CONFIG_FILE) in written
+    return _SHARD.fullmatch(path.name) is not None and path.with_name("config.json") in written

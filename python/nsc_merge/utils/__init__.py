@@ -1,0 +1,1 @@
+"""What every package uses: checks of options, files that are never half written, plain values, progress."""
