@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.methods.gradient.nsc import objective_of
+from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.families import family_of, scored_paths
 
 LAM = 0.4

@@ -197,7 +197,7 @@ def test_results_without_coefficients():
     from nsc_merge.adapters import Factor
     from nsc_merge.methods import METHODS
     from nsc_merge.methods.gradient_free import gradient_free
-    from nsc_merge.methods.task_vectors.task_arithmetic import NoOptions
+    from nsc_merge.methods.method import NoOptions
 
     def updates(adapters, paths, options):
         for path in paths:

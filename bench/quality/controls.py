@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.forward_passes import Batch, Calibration, streams
-from nsc_merge.descent.null_space_objective import Coefficients, Objective
-from nsc_merge.descent.optimisation import Optimisation, Settings, by_path
+from nsc_merge.calibration.batches import Batch, Calibration, streams
+from nsc_merge.descent.coefficients import Coefficients, by_path
+from nsc_merge.descent.null_space_objective import Objective
+from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.evaluation.normalise import Scores
-from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.methods.gradient.nsc import objective_of
+from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.families import family_of, scored_paths
 from nsc_merge.models.forward_contexts import shared_forward

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters import AdapterSource, load_adapter
-from nsc_merge.calibration.forward_passes import Calibration
+from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
 from nsc_merge.models.fitting import fit
@@ -36,7 +36,7 @@ def merge(
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
             need no data do not look at it.
-        method: ``"nsc"`` (options: :class:`nsc_merge.methods.gradient.nsc.NSCOptions`), or another name that
+        method: ``"nsc"`` (options: :class:`nsc_merge.methods.gradient.nsc_options.NSCOptions`), or another name that
             ``nsc-merge methods`` lists.
         shared_modules: what happens to modules that the adapters trained in full and that come before the
             head, such as LLaVA's projector: ``"lambda"`` gives them coefficients, too; ``"mean"`` and

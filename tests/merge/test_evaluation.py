@@ -18,8 +18,8 @@ from zoo import KINDS, build, write_adapter
 import nsc_merge
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
+from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
-from nsc_merge.evaluation.run import candidate_of
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
 

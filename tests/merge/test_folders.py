@@ -12,7 +12,10 @@ from nsc_merge.utils import atomic_folder
 from nsc_merge.utils.atomic_folder import replacing_folder
 
 KILLED = 9
-CALLS = [*(f"os.{name}" for name in "rename replace link unlink rmdir mkdir chmod".split()), "atomic_folder._exchange"]
+CALLS = [
+    *("os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod"),
+    "atomic_folder._exchange",
+]
 OLD = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tasks/a/x": "old"}
 NEW = {"config.json": "new", "model-1.safetensors": "new", "tasks/a/x": "new", "tasks/b/x": "new"}
 FOREIGN = {"notes.txt": "mine", "sub/deep/data": "mine"}

@@ -10,7 +10,8 @@ from loop_cases import TASKS, adapters_for, llama, text_batches
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 
-from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.methods.gradient.nsc import objective_of
+from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.families import family_of, scored_paths
 
 

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.descent.optimisation import Optimisation, Settings
-from nsc_merge.methods.gradient.nsc import objective_of, resolve_options
+from nsc_merge.methods.gradient.nsc import objective_of
+from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.families import family_of, scored_paths
 
 

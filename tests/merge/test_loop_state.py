@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nsc_merge import merge
-from nsc_merge.calibration.forward_passes import Batch
-from nsc_merge.methods.gradient.nsc import RECIPES
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.methods.gradient.nsc_options import RECIPES
 
 SETTINGS = {"steps": 40, "schedule": "cosine", "weight_decay": 0.1}
 SCRIPT = """

@@ -12,8 +12,7 @@ from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import fisher
 from nsc_merge.methods.gradient import adamerging
-from nsc_merge.methods.gradient.learned_coefficients import LIKELIHOODS
-from nsc_merge.methods.masks import real_positions
+from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 

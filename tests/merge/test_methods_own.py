@@ -10,7 +10,7 @@ import zoo
 from torch import nn
 
 import nsc_merge
-from nsc_merge.calibration.forward_passes import held_out, restartable, streams
+from nsc_merge.calibration.batches import held_out, restartable, streams
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import regmean
 from nsc_merge.methods.gradient import feature_matching, task_models

@@ -20,7 +20,7 @@ from nsc_merge.adapters import CONFIG_FILE, AdapterSource
 from nsc_merge.analysis.null_space_ratios import low_rank_part, per_sample_ratios
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.api import merge
-from nsc_merge.results.plots import place
+from nsc_merge.utils.plot_style import place
 from nsc_merge.utils.progress import Progress
 
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Batch = Mapping[str, Tensor]
-Calibration = Mapping[str, Iterable[Batch]]
-
+from nsc_merge.calibration.batches import Batch
 
 # Padding may add this share of the tokens that are there: it costs as much as they do, and saves what a pass costs
 # whatever its size. Measured on a CPU (d = 512, 13 % added): batches of about 50 tokens take 0.80 of the time of passes
@@ -93,79 +90,6 @@ class Pass:
     def elements(self) -> int:
         """How many numbers the inputs hold."""
         return sum(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
-
-
-def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, Iterator[Batch]]:
-    """Per task, its batches in order, again and again.
-
-    Raises:
-        ValueError: if ``calibration`` is not a mapping with exactly these tasks; on drawing, if a task has no
-            batch or one that is not a mapping.
-    """
-    return {task: _endless(task, batches) for task, batches in restartable(calibration, tasks).items()}
-
-
-def restartable(calibration: Calibration | None, tasks: Sequence[str]) -> Calibration:
-    """The same batches, in the order of ``tasks``, from iterables that can be gone through more than once.
-
-    Raises:
-        ValueError: if ``calibration`` is not a mapping with exactly these tasks.
-    """
-    if not isinstance(calibration, Mapping) or set(calibration) != set(tasks):
-        found = sorted(calibration) if isinstance(calibration, Mapping) else type(calibration).__name__
-        raise ValueError(f"calibration: expected batches for each of {list(tasks)}, found {found}")
-    known = {task: calibration[task] for task in tasks}
-    return {task: Replayed(found) if isinstance(found, Iterator) else found for task, found in known.items()}
-
-
-class Replayed:
-    """An iterator as an iterable that starts anew: what it gave is remembered."""
-
-    def __init__(self, source: Iterator[Batch]) -> None:
-        self._source = source
-        self._seen: list[Batch] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        number = 0
-        while number < len(self._seen) or self._draw():
-            yield self._seen[number]
-            number += 1
-
-    def _draw(self) -> bool:
-        for batch in self._source:
-            self._seen.append(batch)
-            return True
-        return False
-
-
-class _Rest:
-    """An iterable without its first items, however often it is started."""
-
-    def __init__(self, source: Iterable[Batch], skipped: int) -> None:
-        self._source, self._skipped = source, skipped
-
-    def __iter__(self) -> Iterator[Batch]:
-        return islice(iter(self._source), self._skipped, None)
-
-
-def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tuple[dict[str, list[Batch]], Calibration]:
-    """The first ``count`` batches of every task, and a calibration without them.
-
-    Args:
-        calibration: of iterables that start anew (:func:`restartable`), each time with the same batches.
-
-    Raises:
-        ValueError: if a task has no more batches than that.
-    """
-    first: dict[str, list[Batch]] = {}
-    for task in tasks:
-        found = list(islice(iter(calibration[task]), count + 1))
-        if len(found) <= count:
-            raise ValueError(
-                f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
-            )
-        first[task] = [_checked(task, batch) for batch in found[:count]]
-    return first, {task: _Rest(calibration[task], count) for task in tasks}
 
 
 def one_by_one(
@@ -269,22 +193,3 @@ def _rows(inputs: Mapping[str, Any]) -> int | None:
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-def _checked(task: str, batch: Batch) -> Batch:
-    if not isinstance(batch, Mapping) or not batch:
-        raise ValueError(
-            f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
-        )
-    return batch
-
-
-def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of an iterable that can be gone through more than once, in order, again and again."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield _checked(task, batch)
-        if empty:
-            raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nsc_merge.calibration.forward_passes import Batch
+from nsc_merge.calibration.batches import Batch
 from nsc_merge.models.families import Family
 
 MODALITIES = ("joint", "text", "image")

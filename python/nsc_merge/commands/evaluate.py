@@ -49,7 +49,7 @@ example:
 """
 
 
-def add_eval(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add the command to a parser's."""
     parser = commands.add_parser(
         "eval",

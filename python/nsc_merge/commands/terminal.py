@@ -6,6 +6,23 @@ import argparse
 import os
 import sys
 
+EXAMPLES = """\
+examples:
+  nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
+  nsc-merge run recipe.yaml options.steps=200     merge; with method nsc, Ctrl-C and --resume at any time
+  nsc-merge inspect adapters/* --model base --inputs depth.safetensors
+  nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
+  nsc-merge analyse quartiles evaluation.yaml     null-space ratio of every sample against its quality
+  nsc-merge export merged --format lora --rank 16 --out merged-16
+  nsc-merge demo                                  merge six adapters of a small ViT and measure the result
+  nsc-merge demo --tasks depth,normal,edge,semseg --out dense
+  nsc-merge demo --steps 20 --json > summary.json
+  nsc-merge demo --retrain --assets my-assets     train base and adapters anew (15-20 minutes)
+  nsc-merge demo --assets my-assets               and merge those
+
+exit status: 0 success, 1 failure (one line says why), 2 wrong usage or recipe, 130 interrupted, 141 output closed
+"""
+
 
 def prepare(*, local: bool) -> None:
     """Quiet libraries; and none may look for anything on the network unless a hub id was given."""

@@ -15,46 +15,27 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
-from nsc_merge.calibration.forward_passes import Batch, Padding, Pass, concatenated, one_by_one
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, one_by_one
+from nsc_merge.descent.coefficients import Coefficients
 from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded, can_fold
+from nsc_merge.models.forward_contexts import blocks_without, without_key_value_cache, wrapped_forward
+from nsc_merge.utils.memory import free_memory
 
 
 class _Measured(Exception):
     """No error but a signal, raised inside the forward once everything needed has been measured."""
-
-
-class Coefficients:
-    """All coefficients of an attached model as one parameter, so that a step updates a single tensor.
-
-    Attributes:
-        flat: ``[modules, K]``, in the order of ``merged``; the modules' own ``lam`` are views of it.
-    """
-
-    def __init__(self, merged: Mapping[str, MeasuredLoRALinear]) -> None:
-        self._modules = list(merged.values())
-        device = self._modules[0].lam.device
-        self.flat = nn.Parameter(torch.stack([module.lam.detach().to(device) for module in self._modules]))
-        for module in self._modules:
-            del module.lam
-
-    def spread(self) -> None:
-        """Give every module its row, as part of a new graph."""
-        for module, row in zip(self._modules, self.flat.unbind(0), strict=True):
-            module.lam = row.to(module.bank.device)
 
 
 class Objective:
@@ -103,7 +84,7 @@ class Objective:
         self._scored = {path: merged[path] for path in shares}
         self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
         self._tower_path = tower
-        self._blocks = _blocks_without(model, block, self._scored) if checkpointing or compiler else []
+        self._blocks = blocks_without(model, block, self._scored) if checkpointing or compiler else []
         self._checkpointing, self._compiler = checkpointing, compiler
         self._foldable = {
             row: module
@@ -145,10 +126,10 @@ class Objective:
                 stack.callback(delattr, module, "folded")
             self._fold()
             for block in self._blocks:
-                stack.enter_context(_wrapped(block, self._checkpointing, self._compiler))
+                stack.enter_context(wrapped_forward(block, self._checkpointing, self._compiler))
             if self._tower is not None:
                 stack.enter_context(self._tower)
-            stack.enter_context(_without_key_value_cache(self._model))
+            stack.enter_context(without_key_value_cache(self._model))
             self._undo = stack.pop_all()
         return self
 
@@ -294,28 +275,7 @@ class Objective:
             self._forward(max(passes, key=lambda single: single.elements))
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
-        return one * most <= _free_memory(self._device) / 2
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        # What a container may use is not told reliably, so no more than a few GiB are taken for granted.
-        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4 * 2**30)
-    return 0.0
-
-
-def _blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The blocks that hold no measured linear: recomputing one has no effect besides its output."""
-    found = []
-    for path, module in model.named_modules():
-        match = re.search(pattern, f"{path}.")
-        whole = match is not None and match.end() == len(path) + 1
-        if whole and not any(name.startswith(f"{path}.") for name in scored):
-            found.append(module)
-    return found
+        return one * most <= free_memory(self._device) / 2
 
 
 def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -326,33 +286,3 @@ def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.M
         for path, module in model.named_modules()
         if path.rpartition(".")[0] in parents and isinstance(module, (nn.Linear, MeasuredLoRALinear))
     }
-
-
-@contextmanager
-def _wrapped(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
-    forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
-    if checkpointing:
-        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-
-
-@contextmanager
-def _without_key_value_cache(model: nn.Module) -> Iterator[None]:
-    """Prefills are all there is, so decoders need not keep keys and values, which holds them in memory."""
-    configs = {id(config): config for module in model.modules() if (config := _caching(module)) is not None}
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-
-
-def _caching(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if getattr(config, "use_cache", False) is True else None

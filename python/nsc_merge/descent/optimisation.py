@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nsc_merge.calibration.forward_passes import Batch
+from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.checkpoint import State, random_states, restore_random_states
 from nsc_merge.utils.progress import Progress
 
@@ -48,7 +48,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of an :class:`Optimisation`; the fields are those of :class:`nsc_merge.methods.gradient.nsc.NSCOptions`."""
+    """Of an :class:`Optimisation`; see :class:`nsc_merge.descent.options.DescentOptions`.
+
+    Attributes:
+        state_to: file that the state is saved to; None keeps none.
+        state_every: steps between two saved states.
+    """
 
     optimizer: str
     lr: float
@@ -253,17 +258,3 @@ class Optimisation:
         if state.step:
             self._objective.batch_tasks = state.batch_tasks
         restore_random_states(state.tensors, device)
-
-
-def by_path(lam: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Coefficients ``lam [modules, K]`` as a result holds them."""
-    return {path: dict(zip(tasks, row, strict=True)) for path, row in zip(paths, lam.tolist(), strict=True)}
-
-
-def tasks_where(mask: Tensor, paths: Sequence[str], tasks: Sequence[str]) -> dict[str, list[str]]:
-    """Path -> tasks where ``mask [modules, K]`` is set, of the modules where it is for some."""
-    return {
-        path: [task for task, is_set in row.items() if is_set]
-        for path, row in by_path(mask, paths, tasks).items()
-        if any(row.values())
-    }

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsc_merge.calibration.forward_passes import Batch, Pass
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass
 
 LIMIT = 2 * 2**30
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.evaluation.eval_recipe import TASK_PATHS, EvalRecipe, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint_classes import SCORES
 from nsc_merge.evaluation.metrics import METRICS, Metric
@@ -28,7 +28,6 @@ from nsc_merge.recipes.yaml_keys import (
     text_path,
 )
 
-SEED = "{seed}"
 REFERENCES = ("zero_shot", "finetuned")
 TUNED_BY = ("metric", "loss")
 _KEYS = (
@@ -58,134 +57,6 @@ _TASK_KEYS = (
 )
 _ROW_KEYS = ("method", "folder", "name", "options", "tune")
 _TUNE_KEYS = ("by", "coarse", "fine_step", "fine_steps")
-_TASK_PATHS = ("adapter", "test", "validation", "calibration")
-
-
-@dataclass(frozen=True)
-class TaskRecipe:
-    """One task; paths are absolute.
-
-    Attributes:
-        name: of the task.
-        adapter: PEFT folder.
-        test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches.
-        validation: labelled inputs for tuning, whose inputs also serve methods that need data.
-        calibration: unlabelled inputs for methods that need data; those of ``validation`` when None.
-        labels: name of the labels among the tensors.
-        metric: what is reported.
-        head: ``"adapter"`` (what the PEFT folder brought), ``"model"`` (the model's own), a safetensors file, or None:
-            the adapter's if it has one, else the model's.
-        pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`.
-        generate: greedily generate as many tokens as the labels have.
-        classes: names of the classes, by which tasks share them in the joint evaluation.
-    """
-
-    name: str
-    adapter: Path
-    test: Path
-    metric: Metric
-    validation: Path | None = None
-    calibration: Path | None = None
-    labels: str = "labels"
-    head: str | None = None
-    pool: str | None = None
-    generate: bool = False
-    classes: tuple[str, ...] = ()
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """Key -> path, of all that the task reads."""
-        named = {key: getattr(self, key) for key in _TASK_PATHS}
-        if self.head not in (None, "adapter", "model"):
-            named["head"] = Path(str(self.head))
-        return {key: path for key, path in named.items() if path is not None}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a scale is chosen on validation data; see :func:`nsc_merge.methods.scale_tuning.tune_scale`."""
-
-    by: str
-    coarse: tuple[float, ...] = COARSE
-    fine_step: float | None = FINE_STEP
-    fine_steps: int = FINE_STEPS
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: a method with its options, or a folder with a finished merge, adapter or model."""
-
-    name: str
-    method: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    tune: Tuning | None = None
-    folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class EvalRecipe:
-    """A checked evaluation recipe; paths are absolute, and may hold ``{seed}``.
-
-    Attributes:
-        model: folder of the base model, or a hub id.
-        local: whether ``model`` is a folder, so that nothing may touch the network.
-        tasks: in the order of the tables.
-        rows: of the tables, with ``zero_shot`` and ``finetuned`` among them.
-        out: output folder.
-        seeds: every row is repeated for each; without any, one run of seed 0 that takes all data in order.
-        joint: how the scores of several tasks' heads are put together for Hits@k; None leaves that table out.
-        batch_size: rows of a data file per batch.
-        shared_modules, dora: as in :func:`nsc_merge.merge`.
-        dtype, device: of the base model, as in :class:`nsc_merge.recipes.merge_recipe.Recipe`.
-        plots: whether to draw.
-    """
-
-    model: str
-    local: bool
-    tasks: dict[str, TaskRecipe]
-    rows: tuple[Row, ...]
-    out: Path
-    seeds: tuple[int, ...] = ()
-    joint: str | None = None
-    batch_size: int = 32
-    shared_modules: str = "lambda"
-    dora: str = "refuse"
-    dtype: str = "auto"
-    device: str = "auto"
-    plots: bool = True
-
-    def at(self, seed: int) -> EvalRecipe:
-        """The recipe with ``{seed}`` replaced in every path.
-
-        Raises:
-            RecipeError: if a path is missing.
-        """
-
-        def put(path: Path) -> Path:
-            return Path(str(path).replace(SEED, str(seed)))
-
-        tasks = {}
-        for name, task in self.tasks.items():
-            changed: dict[str, Any] = {}
-            for key, path in task.paths.items():
-                found = put(path)
-                if not (found.is_dir() if key == "adapter" else found.exists()):
-                    wanted = "a PEFT folder" if key == "adapter" else "a safetensors file"
-                    if key in ("test", "validation", "calibration"):
-                        wanted += " or a folder of them"
-                    raise RecipeError(f"tasks.{name}.{key}: expected {wanted}, {found} is missing")
-                changed[key] = str(found) if key == "head" else found
-            tasks[name] = replace(task, **changed)
-        model = self.model.replace(SEED, str(seed))
-        if self.local and not Path(model).is_dir():
-            raise RecipeError(f"model: expected a folder or a hub id, {model} is no folder")
-        rows = []
-        for row in self.rows:
-            folder = None if row.folder is None else put(row.folder)
-            if folder is not None and not folder.is_dir():
-                raise RecipeError(f"methods.{row.name}.folder: expected a folder, {folder} is none")
-            rows.append(replace(row, folder=folder))
-        return replace(self, model=model, tasks=tasks, rows=tuple(rows))
 
 
 def load_eval_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
@@ -201,7 +72,7 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
         document["model"] = absolute_model(document["model"], base)
     if isinstance(document.get("tasks"), dict):
         document["tasks"] = {
-            task: _absolute_in(settings, (*_TASK_PATHS, "head"), base)
+            task: _absolute_in(settings, (*TASK_PATHS, "head"), base)
             for task, settings in document["tasks"].items()
         }
     if isinstance(document.get("methods"), list):
@@ -261,7 +132,7 @@ def _task(name: str, value: Any) -> TaskRecipe:
     refuse_unknown(prefix, value, _TASK_KEYS)
     paths = {
         one: Path(text_path(f"{prefix}{one}", value[one]))
-        for one in _TASK_PATHS
+        for one in TASK_PATHS
         if value.get(one) is not None
     }
     for one in ("adapter", "test"):

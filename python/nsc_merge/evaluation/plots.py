@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.results.plots import pyplot_in_style
 from nsc_merge.utils.atomic_file import replacing
+from nsc_merge.utils.plot_style import pyplot_in_style
 
 HEAT_MAP = "normalised.png"
 

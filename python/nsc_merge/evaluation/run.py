@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from nsc_merge.api import merge
-from nsc_merge.evaluation.eval_recipe_reader import SEED, EvalRecipe, Row
-from nsc_merge.evaluation.metrics import cross_entropy
+from nsc_merge.evaluation.candidates import candidate_of, coefficient_range
+from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, Row
 from nsc_merge.evaluation.normalise import Scores, average
-from nsc_merge.evaluation.scoring import Candidate, joint_hits, open_saved, predict, score
+from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
-from nsc_merge.methods import METHODS, Method
+from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
 from nsc_merge.results.layout import file_name
 from nsc_merge.results.result import MergeResult
@@ -129,23 +125,6 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
     return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
 
 
-def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) -> Candidate:
-    """What a row measures, before any tuning."""
-    if row.folder is not None:
-        return open_saved(row.folder, suite)
-    assert row.method is not None
-    method = METHODS[row.method]
-    options: dict[str, Any] = dict(row.options)
-    if "seed" in method.option_names:
-        options.setdefault("seed", seed)
-    if row.tune is not None:
-        options["scale"] = 1.0
-    if "outputs" in method.needs:
-        options = {**_output_options(suite, recipe, method), **options}
-    calibration = suite.calibration() if "data" in method.needs else None
-    return merge(suite.model, suite.adapters, calibration, row.method, **options)
-
-
 class _Bench:
     """The suite at one seed, with the fine-tuned models' scores once they are asked for."""
 
@@ -236,41 +215,6 @@ class _Bench:
         folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{file_name(row.name)}-seed{self._seed}"
         folder.mkdir(parents=True, exist_ok=True)
         draw(candidate.coefficients, candidate.dead, candidate.history, folder)
-
-
-def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
-    """Mean, least and greatest coefficient where a task's adapter touches a module; None without coefficients."""
-    if not isinstance(candidate, MergeResult) or not candidate.coefficients:
-        return None
-    values = [
-        value
-        for path, row in candidate.coefficients.items()
-        for task, value in row.items()
-        if path in candidate.adapters[task].factors
-    ]
-    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
-
-
-def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> dict[str, Any]:
-    """The tasks' heads, for methods that look at outputs. Those that know no likelihood but that of classes get the
-    heads of such tasks only; tasks that generate are left to the model's own logits.
-    """
-    given: dict[str, Any] = {}
-    classes = {name: task.metric.loss is cross_entropy for name, task in recipe.tasks.items()}
-    both = "likelihood" in method.option_names
-    served = [name for name, task in recipe.tasks.items() if not task.generate and (both or classes[name])]
-    if any(not task.generate for task in recipe.tasks.values()):
-        given["outputs"] = {name: partial(_output, suite, name) for name in served}
-    if both:
-        given["likelihood"] = {name: "categorical" if one else "gaussian" for name, one in classes.items()}
-        given["likelihood"].update(
-            {name: "categorical" for name, task in recipe.tasks.items() if task.generate}
-        )
-    return given
-
-
-def _output(suite: RecipeSuite, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return suite.output(task, model, batch)
 
 
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:

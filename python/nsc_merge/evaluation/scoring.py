@@ -6,21 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import CONFIG_FILE, load_adapter
 from nsc_merge.evaluation import joint_classes
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.evaluation.normalise import Scores
-from nsc_merge.evaluation.suite import RecipeSuite, Suite
+from nsc_merge.evaluation.suite import Suite
 from nsc_merge.methods import METHODS
-from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import shared_forward
-from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
 from nsc_merge.results.merged_update import applied
 from nsc_merge.results.result import MergeResult
 
@@ -114,45 +110,6 @@ def joint_hits(
         every_label.append(truth)
     found["all"] = joint_classes.hits(torch.cat(every_score), torch.cat(every_label))
     return found
-
-
-def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
-    """A finished merge, an adapter or a model from disk, to be measured on ``suite``.
-
-    Of a folder written by ``nsc-merge run`` it is the adapter, else the model, else the coefficients, with base and
-    adapters read again; or the adapter or model of every task.
-
-    Raises:
-        FileNotFoundError: if it holds none of these.
-    """
-    from nsc_merge.models.loading import load_model
-    from nsc_merge.recipes.saved_result import load_result
-
-    if (folder / CONFIG_FILE).is_file():
-        adapter = fit({"merged": load_adapter(folder, "merged")}, suite.model)
-        return _whole(suite.model, adapter)
-    if (folder / "config.json").is_file():
-        model = next(suite.model.parameters())
-        dtype = str(model.dtype).removeprefix("torch.")
-        return load_model(str(folder), local=True, dtype=dtype, device=str(model.device))
-    for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
-        if (folder / name / file).is_file():
-            return open_saved(folder / name, suite)
-    if (folder / COEFFICIENTS_FILE).is_file():
-        return load_result(folder)
-    if (folder / TASKS_FOLDER).is_dir():
-        own = {task: open_saved(folder / TASKS_FOLDER / file_name(task), suite) for task in suite.tasks}
-        return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
-    raise FileNotFoundError(
-        f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "
-        "nsc-merge run, found none"
-    )
-
-
-def _whole(model: nn.Module, adapters: dict) -> MergeResult:
-    from nsc_merge.api import merge
-
-    return merge(model, adapters, method="task_arithmetic", scale=1.0)
 
 
 def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[list[str], list[_Model]]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.evaluation.eval_recipe_reader import EvalRecipe, TaskRecipe
+from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
@@ -78,7 +78,7 @@ class RecipeSuite:
     """The suite of an evaluation recipe, at one seed.
 
     Args:
-        recipe: with its seed put in; see :meth:`nsc_merge.evaluation.eval_recipe_reader.EvalRecipe.at`.
+        recipe: with its seed put in; see :meth:`nsc_merge.evaluation.eval_recipe.EvalRecipe.at`.
         shuffle: seed by which calibration data are put in random order; None keeps that of the files.
 
     Raises:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from nsc_merge.methods.gradient_free import Method, Problem
+from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.registry import METHODS, describe_methods, method_of
 
 __all__ = ["METHODS", "Method", "Problem", "describe_methods", "method_of"]

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from nsc_merge.methods import null_space
 from nsc_merge.methods.closed_form import fisher, regmean
-from nsc_merge.methods.gradient import adamerging, distillation, feature_matching
-from nsc_merge.methods.gradient_free import Method
+from nsc_merge.methods.gradient import adamerging, distillation, feature_matching, nsc
 from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
+from nsc_merge.methods.method import Method
 from nsc_merge.methods.task_vectors import dare, emr, fr_merging, task_arithmetic, ties
 from nsc_merge.models.families import FAMILIES
 from nsc_merge.utils.option_checks import did_you_mean
 
 _FAMILIES = (
-    null_space,
+    nsc,
     task_arithmetic,
     ties,
     dare,

@@ -23,7 +23,7 @@ class Family:
             that carry adapters may match: in LLaVA those of the language model, not of the vision tower.
         score_modules: names of linears in order of preference; by default the input of the first one that an
             adapter touches is measured.
-        recipe: default settings of the optimisation, a key of :data:`nsc_merge.methods.gradient.nsc.RECIPES`.
+        recipe: default settings of the optimisation, a key of :data:`nsc_merge.methods.gradient.nsc_options.RECIPES`.
         prefill: attribute of the model that runs the blocks without a head; a model without it has no head.
             transformers' ``base_model``, but for classes where some releases take that for the whole model.
         frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the

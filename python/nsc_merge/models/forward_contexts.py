@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -45,3 +49,44 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
             del model.forward
         else:
             model.forward = own
+
+
+def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The blocks that hold no measured linear: recomputing one has no effect besides its output."""
+    found = []
+    for path, module in model.named_modules():
+        match = re.search(pattern, f"{path}.")
+        whole = match is not None and match.end() == len(path) + 1
+        if whole and not any(name.startswith(f"{path}.") for name in scored):
+            found.append(module)
+    return found
+
+
+@contextmanager
+def wrapped_forward(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
+    forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
+    if checkpointing:
+        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+@contextmanager
+def without_key_value_cache(model: nn.Module) -> Iterator[None]:
+    """Prefills are all there is, so decoders need not keep keys and values, which holds them in memory."""
+    configs = {id(config): config for module in model.modules() if (config := _caching(module)) is not None}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _caching(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if getattr(config, "use_cache", False) is True else None

@@ -16,7 +16,6 @@ from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import method_of
-from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.models.loading import load_model
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
@@ -27,9 +26,6 @@ from nsc_merge.results.serving_notes import serving_notes
 from nsc_merge.utils.provenance import hashes
 
 Log = Callable[[str], None]
-
-# The first step warms caches up and finds out which coefficients are dead.
-_DRY_STEPS = 3
 
 
 def state_file(recipe: Recipe) -> Path:
@@ -65,12 +61,12 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
                 f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
                 "remove the file"
             )
-    model, adapters, calibration = _load(recipe, log)
-    for line in _remarks(model, adapters):
+    model, adapters, calibration = load(recipe, log)
+    for line in remarks_on(model, adapters):
         log(line)
     if resumable:
         options["state_of"] = _sources(recipe, model)
-    result = _merge(recipe, model, adapters, calibration, options)
+    result = merge_loaded(recipe, model, adapters, calibration, options)
     if result.history:
         first, last = result.history[0], result.history[-1]
         quantity = "null-space ratio" if "omega" in first else "loss"
@@ -112,89 +108,7 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
     return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
-def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
-    """Load everything, check coverage, time a few real steps, and write nothing.
-
-    The estimate is of the merge alone: loading and saving come on top.
-
-    Raises:
-        RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
-    """
-    check(recipe, resume=resume)
-    model, adapters, calibration = _load(recipe, log)
-    linears = merged_linears(model, adapters)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    packed = sum(
-        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * linears[path].weight.element_size()
-        for adapter in adapters.values()
-        for path, factor in adapter.factors.items()
-    )
-    document: dict[str, Any] = {
-        "model": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
-        "method": recipe.method,
-        "adapted_modules": len(linears),
-        "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
-        "batches": {task: len(batches) for task, batches in calibration.items()},
-        "absent": absent(adapters),
-        "remarks": [*_remarks(model, adapters), *_unfinished(recipe)],
-        "weights_bytes": weights,
-        "adapters_bytes": packed,
-        "out": str(recipe.out),
-        "formats": list(recipe.formats),
-    }
-    method = method_of(recipe.method)
-    if "steps" not in method.option_names:
-        return document
-    with options_at_fault(recipe):
-        steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
-    recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
-    reset_peak(model)
-    result = _merge(recipe, model, adapters, calibration, {"progress": False})
-    seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
-    return {
-        **document,
-        "remarks": [*document["remarks"], *result.notes],
-        "steps": steps,
-        "options": {key: value for key, value in result.options.items() if key != "scored"},
-        "measured_modules": list(result.options.get("scored", ())),
-        "dead": result.dead,
-        "seconds_per_step": seconds,
-        "seconds": seconds * steps,
-        "peak_bytes": peak_bytes(model),
-    }
-
-
-def render_plan(plan: dict[str, Any]) -> str:
-    """The plan for a terminal."""
-    lines = [
-        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
-        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
-    ]
-    for task, adapter in plan["tasks"].items():
-        batches = f", {plan['batches'][task]} batches" if task in plan["batches"] else ""
-        heads = f", {adapter['heads']} tensors of heads" if adapter["heads"] else ""
-        shared = f", {adapter['shared']} shared modules" if adapter["shared"] else ""
-        ranks = ", ".join(map(str, adapter["ranks"]))
-        lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
-    lines += [f"note      {remark}" for remark in plan["remarks"]]
-    if "steps" in plan:
-        measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
-        why = ""
-        if measured:
-            lines.append(f"measured  {len(measured)} modules: {measured[0]} to {measured[-1]}")
-            why = "come after them and "
-        lines += [
-            f"dead      {dead} coefficients {why}receive no gradient",
-            f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
-            f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
-        ]
-    lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
-    return "\n".join(lines)
-
-
-def _load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
 
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
@@ -221,14 +135,7 @@ def _sources(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _unfinished(recipe: Recipe) -> list[str]:
-    state = state_file(recipe)
-    if not method_of(recipe.method).resumable or not state.is_file():
-        return []
-    return [f"{state} is the state of an unfinished run: --resume goes on from it; to start anew, remove the file"]
-
-
-def _merge(
+def merge_loaded(
     recipe: Recipe,
     model: nn.Module,
     adapters: dict[str, Adapter],
@@ -256,9 +163,8 @@ def _merge(
     return replace(result, inputs=inputs)
 
 
-def _remarks(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
+def remarks_on(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
     """What a person should know before merging, one line each."""
-
 
     remarks = [f"{task}: {note}" for task, adapter in adapters.items() for note in adapter.notes]
     missing = absent(adapters)
@@ -274,44 +180,3 @@ def _remarks(model: nn.Module, adapters: dict[str, Adapter]) -> list[str]:
     if len(bases) > 1:
         remarks.append(f"the adapters name different base models: {', '.join(sorted(map(str, bases)))}")
     return remarks
-
-
-def _described(adapter: Adapter) -> dict[str, Any]:
-    factors = adapter.factors.values()
-    return {
-        "source": str(adapter.source),
-        "modules": sum(1 for factor in factors if factor.rank),
-        "ranks": sorted({factor.rank for factor in factors if factor.rank}),
-        "shared": sum(1 for factor in factors if factor.dense is not None),
-        "heads": len(adapter.trained),
-        "notes": list(adapter.notes),
-    }
-
-
-def reset_peak(model: nn.Module) -> None:
-    """Forget earlier peaks of GPU memory."""
-
-    if next(model.parameters()).is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_bytes(model: nn.Module) -> int:
-    """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
-
-    if next(model.parameters()).is_cuda:
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

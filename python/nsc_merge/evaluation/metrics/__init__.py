@@ -8,26 +8,23 @@ not known are left out: :data:`IGNORE` among class indices, NaN among values.
 
 from __future__ import annotations
 
-from nsc_merge.evaluation.metrics.registry import (
-    IGNORE,
-    METRICS,
-    Metric,
-    absolute_error,
+from nsc_merge.evaluation.metrics.classification import (
     accuracy,
     accuracy_per_sample,
-    cider,
-    cider_per_sample,
-    cosine,
-    cosine_loss,
     cross_entropy,
-    edge_f,
-    edge_f_per_sample,
-    exact_match,
-    exact_match_per_sample,
-    l1,
-    mean_angle,
     mean_iou,
     mean_iou_per_sample,
+)
+from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
+from nsc_merge.evaluation.metrics.generation import cider, cider_per_sample, exact_match, exact_match_per_sample
+from nsc_merge.evaluation.metrics.labels import IGNORE
+from nsc_merge.evaluation.metrics.registry import METRICS, Metric
+from nsc_merge.evaluation.metrics.regression import (
+    absolute_error,
+    cosine,
+    cosine_loss,
+    l1,
+    mean_angle,
     rmse,
     squared_error,
 )

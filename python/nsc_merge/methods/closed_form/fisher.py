@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Factor
-from nsc_merge.calibration.forward_passes import Batch, one_by_one
-from nsc_merge.methods.closed_form.regmean import alone, draw
-from nsc_merge.methods.gradient.learned_coefficients import (
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import one_by_one
+from nsc_merge.methods.closed_form.single_task import alone, draw
+from nsc_merge.methods.gradient_free import low_rank_part, with_the_rest
+from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.task_outputs import (
     Outputs,
     check_likelihood,
     check_outputs,
@@ -21,9 +24,8 @@ from nsc_merge.methods.gradient.learned_coefficients import (
     likelihoods_of,
     output_of,
     plain_options,
+    real_positions,
 )
-from nsc_merge.methods.gradient_free import Method, Problem, low_rank_part, with_the_rest
-from nsc_merge.methods.masks import real_positions
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
 from nsc_merge.models.families import find_family
 from nsc_merge.results.result import MergeResult

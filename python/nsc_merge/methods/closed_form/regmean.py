@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Factor
-from nsc_merge.calibration.forward_passes import Batch, one_by_one, streams
-from nsc_merge.methods.gradient_free import Method, Problem, low_rank_part, present, with_the_rest
-from nsc_merge.models.attachment import attach
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import one_by_one
+from nsc_merge.methods.closed_form.single_task import alone, draw
+from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
+from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.families import find_family
-from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_count, check_number
 
@@ -81,25 +82,6 @@ def grams(
     if silent:
         raise RuntimeError(f"calibration: the forward never reached {silent}, whose inputs are needed")
     return {path: sums[path] / counts[path] for path in paths}
-
-
-@contextmanager
-def alone(problem: Problem, task: str) -> Iterator[Any]:
-    """The model with one task's adapter at 1, in evaluation mode; yields the merged linears by path."""
-    adapter = problem.adapters[task]
-    # In its own model a task has all of a shared module's update, not the share that it has in the merge.
-    whole = {path: replace(factor, fixed=None) for path, factor in adapter.factors.items()}
-    with (
-        evaluating(problem.model),
-        attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
-    ):
-        yield merged
-
-
-def draw(problem: Problem, count: int) -> dict[str, list[Batch]]:
-    """Task -> ``count`` batches."""
-    drawn = streams(problem.calibration, problem.tasks)
-    return {task: [next(stream) for _ in range(count)] for task, stream in drawn.items()}
 
 
 def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: RegMeanOptions) -> Factor:

@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.calibration.forward_passes import Batch, Pass
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
-from nsc_merge.methods.gradient.learned_coefficients import (
-    Backward,
-    BoundedCoefficients,
-    Outputs,
-    check_outputs,
-    descend,
-    last_token,
-    output_of,
-)
-from nsc_merge.methods.gradient_free import Method, Problem
-from nsc_merge.methods.masks import real_positions
-from nsc_merge.methods.task_vectors.ties import fill
+from nsc_merge.methods.gradient.learned_coefficients import descend
+from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.shared_options import fill
+from nsc_merge.methods.task_outputs import Outputs, check_outputs, last_token, output_of, real_positions
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.results.result import MergeResult

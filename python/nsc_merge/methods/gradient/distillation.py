@@ -17,24 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsc_merge.calibration.forward_passes import Batch, Pass
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
-from nsc_merge.methods.gradient.feature_matching import POSITIONS
-from nsc_merge.methods.gradient.learned_coefficients import (
-    Backward,
-    BoundedCoefficients,
+from nsc_merge.methods.gradient.learned_coefficients import descend, presence
+from nsc_merge.methods.gradient.task_models import Kept, OwnModels
+from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.task_outputs import (
+    POSITIONS,
     Outputs,
     check_likelihood,
     check_outputs,
-    descend,
     last_token,
     likelihoods_of,
     output_of,
-    presence,
+    real_positions,
 )
-from nsc_merge.methods.gradient.task_models import Kept, OwnModels
-from nsc_merge.methods.gradient_free import Method, Problem
-from nsc_merge.methods.masks import real_positions
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.results.result import MergeResult

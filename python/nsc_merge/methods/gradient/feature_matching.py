@@ -8,35 +8,27 @@ as an alternative whose gradient is about the tasks; docs/results.md has the fig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nsc_kernels import null_space_ratio
-from nsc_merge.calibration.forward_passes import Batch, Pass, held_out, one_by_one, restartable, streams
+from nsc_merge.calibration.batches import Batch, held_out, restartable, streams
+from nsc_merge.calibration.forward_passes import Pass, one_by_one
+from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
-from nsc_merge.methods.gradient.learned_coefficients import (
-    Backward,
-    BoundedCoefficients,
-    attached,
-    descend,
-    last_token,
-    presence,
-)
+from nsc_merge.methods.gradient.feature_watcher import Seen, Watcher
+from nsc_merge.methods.gradient.learned_coefficients import attached, descend, presence
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
-from nsc_merge.methods.gradient_free import Method, Problem
-from nsc_merge.models import attachment
-from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.task_outputs import POSITIONS
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
 NORMALISATIONS = ("none", "scale", "task")
 RATIO_TARGETS = ("zero", "own")
-POSITIONS = ("all", "last")
 SCALES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 
@@ -106,109 +98,6 @@ class MatchOptions(SharedDescentOptions):
             check_choice("init", self.init, ("match",))
         else:
             super().check_init()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one forward shows.
-
-    Attributes:
-        features: one tensor ``[..., d]`` per matched place, of the positions that are matched.
-        ratios: the mean null-space ratio of every adapter over the modules that it touches, ``[K]``; None where none
-            was asked for.
-    """
-
-    features: list[Tensor]
-    ratios: Tensor | None
-
-
-class Watcher:
-    """Runs an attached model without its head and collects features and ratios.
-
-    Made before adapters are attached.
-
-    Args:
-        problem: the adapters and the model that they will be attached to.
-        features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are seen.
-        positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen.
-        ratios: whether null-space ratios are measured, too.
-    """
-
-    def __init__(
-        self, problem: Problem, features: str | Sequence[str], positions: str | None, *, ratios: bool = False
-    ) -> None:
-        # Which module ends before the head is known of families alone; modules can be named in any model.
-        needed = isinstance(features, str) or ratios
-        family = family_of(problem.model) if needed else find_family(problem.model)
-        self._model, self._mask = problem.model, family.mask if family else None
-        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
-        self._last = (positions or ("last" if of_tokens else "all")) == "last"
-        self._trunk: nn.Module = problem.model
-        if family is not None:
-            self._trunk = getattr(problem.model, family.prefill, problem.model)
-        self._places: list[str] | None = None if isinstance(features, str) else list(features)
-        modules = dict(problem.model.named_modules())
-        unknown = [path for path in self._places or () if path not in modules]
-        if unknown:
-            raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
-        paths = list(adapted_linears(problem.model, problem.adapters))
-        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
-        touched = attachment.presence(self._scored, problem.adapters)
-        self._touched = dict(zip(self._scored, touched, strict=True))
-
-    def mask(self, batch: Batch) -> Tensor | None:
-        """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
-        mask = batch.get(self._mask) if self._mask else None
-        return None if mask is None else mask.bool()
-
-    def see(self, batch: Batch) -> Seen:
-        """One forward at the coefficients that the modules have now."""
-        kept: dict[str, Tensor] = {}
-        ratios: dict[str, Tensor] = {}
-        mask = self.mask(batch)
-
-        def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
-            ratio = null_space_ratio(quad, sqnorm)
-            inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
-            inside = inside.to(ratio)[..., None]
-            ratios[path] = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
-
-        with ExitStack() as stack:
-            for path in self._scored:
-                module: Any = self._model.get_submodule(path)
-                module.measure = record
-                stack.callback(setattr, module, "measure", None)
-            for path in self._places or ():
-                place = self._model.get_submodule(path)
-                hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
-                stack.callback(hook.remove)
-            output = self._trunk(**batch)
-        if self._places is None:
-            features = [_tensor(output)]
-        else:
-            silent = [path for path in self._places if path not in kept]
-            if silent:
-                raise RuntimeError(f"features: the forward never reached {silent}")
-            features = [kept[path] for path in self._places]
-        features = [self._matched(feature, mask) for feature in features]
-        return Seen(features, self._mean(ratios) if ratios else None)
-
-    def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
-        """What is matched of a place's output: what is at the positions of tokens, or all of what has others."""
-        of_tokens = feature.dim() > 2 and (mask is None or mask.shape == feature.shape[:2])
-        return last_token(feature, mask) if self._last and of_tokens else feature
-
-    def _mean(self, ratios: Mapping[str, Tensor]) -> Tensor:
-        """``[K]``, over the modules that each adapter touches; 0 where there is none."""
-        touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
-        return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
-
-
-def _tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    hidden = getattr(output, "last_hidden_state", None)
-    return hidden if hidden is not None else output[0]
 
 
 def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from nsc_merge.calibration.forward_passes import Batch
-from nsc_merge.methods.gradient.learned_coefficients import BoundedCoefficients
-from nsc_merge.methods.gradient_free import Problem
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import MeasuredLoRALinear, presence
 
 # Bytes that are kept; beyond, what was kept for other batches is dropped and computed anew.

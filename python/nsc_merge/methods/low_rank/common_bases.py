@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import Updates
+from nsc_merge.methods.method import Updates
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,6 @@ def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     roots = sigma[:rank].sqrt()
     return left[:, :rank] * roots, roots[:, None] * right[:rank]
-
-
-def check_equal_ranks(what: str, path: str, factors: Mapping[str, Factor]) -> None:
-    """Refuse adapters whose factors cannot be added.
-
-    Args:
-        what: adds them, for the message.
-        path: of the module.
-        factors: task -> update.
-
-    Raises:
-        ValueError: naming the module and the ranks.
-    """
-    ranks = {task: factor.rank for task, factor in factors.items()}
-    if len(set(ranks.values())) > 1:
-        raise ValueError(f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}")
 
 
 def rounded(factor: Factor) -> Factor:

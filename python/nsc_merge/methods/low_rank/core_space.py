@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import Averages, gradient_free, present
+from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular
+from nsc_merge.methods.method import Averages
 from nsc_merge.methods.task_vectors.dare import RESCALES, sparsify
 from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
 from nsc_merge.methods.task_vectors.ties import averages

@@ -13,9 +13,10 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, in_float32
+from nsc_merge.methods.shared_options import weights_of
 from nsc_merge.methods.task_vectors.dare import DareTiesOptions, steps_after, thinned
 from nsc_merge.methods.task_vectors.elementwise import Source, tasks_by_path, ties_merge
-from nsc_merge.methods.task_vectors.ties import TiesOptions, averages, steps_of, weights_of
+from nsc_merge.methods.task_vectors.ties import TiesOptions, averages, steps_of
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 ALONG = ("columns", "rows")

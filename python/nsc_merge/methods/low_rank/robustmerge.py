@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import check_equal_ranks, in_float32
+from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
+from nsc_merge.methods.low_rank.common_bases import in_float32
 from nsc_merge.methods.task_vectors.elementwise import threshold, trim
 from nsc_merge.utils.option_checks import check_number
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import check_equal_ranks, cores, in_float32, truncated
-from nsc_merge.methods.task_vectors.ties import check_weights, weights_of
+from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, truncated
+from nsc_merge.methods.shared_options import check_weights, weights_of
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 PRESETS = ("peft", "nsc")

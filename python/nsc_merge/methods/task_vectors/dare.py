@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free
+from nsc_merge.methods.shared_options import check_weights, fill, weights_of
 from nsc_merge.methods.task_vectors.elementwise import (
     TRIM_SCOPES,
     Source,
@@ -25,7 +26,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     ties_merge,
     trim,
 )
-from nsc_merge.methods.task_vectors.ties import averages, check_ties, check_weights, fill, steps_of, weights_of
+from nsc_merge.methods.task_vectors.ties import averages, check_ties, steps_of
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 RESCALES = ("inverse", "l1", "none")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import Method, Problem, empty, gradient_free, low_rank_part, present
+from nsc_merge.methods.gradient_free import empty, gradient_free, low_rank_part, present
+from nsc_merge.methods.method import Method, NoOptions, Problem
 from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update
-from nsc_merge.methods.task_vectors.task_arithmetic import NoOptions
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_number
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free
+from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update, tasks_by_path
-from nsc_merge.methods.task_vectors.ties import fill
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {

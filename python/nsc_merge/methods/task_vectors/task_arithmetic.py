@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nsc_merge.methods.gradient_free import Method, Problem, empty
+from nsc_merge.methods.gradient_free import empty
+from nsc_merge.methods.method import Method, NoOptions, Problem
 from nsc_merge.models.attachment import adapted_linears, merged_linears
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_number
@@ -26,11 +27,6 @@ class TaskArithmeticOptions:
     def __post_init__(self) -> None:
         for value in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
             check_number("scale", value)
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """There are none."""
 
 
 def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import Averages, gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import check_equal_ranks
+from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
+from nsc_merge.methods.method import Averages
+from nsc_merge.methods.shared_options import check_weights, fill, weights_of
 from nsc_merge.methods.task_vectors.elementwise import (
     AGGREGATES,
     SIGNS,
@@ -39,14 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill(options: Any, presets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the options of a frozen dataclass that are None the values of its ``preset``."""
-    check_choice("preset", options.preset, list(presets))
-    for name, value in presets[options.preset].items():
-        if getattr(options, name) is None:
-            object.__setattr__(options, name, value)
-
-
 def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
     """Refuse options of the three steps that are none."""
     check_number("density", options.density, 0, 1, above=True)
@@ -67,23 +60,6 @@ def averages(options: Any) -> Averages:
     asks.
     """
     return "weight" if options.aggregate == "weight" else options.aggregate == "mean"
-
-
-def check_weights(weights: Mapping[str, float] | None) -> None:
-    """Refuse weights that are no finite numbers."""
-    for value in (weights or {}).values():
-        check_number("weights", value)
-
-
-def weights_of(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> dict[str, float]:
-    """Task -> weight, 1 each when None.
-
-    Raises:
-        ValueError: if other tasks are weighted than there are.
-    """
-    if weights is not None and set(weights) != set(tasks):
-        raise ValueError(f"weights: expected one value for each of {list(tasks)}, found {sorted(weights)}")
-    return dict(weights) if weights is not None else dict.fromkeys(tasks, 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Calibration batches: drawn for every task, in order, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+Calibration = Mapping[str, Iterable[Batch]]
+
+
+def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, Iterator[Batch]]:
+    """Per task, its batches in order, again and again.
+
+    Raises:
+        ValueError: if ``calibration`` is not a mapping with exactly these tasks; on drawing, if a task has no
+            batch or one that is not a mapping.
+    """
+    return {task: _endless(task, batches) for task, batches in restartable(calibration, tasks).items()}
+
+
+def restartable(calibration: Calibration | None, tasks: Sequence[str]) -> Calibration:
+    """The same batches, in the order of ``tasks``, from iterables that can be gone through more than once.
+
+    Raises:
+        ValueError: if ``calibration`` is not a mapping with exactly these tasks.
+    """
+    if not isinstance(calibration, Mapping) or set(calibration) != set(tasks):
+        found = sorted(calibration) if isinstance(calibration, Mapping) else type(calibration).__name__
+        raise ValueError(f"calibration: expected batches for each of {list(tasks)}, found {found}")
+    known = {task: calibration[task] for task in tasks}
+    return {task: Replayed(found) if isinstance(found, Iterator) else found for task, found in known.items()}
+
+
+class Replayed:
+    """An iterator as an iterable that starts anew: what it gave is remembered."""
+
+    def __init__(self, source: Iterator[Batch]) -> None:
+        self._source = source
+        self._seen: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        while number < len(self._seen) or self._draw():
+            yield self._seen[number]
+            number += 1
+
+    def _draw(self) -> bool:
+        for batch in self._source:
+            self._seen.append(batch)
+            return True
+        return False
+
+
+class _Rest:
+    """An iterable without its first items, however often it is started."""
+
+    def __init__(self, source: Iterable[Batch], skipped: int) -> None:
+        self._source, self._skipped = source, skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(iter(self._source), self._skipped, None)
+
+
+def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tuple[dict[str, list[Batch]], Calibration]:
+    """The first ``count`` batches of every task, and a calibration without them.
+
+    Args:
+        calibration: of iterables that start anew (:func:`restartable`), each time with the same batches.
+
+    Raises:
+        ValueError: if a task has no more batches than that.
+    """
+    first: dict[str, list[Batch]] = {}
+    for task in tasks:
+        found = list(islice(iter(calibration[task]), count + 1))
+        if len(found) <= count:
+            raise ValueError(
+                f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
+            )
+        first[task] = [_checked(task, batch) for batch in found[:count]]
+    return first, {task: _Rest(calibration[task], count) for task in tasks}
+
+
+def _checked(task: str, batch: Batch) -> Batch:
+    if not isinstance(batch, Mapping) or not batch:
+        raise ValueError(
+            f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
+        )
+    return batch
+
+
+def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of an iterable that can be gone through more than once, in order, again and again."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield _checked(task, batch)
+        if empty:
+            raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")

@@ -1,0 +1,62 @@
+"""The ``inspect`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.commands.terminal import positive, prepare
+from nsc_merge.recipes.yaml_keys import UsageError
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's."""
+    inspect = commands.add_parser("inspect", help="ranks, modules and overlap of adapters; fit to given inputs")
+    inspect.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="PEFT folder")
+    inspect.add_argument("--model", metavar="DIR|ID", help="base model: checks that every module is in it")
+    inspect.add_argument(
+        "--inputs", type=Path, metavar="FILE|DIR", help="measure null-space ratios on these (needs --model)"
+    )
+    inspect.add_argument("--batch-size", type=positive, default=32, metavar="N", help="of --inputs (default: 32)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nsc_merge.recipes.yaml_keys import is_hub_id
+
+    if arguments.inputs and not arguments.model:
+        raise UsageError("--inputs: needs --model")
+    local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
+    prepare(local=local)
+    from nsc_merge.adapters import load_adapter
+    from nsc_merge.analysis import adapter_overlap
+    from nsc_merge.calibration.batch_files import check_names, read_batches
+    from nsc_merge.models.attachment import merged_linears
+    from nsc_merge.models.fitting import fit
+    from nsc_merge.models.loading import load_model
+
+    called = [folder.name for folder in arguments.adapters]
+    if len(set(called)) != len(called):
+        called = [str(folder) for folder in arguments.adapters]
+    if len(set(called)) != len(called):
+        raise UsageError(f"ADAPTER: {max(called, key=called.count)} is given twice")
+    adapters = {
+        name: load_adapter(folder, name, dora="convert")
+        for name, folder in zip(called, arguments.adapters, strict=True)
+    }
+    document: dict[str, Any] = {}
+    if arguments.model:
+        model = load_model(arguments.model, local=local)
+        adapters = fit(adapters, model)
+        merged_linears(model, adapters)
+        if arguments.inputs:
+            batches = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
+            check_names(batches, model, "--inputs")
+            document["null_space_ratio"] = adapter_overlap.null_space_ratios(model, adapters, batches)
+    document["adapters"] = {name: adapter_overlap.describe(adapter) for name, adapter in adapters.items()}
+    document["overlaps"] = adapter_overlap.overlaps(adapters)
+    print(json.dumps(document) if arguments.json else adapter_overlap.render(document))
+    return 0

@@ -1,0 +1,81 @@
+"""The mean over tasks of a loss of the merged model, as an objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass, one_by_one
+from nsc_merge.descent.coefficients import BoundedCoefficients
+
+# Steps between two looks at the data held out.
+HELD_OUT_EVERY = 10
+# Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
+# of all tasks, and returns the losses, one per task of the pass and detached.
+Backward = Callable[[Pass], Tensor]
+
+
+@dataclass
+class Losses:
+    """The mean over tasks of a loss of the merged model, as :class:`nsc_merge.descent.optimisation.Optimisation`
+    minimises it.
+
+    Attributes:
+        coefficients: of the attached model.
+        backward: of one pass.
+        present: ``[modules, K]``, where an adapter touches a module.
+        warm_up: steps in which coefficients are shared per task, as in :class:`DescentOptions`.
+        held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
+            steps; the coefficients with the lowest are kept.
+        batch_tasks: tasks that draw the same batch share its forward; others never do.
+    """
+
+    coefficients: BoundedCoefficients
+    backward: Backward
+    present: Tensor
+    warm_up: float
+    held_out: Callable[[], float] | None = None
+    batch_tasks: bool | None = False
+    _steps: int = 0
+    _best: tuple[float, Tensor] | None = None
+
+    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
+        """See :class:`nsc_merge.descent.optimisation.Objective`."""
+        flat = self.coefficients.flat
+        if self._steps % HELD_OUT_EVERY == 0:
+            self.look()
+        total = flat.new_zeros(flat.shape[1])
+        for one in one_by_one(drawn, flat.device):
+            self.coefficients.spread()
+            total[list(one.tasks[0])] = self.backward(one).to(total)
+        if self._steps < self.warm_up:
+            assert flat.grad is not None
+            if self._steps == 0 and math.isfinite(self.warm_up):
+                # Coefficients of their own, later on: those that nothing depends on stay where they are.
+                self.present = self.present & (flat.grad != 0)
+            # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
+            flat.grad.copy_(flat.grad.sum(0, keepdim=True) * self.present)
+        self._steps += 1
+        return total
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Measure on the data held out, and remember the coefficients if they are the best so far."""
+        if self.held_out is None:
+            return
+        self.coefficients.spread()
+        found = self.held_out()
+        if self._best is None or found < self._best[0]:
+            self._best = (found, self.coefficients.flat.detach().clone())
+
+    def keep_best(self) -> None:
+        """Go back to the best coefficients, if any were measured."""
+        self.look()
+        if self._best is not None:
+            with torch.no_grad():
+                self.coefficients.flat.copy_(self._best[1])

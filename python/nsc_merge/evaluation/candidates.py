@@ -1,0 +1,110 @@
+"""What a row of an evaluation measures: a merge that is made, or one from disk."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nsc_merge.adapters import CONFIG_FILE, Adapter, load_adapter
+from nsc_merge.api import merge
+from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row
+from nsc_merge.evaluation.metrics import cross_entropy
+from nsc_merge.evaluation.scoring import Candidate
+from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.methods import METHODS, Method
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.loading import load_model
+from nsc_merge.recipes.saved_result import load_result
+from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
+from nsc_merge.results.result import MergeResult
+
+
+def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
+    """A finished merge, an adapter or a model from disk, to be measured on ``suite``.
+
+    Of a folder written by ``nsc-merge run`` it is the adapter, else the model, else the coefficients, with base and
+    adapters read again; or the adapter or model of every task.
+
+    Raises:
+        FileNotFoundError: if it holds none of these.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        adapter = fit({"merged": load_adapter(folder, "merged")}, suite.model)
+        return _whole(suite.model, adapter)
+    if (folder / "config.json").is_file():
+        model = next(suite.model.parameters())
+        dtype = str(model.dtype).removeprefix("torch.")
+        return load_model(str(folder), local=True, dtype=dtype, device=str(model.device))
+    for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
+        if (folder / name / file).is_file():
+            return open_saved(folder / name, suite)
+    if (folder / COEFFICIENTS_FILE).is_file():
+        return load_result(folder)
+    if (folder / TASKS_FOLDER).is_dir():
+        own = {task: open_saved(folder / TASKS_FOLDER / file_name(task), suite) for task in suite.tasks}
+        return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
+    raise FileNotFoundError(
+        f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "
+        "nsc-merge run, found none"
+    )
+
+
+def _whole(model: nn.Module, adapters: dict[str, Adapter]) -> MergeResult:
+    return merge(model, adapters, method="task_arithmetic", scale=1.0)
+
+
+def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) -> Candidate:
+    """What a row measures, before any tuning."""
+    if row.folder is not None:
+        return open_saved(row.folder, suite)
+    assert row.method is not None
+    method = METHODS[row.method]
+    options: dict[str, Any] = dict(row.options)
+    if "seed" in method.option_names:
+        options.setdefault("seed", seed)
+    if row.tune is not None:
+        options["scale"] = 1.0
+    if "outputs" in method.needs:
+        options = {**_output_options(suite, recipe, method), **options}
+    calibration = suite.calibration() if "data" in method.needs else None
+    return merge(suite.model, suite.adapters, calibration, row.method, **options)
+
+
+def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
+    """Mean, least and greatest coefficient where a task's adapter touches a module; None without coefficients."""
+    if not isinstance(candidate, MergeResult) or not candidate.coefficients:
+        return None
+    values = [
+        value
+        for path, row in candidate.coefficients.items()
+        for task, value in row.items()
+        if path in candidate.adapters[task].factors
+    ]
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> dict[str, Any]:
+    """The tasks' heads, for methods that look at outputs. Those that know no likelihood but that of classes get the
+    heads of such tasks only; tasks that generate are left to the model's own logits.
+    """
+    given: dict[str, Any] = {}
+    classes = {name: task.metric.loss is cross_entropy for name, task in recipe.tasks.items()}
+    both = "likelihood" in method.option_names
+    served = [name for name, task in recipe.tasks.items() if not task.generate and (both or classes[name])]
+    if any(not task.generate for task in recipe.tasks.values()):
+        given["outputs"] = {name: partial(_output, suite, name) for name in served}
+    if both:
+        given["likelihood"] = {name: "categorical" if one else "gaussian" for name, one in classes.items()}
+        given["likelihood"].update(
+            {name: "categorical" for name, task in recipe.tasks.items() if task.generate}
+        )
+    return given
+
+
+def _output(suite: RecipeSuite, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return suite.output(task, model, batch)

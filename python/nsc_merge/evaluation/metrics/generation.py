@@ -1,0 +1,73 @@
+"""Sequences of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsc_merge.evaluation.metrics import cider_score
+from nsc_merge.evaluation.metrics.classification import (
+    hits,
+)
+from nsc_merge.evaluation.metrics.labels import IGNORE, compared
+
+
+def exact_match(outputs: Tensor, labels: Tensor) -> float:
+    """Share of sequences of which every known token is predicted.
+
+    Args:
+        outputs: logits ``[N, T, C]``, or predicted tokens (integers) ``[N, T]`` or longer, of which only the first T
+            are asked for.
+        labels: tokens ``[N, T]``, integers; :data:`IGNORE` where nothing is asked. Sequences of which nothing is asked
+            do not count.
+
+    Raises:
+        TypeError, ValueError: as :func:`accuracy`.
+    """
+    return exact_match_per_sample(outputs, labels).nanmean().item()
+
+
+def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+    """0 or 1 for every sequence, ``[N]``; NaN where nothing is asked."""
+    tokens = outputs[:, : labels.shape[-1]] if outputs.dim() == 2 else outputs
+    if not tokens.is_floating_point() and tokens.shape == labels.shape:
+        right, known = compared(tokens, labels)
+    else:
+        right, known = hits(outputs, labels)
+    matched = (right | ~known).reshape(len(labels), -1).all(1).float()
+    return matched.masked_fill(~known.reshape(len(labels), -1).any(1), torch.nan)
+
+
+def cider(outputs: Tensor, labels: Tensor) -> float:
+    """Mean CIDEr of generated captions, from 0 to 1; see :func:`nsc_merge.evaluation.metrics.cider_score.cider`.
+
+    Args:
+        outputs: generated tokens ``[N, T]``, integers; :data:`IGNORE` after the end.
+        labels: reference captions, tokens ``[N, T']``, or several per sample ``[N, R, T']``, filled up by
+            :data:`IGNORE`.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes, or fewer than two samples.
+    """
+    return cider_per_sample(outputs, labels).mean().item()
+
+
+def cider_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+    """CIDEr of every caption, ``[N]``."""
+    for name, value in (("outputs", outputs), ("labels", labels)):
+        if value.is_floating_point():
+            raise TypeError(f"{name}: expected tokens as integers, found {value.dtype}")
+    if outputs.dim() != 2 or labels.dim() not in (2, 3) or len(outputs) != len(labels):
+        raise ValueError(
+            f"labels: expected captions [N, T'] or [N, R, T'] for outputs [N, T], found {list(labels.shape)} and "
+            f"{list(outputs.shape)}"
+        )
+    several = labels[:, None] if labels.dim() == 2 else labels
+    references = [[_tokens(caption) for caption in sample] for sample in several]
+    known = [[caption for caption in sample if caption] for sample in references]
+    scores = cider_score.cider_per_sample([_tokens(caption) for caption in outputs], known)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _tokens(caption: Tensor) -> list[int]:
+    return caption[caption != IGNORE].tolist()

@@ -1,0 +1,32 @@
+"""One task by itself: its own model, and batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from nsc_merge.calibration.batches import Batch, streams
+from nsc_merge.methods.method import Problem
+from nsc_merge.models.attachment import attach
+from nsc_merge.models.forward_contexts import evaluating
+
+
+@contextmanager
+def alone(problem: Problem, task: str) -> Iterator[Any]:
+    """The model with one task's adapter at 1, in evaluation mode; yields the merged linears by path."""
+    adapter = problem.adapters[task]
+    # In its own model a task has all of a shared module's update, not the share that it has in the merge.
+    whole = {path: replace(factor, fixed=None) for path, factor in adapter.factors.items()}
+    with (
+        evaluating(problem.model),
+        attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
+    ):
+        yield merged
+
+
+def draw(problem: Problem, count: int) -> dict[str, list[Batch]]:
+    """Task -> ``count`` batches."""
+    drawn = streams(problem.calibration, problem.tasks)
+    return {task: [next(stream) for _ in range(count)] for task, stream in drawn.items()}

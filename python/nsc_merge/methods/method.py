@@ -1,0 +1,137 @@
+"""What a merge method is: what it is given, needs, gives, and says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import nn
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.calibration.batches import Calibration
+from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import did_you_mean
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is given.
+
+    Attributes:
+        model: the base model.
+        adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.models.fitting.fit`.
+        calibration: task -> batches of model inputs, for methods that need data.
+    """
+
+    model: nn.Module
+    adapters: dict[str, Adapter]
+    calibration: Calibration | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.adapters)
+
+
+Resolve = Callable[[nn.Module | None, Sequence[str], Mapping[str, Any]], Any]
+Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
+Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
+# What a result holds for each module: a coefficient per adapter; an update as two factors, or as a matrix, which an
+# adapter holds only after truncation; or no update.
+Gives = Literal["coefficients", "low rank", "full rank", "nothing"]
+# Whether a sum over tasks is divided by how many there are, or by the sum of their weights.
+Averages = bool | Literal["weight"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of merging adapters.
+
+    Attributes:
+        name: as in :func:`nsc_merge.merge`.
+        summary: one line.
+        paper: where it comes from.
+        options: a frozen dataclass; its docstring explains each option, and it checks itself.
+        run: does it, given the options by name.
+        needs: of ``"data"`` (unlabelled inputs), ``"gradients"``, ``"outputs"`` (what the tasks' heads make of
+            them) and ``"labels"``.
+        gives: what the result holds for each module.
+        tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.scale_tuning`.
+        updates: of methods made by :func:`gradient_free`, what computes one module's update after another, for whoever
+            does not want to hold them all.
+        about: how the update was found, in a paragraph for the model card; made of name and paper if empty.
+        recipes: name -> defaults that take the place of those of ``options``, for methods with an option ``recipe``.
+        resolve: makes the options of those given by name, where that takes the tasks and the model (None for any).
+        weighted: the option that takes one number for each task, if the method has it.
+        low_rank_with: options by which an update of full rank becomes one of low rank.
+        averages_outputs: the models of all tasks serve together, by the mean of their outputs.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    options: type
+    run: Run
+    needs: frozenset[str] = frozenset()
+    gives: Gives = "low rank"
+    tuned: str | None = None
+    updates: Updates | None = None
+    about: str = ""
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    resolve: Resolve | None = None
+    weighted: str = "weights"
+    low_rank_with: Mapping[str, Any] = field(default_factory=dict)
+    averages_outputs: bool = False
+
+    @property
+    def option_names(self) -> list[str]:
+        return [option.name for option in fields(self.options)]
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the method keeps a state to go on from."""
+        return "state_to" in self.option_names
+
+    @property
+    def paragraph(self) -> str:
+        """:attr:`about`, whether it was given or not."""
+        return self.about or f"Method: `{self.name}` ({self.paper}). All settings are in `recipe.yaml`."
+
+    def resolved(self, given: Mapping[str, Any], tasks: Sequence[str], model: nn.Module | None = None) -> Any:
+        """The options, with all that were not given.
+
+        Args:
+            given: options by name.
+            tasks: that are merged.
+            model: on whose family defaults may depend; None checks for any.
+
+        Raises:
+            TypeError, ValueError: naming the option, what was found and what was expected.
+        """
+        self.check_names(given)
+        return self.options(**given) if self.resolve is None else self.resolve(model, tasks, given)
+
+    def gives_with(self, given: Mapping[str, Any]) -> Gives:
+        """What the result holds for each module, with these options."""
+        if any(given.get(name) == value for name, value in self.low_rank_with.items()):
+            return "low rank"
+        return self.gives
+
+    def check_names(self, given: Collection[str]) -> None:
+        """Refuse options that the method does not have.
+
+        Raises:
+            ValueError: naming the option, those that there are, and the nearest.
+        """
+        known = self.option_names
+        for name in given:
+            if name not in known:
+                listed = ", ".join(known) or "none"
+                raise ValueError(
+                    f"{name}: not an option of method {self.name!r} (options: {listed}){did_you_mean(name, known)}"
+                )
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """There are none."""

@@ -1,0 +1,110 @@
+"""The outputs of tasks' heads: functions that give them, what they parametrise, and which positions count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.calibration.batches import Batch
+from nsc_merge.utils.option_checks import check_choice
+
+LIKELIHOODS = ("categorical", "gaussian")
+POSITIONS = ("all", "last")
+Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """Options as a recipe can hold them: functions are named by the tasks that they serve."""
+    return {
+        one.name: sorted(value) if _holds_functions(value) else value
+        for one in fields(options)
+        for value in [getattr(options, one.name)]
+    }
+
+
+def _holds_functions(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(callable(item) for item in value.values())
+
+
+def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
+    """Refuse functions for tasks that there are not.
+
+    Raises:
+        ValueError, TypeError: naming the task.
+    """
+    for task, function in (outputs or {}).items():
+        if task not in tasks:
+            raise ValueError(f"outputs: expected functions for some of {list(tasks)}, found one for {task!r}")
+        if not callable(function):
+            raise TypeError(f"outputs[{task!r}]: expected a function of model and batch, found {function!r}")
+
+
+def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
+    """A task's output: of its own function, or the model's logits.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if outputs is not None and task in outputs:
+        return outputs[task](model, batch)
+    found = getattr(model(**batch), "logits", None)
+    if found is None:
+        raise ValueError(
+            f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
+        )
+    return found
+
+
+def check_likelihood(likelihood: str | Mapping[str, str]) -> None:
+    """Refuse what is none of :data:`LIKELIHOODS`, nor a mapping to them.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    for value in likelihood.values() if isinstance(likelihood, Mapping) else [likelihood]:
+        check_choice("likelihood", value, LIKELIHOODS)
+
+
+def likelihoods_of(likelihood: str | Mapping[str, str], tasks: Sequence[str]) -> list[str]:
+    """What each task's output parametrises.
+
+    Raises:
+        ValueError: if a mapping has not exactly these tasks.
+    """
+    if isinstance(likelihood, str):
+        return [likelihood] * len(tasks)
+    if set(likelihood) != set(tasks):
+        raise ValueError(f"likelihood: expected one for each of {list(tasks)}, found {sorted(likelihood)}")
+    return [likelihood[task] for task in tasks]
+
+
+def last_token(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Of ``output [N, T, ...]``, what is at the last real token of every row, ``[N, ...]``."""
+    if mask is None:
+        # A copy, so that whoever keeps it does not keep all positions.
+        return output[:, -1].clone()
+    positions = torch.arange(output.shape[1], device=output.device)
+    last = torch.where(mask.bool(), positions, -1).amax(1)
+    return output[torch.arange(len(output), device=output.device), last]
+
+
+def real_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
+    """``[N, T]`` bool, False at padding, of an output ``[N, T, C]``; None where the mask does not speak of its
+    positions.
+
+    Args:
+        output: of every position, or of all but the last where a causal model is scored by the next token; a prediction
+            is then real if both tokens are.
+        mask: of the inputs, 0 at padding.
+    """
+    if mask is None or output.dim() != 3:
+        return None
+    real = mask.bool()
+    if output.shape[:2] == real.shape:
+        return real
+    shifted = real[:, 1:] & real[:, :-1]
+    return shifted if output.shape[:2] == shifted.shape else None

@@ -1,0 +1,132 @@
+"""``nsc-merge run --dry-run``: what a merge would do, measured over a few real steps."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from nsc_merge.adapters import Adapter
+from nsc_merge.methods import method_of
+from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.fitting import absent
+from nsc_merge.recipes.merge_recipe import Recipe
+from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
+from nsc_merge.utils.memory import peak_bytes, reset_peak
+
+# The first step warms caches up and finds out which coefficients are dead.
+_DRY_STEPS = 3
+
+
+def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
+    """Load everything, check coverage, time a few real steps, and write nothing.
+
+    The estimate is of the merge alone: loading and saving come on top.
+
+    Raises:
+        RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
+    """
+    check(recipe, resume=resume)
+    model, adapters, calibration = load(recipe, log)
+    linears = merged_linears(model, adapters)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    packed = sum(
+        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * linears[path].weight.element_size()
+        for adapter in adapters.values()
+        for path, factor in adapter.factors.items()
+    )
+    document: dict[str, Any] = {
+        "model": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "method": recipe.method,
+        "adapted_modules": len(linears),
+        "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
+        "batches": {task: len(batches) for task, batches in calibration.items()},
+        "absent": absent(adapters),
+        "remarks": [*remarks_on(model, adapters), *_unfinished(recipe)],
+        "weights_bytes": weights,
+        "adapters_bytes": packed,
+        "out": str(recipe.out),
+        "formats": list(recipe.formats),
+    }
+    method = method_of(recipe.method)
+    if "steps" not in method.option_names:
+        return document
+    with options_at_fault(recipe):
+        steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
+    recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
+    reset_peak(model)
+    result = merge_loaded(recipe, model, adapters, calibration, {"progress": False})
+    seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
+    return {
+        **document,
+        "remarks": [*document["remarks"], *result.notes],
+        "steps": steps,
+        "options": {key: value for key, value in result.options.items() if key != "scored"},
+        "measured_modules": list(result.options.get("scored", ())),
+        "dead": result.dead,
+        "seconds_per_step": seconds,
+        "seconds": seconds * steps,
+        "peak_bytes": peak_bytes(model),
+    }
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    lines = [
+        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
+        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
+    ]
+    for task, adapter in plan["tasks"].items():
+        batches = f", {plan['batches'][task]} batches" if task in plan["batches"] else ""
+        heads = f", {adapter['heads']} tensors of heads" if adapter["heads"] else ""
+        shared = f", {adapter['shared']} shared modules" if adapter["shared"] else ""
+        ranks = ", ".join(map(str, adapter["ranks"]))
+        lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
+    lines += [f"note      {remark}" for remark in plan["remarks"]]
+    if "steps" in plan:
+        measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
+        why = ""
+        if measured:
+            lines.append(f"measured  {len(measured)} modules: {measured[0]} to {measured[-1]}")
+            why = "come after them and "
+        lines += [
+            f"dead      {dead} coefficients {why}receive no gradient",
+            f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
+            f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
+        ]
+    lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
+    return "\n".join(lines)
+
+
+def _unfinished(recipe: Recipe) -> list[str]:
+    state = state_file(recipe)
+    if not method_of(recipe.method).resumable or not state.is_file():
+        return []
+    return [f"{state} is the state of an unfinished run: --resume goes on from it; to start anew, remove the file"]
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    factors = adapter.factors.values()
+    return {
+        "source": str(adapter.source),
+        "modules": sum(1 for factor in factors if factor.rank),
+        "ranks": sorted({factor.rank for factor in factors if factor.rank}),
+        "shared": sum(1 for factor in factors if factor.dense is not None),
+        "heads": len(adapter.trained),
+        "notes": list(adapter.notes),
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,35 @@
+"""How much memory there is, and how much was used."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+
+def free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        # What a container may use is not told reliably, so no more than a few GiB are taken for granted.
+        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 4 * 2**30)
+    return 0.0
+
+
+def reset_peak(model: nn.Module) -> None:
+    """Forget earlier peaks of GPU memory."""
+
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(model: nn.Module) -> int:
+    """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
+
+    if next(model.parameters()).is_cuda:
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,43 @@
+"""The style that all pictures share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 130,
+}
+
+
+@contextmanager
+def pyplot_in_style() -> Iterator[Any]:
+    """``matplotlib.pyplot`` without a display, in the style of all pictures here.
+
+    Raises:
+        RuntimeError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise RuntimeError("plots need matplotlib: pip install matplotlib") from None
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(_STYLE):
+        yield pyplot
+
+
+def place(path: str) -> tuple[int, str]:
+    """Block number and name within the block of a module; block -1 outside the blocks."""
+    match = re.search(r"(?:^|\.)layers?\.(\d+)\.(.+)$", path)
+    return (int(match[1]), match[2].rsplit(".", 1)[-1]) if match else (-1, path.rsplit(".", 1)[-1])
