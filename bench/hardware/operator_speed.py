@@ -1,6 +1,6 @@
 """nsc_kernels.bench.operator_gpu as it is, but for its dry run, which computes as the tests do.
 
-    python -m bench.hardware.operator_speed --out bench.jsonl [--dry-run]
+python -m bench.hardware.operator_speed --out bench.jsonl [--dry-run]
 """
 
 from __future__ import annotations

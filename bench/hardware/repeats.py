@@ -1,6 +1,6 @@
 """Ways of calling that must all give the same bits: repeated, captured, on several streams, compiled.
 
-Each takes a run of gpu_check.py, which computes a forward and a backward when called, and says whether it holds.
+Each takes a run of check.py and says whether it holds.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,19 @@ from nsc_kernels.backends import cuda
 from nsc_kernels.bench.gpu_measuring import captured, recorded, synchronize
 from nsc_kernels.triton import columns, launch
 
-if TYPE_CHECKING:
-    from .check import Run
-
 NAN = float("nan")
 Results = dict[str, Tensor]
+
+
+class Run(Protocol):
+    """One case on one backend: computes a forward and a backward when called."""
+
+    p: Any
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self) -> Results: ...
 
 
 class Skipped(Exception):

@@ -22,9 +22,10 @@ from typing import Any
 
 from nsc_kernels import ledger
 from nsc_kernels.bench.gpu_measuring import read_rows
-from nsc_kernels.bench.gpu_tables import print_ceilings, print_merge_step, print_speed
+from nsc_kernels.bench.gpu_tables import print_ceilings, print_speed
 from nsc_kernels.bench.gpu_trials import results, under_way
 
+from ..merging.merge_step_tables import print_merge_step
 from .check import trials
 from .repeats import QUESTIONS
 

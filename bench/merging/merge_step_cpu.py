@@ -53,7 +53,8 @@ import nsc_kernels as nk
 from nsc_kernels.bench.resident_memory import peak, reset_peak, resident
 from nsc_kernels.bench.timing import keep_freed_memory
 
-from .merge_step_contenders import CONTENDERS, Problem, Shape
+from .merge_step_contenders import CONTENDERS
+from .merge_step_problem import Problem, Shape
 
 # What the project set out to reach: at most this many times the floor; at least this much faster than the others.
 MOST_TO_FLOOR, LEAST_TO_OTHERS = 1.06, {"peft": 1.25, "dense": 1.5}

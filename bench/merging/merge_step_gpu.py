@@ -29,11 +29,12 @@ from torch import Tensor
 import nsc_kernels as nk
 from nsc_kernels.bench.gpu_clocks import Clocks
 from nsc_kernels.bench.gpu_measuring import captured, synchronize
-from nsc_kernels.bench.gpu_tables import print_merge_step
 from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, supervise, trial_arguments
 
 from .. import from_tests
-from .merge_step_contenders import CONTENDERS, Problem, Shape
+from .merge_step_contenders import CONTENDERS
+from .merge_step_problem import Problem, Shape
+from .merge_step_tables import print_merge_step
 
 LLAMA = Shape(layers=32, d=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256, rows=1, tokens=256)
 LLAVA = Shape(

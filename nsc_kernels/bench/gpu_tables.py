@@ -2,13 +2,13 @@
 
 A ratio is the time of a contender over ours, in place for in place: the median over samples taken side by side, so that
 above 1 ours is faster. ``base`` given: the share is of the copy bandwidth, on the least bytes a call must move. Whole
-layer: TFLOP/s. "cold", "graph" and the rest are gpu_bench.py's, the contenders gpu_contenders.py's.
+layer: TFLOP/s. "cold", "graph" and the rest are operator_gpu.py's, the contenders gpu_contenders.py's.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,55 +158,3 @@ def verdict(what: str, value: Any, bar: float, at_most: bool = False) -> str:
         return f"{what}: {bound}: not measured"
     reached = value <= bar if at_most else value >= bar
     return f"{what}: {value:.2f}, {bound}: {'reached' if reached else 'missed'}"
-
-
-class Aim(NamedTuple):
-    """Of a merge: seconds for 500 steps, and how many times faster than PEFT's loop."""
-
-    seconds: float
-    over_peft: float | None
-
-
-AIMS = {"LLaMA-3-8B": Aim(90, 3.0), "LLaVA-1.5-7B": Aim(120, None)}
-MOST_TO_FLOOR, MOST_GB = 1.15, 6.0
-
-
-def print_merge_step(path: Path) -> None:
-    """Medians over rounds; a ratio is the median over rounds of the ratio within one."""
-    rows = results(path)
-    say_if_dry(rows)
-    print_failures(rows)
-    for trial in dict.fromkeys(row["trial"] for row in rows if "ms" in row):
-        by_name: dict[str, dict[int, Row]] = {}
-        for row in rows:
-            if row["trial"] == trial and "ms" in row:
-                by_name.setdefault(row["contender"], {})[row["round"]] = row
-        print(f"\n{trial}: milliseconds a step, GB over the weights, first objective")
-        medians = {name: statistics.median(row["ms"] for row in rounds.values()) for name, rounds in by_name.items()}
-        for name, ms in sorted(medians.items(), key=lambda item: item[1]):
-            rounds = by_name[name]
-            peak = max(row["peak_bytes"] for row in rounds.values()) / 1e9
-            print(f"  {name:<28}{ms:9.2f} {peak:7.2f} {next(iter(rounds.values()))['objective']:9.5f}")
-            if "/" in name:
-                for line in merge_verdicts(by_name, name, ms, peak):
-                    print(f"      {line}")
-
-
-def merge_verdicts(by_name: dict[str, dict[int, Row]], name: str, ms: float, peak: float) -> Iterable[str]:
-    first = next(iter(by_name[name].values()))
-    aim = AIMS[first["model"]]
-
-    def over(other: str) -> float | None:
-        rounds = by_name[name].keys() & by_name.get(other, {}).keys()
-        return statistics.median(by_name[name][r]["ms"] / by_name[other][r]["ms"] for r in rounds) if rounds else None
-
-    yield verdict("seconds for 500 steps", 0.5 * ms, aim.seconds, at_most=True)
-    yield verdict("GB over the weights", peak, MOST_GB, at_most=True)
-    floor = "floor_together" if first["name"].endswith("_together") else "floor"
-    yield verdict("times the floor", over(floor), MOST_TO_FLOOR, at_most=True)
-    peft = over("peft")
-    if aim.over_peft is not None:
-        yield verdict("times faster than peft", peft and 1 / peft, aim.over_peft)
-    concatenated = over("concatenated")
-    if concatenated:
-        yield f"times faster than concatenated: {1 / concatenated:.2f}"

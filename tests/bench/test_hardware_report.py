@@ -117,9 +117,7 @@ def test_two_launches_are_one_too_many(tmp_path: Path) -> None:
     assert "launches per call: ['2']" in report.shortcomings(tmp_path, "triton")
 
 
-def test_an_accepted_entry_replaces_the_backends_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "verified.json"
     monkeypatch.setattr(ledger, "VERIFIED", path)
     ledger.entries.cache_clear()

@@ -286,22 +286,3 @@ def test_the_tables_say_what_was_reached(tmp_path, capsys):
         "one merged: y is off by 1",
     ):
         assert line in printed
-
-
-def test_the_table_of_a_merge_step(tmp_path, capsys):
-    names = {"loop/triton": 100.0, "peft": 450.0, "floor": 80.0, "concatenated": 150.0}
-    rows = [
-        {
-            "trial": "triton LLaMA-3-8B", "backend": "triton", "model": "LLaMA-3-8B", "contender": name,
-            "name": name.partition("/")[0], "round": turn, "ms": ms * (1 + turn), "peak_bytes": 1e9, "objective": 0.5,
-            "dry_run": False,
-        }
-        for turn in range(2)
-        for name, ms in names.items()
-    ]  # fmt: skip
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gpu_tables.print_merge_step(tmp_path / "m.jsonl")
-    printed = capsys.readouterr().out
-    assert "times faster than peft: 4.50, to be at least 3.00: reached" in printed
-    assert "times the floor: 1.25, to be at most 1.15: missed" in printed
-    assert "seconds for 500 steps: 75.00, to be at most 90.00: reached" in printed
