@@ -44,17 +44,19 @@ def errors(contender: Contender, d: Data) -> dict[str, tuple[float, float]]:
     with torch.set_grad_enabled(contender.autograd):
         found = contender.forward(d)
         values = found[:3] + tuple(contender.backward(d, found.saved))
-    compared = {}
+    compared: dict[str, tuple[float, float]] = {}
     for name, value in zip(BOUNDS, values, strict=True):
         truth, other = exact.get(name), eager.get(name)
-        if truth is None:
+        if truth is None or other is None:
             assert value is None, f"{name} is not {contender.name}'s to compute"
             continue
         scale = truth.abs().max()
         if name == "dlam":
             truth, other, scale = truth.sum(0), other.sum(0), truth.norm(dim=0).max()
+        assert value is not None, f"{name} is missing"
         assert value.shape == truth.shape, f"{name} is {tuple(value.shape)} in place of {tuple(truth.shape)}"
-        compared[name] = tuple(float((x.detach().double() - truth).abs().max() / scale) for x in (value, other))
+        ours, eagers = (float((x.detach().double() - truth).abs().max() / scale) for x in (value, other))
+        compared[name] = ours, eagers
     return compared
 
 

@@ -20,9 +20,12 @@ as a whole does. On the whole layer, y = z W^T + adapters(z), where every conten
 ``*_autograd`` are called as users call them, through autograd; the others without.
 """
 
+# mypy: disable-error-code="arg-type"
+# Where two tuples are unfolded into one call, mypy counts the second from where the first ended.
+
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -43,7 +46,7 @@ class Result(NamedTuple):
     saved: Any  # what the backward takes
 
 
-Gradients = tuple[Tensor, Tensor | None]
+Gradients = Sequence[Tensor | None]  # of z and of lam
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,8 @@ def compiled_backward(d: Data, u: Tensor, mode: str | None, layer: bool) -> Grad
 
 
 def fused_autograd(d: Data) -> Result:
-    outputs = d.fused()
-    return Result(*outputs, outputs)
+    y, quad, sqnorm = d.fused()
+    return Result(y, quad, sqnorm, (y, quad, sqnorm))
 
 
 def concat_autograd(d: Data) -> Result:
@@ -224,8 +227,8 @@ def concat_autograd(d: Data) -> Result:
 
 def compiled_autograd(d: Data) -> Result:
     A, Bt, _, lam = d.factors
-    outputs = compiled(plain_forward, None, d.z.device.type)(d.z, A, Bt, lam, d.base)[:3]
-    return Result(*outputs, outputs)
+    y, quad, sqnorm, _ = compiled(plain_forward, None, d.z.device.type)(d.z, A, Bt, lam, d.base)
+    return Result(y, quad, sqnorm, (y, quad, sqnorm))
 
 
 def two_launches(inplace: bool, layer: bool) -> Contender:
@@ -252,7 +255,7 @@ def contenders(of: str) -> list[Contender]:
         return Contender(name, partial(forward, **bound), partial(backward, **bound), whole=layer, inplace=inplace)
 
     def compiling(name: str, mode: str | None, layer: bool) -> Contender:
-        bound = {"mode": mode, "layer": layer}
+        bound: dict[str, Any] = {"mode": mode, "layer": layer}
         return Contender(name, partial(compiled_forward, **bound), partial(compiled_backward, **bound), whole=layer)
 
     def loop(name: str, layer: bool, stats: bool) -> Contender:

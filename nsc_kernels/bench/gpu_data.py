@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Data:
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(size, generator=source, device=on) * scale).bfloat16()
 
-        f32 = {"device": on, "dtype": torch.float32, "generator": source}
+        f32: dict[str, Any] = {"device": on, "dtype": torch.float32, "generator": source}
         self.shape = shape
         # The update has the size of base, which then stays bounded under calls in place: an addition that is less than
         # half a unit in the last place of bfloat16 changes nothing.

@@ -83,13 +83,13 @@ def print_speed(folder: Path, copy: float | None) -> None:
             found[Key(row["backend"], shape_of(row), row["set"], row["contender"], *how)] = row
     for table in dict.fromkeys((key.backend, key.of, key.shape) for key in found):
         print_table(table, found, copy)
-    latency = environment(folder).get("graph_node")
+    latency = environment(folder).get("graph_node", {}).get("p50")
     for backend, shape in dict.fromkeys((key.backend, key.shape) for key in found):
         print(f"\n{backend}, {label(shape)}: graph, cold")
         mine = {key: row for key, row in found.items() if key[:2] == (backend, shape) and key[4:6] == ("graph", "cold")}
         for direction in DIRECTIONS:
             here = {key: row for key, row in mine.items() if key.direction == direction}
-            for line in [*best(here), *verdicts(backend, shape, here, copy, latency and latency["p50"])]:
+            for line in [*best(here), *verdicts(backend, shape, here, copy, latency)]:
                 print(f"  {direction:<8} {line}")
     print_failures(rows)
 

@@ -38,6 +38,12 @@ WIDE = [
     for T in (1, 32, 512, 4096)
     if T * d * R < 2**33
 ]
+QUICK = [Shape(32, 768, 96, 4), Shape(512, 768, 96, 4), Shape(32, 768, 96, 6)]
+GRIDS = {
+    "quick": QUICK,
+    "required": REQUIRED + LOOP,
+    "all": REQUIRED + LOOP + [shape for shape in WIDE if shape not in REQUIRED],
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -179,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for operator.jsonl")
     parser.add_argument("--seconds", type=float, default=0.3, help="per contender and shape (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--grid", choices=["required", "all"], default="all")
+    parser.add_argument("--grid", choices=GRIDS, default="all", help="quick: three shapes, nothing compiled")
     parser.add_argument("--table", type=Path, metavar="JSONL", help="only print earlier results as Markdown")
     arguments = parser.parse_args(argv)
     if arguments.table:
@@ -190,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [environment(), overhead(3 * arguments.seconds)]
     print(json.dumps(rows[0]))
     print(f"overhead of a forward and backward: {rows[1]['ratio']:.2f}x a bare autograd.Function")
-    shapes = REQUIRED + LOOP + ([s for s in WIDE if s not in REQUIRED] if arguments.grid == "all" else [])
     for dtype in DTYPES:
-        for shape in shapes:
-            for row in measure(shape, dtype, shape in REQUIRED, arguments.seconds):
+        for shape in GRIDS[arguments.grid]:
+            compiled = shape in REQUIRED and arguments.grid != "quick"
+            for row in measure(shape, dtype, compiled, arguments.seconds):
                 rows.append(row)
                 print(line(row), flush=True)
     if arguments.out:

@@ -74,6 +74,7 @@ PHASES = [
     ],
     [("autotuned", FAMILIES), ("whole_compiled", FAMILIES), ("autotuned", LARGE)],
 ]
+QUICK = [[("operator", FAMILIES[:2])]]
 
 
 class What(NamedTuple):
@@ -119,6 +120,7 @@ Sampler = Callable[[], float]
 
 def sampler(contender: Contender, direction: str, how: str, sets: Sequence[Data], on: torch.device) -> Sampler:
     """Microseconds per call, one sample at a time. Also warms up, and captures."""
+    calls: list[Callable[[], Any]]
     if direction == "forward":
         calls = [partial(contender.forward, d) for d in sets]
     else:
@@ -225,7 +227,7 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
     ours = available(args.backends)
     clocks = args.out.with_name("clocks.jsonl")
     found = {}
-    phases = [[(of, [DRY_RUN]) for of in SETS]] if args.dry_run else PHASES
+    phases = [[(of, [DRY_RUN]) for of in SETS]] if args.dry_run else QUICK if args.quick else PHASES
     for i, phase in enumerate(phases):
         for backend in ours:
             for of, shapes in phase:
@@ -240,6 +242,7 @@ def main(meet: Meet = device) -> int:
     parser = trial_arguments(__doc__)
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--quick", action="store_true", help="two layers, with nothing that compiles for long")
     add_backends(parser)
     args = parser.parse_args()
     outcome = supervise(args, trials(args), run_trial, meet)

@@ -9,11 +9,14 @@ squares of z as it reads it, and the programs of the first share of columns writ
 For bfloat16 and adapters of one rank, a power of two. :func:`tune` tries several tile sizes on the device at hand.
 """
 
+# mypy: disable-error-code="assignment"
+# Triton's language grows tuples in unrolled loops, which Python's types cannot say.
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -23,10 +26,8 @@ from triton.runtime.errors import OutOfResources
 
 import triton
 
+from .gpu_data import Data
 from .gpu_measuring import captured, microseconds, quantiles
-
-if TYPE_CHECKING:
-    from .gpu_data import Data
 
 
 @triton.jit
@@ -240,12 +241,14 @@ def tune(sets: list[Data]) -> None:
         return
     processors = torch.cuda.get_device_properties(on).multi_processor_count
     us = [d.z @ d.bank.A.t() for d in sets]
-    calls = {
+    calls: dict[Key, list[Callable[[], Any]]] = {
         (shape.T, shape.d_in, shape.d_out, shape.R, False): [
             partial(forward, d.z, *d.factors, d.base, True) for d in sets
         ],
         (shape.T, shape.d_out, shape.d_in, shape.R, True): [
-            partial(backward, *d.grads, u, d.z, *d.factors, d.dz_base, True) for d, u in zip(sets, us, strict=True)
+            partial(backward, dy, dquad, dsqnorm, u, d.z, *d.factors, d.dz_base, True)
+            for d, u in zip(sets, us, strict=True)
+            for dy, dquad, dsqnorm in (d.grads,)
         ],
     }
     for key in calls.keys() - _chosen.keys():

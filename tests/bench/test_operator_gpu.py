@@ -223,7 +223,12 @@ def test_ratios_are_of_like_with_like_in_one_sample(monkeypatch, on):
 def test_families_come_first_on_each_backend(monkeypatch, tmp_path):
     monkeypatch.setattr(nk, "available_backends", lambda: {"triton": True, "cuda": True})
     args = SimpleNamespace(
-        out=tmp_path / "b.jsonl", dry_run=False, samples=3, sets=list(operator_gpu.SETS), backends=ledger.BACKENDS
+        out=tmp_path / "b.jsonl",
+        dry_run=False,
+        quick=False,
+        samples=3,
+        sets=list(operator_gpu.SETS),
+        backends=ledger.BACKENDS,
     )
     trials = list(operator_gpu.trials(args).values())
     first = trials[: 4 * len(FAMILIES)]
