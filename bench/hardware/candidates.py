@@ -1,6 +1,7 @@
 """Configurations worth timing beside the formula's: prepared variants of the kernel, and neighbours that matter.
 
-``gpu_tune.py`` times them, ``compile_report.py --variants`` compiles them for GPUs that are not here. Needs no Triton.
+``tune.py`` times them, ``triton_compile_report.py --variants`` compiles them for GPUs that are not here. Needs no
+Triton.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Correctness of the GPU backends on the hardware at hand.
 
-    python bench/gpu_check.py --out correctness.jsonl [--backends triton cuda] [--workers 13] [--seconds 400]
-    python bench/gpu_check.py --out memcheck.jsonl --smallest    one case in this process, for compute-sanitizer
+    python -m bench.hardware.check --out correctness.jsonl [--backends triton cuda] [--workers 13] [--seconds 400]
+    python -m bench.hardware.check --out memcheck.jsonl --smallest    one case in this process, for compute-sanitizer
 
 Every case runs forward and backward against float64 on the GPU, with memory poisoned by NaN, and is held to the
 criterion of tests/triton/problems.py: twice the error of eager torch in the same dtype with the same rounding points,
 and what matrix units that cut off may lose. Then the same inputs again, which must give the same bits, in every way of
-calling (gpu_repeats.py). Trials run in processes of their own (gpu_trials.py). Exits with 1 if any trial fails, with 3
+calling (repeats.py). Trials run in processes of their own (gpu_trials.py). Exits with 1 if any trial fails, with 3
 if some are left to another run.
 """
 

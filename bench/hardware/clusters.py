@@ -1,6 +1,6 @@
 """Every variant and cluster size of the CUDA C++ kernel on the shapes of the benchmark, to set its formula by.
 
-    python bench/gpu_clusters.py --out clusters.jsonl [--seconds 120]
+    python -m bench.hardware.clusters --out clusters.jsonl [--seconds 120]
 
 A trial is a shape in one direction; all its choices are timed in one process, as CUDA graphs over a rotation of inputs,
 in turns, with everything switched on. Rows with ``chosen`` are what the formula in csrc/cuda/geometry.h takes; the last

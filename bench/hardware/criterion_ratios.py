@@ -1,6 +1,6 @@
 """What the correctness criterion makes of a right kernel and of wrong ones: error over bound of the worst result.
 
-    python bench/criterion_ratios.py [--large]
+    python -m bench.hardware.criterion_ratios [--large]
 
 Runs the CUDA kernel's source with the faults of tests/cuda/test_cuda_criterion.py on the emulator, under a matrix unit
 that rounds and under one that cuts off. With --large also the sums of a right kernel that cuts off, taken step by step

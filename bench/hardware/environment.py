@@ -1,6 +1,6 @@
 """What machine this is, and its ceilings: copy bandwidth, L2 bandwidth, matrix rate, launch latency.
 
-python bench/gpu_environment.py --out environment.jsonl
+python -m bench.hardware.environment --out environment.jsonl
 
 Nothing here changes a setting.
 """

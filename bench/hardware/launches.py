@@ -1,6 +1,6 @@
 """How many kernels one forward and one backward launch, as the profiler sees them.
 
-python bench/gpu_launches.py --out launches.jsonl
+python -m bench.hardware.launches --out launches.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A few forwards and backwards of one shape with one backend, for a profiler to look at.
 
-ncu -k regex:merged_lora -s 4 -c 2 python bench/gpu_one.py triton 1
+ncu -k regex:merged_lora -s 4 -c 2 python -m bench.hardware.one_shape triton 1
 
     BACKEND INDEX    which backend, and which of gpu_data.SHAPES
 """

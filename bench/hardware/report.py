@@ -1,12 +1,12 @@
 """The tables of a GPU run, and the ledger entry that it earns.
 
-    python bench/gpu_report.py FOLDER            what the stages left there, and whether the kernels are shown correct
-    python bench/gpu_report.py FOLDER --accept   also enter it in nsc_kernels/triton/verified.json
+    python -m bench.hardware.report FOLDER            what the stages left there; are the kernels shown correct?
+    python -m bench.hardware.report FOLDER --accept   also enter it in nsc_kernels/triton/verified.json
 
 An entry needs every trial of the correctness stage for that backend, at this checkout's source: none failed, none
 missing, one launch in each direction. Not counted against a backend: what the CUDA C++ kernels do not serve (float32,
 widths that are no multiples of 8; Triton serves everything), too little free memory for the one case beyond 2^31
-elements, and what nothing promises to be possible (gpu_repeats.QUESTIONS). A dry run earns none. Neither a GPU nor a
+elements, and what nothing promises to be possible (repeats.QUESTIONS). A dry run earns none. Neither a GPU nor a
 build with CUDA is needed to accept the rows of a machine that had them. Exits with 0 if every backend with trials was
 shown correct.
 """

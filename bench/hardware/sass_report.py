@@ -1,6 +1,6 @@
 """What is in the machine code of libnsc_cuda: registers, spills, matrix, copy and cluster instructions per kernel.
 
-    python bench/sass_report.py [LIBRARY] [--json]
+    python -m bench.hardware.sass_report [LIBRARY] [--json]
 
 Needs no GPU and no CUDA toolkit: the disassembler ships with Triton. Exits with 1 if a kernel spills to local memory,
 lacks matrix, asynchronous copy or cluster instructions, or had fences added to its matrix instructions.

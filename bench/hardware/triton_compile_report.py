@@ -1,13 +1,13 @@
 """Compile the Triton kernel for GPUs that are not here and say what the compiler made of it.
 
-    python bench/compile_report.py [--quick] [--arch 80 90 100] [--variants] [--json]
+    python -m bench.hardware.triton_compile_report [--quick] [--arch 80 90 100] [--variants] [--json]
 
 Needs Triton (3.6 to 3.9) and no GPU. Every configuration that the formula gives for the grid below is compiled in both
 directions with everything switched on, and read back from the machine code: registers, spills, shared memory, matrix
 instructions, asynchronous copies and plain loads. Exits with 1 if a row spills, asks for more shared memory than the
 GPU has or than configs.py says, or lacks matrix instructions.
 
-With --variants it is what gpu_tune.py times beside the formula's choice for the layers of the benchmark, each distinct
+With --variants it is what tune.py times beside the formula's choice for the layers of the benchmark, each distinct
 one once: about ten minutes of a core per architecture.
 """
 
@@ -244,7 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(MACHINES))
     parser.add_argument("--quick", action="store_true", help="a few cases per architecture, about a minute")
-    parser.add_argument("--variants", action="store_true", help="what gpu_tune.py would time, not what is chosen")
+    parser.add_argument("--variants", action="store_true", help="what tune.py would time, not what is chosen")
     parser.add_argument("--json", action="store_true", help="a list of rows instead of a table")
     args = parser.parse_args()
     found = []

@@ -1,6 +1,6 @@
-"""How this GPU's matrix unit rounds, and what the criterion of gpu_check.py makes of it.
+"""How this GPU's matrix unit rounds, and what the criterion of check.py makes of it.
 
-    python bench/gpu_truncation.py --out truncation.jsonl
+    python -m bench.hardware.truncation --out truncation.jsonl
 
 First the unit alone: 1 + 15 x 2^-e in one product of 16 columns, for e = 24 .. 27. Rounded to nearest, or cut off after
 how many more bits? Then the error of quad on two layers, by eager float32, by cuBLAS on tensor cores and by the Triton

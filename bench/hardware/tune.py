@@ -1,9 +1,9 @@
 """Time prepared variants and other configurations beside the committed one, and write the table that overrides it.
 
-    python bench/gpu_tune.py --out tune.jsonl --table nsc_kernels/triton/tables/nvidia-h200.json [--seconds 300]
+    python -m bench.hardware.tune --out tune.jsonl --table nsc_kernels/triton/tables/nvidia-h200.json [--seconds 300]
 
 A trial is a layer of the benchmark in one direction: the formula's configuration and at most ten others
-(gpu_candidates.py), compiled in parallel, in a process of its own. Each is first compared with the formula's on the
+(candidates.py), compiled in parallel, in a process of its own. Each is first compared with the formula's on the
 same inputs, in memory poisoned by NaN; one that differs by more than rounding, or at all where the sums have the same
 order, leaves a row with the error and is not timed. The others are timed as CUDA graphs over a rotation of inputs, in
 rounds in random order with the formula's in every round; ``ratio`` is the median over rounds of the time over the

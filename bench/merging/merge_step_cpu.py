@@ -1,6 +1,6 @@
 """One optimisation step of NSC merging on a small LLaMA: this loop, what others run, and the floor.
 
-    python bench/bench_merge_step.py --out bench/results/cpu     a table, and merge-step.jsonl
+    python -m bench.merging.merge_step_cpu --out bench/results/cpu     a table, and merge-step.jsonl
 
 The default is 8 layers, d=512, six rank-16 adapters on q and v, 2 x 128 tokens per task, float32, one thread.
 --batches 1 gives all tasks one batch, which every contender then runs once a step, scored by all six adapters.

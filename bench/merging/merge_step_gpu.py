@@ -1,9 +1,9 @@
 """One optimisation step of NSC merging at the shapes of LLaMA-3-8B and LLaVA-1.5-7B, on a GPU, with random weights.
 
-    python bench/gpu_merge_step.py --out merge-step.jsonl
+    python -m bench.merging.merge_step_gpu --out merge-step.jsonl
 
 Six rank-16 adapters on q and v, bfloat16; per task 256 tokens (LLaMA) or an image and 64 tokens of text (LLaVA). The
-contenders are those of bench_merge_step.py: one model for all, each built anew in every round, warmed up by one step,
+contenders are those of merge_step_cpu.py: one model for all, each built anew in every round, warmed up by one step,
 whose objective is kept, and timed over the next ones. A trial is one model with one of our GPU backends in a process
 of its own; a row per contender and round is written as it is measured. "_graph" replays a CUDA graph of the whole
 step. Memory is the most that was allocated, less the weights of the model.

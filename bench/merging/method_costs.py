@@ -1,7 +1,7 @@
 """Time and memory of every merge method that needs no data, on adapters of a model as large as LLaMA-3-8B.
 
-    python bench/bench_methods.py --out bench/results/cpu              a table, and methods.jsonl
-    python bench/bench_methods.py --layers 4 --methods ties emr        quicker; times are then of 4 layers
+    python -m bench.merging.method_costs --out bench/results/cpu              a table, and methods.jsonl
+    python -m bench.merging.method_costs --layers 4 --methods ties emr        quicker; times are then of 4 layers
 
 Six rank-16 adapters with random factors on q (4096 x 4096) and v (1024 x 4096) of 32 layers, float32, one thread. Each
 method runs once in a process of its own, one module after another; an update is dropped as soon as it is there, as one

@@ -1,5 +1,5 @@
 // The rate at which one core of this processor multiplies and adds with nothing to load: what no kernel can exceed.
-// Prints one JSON object, GFLOP/s by operand type. Built and run by bench_operator_cpu.py with -march=native.
+// Prints one JSON object, GFLOP/s by operand type. Built and run by operator_cpu.py with -march=native.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

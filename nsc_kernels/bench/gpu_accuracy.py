@@ -1,4 +1,4 @@
-"""Whether a contender of gpu_bench.py computes what it is to compute, against the reference in float64."""
+"""Whether a contender of operator_gpu.py computes what it is to compute, against the reference in float64."""
 
 from __future__ import annotations
 

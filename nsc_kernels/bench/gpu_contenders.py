@@ -247,7 +247,7 @@ def two_launches(inplace: bool, layer: bool) -> Contender:
 
 
 def contenders(of: str) -> list[Contender]:
-    """Of one of the sets of gpu_bench.py; the first is this package's."""
+    """Of one of the sets of operator_gpu.py; the first is this package's."""
 
     def pair(name: str, forward: Any, backward: Any, layer: bool, inplace: bool = True) -> Contender:
         bound = {"layer": layer, "inplace": inplace}
