@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench --benchmark-json=bench-results.json
+	$(BIN)/python -m nsc_kernels.bench --out bench-results
 
 info: $(INSTALLED)
 	$(BIN)/python -m nsc_kernels.info

@@ -10,15 +10,12 @@ folder share its forward passes.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from command_line import local, pairs, run
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, ViTConfig, ViTModel
-
-import nsc_merge
 
 
 def small_example(folder: Path) -> tuple:
@@ -58,29 +55,5 @@ def from_hub(arguments: argparse.Namespace) -> tuple:
     return model, {name: local(source) for name, source in pairs(arguments.adapters).items()}, batches
 
 
-def pairs(items: list[str]) -> dict[str, str]:
-    return dict(item.split("=", 1) for item in items)
-
-
-def local(source: str) -> str:
-    return source if Path(source).is_dir() else snapshot_download(source)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder or hub id")
-    parser.add_argument("adapters", nargs="*", metavar="NAME=ADAPTER")
-    parser.add_argument("--images", nargs="+", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--steps", type=int, help="default: 100, or 10 for the small example")
-    parser.add_argument("--out", default="merged-vit")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model, adapters, batches = from_hub(arguments) if arguments.model else small_example(Path(folder))
-        steps = arguments.steps or (100 if arguments.model else 10)
-        result = nsc_merge.merge(model, adapters, batches, steps=steps)
-        print(f"null-space ratio {result.history[0]['objective']:.4f} -> {result.history[-1]['objective']:.4f}")
-        print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, small_example, from_hub, inputs="--images", metavar="NAME=FOLDER", steps=100, out="merged-vit")

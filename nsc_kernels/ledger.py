@@ -1,9 +1,9 @@
 """Which GPU architectures a backend's kernels have been shown correct on, and at which source.
 
 ``nsc_kernels/triton/verified.json`` is a list of entries, one per backend, architecture and source, written by
-``bench/gpu_report.py --accept`` from a correctness run on that hardware. An entry counts only while the source it names
-is the source in use: any edit of a Triton kernel, its launcher or its configurations withdraws it, and any edit of
-csrc/cuda once the library is built from it.
+``bench/hardware/report.py --accept`` from a correctness run on that hardware. An entry counts only while the source it
+names is the source in use: any edit of a Triton kernel, its launcher or its configurations withdraws it, and any edit
+of csrc/cuda once the library is built from it.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ def test_one_wheel_for_every_python(source: Path) -> None:
     assert not name.endswith("-any.whl")
     assert {"nsc_kernels/lib/libnsc_cpu.so", "nsc_kernels/py.typed", "nsc_merge/py.typed"} <= files
     assert "nsc_kernels/_build.json" in files
+    assert {"nsc_kernels/bench/__main__.py", "nsc_kernels/bench/fma_peak.cpp"} <= files
     assert any(name.startswith("nsc_merge/assets/") for name in files)
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in files)
     library = source / "libnsc_cpu.so"

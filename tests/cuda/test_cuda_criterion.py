@@ -8,7 +8,6 @@ other random numbers.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ def planted(source: str) -> str:
 
 
 class Faulty:
-    """The emulator with the faults; as a backend it serves as ``bench/gpu_check.py`` calls one."""
+    """The emulator with the faults; as a backend it serves as ``bench/hardware/check.py`` calls one."""
 
     def __init__(self, emulator: Emulator):
         self.emulator = emulator
@@ -99,15 +98,13 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 
 
 @pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """``bench/gpu_check.py``, which judges what runs on hardware."""
-    bench = harness.HERE.parents[1] / "bench"
-    if not (bench / "gpu_check.py").is_file():
+def check() -> Any:
+    """``bench/hardware/check.py``, which judges what runs on hardware."""
+    if not (harness.HERE.parents[1] / "bench" / "hardware" / "check.py").is_file():
         pytest.skip("needs the source tree")
-    monkeypatch.syspath_prepend(str(bench))
-    import gpu_check
+    from bench.hardware import check
 
-    return gpu_check
+    return check
 
 
 def worst(run: Any) -> dict[str, float]:
@@ -116,27 +113,27 @@ def worst(run: Any) -> dict[str, float]:
     return {name: ratio if ratio == ratio else float("inf") for name, ratio in ratios.items()}
 
 
-def cases(gpu_check: Any) -> list[Any]:
+def cases(check: Any) -> list[Any]:
     return [
-        gpu_check.Case(130, 776, 840, (16,) * 6, "bfloat16"),
-        gpu_check.Case(67, 4096, 264, (16,) * 6, "bfloat16"),
-        gpu_check.Case(130, 776, 840, (3, 0, 16, 5, 1, 7), "float16", per_row=True),
+        check.Case(130, 776, 840, (16,) * 6, "bfloat16"),
+        check.Case(67, 4096, 264, (16,) * 6, "bfloat16"),
+        check.Case(130, 776, 840, (3, 0, 16, 5, 1, 7), "float16", per_row=True),
     ]
 
 
 @pytest.mark.parametrize("unit", harness.UNITS)
 @pytest.mark.parametrize("cluster", [1, 4])
-def test_a_right_kernel_passes_with_room(faulty: Faulty, gpu_check: Any, unit: str, cluster: int) -> None:
+def test_a_right_kernel_passes_with_room(faulty: Faulty, check: Any, unit: str, cluster: int) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = 0, unit, cluster
-    for case in cases(gpu_check):
-        for name, ratio in worst(gpu_check.Run(faulty.backend(), case, torch.device("cpu"))).items():
+    for case in cases(check):
+        for name, ratio in worst(check.Run(faulty.backend(), case, torch.device("cpu"))).items():
             assert ratio <= 0.75, f"{case}: {name} at {ratio:.2f} of its bound"
 
 
-def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty, gpu_check: Any) -> None:
+def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty, check: Any) -> None:
     """Else the additional terms of the criterion would be for nothing."""
     faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
-    run = gpu_check.Run(faulty.backend(), cases(gpu_check)[1], torch.device("cpu"))
+    run = check.Run(faulty.backend(), cases(check)[1], torch.device("cpu"))
     p = run.p
     quad = run()["quad"]
     exact = problems.reference.forward(*problems.wide((p.z, p.A, p.Bt, p.offsets, p.lam, None)), True)[1]
@@ -157,8 +154,8 @@ def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].what)
 @pytest.mark.parametrize("unit", harness.UNITS)
-def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, gpu_check: Any, number: int, unit: str) -> None:
+def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, check: Any, number: int, unit: str) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
-    for case in cases(gpu_check)[:2]:
-        ratios = worst(gpu_check.Run(faulty.backend(), case, torch.device("cpu")))
+    for case in cases(check)[:2]:
+        ratios = worst(check.Run(faulty.backend(), case, torch.device("cpu")))
         assert max(ratios.values()) >= 10, f"{case}: {ratios}"

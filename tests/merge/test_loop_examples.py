@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_example(name, modules, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     before, after = map(float, capsys.readouterr().out.split("\n")[0].split("ratio ")[1].split(" -> "))
     assert after < before

@@ -1,0 +1,183 @@
+"""One optimisation step of NSC merging at the shapes of LLaMA-3-8B and LLaVA-1.5-7B, on a GPU, with random weights.
+
+    python -m bench.merging.merge_step_gpu --out merge-step.jsonl
+
+Six rank-16 adapters on q and v, bfloat16; per task 256 tokens (LLaMA) or an image and 64 tokens of text (LLaVA). The
+contenders are those of merge_step_cpu.py: one model for all, each built anew in every round, warmed up by one step,
+whose objective is kept, and timed over the next ones. A trial is one model with one of our GPU backends in a process
+of its own; a row per contender and round is written as it is measured. "_graph" replays a CUDA graph of the whole
+step. Memory is the most that was allocated, less the weights of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import nsc_kernels as nk
+from nsc_kernels.bench.gpu_clocks import Clocks
+from nsc_kernels.bench.gpu_measuring import captured, synchronize
+from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, supervise, trial_arguments
+
+from .. import from_tests
+from .merge_step_contenders import CONTENDERS
+from .merge_step_problem import Problem, Shape
+from .merge_step_tables import print_merge_step
+
+LLAMA = Shape(layers=32, d=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256, rows=1, tokens=256)
+LLAVA = Shape(
+    layers=32,
+    d=4096,
+    intermediate=11008,
+    heads=32,
+    kv_heads=32,
+    vocabulary=32064,
+    rows=1,
+    tokens=640,
+    vision_layers=24,
+)
+MODELS = {"LLaMA-3-8B": LLAMA, "LLaVA-1.5-7B": LLAVA}
+TINY = {
+    "layers": 2,
+    "d": 64,
+    "intermediate": 96,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocabulary": 64,
+    "tasks": 2,
+    "rank": 4,
+    "tokens": 9,
+    "batches": 2,
+}
+OURS, OTHERS = ("loop", "loop_together"), ("concatenated", "peft", "dense", "floor", "floor_together")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of :data:`merge_step_contenders.CONTENDERS`, and how it is run."""
+
+    name: str
+    backend: str | None = None
+    graph: bool = False
+
+    def __str__(self) -> str:
+        return self.name + ("_graph" if self.graph else "") + (f"/{self.backend}" if self.backend else "")
+
+
+def contenders(backend: str) -> list[Contender]:
+    return [*(Contender(name, backend, graph) for name in OURS for graph in (False, True)), *map(Contender, OTHERS)]
+
+
+def small(shape: Shape) -> Shape:
+    """The same at a size for a dry run."""
+    if not shape.vision_layers:
+        return replace(shape, **TINY)
+    return replace(shape, **TINY, vision_layers=1, vision_d=64, patches=2)
+
+
+@contextmanager
+def defaults(on: torch.device) -> Iterator[None]:
+    """bfloat16 and the device as what new tensors are of and on."""
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with on:
+            yield
+    finally:
+        torch.set_default_dtype(kind)
+
+
+def timed(problem: Problem, contender: Contender, on: torch.device, steps: int) -> dict[str, float]:
+    """Milliseconds of a step, the peak of memory, and the objective of the first step; not a number for a floor."""
+    gc.collect()  # what the contender before held
+    if on.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(on)
+    with ExitStack() as stack:
+        stack.enter_context(nk.use_backend(contender.backend or "auto"))
+        step: Callable[[], object] = CONTENDERS[contender.name](problem, stack)
+        first = step()
+        if contender.graph:
+            step = captured([step], on)
+            step()
+        synchronize(on)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize(on)
+        taken = 1e3 * (time.perf_counter() - start) / steps
+    peak = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else 0
+    return {
+        "ms": taken,
+        "peak_bytes": peak - sum(value.nbytes for value in problem.model.parameters()),
+        "objective": first.item() if isinstance(first, Tensor) else math.nan,
+    }
+
+
+class What(NamedTuple):
+    """The payload of a trial: one model, in a process that measures one of our backends beside all others."""
+
+    backend: str
+    model: str
+    rounds: int
+    steps: int
+    clocks: Path
+
+
+def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each contender in each round, in changing order; one that fails is not tried again."""
+    shape = MODELS[what.model] if on.type == "cuda" else small(MODELS[what.model])
+    order = random.Random(0)
+    with defaults(on), Clocks(what.clocks, on) as clocks:
+        problem = Problem(shape)
+        running = contenders(what.backend)
+        for turn in range(what.rounds):
+            for contender in order.sample(running, len(running)):
+                common = {"model": what.model, "contender": str(contender), "round": turn}
+                start = time.monotonic()
+                try:
+                    found = timed(problem, contender, on, what.steps)
+                except Exception as error:
+                    synchronize(on)  # raises where the device is lost, and with it everything that follows
+                    running.remove(contender)
+                    yield {**common, "error": f"{type(error).__name__}: {error}"}
+                    continue
+                yield {**common, "name": contender.name, **found, "sm_mhz": clocks.since(start)}
+
+
+def trials(args: argparse.Namespace) -> dict[str, Trial]:
+    rounds, steps = (1, 1) if args.dry_run else (args.rounds, 4)
+    clocks = args.out.with_name("clocks.jsonl")
+    return {
+        f"{backend} {model}": Trial(f"{backend} {model}", What(backend, model, rounds, steps, clocks), limit=400)
+        for model in args.models
+        for backend in available(args.backends)
+    }
+
+
+def main() -> int:
+    parser = trial_arguments(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add_backends(parser)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    outcome = supervise(args, trials(args), run_trial, from_tests.device)
+    print_merge_step(args.out)
+    print(outcome)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

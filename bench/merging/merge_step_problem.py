@@ -1,0 +1,129 @@
+"""What one step of a merge is measured on: a model with random weights, its adapters and its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.models.families import family_of, scored_paths
+
+LAM = 0.4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model, the adapters and the batches.
+
+    Attributes:
+        tokens: per row, with those of the image.
+        batches: how many different ones there are; tasks share them in turn.
+        vision_layers: blocks of the vision tower of a LLaVA; 0 for a LLaMA.
+        vision_d: width of the vision tower.
+        patches: along each side of an image. Each is 14 pixels wide and becomes a token.
+    """
+
+    layers: int = 8
+    d: int = 512
+    intermediate: int = 1376
+    heads: int = 8
+    kv_heads: int = 8
+    vocabulary: int = 1024
+    tasks: int = 6
+    rank: int = 16
+    rows: int = 2
+    tokens: int = 128
+    batches: int = 6
+    vision_layers: int = 0
+    vision_d: int = 1024
+    patches: int = 24
+
+
+def model_of(shape: Shape) -> PreTrainedModel:
+    """With random weights, of torch's default type and on its default device."""
+    words = LlamaConfig(
+        hidden_size=shape.d,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        use_cache=False,
+    )
+    if not shape.vision_layers:
+        return LlamaForCausalLM(words)
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_d,
+        intermediate_size=4 * shape.vision_d,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_d // 64,
+        image_size=14 * shape.patches,
+        patch_size=14,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=words, image_token_index=shape.vocabulary - 1)
+    )
+
+
+def batch_of(shape: Shape) -> dict[str, Tensor]:
+    """Of torch's default type and on its default device: rows without padding, the image in front of the text."""
+    batch = {
+        "input_ids": torch.randint(shape.vocabulary - 1, (shape.rows, shape.tokens)),
+        "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
+    }
+    if shape.vision_layers:
+        batch["input_ids"][:, : shape.patches**2] = shape.vocabulary - 1
+        batch["pixel_values"] = torch.randn(shape.rows, 3, *[14 * shape.patches] * 2)
+    return batch
+
+
+class Problem:
+    """A model with random weights, adapters on q and v, and one batch per task.
+
+    Everything is of torch's default type and on its default device.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        self.model = model_of(shape).eval()
+        self.model.requires_grad_(False)
+        self.names = [f"task{k}" for k in range(shape.tasks)]
+        blocks = "model.language_model.layers" if shape.vision_layers else "model.layers"
+        self.paths = [
+            f"{blocks}.{layer}.self_attn.{name}" for layer in range(shape.layers) for name in ("q_proj", "v_proj")
+        ]
+        self.adapters = {
+            name: Adapter(
+                name,
+                {
+                    path: Factor(
+                        torch.randn(shape.rank, shape.d) / shape.d**0.5,
+                        0.02 * torch.randn(self.model.get_submodule(path).out_features, shape.rank),
+                        2.0,
+                    )
+                    for path in self.paths
+                },
+            )
+            for name in self.names
+        }
+        distinct = [batch_of(shape) for _ in range(shape.batches)]
+        self.batches = [distinct[task % shape.batches] for task in range(shape.tasks)]
+        self.passes = [
+            (batch, [task for task, other in enumerate(self.batches) if other is batch]) for batch in distinct
+        ]
+        self.family = family_of(self.model)
+        self.scored = scored_paths(self.family, self.model, self.paths, None, "last_quarter")
+
+    def factors(self, path: str) -> list[Factor]:
+        return [adapter.factors[path] for adapter in self.adapters.values()]

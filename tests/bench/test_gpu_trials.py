@@ -1,0 +1,158 @@
+"""What a trial that hangs, crashes or is cut off costs: itself. With stand-ins for the kernels, and no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+
+SCRIPT = """
+import os, signal, sys, time
+from nsc_kernels.bench.gpu_trials import Trial, supervise, trial_arguments
+
+def run_one(what, on):
+    print("noise on standard output")
+    yield {"half": what}
+    if what == "hang":
+        time.sleep(1000)
+    if what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "raise":
+        raise ValueError("no")
+    if what == "slow":
+        time.sleep(3)
+    yield {"whole": what, "passed": what != "wrong", "process": os.getpid()}
+
+parser = trial_arguments(None)
+parser.add_argument("names")
+args = parser.parse_args()
+trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
+          for i, n in enumerate(args.names.split(","))}
+print(supervise(args, trials, run_one))
+"""
+
+
+class Harness:
+    """The script above, run on a list of trials."""
+
+    def __init__(self, folder: Path):
+        self.script, self.out = folder / "script.py", folder / "rows.jsonl"
+        self.script.write_text(SCRIPT)
+
+    def start(self, *names: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.script), ",".join(names), "--dry-run", "--out", str(self.out), *flags]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def run(self, *names: str, flags: tuple[str, ...] = ()) -> str:
+        process = self.start(*names, flags=flags)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        assert process.wait() == 0
+        return printed.splitlines()[-1]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.read_text().splitlines()]
+
+    def ends(self) -> dict[str, str]:
+        return {row["trial"]: row["ended"] for row in self.rows() if "ended" in row}
+
+    def whole(self) -> Counter[str]:
+        return Counter(row["whole"] for row in self.rows() if "whole" in row)
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
+
+
+def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> None:
+    names = ["a", "hang", "b", "crash", "c", "raise", "wrong", "d"]
+    assert harness.run(*names) == "4 trials done, 4 failed, 0 left"
+    assert [harness.ends()[f"{i} {n}"] for i, n in enumerate(names)] == [
+        "done", "hung", "done", "died", "done", "failed", "failed", "done",
+    ]  # fmt: skip
+    rows = harness.rows()
+    why = {row["trial"]: row["why"] for row in rows if row.get("why")}
+    assert why == {
+        "1 hang": "killed after 2 s",
+        "3 crash": "its process ended with code -11",
+        "5 raise": "ValueError: no",
+    }
+    # What a trial yielded before it came to grief is there, too.
+    assert Counter(row["half"] for row in rows if "half" in row) == dict.fromkeys(names, 1)
+    assert harness.whole() == dict.fromkeys(["a", "b", "c", "d", "wrong"], 1)
+    # An error is no reason for another process, a hang and a crash are.
+    process = {row["whole"]: row["process"] for row in rows if "whole" in row}
+    assert process["c"] == process["wrong"] == process["d"]
+    assert len({process["a"], process["b"], process["c"]}) == 3
+
+
+def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness) -> None:
+    process = harness.start("a", "slow", "b", "c")
+    while not (harness.out.is_file() and '"1 slow"' in harness.out.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)  # as when the machine goes away
+    process.wait()
+    assert harness.ends() == {"0 a": "done"}
+    assert harness.run("a", "slow", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert harness.whole() == dict.fromkeys(["a", "slow", "b", "c"], 1)
+    assert list(harness.ends()) == ["0 a", "2 b", "3 c", "1 slow"]
+    before = harness.out.read_text()
+    assert harness.run("a", "slow", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert harness.out.read_text() == before
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(harness: Harness) -> None:
+    harness.run("a")
+    with harness.out.open("a") as file:
+        file.write('{"trial": "1 b", "started": 17')
+    assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
+    lines = harness.out.read_text().splitlines()
+    assert sum(line.endswith("}") for line in lines) == len(lines) - 1
+
+
+def test_what_failed_is_repeated_only_when_asked(harness: Harness) -> None:
+    names = ("wrong", "crash", "a")
+    assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
+    assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
+    assert harness.whole() == {"wrong": 1, "a": 1}
+    harness.run(*names, flags=("--again",))
+    assert harness.whole() == {"wrong": 2, "a": 1}
+
+
+def test_when_the_time_is_up_no_trial_starts_and_none_is_lost(harness: Harness) -> None:
+    assert harness.run("a", "b", flags=("--seconds", "-1")) == "0 trials done, 0 failed, 2 left"
+    assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
+
+
+def test_backends_do_not_share_a_process(harness: Harness) -> None:
+    harness.run("a", "b@reference", "c", "d@reference", flags=("--workers", "2"))
+    process = {row["trial"]: row["process"] for row in harness.rows() if "whole" in row}
+    assert len(process) == 4
+    assert not {process["0 a"], process["2 c"]} & {process["1 b@reference"], process["3 d@reference"]}
+
+
+def test_rows_are_of_the_last_run_of_a_trial(tmp_path: Path) -> None:
+    from nsc_kernels.bench.gpu_trials import results, under_way
+
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"trial": "a", "started": 1}, {"trial": "a", "us": 1}, {"trial": "a", "ended": "died", "why": "x"},
+        {"trial": "a", "started": 2}, {"trial": "a", "us": 2}, {"trial": "a", "ended": "done"},
+        {"trial": "b", "started": 3}, {"trial": "b", "ended": "hung", "why": "y"},
+        {"trial": "c", "started": 4}, {"trial": "c", "us": 4},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.get("us", row.get("why")) for row in results(path)] == [2, "y", 4]
+    assert under_way(path) == ["c"]

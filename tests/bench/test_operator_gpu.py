@@ -1,0 +1,293 @@
+"""What takes part in the GPU benchmark computes what it says, and what is said about the measuring holds. On a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nsc_kernels as nk
+
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+if not (Path(__file__).resolve().parents[2] / "bench" / "from_tests.py").is_file():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+from bench import from_tests
+from nsc_kernels import ledger
+from nsc_kernels.bench import gpu_tables, operator_gpu
+from nsc_kernels.bench.gpu_accuracy import errors, faults
+from nsc_kernels.bench.gpu_clocks import Clocks
+from nsc_kernels.bench.gpu_contenders import contenders
+from nsc_kernels.bench.gpu_data import DRY_RUN, FAMILIES, SHAPES, Data, Shape, least_bytes, rotation, touched
+
+# No width a multiple of a tile, several tiles of tokens, chunks of columns that are not all used; and one adapter.
+ODD, ONE = Shape("odd", 37, 48, 80, 3, 4), Shape("one", 33, 64, 72, 1, 16)
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on() -> torch.device:
+    if not torch.cuda.is_available():
+        return from_tests.device(dry_run=True)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that a contender leaves unwritten reads as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("of", operator_gpu.SETS)
+@pytest.mark.parametrize("shape", [ODD, ONE], ids=lambda shape: shape.name)
+def test_contenders_compute_the_operator(of, shape, on):
+    for i, contender in enumerate(contenders(of)):
+        with nk.use_backend("triton"):
+            found = errors(contender, Data(shape, on, seed=i, whole=contender.whole))
+        assert faults(found) == [], contender.name
+        statistics = {"quad", "sqnorm"} if contender.stats else set()
+        assert found.keys() == {"y", "dz", *(["dlam"] if contender.adapters else []), *statistics}
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nsc_kernels.bench.two_launches import Tiles, default, expand_kernel, shrink_kernel
+
+for key in ((256, 4096, 1024, 96, False), (6304, 768, 768, 320, True)):
+    how, backward, chunk = default(key, 132), key[4], min(key[3] & -key[3], 128)
+    absent = {"norms"} if backward else {"dlam", "z"}
+    sizes = {"N": key[3] // chunk, "C": chunk, "G": 16, "KP": 32, "SPLITS": how.splits, "STAGES": how.stages}
+    for kernel, more in (
+        (shrink_kernel, {"BT": how.shrink_t, "BK": how.shrink_k}),
+        (expand_kernel, {"BT": how.expand_t, "BN": how.expand_n, "BACKWARD": backward}),
+    ):
+        constants = {n: v for n, v in (sizes | more | dict.fromkeys(absent)).items() if n in kernel.arg_names}
+        halves = dict.fromkeys(("x", "w", "base", "out", "u", "z"), "*bf16")
+        kinds = halves | dict.fromkeys(("parts", "norms", "lam", "quad", "sqnorm", "dlam"), "*fp32")
+        types = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
+        at = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
+        source = ASTSource(fn=kernel, signature=types, constexprs=at)
+        options = {"num_warps": how.warps, "num_stages": how.stages}
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert made.metadata.shared <= 227 << 10, (key, kernel, made.metadata.shared)
+"""
+
+
+def test_two_launches_compile_for_hopper_and_fit():
+    """The interpreter lets pass what the compiler does not: a name that changes its shape from one loop to the next."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def broken(what: str):
+    """``concat``, with one mistake."""
+    concat = next(c for c in contenders("operator") if c.name == "concat")
+
+    def forward(d):
+        found = concat.forward(d)
+        if what == "nan":
+            found.y[-1, -1] = math.nan
+        if what == "one entry":
+            found.y[-1, -1] += 1
+        return found._replace(quad=found.quad * 1.03) if what == "quad" else found
+
+    def backward(d, saved):
+        if what == "a gradient":  # that of the norm is left out
+            d = SimpleNamespace(**vars(d) | {"factors": d.factors, "grads": (*d.grads[:2], 0 * d.grads[2])})
+        return concat.backward(d, saved)
+
+    return dataclasses.replace(concat, name="broken", forward=forward, backward=backward)
+
+
+@pytest.mark.parametrize("what", ["nan", "one entry", "quad", "a gradient"])
+def test_a_wrong_contender_is_named_and_not_timed(what, on, monkeypatch, tmp_path):
+    right = [c for c in contenders("operator") if c.name == "concat"]
+    monkeypatch.setattr(operator_gpu, "contenders", lambda of: [*right, broken(what)])
+    rows = list(operator_gpu.run_trial(operator_gpu.What("triton", "operator", ODD, 1, tmp_path / "clocks.jsonl"), on))
+    assert {row["contender"] for row in rows if "us" in row} == {"concat"}
+    (row,) = [row for row in rows if "error" in row]
+    assert row["contender"] == "broken"
+    assert "of its scale" in row["error"]
+
+
+def test_one_that_raises_does_not_stop_the_others(on, monkeypatch, tmp_path):
+    def raising(d, saved):
+        raise ValueError("not here")
+
+    concat = next(c for c in contenders("operator") if c.name == "concat")
+    both = [dataclasses.replace(concat, name="raising", backward=raising), concat]
+    monkeypatch.setattr(operator_gpu, "contenders", lambda of: both)
+    monkeypatch.setattr(operator_gpu, "accuracy", lambda *given: {})
+    rows = list(operator_gpu.run_trial(operator_gpu.What("triton", "operator", ODD, 1, tmp_path / "clocks.jsonl"), on))
+    assert {row["direction"] for row in rows if "error" in row} == {"backward"}
+    measured = sum("us" in row and row["contender"] == "concat" for row in rows)
+    assert measured == 2 * len(operator_gpu.SETS["operator"].hows)
+
+
+@pytest.mark.parametrize("of", ["operator", "two_launches", "whole", "autograd"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_results_of_a_round_have_addresses_of_their_own(of, direction, on):
+    for contender in contenders(of):
+        sets = [Data(ODD, on, seed, contender.whole) for seed in range(3)]
+        with nk.use_backend("triton"), torch.set_grad_enabled(contender.autograd):
+            if direction == "forward":
+                calls = [partial(contender.forward, d) for d in sets]
+            else:
+                calls = [partial(contender.backward, d, contender.forward(d).saved) for d in sets]
+            around = operator_gpu.Round(calls, least=1)
+            around.run()
+            first = [result[0].data_ptr() for result in around.kept]
+            around.run()
+        assert len(set(first)) == 3, contender.name
+        assert around.apart(), contender.name
+        written = {d.base.data_ptr() if direction == "forward" else d.dz_base.data_ptr() for d in sets}
+        in_place = contender.inplace and not contender.whole
+        assert ({result[0].data_ptr() for result in around.kept} == written) == in_place, contender.name
+
+
+def test_results_at_one_address_are_noticed(on):
+    d = Data(ODD, on, 0)
+    contender = next(c for c in contenders("operator") if c.name == "concat_inplace")
+    with torch.no_grad():
+        around = operator_gpu.Round([lambda: contender.forward(d)] * 2, least=1)
+        around.run()
+    assert not around.apart()
+
+
+def test_a_round_is_whole_and_long_enough():
+    seen: list[int] = []
+    around = operator_gpu.Round([lambda i=i: seen.append(i) for i in range(3)], least=16)
+    around.run()
+    assert around.turns == 18
+    assert seen == [0, 1, 2] * 6
+
+
+@pytest.mark.parametrize("l2", [40 * MIB, 50 * MIB, 60 * MIB])
+def test_the_others_of_a_round_move_three_times_the_l2(l2):
+    for shape, whole in itertools.product(SHAPES, (False, True)):
+        assert (rotation(shape, whole, l2) - 1) * touched(shape, whole) >= 3 * l2
+        for direction, inplace in itertools.product(("forward", "backward"), (False, True)):
+            assert least_bytes(shape, direction, whole, inplace) >= touched(shape, whole)
+
+
+def test_least_bytes_of_a_call():
+    d = Data(ODD, torch.device("cpu"), 0, whole=True)
+    weights = d.bank.A.nbytes + d.bank.Bt.nbytes
+    small = 2 * ODD.T * ODD.R + d.grads[1].nbytes + d.grads[2].nbytes
+    y, z = d.base.nbytes, d.z.nbytes
+    assert least_bytes(ODD, "forward", False, True) == weights + small + z + 2 * y
+    assert least_bytes(ODD, "backward", False, False) == weights + small + y + 2 * z
+    assert least_bytes(ODD, "backward", False, True) == weights + small + y + 3 * z
+    assert least_bytes(ODD, "forward", True, True) == weights + small + z + y + d.W.nbytes
+    assert least_bytes(ODD, "backward", True, True) == weights + small + y + 2 * z + d.W.nbytes
+
+
+def test_values_stay_bounded_in_place(on):
+    d = Data(DRY_RUN, on, 0)
+    contender = next(c for c in contenders("operator") if c.name == "concat_inplace")
+    with torch.no_grad():
+        for _ in range(3000):
+            contender.forward(d)
+    # An entry of the update is at most a few; 512 times as much cannot be exceeded by adding it.
+    assert float(d.base.abs().max()) < 1e4
+    assert float(d.base.abs().min()) > 0
+
+
+def test_ratios_are_of_like_with_like_in_one_sample(monkeypatch, on):
+    spent = {"fused": [10.0, 20.0, 30.0], "fused_inplace": [5.0, 5.0, 5.0], "concat": [20.0, 30.0, 90.0]}
+    spent["concat_inplace"] = [15.0, 10.0, 10.0]
+    running = [c for c in contenders("operator") if c.name in spent]
+    monkeypatch.setattr(operator_gpu, "sampler", lambda c, *given: iter(spent[c.name]).__next__)
+    rows = {row["contender"]: row for row in operator_gpu.timed(running, "forward", "graph", [Data(ODD, on, 0)], on, 3)}
+    assert rows["concat"]["over_ours"] == 2.0
+    assert rows["concat_inplace"]["over_ours"] == 2.0
+    assert rows["fused_inplace"]["over_ours"] == rows["fused"]["over_ours"] == 1.0
+
+
+def test_families_come_first_on_each_backend(monkeypatch, tmp_path):
+    monkeypatch.setattr(nk, "available_backends", lambda: {"triton": True, "cuda": True})
+    args = SimpleNamespace(
+        out=tmp_path / "b.jsonl",
+        dry_run=False,
+        quick=False,
+        samples=3,
+        sets=list(operator_gpu.SETS),
+        backends=ledger.BACKENDS,
+    )
+    trials = list(operator_gpu.trials(args).values())
+    first = trials[: 4 * len(FAMILIES)]
+    assert {(t.backend, t.payload.of) for t in first} == set(itertools.product(ledger.BACKENDS, ("operator", "whole")))
+    assert {t.payload.shape for t in first} == set(FAMILIES)
+    assert all(t.payload.of in ("autotuned", "whole_compiled") for t in trials[-2 * len(FAMILIES) :])
+    assert {t.payload.shape for t in trials if t.payload.of == "operator"} == set(SHAPES)
+
+
+def test_clocks(tmp_path):
+    clocks, written = Clocks(tmp_path / "clocks.jsonl", torch.device("cpu")), []
+    with clocks:
+        for line in ("1980, 2619, 301.5, 44\n", "1755, 2619, 650.0, 51\n", "1980, 26", "[N/A], 2619, 1, 1\n"):
+            clocks.add(line, written.append)
+    assert [json.loads(line)["sm_mhz"] for line in written] == [1980, 1755]
+    assert clocks.since(0.0) == 1867.5
+    assert clocks.since(math.inf) is None
+
+
+def row(contender: str, us: float, over: float | None, shape: Shape = FAMILIES[1], **more: object) -> dict[str, object]:
+    """A measurement as operator_gpu.py writes it."""
+    moved = least_bytes(shape, "forward", False, False)
+    common = {"trial": "one", "backend": "triton", "set": "operator", "how": "graph", "cache": "cold"}
+    figures = {"us_p50": us, "over_ours": over, "tb_per_s": moved / us / 1e6, "least_bytes": moved, "tflop_per_s": 1.0}
+    flags = {"stats": True, "adapters": True, "sm_mhz": 1980.0, "dry_run": False, "direction": "forward"}
+    return {**common, **shape._asdict(), "contender": contender, **figures, **flags, **more}
+
+
+def test_the_tables_say_what_was_reached(tmp_path, capsys):
+    T256, large = FAMILIES[1], next(shape for shape in SHAPES if shape.T == 16384)
+    at = 1e-6 * least_bytes(T256, "forward", False, False) / 3.0  # microseconds at a copy of 3 TB/s
+    rows = [
+        {"trial": "one", "backend": "triton", "started": 1.0, "dry_run": False},
+        row("fused", at + 2.0, 1.0),
+        row("loop", 30.0, 4.0),
+        row("peft", 25.0, 1.01, stats=False),
+        row("concat", 20.0, 2.5),
+        row("fused_inplace", at, 1.0),
+        row("concat_inplace", 9.0, 1.2),
+        row("compiled", 18.0, 1.4, set="compiled"),
+        row("autotuned", 17.0, 1.25, set="autotuned"),
+        row("fused", 40.0, 1.0, set="whole"),
+        row("linear", 32.0, 0.8, set="whole", adapters=False, stats=False),
+        row("fused", 1e-6 * least_bytes(large, "forward", False, False) / 2.7, 1.0, large),
+        {"trial": "one", "backend": "triton", "contender": "merged", "error": "y is off by 1", "dry_run": False},
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = [{"what": "copy", "p50": 3.0, "unit": "TB/s"}, {"what": "graph_node", "p50": 1.0, "unit": "us"}]
+    (tmp_path / "environment.jsonl").write_text("".join(json.dumps(row) + "\n" for row in environment))
+    gpu_tables.print_speed(tmp_path, gpu_tables.print_ceilings(tmp_path))
+    printed = capsys.readouterr().out
+    for line in (
+        "base given: 1.25x against the best other, autotuned",
+        "base given, in place: 1.20x against the best other, concat_inplace",
+        "whole layer: 1.25 times the bare layer",
+        "times faster than compiled: 1.25, to be at least 1.30: missed",
+        "times faster than PEFT's loop: 4.00, to be at least 4.80: missed",
+        "of the copy bandwidth: 0.90, to be at least 0.80: reached",
+        f"times a launch and the least bytes: {(at + 2) / (at + 1):.2f}, to be at most 1.50: reached",
+        "one merged: y is off by 1",
+    ):
+        assert line in printed
