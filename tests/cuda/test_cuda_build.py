@@ -28,7 +28,7 @@ built = pytest.mark.skipif(not LIBRARY.is_file(), reason=f"libnsc_cuda: {info.co
 def report() -> list[dict[str, Any]]:
     pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
     command = [sys.executable, "-m", "bench.hardware.sass_report", str(LIBRARY), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout, result.stderr
     return json.loads(result.stdout)
 
