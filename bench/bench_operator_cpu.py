@@ -28,7 +28,7 @@ import torch
 
 import nsc_kernels as nk
 from contenders import Data, Shape, concatenated, fused, peft_loop
-from nsc_kernels import _native
+from nsc_kernels import native
 from nsc_kernels.backends import cpu as backend
 from timing import interleaved, keep_freed_memory
 
@@ -136,7 +136,7 @@ def environment() -> dict[str, Any]:
     return {
         "op": "environment",
         "cpu": model,
-        "instruction_set": _native.cpu_instruction_sets()[:1],
+        "instruction_set": native.cpu_instruction_sets()[:1],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "nsc_kernels": nk.__version__,

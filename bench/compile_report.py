@@ -34,10 +34,10 @@ from triton.compiler import ASTSource
 
 import triton
 from gpu_candidates import MOST, candidates
-from nsc_kernels.ledger import triton_source
 from nsc_kernels.triton.columns import columns
 from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
 from nsc_kernels.triton.kernels import merged_lora_kernel
+from nsc_kernels.verified_hardware import triton_source
 
 # Processor counts of the A100, RTX 4090, H100/H200 and B200: they decide between the schedules.
 MACHINES = {

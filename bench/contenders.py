@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nsc_kernels.backends import registry
-from nsc_kernels.backends.registry import Call
+from nsc_kernels import dispatch
+from nsc_kernels.dispatch import Call
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def fused(data: Data) -> dict[str, Callable[[], object]]:
     s = data.shape
     offsets = tuple(range(0, s.R + 1, s.rank))
     call = Call(data.z.device, data.z.dtype, s.T, s.d, s.d, offsets)
-    backend = registry.select(registry.chosen(), call)
+    backend = dispatch.select(dispatch.chosen(), call)
     return {
         "forward": lambda: backend.forward(
             data.z, data.A, data.Bt, offsets, data.lam, data.base, True, True

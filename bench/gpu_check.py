@@ -26,7 +26,7 @@ from torch import Tensor
 from gpu_common import Rows, device, own_stream, test_problems
 from gpu_repeats import BITWISE, QUESTIONS, Skipped, wait_for_memory
 from gpu_trials import Trial, add_backends, available, supervise, trial_arguments
-from nsc_kernels.backends import registry
+from nsc_kernels import dispatch
 
 problems = test_problems()
 
@@ -206,7 +206,7 @@ def trials(names: list[str], dry_run: bool) -> dict[str, Trial]:
 def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
     """One trial as a row: ``passed``, and why not; None where it could not be tried."""
     name, what, case = payload
-    backend: Any = registry.load(name)[0]
+    backend: Any = dispatch.load(name)[0]
     row: dict[str, Any] = {"backend": name, "what": what, "case": None if case is None else case._asdict()}
     if on.type == "cuda":
         found = torch.cuda.get_device_properties(on)
@@ -217,7 +217,7 @@ def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
             return row | verdict(beyond_int32(backend, on))
         torch.set_float32_matmul_precision(case.precision)
         run = Run(backend, case, on)
-        reason = backend.rejects(registry.Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
+        reason = backend.rejects(dispatch.Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
         if reason is not None:
             return row | {"passed": None, "why": reason}
         if what in BITWISE:

@@ -19,12 +19,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton")]
 
-from nsc_kernels import ledger  # noqa: E402
+from nsc_kernels import verified_hardware  # noqa: E402
 
 
 def source_of(backend: str | None) -> str | None:
     """The digest of the kernels that a row is about: Triton's where it is about no backend of ours."""
-    return ledger.source(backend if backend in ledger.BACKENDS else "triton")
+    return verified_hardware.source(backend if backend in verified_hardware.BACKENDS else "triton")
 
 
 class Rows:

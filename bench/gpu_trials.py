@@ -32,7 +32,7 @@ import torch
 
 import nsc_kernels as nk
 from gpu_common import Rows, arguments, device, own_stream, read_rows, source_of
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 
 START_LIMIT = 180.0  # seconds for a worker to import everything and meet its device
 GRACE = 10.0  # seconds that a trial under way still has when the time for all of them is up
@@ -90,7 +90,8 @@ def trial_arguments(description: str | None, workers: int = 1) -> argparse.Argum
 
 def add_backends(parser: argparse.ArgumentParser) -> None:
     """``--backends``; :func:`available` says which of them there are."""
-    parser.add_argument("--backends", nargs="+", choices=ledger.BACKENDS, default=list(ledger.BACKENDS))
+    ours = verified_hardware.BACKENDS
+    parser.add_argument("--backends", nargs="+", choices=ours, default=list(ours))
 
 
 def available(backends: Sequence[str]) -> list[str]:

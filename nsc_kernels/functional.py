@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import reference
-from .backends.registry import AUTO, Backend, chosen
 from .bank import AdapterBank
+from .dispatch import AUTO, Backend, chosen
 from .ops import run_backward, run_forward, select_backend
 from .reference import accumulation_dtype
 

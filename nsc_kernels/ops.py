@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.registry import Backend, Call, chosen, select
+from .dispatch import Backend, Call, chosen, select
 from .reference import accumulation_dtype
 
 NAMESPACE = "nsc"

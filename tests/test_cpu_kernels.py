@@ -12,15 +12,15 @@ import torch
 
 import nsc_kernels as nk
 import operator_cases as oc
-from nsc_kernels import _native, reference
-from nsc_kernels.backends import registry, two_gemms
+from nsc_kernels import dispatch, native, reference
+from nsc_kernels.backends import two_gemms
 from test_operator import require
 
 HERE = Path(__file__).parent
 
 
 def instruction_sets() -> tuple[str, ...]:
-    return _native.cpu_instruction_sets()
+    return native.cpu_instruction_sets()
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -130,7 +130,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert not tensor[8:-8].any()
     dy = torch.ones(8, 8, dtype=torch.bfloat16).repeat(T // 8, 1)
     u = (z @ bank.A.t()).contiguous()
-    backward = registry.load("cpu")[0].backward  # type: ignore[union-attr]
+    backward = dispatch.load("cpu")[0].backward  # type: ignore[union-attr]
     dz, _ = backward(dy, None, sqnorm, u, z, bank.A, bank.Bt, bank.offsets, lam, None, True, True)
     row, _ = backward(dy[-8:], None, sqnorm[-8:], u[-8:], z[-8:], bank.A, bank.Bt, bank.offsets, lam, None, True, True)
     assert torch.equal(dz[-8:], row)
@@ -144,7 +144,7 @@ def test_backward_adds_to_a_given_gradient() -> None:
     rest = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
     results = {}
     for name in ("reference", "cpu"):
-        backward = registry.load(name)[0].backward  # type: ignore[union-attr]
+        backward = dispatch.load(name)[0].backward  # type: ignore[union-attr]
         results[name] = backward(i.dy, i.dquad, i.dsqnorm, u, i.z, *rest, start, True, True)
     for a, b in zip(results["reference"], results["cpu"], strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
@@ -185,7 +185,7 @@ def test_what_is_formed_from_unrounded_sums_is_not_left_to_two_gemms(monkeypatch
     monkeypatch.setattr(two_gemms, "forward", lambda *args: taken.append("forward") or (None,) * 4)
     monkeypatch.setattr(two_gemms, "backward", lambda *args: taken.append("backward") or (None,) * 2)
     i = oc.make_inputs(oc.Case("gemms", T=70), torch.bfloat16)
-    backend = registry.load("cpu")[0]
+    backend = dispatch.load("cpu")[0]
     assert backend is not None
     factors = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
     u = i.z @ i.bank.A.t()

@@ -28,7 +28,7 @@ from gpu_accuracy import errors, faults
 from gpu_contenders import contenders
 from gpu_data import DRY_RUN, FAMILIES, SHAPES, Data, Shape, least_bytes, rotation, touched
 from gpu_environment import Clocks
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
@@ -225,11 +225,17 @@ def test_ratios_are_of_like_with_like_in_one_sample(monkeypatch, on):
 def test_families_come_first_on_each_backend(monkeypatch, tmp_path):
     monkeypatch.setattr(nk, "available_backends", lambda: {"triton": True, "cuda": True})
     args = SimpleNamespace(
-        out=tmp_path / "b.jsonl", dry_run=False, samples=3, sets=list(gpu_bench.SETS), backends=ledger.BACKENDS
+        out=tmp_path / "b.jsonl",
+        dry_run=False,
+        samples=3,
+        sets=list(gpu_bench.SETS),
+        backends=verified_hardware.BACKENDS,
     )
     trials = list(gpu_bench.trials(args).values())
     first = trials[: 4 * len(FAMILIES)]
-    assert {(t.backend, t.payload.of) for t in first} == set(itertools.product(ledger.BACKENDS, ("operator", "whole")))
+    assert {(t.backend, t.payload.of) for t in first} == set(
+        itertools.product(verified_hardware.BACKENDS, ("operator", "whole"))
+    )
     assert {t.payload.shape for t in first} == set(FAMILIES)
     assert all(t.payload.of in ("autotuned", "whole_compiled") for t in trials[-2 * len(FAMILIES) :])
     assert {t.payload.shape for t in trials if t.payload.of == "operator"} == set(SHAPES)

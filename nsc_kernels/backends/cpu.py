@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native, ops
+from .. import native, ops
+from ..dispatch import Call
 from . import two_gemms
-from .registry import Call
 
 ops.define("cpu_forward", ops.FORWARD_SCHEMA, ops.forward_fake)
 ops.define("cpu_backward", ops.BACKWARD_SCHEMA, ops.backward_fake)
@@ -19,7 +19,7 @@ native_backward = torch.ops.nsc.cpu_backward.default
 
 
 def unavailable() -> str | None:
-    return _native.load("nsc_cpu")
+    return native.load("nsc_cpu")
 
 
 def rejects(call: Call) -> str | None:

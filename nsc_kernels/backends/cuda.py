@@ -12,9 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .. import _native, ledger, ops
-from ..triton.counters import CounterPool
-from .registry import Call
+from .. import native, ops, verified_hardware
+from ..counters import CounterPool
+from ..dispatch import Call
 
 MAX_RANK = 512
 MAX_ADAPTERS = 64
@@ -54,12 +54,12 @@ def unavailable() -> str | None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _native.load("nsc_cuda")
+    return native.load("nsc_cuda")
 
 
 @cache
 def _unsupported(index: int) -> str | None:
-    return _native.cuda_unsupported(index)
+    return native.cuda_unsupported(index)
 
 
 def rejects(call: Call) -> str | None:
@@ -79,7 +79,7 @@ def rejects(call: Call) -> str | None:
 def unproven(call: Call) -> str | None:
     major, minor = torch.cuda.get_device_capability(call.device)
     arch = f"sm_{10 * major + minor}"
-    if ledger.verified(arch, "cuda") is not None:
+    if verified_hardware.verified(arch, "cuda") is not None:
         return None
     return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
 

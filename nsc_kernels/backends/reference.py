@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import reference
-from .registry import Call
+from ..dispatch import Call
 
 
 def unavailable() -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ledger
-from .registry import Call
+from .. import verified_hardware
+from ..dispatch import Call
 
 OLDEST = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +68,7 @@ def unproven(call: Call) -> str | None:
     if _interpreted():
         return None
     arch = f"sm_{machine(call.device).arch}"
-    if ledger.verified(arch) is not None:
+    if verified_hardware.verified(arch) is not None:
         return None
     return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
 

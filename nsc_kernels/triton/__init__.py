@@ -4,7 +4,6 @@
     kernels.py    the kernel: who runs the steps when, tile schedule and sliced schedule
     columns.py    the rank axis: chunks, groups, owners
     configs.py    tiles and schedule for a problem: a formula, and tables per GPU
-    counters.py   counters that need no clearing
     launch.py     outputs, workspace and the one launch
 
 Nothing here imports Triton until a kernel is launched.

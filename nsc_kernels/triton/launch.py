@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counters import CounterPool
 from .columns import columns, owner_table
 from .configs import Config, Problem, choose, machine, mode_of
-from .counters import CounterPool
 from .kernels import merged_lora_kernel
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import nsc_kernels as nk
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 from nsc_kernels.backends import triton as backend
-from nsc_kernels.backends.registry import Call
+from nsc_kernels.dispatch import Call
 
 CALL = Call(torch.device("cpu"), torch.float32, 100, 64, 64, (0, 8, 16))
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
@@ -111,18 +111,20 @@ def test_the_precision_of_float32_follows_torch(device):
 
 @pytest.fixture
 def clear_ledger():
-    ledger.entries.cache_clear()
+    verified_hardware.entries.cache_clear()
     yield
-    ledger.entries.cache_clear()
+    verified_hardware.entries.cache_clear()
 
 
 def test_the_ledger_counts_only_for_the_source_it_names(tmp_path, monkeypatch, clear_ledger):
     path = tmp_path / "verified.json"
-    path.write_text(f'[{{"arch": "sm_90", "source": "{ledger.triton_source()}"}}, {{"arch": "sm_80", "source": "0"}}]')
-    monkeypatch.setattr(ledger, "VERIFIED", path)
-    assert ledger.verified("sm_90") is not None
-    assert ledger.verified("sm_80") is None
-    assert ledger.verified("sm_100") is None
+    path.write_text(
+        f'[{{"arch": "sm_90", "source": "{verified_hardware.triton_source()}"}}, {{"arch": "sm_80", "source": "0"}}]'
+    )
+    monkeypatch.setattr(verified_hardware, "VERIFIED", path)
+    assert verified_hardware.verified("sm_90") is not None
+    assert verified_hardware.verified("sm_80") is None
+    assert verified_hardware.verified("sm_100") is None
 
 
 def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_ledger):
@@ -132,15 +134,15 @@ def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_
     monkeypatch.setattr(configs, "machine", lambda device: configs.Machine("some GPU", 90, 132, 227 << 10))
     call = CALL._replace(device=torch.device("cuda", 0))
     path = tmp_path / "verified.json"
-    monkeypatch.setattr(ledger, "VERIFIED", path)
+    monkeypatch.setattr(verified_hardware, "VERIFIED", path)
     assert "sm_90" in backend.unproven(call)
-    path.write_text(f'[{{"arch": "sm_90", "source": "{ledger.triton_source()}"}}]')
-    ledger.entries.cache_clear()
+    path.write_text(f'[{{"arch": "sm_90", "source": "{verified_hardware.triton_source()}"}}]')
+    verified_hardware.entries.cache_clear()
     assert backend.unproven(call) is None
 
 
 def test_what_the_package_ships_as_proof_is_well_formed():
-    for entry in ledger.entries():
+    for entry in verified_hardware.entries():
         assert set(entry) == {"arch", "device", "source", "torch", "triton", "cases"}
         assert entry["arch"].startswith("sm_")
         assert len(entry["source"]) == 64

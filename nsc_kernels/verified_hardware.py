@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import _native
+from . import native
 
 PACKAGE = Path(__file__).parent / "triton"
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 VERIFIED = PACKAGE / "verified.json"
-SOURCES = ("kernels.py", "steps.py", "columns.py", "configs.py", "counters.py", "launch.py")
+SOURCES = ("kernels.py", "steps.py", "columns.py", "configs.py", "../counters.py", "launch.py")
 BACKENDS = ("triton", "cuda")
 
 
@@ -37,7 +37,7 @@ def triton_source() -> str:
 
 def source(backend: str) -> str | None:
     """The digest that names a backend's kernels; None where the CUDA library is not loaded."""
-    return _native.cuda_source() if backend == "cuda" else triton_source()
+    return native.cuda_source() if backend == "cuda" else triton_source()
 
 
 def checkout_source(backend: str) -> str | None:

@@ -1,7 +1,7 @@
 """Which backend serves a call.
 
-A backend is a module of this package with five functions (see :class:`Backend`). The table below names the modules
-in order of preference; a module that is not there is reported as such, so a new backend is a new file.
+A backend is a module of ``nsc_kernels.backends`` with five functions (see :class:`Backend`). The table below names the
+modules in order of preference; a module that is not there is reported as such, so a new backend is a new file.
 
 An explicit choice (``use_backend`` or ``NSC_BACKEND``) works or raises. The automatic choice takes the first backend
 that can serve the call and logs, once each, what it passed over and why.
@@ -141,7 +141,7 @@ class use_backend(contextlib.ContextDecorator):
 @cache
 def load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module and, where it cannot run, the reason in words."""
-    module_name = f"{__package__}.{name}"
+    module_name = f"nsc_kernels.backends.{name}"
     if importlib.util.find_spec(module_name) is None:
         return None, "not part of this release"
     backend: Backend = importlib.import_module(module_name)
