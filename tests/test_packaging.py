@@ -150,5 +150,5 @@ def test_the_sdist_holds_what_a_build_needs(source: Path) -> None:
     assert result.returncode == 0, result.stderr
     _, files = contents(source, "*.tar.gz")
     assert {"CMakeLists.txt", "csrc/cpu/kernels.inl", "csrc/cpu/binding.cpp", "constraints.txt", "LICENSE"} <= files
-    assert {"nsc_kernels/reference.py", "python/nsc_merge/__init__.py", "tests/test_operator.py"} <= files
+    assert {"nsc_kernels/reference.py", "python/nsc_merge/__init__.py", "tests/kernels/test_operator.py"} <= files
     assert not any(name.endswith((".so", "_build.json", ".pyc")) for name in files)

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
+from test_operator import require
 
 import nsc_kernels as nk
 from nsc_kernels import dispatch
-from test_operator import require
 
 
 def call(**changes: object) -> dispatch.Call:

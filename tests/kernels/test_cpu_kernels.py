@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_operator import require
 
 import nsc_kernels as nk
 import operator_cases as oc
 from nsc_kernels import dispatch, native, reference
 from nsc_kernels.backends import two_gemms
-from test_operator import require
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]  # where the grid is
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
-        cwd=HERE,
+        cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,
