@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import dispatch
-from nsc_kernels.dispatch import Call
+from nsc_kernels.contract import BackwardCall, Call, ForwardCall
 
 
 @dataclass(frozen=True)
@@ -99,25 +99,10 @@ def fused(data: Data) -> dict[str, Callable[[], object]]:
     offsets = tuple(range(0, s.R + 1, s.rank))
     call = Call(data.z.device, data.z.dtype, s.T, s.d, s.d, offsets)
     backend = dispatch.select(dispatch.chosen(), call)
-    return {
-        "forward": lambda: backend.forward(
-            data.z, data.A, data.Bt, offsets, data.lam, data.base, True, True
-        ),
-        "backward": lambda: backend.backward(
-            data.dy,
-            data.dquad,
-            data.dsqnorm,
-            data.u,
-            data.z,
-            data.A,
-            data.Bt,
-            offsets,
-            data.lam,
-            None,
-            True,
-            True,
-        ),
-    }
+    factors = (data.A, data.Bt, offsets, data.lam)
+    forward = ForwardCall(data.z, *factors, data.base, True, True)
+    backward = BackwardCall(data.dy, data.dquad, data.dsqnorm, data.u, data.z, *factors, None, True, True)
+    return {"forward": lambda: backend.forward(forward), "backward": lambda: backend.backward(backward)}
 
 
 def concatenated(data: Data, compiled: bool = False) -> dict[str, Callable[[], object]]:

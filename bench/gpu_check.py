@@ -27,6 +27,7 @@ from gpu_common import Rows, device, own_stream, test_problems
 from gpu_repeats import BITWISE, QUESTIONS, Skipped, wait_for_memory
 from gpu_trials import Trial, add_backends, available, supervise, trial_arguments
 from nsc_kernels import dispatch
+from nsc_kernels.contract import BackwardCall, Call, ForwardCall
 
 problems = test_problems()
 
@@ -118,8 +119,8 @@ class Run:
 
     def __call__(self) -> dict[str, Tensor]:
         """Forward, and backward from the forward's own u."""
-        forward = self.backend.forward(*self._forward_inputs(), self.case.given != "y", True)
-        backward = self.backend.backward(*self._backward_inputs(forward[3]), True, True)
+        forward = self.backend.forward(ForwardCall(*self._forward_inputs(), self.case.given != "y", True))
+        backward = self.backend.backward(BackwardCall(*self._backward_inputs(forward[3]), True, True))
         names = (*problems.FORWARD, *problems.BACKWARD)
         return {name: t for name, t in zip(names, (*forward, *backward), strict=True) if t is not None}
 
@@ -138,8 +139,8 @@ def beyond_int32(backend: ModuleType, on: torch.device) -> dict[str, tuple[float
     p = problems.problem(1, d, d, (16,), torch.bfloat16, on)
     z = torch.randn(T, d, device=on, dtype=torch.bfloat16)
     factors = (p.A, p.Bt, p.offsets, p.lam)
-    y, quad, sqnorm, u = backend.forward(z, *factors, z, True, True)
-    dz, _ = backend.backward(y, quad, sqnorm, u, z, *factors, None, True, False)
+    y, quad, sqnorm, u = backend.forward(ForwardCall(z, *factors, z, True, True))
+    dz, _ = backend.backward(BackwardCall(y, quad, sqnorm, u, z, *factors, None, True, False))
     tail = slice(T - 200, T)
     inputs = (y[tail], quad[tail], sqnorm[tail], u[tail], z[tail], *factors, None)
     judged = problems.judge_forward((y[tail], quad[tail], sqnorm[tail], u[tail]), z[tail], *factors, z[tail])
@@ -217,7 +218,7 @@ def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
             return row | verdict(beyond_int32(backend, on))
         torch.set_float32_matmul_precision(case.precision)
         run = Run(backend, case, on)
-        reason = backend.rejects(dispatch.Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
+        reason = backend.rejects(Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
         if reason is not None:
             return row | {"passed": None, "why": reason}
         if what in BITWISE:

@@ -1,4 +1,4 @@
-"""The backend as the registry sees it, and its Python side with the emulator in place of the GPU."""
+"""The backend as the dispatch sees it, and its Python side with the emulator in place of the GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import nsc_kernels as nk
 import operator_cases as oc
 from nsc_kernels import dispatch, native, ops, verified_hardware
 from nsc_kernels.backends import cuda as backend
+from nsc_kernels.contract import Call, ForwardCall
 
 GPU = torch.device("cuda", 0)
-CALL = dispatch.Call(GPU, torch.bfloat16, 100, 64, 72, (0, 8, 16))
+CALL = Call(GPU, torch.bfloat16, 100, 64, 72, (0, 8, 16))
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -106,7 +107,7 @@ def emulated(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
     library.impl("cuda_forward", forward, "CPU")
     library.impl("cuda_backward", backward, "CPU")
-    device_types = dispatch.Call._replace
+    device_types = Call._replace
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backend, "_unsupported", lambda index: None)
     rejects = backend.rejects
@@ -140,11 +141,12 @@ def test_the_output_is_written_over_base_where_that_is_allowed(emulated: list[Ho
     inputs = oc.make_inputs(oc.Case("reuse", T=9), torch.bfloat16)
     bank = inputs.bank
     arguments = (inputs.z, bank.A, bank.Bt, bank.offsets, inputs.lam)
-    fresh = backend.forward(*arguments, inputs.base, True, True)
+    fresh = backend.forward(ForwardCall(*arguments, inputs.base, True, True))
     assert fresh[0].data_ptr() != inputs.base.data_ptr()
     over = inputs.base.clone()
-    y = backend.forward(*arguments, over, True, True, True)[0]
+    y = backend.forward(ForwardCall(*arguments, over, True, True, True))[0]
     assert y.data_ptr() == over.data_ptr()
     assert torch.equal(y, fresh[0])
     repeated = inputs.base[:1].expand(9, -1)
-    assert backend.forward(*arguments, repeated, True, True, True)[0].data_ptr() != repeated.data_ptr()
+    y = backend.forward(ForwardCall(*arguments, repeated, True, True, True))[0]
+    assert y.data_ptr() != repeated.data_ptr()

@@ -1,4 +1,4 @@
-"""The registry: explicit choices work or raise, automatic ones explain themselves."""
+"""The choice of a backend: explicit choices work or raise, automatic ones explain themselves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from test_operator import require
 
 import nsc_kernels as nk
 from nsc_kernels import dispatch
+from nsc_kernels.contract import Call
 
 
-def call(**changes: object) -> dispatch.Call:
+def call(**changes: object) -> Call:
     values = {"device": torch.device("cpu"), "dtype": torch.float32, "T": 4, "d_in": 8, "d_out": 8, "offsets": (0, 2)}
-    return dispatch.Call(**{**values, **changes})  # type: ignore[arg-type]
+    return Call(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_every_backend_is_on_or_says_why() -> None:

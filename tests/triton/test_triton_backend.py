@@ -1,4 +1,4 @@
-"""The backend as the registry sees it, and the operator through its public functions."""
+"""The backend as the dispatch sees it, and the operator through its public functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import nsc_kernels as nk
 from nsc_kernels import verified_hardware
 from nsc_kernels.backends import triton as backend
-from nsc_kernels.dispatch import Call
+from nsc_kernels.contract import Call
 
 CALL = Call(torch.device("cpu"), torch.float32, 100, 64, 64, (0, 8, 16))
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
@@ -158,14 +158,14 @@ def test_the_module_adds_its_adapters_in_place(device, monkeypatch, grad):
     layer = nk.MergedLoRALinear(torch.nn.Linear(24, 40).to(device), bank, [0.5])
     z = torch.randn(5, 24, device=device, requires_grad=grad)
     reused = []
-    output = launch._output
+    output = launch.output_over
 
     def spy(base, shape, like, reuse_base):
         found = output(base, shape, like, reuse_base)
         reused.append(found is base)
         return found
 
-    monkeypatch.setattr(launch, "_output", spy)
+    monkeypatch.setattr(launch, "output_over", spy)
     with nk.use_backend("triton"):
         y = layer(z)
         if grad:
