@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -125,6 +126,21 @@ def test_the_ledger_counts_only_for_the_source_it_names(tmp_path, monkeypatch, c
     assert verified_hardware.verified("sm_90") is not None
     assert verified_hardware.verified("sm_80") is None
     assert verified_hardware.verified("sm_100") is None
+
+
+def test_what_is_hashed_imports_nothing_of_the_project_that_is_not():
+    """Else the move of a file that decides nothing would edit one that is hashed, and withdraw entries."""
+    hashed = set(verified_hardware.SOURCES.values())
+    for path in hashed:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = [path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")]
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                imported = [name for name in names if name.partition(".")[0] == "nsc_kernels"]
+            else:
+                continue
+            assert hashed.issuperset(imported), f"{path.name} imports {imported}"
 
 
 def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_ledger):
