@@ -6,8 +6,8 @@ with the same skeleton: shrink -> mid -> expand.
 """
 
 from ._version import __version__
-from .backends import available_backends, use_backend
 from .bank import AdapterBank
+from .dispatch import available_backends, use_backend
 from .functional import merged_lora, merged_lora_nsc
 from .module import MergedLoRALinear
 from .ratio import null_space_ratio

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import reference
-from .backends.registry import AUTO, Backend, chosen
+from .autograd import MergedLoRAFunction
 from .bank import AdapterBank
-from .ops import run_backward, run_forward, select_backend
+from .contract import ForwardCall
+from .dispatch import AUTO, chosen
+from .ops import run_forward, select_backend
 from .reference import accumulation_dtype
 
 # Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
@@ -158,7 +159,7 @@ def _route(
         if grad:
             weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
             return MergedLoRAFunction.apply(z, lam, base, weight, bias, A, Bt, offsets, stats, backend)
-        y, quad, sqnorm, _ = run_forward(backend, z, A, Bt, offsets, lam, base, stats, False, own_base)
+        y, quad, sqnorm, _ = run_forward(backend, ForwardCall(z, A, Bt, offsets, lam, base, stats, False, own_base))
     return (y, quad, sqnorm) if stats else y
 
 
@@ -172,81 +173,6 @@ def _is_plain(linear: nn.Linear) -> bool:
         and not linear.weight.requires_grad
         and (linear.bias is None or not linear.bias.requires_grad)
     )
-
-
-class MergedLoRAFunction(torch.autograd.Function):
-    """The eager route: one forward kernel, one backward kernel, on the backend chosen in the forward.
-
-    ``base`` is given, or made here by a frozen linear layer (``weight``, ``bias``). Saves u (bank dtype, ``[T, R]``)
-    if it is needed, and z only where ``sqnorm`` may have a gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        lam: Tensor,
-        base: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        A: Tensor,
-        Bt: Tensor,
-        offsets: tuple[int, ...],
-        stats: bool,
-        backend: Backend,
-    ) -> Any:
-        need_dz, need_dlam = ctx.needs_input_grad[:2]
-        save_u = need_dlam or need_dz
-        if weight is not None:
-            base = nn.functional.linear(z, weight, bias)
-        y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u, weight is not None)
-        if save_u:
-            ctx.save_for_backward(u, lam, A, Bt, weight if need_dz else None, z if stats and need_dz else None)
-        ctx.offsets, ctx.backend = offsets, backend
-        ctx.set_materialize_grads(False)
-        return (y, quad, sqnorm) if stats else y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dquad: Tensor | None = None, dsqnorm: Tensor | None = None) -> Any:
-        need_dz, need_dlam, need_dbase = ctx.needs_input_grad[:3]
-        dz = dlam = None
-        if need_dz or need_dlam:
-            u, lam, A, Bt, weight, z = ctx.saved_tensors
-            create_graph = torch.is_grad_enabled()
-            with torch.no_grad() if create_graph else nullcontext():
-                dz_base = None if weight is None or dy is None else dy @ weight
-                dz, dlam = run_backward(
-                    ctx.backend, dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, True
-                )
-            if create_graph:
-                dz, dlam = OnceDifferentiable.apply(
-                    dz if need_dz else None, dlam if need_dlam else None, u, lam, z, dy, dquad, dsqnorm
-                )
-        return (
-            dz if need_dz else None,
-            dlam if need_dlam else None,
-            dy if need_dbase else None,
-            *[None] * 7,
-        )
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """Passes the gradients on and keeps them tied to what they depend on, so that differentiating them raises.
-
-    ``once_differentiable`` raises from ``backward()`` but leaves the tensors that the gradients depend on out of the
-    graph, and ``torch.autograd.grad(..., allow_unused=True)`` then returns None for a derivative that is not zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dz: Tensor | None, dlam: Tensor | None, *sources: Tensor | None) -> Any:
-        return dz, dlam
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "merged_lora is differentiable once: its gradient was to be differentiated again. For second derivatives "
-            "use torch.func transforms (torch.func.hessian, jvp of grad), which the reference backend serves"
-        )
 
 
 def _autocast_applies(z: Tensor) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from . import _native, ledger
+from . import native, verified_hardware
 from ._version import __version__
-from .backends import available_backends
-from .backends.registry import chosen
+from .dispatch import available_backends, chosen
 
 
 def collect() -> dict[str, Any]:
@@ -30,21 +29,25 @@ def collect() -> dict[str, Any]:
         "backends": available_backends(),
         "backend_choice": chosen(),
         "cpu": {
-            "instruction_sets": list(_native.cpu_instruction_sets()),
+            "instruction_sets": list(native.cpu_instruction_sets()),
             "threads": torch.get_num_threads(),
         },
         "cuda": {
             "torch_built_for": torch.version.cuda,
             "devices": [_device(i) for i in range(torch.cuda.device_count())],
         },
-        **{f"{name}_kernel": _kernel(name) for name in ledger.BACKENDS},
+        **{f"{name}_kernel": _kernel(name) for name in verified_hardware.BACKENDS},
         "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
     }
 
 
 def _kernel(backend: str) -> dict[str, Any]:
-    source = ledger.source(backend)
-    archs = {e["arch"] for e in ledger.entries() if ledger.backend_of(e) == backend and e["source"] == source}
+    source = verified_hardware.source(backend)
+    archs = {
+        e["arch"]
+        for e in verified_hardware.entries()
+        if verified_hardware.backend_of(e) == backend and e["source"] == source
+    }
     return {"source": None if source is None else source[:16], "shown_correct_on": sorted(archs)}
 
 

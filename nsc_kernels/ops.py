@@ -1,10 +1,11 @@
 """The operator as registered torch.library ops, for torch.compile, export and profilers.
 
 ``nsc::merged_lora`` and ``nsc::merged_lora_backward`` are opaque to the compiler and choose their backend when they
-run. Eager code does not pass through them: :mod:`nsc_kernels.functional` calls the same :func:`run_forward` and
+run. Eager code does not pass through them: :mod:`nsc_kernels.autograd` calls the same :func:`run_forward` and
 :func:`run_backward` from a ``torch.autograd.Function``, which costs half as much per call.
 
 Schemas are defined here, in Python, so that they exist with no native library; the native libraries only add kernels.
+The schema is the signature of what is registered for an op: functions take its arguments as they come.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.registry import Backend, Call, chosen, select
+from .contract import Backend, BackwardCall, Call, ForwardCall
+from .dispatch import chosen, select
 from .reference import accumulation_dtype
 
 NAMESPACE = "nsc"
@@ -47,67 +49,64 @@ def unit_stride(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def run_forward(
-    backend: Backend,
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def run_forward(backend: Backend, call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One forward on one backend. The only way to a backend's kernels."""
-    return backend.forward(
-        unit_stride(z),
-        A.contiguous(),
-        Bt.contiguous(),
-        offsets,
-        lam.contiguous(),
-        unit_stride(base),
-        stats,
-        save_u,
-        reuse_base,
-    )
+    z, A, Bt, offsets, lam, base, stats, save_u, reuse_base = call
+    # Most calls are contiguous throughout. They are handed on as they are: another record costs more than asking.
+    if not (
+        z.is_contiguous()
+        and A.is_contiguous()
+        and Bt.is_contiguous()
+        and lam.is_contiguous()
+        and (base is None or base.is_contiguous())
+    ):
+        call = ForwardCall(
+            unit_stride(z),
+            A.contiguous(),
+            Bt.contiguous(),
+            offsets,
+            lam.contiguous(),
+            unit_stride(base),
+            stats,
+            save_u,
+            reuse_base,
+        )
+    return backend.forward(call)
 
 
-def run_backward(
-    backend: Backend,
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+def run_backward(backend: Backend, call: BackwardCall) -> tuple[Tensor | None, Tensor | None]:
     """One backward on one backend. The only way to a backend's kernels.
 
     The statistics depend on z alone, so without ``need_dz`` their gradients are dropped here.
     """
-    return backend.backward(
-        unit_stride(dy),
-        dquad.contiguous() if need_dz and dquad is not None else None,
-        dsqnorm.contiguous() if need_dz and dsqnorm is not None else None,
-        u.contiguous(),
-        unit_stride(z),
-        A.contiguous(),
-        Bt.contiguous(),
-        offsets,
-        lam.contiguous(),
-        unit_stride(dz_base),
-        need_dz,
-        need_dlam,
-        reuse_base,
-    )
+    dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base = call
+    if not (
+        (dy is None or dy.is_contiguous())
+        and (dquad is None or (need_dz and dquad.is_contiguous()))
+        and (dsqnorm is None or (need_dz and dsqnorm.is_contiguous()))
+        and u.is_contiguous()
+        and (z is None or z.is_contiguous())
+        and A.is_contiguous()
+        and Bt.is_contiguous()
+        and lam.is_contiguous()
+        and (dz_base is None or dz_base.is_contiguous())
+    ):
+        call = BackwardCall(
+            unit_stride(dy),
+            dquad.contiguous() if need_dz and dquad is not None else None,
+            dsqnorm.contiguous() if need_dz and dsqnorm is not None else None,
+            u.contiguous(),
+            unit_stride(z),
+            A.contiguous(),
+            Bt.contiguous(),
+            offsets,
+            lam.contiguous(),
+            unit_stride(dz_base),
+            need_dz,
+            need_dlam,
+            reuse_base,
+        )
+    return backend.backward(call)
 
 
 def _tensor(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,51 +114,22 @@ def _tensor(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=like.device) if t is None else t
 
 
-def _forward_impl(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = select_backend(z, A, Bt, offsets)
-    y, quad, sqnorm, u = run_forward(backend, z, A, Bt, offsets, lam, base, stats, save_u)
-    return y, _tensor(quad, z, lam.dtype), _tensor(sqnorm, z, lam.dtype), _tensor(u, z, z.dtype)
+def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = ForwardCall(*arguments)
+    z, acc = call.z, call.lam.dtype
+    y, quad, sqnorm, u = run_forward(select_backend(z, call.A, call.Bt, call.offsets), call)
+    return y, _tensor(quad, z, acc), _tensor(sqnorm, z, acc), _tensor(u, z, z.dtype)
 
 
-def _backward_impl(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-) -> tuple[Tensor, Tensor]:
-    backend = select_backend(u, A, Bt, offsets)
-    dz, dlam = run_backward(backend, dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)
-    return _tensor(dz, u, A.dtype), _tensor(dlam, u, lam.dtype)
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = BackwardCall(*arguments)
+    dz, dlam = run_backward(select_backend(call.u, call.A, call.Bt, call.offsets), call)
+    return _tensor(dz, call.u, call.A.dtype), _tensor(dlam, call.u, call.lam.dtype)
 
 
-def forward_fake(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of a forward op's results."""
+    z, A, Bt, offsets, _, _, stats, save_u = arguments
     K, R = len(offsets) - 1, A.shape[0]
     torch._check(z.dim() == 2 and z.shape[1] == A.shape[1], lambda: f"z must be [T, {A.shape[1]}], found {z.shape}")
     torch._check(Bt.shape[0] == R, lambda: f"A and Bt must have one row count, found {R} and {Bt.shape[0]}")
@@ -172,23 +142,11 @@ def forward_fake(
     )
 
 
-def backward_fake(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-) -> tuple[Tensor, Tensor]:
+def backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of a backward op's results."""
-    dz = A.new_empty((u.shape[0], A.shape[1]) if need_dz else 0)
-    return dz, lam.new_empty(lam.shape if need_dlam else 0)
+    call = BackwardCall(*arguments)
+    dz = call.A.new_empty((call.u.shape[0], call.A.shape[1]) if call.need_dz else 0)
+    return dz, call.lam.new_empty(call.lam.shape if call.need_dlam else 0)
 
 
 def define(name: str, schema: str, fake: Any) -> None:

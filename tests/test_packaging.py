@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsc_kernels import _native, info
+from nsc_kernels import info, native
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
@@ -116,13 +116,13 @@ def test_one_wheel_for_every_python(source: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nsc_cpu", "nsc_cuda"])
 def test_the_built_libraries_serve_every_torch_since_2_11(name: str) -> None:
-    library = _native.LIBRARY_DIR / f"lib{name}.so"
+    library = native.LIBRARY_DIR / f"lib{name}.so"
     if not library.is_file():
         pytest.skip(f"lib{name} is not built: {info.collect()['build']}")
     depends_on_no_version(library)
     if torch.version.cuda is not None or name == "nsc_cpu":
         # Without a GPU too: what is missing then is a device.
-        assert _native.load(name) is None
+        assert native.load(name) is None
 
 
 def test_the_report_says_which_build_of_torch_it_is() -> None:
@@ -151,5 +151,5 @@ def test_the_sdist_holds_what_a_build_needs(source: Path) -> None:
     assert result.returncode == 0, result.stderr
     _, files = contents(source, "*.tar.gz")
     assert {"CMakeLists.txt", "csrc/cpu/kernels.inl", "csrc/cpu/binding.cpp", "constraints.txt", "LICENSE"} <= files
-    assert {"nsc_kernels/reference.py", "python/nsc_merge/__init__.py", "tests/test_operator.py"} <= files
+    assert {"nsc_kernels/reference.py", "python/nsc_merge/__init__.py", "tests/kernels/test_operator.py"} <= files
     assert not any(name.endswith((".so", "_build.json", ".pyc")) for name in files)

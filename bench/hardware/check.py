@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsc_kernels.backends import registry
+from nsc_kernels import dispatch
 from nsc_kernels.bench.gpu_measuring import Rows, own_stream
 from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, supervise, trial_arguments
+from nsc_kernels.contract import BackwardCall, Call, ForwardCall
 
 from .. import from_tests
 from .check_cases import R16, SMALLEST, TRIED, UNEQUAL, Case, cases
@@ -58,8 +59,8 @@ class Run:
 
     def __call__(self) -> dict[str, Tensor]:
         """Forward, and backward from the forward's own u."""
-        forward = self.backend.forward(*self._forward_inputs(), self.case.given != "y", True)
-        backward = self.backend.backward(*self._backward_inputs(forward[3]), True, True)
+        forward = self.backend.forward(ForwardCall(*self._forward_inputs(), self.case.given != "y", True))
+        backward = self.backend.backward(BackwardCall(*self._backward_inputs(forward[3]), True, True))
         names = (*problems.FORWARD, *problems.BACKWARD)
         return {name: t for name, t in zip(names, (*forward, *backward), strict=True) if t is not None}
 
@@ -78,8 +79,8 @@ def beyond_int32(backend: ModuleType, on: torch.device) -> dict[str, tuple[float
     p = problems.problem(1, d, d, (16,), torch.bfloat16, on)
     z = torch.randn(T, d, device=on, dtype=torch.bfloat16)
     factors = (p.A, p.Bt, p.offsets, p.lam)
-    y, quad, sqnorm, u = backend.forward(z, *factors, z, True, True)
-    dz, _ = backend.backward(y, quad, sqnorm, u, z, *factors, None, True, False)
+    y, quad, sqnorm, u = backend.forward(ForwardCall(z, *factors, z, True, True))
+    dz, _ = backend.backward(BackwardCall(y, quad, sqnorm, u, z, *factors, None, True, False))
     tail = slice(T - 200, T)
     inputs = (y[tail], quad[tail], sqnorm[tail], u[tail], z[tail], *factors, None)
     judged = problems.judge_forward((y[tail], quad[tail], sqnorm[tail], u[tail]), z[tail], *factors, z[tail])
@@ -146,7 +147,7 @@ def trials(names: list[str], dry_run: bool) -> dict[str, Trial]:
 def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
     """One trial as a row: ``passed``, and why not; None where it could not be tried."""
     name, what, case = payload
-    backend: Any = registry.load(name)[0]
+    backend: Any = dispatch.load(name)[0]
     row: dict[str, Any] = {"backend": name, "what": what, "case": None if case is None else case._asdict()}
     if on.type == "cuda":
         found = torch.cuda.get_device_properties(on)
@@ -157,7 +158,7 @@ def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
             return row | verdict(beyond_int32(backend, on))
         torch.set_float32_matmul_precision(case.precision)
         run = Run(backend, case, on)
-        reason = backend.rejects(registry.Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
+        reason = backend.rejects(Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
         if reason is not None:
             return row | {"passed": None, "why": reason}
         if what in BITWISE:

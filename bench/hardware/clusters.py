@@ -23,6 +23,7 @@ from nsc_kernels.backends import cuda
 from nsc_kernels.bench.gpu_data import SHAPES, Data, Shape
 from nsc_kernels.bench.gpu_measuring import captured, microseconds, quantiles
 from nsc_kernels.bench.gpu_trials import Trial, supervise, trial_arguments
+from nsc_kernels.contract import BackwardCall, ForwardCall
 
 ALL = [*cuda.VARIANTS, *cuda.WARPGROUP_VARIANTS]
 SAMPLES = 15
@@ -43,8 +44,10 @@ def call(data: Data, backward: bool, u: Tensor, how: How) -> Callable[[], Any]:
     z, lam = data.z.detach(), data.lam.detach()
     factors = (data.bank.A, data.bank.Bt, data.bank.offsets, lam)
     if not backward:
-        return lambda: cuda.forward(z, *factors, data.base, True, True, **how._asdict())
-    return lambda: cuda.backward(*data.grads, u, z, *factors, None, True, True, **how._asdict())
+        forward = ForwardCall(z, *factors, data.base, True, True)
+        return lambda: cuda.forward(forward, **how._asdict())
+    gradients = BackwardCall(*data.grads, u, z, *factors, None, True, True)
+    return lambda: cuda.backward(gradients, **how._asdict())
 
 
 def prepared(calls: list[Callable[[], Any]], on: torch.device) -> Callable[[], None] | str:
@@ -59,7 +62,7 @@ def prepared(calls: list[Callable[[], Any]], on: torch.device) -> Callable[[], N
 def sweep(payload: tuple[Shape, bool], on: torch.device) -> Iterator[dict[str, Any]]:
     shape, backward = payload
     sets = [Data(shape, on, seed) for seed in range(2 if shape.T > 4096 else 8)]
-    saved = [cuda.forward(d.z.detach(), *d.factors, d.base, False, True)[3] for d in sets]
+    saved = [cuda.forward(ForwardCall(d.z.detach(), *d.factors, d.base, False, True))[3] for d in sets]
     graphs: dict[How, Callable[[], None]] = {}
     facts = {**shape._asdict(), "backend": "cuda", "backward": backward}
     for how in [How(), *itertools.starmap(How, itertools.product(cuda.variants_of(shape.R), (1, 2, 4, 8, 16)))]:

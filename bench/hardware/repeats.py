@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from nsc_kernels.backends import cuda
 from nsc_kernels.bench.gpu_measuring import captured, recorded, synchronize
-from nsc_kernels.triton import columns, launch
+from nsc_kernels.counters import counter_pool
+from nsc_kernels.triton import columns
 
 NAN = float("nan")
 Results = dict[str, Tensor]
@@ -195,7 +195,7 @@ def reduce_overhead(run: Run, on: torch.device) -> bool:
     """With torch's own CUDA graphs, whose warm-up is the first to need counters and tables of owners."""
     from torch._dynamo.utils import counters
 
-    for kept in (launch.counter_pool, cuda.counter_pool, columns.owner_table):
+    for kept in (counter_pool, columns.owner_table):
         kept.cache_clear()
     counters.clear()
     equal = _compiled(run, "reduce-overhead")

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 from nsc_kernels.bench.gpu_measuring import read_rows
 from nsc_kernels.bench.gpu_tables import print_ceilings, print_speed
 from nsc_kernels.bench.gpu_trials import results, under_way
@@ -41,7 +41,7 @@ def shortcomings(folder: Path, backend: str) -> list[str]:
     """Why the rows do not show a backend's kernels correct; empty if they do."""
     rows = {row["trial"]: row for row in of_backend(folder / "correctness.jsonl", backend)}
     launches = of_backend(folder / "launches.jsonl", backend)
-    source = ledger.source(backend) or ledger.checkout_source(backend)
+    source = verified_hardware.source(backend) or verified_hardware.checkout_source(backend)
     found = []
     if any(row["dry_run"] or row["source"] != source for row in [*rows.values(), *launches]):
         found.append("rows of a dry run or of another source")
@@ -89,13 +89,13 @@ def entry(folder: Path, backend: str) -> Row:
 
 def accept(earned: Row) -> None:
     """Put an entry in the place of the backend's earlier one on that architecture."""
-    ledger.entries.cache_clear()
+    verified_hardware.entries.cache_clear()
     key = (earned["backend"], earned["arch"])
-    kept = [e for e in ledger.entries() if (ledger.backend_of(e), e["arch"]) != key]
-    temporary = ledger.VERIFIED.with_suffix(".tmp")
+    kept = [e for e in verified_hardware.entries() if (verified_hardware.backend_of(e), e["arch"]) != key]
+    temporary = verified_hardware.VERIFIED.with_suffix(".tmp")
     temporary.write_text(json.dumps([*kept, earned], indent=2) + "\n")
-    os.replace(temporary, ledger.VERIFIED)
-    ledger.entries.cache_clear()
+    os.replace(temporary, verified_hardware.VERIFIED)
+    verified_hardware.entries.cache_clear()
 
 
 def print_correctness(folder: Path) -> list[str]:
@@ -109,7 +109,7 @@ def print_correctness(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.jsonl")):
         for trial in under_way(path):
             print(f"{path.name} was cut off during {trial}")
-    return [name for name in ledger.BACKENDS if any(row["backend"] == name for row in rows)]
+    return [name for name in verified_hardware.BACKENDS if any(row["backend"] == name for row in rows)]
 
 
 def main() -> int:

@@ -78,8 +78,8 @@ report() {
 }
 
 cuda_built() {
-    "$PYTHON" -c 'from nsc_kernels import ledger, _native; import sys
-sys.exit(_native.cuda_source() != ledger.checkout_source("cuda"))' 2>/dev/null
+    "$PYTHON" -c 'from nsc_kernels import verified_hardware, native; import sys
+sys.exit(native.cuda_source() != verified_hardware.checkout_source("cuda"))' 2>/dev/null
 }
 
 cuda_build() {

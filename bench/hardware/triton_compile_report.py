@@ -33,10 +33,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import triton
-from nsc_kernels.ledger import triton_source
 from nsc_kernels.triton.columns import columns
 from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
 from nsc_kernels.triton.kernels import merged_lora_kernel
+from nsc_kernels.verified_hardware import triton_source
 
 from .candidates import MOST, candidates
 

@@ -18,6 +18,7 @@ import torch
 
 from nsc_kernels import reference
 from nsc_kernels.bench.gpu_measuring import Rows, arguments, own_stream
+from nsc_kernels.contract import ForwardCall
 from nsc_kernels.triton import launch
 
 from .. import from_tests
@@ -45,7 +46,7 @@ def layers(on: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:
         inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
         sums = {"eager float32": reference.shrink(p.z, p.A), "cuBLAS, tensor cores": product(p.z, p.A)}
         quads = {name: reference.gather(u * u, p.offsets) for name, u in sums.items()}
-        quads["triton"] = launch.forward(*inputs, True, False)[1]
+        quads["triton"] = launch.forward(ForwardCall(*inputs, True, False))[1]
         for name, quad in quads.items():
             error, bound = problems.judge_forward((None, quad, None, None), *inputs)["quad"]
             yield {"what": "quad", "T": T, "d": d, "K": K, "by": name, "error": error, "bound": bound}

@@ -32,6 +32,7 @@ from torch import Tensor
 from nsc_kernels.bench.gpu_data import SHAPES, Data, Shape
 from nsc_kernels.bench.gpu_measuring import captured, microseconds, quantiles, synchronize
 from nsc_kernels.bench.gpu_trials import Trial, results, supervise, trial_arguments
+from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config, Problem, bucket, formula, machine
 
@@ -48,11 +49,13 @@ SAME_ORDER = {"expand_stages", "early"}  # fields that change when something is 
 
 def call(data: Data, backward: bool, u: Tensor, config: Config) -> Callable[[], tuple[Tensor | None, ...]]:
     """One direction as the operator runs it, with everything switched on."""
-    bank, z, lam = data.bank, data.z.detach(), data.lam.detach()
+    bank, z = data.bank, data.z.detach()
+    factors = (bank.A, bank.Bt, bank.offsets, data.lam.detach())
     if not backward:
-        return lambda: launch.forward(z, bank.A, bank.Bt, bank.offsets, lam, data.base, True, True, config)
-    inputs = (*data.grads, u, z, bank.A, bank.Bt, bank.offsets, lam, None, True, True, config)
-    return lambda: launch.backward(*inputs)
+        forward = ForwardCall(z, *factors, data.base, True, True)
+        return lambda: launch.forward(forward, config=config)
+    gradients = BackwardCall(*data.grads, u, z, *factors, None, True, True)
+    return lambda: launch.backward(gradients, config=config)
 
 
 def poisoned(run: Callable[[], tuple[Tensor | None, ...]], on: torch.device) -> tuple[Tensor | None, ...] | str:

@@ -1,5 +1,1 @@
-"""Backends and the registry that chooses among them."""
-
-from .registry import available_backends, use_backend
-
-__all__ = ["available_backends", "use_backend"]
+"""The backends, one file each; :mod:`nsc_kernels.dispatch` loads them by name."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .. import _native, ops
+from .. import native, ops
+from ..contract import BackwardCall, Call, ForwardCall
 from . import two_gemms
-from .registry import Call
 
 ops.define("cpu_forward", ops.FORWARD_SCHEMA, ops.forward_fake)
 ops.define("cpu_backward", ops.BACKWARD_SCHEMA, ops.backward_fake)
@@ -19,7 +17,7 @@ native_backward = torch.ops.nsc.cpu_backward.default
 
 
 def unavailable() -> str | None:
-    return _native.load("nsc_cpu")
+    return native.load("nsc_cpu")
 
 
 def rejects(call: Call) -> str | None:
@@ -30,37 +28,13 @@ def unproven(call: Call) -> str | None:
     return None
 
 
-def forward(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not stats and two_gemms.preferred(z.dtype, z.shape[0]):
-        return two_gemms.forward(z, A, Bt, offsets, lam, base, save_u)
-    return native_forward(z, A, Bt, offsets, lam, base, stats, save_u)
+def forward(call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if not call.stats and two_gemms.preferred(call.z.dtype, call.z.shape[0]):
+        return two_gemms.forward(call)
+    return native_forward(*call[:8])
 
 
-def backward(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    if need_dz and not need_dlam and two_gemms.preferred(u.dtype, u.shape[0]):
-        return two_gemms.backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base)
-    return native_backward(dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam)
+def backward(call: BackwardCall) -> tuple[Tensor | None, Tensor | None]:
+    if call.need_dz and not call.need_dlam and two_gemms.preferred(call.u.dtype, call.u.shape[0]):
+        return two_gemms.backward(call)
+    return native_backward(*call[:12])

@@ -5,16 +5,15 @@ bfloat16 and float16 on GPUs with clusters (compute capability 9.0); what they d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from .. import _native, ledger, ops
-from ..triton.counters import CounterPool
-from .registry import Call
+from .. import native, ops, verified_hardware
+from ..contract import BackwardCall, Call, ForwardCall
+from ..counters import counter_pool, output_over
 
 MAX_RANK = 512
 MAX_ADAPTERS = 64
@@ -54,12 +53,12 @@ def unavailable() -> str | None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _native.load("nsc_cuda")
+    return native.load("nsc_cuda")
 
 
 @cache
 def _unsupported(index: int) -> str | None:
-    return _native.cuda_unsupported(index)
+    return native.cuda_unsupported(index)
 
 
 def rejects(call: Call) -> str | None:
@@ -79,15 +78,9 @@ def rejects(call: Call) -> str | None:
 def unproven(call: Call) -> str | None:
     major, minor = torch.cuda.get_device_capability(call.device)
     arch = f"sm_{10 * major + minor}"
-    if ledger.verified(arch, "cuda") is not None:
+    if verified_hardware.verified(arch, "cuda") is not None:
         return None
     return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
-
-
-@cache
-def counter_pool(device: torch.device) -> CounterPool:
-    """The counters of a device; one per launch that adds dlam over tiles."""
-    return CounterPool(device)
 
 
 @overload
@@ -101,13 +94,6 @@ def aligned(t: Tensor | None) -> Tensor | None:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _output(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_base: bool) -> Tensor:
-    """``base`` itself if it may be overwritten and no two of its rows overlap, else a new tensor."""
-    if reuse_base and base is not None and base.stride(0) >= shape[1]:
-        return base
-    return like.new_empty(shape)
-
-
 def variants_of(R: int) -> list[int]:
     """The variants that serve R with the least padding, one of each family and number of tokens per tile."""
     found = []
@@ -119,23 +105,13 @@ def variants_of(R: int) -> list[int]:
 
 
 def forward(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-    reuse_base: bool = False,
-    *,
-    variant: int = AUTOMATIC,
-    cluster: int = 0,
+    call: ForwardCall, *, variant: int = AUTOMATIC, cluster: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """:func:`nsc_kernels.reference.forward` in one launch; ``u`` is None without ``save_u``."""
+    z, A, Bt, offsets, lam, base, stats, save_u, reuse_base = call
     T = z.shape[0]
     z, base = aligned(z), aligned(base)
-    y = _output(base, (T, Bt.shape[1]), z, reuse_base)
+    y = output_over(base, (T, Bt.shape[1]), z, reuse_base)
     quad = lam.new_empty((T, len(offsets) - 1)) if stats else None
     sqnorm = lam.new_empty(T) if stats else None
     u = z.new_empty((T, A.shape[0])) if save_u else None
@@ -143,30 +119,14 @@ def forward(
     return y, quad, sqnorm, u
 
 
-def backward(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-    reuse_base: bool = False,
-    *,
-    variant: int = AUTOMATIC,
-    cluster: int = 0,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(call: BackwardCall, *, variant: int = AUTOMATIC, cluster: int = 0) -> tuple[Tensor | None, Tensor | None]:
     """:func:`nsc_kernels.reference.backward` in one launch."""
+    dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base = call
     T = u.shape[0]
     if dsqnorm is not None and need_dz and z is None:
         raise ValueError("z must be given where sqnorm has a gradient")
     dz_base = aligned(dz_base) if need_dz else None
-    dz = _output(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
+    dz = output_over(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
     dlam = torch.empty_like(lam) if need_dlam else None
     if not T:
         return dz, None if dlam is None else dlam.zero_()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .. import ledger
-from .registry import Call
+from .. import verified_hardware
+from ..contract import BackwardCall, Call, ForwardCall
 
 OLDEST = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,44 +66,18 @@ def unproven(call: Call) -> str | None:
     if _interpreted():
         return None
     arch = f"sm_{machine(call.device).arch}"
-    if ledger.verified(arch) is not None:
+    if verified_hardware.verified(arch) is not None:
         return None
     return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
 
 
-def forward(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def forward(call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     from ..triton import launch
 
-    return launch.forward(z, A, Bt, offsets, lam, base, stats, save_u, reuse_base=reuse_base)
+    return launch.forward(call)
 
 
-def backward(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-    reuse_base: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(call: BackwardCall) -> tuple[Tensor | None, Tensor | None]:
     from ..triton import launch
 
-    return launch.backward(
-        dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base=reuse_base
-    )
+    return launch.backward(call)

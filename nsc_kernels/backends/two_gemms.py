@@ -7,12 +7,12 @@ rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..contract import BackwardCall, ForwardCall
 from ..reference import spread
 
 # Below this the products are too small for their set-up cost to be repaid.
@@ -31,27 +31,16 @@ def has_tiles(dtype: torch.dtype) -> bool:
     return query is not None and query()
 
 
-def forward(
-    z: Tensor, A: Tensor, Bt: Tensor, offsets: Sequence[int], lam: Tensor, base: Tensor | None, save_u: bool
-) -> tuple[Tensor, None, None, Tensor | None]:
+def forward(call: ForwardCall) -> tuple[Tensor, None, None, Tensor | None]:
+    z, A, Bt, offsets, lam, base, _, save_u, _ = call
     u = z @ A.t()
     c = (spread(lam, offsets) * u.to(lam.dtype)).to(z.dtype)
     y = c @ Bt if base is None else torch.addmm(base, c, Bt)
     return y, None, None, u if save_u else None
 
 
-def backward(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-) -> tuple[Tensor, None]:
+def backward(call: BackwardCall) -> tuple[Tensor, None]:
+    dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, *_ = call
     wide = u.to(lam.dtype)
     c = torch.zeros_like(wide) if dy is None else spread(lam, offsets) * (dy @ Bt.t()).to(lam.dtype)
     if dquad is not None:

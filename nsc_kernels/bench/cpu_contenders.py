@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nsc_kernels.backends import registry
-from nsc_kernels.backends.registry import Call
+from nsc_kernels import dispatch
+from nsc_kernels.contract import BackwardCall, Call, ForwardCall
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,11 @@ def fused(data: Data) -> dict[str, Callable[[], object]]:
     s = data.shape
     offsets = tuple(range(0, s.R + 1, s.rank))
     call = Call(data.z.device, data.z.dtype, s.T, s.d, s.d, offsets)
-    backend = registry.select(registry.chosen(), call)
-    return {
-        "forward": lambda: backend.forward(
-            data.z, data.A, data.Bt, offsets, data.lam, data.base, True, True
-        ),
-        "backward": lambda: backend.backward(
-            data.dy,
-            data.dquad,
-            data.dsqnorm,
-            data.u,
-            data.z,
-            data.A,
-            data.Bt,
-            offsets,
-            data.lam,
-            None,
-            True,
-            True,
-        ),
-    }
+    backend = dispatch.select(dispatch.chosen(), call)
+    factors = (data.A, data.Bt, offsets, data.lam)
+    forward = ForwardCall(data.z, *factors, data.base, True, True)
+    backward = BackwardCall(data.dy, data.dquad, data.dsqnorm, data.u, data.z, *factors, None, True, True)
+    return {"forward": lambda: backend.forward(forward), "backward": lambda: backend.backward(backward)}
 
 
 def concatenated(data: Data, compiled: bool = False) -> dict[str, Callable[[], object]]:

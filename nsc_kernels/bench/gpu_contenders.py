@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.ops import run_backward, run_forward, select_backend
 
 from .gpu_data import Data
@@ -67,13 +68,13 @@ class Contender:
 def fused_forward(d: Data, layer: bool, inplace: bool) -> Result:
     base = linear(d.z, d.W) if layer else d.base
     backend = select_backend(d.z, *d.factors[:3])
-    return Result(*run_forward(backend, d.z, *d.factors, base, True, True, inplace))
+    return Result(*run_forward(backend, ForwardCall(d.z, *d.factors, base, True, True, inplace)))
 
 
 def fused_backward(d: Data, u: Tensor, layer: bool, inplace: bool) -> Gradients:
     dz_base = d.grads[0] @ d.W if layer else d.dz_base if inplace else None
     backend = select_backend(d.z, *d.factors[:3])
-    return run_backward(backend, *d.grads, u, d.z, *d.factors, dz_base, True, True, inplace)
+    return run_backward(backend, BackwardCall(*d.grads, u, d.z, *d.factors, dz_base, True, True, inplace))
 
 
 def statistics(z: Tensor, u: Tensor, K: int) -> tuple[Tensor, Tensor]:

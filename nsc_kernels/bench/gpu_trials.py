@@ -31,7 +31,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 import torch
 
 import nsc_kernels as nk
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 
 from .gpu_measuring import Rows, arguments, device, own_stream, read_rows, source_of
 
@@ -93,7 +93,8 @@ def trial_arguments(description: str | None, workers: int = 1) -> argparse.Argum
 
 def add_backends(parser: argparse.ArgumentParser) -> None:
     """``--backends``; :func:`available` says which of them there are."""
-    parser.add_argument("--backends", nargs="+", choices=ledger.BACKENDS, default=list(ledger.BACKENDS))
+    ours = verified_hardware.BACKENDS
+    parser.add_argument("--backends", nargs="+", choices=ours, default=list(ours))
 
 
 def available(backends: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import nsc_kernels as nk
-from nsc_kernels import _native
+from nsc_kernels import native
 from nsc_kernels.backends import cpu as backend
 
 from .cpu_contenders import Data, Shape, concatenated, fused, peft_loop
@@ -139,7 +139,7 @@ def environment() -> dict[str, Any]:
     return {
         "op": "environment",
         "cpu": model,
-        "instruction_set": _native.cpu_instruction_sets()[:1],
+        "instruction_set": native.cpu_instruction_sets()[:1],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "nsc_kernels": nk.__version__,

@@ -4,8 +4,9 @@
     kernels.py    the kernel: who runs the steps when, tile schedule and sliced schedule
     columns.py    the rank axis: chunks, groups, owners
     configs.py    tiles and schedule for a problem: a formula, and tables per GPU
-    counters.py   counters that need no clearing
     launch.py     outputs, workspace and the one launch
+
+Counters that need no clearing are in :mod:`nsc_kernels.counters`, which the cuda backend uses, too.
 
 Nothing here imports Triton until a kernel is launched.
 """
@@ -16,6 +17,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+
+from ..contract import BackwardCall, ForwardCall
 
 if TYPE_CHECKING:
     from ..bank import AdapterBank
@@ -62,9 +65,10 @@ def warm_up(
     tokens = list(tokens)
     forwards = variants(bank.d_in, bank.d_out, False)
     for config in forwards:
-        forward(z, A, Bt, offsets, lam, y if base else None, stats, training, config)
+        forward(ForwardCall(z, A, Bt, offsets, lam, y if base else None, stats, training), config=config)
     backwards = variants(bank.d_out, bank.d_in, True) if training else set()
     for config in backwards:
         dquad, dsqnorm, saved_z = (quad, sqnorm, z) if stats else (None, None, None)
-        backward(y, dquad, dsqnorm, u, saved_z, A, Bt, offsets, lam, None, True, True, config)
+        call = BackwardCall(y, dquad, dsqnorm, u, saved_z, A, Bt, offsets, lam, None, True, True)
+        backward(call, config=config)
     return len(forwards) + len(backwards)

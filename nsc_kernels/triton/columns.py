@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .counters import persistent
+from ..counters import persistent
 
 MIN_CHUNK = 16  # the least extent of a matrix instruction's operand
 

@@ -1,8 +1,7 @@
 """Which tiles and which schedule a call runs with: a formula, and a table per GPU that overrides it where it measured.
 
 Nothing is tuned at the first call and T enters by power-of-two buckets only, so a training run with batches of every
-length compiles a handful of kernels. Needs no Triton: ``bench/hardware/triton_compile_report.py`` asks it about GPUs
-that are not there.
+length compiles a handful of kernels. Needs no Triton: the compile report asks it about GPUs that are not there.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def mode_of(dtype: torch.dtype, R: int) -> str:
 def shared_bytes(on: Machine, problem: Problem, config: Config) -> int:
     """Shared memory the compiler will ask for: the deeper of the two pipelines, c, and the tile on its way to memory.
 
-    ``bench/hardware/triton_compile_report.py`` fails where the compiler asks for more.
+    The compile report fails where the compiler asks for more.
     """
     padded = -(-max(problem.R, 1) // config.chunk) * config.chunk
     warpgroup = on.arch >= 90 and problem.mode == "half"

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contract import BackwardCall, ForwardCall
+from ..counters import counter_pool, output_over
 from .columns import columns, owner_table
 from .configs import Config, Problem, choose, machine, mode_of
-from .counters import CounterPool
 from .kernels import merged_lora_kernel
-
-
-@cache
-def counter_pool(device: torch.device) -> CounterPool:
-    """The counters of a device."""
-    return CounterPool(device)
 
 
 def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
-
-
-def _output(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_base: bool) -> Tensor:
-    """``base`` itself if it may be overwritten and no two of its rows overlap, else a new tensor.
-
-    In place is safe because an element of the output has one program, which reads base there before it writes.
-    """
-    if reuse_base and base is not None and base.stride(0) >= shape[1]:
-        return base
-    return like.new_empty(shape)
 
 
 def launch(
@@ -133,25 +116,16 @@ def launch(
 
 
 def forward(
-    z: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    base: Tensor | None,
-    stats: bool,
-    save_u: bool,
-    config: Config | None = None,
-    *,
-    reuse_base: bool = False,
+    call: ForwardCall, *, config: Config | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """:func:`nsc_kernels.reference.forward` in one launch; ``u`` is None without ``save_u``.
 
     With ``reuse_base`` y is written over ``base``.
     """
+    z, A, Bt, offsets, lam, base, stats, save_u, reuse_base = call
     offsets = tuple(offsets)
     T = z.shape[0]
-    y = _output(base, (T, Bt.shape[1]), z, reuse_base)
+    y = output_over(base, (T, Bt.shape[1]), z, reuse_base)
     quad = lam.new_empty((T, len(offsets) - 1)) if stats else None
     sqnorm = lam.new_empty(T) if stats else None
     u = z.new_empty((T, offsets[-1])) if save_u else None
@@ -162,28 +136,13 @@ def forward(
     return y, quad, sqnorm, u
 
 
-def backward(
-    dy: Tensor | None,
-    dquad: Tensor | None,
-    dsqnorm: Tensor | None,
-    u: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    Bt: Tensor,
-    offsets: Sequence[int],
-    lam: Tensor,
-    dz_base: Tensor | None,
-    need_dz: bool,
-    need_dlam: bool,
-    config: Config | None = None,
-    *,
-    reuse_base: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(call: BackwardCall, *, config: Config | None = None) -> tuple[Tensor | None, Tensor | None]:
     """:func:`nsc_kernels.reference.backward` in one launch; with ``reuse_base`` dz is written over ``dz_base``."""
+    dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base = call
     T = u.shape[0]
     if dsqnorm is not None and need_dz and z is None:
         raise ValueError("z must be given where sqnorm has a gradient")
-    dz = _output(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
+    dz = output_over(dz_base, (T, A.shape[1]), u, reuse_base) if need_dz else None
     if not T:
         return dz, torch.zeros_like(lam) if need_dlam else None
     dlam = torch.empty_like(lam) if need_dlam else None

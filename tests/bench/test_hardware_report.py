@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,12 @@ def passing(backend: str) -> list[Row]:
     rows: list[Row] = []
     for key, trial in report.trials([backend], dry_run=False).items():
         case = trial.payload.case
-        facts = {"trial": key, "backend": backend, "source": ledger.checkout_source(backend), "dry_run": False}
+        facts = {
+            "trial": key,
+            "backend": backend,
+            "source": verified_hardware.checkout_source(backend),
+            "dry_run": False,
+        }
         served = case is None or (case.dtype != "float32" and case.d_in % 8 == case.d_out % 8 == 0)
         passed = True if backend == "triton" or served else None
         row = {
@@ -43,7 +48,12 @@ def passing(backend: str) -> list[Row]:
 
 
 def write(folder: Path, backend: str, rows: list[Row]) -> None:
-    launches = {"trial": "l", "backend": backend, "source": ledger.checkout_source(backend), "dry_run": False}
+    launches = {
+        "trial": "l",
+        "backend": backend,
+        "source": verified_hardware.checkout_source(backend),
+        "dry_run": False,
+    }
     for name, content in (
         ("correctness", rows),
         ("launches", [launches | {"launches": 1}]),
@@ -52,12 +62,12 @@ def write(folder: Path, backend: str, rows: list[Row]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
-@pytest.mark.parametrize("backend", ledger.BACKENDS)
+@pytest.mark.parametrize("backend", verified_hardware.BACKENDS)
 def test_everything_passed_earns_an_entry_without_a_gpu(tmp_path: Path, backend: str) -> None:
     write(tmp_path, backend, passing(backend))
     assert report.shortcomings(tmp_path, backend) == []
     earned = report.entry(tmp_path, backend)
-    assert earned["source"] == ledger.checkout_source(backend)
+    assert earned["source"] == verified_hardware.checkout_source(backend)
     assert (earned["arch"], earned["torch"]) == ("sm_90", "2.11.0")
     assert earned["cases"] > 60
 
@@ -119,8 +129,8 @@ def test_two_launches_are_one_too_many(tmp_path: Path) -> None:
 
 def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "verified.json"
-    monkeypatch.setattr(ledger, "VERIFIED", path)
-    ledger.entries.cache_clear()
+    monkeypatch.setattr(verified_hardware, "VERIFIED", path)
+    verified_hardware.entries.cache_clear()
     try:
         old = {"backend": "cuda", "arch": "sm_90", "source": "old"}
         other = {"backend": "triton", "arch": "sm_90", "source": "t"}
@@ -129,7 +139,7 @@ def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path, monkeypatch
         assert json.loads(path.read_text()) == [other, {"backend": "cuda", "arch": "sm_90", "source": "new"}]
         assert [p.name for p in tmp_path.iterdir()] == ["verified.json"]
     finally:
-        ledger.entries.cache_clear()
+        verified_hardware.entries.cache_clear()
 
 
 def test_the_command_prints_and_exits_by_it(tmp_path: Path) -> None:

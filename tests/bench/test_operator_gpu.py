@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import nsc_kernels as nk
+from nsc_kernels import verified_hardware
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 if not (Path(__file__).resolve().parents[2] / "bench" / "from_tests.py").is_file():
     pytest.skip("needs the source tree", allow_module_level=True)
 
 from bench import from_tests
-from nsc_kernels import ledger
 from nsc_kernels.bench import gpu_tables, operator_gpu
 from nsc_kernels.bench.gpu_accuracy import errors, faults
 from nsc_kernels.bench.gpu_clocks import Clocks
@@ -228,11 +228,13 @@ def test_families_come_first_on_each_backend(monkeypatch, tmp_path):
         quick=False,
         samples=3,
         sets=list(operator_gpu.SETS),
-        backends=ledger.BACKENDS,
+        backends=verified_hardware.BACKENDS,
     )
     trials = list(operator_gpu.trials(args).values())
     first = trials[: 4 * len(FAMILIES)]
-    assert {(t.backend, t.payload.of) for t in first} == set(itertools.product(ledger.BACKENDS, ("operator", "whole")))
+    assert {(t.backend, t.payload.of) for t in first} == set(
+        itertools.product(verified_hardware.BACKENDS, ("operator", "whole"))
+    )
     assert {t.payload.shape for t in first} == set(FAMILIES)
     assert all(t.payload.of in ("autotuned", "whole_compiled") for t in trials[-2 * len(FAMILIES) :])
     assert {t.payload.shape for t in trials if t.payload.of == "operator"} == set(SHAPES)

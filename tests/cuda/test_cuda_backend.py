@@ -1,4 +1,4 @@
-"""The backend as the registry sees it, and its Python side with the emulator in place of the GPU."""
+"""The backend as the dispatch sees it, and its Python side with the emulator in place of the GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 import nsc_kernels as nk
 import operator_cases as oc
-from nsc_kernels import _native, ledger, ops
+from nsc_kernels import dispatch, native, ops, verified_hardware
 from nsc_kernels.backends import cuda as backend
-from nsc_kernels.backends import registry
+from nsc_kernels.contract import Call, ForwardCall
 
 GPU = torch.device("cuda", 0)
-CALL = registry.Call(GPU, torch.bfloat16, 100, 64, 72, (0, 8, 16))
+CALL = Call(GPU, torch.bfloat16, 100, 64, 72, (0, 8, 16))
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -41,17 +41,19 @@ def test_what_it_does_not_compute_it_rejects_in_words(monkeypatch: pytest.Monkey
 
 def test_the_automatic_choice_waits_for_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_native, "cuda_source", lambda: "abc")
-    monkeypatch.setattr(ledger, "entries", lambda: ({"arch": "sm_90", "source": "abc"},))
+    monkeypatch.setattr(native, "cuda_source", lambda: "abc")
+    monkeypatch.setattr(verified_hardware, "entries", lambda: ({"arch": "sm_90", "source": "abc"},))
     assert "not yet shown correct on sm_90" in backend.unproven(CALL)
-    monkeypatch.setattr(ledger, "entries", lambda: ({"backend": "cuda", "arch": "sm_90", "source": "older"},))
+    monkeypatch.setattr(
+        verified_hardware, "entries", lambda: ({"backend": "cuda", "arch": "sm_90", "source": "older"},)
+    )
     assert "not yet shown correct on sm_90" in backend.unproven(CALL)
-    monkeypatch.setattr(ledger, "entries", lambda: ({"backend": "cuda", "arch": "sm_90", "source": "abc"},))
+    monkeypatch.setattr(verified_hardware, "entries", lambda: ({"backend": "cuda", "arch": "sm_90", "source": "abc"},))
     assert backend.unproven(CALL) is None
 
 
 def test_no_entry_of_the_ledger_is_about_a_library_of_unknown_source() -> None:
-    assert all(e["source"] for e in ledger.entries() if ledger.backend_of(e) == "cuda")
+    assert all(e["source"] for e in verified_hardware.entries() if verified_hardware.backend_of(e) == "cuda")
 
 
 def test_rows_that_cannot_be_copied_in_pieces_of_16_bytes_are_copied_once() -> None:
@@ -105,16 +107,16 @@ def emulated(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
     library.impl("cuda_forward", forward, "CPU")
     library.impl("cuda_backward", backward, "CPU")
-    device_types = registry.Call._replace
+    device_types = Call._replace
     monkeypatch.setattr(backend, "unavailable", lambda: None)
     monkeypatch.setattr(backend, "_unsupported", lambda index: None)
     rejects = backend.rejects
     monkeypatch.setattr(backend, "rejects", lambda call: rejects(device_types(call, device=GPU)))
-    registry.load.cache_clear()
-    registry.select.cache_clear()
+    dispatch.load.cache_clear()
+    dispatch.select.cache_clear()
     yield used
-    registry.load.cache_clear()
-    registry.select.cache_clear()
+    dispatch.load.cache_clear()
+    dispatch.select.cache_clear()
     library._destroy()
 
 
@@ -139,11 +141,12 @@ def test_the_output_is_written_over_base_where_that_is_allowed(emulated: list[Ho
     inputs = oc.make_inputs(oc.Case("reuse", T=9), torch.bfloat16)
     bank = inputs.bank
     arguments = (inputs.z, bank.A, bank.Bt, bank.offsets, inputs.lam)
-    fresh = backend.forward(*arguments, inputs.base, True, True)
+    fresh = backend.forward(ForwardCall(*arguments, inputs.base, True, True))
     assert fresh[0].data_ptr() != inputs.base.data_ptr()
     over = inputs.base.clone()
-    y = backend.forward(*arguments, over, True, True, True)[0]
+    y = backend.forward(ForwardCall(*arguments, over, True, True, True))[0]
     assert y.data_ptr() == over.data_ptr()
     assert torch.equal(y, fresh[0])
     repeated = inputs.base[:1].expand(9, -1)
-    assert backend.forward(*arguments, repeated, True, True, True)[0].data_ptr() != repeated.data_ptr()
+    y = backend.forward(ForwardCall(*arguments, repeated, True, True, True))[0]
+    assert y.data_ptr() != repeated.data_ptr()

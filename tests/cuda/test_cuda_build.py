@@ -15,11 +15,11 @@ import pytest
 import setuptools
 import torch
 
-from nsc_kernels import _native, info, ledger
+from nsc_kernels import info, native, verified_hardware
 from nsc_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = _native.LIBRARY_DIR / "libnsc_cuda.so"
+LIBRARY = native.LIBRARY_DIR / "libnsc_cuda.so"
 
 built = pytest.mark.skipif(not LIBRARY.is_file(), reason=f"libnsc_cuda: {info.collect()['build']}")
 
@@ -58,9 +58,9 @@ def test_one_library_for_every_python_and_every_torch() -> None:
 
 @built
 def test_a_result_for_it_can_be_entered_where_it_cannot_be_loaded() -> None:
-    if any(path.stat().st_mtime > LIBRARY.stat().st_mtime for path in ledger.CUDA.glob("*")):
+    if any(path.stat().st_mtime > LIBRARY.stat().st_mtime for path in verified_hardware.CUDA.glob("*")):
         pytest.skip("the sources are newer than the library")
-    digest = ledger.checkout_source("cuda")
+    digest = verified_hardware.checkout_source("cuda")
     if digest is None:
         pytest.skip("needs the source tree")
     assert digest.encode() in LIBRARY.read_bytes()
@@ -70,7 +70,7 @@ def test_a_result_for_it_can_be_entered_where_it_cannot_be_loaded() -> None:
 def test_beside_a_torch_without_cuda_it_is_not_loaded() -> None:
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
-    assert _native.cuda_source() is None
+    assert native.cuda_source() is None
     with pytest.raises(OSError):
         torch.ops.load_library(LIBRARY)
 

@@ -18,6 +18,8 @@ import pytest
 import torch
 from harness import Emulator, How, Variant
 
+from nsc_kernels.contract import BackwardCall, ForwardCall
+
 problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
 
 VARIANT = Variant(128, 64)
@@ -74,11 +76,11 @@ class Faulty:
     def backend(self) -> SimpleNamespace:
         how = How(VARIANT, self.cluster, unit=self.unit)
 
-        def forward(*inputs: Any) -> Any:
-            return self.emulator.forward(how, *inputs)
+        def forward(call: ForwardCall) -> Any:
+            return self.emulator.forward(how, *call[:8])
 
-        def backward(*inputs: Any) -> Any:
-            return self.emulator.backward(how, *inputs)
+        def backward(call: BackwardCall) -> Any:
+            return self.emulator.backward(how, *call[:12])
 
         return SimpleNamespace(forward=forward, backward=backward)
 
@@ -146,7 +148,7 @@ def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
     interpreter = pytest.importorskip("interpreter_bf16")
     p = problems.problem(5, 136, 8, (1,) * 16, torch.bfloat16, torch.device("cpu"))
     faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
-    quad = faulty.backend().forward(p.z, p.A, p.Bt, p.offsets, p.lam, None)[1]
+    quad = faulty.backend().forward(ForwardCall(p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True))[1]
     z, A = p.z.float().numpy(), p.A.float().numpy()
     u = torch.from_numpy(interpreter.truncated_dot(z, A.T, np.zeros((5, 16))))
     assert torch.equal(quad, u * u)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsc_kernels import reference
+from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config
 
@@ -195,7 +196,7 @@ def check_forward(
 ) -> tuple[Tensor | None, ...]:
     """Run and compare one forward; returns its results."""
     inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base if base else None)
-    found = launch.forward(*inputs, stats, save_u, config)
+    found = launch.forward(ForwardCall(*inputs, stats, save_u), config=config)
     assert [t is not None for t in found] == [True, stats, stats, save_u]
     assert_right(judge_forward(found, *inputs))
     return found
@@ -211,7 +212,7 @@ def check_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run and compare one backward on what is ``given`` (:func:`backward_inputs`); returns its results."""
     inputs = backward_inputs(p, **given)
-    found = launch.backward(*inputs, need_dz, need_dlam, config)
+    found = launch.backward(BackwardCall(*inputs, need_dz, need_dlam), config=config)
     assert [t is not None for t in found] == [need_dz, need_dlam]
     assert_right(judge_backward(found, *inputs, need_dz=need_dz, need_dlam=need_dlam))
     return found

@@ -1,7 +1,8 @@
-"""The backend as the registry sees it, and the operator through its public functions."""
+"""The backend as the dispatch sees it, and the operator through its public functions."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 import nsc_kernels as nk
-from nsc_kernels import ledger
+from nsc_kernels import verified_hardware
 from nsc_kernels.backends import triton as backend
-from nsc_kernels.backends.registry import Call
+from nsc_kernels.contract import Call
 
 CALL = Call(torch.device("cpu"), torch.float32, 100, 64, 64, (0, 8, 16))
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
@@ -111,18 +112,35 @@ def test_the_precision_of_float32_follows_torch(device):
 
 @pytest.fixture
 def clear_ledger():
-    ledger.entries.cache_clear()
+    verified_hardware.entries.cache_clear()
     yield
-    ledger.entries.cache_clear()
+    verified_hardware.entries.cache_clear()
 
 
 def test_the_ledger_counts_only_for_the_source_it_names(tmp_path, monkeypatch, clear_ledger):
     path = tmp_path / "verified.json"
-    path.write_text(f'[{{"arch": "sm_90", "source": "{ledger.triton_source()}"}}, {{"arch": "sm_80", "source": "0"}}]')
-    monkeypatch.setattr(ledger, "VERIFIED", path)
-    assert ledger.verified("sm_90") is not None
-    assert ledger.verified("sm_80") is None
-    assert ledger.verified("sm_100") is None
+    path.write_text(
+        f'[{{"arch": "sm_90", "source": "{verified_hardware.triton_source()}"}}, {{"arch": "sm_80", "source": "0"}}]'
+    )
+    monkeypatch.setattr(verified_hardware, "VERIFIED", path)
+    assert verified_hardware.verified("sm_90") is not None
+    assert verified_hardware.verified("sm_80") is None
+    assert verified_hardware.verified("sm_100") is None
+
+
+def test_what_is_hashed_imports_nothing_of_the_project_that_is_not():
+    """Else the move of a file that decides nothing would edit one that is hashed, and withdraw entries."""
+    hashed = set(verified_hardware.SOURCES.values())
+    for path in hashed:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = [path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")]
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                imported = [name for name in names if name.partition(".")[0] == "nsc_kernels"]
+            else:
+                continue
+            assert hashed.issuperset(imported), f"{path.name} imports {imported}"
 
 
 def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_ledger):
@@ -132,15 +150,15 @@ def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_
     monkeypatch.setattr(configs, "machine", lambda device: configs.Machine("some GPU", 90, 132, 227 << 10))
     call = CALL._replace(device=torch.device("cuda", 0))
     path = tmp_path / "verified.json"
-    monkeypatch.setattr(ledger, "VERIFIED", path)
+    monkeypatch.setattr(verified_hardware, "VERIFIED", path)
     assert "sm_90" in backend.unproven(call)
-    path.write_text(f'[{{"arch": "sm_90", "source": "{ledger.triton_source()}"}}]')
-    ledger.entries.cache_clear()
+    path.write_text(f'[{{"arch": "sm_90", "source": "{verified_hardware.triton_source()}"}}]')
+    verified_hardware.entries.cache_clear()
     assert backend.unproven(call) is None
 
 
 def test_what_the_package_ships_as_proof_is_well_formed():
-    for entry in ledger.entries():
+    for entry in verified_hardware.entries():
         assert set(entry) == {"arch", "device", "source", "torch", "triton", "cases"}
         assert entry["arch"].startswith("sm_")
         assert len(entry["source"]) == 64
@@ -156,14 +174,14 @@ def test_the_module_adds_its_adapters_in_place(device, monkeypatch, grad):
     layer = nk.MergedLoRALinear(torch.nn.Linear(24, 40).to(device), bank, [0.5])
     z = torch.randn(5, 24, device=device, requires_grad=grad)
     reused = []
-    output = launch._output
+    output = launch.output_over
 
     def spy(base, shape, like, reuse_base):
         found = output(base, shape, like, reuse_base)
         reused.append(found is base)
         return found
 
-    monkeypatch.setattr(launch, "_output", spy)
+    monkeypatch.setattr(launch, "output_over", spy)
     with nk.use_backend("triton"):
         y = layer(z)
         if grad:

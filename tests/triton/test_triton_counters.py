@@ -14,9 +14,9 @@ import torch
 from problems import check_backward, check_forward, problem
 from test_triton_kernels import ONE_SLICE, SLICED, TILE
 
+from nsc_kernels.counters import ALIGN, ARENA, CounterPool
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.columns import owner_table
-from nsc_kernels.triton.counters import ALIGN, ARENA, CounterPool
 
 
 @pytest.fixture

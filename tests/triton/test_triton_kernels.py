@@ -9,6 +9,7 @@ import torch
 from problems import check_backward, check_forward, problem
 
 from nsc_kernels import reference
+from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config
 
@@ -67,9 +68,11 @@ def test_widths_that_no_block_divides(config, shape, device):
 
 def test_no_tokens(config, device):
     p = problem(0, 24, 40, [4, 4], torch.float32, device)
-    y, quad, sqnorm, u = launch.forward(p.z, p.A, p.Bt, p.offsets, p.lam, p.base, True, True, config)
+    factors = (p.A, p.Bt, p.offsets, p.lam)
+    y, quad, sqnorm, u = launch.forward(ForwardCall(p.z, *factors, p.base, True, True), config=config)
     assert (y.shape, quad.shape, sqnorm.shape, u.shape) == ((0, 40), (0, 2), (0,), (0, 8))
-    dz, dlam = launch.backward(p.dy, p.dquad, p.dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True, config)
+    call = BackwardCall(p.dy, p.dquad, p.dsqnorm, u, p.z, *factors, None, True, True)
+    dz, dlam = launch.backward(call, config=config)
     assert dz.shape == (0, 24)
     assert torch.equal(dlam, torch.zeros_like(p.lam))
 
@@ -186,7 +189,7 @@ def test_values_are_not_confused_between_tokens_and_adapters(config, device):
     for k, t in ((0, 0), (1, 17), (2, 19)):
         lam = torch.zeros(20, 3, device=device)
         lam[t, k] = 1.0
-        y = launch.forward(p.z, p.A, p.Bt, p.offsets, lam, None, False, False, config)[0]
+        y = launch.forward(ForwardCall(p.z, p.A, p.Bt, p.offsets, lam, None, False, False), config=config)[0]
         rows = p.A[p.offsets[k] : p.offsets[k + 1]]
         expected = (p.z[t] @ rows.t()) @ p.Bt[p.offsets[k] : p.offsets[k + 1]]
         torch.testing.assert_close(y[t], expected, rtol=1e-5, atol=1e-5)
@@ -197,8 +200,10 @@ def test_values_are_not_confused_between_tokens_and_adapters(config, device):
 def test_backward_is_the_derivative_of_the_forward(config, device):
     """The directional derivative of the float64 forward, by central difference, and not only another formula."""
     p = problem(11, 24, 20, [3, 5], torch.float32, device)
-    u = launch.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True, config)[3]
-    dz, dlam = launch.backward(p.dy, p.dquad, p.dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True, config)
+    factors = (p.A, p.Bt, p.offsets, p.lam)
+    u = launch.forward(ForwardCall(p.z, *factors, None, True, True), config=config)[3]
+    call = BackwardCall(p.dy, p.dquad, p.dsqnorm, u, p.z, *factors, None, True, True)
+    dz, dlam = launch.backward(call, config=config)
     A, Bt = p.A.double(), p.Bt.double()
 
     def objective(z: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
@@ -220,21 +225,22 @@ def test_backward_is_the_derivative_of_the_forward(config, device):
 def test_in_place_gives_the_same_bits_in_the_tensor_given(config, dtype, device):
     p = problem(37, 112, 100, [16, 5], dtype, device)
     forward = (p.z, p.A, p.Bt, p.offsets, p.lam)
-    y, _, _, u = launch.forward(*forward, p.base, True, True, config)
+    y, _, _, u = launch.forward(ForwardCall(*forward, p.base, True, True), config=config)
     base = p.base.clone()
-    assert launch.forward(*forward, base, True, True, config, reuse_base=True)[0] is base
+    assert launch.forward(ForwardCall(*forward, base, True, True, True), config=config)[0] is base
     assert torch.equal(base, y)
 
     gradients = (p.dy, p.dquad, p.dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam)
-    dz, _ = launch.backward(*gradients, p.dz_base, True, True, config)
+    dz, _ = launch.backward(BackwardCall(*gradients, p.dz_base, True, True), config=config)
     dz_base = p.dz_base.clone()
-    assert launch.backward(*gradients, dz_base, True, True, config, reuse_base=True)[0] is dz_base
+    assert launch.backward(BackwardCall(*gradients, dz_base, True, True, True), config=config)[0] is dz_base
     assert torch.equal(dz_base, dz)
 
 
 def test_rows_that_overlap_are_not_written_in_place(config, device):
     p = problem(7, 40, 32, [4], torch.float32, device)
     base = p.base[:1].expand(7, -1)
-    y = launch.forward(p.z, p.A, p.Bt, p.offsets, p.lam, base, False, False, config, reuse_base=True)[0]
+    call = ForwardCall(p.z, p.A, p.Bt, p.offsets, p.lam, base, False, False, True)
+    y = launch.forward(call, config=config)[0]
     assert y is not base
     assert torch.equal(base, p.base[:1].expand(7, -1))

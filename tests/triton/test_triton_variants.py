@@ -9,6 +9,7 @@ import torch
 from problems import check_backward, check_forward, problem
 from test_triton_kernels import SLICED, TILE
 
+from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config
 
@@ -86,15 +87,15 @@ def test_in_place_gives_the_same_bits_in_the_tensor_given(variant, device):
     """What is loaded early or several steps ahead of a store into the same tensor lies elsewhere in it."""
     p = problem(21, 112, 160, [16, 5], torch.bfloat16, device)
     forward = (p.z, p.A, p.Bt, p.offsets, p.lam)
-    y, _, _, u = launch.forward(*forward, p.base, True, True, variant)
+    y, _, _, u = launch.forward(ForwardCall(*forward, p.base, True, True), config=variant)
     base = p.base.clone()
-    assert launch.forward(*forward, base, True, True, variant, reuse_base=True)[0] is base
+    assert launch.forward(ForwardCall(*forward, base, True, True, True), config=variant)[0] is base
     assert torch.equal(base, y)
 
     gradients = (p.dy, p.dquad, p.dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam)
-    dz, _ = launch.backward(*gradients, p.dz_base, True, True, variant)
+    dz, _ = launch.backward(BackwardCall(*gradients, p.dz_base, True, True), config=variant)
     dz_base = p.dz_base.clone()
-    assert launch.backward(*gradients, dz_base, True, True, variant, reuse_base=True)[0] is dz_base
+    assert launch.backward(BackwardCall(*gradients, dz_base, True, True, True), config=variant)[0] is dz_base
     assert torch.equal(dz_base, dz)
 
 

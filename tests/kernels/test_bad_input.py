@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_operator import require
 
 import nsc_kernels as nk
 import operator_cases as oc
-from nsc_kernels import functional
-from test_operator import require
+from nsc_kernels import autograd, functional
 
 BANK = nk.AdapterBank.from_factors([torch.ones(2, 6), torch.ones(1, 6)], [torch.ones(4, 2), torch.ones(4, 1)])
 GOOD: dict[str, Any] = {"z": torch.ones(3, 6), "bank": BANK, "lam": torch.ones(2), "base": torch.ones(3, 4)}
@@ -48,7 +48,8 @@ def test_refused_in_words_before_anything_runs(
     def must_not_run(*args: Any) -> None:
         raise AssertionError("a backend was asked to run")
 
-    monkeypatch.setattr(functional, "run_forward", must_not_run)
+    for module in (functional, autograd):
+        monkeypatch.setattr(module, "run_forward", must_not_run)
     with pytest.raises(error, match=words):
         function(**{**GOOD, **change})
 

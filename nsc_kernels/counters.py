@@ -1,4 +1,6 @@
-"""Counters that a launch finds at zero and leaves at zero, without a launch that clears them.
+"""What a launch on a GPU needs besides its arguments: where its output goes, and counters that nobody clears.
+
+A launch finds its counters at zero and leaves them at zero, so that no launch has to clear them.
 
 Two launches that may run at the same time must not share counters:
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,6 +44,16 @@ def persistent(make: Callable[[], Tensor], device: torch.device) -> Tensor:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(made).result()
+
+
+def output_over(base: Tensor | None, shape: tuple[int, int], like: Tensor, reuse_base: bool) -> Tensor:
+    """``base`` itself if it may be overwritten and no two of its rows overlap, else a new tensor.
+
+    In place is safe because an element of the output has one program or block, which reads base there before it writes.
+    """
+    if reuse_base and base is not None and base.stride(0) >= shape[1]:
+        return base
+    return like.new_empty(shape)
 
 
 class CounterPool:
@@ -88,3 +101,9 @@ class CounterPool:
         start = self._used
         self._used += -(-count // ALIGN) * ALIGN
         return self._arenas[-1][start : start + count]
+
+
+@cache
+def counter_pool(device: torch.device) -> CounterPool:
+    """The counters of a device, of every kernel that counts there."""
+    return CounterPool(device)

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_operator import require
 
 import nsc_kernels as nk
 import operator_cases as oc
-from nsc_kernels import _native, reference
-from nsc_kernels.backends import registry, two_gemms
-from test_operator import require
+from nsc_kernels import dispatch, native, reference
+from nsc_kernels.backends import two_gemms
+from nsc_kernels.contract import BackwardCall, ForwardCall
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]  # where the grid is
 
 
 def instruction_sets() -> tuple[str, ...]:
-    return _native.cpu_instruction_sets()
+    return native.cpu_instruction_sets()
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +29,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
-        cwd=HERE,
+        cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,
@@ -130,9 +131,10 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert not tensor[8:-8].any()
     dy = torch.ones(8, 8, dtype=torch.bfloat16).repeat(T // 8, 1)
     u = (z @ bank.A.t()).contiguous()
-    backward = registry.load("cpu")[0].backward  # type: ignore[union-attr]
-    dz, _ = backward(dy, None, sqnorm, u, z, bank.A, bank.Bt, bank.offsets, lam, None, True, True)
-    row, _ = backward(dy[-8:], None, sqnorm[-8:], u[-8:], z[-8:], bank.A, bank.Bt, bank.offsets, lam, None, True, True)
+    backward = dispatch.load("cpu")[0].backward  # type: ignore[union-attr]
+    rest = (bank.A, bank.Bt, bank.offsets, lam, None, True, True)
+    dz, _ = backward(BackwardCall(dy, None, sqnorm, u, z, *rest))
+    row, _ = backward(BackwardCall(dy[-8:], None, sqnorm[-8:], u[-8:], z[-8:], *rest))
     assert torch.equal(dz[-8:], row)
 
 
@@ -144,8 +146,8 @@ def test_backward_adds_to_a_given_gradient() -> None:
     rest = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
     results = {}
     for name in ("reference", "cpu"):
-        backward = registry.load(name)[0].backward  # type: ignore[union-attr]
-        results[name] = backward(i.dy, i.dquad, i.dsqnorm, u, i.z, *rest, start, True, True)
+        backward = dispatch.load(name)[0].backward  # type: ignore[union-attr]
+        results[name] = backward(BackwardCall(i.dy, i.dquad, i.dsqnorm, u, i.z, *rest, start, True, True))
     for a, b in zip(results["reference"], results["cpu"], strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
 
@@ -164,12 +166,12 @@ def test_two_gemms_compute_y_and_dz(dtype: str, per_row: bool) -> None:
 
     for found, eager, exact in (
         (
-            two_gemms.forward(*forward, True),
+            two_gemms.forward(ForwardCall(*forward, False, True)),
             reference.forward(*forward, False),
             reference.forward(*wide(forward), False),
         ),
         (
-            two_gemms.backward(*backward),
+            two_gemms.backward(BackwardCall(*backward, True, False)),
             reference.backward(*backward, True, False),
             reference.backward(*wide(backward), True, False),
         ),
@@ -182,17 +184,17 @@ def test_what_is_formed_from_unrounded_sums_is_not_left_to_two_gemms(monkeypatch
     require("cpu")
     taken = []
     monkeypatch.setattr(two_gemms, "preferred", lambda dtype, T: True)
-    monkeypatch.setattr(two_gemms, "forward", lambda *args: taken.append("forward") or (None,) * 4)
-    monkeypatch.setattr(two_gemms, "backward", lambda *args: taken.append("backward") or (None,) * 2)
+    monkeypatch.setattr(two_gemms, "forward", lambda call: taken.append("forward") or (None,) * 4)
+    monkeypatch.setattr(two_gemms, "backward", lambda call: taken.append("backward") or (None,) * 2)
     i = oc.make_inputs(oc.Case("gemms", T=70), torch.bfloat16)
-    backend = registry.load("cpu")[0]
+    backend = dispatch.load("cpu")[0]
     assert backend is not None
     factors = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
     u = i.z @ i.bank.A.t()
     for stats in (True, False):
-        backend.forward(i.z, *factors, i.base, stats, True)
+        backend.forward(ForwardCall(i.z, *factors, i.base, stats, True))
     for need_dz, need_dlam in ((True, True), (False, True), (True, False)):
-        backend.backward(i.dy, i.dquad, i.dsqnorm, u, i.z, *factors, None, need_dz, need_dlam)
+        backend.backward(BackwardCall(i.dy, i.dquad, i.dsqnorm, u, i.z, *factors, None, need_dz, need_dlam))
     assert taken == ["forward", "backward"]
 
 

@@ -1,7 +1,8 @@
 """Which backend serves a call.
 
-A backend is a module of this package with five functions (see :class:`Backend`). The table below names the modules
-in order of preference; a module that is not there is reported as such, so a new backend is a new file.
+A backend is a module of ``nsc_kernels.backends`` with five functions (see :class:`nsc_kernels.contract.Backend`). The
+table below names the modules in order of preference; a module that is not there is reported as such, so a new backend
+is a new file.
 
 An explicit choice (``use_backend`` or ``NSC_BACKEND``) works or raises. The automatic choice takes the first backend
 that can serve the call and logs, once each, what it passed over and why.
@@ -14,12 +15,9 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from .contract import Backend, Call
 
 logger = logging.getLogger("nsc_kernels")
 
@@ -31,68 +29,6 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "reference": ("cpu", "cuda", "mps", "xpu", "meta"),
 }
 AUTO = "auto"
-
-
-class Call(NamedTuple):
-    """What a backend is told about a call before it accepts it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    T: int
-    d_in: int
-    d_out: int
-    offsets: tuple[int, ...]
-
-
-class Backend(Protocol):
-    """What a backend module provides. Tensors are as in :mod:`nsc_kernels.reference`, z of unit inner stride.
-
-    What was not asked for (``u`` without ``save_u``, the statistics without ``stats``, a gradient that is not needed)
-    is returned as None or as an empty tensor. ``reuse_base`` permits, and does not oblige, a backend to write the
-    output over ``base`` (``dz_base``) and return that tensor: nobody else holds it.
-    """
-
-    def unavailable(self) -> str | None:
-        """Why this backend cannot run in this process, or None."""
-
-    def rejects(self, call: Call) -> str | None:
-        """Why this backend cannot serve a call, or None. Only asked of an available backend."""
-
-    def unproven(self, call: Call) -> str | None:
-        """Why the automatic choice must pass over a call that :meth:`rejects` lets through, or None.
-
-        For kernels that have not passed on the hardware at hand at their current source.
-        """
-
-    def forward(
-        self,
-        z: Tensor,
-        A: Tensor,
-        Bt: Tensor,
-        offsets: Sequence[int],
-        lam: Tensor,
-        base: Tensor | None,
-        stats: bool,
-        save_u: bool,
-        reuse_base: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
-
-    def backward(
-        self,
-        dy: Tensor | None,
-        dquad: Tensor | None,
-        dsqnorm: Tensor | None,
-        u: Tensor,
-        z: Tensor | None,
-        A: Tensor,
-        Bt: Tensor,
-        offsets: Sequence[int],
-        lam: Tensor,
-        dz_base: Tensor | None,
-        need_dz: bool,
-        need_dlam: bool,
-        reuse_base: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def _checked_name(name: str, source: str) -> str:
@@ -141,7 +77,7 @@ class use_backend(contextlib.ContextDecorator):
 @cache
 def load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module and, where it cannot run, the reason in words."""
-    module_name = f"{__package__}.{name}"
+    module_name = f"nsc_kernels.backends.{name}"
     if importlib.util.find_spec(module_name) is None:
         return None, "not part of this release"
     backend: Backend = importlib.import_module(module_name)

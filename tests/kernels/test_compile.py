@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_operator import require
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
@@ -12,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nsc_kernels as nk
 import operator_cases as oc
-from test_operator import require
 
 
 def inputs_for(dtype: torch.dtype, per_row: bool = False) -> oc.Inputs:

@@ -1,4 +1,4 @@
-"""The registry: explicit choices work or raise, automatic ones explain themselves."""
+"""The choice of a backend: explicit choices work or raise, automatic ones explain themselves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 
 import pytest
 import torch
-
-import nsc_kernels as nk
-from nsc_kernels.backends import registry
 from test_operator import require
 
+import nsc_kernels as nk
+from nsc_kernels import dispatch
+from nsc_kernels.contract import Call
 
-def call(**changes: object) -> registry.Call:
+
+def call(**changes: object) -> Call:
     values = {"device": torch.device("cpu"), "dtype": torch.float32, "T": 4, "d_in": 8, "d_out": 8, "offsets": (0, 2)}
-    return registry.Call(**{**values, **changes})  # type: ignore[arg-type]
+    return Call(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_every_backend_is_on_or_says_why() -> None:
@@ -29,14 +30,14 @@ def test_every_backend_is_on_or_says_why() -> None:
 
 def test_automatic_choice_prefers_the_native_kernels() -> None:
     require("cpu")
-    assert registry.select("auto", call()).__name__.endswith("backends.cpu")
-    assert registry.select("auto", call(device=torch.device("meta"))).__name__.endswith("backends.reference")
+    assert dispatch.select("auto", call()).__name__.endswith("backends.cpu")
+    assert dispatch.select("auto", call(device=torch.device("meta"))).__name__.endswith("backends.reference")
 
 
 def test_an_explicit_choice_raises_where_it_cannot_serve() -> None:
     require("cpu")
     with pytest.raises(RuntimeError, match="'cpu' was asked for and cannot serve this call: .*CPU tensors"):
-        registry.select("cpu", call(device=torch.device("meta")))
+        dispatch.select("cpu", call(device=torch.device("meta")))
     name = next((n for n, reason in nk.available_backends().items() if reason is not True), None)
     if name is None:
         pytest.skip("every backend is available here")
@@ -51,35 +52,35 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_choices_nest_and_are_restored_after_an_error() -> None:
-    assert registry.chosen() == "auto"
+    assert dispatch.chosen() == "auto"
     with nk.use_backend("reference"):
         with nk.use_backend("auto"):
-            assert registry.chosen() == "auto"
-        assert registry.chosen() == "reference"
+            assert dispatch.chosen() == "auto"
+        assert dispatch.chosen() == "reference"
     with pytest.raises(KeyError), nk.use_backend("reference"):
         raise KeyError
-    assert registry.chosen() == "auto"
+    assert dispatch.chosen() == "auto"
 
 
 def test_a_choice_decorates_functions_that_call_themselves() -> None:
     @nk.use_backend("reference")
     def choices(depth: int) -> list[str]:
-        return [registry.chosen(), *(choices(depth - 1) if depth else []), registry.chosen()]
+        return [dispatch.chosen(), *(choices(depth - 1) if depth else []), dispatch.chosen()]
 
     assert choices(2) == ["reference"] * 6
-    assert registry.chosen() == "auto"
+    assert dispatch.chosen() == "auto"
 
 
 def test_what_was_passed_over_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     require("cpu")
-    cpu, _ = registry.load("cpu")
+    cpu, _ = dispatch.load("cpu")
     monkeypatch.setattr(cpu, "rejects", lambda call: "it is a test")
-    registry.select.cache_clear()
-    registry._log_once.cache_clear()
+    dispatch.select.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="nsc_kernels"):
         for T in range(3):
-            assert registry.select("auto", call(T=T)).__name__.endswith("reference")
-    registry.select.cache_clear()
+            assert dispatch.select("auto", call(T=T)).__name__.endswith("reference")
+    dispatch.select.cache_clear()
     messages = [record.message for record in caplog.records]
     assert messages == ["cpu torch.float32: backend 'cpu' passed over: it is a test"]
 
@@ -91,7 +92,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_chooses() -> None:
-    code = "from nsc_kernels.backends.registry import chosen; print(chosen())"
+    code = "from nsc_kernels.dispatch import chosen; print(chosen())"
     assert python(code, NSC_BACKEND="reference").stdout == "reference\n"
     assert "NSC_BACKEND: expected one of auto" in python(code, NSC_BACKEND="nonsense").stderr
 
@@ -110,8 +111,8 @@ print(sorted(added & {"triton", "transformers", "peft", "sklearn", "matplotlib",
 def test_works_without_the_native_library() -> None:
     code = """
 import pathlib, torch, nsc_kernels as nk
-from nsc_kernels import _native
-_native.LIBRARY_DIR = pathlib.Path("/nowhere")
+from nsc_kernels import native
+native.LIBRARY_DIR = pathlib.Path("/nowhere")
 print(nk.available_backends()["cpu"])
 bank = nk.AdapterBank.from_factors([torch.ones(1, 4)], [torch.ones(3, 1)])
 print(nk.merged_lora(torch.ones(1, 4), bank, torch.ones(1)).tolist())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_operator import BACKENDS, require
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import nsc_kernels as nk
 import operator_cases as oc
-from test_operator import BACKENDS, require
 
 
 def double_inputs(per_row: bool = False) -> tuple[nk.AdapterBank, Tensor, Tensor, Tensor]:
