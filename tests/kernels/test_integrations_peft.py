@@ -14,10 +14,10 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft.utils.hotswap import hotswap_adapter
-from peft_cases import NAMES, build, inputs, lora_layers
 
 from nsc_kernels.integrations import peft as integration
 from nsc_kernels.integrations.peft import accelerate
+from peft_cases import NAMES, build, inputs, lora_layers
 
 
 @pytest.fixture

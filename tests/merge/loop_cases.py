@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -109,3 +110,10 @@ def trajectory(model: nn.Module, adapters, calibration, **options):
 
 def values(result) -> Tensor:
     return torch.tensor([list(row.values()) for row in result.coefficients.values()], dtype=torch.float64)
+
+
+def same_course(first, second):
+    torch.testing.assert_close(values(first), values(second), rtol=0, atol=1e-5)
+    for one, other in zip(first.history, second.history, strict=True):
+        assert one["omega"] == pytest.approx(other["omega"], abs=1e-5)
+    assert (values(first) - 0.4).abs().max() > 1e-3

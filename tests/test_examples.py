@@ -10,7 +10,7 @@ import pytest
 
 import nsc_merge
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize(("name", "modules"), [("vit", 16), ("llama", 8), ("llava", 8)])

@@ -59,7 +59,7 @@ def test_kill_at_a_random_moment_and_resume(tmp_path):
     state = tmp_path / "state.safetensors"
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(state)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )

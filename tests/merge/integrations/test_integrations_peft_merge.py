@@ -9,9 +9,9 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft.tuners.lora import Linear
-from peft_cases import NAMES, build, inputs, lora_layers
 
 from nsc_merge.integrations.peft import merge
+from peft_cases import NAMES, build, inputs, lora_layers
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loop_cases import TASKS, adapters_for, image_batches, llama, llava, text_batches, trajectory
-from test_loop_inputs import same_course
+from loop_cases import TASKS, adapters_for, image_batches, llama, llava, same_course, text_batches, trajectory
 from zoo import build, write_adapter
 
 import nsc_merge

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loop_cases import IMAGE_TOKEN, TASKS, adapters_for, image_batches, llama, llava, text_batches, trajectory, values
+from loop_cases import (
+    IMAGE_TOKEN,
+    TASKS,
+    adapters_for,
+    image_batches,
+    llama,
+    llava,
+    same_course,
+    text_batches,
+    trajectory,
+    values,
+)
 from zoo import build
 
 from nsc_merge.calibration.forward_passes import Padding, concatenated, one_by_one
@@ -19,13 +30,6 @@ def calls_of(module):
     seen = []
     module.register_forward_pre_hook(lambda *_: seen.append(1))
     return seen
-
-
-def same_course(first, second):
-    torch.testing.assert_close(values(first), values(second), rtol=0, atol=1e-5)
-    for one, other in zip(first.history, second.history, strict=True):
-        assert one["omega"] == pytest.approx(other["omega"], abs=1e-5)
-    assert (values(first) - 0.4).abs().max() > 1e-3
 
 
 def uneven_batches(kind, count=2):
