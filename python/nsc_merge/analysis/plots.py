@@ -9,7 +9,7 @@ from typing import Any
 
 from nsc_merge.analysis.tracking import Tracking
 from nsc_merge.utils.atomic_file import replacing
-from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
+from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style
 
 
 def draw_tracking(tracking: Tracking, column: str | None, out: Path) -> Path:
@@ -158,7 +158,5 @@ def draw_bound(checks: Sequence[Mapping[str, Any]], out: Path) -> Path:
 
 
 def _place(path: str, index: int) -> int:
-    from nsc_merge.utils.plot_style import place
-
     block = place(path)[0]
     return block if block >= 0 else index

@@ -13,12 +13,14 @@ from nsc_merge.api import merge
 from nsc_merge.evaluation.candidates import candidate_of, coefficient_range
 from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, Row
 from nsc_merge.evaluation.normalise import Scores, average
+from nsc_merge.evaluation.plots import draw as draw_scores
 from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
 from nsc_merge.results.layout import file_name
+from nsc_merge.results.plots import draw as draw_merge
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.plain_values import plain, without_nan
@@ -93,9 +95,7 @@ def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
     write_text(out / TABLE_FILE, as_markdown(document))
     write_text(out / CSV_FILE, as_csv(document))
     if plots:
-        from nsc_merge.evaluation.plots import draw
-
-        draw(document, out)
+        draw_scores(document, out)
 
 
 def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
@@ -210,11 +210,9 @@ class _Bench:
             return
         if len({value for values in candidate.coefficients.values() for value in values.values()}) < 3:
             return
-        from nsc_merge.results.plots import draw
-
         folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{file_name(row.name)}-seed{self._seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        draw(candidate.coefficients, candidate.dead, candidate.history, folder)
+        draw_merge(candidate.coefficients, candidate.dead, candidate.history, folder)
 
 
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from nsc_merge.adapters import Adapter
+from nsc_merge.models.fitting import absent
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.results.serving_notes import serving_notes
 
 _LOADING = {
     "lora": """\
@@ -88,9 +90,6 @@ def _ranks(adapter: Adapter) -> str:
 def _remarks(
     result: MergedUpdate, formats: list[str], rank: int | None, errors: dict[str, float]
 ) -> list[str]:
-    from nsc_merge.models.fitting import absent
-    from nsc_merge.results.serving_notes import serving_notes
-
     remarks = serving_notes(result, rank) if "lora" in formats else []
     if errors:
         worst = max(errors, key=lambda path: errors[path])

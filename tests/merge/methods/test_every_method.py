@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from peft import PeftModel
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.low_rank import concatenated
 from nsc_merge.methods import METHODS, gradient_free
 from nsc_merge.methods.scale_tuning import tune_scale
 
@@ -289,3 +293,17 @@ def test_tuning_sweeps_coarsely_then_finely(summed):
     assert len(tuned.trail) == len(tried)
     with pytest.raises(ValueError, match="coarse: expected at least one scale"):
         tune_scale(summed, evaluate, coarse=())
+
+
+def test_the_method_that_the_architecture_page_shows(model, folders, summed):
+    page = (Path(__file__).parents[3] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(page.split("```python\n")[1].split("```")[0])
+    known = {"dataclass": dataclass, "Factor": Factor, "concatenated": concatenated, "present": gradient_free.present}
+    names = {**known, "gradient_free": gradient_free.gradient_free}
+    exec(code, names)
+    (method,) = names["METHODS"]
+    result = method.run(gradient_free.Problem(model, summed.adapters), {})
+    for path in result.paths:
+        held = gradient_free.present(summed.adapters, path)
+        mean = torch.stack([factor.delta() for factor in held.values()]).mean(0)
+        torch.testing.assert_close(result.delta(path), mean, rtol=0, atol=1e-6)
