@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_cases import heads, pooled
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
@@ -103,3 +104,8 @@ def random_lambdas() -> Callable[[dict[str, nn.Module]], None]:
                 module.lam.copy_(torch.where(module.lam == 0, 0.0, drawn))
 
     return draw
+
+
+@pytest.fixture
+def outputs():
+    return {task: lambda model, batch, head=head: pooled(model, batch) @ head for task, head in heads().items()}

@@ -13,102 +13,84 @@ from nsc_merge.demo.data import Scene, SceneSet
 from nsc_merge.demo.model import BLOCKS
 from nsc_merge.demo.tasks import Task
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "savefig.bbox": "tight",
-    "savefig.dpi": 130,
-}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(_STYLE)
-    return plt
 
 
 def plot_coefficients(result: MergeResult, path: Path) -> None:
     """Every coefficient: a panel per task, blocks by projections, coloured by distance from the start."""
-    plt = _pyplot()
-    start = float(result.options["init"])
-    values = {
-        task: torch.tensor(
-            [
-                [result.coefficients[f"layers.{block}.attention.{name}"][task] for name in _PROJECTIONS]
-                for block in range(BLOCKS)
-            ]
+    with pyplot_in_style() as plt:
+        start = float(result.options["init"])
+        values = {
+            task: torch.tensor(
+                [
+                    [result.coefficients[f"layers.{block}.attention.{name}"][task] for name in _PROJECTIONS]
+                    for block in range(BLOCKS)
+                ]
+            )
+            for task in result.tasks
+        }
+        reach = max(1e-3, max(float((value - start).abs().max()) for value in values.values()))
+        figure, axes = plt.subplots(
+            1, len(values), figsize=(1.75 * len(values) + 1.2, 4.2), sharey=True, squeeze=False
         )
-        for task in result.tasks
-    }
-    reach = max(1e-3, max(float((value - start).abs().max()) for value in values.values()))
-    figure, axes = plt.subplots(
-        1, len(values), figsize=(1.75 * len(values) + 1.2, 4.2), sharey=True, squeeze=False
-    )
-    for axis, (task, value) in zip(axes[0], values.items(), strict=True):
-        image = axis.imshow(value, cmap="RdBu_r", vmin=start - reach, vmax=start + reach, aspect="auto")
-        axis.set_title(task)
-        axis.set_xticks(range(len(_PROJECTIONS)), [name[0] for name in _PROJECTIONS])
-        axis.tick_params(length=0)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-        for block in range(BLOCKS):
-            for column, name in enumerate(_PROJECTIONS):
-                if task in result.dead.get(f"layers.{block}.attention.{name}", ()):
-                    axis.plot(column, block, marker="x", color="0.35", markersize=7)
-    axes[0][0].set_yticks(range(BLOCKS))
-    axes[0][0].set_ylabel("block")
-    figure.supxlabel("projection (x: receives no gradient, keeps its start)", fontsize=10)
-    bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
-    bar.set_label(f"coefficient λ (white: start, {start:g})")
-    figure.suptitle("Merge coefficients found by NSC", y=1.0)
-    figure.savefig(path)
-    plt.close(figure)
+        for axis, (task, value) in zip(axes[0], values.items(), strict=True):
+            image = axis.imshow(value, cmap="RdBu_r", vmin=start - reach, vmax=start + reach, aspect="auto")
+            axis.set_title(task)
+            axis.set_xticks(range(len(_PROJECTIONS)), [name[0] for name in _PROJECTIONS])
+            axis.tick_params(length=0)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            for block in range(BLOCKS):
+                for column, name in enumerate(_PROJECTIONS):
+                    if task in result.dead.get(f"layers.{block}.attention.{name}", ()):
+                        axis.plot(column, block, marker="x", color="0.35", markersize=7)
+        axes[0][0].set_yticks(range(BLOCKS))
+        axes[0][0].set_ylabel("block")
+        figure.supxlabel("projection (x: receives no gradient, keeps its start)", fontsize=10)
+        bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
+        bar.set_label(f"coefficient λ (white: start, {start:g})")
+        figure.suptitle("Merge coefficients found by NSC", y=1.0)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def plot_ratios(result: MergeResult, path: Path) -> None:
     """Null-space ratio of every task over the steps, as measured on that step's batch, and their mean."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4))
-    steps = [entry["step"] for entry in result.history]
-    ends = {}
-    for colour, task in zip(_COLOURS, result.tasks, strict=False):
-        values = [entry["omega"][task] for entry in result.history]
-        axis.plot(steps, values, color=colour, linewidth=1.4)
-        ends[task] = (values[-1], colour, "normal")
-    objective = [entry["objective"] for entry in result.history]
-    axis.plot(steps, objective, color="black", linewidth=2.4)
-    ends["mean (objective)"] = (objective[-1], "black", "bold")
-    low, high = axis.get_ylim()
-    placed = -float("inf")
-    for name, (value, colour, weight) in sorted(ends.items(), key=lambda item: item[1][0]):
-        # Labels stand at the ends of their lines, pushed apart where lines end close together.
-        placed = max(value, placed + 0.045 * (high - low))
-        axis.text(
-            1.015,
-            (placed - low) / (high - low),
-            name,
-            color=colour,
-            weight=weight,
-            va="center",
-            transform=axis.transAxes,
-        )
-    axis.set_xlim(0, max(1, steps[-1]))
-    axis.set_ylim(low, high)
-    axis.set_xlabel("step")
-    axis.set_ylabel("null-space ratio ω")
-    axis.set_title("What NSC minimises", loc="left")
-    axis.grid(axis="y", color="0.9")
-    figure.savefig(path)
-    plt.close(figure)
+    with pyplot_in_style() as plt:
+        figure, axis = plt.subplots(figsize=(7, 4))
+        steps = [entry["step"] for entry in result.history]
+        ends = {}
+        for colour, task in zip(COLOURS, result.tasks, strict=False):
+            values = [entry["omega"][task] for entry in result.history]
+            axis.plot(steps, values, color=colour, linewidth=1.4)
+            ends[task] = (values[-1], colour, "normal")
+        objective = [entry["objective"] for entry in result.history]
+        axis.plot(steps, objective, color="black", linewidth=2.4)
+        ends["mean (objective)"] = (objective[-1], "black", "bold")
+        low, high = axis.get_ylim()
+        placed = -float("inf")
+        for name, (value, colour, weight) in sorted(ends.items(), key=lambda item: item[1][0]):
+            # Labels stand at the ends of their lines, pushed apart where lines end close together.
+            placed = max(value, placed + 0.045 * (high - low))
+            axis.text(
+                1.015,
+                (placed - low) / (high - low),
+                name,
+                color=colour,
+                weight=weight,
+                va="center",
+                transform=axis.transAxes,
+            )
+        axis.set_xlim(0, max(1, steps[-1]))
+        axis.set_ylim(low, high)
+        axis.set_xlabel("step")
+        axis.set_ylabel("null-space ratio ω")
+        axis.set_title("What NSC minimises", loc="left")
+        axis.grid(axis="y", color="0.9")
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def plot_predictions(
@@ -126,35 +108,35 @@ def plot_predictions(
     dense = [task for task in tasks if task.dense]
     if not dense:
         return
-    plt = _pyplot()
-    columns = ["input", "truth", *predictions]
-    figure, axes = plt.subplots(
-        len(dense), len(columns), figsize=(1.5 * len(columns), 1.5 * len(dense) + 0.4), squeeze=False
-    )
-    for row, task in zip(axes, dense, strict=True):
-        scene = scenes[task.scene]
-        truth = scene.labels[task.name][index]
-        row[0].imshow(scene.pixels[index, 0], cmap="gray")
-        style = _map_style(task, truth)
-        row[1].imshow(_as_map(task, truth), **style)
-        for axis, outputs in zip(row[2:], predictions.values(), strict=True):
-            output = outputs[task.name][index]
-            if task.name == "semseg":
-                output = output.argmax(0)
-            elif task.channels == 1:
-                output = output[0]
-            axis.imshow(_as_map(task, output), **style)
-        row[0].set_ylabel(task.name, fontsize=11)
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=10)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path)
-    plt.close(figure)
+    with pyplot_in_style() as plt:
+        columns = ["input", "truth", *predictions]
+        figure, axes = plt.subplots(
+            len(dense), len(columns), figsize=(1.5 * len(columns), 1.5 * len(dense) + 0.4), squeeze=False
+        )
+        for row, task in zip(axes, dense, strict=True):
+            scene = scenes[task.scene]
+            truth = scene.labels[task.name][index]
+            row[0].imshow(scene.pixels[index, 0], cmap="gray")
+            style = _map_style(task, truth)
+            row[1].imshow(_as_map(task, truth), **style)
+            for axis, outputs in zip(row[2:], predictions.values(), strict=True):
+                output = outputs[task.name][index]
+                if task.name == "semseg":
+                    output = output.argmax(0)
+                elif task.channels == 1:
+                    output = output[0]
+                axis.imshow(_as_map(task, output), **style)
+            row[0].set_ylabel(task.name, fontsize=11)
+        for axis, title in zip(axes[0], columns, strict=True):
+            axis.set_title(title, fontsize=10)
+        for axis in axes.flat:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        figure.tight_layout(pad=0.4)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def _as_map(task: Task, value: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
 
 
 def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+    """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
 
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
@@ -142,6 +143,7 @@ def merge_loaded(
     calibration: dict[str, Batches],
     options: dict[str, Any],
 ) -> MergeResult:
+    """The merge that the recipe asks for, of what :func:`load` loaded; ``options`` beside those of the recipe."""
 
     with options_at_fault(recipe):
         result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})

@@ -1,12 +1,11 @@
-"""What methods compare the merged model with: each task's own model, in the same forward and at the same positions."""
+"""Each task's own model, and what is held out: never mixed up with the merged one."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 import zoo
+from own_cases import merge, merged, problem_of
 from torch import nn
 
 import nsc_merge
@@ -14,175 +13,11 @@ from nsc_merge.calibration.batches import held_out, restartable, streams
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import regmean
 from nsc_merge.methods.gradient import feature_matching, task_models
-from nsc_merge.methods.gradient.distillation import Variance
 from nsc_merge.methods.gradient.learned_coefficients import attached, presence
 from nsc_merge.methods.gradient.task_models import OwnModels
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating, shared_forward
-
-QUIET = {"progress": False}
-
-
-def problem_of(kind, tmp_path, shared="lambda", count=1, **config):
-    """Two tasks on a model of the zoo, ``count`` batches each."""
-    model = zoo.build(kind)
-    config = {"r": 4, "lora_alpha": 6, "target_modules": zoo.KINDS[kind].targets, **config}
-    folders = {task: zoo.write_adapter(model, tmp_path / task, n, **config) for n, task in enumerate(("a", "b"), 1)}
-    adapters = fit({task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}, model, shared)
-    batches = {task: [zoo.KINDS[kind].inputs(10 * n + i) for i in range(count)] for n, task in enumerate(adapters)}
-    return Problem(model, adapters, batches)
-
-
-def merged(problem, scales):
-    """A copy of the model with every task's update times its scale."""
-    result = METHODS["task_arithmetic"].run(problem, {"scale": scales})
-    return result.apply(copy.deepcopy(problem.model)).eval()
-
-
-def merge(problem, method, **options):
-    return METHODS[method].run(problem, {**QUIET, **options})
-
-
-@pytest.mark.parametrize("normalise", ["none", "task", "variance"])
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
-@pytest.mark.parametrize("positions", [None, "last", "all"])
-def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalise, likelihood, positions):
-    problem = problem_of("llama", tmp_path)
-    result = merge(problem, "distill", steps=1, normalise=normalise, likelihood=likelihood, positions=positions)
-
-    def outputs(model, batch):
-        with torch.no_grad():
-            logits = model(**batch).logits.double()
-        mask = batch["attention_mask"].bool()
-        return logits[mask] if positions == "all" else logits[torch.arange(3), mask.sum(1) - 1]
-
-    def distance(found, own):
-        if likelihood == "gaussian":
-            return (found - own).square().mean()
-        p, q = own.softmax(-1), found.softmax(-1)
-        return (p * (p.log() - q.log())).sum(-1).mean()
-
-    both = merged(problem, {"a": 0.4, "b": 0.4})
-    for task in ("a", "b"):
-        batch = problem.calibration[task][0]
-        own = outputs(merged(problem, {"a": float(task == "a"), "b": float(task == "b")}), batch)
-        expected = distance(outputs(both, batch), own)
-        if normalise == "task":
-            expected = expected / distance(outputs(problem.model, batch), own)
-        if normalise == "variance" and likelihood == "gaussian":
-            expected = expected / own.var(0, correction=0).mean()
-        assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=2e-4)
-
-
-def scaled(factor):
-    return lambda model, batch: factor * model(**batch).logits
-
-
-@pytest.mark.parametrize("normalise", ["variance", "none"])
-def test_the_unit_of_values_matters_only_without_their_variance(tmp_path, normalise):
-    problem = problem_of("vit", tmp_path, count=2)
-    metres, millimetres = (
-        merge(
-            problem,
-            "distill",
-            steps=4,
-            normalise=normalise,
-            likelihood={"a": "gaussian", "b": "categorical"},
-            outputs={"a": scaled(factor)},
-        )
-        for factor in (1.0, 1000.0)
-    )
-    same = [
-        value == pytest.approx(millimetres.coefficients[path][task], rel=1e-4)
-        for path, row in metres.coefficients.items()
-        for task, value in row.items()
-    ]
-    assert all(same) == (normalise == "variance")
-
-
-def test_the_variance_is_that_of_all_values_so_far():
-    parts = [5 + torch.randn(size, 3, 2, generator=torch.Generator().manual_seed(size)) for size in (1, 4, 2)]
-    variance = Variance()
-    for number, part in enumerate(parts, 1):
-        variance.add(part)
-        together = torch.cat(parts[:number]).double().flatten(0, 1)
-        torch.testing.assert_close(variance(), together.var(0, correction=0).mean())
-    flat = Variance()
-    flat.add(torch.tensor([1.0, 3.0]))
-    assert flat() == 1
-
-
-def test_values_that_are_all_alike_have_no_variance_to_divide_by(tmp_path):
-    outputs = {"b": lambda model, batch: 0 * model(**batch).logits + 0.7}
-    options = {"steps": 1, "outputs": outputs, "likelihood": "gaussian"}
-    with pytest.raises(ValueError, match="normalise: 'variance' needs outputs that differ .* 'b'"):
-        merge(problem_of("vit", tmp_path), "distill", normalise="variance", **options)
-    merge(problem_of("vit", tmp_path / "none"), "distill", normalise="none", **options)
-
-
-def test_a_task_without_an_output_of_its_own_has_the_models(tmp_path):
-    """At the last token, as where no task has one."""
-    problem = problem_of("llama", tmp_path)
-    some = merge(problem, "distill", steps=1, outputs={"a": lambda model, batch: model(**batch).logits[:, 0]})
-    none = merge(problem, "distill", steps=1)
-    assert some.history[0]["loss"]["b"] == none.history[0]["loss"]["b"]
-    assert some.history[0]["loss"]["a"] != none.history[0]["loss"]["a"]
-
-
-def test_batches_may_hold_more_than_tensors(tmp_path):
-    problem = problem_of("vit", tmp_path)
-    expected = merge(problem, "distill", steps=1)
-    forward = problem.model.forward
-    problem.model.forward = lambda sizes, **inputs: forward(**inputs)
-    batches = {task: [{**batch, "sizes": [1, 2]} for batch in one] for task, one in problem.calibration.items()}
-    found = merge(Problem(problem.model, problem.adapters, batches), "distill", steps=1)
-    assert found.coefficients == expected.coefficients
-
-
-def test_distillation_of_one_adapter_goes_to_one(tmp_path):
-    problem = problem_of("vit", tmp_path)
-    one = Problem(problem.model, {"a": problem.adapters["a"]}, {"a": problem.calibration["a"]})
-    result = merge(one, "distill", steps=120, lr=4e-2, weight_decay=0.0, schedule="cosine")
-    assert result.history[-1]["objective"] < 1e-3 * result.history[0]["objective"]
-
-
-def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path):
-    problem = problem_of("vit", tmp_path)
-    shared = problem.calibration["a"]
-    heads = {
-        task: lambda model, batch, sign=sign: sign * model(**batch).logits for task, sign in (("a", 1), ("b", -1))
-    }
-    together = Problem(problem.model, problem.adapters, {"a": shared, "b": shared})
-    apart = Problem(problem.model, problem.adapters, {"a": shared, "b": [dict(shared[0])]})
-    calls = []
-    hook = problem.model.vit.embeddings.register_forward_hook(lambda *_: calls.append(1))
-    first = merge(together, "distill", steps=3, outputs=heads)
-    once = len(calls)
-    second = merge(apart, "distill", steps=3, outputs=heads)
-    hook.remove()
-    # Each task's own model once, then one forward a step, against two.
-    assert (once, len(calls) - once) == (2 + 3, 2 + 6)
-    assert first.history[-1]["objective"] == pytest.approx(second.history[-1]["objective"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"likelihood": "poisson"}, "likelihood: expected one of"),
-        ({"likelihood": {"a": "gaussian"}}, r"likelihood: expected one for each of \['a', 'b'\], found \['a'\]"),
-        ({"clamp": 0.5}, "clamp: expected a lower and a higher bound, found 0.5"),
-        ({"clamp": ["a", "b"]}, "clamp: expected a lower and a higher bound"),
-        ({"seed": 1.5}, "seed: expected a whole number"),
-        ({"progress": "x"}, "progress: expected one of"),
-        ({"positions": "first"}, "positions: expected one of"),
-        ({"normalise": "scale"}, "normalise: expected one of"),
-        ({"outputs": {"c": len}}, "outputs: expected functions for some of"),
-    ],
-)
-def test_distillation_names_what_is_wrong(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        merge(problem_of("vit", tmp_path), "distill", steps=1, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "last"}])

@@ -1,0 +1,124 @@
+"""AdaMerging against explicit computations on dense weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from data_cases import Dense, dense_weights, llama, problem_of
+from torch.func import functional_call
+
+import nsc_merge
+from nsc_merge.methods.gradient.learned_coefficients import presence
+
+
+def test_adamerging_objective_and_gradient(model, folders, calibration, outputs):
+    problem = problem_of(model, folders, calibration)
+    result = nsc_merge.merge(
+        model,
+        folders,
+        calibration,
+        "adamerging",
+        outputs=outputs,
+        steps=1,
+        optimizer="adam",
+        weight_decay=0.0,
+        lr=1e-3,
+        init=0.4,
+        progress=False,
+    )
+    lam = (0.4 * presence(problem)).requires_grad_()
+    dense = Dense(model, dense_weights(problem, lam))
+    losses = {}
+    for task in folders:
+        p = outputs[task](dense, calibration[task][0]).softmax(-1)
+        losses[task] = -(p * p.log()).sum(-1).mean()
+    (grad,) = torch.autograd.grad(sum(losses.values()) / 3, lam)
+    for task, loss in losses.items():
+        assert result.history[0]["loss"][task] == pytest.approx(loss.item(), rel=1e-5)
+    moved = torch.tensor([list(row.values()) for row in result.coefficients.values()]) - 0.4 * presence(problem)
+    # Adam's first step is -lr times the sign of the gradient.
+    live = presence(problem) & (grad.abs() > 1e-6)
+    torch.testing.assert_close(moved[live], (-1e-3 * grad.sign())[live], rtol=1e-2, atol=1e-6)
+    assert live.sum() > 20
+
+
+def test_adamerging_task_share_moves_by_the_summed_gradient(model, folders, calibration, outputs):
+    result = nsc_merge.merge(
+        model, folders, calibration, "adamerging", outputs=outputs, steps=3, share="task", progress=False
+    )
+    for task in folders:
+        values = {row[task] for path, row in result.coefficients.items() if path in result.adapters[task].factors}
+        assert max(values) - min(values) < 1e-6
+        assert abs(max(values) - 0.4) > 1e-4
+
+
+def test_single_token_entropy_is_at_the_last_real_token(tmp_path):
+    model, folders, calibration = llama(tmp_path)
+    problem = problem_of(model, folders, calibration)
+    result = nsc_merge.merge(model, folders, calibration, "adamerging", steps=1, tokens="single", progress=False)
+    weights = dense_weights(problem, 0.4 * presence(problem))
+    for task in folders:
+        batch = calibration[task][0]
+        values = []
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            logits = functional_call(model, weights, (), {"input_ids": ids[mask.bool()][None]}).logits[0, -1]
+            p = logits.softmax(-1)
+            values.append(-(p * p.log()).sum())
+        assert result.history[0]["loss"][task] == pytest.approx(torch.stack(values).mean().item(), rel=1e-4)
+
+
+def test_full_is_the_entropy_along_greedy_decoding(tmp_path):
+    model, folders, calibration = llama(tmp_path)
+    problem = problem_of(model, folders, calibration)
+    result = nsc_merge.merge(
+        model, folders, calibration, "adamerging", steps=1, tokens="full", new_tokens=4, progress=False
+    )
+    weights = dense_weights(problem, 0.4 * presence(problem))
+    for task in folders:
+        batch, total = calibration[task][0], 0.0
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            ids = ids[mask.bool()]
+            for _ in range(4):
+                p = functional_call(model, weights, (), {"input_ids": ids[None]}).logits[0, -1].softmax(-1)
+                total += -(p * p.log()).sum().item() / 3
+                ids = torch.cat([ids, p.argmax()[None]])
+                if ids[-1] == 2:
+                    break
+        assert result.history[0]["loss"][task] == pytest.approx(total, rel=1e-4)
+
+
+def test_adamerging_on_a_decoder_with_a_classification_head(tmp_path):
+    model, folders, calibration = llama(tmp_path, "llama-cls")
+    model.config.pad_token_id = 0
+    problem = problem_of(model, folders, calibration)
+    result = nsc_merge.merge(model, folders, calibration, "adamerging", steps=1, progress=False)
+    weights = dense_weights(problem, 0.4 * presence(problem))
+    for task in folders:
+        p = functional_call(model, weights, (), calibration[task][0]).logits.softmax(-1)
+        assert result.history[0]["loss"][task] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_decoding_refuses_other_inputs_of_every_token(tmp_path):
+    model, folders, calibration = llama(tmp_path)
+    for batches in calibration.values():
+        batches[0]["position_ids"] = torch.arange(7).expand(3, 7)
+    with pytest.raises(ValueError, match="decodes from input_ids and attention_mask alone, found position_ids"):
+        nsc_merge.merge(model, folders, calibration, "adamerging", steps=1, tokens="full", progress=False)
+
+
+def test_class_entropy_leaves_out_padding(tmp_path):
+    model, folders, calibration = llama(tmp_path)
+    options = {"steps": 1, "tokens": "class", "progress": False}
+    first = nsc_merge.merge(model, folders, calibration, "adamerging", **options)
+    for batches in calibration.values():
+        batches[0]["input_ids"][1, 5:] = 40
+    second = nsc_merge.merge(model, folders, calibration, "adamerging", **options)
+    assert second.history[0]["loss"] == pytest.approx(first.history[0]["loss"], rel=1e-5)
+
+
+def test_tasks_without_logits_have_no_entropy(model, folders, calibration, outputs):
+    some = {task: outputs[task] for task in ("plain", "mixed")}
+    result = nsc_merge.merge(model, folders, calibration, "adamerging", outputs=some, steps=2, progress=False)
+    entry = result.history[0]
+    assert set(entry["loss"]) == set(some)
+    assert entry["objective"] == pytest.approx(sum(entry["loss"].values()) / 2)

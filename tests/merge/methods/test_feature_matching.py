@@ -1,0 +1,120 @@
+"""Feature matching against explicit computations, and at which positions it looks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from data_cases import alone, dense_weights, llama, problem_of
+from torch.func import functional_call
+
+import nsc_merge
+from nsc_merge.calibration.forward_passes import one_by_one
+from nsc_merge.methods.gradient import feature_matching
+from nsc_merge.methods.gradient.learned_coefficients import attached, presence
+from nsc_merge.methods.gradient.task_models import OwnModels
+
+
+def test_match_objective_is_the_explicit_distance(tmp_path):
+    model, folders, calibration = llama(tmp_path)
+    problem = problem_of(model, folders, calibration)
+    for normalise in feature_matching.NORMALISATIONS:
+        result = nsc_merge.merge(
+            model, folders, calibration, "match", steps=1, normalise=normalise, positions="all", progress=False
+        )
+        weights = dense_weights(problem, 0.4 * presence(problem))
+
+        def hidden(weights, batch):
+            trunk = {name.removeprefix("model."): value for name, value in weights.items() if name != "lm_head.weight"}
+            with torch.no_grad():
+                found = functional_call(model.base_model, trunk, (), batch).last_hidden_state
+            return found[batch["attention_mask"].bool()]
+
+        for task in folders:
+            batch = calibration[task][0]
+            ours, own = hidden(weights, batch), hidden(alone(problem, task), batch)
+            expected = (ours - own).square().mean()
+            if normalise == "scale":
+                expected = expected / own.square().mean()
+            if normalise == "task":
+                expected = expected / (own - hidden(dict(model.named_parameters()), batch)).square().mean()
+            assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_match_gradient_by_finite_differences(model, folders, calibration):
+    problem = problem_of(model, folders, calibration)
+    options = feature_matching.MatchOptions(steps=1)
+    watcher = feature_matching.Watcher(problem, options.features, options.positions)
+    present = presence(problem)
+    with attached(problem, options) as coefficients:
+        targets = feature_matching.Targets(watcher, OwnModels(problem, coefficients, present), "task")
+        drawn = [calibration[task][0] for task in folders]
+
+        def value():
+            total = 0
+            for one in one_by_one(drawn, torch.device("cpu")):
+                for number in one.tasks[0]:
+                    targets.prepare(number, one)
+                coefficients.spread()
+                found = watcher.see(one.inputs).features
+                total = total + sum(targets.distance(number, one, found) for number in one.tasks[0])
+            return total
+
+        (grad,) = torch.autograd.grad(value(), coefficients.flat)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            direction = torch.randn(grad.shape, generator=generator) * present
+            with torch.no_grad():
+                coefficients.flat += 1e-2 * direction
+                up = value()
+                coefficients.flat -= 2e-2 * direction
+                down = value()
+                coefficients.flat += 1e-2 * direction
+            assert (grad * direction).sum().item() == pytest.approx(((up - down) / 2e-2).item(), rel=2e-2, abs=1e-3)
+
+
+def test_match_of_one_adapter_goes_to_one(model, folders, calibration):
+    one = {"plain": folders["plain"]}, {"plain": calibration["plain"]}
+    result = nsc_merge.merge(
+        model, *one, "match", steps=120, lr=4e-2, weight_decay=0.0, schedule="cosine", progress=False
+    )
+    lam = torch.tensor([row["plain"] for path, row in result.coefficients.items() if path not in result.dead])
+    assert result.history[-1]["objective"] < 1e-2 * result.history[0]["objective"]
+    assert float((lam - 1).abs().mean()) < 0.15
+
+
+def test_match_holds_out_its_first_batches_and_keeps_the_best(model, folders, calibration):
+    """With a learning rate that only does harm, the start is what is kept."""
+    result = nsc_merge.merge(
+        model, folders, calibration, "match", steps=12, lr=5.0, hold_out=1, init=0.4, progress=False
+    )
+    values = [value for row in result.coefficients.values() for value in row.values()]
+    assert all(value in (0.0, pytest.approx(0.4)) for value in values)
+    assert len(result.history) == 12
+
+
+def test_warm_up_shares_coefficients_and_then_lets_go(model, folders, calibration):
+    def values(steps):
+        result = nsc_merge.merge(
+            model, folders, calibration, "match", steps=steps, warm_up=4, optimizer="adam", weight_decay=0.0,
+            progress=False,
+        )  # fmt: skip
+        return [row["plain"] for path, row in result.coefficients.items() if path not in result.dead]
+
+    assert max(values(4)) - min(values(4)) < 1e-6
+    assert max(values(6)) - min(values(6)) > 1e-4
+
+
+def test_match_initial_scale_of_one_adapter_is_one(model, folders, calibration):
+    problem = problem_of(model, {"plain": folders["plain"]}, {"plain": calibration["plain"]})
+    assert feature_matching.best_scale(problem, feature_matching.MatchOptions(init="match")) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"lr": "x"}, {"steps": 0}, {"share": "layer"}, {"clamp": (1, 0)}, {"steps": -1}])
+def test_options_are_checked_also_with_a_matched_init(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
+        feature_matching.MatchOptions(init="match", **options)
+
+
+def test_match_needs_no_family_where_modules_are_named(model, folders, calibration):
+    model.config.model_type = "unheard-of"
+    nsc_merge.merge(model, folders, calibration, "match", steps=1, features=["layers.3"], progress=False)
