@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .contract import Backend, BackwardCall, ForwardCall
 from .ops import run_backward, run_forward
 
+_AS_IT_IS = nullcontext()  # made once: it holds nothing
+
 
 class MergedLoRAFunction(torch.autograd.Function):
     """The eager route: one forward kernel, one backward kernel, on the backend chosen in the forward.
@@ -52,7 +54,7 @@ class MergedLoRAFunction(torch.autograd.Function):
         if need_dz or need_dlam:
             u, lam, A, Bt, weight, z = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
-            with torch.no_grad() if create_graph else nullcontext():
+            with torch.no_grad() if create_graph else _AS_IT_IS:
                 dz_base = None if weight is None or dy is None else dy @ weight
                 call = BackwardCall(
                     dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, True

@@ -96,11 +96,11 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         and lam.dtype is acc
         and device == A.device == lam.device
         and z.dim() > 0
-        and z.size(-1) == A.size(1)
-        and ((lam.dim() == 1 and lam.size(0) == K) or lam.shape == (*z.shape[:-1], K))
+        and z.shape[-1] == A.shape[1]
+        and ((lam.dim() == 1 and lam.shape[0] == K) or lam.shape == (*z.shape[:-1], K))
         and (
             base is None
-            or (base.dtype is dtype and base.device == device and base.shape == (*z.shape[:-1], Bt.size(1)))
+            or (base.dtype is dtype and base.device == device and base.shape == (*z.shape[:-1], Bt.shape[1]))
         )
     ):
         _refuse(z, bank, lam, base, acc)
