@@ -14,7 +14,7 @@ from nsc_merge.methods.task_vectors import dare, emr, fr_merging, task_arithmeti
 from nsc_merge.models.families import FAMILIES
 from nsc_merge.utils.option_checks import did_you_mean
 
-_FAMILIES = (
+_FILES = (
     nsc,
     task_arithmetic,
     ties,
@@ -34,7 +34,7 @@ _FAMILIES = (
     distillation,
 )
 
-METHODS: dict[str, Method] = {method.name: method for family in _FAMILIES for method in family.METHODS}
+METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
 
 
 def method_of(name: str) -> Method:

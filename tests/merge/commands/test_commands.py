@@ -114,8 +114,22 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(place, capsys):
     assert plan["tasks"]["nli"]["heads"] == 1
     assert plan["batches"] == {"nli": 3, "topic": 3}
     assert main(["run", str(place / "recipe.yaml"), "--dry-run"]) == 0
-    assert "dead      4 coefficients" in capsys.readouterr().out
+    assert "dead      4 coefficients come after them" in capsys.readouterr().out
     assert contents(place) == before
+
+
+@pytest.mark.parametrize("method", ["match", "distill"])
+def test_a_dry_run_times_whatever_takes_steps(place, capsys, method):
+    command = ["run", str(place / "recipe.yaml"), "--dry-run", f"method={method}", "options.steps=40"]
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"] == 40
+    assert plan["seconds"] == pytest.approx(40 * plan["seconds_per_step"])
+    assert plan["measured_modules"] == []
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "coefficients receive no gradient" in shown
+    assert "measured " not in shown
 
 
 def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch, capsys):

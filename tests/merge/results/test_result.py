@@ -168,6 +168,18 @@ def test_the_card_counts_the_errors_of_every_task(model, folders, tmp_path):
     assert told in (folder / "README.md").read_text()
 
 
+def test_the_card_says_how_the_update_was_found(model, folders, calibration, tmp_path):
+    ties = nsc_merge.merge(model, folders, method="ties").save(tmp_path / "ties", "lora", rank=2)
+    found = "Method: `ties` (TIES-Merging, Yadav et al. 2023, arXiv 2306.01708). All settings are in `recipe.yaml`."
+    assert found in (ties / "README.md").read_text()
+    learnt = nsc_merge.merge(model, folders, calibration, steps=2, progress=False)
+    cards = [learnt.save(tmp_path / "nsc", "lora"), learnt.scaled(0.5).save(tmp_path / "half", "lora")]
+    for card in [(folder / "README.md").read_text() for folder in cards]:
+        assert "The coefficients were found by null-space compression" in card
+        assert "Mean null-space ratio (the objective): " in card
+        assert "Method:" not in card
+
+
 @pytest.mark.parametrize(("method", "rank"), [("svd", None), ("ties", 2)])
 def test_a_bias_without_an_update_is_saved_and_read_again(model, write_adapter, method, rank, tmp_path):
     adapter = nsc_merge.load_adapter(write_adapter("a", 1, lora_bias=True), "a")
