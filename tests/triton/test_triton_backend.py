@@ -159,7 +159,9 @@ def test_the_automatic_choice_waits_for_the_ledger(tmp_path, monkeypatch, clear_
 
 def test_what_the_package_ships_as_proof_is_well_formed():
     for entry in verified_hardware.entries():
-        assert set(entry) == {"arch", "device", "source", "torch", "triton", "cases"}
+        # As bench/hardware/report.py writes them.
+        assert set(entry) == {"backend", "arch", "device", "source", "torch", "triton", "cases"}
+        assert entry["backend"] in verified_hardware.BACKENDS
         assert entry["arch"].startswith("sm_")
         assert len(entry["source"]) == 64
         assert entry["cases"] > 0
