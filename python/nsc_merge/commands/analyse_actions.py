@@ -27,10 +27,11 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS
 from nsc_merge.models.loading import load_model
 from nsc_merge.recipes.saved_result import load_result
-from nsc_merge.recipes.yaml_keys import UsageError, is_hub_id
+from nsc_merge.recipes.yaml_keys import is_hub_id
 from nsc_merge.results.layout import COEFFICIENTS_FILE
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
+from nsc_merge.utils.errors import UsageError
 from nsc_merge.utils.plain_values import without_nan
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_libraries
-from nsc_merge.recipes.yaml_keys import UsageError
+from nsc_merge.utils.errors import UsageError
 
 _DEMO = """\
 Merges the LoRA adapters of six tasks on a small ViT and measures the result, on

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.terminal import positive, prepare
-from nsc_merge.recipes.yaml_keys import UsageError
+from nsc_merge.utils.errors import UsageError
 
 
 def add(commands: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.terminal import positive, prepare
-from nsc_merge.recipes.yaml_keys import UsageError, is_hub_id
+from nsc_merge.utils.errors import UsageError
 
 
 def add(commands: Any) -> None:
@@ -25,6 +25,8 @@ def add(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from nsc_merge.recipes.yaml_keys import is_hub_id
+
     if arguments.inputs and not arguments.model:
         raise UsageError("--inputs: needs --model")
     local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))

@@ -7,18 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.utils.errors import UsageError
 from nsc_merge.utils.option_checks import did_you_mean
 from nsc_merge.utils.yaml_text import from_yaml
 
 # YAML 1.1 takes 1e-3 for a string, which nobody means.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class UsageError(ValueError):
-    """The command line, not the data, is at fault."""
-
-    exit_status = 2
 
 
 class RecipeError(UsageError):
