@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import read_checked
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,10 +43,7 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
             found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} is missing (found: {found})")
     raw = (folder / CONFIG_FILE).read_bytes()
-    try:
-        config = json.loads(raw.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE} is not valid JSON: {error}") from None
+    config = from_json(raw, f"adapters[{name!r}]: {folder / CONFIG_FILE}")
     if not isinstance(config, dict):
         raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE}: expected a JSON object, found {config!r:.40}")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+from nsc_merge.utils.json_text import from_json
 
 # A tensor takes some hundred bytes of it: room for 100,000 of them, parsed in a second. The format allows 100 MB.
 MAX_HEADER = 16_000_000
@@ -113,9 +114,9 @@ def _header(path: Path, file: BufferedReader) -> tuple[bytes, dict[str, Any]]:
         raise _broken(path, f"header length {length} in a file of {size} bytes")
     raw = file.read(length)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise _broken(path, "the header is not JSON") from None
+        header = from_json(raw, "the header")
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
     if not isinstance(header, dict):
         raise _broken(path, "the header is not a JSON object")
     return raw, header

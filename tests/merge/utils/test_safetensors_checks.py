@@ -56,9 +56,9 @@ def test_good_files_pass(tmp_path):
         ({"a": entry(offsets=(4, 20))}, b"\0" * 20, "begins at byte 4, expected 0"),
         ({"a": 3}, b"", "is not an object"),
         ([1], b"", "not a JSON object"),
-        (b"{" * 9, b"", "the header is not JSON"),
-        (b"[" * 100_000, b"", "the header is not JSON"),
-        (b"\xff\xfe{}", b"", "the header is not JSON"),
+        (b"{" * 9, b"", "the header is not valid JSON"),
+        (b"[" * 100_000, b"", "the header is not valid JSON"),
+        (b"\xff\xfe{}", b"", "the header is not valid JSON"),
     ],
 )
 def test_bad_headers(tmp_path, header, data, reason):
