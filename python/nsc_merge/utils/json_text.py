@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # What is parsed in a second, however it is written; and what Python's own recursion has room for.
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000
 MAX_DEPTH = 64
 # Some configurations write int(1e30) for "without limit"; nothing that is counted has so many digits.
 MAX_DIGITS = 40

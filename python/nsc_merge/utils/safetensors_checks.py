@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import reprlib
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nsc_merge.utils.json_text import from_json
 
-# A tensor takes some hundred bytes of it: room for 100,000 of them, parsed in a second. The format allows 100 MB.
+# A tensor takes some hundred bytes of it: room for 80,000 of them, checked in a second. The format allows 100 MB.
 MAX_HEADER = 16_000_000
 MAX_DIMENSIONS = 64
 
@@ -125,7 +126,7 @@ def _header(path: Path, file: BufferedReader) -> tuple[bytes, dict[str, Any]]:
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
     found = header.get("__metadata__", {})
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise _broken(path, f"expected text by name as __metadata__, found {found!r:.60}")
+        raise _broken(path, f"expected text by name as __metadata__, found {reprlib.repr(found):.60}")
     return found
 
 
@@ -137,7 +138,7 @@ def _entries(path: Path, file: BufferedReader, header: dict[str, Any]) -> dict[s
     position = 0
     for begin, end, name in spans:
         if begin != position:
-            raise _broken(path, f"{name!r} begins at byte {begin}, expected {position}")
+            raise _broken(path, f"{name!r:.100} begins at byte {begin}, expected {position}")
         position = end
     held = os.fstat(file.fileno()).st_size - file.tell()
     if position != held:
@@ -147,20 +148,19 @@ def _entries(path: Path, file: BufferedReader, header: dict[str, Any]) -> dict[s
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry, dict):
-        raise _broken(path, f"the entry of {name!r} is not an object")
+        raise _broken(path, f"the entry of {name!r:.100} is not an object")
     fields: dict[str, Any] = entry
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _broken(path, f"{name!r} has unknown dtype {dtype!r:.40}")
+        raise _broken(path, f"{name!r:.100} has unknown dtype {reprlib.repr(dtype):.40}")
     if not _is_naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _broken(path, f"{name!r} has shape {shape!r:.60}")
+        raise _broken(path, f"{name!r:.100} has shape {reprlib.repr(shape):.60}")
     if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(path, f"{name!r} has data_offsets {offsets!r:.60}")
+        raise _broken(path, f"{name!r:.100} has data_offsets {reprlib.repr(offsets):.60}")
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if expected != offsets[1] - offsets[0]:
-        raise _broken(
-            path, f"{name!r} is {dtype} {shape!r:.60}, {expected} bytes, but occupies {offsets[1] - offsets[0]}"
-        )
+        found = offsets[1] - offsets[0]
+        raise _broken(path, f"{name!r:.100} is {dtype} {shape!r:.60}, {expected} bytes, but occupies {found}")
     return offsets[0], offsets[1]
 
 
@@ -174,10 +174,10 @@ def _tensor(path: Path, file: BufferedReader, name: str, entry: dict[str, Any], 
     raw = torch.empty(end - begin, dtype=torch.uint8)
     buffer = raw.numpy().data
     if file.readinto(buffer) != len(buffer):
-        raise _broken(path, f"it became shorter while {name!r} was read")
+        raise _broken(path, f"it became shorter while {name!r:.100} was read")
     digest.update(buffer)
     if entry["dtype"] == "BOOL" and (raw > 1).any():
-        raise _broken(path, f"{name!r} is BOOL and holds other bytes than 0 and 1")
+        raise _broken(path, f"{name!r:.100} is BOOL and holds other bytes than 0 and 1")
     return raw.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
