@@ -52,3 +52,11 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
         raise ValueError(f"adapters[{name!r}]: {error}") from None
     sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
     return AdapterFiles(config, weights.tensors, sha256)
+
+
+def widened(value: Tensor) -> Tensor:
+    """A float8 tensor in float32, which holds each of its values and is calculated with; any other as it is.
+
+    PEFT takes float8 factors for plain numbers, without scales, too.
+    """
+    return value.float() if value.is_floating_point() and value.itemsize == 1 else value

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import Adapter, Factor
-from nsc_merge.adapters.adapter_files import read_folder
+from nsc_merge.adapters.adapter_files import read_folder, widened
 
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
@@ -77,7 +77,7 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
             f"and 'weights', found {type(source).__name__}"
         )
     # Merging is done on the CPU wherever the model is; attaching moves the factors to their linears.
-    adapter = _from_peft(name, config, {key: value.cpu() for key, value in weights.items()}, folder, dora)
+    adapter = _from_peft(name, config, {key: widened(value.cpu()) for key, value in weights.items()}, folder, dora)
     return replace(adapter, sha256=sha256)
 
 
