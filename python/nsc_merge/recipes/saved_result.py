@@ -55,7 +55,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_bytes().splitlines() if file.is_file() else []
     entries = []
     for number, line in enumerate(lines, start=1):
         entry = from_json(line, f"result: {file}: line {number}", not_finite=True)

@@ -81,7 +81,7 @@ def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
     edit(folder / "config.json", auto_map=own)
     assert type(load(folder)).__name__ == "ViTForImageClassification"
     edit(folder / "config.json", model_type="own")
-    with pytest.raises(ValueError, match=r"model: .*base needs code of its own \(auto_map .*call nsc_merge\.merge") as error:
+    with pytest.raises(ValueError, match=r"model: .*base needs code of its own \(auto_map .*nsc_merge\.merge") as error:
         load(folder)
     assert "\n" not in str(error.value)
     assert not list(folder.rglob("run"))
@@ -98,7 +98,7 @@ def test_what_lies_beside_the_weights_is_checked_before_anything_is_loaded(folde
     config = folder / "config.json"
     text = config.read_text()
     config.write_text(text.rstrip().removesuffix("}") + ', "hidden_size": 64}')
-    with pytest.raises(ValueError, match=r"model: .*config\.json is not valid JSON: the key 'hidden_size' is given twice"):
+    with pytest.raises(ValueError, match=r"model: .*config\.json is not valid JSON: the key 'hidden_size'"):
         load(folder)
     config.write_text(text)
     index = folder / "model.safetensors.index.json"
