@@ -60,6 +60,7 @@ class Adapter:
             fitted to a model by :func:`nsc_merge.models.fitting.fit`, only the task's own heads are left here.
         source: the folder it came from, if any.
         notes: what a person should know about how it was read.
+        sha256: of an adapter that was read from a folder, file name -> SHA-256 of the very bytes that it was made of.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Adapter:
     trained: dict[str, Tensor] = field(default_factory=dict)
     source: Path | None = None
     notes: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import Adapter, Factor
-from nsc_merge.utils.safetensors_checks import read_safetensors
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from nsc_merge.adapters.adapter_files import read_folder, widened
 
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
@@ -65,10 +62,11 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
         raise ValueError(f"dora: expected 'refuse' or 'convert', found {dora!r}")
     if isinstance(source, Adapter):
         return source
-    folder = None
+    folder, sha256 = None, {}
     if isinstance(source, str | os.PathLike):
         folder = Path(source)
-        config, weights = _read_folder(folder, name)
+        files = read_folder(folder, name)
+        config, weights, sha256 = files.config, files.weights, files.sha256
     elif isinstance(source, Mapping) and {"config", "weights"} <= set(source):
         config, weights = dict(source["config"]), dict(source["weights"])
     elif isinstance(source, nn.Module) and hasattr(source, "peft_config"):
@@ -79,26 +77,8 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
             f"and 'weights', found {type(source).__name__}"
         )
     # Merging is done on the CPU wherever the model is; attaching moves the factors to their linears.
-    return _from_peft(name, config, {key: value.cpu() for key, value in weights.items()}, folder, dora)
-
-
-def _read_folder(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} is missing (found: {found})")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"adapters[{name!r}]: {folder / CONFIG_FILE}: expected a JSON object, found {config!r:.40}"
-        )
-    try:
-        return config, read_safetensors(folder / WEIGHTS_FILE)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    adapter = _from_peft(name, config, {key: widened(value.cpu()) for key, value in weights.items()}, folder, dora)
+    return replace(adapter, sha256=sha256)
 
 
 def _read_peft_model(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters.adapter import Factor
-from nsc_merge.adapters.peft_reader import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from nsc_merge.adapters.peft_reader import PREFIX
 
 
 def write_adapter(

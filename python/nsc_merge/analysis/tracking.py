@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -20,6 +19,7 @@ from nsc_merge.adapters import CONFIG_FILE, AdapterSource
 from nsc_merge.analysis.null_space_ratios import low_rank_part, per_sample_ratios
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.api import merge
+from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.plot_style import place
 from nsc_merge.utils.progress import Progress
 
@@ -201,17 +201,17 @@ def read_log(file: str | Path) -> dict[str, dict[int, float]]:
     text = file.read_text(encoding="utf-8")
     try:
         if file.suffix == ".json":
-            entries = json.loads(text)["log_history"]
+            entries = from_json(text, "it", not_finite=True)["log_history"]
         else:
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [from_json(line, "a line", not_finite=True) for line in text.splitlines() if line.strip()]
         columns: dict[str, dict[int, float]] = {}
         for entry in entries:
             for name, value in entry.items():
                 if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                     columns.setdefault(name, {})[int(entry["step"])] = float(value)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"log: {file}: expected JSON lines with a step and numbers, or a trainer_state.json"
+            f"log: {file}: expected JSON lines with a step and numbers, or a trainer_state.json: {error}"
         ) from None
     if not columns:
         raise ValueError(f"log: {file}: expected numbers by step, found none")

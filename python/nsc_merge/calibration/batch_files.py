@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.utils.safetensors_checks import read_safetensors
+from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
 
 class Batches:
@@ -19,11 +19,16 @@ class Batches:
         inputs: input name -> ``[N, ...]``, cut into batches along the first dimension; or a sequence of such
             mappings, each a batch of its own.
         batch_size: rows per batch for a single mapping; the last batch may be smaller.
+        sha256: of batches that were read, file name -> SHA-256 of the very bytes that they were made of.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], batch_size: int = 32
+        self,
+        inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+        batch_size: int = 32,
+        sha256: Mapping[str, str] | None = None,
     ) -> None:
+        self.sha256 = dict(sha256 or {})
         if isinstance(inputs, Mapping):
             count = len(next(iter(inputs.values())))
             self._batches: list[Mapping[str, Tensor]] = [
@@ -43,7 +48,8 @@ class Batches:
             [
                 {name: v.to(dtype) if v.is_floating_point() else v for name, v in batch.items()}
                 for batch in self._batches
-            ]
+            ],
+            sha256=self.sha256,
         )
 
     def __len__(self) -> int:
@@ -69,10 +75,13 @@ def read_batches(place: str | Path, batch_size: int, argument: str) -> Batches:
         files = sorted(place.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{argument}: {place} holds no .safetensors file")
-        return Batches([_read(file, argument) for file in files])
-    if not place.is_file():
+        read = {file.name: _read(file, argument) for file in files}
+        sha256 = {name: one.sha256 for name, one in read.items()}
+        return Batches([one.tensors for one in read.values()], sha256=sha256)
+    if not place.exists():
         raise FileNotFoundError(f"{argument}: {place} is missing")
-    return Batches(_read(place, argument), batch_size)
+    stacked = _read(place, argument)
+    return Batches(stacked.tensors, batch_size, {place.name: stacked.sha256})
 
 
 def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
@@ -88,11 +97,12 @@ def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
         raise ValueError(f"{argument}: {type(model).__name__} takes no input {unknown}; it takes {takes}")
 
 
-def _read(file: Path, argument: str) -> dict[str, Tensor]:
+def _read(file: Path, argument: str) -> CheckedFile:
     try:
-        tensors = read_safetensors(file)
+        read = read_checked(file)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
+    tensors = read.tensors
     rows = {name: value.shape[0] if value.dim() else None for name, value in tensors.items()}
     if len(set(rows.values())) != 1 or None in rows.values() or 0 in rows.values():
         raise ValueError(
@@ -104,4 +114,4 @@ def _read(file: Path, argument: str) -> dict[str, Tensor]:
         empty = (mask.reshape(len(mask), -1) == 0).all(1).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"{argument}: {file}: attention_mask has no real token in {len(empty)} rows: {empty[:5]}")
-    return tensors
+    return read

@@ -32,7 +32,7 @@ from nsc_merge.results.layout import COEFFICIENTS_FILE
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.errors import UsageError
-from nsc_merge.utils.plain_values import without_nan
+from nsc_merge.utils.json_text import without_nan
 
 
 @contextmanager

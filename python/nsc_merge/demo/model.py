@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.demo.data import SIZE
 from nsc_merge.demo.tasks import Task
+from nsc_merge.utils.safetensors_checks import read_safetensors
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -99,10 +100,8 @@ class Head(nn.Linear):
 
 def load_head(folder: Path, task: Task) -> Head:
     """The trained head ``folder/<task>.safetensors``, in float32."""
-    from safetensors.torch import load_file
-
     head = Head(task)
     head.load_state_dict(
-        {name: value.float() for name, value in load_file(folder / f"{task.name}.safetensors").items()}
+        {name: value.float() for name, value in read_safetensors(folder / f"{task.name}.safetensors").items()}
     )
     return head.requires_grad_(False)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.safetensors_checks import read_checked
 
 FORMAT = "nsc_merge.state"
 VERSION = "1"
@@ -66,22 +68,19 @@ class State:
             FileNotFoundError: if there is no such file.
             ValueError: if it is something else, or belongs to another problem than ``problem``.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise FileNotFoundError(f"resume_from: there is no file {os.fspath(path)}")
         try:
-            with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        except SafetensorError as error:
-            raise ValueError(f"resume_from: {os.fspath(path)} is not valid safetensors: {error}") from None
-        found = (metadata.get("format"), metadata.get("version"))
+            read = read_checked(path)
+        except ValueError as error:
+            raise ValueError(f"resume_from: {error}") from None
+        found = (read.metadata.get("format"), read.metadata.get("version"))
         if found != (FORMAT, VERSION):
             raise ValueError(
                 f"resume_from: {os.fspath(path)}: expected format {FORMAT} version {VERSION}, found {found}"
             )
-        document = json.loads(metadata["document"])
+        place = f"resume_from: {os.fspath(path)}: its document"
+        document = from_json(read.metadata.get("document", ""), place, not_finite=True)
         for name, value in problem.items():
             saved = document["problem"].get(name)
             if saved != value:
@@ -92,7 +91,7 @@ class State:
                     f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
                     f"{name}={_short(value)}"
                 )
-        return cls(tensors=tensors, **document)
+        return cls(tensors=read.tensors, **document)
 
 
 def problem_of(

@@ -19,11 +19,11 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
-from nsc_merge.results.layout import file_name
+from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE, file_name
 from nsc_merge.results.plots import draw as draw_merge
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
-from nsc_merge.utils.plain_values import plain, without_nan
+from nsc_merge.utils.json_text import from_json, plain, without_nan
 from nsc_merge.utils.progress import Progress
 from nsc_merge.utils.provenance import hashes, versions
 
@@ -62,12 +62,16 @@ def run(
     with Progress("rows", len(seeds) * len(recipe.rows), progress) as bar:
         for seed in seeds:
             bench: _Bench | None = None
+            # All before anything is read: a file that changes later does not pass for what was measured.
+            prints = {row.name: fingerprint(recipe, row, seed) for row in recipe.rows}
             for row in recipe.rows:
-                mark = fingerprint(recipe, row, seed)
+                mark = prints[row.name]
                 if mark not in known:
                     bench = bench or _Bench(recipe, seed, log)
                     try:
                         found = bench.measured(row)
+                        if fingerprint(recipe, row, seed) != mark:
+                            raise ValueError("a file that it depends on changed while rows were measured: start again")
                     except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
                         if row.method == "finetuned":
                             raise
@@ -241,10 +245,11 @@ def _known(file: Path) -> dict[str, dict[str, Any]]:
     known = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            record = json.loads(line)
+            record = from_json(line, str(file), not_finite=True)
         except ValueError:
             continue
-        known[record["fingerprint"]] = record
+        if isinstance(record, dict) and "fingerprint" in record:
+            known[record["fingerprint"]] = record
     return known
 
 
@@ -257,8 +262,9 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def _all_hashes(place: Path) -> dict[str, Any]:
-    """SHA-256 of a file, or of all weights and configurations in a folder and below."""
+    """SHA-256 of a file, or of all weights, configurations and saved merges in a folder and below."""
     if place.is_file():
         return hashes(place)
-    folders = [place, *sorted(path for path in place.rglob("*") if path.is_dir())]
-    return {str(folder.relative_to(place)): hashes(folder) for folder in folders}
+    saved = (COEFFICIENTS_FILE, RECIPE_FILE)
+    below = sorted(path for path in place.rglob("*") if path.is_dir() or path.name in saved)
+    return {str(path.relative_to(place)): hashes(path) for path in [place, *below]}

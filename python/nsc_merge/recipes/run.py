@@ -17,13 +17,13 @@ from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.fitting import absent, fit
-from nsc_merge.models.loading import load_model
+from nsc_merge.models.loading import files_of, load_model
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
 from nsc_merge.results.serving_notes import serving_notes
-from nsc_merge.utils.provenance import hashes
 
 Log = Callable[[str], None]
 
@@ -65,7 +65,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     for line in remarks_on(model, adapters):
         log(line)
     if resumable:
-        options["state_of"] = _sources(recipe, model)
+        options["state_of"] = _sources(recipe, model, calibration)
     result = merge_loaded(recipe, model, adapters, calibration, options)
     if result.history:
         first, last = result.history[0], result.history[-1]
@@ -125,12 +125,12 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
     return model, fit(adapters, model, recipe.shared_modules), calibration
 
 
-def _sources(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:
     """What a run is of, beside what the merge is given as arguments."""
     return {
-        "model": hashes(Path(recipe.model)) if recipe.local else recipe.model,
+        "model": files_of(model) if recipe.local else recipe.model,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "calibration": {task: hashes(place) for task, place in recipe.calibration.items()},
+        "calibration": {task: batches.sha256 for task, batches in calibration.items()},
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
     }
@@ -161,6 +161,7 @@ def merge_loaded(
             "max_shard_size": recipe.max_shard_size,
             "plots": recipe.plots,
         },
+        RECORD: {"sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}}},
     }
     return replace(result, inputs=inputs)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ from nsc_merge.adapters import load_adapter
 from nsc_merge.methods import METHODS
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.loading import load_model
+from nsc_merge.models.loading import files_of, load_model
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
-from nsc_merge.utils.provenance import hashes
+from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.yaml_text import from_yaml
 
 
@@ -27,22 +29,40 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     file = folder / COEFFICIENTS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"result: {file} is missing; expected a folder written by nsc-merge run")
-    history = folder / HISTORY_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-        entries = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"result: {folder} holds invalid JSON: {error}") from None
+    document = from_json(file.read_bytes(), f"result: {file}", not_finite=True)
     kind = document.get("format") if isinstance(document, dict) else None
     if kind != COEFFICIENTS_FORMAT or document.get("version") != 1:
-        raise ValueError(f"result: {file}: expected format {COEFFICIENTS_FORMAT} version 1, found {kind!r}")
-    coefficients = document.get("coefficients")
+        raise ValueError(f"result: {file}: expected format {COEFFICIENTS_FORMAT} version 1, found {kind!r:.60}")
+    tasks, coefficients, dead = (document.get(key) for key in ("tasks", "coefficients", "dead"))
+    if not isinstance(document.get("method"), str) or not isinstance(document.get("options"), dict):
+        raise ValueError(f"result: {file}: expected a method's name and its options")
+    if not _is_names(tasks):
+        raise ValueError(f"result: {file}: expected names of tasks, each once, found {tasks!r:.60}")
     rows = list(coefficients.values()) if isinstance(coefficients, dict) else []
-    tasks = document.get("tasks")
     if not rows or not all(isinstance(row, dict) and list(row) == tasks for row in rows):
         raise ValueError(f"result: {file}: expected one coefficient for each of {tasks} in every module")
-    return document, entries
+    for path, row in coefficients.items():
+        for task, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"result: {file}: {path}: {task}: expected a number, found {value!r:.60}")
+    if not isinstance(dead, dict) or not all(_is_names(names) and set(names) <= set(tasks) for names in dead.values()):
+        raise ValueError(f"result: {file}: dead: expected names of tasks by module, found {dead!r:.60}")
+    return document, _history(folder / HISTORY_FILE)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+
+
+def _history(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        entry = from_json(line, f"result: {file}: line {number}", not_finite=True)
+        if not isinstance(entry, dict):
+            raise ValueError(f"result: {file}: line {number}: expected an object, found {entry!r:.60}")
+        entries.append(entry)
+    return entries
 
 
 def load_result(folder: str | Path) -> MergeResult:
@@ -50,7 +70,7 @@ def load_result(folder: str | Path) -> MergeResult:
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
-            merged, by their SHA-256.
+            merged, by the SHA-256 of what is read.
     """
     folder = Path(folder)
     document, history = read_document(folder)
@@ -62,21 +82,28 @@ def load_result(folder: str | Path) -> MergeResult:
             f"result: {folder} holds parts of two merges: {COEFFICIENTS_FILE} is of method {document['method']!r}, "
             f"{RECIPE_FILE} of {recipe.method!r}"
         )
-    known = (written.get(RECORD) or {}).get("sha256") or {}
-    known_adapters = known.get("adapters") or {}
-    places = {f"adapters.{task}": (place, known_adapters.get(task)) for task, place in recipe.adapters.items()}
-    if recipe.local:
-        places["model"] = (Path(recipe.model), known.get("model"))
-    for name, (place, expected) in places.items():
-        if expected is not None and hashes(place) != expected:
-            raise ValueError(f"{name}: {place} has changed since it was merged (its SHA-256 differ)")
-    adapters = {task: load_adapter(place, task, dora=recipe.dora) for task, place in recipe.adapters.items()}
+    record = _mapping(written, RECORD, folder)
+    known, when_saved = (_mapping(record, key, folder) for key in ("sha256", "sha256_when_saved"))
+    known_adapters = _mapping(known, "adapters", folder)
+    adapters = {}
+    for task, place in recipe.adapters.items():
+        adapters[task] = load_adapter(place, task, dora=recipe.dora)
+        _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
     model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device="cpu")
+    if recipe.local:
+        expected = known.get("model", when_saved.get("model"))
+        _refuse_changed("model", Path(recipe.model), files_of(model), expected)
+    others = set(document["tasks"]) ^ set(adapters)
+    if others:
+        raise ValueError(
+            f"result: {folder}: {COEFFICIENTS_FILE} and {RECIPE_FILE} disagree on the tasks {sorted(others)}"
+        )
     fitted = fit({task: adapters[task] for task in document["tasks"]}, model, recipe.shared_modules)
     missing = sorted(set(adapted_linears(model, fitted)) ^ set(document["coefficients"]))
     if missing:
         raise ValueError(f"result: {folder / COEFFICIENTS_FILE} and the adapters disagree on {missing[0]}")
     inputs = {key: value for key, value in written.items() if key not in _OF_THE_RESULT}
+    inputs[RECORD] = {"sha256": {"calibration": _mapping(known, "calibration", folder)}}
     return MergeResult(
         method=document["method"],
         coefficients=document["coefficients"],
@@ -88,6 +115,19 @@ def load_result(folder: str | Path) -> MergeResult:
         inputs=inputs,
         about=METHODS[document["method"]].paragraph if document["method"] in METHODS else "",
     )
+
+
+def _mapping(document: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any]:
+    found = document.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"result: {folder / RECIPE_FILE}: {key}: expected keys and values, found {found!r:.60}")
+    return found
+
+
+def _refuse_changed(name: str, place: Path, found: Mapping[str, str], expected: Any) -> None:
+    """Refuse files that are not those of the record, if there is one."""
+    if expected is not None and dict(found) != expected:
+        raise ValueError(f"{name}: {place} has changed since it was merged (its SHA-256 differ)")
 
 
 _OF_THE_RESULT = ("model", "adapters", "method", "options", RECORD)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.models.loading import files_of
 from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
 from nsc_merge.results.merged_update import MergedUpdate
-from nsc_merge.utils.plain_values import plain
+from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.provenance import hashes, versions
 
 
 def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[str, Any]:
-    """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256.
+    """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256: ``sha256`` is of the
+    bytes that were read when they were read, ``sha256_when_saved`` of a base that was handed over, at this moment.
 
     It can be run again if all adapters came from folders and the calibration from files.
 
@@ -31,14 +33,17 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
         for task, adapter in result.adapters.items()
     }
     options = {key: value for key, value in result.options.items() if key not in PASSING_OPTIONS}
+    base = files_of(result.model)
     hashed = {
-        **({"model": hashes(Path(model))} if model and Path(model).is_dir() else {}),
-        "adapters": {task: hashes(Path(folder)) for task, folder in adapters.items() if folder},
-        "calibration": {
-            task: hashes(Path(place)) for task, place in (result.inputs.get("calibration") or {}).items()
-        },
+        **({"model": base} if base else {}),
+        "adapters": {task: adapter.sha256 for task, adapter in result.adapters.items() if adapter.sha256},
+        # Whoever read the batches says of what bytes.
+        "calibration": result.inputs.get(RECORD, {}).get("sha256", {}).get("calibration", {}),
     }
     record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
+    if not base and model and Path(model).is_dir():
+        # Loaded by the caller, who knows when.
+        record["sha256_when_saved"] = {"model": hashes(Path(model))}
     if "scored" in result.options:
         record["scored"] = list(result.options["scored"])
     head = {"model": model, "adapters": adapters, "method": result.method, "options": options}

@@ -28,7 +28,7 @@ from nsc_merge.results.model_card import model_card
 from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
 from nsc_merge.results.record import merge_digest, recipe_of
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
-from nsc_merge.utils.plain_values import plain
+from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.yaml_text import from_yaml, to_yaml
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")

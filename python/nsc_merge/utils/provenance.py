@@ -30,22 +30,13 @@ def _version(package: str) -> str:
 
 
 def hashes(place: Path) -> dict[str, str]:
-    """SHA-256 of a file, or of the weights and configurations in a folder, by file name."""
-    if place.is_file():
-        return {place.name: _hash(place)}
-    kept = [*place.glob("*.safetensors"), *place.glob("*config.json")]
-    return {file.name: _hash(file) for file in sorted(kept) if file.is_file()}
+    """SHA-256 of a file, or of the weights and configurations in a folder, by file name: of what lies there now."""
+    return {file.name: _hash_once(str(file), _mark(file)) for file in _files(place)}
 
 
-def _hash(file: Path) -> str:
-    status = file.stat()
-    return _hash_once(str(file), status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_once(file: str, size: int, modified: int) -> str:
-    """A large base is read once, however many formats are saved."""
-    return sha256(file)
+def marks(place: Path) -> dict[str, tuple[int, ...]]:
+    """Of the files that :func:`hashes` reads, what is another once one is replaced or written to."""
+    return {file.name: _mark(file) for file in _files(place)}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -55,3 +46,21 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    kept = {file for pattern in ("*.safetensors", "*config.json", "*.index.json") for file in place.glob(pattern)}
+    return sorted(file for file in kept if file.is_file())
+
+
+def _mark(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_once(file: str, mark: tuple[int, ...]) -> str:
+    """A large base is read once, however many formats are saved."""
+    return sha256(file)

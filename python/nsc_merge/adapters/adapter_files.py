@@ -1,0 +1,62 @@
+"""The files of an adapter's folder, as they lie there: what they mean is the reader's matter."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.safetensors_checks import read_checked
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a PEFT folder holds.
+
+    Attributes:
+        config: of ``adapter_config.json``.
+        weights: PEFT's keys -> tensors, in memory of their own.
+        sha256: file name -> SHA-256 of the very bytes that the above were made of.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    sha256: dict[str, str]
+
+
+def read_folder(folder: Path, name: str) -> AdapterFiles:
+    """Read both files of the adapter called ``name``, each of them once.
+
+    Raises:
+        FileNotFoundError: if one is missing; other weight formats are never opened.
+        ValueError: if one is damaged, naming it.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} is missing (found: {found})")
+    raw = (folder / CONFIG_FILE).read_bytes()
+    config = from_json(raw, f"adapters[{name!r}]: {folder / CONFIG_FILE}")
+    if not isinstance(config, dict):
+        raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE}: expected a JSON object, found {config!r:.40}")
+    try:
+        weights = read_checked(folder / WEIGHTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
+    return AdapterFiles(config, weights.tensors, sha256)
+
+
+def widened(value: Tensor) -> Tensor:
+    """A float8 tensor in float32, which holds each of its values and is calculated with; any other as it is.
+
+    PEFT takes float8 factors for plain numbers, without scales, too.
+    """
+    return value.float() if value.is_floating_point() and value.itemsize == 1 else value

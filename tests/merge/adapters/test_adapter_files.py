@@ -1,0 +1,79 @@
+"""An adapter's folder: what is read is what is hashed, and stays what it was."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from zoo import outputs
+
+import nsc_merge
+from nsc_merge import load_adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_an_adapter_carries_the_hashes_of_what_it_was_made_of(folders):
+    folder = folders["plain"]
+    expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)}
+    assert load_adapter(folder, "plain").sha256 == expected
+    in_memory = {"config": json.loads((folder / CONFIG).read_text()), "weights": load_file(folder / WEIGHTS)}
+    assert load_adapter(in_memory, "plain").sha256 == {}
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut"])
+def test_an_adapter_outlives_its_file(folders, change):
+    path = folders["plain"] / WEIGHTS
+    weights = load_file(path)
+    expected = {key: value.clone() for key, value in weights.items()}
+    del weights
+    adapter = load_adapter(folders["plain"], "plain")
+    if change == "cut":
+        os.truncate(path, 10)
+    else:
+        raw = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        raw[start:] = bytes(len(raw) - start)
+        with path.open("r+b") as file:
+            file.write(raw)
+    for module, factor in adapter.factors.items():
+        assert torch.equal(factor.A, expected[f"base_model.model.{module}.lora_A.weight"])
+        assert torch.equal(factor.B, expected[f"base_model.model.{module}.lora_B.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_factors_are_plain_numbers_as_for_peft(folders, model, images, dtype):
+    path = folders["plain"] / WEIGHTS
+    save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+    result = nsc_merge.merge(model, {"plain": folders["plain"]}, method="task_arithmetic", scale=1.0)
+    inputs = {"pixel_values": images.double()}
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folders["plain"]).double(), inputs)
+    found = outputs(result.apply(model.double()), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["r", "lora_alpha"])
+def test_a_setting_that_is_given_twice_is_refused(folders, setting):
+    path = folders["plain"] / CONFIG
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f', "{setting}": 8}}')
+    assert json.loads(path.read_text())[setting] == 8
+    with pytest.raises(ValueError, match=rf"adapters\['plain'\]: .*{CONFIG} is not valid JSON: the key '{setting}'"):
+        load_adapter(folders["plain"], "plain")
+
+
+def test_what_is_no_file_is_named(folders):
+    (folders["plain"] / WEIGHTS).unlink()
+    os.mkfifo(folders["plain"] / WEIGHTS)
+    (folders["mixed"] / CONFIG).unlink()
+    (folders["mixed"] / CONFIG).mkdir()
+    (folders["partial"] / CONFIG).write_bytes(b"")
+    for name, file in (("plain", WEIGHTS), ("mixed", CONFIG), ("partial", CONFIG)):
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"adapters\['{name}'\]: .*{file}"):
+            load_adapter(folders[name], name)

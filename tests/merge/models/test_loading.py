@@ -1,0 +1,111 @@
+"""Loading a base: its files hashed as they were read, its weights its own, nothing of it run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from zoo import build
+
+from nsc_merge.models import loading
+from nsc_merge.models.loading import files_of, load_model
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("vit").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def load(folder):
+    return load_model(str(folder), local=True, device="cpu")
+
+
+def test_the_hashes_are_those_of_the_files(folder):
+    model = load(folder)
+    expected = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (FILE, "config.json")}
+    assert files_of(model) == expected
+    assert files_of(build("vit")) == {}
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut"])
+def test_a_base_outlives_its_files(folder, change):
+    model = load(folder)
+    expected = {name: value.clone() for name, value in type(model).from_pretrained(folder).state_dict().items()}
+    size = (folder / FILE).stat().st_size
+    if change == "cut":
+        os.truncate(folder / FILE, 100)
+    else:
+        with (folder / FILE).open("r+b") as file:
+            file.seek(size // 2)
+            file.write(bytes(size - size // 2))
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_files_that_change_while_they_are_read_are_refused(folder, monkeypatch):
+    """Other weights take the place of the file between transformers' reading and the hashing."""
+
+    def replaced(place):
+        values = {name: value + 1 for name, value in load_file(folder / FILE).items()}
+        save_file(values, folder / "other", metadata={"format": "pt"})
+        os.replace(folder / "other", folder / FILE)
+        return before(place)
+
+    before = loading.hashes
+    monkeypatch.setattr(loading, "hashes", replaced)
+    with pytest.raises(ValueError, match="model: files in .*base changed while they were read"):
+        load(folder)
+
+
+def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
+    def ask(*_):
+        raise AssertionError("transformers asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    for name in ("configuration_own", "modeling_own"):
+        (folder / f"{name}.py").write_text("import pathlib; pathlib.Path(__file__).with_name('run').touch()\n")
+    own = {"AutoConfig": "configuration_own.Config", "AutoModel": "modeling_own.Model"}
+    # transformers has a ViT of its own, which is taken.
+    edit(folder / "config.json", auto_map=own)
+    assert type(load(folder)).__name__ == "ViTForImageClassification"
+    edit(folder / "config.json", model_type="own")
+    with pytest.raises(ValueError, match=r"model: .*base needs code of its own \(auto_map .*nsc_merge\.merge") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    assert not list(folder.rglob("run"))
+
+
+@pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel", 3])
+def test_what_is_no_model_of_transformers_is_refused(folder, named):
+    edit(folder / "config.json", architectures=[named])
+    with pytest.raises(ValueError, match=f"model: transformers has no model {named!r}, which .*base asks for"):
+        load(folder)
+
+
+def test_what_lies_beside_the_weights_is_checked_before_anything_is_loaded(folder):
+    config = folder / "config.json"
+    text = config.read_text()
+    config.write_text(text.rstrip().removesuffix("}") + ', "hidden_size": 64}')
+    with pytest.raises(ValueError, match=r"model: .*config\.json is not valid JSON: the key 'hidden_size'"):
+        load(folder)
+    config.write_text(text)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match=r"index\.json: expected files in the same folder, found '\.\./elsewhere"):
+        load(folder)
+    index.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        load(folder)

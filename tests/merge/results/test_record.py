@@ -1,0 +1,110 @@
+"""What a saved merge says that it came from is what it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import yaml
+from cli_cases import make_place
+from safetensors.torch import load_file, save_file
+from zoo import build
+
+import nsc_merge
+from nsc_merge.commands.main import main
+from nsc_merge.recipes import run
+from nsc_merge.recipes.saved_result import load_result
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def place(tmp_path):
+    return make_place(build("llama-cls"), tmp_path)
+
+
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def double(file):
+    save_file({name: value * 2 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def record(folder):
+    return yaml.safe_load((folder / "recipe.yaml").read_text())["record"]
+
+
+def test_files_that_are_replaced_while_a_recipe_runs_are_not_vouched_for(place, monkeypatch):
+    files = {
+        "adapters": place / "adapters" / "nli" / WEIGHTS,
+        "calibration": place / "inputs" / "nli.safetensors",
+        "model": place / "base" / "model.safetensors",
+    }
+    merged = {kind: digest(file) for kind, file in files.items()}
+    before = run.merge
+
+    def replaced(*arguments, **options):
+        shutil.copytree(place, place / "kept", ignore=shutil.ignore_patterns("kept", "merged*"))
+        for file in files.values():
+            double(file)
+        return before(*arguments, **options)
+
+    monkeypatch.setattr(run, "merge", replaced)
+    assert main(["run", str(place / "recipe.yaml"), "output.formats=coefficients", "options.steps=1"]) == 0
+    found = record(place / "merged")["sha256"]
+    assert found["adapters"]["nli"][WEIGHTS] == merged["adapters"]
+    assert found["calibration"]["nli"] == {"nli.safetensors": merged["calibration"]}
+    assert found["model"]["model.safetensors"] == merged["model"]
+    with pytest.raises(ValueError, match=r"adapters\.nli: .* has changed since it was merged"):
+        load_result(place / "merged")
+    shutil.copy(place / "kept" / "adapters" / "nli" / WEIGHTS, files["adapters"])
+    with pytest.raises(ValueError, match="model: .*base has changed since it was merged"):
+        load_result(place / "merged")
+    shutil.copy(place / "kept" / "base" / "model.safetensors", files["model"])
+    # Exported again, it is still of the batches that it was merged with.
+    load_result(place / "merged").save(place / "again", "coefficients")
+    assert record(place / "again")["sha256"] == found
+
+
+def test_of_a_base_that_was_handed_over_the_record_says_when_it_was_hashed(place):
+    base = place / "base"
+    model = type(build("llama-cls")).from_pretrained(base)
+    result = nsc_merge.merge(model, {"nli": place / "adapters" / "nli"}, method="task_arithmetic")
+    double(place / "adapters" / "nli" / WEIGHTS)
+    result.save(place / "out", "coefficients")
+    found = record(place / "out")
+    assert "model" not in found["sha256"]
+    assert found["sha256_when_saved"]["model"]["model.safetensors"] == digest(base / "model.safetensors")
+    assert found["sha256"]["adapters"]["nli"][WEIGHTS] != digest(place / "adapters" / "nli" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"adapters\.nli: .* has changed since it was merged"):
+        load_result(place / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": None}, "expected a method's name and its options"),
+        ({"options": []}, "expected a method's name and its options"),
+        ({"tasks": ["nli", "nli"]}, "expected names of tasks, each once"),
+        ({"dead": {"a": ["other"]}}, "dead: expected names of tasks by module"),
+        ({"coefficients": {"a": {"nli": True, "topic": 1.0}}}, "a: nli: expected a number, found True"),
+        ({"coefficients": {"a": {"nli": float("nan"), "topic": 1.0}}}, "a: nli: expected a number, found nan"),
+    ],
+)
+def test_documents_that_do_not_hold_together_are_refused(tmp_path, change, message):
+    good = {"format": "nsc_merge.coefficients", "version": 1, "method": "nsc", "options": {}, "dead": {}}
+    good |= {"tasks": ["nli", "topic"], "coefficients": {"a": {"nli": 0.5, "topic": 0.5}}}
+    (tmp_path / "coefficients.json").write_text(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=f"result: .*{message}"):
+        load_result(tmp_path)
+    (tmp_path / "coefficients.json").write_text(json.dumps(good)[:-1] + ', "method": "dare"}')
+    with pytest.raises(ValueError, match="the key 'method' is given twice"):
+        load_result(tmp_path)
