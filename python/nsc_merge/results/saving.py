@@ -33,7 +33,7 @@ from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT,
 from nsc_merge.results.record import merge_digest, recipe_of
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.plain_values import plain
-from nsc_merge.utils.yaml_text import from_yaml, to_yaml
+from nsc_merge.utils.yaml_text import read_yaml, to_yaml
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -120,7 +120,7 @@ def _earlier(out: Path) -> tuple[str | None, set[str]]:
     import yaml
 
     try:
-        record = from_yaml((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
+        record = read_yaml(out / RECIPE_FILE)[RECORD]
         # The pictures may have been drawn later.
         files = {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
         return record["merge"], {path for path in files if isinstance(path, str) and is_ours(path)}

@@ -144,7 +144,7 @@ def _refuse_clash(out: Path, kept: Iterable[Path], written: set[Path]) -> None:
     folders = {parent for path in written for parent in path.parents}
     for path in kept:
         if path in folders:
-            raise FileExistsError(f"out: {out / path} is no folder, and one of that name is to be written; move it away")
+            raise FileExistsError(f"out: {out / path} is no folder, and one of that name is to be written")
         for parent in path.parents:
             if parent in written:
                 raise FileExistsError(f"out: {out / parent} is a folder, and a file of that name is to be written")
