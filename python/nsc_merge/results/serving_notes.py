@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
+from nsc_merge.models.families import find_family
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
 # The ranks that vLLM's --max-lora-rank accepts.
@@ -24,7 +25,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     largest = full if rank is None else min(rank, full)
     whole = any(result.is_whole(path) for path in result.paths)
     notes = [f"the adapter has rank {largest}"]
-    if _generates(result.model):
+    if _is_decoder(result.model):
         flag = next((allowed for allowed in _VLLM_RANKS if allowed >= largest), None)
         notes[0] += (
             f"; vLLM: --enable-lora --max-lora-rank {flag}"
@@ -40,8 +41,10 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     return notes
 
 
-def _generates(model: Any) -> bool:
-    """Whether it is a decoder with its language head, which is what vLLM serves with adapters."""
-    config = getattr(model, "config", None)
-    able = getattr(model, "can_generate", None)
-    return able is not None and able() and not getattr(config, "is_encoder_decoder", False)
+def _is_decoder(model: nn.Module) -> bool:
+    """Whether it is a language model without an encoder, with or without images, as vLLM serves with adapters."""
+    family = find_family(model)
+    if family is not None:
+        return family.tokens is not None
+    generates = getattr(model, "can_generate", None)
+    return generates is not None and generates() and not getattr(model.config, "is_encoder_decoder", False)
