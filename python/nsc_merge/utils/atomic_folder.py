@@ -33,7 +33,7 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
         OSError: if someone else is writing ``out``, or if it cannot be replaced, which is then as it was.
     """
     out = out.resolve()
-    if out.is_mount():
+    if os.path.ismount(out):
         raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
     if out.exists() and not os.access(out, os.W_OK | os.X_OK):
         raise PermissionError(f"out: {out} is read-only; expected a folder that can be written to")
