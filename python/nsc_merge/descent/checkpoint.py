@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import read_checked
 
@@ -45,20 +45,13 @@ class State:
         from safetensors.torch import save
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         document = {name: value for name, value in vars(self).items() if name != "tensors"}
         metadata = {"format": FORMAT, "version": VERSION, "document": json.dumps(document)}
         content = save(self.tensors, metadata)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary, temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], problem: Mapping[str, Any]) -> State:

@@ -15,7 +15,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import dense, low_rank
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.results.layout import TASKS_FOLDER, file_name
+from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
 
@@ -277,5 +277,5 @@ def by_task(update: Update) -> Iterator[tuple[str, Update]]:
     if not update.per_task:
         yield "", update
         return
-    for task in update.tasks:
-        yield f"{TASKS_FOLDER}/{file_name(task)}", update.for_task(task)
+    for task, folder in task_folders(update.tasks).items():
+        yield folder, update.for_task(task)

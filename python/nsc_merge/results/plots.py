@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style
 
 COEFFICIENTS_PLOT = "coefficients.png"
@@ -72,7 +73,8 @@ def _draw_coefficients(
     axes[0][0].set_ylabel("block")
     bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
     bar.set_label("coefficient λ (x: received no gradient)" if dead else "coefficient λ")
-    figure.savefig(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
 
 
@@ -91,5 +93,6 @@ def _draw_history(pyplot: Any, history: Sequence[Mapping[str, Any]], quantity: s
     axis.set_ylabel("null-space ratio ω" if quantity == "omega" else quantity)
     axis.grid(axis="y", color="0.9")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
