@@ -112,9 +112,12 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     """Every linear that some adapter touches, in the order of the model.
 
     Raises:
-        ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit.
+        ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit; or if the
+            model is what ``torch.compile`` returns.
         TypeError: if the module at a path is not an ``nn.Linear``.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"model: expected a model, found {type(model).__name__}{_wrapped(model)}")
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
         unknown = [path for path in adapter.factors if path not in modules]
@@ -133,7 +136,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, "
                     f"found {type(linear).__module__}.{type(linear).__name__}"
-                    + ("; take the adapters off first: model = model.unload()" if hasattr(linear, "base_layer") else "")
+                    + ("; the PeftModel's unload() takes the adapters off" if hasattr(linear, "base_layer") else "")
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -159,13 +162,13 @@ def _wrapped(model: nn.Module) -> str:
     """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise."""
     if any("_orig_mod" in path.split(".") for path, _ in model.named_modules()):
         return (
-            "; of a model that torch.compile has wrapped, expected the module inside (_orig_mod); "
-            "one compiled in place, with model.compile(), is taken as it is"
+            "; of a module that torch.compile wrapped, expected the one inside (_orig_mod), or one compiled in place "
+            "with its compile()"
         )
     if isinstance(getattr(model, "module", None), nn.Module):
         return "; of a wrapper such as DistributedDataParallel, expected its .module"
     if hasattr(model, "peft_config"):
-        return "; of a PeftModel, expected the base model: model = model.unload() takes the adapters off"
+        return "; of a PeftModel, expected the base model, as its unload() gives it"
     return ""
 
 

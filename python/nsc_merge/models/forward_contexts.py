@@ -29,8 +29,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Within it, modules compiled in place (``module.compile()``, or a ``forward`` put through ``torch.compile``) run as
-    they were written: their graphs know nothing of attached adapters.
+    """Within it, modules compiled in place (``module.compile()``, or a ``forward`` put through ``torch.compile``) run
+    as they were written: their graphs know nothing of attached adapters.
     """
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     forwards = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}

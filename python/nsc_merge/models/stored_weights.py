@@ -19,14 +19,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = "float64, float32, bfloat16 or float16"
 
 
-def is_plain(parameter: Any) -> bool:
-    """Whether a parameter's own numbers are the weight: no subclass, no packed or narrow format, no meta device."""
-    return (
-        type(parameter) is nn.Parameter
-        and parameter.layout is torch.strided
-        and parameter.dtype in FLOATS
-        and parameter.device.type != "meta"
-    )
+def is_plain(weight: Tensor) -> bool:
+    """Whether a tensor's own numbers are the weight: no subclass, no packed or narrow format, no meta device."""
+    return _holds_floats(weight) and weight.device.type != "meta"
 
 
 @dataclass(frozen=True)

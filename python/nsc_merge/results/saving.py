@@ -195,10 +195,10 @@ def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) 
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
     if getattr(model, "is_quantized", False):
         raise ValueError("format 'model' would round the merge to the quantised base; use format 'lora'")
+    merged = result.merged(model)
     # Of models with a device map, transformers reads what is offloaded itself, one file after another.
     state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
-    state.update(result.merged(model))
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=max_shard_size)
 
 
 def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:

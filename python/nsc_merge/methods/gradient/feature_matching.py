@@ -22,9 +22,9 @@ from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.feature_watcher import Seen, Watcher
 from nsc_merge.methods.gradient.learned_coefficients import attached, descend, presence
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
