@@ -164,9 +164,12 @@ def _route(
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, hook or wrapper."""
+    """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, of the layer or of
+    its weight, no hook and no wrapper.
+    """
     return (
         type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
         and "forward" not in linear.__dict__
         and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
         and not linear._backward_pre_hooks

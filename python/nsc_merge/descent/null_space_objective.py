@@ -263,12 +263,13 @@ class Objective:
         together = concatenated(passes, self._padding)
         if len(together) == len(passes):
             return False
-        frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters()}
+        frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters() if _has_storage(value)}
         held: dict[int, int] = {}
 
         def count(value: Tensor) -> Tensor:
-            storage = value.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            if _has_storage(value):
+                storage = value.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
@@ -276,6 +277,11 @@ class Objective:
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
         return one * most <= free_memory(self._device) / 2
+
+
+def _has_storage(value: Tensor) -> bool:
+    """Quantised weights of torchao and others are tensors without a storage."""
+    return type(value) in (Tensor, nn.Parameter)
 
 
 def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import dense, low_rank
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.stored_weights import sharing, stored
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -166,13 +167,17 @@ class MergedUpdate:
     def merged(self, model: nn.Module, paths: Collection[str] | None = None) -> dict[str, Tensor]:
         """The merged parameters of ``model``, by parameter path; each sum is formed in float64, rounded once.
 
+        Weights that accelerate offloads are taken from where it keeps them; of a DTensor, every process gets its own
+        shards.
+
         Args:
             model: the base model, or another of the same shapes.
             paths: the linears to merge, all by default.
 
         Raises:
             ValueError: if a module is missing or has another shape, if there is no bias to hold the update of
-                one, or if a merged weight is tied to another parameter, which would change with it.
+                one, if a merged weight is tied to another parameter, which would change with it, or if a weight is
+                kept in a way that nothing can be added to, such as quantised.
             TypeError: if a module is not an ``nn.Linear``.
         """
         linears = {
@@ -180,42 +185,47 @@ class MergedUpdate:
             for path, linear in merged_linears(model, self.adapters).items()
             if paths is None or path in paths
         }
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
+        shared = sharing(model)
+        names = []
         for path, linear in linears.items():
-            tied = names[id(linear.weight)]
+            stored(model, f"{path}.weight")
+            tied = shared[f"{path}.weight"]
             if len(tied) > 1:
                 raise ValueError(
                     f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora'"
                 )
-            if linear.bias is None and self.bias_delta(path) is not None:
+            names.append(f"{path}.weight")
+            if self.bias_delta(path) is None:
+                continue
+            if linear.bias is None:
                 raise ValueError(
                     f"{path}: the adapters have a bias (lora_bias) and the linear has none to merge it into; "
                     "use format 'lora'"
                 )
-        merged = {}
-        for path, linear in linears.items():
-            merged[f"{path}.weight"] = _plus(linear.weight, self.delta(path))
-            bias = self.bias_delta(path)
-            if bias is not None:
-                merged[f"{path}.bias"] = _plus(linear.bias, bias)
-        return merged
+            stored(model, f"{path}.bias")
+            names.append(f"{path}.bias")
+        return {name: stored(model, name).plus(self._update_of(name)) for name in names}
+
+    def _update_of(self, name: str) -> Tensor:
+        path, _, part = name.rpartition(".")
+        update = self.delta(path) if part == "weight" else self.bias_delta(path)
+        assert update is not None
+        return update
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
 
         Calling it twice adds twice. :attr:`model` itself is then no longer the base, so that saving can no longer write
-        what needs it; a copy can be changed freely.
+        what needs it; a copy can be changed freely. Of weights that accelerate offloads to disk, the files stay as they
+        are, and the merged ones are held in memory in their stead.
 
         Raises:
             TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
         merged = self.merged(model)
         setattr(model, _APPLICATIONS, _applications(model) + 1)
-        with torch.no_grad():
-            for name, value in merged.items():
-                model.get_parameter(name).copy_(value)
+        for name, value in merged.items():
+            stored(model, name).write(value)
         return model
 
     def check_base(self) -> None:
@@ -247,11 +257,6 @@ def _applications(model: nn.Module) -> int:
     return getattr(model, _APPLICATIONS, 0)
 
 
-def _plus(parameter: Tensor, update: Tensor) -> Tensor:
-    value = parameter.detach()
-    return (value.double() + update.to(value.device)).to(value.dtype)
-
-
 @contextmanager
 def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
     """``model`` with the merged update in its weights, for the duration of a ``with`` block.
@@ -260,16 +265,10 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
         TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
     """
     merged = update.merged(model)
-    before = {name: model.get_parameter(name).detach().clone() for name in merged}
-    try:
-        with torch.no_grad():
-            for name, value in merged.items():
-                model.get_parameter(name).copy_(value)
+    with ExitStack() as stack:
+        for name, value in merged.items():
+            stack.enter_context(stored(model, name).holding(value))
         yield model
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
 
 
 def by_task(update: Update) -> Iterator[tuple[str, Update]]:

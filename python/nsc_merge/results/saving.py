@@ -13,6 +13,7 @@ from typing import Any
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
+from nsc_merge.models.stored_weights import state_of
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -214,8 +215,10 @@ def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) 
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
     if getattr(model, "is_quantized", False):
         raise ValueError("format 'model' would round the merge to the quantised base; use format 'lora'")
-    state = {**model.state_dict(), **result.merged(model)}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    merged = result.merged(model)
+    # Of models with a device map, transformers reads what is offloaded itself, one file after another.
+    state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
+    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=max_shard_size)
 
 
 def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:

@@ -27,7 +27,9 @@ from nsc_merge.methods.task_outputs import (
     real_positions,
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
+from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
 
@@ -88,6 +90,7 @@ def information(
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
+    reached: set[str] = set()
     examples = 0
 
     def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def information(
                 lambda _, arguments, y, path=path: keep(path, arguments[0], y)
             )
             stack.callback(hook.remove)
-        device = next(model.parameters()).device
+        device = input_device(model)
         for batch in batches:
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
@@ -125,16 +128,23 @@ def information(
                 for path, held_pairs in pairs.items():
                     squares = _squares(held_pairs, weights)
                     sums[path] = squares if path not in sums else sums[path] + squares
+            reached.update(inputs)
             inputs.clear()
             outputs.clear()
+        hidden = [path for path in paths if path not in reached and is_computed_with(model, path)]
+    if hidden:
+        raise RuntimeError(
+            f"calibration: the model computes with the weights of {hidden} by itself, so that their inputs cannot be "
+            "seen; expected adapters without these modules, or another method"
+        )
     # What the output does not depend on has no information.
-    zeros = {path: torch.zeros_like(_weight(model.get_submodule(path)), dtype=torch.float32) for path in paths}
+    zeros = {path: _zeros(model.get_submodule(path), device) for path in paths if path not in sums}
     return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def _zeros(linear: nn.Module, device: torch.device) -> Tensor:
     assert isinstance(linear, nn.Linear)
-    return linear.weight
+    return torch.zeros(linear.out_features, linear.in_features, device=device)
 
 
 def _labels(

@@ -24,6 +24,7 @@ from nsc_merge.methods.gradient.learned_coefficients import attached, descend, p
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
@@ -186,7 +187,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if isinstance(options.init, str):
         options = replace(options, init=best_scale(problem, options))
     count, present = len(problem.tasks), presence(problem)
-    device = next(problem.model.parameters()).device
+    device = input_device(problem.model)
     held: list[list[Batch]] = []
     if options.hold_out:
         first, rest = held_out(batches, problem.tasks, options.hold_out)

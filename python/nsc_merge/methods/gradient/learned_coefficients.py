@@ -20,6 +20,7 @@ from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 
@@ -63,7 +64,7 @@ def descend(
     drawn = list(streams(problem.calibration, tasks).values())
     present = presence(problem)
     paths = list(adapted_linears(problem.model, problem.adapters))
-    device = next(problem.model.parameters()).device
+    device = input_device(problem.model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
