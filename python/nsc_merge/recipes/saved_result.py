@@ -87,6 +87,7 @@ def load_result(folder: str | Path) -> MergeResult:
         model=model,
         inputs=inputs,
         about=METHODS[document["method"]].paragraph if document["method"] in METHODS else "",
+        objective=document.get("objective", {}),
     )
 
 

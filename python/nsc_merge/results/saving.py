@@ -149,6 +149,7 @@ def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
         "options": plain(result.options),
         "dead": result.dead,
         "coefficients": result.coefficients,
+        **({"objective": result.objective} if result.objective else {}),
     }
     (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
