@@ -153,7 +153,9 @@ class Objective:
         total = torch.zeros_like(self._omega)
         for one in self._passes(drawn):
             omega = self._forward(one)
-            (omega.sum() / self._tasks).backward()
+            # What is measured in front of every adapter depends on no coefficient.
+            if omega.requires_grad:
+                (omega.sum() / self._tasks).backward()
             total += omega.detach()
         return total
 

@@ -137,7 +137,7 @@ class Optimisation:
         """Do all steps that are left. ``on_first`` is called before the first update, when ``dead`` is known.
 
         Raises:
-            RuntimeError: if an objective or a gradient is not finite.
+            RuntimeError: if an objective or a gradient is not finite, or if the objective depends on no coefficient.
             KeyboardInterrupt: passed on, after the state at the start of the interrupted step was saved.
         """
         settings = self._settings
@@ -247,10 +247,16 @@ class Optimisation:
             known = self._known(omega, f"step {step}")
             if not finite:
                 raise _not_finite(f"step {step}", "the gradient is not finite")
+            objective = _mean(known)
+            if step == 0 and objective and self.dead.flatten()[self._present].all():
+                raise RuntimeError(
+                    "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
+                    "comes after an adapted module, and inputs that are not all zero there"
+                )
             entries.append(
                 {
                     "step": step,
-                    "objective": _mean(known),
+                    "objective": objective,
                     self._quantity: known,
                     "lambda_min": least,
                     "lambda_mean": mean,

@@ -12,7 +12,6 @@ import torch
 from loop_cases import TASKS, adapters_for, llama, text_batches
 
 from nsc_merge import merge
-from nsc_merge.calibration.batches import streams
 from nsc_merge.descent.optimisation import COMPARED
 from nsc_merge.recipes.saved_result import read_document
 
@@ -151,17 +150,15 @@ def test_the_comparison_is_saved_and_not_that_of_other_coefficients(tmp_path):
 
 def test_the_streams_are_drawn_from_once_per_step():
     calibration = text_batches(2)
-    asked = []
+    started = []
 
     class Counted(list):
         def __iter__(self):
-            asked.append(1)
+            started.append(1)
             return super().__iter__()
 
     merge(llama(), adapters_for(llama()), {task: Counted(one) for task, one in calibration.items()}, **SETTINGS)
-    drawn = sum(1 for _ in asked)
-    assert drawn == len(TASKS) * SETTINGS["steps"] / 2
-    assert len(streams(calibration, TASKS)) == len(TASKS)
+    assert len(started) == len(TASKS) * SETTINGS["steps"] / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -187,3 +184,35 @@ def test_an_objective_that_is_not_finite_is_refused(method, where):
         merge(model, adapters_for(llama()), calibration, method=method, **SETTINGS)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [{"hold_out": 1}, {"init": "match"}])
+def test_a_choice_by_what_is_not_finite_is_refused(options):
+    model = llama()
+    model.get_input_embeddings().weight.data[1] = math.nan
+    calibration = {task: [repeated(1), repeated(2)] for task in TASKS}
+    with pytest.raises(RuntimeError, match="calibration: .* nan.* expected a finite number"):
+        merge(model, adapters_for(model), calibration, method="match", **SETTINGS, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_that_lead_out_of_all_numbers_are_refused(method):
+    with pytest.raises(RuntimeError, match="calibration: at the last step, a coefficient is not finite"):
+        options = {"method": method, **SETTINGS, "lr": 1e38, "steps": 1}
+        merge(llama(), adapters_for(llama()), text_batches(1), **options)
+
+
+@pytest.mark.parametrize("method", ["nsc", "adamerging"])
+def test_an_objective_that_nothing_moves_is_refused(method):
+    model = llama()
+    model.get_input_embeddings().weight.data.zero_()
+    with pytest.raises(RuntimeError, match="at step 0, the objective depends on no coefficient; expected"):
+        merge(model, adapters_for(model), text_batches(1), method=method, **SETTINGS)
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_what_is_measured_in_front_of_every_adapter_is_refused(early_exit):
+    adapters = {task: adapter for task, adapter in adapters_for(llama()).items() if task != "c"}
+    calibration = {task: text_batches(1)[task] for task in adapters}
+    with pytest.raises(RuntimeError, match="depends on no coefficient"):
+        merge(llama(), adapters, calibration, score_blocks=[0], early_exit=early_exit, **SETTINGS)
