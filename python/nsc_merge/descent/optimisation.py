@@ -91,7 +91,7 @@ class Optimisation:
         resumed: the state to go on from.
         label: what the progress bar says.
         quantity: what the objective per task is called in the history, and
-        shown: what their mean over the last steps, up to :data:`COMPARED`, is called beside the progress bar.
+        shown: what their mean over as many steps as :meth:`comparison` has batches is called beside the progress bar.
         counted: the tasks that have an objective; all when None.
     """
 
@@ -268,13 +268,13 @@ class Optimisation:
         self._read_at, self._pending = now, 0
         if bar is None:
             return
-        for entry in entries:
-            # Steps differ in their batches, more than from one to the next in the coefficients.
-            last = self.history[max(0, entry["step"] + 1 - COMPARED) : entry["step"] + 1]
-            bar.update(
-                **{self._shown: f"{sum(one['objective'] for one in last) / len(last):.4f}"},
-                lam=f"{entry['lambda_min']:.2f}..{entry['lambda_max']:.2f}",
-            )
+        # Steps differ in their batches, by more than the coefficients change from one to the next.
+        last = self.history[-len(self._compared) :]
+        bar.update(
+            len(entries),
+            **{self._shown: f"{sum(entry['objective'] for entry in last) / len(last):.4f}"},
+            lam=f"{entries[-1]['lambda_min']:.2f}..{entries[-1]['lambda_max']:.2f}",
+        )
 
     def _stalled(self, done: int) -> bool:
         """Whether the mean objective of the last readings is no longer below that of the ones before."""

@@ -105,7 +105,8 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
 
 def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
     """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
-
+    if recipe.dropped:
+        log(f"method={recipe.method} drops what the recipe says for another method: options {', '.join(recipe.dropped)}")
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
         task: read_batches(place, recipe.batch_size, f"calibration.{task}")

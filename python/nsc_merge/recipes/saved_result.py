@@ -42,7 +42,18 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     tasks = document.get("tasks")
     if not rows or not all(isinstance(row, dict) and list(row) == tasks for row in rows):
         raise ValueError(f"result: {file}: expected one coefficient for each of {tasks} in every module")
+    # Merges that were saved by earlier releases do not say.
+    moved = document.setdefault("objective", {})
+    if moved and not _is_comparison(moved):
+        raise ValueError(f"result: {file}: objective: expected before, after and batches, found {moved!r:.60}")
     return document, entries
+
+
+def _is_comparison(moved: Any) -> bool:
+    """Whether it is what :attr:`nsc_merge.MergeResult.objective` holds."""
+    numbers = [moved.get(name) for name in ("before", "after")] if isinstance(moved, dict) else []
+    count = moved.get("batches") if numbers else None
+    return all(type(one) in (int, float) for one in numbers) and type(count) is int and count > 0
 
 
 def load_result(folder: str | Path) -> MergeResult:
@@ -87,7 +98,7 @@ def load_result(folder: str | Path) -> MergeResult:
         model=model,
         inputs=inputs,
         about=METHODS[document["method"]].paragraph if document["method"] in METHODS else "",
-        objective=document.get("objective", {}),
+        objective=document["objective"],
     )
 
 

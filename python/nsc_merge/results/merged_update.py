@@ -108,6 +108,7 @@ class MergedUpdate:
         """What the steps did to the objective and the coefficients, in a line; empty if that is not known."""
         if not self.objective or not self.history:
             return ""
+        steps = len(self.history)
         quantity = "null-space ratio" if "omega" in self.history[0] else "loss"
         count = self.objective["batches"]
         on = "the same batch" if count == 1 else f"the same {count} batches"
@@ -118,7 +119,7 @@ class MergedUpdate:
             if path in adapter.factors
         ]
         return (
-            f"{len(self.history)} steps: mean {quantity} {self.objective['before']:.4g} -> "
+            f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:.4g} -> "
             f"{self.objective['after']:.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
         )
 
