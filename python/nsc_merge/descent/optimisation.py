@@ -305,6 +305,11 @@ class Optimisation:
         State(step, on_host, self.history[:step], self._problem, batched).save(self._settings.state_to)
 
     def _resume(self, state: State) -> None:
+        if state.tensors["lam"].dtype is not self._lam.dtype:
+            raise ValueError(
+                f"resume_from: the state is of coefficients in {state.tensors['lam'].dtype}, and those of this model are "
+                f"in {self._lam.dtype}; expected the model in the dtype that the run began with"
+            )
         # Drawing anew brings the iterables to where they were, whatever they are; the generators come last,
         # since iterables may draw from them.
         for _ in range(state.step):

@@ -14,6 +14,7 @@ from nsc_merge.models.loading import load_model
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.provenance import hashes
 from nsc_merge.utils.yaml_text import from_yaml
 
@@ -53,7 +54,7 @@ def _is_comparison(moved: Any) -> bool:
     """Whether it is what :attr:`nsc_merge.MergeResult.objective` holds."""
     numbers = [moved.get(name) for name in ("before", "after")] if isinstance(moved, dict) else []
     count = moved.get("batches") if numbers else None
-    return all(type(one) in (int, float) for one in numbers) and type(count) is int and count > 0
+    return all(map(is_number, numbers)) and type(count) is int and count > 0
 
 
 def load_result(folder: str | Path) -> MergeResult:

@@ -17,7 +17,7 @@ def check_number(
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
-    if _is_number(value) and math.isfinite(value) and (least < value if above else least <= value) and value <= most:
+    if is_number(value) and math.isfinite(value) and (least < value if above else least <= value) and value <= most:
         return
     bounds = []
     if least > -math.inf:
@@ -28,7 +28,7 @@ def check_number(
     raise ValueError(f"{name}: expected {wanted}, found {value!r:.60}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a number that a float can hold; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -102,7 +102,7 @@ def check_bounds(name: str, value: Any) -> None:
         ValueError: naming the option, what was found and what was expected.
     """
     pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-    if not pair or not all(map(_is_number, value)) or not value[0] < value[1]:
+    if not pair or not all(map(is_number, value)) or not value[0] < value[1]:
         raise ValueError(f"{name}: expected a lower and a higher bound, found {value!r:.60}")
 
 
