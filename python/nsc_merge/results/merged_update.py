@@ -33,7 +33,8 @@ class MergedUpdate:
         coefficients: module path in the base model -> task -> coefficient; 0 where a task's adapter is
             absent. Empty if the method gives factors.
         history: one entry per step: ``step``, ``objective`` (Eq. 5), ``omega`` (per task), ``lambda_min``,
-            ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update.
+            ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update, and on the
+            batches of that step: two entries show how far the objective moved only if their batches are the same.
         adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.models.fitting.fit`.
         options: resolved options of the method.
         dead: module path -> tasks whose coefficient cannot receive a gradient and therefore kept its initial
@@ -44,6 +45,9 @@ class MergedUpdate:
         per_task: task -> module path -> update, of methods that give every task its own.
         about: how it was found, in a paragraph for the model card.
         found_after: how often :meth:`apply` had changed ``model`` when the result was made.
+        objective: of methods that take steps, what they minimise ``before`` and ``after``: at the initial coefficients
+            and at those found, both on the same batches, ``batches`` of every task. Means over tasks; ``tasks`` holds
+            both for each. Empty where that is not known.
     """
 
     method: str
@@ -58,6 +62,7 @@ class MergedUpdate:
     per_task: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict, repr=False)
     about: str = field(default="", repr=False)
     found_after: int | None = field(default=None, repr=False)
+    objective: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.found_after is None:
@@ -99,6 +104,26 @@ class MergedUpdate:
             if factor is not None:
                 yield self.coefficients[path][task] if factor.fixed is None else factor.fixed, factor
 
+    @property
+    def course(self) -> str:
+        """What the steps did to the objective and the coefficients, in a line; empty if that is not known."""
+        if not self.objective or not self.history:
+            return ""
+        steps = len(self.history)
+        quantity = "null-space ratio" if "omega" in self.history[0] else "loss"
+        count = self.objective["batches"]
+        on = "the same batch" if count == 1 else f"the same {count} batches"
+        values = [
+            row[task]
+            for path, row in self.coefficients.items()
+            for task, adapter in self.adapters.items()
+            if path in adapter.factors
+        ]
+        return (
+            f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:.4g} -> "
+            f"{self.objective['after']:.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
+        )
+
     def for_task(self: Update, task: str) -> Update:
         """The result that serves one task: itself, unless every task has an update of its own.
 
@@ -138,6 +163,8 @@ class MergedUpdate:
             factors=times(self.factors),
             per_task={task: times(factors) for task, factors in self.per_task.items()},
             options=options,
+            # It was of other coefficients.
+            objective={},
         )
 
     def _is_fixed(self, path: str) -> bool:

@@ -105,15 +105,7 @@ def _heads(result: MergedUpdate) -> str:
 
 def _found(result: MergedUpdate) -> list[str]:
     about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
-    if not result.history or "omega" not in result.history[0]:
-        return [about]
-    first, last = result.history[0], result.history[-1]
-    return [
-        about,
-        "",
-        f"Mean null-space ratio (the objective): {first['objective']:.4f} at the first of "
-        f"{len(result.history)} steps, {last['objective']:.4f} at the last.",
-    ]
+    return [about, "", f"{result.course}."] if result.course else [about]
 
 
 def _table(result: MergedUpdate) -> list[str]:

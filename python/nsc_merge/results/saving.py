@@ -170,6 +170,7 @@ def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
         "options": plain(result.options),
         "dead": result.dead,
         "coefficients": result.coefficients,
+        **({"objective": result.objective} if result.objective else {}),
     }
     (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -234,7 +235,7 @@ def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> N
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
     if plots and result.coefficients:
-        draw(result.coefficients, result.dead, result.history, folder)
+        draw(result.coefficients, result.dead, result.history, folder, result.objective.get("batches", 1))
 
 
 def _is_outdated(path: Path, written: set[Path]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -48,6 +48,7 @@ def descend(
     losses: Callable[[BoundedCoefficients], Backward],
     *,
     label: str,
+    counted: Collection[str] | None = None,
     held_out: Callable[[BoundedCoefficients], Callable[[], float]] | None = None,
 ) -> MergeResult:
     """Learn coefficients.
@@ -58,6 +59,7 @@ def descend(
         options: of the descent.
         losses: given the coefficients of the attached model, makes what runs a pass.
         label: of the progress bar.
+        counted: the tasks that have a loss; all when None. That of the others is not a number.
         held_out: given the same, makes what measures data that is held out, at the coefficients that the modules have.
     """
     tasks = problem.tasks
@@ -83,10 +85,11 @@ def descend(
         known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}
         settings = Settings(**{"state_to": None, "state_every": 1, **known})
         loop = Optimisation(
-            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss"
+            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss", counted=counted
         )
         loop.run(lambda: None)
         objective.keep_best()
+        moved = loop.comparison()
         lam = coefficients.seen.detach().cpu()
         dead = loop.dead.cpu() & present
     return MergeResult(
@@ -97,4 +100,5 @@ def descend(
         options=plain_options(options),
         dead=tasks_where(dead, paths, tasks),
         model=problem.model,
+        objective=moved,
     )

@@ -88,6 +88,7 @@ def merge_nsc(
                 )
 
         loop.run(report)
+        moved = loop.comparison()
         dead = loop.dead.cpu() & present
         lam = _with_policy(chosen.dead, objective.coefficients.flat.detach().cpu(), dead, present, paths)
     return MergeResult(
@@ -98,6 +99,7 @@ def merge_nsc(
         options={**{k: v for k, v in _plain(chosen).items() if k not in _OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
+        objective=moved,
     )
 
 
