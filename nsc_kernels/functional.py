@@ -71,6 +71,11 @@ def merged_linear(z: Tensor, linear: nn.Linear, bank: AdapterBank, lam: Tensor, 
     return _call(z, bank, lam, None, linear, stats)
 
 
+def output_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of ``y`` for this input: its own or, where autocast applies to it, autocast's."""
+    return torch.get_autocast_dtype(z.device.type) if _any_autocast() and _autocast_applies(z) else z.dtype
+
+
 def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool) -> Any:
     if not (
         isinstance(z, Tensor)
