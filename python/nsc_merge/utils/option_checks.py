@@ -17,7 +17,9 @@ def check_number(
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
-    good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    good = not isinstance(value, bool) and (
+        abs(value) < 2**63 if isinstance(value, int) else isinstance(value, float) and math.isfinite(value)
+    )
     if good and (least < value if above else least <= value) and value <= most:
         return
     bounds = []

@@ -45,6 +45,8 @@ class LegoOptions:
             check_count("rank", self.rank)
         check_choice("rescale", self.rescale, (True, False))
         check_count("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected a whole number below 2^32, as k-means takes, found {self.seed!r}")
 
 
 def lora_lego(
