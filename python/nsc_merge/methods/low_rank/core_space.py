@@ -39,7 +39,7 @@ class CoreSpaceOptions:
             and gives it to those of zero too, as trimming often leaves them; only rounding says in which directions, so
             that other machines find another update. Needs ``bases="factors"``.
         density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see
-            :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
+            :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`. The authors search it from 0.3.
         sign: of TIES.
         zero: of TIES.
         aggregate: of TIES.

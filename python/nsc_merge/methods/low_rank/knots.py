@@ -38,7 +38,8 @@ class KnotsTiesOptions(TiesOptions):
         density: as ``trim_scope`` and all below, of TIES, here on the aligned vectors.
         trim_scope: of TIES: ``"global"`` over all modules, or ``"tensor"``.
         keep: of TIES.
-        sign: of TIES.
+        sign: of TIES. Where votes are equal, which ``"count"`` makes frequent, what wins depends on which way the
+            decomposition turns a singular vector, in NSC's code as here.
         zero: of TIES.
         aggregate: of TIES.
         weights: of TIES.
