@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular, without_rounding
 from nsc_merge.methods.method import Averages
 from nsc_merge.methods.task_vectors.dare import check_drop, sparsify
 from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
@@ -103,6 +103,7 @@ def isotropised(core: Tensor, null: bool) -> Tensor:
 
 
 def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
+    parts = {task: without_rounding(part) for task, part in parts.items()}
     if options.merge in ("dare", "dare_ties"):
         parts = {
             task: sparsify(part, options.drop, options.rescale, options.seed, task, path)
