@@ -129,7 +129,7 @@ def dense_ties(updates: Sequence[Tensor], options: Any) -> Tensor:
     kept = []
     for update in updates:
         magnitudes = update.abs()
-        rank = update.numel() - int(options.density * update.numel()) + 1
+        rank = max(1, update.numel() - int(options.density * update.numel()))
         kept.append(torch.where(magnitudes >= magnitudes.flatten().kthvalue(rank).values, update, 0.0))
     stack = torch.stack(kept)
     signs = stack.sum(0).sign()

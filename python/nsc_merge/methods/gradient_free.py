@@ -112,6 +112,9 @@ def with_the_rest(
 ) -> Factor:
     """A method's update of one linear, none if there is none, with the biases of the adapters and their updates of the
     whole weight added as :func:`gradient_free` says.
+
+    Raises:
+        ValueError: naming the module, if the update is not finite.
     """
     merged = merged or empty(linear)
     factors = present(adapters, path)
@@ -130,7 +133,14 @@ def with_the_rest(
     if parts["dense"] is not None and merged.dense is not None:
         parts["dense"] = parts["dense"] + merged.dense
     assert merged.scaling == 1.0, "methods fold scalings into the factors"
-    return replace(merged, bias=parts["bias"], dense=merged.dense if parts["dense"] is None else parts["dense"])
+    whole = replace(merged, bias=parts["bias"], dense=merged.dense if parts["dense"] is None else parts["dense"])
+    for value in (whole.A, whole.B, whole.bias, whole.dense):
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"scale: the merged update of {path} is not finite with scale={scale:g}; "
+                "expected a scale, and adapters, whose products float32 holds"
+            )
+    return whole
 
 
 def check_equal_ranks(what: str, path: str, factors: Mapping[str, Factor]) -> None:

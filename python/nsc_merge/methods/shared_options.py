@@ -17,9 +17,11 @@ def fill(options: Any, presets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_weights(weights: Mapping[str, float] | None) -> None:
-    """Refuse weights that are no finite numbers."""
-    for value in (weights or {}).values():
-        check_number("weights", value)
+    """Refuse weights that are no mapping to finite numbers."""
+    if weights is not None and not isinstance(weights, Mapping):
+        raise ValueError(f"weights: expected a mapping of tasks to numbers, found {weights!r}")
+    for task, value in (weights or {}).items():
+        check_number(f"weights[{task!r}]", value)
 
 
 def weights_of(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> dict[str, float]:
@@ -29,5 +31,5 @@ def weights_of(weights: Mapping[str, float] | None, tasks: Sequence[str]) -> dic
         ValueError: if other tasks are weighted than there are.
     """
     if weights is not None and set(weights) != set(tasks):
-        raise ValueError(f"weights: expected one value for each of {list(tasks)}, found {sorted(weights)}")
+        raise ValueError(f"weights: expected one value for each of {list(tasks)}, found {sorted(weights, key=str)}")
     return dict(weights) if weights is not None else dict.fromkeys(tasks, 1.0)

@@ -36,6 +36,8 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
     Raises:
         ValueError, TypeError: naming the task.
     """
+    if outputs is not None and not isinstance(outputs, Mapping):
+        raise TypeError(f"outputs: expected a mapping of tasks to functions of model and batch, found {outputs!r}")
     for task, function in (outputs or {}).items():
         if task not in tasks:
             raise ValueError(f"outputs: expected functions for some of {list(tasks)}, found one for {task!r}")

@@ -29,14 +29,10 @@ def check_number(
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
+    """Whether it is a number that a tensor can hold: a float, or a whole number of 64 bits; True and False are none."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return isinstance(value, float)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

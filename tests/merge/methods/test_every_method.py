@@ -240,6 +240,21 @@ def test_biases_and_whole_linears_follow_the_factors(model, method, options, tim
         torch.testing.assert_close(result.bias_delta(path), times * own.bias_delta(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ties", "svd", "linear", "core_space", "fr"])
+def test_an_update_that_is_not_finite_is_refused(model, folders, method):
+    chosen = {"plain": folders["plain"]}
+    with pytest.raises(ValueError, match=r"scale: the merged update of layers\..* is not finite with scale=1e\+39"):
+        nsc_merge.merge(model, chosen, method=method, scale=1e39)
+
+
+@pytest.mark.parametrize("part", ["dense", "bias"])
+def test_a_part_that_is_not_finite_is_refused(model, part):
+    adapters = with_the_rest(model, {"a": 1, "b": 2})
+    getattr(adapters["b"].factors[WHOLE], part).fill_(3e38)
+    with pytest.raises(ValueError, match=f"scale: the merged update of {WHOLE} is not finite with scale=2"):
+        METHODS["svd"].run(gradient_free.Problem(model, adapters), {"scale": 2.0})
+
+
 def test_robustmerge_takes_the_mean_of_whole_linears(model):
     adapters = with_the_rest(model, {"a": 1, "b": 2})
     result = METHODS["robustmerge"].run(gradient_free.Problem(model, adapters), {"scale": 0.5})

@@ -113,6 +113,35 @@ def test_an_untrained_adapter_has_no_vote(method, options, place):
         assert relative(found[path], expected[path]) < 1e-9
 
 
+def apart():
+    """Two adapters whose updates share no row and no column."""
+    adapters = random_adapters((4, 4), (1.0, 1.0))
+    for task, rows, columns in (("0", slice(10, 20), slice(15, 30)), ("1", slice(0, 10), slice(0, 15))):
+        for one in adapters[task].factors.values():
+            one.B[rows] = 0
+            one.A[:, columns] = 0
+    return adapters
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("knots_ties", {"density": 1.0, "scale": 1.0}),
+        ("knots_ties", {"density": 1.0, "scale": 1.0, "along": "rows"}),
+        ("knots_ties", {"density": 1.0, "scale": 1.0, "vectors": "plain"}),
+        ("core_space", {"density": 1.0}),
+        ("core_space", {"density": 1.0, "bases": "updates"}),
+    ],
+)
+def test_rounding_has_no_vote(method, options):
+    """In a common basis, too, no entry belongs to both, so that the mean of those that agree is the sum."""
+    adapters = apart()
+    found = merged(method, adapters, **options)
+    for path in "xy":
+        expected = sum(adapter.factors[path].delta() for adapter in adapters.values())
+        assert relative(found[path], expected) < 1e-9
+
+
 def core_of_authors(adapters, density, isotropise):
     """Core Space with all singular vectors of the stacks, also those of values that are zero."""
     factors = [adapter.factors["x"] for adapter in adapters.values()]
@@ -198,6 +227,13 @@ def test_fisher_of_mergelm_is_for_classes(model, folders, calibration, outputs):
     many = {task: lambda model, batch: model(**batch).last_hidden_state for task in folders}
     with pytest.raises(ValueError, match=r"outputs\['.*'\]: expected logits \[N, C\] with gradients='batch', found"):
         nsc_merge.merge(model, folders, calibration, "fisher", preset="mergelm", outputs=many, batches=1)
+
+
+@pytest.mark.parametrize("preset", fisher.PRESETS)
+def test_one_class_has_no_information(model, folders, calibration, preset):
+    values = {task: lambda model, batch: pooled(model, batch)[:, :1] for task in folders}
+    with pytest.raises(ValueError, match=r"likelihood: the output \[4, 1\] of 'plain' has one class, .* 'gaussian'"):
+        nsc_merge.merge(model, folders, calibration, "fisher", preset=preset, outputs=values, batches=1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import fisher
 from nsc_merge.methods.gradient import adamerging
-from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions
+from nsc_merge.methods.task_outputs import LIKELIHOODS, check_outputs, real_positions
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 
@@ -122,7 +122,9 @@ def test_fisher_information_leaves_out_padding(problem, head, likelihood):
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_information_is_floored_before_it_is_normalised(problem, monkeypatch, normalise):
-    """As in the authors' code, with the norm of what was not floored; a task without information has the floor."""
+    """As in the authors' code, with the norm of what was not floored; a task without information has the floor.
+    MergeLM's adds it, to the norm too.
+    """
     generator = torch.Generator().manual_seed(0)
     paths = list(problem.adapters["1"].factors)
     shapes = {path: problem.model.get_submodule(path).weight.shape for path in paths}
@@ -131,9 +133,24 @@ def test_information_is_floored_before_it_is_normalised(problem, monkeypatch, no
         "2": {path: torch.zeros(shape) for path, shape in shapes.items()},
     }
     monkeypatch.setattr(fisher, "information", lambda problem, task, *others: dict(held[task]))
+
+    def average(weights, path):
+        above = sum(weight * dense_update(problem.adapters[task].factors[path]) for task, weight in weights.items())
+        return above / sum(weights.values())
+
     result = METHODS["fisher"].run(problem, {"normalise": normalise, "floor": 4e-6, "batches": 1})
     norm = torch.cat([value.flatten() for value in held["1"].values()]).norm() if normalise else 1.0
     for path in paths:
         weights = {"1": held["1"][path].clamp(min=4e-6) / norm, "2": torch.full(shapes[path], 4e-6)}
-        above = sum(weight * dense_update(problem.adapters[task].factors[path]) for task, weight in weights.items())
-        torch.testing.assert_close(result.delta(path).float(), above / sum(weights.values()), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(result.delta(path).float(), average(weights, path), rtol=1e-5, atol=1e-7)
+    result = METHODS["fisher"].run(problem, {"preset": "mergelm", "normalise": normalise, "floor": 4e-6, "batches": 1})
+    for path in paths:
+        size = {task: float(norm) + 4e-6 if normalise else 1.0 for task, norm in (("1", norm), ("2", 0.0))}
+        weights = {task: (held[task][path] + 4e-6) / size[task] for task in held}
+        torch.testing.assert_close(result.delta(path).float(), average(weights, path), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("outputs", [5, [torch.relu], torch.relu])
+def test_outputs_are_a_mapping(outputs):
+    with pytest.raises(TypeError, match="outputs: expected a mapping of tasks to functions of model and batch, found"):
+        check_outputs(outputs, ["a"])

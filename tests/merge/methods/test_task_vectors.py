@@ -385,6 +385,8 @@ def test_scaling_the_result_is_the_option_scale(model, folders):
         ("ties", {"keep": "ceil"}, "keep: expected one of"),
         ("ties", {"aggregate": "max"}, "aggregate: expected one of"),
         ("ties", {"weights": {"plain": 1.0}}, "weights: expected one value for each of"),
+        ("ties", {"weights": {1: 1.0, "plain": 1.0}}, r"weights: expected one value .*, found \[1, 'plain'\]"),
+        ("task_arithmetic", {"scale": {"plain": float("nan")}}, r"scale\['plain'\]: expected .*, found nan"),
         ("ties", {"trim_scope": "factors"}, "trim_scope='factors' adds factors and needs equal ranks in"),
         ("dare", {"drop": 1.0}, "drop: expected a probability below 1, found 1"),
         ("dare", {"drop": -0.1}, "drop: expected a finite number of at least 0 and of at most 1, found -0.1"),

@@ -142,6 +142,11 @@ def information(
             mask = held.get(masked) if masked else None
             if masked and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)
+            if likelihood == "categorical" and output.shape[-1] == 1:
+                raise ValueError(
+                    f"likelihood: the output {list(output.shape)} of {task!r} has one class, which is certain; "
+                    "expected 'gaussian' for values"
+                )
             examples += len(output)
             real = real_positions(output, mask)
             if options.gradients == "batch":

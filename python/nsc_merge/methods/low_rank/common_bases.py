@@ -14,6 +14,8 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.method import Updates
 
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Cores:
@@ -85,6 +87,16 @@ def singular(matrix: Tensor, null: bool = False) -> tuple[Tensor, Tensor]:
         return left, sigma[:, None] * right
     kept = sigma > max(matrix.shape) * torch.finfo(sigma.dtype).eps * sigma.max() if len(sigma) else sigma > 0
     return left[:, kept], sigma[kept, None] * right[kept]
+
+
+def without_rounding(part: Tensor) -> Tensor:
+    """``part`` with zeros where it holds nothing but rounding, which must not vote in TIES: adapters are kept in
+    float32, of which :data:`_ROUNDING` of the largest entry is far less than the last bit.
+    """
+    if not part.numel():
+        return part
+    magnitude = part.abs()
+    return torch.where(magnitude > _ROUNDING * magnitude.max(), part, 0.0)
 
 
 def truncated(core: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular, without_rounding
 from nsc_merge.methods.method import Averages
-from nsc_merge.methods.task_vectors.dare import RESCALES, sparsify
+from nsc_merge.methods.task_vectors.dare import check_drop, sparsify
 from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
 from nsc_merge.methods.task_vectors.ties import averages
-from nsc_merge.utils.option_checks import check_choice, check_count, check_number
+from nsc_merge.utils.option_checks import check_choice, check_number
 
 MERGES = ("sum", "ties", "dare", "dare_ties")
 BASES = ("factors", "updates")
@@ -39,7 +39,7 @@ class CoreSpaceOptions:
             and gives it to those of zero too, as trimming often leaves them; only rounding says in which directions, so
             that other machines find another update. Needs ``bases="factors"``.
         density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see
-            :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
+            :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`. The authors search it from 0.3.
         sign: of TIES.
         zero: of TIES.
         aggregate: of TIES.
@@ -73,9 +73,7 @@ class CoreSpaceOptions:
         check_choice("sign", self.sign, SIGNS)
         check_choice("zero", self.zero, ZEROS)
         check_choice("aggregate", self.aggregate, AGGREGATES)
-        check_number("drop", self.drop, 0, 0.999)
-        check_choice("rescale", self.rescale, RESCALES)
-        check_count("seed", self.seed, 0)
+        check_drop(self)
 
 
 def core_space(
@@ -105,6 +103,7 @@ def isotropised(core: Tensor, null: bool) -> Tensor:
 
 
 def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
+    parts = {task: without_rounding(part) for task, part in parts.items()}
     if options.merge in ("dare", "dare_ties"):
         parts = {
             task: sparsify(part, options.drop, options.rescale, options.seed, task, path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, without_rounding
 from nsc_merge.methods.shared_options import weights_of
 from nsc_merge.methods.task_vectors import dare, ties
 from nsc_merge.methods.task_vectors.dare import DareTiesOptions, steps_after, thinned
@@ -38,7 +38,8 @@ class KnotsTiesOptions(TiesOptions):
         density: as ``trim_scope`` and all below, of TIES, here on the aligned vectors.
         trim_scope: of TIES: ``"global"`` over all modules, or ``"tensor"``.
         keep: of TIES.
-        sign: of TIES.
+        sign: of TIES. Where votes are equal, which ``"count"`` makes frequent, what wins depends on which way the
+            decomposition turns a singular vector, in NSC's code as here.
         zero: of TIES.
         aggregate: of TIES.
         weights: of TIES.
@@ -144,7 +145,7 @@ def align(factors: Mapping[str, Factor], vectors: str, atol: float, rtol: float)
     if vectors == "plain":
         blocks = {task: block / sigma[:, None] for task, block in blocks.items()}
         basis = basis * sigma
-    return Aligned(basis, {task: block @ common.V for task, block in blocks.items()})
+    return Aligned(basis, {task: without_rounding(block @ common.V) for task, block in blocks.items()})
 
 
 def knots(

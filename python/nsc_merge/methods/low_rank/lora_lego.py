@@ -1,7 +1,8 @@
 """LoRA-LEGO (arXiv 2409.16167): adapters taken apart into rank-one units, which are clustered.
 
 Written from the paper's description: clusters of minimal semantic units, and two rescalings. No code of the authors is
-public, so how close this comes to theirs is not known.
+public, so how close this comes to theirs is not known. NSC's public code has a port, from which it differs in how the
+clusters start (k-means++ here, any units there) and not in what becomes of them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class LegoOptions:
             check_count("rank", self.rank)
         check_choice("rescale", self.rescale, (True, False))
         check_count("seed", self.seed, 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected a whole number below 2^32, as k-means takes, found {self.seed!r}")
 
 
 def lora_lego(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, without_rounding
 from nsc_merge.methods.low_rank.knots import KnotsTiesOptions, knots_ties
 from nsc_merge.methods.task_vectors.elementwise import Ties, tasks_by_path, ties_merge
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
@@ -104,7 +104,8 @@ def decompose(factors: Mapping[str, Factor], options: SVDCUROptions) -> CUR:
         norms = (common.U @ stacked).norm(dim=1)
         rows = common.U[norms.topk(min(options.rows, len(norms))).indices]
         solved = backward @ stacked @ torch.linalg.pinv(rows @ stacked) @ rows
-    return CUR(common.U, chosen, {task: solved @ part @ common.V for task, part in common.M.items()})
+    parts = {task: without_rounding(solved @ part @ common.V) for task, part in common.M.items()}
+    return CUR(common.U, chosen, parts)
 
 
 def _columns(side: Tensor, count: int, choice: str) -> Tensor:

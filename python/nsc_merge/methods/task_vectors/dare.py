@@ -77,7 +77,7 @@ class DareOptions:
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
-        _check_drop(self)
+        check_drop(self)
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,14 @@ class DareTiesOptions:
 
     def __post_init__(self) -> None:
         fill(self, self.presets)
-        _check_drop(self)
+        check_drop(self)
         check_choice("order", self.order, ORDERS)
         check_ties(self, TRIM_SCOPES)
         check_weights(self.weights)
 
 
-def _check_drop(options: Any) -> None:
+def check_drop(options: Any) -> None:
+    """Refuse options of dropping that are none."""
     check_number("drop", options.drop, 0, 1)
     if options.drop == 1:
         raise ValueError("drop: expected a probability below 1, found 1: nothing would be left")

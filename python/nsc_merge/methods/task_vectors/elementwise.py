@@ -125,12 +125,20 @@ def bounds(
         if keep in ("floor", "round") and int(lower[task][other]) > wanted - above - more:
             spare[task] = wanted - above - more
     found = {(path, task): Bound(least[task]) for path, row in tasks.items() for task in row}
-    for path, task in found if spare else ():
-        if task in spare:
-            equal = int((source(path, task).abs().float() == least[task]).sum())
-            found[path, task] = Bound(least[task], min(equal, spare[task]))
-            spare[task] -= min(equal, spare[task])
-    return found
+    return {**found, **_among_equals(source, found, spare)} if spare else found
+
+
+def _among_equals(
+    source: Source, found: Mapping[tuple[str, str], Bound], spare: Mapping[str, int]
+) -> dict[tuple[str, str], Bound]:
+    """The bounds of tasks of whose entries at the bound only ``spare`` stay, the first ones."""
+    left, shared = dict(spare), {}
+    for (path, task), one in found.items():
+        if task in left:
+            equal = int((source(path, task).abs().float() == one.least).sum())
+            shared[path, task] = Bound(one.least, min(equal, left[task]))
+            left[task] -= min(equal, left[task])
+    return shared
 
 
 def bound(tensor: Tensor, density: float, keep: str) -> Bound:

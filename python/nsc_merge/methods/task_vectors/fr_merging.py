@@ -31,7 +31,8 @@ class FROptions:
             shifted, so that what lies far from the middle of the array is the neighbourhood of frequency zero, 0.02 %
             of a square spectrum and 68 % of one of 768 by 3072; ``"nsc"``, the code for NSC's experiments by two of its
             authors (TARA-Merge), which removes the 3 % next to the highest frequency; or ``"shifted"``, the high-pass
-            that the paper describes. The authors filter attention and MLP weights only, here all that is merged.
+            that the paper describes. The authors filter the weights of attention, as CLIP stores them (q, k and v in
+            one), and of MLPs; here every module that is merged is filtered.
         scale: multiplies the merged update; theirs is 0.7, NSC's chosen on validation data.
         centre: frequency that distances are measured from, ``"zero"`` or ``"nyquist"`` (the highest).
         drop: removes what is ``"near"`` the centre or ``"far"`` from it,

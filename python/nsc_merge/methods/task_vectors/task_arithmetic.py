@@ -25,8 +25,11 @@ class TaskArithmeticOptions:
     scale: float | Mapping[str, float] = 0.4
 
     def __post_init__(self) -> None:
-        for value in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
-            check_number("scale", value)
+        if not isinstance(self.scale, Mapping):
+            check_number("scale", self.scale)
+            return
+        for task, value in self.scale.items():
+            check_number(f"scale[{task!r}]", value)
 
 
 def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -34,7 +37,7 @@ def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     chosen = TaskArithmeticOptions(**given)
     if isinstance(chosen.scale, Mapping) and set(chosen.scale) != set(problem.tasks):
         raise ValueError(
-            f"scale: expected one value for each of {problem.tasks}, found {sorted(chosen.scale)}"
+            f"scale: expected one value for each of {problem.tasks}, found {sorted(chosen.scale, key=str)}"
         )
     scales = chosen.scale if isinstance(chosen.scale, Mapping) else dict.fromkeys(problem.tasks, chosen.scale)
     coefficients = {
