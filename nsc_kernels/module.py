@@ -22,6 +22,10 @@ class MergedLoRALinear(nn.Module):
             buffer. Kept in float32 (or float64) when the module is converted to a narrower dtype.
 
     ``forward(z [..., d_in])`` returns ``[..., d_out]``; :meth:`nsc` also returns the null-space statistics.
+
+    ``weight``, ``bias``, ``in_features`` and ``out_features`` are the linear's, for code that asks a layer for its
+    dtype, device or shape. They are the base's and read only: who multiplies by ``weight`` himself gets the layer
+    without its adapters, and ``linear.weight + bank.delta(lam)`` is the merged weight.
     """
 
     lam: Tensor
@@ -47,6 +51,22 @@ class MergedLoRALinear(nn.Module):
             self.lam = lam
         else:
             self.register_buffer("lam", lam)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
 
     def forward(self, z: Tensor) -> Tensor:
         return merged_linear(z, self.linear, self.bank, self.lam, stats=False)
