@@ -143,8 +143,8 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
     result = layer.base_layer(x, *args, **kwargs)
     z = layer._cast_input_dtype(x, down[0].dtype)
     scaling = torch.stack([_scalar(layer.scaling[name], z) for name in names])
-    # A result that the update's dtype cannot hold is not rounded to it: the update is added in the wider one, as by PEFT.
     narrow = output_dtype(z)
+    # A result that this dtype cannot hold is not rounded to it: the update is added in the wider one, as by PEFT.
     held = torch.promote_types(result.dtype, narrow) is narrow
     y = merged_lora(z, _packed(down, up), scaling, result.to(narrow) if held else None)
     biases = [(k, layer.lora_B[name].bias) for k, name in enumerate(names) if layer.lora_B[name].bias is not None]
