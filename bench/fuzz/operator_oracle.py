@@ -6,6 +6,7 @@ rounding points of the operator's contract, they are what can be asked of arithm
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -42,7 +43,7 @@ class Numbers:
 
 def per_adapter(columns: Array, offsets: tuple[int, ...]) -> Array:
     """``[T, R] -> [T, K]``."""
-    parts = [columns[:, a:b].sum(1) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    parts = [columns[:, a:b].sum(1) for a, b in itertools.pairwise(offsets)]
     return np.stack(parts, 1)
 
 
@@ -101,9 +102,9 @@ def disagreement(
         if not np.linalg.norm(off) <= 2 * np.linalg.norm(allowed) + few * np.linalg.norm(size) + slack:
             error, bound = np.linalg.norm(off) / np.linalg.norm(size), np.linalg.norm(allowed) / np.linalg.norm(size)
             return f"{name}: error {error:.3g} of the sums' size, plain arithmetic's is {bound:.3g}"
-        ratio = off / size
-        if not (off <= (2 * (allowed / size).max() + unit + few) * size + tiny).all():
-            return f"{name}: error {ratio.max():.3g} of an element's size, plain arithmetic's is {(allowed / size).max():.3g}"
+        error, bound = (off / size).max(), (allowed / size).max()
+        if not (off <= (2 * bound + unit + few) * size + tiny).all():
+            return f"{name}: error {error:.3g} of an element's size, plain arithmetic's is {bound:.3g}"
     return ""
 
 

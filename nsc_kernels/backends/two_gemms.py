@@ -2,8 +2,8 @@
 
 Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives and which
 multiply bfloat16 several times faster than the vector units that csrc/cpu uses. Only for y alone and dz alone: PyTorch
-rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded. Only over
-even numbers of elements: see :func:`preferred`.
+rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded. And
+only over even numbers of elements: see :func:`preferred`.
 """
 
 from __future__ import annotations
