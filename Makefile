@@ -1,6 +1,7 @@
 # make demo   merge real LoRA adapters on real images, about a minute after the installation
 # make test   linters, type checks and every test
-# Both create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
+# make sanitize   the CPU kernels' tests and random trials under AddressSanitizer and UndefinedBehaviorSanitizer
+# All create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,13 +11,29 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle OpenMP threads that spin slow everything down on shared cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench info wheel clean
+.PHONY: demo test sanitize lint bench info wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# A copy of the package with a library of its own, found before the installed one. The sanitizer must be loaded before
+# everything else, and see Python's allocations; of those that are never freed, Python and torch have many.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DNSC_SANITIZE=ON -DCMAKE_INSTALL_PREFIX=$(SANITIZED) \
+	  -DNSC_TORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
+	$(BIN)/cmake --build $(SANITIZED)/cmake
+	rm -rf $(SANITIZED)/nsc_kernels
+	cp -R nsc_kernels $(SANITIZED)/
+	$(BIN)/cmake --install $(SANITIZED)/cmake
+	LD_PRELOAD=$$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONMALLOC=malloc $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) \
+	  tests/kernels/test_random_problems.py tests/kernels/test_operator.py tests/kernels/test_cpu_kernels.py \
+	  --deselect tests/kernels/test_cpu_kernels.py::test_more_than_two_to_the_31_elements
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

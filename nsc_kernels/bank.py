@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -24,13 +25,28 @@ FILE_VERSION = "1"
 def whiten(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
     """Factor ``A [r, d] = L [r, m] W [m, d]`` with orthonormal rows of ``W``; ``m`` is the numerical rank.
 
-    float64. QR first, so that the SVD is of an r x r matrix. Directions with a singular value at or below
-    ``rtol`` times the largest are dropped: what is left spans the true row space and nothing is ever inverted.
+    float64. Rows are first scaled to one size, by powers of two and so exactly: how long a row is says nothing about
+    the space that it spans, and a short one may belong to a long column of B. QR next, so that the SVD is of an r x r
+    matrix. Directions with a singular value at or below ``rtol`` times the largest are dropped: what is left spans the
+    true row space and nothing is ever inverted.
     """
-    q, r = torch.linalg.qr(A.to(torch.float64).t())
+    A = A.to(torch.float64)
+    exponents = torch.frexp(A.abs().amax(1, keepdim=True)).exponent
+    size = torch.ldexp(torch.ones_like(A[:, :1]), exponents - 1)
+    q, r = torch.linalg.qr((A / size).t())
     left, sigma, right = torch.linalg.svd(r, full_matrices=False)
     kept = int((sigma > rtol * sigma[:1]).sum()) if sigma.numel() else 0
-    return right[:kept].t() * sigma[:kept], (q @ left[:, :kept]).t()
+    return size * (right[:kept].t() * sigma[:kept]), (q @ left[:, :kept]).t()
+
+
+def default_rtol(A: Tensor) -> float:
+    """What is rounding in a singular value of ``A [r, d_in]``, in parts of the largest.
+
+    Of the factor: r units of its dtype (of float32 for narrower ones, whose values are as often meant as they are). Of
+    the decomposition: ``max(r, d_in)`` units of float64, as in ``torch.linalg.matrix_rank``.
+    """
+    own = torch.finfo(A.dtype if A.dtype is torch.float64 else torch.float32).eps
+    return max(A.shape[0] * own, max(A.shape) * torch.finfo(torch.float64).eps)
 
 
 class AdapterBank(nn.Module):
@@ -60,6 +76,8 @@ class AdapterBank(nn.Module):
             raise ValueError(f"A and Bt must be [R, d_in] and [R, d_out], found {tuple(A.shape)} and {tuple(Bt.shape)}")
         if A.dtype is not Bt.dtype or A.device != Bt.device:
             raise ValueError(f"A is {A.dtype} on {A.device} but Bt is {Bt.dtype} on {Bt.device}")
+        if A.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"A and Bt must be one of {_names(FLOAT_DTYPES)}, found {A.dtype}")
         self.register_buffer("A", A.contiguous())
         self.register_buffer("Bt", Bt.contiguous())
         self._autocast_copies: dict[torch.dtype, tuple[tuple[Tensor, int, Tensor, int], AdapterBank]] = {}
@@ -83,8 +101,9 @@ class AdapterBank(nn.Module):
             scaling: K floats, LoRA's alpha / r (or alpha / sqrt(r)); 1 each when None.
             dtype: of the packed bank; the factors' own when None, which must then be one and the same.
             device: of the packed bank; the factors' own when None, which must then be one and the same.
-            rtol: singular values of A_k at or below ``rtol`` times its largest count as zero. Default:
-                ``max(r_k, 1) * eps`` of A_k's dtype, with float32's eps for narrower types.
+            rtol: singular values of A_k, its rows scaled to one size, at or below ``rtol`` times the largest count as
+                zero; in [0, 1). Default: ``r_k * eps`` of A_k's dtype, with float32's eps for narrower types, and at
+                least ``max(r_k, d_in) * eps`` of float64, in which it is computed.
 
         Raises:
             TypeError, ValueError: naming the adapter index, what was found and what was expected.
@@ -92,11 +111,11 @@ class AdapterBank(nn.Module):
         A, B = list(A), list(B)
         dtype, device = _check_factors(A, B, dtype, device)
         scales = _check_scaling(scaling, len(A))
+        if rtol is not None and not 0 <= rtol < 1:
+            raise ValueError(f"rtol must lie in [0, 1), found {rtol}")
         rows, columns, offsets = [], [], [0]
         for k, (a, b) in enumerate(zip(A, B, strict=True)):
-            resolution = torch.finfo(a.dtype if a.dtype is torch.float64 else torch.float32).eps
-            tolerance = max(a.shape[0], 1) * resolution if rtol is None else rtol
-            lower, white = whiten(a.detach().to(device), tolerance)
+            lower, white = whiten(a.detach().to(device), default_rtol(a) if rtol is None else rtol)
             up = scales[k] * (b.detach().to(device, torch.float64) @ lower)
             if not torch.isfinite(up.to(dtype)).all():
                 raise ValueError(f"B[{k}] (scaled by {scales[k]:g} and by A[{k}]) overflows {dtype}")
@@ -192,22 +211,38 @@ class AdapterBank(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> AdapterBank:
-        """Read what :meth:`save` wrote."""
-        from safetensors import safe_open
+        """Read what :meth:`save` wrote.
 
-        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
-                raise ValueError(
-                    f"{os.fspath(path)}: expected format {FILE_FORMAT} version {FILE_VERSION}, "
-                    f"found {metadata.get('format')} version {metadata.get('version')}"
-                )
-            return cls(file.get_tensor("A"), file.get_tensor("Bt"), json.loads(metadata["offsets"]))
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file and what in it is damaged or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = os.fspath(path)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
+                    raise ValueError(
+                        f"expected format {FILE_FORMAT} version {FILE_VERSION}, "
+                        f"found {metadata.get('format')} version {metadata.get('version')}"
+                    )
+                bank = cls(file.get_tensor("A"), file.get_tensor("Bt"), _read_offsets(metadata.get("offsets")))
+                for name, t in bank.named_buffers():
+                    _check_finite(name, t)
+        except (SafetensorError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a bank that can be read, save it again: {error}") from error
+        return bank
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.offsets, dtype=torch.int64)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Any) -> None:
+        if not isinstance(state, Tensor) or state.dtype is not torch.int64 or state.dim() != 1:
+            tensor = isinstance(state, Tensor)
+            found = f"{state.dtype} of shape {tuple(state.shape)}" if tensor else type(state).__name__
+            raise ValueError(f"the extra state must be the offsets, a vector of torch.int64, found {found}")
         self.offsets = _checked_offsets(state.tolist(), self.A.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,11 +254,34 @@ class AdapterBank(nn.Module):
 
 
 def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:
-    offsets = tuple(int(o) for o in offsets)
+    offsets = tuple(offsets)
+    try:
+        offsets = tuple(operator.index(o) for o in offsets)  # int() would take 1.5 for 1
+    except TypeError:
+        raise TypeError(f"offsets must be ints, found {offsets}") from None
     increasing = all(a <= b for a, b in itertools.pairwise(offsets))
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or not increasing:
         raise ValueError(f"offsets must rise from 0 to R={rows} in K + 1 steps, found {offsets}")
     return offsets
+
+
+def _read_offsets(text: str | None) -> list[int]:
+    """What ``save`` wrote of the offsets."""
+    if text is None:
+        raise ValueError("the metadata hold no offsets")
+    try:
+        offsets = json.loads(text)
+    except (ValueError, RecursionError):
+        offsets = None
+    if not isinstance(offsets, list) or not all(type(o) is int for o in offsets):
+        raise ValueError(f"offsets must be a list of ints, found {text[:80]!r}")
+    return offsets
+
+
+def _check_finite(name: str, t: Tensor) -> None:
+    bad = int((~torch.isfinite(t)).sum())
+    if bad:
+        raise ValueError(f"{name} holds {bad} NaN or infinite values")
 
 
 def _check_factors(
@@ -251,9 +309,9 @@ def _check_factors(
                 raise ValueError(f"{name}[{k}] is on {t.device} but A[0] is on {A[0].device}; pass device=")
             if dtype is None and t.dtype is not A[0].dtype:
                 raise TypeError(f"{name}[{k}] is {t.dtype} but A[0] is {A[0].dtype}; pass dtype=")
-            bad = int((~torch.isfinite(t)).sum())
-            if bad:
-                raise ValueError(f"{name}[{k}] holds {bad} NaN or infinite values")
+            _check_finite(f"{name}[{k}]", t)
+        if 0 in (a.shape[1], b.shape[0]):
+            raise ValueError(f"adapter {k}: A and B must be of a layer with inputs and outputs, found none")
     dtype = A[0].dtype if dtype is None else dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be one of {_names(FLOAT_DTYPES)}, found {dtype}")

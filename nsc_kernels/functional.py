@@ -34,7 +34,8 @@ def merged_lora(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None =
         base: ``[..., d_out]``, usually the frozen layer's own output; zero when None. Not modified.
 
     Returns:
-        ``[..., d_out]`` in z's dtype, accumulated in float32 (float64) and rounded once.
+        ``[..., d_out]`` in z's dtype, accumulated in float32 (float64) and rounded once. In bfloat16 on processors with
+        AVX512-BF16 or AMX, what is below 1.2e-38 on the way counts as zero (:mod:`nsc_kernels.backends.cpu`).
 
     Differentiable once with respect to ``z``, ``lam`` and ``base``; a second derivative raises. Under
     ``torch.autocast`` z, base and bank are computed in the autocast dtype and ``lam`` stays float32. Under

@@ -22,6 +22,10 @@ class MergedLoRALinear(nn.Module):
             buffer. Kept in float32 (or float64) when the module is converted to a narrower dtype.
 
     ``forward(z [..., d_in])`` returns ``[..., d_out]``; :meth:`nsc` also returns the null-space statistics.
+
+    ``weight``, ``bias``, ``in_features`` and ``out_features`` are the linear's, for code that asks a layer for its
+    dtype, device or shape. They are the base's and read only: who multiplies by ``weight`` himself gets the layer
+    without its adapters, and ``linear.weight + bank.delta(lam)`` is the merged weight.
     """
 
     lam: Tensor

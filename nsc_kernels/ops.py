@@ -45,20 +45,23 @@ def unit_stride(t: Tensor) -> Tensor: ...
 @overload
 def unit_stride(t: Tensor | None) -> Tensor | None: ...
 def unit_stride(t: Tensor | None) -> Tensor | None:
-    """``t`` itself if its rows are contiguous, else a contiguous copy: what backends may assume of z, base and dy."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    """``t`` itself if its rows are contiguous, else a contiguous copy: what backends may assume of z, base and dy.
+
+    Of a tensor without rows or of one column ``contiguous()`` would return itself, whatever its stride.
+    """
+    return t if t is None or t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def run_forward(backend: Backend, call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One forward on one backend. The only way to a backend's kernels."""
     z, A, Bt, offsets, lam, base, stats, save_u, reuse_base = call
-    # Most calls are contiguous throughout. They are handed on as they are: another record costs more than asking.
+    # Most calls are as backends want them. They are handed on as they are: another record costs more than asking.
     if not (
-        z.is_contiguous()
+        z.stride(-1) == 1
         and A.is_contiguous()
         and Bt.is_contiguous()
         and lam.is_contiguous()
-        and (base is None or base.is_contiguous())
+        and (base is None or base.stride(-1) == 1)
     ):
         call = ForwardCall(
             unit_stride(z),
@@ -81,19 +84,19 @@ def run_backward(backend: Backend, call: BackwardCall) -> tuple[Tensor | None, T
     """
     dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base = call
     if not (
-        (dy is None or dy.is_contiguous())
-        and (dquad is None or (need_dz and dquad.is_contiguous()))
+        (dy is None or dy.stride(-1) == 1)
+        and (dquad is None or (need_dz and dquad.is_contiguous() and dquad.stride(-1) == 1))
         and (dsqnorm is None or (need_dz and dsqnorm.is_contiguous()))
         and u.is_contiguous()
-        and (z is None or z.is_contiguous())
+        and (z is None or z.stride(-1) == 1)
         and A.is_contiguous()
         and Bt.is_contiguous()
         and lam.is_contiguous()
-        and (dz_base is None or dz_base.is_contiguous())
+        and (dz_base is None or dz_base.stride(-1) == 1)
     ):
         call = BackwardCall(
             unit_stride(dy),
-            dquad.contiguous() if need_dz and dquad is not None else None,
+            unit_stride(dquad).contiguous() if need_dz and dquad is not None else None,
             dsqnorm.contiguous() if need_dz and dsqnorm is not None else None,
             u.contiguous(),
             unit_stride(z),

@@ -2,7 +2,8 @@
 
 Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives and which
 multiply bfloat16 several times faster than the vector units that csrc/cpu uses. Only for y alone and dz alone: PyTorch
-rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded.
+rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded. And
+only over even numbers of elements: see :func:`preferred`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ MIN_TOKENS = 64
 AMX_QUERY = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
 
 
-def preferred(dtype: torch.dtype, T: int) -> bool:
-    """Whether two matrix products beat the fused kernel on this processor."""
-    return dtype in AMX_QUERY and T >= MIN_TOKENS and has_tiles(dtype)
+def preferred(dtype: torch.dtype, T: int, *summed: int) -> bool:
+    """Whether two matrix products over ``summed`` elements each beat the fused kernel on this processor, and are right.
+
+    The tiles multiply in pairs. Over an odd number of elements oneDNN takes the element after the row for the last
+    one's other half and zero for its factor: where that is NaN or infinite, which may be in the next row or in no row,
+    so is the product.
+    """
+    return dtype in AMX_QUERY and T >= MIN_TOKENS and not any(n % 2 for n in summed) and has_tiles(dtype)
 
 
 @cache

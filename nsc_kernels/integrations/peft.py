@@ -94,7 +94,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     if not any(isinstance(layer, Linear) for layer in adapted.values()):
         raise ValueError(f"model: expected peft.tuners.lora.Linear layers, found none in {type(model).__name__}")
     reasons = {name: _unfusible(layer) for name, layer in adapted.items()}
-    fused = [layer for name, layer in adapted.items() if reasons[name] is None]
+    fused = [layer for name, layer in adapted.items() if isinstance(layer, Linear) and reasons[name] is None]
     for reason, count in Counter(filter(None, reasons.values())).items():
         first = next(name for name in reasons if reasons[name] == reason)
         logger.warning("%d of %d LoRA layers are not accelerated, %r first: %s", count, len(adapted), first, reason)
@@ -103,7 +103,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     return Accelerated(fused)
 
 
-def _unfusible(layer: LoraLayer) -> str | None:
+def _unfusible(layer: Any) -> str | None:
     """Why a layer keeps the forward that it has, or None."""
     if type(layer).forward is not Linear.forward:
         return f"{type(layer).__module__}.{type(layer).__qualname__} has another forward than peft.tuners.lora.Linear"
@@ -143,8 +143,8 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
     result = layer.base_layer(x, *args, **kwargs)
     z = layer._cast_input_dtype(x, down[0].dtype)
     scaling = torch.stack([_scalar(layer.scaling[name], z) for name in names])
-    # A result that the update's dtype cannot hold is not rounded to it: as in PEFT, the update is added in the result's.
     narrow = output_dtype(z)
+    # A result that this dtype cannot hold is not rounded to it: the update is added in the wider one, as by PEFT.
     held = torch.promote_types(result.dtype, narrow) is narrow
     y = merged_lora(z, _packed(down, up), scaling, result.to(narrow) if held else None)
     biases = [(k, layer.lora_B[name].bias) for k, name in enumerate(names) if layer.lora_B[name].bias is not None]

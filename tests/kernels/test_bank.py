@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,9 +72,43 @@ def test_rank_deficient_factors_yield_their_row_space() -> None:
 
 
 def test_rtol_decides_what_counts_as_zero() -> None:
-    A = torch.diag(torch.tensor([1.0, 1e-3]))
+    A = torch.tensor([[1.0, 0.0], [1.0, 1e-3]])
     assert nk.AdapterBank.from_factors([A], [torch.eye(2)]).ranks == (2,)
     assert nk.AdapterBank.from_factors([A], [torch.eye(2)], rtol=1e-2).ranks == (1,)
+    for rtol in (math.nan, math.inf, -1e-9, 1.0):
+        with pytest.raises(ValueError, match=rf"rtol must lie in \[0, 1\), found {rtol}"):
+            nk.AdapterBank.from_factors([A], [torch.eye(2)], rtol=rtol)
+
+
+def test_a_short_row_under_a_long_column_is_not_taken_for_zero() -> None:
+    A, B = torch.diag(torch.tensor([1.0, 1e-8])), torch.diag(torch.tensor([1.0, 1e8]))
+    bank = nk.AdapterBank.from_factors([A], [B])
+    assert bank.ranks == (2,)
+    assert torch.allclose(bank.delta([1.0]), torch.eye(2))
+    assert torch.allclose(nk.merged_lora_nsc(torch.ones(1, 2), bank, torch.ones(1))[1], torch.tensor([[2.0]]))
+    huge = torch.diag(torch.tensor([1e300, 5e-324], dtype=torch.float64))
+    assert nk.AdapterBank.from_factors([huge], [torch.eye(2, dtype=torch.float64)]).ranks == (2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rank_and_quadratic_form_of_dependent_rows(dtype: torch.dtype) -> None:
+    """Against the projector of NumPy's SVD, rows scaled to one length: duplicates, zero rows, rows of many scales."""
+    for trial in range(150):
+        generator = np.random.default_rng(trial)
+        r, d = int(generator.integers(2, 17)), int(2 ** generator.uniform(2, 9))
+        independent = int(generator.integers(1, r + 1))
+        rows = generator.standard_normal((r, d))
+        rows[independent:] = rows[generator.integers(0, independent, r - independent)]
+        sizes = 2.0 ** generator.integers(-6, 6, (r, 1))
+        A = torch.from_numpy(rows).to(dtype) * torch.from_numpy(sizes).to(dtype)
+        unit = A.double().numpy() / np.linalg.norm(A.double().numpy(), axis=1, keepdims=True)
+        spanned = np.linalg.svd(unit, full_matrices=False)[2][: min(independent, d)]
+        bank = nk.AdapterBank.from_factors([A], [torch.zeros(1, r, dtype=dtype)], dtype=torch.float64)
+        assert len(spanned) == bank.R, trial
+        z = torch.from_numpy(generator.standard_normal((3, d)))
+        quad = nk.merged_lora_nsc(z, bank, torch.ones(1, dtype=torch.float64))[1]
+        expected = np.square(z.numpy() @ spanned.T).sum(1)
+        assert np.allclose(quad[:, 0].numpy(), expected, rtol=1e-6, atol=1e-6), trial
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -157,52 +190,6 @@ def test_a_copy_for_autocast_of_buffers_made_in_inference_mode_follows_them() ->
     assert lam.grad is not None
 
 
-def test_state_dict_round_trip() -> None:
-    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
-    file = io.BytesIO()
-    torch.save(bank.state_dict(), file)
-    file.seek(0)
-    other = nk.AdapterBank.from_factors(*factors((1, 4)))
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.ranks == (3, 2)
-    assert torch.equal(other.A, bank.A)
-
-
-def test_safetensors_round_trip(tmp_path: Path) -> None:
-    bank = nk.AdapterBank.from_factors(*factors((3, 0, 2)), dtype=torch.bfloat16)
-    path = tmp_path / "bank.safetensors"
-    bank.save(path)
-    other = nk.AdapterBank.load(path)
-    assert other.offsets == bank.offsets
-    assert torch.equal(other.A, bank.A)
-    assert torch.equal(other.B, bank.B)
-    assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = nk.AdapterBank.from_factors(*factors((2,)))
-    path = tmp_path / "bank.safetensors"
-    bank.save(path)
-    before = path.read_bytes()
-
-    def fail(*args: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        bank.save(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
-
-
-def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"A": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="expected format nsc_kernels.AdapterBank"):
-        nk.AdapterBank.load(tmp_path / "other.safetensors")
-
-
 GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
 
 
@@ -248,4 +235,10 @@ def test_mixed_dtypes_are_taken_when_the_result_is_named() -> None:
 @pytest.mark.parametrize("offsets", [(0,), (1, 2), (0, 1), (0, 2, 1, 2), ()])
 def test_bad_offsets(offsets: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="offsets must rise from 0 to R=2"):
+        nk.AdapterBank(torch.zeros(2, 6), torch.zeros(2, 4), offsets)
+
+
+@pytest.mark.parametrize("offsets", [(0, 1.5, 2), (0, math.nan, 2), ("0", "2"), (0, 2.0)])
+def test_offsets_are_ints(offsets: tuple) -> None:
+    with pytest.raises(TypeError, match="offsets must be ints, found"):
         nk.AdapterBank(torch.zeros(2, 6), torch.zeros(2, 4), offsets)

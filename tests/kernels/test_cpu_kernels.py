@@ -183,7 +183,7 @@ def test_two_gemms_compute_y_and_dz(dtype: str, per_row: bool) -> None:
 def test_what_is_formed_from_unrounded_sums_is_not_left_to_two_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     require("cpu")
     taken = []
-    monkeypatch.setattr(two_gemms, "preferred", lambda dtype, T: True)
+    monkeypatch.setattr(two_gemms, "preferred", lambda dtype, *sizes: True)
     monkeypatch.setattr(two_gemms, "forward", lambda call: taken.append("forward") or (None,) * 4)
     monkeypatch.setattr(two_gemms, "backward", lambda call: taken.append("backward") or (None,) * 2)
     i = oc.make_inputs(oc.Case("gemms", T=70), torch.bfloat16)
@@ -205,4 +205,7 @@ def test_two_gemms_are_taken_on_amx_alone(monkeypatch: pytest.MonkeyPatch) -> No
         assert two_gemms.preferred(torch.bfloat16, 512) is present
         assert not two_gemms.preferred(torch.bfloat16, 8)
         assert not two_gemms.preferred(torch.float32, 512)
+        assert two_gemms.preferred(torch.bfloat16, 512, 16, 4096) is present
+        assert not two_gemms.preferred(torch.bfloat16, 512, 16, 4095)
+        assert not two_gemms.preferred(torch.bfloat16, 512, 7, 4096)
     two_gemms.has_tiles.cache_clear()

@@ -127,6 +127,23 @@ def test_copies_pickles_and_loads() -> None:
     assert torch.equal(other(z), y)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_is_asked_for_the_weight_of_its_linear(bias: bool) -> None:
+    linear = nn.Linear(48, 40, bias=bias)
+    layer = nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("module"), torch.float32), [0.3, 0.6])
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert (layer.in_features, layer.out_features) == (48, 40)
+    assert layer.bfloat16().weight.dtype is torch.bfloat16
+    names = ["linear.weight", *["linear.bias"][: int(bias)], "bank.A", "bank.Bt", "bank._extra_state"]
+    assert sorted(layer.state_dict()) == sorted(["lam", *names])
+    assert [name for name, _ in layer.named_parameters()] == names[: 1 + bias]
+    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
+        layer.weight = nn.Parameter(torch.zeros(40, 48))
+    with pytest.raises(AttributeError, match="weight"):
+        layer.weight = torch.zeros(40, 48)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -102,6 +102,36 @@ def test_a_bad_row_stays_in_its_row(backend: str) -> None:
     assert torch.allclose(y[~bad], clean[~bad], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "rank", "d_in"), [("bf16", 4, 65), ("bf16", 5, 64), ("f16", 5, 65)])
+def test_a_bad_row_stays_in_its_row_at_odd_sizes(backend: str, dtype: str, rank: int, d_in: int) -> None:
+    """Processors with AMX multiply in pairs of elements: one past an odd row's end is the next row's."""
+    require(backend)
+    inputs = oc.make_inputs(oc.Case("odd", T=64, d_in=d_in, d_out=33, ranks=(rank,)), oc.DTYPES[dtype])
+    z, dy = inputs.z.clone(), inputs.dy.clone()
+    z[10], dy[20] = float("nan"), float("nan")
+    z.requires_grad_()
+    with nk.use_backend(backend):
+        y = nk.merged_lora(z, inputs.bank, inputs.lam, inputs.base)
+        (dz,) = torch.autograd.grad(y, z, dy)
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [10]
+    assert dz.isnan().any(1).nonzero().flatten().tolist() == [20]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 16), (5, 1)])
+def test_strides_that_no_element_has_are_no_matter(backend: str, shape: tuple[int, int]) -> None:
+    """Contiguous to torch, whose rows need no unit stride where there is no second element to find by it."""
+    require(backend)
+    z = torch.randn(10, 7, 32).as_strided(shape, (32, 2) if shape[0] == 0 else (1, 7))
+    assert z.is_contiguous()
+    bank = nk.AdapterBank.from_factors([torch.randn(1, shape[1])], [torch.randn(3, 1)])
+    with nk.use_backend(backend):
+        y = nk.merged_lora(z.requires_grad_(), bank, torch.ones(1), torch.zeros(3, shape[0]).t())
+        torch.autograd.grad(y, z, torch.ones(3, shape[0]).t())
+    torch.testing.assert_close(y, z @ bank.A.t() @ bank.Bt)
+
+
 def test_the_formula_itself() -> None:
     """Against the raw factors: the explicit Gram inverse and the explicit sum, in float64."""
     A = [torch.randn(r, 30, dtype=torch.float64) for r in (3, 8)]
