@@ -47,5 +47,5 @@ def run(
         model, adapters, batches = from_hub(arguments) if arguments.model else small_example(Path(folder))
         steps = arguments.steps or (steps if arguments.model else 10)
         result = nsc_merge.merge(model, adapters, batches, steps=steps)
-        print(f"null-space ratio {result.history[0]['objective']:.4f} -> {result.history[-1]['objective']:.4f}")
+        print(result.course)
         print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")

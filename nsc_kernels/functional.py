@@ -71,6 +71,11 @@ def merged_linear(z: Tensor, linear: nn.Linear, bank: AdapterBank, lam: Tensor, 
     return _call(z, bank, lam, None, linear, stats)
 
 
+def output_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of ``y`` for this input: its own or, where autocast applies to it, autocast's."""
+    return torch.get_autocast_dtype(z.device.type) if _any_autocast() and _autocast_applies(z) else z.dtype
+
+
 def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool) -> Any:
     if not (
         isinstance(z, Tensor)
@@ -164,9 +169,12 @@ def _route(
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, hook or wrapper."""
+    """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, of the layer or of
+    its weight, no hook and no wrapper.
+    """
     return (
         type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
         and "forward" not in linear.__dict__
         and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
         and not linear._backward_pre_hooks

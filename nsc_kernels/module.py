@@ -35,7 +35,8 @@ class MergedLoRALinear(nn.Module):
                 f"bank adapts a {bank.d_in} -> {bank.d_out} layer, "
                 f"but linear is {linear.in_features} -> {linear.out_features}"
             )
-        if linear.weight.device != bank.device:
+        # Offloaded weights come to the bank's device when the layer runs.
+        if linear.weight.device.type != "meta" and linear.weight.device != bank.device:
             raise ValueError(f"linear is on {linear.weight.device}, but the bank is on {bank.device}")
         if not isinstance(lam, Tensor):
             lam = torch.tensor(list(lam), dtype=torch.float32, device=bank.device)
@@ -47,6 +48,24 @@ class MergedLoRALinear(nn.Module):
             self.lam = lam
         else:
             self.register_buffer("lam", lam)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, without the update."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own."""
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
 
     def forward(self, z: Tensor) -> Tensor:
         return merged_linear(z, self.linear, self.bank, self.lam, stats=False)

@@ -15,16 +15,18 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
 
 from ..bank import AdapterBank
-from ..functional import merged_lora
+from ..functional import AUTOCAST_DEVICES, merged_lora, output_dtype
 from ..reference import accumulation_dtype
 
 logger = logging.getLogger("nsc_kernels")
@@ -63,14 +65,21 @@ def accelerate(model: nn.Module) -> Accelerated:
     is kept between calls, and no change to a weight, however it is made, is missed. The packing copies these adapters
     once per call.
 
-    A call that the kernel cannot express goes through PEFT's own forward, and the first one of each kind is logged with
-    the reason: dropout in training mode, DoRA and other variants, batches with ``adapter_names``, adapters that are
-    being trained, adapters of several dtypes or devices, hooks on the modules in ``lora_A``, ``lora_B`` and
-    ``lora_dropout`` or other modules than PEFT's in their place, ``torch.compile``.
+    The output has the dtype that PEFT's has, and differs from it by the rounding of the low-rank part alone: the update
+    is computed in the adapters' dtype (autocast's under ``torch.autocast``) and rounded once, where PEFT rounds every
+    adapter's. A base output that this dtype cannot hold, such as float32 under bfloat16 adapters, is not rounded to it.
 
-    Layers that PEFT creates later, and other kinds (embeddings, convolutions, quantised linears), are not touched. A
-    copy of an accelerated model (``copy.deepcopy``, pickle) is accelerated as well, and no handle undoes that: copy the
-    model first.
+    A call that the kernel cannot express goes through PEFT's own forward, and the first one of each kind is logged as a
+    warning with the reason: dropout in training mode, DoRA and other variants, batches with ``adapter_names``, adapters
+    that are being trained, adapters of several dtypes or devices, hooks on the modules in ``lora_A``, ``lora_B`` and
+    ``lora_dropout`` or other modules than PEFT's in their place.
+
+    Under ``torch.compile`` a layer is the operator ``nsc::merged_lora`` in the graph, which it does not break
+    (``fullgraph=True`` and dynamic shapes work); what goes to PEFT's own forward is traced as that is.
+
+    Layers that PEFT creates later, and other kinds (embeddings, convolutions, quantised linears, a forward of their
+    own), are not touched; a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is
+    accelerated as well, and no handle undoes that: copy the model first.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -81,18 +90,25 @@ def accelerate(model: nn.Module) -> Accelerated:
     Raises:
         ValueError: if there is no such layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    if not layers:
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not any(isinstance(layer, Linear) for layer in adapted.values()):
         raise ValueError(f"model: expected peft.tuners.lora.Linear layers, found none in {type(model).__name__}")
-    # A forward of the instance's own is someone else's hook, or this one, put there before.
-    fused = [layer for layer in layers if type(layer).forward is Linear.forward and "forward" not in vars(layer)]
-    if len(fused) < len(layers):
-        logger.info(
-            "%d of %d LoRA layers have a forward of their own and keep it", len(layers) - len(fused), len(layers)
-        )
+    reasons = {name: _unfusible(layer) for name, layer in adapted.items()}
+    fused = [layer for name, layer in adapted.items() if reasons[name] is None]
+    for reason, count in Counter(filter(None, reasons.values())).items():
+        first = next(name for name in reasons if reasons[name] == reason)
+        logger.warning("%d of %d LoRA layers are not accelerated, %r first: %s", count, len(adapted), first, reason)
     for layer in fused:
         setattr(layer, "forward", functools.partial(_forward, layer, layer.forward))  # noqa: B010
     return Accelerated(fused)
+
+
+def _unfusible(layer: LoraLayer) -> str | None:
+    """Why a layer keeps the forward that it has, or None."""
+    if type(layer).forward is not Linear.forward:
+        return f"{type(layer).__module__}.{type(layer).__qualname__} has another forward than peft.tuners.lora.Linear"
+    # A forward of the instance's own is someone else's hook, or this one, put there before.
+    return "a forward was put on the layer itself" if "forward" in vars(layer) else None
 
 
 def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
@@ -103,7 +119,10 @@ def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
     packing, and make the host wait for a GPU.
     """
     offsets = list(itertools.accumulate((A.shape[0] for A in down), initial=0))
-    with torch.no_grad():
+    kind = down[0].device.type
+    # Autocast's torch.cat refuses float64, and each narrow dtype but autocast's own.
+    plain = torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
+    with torch.no_grad(), plain:
         # Not whitened: only the null-space statistics, which PEFT's forward does not have, would need that.
         return AdapterBank(torch.cat(down), torch.cat([B.t() for B in up]), offsets)
 
@@ -115,7 +134,7 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
         return original(x, *args, **kwargs)
     reason = _inexpressible(layer, names, x, kwargs)
     if reason is not None:
-        _say_once(reason)
+        _report(reason)
         return original(x, *args, **kwargs)
     down = [layer.lora_A[name].weight for name in names]
     up = [layer.lora_B[name].weight for name in names]
@@ -124,11 +143,14 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any,
     result = layer.base_layer(x, *args, **kwargs)
     z = layer._cast_input_dtype(x, down[0].dtype)
     scaling = torch.stack([_scalar(layer.scaling[name], z) for name in names])
-    y = merged_lora(z, _packed(down, up), scaling, result.to(z.dtype))
+    # A result that the update's dtype cannot hold is not rounded to it: as in PEFT, the update is added in the result's.
+    narrow = output_dtype(z)
+    held = torch.promote_types(result.dtype, narrow) is narrow
+    y = merged_lora(z, _packed(down, up), scaling, result.to(narrow) if held else None)
     biases = [(k, layer.lora_B[name].bias) for k, name in enumerate(names) if layer.lora_B[name].bias is not None]
     for k, bias in biases:
         y = y + (scaling[k] * bias).to(y.dtype)
-    return y.to(result.dtype)
+    return (y if held else result + y).to(result.dtype)
 
 
 def _scalar(scaling: float | Tensor, like: Tensor) -> Tensor:
@@ -154,8 +176,6 @@ def _inexpressible(layer: Any, names: list[str], x: Tensor, kwargs: dict[str, An
     weights = [product.weight for product in products]
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         return "the adapters are being trained"
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses PEFT's own operations"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device != x.device:
         return "the adapters have several dtypes or devices"
     if not layer.cast_input_dtype_enabled and x.dtype is not weights[0].dtype:
@@ -178,3 +198,9 @@ def _is_plain(module: nn.Module) -> bool:
 @functools.cache
 def _say_once(reason: str) -> None:
     logger.warning("PEFT's own forward serves some calls: %s", reason)
+
+
+@torch.compiler.assume_constant_result
+def _report(reason: str) -> None:
+    """Say it, under torch.compile while the call is traced: a logger in the graph would break it."""
+    _say_once(reason)

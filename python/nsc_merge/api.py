@@ -51,6 +51,11 @@ def merge(
         TypeError, ValueError, FileNotFoundError: naming the argument, what was found and what was expected,
             before the model is touched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a loaded model such as AutoModel.from_pretrained gives, found {model!r:.60}; nsc-merge run "
+            "takes a folder or a hub id, in a recipe"
+        )
     chosen = method_of(method)
     chosen.check_names(options)
     if not isinstance(adapters, Mapping) or not adapters:

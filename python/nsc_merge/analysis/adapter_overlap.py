@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.families import find_family
+from nsc_merge.models.stored_weights import input_device
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def null_space_ratios(
             if factor is not None and factor.rank:
                 sums[task].append(mean)
 
-    device = next(model.parameters()).device
+    device = input_device(model)
     with attach(model, adapters, 0.0) as merged:
         for module in merged.values():
             # A layer that no adapter touches at low rank has no null space to speak of.

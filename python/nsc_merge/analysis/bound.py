@@ -16,7 +16,8 @@ from nsc_merge.analysis.null_space_ratios import low_rank_part
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.families import find_family
-from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.forward_contexts import eager, evaluating
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 # Rounding of float64 products over a few thousand terms stays well below.
@@ -71,11 +72,12 @@ def check_bound(
         whole = mask is None or mask.shape != z.shape[:-1]
         check.add(z.flatten(0, -2) if whole or mask is None else z[mask != 0])
 
-    device = next(model.parameters()).device
+    device = input_device(model)
     with ExitStack() as stack:
         if isinstance(source, MergeResult):
             stack.enter_context(applied(model, source))
         stack.enter_context(evaluating(model))
+        stack.enter_context(eager(model))
         for check in checks:
             linear = model.get_submodule(check.path)
             hook = linear.register_forward_pre_hook(lambda _, given, check=check: see(check, given[0]))

@@ -16,6 +16,7 @@ from nsc_merge.models.attachment import attach
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 
@@ -147,7 +148,7 @@ def per_sample_ratios(
         found[path] = ratio
 
     parts = []
-    device = next(model.parameters()).device
+    device = input_device(model)
     with ExitStack() as stack:
         if isinstance(source, MergeResult):
             stack.enter_context(applied(model, source))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nsc_merge.calibration.batches import MASK, rows_without_tokens
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
 
@@ -108,10 +109,7 @@ def _read(file: Path, argument: str) -> CheckedFile:
         raise ValueError(
             f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}"
         )
-    mask = tensors.get("attention_mask")
-    if mask is not None:
-        # A mean over no tokens would count as a ratio of 0.
-        empty = (mask.reshape(len(mask), -1) == 0).all(1).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"{argument}: {file}: attention_mask has no real token in {len(empty)} rows: {empty[:5]}")
+    empty = rows_without_tokens(tensors)
+    if empty:
+        raise ValueError(f"{argument}: {file}: {MASK} has no real token in {len(empty)} rows: {empty[:5]}")
     return read

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 Calibration = Mapping[str, Iterable[Batch]]
+
+# The input that is 0 at padding, of every model that has one.
+MASK = "attention_mask"
 
 
 def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, Iterator[Batch]]:
@@ -16,7 +20,7 @@ def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, 
 
     Raises:
         ValueError: if ``calibration`` is not a mapping with exactly these tasks; on drawing, if a task has no
-            batch or one that is not a mapping.
+            batch, one that is not a mapping, lists in place of tensors, or a row of nothing but padding.
     """
     return {task: _endless(task, batches) for task, batches in restartable(calibration, tasks).items()}
 
@@ -81,6 +85,8 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
                 f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
             )
         first[task] = [_checked(task, batch) for batch in found[:count]]
+        for batch in first[task]:
+            _check_mask(task, batch)
     return first, {task: _Rest(calibration[task], count) for task in tasks}
 
 
@@ -89,15 +95,53 @@ def _checked(task: str, batch: Batch) -> Batch:
         raise ValueError(
             f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
         )
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) and (isinstance(value, (list, tuple)) or hasattr(value, "__array__")):
+            raise ValueError(
+                f"calibration[{task!r}]: {name}: expected a tensor with a row per sample, found "
+                f"{type(value).__name__}{_lengths(value)}; tokenizers and processors give tensors with "
+                'return_tensors="pt", and rows of one length with padding=True'
+            )
     return batch
+
+
+def _check_mask(task: str, batch: Batch) -> None:
+    empty = rows_without_tokens(batch)
+    if empty:
+        raise ValueError(
+            f"calibration[{task!r}]: {MASK}: expected a real token in every row, found none in {len(empty)} rows: "
+            f"{empty[:5]}"
+        )
+
+
+def rows_without_tokens(batch: Batch) -> list[int]:
+    """Rows of nothing but padding, if there is a mask: a mean over no tokens would count as a ratio of 0."""
+    mask = batch.get(MASK)
+    if mask is None or not mask.numel():
+        return []
+    return (mask.reshape(len(mask), -1) == 0).all(1).nonzero().flatten().tolist()
+
+
+def _lengths(value: Any) -> str:
+    """What rows of unequal lengths are, for messages."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in value):
+        return ""
+    lengths = sorted({len(row) for row in value})
+    return f" of rows of {lengths[0]} to {lengths[-1]} numbers" if len(lengths) > 1 else ""
 
 
 def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of an iterable that can be gone through more than once, in order, again and again."""
+    first = True
     while True:
         empty = True
         for batch in batches:
             empty = False
-            yield _checked(task, batch)
+            _checked(task, batch)
+            # In the first round only: a mask on another device is waited for.
+            if first:
+                _check_mask(task, batch)
+            yield batch
         if empty:
             raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")
+        first = False

@@ -55,6 +55,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     document, history = read_document(arguments.result)
     folder = arguments.out or arguments.result
     folder.mkdir(parents=True, exist_ok=True)
-    for file in draw(document["coefficients"], document["dead"], history, folder):
+    window = document["objective"].get("batches", 1)
+    for file in draw(document["coefficients"], document["dead"], history, folder, window):
         print(file)
     return 0

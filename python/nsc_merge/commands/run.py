@@ -30,6 +30,7 @@ Merges as a YAML recipe says:
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
+An override of the method drops the options that the recipe has for its own.
 The output folder changes only once everything is written; what an earlier merge left
 there goes, other files stay. Nothing but a hub id touches the network.
 

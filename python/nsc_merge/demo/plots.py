@@ -13,7 +13,7 @@ from nsc_merge.demo.data import Scene, SceneSet
 from nsc_merge.demo.model import BLOCKS
 from nsc_merge.demo.tasks import Task
 from nsc_merge.results.result import MergeResult
-from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
+from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style, running_mean
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -57,18 +57,22 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
 
 
 def plot_ratios(result: MergeResult, path: Path) -> None:
-    """Null-space ratio of every task over the steps, as measured on that step's batch, and their mean."""
+    """Null-space ratio of every task over the steps, and their mean: of each step on its own batch, faint, and on average
+    over as many steps as the objective was compared on.
+    """
     with pyplot_in_style() as plt:
         figure, axis = plt.subplots(figsize=(7, 4))
         steps = [entry["step"] for entry in result.history]
+        window = result.objective["batches"]
+        curves = {task: [entry["omega"][task] for entry in result.history] for task in result.tasks}
+        curves["mean (objective)"] = [entry["objective"] for entry in result.history]
+        styles = [(colour, 1.4, "normal") for colour in COLOURS[: len(result.tasks)]] + [("black", 2.4, "bold")]
         ends = {}
-        for colour, task in zip(COLOURS, result.tasks, strict=False):
-            values = [entry["omega"][task] for entry in result.history]
-            axis.plot(steps, values, color=colour, linewidth=1.4)
-            ends[task] = (values[-1], colour, "normal")
-        objective = [entry["objective"] for entry in result.history]
-        axis.plot(steps, objective, color="black", linewidth=2.4)
-        ends["mean (objective)"] = (objective[-1], "black", "bold")
+        for (name, values), (colour, width, weight) in zip(curves.items(), styles, strict=True):
+            means = running_mean(values, window)
+            axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+            axis.plot(steps[window - 1 :], means, color=colour, linewidth=width)
+            ends[name] = (means[-1], colour, weight)
         low, high = axis.get_ylim()
         placed = -float("inf")
         for name, (value, colour, weight) in sorted(ends.items(), key=lambda item: item[1][0]):
@@ -87,7 +91,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
         axis.set_ylim(low, high)
         axis.set_xlabel("step")
         axis.set_ylabel("null-space ratio ω")
-        axis.set_title("What NSC minimises", loc="left")
+        axis.set_title(f"What NSC minimises: mean over {window} steps; faint: each step, on its own batches", loc="left")
         axis.grid(axis="y", color="0.9")
         figure.savefig(path)
         plt.close(figure)

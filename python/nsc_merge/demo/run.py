@@ -15,7 +15,6 @@ from nsc_merge.api import merge
 from nsc_merge.demo import evaluate as ev
 from nsc_merge.demo import plots
 from nsc_merge.demo.tasks import TASKS, Task
-from nsc_merge.results.result import MergeResult
 
 BATCH = 32
 _PICTURED_SCENE = 3
@@ -88,7 +87,8 @@ def run_demo(
         seed=seed,
         progress=progress,
     )
-    log(f"NSC: {_movement(result)}")
+    seconds = sum(entry["seconds"] for entry in result.history)
+    log(f"NSC, {seconds:.1f} s: {result.course} (started at {result.options['init']:g})")
 
     log("task arithmetic: tuning its scale on the labelled validation scenes")
     tuned = ev.tune_task_arithmetic(bundle, validation)
@@ -155,6 +155,7 @@ def run_demo(
         },
         "nsc_minus": {method: {"points": points, "error": error} for method, (points, error) in gaps.items()},
         "verdict": verdict(scores[NSC].average(reference), gaps),
+        "objective": result.objective,
         "dead": result.dead,
         "files": {
             "coefficients": str(out / "coefficients.json"),
@@ -244,13 +245,3 @@ def _digits(value: float) -> str:
 
 def _unit(task: Task) -> str:
     return f"{task.metric} {'↓' if task.lower_is_better else '↑'}"
-
-
-def _movement(result: MergeResult) -> str:
-    first, last = result.history[0], result.history[-1]
-    seconds = sum(entry["seconds"] for entry in result.history)
-    return (
-        f"{len(result.history)} steps in {seconds:.1f} s, objective {first['objective']:.4f} -> "
-        f"{last['objective']:.4f}, coefficients {last['lambda_min']:.3f} to {last['lambda_max']:.3f} "
-        f"(started at {result.options['init']:g})"
-    )

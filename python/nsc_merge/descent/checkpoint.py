@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.safetensors_checks import read_checked
 
 FORMAT = "nsc_merge.state"
 VERSION = "1"
+# Tensors of the shape of the coefficients.
+_OF_COEFFICIENTS = ("lam", "start", "dead")
+_OF_A_STEP = {"step", "objective", "omega", "lambda_min", "lambda_mean", "lambda_max", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,13 @@ class State:
         from safetensors.torch import save
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         document = {name: value for name, value in vars(self).items() if name != "tensors"}
         metadata = {"format": FORMAT, "version": VERSION, "document": json.dumps(document)}
         content = save(self.tensors, metadata)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary, temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], problem: Mapping[str, Any]) -> State:
@@ -66,21 +64,26 @@ class State:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is something else, or belongs to another problem than ``problem``.
+            ValueError: if it is something else, is damaged, or belongs to another problem than ``problem``.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"resume_from: there is no file {os.fspath(path)}")
         try:
             read = read_checked(path)
         except ValueError as error:
-            raise ValueError(f"resume_from: {error}") from None
+            raise ValueError(f"resume_from: {error}; remove the file to start anew") from None
         found = (read.metadata.get("format"), read.metadata.get("version"))
         if found != (FORMAT, VERSION):
             raise ValueError(
                 f"resume_from: {os.fspath(path)}: expected format {FORMAT} version {VERSION}, found {found}"
             )
-        place = f"resume_from: {os.fspath(path)}: its document"
-        document = from_json(read.metadata.get("document", ""), place, not_finite=True)
+        try:
+            document = from_json(read.metadata.get("document", ""), "metadata", not_finite=True)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
+        wrong = _wrong_document(document)
+        if wrong is not None:
+            raise _damaged(path, wrong)
         for name, value in problem.items():
             saved = document["problem"].get(name)
             if saved != value:
@@ -91,7 +94,34 @@ class State:
                     f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
                     f"{name}={_short(value)}"
                 )
-        return cls(tensors=read.tensors, **document)
+        state = cls(tensors=read.tensors, **document)
+        wrong = state._wrong_tensors([len(problem["modules"]), len(problem["tasks"])])
+        if wrong is not None:
+            raise _damaged(path, wrong)
+        return state
+
+    def _wrong_tensors(self, shape: list[int]) -> str | None:
+        """What is wrong with the tensors, if anything, of coefficients of a shape."""
+        # The optimizer has no moments before its first step.
+        moments = ["optimizer.exp_avg", "optimizer.exp_avg_sq"] if self.step else []
+        counts = ["optimizer.step"] if self.step else []
+        expected = {*_OF_COEFFICIENTS, *moments, *counts, "rng"}
+        if not expected <= set(self.tensors) <= {*expected, "rng_cuda"}:
+            return f"expected tensors {sorted(expected)}, found {sorted(self.tensors)}"
+        kind = self.tensors["lam"].dtype
+        for name in (*_OF_COEFFICIENTS, *moments):
+            value, wanted = self.tensors[name], torch.bool if name == "dead" else kind
+            if list(value.shape) != shape or value.dtype is not wanted or kind not in (torch.float32, torch.float64):
+                return f"{name}: expected {wanted} {shape}, found {value.dtype} {list(value.shape)}"
+            if not value.isfinite().all():
+                return f"{name}: expected finite numbers, found some that are not"
+        if self.step and self.tensors["optimizer.step"].tolist() != self.step:
+            return f"optimizer.step: expected {self.step}, the steps done, found another"
+        try:
+            torch.Generator().set_state(self.tensors["rng"])
+        except (RuntimeError, TypeError) as error:
+            return f"rng: expected the state of a generator, found another: {error}"
+        return None
 
 
 def problem_of(
@@ -130,6 +160,33 @@ def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -
     torch.set_rng_state(tensors["rng"])
     if device.type == "cuda" and "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"], device)
+
+
+def _wrong_document(document: Any) -> str | None:
+    """What is wrong with what stands beside the tensors, if anything."""
+    kinds = {"step": int, "history": list, "problem": dict, "batch_tasks": bool}
+    if not isinstance(document, dict) or set(document) != set(kinds):
+        found = sorted(document) if isinstance(document, dict) else "no such JSON"
+        return f"metadata: expected {sorted(kinds)}, found {_short(found)}"
+    for name, kind in kinds.items():
+        if type(document[name]) is not kind:
+            return f"{name}: expected {kind.__name__}, found {_short(document[name])}"
+    entries = document["history"]
+    if len(entries) != document["step"]:
+        return f"history: expected one entry for each of {document['step']} steps, found {len(entries)}"
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not entry.keys() >= _OF_A_STEP or entry["step"] != number:
+            return f"history: expected {sorted(_OF_A_STEP)} of step {number}, found {_short(entry)}"
+        if not isinstance(entry["omega"], dict) or list(entry["omega"]) != document["problem"].get("tasks"):
+            return f"history: expected a ratio of every task at step {number}, found {_short(entry['omega'])}"
+        values = [*entry["omega"].values(), *(value for name, value in entry.items() if name != "omega")]
+        if not all(is_number(value) and math.isfinite(value) for value in values):
+            return f"history: expected finite numbers of step {number}, found {_short(entry)}"
+    return None
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> ValueError:
+    return ValueError(f"resume_from: {os.fspath(path)} is damaged: {what}; remove the file to start anew")
 
 
 def _first_difference(name: str, saved: Any, now: Any) -> tuple[str, Any, Any]:

@@ -16,7 +16,7 @@ from nsc_merge.descent.coefficients import BoundedCoefficients
 # Steps between two looks at the data held out.
 HELD_OUT_EVERY = 10
 # Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
-# of all tasks, and returns the losses, one per task of the pass and detached.
+# of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached.
 Backward = Callable[[Pass], Tensor]
 
 
@@ -49,10 +49,7 @@ class Losses:
         flat = self.coefficients.flat
         if self._steps % HELD_OUT_EVERY == 0:
             self.look()
-        total = flat.new_zeros(flat.shape[1])
-        for one in one_by_one(drawn, flat.device):
-            self.coefficients.spread()
-            total[list(one.tasks[0])] = self.backward(one).to(total)
+        total = self._run(drawn)
         if self._steps < self.warm_up:
             assert flat.grad is not None
             if self._steps == 0 and math.isfinite(self.warm_up):
@@ -64,12 +61,30 @@ class Losses:
         return total
 
     @torch.no_grad()
+    def measure(self, drawn: Sequence[Batch]) -> Tensor:
+        """What :meth:`accumulate` returns, and no gradient."""
+        return self._run(drawn)
+
+    def _run(self, drawn: Sequence[Batch]) -> Tensor:
+        flat = self.coefficients.flat
+        total = flat.new_zeros(flat.shape[1])
+        for one in one_by_one(drawn, flat.device):
+            self.coefficients.spread()
+            total[list(one.tasks[0])] = self.backward(one).to(total)
+        return total
+
+    @torch.no_grad()
     def look(self) -> None:
         """Measure on the data held out, and remember the coefficients if they are the best so far."""
         if self.held_out is None:
             return
         self.coefficients.spread()
         found = self.held_out()
+        if not math.isfinite(found):
+            raise RuntimeError(
+                f"calibration: at step {self._steps}, the loss on the batches held out is {found}; expected a finite "
+                "number: look for NaN or infinite values in them and in the model, or take another dtype"
+            )
         if self._best is None or found < self._best[0]:
             self._best = (found, self.coefficients.flat.detach().clone())
 

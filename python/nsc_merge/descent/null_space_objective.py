@@ -150,16 +150,32 @@ class Objective:
             ValueError: if a mask does not fit what is measured.
             RuntimeError: if the forward does not reach a measured module.
         """
+        total = torch.zeros_like(self._omega)
+        for one in self._passes(drawn):
+            omega = self._forward(one)
+            # What is measured in front of every adapter depends on no coefficient.
+            if omega.requires_grad:
+                (omega.sum() / self._tasks).backward()
+            total += omega.detach()
+        return total
+
+    def measure(self, drawn: Sequence[Batch]) -> Tensor:
+        """What :meth:`accumulate` returns, and no gradient.
+
+        The forward is that of a step all the same: without a graph, compiled blocks would be compiled anew.
+        """
+        total = torch.zeros_like(self._omega)
+        for one in self._passes(drawn):
+            total += self._forward(one).detach()
+        return total
+
+    def _passes(self, drawn: Sequence[Batch]) -> list[Pass]:
+        """What runs for ``drawn``, one batch for each task, at the coefficients as they are now."""
         self._fold()
         passes = one_by_one(drawn, self._device, self._restrict)
         if self.batch_tasks is None:
             self.batch_tasks = self._fits_as_one(passes)
-        total = torch.zeros_like(self._omega)
-        for one in concatenated(passes, self._padding) if self.batch_tasks else passes:
-            omega = self._forward(one)
-            (omega.sum() / self._tasks).backward()
-            total += omega.detach()
-        return total
+        return concatenated(passes, self._padding) if self.batch_tasks else passes
 
     def _fold(self) -> None:
         for row, module in self._foldable.items():
@@ -263,12 +279,13 @@ class Objective:
         together = concatenated(passes, self._padding)
         if len(together) == len(passes):
             return False
-        frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters()}
+        frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters() if _has_storage(value)}
         held: dict[int, int] = {}
 
         def count(value: Tensor) -> Tensor:
-            storage = value.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            if _has_storage(value):
+                storage = value.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
@@ -276,6 +293,11 @@ class Objective:
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
         return one * most <= free_memory(self._device) / 2
+
+
+def _has_storage(value: Tensor) -> bool:
+    """Quantised weights of torchao and others are tensors without a storage."""
+    return type(value) in (Tensor, nn.Parameter)
 
 
 def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from nsc_merge.utils.progress import Progress
 
 # Steps between two readings of what happened on the device. A step itself never waits for it.
 READ_EVERY = 10
+# Batches of every task, at most, that the objective is compared on at the end.
+COMPARED = 8
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -45,6 +47,10 @@ class Objective(Protocol):
         """Add the gradient on one batch per task to ``coefficients.flat.grad``; returns the objective per task."""
         ...
 
+    def measure(self, drawn: Sequence[Batch]) -> Tensor:
+        """What :meth:`accumulate` returns, and no gradient."""
+        ...
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -70,7 +76,7 @@ class Optimisation:
     """Minimises an objective over its coefficients.
 
     Attributes:
-        history: one entry per step done.
+        history: one entry per step done, each on the batches of its own step.
         dead: ``[modules, K]`` bool: coefficients with a gradient of exactly zero on the first batches. Nothing
             measured depends on them, and they keep their initial value, which weight decay would change.
 
@@ -85,7 +91,8 @@ class Optimisation:
         resumed: the state to go on from.
         label: what the progress bar says.
         quantity: what the objective per task is called in the history, and
-        shown: what their mean is called beside the progress bar.
+        shown: what their mean over as many steps as :meth:`comparison` has batches is called beside the progress bar.
+        counted: the tasks that have an objective; all when None.
     """
 
     def __init__(
@@ -101,9 +108,11 @@ class Optimisation:
         label: str = "NSC merging",
         quantity: str = "omega",
         shown: str = "ratio",
+        counted: Collection[str] | None = None,
     ) -> None:
         self._label, self._quantity, self._shown = label, quantity, shown
         self._objective, self._tasks, self._streams = objective, list(tasks), list(streams)
+        self._counted = self._tasks if counted is None else counted
         self._settings, self._problem = settings, problem
         self._lam = objective.coefficients.flat
         self._present = present.flatten().nonzero().flatten().to(self._lam.device)
@@ -120,6 +129,7 @@ class Optimisation:
         self._read_at = time.perf_counter()
         self._begin = 0
         self._kept: tuple[int, dict[str, Tensor]] | None = None
+        self._compared: list[list[Batch]] = []
         if resumed is not None:
             self._resume(resumed)
 
@@ -127,7 +137,7 @@ class Optimisation:
         """Do all steps that are left. ``on_first`` is called before the first update, when ``dead`` is known.
 
         Raises:
-            RuntimeError: if a gradient is not finite.
+            RuntimeError: if an objective or a gradient is not finite, or if the objective depends on no coefficient.
             KeyboardInterrupt: passed on, after the state at the start of the interrupted step was saved.
         """
         settings = self._settings
@@ -158,7 +168,7 @@ class Optimisation:
         lam, settings = self._lam, self._settings
         assert lam.grad is not None
         lam.grad.zero_()
-        omega = self._objective.accumulate([next(stream) for stream in self._streams])
+        omega = self._objective.accumulate(self._draw())
         if step == 0:
             self.dead = lam.grad == 0
             on_first()
@@ -173,6 +183,60 @@ class Optimisation:
         with torch.no_grad():
             lam.copy_(torch.where(self.dead, self._start, lam))
 
+    def _draw(self) -> list[Batch]:
+        """One batch per task. Those of the first steps are kept, until they repeat, to compare the objective on."""
+        drawn = [next(stream) for stream in self._streams]
+        seen = {tuple(map(id, known)) for known in self._compared}
+        if len(seen) < COMPARED and tuple(map(id, drawn)) not in seen:
+            self._compared.append(drawn)
+        return drawn
+
+    def comparison(self) -> dict[str, Any]:
+        """The objective at the initial and at the present coefficients, both on the same batches: those of the first
+        steps, each once, :data:`COMPARED` of every task at most.
+
+        What the history holds cannot be compared so: each of its entries is on the batches of its own step.
+
+        Returns:
+            ``before`` and ``after``, the means over tasks; ``tasks``, task -> both; and ``batches``, how many of every
+            task.
+
+        Raises:
+            RuntimeError: if what was found, or the objective there, is not finite.
+        """
+        found = self._lam.detach().clone()
+        if not found.isfinite().all():
+            raise _not_finite("the last step", "a coefficient is not finite")
+        after = self._measured("the coefficients found")
+        try:
+            self._put(self._start)
+            before = self._measured("the initial coefficients")
+        finally:
+            self._put(found)
+        return {
+            "before": _mean(before),
+            "after": _mean(after),
+            "tasks": {task: {"before": before[task], "after": after[task]} for task in before},
+            "batches": len(self._compared),
+        }
+
+    @torch.no_grad()
+    def _put(self, values: Tensor) -> None:
+        self._lam.copy_(values)
+
+    def _measured(self, where: str) -> dict[str, float]:
+        """The objective of every task that has one, at the coefficients as they are now."""
+        total = torch.stack([self._objective.measure(drawn) for drawn in self._compared]).mean(0)
+        return self._known(total.tolist(), where)
+
+    def _known(self, values: Sequence[float], where: str) -> dict[str, float]:
+        """Task -> objective, of the tasks that have one; others may be not a number."""
+        known = {task: value for task, value in zip(self._tasks, values, strict=True) if task in self._counted}
+        for task, value in known.items():
+            if not math.isfinite(value):
+                raise _not_finite(where, f"the objective of task {task!r} is {value}")
+        return known
+
     def _read(self, bar: Progress | None) -> None:
         """Turn what the device recorded since the last reading into history."""
         rows = self._records[: self._pending].tolist()
@@ -180,14 +244,15 @@ class Optimisation:
         seconds = (now - self._read_at) / max(len(rows), 1)
         entries = []
         for step, (*omega, least, mean, most, finite) in enumerate(rows, len(self.history)):
+            known = self._known(omega, f"step {step}")
             if not finite:
+                raise _not_finite(f"step {step}", "the gradient is not finite")
+            objective = _mean(known)
+            if step == 0 and objective and self.dead.flatten()[self._present].all():
                 raise RuntimeError(
-                    f"calibration: the gradient of step {step} is not finite; do the batches or the model "
-                    "hold NaN or infinite values?"
+                    "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
+                    "comes after an adapted module, and inputs that are not all zero there"
                 )
-            # A task may have no objective of its own, which is not a number.
-            known = {task: value for task, value in zip(self._tasks, omega, strict=True) if not math.isnan(value)}
-            objective = sum(known.values()) / max(len(known), 1)
             entries.append(
                 {
                     "step": step,
@@ -203,11 +268,13 @@ class Optimisation:
         self._read_at, self._pending = now, 0
         if bar is None:
             return
-        for entry in entries:
-            bar.update(
-                **{self._shown: f"{entry['objective']:.4f}"},
-                lam=f"{entry['lambda_min']:.2f}..{entry['lambda_max']:.2f}",
-            )
+        # Steps differ in their batches, by more than the coefficients change from one to the next.
+        last = self.history[-len(self._compared) :]
+        bar.update(
+            len(entries),
+            **{self._shown: f"{sum(entry['objective'] for entry in last) / len(last):.4f}"},
+            lam=f"{entries[-1]['lambda_min']:.2f}..{entries[-1]['lambda_max']:.2f}",
+        )
 
     def _stalled(self, done: int) -> bool:
         """Whether the mean objective of the last readings is no longer below that of the ones before."""
@@ -238,11 +305,15 @@ class Optimisation:
         State(step, on_host, self.history[:step], self._problem, batched).save(self._settings.state_to)
 
     def _resume(self, state: State) -> None:
+        if state.tensors["lam"].dtype is not self._lam.dtype:
+            raise ValueError(
+                f"resume_from: the state is of coefficients in {state.tensors['lam'].dtype}, and those of this model are "
+                f"in {self._lam.dtype}; expected the model in the dtype that the run began with"
+            )
         # Drawing anew brings the iterables to where they were, whatever they are; the generators come last,
         # since iterables may draw from them.
         for _ in range(state.step):
-            for stream in self._streams:
-                next(stream)
+            self._draw()
         device = self._lam.device
         tensors = {name: value.to(device) for name, value in state.tensors.items()}
         with torch.no_grad():
@@ -258,3 +329,14 @@ class Optimisation:
         if state.step:
             self._objective.batch_tasks = state.batch_tasks
         restore_random_states(state.tensors, device)
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / max(len(values), 1)
+
+
+def _not_finite(where: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"calibration: at {where}, {what}; expected finite numbers: look for NaN or infinite values in the batches and "
+        "the model, take dtype float32 or bfloat16 in place of float16, or a smaller lr"
+    )

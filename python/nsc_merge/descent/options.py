@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from nsc_merge.descent.optimisation import SCHEDULES
 from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_seed
 
 SHARES = ("module", "task")
+# Coefficients are float32 at least.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class DescentOptions:
         weight_decay: of the optimizer.
         steps: optimisation steps; each takes one batch of every task.
         schedule: of the learning rate over the steps: ``"constant"``, or falling to 0 by ``"cosine"`` or ``"linear"``.
-        early_stop: stop once the mean objective of ten steps is less than this share below that of the ten before
-            (0.001 is a tenth of a percent); None never stops early.
+        early_stop: stop once the mean objective of ten steps, on their own batches, is less than this share below that
+            of the ten before (0.001 is a tenth of a percent); None never stops early.
         init: initial coefficient, one for all tasks or one per task.
         seed: of torch's global generator while batches are drawn; restored afterwards.
         progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
@@ -40,8 +44,8 @@ class DescentOptions:
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, ("adamw", "adam"))
-        check_number("lr", self.lr, 0)
-        check_number("weight_decay", self.weight_decay, 0)
+        check_number("lr", self.lr, 0, _LARGEST)
+        check_number("weight_decay", self.weight_decay, 0, _LARGEST)
         check_count("steps", self.steps)
         check_choice("schedule", self.schedule, tuple(SCHEDULES))
         if self.early_stop is not None:
@@ -53,7 +57,7 @@ class DescentOptions:
     def check_init(self) -> None:
         """Refuse initial coefficients that are no finite numbers."""
         for value in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
-            check_number("init", value)
+            check_number("init", value, -_LARGEST, _LARGEST)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
         """Refuse initial coefficients of other tasks than there are.

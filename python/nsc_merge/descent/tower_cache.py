@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.forward_contexts import restore_forward
 
 LIMIT = 2 * 2**30
 
@@ -58,6 +59,7 @@ class TowerCache:
         self._call = 0
 
     def __enter__(self) -> TowerCache:
+        self._own = vars(self._tower).get("forward")
         self._compute = self._tower.forward
         self._tower.forward = self._forward
         return self
@@ -65,7 +67,7 @@ class TowerCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del self._tower.forward
+        restore_forward(self._tower, self._own)
         self._kept.clear()
 
     def now(self, one: Pass) -> None:

@@ -20,7 +20,7 @@ from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
 from nsc_merge.recipes.saved_result import load_result
-from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, file_name
+from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, found_as
 from nsc_merge.results.result import MergeResult
 
 
@@ -46,7 +46,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     if (folder / COEFFICIENTS_FILE).is_file():
         return load_result(folder)
     if (folder / TASKS_FOLDER).is_dir():
-        own = {task: open_saved(folder / TASKS_FOLDER / file_name(task), suite) for task in suite.tasks}
+        own = {task: open_saved(found_as(folder / TASKS_FOLDER, task), suite) for task in suite.tasks}
         return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
     raise FileNotFoundError(
         f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "

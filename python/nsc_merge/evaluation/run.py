@@ -19,7 +19,7 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
-from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE, file_name
+from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE, file_names
 from nsc_merge.results.plots import draw as draw_merge
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
@@ -214,7 +214,8 @@ class _Bench:
             return
         if len({value for values in candidate.coefficients.values() for value in values.values()}) < 3:
             return
-        folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{file_name(row.name)}-seed{self._seed}"
+        name = file_names(row.name for row in self._recipe.rows)[row.name]
+        folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{name}-seed{self._seed}"
         folder.mkdir(parents=True, exist_ok=True)
         draw_merge(candidate.coefficients, candidate.dead, candidate.history, folder)
 

@@ -18,6 +18,7 @@ from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.preflight import check_device
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
@@ -139,7 +140,7 @@ class RecipeSuite:
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the task's head on ``model``, where the model is."""
-        device = next(model.parameters()).device
+        device = input_device(model)
         return self._heads[task](model, {name: value.to(device) for name, value in batch.items()})
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.folded_linear import Folded
+from nsc_merge.models.forward_contexts import eager
+from nsc_merge.models.stored_weights import FLOATS, check_loaded, described, is_dtensor, is_plain, offloading
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -27,6 +29,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
         folded: what computes the linear and its low-rank updates in one, while it is not measured.
         biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
         denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
+        weight_taken: whether somebody asked for :attr:`weight`, perhaps to compute with it unseen.
     """
 
     path: str = ""
@@ -34,6 +37,34 @@ class MeasuredLoRALinear(MergedLoRALinear):
     folded: Folded | None = None
     biases: Tensor | None = None
     denses: Tensor | None = None
+    weight_taken: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight ``[d_out, d_in]``, for models that compute with it by themselves, as nn.MultiheadAttention
+        does; differentiable in the coefficients. Of a weight that is not at hand, being offloaded or quantised, only
+        shape and dtype: computing with it fails, rather than leave the update out.
+        """
+        self.weight_taken = True
+        own = self.linear.weight
+        if not is_plain(own):
+            return torch.empty(self.out_features, self.in_features, dtype=own.dtype, device="meta")
+        A, Bt, _ = self.bank.packed
+        counts = torch.tensor(self.bank.ranks, device=own.device)
+        scaled = Bt * self.lam.repeat_interleave(counts, output_size=self.bank.R)[:, None]
+        merged = own + scaled.t() @ A.to(scaled)
+        if self.denses is not None:
+            merged = merged + torch.tensordot(self.lam, self.denses.to(self.lam), 1)
+        return merged.to(own.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The merged bias ``[d_out]``, where the linear has one or an adapter gives it one."""
+        own = self.linear.bias
+        if self.biases is None:
+            return own
+        update = self.lam @ self.biases.to(self.lam)
+        return update.to(self.biases.dtype) if own is None else (own + update).to(own.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         if self.measure is not None:
@@ -81,9 +112,12 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     """Every linear that some adapter touches, in the order of the model.
 
     Raises:
-        ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit.
+        ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit; or if the
+            model is what ``torch.compile`` returns.
         TypeError: if the module at a path is not an ``nn.Linear``.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(f"model: expected a model, found {type(model).__name__}{_wrapped(model)}")
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
         unknown = [path for path in adapter.factors if path not in modules]
@@ -102,7 +136,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, "
                     f"found {type(linear).__module__}.{type(linear).__name__}"
-                    + ("; expected a model without adapters" if hasattr(linear, "base_layer") else "")
+                    + ("; the PeftModel's unload() takes the adapters off" if hasattr(linear, "base_layer") else "")
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -116,11 +150,26 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     }
 
 
+def is_computed_with(model: nn.Module, path: str) -> bool:
+    """Whether a model takes the weight of an adapted linear that it does not call, as nn.MultiheadAttention does: the
+    update counts there, but nobody sees an input.
+    """
+    linear, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    return isinstance(parent, nn.MultiheadAttention) or getattr(linear, "weight_taken", False)
+
+
 def _wrapped(model: nn.Module) -> str:
-    """What to say where the model is a wrapper, under which every path begins otherwise."""
-    if hasattr(model, "_orig_mod"):
-        return "; of a compiled model, expected the module that was compiled"
-    return "; of a PeftModel, expected the base model without adapters" if hasattr(model, "peft_config") else ""
+    """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise."""
+    if any("_orig_mod" in path.split(".") for path, _ in model.named_modules()):
+        return (
+            "; of a module that torch.compile wrapped, expected the one inside (_orig_mod), or one compiled in place "
+            "with its compile()"
+        )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return "; of a wrapper such as DistributedDataParallel, expected its .module"
+    if hasattr(model, "peft_config"):
+        return "; of a PeftModel, expected the base model, as its unload() gives it"
+    return ""
 
 
 @contextmanager
@@ -133,60 +182,107 @@ def attach(
     ``[K]``, in the order of ``adapters``; a task whose adapter does not touch the module has a coefficient of
     0 there, which no gradient reaches. All of the model's own parameters are frozen meanwhile. On leaving,
     also by an error, the model holds the same modules with the same settings as before. Layers whose
-    coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`) are merged too, but not yielded.
+    coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`) are merged too, but not yielded. Offloaded and
+    quantised linears keep their own forward, and modules compiled in place run uncompiled meanwhile.
 
     Args:
         model: any module whose adapted submodules are ``nn.Linear``.
         adapters: task -> adapter.
         init: initial coefficient, one for all tasks or one per task.
 
+    Raises:
+        TypeError, ValueError: as :func:`merged_linears`; or if weights are nowhere (meta device) or in shards.
+
     Yields:
         Module path -> merged linear, of every linear that has coefficients to choose.
     """
     linears = merged_linears(model, adapters)
+    check_loaded(model)
     values = {task: init[task] if isinstance(init, Mapping) else init for task in adapters}
     merged = {}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for path, linear in linears.items():
-            merged[path] = _merged_linear(path, linear, adapters, values)
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for path, module in merged.items():
-            _replace(model, path, module)
-        yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
-    finally:
-        for path in merged:
-            _replace(model, path, linears[path])
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    # By name: accelerate gives an offloaded layer other parameters with every call.
+    trainable = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    with eager(model):
+        try:
+            for path, linear in linears.items():
+                kind = _activations_of(model, path, linear)
+                merged[path] = _merged_linear(path, linear, *kind, adapters, values)
+            _set_requires_grad(trainable, False)
+            for path, module in merged.items():
+                _replace(model, path, module)
+            yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
+        finally:
+            for path in merged:
+                _replace(model, path, linears[path])
+            _set_requires_grad(trainable, True)
+
+
+def _set_requires_grad(parameters: Iterable[tuple[nn.Module, str]], value: bool) -> None:
+    for module, name in parameters:
+        module.get_parameter(name).requires_grad_(value)
+
+
+def _activations_of(model: nn.Module, path: str, linear: nn.Linear) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of what a linear gives: those of its weight; where the weight is offloaded, the device that it
+    is brought to, and where it holds codes, the dtype of the parameters that do not.
+
+    Raises:
+        ValueError: if it has no forward that a whole update could be added to.
+    """
+    weight, hook = linear.weight, offloading(linear)
+    shape = (linear.out_features, linear.in_features)
+    if is_dtensor(weight) or (type(weight) is nn.Parameter and weight.shape != shape):
+        raise ValueError(
+            f"{path}: expected the whole weight {list(shape)} in one process, found a shard ({described(weight)} "
+            f"{list(weight.shape)}); merge before the model is distributed"
+        )
+    if hook is None and weight.device.type == "meta":
+        raise ValueError(
+            f"{path}: expected a weight on a device, or offloaded by a hook of its own, found the meta device; "
+            "load it, or offload without preload_module_classes"
+        )
+    device = weight.device if hook is None else torch.device(hook.execution_device)
+    if weight.dtype in FLOATS:
+        return weight.dtype, device
+    if type(linear) is nn.Linear and type(weight) is nn.Parameter:
+        raise ValueError(f"{path}: expected a weight that nn.Linear computes with, found {described(weight)}")
+    return next(value.dtype for value in model.parameters() if value.dtype in FLOATS), device
 
 
 def _merged_linear(
-    path: str, linear: nn.Linear, adapters: Mapping[str, Adapter], values: Mapping[str, float]
+    path: str,
+    linear: nn.Linear,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: Mapping[str, Adapter],
+    values: Mapping[str, float],
 ) -> MeasuredLoRALinear:
-    weight = linear.weight
-    absent = Factor(weight.new_empty(0, linear.in_features), weight.new_empty(linear.out_features, 0), 1.0)
+    absent = Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
     bank = AdapterBank.from_factors(
         [factor.A for factor in factors],
         [factor.B for factor in factors],
         [factor.scaling for factor in factors],
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=dtype,
+        device=device,
     )
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
     fixed = [factor.fixed for factor in factors]
     start = [
         (value if held is None else held) if path in adapters[task].factors else 0.0
         for (task, value), held in zip(values.items(), fixed, strict=True)
     ]
-    lam = torch.tensor(start, dtype=wide, device=weight.device)
+    lam = torch.tensor(start, dtype=wide, device=device)
     learnt = all(value is None for value in fixed)
     module = MeasuredLoRALinear(linear, bank, nn.Parameter(lam) if learnt else lam)
     module.path = path
-    module.biases = _stacked([factor.bias_delta() for factor in factors], weight)
-    module.denses = _stacked([factor.dense for factor in factors], weight)
+    module.biases = _stacked([factor.bias_delta() for factor in factors], bank.A)
+    module.denses = _stacked([factor.dense for factor in factors], bank.A)
     return module
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.families import Family, find_family
+from nsc_merge.models.stored_weights import stored
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -57,9 +58,9 @@ def fit(
         notes = list(adapter.notes)
         for path, factor in factors.items():
             if factor.magnitude is not None and isinstance(module := modules.get(path), nn.Linear):
-                factors[path], error = _without_dora(task, path, factor, module)
+                factors[path], error = _without_dora(task, path, factor, module, model)
                 notes.append(f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}")
-        factors.update(_shared(task, {k: v for k, v in trained.items() if k in inside}, modules))
+        factors.update(_shared(task, {k: v for k, v in trained.items() if k in inside}, modules, model))
         heads = {name: value for name, value in trained.items() if name not in inside}
         fitted[task] = replace(adapter, factors=factors, trained=heads, notes=tuple(notes))
     return _by_policy(fitted, shared_modules)
@@ -109,15 +110,17 @@ def _today(path: str, names: Collection[str], family: Family | None, prefix: str
     return path
 
 
-def _without_dora(task: str, path: str, factor: Factor, linear: nn.Linear) -> tuple[Factor, float]:
+def _without_dora(
+    task: str, path: str, factor: Factor, linear: nn.Linear, model: nn.Module
+) -> tuple[Factor, float]:
     """The best update of the same rank in place of DoRA's, and its relative error."""
     assert factor.magnitude is not None
-    if linear.weight.shape != (factor.B.shape[0], factor.A.shape[1]):
+    if (linear.out_features, linear.in_features) != (factor.B.shape[0], factor.A.shape[1]):
         raise ValueError(
-            f"adapters[{task!r}]: {path}: expected an update of shape {list(linear.weight.shape)}, "
+            f"adapters[{task!r}]: {path}: expected an update of shape {[linear.out_features, linear.in_features]}, "
             f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
         )
-    base = linear.weight.detach().double().cpu()
+    base = stored(model, f"{path}.weight").whole().double().cpu()
     moved = base + factor.delta().cpu()
     moved *= (factor.magnitude.double().cpu() / moved.norm(dim=1))[:, None]
     left, sigma, right = torch.linalg.svd(moved - base, full_matrices=False)
@@ -127,7 +130,9 @@ def _without_dora(task: str, path: str, factor: Factor, linear: nn.Linear) -> tu
     return converted, float(sigma[kept:].norm() / sigma.norm()) if sigma.any() else 0.0
 
 
-def _shared(task: str, trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> dict[str, Factor]:
+def _shared(
+    task: str, trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module
+) -> dict[str, Factor]:
     values: dict[str, dict[str, Tensor]] = {}
     for name, value in trained.items():
         path, _, parameter = name.rpartition(".")
@@ -142,7 +147,7 @@ def _shared(task: str, trained: Mapping[str, Tensor], modules: Mapping[str, nn.M
             )
         deltas = {}
         for parameter, value in tensors.items():
-            base = getattr(linear, parameter).detach()
+            base = stored(model, f"{path}.{parameter}").whole()
             if value.shape != base.shape:
                 raise ValueError(
                     f"adapters[{task!r}]: {path}.{parameter}: expected shape {list(base.shape)}, "

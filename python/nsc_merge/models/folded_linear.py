@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank
+from nsc_merge.models.stored_weights import is_plain
 
 # Bytes of merged weights that a merge may hold unless told to.
 LIMIT = 2**30
@@ -74,7 +75,8 @@ def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool:
     Raises:
         ValueError: if it was asked for and cannot be.
     """
-    weights = list(weights)
+    # What is offloaded or quantised is left as it is, by can_fold.
+    weights = [weight for weight in weights if is_plain(weight)]
     unfit = next((weight for weight in weights if not _holds_the_sum(weight)), None)
     if asked and unfit is not None:
         raise ValueError(
@@ -94,4 +96,4 @@ def _holds_the_sum(weight: Tensor) -> bool:
 def can_fold(linear: nn.Linear) -> bool:
     """Whether calling ``linear`` is its product and nothing else, so that another product can stand for it."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)
+    return type(linear) is nn.Linear and is_plain(linear.weight) and "forward" not in vars(linear) and not any(hooks)

@@ -28,6 +28,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Within it, modules compiled in place (``module.compile()``, or a ``forward`` put through ``torch.compile``) run
+    as they were written: their graphs know nothing of attached adapters.
+    """
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    forwards = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
+    written = {module: getattr(forward, "_torchdynamo_orig_callable", None) for module, forward in forwards.items()}
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        for module, forward in written.items():
+            if forward is not None:
+                module.forward = forward
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        for module, forward in forwards.items():
+            if written[module] is not None:
+                module.forward = forward
+
+
+@contextmanager
 def shared_forward(model: nn.Module) -> Iterator[None]:
     """Within it, calling ``model`` again with the very same objects returns what the first call returned."""
     known: dict[tuple[Any, ...], Any] = {}
@@ -45,10 +68,15 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+        restore_forward(model, own)
+
+
+def restore_forward(module: nn.Module, own: Any) -> None:
+    """Give a module the ``forward`` back that it had of its own, such as accelerate's, or else its class's."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
 
 
 def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -64,6 +92,7 @@ def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Modul
 
 @contextmanager
 def wrapped_forward(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
+    own = vars(block).get("forward")
     forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
     if checkpointing:
         forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
@@ -71,7 +100,7 @@ def wrapped_forward(block: nn.Module, checkpointing: bool, compiler: str | None)
     try:
         yield
     finally:
-        del block.forward
+        restore_forward(block, own)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     with options_at_fault(recipe):
         steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
     recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
+    on_gpu = next(model.parameters()).is_cuda
     reset_peak(model)
     result = merge_loaded(recipe, model, adapters, calibration, {"progress": False})
     seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
@@ -64,12 +65,14 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         **document,
         "remarks": [*document["remarks"], *result.notes],
         "steps": steps,
-        "options": {key: value for key, value in result.options.items() if key != "scored"},
+        "steps_tried": len(result.history),
+        "options": {**{key: value for key, value in result.options.items() if key != "scored"}, "steps": steps},
         "measured_modules": list(result.options.get("scored", ())),
         "dead": result.dead,
         "seconds_per_step": seconds,
         "seconds": seconds * steps,
         "peak_bytes": peak_bytes(model),
+        "peak_of": "of the GPU, at the peak of the steps tried" if on_gpu else "of the process, loading included",
     }
 
 
@@ -95,7 +98,7 @@ def render_plan(plan: dict[str, Any]) -> str:
         lines += [
             f"dead      {dead} coefficients {why}receive no gradient",
             f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
-            f"memory    {_size(plan['peak_bytes'])} at the peak of these steps",
+            f"memory    {_size(plan['peak_bytes'])} {plan['peak_of']}",
         ]
     lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Recipe:
         rank: truncation of format ``"lora"``.
         max_shard_size: of format ``"model"``.
         plots: whether to draw coefficients and ratios.
+        dropped: options that the file gives to its own method, where an override asks for another.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Recipe:
     rank: int | None = None
     max_shard_size: str = "5GB"
     plots: bool = True
+    dropped: tuple[str, ...] = ()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -91,12 +93,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file. Relative paths in it are relative to its folder.
-        overrides: ``"key.sub=value"``, the value in YAML; relative paths are relative to the working folder.
+        overrides: ``"key.sub=value"``, the value in YAML; relative paths are relative to the working folder. One that
+            changes ``method`` drops the options that the file has for its own (:attr:`Recipe.dropped`): what they mean
+            differs from method to method, even where the names are the same.
 
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    return _checked(read_document(Path(path), overrides, _absolute))
+    document = read_document(Path(path), overrides, _absolute)
+    own = read_document(Path(path), (), _absolute)
+    options = own.get("options")
+    same = document.get("method", Recipe.method) == own.get("method", Recipe.method)
+    if same or not isinstance(options, dict):
+        return _checked(document)
+    checked = _checked(read_document(Path(path), ["options=", *overrides], _absolute))
+    return replace(checked, dropped=tuple(map(str, options)))
 
 
 def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:

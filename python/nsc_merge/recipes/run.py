@@ -67,13 +67,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     if resumable:
         options["state_of"] = _sources(recipe, model, calibration)
     result = merge_loaded(recipe, model, adapters, calibration, options)
-    if result.history:
-        first, last = result.history[0], result.history[-1]
-        quantity = "null-space ratio" if "omega" in first else "loss"
-        log(
-            f"{len(result.history)} steps: mean {quantity} {first['objective']:.4f} -> "
-            f"{last['objective']:.4f}, coefficients {last['lambda_min']:.3f} to {last['lambda_max']:.3f}"
-        )
+    if result.course:
+        log(result.course)
     dead = sum(len(tasks) for tasks in result.dead.values())
     if dead:
         log(f"{dead} coefficients received no gradient: nothing measured depends on them")
@@ -90,7 +85,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
         "formats": formats,
         "steps": len(result.history),
         "seconds": round(time.perf_counter() - started, 2),
-        "objective": [entry["objective"] for entry in (result.history[:1] + result.history[-1:])],
+        "objective": result.objective,
         "dead": dead,
         "files": files,
     }
@@ -110,7 +105,8 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
 
 def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
     """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
-
+    if recipe.dropped:
+        log(f"method={recipe.method} drops what the recipe says for another method: options {', '.join(recipe.dropped)}")
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
         task: read_batches(place, recipe.batch_size, f"calibration.{task}")

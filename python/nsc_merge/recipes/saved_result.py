@@ -17,6 +17,7 @@ from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.yaml_text import from_yaml
 
 
@@ -43,10 +44,14 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError(f"result: {file}: expected one coefficient for each of {tasks} in every module")
     for path, row in coefficients.items():
         for task, value in row.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"result: {file}: {path}: {task}: expected a number, found {value!r:.60}")
     if not isinstance(dead, dict) or not all(_is_names(names) and set(names) <= set(tasks) for names in dead.values()):
         raise ValueError(f"result: {file}: dead: expected names of tasks by module, found {dead!r:.60}")
+    # Merges that were saved by earlier releases do not say.
+    moved = document.setdefault("objective", {})
+    if moved and not _is_comparison(moved):
+        raise ValueError(f"result: {file}: objective: expected before, after and batches, found {moved!r:.60}")
     return document, _history(folder / HISTORY_FILE)
 
 
@@ -63,6 +68,13 @@ def _history(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"result: {file}: line {number}: expected an object, found {entry!r:.60}")
         entries.append(entry)
     return entries
+
+
+def _is_comparison(moved: Any) -> bool:
+    """Whether it is what :attr:`nsc_merge.MergeResult.objective` holds."""
+    numbers = [moved.get(name) for name in ("before", "after")] if isinstance(moved, dict) else []
+    count = moved.get("batches") if numbers else None
+    return all(map(is_number, numbers)) and type(count) is int and count > 0
 
 
 def load_result(folder: str | Path) -> MergeResult:
@@ -114,6 +126,7 @@ def load_result(folder: str | Path) -> MergeResult:
         model=model,
         inputs=inputs,
         about=METHODS[document["method"]].paragraph if document["method"] in METHODS else "",
+        objective=document["objective"],
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from nsc_merge.utils.errors import UsageError
 from nsc_merge.utils.option_checks import did_you_mean
-from nsc_merge.utils.yaml_text import from_yaml
+from nsc_merge.utils.yaml_text import from_yaml, read_yaml
 
 # YAML 1.1 takes 1e-3 for a string, which nobody means.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -39,7 +39,7 @@ def read_document(
     if not path.is_file():
         raise RecipeError(f"recipe: {path} is not a file")
     try:
-        document = from_yaml(path.read_text(encoding="utf-8"))
+        document = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

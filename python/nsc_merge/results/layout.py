@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 FORMATS = ("coefficients", "lora", "model")
 # What a finished merge keeps of its circumstances; ignored when the file is run again.
@@ -21,6 +26,60 @@ OPTIONS_OF_RUN = ("state_to", "state_of", "resume_from")
 PASSING_OPTIONS = ("progress", *OPTIONS_OF_RUN, "state_every", "scored")
 
 
-def file_name(task: str) -> str:
-    """The task as a file name: whatever could leave the folder is replaced."""
-    return re.sub(r"[^\w.-]", "_", task).lstrip(".") or "task"
+_FILE = r"""(?x:
+    adapter_config\.json | adapter_model\.safetensors | truncation\.json
+    | config\.json | generation_config\.json | model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
+    | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
+)"""
+_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?{_FILE}|heads/[^/]+\.safetensors")
+
+
+def is_ours(path: str) -> bool:
+    """Whether a save could have written a file, by its path within the folder. A list that lies in a folder, of what
+    was written there, is nobody's word: what it names beside these is a user's own.
+    """
+    return _OURS.fullmatch(path) is not None
+
+
+# What every file system takes for a name and can be told apart there, case aside: no dot in front or at the end, no
+# name of a device of Windows, room for an ending.
+_SIMPLE = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w-]([\w.-]*[\w-])?")
+_LONGEST = 200
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Each of some names -> a name for a file or folder that no other of them has, on any file system.
+
+    A name of letters, digits, ``_``, ``-`` and ``.`` stands for itself. Any other, and those that differ from each
+    other in case only, get a digest behind what is left of them: see :func:`marked`.
+    """
+    names = list(names)
+    folded = Counter(map(_folded, dict.fromkeys(names)))
+    return {name: name if _is_simple(name) and folded[_folded(name)] == 1 else marked(name) for name in names}
+
+
+def task_folders(tasks: Iterable[str]) -> dict[str, str]:
+    """Each task -> the folder, within the output, of the update that it alone has."""
+    return {task: f"{TASKS_FOLDER}/{name}" for task, name in file_names(tasks).items()}
+
+
+def marked(name: str) -> str:
+    """``<what is simple in it>+<digest>``; no simple name has a ``+``."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:40]}+{digest}"
+
+
+def found_as(folder: Path, name: str, ending: str = "") -> Path:
+    """Where :func:`file_names` put ``name`` in ``folder``, whatever other names there were; there may be nothing."""
+    place = folder / f"{marked(name)}{ending}"
+    return folder / f"{name}{ending}" if _is_simple(name) and not place.exists() else place
+
+
+def _is_simple(name: str) -> bool:
+    short = len(name.encode("utf-8", "surrogatepass")) <= _LONGEST
+    return short and unicodedata.is_normalized("NFC", name) and _SIMPLE.fullmatch(name) is not None
+
+
+def _folded(name: str) -> str:
+    """The same for names that some file system takes for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import dense, low_rank
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.results.layout import TASKS_FOLDER, file_name
+from nsc_merge.models.stored_weights import sharing, stored
+from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
 
@@ -32,7 +33,8 @@ class MergedUpdate:
         coefficients: module path in the base model -> task -> coefficient; 0 where a task's adapter is
             absent. Empty if the method gives factors.
         history: one entry per step: ``step``, ``objective`` (Eq. 5), ``omega`` (per task), ``lambda_min``,
-            ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update.
+            ``lambda_mean``, ``lambda_max`` and ``seconds``. All values are from before the step's update, and on the
+            batches of that step: two entries show how far the objective moved only if their batches are the same.
         adapters: task -> adapter, as fitted to the model by :func:`nsc_merge.models.fitting.fit`.
         options: resolved options of the method.
         dead: module path -> tasks whose coefficient cannot receive a gradient and therefore kept its initial
@@ -43,6 +45,9 @@ class MergedUpdate:
         per_task: task -> module path -> update, of methods that give every task its own.
         about: how it was found, in a paragraph for the model card.
         found_after: how often :meth:`apply` had changed ``model`` when the result was made.
+        objective: of methods that take steps, what they minimise ``before`` and ``after``: at the initial coefficients
+            and at those found, both on the same batches, ``batches`` of every task. Means over tasks; ``tasks`` holds
+            both for each. Empty where that is not known.
     """
 
     method: str
@@ -57,6 +62,7 @@ class MergedUpdate:
     per_task: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict, repr=False)
     about: str = field(default="", repr=False)
     found_after: int | None = field(default=None, repr=False)
+    objective: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.found_after is None:
@@ -98,6 +104,26 @@ class MergedUpdate:
             if factor is not None:
                 yield self.coefficients[path][task] if factor.fixed is None else factor.fixed, factor
 
+    @property
+    def course(self) -> str:
+        """What the steps did to the objective and the coefficients, in a line; empty if that is not known."""
+        if not self.objective or not self.history:
+            return ""
+        steps = len(self.history)
+        quantity = "null-space ratio" if "omega" in self.history[0] else "loss"
+        count = self.objective["batches"]
+        on = "the same batch" if count == 1 else f"the same {count} batches"
+        values = [
+            row[task]
+            for path, row in self.coefficients.items()
+            for task, adapter in self.adapters.items()
+            if path in adapter.factors
+        ]
+        return (
+            f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:.4g} -> "
+            f"{self.objective['after']:.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
+        )
+
     def for_task(self: Update, task: str) -> Update:
         """The result that serves one task: itself, unless every task has an update of its own.
 
@@ -137,6 +163,8 @@ class MergedUpdate:
             factors=times(self.factors),
             per_task={task: times(factors) for task, factors in self.per_task.items()},
             options=options,
+            # It was of other coefficients.
+            objective={},
         )
 
     def _is_fixed(self, path: str) -> bool:
@@ -166,13 +194,17 @@ class MergedUpdate:
     def merged(self, model: nn.Module, paths: Collection[str] | None = None) -> dict[str, Tensor]:
         """The merged parameters of ``model``, by parameter path; each sum is formed in float64, rounded once.
 
+        Weights that accelerate offloads are taken from where it keeps them; of a DTensor, every process gets its own
+        shards.
+
         Args:
             model: the base model, or another of the same shapes.
             paths: the linears to merge, all by default.
 
         Raises:
             ValueError: if a module is missing or has another shape, if there is no bias to hold the update of
-                one, or if a merged weight is tied to another parameter, which would change with it.
+                one, if a merged weight is tied to another parameter, which would change with it, or if a weight is
+                kept in a way that nothing can be added to, such as quantised.
             TypeError: if a module is not an ``nn.Linear``.
         """
         linears = {
@@ -180,42 +212,47 @@ class MergedUpdate:
             for path, linear in merged_linears(model, self.adapters).items()
             if paths is None or path in paths
         }
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
+        shared = sharing(model)
+        names = []
         for path, linear in linears.items():
-            tied = names[id(linear.weight)]
+            stored(model, f"{path}.weight")
+            tied = shared[f"{path}.weight"]
             if len(tied) > 1:
                 raise ValueError(
                     f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora'"
                 )
-            if linear.bias is None and self.bias_delta(path) is not None:
+            names.append(f"{path}.weight")
+            if self.bias_delta(path) is None:
+                continue
+            if linear.bias is None:
                 raise ValueError(
                     f"{path}: the adapters have a bias (lora_bias) and the linear has none to merge it into; "
                     "use format 'lora'"
                 )
-        merged = {}
-        for path, linear in linears.items():
-            merged[f"{path}.weight"] = _plus(linear.weight, self.delta(path))
-            bias = self.bias_delta(path)
-            if bias is not None:
-                merged[f"{path}.bias"] = _plus(linear.bias, bias)
-        return merged
+            stored(model, f"{path}.bias")
+            names.append(f"{path}.bias")
+        return {name: stored(model, name).plus(self._update_of(name)) for name in names}
+
+    def _update_of(self, name: str) -> Tensor:
+        path, _, part = name.rpartition(".")
+        update = self.delta(path) if part == "weight" else self.bias_delta(path)
+        assert update is not None
+        return update
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
 
         Calling it twice adds twice. :attr:`model` itself is then no longer the base, so that saving can no longer write
-        what needs it; a copy can be changed freely.
+        what needs it; a copy can be changed freely. Of weights that accelerate offloads to disk, the files stay as they
+        are, and the merged ones are held in memory in their stead.
 
         Raises:
             TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
         merged = self.merged(model)
         setattr(model, _APPLICATIONS, _applications(model) + 1)
-        with torch.no_grad():
-            for name, value in merged.items():
-                model.get_parameter(name).copy_(value)
+        for name, value in merged.items():
+            stored(model, name).write(value)
         return model
 
     def check_base(self) -> None:
@@ -247,11 +284,6 @@ def _applications(model: nn.Module) -> int:
     return getattr(model, _APPLICATIONS, 0)
 
 
-def _plus(parameter: Tensor, update: Tensor) -> Tensor:
-    value = parameter.detach()
-    return (value.double() + update.to(value.device)).to(value.dtype)
-
-
 @contextmanager
 def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
     """``model`` with the merged update in its weights, for the duration of a ``with`` block.
@@ -260,16 +292,10 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
         TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
     """
     merged = update.merged(model)
-    before = {name: model.get_parameter(name).detach().clone() for name in merged}
-    try:
-        with torch.no_grad():
-            for name, value in merged.items():
-                model.get_parameter(name).copy_(value)
+    with ExitStack() as stack:
+        for name, value in merged.items():
+            stack.enter_context(stored(model, name).holding(value))
         yield model
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
 
 
 def by_task(update: Update) -> Iterator[tuple[str, Update]]:
@@ -277,5 +303,5 @@ def by_task(update: Update) -> Iterator[tuple[str, Update]]:
     if not update.per_task:
         yield "", update
         return
-    for task in update.tasks:
-        yield f"{TASKS_FOLDER}/{file_name(task)}", update.for_task(task)
+    for task, folder in task_folders(update.tasks).items():
+        yield folder, update.for_task(task)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.fitting import absent
+from nsc_merge.results.layout import HEADS_FOLDER, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.serving_notes import serving_notes
+from nsc_merge.utils.yaml_text import to_yaml
 
 _LOADING = {
     "lora": """\
@@ -23,6 +25,20 @@ model = {cls}.from_pretrained("{place}")
     "coefficients": "`coefficients.json` holds one coefficient per module and task.\n",
 }
 
+# Not load_state_dict: tasks have heads of other sizes than the base.
+_HEAD = """\
+The adapters brought heads: {files}. After the code above, this puts one into `model`:
+
+```python
+import torch
+from safetensors.torch import load_file
+for name, value in load_file("{file}").items():
+    path, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(path)
+    setattr(layer, parameter, torch.nn.Parameter(value.to(layer.weight)))
+{labels}```
+"""
+
 
 def model_card(
     result: MergedUpdate, formats: list[str], rank: int | None, errors: dict[str, float], *, nested: bool
@@ -38,36 +54,65 @@ def model_card(
         nested: whether each format has a folder of its own.
     """
     bases = {adapter.base_model for adapter in result.adapters.values() if adapter.base_model}
-    lines = ["---"]
-    if len(bases) == 1:
-        lines.append(f"base_model: {bases.pop()}")
-    lines += [f"library_name: {'transformers' if 'model' in formats else 'peft'}", "tags:", "- merge", "- lora"]
+    about = {
+        **({"base_model": bases.pop()} if len(bases) == 1 else {}),
+        "library_name": "transformers" if "model" in formats else "peft",
+        "tags": ["merge", "lora"],
+    }
+    lines = ["---", to_yaml(about) + "---", ""]
     count = len(result.tasks)
-    lines += ["---", "", f"# {count} LoRA adapter{'s' * (count > 1)} merged: {', '.join(result.tasks)}", ""]
+    lines += [f"# {count} LoRA adapter{'s' * (count > 1)} merged: {', '.join(map(_text, result.tasks))}", ""]
     lines += [*_found(result), "", *_table(result), "", "## Loading", ""]
     for name in formats:
-        lines.append(_LOADING[name].format(place=name if nested else ".", cls=type(result.model).__name__))
+        lines.append(_loading(result, name, nested=nested))
+    if any(adapter.trained for adapter in result.adapters.values()):
+        lines.append(_heads(result))
     lines += [f"- {note}" for note in _remarks(result, formats, rank, errors)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _text(name: str) -> str:
+    """The name of a task, which may hold anything, in a line or a cell."""
+    return " ".join(name.split()).replace("|", "\\|")
+
+
+def _loading(result: MergedUpdate, format: str, *, nested: bool) -> str:
+    """How to load one format: of the first task, where every task has its own."""
+    own = list(task_folders(result.tasks).values()) if result.per_task else [""]
+    places = ["/".join(part for part in (place, format if nested else "") if part) or "." for place in own]
+    code = _LOADING[format].format(place=places[0], cls=type(result.model).__name__)
+    others = ", ".join(f"`{place}`" for place in places[1:])
+    return f"{code}\nEvery task has its own; the others are in {others}.\n" if others else code
+
+
+def _heads(result: MergedUpdate) -> str:
+    """What the tasks' heads are, and code that puts one into the model, if that has a place for it."""
+    names = file_names(result.adapters)
+    heads = {f"{HEADS_FOLDER}/{names[task]}.safetensors": one.trained for task, one in result.adapters.items()}
+    heads = {file: tensors for file, tensors in heads.items() if tensors}
+    files = ", ".join(f"`{file}`" for file in heads)
+    shapes = {name: list(value.shape) for name, value in result.model.named_parameters(remove_duplicate=False)}
+    missing = sorted({name for tensors in heads.values() for name in tensors} - set(shapes))
+    if missing:
+        return f"The adapters brought heads: {files}. The base that was merged has no place for `{missing[0]}`.\n"
+    # The layer that has an output for each label, if there is one.
+    labels = getattr(getattr(result.model, "config", None), "num_labels", None)
+    first = next(iter(heads))
+    layer = next((name for name in heads[first] if len(shapes[name]) == 2 and shapes[name][0] == labels), None)
+    told = f'model.config.num_labels = len(model.get_parameter("{layer}"))\n' if layer else ""
+    return _HEAD.format(files=files, file=first, labels=told)
+
+
 def _found(result: MergedUpdate) -> list[str]:
     about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
-    if not result.history or "omega" not in result.history[0]:
-        return [about]
-    first, last = result.history[0], result.history[-1]
-    return [
-        about,
-        "",
-        f"Mean null-space ratio (the objective): {first['objective']:.4f} at the first of "
-        f"{len(result.history)} steps, {last['objective']:.4f} at the last.",
-    ]
+    return [about, "", f"{result.course}."] if result.course else [about]
 
 
 def _table(result: MergedUpdate) -> list[str]:
     if not result.coefficients:
         rows = [
-            f"| {task} | {len(adapter.factors)} | {_ranks(adapter)} |" for task, adapter in result.adapters.items()
+            f"| {_text(task)} | {len(adapter.factors)} | {_ranks(adapter)} |"
+            for task, adapter in result.adapters.items()
         ]
         return ["| task | modules | ranks |", "|---|---|---|", *rows]
     lines = ["| task | modules | ranks | coefficients | mean |", "|---|---|---|---|---|"]
@@ -77,7 +122,7 @@ def _table(result: MergedUpdate) -> list[str]:
             for path, factor in adapter.factors.items()
         ]
         lines.append(
-            f"| {task} | {len(adapter.factors)} | {_ranks(adapter)} | "
+            f"| {_text(task)} | {len(adapter.factors)} | {_ranks(adapter)} | "
             f"{min(values):.3f} to {max(values):.3f} | {sum(values) / len(values):.3f} |"
         )
     return lines
@@ -97,12 +142,6 @@ def _remarks(
             f"Truncated to rank {rank}: relative error of the update {sum(errors.values()) / len(errors):.3g} "
             f"on average, {errors[worst]:.3g} at most (`{worst}`); all in `truncation.json`."
         )
-    heads = [task for task, adapter in result.adapters.items() if adapter.trained]
-    if heads:
-        remarks.append(
-            f"Heads of {', '.join(heads)}: `heads/<task>.safetensors`, by parameter name; load one with "
-            "`model.load_state_dict(tensors, strict=False)`."
-        )
     dead = sum(len(tasks) for tasks in result.dead.values())
     if dead:
         remarks.append(
@@ -113,5 +152,5 @@ def _remarks(
     if missing:
         remarks.append(f"{len(missing)} modules are not adapted by every task; the others count as 0 there.")
     remarks += result.notes
-    remarks += [f"{task}: {note}" for task, adapter in result.adapters.items() for note in adapter.notes]
+    remarks += [f"{_text(task)}: {note}" for task, adapter in result.adapters.items() for note in adapter.notes]
     return remarks

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style
+from nsc_merge.utils.atomic_file import replacing
+from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style, running_mean
 
 COEFFICIENTS_PLOT = "coefficients.png"
 RATIOS_PLOT = "ratios.png"
@@ -19,9 +20,14 @@ def draw(
     dead: Mapping[str, Sequence[str]],
     history: Sequence[Mapping[str, Any]],
     folder: Path,
+    window: int = 1,
 ) -> list[Path]:
     """Draw ``coefficients.png`` and, if there is a history, ``ratios.png``, or ``losses.png`` of methods that minimise
     something else; returns what was written.
+
+    Args:
+        window: steps that the curves are means over. Each step has batches of its own, which differ by more than the
+            coefficients change: only means over the same batches show how far they have come.
 
     Raises:
         RuntimeError: if matplotlib is not installed.
@@ -32,7 +38,7 @@ def draw(
         if history:
             measured = "omega" in history[0]
             written.append(folder / (RATIOS_PLOT if measured else LOSSES_PLOT))
-            _draw_history(pyplot, history, "omega" if measured else "loss", written[1])
+            _draw_history(pyplot, history, "omega" if measured else "loss", min(window, len(history)), written[1])
     return written
 
 
@@ -72,24 +78,36 @@ def _draw_coefficients(
     axes[0][0].set_ylabel("block")
     bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
     bar.set_label("coefficient λ (x: received no gradient)" if dead else "coefficient λ")
-    figure.savefig(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
 
 
-def _draw_history(pyplot: Any, history: Sequence[Mapping[str, Any]], quantity: str, out: Path) -> None:
+def _draw_history(
+    pyplot: Any, history: Sequence[Mapping[str, Any]], quantity: str, window: int, out: Path
+) -> None:
     figure, axis = pyplot.subplots(figsize=(7, 4))
     steps = [entry["step"] for entry in history]
+
+    def curve(values: Sequence[float], label: str, dashes: str = "-", **style: Any) -> None:
+        if window > 1:
+            axis.plot(steps, values, dashes, **{**style, "lw": 0.8, "alpha": 0.3})
+        # The mean over all steps there are is a single point.
+        marker = "o" if window == len(steps) else None
+        axis.plot(steps[window - 1 :], running_mean(values, window), dashes, label=label, marker=marker, **style)
+
     for index, task in enumerate(history[0][quantity]):
         colour = COLOURS[index % len(COLOURS)]
         dashes = "-" if index < len(COLOURS) else "--"
-        axis.plot(
-            steps, [entry[quantity][task] for entry in history], dashes, color=colour, lw=1.4, label=task
-        )
-    axis.plot(steps, [entry["objective"] for entry in history], color="black", lw=2.4, label="mean")
+        curve([entry[quantity][task] for entry in history], task, dashes, color=colour, lw=1.4)
+    curve([entry["objective"] for entry in history], "mean", color="black", lw=2.4)
+    if window > 1:
+        axis.set_title(f"mean over {window} steps; faint: each step, on its own batches", loc="left", fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step")
     axis.set_ylabel("null-space ratio ω" if quantity == "omega" else quantity)
     axis.grid(axis="y", color="0.9")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)

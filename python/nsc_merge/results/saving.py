@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
+from nsc_merge.models.stored_weights import state_of
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -21,7 +24,9 @@ from nsc_merge.results.layout import (
     RECIPE_FILE,
     RECORD,
     TRUNCATION_FILE,
-    file_name,
+    file_names,
+    is_ours,
+    task_folders,
 )
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.results.model_card import model_card
@@ -29,7 +34,7 @@ from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT,
 from nsc_merge.results.record import merge_digest, recipe_of
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
-from nsc_merge.utils.yaml_text import from_yaml, to_yaml
+from nsc_merge.utils.yaml_text import read_yaml, to_yaml
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -62,18 +67,20 @@ def save(
         result.check_base()
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
-    if isinstance(format, str):
-        _refuse_mixture(out, format)
+    nested = not isinstance(format, str)
     digest = merge_digest(result)
-    earlier, files = _earlier(out)
-    kept = files if earlier == digest else set()
+    gone: set[str] = set()
 
     def obsolete(path: Path, written: set[Path]) -> bool:
-        return path.as_posix() in files - kept or _is_outdated(path, written)
+        return path.as_posix() in gone or _is_outdated(path, written)
 
-    with replacing_folder(out, obsolete) as staging:
+    with _disk_errors(out), replacing_folder(out, obsolete) as staging:
+        # Nobody else writes there from here on, and what somebody just wrote counts.
+        _refuse_mixture(result, out, wanted, nested=nested)
+        earlier, files = _earlier(out)
+        kept = files if earlier == digest else set()
+        gone |= files - kept
         errors: dict[str, float] = {}
-        nested = not isinstance(format, str)
         if nested and result.coefficients:
             _write_coefficients(result, staging)
             shown = list(dict.fromkeys(["coefficients", *wanted]))
@@ -98,14 +105,26 @@ def save(
     return sorted(written)
 
 
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """What safetensors says of a full disk, as the error that everyone else says it with."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"out: {out} cannot be written: {error}") from None
+
+
 def _earlier(out: Path) -> tuple[str | None, set[str]]:
     """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
     import yaml
 
     try:
-        record = from_yaml((out / RECIPE_FILE).read_text(encoding="utf-8"))[RECORD]
+        record = read_yaml(out / RECIPE_FILE)[RECORD]
         # The pictures may have been drawn later.
-        return record["merge"], {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
+        files = {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
+        return record["merge"], {path for path in files if isinstance(path, str) and is_ours(path)}
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return None, set()
 
@@ -120,12 +139,14 @@ def _refuse_full_rank(result: MergedUpdate) -> None:
                 )
 
 
-def _refuse_mixture(out: Path, format: str) -> None:
+def _refuse_mixture(result: MergedUpdate, out: Path, formats: Sequence[str], *, nested: bool) -> None:
     """transformers adds an adapter that lies beside a model's weights to them: it would count twice."""
-    if format == "model" and (out / CONFIG_FILE).exists():
-        raise ValueError(f"out: {out} holds an adapter ({CONFIG_FILE}); expected a folder without one")
-    if format == "lora" and (out / "config.json").exists():
-        raise ValueError(f"out: {out} holds a model (config.json); expected a folder without one")
+    places = task_folders(result.tasks).values() if result.per_task else [""]
+    for folder, name in ((out / place / (name if nested else ""), name) for place in places for name in formats):
+        if name == "model" and os.path.lexists(folder / CONFIG_FILE):
+            raise ValueError(f"out: {folder} holds an adapter ({CONFIG_FILE}); expected a folder without one")
+        if name == "lora" and os.path.lexists(folder / "config.json"):
+            raise ValueError(f"out: {folder} holds a model (config.json); expected a folder without one")
 
 
 def _write(
@@ -149,6 +170,7 @@ def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
         "options": plain(result.options),
         "dead": result.dead,
         "coefficients": result.coefficients,
+        **({"objective": result.objective} if result.objective else {}),
     }
     (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -194,25 +216,26 @@ def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) 
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
     if getattr(model, "is_quantized", False):
         raise ValueError("format 'model' would round the merge to the quantised base; use format 'lora'")
-    state = {**model.state_dict(), **result.merged(model)}
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    merged = result.merged(model)
+    # Of models with a device map, transformers reads what is offloaded itself, one file after another.
+    state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
+    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=max_shard_size)
 
 
 def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:
     from safetensors.torch import save_file
 
+    names = file_names(result.adapters)
     for task, adapter in result.adapters.items():
         if adapter.trained:
-            file = folder / HEADS_FOLDER / f"{file_name(task)}.safetensors"
-            if file.exists():
-                raise ValueError(f"adapters[{task!r}]: another task's head is kept as {file.name}, too")
+            file = folder / HEADS_FOLDER / f"{names[task]}.safetensors"
             file.parent.mkdir(exist_ok=True)
             save_file({name: value.contiguous() for name, value in adapter.trained.items()}, file)
     if result.history:
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")
     if plots and result.coefficients:
-        draw(result.coefficients, result.dead, result.history, folder)
+        draw(result.coefficients, result.dead, result.history, folder, result.objective.get("batches", 1))
 
 
 def _is_outdated(path: Path, written: set[Path]) -> bool:

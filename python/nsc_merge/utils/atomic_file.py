@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, of the same ending, that takes its place if the block succeeds."""
+    """A temporary name beside ``path``, of the same ending and nobody else's, that takes its place if the block
+    succeeds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

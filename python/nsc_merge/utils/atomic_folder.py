@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,40 +17,49 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place if the block succeeds.
+    """A temporary folder that takes the place of ``out`` if the block succeeds, for one process at a time.
 
     Files of ``out`` that the block does not write are kept. On Linux the two folders change places in one system call.
     Elsewhere, and on filesystems without that call, a crash between two renames can leave no ``out`` for a moment's
-    work, but both versions whole beside it. A folder that the process itself runs in cannot be moved from under it:
-    its files are replaced one by one.
+    work; the next writer brings it back first. A folder that the process itself runs in cannot be moved from under it:
+    its files are replaced one by one, and a crash meanwhile leaves some of them missing until the next writer has
+    brought the old ones back. What a crash leaves lies beside ``out``, in ``.<name>.unfinished``, until then.
 
     Args:
         out: the folder; made if needed, followed if it is a symbolic link.
         obsolete: of a file of ``out``, given its path within and the paths written: whether to drop it.
+
+    Raises:
+        OSError: if someone else is writing ``out``, or if it cannot be replaced, which is then as it was.
     """
     out = out.resolve()
+    if os.path.ismount(out):
+        raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
+    if out.exists() and not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"out: {out} is read-only; expected a folder that can be written to")
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with _only_writer(out) as work:
+        staging = work / "new"
+        staging.mkdir()
+        mode = stat.S_IMODE(staging.stat().st_mode)
         yield staging
         written = set(files_in(staging))
+        for path in written:
+            _widen(staging / path, mode & 0o666)
         if not out.exists():
-            staging.chmod(0o777 & ~_umask())
             os.rename(staging, out)
-        elif Path.cwd().is_relative_to(out):
-            _move(staging, out, written)
-            _drop(out, written, obsolete)
-        else:
-            shutil.copystat(out, staging)
-            kept = {path for path in files_in(out) if path not in written and not obsolete(path, written)}
-            for path in kept:
-                _link(out / path, staging / path)
-            _swap(staging, out)
-            # What someone else put there meanwhile is not ours to delete.
-            late = {path for path in files_in(staging) if path not in written | kept and not obsolete(path, written)}
-            _move(staging, out, late)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            return
+        gone = {path for path in files_in(out) if path in written or obsolete(path, written)}
+        kept = set(files_in(out)) - gone
+        _refuse_clash(out, kept, written)
+        if _runs_in(out):
+            _replace_one_by_one(work, staging, out, gone)
+            return
+        _carry_over(out, staging, kept)
+        _swap(staging, out)
+        # What someone else put there meanwhile is not ours to delete.
+        late = {path for path in files_in(staging) if path not in kept | gone and not obsolete(path, written)}
+        _move(staging, out, late)
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -60,6 +71,107 @@ def files_in(folder: Path) -> list[Path]:
     )
 
 
+@contextmanager
+def _only_writer(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out`` to work in, for one process at a time; what a dead one left there goes."""
+    name = out.name if len(os.fsencode(out.name)) < 200 else hashlib.sha256(os.fsencode(out.name)).hexdigest()
+    work, lock = (out.with_name(f".{name}.{ending}") for ending in ("unfinished", "lock"))
+    handle = _locked(lock, out)
+    try:
+        _recover(work, out)
+        work.mkdir(0o700)
+        yield work
+    finally:
+        _remove(work)
+        # While it is still ours: whoever opened it meanwhile finds it gone, and makes another.
+        lock.unlink(missing_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _locked(lock: Path, out: Path) -> int:
+    """An open file that this process alone has locked, until it closes it or ends."""
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise type(error)(f"out: {out.parent} cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                    return handle
+            os.close(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise BlockingIOError(
+                f"out: another writer is at work on {out}; expected one at a time: save again when it is done"
+            ) from None
+        except OSError as error:
+            os.close(handle)
+            raise OSError(
+                f"out: the filesystem of {out.parent} cannot lock a file ({error.strerror}), so that two writers "
+                "could mix; expected one that can: save there, and move the folder"
+            ) from None
+
+
+def _recover(work: Path, out: Path) -> None:
+    """Bring back what a writer that died had put aside, and remove the rest of its work."""
+    aside = _aside(work)
+    if aside.is_dir() and not out.exists():
+        os.rename(aside, out)
+    _undo(work, out)
+    _remove(work)
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all that is in it, be it read-only."""
+    for parent, _, _ in os.walk(folder):
+        with suppress(OSError):
+            os.chmod(parent, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _widen(file: Path, mode: int) -> None:
+    """Temporary files of libraries are for their owner alone; those that are kept are for whom any new file is for."""
+    found = stat.S_IMODE(file.lstat().st_mode)
+    if mode & ~found and not file.is_symlink():
+        file.chmod(found | mode)
+
+
+def _refuse_clash(out: Path, kept: Iterable[Path], written: set[Path]) -> None:
+    folders = {parent for path in written for parent in path.parents}
+    for path in kept:
+        if path in folders:
+            raise FileExistsError(f"out: {out / path} is no folder, and one of that name is to be written")
+        for parent in path.parents:
+            if parent in written:
+                raise FileExistsError(f"out: {out / parent} is a folder, and a file of that name is to be written")
+
+
+def _runs_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
+
+
+def _carry_over(out: Path, staging: Path, kept: Iterable[Path]) -> None:
+    """Put into ``staging`` what is kept of ``out``: files, folders that were empty, owners and permissions."""
+    for path in kept:
+        _link(out / path, staging / path)
+    for parent, folders, names in os.walk(out, topdown=False):
+        place = staging / Path(parent).relative_to(out)
+        if not folders and not names:
+            place.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            status = os.stat(parent)
+            with suppress(PermissionError):
+                os.chown(place, status.st_uid, status.st_gid)
+            shutil.copystat(parent, place)
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,27 +180,54 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _move(source: Path, target: Path, paths: set[Path]) -> None:
+def _move(source: Path, target: Path, paths: Iterable[Path]) -> None:
     for path in sorted(paths):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)
 
 
-def _drop(out: Path, written: set[Path], obsolete: Callable[[Path, set[Path]], bool]) -> None:
-    for path in files_in(out):
-        if path not in written and obsolete(path, written):
-            (out / path).unlink()
-            for folder in path.parents[:-1]:
-                # One that other files are left in stays.
-                with suppress(OSError):
-                    (out / folder).rmdir()
+def _replace_one_by_one(work: Path, staging: Path, out: Path, gone: set[Path]) -> None:
+    """Old files are put aside before new ones come, so that there is never some of both; names of folders say how far
+    it got.
+    """
+    aside, replaced = work / "aside", work / "replaced"
+    aside.mkdir()
+    try:
+        _move(out, aside, gone)
+        os.rename(aside, replaced)
+        for path in files_in(staging):
+            _link(staging / path, out / path)
+        os.rename(replaced, work / "old")
+    except BaseException:
+        _undo(work, out)
+        raise
+    for folder in {parent for path in gone for parent in path.parents[:-1]}:
+        # One that other files are left in stays.
+        with suppress(OSError):
+            os.removedirs(out / folder)
+
+
+def _undo(work: Path, out: Path) -> None:
+    """Take back what :func:`_replace_one_by_one` did, if it did not come to its end."""
+    aside, replaced = work / "aside", work / "replaced"
+    if replaced.is_dir():
+        for path in files_in(work / "new"):
+            (out / path).unlink(missing_ok=True)
+        os.rename(replaced, aside)
+    if aside.is_dir():
+        _move(aside, out, files_in(aside))
+
+
+def _aside(work: Path) -> Path:
+    """Where a whole old folder waits for a new one to take its place."""
+    return work.with_name(f"{work.name}-old")
 
 
 def _swap(one: Path, other: Path) -> None:
     """Let two folders of one filesystem change places."""
     if _exchange(one, other):
         return
-    aside = one.with_name(f"{one.name}.old")
+    aside = _aside(one.parent)
     os.rename(other, aside)
     try:
         os.rename(one, other)
@@ -100,13 +239,7 @@ def _swap(one: Path, other: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """In one step, if the system can; whether it could."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,17 +19,17 @@ def free_memory(device: torch.device) -> float:
 
 
 def reset_peak(model: nn.Module) -> None:
-    """Forget earlier peaks of GPU memory."""
-
-    if next(model.parameters()).is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    """Forget earlier peaks of the memory of the GPU that the model is on."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(model: nn.Module) -> int:
-    """Most GPU memory in use since :func:`reset_peak`; on the CPU, most memory this process ever held."""
-
-    if next(model.parameters()).is_cuda:
-        return int(torch.cuda.max_memory_allocated())
+    """Most memory of the model's GPU in use since :func:`reset_peak`; on the CPU, most that this process ever held."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -17,8 +17,7 @@ def check_number(
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
-    good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if good and (least < value if above else least <= value) and value <= most:
+    if is_number(value) and math.isfinite(value) and (least < value if above else least <= value) and value <= most:
         return
     bounds = []
     if least > -math.inf:
@@ -26,7 +25,18 @@ def check_number(
     if most < math.inf:
         bounds.append(f"of at most {most:g}")
     wanted = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
-    raise ValueError(f"{name}: expected {wanted}, found {value!r}")
+    raise ValueError(f"{name}: expected {wanted}, found {value!r:.60}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -36,7 +46,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         ValueError: naming the option, what was found and what was expected.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+        raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r:.60}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -57,7 +67,7 @@ def check_seed(value: Any) -> None:
     """
     check_count("seed", value, 0)
     if value >= 2**63:
-        raise ValueError(f"seed: expected a whole number below 2^63, found {value!r}")
+        raise ValueError(f"seed: expected a whole number below 2^63, found {value!r:.60}")
 
 
 def check_names(name: str, value: Any) -> None:
@@ -92,8 +102,8 @@ def check_bounds(name: str, value: Any) -> None:
         ValueError: naming the option, what was found and what was expected.
     """
     pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
-    if not pair or not all(isinstance(one, int | float) for one in value) or not value[0] < value[1]:
-        raise ValueError(f"{name}: expected a lower and a higher bound, found {value!r}")
+    if not pair or not all(map(is_number, value)) or not value[0] < value[1]:
+        raise ValueError(f"{name}: expected a lower and a higher bound, found {value!r:.60}")
 
 
 def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:

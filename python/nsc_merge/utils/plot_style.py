@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
@@ -41,3 +42,9 @@ def place(path: str) -> tuple[int, str]:
     """Block number and name within the block of a module; block -1 outside the blocks."""
     match = re.search(r"(?:^|\.)layers?\.(\d+)\.(.+)$", path)
     return (int(match[1]), match[2].rsplit(".", 1)[-1]) if match else (-1, path.rsplit(".", 1)[-1])
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Of every value and those before it, ``window`` in all; shorter by ``window - 1`` than ``values``."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[end] - sums[end - window]) / window for end in range(window, len(sums))]

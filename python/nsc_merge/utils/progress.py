@@ -29,13 +29,14 @@ class Progress:
 
             self._bar = tqdm(total=total, desc=label, unit="step", file=sys.stderr, dynamic_ncols=True)
 
-    def update(self, **values: object) -> None:
-        """Count one step and show ``values`` beside it."""
-        self._done += 1
+    def update(self, count: int = 1, **values: object) -> None:
+        """Count steps, all that were done by now, and show ``values`` beside them."""
+        lines = self._done // self._every
+        self._done += count
         if self._bar is not None:
             self._bar.set_postfix({name: str(value) for name, value in values.items()}, refresh=False)
-            self._bar.update()
-        elif not self._silent and (self._done % self._every == 0 or self._done == self._total):
+            self._bar.update(count)
+        elif not self._silent and (self._done // self._every > lines or self._done == self._total):
             seconds = time.perf_counter() - self._started
             shown = "".join(f"  {name} {value}" for name, value in values.items())
             left = seconds / self._done * (self._total - self._done)

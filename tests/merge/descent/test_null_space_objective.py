@@ -79,7 +79,8 @@ def test_nothing_after_the_last_measurement_runs_from_the_first_step_on(options,
     attention = model.model.layers[blocks - 1].self_attn
     measured, beside, unadapted = (calls_of(getattr(attention, f"{name}_proj")) for name in "vqk")
     trajectory(model, adapters_for(model), text_batches(), steps=2, **options)
-    assert [len(seen) for seen in runs] == [6] * blocks + [0] * (4 - blocks)
+    # Six passes of steps, and as many at either end of the comparison.
+    assert [len(seen) for seen in runs] == [18] * blocks + [0] * (4 - blocks)
     assert not head
     assert not norm
     assert not last
@@ -99,7 +100,7 @@ def test_the_frozen_tower_runs_once_per_batch(batched, distinct):
     assert "forward" not in vars(tower)
     seen.clear()
     trajectory(model, adapters, batches, steps=6, batch_tasks=batched, cache_prefix=False)
-    assert len(seen) == (6 if batched else 18)
+    assert len(seen) == (6 if batched else 18) + 2 * distinct
 
 
 def test_an_adapted_tower_is_not_cached():
@@ -111,7 +112,7 @@ def test_an_adapted_tower_is_not_cached():
     factors[inside] = type(factors[path])(torch.randn(2, 16), torch.randn(16, 2), 1.0)
     seen = calls_of(model.model.vision_tower.encoder.layers[0])
     result = trajectory(model, adapters, image_batches(), steps=4)
-    assert len(seen) == 12
+    assert len(seen) == 12 + 2 * 6
     assert abs(result.coefficients[inside]["a"] - 0.4) > 1e-4
 
 
@@ -121,18 +122,19 @@ def test_tasks_run_together_where_shapes_agree_and_apart_where_not():
     seen = calls_of(model)
     equal = text_batches()
     trajectory(model, adapters, equal, steps=2, batch_tasks=True)
-    assert len(seen) == 2
+    # As many passes in the steps as at either end of the comparison.
+    assert len(seen) == 3 * 2
     seen.clear()
     # Padding two tokens of seven would add more than a quarter.
     mixed = {**equal, "c": text_batches(tokens=2)["c"]}
     together = trajectory(model, adapters, mixed, steps=2, batch_tasks=True)
-    assert len(seen) == 4
+    assert len(seen) == 3 * 4
     same_course(together, trajectory(model, adapters, mixed, steps=2))
     # Other numbers of rows still concatenate, and every task counts the same.
     uneven = {**equal, "b": text_batches(rows=5)["b"]}
     seen.clear()
     together = trajectory(model, adapters, uneven, steps=2, batch_tasks=True)
-    assert len(seen) == 2
+    assert len(seen) == 3 * 2
     same_course(together, trajectory(model, adapters, uneven, steps=2))
 
 

@@ -127,8 +127,8 @@ def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path)
     once = len(calls)
     second = merge(apart, "distill", steps=3, outputs=heads)
     hook.remove()
-    # Each task's own model once, then one forward a step, against two.
-    assert (once, len(calls) - once) == (2 + 3, 2 + 6)
+    # Each task's own model once, then one forward a step and end of the comparison, against two.
+    assert (once, len(calls) - once) == (2 + 3 + 2, 2 + 6 + 4)
     assert first.history[-1]["objective"] == pytest.approx(second.history[-1]["objective"], rel=1e-5)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -53,9 +52,12 @@ HAND = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0, 0.5]])}, "b": {"x": torch.tens
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # Half of four entries each: a keeps 4 and 3, b keeps 3 and -5.
-        ({"preset": "canonical", "density": 0.5}, [4.0, 3.0, -5.0, 0.0]),
-        ({"preset": "canonical", "density": 0.5, "scale": 0.5}, [2.0, 1.5, -2.5, 0.0]),
+        # Half of four entries each, and one more: both drop their last.
+        ({"preset": "canonical", "density": 0.5}, [3.0, 3.0, -5.0, 0.0]),
+        ({"preset": "canonical", "density": 0.5, "scale": 0.5}, [1.5, 1.5, -2.5, 0.0]),
+        # Half of them and no more: a keeps 4 and 3, b keeps 3 and -5.
+        ({"preset": "peft", "density": 0.5}, [4.0, 3.0, -5.0, 0.0]),
+        ({"preset": "nsc", "density": 0.5}, [1.2, 0.9, 0.9, 0.0]),
         ({"preset": "peft", "density": 1.0}, [3.0, 3.0, -5.0, 0.375]),
         # 3 (-1) + 1 (3) is a tie and so positive: b's 3 alone agrees with that.
         ({"preset": "mergekit", "weights": {"a": 3.0, "b": 1.0}}, [3.5, 3.0, 3.0, 0.4375]),
@@ -64,7 +66,7 @@ HAND = {"a": {"x": torch.tensor([[4.0, -1.0, 3.0, 0.5]])}, "b": {"x": torch.tens
         ({"preset": "adamerging", "density": 1.0, "scale": 1.0}, [6.0, 3.0, -5.0, 0.75]),
         # One vote each, and a tie is positive.
         ({"preset": "nsc", "density": 1.0, "scale": 1.0}, [6.0, 3.0, 3.0, 0.75]),
-        ({"preset": "knots", "density": 1.0}, [1.8, 1.8, -3.0, 0.225]),
+        ({"preset": "knots", "density": 1.0}, [0.9, 0.9, -1.5, 0.1125]),
     ],
 )
 def test_ties_by_hand(options, expected):
@@ -81,10 +83,10 @@ def test_ties_sign_of_a_cancellation():
 
 def test_ties_trims_over_all_modules_or_in_each():
     tensors = {"a": {"x": torch.tensor([[1.0, 2.0]]), "y": torch.tensor([[30.0, 40.0]])}}
-    everywhere = merged("ties", adapters_of(tensors), "xy", density=0.5)
+    everywhere = merged("ties", adapters_of(tensors), "xy", density=0.5, keep="floor")
     assert everywhere["x"].tolist() == [[0.0, 0.0]]
     assert everywhere["y"].tolist() == [[30.0, 40.0]]
-    each = merged("ties", adapters_of(tensors), "xy", density=0.5, trim_scope="tensor")
+    each = merged("ties", adapters_of(tensors), "xy", density=0.5, keep="floor", trim_scope="tensor")
     assert (each["x"].tolist(), each["y"].tolist()) == ([[0.0, 2.0]], [[0.0, 40.0]])
 
 
@@ -148,22 +150,6 @@ def test_ties_is_that_of_pefts_models(model, scope, kind):
         torch.testing.assert_close(result.delta(path), factor.B.double() @ factor.A.double(), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    st.sampled_from([0.01, 0.2, 1 / 3, 0.5, 0.99, 1.0]),
-    st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
-    st.integers(0, 1000),
-)
-def test_streamed_thresholds_are_exact(shapes, density, magnitude, seed):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {str(i): magnitude * torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
-    found = ew.thresholds(lambda path, task: tensors[path], {path: ["a"] for path in tensors}, density)["a"]
-    entries = torch.cat([t.flatten() for t in tensors.values()]).abs().sort(descending=True).values
-    wanted = int(density * len(entries))
-    assert found == (float(entries[wanted - 1]) if wanted else math.inf)
-
-
 def test_modules_are_asked_for_one_at_a_time():
     adapters = random_adapters()
     asked = []
@@ -173,7 +159,7 @@ def test_modules_are_asked_for_one_at_a_time():
         return ew.dense_update(adapters[task].factors[path])
 
     tasks = ew.tasks_by_path(adapters, "xyz")
-    found = dict(ew.ties_merge(source, tasks, ew.Ties(0.2, "global", "sum", "majority", "mean")))
+    found = dict(ew.ties_merge(source, tasks, ew.Ties(0.2, "global", "next", "sum", "majority", "mean")))
     assert asked == [path for _ in range(3) for path in "xyz" for _ in "abc"]
     torch.testing.assert_close(found["y"].double(), merged("ties", adapters, "xyz")["y"])
 
@@ -212,7 +198,7 @@ def test_trimming_before_dropping_keeps_only_the_largest():
     update = adapters["a"].factors["x"].delta()
     least = update.abs().flatten().sort(descending=True).values[int(0.2 * update.numel()) - 1]
     assert bool((update.abs()[found != 0] >= least * (1 - 1e-6)).all())
-    assert 0 < int((found != 0).sum()) < int(0.2 * update.numel())
+    assert 0 < int((found != 0).sum()) < 0.2 * update.numel()
 
 
 def test_emr_by_hand():
@@ -272,7 +258,7 @@ KEEP_EVERYTHING = {
     "dare": {"drop": 0.0},
     "dare_ties": {"density": 1.0, "drop": 0.0},
     "emr_unified": {},
-    "fr": {"drop": "near", "cut": 0.0, "scale": 1.0},
+    "fr": {"drop": "near", "cut": 0.0, "ring": False, "scale": 1.0},
 }
 
 
@@ -316,7 +302,7 @@ def test_every_method_takes_any_shapes(method, ranks, shape, seed):
 )
 def test_fr_drops_as_much_of_the_spectrum_as_documented(preset, shape, dropped):
     kept = fr_merging.kept_frequencies(shape, fr_merging.FROptions(preset=preset))
-    assert 1 - float(kept.double().mean()) == pytest.approx(dropped, rel=0.05)
+    assert float((kept == 0).double().mean()) == pytest.approx(dropped, rel=0.05)
     # Frequency zero goes in the original and the shifted form, the highest one in NSC's.
     assert bool(kept[0, 0]) == (preset == "nsc")
     assert bool(kept[shape[0] // 2, shape[1] // 2]) == (preset != "nsc")
@@ -336,13 +322,11 @@ def test_fr_filters_the_full_spectrum(shape, preset):
 
 def test_fr_keeps_what_it_does_not_filter():
     adapters = random_adapters()
-    everything = {"drop": "far", "cut": 10.0, "align": False, "scale": 1.0}
+    everything = {"drop": "far", "cut": 10.0, "ring": False, "align": False, "scale": 1.0}
     expected = sum(adapter.factors["x"].delta() for adapter in adapters.values())
     torch.testing.assert_close(merged("fr", adapters, "xyz", **everything)["x"], expected, rtol=1e-5, atol=1e-5)
-    aligned = merged("fr", random_adapters("a", "x"), "x", preset="shifted", scale=1.0)["x"]
-    update = random_adapters("a", "x")["a"].factors["x"].delta()
-    assert float(aligned.abs().mean()) == pytest.approx(float(update.abs().mean()), rel=1e-5)
-    assert abs(float(aligned.mean())) < 1e-6
+    high = merged("fr", random_adapters("a", "x"), "x", preset="shifted", scale=1.0)["x"]
+    assert abs(float(high.mean())) < 1e-6
 
 
 @pytest.mark.parametrize("method", ELEMENTWISE)
@@ -398,6 +382,7 @@ def test_scaling_the_result_is_the_option_scale(model, folders):
         ("ties", {"density": 0.0}, "density: expected a finite number above 0 and of at most 1, found 0.0"),
         ("ties", {"density": 1.5}, "density: expected .*, found 1.5"),
         ("ties", {"trim_scope": "layer"}, "trim_scope: expected one of"),
+        ("ties", {"keep": "ceil"}, "keep: expected one of"),
         ("ties", {"aggregate": "max"}, "aggregate: expected one of"),
         ("ties", {"weights": {"plain": 1.0}}, "weights: expected one value for each of"),
         ("ties", {"trim_scope": "factors"}, "trim_scope='factors' adds factors and needs equal ranks in"),
@@ -408,6 +393,7 @@ def test_scaling_the_result_is_the_option_scale(model, folders):
         ("dare_ties", {"order": "both"}, "order: expected one of"),
         ("emr_unified", {"scale": float("nan")}, "scale: expected a finite number, found nan"),
         ("fr", {"centre": "middle"}, "centre: expected one of"),
+        ("fr", {"ring": 1}, "ring: expected one of"),
         ("fr", {"cut": -1.0}, "cut: expected a finite number of at least 0, found -1.0"),
     ],
 )

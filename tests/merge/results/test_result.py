@@ -14,7 +14,6 @@ from peft import PeftModel
 from transformers import ViTModel
 
 import nsc_merge
-from nsc_merge.results.serving_notes import serving_notes
 
 
 @pytest.fixture
@@ -206,26 +205,6 @@ def test_bad_arguments_of_save_write_nothing(result, tmp_path, arguments, messag
     with pytest.raises(ValueError, match=message):
         result.save(tmp_path / "out", **arguments)
     assert list(tmp_path.glob("*out*")) == []
-
-
-def test_what_a_server_must_be_told(result):
-    assert serving_notes(result) == ["the adapter has rank 11; vLLM: --enable-lora --max-lora-rank 16"]
-    assert "--max-lora-rank 8" in serving_notes(result, 5)[0]
-
-
-def test_heads_whose_names_collide_are_refused(result, tmp_path):
-    head = {"classifier.weight": torch.zeros(2, 2)}
-    adapters = {
-        name: dataclasses.replace(adapter, trained=head)
-        for name, adapter in zip(("a/b", "a_b", "../c"), result.adapters.values(), strict=True)
-    }
-    rows = {path: dict(zip(adapters, row.values(), strict=True)) for path, row in result.coefficients.items()}
-    renamed = dataclasses.replace(result, adapters=adapters, coefficients=rows)
-    with pytest.raises(ValueError, match=r"adapters\['a_b'\]: another task's head is kept as a_b"):
-        renamed.save(tmp_path / "out", "coefficients")
-    del adapters["a_b"]
-    folder = renamed.save(tmp_path / "out", "coefficients")
-    assert sorted(path.name for path in (folder / "heads").iterdir()) == ["_c.safetensors", "a_b.safetensors"]
 
 
 def test_what_needs_the_base_is_refused_after_apply_changed_it(model, result, expected, images, folders, tmp_path):

@@ -13,7 +13,7 @@ from nsc_merge.utils.atomic_folder import replacing_folder
 
 KILLED = 9
 CALLS = [
-    *("os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod"),
+    *("os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod", "os.open"),
     "atomic_folder._exchange",
 ]
 OLD = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tasks/a/x": "old"}

@@ -16,6 +16,7 @@ from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw
 from nsc_merge.methods.gradient_free import low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
     Outputs,
     check_likelihood,
@@ -27,19 +28,35 @@ from nsc_merge.methods.task_outputs import (
     real_positions,
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
+from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
 
 # Of per-example gradients [N, d_out, d_in] held at once.
 _ENTRIES = 1 << 24
 
+GRADIENTS = ("example", "batch")
+FLOORS = ("least", "added")
+PRESETS: dict[str, dict[str, Any]] = {
+    "canonical": {"gradients": "example", "floor_is": "least"},
+    "mergelm": {"gradients": "batch", "floor_is": "added"},
+}
+
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """Options of ``method="fisher"``.
+    """Options of ``method="fisher"``; those that are None are the preset's.
 
     Attributes:
+        preset: ``"canonical"``, the authors' Fisher information (github.com/mmatena/model_merging; its default leaves
+            the floor to the first model, here every task has it), or ``"mergelm"``, what MergeLM's code computes
+            instead (also FusionBench's), for classes only.
+        gradients: that are squared: ``"example"``, of one example's log-likelihood, in expectation over labels; or
+            ``"batch"``, one of ``sqrt(p) log p`` summed over labels and over a batch, which has products of different
+            labels and examples, grows with the size of batches and needs logits ``[N, C]``. Both are summed and divided
+            by the number of examples.
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
@@ -48,25 +65,38 @@ class FisherOptions:
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
             outputs of many positions, one label is drawn per example.
-        floor: least Fisher information of an entry, before any normalisation, as in the authors' code.
-        normalise: divide each task's Fisher information by its norm over all modules, so that no task outweighs the
-            others by the scale of its loss.
+        floor: of an entry's Fisher information, before any normalisation.
+        floor_is: the ``"least"`` information that an entry has, or ``"added"`` to that of every entry, and to the norm.
+        normalise: divide each task's Fisher information by its norm over all modules, without the floor, so that no
+            task outweighs the others by the scale of its loss.
         seed: of drawn labels.
     """
 
+    preset: str = "canonical"
+    gradients: str | None = None
     scale: float = 1.0
     batches: int = 8
     outputs: Outputs | None = None
     likelihood: str | Mapping[str, str] = "categorical"
     exact: int = 16
     floor: float = 1e-6
+    floor_is: str | None = None
     normalise: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        fill(self, PRESETS)
+        check_choice("gradients", self.gradients, GRADIENTS)
+        check_choice("floor_is", self.floor_is, FLOORS)
         check_number("scale", self.scale)
         check_count("batches", self.batches)
         check_likelihood(self.likelihood)
+        kinds = self.likelihood.values() if isinstance(self.likelihood, Mapping) else [self.likelihood]
+        if self.gradients == "batch" and "gaussian" in kinds:
+            raise ValueError(
+                "likelihood: expected 'categorical' with gradients='batch', which is defined for classes, "
+                f"found {self.likelihood!r}; gradients='example' takes values"
+            )
         check_count("exact", self.exact, 0)
         check_number("floor", self.floor, 0)
         check_choice("normalise", self.normalise, (True, False))
@@ -78,7 +108,7 @@ def information(
 ) -> dict[str, Tensor]:
     """Path -> the diagonal of the Fisher information of a weight ``[d_out, d_in]`` in the task's own model: the mean
     over examples of the squared gradient of the log-likelihood of one example, in expectation over labels that the
-    model itself gives. float32.
+    model itself gives. float32. With ``gradients="batch"`` what :class:`FisherOptions` says of it.
     """
     model = problem.model
     family = find_family(model)
@@ -88,6 +118,7 @@ def information(
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
+    reached: set[str] = set()
     examples = 0
 
     def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
@@ -104,7 +135,7 @@ def information(
                 lambda _, arguments, y, path=path: keep(path, arguments[0], y)
             )
             stack.callback(hook.remove)
-        device = next(model.parameters()).device
+        device = input_device(model)
         for batch in batches:
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
@@ -113,7 +144,11 @@ def information(
                 output = last_token(output, mask)
             examples += len(output)
             real = real_positions(output, mask)
-            for weights, likelihoods in _labels(output, real, likelihood, options.exact, generator):
+            if options.gradients == "batch":
+                terms = _all_labels(output, task)
+            else:
+                terms = _labels(output, real, likelihood, options.exact, generator)
+            for weights, likelihoods in terms:
                 uses = [(path, z, y) for path in outputs for z, y in zip(inputs[path], outputs[path], strict=True)]
                 found = torch.autograd.grad(
                     likelihoods.sum(), [y for _, _, y in uses], retain_graph=True, allow_unused=True
@@ -125,21 +160,28 @@ def information(
                 for path, held_pairs in pairs.items():
                     squares = _squares(held_pairs, weights)
                     sums[path] = squares if path not in sums else sums[path] + squares
+            reached.update(inputs)
             inputs.clear()
             outputs.clear()
+        hidden = [path for path in paths if path not in reached and is_computed_with(model, path)]
+    if hidden:
+        raise RuntimeError(
+            f"calibration: the model computes with the weights of {hidden} by itself, so that their inputs cannot be "
+            "seen; expected adapters without these modules, or another method"
+        )
     # What the output does not depend on has no information.
-    zeros = {path: torch.zeros_like(_weight(model.get_submodule(path)), dtype=torch.float32) for path in paths}
+    zeros = {path: _zeros(model.get_submodule(path), device) for path in paths if path not in sums}
     return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def _zeros(linear: nn.Module, device: torch.device) -> Tensor:
     assert isinstance(linear, nn.Linear)
-    return linear.weight
+    return torch.zeros(linear.out_features, linear.in_features, device=device)
 
 
 def _labels(
     output: Tensor, real: Tensor | None, likelihood: str, exact: int, generator: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor | None, Tensor]]:
     """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn; over the positions that are
     ``real`` if given.
     """
@@ -161,13 +203,30 @@ def _labels(
     return [(ones, terms.reshape(len(terms), -1).sum(1))]
 
 
-def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
-    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32, t over the positions of all pairs."""
-    count = len(weights)
+def _all_labels(output: Tensor, task: str) -> list[tuple[Tensor | None, Tensor]]:
+    """No weights and, of every example, ``sqrt(p) log p`` summed over labels ``[N]``, which squares to the expectation
+    but for products of different labels (MergeLM, github.com/yule-BUAA/MergeLM).
+    """
+    if output.dim() != 2:
+        raise ValueError(
+            f"outputs[{task!r}]: expected logits [N, C] with gradients='batch', found {list(output.shape)}; "
+            "gradients='example' takes many positions"
+        )
+    log_p = output.float().log_softmax(-1)
+    return [(None, (log_p.detach().exp().sqrt() * log_p).sum(-1))]
+
+
+def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None) -> Tensor:
+    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32, t over the positions of all pairs; the
+    square of the sum over all n without weights.
+    """
+    count = 1 if weights is None else len(weights)
     z, dy = (
         torch.cat([side.reshape(count, -1, side.shape[-1]).float() for side in sides], 1)
         for sides in zip(*pairs, strict=True)
     )
+    if weights is None:
+        return (dy[0].t() @ z[0]).square()
     size = max(1, _ENTRIES // (z.shape[-1] * dy.shape[-1]))
     total = z.new_zeros(dy.shape[-1], z.shape[-1])
     for start in range(0, count, size):
@@ -188,10 +247,13 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     for task in problem.tasks:
         fisher = information(problem, task, paths, batches[task], options)
         norm = torch.stack([value.norm() for value in fisher.values()]).norm()
+        adds = options.floor_is == "added"
+        size = norm + options.floor if adds else norm
         # A task without any information keeps the floor.
-        divisor = norm if options.normalise and norm > 0 else 1.0
+        divisor = size if options.normalise and size > 0 else 1.0
         for path in paths:
-            weight = (fisher.pop(path).clamp(min=options.floor) / divisor).cpu()
+            held = fisher.pop(path)
+            weight = ((held + options.floor if adds else held.clamp(min=options.floor)) / divisor).cpu()
             factor = low_rank[task].factors.get(path)
             update = torch.zeros_like(weight) if factor is None else weight * dense_update(factor)
             above[path] = update if path not in above else above[path] + update

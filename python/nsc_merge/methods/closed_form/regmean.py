@@ -17,6 +17,7 @@ from nsc_merge.methods.closed_form.single_task import alone, draw
 from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.families import find_family
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_count, check_number
 
@@ -73,7 +74,7 @@ def grams(
             module = model.get_submodule(path)
             hook = module.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs[0]))
             stack.callback(hook.remove)
-        device = next(model.parameters()).device
+        device = input_device(model)
         for batch in batches:
             inputs = one_by_one([batch], device)[0].inputs
             mask[0] = inputs.get(family.mask) if family and family.mask else None

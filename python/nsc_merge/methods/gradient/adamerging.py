@@ -142,13 +142,14 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                         values.append(_mean_entropy(output, mask, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)
-                (torch.stack(values).sum() / len(tasks)).backward()
+                if torch.is_grad_enabled():
+                    (torch.stack(values).sum() / len(tasks)).backward()
                 found[here] = torch.stack(values).detach().float().cpu()
             return found
 
         return backward
 
-    return descend("adamerging", problem, options, losses, label="AdaMerging")
+    return descend("adamerging", problem, options, losses, label="AdaMerging", counted=counted)
 
 
 def _mean_entropy(output: Tensor, mask: Tensor | None, tokens: str | None) -> Tensor:
@@ -173,7 +174,7 @@ def _decoded(
     weight: float,
 ) -> float:
     """Mean entropy per prompt, summed over greedily decoded tokens; adds the gradients token by token, so that memory
-    holds one forward.
+    holds one forward; none where gradients are off.
     """
     inputs = left_padded(batch, tokens, mask)
     ends = getattr(getattr(model, "config", None), "eos_token_id", None)
@@ -184,7 +185,8 @@ def _decoded(
         coefficients.spread()
         logits = model(**inputs).logits[:, -1]
         value = (entropy(logits) * going).sum() / len(going)
-        (weight * value).backward()
+        if torch.is_grad_enabled():
+            (weight * value).backward()
         total += float(value.detach())
         following = logits.detach().argmax(-1, keepdim=True)
         going = going & ~torch.isin(following[:, 0], ends.to(following))

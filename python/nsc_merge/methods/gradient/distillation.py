@@ -183,7 +183,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             if options.normalise == "task":
                 with own.of(None):
                     base = predictions.distance(number, predictions.of(number, one.inputs), output)
-            if number in variances:
+            # Not where the objective is only compared: both sides are divided by the same.
+            if number in variances and torch.is_grad_enabled():
                 variances[number].add(output)
                 if not variances[number]() > 0:
                     raise ValueError(
@@ -205,7 +206,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                     for number, wanted in zip(numbers, targets, strict=True)
                 ]
             total = torch.stack(found)
-            (total.sum() / count).backward()
+            if torch.is_grad_enabled():
+                (total.sum() / count).backward()
             return total.detach()
 
         return backward

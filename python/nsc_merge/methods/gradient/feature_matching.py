@@ -7,6 +7,7 @@ as an alternative whose gradient is about the tasks; docs/results.md has the fig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from nsc_merge.methods.gradient.learned_coefficients import attached, descend, p
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
@@ -174,6 +176,12 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
                 found = watcher.see(one.inputs).features
                 for number in one.tasks[0]:
                     totals[scale] += float(targets.distance(number, one, found))
+    for scale, total in totals.items():
+        if not math.isfinite(total):
+            raise RuntimeError(
+                f"calibration: init='match': with coefficients {scale:g} the features are {total} apart on the first "
+                "batches, expected a finite number; look for NaN or infinite values, or take another dtype"
+            )
     return min(totals, key=lambda scale: totals[scale])
 
 
@@ -186,7 +194,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if isinstance(options.init, str):
         options = replace(options, init=best_scale(problem, options))
     count, present = len(problem.tasks), presence(problem)
-    device = next(problem.model.parameters()).device
+    device = input_device(problem.model)
     held: list[list[Batch]] = []
     if options.hold_out:
         first, rest = held_out(batches, problem.tasks, options.hold_out)
@@ -216,7 +224,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                     value = value + options.pull * (coefficients.flat - start).square().mean()
                 values.append(value)
             total = torch.stack(values)
-            (total.sum() / count).backward()
+            if torch.is_grad_enabled():
+                (total.sum() / count).backward()
             return total.detach()
 
         return backward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -20,6 +20,7 @@ from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 
@@ -47,6 +48,7 @@ def descend(
     losses: Callable[[BoundedCoefficients], Backward],
     *,
     label: str,
+    counted: Collection[str] | None = None,
     held_out: Callable[[BoundedCoefficients], Callable[[], float]] | None = None,
 ) -> MergeResult:
     """Learn coefficients.
@@ -57,13 +59,14 @@ def descend(
         options: of the descent.
         losses: given the coefficients of the attached model, makes what runs a pass.
         label: of the progress bar.
+        counted: the tasks that have a loss; all when None. That of the others is not a number.
         held_out: given the same, makes what measures data that is held out, at the coefficients that the modules have.
     """
     tasks = problem.tasks
     drawn = list(streams(problem.calibration, tasks).values())
     present = presence(problem)
     paths = list(adapted_linears(problem.model, problem.adapters))
-    device = next(problem.model.parameters()).device
+    device = input_device(problem.model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -82,10 +85,11 @@ def descend(
         known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}
         settings = Settings(**{"state_to": None, "state_every": 1, **known})
         loop = Optimisation(
-            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss"
+            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss", counted=counted
         )
         loop.run(lambda: None)
         objective.keep_best()
+        moved = loop.comparison()
         lam = coefficients.seen.detach().cpu()
         dead = loop.dead.cpu() & present
     return MergeResult(
@@ -96,4 +100,5 @@ def descend(
         options=plain_options(options),
         dead=tasks_where(dead, paths, tasks),
         model=problem.model,
+        objective=moved,
     )

@@ -27,6 +27,7 @@ from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")
@@ -64,7 +65,7 @@ def merge_nsc(
     if chosen.resume_from is not None:
         resumed = State.load(chosen.resume_from, problem)
     present = presence(paths, adapters)
-    device = next(model.parameters()).device
+    device = input_device(model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -87,6 +88,7 @@ def merge_nsc(
                 )
 
         loop.run(report)
+        moved = loop.comparison()
         dead = loop.dead.cpu() & present
         lam = _with_policy(chosen.dead, objective.coefficients.flat.detach().cpu(), dead, present, paths)
     return MergeResult(
@@ -97,6 +99,7 @@ def merge_nsc(
         options={**{k: v for k, v in _plain(chosen).items() if k not in _OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
+        objective=moved,
     )
 
 

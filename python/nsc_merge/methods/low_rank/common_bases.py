@@ -47,7 +47,7 @@ class Cores:
         )
 
 
-def cores(factors: Mapping[str, Factor]) -> Cores:
+def cores(factors: Mapping[str, Factor], null: bool = False) -> Cores:
     """Common bases of the updates of one module: the left singular vectors of ``[s_1 B_1, ..., s_K B_K]`` and the right
     ones of the ``A_k`` on top of one another, as Core Space takes them (arXiv 2509.17786).
 
@@ -56,24 +56,33 @@ def cores(factors: Mapping[str, Factor]) -> Cores:
 
     Args:
         factors: task -> update of low rank.
+        null: keep singular vectors of values that are zero as well, as Core Space's code does; which those are is
+            a matter of rounding.
     """
-    U, up = _basis(torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1))
-    Vt, down = _basis(torch.cat([factor.A.double() for factor in factors.values()]).t())
+    U, up = _basis(torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1), null)
+    Vt, down = _basis(torch.cat([factor.A.double() for factor in factors.values()]).t(), null)
     ranks = [factor.rank for factor in factors.values()]
     parts = zip(up.split(ranks, 1), down.split(ranks, 1), strict=True)
     return Cores(U, Vt.t(), {task: left @ right.t() for task, (left, right) in zip(factors, parts, strict=True)})
 
 
-def _basis(side: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors ``Q [d, p]`` of ``side [d, R]`` and ``C [p, R]`` with ``Q C = side``; p is its rank."""
+def _basis(side: Tensor, null: bool) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``Q [d, p]`` of ``side [d, R]`` and ``C [p, R]`` with ``Q C = side``; p is its rank, or the
+    lesser of d and R with ``null``.
+    """
     q, r = torch.linalg.qr(side)
-    left, rest = singular(r)
-    return q @ left, rest
+    basis = q @ singular(r, null)[0]
+    # Not what the decomposition leaves over: a column of zeros must have coordinates of zero, which have no vote.
+    return basis, basis.t() @ side
 
 
-def singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of values above rounding, and singular values times right singular vectors."""
+def singular(matrix: Tensor, null: bool = False) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of values above rounding, all with ``null``, and singular values times right singular
+    vectors.
+    """
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    if null:
+        return left, sigma[:, None] * right
     kept = sigma > max(matrix.shape) * torch.finfo(sigma.dtype).eps * sigma.max() if len(sigma) else sigma > 0
     return left[:, kept], sigma[kept, None] * right[kept]
 

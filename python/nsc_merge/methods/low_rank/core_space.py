@@ -28,10 +28,16 @@ class CoreSpaceOptions:
     Attributes:
         scale: multiplies the merged update.
         merge: how cores are merged, each module by itself as in the authors' code: ``"sum"`` (which is task
-            arithmetic), ``"ties"``, ``"dare"`` or ``"dare_ties"``.
+            arithmetic), ``"ties"`` (which keeps as many entries of a core as the code of TIES' authors does),
+            ``"dare"`` or ``"dare_ties"``.
         bases: singular vectors of the ``"factors"`` next to one another (the authors'), so that the result depends on
             how an update is factored unless cores are summed, or of the ``"updates"``, with which it does not.
         isotropise: give all singular values of the merged core that are not zero their mean.
+        null_directions: as the authors' code, keep what belongs to singular values of zero. Where factors are of
+            deficient rank, a core then still has as many rows and columns as the ranks add up to (no more than the
+            layer is wide), of which trimming counts more entries. Isotropising takes the mean over all singular values
+            and gives it to those of zero too, as trimming often leaves them; only rounding says in which directions, so
+            that other machines find another update. Needs ``bases="factors"``.
         density: as ``sign``, ``zero`` and ``aggregate``, of TIES; see
             :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
         sign: of TIES.
@@ -46,6 +52,7 @@ class CoreSpaceOptions:
     merge: str = "ties"
     bases: str = "factors"
     isotropise: bool = False
+    null_directions: bool = False
     density: float = 0.3
     sign: str = "sum"
     zero: str = "majority"
@@ -59,6 +66,9 @@ class CoreSpaceOptions:
         check_choice("merge", self.merge, MERGES)
         check_choice("bases", self.bases, BASES)
         check_choice("isotropise", self.isotropise, (True, False))
+        check_choice("null_directions", self.null_directions, (True, False))
+        if self.null_directions and self.bases != "factors":
+            raise ValueError(f"null_directions: expected bases='factors' with it, found bases={self.bases!r}")
         check_number("density", self.density, 0, 1, above=True)
         check_choice("sign", self.sign, SIGNS)
         check_choice("zero", self.zero, ZEROS)
@@ -73,17 +83,22 @@ def core_space(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update."""
     for path in paths:
-        common = cores(present(adapters, path))
+        common = cores(present(adapters, path), options.null_directions)
         if options.bases == "updates":
             common = common.by_updates()
         merged = _merged(path, common.M, options)
         if options.isotropise:
-            merged = isotropised(merged)
+            merged = isotropised(merged, options.null_directions)
         yield path, common.factor(options.scale * merged)
 
 
-def isotropised(core: Tensor) -> Tensor:
-    """``core`` with each singular value above rounding replaced by their mean."""
+def isotropised(core: Tensor, null: bool) -> Tensor:
+    """``core`` with each singular value above rounding replaced by their mean, all and by the mean of all with
+    ``null``.
+    """
+    if null:
+        left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+        return sigma.mean() * left @ right
     left, right = singular(core)
     sigma = right.norm(dim=1, keepdim=True)
     return sigma.mean() * left @ (right / sigma) if len(sigma) else core
@@ -97,7 +112,7 @@ def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -
         }
     if options.merge in ("sum", "dare"):
         return torch.stack(list(parts.values())).sum(0)
-    steps = Ties(options.density, "tensor", options.sign, options.zero, options.aggregate)
+    steps = Ties(options.density, "tensor", "next", options.sign, options.zero, options.aggregate)
     return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, in_float32
 from nsc_merge.methods.shared_options import weights_of
+from nsc_merge.methods.task_vectors import dare, ties
 from nsc_merge.methods.task_vectors.dare import DareTiesOptions, steps_after, thinned
 from nsc_merge.methods.task_vectors.elementwise import Source, tasks_by_path, ties_merge
 from nsc_merge.methods.task_vectors.ties import TiesOptions, averages, steps_of
@@ -31,10 +32,12 @@ class KnotsTiesOptions(TiesOptions):
     """Options of ``method="knots_ties"``: those of :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`, and four.
 
     Attributes:
-        preset: as in :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`; ``"knots"`` by default.
+        preset: as in :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`; ``"knots"`` by default, here its
+            published ViT-B/32 settings of KnOTS-TIES.
         scale: multiplies the merged update.
         density: as ``trim_scope`` and all below, of TIES, here on the aligned vectors.
         trim_scope: of TIES: ``"global"`` over all modules, or ``"tensor"``.
+        keep: of TIES.
         sign: of TIES.
         zero: of TIES.
         aggregate: of TIES.
@@ -47,6 +50,11 @@ class KnotsTiesOptions(TiesOptions):
             dropped. The authors' is absolute, so that weak updates lose more.
         rtol: see ``atol``.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **ties.PRESETS,
+        "knots": {**ties.PRESETS["knots"], "density": 0.2, "scale": 0.6},
+    }
 
     preset: str = "knots"
     along: str = "columns"
@@ -65,14 +73,15 @@ class KnotsDareTiesOptions(DareTiesOptions):
     and four.
 
     Attributes:
-        preset: as in :class:`nsc_merge.methods.task_vectors.dare.DareTiesOptions`; ``"knots"`` by default, which does
-            not trim.
+        preset: as in :class:`nsc_merge.methods.task_vectors.dare.DareTiesOptions`; ``"knots"`` by default, here its
+            published ViT-B/32 settings of KnOTS-DARE-TIES, which do not trim.
         scale: multiplies the merged update.
         drop: of DARE, here on the aligned vectors; as ``rescale``, ``order`` and ``seed``.
         rescale: of DARE.
         order: of DARE.
         density: as ``trim_scope`` and all below, of TIES.
         trim_scope: of TIES.
+        keep: of TIES.
         sign: of TIES.
         zero: of TIES.
         aggregate: of TIES.
@@ -83,6 +92,11 @@ class KnotsDareTiesOptions(DareTiesOptions):
         atol: see there.
         rtol: see there.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **dare.PRESETS,
+        "knots": {**dare.PRESETS["knots"], "drop": 0.1, "scale": 0.7},
+    }
 
     preset: str = "knots"
     along: str = "columns"

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import in_float32
-from nsc_merge.methods.task_vectors.elementwise import threshold, trim
+from nsc_merge.methods.task_vectors.elementwise import bound, trim
 from nsc_merge.utils.option_checks import check_number
 
 # The public code multiplies both merged factors by this.
@@ -25,7 +25,8 @@ class RobustMergeOptions:
 
     Attributes:
         scale: multiplies the merged update.
-        density: share of the entries of each A and each B that is kept, the largest by magnitude.
+        density: share of the entries of each A and each B that is kept, the largest by magnitude: of N entries, as in
+            the public code, N less (1 - density) times N rounded down, and one more, and all as large as the last.
     """
 
     scale: float = 1.0
@@ -42,7 +43,8 @@ class RobustMerge1Options(RobustMergeOptions):
 
     Attributes:
         scale: multiplies the merged update.
-        density: share of the entries of each A and each B that is kept, the largest by magnitude.
+        density: as in :class:`RobustMergeOptions`; that of TARA-Merge's code for Algorithm 1, which multiplies the
+            update by 2 besides.
     """
 
     density: float = 0.8
@@ -85,7 +87,7 @@ def robustmerge_alg1(
 def _pruned(factor: Factor, density: float) -> tuple[Tensor, Tensor, Tensor]:
     """The trimmed A and s B, and per row of A the magnitude before trimming by that after."""
     A, B = factor.A.double(), factor.scaling * factor.B.double()
-    kept_A, kept_B = (trim(side, threshold(side, density)) for side in (A, B))
+    kept_A, kept_B = (trim(side, bound(side, density, "complement")) for side in (A, B))
     left = kept_A.abs().sum(1)
     # A row of which nothing is left has nothing to make up for.
     return kept_A, kept_B, torch.where(left > 0, A.abs().sum(1) / left.clamp(min=1e-30), 1.0)

@@ -35,7 +35,8 @@ class SVDCUROptions:
         svd_scale: of the SVD branch, KnOTS-TIES.
         svd_density: of its TIES.
         cur_scale: of the CUR branch.
-        cur_density: of its TIES, on the coefficients U R (Eq. 29).
+        cur_density: of its TIES, on the coefficients U R (Eq. 29). Both branches trim as the code of TIES' authors
+            does; that of this paper could not be had.
         columns: how many columns C keeps of all tasks' updates next to one another; None keeps as many as the ranks
             of a module's adapters add up to. (The paper does not say how many; its energy tables cannot come from
             fewer.)
@@ -123,7 +124,7 @@ def svd_cur(
     def decomposed(path: str) -> CUR:
         return decompose(present(adapters, path), options)
 
-    steps = Ties(options.cur_density, "global", "sum", "majority", "mean")
+    steps = Ties(options.cur_density, "global", "next", "sum", "majority", "mean")
     branch = ties_merge(
         lambda path, task: decomposed(path).coefficients[task], tasks_by_path(adapters, paths), steps
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from nsc_merge.methods.task_vectors.elementwise import (
     dense_factor,
     dense_update,
     tasks_by_path,
-    threshold,
-    thresholds,
     ties_merge,
-    trim,
+    trimmed,
 )
 from nsc_merge.methods.task_vectors.ties import averages, check_ties, steps_of
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
@@ -35,27 +33,27 @@ ORDERS = ("drop_first", "trim_first")
 PRESETS: dict[str, dict[str, Any]] = {
     "canonical": {
         "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
-        "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 1.0,
+        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 1.0,
     },
     "peft": {
         "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
-        "sign": "sum", "zero": "positive", "aggregate": "mean", "scale": 1.0,
+        "keep": "floor", "sign": "sum", "zero": "positive", "aggregate": "mean", "scale": 1.0,
     },
     "mergekit": {
         "drop": 0.9, "rescale": "l1", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
-        "sign": "weighted", "zero": "positive", "aggregate": "sum", "scale": 1.0,
+        "keep": "floor", "sign": "weighted", "zero": "positive", "aggregate": "sum", "scale": 1.0,
     },
     "fusion_bench": {
         "drop": 0.5, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
-        "sign": "sum", "zero": "majority", "aggregate": "sum", "scale": 0.3,
+        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "sum", "scale": 0.5,
     },
     "knots": {
-        "drop": 0.1, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "global",
-        "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 0.7,
+        "drop": 0.2, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "global",
+        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 0.6,
     },
     "nsc": {
         "drop": 0.9, "rescale": "inverse", "order": "trim_first", "density": 0.2, "trim_scope": "tensor",
-        "sign": "count", "zero": "positive", "aggregate": "sum", "scale": 0.3,
+        "keep": "round", "sign": "count", "zero": "positive", "aggregate": "sum", "scale": 0.3,
     },
 }  # fmt: skip
 
@@ -87,21 +85,25 @@ class DareTiesOptions:
     """Options of ``method="dare_ties"``; those that are None are the preset's.
 
     Attributes:
-        preset: ``"canonical"`` (what DARE's author states), ``"peft"``, ``"mergekit"``, ``"fusion_bench"``,
-            ``"knots"`` (its published ViT-B/32 settings) or ``"nsc"``.
+        preset: ``"canonical"`` (what DARE's author states: DARE, then the TIES authors' code), ``"peft"``,
+            ``"mergekit"``, ``"fusion_bench"``, ``"knots"`` (its published ViT-B/32 settings of plain DARE-TIES) or
+            ``"nsc"``.
         scale: multiplies the merged update.
         drop: probability that an entry is dropped.
         rescale: as in :class:`DareOptions`.
         order: ``"drop_first"``, or ``"trim_first"`` as NSC's public code.
-        density: as ``trim_scope``, ``sign``, ``zero``, ``aggregate`` and ``weights``, of TIES;
+        density: as ``trim_scope``, ``keep``, ``sign``, ``zero``, ``aggregate`` and ``weights``, of TIES;
             see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
         trim_scope: of TIES.
+        keep: of TIES.
         sign: of TIES.
         zero: of TIES.
         aggregate: of TIES.
         weights: of TIES.
         seed: as in :class:`DareOptions`.
     """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     preset: str = "canonical"
     scale: float | None = None
@@ -110,6 +112,7 @@ class DareTiesOptions:
     order: str | None = None
     density: float | None = None
     trim_scope: str | None = None
+    keep: str | None = None
     sign: str | None = None
     zero: str | None = None
     aggregate: str | None = None
@@ -117,7 +120,7 @@ class DareTiesOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        fill(self, PRESETS)
+        fill(self, self.presets)
         _check_drop(self)
         check_choice("order", self.order, ORDERS)
         check_ties(self, TRIM_SCOPES)
@@ -179,14 +182,11 @@ def dare_ties(
 
 def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) -> Source:
     """``source`` with entries dropped, after trimming if the options say so."""
-    trims = options.order == "trim_first" and options.density < 1
-    least = thresholds(source, tasks, options.density) if trims and options.trim_scope == "global" else {}
+    if options.order == "trim_first":
+        source = trimmed(source, tasks, steps_of(options))
 
     def one(path: str, task: str) -> Tensor:
-        tensor = source(path, task)
-        if trims:
-            tensor = trim(tensor, least[task] if task in least else threshold(tensor, options.density))
-        return sparsify(tensor, options.drop, options.rescale, options.seed, task, path)
+        return sparsify(source(path, task), options.drop, options.rescale, options.seed, task, path)
 
     return one
 

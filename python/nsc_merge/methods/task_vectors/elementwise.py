@@ -6,6 +6,7 @@ Names of the steps: arXiv 2306.01708 (TIES-Merging).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from nsc_merge.adapters import Adapter, Factor
 Source = Callable[[str, str], Tensor]
 
 TRIM_SCOPES = ("global", "tensor")
+KEEPS = ("next", "floor", "round", "complement")
 SIGNS = ("sum", "weighted", "count")
 ZEROS = ("majority", "positive", "negative")
 AGGREGATES = ("mean", "sum", "weight")
@@ -31,6 +33,7 @@ class Ties:
 
     density: float
     trim_scope: str
+    keep: str
     sign: str
     zero: str
     aggregate: str
@@ -60,44 +63,79 @@ def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict
     return {path: [task for task, adapter in adapters.items() if path in adapter.factors] for path in paths}
 
 
-def thresholds(source: Source, tasks: Mapping[str, Sequence[str]], density: float) -> dict[str, float]:
-    """Task -> the magnitude of the n-th largest of the N entries of all its tensors, n = density N rounded down;
-    infinity if n is 0.
+@dataclass(frozen=True)
+class Bound:
+    """What trimming keeps of a tensor.
+
+    Attributes:
+        least: the least magnitude that is kept.
+        first: how many of the entries of exactly that magnitude are kept, the first ones; None keeps all.
+    """
+
+    least: float
+    first: int | None = None
+
+
+def kept_entries(entries: int, density: float, keep: str) -> int:
+    """How many of a task's ``entries`` trimming keeps; ``keep`` as in
+    :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`. Products are rounded as the codebases round them.
+    """
+    if keep == "complement":
+        wanted = entries - int(entries * (1 - density)) + 1
+    elif keep == "round":
+        wanted = max(1, round(entries * density))
+    else:
+        wanted = int(entries * density) + (keep == "next")
+    return min(wanted, entries)
+
+
+def bounds(
+    source: Source, tasks: Mapping[str, Sequence[str]], density: float, keep: str
+) -> dict[tuple[str, str], Bound]:
+    """Path and task -> what is kept there, of the largest among the entries of all tensors of a task.
 
     Exact in float32, in two passes over the tensors, which need not exist at the same time: non-negative floats are
     ordered as their bit patterns are, so one pass counts the upper halves of the patterns and the other the lower
-    halves of those that share the upper half sought.
+    halves of those that share the upper half sought. A third pass only where an exact number is asked for and entries
+    are equally large.
 
     Args:
         source: of the tensors.
         tasks: path -> tasks that have a tensor there.
         density: above 0, at most 1.
+        keep: see :func:`kept_entries`.
     """
     names = list(dict.fromkeys(task for row in tasks.values() for task in row))
     upper = {task: torch.zeros(_HALF // 2, dtype=torch.int64) for task in names}
     for task, pattern in _patterns(source, tasks):
         upper[task] += torch.bincount(pattern >> 16, minlength=_HALF // 2)
-    found, sought = {}, {}
+    least, sought, spare = dict.fromkeys(names, float("inf")), {}, {}
     for task in names:
-        wanted = int(density * int(upper[task].sum()))
+        wanted = kept_entries(int(upper[task].sum()), density, keep)
         if wanted:
             sought[task] = (*_nth_from_above(upper[task], wanted), wanted)
-        else:
-            found[task] = float("inf")
     lower = {task: torch.zeros(_HALF, dtype=torch.int64) for task in sought}
     for task, pattern in _patterns(source, tasks):
         if task in sought:
             inside = pattern[pattern >> 16 == sought[task][0]]
             lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF)
     for task, (half, above, wanted) in sought.items():
-        other, _ = _nth_from_above(lower[task], wanted - above)
-        found[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
+        other, more = _nth_from_above(lower[task], wanted - above)
+        least[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
+        if keep in ("floor", "round") and int(lower[task][other]) > wanted - above - more:
+            spare[task] = wanted - above - more
+    found = {(path, task): Bound(least[task]) for path, row in tasks.items() for task in row}
+    for path, task in found if spare else ():
+        if task in spare:
+            equal = int((source(path, task).abs().float() == least[task]).sum())
+            found[path, task] = Bound(least[task], min(equal, spare[task]))
+            spare[task] -= min(equal, spare[task])
     return found
 
 
-def threshold(tensor: Tensor, density: float) -> float:
-    """:func:`thresholds` of one tensor."""
-    return thresholds(lambda path, task: tensor, {"": [""]}, density)[""]
+def bound(tensor: Tensor, density: float, keep: str) -> Bound:
+    """:func:`bounds` of one tensor."""
+    return bounds(lambda path, task: tensor, {"": [""]}, density, keep)["", ""]
 
 
 def _patterns(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
@@ -113,22 +151,27 @@ def _nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
     return len(counts) - 1 - index, int(from_above[index - 1]) if index else 0
 
 
-def trim(tensor: Tensor, least: float) -> Tensor:
-    """``tensor`` with the entries of a magnitude below ``least`` set to zero."""
-    return torch.where(tensor.abs().float() >= least, tensor, 0.0)
+def trim(tensor: Tensor, kept: Bound) -> Tensor:
+    """``tensor`` with zeros in place of what is not kept."""
+    magnitude = tensor.abs().float()
+    stays = magnitude >= kept.least
+    if kept.first is not None:
+        equal = magnitude == kept.least
+        stays &= ~equal | (equal.flatten().cumsum(0).view(equal.shape) <= kept.first)
+    return torch.where(stays, tensor, 0.0)
 
 
-def elect(votes: Sequence[Tensor], zero: str) -> Tensor:
-    """The sign, -1 or 1, of the sum of ``votes`` at each position.
+def trimmed(source: Source, tasks: Mapping[str, Sequence[str]], settings: Ties) -> Source:
+    """``source`` with every tensor trimmed."""
+    if settings.density >= 1:
+        return source
+    shared = bounds(source, tasks, settings.density, settings.keep) if settings.trim_scope == "global" else None
 
-    Args:
-        votes: of one shape.
-        zero: what a tie becomes: ``"positive"``, ``"negative"``, or the ``"majority"`` of the tensor's other
-            positions.
-    """
-    elected = added(votes).sign()
-    majority = elected.sum() if zero == "majority" else elected.new_tensor(1.0 if zero == "positive" else -1.0)
-    return torch.where(elected == 0, torch.where(majority >= 0, 1.0, -1.0).to(elected), elected)
+    def one(path: str, task: str) -> Tensor:
+        tensor = source(path, task)
+        return trim(tensor, shared[path, task] if shared else bound(tensor, settings.density, settings.keep))
+
+    return one
 
 
 def disjoint(values: Sequence[Tensor], agrees: Sequence[Tensor], weights: Sequence[float], aggregate: str) -> Tensor:
@@ -153,17 +196,36 @@ def ties_merge(
         settings: of the three steps.
         weights: task -> weight, 1 each when None.
     """
-    trims = settings.density < 1
-    least = thresholds(source, tasks, settings.density) if trims and settings.trim_scope == "global" else {}
-    for path, row in tasks.items():
-        values = [source(path, task) for task in row]
-        if trims:
-            for index, task in enumerate(row):
-                bound = least[task] if task in least else threshold(values[index], settings.density)
-                values[index] = trim(values[index], bound)
-        shares = [1.0 if weights is None else weights[task] for task in row]
-        votes = values
+    source = trimmed(source, tasks, settings)
+
+    def ballot(path: str) -> tuple[list[Tensor], list[float], list[Tensor]]:
+        values = [source(path, task) for task in tasks[path]]
+        shares = [1.0 if weights is None else weights[task] for task in tasks[path]]
         if settings.sign == "weighted":
-            votes = [share * value for share, value in zip(shares, values, strict=True)]
-        signs = elect([vote.sign() for vote in votes] if settings.sign == "count" else votes, settings.zero)
+            return values, shares, [share * value for share, value in zip(shares, values, strict=True)]
+        return values, shares, [value.sign() for value in values] if settings.sign == "count" else values
+
+    @functools.cache
+    def balance() -> float:
+        return sum(_balance(added(ballot(path)[2]).sign()) for path in tasks)
+
+    for path in tasks:
+        values, shares, votes = ballot(path)
+        signs = added(votes).sign()
+        tie = -1.0 if settings.zero == "negative" else 1.0
+        if settings.zero == "majority" and _cancels(signs, votes):
+            # The authors' masks take what is no positive sign for a negative one, also that of no majority.
+            tie = 1.0 if (balance() if settings.trim_scope == "global" else _balance(signs)) > 0 else -1.0
+        signs = torch.where(signs == 0, tie, signs)
         yield path, disjoint(values, [vote.sign() == signs for vote in votes], shares, settings.aggregate)
+
+
+def _cancels(signs: Tensor, votes: Sequence[Tensor]) -> bool:
+    """Whether votes other than zero add up to zero anywhere; elsewhere no tie matters."""
+    tied = signs == 0
+    return any(bool((tied & (vote != 0)).any()) for vote in votes)
+
+
+def _balance(signs: Tensor) -> float:
+    """How many more positions are positive than negative."""
+    return float(signs.sum(dtype=torch.float64))

@@ -16,9 +16,9 @@ from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dens
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "original": {"centre": "nyquist", "drop": "far", "cut": 0.7, "align": True, "scale": 0.7},
-    "nsc": {"centre": "nyquist", "drop": "near", "cut": 0.1, "align": False, "scale": 0.3},
-    "shifted": {"centre": "zero", "drop": "near", "cut": 0.1, "align": True, "scale": 0.7},
+    "original": {"centre": "nyquist", "drop": "far", "cut": 0.7, "ring": True, "align": True, "scale": 0.7},
+    "nsc": {"centre": "nyquist", "drop": "near", "cut": 0.1, "ring": False, "align": False, "scale": 0.3},
+    "shifted": {"centre": "zero", "drop": "near", "cut": 0.1, "ring": False, "align": True, "scale": 0.7},
 }
 
 
@@ -27,16 +27,20 @@ class FROptions:
     """Options of ``method="fr"``; those that are None are the preset's.
 
     Attributes:
-        preset: ``"original"``, the authors' code: its transform is not shifted, so that what lies far from the middle
-            of the array is the neighbourhood of frequency zero, 0.02 % of a square spectrum and 68 % of one of 768 by
-            3072; ``"nsc"``, that of NSC's experiments, which removes the 3 % next to the highest frequency; or
-            ``"shifted"``, the high-pass that the paper describes.
-        scale: multiplies the merged update.
+        preset: ``"original"``, the authors' code with its settings for eight tasks on ViT-B/32: its transform is not
+            shifted, so that what lies far from the middle of the array is the neighbourhood of frequency zero, 0.02 %
+            of a square spectrum and 68 % of one of 768 by 3072; ``"nsc"``, the code for NSC's experiments by two of its
+            authors (TARA-Merge), which removes the 3 % next to the highest frequency; or ``"shifted"``, the high-pass
+            that the paper describes. The authors filter attention and MLP weights only, here all that is merged.
+        scale: multiplies the merged update; theirs is 0.7, NSC's chosen on validation data.
         centre: frequency that distances are measured from, ``"zero"`` or ``"nyquist"`` (the highest).
         drop: removes what is ``"near"`` the centre or ``"far"`` from it,
-        cut: by this distance, as a share of the smaller side.
-        align: scale each task's filtered update, in every module, to the largest mean magnitude among the tasks'
-            unfiltered ones.
+        cut: by this distance, as a share of the smaller side; what is near is so by a whole number of bins, the
+            distance rounded down but at least 1.
+        ring: count twice the bins at a distance of exactly a tenth of the smaller side, rounded down, as the authors'
+            masks of middle and high frequencies do, which overlap there.
+        align: scale each task's filtered update, in every module, to the largest mean magnitude (the mean over all
+            entries) among the tasks' filtered ones.
     """
 
     preset: str = "original"
@@ -44,6 +48,7 @@ class FROptions:
     centre: str | None = None
     drop: str | None = None
     cut: float | None = None
+    ring: bool | None = None
     align: bool | None = None
 
     def __post_init__(self) -> None:
@@ -52,26 +57,34 @@ class FROptions:
         check_choice("centre", self.centre, ("zero", "nyquist"))
         check_choice("drop", self.drop, ("near", "far"))
         check_number("cut", self.cut, 0)
+        check_choice("ring", self.ring, (True, False))
         check_choice("align", self.align, (True, False))
 
 
 def kept_frequencies(shape: Sequence[int], options: FROptions) -> Tensor:
-    """Which bins of an unshifted transform of ``shape`` are kept, bool."""
+    """How often the bins of an unshifted transform of ``shape`` are counted: 0, 1 or, on the ring, 2. float32."""
     rows, columns = shape
     vertical = torch.arange(rows) - rows // 2
     horizontal = torch.arange(columns) - columns // 2
-    distance = (vertical[:, None].square() + horizontal[None].square()).double().sqrt()
+    # In float32, as the public codes compare.
+    distance = (vertical[:, None].square() + horizontal[None].square()).float().sqrt()
     assert options.cut is not None
-    bound = options.cut * min(rows, columns)
-    kept = distance >= bound if options.drop == "near" else distance <= bound
-    return torch.fft.ifftshift(kept) if options.centre == "zero" else kept
+    smaller = min(rows, columns)
+    if options.drop == "far":
+        kept = distance <= options.cut * smaller
+    else:
+        kept = distance >= (max(1, int(options.cut * smaller)) if options.cut else 0)
+    counted = kept.float()
+    if options.ring:
+        counted += kept & (distance == smaller // 10)
+    return torch.fft.ifftshift(counted) if options.centre == "zero" else counted
 
 
-def _filtered(update: Tensor, kept: Tensor) -> Tensor:
-    """The real part of ``update`` with its ``kept`` frequencies only."""
-    # Where a bin is kept and its mirror image is not, taking the real part leaves half of both.
-    mirrored = kept.flip(0, 1).roll((1, 1), (0, 1))
-    share = (kept.float() + mirrored.float()) / 2
+def _filtered(update: Tensor, counted: Tensor) -> Tensor:
+    """The real part of ``update`` with its frequencies as often as they are ``counted``."""
+    # Where a bin and its mirror image are not counted alike, taking the real part leaves both with the mean.
+    mirrored = counted.flip(0, 1).roll((1, 1), (0, 1))
+    share = (counted + mirrored) / 2
     spectrum = torch.fft.rfft2(update)
     return torch.fft.irfft2(spectrum * share[:, : spectrum.shape[1]], s=update.shape)
 
@@ -83,13 +96,12 @@ def fr(
     assert options.scale is not None
     for path, tasks in tasks_by_path(adapters, paths).items():
         updates = [dense_update(adapters[task].factors[path]) for task in tasks]
-        kept = kept_frequencies(updates[0].shape, options)
-        filtered = [_filtered(update, kept) for update in updates]
+        counted = kept_frequencies(updates[0].shape, options)
+        filtered = [_filtered(update, counted) for update in updates]
         if options.align:
-            largest = max(float(update.abs().mean()) for update in updates)
             means = [float(update.abs().mean()) for update in filtered]
             filtered = [
-                update * (largest / mean) if mean else update for update, mean in zip(filtered, means, strict=True)
+                update * (max(means) / mean) if mean else update for update, mean in zip(filtered, means, strict=True)
             ]
         yield path, dense_factor(options.scale * added(filtered))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from nsc_merge.methods.method import Averages
 from nsc_merge.methods.shared_options import check_weights, fill, weights_of
 from nsc_merge.methods.task_vectors.elementwise import (
     AGGREGATES,
+    KEEPS,
     SIGNS,
     TRIM_SCOPES,
     ZEROS,
@@ -26,16 +27,16 @@ from nsc_merge.methods.task_vectors.elementwise import (
 )
 from nsc_merge.utils.option_checks import check_choice, check_number
 
-_STEPS = ("density", "trim_scope", "sign", "zero", "aggregate", "scale")
+_STEPS = ("density", "trim_scope", "keep", "sign", "zero", "aggregate", "scale")
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(_STEPS, values, strict=True))
     for name, values in {
-        "canonical": (0.2, "global", "sum", "majority", "mean", 1.0),
-        "peft": (0.2, "tensor", "sum", "positive", "mean", 1.0),
-        "mergekit": (1.0, "tensor", "weighted", "positive", "weight", 1.0),
-        "knots": (0.2, "global", "sum", "majority", "mean", 0.6),
-        "adamerging": (0.2, "global", "sum", "majority", "sum", 0.3),
-        "nsc": (0.2, "tensor", "count", "positive", "sum", 0.3),
+        "canonical": (0.2, "global", "next", "sum", "majority", "mean", 1.0),
+        "peft": (0.2, "tensor", "floor", "sum", "positive", "mean", 1.0),
+        "mergekit": (1.0, "tensor", "floor", "weighted", "positive", "weight", 1.0),
+        "knots": (0.3, "global", "next", "sum", "majority", "mean", 0.3),
+        "adamerging": (0.2, "global", "next", "sum", "majority", "sum", 0.3),
+        "nsc": (0.2, "tensor", "round", "count", "positive", "sum", 0.3),
     }.items()
 }
 
@@ -44,6 +45,7 @@ def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
     """Refuse options of the three steps that are none."""
     check_number("density", options.density, 0, 1, above=True)
     check_choice("trim_scope", options.trim_scope, scopes)
+    check_choice("keep", options.keep, KEEPS)
     check_choice("sign", options.sign, SIGNS)
     check_choice("zero", options.zero, ZEROS)
     check_choice("aggregate", options.aggregate, AGGREGATES)
@@ -52,7 +54,7 @@ def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
 
 def steps_of(options: Any) -> Ties:
     """The options of the three steps."""
-    return Ties(options.density, options.trim_scope, options.sign, options.zero, options.aggregate)
+    return Ties(*(getattr(options, step.name) for step in fields(Ties)))
 
 
 def averages(options: Any) -> Averages:
@@ -68,35 +70,43 @@ class TiesOptions:
 
     Attributes:
         preset: ``"canonical"`` (the authors'), ``"peft"`` (its ``ties_svd``, before the SVD), ``"mergekit"``,
-            ``"knots"``, ``"adamerging"`` (also FusionBench's) or ``"nsc"`` (that of NSC's public code, with the
-            density of the paper).
+            ``"knots"`` (its published ViT-B/32 settings of plain TIES), ``"adamerging"`` (also FusionBench's) or
+            ``"nsc"`` (that of NSC's public code, with the density of the paper).
         scale: multiplies the merged update.
-        density: share of a task's entries that trimming keeps, the largest by magnitude. Entries as large as the
-            smallest of these are kept as well.
+        density: share of a task's entries that trimming keeps, the largest by magnitude; 1 does not trim.
+        keep: how many that is, of N entries: ``"next"``, density times N rounded down and one more, and all that are as
+            large as the last of them (the authors', KnOTS', AdaMerging's and FusionBench's code); ``"floor"``, exactly
+            density times N rounded down (PEFT and mergekit; mergekit refuses where that is none); ``"round"``, exactly
+            density times N rounded to the nearest, halves to even, but at least one (NSC's); or ``"complement"``, N
+            less (1 - density) times N rounded down, and one more, and all as large (RobustMerge, MergeLM). Of
+            equally large entries an exact number takes the first, as nothing else is defined by those codebases.
         trim_scope: counts a task's entries over all modules (``"global"``), in each module (``"tensor"``), or in A and
             B separately (``"factors"``, PEFT's ``ties``: the factors are merged, weighted by the root of weight times
             scaling, and their product has cross terms between tasks; all ranks must be equal, and unlike with the
             others the result depends on how an update is factored).
         sign: that a position is given: of the ``"sum"`` of the values, of their ``"weighted"`` sum (mergekit's), or of
             the ``"count"`` of their signs. With a negative weight, ``"weighted"`` elects and compares turned values.
-        zero: what a tie becomes: ``"positive"``, ``"negative"``, or ``"majority"``, the more frequent sign of the
-            module. (The authors count it over all modules. It only matters where values cancel exactly.)
+        zero: what a tie becomes: ``"positive"``, ``"negative"``, or ``"majority"``, the more frequent sign
+            among all that ``trim_scope`` counts together, negative if there is none.
         aggregate: of the values that agree with the sign: ``"mean"``, ``"sum"``, or ``"weight"``, their sum divided by
             the sum of their weights.
         weights: task -> weight of its values, 1 each when None.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
     preset: str = "canonical"
     scale: float | None = None
     density: float | None = None
     trim_scope: str | None = None
+    keep: str | None = None
     sign: str | None = None
     zero: str | None = None
     aggregate: str | None = None
     weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        fill(self, PRESETS)
+        fill(self, self.presets)
         check_ties(self, (*TRIM_SCOPES, "factors"))
         check_weights(self.weights)
 

@@ -1,0 +1,110 @@
+"""What a card says can be followed: its code is run, and gives what was merged."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from zoo import KINDS, build, outputs, write_adapter
+
+import nsc_merge
+from nsc_merge.results.layout import found_as
+from nsc_merge.results.serving_notes import serving_notes
+
+CLASSES = 10
+
+
+def code_of(folder):
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(params=["vit", "llama-cls"])
+def trained(request, tmp_path):
+    """A base with two or three labels, and adapters that brought heads of ten."""
+    model = build(request.param)
+    head = next(name for name, _ in model.named_parameters() if re.search(r"(classifier|score)\.weight", name))
+    assert model.get_parameter(head).shape[0] != CLASSES
+    adapters = {}
+    for seed, task in enumerate(("digits", "more digits")):
+        folder = write_adapter(model, tmp_path / str(seed), seed, target_modules=KINDS[request.param].targets)
+        heads = {head: torch.randn(CLASSES, model.get_parameter(head).shape[1])}
+        if "classifier" in head:
+            heads["classifier.bias"] = torch.randn(CLASSES)
+        adapters[task] = replace(nsc_merge.load_adapter(folder, task), trained=heads)
+    return request.param, model, adapters
+
+
+@pytest.mark.parametrize("format", ["model", "lora"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("method", ["task_arithmetic", "finetuned"])
+def test_the_code_of_a_card_loads_the_merge_and_a_head_of_another_size(
+    trained, tmp_path, monkeypatch, format, nested, method
+):
+    kind, model, adapters = trained
+    options = {"scale": 0.5} if method == "task_arithmetic" else {}
+    result = nsc_merge.merge(model, adapters, method=method, **options)
+    out = result.save(tmp_path / "out", [format] if nested else format)
+    monkeypatch.chdir(out)
+    names = {"base_model": copy.deepcopy(model)}
+    for block in code_of(out):
+        exec(block, names)
+
+    expected = result.for_task("digits").apply(copy.deepcopy(model))
+    for name, value in adapters["digits"].trained.items():
+        path, _, parameter = name.rpartition(".")
+        setattr(expected.get_submodule(path), parameter, torch.nn.Parameter(value))
+    inputs = KINDS[kind].inputs(3)
+    found = outputs(names["model"].eval(), inputs)
+    assert found.shape[-1] == CLASSES
+    torch.testing.assert_close(found, outputs(expected.eval(), inputs), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        loss = names["model"](**inputs, labels=torch.tensor([9, 8, 7])).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(found, torch.tensor([9, 8, 7])))
+
+
+def test_every_head_and_every_task_is_named_by_its_file(trained, tmp_path):
+    _, model, adapters = trained
+    out = nsc_merge.merge(model, adapters, method="finetuned").save(tmp_path / "out", ["lora"])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for task in adapters:
+        assert f"`{found_as(out / 'heads', task, '.safetensors').relative_to(out)}`" in card
+    assert f"`{found_as(out / 'tasks', 'more digits').relative_to(out)}/lora`" in card
+
+
+def test_a_head_that_the_base_has_no_place_for_gets_no_code(model, folders, tmp_path):
+    adapter = nsc_merge.load_adapter(folders["plain"], "plain")
+    headed = replace(adapter, trained={"classifier.weight": torch.zeros(3, 32)})
+    out = nsc_merge.merge(model, {"plain": headed}, method="task_arithmetic").save(tmp_path / "out", "lora")
+    assert "has no place for `classifier.weight`" in (out / "README.md").read_text()
+    assert len(code_of(out)) == 1
+
+
+def test_names_break_neither_metadata_nor_tables(model, folders, tmp_path):
+    adapter = nsc_merge.load_adapter(folders["plain"], "plain")
+    base = "org/name: x\nlicense: mine # '"
+    named = replace(adapter, base_model=base)
+    out = nsc_merge.merge(model, {"a|b\n# c": named}, method="task_arithmetic").save(tmp_path / "out", "lora")
+    _, head, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(head) == {"base_model": base, "library_name": "peft", "tags": ["merge", "lora"]}
+    assert "# 1 LoRA adapter merged: a\\|b # c\n" in text
+    assert text.count("\n# ") == 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "dinov2", "llama-cls", "llama", "llava"])
+def test_flags_of_vllm_are_told_for_what_vllm_serves(kind, tmp_path):
+    model = build(kind)
+    write = partial(write_adapter, model, target_modules=KINDS[kind].targets, r=4)
+    result = nsc_merge.merge(
+        model, {"a": write(tmp_path / "a", 1), "b": write(tmp_path / "b", 2)}, method="task_arithmetic"
+    )
+    told = kind in ("llama-cls", "llama", "llava")
+    full, cut = serving_notes(result), serving_notes(result, 3)
+    assert full == ["the adapter has rank 8" + "; vLLM: --enable-lora --max-lora-rank 8" * told]
+    assert cut == ["the adapter has rank 3" + "; vLLM: --enable-lora --max-lora-rank 8" * told]
+    card = (result.save(tmp_path / "out", "lora") / "README.md").read_text(encoding="utf-8")
+    assert ("vLLM" in card) == told
