@@ -27,7 +27,7 @@ from nsc_kernels import AdapterBank
 from nsc_merge.adapters import load_adapter
 from nsc_merge.calibration.batch_files import read_batches
 from nsc_merge.descent.checkpoint import State
-from nsc_merge.recipes.merge_recipe import load_recipe
+from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
 from nsc_merge.recipes.saved_result import read_document
 
 REFUSALS = (ValueError, TypeError, FileNotFoundError)
@@ -92,23 +92,19 @@ def trial(place: Path, seed: int, number: int) -> Trial:
 
 
 def _refusal(case: str, error: Exception, is_good: bool, seconds: float) -> Trial:
-    text = str(error)
+    # Of a recipe that a person writes, as the command prints it: a path may have lines.
+    is_recipe = isinstance(error, RecipeError)
+    text = " ".join(str(error).split()) if is_recipe else str(error)
     known = ("adapters['a']", "calibration", "result: ", "resume_from", "recipe", "bank", "tried")
     if is_good:
         return Trial(case, "wrong", f"a good file is refused: {text}")
     if "\n" in text.strip() or len(text) > 1000:
         return Trial(case, "wrong", f"not in one line: {text[:300]!r}")
-    if not any(word in text for word in known) and not isinstance(error, _recipe_error()):
+    if not is_recipe and not any(word in text for word in known):
         return Trial(case, "wrong", f"{type(error).__name__} that names neither file nor argument: {text}"[:400])
     if seconds > SECONDS:
         return Trial(case, "wrong", f"refused after {seconds:.1f} s: {text}")
     return Trial(case, "refused", text)
-
-
-def _recipe_error() -> type[Exception]:
-    from nsc_merge.recipes.merge_recipe import RecipeError
-
-    return RecipeError
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

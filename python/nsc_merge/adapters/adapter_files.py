@@ -41,7 +41,8 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} is missing (found: {found})")
+            what = "is no file" if (folder / file).exists() else "is missing"
+            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} {what} (found: {found})")
     raw = (folder / CONFIG_FILE).read_bytes()
     config = from_json(raw, f"adapters[{name!r}]: {folder / CONFIG_FILE}")
     if not isinstance(config, dict):

@@ -58,7 +58,7 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
     if local:
         _check_folder(Path(name))
     fields, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=local)
-    if fields.get("auto_map") and fields.get("model_type") not in transformers.CONFIG_MAPPING:
+    if fields.get("auto_map") and str(fields.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"model: {name} needs code of its own (auto_map in its config.json), which is never run: load the model "
             "yourself in Python and call nsc_merge.merge(model, ...)"
@@ -80,7 +80,9 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
         missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"model: {name} lacks {len(missing)} tensors, for example {missing[0]}")
-    model = _unmapped(model.to(place)).eval()
+    model = model.to(place).eval()
+    if place.type == "cpu":
+        _unmap(model)
     if local:
         found = hashes(Path(name))
         if marks(Path(name)) != before:
@@ -127,8 +129,7 @@ def _class_of(name: str, config: Any) -> Any:
     return kind
 
 
-def _unmapped(model: nn.Module) -> nn.Module:
-    """``model`` without a tensor that is a view of a file: one that is cut short would end the process."""
+def _unmap(model: nn.Module) -> None:
+    """Put copies in the place of views of files, one at a time: a file that is cut short would end the process."""
     for value in (*model.parameters(), *model.buffers()):
         value.data = value.data.clone()
-    return model

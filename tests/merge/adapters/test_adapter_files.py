@@ -74,6 +74,7 @@ def test_what_is_no_file_is_named(folders):
     (folders["mixed"] / CONFIG).unlink()
     (folders["mixed"] / CONFIG).mkdir()
     (folders["partial"] / CONFIG).write_bytes(b"")
-    for name, file in (("plain", WEIGHTS), ("mixed", CONFIG), ("partial", CONFIG)):
-        with pytest.raises((FileNotFoundError, ValueError), match=rf"adapters\['{name}'\]: .*{file}"):
+    said = {"plain": f"{WEIGHTS} is no file", "mixed": f"{CONFIG} is no file", "partial": "is not valid JSON"}
+    for name, what in said.items():
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"adapters\['{name}'\]: .*{what}"):
             load_adapter(folders[name], name)

@@ -243,6 +243,45 @@ def test_rows_are_measured_once_and_again_only_if_something_changed(place, capsy
     capsys.readouterr()
 
 
+def test_a_row_whose_files_changed_while_it_was_measured_is_not_kept(place, capsys, monkeypatch):
+    """The suite is read once: a later row would be measured on the old file and kept under the hash of the new."""
+    from nsc_merge.evaluation import run as module
+
+    original, file = module._Bench.measured, place / "data" / "nli-test.safetensors"
+
+    def replaced(self, row):
+        if row.name == "TA":
+            data = load_file(file)
+            save_file({**data, "labels": (data["labels"] + 1) % 3}, file)
+        return original(self, row)
+
+    scales = {"first": 0.3, "TA": 0.4, "last": 0.5}
+    lines = [{"method": "task_arithmetic", "name": name, "options": {"scale": s}} for name, s in scales.items()]
+    change(place, methods=lines)
+    monkeypatch.setattr(module._Bench, "measured", replaced)
+    assert main(["eval", str(place / "eval.yaml"), "output.plots=false"]) == 1
+    shown = capsys.readouterr().err
+    for name in ("TA", "last"):
+        assert f"{name}, seed 0: a file that it depends on changed while rows were measured" in shown
+    assert list(rows(json.loads((place / "out" / "results.json").read_text()))) == ["zero_shot", "finetuned", "first"]
+
+
+def test_a_saved_merge_with_other_coefficients_is_measured_again(place, capsys):
+    model = type(build("llama-cls")).from_pretrained(place / "base")
+    adapters = {name: place / "adapters" / name for name in ("nli", "topic")}
+    nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.4).save(place / "numbers", "coefficients")
+    change(place, methods=[{"folder": "numbers", "name": "numbers"}])
+    losses = []
+    for _ in range(2):
+        assert main(["eval", str(place / "eval.yaml"), "output.plots=false"]) == 0
+        losses.append(rows(json.loads((place / "out" / "results.json").read_text()))["numbers"][0]["losses"])
+        document = json.loads((place / "numbers" / "coefficients.json").read_text())
+        document["coefficients"] = {path: dict.fromkeys(row, 4.0) for path, row in document["coefficients"].items()}
+        (place / "numbers" / "coefficients.json").write_text(json.dumps(document))
+    assert losses[0] != losses[1]
+    capsys.readouterr()
+
+
 def test_seeds_repeat_what_depends_on_them(place, capsys):
     for seed in (3, 4):
         shutil.copytree(place / "adapters" / "nli", place / "adapters" / f"nli-{seed}")
