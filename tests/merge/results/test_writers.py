@@ -201,6 +201,13 @@ def test_what_cannot_be_written_is_refused_in_a_line(merges, tmp_path, monkeypat
     assert contents(tmp_path) == before
 
 
+def test_a_name_that_no_file_can_hold_is_refused(model, folders, tmp_path):
+    result = nsc_merge.merge(model, {"half \ud800": folders["plain"]}, method="task_arithmetic")
+    with pytest.raises(ValueError, match=r"adapters\['half \\ud800'\]: expected a name that UTF-8 can hold"):
+        result.save(tmp_path / "out", "lora")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
 def test_an_output_may_have_the_longest_name_that_there_is(merges, tmp_path, name):
     for _ in range(2):

@@ -244,13 +244,21 @@ def test_folders_of_others_keep_their_permissions_and_stay_when_empty(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_where_a_folder_is_needed_and_the_other_way_round_is_refused(tmp_path):
+def test_a_file_where_a_folder_is_needed_and_the_other_way_round_is_refused(tmp_path, monkeypatch):
     for name, message in (("tasks", "tasks is no folder"), ("config.json/mine", "config.json is a folder")):
         out = tmp_path / message[:4] / "out"
         write(out, {name: "mine"})
         with pytest.raises(FileExistsError, match=message):
             replace(out)
         assert read(out.parent) == {f"out/{name}": "mine"}
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    for inside in (False, True):
+        if inside:
+            monkeypatch.chdir(tmp_path / "out")
+        with pytest.raises(FileExistsError, match="config.json is a folder"):
+            replace(tmp_path / "out")
+        assert os.listdir(tmp_path / "out") == ["config.json"]
+    monkeypatch.chdir(tmp_path)
 
 
 def test_links_are_copied_where_the_filesystem_has_none(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_what_would_take_all_time_or_memory_is_refused(name):
     started = time.process_time()
     with pytest.raises(yaml.YAMLError):
         from_yaml(BOMBS[name])
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5
 
 
 def test_a_huge_file_is_not_read_at_all(tmp_path):
