@@ -6,7 +6,8 @@ import itertools
 import json
 import operator
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,13 +201,16 @@ class AdapterBank(nn.Module):
 
         path = Path(path)
         metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "offsets": json.dumps(self.offsets)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+        temporary.touch(exist_ok=False)
         try:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
             save_file({"A": self.A, "Bt": self.Bt}, temporary, metadata)
+            # What safetensors puts there is for its owner alone.
+            temporary.chmod(mode)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -228,7 +232,9 @@ class AdapterBank(nn.Module):
                         f"expected format {FILE_FORMAT} version {FILE_VERSION}, "
                         f"found {metadata.get('format')} version {metadata.get('version')}"
                     )
-                bank = cls(file.get_tensor("A"), file.get_tensor("Bt"), _read_offsets(metadata.get("offsets")))
+                # Copies: what safetensors gives is the file in memory, and would change with it.
+                A, Bt = (file.get_tensor(name).clone() for name in ("A", "Bt"))
+                bank = cls(A, Bt, _read_offsets(metadata.get("offsets")))
                 for name, t in bank.named_buffers():
                     _check_finite(name, t)
         except (SafetensorError, TypeError, ValueError) as error:

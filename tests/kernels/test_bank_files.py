@@ -55,6 +55,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
 
 
+def test_a_saved_bank_is_for_whom_any_new_file_is_for(tmp_path: Path) -> None:
+    nk.AdapterBank.from_factors(*factors((2,))).save(tmp_path / "bank.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "bank.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_loaded_bank_is_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "bank.safetensors"
+    bank = nk.AdapterBank.from_factors(*factors((2, 3)))
+    bank.save(path)
+    loaded = nk.AdapterBank.load(path)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert torch.equal(loaded.A, bank.A)
+    assert torch.equal(loaded.B, bank.B)
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -39,7 +39,9 @@ class MergeResult(MergedUpdate):
                 of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
                 ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method
                 gives coefficients) into ``out`` and each other format into a folder of its name. Where every task
-                has an update of its own, each goes into ``tasks/<task>`` of that folder.
+                has an update of its own, each goes into ``tasks/<task>`` of that folder. A task whose name is more than
+                letters, digits, ``_``, ``-`` and ``.``, or differs from another's in case only, is called
+                ``<what is left>+<digest>`` there and in ``heads``.
             rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
                 ``truncation.json``; :meth:`rank_errors` returns the same. Methods whose update is of full rank
                 have no exact adapter and need it.
@@ -53,6 +55,7 @@ class MergeResult(MergedUpdate):
             TypeError, ValueError, OSError: naming the argument, what was found and what was expected; ``out`` is then
                 as it was. ``"model"``, and ``"lora"`` where adapters trained linears in full, need the base as it was
                 merged: see :meth:`apply`.
+            BlockingIOError: if someone else is writing ``out``; this save can be tried again when they are done.
         """
         save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
         return Path(out)

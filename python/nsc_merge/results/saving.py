@@ -61,6 +61,9 @@ def save(
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
     if not result.coefficients and format == "coefficients":
         raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
+    for task in result.tasks:
+        if any("\ud800" <= character <= "\udfff" for character in task):
+            raise ValueError(f"adapters[{task!r}]: expected a name that UTF-8 can hold, found half a character in it")
     if rank is None and "lora" in wanted:
         _refuse_full_rank(result)
     if "model" in wanted or ("lora" in wanted and any(map(result.is_whole, result.paths))):

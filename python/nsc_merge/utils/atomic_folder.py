@@ -142,12 +142,11 @@ def _widen(file: Path, mode: int) -> None:
 
 def _refuse_clash(out: Path, kept: Iterable[Path], written: set[Path]) -> None:
     folders = {parent for path in written for parent in path.parents}
-    for path in kept:
-        if path in folders:
-            raise FileExistsError(f"out: {out / path} is no folder, and one of that name is to be written")
-        for parent in path.parents:
-            if parent in written:
-                raise FileExistsError(f"out: {out / parent} is a folder, and a file of that name is to be written")
+    for path in folders.intersection(kept):
+        raise FileExistsError(f"out: {out / path} is no folder, and one of that name is to be written")
+    for path in written:
+        if (out / path).is_dir() and not (out / path).is_symlink():
+            raise FileExistsError(f"out: {out / path} is a folder, and a file of that name is to be written")
 
 
 def _runs_in(folder: Path) -> bool:

@@ -46,17 +46,18 @@ def _loader() -> Any:
             if self.values > MOST_VALUES:
                 refuse(f"expected at most {MOST_VALUES} values, aliases written out, found more", place)
 
-        def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
             self.depth += 1
             self.count(self.depth, self.peek_event())
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
 
-        def compose_document(self) -> yaml.Node:
+        def compose_document(self) -> yaml.Node | None:
             node = super().compose_document()
             self.values = 0
-            self.write_out(node, ())
+            if node is not None:
+                self.write_out(node, ())
             return node
 
         def write_out(self, node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:

@@ -59,10 +59,11 @@ def test_random_names_never_meet():
 
 
 def test_only_names_of_our_own_layout_are_ours():
-    ours = ["README.md", "lora/adapter_config.json", "tasks/a+0/model/model-00001-of-00002.safetensors", "heads/a.safetensors"]
+    ours = ["README.md", "lora/adapter_config.json", "tasks/a+0/model/model-00001-of-00002.safetensors"]
+    ours += ["heads/a.safetensors", "tasks/a/config.json", "losses.png"]
     assert all(map(is_ours, ours))
-    foreign = ["notes.txt", "../README.md", "/README.md", "tasks/../README.md/x", "lora/notes.txt", "heads/deep/a.safetensors"]
-    foreign += ["other/config.json", "tasks/config.json/x", "heads/../a.safetensors", "README.md\n", "model/tokenizer.json", ""]
+    foreign = ["notes.txt", "../README.md", "/README.md", "tasks/../README.md/x", "lora/notes.txt", "README.md\n", ""]
+    foreign += ["other/config.json", "tasks/config.json/x", "heads/../a.safetensors", "heads/deep/a.safetensors"]
     assert not any(map(is_ours, foreign))
 
 

@@ -41,13 +41,15 @@ def replace(out):
         write(staging, NEW)
 
 
-def killed_at(step, out):
+def killed_at(step, out, inside=False):
     """Replace ``out`` in a process that ends, as if killed, before its ``step``-th change to the filesystem; whether
     it got that far.
     """
     child = os.fork()
     if child == 0:
         count = 0
+        if inside:
+            os.chdir(out)
 
         def counting(original):
             def call(*args, **kwargs):
@@ -115,6 +117,62 @@ def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, monkeypatch)
     assert whole == [AFTER]
 
 
+@pytest.mark.parametrize("way", ["exchanged", "renamed", "one by one"])
+def test_whatever_a_kill_left_the_next_writer_brings_the_old_or_the_new_and_clears_up(tmp_path, monkeypatch, way):
+    if way == "renamed":
+        monkeypatch.setattr(atomic_folder, "_exchange", lambda *_: False)
+    seen = []
+    for step in range(0, 200, 5):
+        place = tmp_path / str(step)
+        write(place / "out", {**OLD, **FOREIGN})
+        killed = killed_at(step, place / "out", inside=way == "one by one")
+        with pytest.raises(RuntimeError, match="no"), replacing_folder(place / "out", obsolete):
+            raise RuntimeError("no")
+        found = read(place / "out")
+        assert found in ({**OLD, **FOREIGN}, AFTER)
+        assert [path.name for path in place.iterdir()] == ["out"]
+        seen.append(found == AFTER)
+        if not killed:
+            break
+    assert seen == sorted(seen)
+    assert seen[-1]
+    assert sum(seen) < len(seen)
+
+
+def test_a_kill_of_who_undoes_a_kill_leaves_the_old_or_the_new(tmp_path):
+    for step in range(8, 32, 6):
+        out = tmp_path / str(step) / "out"
+        write(out, {**OLD, **FOREIGN})
+        assert killed_at(step, out, inside=True)
+        for again in range(4, 12, 3):
+            assert killed_at(again, out)
+        with pytest.raises(RuntimeError, match="no"), replacing_folder(out, obsolete):
+            raise RuntimeError("no")
+        assert read(out) in ({**OLD, **FOREIGN}, AFTER)
+
+
+@pytest.mark.parametrize("call", ["os.replace", "os.link"])
+def test_an_error_while_files_are_replaced_one_by_one_is_undone(tmp_path, monkeypatch, call):
+    for failing in range(3):
+        out = tmp_path / str(failing) / "out"
+        write(out, {**OLD, **FOREIGN})
+        monkeypatch.chdir(out)
+        with monkeypatch.context() as patched:
+            real, calls = getattr(os, call.removeprefix("os.")), []
+
+            def fails(*args, real=real, calls=calls, failing=failing, **kwargs):
+                calls.append(args)
+                if len(calls) == failing + 1:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+
+            patched.setattr(call, fails)
+            with pytest.raises(KeyboardInterrupt):
+                replace(out)
+        assert read(out.parent) == {f"out/{name}": text for name, text in {**OLD, **FOREIGN}.items()}
+    monkeypatch.chdir(tmp_path)
+
+
 def test_an_error_leaves_everything_as_it_was(tmp_path):
     write(tmp_path / "out", OLD)
     with pytest.raises(RuntimeError, match="half"), replacing_folder(tmp_path / "out", obsolete) as staging:
@@ -172,6 +230,35 @@ def test_a_new_folder_has_the_permissions_of_any_other(tmp_path):
     replace(tmp_path / "out")
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_folders_of_others_keep_their_permissions_and_stay_when_empty(tmp_path):
+    write(tmp_path / "out", {**OLD, **FOREIGN})
+    for name, mode in (("sub", 0o700), ("sub/deep", 0o500), ("empty", 0o711)):
+        (tmp_path / "out" / name).mkdir(exist_ok=True)
+        (tmp_path / "out" / name).chmod(mode)
+    replace(tmp_path / "out")
+    modes = {name: stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in ("sub", "sub/deep", "empty")}
+    assert modes == {"sub": 0o700, "sub/deep": 0o500, "empty": 0o711}
+    assert read(tmp_path / "out") == AFTER
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_where_a_folder_is_needed_and_the_other_way_round_is_refused(tmp_path, monkeypatch):
+    for name, message in (("tasks", "tasks is no folder"), ("config.json/mine", "config.json is a folder")):
+        out = tmp_path / message[:4] / "out"
+        write(out, {name: "mine"})
+        with pytest.raises(FileExistsError, match=message):
+            replace(out)
+        assert read(out.parent) == {f"out/{name}": "mine"}
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    for inside in (False, True):
+        if inside:
+            monkeypatch.chdir(tmp_path / "out")
+        with pytest.raises(FileExistsError, match="config.json is a folder"):
+            replace(tmp_path / "out")
+        assert os.listdir(tmp_path / "out") == ["config.json"]
+    monkeypatch.chdir(tmp_path)
 
 
 def test_links_are_copied_where_the_filesystem_has_none(tmp_path, monkeypatch):
