@@ -60,6 +60,9 @@ class Adapter:
             fitted to a model by :func:`nsc_merge.models.fitting.fit`, only the task's own heads are left here.
         source: the folder it came from, if any.
         notes: what a person should know about how it was read.
+        base_weights: parameter path -> value, of the base model's weights that PEFT saved along (of a head or an
+            embedding that has LoRA or was resized); :func:`nsc_merge.models.fitting.fit` checks that the model has
+            the same.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Adapter:
     trained: dict[str, Tensor] = field(default_factory=dict)
     source: Path | None = None
     notes: tuple[str, ...] = ()
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:
