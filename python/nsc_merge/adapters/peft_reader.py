@@ -27,12 +27,13 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\
 
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((.+\.)?(embed_tokens|lm_head)\.weight)")
+_WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Keys that PEFT's save_pretrained does not write: what they look like, where they come from, and what to do.
 _SAVED_OTHERWISE = (
     (
-        re.compile(r"(^|\.)_orig_mod\."),
-        "a compiled model was saved: save the module that was compiled (model._orig_mod.save_pretrained), or take "
-        "'_orig_mod.' out of the keys",
+        _WRAPPED,
+        "a compiled or wrapped model was saved: save the module in it (model._orig_mod.save_pretrained where it was "
+        "compiled), or take the wrapper's name out of the keys",
     ),
     (
         re.compile(r"^module\."),
@@ -148,7 +149,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     for key, value in weights.items():
         path = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(path)
-        if path == key:
+        if path == key or _WRAPPED.search(path):
             left_over.append(key)
         elif match and _is_expected(match["part"], config):
             held.parts.setdefault(match["path"], {})[match["part"]] = value
