@@ -173,7 +173,8 @@ class ModulePatterns:
                 while depth:
                     piece.append(tokens.pop(0))
                     depth += {"open": 1, "close": -1}.get(str(piece[-1].lastgroup), 0)
-            least, most = 1, 1
+            least: int = 1
+            most: int | None = 1
             if tokens and tokens[0].lastgroup == "repeat":
                 least, most = _bounds(tokens.pop(0)[0].removesuffix("?") or "?")
             state = self._repeated(piece, least, most, state)

@@ -55,25 +55,26 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     held = Held({}, {}, {})
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
         if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
-            values = module.modules_to_save[held_as].state_dict()
-            held.trained.update({f"{path}.{key}": _copied(value) for key, value in values.items()})
-        elif isinstance(module, LoraLayer) and (
-            held_as in module.lora_A or held_as in module.lora_embedding_A
-        ):
+            own: Any = module.modules_to_save[held_as]
+            held.trained.update({f"{path}.{key}": copied(value) for key, value in own.state_dict().items()})
+        elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
             held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
             held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
     return held
 
 
 def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
-    down, up = (factors[held_as] if held_as in factors else None for factors in (layer.lora_A, layer.lora_B))
-    if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
-        raise ValueError(f"{what}: expected LoRA on an nn.Linear, found {type(layer).__module__}.{type(layer).__name__}")
+    both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
+    if len(both) < 2 or not all(isinstance(factor, nn.Linear) for factor in both):
+        kind = type(layer)
+        raise ValueError(f"{what}: expected LoRA on an nn.Linear, found {kind.__module__}.{kind.__name__}")
+    down, up = both
     parts = {"lora_A.weight": down.weight, "lora_B.weight": up.weight}
     if up.bias is not None:
         parts["lora_B.bias"] = up.bias
@@ -82,7 +83,7 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
         parts["lora_magnitude_vector"] = layer.lora_magnitude_vector[held_as].weight
     elif variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         raise ValueError(f"{what}: expected plain LoRA, found PEFT's {type(variant).__name__}")
-    return {part: _copied(value) for part, value in parts.items()}
+    return {part: copied(value) for part, value in parts.items()}
 
 
 def _scaling(value: Any, what: str) -> float:
@@ -91,5 +92,6 @@ def _scaling(value: Any, what: str) -> float:
     return float(value)
 
 
-def _copied(value: Tensor) -> Tensor:
-    return value.detach().cpu().clone() if not value.is_meta else value.detach()
+def copied(value: Tensor) -> Tensor:
+    """A tensor of its own on the CPU, where merging is done wherever the model is; attaching moves factors again."""
+    return value.detach() if value.is_meta else value.detach().cpu().clone()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import Adapter, Factor
 from nsc_merge.adapters.peft_config import Scalings, check_config
-from nsc_merge.adapters.peft_models import Held, config_of, read_layers
+from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
@@ -84,7 +84,8 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     if isinstance(source, Adapter):
         return source
     source = getattr(source, "_orig_mod", source)
-    folder, notes = None, ()
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
         held_as, config = config_of(source, name)
         check_config(name, config, dora)
@@ -136,8 +137,7 @@ def _of_mapping(source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], d
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"adapters[{name!r}]: {key}: expected a tensor, found {value!r:.60}")
-    # Copies: the tensors may be a model's own, and change with it.
-    return dict(config), {key: value if value.is_meta else value.detach().cpu().clone() for key, value in weights.items()}
+    return dict(config), {key: copied(value) for key, value in weights.items()}
 
 
 def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Held, dict[str, Tensor]]:
