@@ -26,7 +26,7 @@ _REFUSED = {
 }
 # Initialisations that move a part of the base weights into the factors.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out")
+_SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
 
 def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:

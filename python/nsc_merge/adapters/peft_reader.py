@@ -28,6 +28,7 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((.+\.)?(embed_tokens|lm_head)\.weight)")
 _WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 # Keys that PEFT's save_pretrained does not write: what they look like, where they come from, and what to do.
 _SAVED_OTHERWISE = (
     (
@@ -82,6 +83,10 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     if dora not in ("refuse", "convert"):
         raise ValueError(f"dora: expected 'refuse' or 'convert', found {dora!r}")
     if isinstance(source, Adapter):
+        for path, factor in source.factors.items():
+            for part, value in vars(factor).items():
+                if isinstance(value, Tensor):
+                    _refuse_non_finite(name, f"{path}.{part}", value)
         return source
     source = getattr(source, "_orig_mod", source)
     folder: Path | None = None
@@ -89,7 +94,11 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
         held_as, config = config_of(source, name)
         check_config(name, config, dora)
-        return _made(name, config, read_layers(source, held_as, name))
+        held = read_layers(source, held_as, name)
+        scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
+        if scaled and dora != "convert":
+            raise ValueError(f"adapters[{name!r}]: {scaled[0]} runs DoRA, expected plain LoRA or dora='convert'")
+        return _made(name, config, held)
     if isinstance(source, str | os.PathLike):
         folder = Path(source)
         config, weights = _read_folder(folder, name)
@@ -195,6 +204,12 @@ def _made(
     if not held.parts:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     base_weights = dict(base_weights or {})
+    tied = next((path for path in (*held.trained, *held.parts) if _EMBEDDING.search(path)), None)
+    if config.get("ensure_weight_tying") and tied:
+        raise ValueError(
+            f"adapters[{name!r}]: ensure_weight_tying=True is refused with {tied}: head and embeddings were trained as "
+            "one, and only nn.Linear can be merged"
+        )
     for path, value in {**held.trained, **base_weights}.items():
         _refuse_non_finite(name, path, value)
     factors = {path: _factor(name, path, parts, held.scalings[path]) for path, parts in held.parts.items()}

@@ -79,7 +79,7 @@ def fit(
             )
         notes += [f"{path}: trained in full, the base's own: shared and merged (shared_modules)" for path in shared]
         notes += [
-            f"{path}: trained in full, the task's own head: kept in heads/, not merged"
+            f"{path}: trained in full, {_whose(path, model, modules)}: kept in heads/, not merged"
             for path in dict.fromkeys(name.rpartition(".")[0] for name in heads)
         ]
         fitted[task] = replace(
@@ -102,6 +102,10 @@ def _refuse_adapted(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             f"{type(module).__module__.partition('.')[0]} at {wrapped[0]}; the base is what a PeftModel's unload() "
             "returns (its get_base_model() still holds the adapters), or a model loaded anew"
         )
+
+
+def _whose(path: str, model: nn.Module, modules: Collection[str]) -> str:
+    return "the task's own head" if path in modules else f"not in {type(model).__name__}"
 
 
 def _own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:

@@ -123,7 +123,7 @@ WEIGHTS = {
     "base_model.model.q.lora_A.weight": torch.ones(2, 3),
     "base_model.model.q.lora_B.weight": torch.ones(3, 2),
 }
-BOOLEANS = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out")
+BOOLEANS = ("ensure_weight_tying", "use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out")
 
 
 @pytest.mark.parametrize(

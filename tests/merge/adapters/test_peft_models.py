@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import build, outputs, text, write_adapter
+from zoo import DECODER, build, outputs, text, write_adapter
 
 import nsc_merge
 from nsc_merge.integrations.peft import merge as merge_loaded
@@ -201,6 +203,41 @@ def test_layers_that_run_something_else_are_refused():
         nsc_merge.load_adapter(wrapped().to("meta"), "a")
     with pytest.raises(TypeError, match="found DataParallel"):
         nsc_merge.load_adapter(nn.DataParallel(wrapped()), "a")
+
+
+def test_dora_in_memory_is_converted_as_from_its_folder(tmp_path):
+    model = wrapped(use_dora=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_dora=True is refused"):
+        nsc_merge.load_adapter(model, "a")
+    held, saved = (nsc_merge.load_adapter(source, "a", dora="convert") for source in (model, tmp_path))
+    for path, factor in saved.factors.items():
+        assert torch.equal(factor.magnitude, held.factors[path].magnitude)
+        assert torch.equal(factor.delta(), held.factors[path].delta())
+    # PEFT keeps what a layer runs apart from the configuration.
+    model.peft_config["default"].use_dora = False
+    with pytest.raises(ValueError, match="q_proj runs DoRA"):
+        nsc_merge.load_adapter(model, "a")
+
+
+def test_adapters_without_values_are_refused(folders):
+    adapter = nsc_merge.load_adapter(folders["plain"], "a")
+    path, factor = next(iter(adapter.factors.items()))
+    for wrong, message in ((factor.A.to("meta"), "A is on the meta device"), (factor.A / 0, "A .*not finite")):
+        broken = replace(adapter, factors={path: replace(factor, A=wrong)})
+        with pytest.raises(ValueError, match=rf"adapters\['a'\]: {path}.{message}"):
+            nsc_merge.load_adapter(broken, "a")
+
+
+def test_heads_trained_as_one_with_the_embeddings_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True))
+    settings = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True}
+    held = get_peft_model(model, LoraConfig(**settings, modules_to_save=["lm_head"]))
+    held.save_pretrained(tmp_path, save_embedding_layers=False)
+    for source in (held, tmp_path):
+        with pytest.raises(ValueError, match="ensure_weight_tying=True is refused with .*(lm_head|embed_tokens)"):
+            nsc_merge.load_adapter(source, "a")
 
 
 def edited(folder, rename):
