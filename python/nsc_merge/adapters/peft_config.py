@@ -129,7 +129,7 @@ class Scalings:
     def _check(self, kind: str, what: str, value: Any) -> None:
         whole = kind == "rank"
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        # Not further than float64 goes: scalings are computed in it.
-        if not number or not 0 < value <= sys.float_info.max:
+        # Not further than sizes of tensors go, or float64, in which scalings are computed.
+        if not number or not 0 < value <= (sys.maxsize if whole else sys.float_info.max):
             expected = "a positive whole number" if whole else "a positive number"
             raise ValueError(f"adapters[{self._name!r}]: {what}: expected {expected}, found {value!r:.60}")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -92,13 +92,7 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     folder: Path | None = None
     notes: tuple[str, ...] = ()
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
-        held_as, config = config_of(source, name)
-        check_config(name, config, dora)
-        held = read_layers(source, held_as, name)
-        scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
-        if scaled and dora != "convert":
-            raise ValueError(f"adapters[{name!r}]: {scaled[0]} runs DoRA, expected plain LoRA or dora='convert'")
-        return _made(name, config, held)
+        return _of_model(source, name, dora)
     if isinstance(source, str | os.PathLike):
         folder = Path(source)
         config, weights = _read_folder(folder, name)
@@ -112,6 +106,7 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
         )
     check_config(name, config, dora)
     held, base_weights = _sorted(name, config, weights)
+    held.scalings.update(_scaled(name, config, held.parts))
     both = sorted(set(beside) & set(held.trained))
     if both:
         raise ValueError(f"adapters[{name!r}]: {both[0]} is in {WEIGHTS_FILE} and beside it; expected it once")
@@ -138,6 +133,16 @@ def _read_folder(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Ten
         raise ValueError(f"adapters[{name!r}]: {error}") from None
 
 
+def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
+    held_as, config = config_of(model, name)
+    check_config(name, config, dora)
+    held = read_layers(model, held_as, name)
+    scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
+    if scaled and dora != "convert":
+        raise ValueError(f"adapters[{name!r}]: {scaled[0]} runs DoRA, expected plain LoRA or dora='convert'")
+    return _made(name, config, held)
+
+
 def _of_mapping(source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, weights = source["config"], source["weights"]
     for part, value in (("config", config), ("weights", weights)):
@@ -154,7 +159,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     held = Held({}, {}, {})
     base_weights: dict[str, Tensor] = {}
     left_over = []
-    whole = list(config.get("modules_to_save") or [])
+    whole = tuple(config.get("modules_to_save") or ())
     for key, value in weights.items():
         path = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(path)
@@ -173,24 +178,30 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
         raise ValueError(
             f"adapters[{name!r}]: {len(left_over)} of {len(weights)} tensors would be ignored, so nothing "
             f"is loaded: {_listed(left_over)}. Expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, "
-            f"and modules_to_save {whole}{why}"
+            f"and modules_to_save {list(whole)}{why}"
         )
+    return held, base_weights
+
+
+def _scaled(name: str, config: Mapping[str, Any], held: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """The scaling of every module, once its tensors are those that the configuration announces."""
     needed = {"lora_A.weight", "lora_B.weight"}
     needed |= {"lora_B.bias"} if config.get("lora_bias") else set()
     needed |= {"lora_magnitude_vector"} if config.get("use_dora") else set()
-    scalings = Scalings(name, config)
-    for path, parts in held.parts.items():
+    settings = Scalings(name, config)
+    scalings = {}
+    for path, parts in held.items():
         if set(parts) != needed:
             found = ", ".join(sorted(part.removesuffix(".weight") for part in parts))
             raise ValueError(f"adapters[{name!r}]: {path} has {found} only; expected {', '.join(sorted(needed))}")
-        rank, held.scalings[path] = scalings.of(path)
+        rank, scalings[path] = settings.of(path)
         A, B = parts["lora_A.weight"], parts["lora_B.weight"]
         if A.shape[:1] != (rank,) or B.shape[1:] != (rank,):
             raise ValueError(
                 f"adapters[{name!r}]: {path}: expected lora_A [{rank}, d_in] and lora_B [d_out, {rank}] by the "
                 f"configuration, found {list(A.shape)} and {list(B.shape)}"
             )
-    return held, base_weights
+    return scalings
 
 
 def _made(
@@ -217,11 +228,10 @@ def _made(
     return Adapter(name, factors, base, held.trained, folder, notes, base_weights)
 
 
-def _is_within(path: str, modules: Iterable[str]) -> bool:
+def _is_within(path: str, modules: tuple[str, ...]) -> bool:
     """PEFT's rule for ``modules_to_save``: a module counts if its path ends with one of the names."""
     parts = path.split(".")
-    parents = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(parent.endswith(module) for parent in parents for module in modules)
+    return any(".".join(parts[:end]).endswith(modules) for end in range(1, len(parts)))
 
 
 def _is_expected(part: str, config: Mapping[str, Any]) -> bool:
