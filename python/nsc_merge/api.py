@@ -31,15 +31,15 @@ def merge(
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
             unchanged.
-        adapters: task -> PEFT folder, :class:`Adapter`, ``PeftModel`` (not the one that wraps ``model``), or
-            mapping with ``config`` and ``weights``.
+        adapters: task -> PEFT folder, :class:`Adapter`, ``PeftModel`` or other model with an adapter in it (not
+            the one that wraps ``model``), or mapping with ``config`` and ``weights``.
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
             need no data do not look at it.
         method: ``"nsc"`` (options: :class:`nsc_merge.methods.gradient.nsc_options.NSCOptions`), or another name that
             ``nsc-merge methods`` lists.
-        shared_modules: what happens to modules that the adapters trained in full and that come before the
-            head, such as LLaVA's projector: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
+        shared_modules: what happens to modules that the adapters trained in full and that are the base's own, such as
+            LLaVA's projector or a language model's head: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
         options: of the method.

@@ -61,6 +61,9 @@ class Adapter:
         source: the folder it came from, if any.
         notes: what a person should know about how it was read.
         sha256: of an adapter that was read from a folder, file name -> SHA-256 of the very bytes that it was made of.
+        base_weights: parameter path -> value, of the base model's weights that PEFT saved along (of a head or an
+            embedding that has LoRA or was resized); :func:`nsc_merge.models.fitting.fit` checks that the model has
+            the same.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Adapter:
     source: Path | None = None
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:

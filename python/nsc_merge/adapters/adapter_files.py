@@ -22,7 +22,7 @@ class AdapterFiles:
 
     Attributes:
         config: of ``adapter_config.json``.
-        weights: PEFT's keys -> tensors, in memory of their own.
+        weights: PEFT's keys -> tensors, in memory of their own; float8 in float32.
         sha256: file name -> SHA-256 of the very bytes that the above were made of.
     """
 
@@ -52,7 +52,7 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
     except ValueError as error:
         raise ValueError(f"adapters[{name!r}]: {error}") from None
     sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
-    return AdapterFiles(config, weights.tensors, sha256)
+    return AdapterFiles(config, {key: widened(value) for key, value in weights.tensors.items()}, sha256)
 
 
 def widened(value: Tensor) -> Tensor:

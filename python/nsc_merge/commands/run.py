@@ -23,7 +23,7 @@ Merges as a YAML recipe says:
   batch_size: 32                    # rows of a calibration file per batch
   method: nsc                       # see nsc-merge methods
   options: {steps: 100, lr: 1e-3}   # of the method; nsc's defaults depend on the model
-  shared_modules: lambda            # or mean, first: modules trained in full before the head
+  shared_modules: lambda            # or mean, first: modules trained in full, the base's own
   dora: refuse                      # or convert
   dtype: auto                       # or float32, bfloat16, ...
   device: auto                      # or cpu, cuda

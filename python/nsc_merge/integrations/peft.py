@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 import nsc_merge
@@ -74,8 +75,8 @@ def merge(
 ) -> Merged:
     """Merge loaded adapters into a new one, registered beside them as ``add_weighted_adapter`` does.
 
-    The new adapter has each adapter's own scaling (also rsLoRA's), coefficients and biases folded in; its own scaling
-    is 1. It is frozen and not activated.
+    The new adapter has each adapter's own scaling (what the layers run: also rsLoRA's, and what ``set_scale`` or
+    ``hotswap_adapter`` left), coefficients and biases folded in; its own scaling is 1. It is frozen and not activated.
 
     Args:
         model: with the adapters loaded. Which adapters are active, and whether they are enabled, plays no role
@@ -203,15 +204,24 @@ def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) ->
 
 @contextmanager
 def _bare(base: nn.Module) -> Iterator[None]:
-    """PEFT's layers replaced by the layers that they wrap."""
-    wrapped: dict[str, Any] = {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+    """PEFT's layers, and its copies of modules that adapters train in full, replaced by what they wrap."""
+    wrapped: dict[str, Any] = {
+        path: module
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)
+    }
 
     def put(modules: Mapping[str, nn.Module]) -> None:
         for path, module in modules.items():
             parent, _, name = path.rpartition(".")
             setattr(base.get_submodule(parent), name, module)
 
-    put({path: layer.get_base_layer() for path, layer in wrapped.items()})
+    put(
+        {
+            path: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer.original_module
+            for path, layer in wrapped.items()
+        }
+    )
     try:
         yield
     finally:

@@ -124,7 +124,11 @@ FAMILIES = (
             # Saved by the authors' own repository rather than by transformers.
             (r"^model\.layers\.", "model.language_model.layers."),
             (r"^(?=vision_tower\.|multi_modal_projector\.|language_model\.)", "model."),
+            (r"^model\.vision_tower\.vision_tower\.", "model.vision_tower."),
             (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+            # A sequence of linear, activation and linear there.
+            (r"^model\.mm_projector\.0$", "model.multi_modal_projector.linear_1"),
+            (r"^model\.mm_projector\.2$", "model.multi_modal_projector.linear_2"),
         ),
     ),
 )

@@ -23,9 +23,13 @@ def fit(
 
     Module names of older releases of transformers, and of the same model with or without its head, become
     those of ``model``; a path that no rule helps is kept, for :func:`nsc_merge.models.attachment.adapted_linears` to
-    refuse by name. DoRA updates become plain ones. Of the modules trained in full (``modules_to_save``),
-    those that the model needs before its head, such as LLaVA's projector, are shared by all tasks and become
-    dense updates; the others are heads and stay in :attr:`Adapter.trained`.
+    refuse by name. DoRA updates become plain ones.
+
+    Of the modules trained in full (``modules_to_save``), those of the base's own are shared by all tasks and become
+    dense updates; the others are heads and stay in :attr:`Adapter.trained`. The base's own are all that the model
+    needs before its head, such as LLaVA's projector, and, if it is a language model, its head: one that
+    ``get_output_embeddings()`` returns was pretrained with the rest, as ``lm_head``. A classifier's (``score``,
+    ``classifier``) begins anew with every task. The adapter's notes say which module is taken for what.
 
     Args:
         adapters: task -> adapter as read.
@@ -36,34 +40,104 @@ def fit(
 
     Raises:
         ValueError: naming the adapter and the module, if two paths become one, if a shared module is not
-            linear, if a shape does not fit, or if a linear that some task trained in full has LoRA for another and
-            ``shared_modules`` is not ``"lambda"``.
+            linear or not in the model, or if its weight is another's too (tied), if a shape does not fit, if weights
+            of the base that were saved along are not the model's, or if a linear that some task trained in full has
+            LoRA for another and ``shared_modules`` is not ``"lambda"``; and if the model holds adapters itself.
     """
     if shared_modules not in SHARED_POLICIES:
         raise ValueError(
             f"shared_modules: expected one of {list(SHARED_POLICIES)}, found {shared_modules!r}"
         )
-    family = find_family(model)
     modules = dict(model.named_modules())
+    _refuse_adapted(model, modules)
+    family = find_family(model)
     trunk = getattr(model, family.prefill if family else "base_model", model)
     # What the bare model is called under a head, this model's or another's.
     prefix = next((name for name, part in modules.items() if name and part is trunk), None)
     prefix = str(getattr(model, "base_model_prefix", "")) if prefix is None else prefix
-    trunk_parameters = {id(parameter) for parameter in trunk.parameters()}
-    inside = {name for name, value in model.named_parameters() if id(value) in trunk_parameters}
+    own = _own_parameters(model, trunk)
     fitted = {}
     for task, adapter in adapters.items():
         factors = _renamed(task, adapter.factors, modules, family, prefix)
         trained = _renamed_parameters(task, adapter.trained, modules, family, prefix)
+        _check_base(task, _renamed_parameters(task, adapter.base_weights, modules, family, prefix), model)
         notes = list(adapter.notes)
         for path, factor in factors.items():
             if factor.magnitude is not None and isinstance(module := modules.get(path), nn.Linear):
                 factors[path], error = _without_dora(task, path, factor, module, model)
                 notes.append(f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}")
-        factors.update(_shared(task, {k: v for k, v in trained.items() if k in inside}, modules, model))
-        heads = {name: value for name, value in trained.items() if name not in inside}
-        fitted[task] = replace(adapter, factors=factors, trained=heads, notes=tuple(notes))
+        shared = _shared(task, {k: v for k, v in trained.items() if k in own}, model)
+        twice = sorted(shared.keys() & factors.keys())
+        if twice:
+            raise ValueError(f"adapters[{task!r}]: {twice[0]} was trained in full and has LoRA, expected one of them")
+        factors.update(shared)
+        heads = {name: value for name, value in trained.items() if name not in own}
+        unknown = [name for name in heads if prefix and name.startswith(f"{prefix}.")]
+        if unknown:
+            raise ValueError(
+                f"adapters[{task!r}]: {unknown[0]} was trained in full, but {type(model).__name__} has no such "
+                f"parameter below {prefix!r}; expected the model that the adapter was trained on"
+            )
+        notes += [f"{path}: trained in full, the base's own: shared and merged (shared_modules)" for path in shared]
+        notes += [
+            f"{path}: trained in full, {_whose(path, model, modules)}: kept in heads/, not merged"
+            for path in dict.fromkeys(name.rpartition(".")[0] for name in heads)
+        ]
+        fitted[task] = replace(
+            adapter, factors=factors, trained=heads, notes=tuple(dict.fromkeys(notes)), base_weights={}
+        )
     return _by_policy(fitted, shared_modules)
+
+
+def _refuse_adapted(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a base that runs adapters itself: the merge would be of the linears under them."""
+    # PEFT's layers around a linear, and around a module that is trained in full.
+    wrapped = [
+        path
+        for path, module in modules.items()
+        if hasattr(module, "merged_adapters") and (hasattr(module, "base_layer") or hasattr(module, "original_module"))
+    ]
+    if wrapped:
+        raise ValueError(
+            f"model: expected the base model without adapters, found {type(module := modules[wrapped[0]]).__name__} of "
+            f"{type(module).__module__.partition('.')[0]} at {wrapped[0]}; the base is what a PeftModel's unload() "
+            "returns (its get_base_model() still holds the adapters), or a model loaded anew"
+        )
+
+
+def _whose(path: str, model: nn.Module, modules: Collection[str]) -> str:
+    return "the task's own head" if path in modules else f"not in {type(model).__name__}"
+
+
+def _own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:
+    """Names of the parameters that are the base's own, and no task's head."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        return set(named)
+    inside = {id(parameter) for parameter in trunk.parameters()}
+    return {name for name, value in named.items() if id(value) in inside}
+
+
+def _check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse an adapter of another base, as far as weights of the base were saved with it."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in saved.items():
+        base = held.get(name)
+        if base is None or base.shape != value.shape:
+            found = "no such parameter" if base is None else f"shape {list(base.shape)}"
+            raise ValueError(
+                f"adapters[{task!r}]: {name} of the base was saved with the adapter, in shape {list(value.shape)}; "
+                f"found {found} in {type(model).__name__}: expected the base that it was trained on, or one resized "
+                "as that was (resize_token_embeddings)"
+            )
+        # One of the two may have been rounded to the other's dtype.
+        mine = base.detach().cpu()
+        if not (torch.equal(mine.to(value.dtype), value) or torch.equal(mine, value.to(mine.dtype))):
+            raise ValueError(
+                f"adapters[{task!r}]: {name} of the base was saved with the adapter and differs from the model's; "
+                "expected the base that it was trained on, with these values in it"
+            )
 
 
 def absent(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
@@ -130,35 +204,41 @@ def _without_dora(
     return converted, float(sigma[kept:].norm() / sigma.norm()) if sigma.any() else 0.0
 
 
-def _shared(
-    task: str, trained: Mapping[str, Tensor], modules: Mapping[str, nn.Module], model: nn.Module
-) -> dict[str, Factor]:
+def _shared(task: str, trained: Mapping[str, Tensor], model: nn.Module) -> dict[str, Factor]:
     values: dict[str, dict[str, Tensor]] = {}
     for name, value in trained.items():
         path, _, parameter = name.rpartition(".")
         values.setdefault(path, {})[parameter] = value
-    factors = {}
-    for path, tensors in values.items():
-        linear = modules[path]
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"adapters[{task!r}]: {path} was trained in full (modules_to_save) and all tasks share it, "
-                f"but only nn.Linear can be merged, found {type(linear).__name__}"
-            )
-        deltas = {}
-        for parameter, value in tensors.items():
-            base = stored(model, f"{path}.{parameter}").whole()
-            if value.shape != base.shape:
-                raise ValueError(
-                    f"adapters[{task!r}]: {path}.{parameter}: expected shape {list(base.shape)}, "
-                    f"found {list(value.shape)}"
-                )
-            deltas[parameter] = (value.double().cpu() - base.double().cpu()).float()
-        no_rank = deltas["weight"].new_empty(0, linear.in_features), deltas["weight"].new_empty(
-            linear.out_features, 0
+    return {path: _dense(f"adapters[{task!r}]: {path}", path, tensors, model) for path, tensors in values.items()}
+
+
+def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module) -> Factor:
+    """The update of a linear that was trained in full."""
+    linear = model.get_submodule(path)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"{what} was trained in full (modules_to_save) and all tasks share it, but only nn.Linear can be merged, "
+            f"found {type(linear).__name__}"
         )
-        factors[path] = Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=deltas["weight"])
-    return factors
+    named = model.named_parameters(remove_duplicate=False)
+    tied = [name for name, value in named if value is linear.weight and name != f"{path}.weight"]
+    if tied:
+        raise ValueError(
+            f"{what} was trained in full on its own, but in the model its weight is {tied[0]} too (tied); expected a "
+            f"base with a copy: model.{path}.weight = torch.nn.Parameter(model.{path}.weight.detach().clone()) and "
+            "model.config.tie_word_embeddings = False"
+        )
+    deltas = {}
+    for parameter, value in tensors.items():
+        base = stored(model, f"{path}.{parameter}").whole()
+        if value.shape != base.shape:
+            raise ValueError(
+                f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}"
+            )
+        deltas[parameter] = (value.double().cpu() - base.double().cpu()).float()
+    weight = deltas.get("weight", torch.zeros(linear.out_features, linear.in_features))
+    no_rank = weight.new_empty(0, linear.in_features), weight.new_empty(linear.out_features, 0)
+    return Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=weight)
 
 
 def _by_policy(adapters: dict[str, Adapter], policy: str) -> dict[str, Adapter]:

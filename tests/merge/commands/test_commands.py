@@ -233,7 +233,7 @@ def damage(place, kind):
     elif kind == "pickle":
         weights.rename(weights.with_name("adapter_model.bin"))
     elif kind == "stray tensor":
-        save_file({**load_file(weights), "base_model.model.lm_head.weight": torch.zeros(2)}, weights)
+        save_file({**load_file(weights), "base_model.model.extra.weight": torch.zeros(2)}, weights)
     elif kind == "truncated inputs":
         inputs.write_bytes(inputs.read_bytes()[:100])
     elif kind == "wrong input":

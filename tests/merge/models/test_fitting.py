@@ -80,6 +80,11 @@ def same_merge(model, new, old):
             r".*vision_tower.*q_proj",
             [(r"model\.vision_tower\.encoder", "vision_tower.vision_model.encoder")],
         ),
+        (
+            "llava",
+            r".*vision_tower.*q_proj",
+            [(r"model\.vision_tower\.encoder", "model.vision_tower.vision_tower.vision_model.encoder")],
+        ),
         ("llama", ["q_proj"], [(r"model\.model\.model\.", "model.model.")]),
     ],
 )

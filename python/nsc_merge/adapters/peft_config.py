@@ -1,0 +1,135 @@
+"""What an adapter's configuration means: refused where it is no plain LoRA; rank and scaling of every module."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from nsc_merge.adapters.module_patterns import ModulePatterns
+
+# Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
+_REFUSED = {
+    "use_dora": "DoRA rescales each row by a magnitude that depends on the whole merged weight, so its "
+    "update is not additive and has no merge coefficient; dora='convert' approximates it by a LoRA update",
+    "fan_in_fan_out": "transposed (Conv1D) layers are not supported",
+    "use_qalora": "QALoRA pools the input of lora_A, which is then not the layer's own input",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "arrow_config": "Arrow routes every token to adapters of its own choice and has no merge coefficient",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "alora_invocation_tokens": "activated LoRA is switched on by tokens and cannot be folded into weights",
+    "target_parameters": "LoRA on bare parameters is not supported, only on nn.Linear",
+    "trainable_token_indices": "trained rows of an embedding are not merged",
+    "layer_replication": "replicated layers are not in the base model",
+}
+# Initialisations that move a part of the base weights into the factors.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
+
+
+def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
+    """Refuse a configuration that is not of plain LoRA, or whose values are none that PEFT writes.
+
+    Args:
+        name: of the task, for messages.
+        config: as in ``adapter_config.json``.
+        dora: ``"convert"`` lets DoRA pass.
+
+    Raises:
+        ValueError: naming the setting, what was found and what was expected.
+    """
+    _check_types(name, config)
+    kind = config.get("peft_type")
+    if getattr(kind, "value", kind) != "LORA":
+        raise ValueError(f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}")
+    for setting, reason in _REFUSED.items():
+        if config.get(setting) and not (setting == "use_dora" and dora == "convert"):
+            raise ValueError(f"adapters[{name!r}]: {setting}={config[setting]!r:.60} is refused: {reason}")
+    known = {*_SWITCHES, *_REFUSED}
+    unknown = [key for key, value in config.items() if str(key).startswith("use_") and value and key not in known]
+    if unknown:
+        raise ValueError(
+            f"adapters[{name!r}]: {unknown[0]}={config[unknown[0]]!r:.60} is refused: a kind of LoRA that this "
+            "release does not know; expected plain LoRA"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"adapters[{name!r}]: init_lora_weights={start!r:.60} is refused: training started by changing the "
+            "base weights. PEFT writes an equivalent plain adapter with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"adapters[{name!r}]: bias: expected 'none', found {config['bias']!r:.60}")
+
+
+def _check_types(name: str, config: Mapping[str, Any]) -> None:
+    def refuse(setting: str, expected: str) -> None:
+        raise ValueError(f"adapters[{name!r}]: {setting}: expected {expected}, found {config[setting]!r:.60}")
+
+    for setting in _SWITCHES:
+        if not isinstance(config.get(setting), bool | None):
+            refuse(setting, "true or false")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        held = config.get(setting) or {}
+        if not isinstance(held, Mapping) or not all(isinstance(pattern, str) for pattern in held):
+            refuse(setting, "patterns and numbers")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list | tuple | set) or not all(isinstance(one, str) and one for one in whole):
+        refuse("modules_to_save", "names")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        refuse("base_model_name_or_path", "text")
+    if not isinstance(config.get("init_lora_weights"), str | bool | None):
+        refuse("init_lora_weights", "true, false or a name")
+
+
+class Scalings:
+    """Rank and scaling of every module, by ``r``, ``lora_alpha``, their patterns and ``use_rslora``.
+
+    Args:
+        name: of the task, for messages.
+        config: that :func:`check_config` let pass.
+
+    Raises:
+        ValueError: naming a pattern that cannot be matched, or its value.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any]) -> None:
+        self._name, self._config = name, config
+        self._patterns = {}
+        for setting in ("rank_pattern", "alpha_pattern"):
+            held = config.get(setting) or {}
+            for pattern, value in held.items():
+                self._check(setting.replace("_pattern", ""), f"{setting}[{pattern!r:.60}]", value)
+            try:
+                self._patterns[setting] = ModulePatterns(held)
+            except ValueError as error:
+                raise ValueError(f"adapters[{name!r}]: {setting}: {error}") from None
+
+    def of(self, path: str) -> tuple[int, float]:
+        """Rank and scaling of one module: alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+        Raises:
+            ValueError: naming the setting, if it is no positive number.
+        """
+        rank = self._value("rank_pattern", path, "r")
+        alpha = self._value("alpha_pattern", path, "lora_alpha")
+        return rank, alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+
+    def _value(self, setting: str, path: str, default: str) -> Any:
+        try:
+            value = self._patterns[setting].value(path, self._config.get(default))
+        except ValueError as error:
+            raise ValueError(f"adapters[{self._name!r}]: {setting}: {error}") from None
+        self._check(setting.replace("_pattern", ""), f"{default} of {path}", value)
+        return value
+
+    def _check(self, kind: str, what: str, value: Any) -> None:
+        whole = kind == "rank"
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        # Not further than sizes of tensors go, or float64, in which scalings are computed.
+        if not number or not 0 < value <= (sys.maxsize if whole else sys.float_info.max):
+            expected = "a positive whole number" if whole else "a positive number"
+            raise ValueError(f"adapters[{self._name!r}]: {what}: expected {expected}, found {value!r:.60}")

@@ -1,0 +1,99 @@
+"""An adapter in a model in memory: what PEFT's layers run, whatever their configuration says."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nsc_merge.adapters.adapter_files import widened
+
+# Variants of PEFT that change how an adapter is trained, and not what it computes.
+_PLAIN_VARIANTS = ("MiCALinearVariant", "VeloraLinearVariant")
+
+
+class Held(NamedTuple):
+    """What a model holds of one adapter.
+
+    Attributes:
+        parts: module path in the base model -> PEFT's name of a tensor -> the tensor.
+        scalings: module path -> what the layer multiplies ``B @ A`` by.
+        trained: parameter path -> value, of the modules in ``modules_to_save``.
+    """
+
+    parts: dict[str, dict[str, Tensor]]
+    scalings: dict[str, float]
+    trained: dict[str, Tensor]
+
+
+def config_of(model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
+    """What a model calls the adapter of that name, or its only one, and the adapter's configuration.
+
+    Raises:
+        ValueError: if it holds several, and none of that name.
+    """
+    held: Any = model.peft_config
+    if name not in held and len(held) != 1:
+        raise ValueError(f"adapters[{name!r}]: the PeftModel holds {sorted(held)}, expected one of that name")
+    held_as = name if name in held else next(iter(held))
+    return held_as, held[held_as].to_dict()
+
+
+def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
+    """An adapter as the layers hold it.
+
+    ``hotswap_adapter``, ``set_scale``, ``scale_layer`` and ``prepare_model_for_compiled_hotswap`` change scaling and
+    rank in the layers alone. Which adapters are active, disabled or merged into weights plays no role. The tensors are
+    copies, that swapping or training the adapter later does not change what was read.
+
+    Args:
+        model: a ``PeftModel``, or a model into which PEFT or transformers put adapters.
+        held_as: the adapter's name in the model.
+        name: of the task, for messages.
+
+    Raises:
+        ValueError: naming the layer, if it is no linear one or runs something else than plain LoRA.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrapper: Any = model
+    base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    held = Held({}, {}, {})
+    for at, module in base.named_modules():
+        path = at.replace("_orig_mod.", "")
+        if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
+            own: Any = module.modules_to_save[held_as]
+            held.trained.update({f"{path}.{key}": copied(value) for key, value in own.state_dict().items()})
+        elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
+            held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
+            held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
+    return held
+
+
+def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
+    both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
+    if len(both) < 2 or not all(isinstance(factor, nn.Linear) for factor in both):
+        kind = type(layer)
+        raise ValueError(f"{what}: expected LoRA on an nn.Linear, found {kind.__module__}.{kind.__name__}")
+    down, up = both
+    parts = {"lora_A.weight": down.weight, "lora_B.weight": up.weight}
+    if up.bias is not None:
+        parts["lora_B.bias"] = up.bias
+    variant = layer.lora_variant.get(held_as)
+    if variant is not None and held_as in layer.lora_magnitude_vector:
+        parts["lora_magnitude_vector"] = layer.lora_magnitude_vector[held_as].weight
+    elif variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
+        raise ValueError(f"{what}: expected plain LoRA, found PEFT's {type(variant).__name__}")
+    return {part: copied(value) for part, value in parts.items()}
+
+
+def _scaling(value: Any, what: str) -> float:
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
+        raise ValueError(f"{what}: expected a scaling of one number, found one of shape {list(value.shape)}")
+    return float(value)
+
+
+def copied(value: Tensor) -> Tensor:
+    """A tensor of its own on the CPU, where merging is done wherever the model is; attaching moves factors again."""
+    return value.detach() if value.is_meta else widened(value.detach().cpu()).clone()

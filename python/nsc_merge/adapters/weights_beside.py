@@ -1,0 +1,88 @@
+"""Trained weights that lie beside an adapter's own files: read where they are safetensors, never passed over."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsc_merge.adapters.adapter_files import widened
+from nsc_merge.utils.safetensors_checks import read_checked
+
+# LLaVA's training code (haotian-liu/LLaVA, llava/train/train.py) writes what it trained beside LoRA, such as the
+# projector, as a pickled file of this name, with the names of the parameters under PEFT's wrapper.
+CONVERTED = "non_lora_trainables.safetensors"
+_PICKLED = ("non_lora_trainables.bin", "mm_projector.bin")
+_PREFIX = "base_model.model."
+# What vLLM and its users call rows of embeddings for tokens that training added.
+_NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin", "new_embeddings.pt")
+# PEFT does not read these either, or they are of the optimisation.
+_KNOWN = re.compile(
+    r"adapter_model\.safetensors|non_lora_trainables\.\w+|mm_projector\.\w+"
+    r"|(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)"
+)
+_WEIGHTS = re.compile(r".+\.(bin|pt|pth|ckpt|safetensors)")
+
+
+class Beside(NamedTuple):
+    """What lies beside an adapter's own files.
+
+    Attributes:
+        parameters: parameter path in the model -> value.
+        notes: on files that are not read.
+        sha256: file name -> SHA-256 of the very bytes that were read.
+    """
+
+    parameters: dict[str, Tensor]
+    notes: tuple[str, ...]
+    sha256: dict[str, str]
+
+
+def read_beside(folder: Path, name: str) -> Beside:
+    """Read the weights beside an adapter.
+
+    Args:
+        folder: of the adapter.
+        name: of the task, for messages.
+
+    Raises:
+        ValueError: if there are weights that no one may leave out and only unpickling reads, with the command that
+            converts them; if there are rows of new tokens; or if the converted file is none.
+    """
+    pickled = [file for file in _PICKLED if (folder / file).is_file()]
+    if pickled and not (folder / CONVERTED).is_file():
+        convert = (
+            "import torch; from safetensors.torch import save_file; "
+            f"t = torch.load('{pickled[0]}', map_location='cpu', weights_only=True); "
+            f"save_file({{k: v.contiguous().clone() for k, v in t.items()}}, '{CONVERTED}')"
+        )
+        raise ValueError(
+            f"adapters[{name!r}]: {folder / pickled[0]} holds weights trained beside LoRA, and is pickled, which is "
+            f'never opened here: expected {CONVERTED}. If you trust the file, in its folder: python -c "{convert}"'
+        )
+    rows = [file for file in _NEW_ROWS if (folder / file).is_file()]
+    if rows:
+        raise ValueError(
+            f"adapters[{name!r}]: {folder / rows[0]} holds rows for tokens that the base does not have; expected an "
+            "adapter without them: put them into the base's embeddings, and the file elsewhere"
+        )
+    notes = tuple(
+        f"{file.name} lies beside the adapter and is not read: if weights were trained there, they are missing"
+        for file in sorted(folder.iterdir())
+        if file.is_file() and _WEIGHTS.fullmatch(file.name) and not _KNOWN.fullmatch(file.name)
+    )
+    if not (folder / CONVERTED).is_file():
+        return Beside({}, notes, {})
+    try:
+        read = read_checked(folder / CONVERTED)
+    except ValueError as error:
+        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    found: dict[str, Tensor] = {}
+    for key, value in read.tensors.items():
+        path = re.sub("^(?=mm_projector\\.)", "model.", key.removeprefix(_PREFIX))
+        if path in found:
+            raise ValueError(f"adapters[{name!r}]: {folder / CONVERTED}: {key} and another key both mean {path}")
+        found[path] = widened(value)
+    return Beside(found, notes, {CONVERTED: read.sha256})
