@@ -218,7 +218,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
     if not isinstance(linear, nn.Linear):
         raise ValueError(
             f"{what} was trained in full (modules_to_save) and all tasks share it, but only nn.Linear can be merged, "
-            f"found {type(linear).__name__}"
+            f"found {type(linear).__name__}; expected an adapter that leaves it as the base has it"
         )
     named = model.named_parameters(remove_duplicate=False)
     tied = [name for name, value in named if value is linear.weight and name != f"{path}.weight"]

@@ -88,6 +88,22 @@ def test_a_tied_head_trained_on_its_own_is_refused_until_the_base_is_untied(tmp_
     torch.testing.assert_close(outputs(loaded, text(3)), wanted, **TOLERANCE)
 
 
+def test_embeddings_trained_in_full_are_refused(tmp_path):
+    model = build("llama")
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folder = write_adapter(model, tmp_path / "a", 1, **settings)
+    with pytest.raises(ValueError, match=r"model.embed_tokens was trained in full .* found Embedding; expected an ad"):
+        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
+
+
+def test_a_head_that_the_bare_model_lacks_is_kept_and_named(tmp_path):
+    model = build("llama")
+    folder = head_adapters(model, tmp_path)["code"]
+    result = nsc_merge.merge(model.model, {"code": folder}, method="task_arithmetic")
+    (note,) = result.adapters["code"].notes
+    assert note == "lm_head: trained in full, not in LlamaModel: kept in heads/, not merged"
+
+
 def test_what_is_not_in_the_model_is_no_head(tmp_path):
     model = build("llama")
     folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj"], modules_to_save=["up_proj"])
