@@ -233,29 +233,38 @@ def _holds_floats(values: Tensor) -> bool:
     return type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided and values.dtype in FLOATS
 
 
-def _offloaded(module: nn.Module, part: str) -> Stored | None:
-    """Where accelerate keeps a parameter's numbers, None if it does not. Names within its maps are prefixed."""
+def _maps(module: nn.Module, part: str) -> tuple[Any, dict[str, Tensor], str] | None:
+    """accelerate's map of a module's offloaded numbers, the part of it in memory, and what a parameter is called there;
+    None if they are not offloaded.
+    """
     hook = offloading(module)
     if hook is None:
         return None
     numbers: Any = hook.weights_map
     while hasattr(numbers, "prefix"):
         numbers, part = numbers.dataset, f"{numbers.prefix}{part}"
-    held = getattr(numbers, "state_dict", numbers)
-    if part in held:
-        return Stored(held[part].detach())
+    return numbers, getattr(numbers, "state_dict", numbers), part
+
+
+def _offloaded(module: nn.Module, part: str) -> Stored | None:
+    """Where accelerate keeps a parameter's numbers, None if it does not."""
+    maps = _maps(module, part)
+    if maps is None:
+        return None
+    numbers, held, name = maps
+    if name in held:
+        return Stored(held[name].detach())
     try:
-        return OnDisk(numbers[part], held, part)
+        return OnDisk(numbers[name], held, name)
     except KeyError:
         return None
 
 
 def _address(module: nn.Module, part: str, parameter: Tensor) -> Hashable:
-    place = _offloaded(module, part) if parameter.device.type == "meta" else None
-    values = parameter if place is None or isinstance(place, OnDisk) else place.values
-    if type(values) not in (Tensor, nn.Parameter) or values.device.type == "meta" or not values.numel():
-        return id(parameter)
-    return values.device, values.data_ptr()
+    values, maps = parameter, _maps(module, part)
+    if maps is not None and maps[2] in maps[1]:
+        values = maps[1][maps[2]]
+    return (values.device, values.data_ptr()) if is_plain(values) and values.numel() else id(parameter)
 
 
 def _check_shards(name: str, parameter: Any) -> None:
