@@ -104,6 +104,34 @@ class OnDisk(Stored):
             del self.held[self.name]
 
 
+class NotAtHand(Tensor):
+    """Shape and dtype of a weight that is offloaded or quantised, to be looked at. Computing with it is refused: torch
+    multiplies by a meta tensor without complaint.
+    """
+
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, shape: tuple[int, int], path: str) -> NotAtHand:
+        """In place of a linear's ``weight``, for the linear at ``path``."""
+        stand_in = torch.empty(shape, dtype=weight.dtype, device="meta").as_subclass(cls)
+        stand_in.path = path
+        return stand_in
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "__get__":
+            found = super().__torch_function__(func, types, args, kwargs)
+            if not isinstance(found, Tensor):
+                return found
+        path = next(value.path for value in (*args, *kwargs.values()) if isinstance(value, cls))
+        raise RuntimeError(
+            f"{path}: the model computes with its weight by itself, which is offloaded or quantised, so that the "
+            "update would be left out; expected that layer plain and on a device"
+        )
+
+
 def _plus(values: Tensor, update: Tensor) -> Tensor:
     return (values.double() + update.to(values.device)).to(values.dtype)
 

@@ -21,8 +21,8 @@ DISK = ("model.layers.1", "model.layers.2", "lm_head")
 
 
 def dispatched(model, folder):
-    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{n}" for n in range(4))]
-    places = {part: "disk" if part in DISK else "cpu" for part in parts}
+    parts = [f"model.{name}" for name in ("embed_tokens", "norm", "rotary_emb", *(f"layers.{n}" for n in range(4)))]
+    places = {part: "disk" if part in DISK else "cpu" for part in (*parts, "lm_head")}
     return dispatch_model(model, places, main_device="cpu", offload_dir=folder)
 
 
@@ -180,8 +180,8 @@ REFUSED = {
 
 
 def plain_numbers(value):
-    value = value.detach().as_subclass(torch.Tensor)
-    return value.to_dense() if value.is_sparse else value.double()
+    value = value.detach()
+    return value.to_dense() if value.is_sparse else value.as_subclass(torch.Tensor).double()
 
 
 @pytest.mark.parametrize("kind", REFUSED)
