@@ -219,7 +219,7 @@ def input_device(model: nn.Module) -> torch.device:
 def sharing(model: nn.Module) -> dict[str, list[str]]:
     """Path of every parameter -> the paths of all parameters that have the same numbers in memory, its own included."""
     groups: dict[Hashable, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for part, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{part}" if path else part

@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from loop_cases import adapters_for, llama, text_batches, trajectory, values
-from safetensors.torch import save_file
+from loop_cases import adapters_for, image_batches, llama, llava, text_batches, trajectory, values
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -85,6 +85,17 @@ def test_a_model_is_saved_with_its_offloaded_weights(expected, offloaded, tmp_pa
     assert all(torch.equal(value, expected[name]) for name, value in saved.named_parameters())
 
 
+def test_the_cache_of_a_tower_gives_an_offloaded_tower_its_forward_back():
+    plain, model = llava(), llava()
+    model = cpu_offload(model, torch.device("cpu"))
+    tower = model.model.vision_tower
+    tower.forward = own = tower.forward
+    adapters, batches = adapters_for(plain), image_batches()
+    found, wanted = (trajectory(one, adapters, batches, recipe="vlm", steps=2) for one in (model, plain))
+    torch.testing.assert_close(values(found), values(wanted), rtol=0, atol=1e-5)
+    assert vars(tower)["forward"] is own
+
+
 @pytest.mark.parametrize("settings", [{}, {"checkpointing": True, "fold": True}])
 def test_nsc_of_an_offloaded_base_is_that_of_a_plain_one(offloaded, settings):
     plain = llama()
@@ -117,6 +128,9 @@ def test_whole_linears_of_an_offloaded_base_become_updates(tmp_path):
     found, wanted = (fit({"a": adapter}, one)["a"].factors[path].dense for one in (model, plain))
     assert torch.equal(found, wanted)
     torch.testing.assert_close(found, torch.full_like(found, 0.25))
+    result = nsc_merge.merge(model, {"a": adapter}, method="task_arithmetic")
+    saved = load_file(result.save(tmp_path / "out", "lora") / "adapter_model.safetensors")
+    torch.testing.assert_close(saved[f"base_model.model.{path}.weight"], trained)
 
 
 def test_ties_are_seen_where_parameters_are_offloaded():
@@ -128,6 +142,10 @@ def test_ties_are_seen_where_parameters_are_offloaded():
     apart = llama()
     apart.lm_head.weight = nn.Parameter(apart.model.embed_tokens.weight.detach())
     assert sharing(apart)["lm_head.weight"] == tied
+    twice = llama()
+    twice.model.layers[1].mlp = twice.model.layers[0].mlp
+    path = "mlp.up_proj.weight"
+    assert sharing(twice)[f"model.layers.0.{path}"] == [f"model.layers.{number}.{path}" for number in (0, 1)]
 
 
 class Codes(torch.Tensor):
