@@ -58,8 +58,9 @@ class MeasuredLoRALinear(MergedLoRALinear):
         if not is_plain(own):
             return NotAtHand.of(own, (self.out_features, self.in_features), self.path)
         A, Bt, _ = self.bank.packed
-        counts = torch.tensor(self.bank.ranks, device=own.device)
-        scaled = Bt * self.lam.repeat_interleave(counts, output_size=self.bank.R)[:, None]
+        # One coefficient for each row of A, without asking the device for anything.
+        shares = torch.cat([one.expand(rank) for one, rank in zip(self.lam, self.bank.ranks, strict=True)])
+        scaled = Bt * shares[:, None]
         merged = own + scaled.t() @ A.to(scaled)
         if self.denses is not None:
             merged = merged + torch.tensordot(self.lam, self.denses.to(self.lam), 1)

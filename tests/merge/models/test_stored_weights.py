@@ -128,7 +128,7 @@ def test_whole_linears_of_an_offloaded_base_become_updates(tmp_path):
     found, wanted = (fit({"a": adapter}, one)["a"].factors[path].dense for one in (model, plain))
     assert torch.equal(found, wanted)
     torch.testing.assert_close(found, torch.full_like(found, 0.25))
-    result = nsc_merge.merge(model, {"a": adapter}, method="task_arithmetic")
+    result = nsc_merge.merge(model, {"a": adapter}, method="task_arithmetic", scale=1.0)
     saved = load_file(result.save(tmp_path / "out", "lora") / "adapter_model.safetensors")
     torch.testing.assert_close(saved[f"base_model.model.{path}.weight"], trained)
 
@@ -146,6 +146,17 @@ def test_ties_are_seen_where_parameters_are_offloaded():
     twice.model.layers[1].mlp = twice.model.layers[0].mlp
     path = "mlp.up_proj.weight"
     assert sharing(twice)[f"model.layers.0.{path}"] == [f"model.layers.{number}.{path}" for number in (0, 1)]
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_an_adapter_is_merged_for_a_base_without_weights(method, tmp_path):
+    saved = [
+        load_file(nsc_merge.merge(model, adapters_for(llama()), method=method, scale=0.5).save(folder, "lora", rank=4)
+        / "adapter_model.safetensors")
+        for model, folder in ((llama(), tmp_path / "plain"), (llama().to("meta"), tmp_path / "meta"))
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
 
 
 class Codes(torch.Tensor):
