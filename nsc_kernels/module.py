@@ -39,8 +39,8 @@ class MergedLoRALinear(nn.Module):
                 f"bank adapts a {bank.d_in} -> {bank.d_out} layer, "
                 f"but linear is {linear.in_features} -> {linear.out_features}"
             )
-        # Offloaded weights come to the bank's device when the layer runs.
-        if linear.weight.device.type != "meta" and linear.weight.device != bank.device:
+        # accelerate brings the weights of a layer with its hook to another device for every call.
+        if linear.weight.device != bank.device and not hasattr(linear, "_hf_hook"):
             raise ValueError(f"linear is on {linear.weight.device}, but the bank is on {bank.device}")
         if not isinstance(lam, Tensor):
             lam = torch.tensor(list(lam), dtype=torch.float32, device=bank.device)

@@ -157,3 +157,41 @@ def test_bad_arguments(arguments: tuple, error: type[Exception], words: str) -> 
     linear, _, lam = arguments
     with pytest.raises(error, match=words):
         nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("module"), torch.float32), lam)
+
+
+class Codes(torch.Tensor):
+    """A quantised weight: what multiplies by it is told so, and reads codes as eighths."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is nn.functional.linear:
+            z, weight, bias = args
+            return nn.functional.linear(z, weight.as_subclass(torch.Tensor) / 8, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_weight_that_is_no_plain_tensor_multiplies_in_its_own_way(grad: bool) -> None:
+    layer = make(nn.Parameter(torch.tensor([0.3, 0.6])))
+    codes = (8 * layer.linear.weight.detach()).round()
+    layer.linear.weight = nn.Parameter(codes.as_subclass(Codes), requires_grad=False)
+    z = torch.randn(3, 48, requires_grad=grad)
+    plain = make(layer.lam)
+    plain.linear.weight = nn.Parameter(codes / 8, requires_grad=False)
+    plain.linear.bias, plain.bank = layer.linear.bias, layer.bank
+    with torch.set_grad_enabled(grad):
+        found, expected = layer(z), plain(z)
+    assert torch.allclose(found, expected, atol=1e-5)
+    if grad:
+        for a, b in zip(*(torch.autograd.grad(y.sum(), (z, layer.lam)) for y in (found, expected)), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_layer_that_is_offloaded_computes_where_the_bank_is() -> None:
+    hooks = pytest.importorskip("accelerate")
+    layer = make()
+    z = torch.randn(3, 48)
+    expected = layer(z)
+    linear = hooks.cpu_offload(layer.linear, torch.device("cpu"))
+    assert linear.weight.device.type == "meta"
+    assert torch.equal(nk.MergedLoRALinear(linear, layer.bank, layer.lam)(z), expected)

@@ -115,11 +115,12 @@ def _check_mask(task: str, batch: Batch) -> None:
 
 
 def rows_without_tokens(batch: Batch) -> list[int]:
-    """Rows of nothing but padding, if there is a mask: a mean over no tokens would count as a ratio of 0."""
+    """Rows of nothing but padding, if a mask says so: a mean over no tokens would count as a ratio of 0."""
     mask = batch.get(MASK)
-    if mask is None or not mask.numel():
+    # In masks of more dimensions, which are added to attention scores, 0 lets a token through.
+    if mask is None or mask.dim() != 2:
         return []
-    return (mask.reshape(len(mask), -1) == 0).all(1).nonzero().flatten().tolist()
+    return (mask == 0).all(1).nonzero().flatten().tolist()
 
 
 def _lengths(value: Any) -> str:

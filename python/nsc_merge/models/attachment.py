@@ -12,7 +12,15 @@ from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
-from nsc_merge.models.stored_weights import FLOATS, check_loaded, described, is_dtensor, is_plain, offloading
+from nsc_merge.models.stored_weights import (
+    FLOATS,
+    NotAtHand,
+    check_loaded,
+    described,
+    is_dtensor,
+    is_plain,
+    offloading,
+)
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -43,15 +51,16 @@ class MeasuredLoRALinear(MergedLoRALinear):
     def weight(self) -> Tensor:
         """The merged weight ``[d_out, d_in]``, for models that compute with it by themselves, as nn.MultiheadAttention
         does; differentiable in the coefficients. Of a weight that is not at hand, being offloaded or quantised, only
-        shape and dtype: computing with it fails, rather than leave the update out.
+        shape and dtype: computing with it is refused, as the update would be left out.
         """
         self.weight_taken = True
         own = self.linear.weight
         if not is_plain(own):
-            return torch.empty(self.out_features, self.in_features, dtype=own.dtype, device="meta")
+            return NotAtHand.of(own, (self.out_features, self.in_features), self.path)
         A, Bt, _ = self.bank.packed
-        counts = torch.tensor(self.bank.ranks, device=own.device)
-        scaled = Bt * self.lam.repeat_interleave(counts, output_size=self.bank.R)[:, None]
+        # One coefficient for each row of A, without asking the device for anything.
+        shares = torch.cat([one.expand(rank) for one, rank in zip(self.lam, self.bank.ranks, strict=True)])
+        scaled = Bt * shares[:, None]
         merged = own + scaled.t() @ A.to(scaled)
         if self.denses is not None:
             merged = merged + torch.tensordot(self.lam, self.denses.to(self.lam), 1)

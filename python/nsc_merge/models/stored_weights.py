@@ -104,6 +104,34 @@ class OnDisk(Stored):
             del self.held[self.name]
 
 
+class NotAtHand(Tensor):
+    """Shape and dtype of a weight that is offloaded or quantised, to be looked at. Computing with it is refused: torch
+    multiplies by a meta tensor without complaint.
+    """
+
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, shape: tuple[int, int], path: str) -> NotAtHand:
+        """In place of a linear's ``weight``, for the linear at ``path``."""
+        stand_in = torch.empty(shape, dtype=weight.dtype, device="meta").as_subclass(cls)
+        stand_in.path = path
+        return stand_in
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "__get__":
+            found = super().__torch_function__(func, types, args, kwargs)
+            if not isinstance(found, Tensor):
+                return found
+        path = next(value.path for value in (*args, *kwargs.values()) if isinstance(value, cls))
+        raise RuntimeError(
+            f"{path}: the model computes with its weight by itself, which is offloaded or quantised, so that the "
+            "update would be left out; expected that layer plain and on a device"
+        )
+
+
 def _plus(values: Tensor, update: Tensor) -> Tensor:
     return (values.double() + update.to(values.device)).to(values.dtype)
 
@@ -191,7 +219,7 @@ def input_device(model: nn.Module) -> torch.device:
 def sharing(model: nn.Module) -> dict[str, list[str]]:
     """Path of every parameter -> the paths of all parameters that have the same numbers in memory, its own included."""
     groups: dict[Hashable, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for part, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{part}" if path else part
@@ -233,29 +261,38 @@ def _holds_floats(values: Tensor) -> bool:
     return type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided and values.dtype in FLOATS
 
 
-def _offloaded(module: nn.Module, part: str) -> Stored | None:
-    """Where accelerate keeps a parameter's numbers, None if it does not. Names within its maps are prefixed."""
+def _maps(module: nn.Module, part: str) -> tuple[Any, dict[str, Tensor], str] | None:
+    """accelerate's map of a module's offloaded numbers, the part of it in memory, and what a parameter is called there;
+    None if they are not offloaded.
+    """
     hook = offloading(module)
     if hook is None:
         return None
     numbers: Any = hook.weights_map
     while hasattr(numbers, "prefix"):
         numbers, part = numbers.dataset, f"{numbers.prefix}{part}"
-    held = getattr(numbers, "state_dict", numbers)
-    if part in held:
-        return Stored(held[part].detach())
+    return numbers, getattr(numbers, "state_dict", numbers), part
+
+
+def _offloaded(module: nn.Module, part: str) -> Stored | None:
+    """Where accelerate keeps a parameter's numbers, None if it does not."""
+    maps = _maps(module, part)
+    if maps is None:
+        return None
+    numbers, held, name = maps
+    if name in held:
+        return Stored(held[name].detach())
     try:
-        return OnDisk(numbers[part], held, part)
+        return OnDisk(numbers[name], held, name)
     except KeyError:
         return None
 
 
 def _address(module: nn.Module, part: str, parameter: Tensor) -> Hashable:
-    place = _offloaded(module, part) if parameter.device.type == "meta" else None
-    values = parameter if place is None or isinstance(place, OnDisk) else place.values
-    if type(values) not in (Tensor, nn.Parameter) or values.device.type == "meta" or not values.numel():
-        return id(parameter)
-    return values.device, values.data_ptr()
+    values, maps = parameter, _maps(module, part)
+    if maps is not None and maps[2] in maps[1]:
+        values = maps[1][maps[2]]
+    return (values.device, values.data_ptr()) if is_plain(values) and values.numel() else id(parameter)
 
 
 def _check_shards(name: str, parameter: Any) -> None:

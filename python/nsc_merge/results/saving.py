@@ -201,7 +201,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
     kept = {
         path: {
             name: merged.get(f"{path}.{name}", value)
-            for name, value in result.model.get_submodule(path).state_dict().items()
+            for name, value in state_of(result.model.get_submodule(path)).items()
         }
         for path in whole
     }

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from accelerate import cpu_offload
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.func import functional_call
 
-from nsc_merge import attach, load_adapter
+from nsc_merge import Adapter, Factor, attach, load_adapter
 
 
 def loaded(folders):
@@ -121,3 +123,35 @@ def test_wrong_path_shape_or_type_is_refused_and_leaves_the_model_alone(model, w
     ):
         pass
     assert {name: id(module) for name, module in model.named_modules()} == objects
+
+
+def test_a_base_that_carries_adapters_is_refused_with_the_way_out(model, folders):
+    adapters = loaded(folders)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with (
+        pytest.raises(ValueError, match=r"not in PeftModel.*expected the base model, as its unload\(\) gives it"),
+        attach(wrapped, adapters, 0.4),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match=r"found peft\..*Linear; the PeftModel's unload\(\) takes the adapters off"),
+        attach(wrapped.base_model.model, adapters, 0.4),
+    ):
+        pass
+    with attach(wrapped.unload(), adapters, 0.4) as merged:
+        assert merged
+
+
+def test_a_model_in_another_wrapper_is_refused_with_the_way_out(model, folders):
+    wrapped = nn.DataParallel(model)
+    with pytest.raises(ValueError, match=r"expected its \.module"), attach(wrapped, loaded(folders), 0.4):
+        pass
+
+
+def test_weights_that_a_parent_brings_are_refused():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3)))
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["Sequential"])
+    adapters = {"a": Adapter("a", {"0.0": Factor(torch.randn(2, 4), torch.randn(3, 2), 1.0)})}
+    words = r"^0\.0: .* offload without preload_module_classes"
+    with pytest.raises(ValueError, match=words), attach(model, adapters, 1.0):
+        pass

@@ -118,7 +118,6 @@ def information(
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    reached: set[str] = set()
     examples = 0
 
     def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
@@ -139,6 +138,12 @@ def information(
         for batch in batches:
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
+            hidden = [path for path in paths if path not in inputs and is_computed_with(model, path)]
+            if hidden:
+                raise RuntimeError(
+                    f"calibration: the model computes with the weights of {hidden} by itself, so that their inputs "
+                    "cannot be seen; expected adapters without these modules, or another method"
+                )
             mask = held.get(masked) if masked else None
             if masked and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)
@@ -165,15 +170,8 @@ def information(
                 for path, held_pairs in pairs.items():
                     squares = _squares(held_pairs, weights)
                     sums[path] = squares if path not in sums else sums[path] + squares
-            reached.update(inputs)
             inputs.clear()
             outputs.clear()
-        hidden = [path for path in paths if path not in reached and is_computed_with(model, path)]
-    if hidden:
-        raise RuntimeError(
-            f"calibration: the model computes with the weights of {hidden} by itself, so that their inputs cannot be "
-            "seen; expected adapters without these modules, or another method"
-        )
     # What the output does not depend on has no information.
     zeros = {path: _zeros(model.get_submodule(path), device) for path in paths if path not in sums}
     return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}

@@ -1,0 +1,67 @@
+"""What a calibration batch given in Python must be: tensors, with a real token in every row."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from loop_cases import TASKS, adapters_for, llama, text_batches
+from safetensors.torch import save_file
+from transformers import BatchEncoding
+
+import nsc_merge
+from nsc_merge.calibration.batch_files import read_batches
+from nsc_merge.calibration.batches import held_out, streams
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+LISTS = {
+    "ragged": ({"input_ids": [[1, 2, 3], [4]]}, "list of rows of 1 to 3 numbers"),
+    "rows": (BatchEncoding({"input_ids": [[1, 2], [3, 4]]}), "found list;"),
+    "flat": ({"input_ids": [1, 2]}, "found list;"),
+    "numpy": ({"input_ids": numpy.ones((2, 3), int)}, "found ndarray;"),
+    "tensors": ({"input_ids": [IDS[0], IDS[1]]}, "found list;"),
+    "tuple": ({"input_ids": ()}, "found tuple;"),
+}
+
+
+@pytest.mark.parametrize("batch", LISTS)
+@pytest.mark.parametrize("method", ["nsc", "regmean", "adamerging"])
+def test_lists_are_refused_by_task_and_key(batch, method):
+    model = llama()
+    given, found = LISTS[batch]
+    batches = {**text_batches(1), "b": [given]}
+    options = {} if method == "regmean" else {"progress": False}
+    with pytest.raises(ValueError, match=rf"^calibration\['b'\]: input_ids: .*{found}.*return_tensors=\"pt\""):
+        nsc_merge.merge(model, adapters_for(model), batches, method, **options)
+
+
+def test_tensors_of_a_tokenizer_and_settings_beside_them_are_taken():
+    model = llama()
+    batches = {task: [BatchEncoding({"input_ids": IDS, "output_attentions": False})] for task in TASKS}
+    plain = {task: [{"input_ids": IDS}] for task in TASKS}
+    found, wanted = (
+        nsc_merge.merge(model, adapters_for(model), given, steps=1, progress=False) for given in (batches, plain)
+    )
+    assert found.coefficients == wanted.coefficients
+
+
+def test_rows_of_nothing_but_padding_are_refused_in_batches_and_in_files(tmp_path):
+    batch = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}
+    words = r"^calibration\['b'\]: attention_mask: expected a real token in every row, found none in 1 rows: \[1\]"
+    model = llama()
+    with pytest.raises(ValueError, match=words):
+        nsc_merge.merge(model, adapters_for(model), {**text_batches(1), "b": [batch]}, progress=False)
+    with pytest.raises(ValueError, match=words):
+        held_out({"b": [batch, batch]}, ["b"], 1)
+    stream = streams({"b": [{"input_ids": IDS}, batch]}, ["b"])["b"]
+    next(stream)
+    with pytest.raises(ValueError, match=words):
+        next(stream)
+    save_file(batch, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"attention_mask has no real token in 1 rows: \[1\]"):
+        read_batches(tmp_path / "b.safetensors", 4, "calibration")
+
+
+def test_masks_that_are_added_to_scores_may_be_zero():
+    batch = {"input_ids": IDS, "attention_mask": torch.zeros(2, 1, 3, 3)}
+    assert next(streams({"b": [batch]}, ["b"])["b"]) is batch

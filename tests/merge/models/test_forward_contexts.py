@@ -1,0 +1,85 @@
+"""Compiled models are merged by running them eagerly, and stay compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loop_cases import adapters_for, llama, text_batches, trajectory, values
+from torch import nn
+from torch.func import functional_call
+
+import nsc_merge
+from nsc_merge import Adapter, Factor
+from nsc_merge.models.forward_contexts import shared_forward, wrapped_forward
+
+
+def in_place(model):
+    model.compile(backend="eager")
+
+
+def layers_in_place(model):
+    for layer in model:
+        layer.compile(backend="eager")
+
+
+def forward_alone(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [in_place, layers_in_place, forward_alone])
+def test_a_model_compiled_in_place_runs_as_it_was_written_while_adapters_are_attached(compiled):
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    adapters = {
+        task: Adapter(task, {"0": Factor(torch.randn(2, 6), torch.randn(7, 2), 1.5)}) for task in ("one", "two")
+    }
+    z = torch.randn(5, 6, dtype=torch.float64)
+    compiled(model)
+    with torch.no_grad():
+        before = model(z)
+    calls = {module: (module._compiled_call_impl, vars(module).get("forward")) for module in model.modules()}
+    with nsc_merge.attach(model, adapters, 0.4) as merged:
+        out = model(z)
+        out.sum().backward()
+    lam = torch.full((2,), 0.4, dtype=torch.float64, requires_grad=True)
+    deltas = [adapter.factors["0"].delta().double() for adapter in adapters.values()]
+    weight = model[0].weight.detach() + lam[0] * deltas[0] + lam[1] * deltas[1]
+    plain = nn.Sequential(*model)
+    expected = functional_call(plain, {"0.weight": weight}, (z,))
+    expected.sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(merged["0"].lam.grad, lam.grad, rtol=1e-8, atol=1e-10)
+    assert {m: (m._compiled_call_impl, vars(m).get("forward")) for m in model.modules()} == calls
+    assert any(call or forward for call, forward in calls.values())
+    with torch.no_grad():
+        assert torch.equal(model(z), before)
+
+
+@pytest.mark.parametrize("option", [False, "eager"])
+def test_nsc_of_a_model_compiled_in_place(option):
+    plain, model = llama(), llama()
+    model.compile(backend="eager")
+    adapters, batches = adapters_for(plain), text_batches(1)
+    found = trajectory(model, adapters, batches, steps=2, compile=option)
+    wanted = trajectory(plain, adapters, batches, steps=2)
+    torch.testing.assert_close(values(found), values(wanted), rtol=0, atol=1e-6)
+    assert model._compiled_call_impl is not None
+
+
+def test_what_torch_compile_wrapped_is_refused_by_name():
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches(1)
+    for method, given in (("nsc", batches), ("ties", None)):
+        with pytest.raises(ValueError, match=r"model: expected a model, found OptimizedModule; .*\(_orig_mod\)"):
+            nsc_merge.merge(torch.compile(model, backend="eager"), adapters, given, method)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with pytest.raises(ValueError, match=r"2 of 8 adapted modules are not in LlamaForCausalLM.*\(_orig_mod\)"):
+        nsc_merge.merge(model, adapters, method="ties")
+
+
+def test_a_forward_of_the_modules_own_is_given_back():
+    block = llama().model.layers[0]
+    own = block.forward
+    block.forward = own
+    with wrapped_forward(block, True, None), shared_forward(block):
+        assert block.forward is not own
+    assert vars(block)["forward"] is own
