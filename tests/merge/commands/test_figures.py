@@ -36,9 +36,10 @@ def test_one_headline_in_log_summary_card_and_what_is_read_back(place, capsys, m
     assert result.objective == found
     # Three batches of every task, and coefficients after the last step.
     values = [value for row in result.coefficients.values() for value in row.values()]
+    quantity = "null-space ratio" if method == "nsc" else "loss"
     course = (
-        f"4 steps: mean {'null-space ratio' if method == 'nsc' else 'loss'} {found['before']:.4g} -> "
-        f"{found['after']:.4g} on the same 3 batches of every task, coefficients {min(values):.3f} to {max(values):.3f}"
+        f"4 steps: mean {quantity} {found['before']:#.4g} -> {found['after']:#.4g} on the same 3 batches of every "
+        f"task, coefficients {min(values):.3f} to {max(values):.3f}"
     )
     assert result.course == course
     assert course in shown.err.splitlines()
