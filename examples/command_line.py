@@ -47,5 +47,5 @@ def run(
         model, adapters, batches = from_hub(arguments) if arguments.model else small_example(Path(folder))
         steps = arguments.steps or (steps if arguments.model else 10)
         result = nsc_merge.merge(model, adapters, batches, steps=steps)
-        print(result.course)
+        print(f"null-space ratio {result.objective['before']:.4f} -> {result.objective['after']:.4f}")
         print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")

@@ -53,8 +53,8 @@ def merge(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model: expected a loaded model such as AutoModel.from_pretrained gives, found {model!r:.60}; nsc-merge run "
-            "takes a folder or a hub id, in a recipe"
+            f"model: expected a loaded model, as AutoModel.from_pretrained gives it, found {model!r:.60}; a recipe of "
+            "nsc-merge run takes a folder or a hub id"
         )
     chosen = method_of(method)
     chosen.check_names(options)

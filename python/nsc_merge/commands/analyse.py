@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import names, positive
+from nsc_merge.commands.terminal import names, positive, seed
 
 _ANALYSE = """\
 Measures the phenomena that NSC builds on, on your own models and adapters.
@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
     quartiles.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the recipe")
     quartiles.add_argument("--row", default="finetuned", help="of the recipe (default: finetuned)")
     quartiles.add_argument("--tasks", type=names, metavar="A,B,...", help="of the recipe (default: all)")
-    quartiles.add_argument("--seed", type=int, help="of the recipe (default: its first)")
+    quartiles.add_argument("--seed", type=seed, help="of the recipe (default: its first)")
     quartiles.add_argument("--bins", type=positive, default=4, metavar="N", help="shares (default: 4)")
     quartiles.set_defaults(run=_quartiles)
     bound = kinds.add_parser("bound", help="Proposition 1", description=_BOUND, formatter_class=raw)
@@ -149,7 +149,9 @@ def _blocks(text: str) -> str | int | list[int]:
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
+        numbers = []
+    if not numbers:
         raise argparse.ArgumentTypeError(
-            f"expected last_quarter, a number, or numbers with commas, found {text!r}"
-        ) from None
+            f"expected last_quarter, a number, or numbers with commas, found {text!r:.60}"
+        )
     return numbers if "," in text else numbers[0]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_libraries
+from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_libraries, seed
 from nsc_merge.utils.errors import UsageError
 
 _DEMO = """\
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "--steps", type=positive, default=100, metavar="N", help="optimisation steps (default: 100)"
     )
     demo.add_argument(
-        "--seed", type=int, default=0, help="order of calibration batches, or of --retrain (default: 0)"
+        "--seed", type=seed, default=0, help="order of calibration batches, or of --retrain (default: 0)"
     )
     demo.add_argument("--tasks", type=names, metavar="A,B,...", help="subset of tasks (default: all six)")
     demo.add_argument(

@@ -27,11 +27,16 @@ def add(commands: Any) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     prepare(local=True)
+    from nsc_merge.recipes.merge_recipe import is_size
     from nsc_merge.recipes.saved_result import load_result
     from nsc_merge.results.serving_notes import serving_notes
 
     if arguments.rank is not None and arguments.format != "lora":
         raise UsageError("--rank: only --format lora can be truncated")
+    if not is_size(arguments.max_shard_size):
+        raise UsageError(
+            f"--max-shard-size: expected a size such as 5GB or 500MB, found {arguments.max_shard_size!r:.60}"
+        )
     result = load_result(arguments.result)
     result.save(
         arguments.out, arguments.format, rank=arguments.rank, max_shard_size=arguments.max_shard_size
@@ -40,8 +45,9 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.format == "lora":
         for note in serving_notes(result, arguments.rank):
             print(note)
-    if arguments.rank is not None:
-        errors = result.rank_errors(arguments.rank)
+    errors = {} if arguments.rank is None else result.rank_errors(arguments.rank)
+    # There are none where adapters trained linears in full only.
+    if errors:
         print(f"relative error of the truncation, by module (the largest is {max(errors.values()):.3g}):")
         for path, error in errors.items():
             print(f"  {error:.3g}  {path}")
@@ -54,6 +60,8 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     document, history = read_document(arguments.result)
     folder = arguments.out or arguments.result
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: expected a folder, found the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     window = document["objective"].get("batches", 1)
     for file in draw(document["coefficients"], document["dead"], history, folder, window):

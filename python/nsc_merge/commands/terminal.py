@@ -49,10 +49,19 @@ def log(line: str) -> None:
 
 def positive(text: str) -> int:
     """The type of an argument that is a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
-    return value
+    return _whole(text, 1)
+
+
+def seed(text: str) -> int:
+    """The type of an argument that seeds generators of random numbers, in what is made of it too."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    # Ten digits at most: int refuses some thousands in words of its own, and nothing counts so far.
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 9999999999, found {text!r:.60}")
+    return int(text)
 
 
 def names(text: str) -> list[str]:

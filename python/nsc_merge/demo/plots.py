@@ -57,8 +57,8 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
 
 
 def plot_ratios(result: MergeResult, path: Path) -> None:
-    """Null-space ratio of every task over the steps, and their mean: of each step on its own batch, faint, and on average
-    over as many steps as the objective was compared on.
+    """Null-space ratio of every task over the steps, and their mean: averages over as many steps as the objective was
+    compared on, and faint what each step measured on its own batches.
     """
     with pyplot_in_style() as plt:
         figure, axis = plt.subplots(figsize=(7, 4))
@@ -91,7 +91,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
         axis.set_ylim(low, high)
         axis.set_xlabel("step")
         axis.set_ylabel("null-space ratio ω")
-        axis.set_title(f"What NSC minimises: mean over {window} steps; faint: each step, on its own batches", loc="left")
+        axis.set_title(f"What NSC minimises (mean over {window} steps; faint: each, on its own batches)", loc="left")
         axis.grid(axis="y", color="0.9")
         figure.savefig(path)
         plt.close(figure)

@@ -15,6 +15,8 @@ from nsc_merge.api import merge
 from nsc_merge.demo import evaluate as ev
 from nsc_merge.demo import plots
 from nsc_merge.demo.tasks import TASKS, Task
+from nsc_merge.utils.atomic_file import write_text
+from nsc_merge.utils.option_checks import check_count, check_seed
 
 BATCH = 32
 _PICTURED_SCENE = 3
@@ -60,14 +62,18 @@ def run_demo(
         The content of ``summary.json``; its ``verdict`` is for people, :func:`render` makes the table.
 
     Raises:
-        ValueError: for unknown or too few tasks.
+        ValueError: for unknown or too few tasks, and for ``steps`` or a ``seed`` that are no such numbers.
+        NotADirectoryError: if ``out`` is, or lies in, a file.
         FileNotFoundError: if ``assets`` is incomplete.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown or len(set(tasks)) < 2 or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks: expected two or more different ones of {list(TASKS)}, found {list(tasks)}")
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"out: expected a folder, found the file {out}")
+    check_count("steps", steps)
+    check_seed(seed)
+    there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, found the file {there}")
     started = time.perf_counter()
     bundle = ev.load_bundle(assets or shipped_assets(), tasks)
     parameters = sum(parameter.numel() for parameter in bundle.backbone.parameters())
@@ -165,7 +171,7 @@ def run_demo(
             "summary": str(out / "summary.json"),
         },
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 

@@ -271,7 +271,7 @@ class Optimisation:
         # Steps differ in their batches, by more than the coefficients change from one to the next.
         last = self.history[-len(self._compared) :]
         bar.update(
-            len(entries),
+            count=len(entries),
             **{self._shown: f"{sum(entry['objective'] for entry in last) / len(last):.4f}"},
             lam=f"{entries[-1]['lambda_min']:.2f}..{entries[-1]['lambda_max']:.2f}",
         )
@@ -307,8 +307,8 @@ class Optimisation:
     def _resume(self, state: State) -> None:
         if state.tensors["lam"].dtype is not self._lam.dtype:
             raise ValueError(
-                f"resume_from: the state is of coefficients in {state.tensors['lam'].dtype}, and those of this model are "
-                f"in {self._lam.dtype}; expected the model in the dtype that the run began with"
+                f"resume_from: the state is of coefficients in {state.tensors['lam'].dtype}, and this model's are in "
+                f"{self._lam.dtype}; expected the model in the dtype that the run began with"
             )
         # Drawing anew brings the iterables to where they were, whatever they are; the generators come last,
         # since iterables may draw from them.

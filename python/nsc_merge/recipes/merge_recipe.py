@@ -110,6 +110,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return replace(checked, dropped=tuple(map(str, options)))
 
 
+def is_size(text: str) -> bool:
+    """Whether a text is a number of bytes as transformers reads it, such as 5GB."""
+    return _SIZE.fullmatch(text) is not None
+
+
 def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
     document = dict(document)
     for key in ("adapters", "calibration"):
@@ -166,7 +171,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         if "lora" not in formats:
             raise RecipeError("output.rank: only format 'lora' can be truncated")
     max_shard_size = text(output, "max_shard_size", "output.", default="5GB")
-    if not _SIZE.fullmatch(max_shard_size):
+    if not is_size(max_shard_size):
         raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
     options = numbers(mapping(document, "options"))
     for name in OPTIONS_OF_RUN:

@@ -93,7 +93,9 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
         summary["serving"] = serving_notes(result, recipe.rank)
         if recipe.rank is not None:
             errors = _truncation(result, recipe.rank)
-            summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
+            # There are none where adapters trained linears in full only.
+            if errors:
+                summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
     return summary
 
 
@@ -106,7 +108,7 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
 def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
     """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
     if recipe.dropped:
-        log(f"method={recipe.method} drops what the recipe says for another method: options {', '.join(recipe.dropped)}")
+        log(f"method={recipe.method}: dropped options of the recipe's own method: {', '.join(recipe.dropped)}")
     adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
     calibration = {
         task: read_batches(place, recipe.batch_size, f"calibration.{task}")

@@ -50,7 +50,7 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError(f"result: {file}: dead: expected names of tasks by module, found {dead!r:.60}")
     # Merges that were saved by earlier releases do not say.
     moved = document.setdefault("objective", {})
-    if moved and not _is_comparison(moved):
+    if moved != {} and not _is_comparison(moved):
         raise ValueError(f"result: {file}: objective: expected before, after and batches, found {moved!r:.60}")
     return document, _history(folder / HISTORY_FILE)
 

@@ -40,7 +40,7 @@ def read_document(
         raise RecipeError(f"recipe: {path} is not a file")
     try:
         document = read_yaml(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise RecipeError(f"recipe: {path}: expected keys and values, found {type(document).__name__}")
@@ -52,7 +52,7 @@ def read_document(
         try:
             # Where the locale knows no character for a byte, Python passes the byte on as it is.
             value = from_yaml(text.encode("utf-8", "surrogateescape").decode("utf-8"))
-        except (yaml.YAMLError, UnicodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"override: the value of {override!r} is not valid YAML: {reason}") from None
         nested: Any = value

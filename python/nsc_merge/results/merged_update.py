@@ -120,8 +120,8 @@ class MergedUpdate:
             if path in adapter.factors
         ]
         return (
-            f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:.4g} -> "
-            f"{self.objective['after']:.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
+            f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:#.4g} -> "
+            f"{self.objective['after']:#.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
         )
 
     def for_task(self: Update, task: str) -> Update:

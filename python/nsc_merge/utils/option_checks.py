@@ -36,13 +36,15 @@ def is_number(value: Any) -> bool:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``.
+    """Refuse what is no whole number of at least ``least``, or one that nothing can count to.
 
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r:.60}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected a whole number below 2^63, found {value!r:.60}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -62,8 +64,6 @@ def check_seed(value: Any) -> None:
         ValueError: naming what was found and what was expected.
     """
     check_count("seed", value, 0)
-    if value >= 2**63:
-        raise ValueError(f"seed: expected a whole number below 2^63, found {value!r:.60}")
 
 
 def check_names(name: str, value: Any) -> None:

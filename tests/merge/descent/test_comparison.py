@@ -94,7 +94,7 @@ def test_the_objective_is_compared_on_the_same_batches(method):
     assert found["after"] == pytest.approx(directly(result, result.coefficients, calibration), rel=2e-5)
     for side in ("before", "after"):
         assert found[side] == pytest.approx(sum(found["tasks"][task][side] for task in TASKS) / len(TASKS))
-    assert f"{found['before']:.4g} -> {found['after']:.4g} on the same 2 batches of every task" in result.course
+    assert f"{found['before']:#.4g} -> {found['after']:#.4g} on the same 2 batches of every task" in result.course
 
 
 def test_no_more_batches_are_compared_on_than_a_few():

@@ -64,7 +64,7 @@ DOCUMENTS = {
     "NaN": (lambda text: entries(text, objective=math.nan), "history: expected finite numbers of step 2"),
     "text": (lambda text: entries(text, seconds="1"), "history: expected finite numbers of step 2"),
     "huge": (lambda text: entries(text, seconds=10**400), "metadata is not valid JSON: expected numbers of at most 40"),
-    "infinite": (lambda text: entries(text, omega={"a": 1, "b": 1, "c": math.inf}), "expected finite numbers of step 2"),
+    "infinite": (lambda text: entries(text, omega={"a": 1, "b": 1, "c": math.inf}), "expected finite numbers of step"),
     "another task": (lambda text: entries(text, omega={"a": 1, "x": 1}), "history: expected a ratio of every task"),
 }
 
