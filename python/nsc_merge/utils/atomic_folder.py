@@ -49,8 +49,9 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
         if not out.exists():
             os.rename(staging, out)
             return
-        gone = {path for path in files_in(out) if path in written or obsolete(path, written)}
-        kept = set(files_in(out)) - gone
+        there = set(files_in(out))
+        gone = {path for path in there if path in written or obsolete(path, written)}
+        kept = there - gone
         _refuse_clash(out, kept, written)
         if _runs_in(out):
             _replace_one_by_one(work, staging, out, gone)
@@ -58,7 +59,7 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
         _carry_over(out, staging, kept)
         _swap(staging, out)
         # What someone else put there meanwhile is not ours to delete.
-        late = {path for path in files_in(staging) if path not in kept | gone and not obsolete(path, written)}
+        late = {path for path in files_in(staging) if path not in there and not obsolete(path, written)}
         _move(staging, out, late)
 
 
