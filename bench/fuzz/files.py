@@ -79,13 +79,13 @@ def trial(place: Path, seed: int, number: int) -> Trial:
     # Now and then nothing is wrong, and nothing may be refused.
     done = "nothing" if draw.random() < 0.02 else mutations.mutate(file, draw)
     case = f"files: seed {seed}, trial {number}: {kind}: {file.name}: {done}"
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             difference = KINDS[kind].difference(folder, file.suffix == ".json")
     except REFUSALS as error:
-        return _refusal(case, error, done == "nothing", time.perf_counter() - started)
+        return _refusal(case, error, done == "nothing", time.process_time() - started)
     except Exception as error:
         return Trial(case, "wrong", f"{type(error).__name__}: {error}"[:400])
     return Trial(case, "wrong" if difference else "right", difference[:400])

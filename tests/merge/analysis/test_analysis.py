@@ -495,3 +495,19 @@ def test_the_bound_on_the_command_line(llama, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["analyse", "bound", str(adapters["a"]), *arguments, "--blocks", "first"])
     assert "expected last_quarter, a number" in capsys.readouterr().err
+
+
+def test_a_log_is_read_with_its_gaps_and_without_two_meanings(tmp_path):
+    """transformers writes NaN where a norm overflowed."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 0.5, "grad_norm": NaN}\n{"step": 2, "loss": 0.25}\n')
+    columns = read_log(log)
+    assert columns["loss"] == {1: 0.5, 2: 0.25}
+    assert math.isnan(columns["grad_norm"][1])
+    for line, reason in (
+        ('{"step": 1, "step": 2, "loss": 0.5}', "the key 'step' is given twice"),
+        ('{"step": NaN, "loss": 1}', "cannot convert float NaN to integer"),
+    ):
+        log.write_text(line)
+        with pytest.raises(ValueError, match=rf"log: .*log\.jsonl: expected JSON lines .*{reason}"):
+            read_log(log)
