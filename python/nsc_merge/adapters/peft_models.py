@@ -91,7 +91,7 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
 def _scaling(value: Any, what: str) -> float:
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
         raise ValueError(f"{what}: expected a scaling of one number, found one of shape {list(value.shape)}")
-    return float(value)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def copied(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.families import Family, find_family
-from nsc_merge.models.stored_weights import stored
+from nsc_merge.models.stored_weights import numbers_of, stored
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -132,7 +132,7 @@ def _check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> Non
                 "as that was (resize_token_embeddings)"
             )
         # One of the two may have been rounded to the other's dtype.
-        mine = base.detach().cpu()
+        mine = numbers_of(model, name, base).detach().cpu()
         if not (torch.equal(mine.to(value.dtype), value) or torch.equal(mine, value.to(mine.dtype))):
             raise ValueError(
                 f"adapters[{task!r}]: {name} of the base was saved with the adapter and differs from the model's; "

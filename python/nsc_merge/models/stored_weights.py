@@ -235,19 +235,30 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     """
     state = model.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        if is_dtensor(value):
+        if isinstance(value, Tensor) and is_dtensor(value):
             raise ValueError(
                 f"{name}: expected a whole tensor, found a DTensor; gather the model first, or use format 'lora'"
             )
-        if value.device.type == "meta":
-            path, _, part = name.rpartition(".")
-            place = _offloaded(model.get_submodule(path), part)
-            if place is None:
-                raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
-            state[name] = place.values
+        if isinstance(value, Tensor):
+            state[name] = numbers_of(model, name, value)
     return state
+
+
+def numbers_of(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A parameter or buffer ``value`` of any module, by its path ``name``: whole, from wherever its numbers are.
+
+    Raises:
+        ValueError: naming it, if it has none.
+    """
+    if is_dtensor(value):
+        return Sharded(value.detach()).whole()
+    if value.device.type != "meta":
+        return value
+    path, _, part = name.rpartition(".")
+    place = _offloaded(model.get_submodule(path), part)
+    if place is None:
+        raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
+    return place.values
 
 
 def described(parameter: Tensor) -> str:

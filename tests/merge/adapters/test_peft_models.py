@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -273,7 +274,8 @@ def test_lora_on_a_head_is_the_same_from_folder_and_memory(tmp_path):
         clean = base()
         result = nsc_merge.merge(clean, {"a": source}, method="task_arithmetic", scale=1.0)
         torch.testing.assert_close(outputs(result.apply(clean), text(3)), wanted, rtol=1e-10, atol=1e-10)
-    # In the adapter's dtype or the model's, the base is the same.
+    # In the adapter's dtype or the model's, and wherever its weights are, the base is the same.
+    assert nsc_merge.merge(cpu_offload(base()), {"a": tmp_path / "a"}, method="task_arithmetic").paths
     assert nsc_merge.merge(base().float(), {"a": tmp_path / "a"}, method="task_arithmetic").paths
     other = base()
     other.lm_head.weight.data[3, 4] += 0.5
