@@ -113,7 +113,7 @@ def factors(p: Problem, rng: np.random.Generator) -> list[tuple[Tensor, Tensor, 
             A *= 2.0 ** rng.integers(-6, 7, (rank, 1)) if p.dtype == "f16" else 4.0 ** rng.integers(-16, 17, (rank, 1))
         B = rng.standard_normal((p.d_out, rank))
         if p.factors == "rows_of_many_sizes":
-            B /= np.maximum(np.abs(A).max(1, initial=1e-30), 1e-30)
+            B /= np.maximum(np.abs(A).max(1, initial=0), 1e-3 if p.dtype == "f16" else 1e-30)
         scaling = float(rng.uniform(-2, 2))
         made.append((torch.from_numpy(A).to(DTYPES[p.dtype]), torch.from_numpy(B).to(DTYPES[p.dtype]), scaling))
     return made
