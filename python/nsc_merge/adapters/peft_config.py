@@ -1,10 +1,11 @@
-"""What an adapter's configuration means: refused where it is no plain LoRA; rank and scaling of every module."""
+"""What an adapter's configuration means: refused where it is no plain LoRA; modules, rank and scaling."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from nsc_merge.adapters.module_patterns import ModulePatterns
@@ -79,10 +80,79 @@ def _check_types(name: str, config: Mapping[str, Any]) -> None:
     whole = config.get("modules_to_save") or []
     if not isinstance(whole, list | tuple | set) or not all(isinstance(one, str) and one for one in whole):
         refuse("modules_to_save", "names")
+    for setting in ("target_modules", "exclude_modules", "layers_pattern"):
+        held = config.get(setting)
+        names = isinstance(held, list | tuple | set) and all(isinstance(one, str) for one in held)
+        if not names and not isinstance(held, str | None):
+            refuse(setting, "a name or names")
+    layers = config.get("layers_to_transform")
+    whole_numbers = layers if isinstance(layers, list | tuple | set) else [layers]
+    if layers is not None and not all(type(one) is int for one in whole_numbers):
+        refuse("layers_to_transform", "whole numbers")
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         refuse("base_model_name_or_path", "text")
     if not isinstance(config.get("init_lora_weights"), str | bool | None):
         refuse("init_lora_weights", "true, false or a name")
+
+
+def check_targets(name: str, config: Mapping[str, Any], paths: Iterable[str]) -> None:
+    """Refuse tensors of modules that the configuration does not select: PEFT would leave them out with a warning.
+
+    PEFT's rule: a name selects what ends with it, in ``layers_to_transform`` where these are given; a regular
+    expression what it matches in whole; ``exclude_modules`` takes away. An expression with look-around or
+    back-references, and a ``layers_pattern`` that is no name, are not followed: they are taken to select everything.
+
+    Raises:
+        ValueError: naming a module and the setting.
+    """
+    selects, excludes = _selection(config.get("target_modules")), _selection(config.get("exclude_modules"))
+    for path in paths:
+        left_out = excludes is not None and excludes(path)
+        if not left_out and (selects is None or (selects(path) and _is_of_layers(path, config))):
+            continue
+        setting = "exclude_modules" if left_out else "target_modules"
+        raise ValueError(
+            f"adapters[{name!r}]: {path} has tensors, but is left out by {setting}={config[setting]!r:.60}, so that "
+            "PEFT would not load them; expected a configuration that belongs to these weights"
+        )
+
+
+def _selection(setting: Any) -> Callable[[str], bool] | None:
+    """Whether ``target_modules`` or ``exclude_modules`` selects a path; None if that is not said, or not followed."""
+    if not setting or (isinstance(setting, str) and setting.lower() == "all-linear"):
+        return None
+    if not isinstance(setting, str):
+        names = frozenset(setting)
+        return lambda path: path in names or any(end in names for end in _ends(path))
+    try:
+        pattern = ModulePatterns({f"^(?:{setting})": True})
+        pattern.value("", False)
+    except ValueError:
+        return None
+    return lambda path: pattern.value(path, False)
+
+
+def _ends(path: str) -> Iterator[str]:
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def _is_of_layers(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether the first number in a path is one of ``layers_to_transform``, where names are chosen by these."""
+    chosen, under = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    targets = config.get("target_modules")
+    if chosen in (None, []) or isinstance(targets, str) or path in (targets or ()):
+        return True
+    names = [under] if isinstance(under, str) else under
+    if not all(re.fullmatch(r"[\w-]+", one) for one in names):
+        return True
+    parts = path.split(".")
+    for number in range(1 if names else 2, len(parts) - 1):
+        if parts[number].isdecimal() and (not names or parts[number - 1] in names):
+            return int(parts[number]) in ([chosen] if isinstance(chosen, int) else chosen)
+    return False
 
 
 class Scalings:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import Adapter, Factor
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder
-from nsc_merge.adapters.peft_config import Scalings, check_config
+from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 
@@ -159,6 +159,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
             f"is loaded: {_listed(left_over)}. Expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, "
             f"and modules_to_save {list(whole)}{why}"
         )
+    check_targets(name, config, held.parts)
     held.scalings.update(_scaled(name, config, held.parts))
     return held, base_weights
 

@@ -19,7 +19,7 @@ from nsc_merge.utils.progress import Progress
 # Steps between two readings of what happened on the device. A step itself never waits for it.
 READ_EVERY = 10
 # Batches of every task, at most, that the objective is compared on at the end.
-COMPARED = 8
+COMPARED = 4
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
