@@ -20,7 +20,8 @@ test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # A copy of the package with a library of its own, found before the installed one. The sanitizer must be loaded before
-# everything else, and see Python's allocations; of those that are never freed, Python and torch have many.
+# everything else, with the library whose exceptions it follows, and see Python's allocations; of those that are never
+# freed, Python and torch have many.
 SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
@@ -30,7 +31,8 @@ sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)/nsc_kernels
 	cp -R nsc_kernels $(SANITIZED)/
 	$(BIN)/cmake --install $(SANITIZED)/cmake
-	LD_PRELOAD=$$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) \
 	  tests/kernels/test_random_problems.py tests/kernels/test_operator.py tests/kernels/test_cpu_kernels.py \
 	  --deselect tests/kernels/test_cpu_kernels.py::test_more_than_two_to_the_31_elements
