@@ -52,7 +52,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ctrl-C at the second step of whatever shows its progress."""
     calls = []
 
-    def interrupt(self, **values):
+    def interrupt(self, count=1, **values):
         calls.append(values)
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -13,6 +13,8 @@ Calibration = Mapping[str, Iterable[Batch]]
 
 # The input that is 0 at padding, of every model that has one.
 MASK = "attention_mask"
+# Inputs that are tensors for every model. Others may be lists, such as sizes of pictures.
+_TENSORS = (MASK, "input_ids", "inputs_embeds", "pixel_values", "position_ids", "token_type_ids")
 
 
 def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, Iterator[Batch]]:
@@ -95,8 +97,10 @@ def _checked(task: str, batch: Batch) -> Batch:
         raise ValueError(
             f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
         )
+    none = not any(isinstance(value, Tensor) for value in batch.values())
     for name, value in batch.items():
-        if not isinstance(value, Tensor) and (isinstance(value, (list, tuple)) or hasattr(value, "__array__")):
+        rows = not isinstance(value, Tensor) and (isinstance(value, (list, tuple)) or hasattr(value, "__array__"))
+        if rows and (none or name in _TENSORS):
             raise ValueError(
                 f"calibration[{task!r}]: {name}: expected a tensor with a row per sample, found "
                 f"{type(value).__name__}{_lengths(value)}; tokenizers and processors give tensors with "
