@@ -12,7 +12,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.demo.run import run_demo
 from nsc_merge.utils.option_checks import check_bounds, check_count, check_number
 
-HUGE = 10**400
+HUGE = 10**90
 
 
 @pytest.fixture(scope="module")
