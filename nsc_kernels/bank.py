@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import operator
 import os
-import secrets
-import stat
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .bank_file import read_bank, write_bank
 from .reference import accumulation_dtype
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_ADAPTERS = 4096
-FILE_FORMAT = "nsc_kernels.AdapterBank"
-FILE_VERSION = "1"
 
 
 def whiten(A: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
@@ -197,21 +192,7 @@ class AdapterBank(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed bank as safetensors: to a temporary file first, renamed when complete."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "offsets": json.dumps(self.offsets)}
-        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
-        temporary.touch(exist_ok=False)
-        try:
-            mode = stat.S_IMODE(temporary.stat().st_mode)
-            save_file({"A": self.A, "Bt": self.Bt}, temporary, metadata)
-            # What safetensors puts there is for its owner alone.
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_bank(path, self.A, self.Bt, self.offsets)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> AdapterBank:
@@ -221,24 +202,12 @@ class AdapterBank(nn.Module):
             FileNotFoundError: if there is no such file.
             ValueError: naming the file and what in it is damaged or of another format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = os.fspath(path)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
-                    raise ValueError(
-                        f"expected format {FILE_FORMAT} version {FILE_VERSION}, "
-                        f"found {metadata.get('format')} version {metadata.get('version')}"
-                    )
-                # Copies: what safetensors gives is the file in memory, and would change with it.
-                A, Bt = (file.get_tensor(name).clone() for name in ("A", "Bt"))
-                bank = cls(A, Bt, _read_offsets(metadata.get("offsets")))
-                for name, t in bank.named_buffers():
-                    _check_finite(name, t)
-        except (SafetensorError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a bank that can be read, save it again: {error}") from error
+            bank = cls(*read_bank(path, device))
+            for name, t in bank.named_buffers():
+                _check_finite(name, t)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a bank that can be read, save it again: {error}") from error
         return bank
 
     def get_extra_state(self) -> Tensor:
@@ -268,19 +237,6 @@ def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:
     increasing = all(a <= b for a, b in itertools.pairwise(offsets))
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != rows or not increasing:
         raise ValueError(f"offsets must rise from 0 to R={rows} in K + 1 steps, found {offsets}")
-    return offsets
-
-
-def _read_offsets(text: str | None) -> list[int]:
-    """What ``save`` wrote of the offsets."""
-    if text is None:
-        raise ValueError("the metadata hold no offsets")
-    try:
-        offsets = json.loads(text)
-    except (ValueError, RecursionError):
-        offsets = None
-    if not isinstance(offsets, list) or not all(type(o) is int for o in offsets):
-        raise ValueError(f"offsets must be a list of ints, found {text[:80]!r}")
     return offsets
 
 

@@ -40,7 +40,7 @@ METHODS["__init__"] = {"method", "registry"}
 
 # The operator's floors: a part may import all that is on a floor below its own.
 FLOORS = (
-    ("_version", "contract", "reference", "ratio", "native", "counters"),
+    ("_version", "bank_file", "contract", "reference", "ratio", "native", "counters"),
     ("bank", "dispatch", "verified_hardware"),
     ("ops", "triton"),
     ("backends", "autograd"),

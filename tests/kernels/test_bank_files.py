@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,39 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"A": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="expected format nsc_kernels.AdapterBank"):
         nk.AdapterBank.load(tmp_path / "other.safetensors")
+
+
+def with_header(path: Path, text: str) -> Path:
+    """A good bank's file with another header over the same data."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(56))
+    return path
+
+
+A = '"A":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}'
+BT = '"Bt":{"dtype":"F32","shape":[2,4],"data_offsets":[24,56]}'
+OURS = '"__metadata__":{"format":"nsc_kernels.AdapterBank","version":"1","offsets":"[0, 2]"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{{{OURS},{A},{BT},{A}}}", "the header has the key 'A' twice"),
+        (f'{{{OURS},{A},{BT},"C":{{}}}}', r"expected tensors A and Bt, found \['A', 'Bt', 'C'\]"),
+        (f"{{{OURS},{A}}}", r"expected tensors A and Bt, found \['A'\]"),
+        (f"{{{OURS},{A.replace('2,3', '1,' * 300000 + '6')},{BT}}}", r"A must be a matrix, found shape \[1, 1"),
+        ("{" + "[" * 100000, "not a bank"),
+        (f"{{{OURS},{A},{BT}}}" + " " * (1 << 20), "expected a header of 2 to 1048576 bytes"),
+        ("[]", "expected format"),
+        (f"{{{OURS},{A},{BT.replace('56', '48')}}}", "no valid safetensors"),
+    ],
+)
+def test_hostile_headers_are_refused_at_once(tmp_path: Path, text: str, words: str) -> None:
+    assert nk.AdapterBank.load(with_header(tmp_path / "good", f"{{{OURS},{A},{BT}}}")).ranks == (2,)
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=words) as found:
+        nk.AdapterBank.load(with_header(tmp_path / "bad", text))
+    assert time.process_time() - begun < 1
+    assert len(str(found.value)) < 400
 
 
 def saved(path: Path, **changes: object) -> Path:
