@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fuzz.__main__ import CAMPAIGNS, run
+from bench.fuzz.campaigns import CAMPAIGNS, run
 
 ROOT = Path(__file__).parents[2]
 FEW = {"operator": 150, "files": 150, "kills": 8}
@@ -38,9 +38,19 @@ def test_a_campaign_that_cannot_start_is_one_wrong_trial() -> None:
     assert counts["missing"] == {"wrong": 1}
 
 
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-m", "bench.fuzz", *arguments]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_counts() -> None:
+    done = command("files", "--trials", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)["files"]
+    assert (counts["trials"], counts["wrong"]) == (5, 0)
+
+
 def test_an_unknown_campaign_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.fuzz", "kernels"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = command("kernels")
     assert done.returncode == 2
     assert "expected some of operator, files, kills, found kernels" in done.stderr
