@@ -170,24 +170,30 @@ def _file_killed(place: Path, chance: random.Random, title: str) -> Trial:
     """A state, or a table, is written over an older one and killed meanwhile."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    file, size = place / "some.safetensors", chance.choice((1, 1000, 300_000))
+    file, size = place / "some.safetensors", chance.choice((1, 1000, 30_000))
+    problem = {"modules": list(range(size)), "tasks": ["a"]}
 
-    def state(step: int) -> State:
-        return State(step, {"lam": torch.full((size,), float(step))}, [], {"lr": 0.1}, False)
+    def state(value: int) -> State:
+        lam = torch.full((size, 1), float(value))
+        tensors = {"lam": lam, "start": lam.clone(), "dead": lam.isnan(), "rng": torch.get_rng_state()}
+        return State(0, tensors, [], problem, False)
 
-    def written(step: int) -> None:
+    def written(value: int) -> None:
         if kind == "text":
-            write_text(file, str(step) * size)
+            write_text(file, str(value) * size)
         else:
-            state(step).save(file)
+            state(value).save(file)
 
     def read() -> int:
-        """The step whose file it is, 0 if it is none's."""
+        """The value whose file it is, 0 if it is none's."""
         if kind == "text":
             text = file.read_text()
             return int(text[0]) if text in ("1" * size, "2" * size) else 0
-        found = State.load(file, {"lr": 0.1})
-        return found.step if bool(found.tensors["lam"].eq(found.step).all()) else 0
+        try:
+            lam = State.load(file, problem).tensors["lam"]
+        except ValueError:
+            return 0
+        return int(lam[0]) if bool(lam.eq(lam[0]).all()) else 0
 
     kind = chance.choice(("state", "text"))
     written(1)
