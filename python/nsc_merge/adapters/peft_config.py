@@ -113,7 +113,7 @@ def check_targets(name: str, config: Mapping[str, Any], paths: Iterable[str]) ->
         setting = "exclude_modules" if left_out else "target_modules"
         raise ValueError(
             f"adapters[{name!r}]: {path} has tensors, but is left out by {setting}={config[setting]!r:.60}, so that "
-            "PEFT would not load them; expected a configuration that belongs to these weights"
+            "PEFT would not load them; expected the configuration of these weights, by the names that they have"
         )
 
 

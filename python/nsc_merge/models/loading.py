@@ -52,6 +52,7 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
             that comes with it, or if a file changed meanwhile.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     place = device_of(device)
     before = marks(Path(name)) if local else {}
@@ -65,7 +66,10 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
         )
     # Said each time: transformers would ask at the terminal.
     settings: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(name, **settings)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: the config.json of {name} is none: {' '.join(str(error).split())}") from None
     kind = _class_of(name, config)
     settings |= {
         "config": config,

@@ -55,7 +55,10 @@ def renamed(folder, to, rules):
         key = re.sub(r"attention\.attention\.([qkv])\.", lambda found: f"attention.attention.{LETTERS[found[1]]}.", key)
         weights[key] = value
     save_file(weights, to / WEIGHTS)
-    (to / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # As whoever trained it under these names would have said it.
+    config["target_modules"] = sorted({found[1] for key in weights if (found := re.search(r"([^.]+)\.lora_", key))})
+    (to / "adapter_config.json").write_text(json.dumps(config))
     return to
 
 

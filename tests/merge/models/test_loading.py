@@ -87,11 +87,18 @@ def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
     assert not list(folder.rglob("run"))
 
 
-@pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel", 3])
+@pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel"])
 def test_what_is_no_model_of_transformers_is_refused(folder, named):
     edit(folder / "config.json", architectures=[named])
     with pytest.raises(ValueError, match=f"model: transformers has no model {named!r}, which .*base asks for"):
         load(folder)
+
+
+def test_a_configuration_of_other_types_is_refused_in_one_line(folder):
+    edit(folder / "config.json", hidden_size="many")
+    with pytest.raises(ValueError, match=r"model: the config\.json of .* is none: .*hidden_size") as found:
+        load(folder)
+    assert "\n" not in str(found.value)
 
 
 def test_what_lies_beside_the_weights_is_checked_before_anything_is_loaded(folder):

@@ -131,7 +131,8 @@ def llava_folder(model, tmp_path, prefix="base_model.model.model.", dtype=torch.
     assert len(beside) == 4
     save_file(lora, folder / WEIGHTS)
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    config |= {"modules_to_save": None, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(beside, folder / CONVERTED)
     return folder, trained
 
