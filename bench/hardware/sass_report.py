@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "nsc_kernels" / "lib" / "libnsc_cuda.so"
 # Mangled: element, padded ranks, tokens per tile, backward.
 NAME = re.compile(r"merged_lora_(?P<family>\w*?)kernelI\w*?\d(?P<element>Bf16|F16)ELi(\d+)ELi(\d+)ELb([01])E")
+# Behind the address and, if there is one, the predicate.
+OPCODE = re.compile(r"\n\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)")
 INSTRUCTIONS = {
     "mma": r"HMMA",
     "wgmma": r"HGMMA",
@@ -65,6 +68,7 @@ def rows(library: Path) -> list[dict[str, Any]]:
             match = NAME.search(name)
             if match is None:
                 continue
+            opcodes = Counter(OPCODE.findall(code))
             row: dict[str, Any] = {
                 "kernel": "backward" if match[5] == "1" else "forward",
                 "family": match["family"].rstrip("_") or "mma",
@@ -73,7 +77,10 @@ def rows(library: Path) -> list[dict[str, Any]]:
                 "tokens": int(match[4]),
                 "arch": arch,
                 **usage[name],
-                **{key: len(re.findall(rf"\b{word}\b", code)) for key, word in INSTRUCTIONS.items()},
+                **{
+                    key: sum(times for opcode, times in opcodes.items() if re.match(rf"{word}\b", opcode))
+                    for key, word in INSTRUCTIONS.items()
+                },
             }
             found.append(row | {"faults": faults(row)})
     return sorted(found, key=lambda r: (r["arch"], r["family"], r["element"], r["kernel"], r["tokens"], r["ranks"]))

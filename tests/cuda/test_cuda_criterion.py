@@ -158,6 +158,7 @@ def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
 @pytest.mark.parametrize("unit", harness.UNITS)
 def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, check: Any, number: int, unit: str) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
-    for case in cases(check)[:2]:
+    # Long sums are where truncation hides most; rounded, the short ones are enough.
+    for case in cases(check)[: 2 if unit == "truncating" else 1]:
         ratios = worst(check.Run(faulty.backend(), case, torch.device("cpu")))
         assert max(ratios.values()) >= 10, f"{case}: {ratios}"
