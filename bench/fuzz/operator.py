@@ -192,7 +192,8 @@ def _tried(p: Problem, rng: np.random.Generator) -> str:
     )
     own = float(torch.finfo(torch.float64 if p.dtype == "f64" else torch.float32).eps)
     unit = float(torch.finfo(dtype).eps)
-    wrong = oracle.bank_error(n, [(_wide(A), _wide(B), s) for A, B, s in raw], own, unit)
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    wrong = oracle.bank_error(n, [(_wide(A), _wide(B), s) for A, B, s in raw], own, unit, tiny)
     if wrong:
         return wrong
     kept = [None if t is None else t.clone() for t in (z, lam, given)]
@@ -205,7 +206,6 @@ def _tried(p: Problem, rng: np.random.Generator) -> str:
         if t.dtype is not expected:
             return f"{name}: {t.dtype}, expected {expected}"
     numbers = np.float64 if p.dtype == "f64" else np.float32
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     with np.errstate(invalid="ignore", over="ignore"):
         return oracle.disagreement(
             {name: _wide(t) for name, t in found.items()},

@@ -122,10 +122,11 @@ def row_space(A: Array, resolution: float) -> tuple[Array, float] | None:
     return basis[:rank], (1 / share[rank - 1] if rank else 1.0)
 
 
-def bank_error(n: Numbers, raw: list[tuple[Array, Array, float]], own: float, unit: float) -> str:
+def bank_error(n: Numbers, raw: list[tuple[Array, Array, float]], own: float, unit: float, tiny: float) -> str:
     """What is wrong with a bank of the adapters ``raw``, (A, B, scaling) each, or nothing.
 
-    ``own`` is the resolution of the factors' dtype and ``unit`` that of the bank's.
+    ``own`` is the resolution of the factors' dtype and ``unit`` that of the bank's, whose smallest numbers are ``tiny``
+    apart.
     """
     for k, (A, B, scaling) in enumerate(raw):
         rows = slice(n.offsets[k], n.offsets[k + 1])
@@ -144,6 +145,8 @@ def bank_error(n: Numbers, raw: list[tuple[Array, Array, float]], own: float, un
         lost = len(A) * own * abs(scaling) * float(np.linalg.norm(B, axis=0) @ np.linalg.norm(A, axis=1))
         off = float(np.linalg.norm(Bt.T @ W - right))
         allowed = (4 + len(W)) * unit * float(np.linalg.norm(right)) + lost + 1e-14 * condition * lost / own
+        # Rows of W are of length 1.
+        allowed += tiny * np.sqrt(Bt.size)
         if not off <= allowed:
             return f"adapter {k}: update is off by {off:.3g} of {np.linalg.norm(right):.3g}, allowed {allowed:.3g}"
     return ""
