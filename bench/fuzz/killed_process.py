@@ -58,7 +58,10 @@ class Child:
         except BaseException as error:
             text = f"raised\n{type(error).__name__}: {error}"
         finally:
-            answer.write_text(text, encoding="utf-8")
+            # Whole or not at all: it may be killed here, too.
+            torn = answer.with_suffix(".torn")
+            torn.write_text(text, encoding="utf-8")
+            os.replace(torn, answer)
             os._exit(0)
 
     def kill(self) -> None:

@@ -28,6 +28,9 @@ def write_adapter(
         factors: module path -> update of rank 1 at least, with a scaling of 1: alpha is r everywhere.
         whole: path of a module kept in full (``modules_to_save``) -> its parameters by name.
         base_model: what the adapter is for, if that is known.
+
+    Raises:
+        ValueError: naming a tensor that is not finite, before anything is written.
     """
     from safetensors.torch import save_file
 
@@ -42,6 +45,12 @@ def write_adapter(
     for path, parameters in whole.items():
         for name, value in parameters.items():
             tensors[f"{PREFIX}{path}.{name}"] = value.contiguous()
+    overflowed = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
+    if overflowed is not None:
+        raise ValueError(
+            f"{overflowed.removeprefix(PREFIX)}: not finite in {tensors[overflowed].dtype}; expected coefficients and "
+            "adapters whose products it holds"
+        )
     ranks = {path: factor.rank for path, factor in factors.items()}
     largest = max(ranks.values(), default=1)
     other = {re.escape(path): value for path, value in ranks.items() if value != largest}

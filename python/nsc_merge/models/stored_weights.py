@@ -191,6 +191,12 @@ def offloading(module: nn.Module) -> Any:
     return next((one for one in getattr(hook, "hooks", (hook,)) if getattr(one, "offload", False)), None)
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all the numbers are finite that this process holds."""
+    own: Any = values
+    return bool((own.to_local() if is_dtensor(values) else own).isfinite().all())
+
+
 def check_loaded(model: nn.Module) -> None:
     """Refuse a model whose weights are nowhere.
 

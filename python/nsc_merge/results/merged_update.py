@@ -15,7 +15,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import dense, low_rank
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.models.stored_weights import sharing, stored
+from nsc_merge.models.stored_weights import is_finite, sharing, stored
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -203,8 +203,8 @@ class MergedUpdate:
 
         Raises:
             ValueError: if a module is missing or has another shape, if there is no bias to hold the update of
-                one, if a merged weight is tied to another parameter, which would change with it, or if a weight is
-                kept in a way that nothing can be added to, such as quantised.
+                one, if a merged weight is tied to another parameter, which would change with it, if a weight is kept in
+                a way that nothing can be added to, such as quantised, or if its dtype cannot hold the sum.
             TypeError: if a module is not an ``nn.Linear``.
         """
         linears = {
@@ -231,7 +231,15 @@ class MergedUpdate:
                 )
             stored(model, f"{path}.bias")
             names.append(f"{path}.bias")
-        return {name: stored(model, name).plus(self._update_of(name)) for name in names}
+        merged = {}
+        for name in names:
+            merged[name] = value = stored(model, name).plus(self._update_of(name))
+            if not is_finite(value):
+                raise ValueError(
+                    f"{name}: the merged values are not finite in {value.dtype}; expected a base, coefficients and "
+                    "adapters whose sums it holds"
+                )
+        return merged
 
     def _update_of(self, name: str) -> Tensor:
         path, _, part = name.rpartition(".")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_cases import Dense, alone, llama, problem_of
 from torch.func import functional_call
+from zoo import build, write_adapter
 
 import nsc_merge
 from nsc_merge.methods import Problem
@@ -163,3 +164,12 @@ def test_a_module_that_runs_twice_counts_both_uses_in_fisher(model, folders, cal
     found = fisher.information(problem, "partial", [path], calibration["partial"], options)[path]
     expected = explicit_fisher(problem, "partial", calibration["partial"], outputs["partial"], [path])[path]
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6 * expected.max().item())
+
+
+def test_fisher_of_modules_that_do_not_run_is_refused(tmp_path):
+    model = build("llava")
+    settings = {"r": 2, "target_modules": r".*vision_tower.*q_proj"}
+    folders = {task: write_adapter(model, tmp_path / task, seed, **settings) for seed, task in enumerate("ab")}
+    words = {"input_ids": torch.randint(6, 60, (2, 5))}
+    with pytest.raises(ValueError, match=r"calibration\['a'\]: none of the adapted modules runs on these inputs"):
+        nsc_merge.merge(model, folders, {task: [words] for task in folders}, "fisher")

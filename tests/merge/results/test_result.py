@@ -120,6 +120,22 @@ def test_apply_to_another_model_fails_before_writing(result, model):
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_what_no_dtype_holds_is_refused_before_anything_is_written(model, folders, tmp_path):
+    """Coefficients are numbers of float64, weights are not."""
+    huge = nsc_merge.merge(model, folders, method="task_arithmetic", scale=1e39)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"\.weight: the merged values are not finite in torch.float32"):
+        huge.apply(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for form in ("lora", "model"):
+        with pytest.raises(ValueError, match=r"(lora_[AB]\.weight: |merged values are )not finite in torch.float32"):
+            huge.save(tmp_path / form, format=form)
+        assert not (tmp_path / form).exists()
+    half = copy.deepcopy(model).half()
+    with pytest.raises(ValueError, match=r"not finite in torch.float16"):
+        nsc_merge.merge(model, folders, method="task_arithmetic", scale=1e6).apply(half)
+
+
 def test_model_and_adapter_do_not_share_a_folder(result, tmp_path):
     result.save(tmp_path / "lora", format="lora")
     with pytest.raises(ValueError, match="holds an adapter"):

@@ -152,6 +152,11 @@ def information(
                     f"likelihood: the output {list(output.shape)} of {task!r} has one class, which is certain; "
                     "expected 'gaussian' for values"
                 )
+            if not any(outputs.values()):
+                raise ValueError(
+                    f"calibration[{task!r}]: none of the adapted modules runs on these inputs, so that they have no "
+                    "Fisher information; expected inputs of the part of the model that the adapters touch"
+                )
             examples += len(output)
             real = real_positions(output, mask)
             if options.gradients == "batch":
