@@ -35,12 +35,12 @@ def unproven(call: Call) -> str | None:
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not call.stats and two_gemms.preferred(call.z.dtype, call.z.shape[0], *call.A.shape):
+    if not call.stats and two_gemms.preferred(call.z.dtype, call.z.shape[0], call.A.shape[1]):
         return two_gemms.forward(call)
     return native_forward(*call[:8])
 
 
 def backward(call: BackwardCall) -> tuple[Tensor | None, Tensor | None]:
-    if call.need_dz and not call.need_dlam and two_gemms.preferred(call.u.dtype, call.u.shape[0], *call.Bt.shape):
+    if call.need_dz and not call.need_dlam and two_gemms.preferred(call.u.dtype, call.u.shape[0], call.Bt.shape[1]):
         return two_gemms.backward(call)
     return native_backward(*call[:12])

@@ -202,10 +202,9 @@ def test_two_gemms_are_taken_on_amx_alone(monkeypatch: pytest.MonkeyPatch) -> No
     for present in (False, True):
         two_gemms.has_tiles.cache_clear()
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda present=present: present)
-        assert two_gemms.preferred(torch.bfloat16, 512) is present
-        assert not two_gemms.preferred(torch.bfloat16, 8)
-        assert not two_gemms.preferred(torch.float32, 512)
-        assert two_gemms.preferred(torch.bfloat16, 512, 16, 4096) is present
-        assert not two_gemms.preferred(torch.bfloat16, 512, 16, 4095)
-        assert not two_gemms.preferred(torch.bfloat16, 512, 7, 4096)
+        assert two_gemms.preferred(torch.bfloat16, 512, 4096) is present
+        assert not two_gemms.preferred(torch.bfloat16, 8, 4096)
+        assert not two_gemms.preferred(torch.float32, 512, 4096)
+        for summed in (4095, 4112, 34):
+            assert not two_gemms.preferred(torch.bfloat16, 512, summed)
     two_gemms.has_tiles.cache_clear()

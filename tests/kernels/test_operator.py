@@ -103,11 +103,16 @@ def test_a_bad_row_stays_in_its_row(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "rank", "d_in"), [("bf16", 4, 65), ("bf16", 5, 64), ("f16", 5, 65)])
-def test_a_bad_row_stays_in_its_row_at_odd_sizes(backend: str, dtype: str, rank: int, d_in: int) -> None:
-    """Processors with AMX multiply in pairs of elements: one past an odd row's end is the next row's."""
+@pytest.mark.parametrize(("dtype", "T"), [("bf16", 97), ("bf16", 64), ("f16", 97)])
+@pytest.mark.parametrize(
+    ("rank", "d_in", "d_out"), [(4, 65, 33), (5, 64, 64), (38, 130, 7), (34, 96, 32), (80, 64, 96), (32, 34, 34)]
+)
+def test_a_bad_row_stays_in_its_row_at_every_size(
+    backend: str, dtype: str, T: int, rank: int, d_in: int, d_out: int
+) -> None:
+    """Processors with AMX multiply in tiles: what lies past a row's end is the next row's."""
     require(backend)
-    inputs = oc.make_inputs(oc.Case("odd", T=64, d_in=d_in, d_out=33, ranks=(rank,)), oc.DTYPES[dtype])
+    inputs = oc.make_inputs(oc.Case("odd", T=T, d_in=d_in, d_out=d_out, ranks=(rank,)), oc.DTYPES[dtype])
     z, dy = inputs.z.clone(), inputs.dy.clone()
     z[10], dy[20] = float("nan"), float("nan")
     z.requires_grad_()
