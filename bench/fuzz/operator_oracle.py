@@ -78,9 +78,9 @@ def disagreement(
 ) -> str:
     """What of ``found`` is wrong, or nothing.
 
-    An error may be twice that of :func:`results` in ``acc`` with the contract's rounding points (three times, if it is of
-    sixteen values), in proportion to the sums of absolute values, and a few units of ``acc`` besides: of each result as
-    a whole and, with one ``unit`` of the dtype of z more, of every element. ``tiny`` is the spacing of that dtype's
+    An error may be twice that of :func:`results` in ``acc`` with the contract's rounding points (three times, if it is
+    of sixteen values), in proportion to the sums of absolute values, and a few units of ``acc`` besides: of each result
+    as a whole and, with one ``unit`` of the dtype of z more, of every element. ``tiny`` is the spacing of that dtype's
     smallest numbers. NaN and infinity must stand where they stand in float64.
     """
     right, sizes = results(n), results(n.map(np.abs))
