@@ -100,8 +100,9 @@ def disagreement(
         off, allowed = np.abs(got - want)[finite], np.abs(plain - want)[finite]
         slack = tiny * np.sqrt(off.size)
         # The rounding of few different values scatters, and tokens that are the same round in the same way.
-        different = min(np.unique(want[finite]).size, len({row.tobytes() for row in n.z}) * max(want.shape[-1:], default=1))
-        times = 2 + 4 / np.sqrt(max(different, 1))
+        tokens = len({row.tobytes() for row in n.z})
+        different = min(np.unique(want[finite]).size, max(tokens, 1) * max(want.shape[-1:], default=1))
+        times = 2 + 4 / np.sqrt(different)
         if not np.linalg.norm(off) <= times * np.linalg.norm(allowed) + few * np.linalg.norm(size) + slack:
             error, bound = np.linalg.norm(off) / np.linalg.norm(size), np.linalg.norm(allowed) / np.linalg.norm(size)
             return f"{name}: error {error:.3g} of the sums' size, plain arithmetic's is {bound:.3g}"
