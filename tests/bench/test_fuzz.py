@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from bench.fuzz.campaigns import CAMPAIGNS, run
+from bench.fuzz import kills
+from bench.fuzz.campaigns import run
 
 ROOT = Path(__file__).parents[2]
-FEW = {"operator": 150, "files": 150, "kills": 8}
 
 
-@pytest.mark.parametrize("name", CAMPAIGNS)
-def test_the_first_trials_of_every_campaign_are_right_or_refused(name: str) -> None:
-    trials = list(itertools.islice(importlib.import_module(CAMPAIGNS[name]).trials(0), FEW[name]))
+def test_the_first_kills_are_right_or_refused() -> None:
+    """The other campaigns have tests of their own, in which planted faults must be found."""
+    trials = list(itertools.islice(kills.trials(0), 8))
     assert [trial for trial in trials if trial.outcome == "wrong"] == []
     assert any(trial.outcome == "right" for trial in trials)
 

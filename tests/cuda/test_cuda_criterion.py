@@ -154,11 +154,17 @@ def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
     assert torch.equal(quad, u * u)
 
 
-@pytest.mark.parametrize("number", range(1, len(FAULTS) + 1), ids=lambda number: FAULTS[number - 1].what)
-@pytest.mark.parametrize("unit", harness.UNITS)
+# Truncation costs the criterion its room: under rounding, the two faults that are off by least are enough.
+CLOSEST = [("rounding", number) for number, fault in enumerate(FAULTS, 1) if fault.what.startswith(("u ", "dquad "))]
+
+
+@pytest.mark.parametrize(
+    ("unit", "number"),
+    [*(("truncating", number) for number in range(1, len(FAULTS) + 1)), *CLOSEST],
+    ids=lambda value: value if isinstance(value, str) else FAULTS[value - 1].what,
+)
 def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, check: Any, number: int, unit: str) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
-    # Long sums are where truncation hides most; rounded, the short ones are enough.
-    for case in cases(check)[: 2 if unit == "truncating" else 1]:
+    for case in cases(check)[:2]:
         ratios = worst(check.Run(faulty.backend(), case, torch.device("cpu")))
         assert max(ratios.values()) >= 10, f"{case}: {ratios}"
