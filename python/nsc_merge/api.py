@@ -13,6 +13,7 @@ from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
 from nsc_merge.models.fitting import fit
+from nsc_merge.processes.group import together
 from nsc_merge.results.result import MergeResult
 
 
@@ -24,6 +25,7 @@ def merge(
     *,
     shared_modules: str = "lambda",
     dora: str = "refuse",
+    process_group: Any = None,
     **options: Any,
 ) -> MergeResult:
     """Merge LoRA adapters into one update of the base model, by any method of :data:`nsc_merge.methods.METHODS`.
@@ -42,6 +44,8 @@ def merge(
             LLaVA's projector or a language model's head: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
+        process_group: of ``torch.distributed``, whose processes all call this with equal arguments and share the work;
+            each returns the same result. None works alone.
         options: of the method.
 
     Returns:
@@ -66,6 +70,7 @@ def merge(
         if not isinstance(task, str):
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
-    problem = Problem(model, fit(loaded, model, shared_modules), calibration)
-    result = chosen.run(problem, options)
+    with together(process_group):
+        problem = Problem(model, fit(loaded, model, shared_modules), calibration)
+        result = chosen.run(problem, options)
     return replace(result, inputs={"shared_modules": shared_modules, "dora": dora}, about=chosen.paragraph)

@@ -19,6 +19,7 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
+from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, found_as
 from nsc_merge.results.result import MergeResult
@@ -39,7 +40,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     if (folder / "config.json").is_file():
         model = next(suite.model.parameters())
         dtype = str(model.dtype).removeprefix("torch.")
-        return load_model(str(folder), local=True, dtype=dtype, device=str(model.device))
+        return load_model(str(folder), local=True, placement=Placement(dtype=dtype, device=str(model.device)))
     for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
         if (folder / name / file).is_file():
             return open_saved(folder / name, suite)

@@ -18,6 +18,7 @@ from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
+from nsc_merge.models.placement import Placement
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.preflight import check_device
 
@@ -92,7 +93,9 @@ class RecipeSuite:
         loaded = {
             name: load_adapter(task.adapter, name, dora=recipe.dora) for name, task in recipe.tasks.items()
         }
-        self.model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device=recipe.device)
+        self.model = load_model(
+            recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device=recipe.device)
+        )
         self.adapters: dict[str, Adapter] = fit(loaded, self.model, recipe.shared_modules)
         merged_linears(self.model, self.adapters)
         self.tasks = {

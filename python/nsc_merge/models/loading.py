@@ -1,8 +1,9 @@
-"""Loads a base model onto a device."""
+"""Loads a base model as its placement says."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,33 +11,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nsc_merge.utils.json_text import from_json
+from nsc_merge.models.architecture import Architecture, architecture_of
+from nsc_merge.models.placement import Placement, device_of
 from nsc_merge.utils.provenance import hashes, marks
-from nsc_merge.utils.safetensors_checks import check_safetensors
-
-# Loaded model -> SHA-256 of its files; beside the models, whose copies may be changed.
-_READ: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 
 
-def device_of(name: str) -> torch.device:
-    """The device of a name: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+@dataclass(frozen=True)
+class BaseFiles:
+    """The files that a model was made of.
 
-    Raises:
-        ValueError: if there is none.
+    Attributes:
+        folder: where they lie.
+        marks: file name -> what is another once the file is replaced or written to.
+        sha256: file name -> SHA-256.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device: expected cpu or one of the {count} GPUs that PyTorch {torch.__version__} finds, found {name}"
-        )
-    return device
+
+    folder: Path
+    marks: Mapping[str, tuple[int, ...]]
+    sha256: Mapping[str, str]
 
 
-def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "auto") -> nn.Module:
+# Loaded model -> its files; beside the models, whose copies may be changed.
+_READ: WeakKeyDictionary[nn.Module, BaseFiles] = WeakKeyDictionary()
+
+
+def load_model(name: str, *, local: bool, placement: Placement | None = None) -> nn.Module:
     """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
 
     Its weights are in memory of their own: what happens to the files later does not reach them.
@@ -44,93 +43,59 @@ def load_model(name: str, *, local: bool, dtype: str = "auto", device: str = "au
     Args:
         name: folder or hub id.
         local: never touch the network.
-        dtype: a name such as ``"float32"``, or ``"auto"`` for that of its files.
-        device: ``"auto"`` for a GPU if there is one.
+        placement: how it is held; on one device in the dtype of its files when None.
 
     Raises:
         ValueError, OSError: if there is no such device, if it cannot be loaded, naming what is missing, if it is code
             that comes with it, or if a file changed meanwhile.
     """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    place = device_of(device)
+    placement = placement or Placement()
+    place = device_of(placement.device)
     before = marks(Path(name)) if local else {}
-    if local:
-        _check_folder(Path(name))
-    fields, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=local)
-    if fields.get("auto_map") and str(fields.get("model_type")) not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"model: {name} needs code of its own (auto_map in its config.json), which is never run: load the model "
-            "yourself in Python and call nsc_merge.merge(model, ...)"
-        )
-    # Said each time: transformers would ask at the terminal.
-    settings: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **settings)
-    except StrictDataclassError as error:
-        raise ValueError(f"model: the config.json of {name} is none: {' '.join(str(error).split())}") from None
-    kind = _class_of(name, config)
-    settings |= {
-        "config": config,
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    model, info = kind.from_pretrained(name, **settings)
-    missing = sorted(info["missing_keys"])
-    if missing and all(key.startswith("pooler.") for key in missing):
-        model, info = kind.from_pretrained(name, add_pooling_layer=False, **settings)
-        missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"model: {name} lacks {len(missing)} tensors, for example {missing[0]}")
-    model = model.to(place).eval()
-    if place.type == "cpu":
-        _unmap(model)
+    architecture = architecture_of(name, local=local)
+    model = _on_device(architecture, placement, place)
     if local:
         found = hashes(Path(name))
         if marks(Path(name)) != before:
             raise ValueError(f"model: files in {name} changed while they were read: load it once they stay")
-        _READ[model] = found
+        _READ[model] = BaseFiles(Path(name), before, found)
     return model
 
 
-def files_of(model: nn.Module) -> dict[str, str]:
+def base_files(model: nn.Module) -> BaseFiles | None:
+    """The files that :func:`load_model` made ``model`` of; None if it is not from a folder."""
+    return _READ.get(model)
+
+
+def files_of(model: nn.Module) -> Mapping[str, str]:
     """File name -> SHA-256 of the files that :func:`load_model` made ``model`` of; empty if it is not from a folder."""
-    return _READ.get(model, {})
+    found = base_files(model)
+    return {} if found is None else found.sha256
 
 
-def _check_folder(folder: Path) -> None:
-    """Everything there that transformers is about to read."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model: {folder} holds no config.json")
-    if (folder / "adapter_config.json").exists():
-        # It would be added to the weights.
-        raise ValueError(f"model: {folder} holds an adapter (adapter_config.json) beside the base, expected it alone")
-    for file in (folder / "config.json", folder / "generation_config.json", *folder.glob("*.index.json")):
-        if not file.is_file():
-            continue
-        fields = from_json(file.read_bytes(), f"model: {file}", not_finite=True)
-        if not isinstance(fields, dict):
-            raise ValueError(f"model: {file}: expected a JSON object, found {fields!r:.40}")
-        shards = fields.get("weight_map")
-        for shard in set(shards.values()) if file.name.endswith(".index.json") and isinstance(shards, dict) else ():
-            if Path(str(shard)).name != shard:
-                raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
-    for file in sorted(folder.glob("*.safetensors")):
-        check_safetensors(file)
+def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
+    """transformers' ``from_pretrained`` with nothing missing.
+
+    Raises:
+        ValueError: naming a tensor that the files lack.
+    """
+    known = {**architecture.settings, "use_safetensors": True, "output_loading_info": True, **settings}
+    model, info = architecture.kind.from_pretrained(architecture.name, **known)
+    missing = sorted(info["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        model, info = architecture.kind.from_pretrained(architecture.name, add_pooling_layer=False, **known)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"model: {architecture.name} lacks {len(missing)} tensors, for example {missing[0]}")
+    return model.eval()
 
 
-def _class_of(name: str, config: Any) -> Any:
-    """The class of transformers that a configuration names."""
-    import transformers
-
-    names = getattr(config, "architectures", None) or ["AutoModel"]
-    kind = getattr(transformers, str(names[0]), None)
-    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not known and kind is not transformers.AutoModel:
-        raise ValueError(f"model: transformers has no model {names[0]!r:.60}, which {name} asks for")
-    return kind
+def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
+    dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    model = from_pretrained(architecture, dtype=dtype).to(device)
+    if device.type == "cpu":
+        _unmap(model)
+    return model
 
 
 def _unmap(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nsc_merge.methods import Method, method_of
-from nsc_merge.models.loading import device_of
+from nsc_merge.models.placement import device_of
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 
 

@@ -18,6 +18,7 @@ from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.models.loading import files_of, load_model
+from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.results.layout import RECORD
@@ -115,7 +116,7 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
         for task, place in recipe.calibration.items()
     }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
-    model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device=recipe.device)
+    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device=recipe.device))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype

@@ -13,6 +13,7 @@ from nsc_merge.methods import METHODS
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import files_of, load_model
+from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
@@ -101,7 +102,7 @@ def load_result(folder: str | Path) -> MergeResult:
     for task, place in recipe.adapters.items():
         adapters[task] = load_adapter(place, task, dora=recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
-    model = load_model(recipe.model, local=recipe.local, dtype=recipe.dtype, device="cpu")
+    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device="cpu"))
     if recipe.local:
         expected = known.get("model", when_saved.get("model"))
         _refuse_changed("model", Path(recipe.model), files_of(model), expected)

@@ -13,6 +13,7 @@ from zoo import build
 
 from nsc_merge.models import loading
 from nsc_merge.models.loading import files_of, load_model
+from nsc_merge.models.placement import Placement
 
 FILE = "model.safetensors"
 
@@ -28,7 +29,7 @@ def edit(file, **changes):
 
 
 def load(folder):
-    return load_model(str(folder), local=True, device="cpu")
+    return load_model(str(folder), local=True, placement=Placement(device="cpu"))
 
 
 def test_the_hashes_are_those_of_the_files(folder):

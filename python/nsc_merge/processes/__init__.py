@@ -1,0 +1,1 @@
+"""Several processes that share one merge: who they are, and how a launcher starts them."""
