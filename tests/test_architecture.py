@@ -37,6 +37,7 @@ METHODS["task_vectors"] = METHODS["gradient"] = {"method", "gradient_free", "tas
 METHODS["low_rank"] = METHODS["closed_form"] = {*METHODS["gradient"], "task_vectors"}
 METHODS["registry"] = {"method", "task_vectors", "low_rank", "closed_form", "gradient"}
 METHODS["__init__"] = {"method", "registry"}
+METHODS["listing"] = {"registry"}
 
 # The operator's floors: a part may import all that is on a floor below its own.
 FLOORS = (

@@ -102,6 +102,7 @@ def test_one_wheel_for_every_python(source: Path) -> None:
     assert "-py3-none-" in name
     assert not name.endswith("-any.whl")
     assert {"nsc_kernels/lib/libnsc_cpu.so", "nsc_kernels/py.typed", "nsc_merge/py.typed"} <= files
+    assert "nsc_merge/methods/listing.json" in files
     assert "nsc_kernels/_build.json" in files
     assert {"nsc_kernels/bench/__main__.py", "nsc_kernels/bench/fma_peak.cpp"} <= files
     assert any(name.startswith("nsc_merge/assets/") for name in files)

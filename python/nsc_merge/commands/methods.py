@@ -16,9 +16,10 @@ def add(commands: Any) -> None:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from nsc_merge.methods.registry import describe_methods
+    from importlib.resources import files
 
-    methods = describe_methods()
+    # As nsc_merge.methods.listing writes it; the methods themselves would bring torch along.
+    methods = json.loads((files("nsc_merge") / "methods" / "listing.json").read_text(encoding="utf-8"))
     if arguments.json:
         print(json.dumps(methods))
         return 0
