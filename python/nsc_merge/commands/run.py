@@ -27,12 +27,19 @@ Merges as a YAML recipe says:
   dora: refuse                      # or convert
   dtype: auto                       # or float32, bfloat16, ...
   device: auto                      # or cpu, cuda
+  full_hash: false                  # or true, as --full-hash
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
 An override of the method drops the options that the recipe has for its own.
 The output folder changes only once everything is written; what an earlier merge left
 there goes, other files stay. Nothing but a hub id touches the network.
+
+The record of a merge tells the base's weights by SHA-256 of each file's header and by its
+size (in the hub's cache, by its name there). A base of the same layout in which only
+numbers changed is not noticed by a later export; --resume does notice files written to
+since. --full-hash reads the files once more and records SHA-256 of all their bytes, which
+resuming and exporting then compare; digests are kept in ~/.cache/nsc_merge.
 
 Method nsc keeps the state of a run beside the output folder, from which --resume goes
 on with the same recipe and files.
@@ -53,6 +60,7 @@ def add(commands: Any) -> None:
     run.add_argument(
         "--resume", action="store_true", help="go on from the state of an interrupted run (method nsc)"
     )
+    run.add_argument("--full-hash", action="store_true", help="record SHA-256 of all bytes of the base")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     run.set_defaults(run=_run)
 
@@ -60,6 +68,8 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from nsc_merge.recipes.merge_recipe import load_recipe
 
+    if arguments.full_hash:
+        arguments.overrides = [*arguments.overrides, "full_hash=true"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     prepare(local=recipe.local)
     from nsc_merge.methods import method_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.placement import Placement, device_of
-from nsc_merge.utils.provenance import hashes, marks
+from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,21 @@ class BaseFiles:
     Attributes:
         folder: where they lie.
         marks: file name -> what is another once the file is replaced or written to.
-        sha256: file name -> SHA-256.
+        digests: file name -> SHA-256, or what else tells it from others (:mod:`nsc_merge.utils.provenance`).
     """
 
     folder: Path
     marks: Mapping[str, tuple[int, ...]]
-    sha256: Mapping[str, str]
+    digests: Mapping[str, Digest]
 
 
 # Loaded model -> its files; beside the models, whose copies may be changed.
 _READ: WeakKeyDictionary[nn.Module, BaseFiles] = WeakKeyDictionary()
 
 
-def load_model(name: str, *, local: bool, placement: Placement | None = None) -> nn.Module:
+def load_model(
+    name: str, *, local: bool, placement: Placement | None = None, digest: Callable[[Path], Digest] = quick
+) -> nn.Module:
     """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
 
     Its weights are in memory of their own: what happens to the files later does not reach them.
@@ -44,6 +46,9 @@ def load_model(name: str, *, local: bool, placement: Placement | None = None) ->
         name: folder or hub id.
         local: never touch the network.
         placement: how it is held; on one device in the dtype of its files when None.
+        digest: of each file of a folder, for :func:`files_of`: by default without reading large files once more, so
+            that other numbers in a file of the same header and size have the same; inode and times tell of those that
+            come while it is read.
 
     Raises:
         ValueError, OSError: if there is no such device, if it cannot be loaded, naming what is missing, if it is code
@@ -55,7 +60,7 @@ def load_model(name: str, *, local: bool, placement: Placement | None = None) ->
     architecture = architecture_of(name, local=local)
     model = _on_device(architecture, placement, place)
     if local:
-        found = hashes(Path(name))
+        found = digests(Path(name), digest)
         if marks(Path(name)) != before:
             raise ValueError(f"model: files in {name} changed while they were read: load it once they stay")
         _READ[model] = BaseFiles(Path(name), before, found)
@@ -67,10 +72,10 @@ def base_files(model: nn.Module) -> BaseFiles | None:
     return _READ.get(model)
 
 
-def files_of(model: nn.Module) -> Mapping[str, str]:
-    """File name -> SHA-256 of the files that :func:`load_model` made ``model`` of; empty if it is not from a folder."""
+def files_of(model: nn.Module) -> Mapping[str, Digest]:
+    """File name -> digest of the files that :func:`load_model` made ``model`` of; empty if it is not from a folder."""
     found = base_files(model)
-    return {} if found is None else found.sha256
+    return {} if found is None else found.digests
 
 
 def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:

@@ -35,6 +35,7 @@ _KEYS = (
     "dora",
     "dtype",
     "device",
+    "full_hash",
     "output",
     RECORD,
 )
@@ -61,6 +62,7 @@ class Recipe:
         dora: as in :func:`nsc_merge.merge`.
         dtype: of the base model, ``"auto"`` for that of its files.
         device: where to merge, ``"auto"`` for a GPU if there is one.
+        full_hash: whether the base's files are read once more for the SHA-256 of all their bytes.
         out: output folder.
         formats: what to write into it.
         rank: truncation of format ``"lora"``.
@@ -81,6 +83,7 @@ class Recipe:
     dora: str = "refuse"
     dtype: str = "auto"
     device: str = "auto"
+    full_hash: bool = False
     formats: tuple[str, ...] = ("coefficients", "lora")
     rank: int | None = None
     max_shard_size: str = "5GB"
@@ -190,6 +193,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         dora=choice(document, "dora", ("refuse", "convert")),
         dtype=choice(document, "dtype", DTYPES),
         device=text(document, "device", default="auto"),
+        full_hash=flag(document, "full_hash", "", False),
         formats=tuple(formats),
         rank=rank,
         max_shard_size=max_shard_size,

@@ -17,7 +17,7 @@ from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.fitting import absent, fit
-from nsc_merge.models.loading import files_of, load_model
+from nsc_merge.models.loading import base_files, load_model
 from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
@@ -25,6 +25,7 @@ from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
 from nsc_merge.results.serving_notes import serving_notes
+from nsc_merge.utils.provenance import modified, quick, whole
 
 Log = Callable[[str], None]
 
@@ -116,7 +117,9 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
         for task, place in recipe.calibration.items()
     }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
-    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device=recipe.device))
+    placement = Placement(dtype=recipe.dtype, device=recipe.device)
+    digest = whole if recipe.full_hash else quick
+    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
@@ -127,11 +130,23 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
 def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:
     """What a run is of, beside what the merge is given as arguments."""
     return {
-        "model": files_of(model) if recipe.local else recipe.model,
+        "model": _base_of(model) if recipe.local else recipe.model,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "calibration": {task: batches.sha256 for task, batches in calibration.items()},
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
+    }
+
+
+def _base_of(model: nn.Module) -> dict[str, Any]:
+    """The digests of a base's files, and of those that were not read in full also when they were written to: a state
+    would go on with other numbers as if nothing had happened.
+    """
+    base = base_files(model)
+    assert base is not None
+    return {
+        name: digest if isinstance(digest, str) else {**digest, "mtime_ns": modified(base.marks[name])}
+        for name, digest in base.digests.items()
     }
 
 
@@ -153,6 +168,7 @@ def merge_loaded(
         "dora": recipe.dora,
         "dtype": recipe.dtype,
         "device": recipe.device,
+        "full_hash": recipe.full_hash,
         "output": {
             "dir": str(recipe.out),
             "formats": list(recipe.formats),

@@ -16,9 +16,11 @@ from nsc_merge.models.loading import files_of, load_model
 from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
+from nsc_merge.results.record import digests_in
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_number
+from nsc_merge.utils.provenance import Digest, in_form_of, whole
 from nsc_merge.utils.yaml_text import from_yaml
 
 
@@ -83,7 +85,8 @@ def load_result(folder: str | Path) -> MergeResult:
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
-            merged, by the SHA-256 of what is read.
+            merged, by the SHA-256 of what is read; of a base whose record has SHA-256 of headers, by these and the
+            sizes, which do not show that only numbers changed.
     """
     folder = Path(folder)
     document, history = read_document(folder)
@@ -96,16 +99,22 @@ def load_result(folder: str | Path) -> MergeResult:
             f"{RECIPE_FILE} of {recipe.method!r}"
         )
     record = _mapping(written, RECORD, folder)
-    known, when_saved = (_mapping(record, key, folder) for key in ("sha256", "sha256_when_saved"))
+    known = _mapping(record, "sha256", folder)
     known_adapters = _mapping(known, "adapters", folder)
     adapters = {}
     for task, place in recipe.adapters.items():
         adapters[task] = load_adapter(place, task, dora=recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
-    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device="cpu"))
+    try:
+        expected = digests_in(record)
+    except ValueError as error:
+        raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
+    # What was asked to be read in full is read in full again.
+    digest = whole if recipe.full_hash else in_form_of(expected)
+    placement = Placement(dtype=recipe.dtype, device="cpu")
+    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     if recipe.local:
-        expected = known.get("model", when_saved.get("model"))
-        _refuse_changed("model", Path(recipe.model), files_of(model), expected)
+        _refuse_changed("model", Path(recipe.model), files_of(model), expected or None)
     others = set(document["tasks"]) ^ set(adapters)
     if others:
         raise ValueError(
@@ -138,10 +147,10 @@ def _mapping(document: Mapping[str, Any], key: str, folder: Path) -> dict[str, A
     return found
 
 
-def _refuse_changed(name: str, place: Path, found: Mapping[str, str], expected: Any) -> None:
+def _refuse_changed(name: str, place: Path, found: Mapping[str, Digest], expected: Any) -> None:
     """Refuse files that are not those of the record, if there is one."""
     if expected is not None and dict(found) != expected:
-        raise ValueError(f"{name}: {place} has changed since it was merged (its SHA-256 differ)")
+        raise ValueError(f"{name}: {place} has changed since it was merged (its digests differ)")
 
 
 _OF_THE_RESULT = ("model", "adapters", "method", "options", RECORD)

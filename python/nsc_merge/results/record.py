@@ -1,10 +1,10 @@
-"""The record of a merge that lies beside it: a recipe that leads to it, versions, and SHA-256 of the inputs."""
+"""The record of a merge that lies beside it: a recipe that leads to it, versions, and digests of the inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from nsc_merge.models.loading import files_of
 from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import plain
-from nsc_merge.utils.provenance import hashes, versions
+from nsc_merge.utils.provenance import Digest, digests, quick, versions
 
 
 def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[str, Any]:
-    """The recipe that leads to ``result``, with a record of versions and of the inputs' SHA-256: ``sha256`` is of the
-    bytes that were read when they were read, ``sha256_when_saved`` of a base that was handed over, at this moment.
+    """The recipe that leads to ``result``, with a record of versions and of the inputs: ``sha256`` is of the bytes that
+    were read when they were read. Of a base's weights it holds, unless SHA-256 was asked for or is known,
+    ``headers``: SHA-256 of each file's header, and its size, which stay the same where only numbers change.
+    ``sha256_when_saved`` and ``headers_when_saved`` are of a base that was handed over, at this moment.
 
     It can be run again if all adapters came from folders and the calibration from files.
 
@@ -34,20 +36,50 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     }
     options = {key: value for key, value in result.options.items() if key not in PASSING_OPTIONS}
     base = files_of(result.model)
+    sha256, headers = _by_kind(base)
     hashed = {
-        **({"model": base} if base else {}),
+        **({"model": sha256} if sha256 else {}),
         "adapters": {task: adapter.sha256 for task, adapter in result.adapters.items() if adapter.sha256},
         # Whoever read the batches says of what bytes.
         "calibration": result.inputs.get(RECORD, {}).get("sha256", {}).get("calibration", {}),
     }
     record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
+    if headers:
+        record["headers"] = {"model": headers}
     if not base and model and Path(model).is_dir():
         # Loaded by the caller, who knows when.
-        record["sha256_when_saved"] = {"model": hashes(Path(model))}
+        sha256, headers = _by_kind(digests(Path(model), quick))
+        record["sha256_when_saved"] = {"model": sha256}
+        record["headers_when_saved"] = {"model": headers}
     if "scored" in result.options:
         record["scored"] = list(result.options["scored"])
     head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
     return plain({**head, **result.inputs, RECORD: record})
+
+
+def digests_in(record: Mapping[str, Any]) -> dict[str, Digest]:
+    """File name -> digest of the base in a record of :func:`recipe_of`; of an earlier release, SHA-256 of all files.
+
+    Raises:
+        ValueError: naming the key that holds something else.
+    """
+    found: dict[str, Digest] = {}
+    for when in ("", "_when_saved"):
+        for key in (f"sha256{when}", f"headers{when}"):
+            kind = record.get(key) or {}
+            known = (kind.get("model") or {}) if isinstance(kind, dict) else None
+            if not isinstance(known, dict):
+                raise ValueError(f"{RECORD}.{key}: expected digests by file name under model, found {kind!r:.60}")
+            found |= known
+        if found:
+            break
+    return found
+
+
+def _by_kind(found: Mapping[str, Digest]) -> tuple[dict[str, str], dict[str, Digest]]:
+    """Digests of whole files, and those of headers."""
+    whole = {name: digest for name, digest in found.items() if isinstance(digest, str)}
+    return whole, {name: digest for name, digest in found.items() if name not in whole}
 
 
 def merge_digest(result: MergedUpdate) -> str:

@@ -99,7 +99,7 @@ def test_the_recipe_records_versions_and_hashes(place):
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["transformers"] == transformers.__version__
     assert set(record["sha256"]["adapters"]["nli"]) == {"adapter_config.json", "adapter_model.safetensors"}
-    assert "model.safetensors" in record["sha256"]["model"]
+    assert set(record["headers"]["model"]["model.safetensors"]) == {"header_sha256", "size"}
     assert set(record["sha256"]["calibration"]) == {"nli", "topic"}
 
 

@@ -201,7 +201,7 @@ def change_of(place, kind):
         shutil.copytree(place / "base", place / "base2")
         file = place / "base2" / "model.safetensors"
         save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-        return ["model=base2"], "model.model.safetensors="
+        return ["model=base2"], "model.model.safetensors.mtime_ns="
     return {
         "batch size": (["batch_size=3"], "batch_size=2, and this is batch_size=3"),
         "dtype": (["dtype=float64"], "dtype='float32', and this is dtype='float64'"),

@@ -14,6 +14,7 @@ from zoo import build
 from nsc_merge.models import loading
 from nsc_merge.models.loading import files_of, load_model
 from nsc_merge.models.placement import Placement
+from nsc_merge.utils.provenance import whole
 
 FILE = "model.safetensors"
 
@@ -28,14 +29,17 @@ def edit(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def load(folder):
-    return load_model(str(folder), local=True, placement=Placement(device="cpu"))
+def load(folder, **options):
+    return load_model(str(folder), local=True, placement=Placement(device="cpu"), **options)
 
 
-def test_the_hashes_are_those_of_the_files(folder):
-    model = load(folder)
-    expected = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (FILE, "config.json")}
-    assert files_of(model) == expected
+def test_weights_are_told_by_header_and_size_and_hashed_whole_when_asked(folder):
+    raw = (folder / FILE).read_bytes()
+    header = raw[: 8 + int.from_bytes(raw[:8], "little")]
+    sha256 = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (FILE, "config.json")}
+    quick = {"header_sha256": hashlib.sha256(header).hexdigest(), "size": len(raw)}
+    assert files_of(load(folder)) == {"config.json": sha256["config.json"], FILE: quick}
+    assert files_of(load(folder, digest=whole)) == sha256
     assert files_of(build("vit")) == {}
 
 
@@ -58,14 +62,14 @@ def test_a_base_outlives_its_files(folder, change):
 def test_files_that_change_while_they_are_read_are_refused(folder, monkeypatch):
     """Other weights take the place of the file between transformers' reading and the hashing."""
 
-    def replaced(place):
+    def replaced(*arguments):
         values = {name: value + 1 for name, value in load_file(folder / FILE).items()}
         save_file(values, folder / "other", metadata={"format": "pt"})
         os.replace(folder / "other", folder / FILE)
-        return before(place)
+        return before(*arguments)
 
-    before = loading.hashes
-    monkeypatch.setattr(loading, "hashes", replaced)
+    before = loading.digests
+    monkeypatch.setattr(loading, "digests", replaced)
     with pytest.raises(ValueError, match="model: files in .*base changed while they were read"):
         load(folder)
 

@@ -14,10 +14,14 @@ from zoo import build
 
 import nsc_merge
 from nsc_merge.commands.main import main
+from nsc_merge.models.loading import files_of
 from nsc_merge.recipes import run
 from nsc_merge.recipes.saved_result import load_result
+from nsc_merge.results.record import digests_in
+from nsc_merge.utils.provenance import hashes, quick
 
 WEIGHTS = "adapter_model.safetensors"
+SHORT = ["output.formats=coefficients", "options.steps=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,7 @@ def test_files_that_are_replaced_while_a_recipe_runs_are_not_vouched_for(place, 
         return before(*arguments, **options)
 
     monkeypatch.setattr(run, "merge", replaced)
-    assert main(["run", str(place / "recipe.yaml"), "output.formats=coefficients", "options.steps=1"]) == 0
+    assert main(["run", str(place / "recipe.yaml"), *SHORT, "--full-hash"]) == 0
     found = record(place / "merged")["sha256"]
     assert found["adapters"]["nli"][WEIGHTS] == merged["adapters"]
     assert found["calibration"]["nli"] == {"nli.safetensors": merged["calibration"]}
@@ -82,10 +86,50 @@ def test_of_a_base_that_was_handed_over_the_record_says_when_it_was_hashed(place
     result.save(place / "out", "coefficients")
     found = record(place / "out")
     assert "model" not in found["sha256"]
-    assert found["sha256_when_saved"]["model"]["model.safetensors"] == digest(base / "model.safetensors")
+    assert found["sha256_when_saved"]["model"] == {"config.json": digest(base / "config.json")}
+    assert found["headers_when_saved"]["model"] == {"model.safetensors": quick(base / "model.safetensors")}
     assert found["sha256"]["adapters"]["nli"][WEIGHTS] != digest(place / "adapters" / "nli" / WEIGHTS)
     with pytest.raises(ValueError, match=r"adapters\.nli: .* has changed since it was merged"):
         load_result(place / "out")
+
+
+def test_a_base_is_told_by_header_and_size_unless_its_bytes_were_asked_for(place):
+    weights = place / "base" / "model.safetensors"
+    assert main(["run", str(place / "recipe.yaml"), *SHORT]) == 0
+    found = record(place / "merged")
+    assert found["headers"] == {"model": {"model.safetensors": quick(weights)}}
+    assert set(found["sha256"]["model"]) == {"config.json"}
+    double(weights)
+    again = load_result(place / "merged")
+    assert digests_in(found) == files_of(again.model)
+    values = load_file(weights)
+    save_file(values | {"more": next(iter(values.values())).clone()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: .*base has changed since it was merged \(its digests differ\)"):
+        load_result(place / "merged")
+
+
+def test_a_record_of_an_earlier_release_is_compared_by_all_bytes(place):
+    assert main(["run", str(place / "recipe.yaml"), *SHORT]) == 0
+    recipe = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())
+    del recipe["full_hash"], recipe["record"]["headers"]
+    recipe["record"]["sha256"]["model"] = hashes(place / "base")
+    (place / "merged" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    load_result(place / "merged").save(place / "again", "coefficients")
+    assert record(place / "again")["sha256"]["model"] == hashes(place / "base")
+    assert "headers" not in record(place / "again")
+    double(place / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match="model: .*base has changed since it was merged"):
+        load_result(place / "merged")
+
+
+@pytest.mark.parametrize("headers", [{"model": ["model.safetensors"]}, ["model"]])
+def test_a_record_that_is_none_is_refused(place, headers):
+    assert main(["run", str(place / "recipe.yaml"), *SHORT]) == 0
+    recipe = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())
+    recipe["record"]["headers"] = headers
+    (place / "merged" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"result: .*recipe\.yaml: record\.headers: expected digests by file name"):
+        load_result(place / "merged")
 
 
 @pytest.mark.parametrize(
