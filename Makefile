@@ -11,13 +11,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle OpenMP threads that spin slow everything down on shared cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test sanitize lint bench info wheel clean
+.PHONY: demo test unit sanitize lint bench info wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
 
-test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+# The type checker runs on one core, beside the tests.
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory -j2 lint unit
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A copy of the package with a library of its own, found before the installed one. The sanitizer must be loaded before
 # everything else, with the library whose exceptions it follows, and see Python's allocations; of those that are never
@@ -50,11 +54,12 @@ info: $(INSTALLED)
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
-# torch comes first: the native library is compiled against its headers.
+# torch comes first: the native library is compiled against its headers. Python compiles a module when it is first
+# imported; pip would compile all of them, most of which are never used here.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch numpy setuptools wheel packaging cmake ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --no-compile torch numpy setuptools wheel packaging cmake ninja
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[all]'
 	touch $@
 
 clean:

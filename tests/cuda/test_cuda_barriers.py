@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -50,9 +51,9 @@ MUTANTS = [
 VARIANT = Variant(128, 64)
 
 
-def right(folder: Path, warpgroup: bool) -> bool:
-    """Build ``folder``: whether every order of threads and copies gives the bits of the mirror."""
-    emulator = Emulator(harness.build(folder, csrc=folder, warpgroup=warpgroup))
+def right(library: Path) -> bool:
+    """Whether every order of threads and copies gives the bits of the mirror."""
+    emulator = Emulator(library)
     p = problems.problem(70, 776, 840, (16,) * 6, torch.bfloat16, torch.device("cpu"))
     u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
     inputs = (p.A, p.Bt, p.offsets, p.lam)
@@ -71,24 +72,49 @@ def right(folder: Path, warpgroup: bool) -> bool:
         return False
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
+def switched(source: str, name: str) -> str:
+    """A source in which the call of mutant ``number`` is left out while ``left_out`` is its number."""
+    for number, mutant in enumerate(MUTANTS, 1):
+        if mutant.source == name:
+            assert source.count(mutant.line) == 1, mutant.what
+            assert mutant.line.count(mutant.call) == 1, mutant.what
+            with_switch = mutant.line.replace(mutant.call, f"if (left_out != {number}) {{ {mutant.call} }}")
+            source = source.replace(mutant.line, with_switch)
+    return source
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The emulator of each kernel, every call of its mutants with a switch: compiled once."""
     if harness.compiler() is None:
         pytest.skip("needs a C++ compiler")
-    harness.copy_sources(tmp_path, VARIANT)
-    return tmp_path
+    built = {}
+    for name in ("kernel.inl", "warpgroup.inl"):
+        folder = tmp_path_factory.mktemp(name.partition(".")[0])
+        harness.copy_sources(folder, VARIANT)
+        for source in ("kernel.inl", "warpgroup.inl"):
+            (folder / source).write_text(switched((folder / source).read_text(), source))
+        problem = folder / "problem.h"
+        begin = "namespace nsc::cuda {\n"
+        assert problem.read_text().count(begin) == 1
+        problem.write_text(problem.read_text().replace(begin, begin + "\ninline int left_out = 0;\n"))
+        built[name] = harness.build(folder, csrc=folder, warpgroup=name == "warpgroup.inl")
+    return built
 
 
-@pytest.mark.parametrize("warpgroup", [False, True], ids=["mma", "wgmma"])
-def test_with_all_of_them_it_is_right(sources: Path, warpgroup: bool) -> None:
-    assert right(sources, warpgroup)
+def leave_out(library: Path, number: int) -> None:
+    ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "_ZN3nsc4cuda8left_outE").value = number
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.source}: {m.what}")
-def test_without_one_of_them_it_is_wrong(sources: Path, mutant: Mutant) -> None:
-    source = (sources / mutant.source).read_text()
-    assert source.count(mutant.line) == 1
-    assert mutant.line.count(mutant.call) == 1
-    without = mutant.line.replace(mutant.call, "")
-    (sources / mutant.source).write_text(source.replace(mutant.line, without))
-    assert not right(sources, mutant.source == "warpgroup.inl")
+def test_without_one_of_them_it_is_wrong(libraries: dict[str, Path], mutant: Mutant) -> None:
+    library = libraries[mutant.source]
+    leave_out(library, MUTANTS.index(mutant) + 1)
+    assert not right(library)
+
+
+@pytest.mark.parametrize("source", ["kernel.inl", "warpgroup.inl"])
+def test_with_all_of_them_it_is_right(libraries: dict[str, Path], source: str) -> None:
+    """After the wrong ones, which have left nothing behind in the library."""
+    leave_out(libraries[source], 0)
+    assert right(libraries[source])

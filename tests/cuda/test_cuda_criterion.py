@@ -89,7 +89,7 @@ def build_faulty(folder: Path) -> Faulty:
     harness.copy_sources(folder, VARIANT)
     kernel = folder / "kernel.inl"
     kernel.write_text(planted(kernel.read_text()))
-    return Faulty(Emulator(harness.build(folder, csrc=folder)))
+    return Faulty(Emulator(harness.build(folder, csrc=folder, fast=True)))
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ def test_shipped_configurations_compile_to_matrix_instructions_without_spills(ar
         assert row[instruction] > 0, row
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_prepared_variants_compile_without_spills_and_within_their_estimate(arch):
-    rows = report("--variants", "--arch", str(arch))
+def test_prepared_variants_compile_without_spills_and_within_their_estimate():
+    """For the architecture that they are prepared for; the report compiles all of them for any."""
+    rows = report("--variants", "--arch", "90")
     assert {row["kernel"] for row in rows} == {"forward", "backward"}
     assert {(row["config"]["expand_stages"], row["config"]["early"]) for row in rows} == {(3, False), (None, True)}
     for row in rows:

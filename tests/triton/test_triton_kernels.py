@@ -25,8 +25,12 @@ def config(request: pytest.FixtureRequest) -> Config:
     return SCHEDULES[request.param]
 
 
-@pytest.mark.parametrize("per_row", [False, True], ids=["per_adapter", "per_row"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("dtype", "per_row"),
+    # Which coefficient a row takes has nothing to do with the two halves' formats.
+    [*((dtype, False) for dtype in DTYPES), (torch.float32, True), (torch.bfloat16, True)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_equal_ranks(config, dtype, per_row, device):
     """Widths of four steps, the last cut short, so that each of four slices has something to add."""
     p = problem(37, 112, 100, [16, 16, 16], dtype, device, per_row=per_row)
