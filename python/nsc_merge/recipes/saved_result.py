@@ -102,7 +102,8 @@ def load_result(folder: str | Path) -> MergeResult:
     for task, place in recipe.adapters.items():
         adapters[task] = load_adapter(place, task, dora=recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
-    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device="cpu"))
+    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization)
+    model = load_model(recipe.model, local=recipe.local, placement=placement)
     if recipe.local:
         expected = known.get("model", when_saved.get("model"))
         _refuse_changed("model", Path(recipe.model), files_of(model), expected)
