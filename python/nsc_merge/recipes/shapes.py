@@ -80,7 +80,7 @@ def work_of(
             until=until,
             first=here == adapted[0],
             masked=max(length for _, length in sizes) if masked else 0,
-            checkpointing=options.checkpointing,
+            checkpointing=bool(options.checkpointing),
         )
         runs = here <= last or not options.early_exit
         blocks.append(replace(made, runs=runs, learns=here >= adapted[0]))
@@ -94,7 +94,7 @@ def work_of(
         element,
         tuple(sizes),
         head=0 if options.early_exit else _head(model),
-        fold=fold if should_fold(options.fold, folded) else 0,
+        fold=0 if should_fold(options.fold, folded) is False else fold,
     )
 
 
