@@ -39,10 +39,10 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
   batch_size: 32
   output: {dir: evaluation, plots: true}
 
-shared_modules, dora, dtype and device are as in nsc-merge run --help; relative paths likewise. Writes results.md,
-results.csv, results.json, pictures, and rows.jsonl, from which an interrupted or extended evaluation goes on: rows
-whose settings and files are unchanged are not measured again. A row that fails is left out, and the exit status is
-then 1.
+shared_modules, dora, dtype, device, device_map, max_memory and quantization are as in nsc-merge run --help; relative
+paths likewise. Writes results.md, results.csv, results.json, pictures, and rows.jsonl, from which an interrupted or
+extended evaluation goes on: rows whose settings and files are unchanged are not measured again. A row that fails is
+left out, and the exit status is then 1.
 
 example:
   nsc-merge eval evaluation.yaml seeds=[0,1,2] output.dir=three-seeds

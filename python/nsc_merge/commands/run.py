@@ -26,9 +26,16 @@ Merges as a YAML recipe says:
   shared_modules: lambda            # or mean, first: modules trained in full, the base's own
   dora: refuse                      # or convert
   dtype: auto                       # or float32, bfloat16, ...
-  device: auto                      # or cpu, cuda
+  device: auto                      # or cpu, cuda, cuda:1
+  device_map: null                  # instead of device, over several and the disk: auto, balanced,
+                                    #   balanced_low_0, sequential, or module path: 0, cpu or disk
+  max_memory: null                  # of device_map: {0: 20GiB, cpu: 60GiB}
+  quantization: none                # or bitsandbytes-8bit, bitsandbytes-4bit, torchao-int8,
+                                    #   torchao-int4, fp8; a quantised base needs no key
   full_hash: false                  # or true, as --full-hash
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
+                                    # dequantize: true for a model of plain numbers from a
+                                    #   quantised base
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
 An override of the method drops the options that the recipe has for its own.

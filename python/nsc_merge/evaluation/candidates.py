@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, found_as
 from nsc_merge.results.result import MergeResult
@@ -38,9 +38,9 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
         adapter = fit({"merged": load_adapter(folder, "merged")}, suite.model)
         return _whole(suite.model, adapter)
     if (folder / "config.json").is_file():
-        model = next(suite.model.parameters())
-        dtype = str(model.dtype).removeprefix("torch.")
-        return load_model(str(folder), local=True, placement=Placement(dtype=dtype, device=str(model.device)))
+        dtype = str(next(suite.model.parameters()).dtype).removeprefix("torch.")
+        placement = replace(suite.placement, dtype=dtype, quantization=None)
+        return load_model(str(folder), local=True, placement=placement)
     for name, file in (("lora", CONFIG_FILE), ("model", "config.json")):
         if (folder / name / file).is_file():
             return open_saved(folder / name, suite)

@@ -8,9 +8,8 @@ from typing import Any
 
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
-from nsc_merge.recipes.yaml_keys import (
-    RecipeError,
-)
+from nsc_merge.recipes.placement_keys import Placed
+from nsc_merge.recipes.yaml_keys import RecipeError
 
 SEED = "{seed}"
 TASK_PATHS = ("adapter", "test", "validation", "calibration")
@@ -78,8 +77,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class EvalRecipe:
-    """A checked evaluation recipe; paths are absolute, and may hold ``{seed}``.
+class EvalRecipe(Placed):
+    """A checked evaluation recipe; paths are absolute, and may hold ``{seed}``. What it says of the base model's place
+    is in :class:`nsc_merge.recipes.placement_keys.Placed`.
 
     Attributes:
         model: folder of the base model, or a hub id.
@@ -91,7 +91,6 @@ class EvalRecipe:
         joint: how the scores of several tasks' heads are put together for Hits@k; None leaves that table out.
         batch_size: rows of a data file per batch.
         shared_modules, dora: as in :func:`nsc_merge.merge`.
-        dtype, device: of the base model, as in :class:`nsc_merge.recipes.merge_recipe.Recipe`.
         plots: whether to draw.
     """
 
@@ -105,8 +104,6 @@ class EvalRecipe:
     batch_size: int = 32
     shared_modules: str = "lambda"
     dora: str = "refuse"
-    dtype: str = "auto"
-    device: str = "auto"
     plots: bool = True
 
     def at(self, seed: int) -> EvalRecipe:

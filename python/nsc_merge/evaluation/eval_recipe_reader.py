@@ -12,7 +12,7 @@ from nsc_merge.evaluation.joint_classes import SCORES
 from nsc_merge.evaluation.metrics import METRICS, Metric
 from nsc_merge.methods.registry import method_of
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
-from nsc_merge.recipes.merge_recipe import DTYPES
+from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, placement_keys
 from nsc_merge.recipes.yaml_keys import (
     RecipeError,
     absolute_model,
@@ -39,8 +39,7 @@ _KEYS = (
     "batch_size",
     "shared_modules",
     "dora",
-    "dtype",
-    "device",
+    *PLACEMENT_KEYS,
     "output",
 )
 _TASK_KEYS = (
@@ -115,8 +114,7 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
         batch_size=count(document.get("batch_size", 32), "batch_size"),
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
         dora=choice(document, "dora", ("refuse", "convert")),
-        dtype=choice(document, "dtype", DTYPES),
-        device=text(document, "device", default="auto"),
+        **placement_keys(document),
         plots=flag(output, "plots", "output.", True),
     )
     for seed in recipe.seeds or (0,):

@@ -110,6 +110,8 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
     seeded = any(SEED in path for path in paths)
     drawn = method is not None and ("data" in method.needs or "seed" in method.option_names)
     here = recipe.at(seed)
+    # Not among the settings of a plain base, so that rows of earlier releases stay theirs.
+    quantised = [] if here.quantization is None else [here.quantization]
     known = {
         "row": [row.method, row.options, row.tune and vars(row.tune)],
         "folder": None if row.folder is None else _all_hashes(Path(str(row.folder).replace(SEED, str(seed)))),
@@ -122,7 +124,7 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
             ]
             for name, task in here.tasks.items()
         },
-        "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint],
+        "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint, *quantised],
         "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
         "versions": versions(),
     }

@@ -18,9 +18,8 @@ from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
 from nsc_merge.models.stored_weights import input_device
-from nsc_merge.recipes.preflight import check_device
+from nsc_merge.recipes.preflight import check_placement
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
 
@@ -89,13 +88,12 @@ class RecipeSuite:
 
     def __init__(self, recipe: EvalRecipe, shuffle: int | None = None) -> None:
         self._recipe, self._shuffle = recipe, shuffle
-        check_device(recipe.device)
+        check_placement(recipe, recipe.model if recipe.local else None)
+        self.placement = recipe.placement
         loaded = {
             name: load_adapter(task.adapter, name, dora=recipe.dora) for name, task in recipe.tasks.items()
         }
-        self.model = load_model(
-            recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device=recipe.device)
-        )
+        self.model = load_model(recipe.model, local=recipe.local, placement=self.placement)
         self.adapters: dict[str, Adapter] = fit(loaded, self.model, recipe.shared_modules)
         merged_linears(self.model, self.adapters)
         self.tasks = {

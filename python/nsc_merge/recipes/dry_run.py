@@ -12,6 +12,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import absent
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.recipes.prospect import prospect_of
 from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
 from nsc_merge.utils.memory import peak_bytes, reset_peak
 
@@ -20,7 +21,8 @@ _DRY_STEPS = 3
 
 
 def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
-    """Load everything, check coverage, time a few real steps, and write nothing.
+    """Load everything, check coverage, time a few real steps, and write nothing; of a merge that does not fit by
+    formula, only what it and other ways of holding the base would take.
 
     The estimate is of the merge alone: loading and saving come on top.
 
@@ -28,6 +30,9 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
     """
     check(recipe, resume=resume)
+    prospect = prospect_of(recipe)
+    if prospect is not None and not prospect["ways"][prospect["way"]]["fits"]:
+        return {"method": recipe.method, "formats": list(recipe.formats), "out": str(recipe.out), "prospect": prospect}
     model, adapters, calibration = load(recipe, log)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -50,6 +55,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         "adapters_bytes": packed,
         "out": str(recipe.out),
         "formats": list(recipe.formats),
+        "prospect": prospect,
     }
     method = method_of(recipe.method)
     if "steps" not in method.option_names:
@@ -61,6 +67,10 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     reset_peak(model)
     result = merge_loaded(recipe, model, adapters, calibration, {"progress": False})
     seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
+    if prospect is not None:
+        # What was measured here, for the operations of the other ways.
+        rate = prospect["ways"][prospect["way"]]["operations"] / seconds
+        document["prospect"] = {**prospect, "operations_per_second": rate}
     return {
         **document,
         "remarks": [*document["remarks"], *result.notes],
@@ -78,6 +88,14 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
 
 def render_plan(plan: dict[str, Any]) -> str:
     """The plan for a terminal."""
+    if "model" not in plan:
+        return "\n".join(
+            [
+                *_prospect_lines(plan["prospect"]),
+                "note      nothing was loaded or tried, since it does not fit",
+                f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)",
+            ]
+        )
     lines = [
         f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
         f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
@@ -100,8 +118,30 @@ def render_plan(plan: dict[str, Any]) -> str:
             f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
             f"memory    {_size(plan['peak_bytes'])} {plan['peak_of']}",
         ]
+    if plan["prospect"] is not None:
+        lines += _prospect_lines(plan["prospect"])
     lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
     return "\n".join(lines)
+
+
+def _prospect_lines(prospect: dict[str, Any]) -> list[str]:
+    """What the recipe's own way of holding the base takes by formula, and what others would."""
+    own = prospect["ways"][prospect["way"]]
+    parts = ", ".join(f"{name} {_size(count)}" for name, count in own["parts"].items())
+    there = f" of {_size(prospect['device_bytes'])}" if prospect["device_bytes"] else ""
+    fits = "fits" if own["fits"] else "does not fit"
+    lines = [f"estimate  {own['way']}: {_size(own['bytes'])}{there} ({parts}): {fits}"]
+    for way in prospect["ways"]:
+        said = [f"{_size(way['bytes'])} a device" + ("" if way["fits"] else ", which does not fit")]
+        if "operations_per_second" in prospect:
+            said.append(f"{way['operations'] / prospect['operations_per_second']:.3g} s a step to compute")
+        if way["received"]:
+            said.append(f"{_size(way['received'])} received")
+        if way["loaded"]:
+            said.append(f"{_size(way['loaded'])} from the host")
+        if way is not own:
+            lines.append(f"  {way['way']}: {'; '.join(said)}")
+    return lines
 
 
 def _unfinished(recipe: Recipe) -> list[str]:

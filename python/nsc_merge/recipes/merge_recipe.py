@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, Placed, placement_keys
 from nsc_merge.recipes.yaml_keys import (
     RecipeError,
     absolute_model,
@@ -33,21 +34,19 @@ _KEYS = (
     "options",
     "shared_modules",
     "dora",
-    "dtype",
-    "device",
+    *PLACEMENT_KEYS,
     "full_hash",
     "output",
     RECORD,
 )
-_OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "plots")
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+_OUTPUT_KEYS = ("dir", "formats", "rank", "max_shard_size", "dequantize", "plots")
 # As transformers reads it.
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A checked recipe; paths are absolute.
+class Recipe(Placed):
+    """A checked recipe; paths are absolute. What it says of the base model's place is in :class:`Placed`.
 
     Attributes:
         model: folder of the base model, or a hub id.
@@ -60,13 +59,12 @@ class Recipe:
         options: of the method.
         shared_modules: as in :func:`nsc_merge.merge`.
         dora: as in :func:`nsc_merge.merge`.
-        dtype: of the base model, ``"auto"`` for that of its files.
-        device: where to merge, ``"auto"`` for a GPU if there is one.
         full_hash: whether the base's files are read once more for the SHA-256 of all their bytes.
         out: output folder.
         formats: what to write into it.
         rank: truncation of format ``"lora"``.
         max_shard_size: of format ``"model"``.
+        dequantize: whether format ``"model"`` may hold a quantised base's weights as plain numbers.
         plots: whether to draw coefficients and ratios.
         dropped: options that the file gives to its own method, where an override asks for another.
     """
@@ -81,12 +79,11 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     shared_modules: str = "lambda"
     dora: str = "refuse"
-    dtype: str = "auto"
-    device: str = "auto"
     full_hash: bool = False
     formats: tuple[str, ...] = ("coefficients", "lora")
     rank: int | None = None
     max_shard_size: str = "5GB"
+    dequantize: bool = False
     plots: bool = True
     dropped: tuple[str, ...] = ()
 
@@ -176,6 +173,9 @@ def _checked(document: dict[str, Any]) -> Recipe:
     max_shard_size = text(output, "max_shard_size", "output.", default="5GB")
     if not is_size(max_shard_size):
         raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
+    dequantize = flag(output, "dequantize", "output.", False)
+    if dequantize and "model" not in formats:
+        raise RecipeError("output.dequantize: only format 'model' holds the base's weights")
     options = numbers(mapping(document, "options"))
     for name in OPTIONS_OF_RUN:
         if name in options:
@@ -191,11 +191,11 @@ def _checked(document: dict[str, Any]) -> Recipe:
         options=options,
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
         dora=choice(document, "dora", ("refuse", "convert")),
-        dtype=choice(document, "dtype", DTYPES),
-        device=text(document, "device", default="auto"),
         full_hash=flag(document, "full_hash", "", False),
         formats=tuple(formats),
         rank=rank,
         max_shard_size=max_shard_size,
+        dequantize=dequantize,
+        **placement_keys(document),
         plots=flag(output, "plots", "output.", True),
     )

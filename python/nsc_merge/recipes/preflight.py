@@ -10,7 +10,10 @@ from pathlib import Path
 
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.placement import device_of
+from nsc_merge.processes.launch import launched
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
+from nsc_merge.recipes.placement_keys import Placed
+from nsc_merge.utils.json_text import from_json
 
 
 def check(recipe: Recipe, *, resume: bool) -> None:
@@ -34,8 +37,13 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             raise RecipeError(
                 f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
             )
-    check_device(recipe.device)
+    stored_as = check_placement(recipe, recipe.model if recipe.local else None)
     _check_formats(recipe, method)
+    if stored_as is not None and "model" in recipe.formats and not recipe.dequantize:
+        raise RecipeError(
+            f"output.formats: a model of plain numbers takes a plain base, found one quantised as {stored_as}; "
+            "expected output.dequantize: true, or format lora"
+        )
     _check_place(recipe.out)
 
 
@@ -77,13 +85,52 @@ def _check_place(out: Path) -> None:
         raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that there is not.
+def check_placement(placed: Placed, folder: str | None) -> str | None:
+    """Refuse devices that there are not, and ways to hold a model that exclude each other.
+
+    Args:
+        placed: the recipe.
+        folder: of the base model, None if it is on the hub.
+
+    Returns:
+        How the base is quantised, by the recipe or by the ``config.json`` in its folder; None where it is not.
 
     Raises:
-        RecipeError: naming it, and those that there are.
+        RecipeError: naming the key, what was found and what was expected.
     """
     try:
-        device_of(name)
+        device_of(placed.device)
+        for place in _gpus(placed):
+            device_of(place)
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    for key in ("device_map", "quantization"):
+        if launched() and getattr(placed, key) is not None:
+            raise RecipeError(
+                f"{key}: several processes hold a plain base in shards, one for each; expected none, or one process, "
+                f"found {getattr(placed, key)!r:.60}"
+            )
+    own = None if folder is None else _quantised_as(Path(folder) / "config.json")
+    if own is not None and placed.quantization is not None:
+        raise RecipeError(
+            f"quantization: the base in {folder} is quantised already ({own}); expected none, found "
+            f"{placed.quantization!r}"
+        )
+    return own or placed.quantization
+
+
+def _gpus(placed: Placed) -> Iterator[str]:
+    """The GPUs that a recipe names beside ``device``."""
+    places = placed.device_map.values() if isinstance(placed.device_map, dict) else placed.max_memory or ()
+    for place in places:
+        if isinstance(place, int) or place.startswith("cuda"):
+            yield f"cuda:{place}" if isinstance(place, int) else place
+
+
+def _quantised_as(file: Path) -> str | None:
+    """The method that a base's files are quantised by, as its configuration says."""
+    if not file.is_file():
+        return None
+    fields = from_json(file.read_bytes(), f"model: {file}", not_finite=True)
+    found = fields.get("quantization_config") if isinstance(fields, dict) else None
+    return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None

@@ -18,7 +18,6 @@ from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.models.loading import base_files, load_model
-from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.results.layout import RECORD
@@ -77,9 +76,10 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     formats = [name for name in recipe.formats if name != "coefficients"]
     if result.coefficients:
         formats.insert(0, "coefficients")
-    files = save(
-        result, recipe.out, formats, rank=recipe.rank, max_shard_size=recipe.max_shard_size, plots=recipe.plots
-    )
+    settings: dict[str, Any] = {"rank": recipe.rank, "max_shard_size": recipe.max_shard_size, "plots": recipe.plots}
+    if recipe.dequantize:
+        settings["dequantize"] = True
+    files = save(result, recipe.out, formats, **settings)
     if resumable:
         state.unlink(missing_ok=True)
     summary: dict[str, Any] = {
@@ -117,9 +117,8 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
         for task, place in recipe.calibration.items()
     }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
-    placement = Placement(dtype=recipe.dtype, device=recipe.device)
     digest = whole if recipe.full_hash else quick
-    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
+    model = load_model(recipe.model, local=recipe.local, placement=recipe.placement, digest=digest)
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
@@ -132,6 +131,7 @@ def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) 
     return {
         "model": _base_of(model) if recipe.local else recipe.model,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **({} if recipe.quantization is None else {"quantization": recipe.quantization}),
         "calibration": {task: batches.sha256 for task, batches in calibration.items()},
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
@@ -166,14 +166,14 @@ def merge_loaded(
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
         "dora": recipe.dora,
-        "dtype": recipe.dtype,
-        "device": recipe.device,
+        **recipe.placement_keys,
         "full_hash": recipe.full_hash,
         "output": {
             "dir": str(recipe.out),
             "formats": list(recipe.formats),
             "rank": recipe.rank,
             "max_shard_size": recipe.max_shard_size,
+            "dequantize": recipe.dequantize,
             "plots": recipe.plots,
         },
         RECORD: {"sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}}},

@@ -111,7 +111,7 @@ def load_result(folder: str | Path) -> MergeResult:
         raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
-    placement = Placement(dtype=recipe.dtype, device="cpu")
+    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization)
     model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     if recipe.local:
         _refuse_changed("model", Path(recipe.model), files_of(model), expected or None)

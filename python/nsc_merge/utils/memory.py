@@ -18,6 +18,15 @@ def free_memory(device: torch.device) -> float:
     return 0.0
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are on a device at all; 0 if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def reset_peak(model: nn.Module) -> None:
     """Forget earlier peaks of the memory of the GPU that the model is on."""
     device = next(model.parameters()).device

@@ -1,0 +1,109 @@
+"""Whether a merge fits, where, and what other ways of holding its base would take, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nsc_merge.adapters import Adapter, Factor, load_adapter
+from nsc_merge.calibration.batch_files import read_batches
+from nsc_merge.methods import method_of
+from nsc_merge.models.architecture import architecture_of
+from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.placement import device_of
+from nsc_merge.processes.group import current
+from nsc_merge.recipes.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
+from nsc_merge.recipes.merge_recipe import Recipe
+from nsc_merge.recipes.shapes import NoFormula, work_of
+from nsc_merge.utils.memory import free_memory, total_memory
+
+RANKS = (2, 4, 8)
+
+
+def prospect_of(recipe: Recipe) -> dict[str, Any] | None:
+    """What a step would take by formula, of the base's configuration and of adapters and batches alone.
+
+    Returns:
+        ``device_bytes`` that there are; ``ways``, of each its name, bytes at most on a device and their parts, whether
+        that is less than there is, operations of a step on each device, and bytes that it receives from others and
+        loads from the host; and ``way``, the number of the recipe's own. None where there is no formula: for methods
+        that measure no inputs, for unusual blocks, for bases quantised by others, and where loading would fail.
+    """
+    method = method_of(recipe.method)
+    if "gradients" not in method.needs:
+        return None
+    try:
+        model = _outline(recipe)
+        found = {task: load_adapter(place, task, dora=recipe.dora) for task, place in recipe.adapters.items()}
+        adapters = fit({task: _plain(adapter) for task, adapter in found.items()}, model)
+        drawn = {
+            task: next(iter(read_batches(place, recipe.batch_size, f"calibration.{task}")))
+            for task, place in recipe.calibration.items()
+        }
+        options = method.resolved(recipe.options, list(adapters), model)
+        stored = STORED.get(recipe.quantization or "")
+        work = work_of(model, adapters, drawn, options, stored)
+        spare = work_of(model, adapters, drawn, replace(options, checkpointing=True), stored)
+        coefficients = len(adapted_linears(model, adapters)) * len(adapters)
+    except (NoFormula, ValueError, TypeError, OSError):
+        # What is wrong with the recipe's files is said by those who read them in earnest.
+        return None
+    device = device_of(recipe.device)
+    processes = current().size
+    chosen = "device_map" if recipe.device_map is not None else _ranks(processes) if processes > 1 else "one device"
+    settings: dict[str, tuple[Work, dict[str, Any]]] = {
+        "one device": (work, {}),
+        "checkpointing": (spare, {}),
+        "device_map": (work, {"offloaded": True}),
+        **{_ranks(number): (work, {"ranks": number}) for number in sorted({*RANKS, processes} - {1})},
+    }
+    if options.checkpointing:
+        settings.pop("checkpointing")
+    ways = []
+    for name, (one, how) in settings.items():
+        # As the step decides, half of what is free once the base is there; on a CPU no more than is taken for granted.
+        held = memory(one, **how)
+        loaded = 0 if device.type == "cpu" else held.weights + held.adapters
+        free = min(total_memory(device) - loaded, free_memory(device))
+        ways.append(_way(name, as_run(one, options.batch_tasks, free, **how), coefficients, device, **how))
+    return {"device_bytes": total_memory(device), "way": list(settings).index(chosen), "ways": ways}
+
+
+def _way(name: str, work: Work, coefficients: int, device: torch.device, **how: Any) -> dict[str, Any]:
+    held, moved = memory(work, **how), bytes_per_step(work, coefficients=coefficients, **how)
+    done = work.recomputed() if how.get("offloaded") else work.divided(how.get("ranks", 1))
+    return {
+        "way": name,
+        "bytes": held.total,
+        "parts": vars(held),
+        "fits": not total_memory(device) or held.total <= total_memory(device),
+        "operations": operations(done),
+        "received": moved.received,
+        "loaded": moved.loaded,
+    }
+
+
+def _ranks(number: int) -> str:
+    return f"{number} ranks"
+
+
+def _outline(recipe: Recipe) -> nn.Module:
+    """The base model with shapes and dtypes, and no numbers."""
+    architecture = architecture_of(recipe.model, local=recipe.local)
+    kind, config = architecture.kind, architecture.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise NoFormula("how many bytes a base quantised by others takes stands in its files")
+    with torch.device("meta"):
+        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
+    own = getattr(config, "dtype", None) or torch.float32
+    return model.to(own if recipe.dtype == "auto" else getattr(torch, recipe.dtype)).eval()
+
+
+def _plain(adapter: Adapter) -> Adapter:
+    """What of an adapter is fitted without the base's numbers: the low-rank updates, which are all that counts here."""
+    factors = {path: Factor(one.A, one.B, one.scaling) for path, one in adapter.factors.items()}
+    return replace(adapter, factors=factors, trained={}, base_weights={})
