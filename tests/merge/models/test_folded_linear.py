@@ -62,7 +62,6 @@ def test_the_course_is_that_of_the_fused_operator(make, options):
     folded = trajectory(model, adapters, batches, fold=True, **options)
     assert folded.coefficients != plain.coefficients
     same_course(folded, plain)
-    assert trajectory(model, adapters, batches, **options).coefficients == folded.coefficients
 
 
 def test_biases_stay(tmp_path):
@@ -91,19 +90,19 @@ def test_a_linear_with_hooks_is_called_as_ever():
 
 def test_what_cannot_hold_the_sum_is_not_folded():
     half = torch.zeros(2, 2, dtype=torch.bfloat16)
-    assert not should_fold(None, [half])
+    assert should_fold(None, [half]) is False
     with pytest.raises(ValueError, match=r"fold: expected weights in float32 or float64.*found torch\.bfloat16"):
         should_fold(True, [half])
     single = half.float()
-    assert should_fold(None, [single])
-    assert not should_fold(False, [single])
+    assert should_fold(None, [single]) is None
+    assert should_fold(False, [single]) is False
     with torch.autocast("cpu"):
-        assert not should_fold(None, [single])
+        assert should_fold(None, [single]) is False
         with pytest.raises(ValueError, match=r"found torch\.float32 under autocast"):
             should_fold(True, [single])
     # Two of these are more than a GiB; no memory is taken for them.
     large = torch.empty(1, dtype=torch.float32).expand(2**14, 2**14)
-    assert not should_fold(None, [large, large])
+    assert should_fold(None, [large, large]) is False
     assert should_fold(True, [large, large])
 
 
