@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 const Isa& isa() {
   static const Isa* const chosen = select_isa(std::getenv("NSC_CPU_ISA"));
   STD_TORCH_CHECK(chosen != nullptr, "NSC_CPU_ISA=", std::getenv("NSC_CPU_ISA"),
-                  ": expected one of avx512bf16, avx512, avx2, baseline that this processor supports");
+                  ": expected one of amx, avx512bf16, avx512, avx2, baseline that this processor supports");
   return *chosen;
 }
 
