@@ -300,7 +300,9 @@ struct Block {
         for (int64_t j = 0; j < p.R; j += 2 * kTileRows) {
           const bf16* wj = w_wide + j / kTileRows * steps * kTileNumbers;
           const auto multiply = p.R - j > kTileRows ? multiply_tiles<2> : multiply_tiles<1>;
-          multiply(xi, xi_stride, wj, 64, steps * kTileNumbers, kTileNumbers, steps, u + i * stride + j, stride, k0 > 0);
+          const bool fetch = j == 0 && i + 2 * kTiledRows <= rows && xi_stride == p.x_stride;
+          multiply(xi, xi_stride, wj, 64, steps * kTileNumbers, kTileNumbers, steps, u + i * stride + j, stride, k0 > 0,
+                   fetch ? xi + kTiledRows * p.x_stride : nullptr);
         }
       }
     }

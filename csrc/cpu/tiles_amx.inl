@@ -24,10 +24,12 @@ struct Tiles {
 };
 
 // sum [32, 16 * Columns] (+)= a [32, 32 * steps] . b; the tiles of b's columns are next_column numbers apart, those of
-// its steps next_step, and its rows of pairs b_stride bytes.
+// its steps next_step, and its rows of pairs b_stride bytes. Meanwhile as much of `next`, rows like a's, is fetched: rows
+// so far apart are no pattern that the processor sees.
 template <int Columns>
 inline void multiply_tiles(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t next_column,
-                           int64_t next_step, int64_t steps, float* sum, int64_t sum_stride, bool add) {
+                           int64_t next_step, int64_t steps, float* sum, int64_t sum_stride, bool add,
+                           const bf16* next = nullptr) {
   const int64_t bytes = sum_stride * int64_t(sizeof(float)), a_bytes = a_stride * int64_t(sizeof(bf16));
   float* const low = sum + kTileRows * sum_stride;
   if (add) {
@@ -44,6 +46,8 @@ inline void multiply_tiles(const bf16* a, int64_t a_stride, const bf16* b, int64
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; ++s, a += kTileDepth, b += next_step) {
+    if (next)
+      for (int64_t m = 0; m < kTiledRows; ++m) __builtin_prefetch(next + m * a_stride + s * kTileDepth, 0, 2);
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_stride);
     _tile_dpbf16ps(0, 4, 6);
@@ -64,37 +68,34 @@ inline void multiply_tiles(const bf16* a, int64_t a_stride, const bf16* b, int64
 }
 
 // One tile of pairs from 16 rows of w, of which `rows` are there, and 32 columns, of which `columns` are there: the
-// transpose of 16 x 16 words.
+// transpose of 16 x 16 words. Quarters of registers are put in their places as they are loaded, which the ports that
+// move words about within a register have no part in.
 inline void pack_tile(const bf16* w, int64_t stride, int64_t rows, int64_t columns, bf16* tile) {
-  const __mmask32 valid = columns >= kTileDepth ? ~0u : (1u << columns) - 1;
-  __m512i in[16], out[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    in[i] = i < rows ? _mm512_maskz_loadu_epi16(valid, w + i * stride) : _mm512_setzero_si512();
-  // Neighbouring words, then pairs of words, then quarters of a register, then halves.
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    out[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-    out[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+  alignas(64) bf16 whole[kTileNumbers];
+  if (rows < kTileRows || columns < kTileDepth) {
+    std::memset(static_cast<void*>(whole), 0, sizeof(whole));
+    for (int64_t i = 0; i < min(rows, kTileRows); ++i)
+      std::memcpy(whole + i * kTileDepth, w + i * stride, min(columns, kTileDepth) * sizeof(bf16));
+    w = whole, stride = kTileDepth;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    in[i] = _mm512_unpacklo_epi64(out[i], out[i + 2]);
-    in[i + 1] = _mm512_unpackhi_epi64(out[i], out[i + 2]);
-    in[i + 2] = _mm512_unpacklo_epi64(out[i + 1], out[i + 3]);
-    in[i + 3] = _mm512_unpackhi_epi64(out[i + 1], out[i + 3]);
-  }
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m512i row[4];  // i, i + 4, i + 8 and i + 12
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i even_low = _mm512_shuffle_i32x4(in[i], in[i + 4], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(in[i], in[i + 4], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(in[i + 8], in[i + 12], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(in[i + 8], in[i + 12], 0xdd);
-    out[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    out[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    out[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    out[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    for (int i = 0; i < 4; ++i) {
+      const bf16* from = w + i * stride + quarter * 8;
+      auto four = [&](int down) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + down * stride)); };
+      row[i] = _mm512_castsi128_si512(four(0));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0x00f0, four(4));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0x0f00, four(8));
+      row[i] = _mm512_mask_broadcast_i32x4(row[i], 0xf000, four(12));
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+    bf16* to = tile + quarter * 4 * kTileDepth;
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(to + kTileDepth, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(to + 2 * kTileDepth, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(to + 3 * kTileDepth, _mm512_unpackhi_epi64(high01, high23));
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kTileDepth, out[i]);
 }
