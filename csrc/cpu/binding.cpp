@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 const Isa& isa() {
   static const Isa* const chosen = select_isa(std::getenv("NSC_CPU_ISA"));
   STD_TORCH_CHECK(chosen != nullptr, "NSC_CPU_ISA=", std::getenv("NSC_CPU_ISA"),
-                  ": expected one of avx512bf16, avx512, avx2, baseline that this processor supports");
+                  ": expected one of amx, avx512bf16, avx512, avx2, baseline that this processor supports");
   return *chosen;
 }
 
@@ -149,8 +149,11 @@ void run(const Problem& p) {
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(),
                                                                  int64_t(work / kWorthAThread)));
   const int64_t most = std::min(most_rows, (granules(p.T) + threads - 1) / threads * kGranule);
-  const int64_t blocks = (p.T + most - 1) / most;
-  const int64_t rows = (granules(p.T) + blocks - 1) / blocks * kGranule;
+  constexpr int64_t kTogether = 8 * kGranule;  // a whole number of what any instruction set takes at a time
+  int64_t blocks = (p.T + most - 1) / most;
+  int64_t rows = (granules(p.T) + blocks - 1) / blocks * kGranule;
+  if (rows > kTogether) rows = (rows + kTogether - 1) / kTogether * kTogether;
+  blocks = (p.T + rows - 1) / rows;
   const int64_t bytes = isa().scratch_bytes(p, rows);
   auto work_on = [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch(bytes);

@@ -5,6 +5,9 @@
 
 namespace nsc {
 
+#if defined(NSC_HAS_AMX)
+extern const Isa kAmx;
+#endif
 #if defined(__x86_64__)
 extern const Isa kAvx512Bf16, kAvx512, kAvx2;
 #endif
@@ -12,6 +15,9 @@ extern const Isa kBaseline;
 
 const Isa* const* isas(int* count) {
   static const Isa* const all[] = {
+#if defined(NSC_HAS_AMX)
+      &kAmx,
+#endif
 #if defined(__x86_64__)
       &kAvx512Bf16, &kAvx512, &kAvx2,
 #endif

@@ -4,7 +4,7 @@
 //   NSC_VECTOR_BYTES    16, 32 or 64
 //   NSC_DOT_ROWS        rows of a shrink tile
 //   NSC_EXPAND_VECTORS  vectors of columns of an expand tile
-//   NSC_F16C, NSC_AVX512, NSC_AVX512_BF16   what the compiler may use, where defined
+//   NSC_F16C, NSC_AVX512, NSC_AVX512_BF16, NSC_AMX   what the compiler may use, where defined
 //
 // Everything is in an unnamed namespace and no standard-library template is used: a function that the linker could
 // share between these files might be taken from the file compiled for a processor that this one is not.
@@ -25,9 +25,14 @@ namespace {
 
 #include "vectors.inl"
 #include "tiles.inl"
+#if defined(NSC_AMX)
+#include "tiles_amx.inl"
+#endif
 
 // Of a row of x and of w_in at a time: kDotRows + kDotCols such pieces stay in a 32 KiB L1 cache.
 constexpr int64_t kChunkBytes = 3072;
+// The same for tiles: kTiledRows such pieces of x stay in the L1 cache while the panel of w_in passes by.
+constexpr int64_t kTiledChunkBytes = 1024;
 // Rows of w_in at a time: with kChunkBytes each they stay in the L2 cache while all rows of x pass by.
 constexpr int64_t kPanelRows = 96;
 // Of w_out at a time: strips side by side, as many as stay in the L2 cache. Wide panels matter where R is small: rows
@@ -53,6 +58,21 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+#if defined(NSC_AMX)
+// Whether a problem is worth the packing that the matrix unit wants. Of all rows, so that the bits of one do not depend
+// on the block that it is in.
+template <class E>
+inline bool tiled(const Problem& p) {
+  return kSame<E, bf16> && p.T >= kTiledRows;
+}
+#else
+constexpr int64_t kTiledRows = 1;
+template <class E>
+constexpr bool tiled(const Problem&) {
+  return false;
+}
+#endif
+
 template <class E>
 struct Block {
   using Acc = typename AccOf<E>::type;
@@ -69,8 +89,9 @@ struct Block {
   Acc* norm;             // [padded_rows]
   Acc* lam_columns;      // [stride]: lam of the row at hand, repeated over each adapter's columns
   Operand* panel;        // strips of w_out, each [R rounded up to even, kStripColumns]
-  Operand* x_wide;       // [padded_rows, piece]
-  Operand* w_wide;       // [kPanelRows, piece]
+  Operand* x_wide;       // [padded_rows, piece]; for tiles [kTiledRows, piece]
+  Operand* w_wide;       // [kPanelRows, piece]; for tiles [stride, piece]
+  Acc* sums;             // for tiles, [kTiledRows, kStripColumns]
   int64_t bytes = 0;     // of scratch
 
   // With a null scratch it only counts the bytes.
@@ -78,9 +99,9 @@ struct Block {
       : p(problem),
         first(begin),
         rows(end - begin),
-        padded_rows(round_up(rows, kGranule)),
-        stride(round_up(p.R, 16)),
-        piece(chunk(p.d_in)) {
+        padded_rows(round_up(rows, tiled<E>(p) ? kTiledRows : kGranule)),
+        stride(round_up(p.R, tiled<E>(p) ? 32 : 16)),
+        piece(chunk(p.d_in, tiled<E>(p) ? kTiledChunkBytes : kChunkBytes)) {
     auto take = [&](auto*& member, int64_t count) {
       member = reinterpret_cast<decltype(+member)>(static_cast<char*>(scratch) + bytes);
       bytes += round_up(count * int64_t(sizeof(*member)), 64);
@@ -90,17 +111,19 @@ struct Block {
     take(norm, padded_rows);
     take(lam_columns, stride);
     take(panel, panel_strips() * strip_size());
-    take(x_wide, kWiden ? padded_rows * piece : 0);
-    take(w_wide, kWiden ? kPanelRows * piece : 0);
+    take(x_wide, kWiden ? padded_rows * piece : tiled<E>(p) ? kTiledRows * piece : 0);
+    take(w_wide, kWiden ? kPanelRows * piece : tiled<E>(p) ? stride * piece : 0);
+    take(sums, tiled<E>(p) ? kTiledRows * kStripColumns : 0);
   }
 
-  static int64_t chunk(int64_t d) {
-    const int64_t most = kChunkBytes / int64_t(sizeof(Operand));
+  static int64_t chunk(int64_t d, int64_t bytes) {
+    const int64_t most = bytes / int64_t(sizeof(Operand));
     const int64_t pieces = (d + most - 1) / most;
     return round_up((d + pieces - 1) / pieces, 64);
   }
 
-  int64_t strip_size() const { return round_up(p.R, 2) * kStripColumns; }
+  int64_t strip_rows() const { return tiled<E>(p) ? stride : round_up(p.R, 2); }
+  int64_t strip_size() const { return strip_rows() * kStripColumns; }
   int64_t panel_strips() const {
     const int64_t fit = kPanelBytes / (strip_size() * int64_t(sizeof(Operand)) + 1);
     return min(min(kPanelStrips, fit < 1 ? 1 : fit), (p.d_out + kStripColumns - 1) / kStripColumns);
@@ -146,12 +169,12 @@ struct Block {
     }
   }
 
-  // c <- u rounded to E, one row; columns past R are zero because expand reads them in pairs.
+  // c <- u rounded to E, one row; columns past R are zero because expand reads them in pairs, or whole tiles.
   void round_row(int64_t i) {
     Acc* from = u + i * stride;
     Operand* to = c + i * stride;
-    for (int64_t r = p.R; r < round_up(p.R, 2); ++r) from[r] = 0;
-    for_vectors<Acc>(round_up(p.R, 2), [&](int64_t r, int64_t m) {
+    for (int64_t r = p.R; r < strip_rows(); ++r) from[r] = 0;
+    for_vectors<Acc>(strip_rows(), [&](int64_t r, int64_t m) {
       if constexpr (kSame<E, Operand>) {
         store_n(to + r, load_n(from + r, m), m);
       } else {
@@ -252,6 +275,69 @@ struct Block {
     }
   }
 
+#if defined(NSC_AMX)
+  void shrink_tiled(bool with_norm) {
+    const bf16* x = static_cast<const bf16*>(p.x) + first * p.x_stride;
+    const bf16* w = static_cast<const bf16*>(p.w_in);
+    if (with_norm) std::memset(norm, 0, padded_rows * sizeof(Acc));
+    for (int64_t k0 = 0; k0 < p.d_in; k0 += piece) {
+      const int64_t k = min(piece, p.d_in - k0), steps = round_up(k, kTileDepth) / kTileDepth;
+      for (int64_t j = 0; j < p.R; j += kTileRows)
+        for (int64_t s = 0; s < steps; ++s)
+          pack_tile(w + j * p.d_in + k0 + s * kTileDepth, p.d_in, min(kTileRows, p.R - j), k - s * kTileDepth,
+                    w_wide + (j / kTileRows * steps + s) * kTileNumbers);
+      for (int64_t i = 0; i < rows; i += kTiledRows) {
+        const int64_t there = min(kTiledRows, rows - i);
+        const bf16* xi = x + i * p.x_stride + k0;
+        if (with_norm)
+          for (int64_t m = 0; m < there; ++m) norm[i + m] += dot<Acc>(xi + m * p.x_stride, xi + m * p.x_stride, k);
+        int64_t xi_stride = p.x_stride;
+        if (there < kTiledRows || k % kTileDepth != 0) {
+          std::memset(static_cast<void*>(x_wide), 0, kTiledRows * piece * sizeof(bf16));
+          for (int64_t m = 0; m < there; ++m) std::memcpy(x_wide + m * piece, xi + m * p.x_stride, k * sizeof(bf16));
+          xi = x_wide, xi_stride = piece;
+        }
+        for (int64_t j = 0; j < p.R; j += 2 * kTileRows) {
+          const bf16* wj = w_wide + j / kTileRows * steps * kTileNumbers;
+          const auto multiply = p.R - j > kTileRows ? multiply_tiles<2> : multiply_tiles<1>;
+          const bool fetch = j == 0 && i + 2 * kTiledRows <= rows && xi_stride == p.x_stride;
+          multiply(xi, xi_stride, wj, 64, steps * kTileNumbers, kTileNumbers, steps, u + i * stride + j, stride, k0 > 0,
+                   fetch ? xi + kTiledRows * p.x_stride : nullptr);
+        }
+      }
+    }
+  }
+
+  void expand_tiled() {
+    const bf16* w = static_cast<const bf16*>(p.w_out);
+    std::memset(static_cast<void*>(c + rows * stride), 0, (padded_rows - rows) * stride * sizeof(bf16));
+    const int64_t width = panel_strips() * kStripColumns, packed = round_up(p.R, 2), steps = stride / kTileDepth;
+    for (int64_t start = 0; start < p.d_out; start += width) {
+      const int64_t end = min(start + width, p.d_out);
+      for (int64_t column = start; column < end; column += kStripColumns) {
+        bf16* strip = strip_at(column - start);
+        pack_strip(w, p.d_out, p.R, column, min(kStripColumns, end - column), strip);
+        std::memset(static_cast<void*>(strip + packed * kStripColumns), 0,
+                    (stride - packed) * kStripColumns * sizeof(bf16));
+      }
+      for (int64_t i = 0; i < rows; i += kTiledRows)
+        for (int64_t column = start; column < end; column += kStripColumns) {
+          const int64_t columns = min(kStripColumns, end - column), there = min(kTiledRows, rows - i);
+          for (int64_t m = 0; m < there; m += kExpandRows) prefetch_rows(first + i + m, column, columns);
+          const bf16* strip = strip_at(column - start);
+          for (int64_t v = 0; v < kStripColumns; v += 2 * kTileRows)
+            multiply_tiles<2>(c + i * stride, stride, strip + 2 * v, 4 * kStripColumns, 2 * kTileRows,
+                              kTileDepth * kStripColumns, steps, sums + v, kStripColumns, false);
+          for (int64_t m = 0; m < there; ++m) {
+            Vec<Acc> acc[kExpandVectors];
+            for (int v = 0; v < kExpandVectors; ++v) acc[v] = load(sums + m * kStripColumns + v * kLanes<Acc>);
+            write_row(first + i + m, column, columns, acc);
+          }
+        }
+    }
+  }
+#endif
+
   Operand* strip_at(int64_t column) const { return panel + column / kStripColumns * strip_size(); }
 
   // What write_row will touch, while the tile is computed: too short a run of lines for the processor to see a pattern.
@@ -282,12 +368,26 @@ struct Block {
   }
 
   void run() {
+#if defined(NSC_AMX)
+    if constexpr (kSame<E, bf16>)
+      if (tiled<E>(p)) {
+        const Tiles tiles;
+        if (p.x) shrink_tiled(p.sqnorm != nullptr);
+        mid();
+        if (p.out) expand_tiled();
+        return;
+      }
+#endif
     if (p.x) shrink(p.sqnorm != nullptr);
+    mid();
+    if (p.out) expand();
+  }
+
+  void mid() {
     if (p.backward)
       mid_backward();
     else
       mid_forward();
-    if (p.out) expand();
   }
 };
 

@@ -7,7 +7,7 @@ Exact to rounding, each with a switch so that its worth can be measured:
 * the output of a frozen tower in front of the blocks is kept per batch;
 * batches of all tasks run as one pass where their shapes agree, or can be made to by a little padding;
 * blocks without a measured input may recompute their activations in the backward, and may be compiled;
-* linears that are not measured may be folded with their adapters into one weight per step.
+* linears that are not measured may be folded with their adapters into one weight per step, where it has the tokens.
 
 Nothing here waits for the device.
 """
@@ -55,7 +55,8 @@ class Objective:
         batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
             first step by the memory that one pass takes.
         checkpointing: recompute the activations of blocks without a measured input in the backward.
-        fold: fold the linears that are not measured with their adapters, once per call of :meth:`accumulate`.
+        fold: fold the linears that are not measured with their adapters, once per call of :meth:`accumulate`: True
+            all of them, None those that the call has the tokens for, False none.
         compiler: backend of ``torch.compile`` for the blocks without a measured input; None compiles nothing.
         early_exit: end the forward at the last measured input.
     """
@@ -73,7 +74,7 @@ class Objective:
         block: str = "",
         batch_tasks: bool | None = None,
         checkpointing: bool = False,
-        fold: bool = False,
+        fold: bool | None = False,
         compiler: str | None = None,
         early_exit: bool = True,
     ) -> None:
@@ -86,10 +87,11 @@ class Objective:
         self._tower_path = tower
         self._blocks = blocks_without(model, block, self._scored) if checkpointing or compiler else []
         self._checkpointing, self._compiler = checkpointing, compiler
+        self._always_fold = bool(fold)
         self._foldable = {
             row: module
             for row, (path, module) in enumerate(merged.items())
-            if fold
+            if fold is not False
             and path not in self._scored
             and module.bank.R
             and module.denses is None
@@ -107,6 +109,7 @@ class Objective:
         self._inputs: list[tuple[str, Tensor]] = []
         self._exit_at: dict[str, str] = {}
         self._pass: Pass | None = None
+        self._elements = 0
         self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
         self._weights: dict[Any, Tensor] = {}
         self._rows: dict[Any, Tensor] = {}
@@ -122,10 +125,12 @@ class Objective:
                     hook = functools.partial(self._before, path)
                     stack.callback(linear.register_forward_pre_hook(hook).remove)
             for module in self._foldable.values():
-                module.folded = Folded(module.linear, module.bank)
+                module.folded = Folded(module.linear, module.bank, self._always_fold)
                 stack.callback(delattr, module, "folded")
-            self._fold()
+            self._begin_folding()
             for block in self._blocks:
+                if self._compiler:
+                    stack.callback(block.register_forward_pre_hook(_decide_folding, with_kwargs=True).remove)
                 stack.enter_context(wrapped_forward(block, self._checkpointing, self._compiler))
             if self._tower is not None:
                 stack.enter_context(self._tower)
@@ -171,16 +176,20 @@ class Objective:
 
     def _passes(self, drawn: Sequence[Batch]) -> list[Pass]:
         """What runs for ``drawn``, one batch for each task, at the coefficients as they are now."""
-        self._fold()
+        self._begin_folding()
         passes = one_by_one(drawn, self._device, self._restrict)
+        self._elements = sum(one.elements for one in passes)
         if self.batch_tasks is None:
             self.batch_tasks = self._fits_as_one(passes)
-        return concatenated(passes, self._padding) if self.batch_tasks else passes
+        if self.batch_tasks:
+            passes = concatenated(passes, self._padding)
+            self._elements = sum(one.elements for one in passes)
+        return passes
 
-    def _fold(self) -> None:
+    def _begin_folding(self) -> None:
         for row, module in self._foldable.items():
             assert module.folded is not None, "folded outside of a with block"
-            module.folded.refresh(self.coefficients.flat[row])
+            module.folded.begin(self.coefficients.flat[row])
 
     def _forward(self, one: Pass) -> Tensor:
         """Eq. 4 for the tasks of a pass, ``[K]`` with 0 for the others."""
@@ -188,6 +197,9 @@ class Objective:
         self._pass, self._missing, self._inputs = one, set(self._scored), []
         self._omega = torch.zeros_like(self._omega)
         self._weights = {key: kept for key, kept in self._weights.items() if key[0] is None}
+        for module in self._foldable.values():
+            assert module.folded is not None, "folded outside of a with block"
+            module.folded.share = one.elements / max(self._elements, 1)
         if self._tower is not None:
             self._tower.now(one)
         with suppress(_Measured):
@@ -308,3 +320,13 @@ def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.M
         for path, module in model.named_modules()
         if path.rpartition(".")[0] in parents and isinstance(module, (nn.Linear, MeasuredLoRALinear))
     }
+
+
+def _decide_folding(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """In front of a compiled block, whose linears cannot decide while they are compiled: from the tokens of its first
+    input, which is what the linears of a block see.
+    """
+    hidden = next((value for value in (*arguments, *named.values()) if isinstance(value, Tensor)), None)
+    for module in block.modules():
+        if hidden is not None and isinstance(module, MeasuredLoRALinear) and module.folded is not None:
+            module.folded.pays(hidden)

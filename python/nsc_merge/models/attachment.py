@@ -34,7 +34,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
     Attributes:
         path: of the linear in the model.
         measure: the callback, while the linear is measured.
-        folded: what computes the linear and its low-rank updates in one, while it is not measured.
+        folded: what computes the linear and its low-rank updates in one where that pays, while it is not measured.
         biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
         denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
         weight_taken: whether somebody asked for :attr:`weight`, perhaps to compute with it unseen.
@@ -79,7 +79,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
         if self.measure is not None:
             y, quad, sqnorm = self.nsc(z)
             self.measure(self.path, quad, sqnorm)
-        elif self.folded is not None:
+        elif self.folded is not None and self.folded.pays(z):
             y = self.folded(z, self.lam)
         elif self.bank.R == 0:
             y = self.linear(z)

@@ -22,25 +22,63 @@ from nsc_merge.models.stored_weights import is_plain
 LIMIT = 2**30
 
 
+def least_tokens(d_in: int, d_out: int, R: int) -> float:
+    """Tokens of a step from which on it costs less to fold adapters of ``R`` ranks in all into a weight
+    ``[d_out, d_in]`` than to apply them to every token.
+
+    Folding takes ``R d_in d_out`` multiply-adds and saves ``R (d_in + d_out)`` per token. What the two come to was
+    measured (bench/merging/fold_costs.py): products with the weight run somewhat faster than the fused operator's, and
+    reading and writing it costs as much as 16 ranks.
+    """
+    return 0.7 * (1 + 16 / R) * d_in * d_out / (d_in + d_out)
+
+
 class Folded:
-    """A frozen linear and its adapters, folded into one weight at the coefficients of the last :meth:`refresh`.
+    """A frozen linear and its adapters, folded into one weight in those steps that have the tokens to repay it.
+
+    Whether a step has them is decided when it first calls the linear, from its batches alone: a run that is resumed
+    decides as it would have.
 
     Args:
         linear: float32 or float64, which can hold the sum without losing small updates.
         bank: its adapters.
+        always: fold in every step, however few its tokens.
+
+    Attributes:
+        share: part of the step's inputs that the pass at hand holds.
     """
 
-    def __init__(self, linear: nn.Linear, bank: AdapterBank) -> None:
+    def __init__(self, linear: nn.Linear, bank: AdapterBank, always: bool = False) -> None:
+        self.share = 1.0
         self._linear = linear
         self._A, self._Bt, offsets = bank.packed
         counts = torch.tensor([end - start for start, end in itertools.pairwise(offsets)])
         # [R, K]: 1 where a row of A belongs to an adapter.
         self._owners = torch.eye(len(counts)).repeat_interleave(counts, 0).to(linear.weight)
-        self._weight = torch.empty_like(linear.weight)
+        self._least = 0.0 if always else least_tokens(linear.in_features, linear.out_features, bank.R)
+        self._weight = torch.empty(0)
+        self._lam = torch.empty(0)
+        self._decided: bool | None = None
+
+    def begin(self, lam: Tensor) -> None:
+        """A step begins, with the coefficients ``lam [K]``."""
+        self._lam, self._decided = lam, None
+
+    def pays(self, z: Tensor) -> bool:
+        """Whether this step folds. Its first call decides for all of its passes, from the tokens of ``z [..., d_in]``
+        and the pass's :attr:`share`, and folds.
+        """
+        if self._decided is None:
+            self._decided = z.shape[:-1].numel() >= self._least * self.share
+            if self._decided:
+                self.refresh(self._lam)
+        return self._decided
 
     @torch.no_grad()
     def refresh(self, lam: Tensor) -> None:
         """Fold with the coefficients ``lam [K]``."""
+        if not self._weight.numel():
+            self._weight = torch.empty_like(self._linear.weight)
         scaled = self._Bt * (self._owners @ lam.to(self._owners))[:, None]
         torch.addmm(self._linear.weight, scaled.t(), self._A, out=self._weight)
 
@@ -68,9 +106,13 @@ class _FoldedLinear(torch.autograd.Function):
         return dz, dlam, None, None, None, None, None
 
 
-def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool:
-    """What the option ``fold`` comes to. None folds on a CPU, where it has been measured, in dtypes that hold the sum
-    and as long as the merged weights are not large.
+def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool | None:
+    """What the option ``fold`` comes to. None lets every linear and step decide on a CPU, where it has been measured
+    what pays, in dtypes that hold the sum and as long as the merged weights are not large. On a GPU neither the
+    arithmetic of single precision nor the cost of writing a weight anew is known to leave the same margin.
+
+    Returns:
+        True to fold all of ``weights``, None to fold those that a step has the tokens for, False to fold none.
 
     Raises:
         ValueError: if it was asked for and cannot be.
@@ -86,7 +128,8 @@ def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool:
     if asked is not None:
         return asked
     small = sum(weight.numel() * weight.element_size() for weight in weights) <= LIMIT
-    return small and unfit is None and all(weight.device.type == "cpu" for weight in weights)
+    may = small and unfit is None and all(weight.device.type == "cpu" for weight in weights)
+    return None if may else False
 
 
 def _holds_the_sum(weight: Tensor) -> bool:

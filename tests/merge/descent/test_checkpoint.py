@@ -89,6 +89,19 @@ def test_interrupt_saves_and_passes_on(tmp_path):
     assert [entry["step"] for entry in resumed.history] == list(range(40))
 
 
+def test_resume_folds_in_the_same_steps(tmp_path):
+    """Steps of few tokens, which are not folded, and of many, which are: the one that is resumed with may be either."""
+    batches = {task: [*text_batches(1, tokens=2)[task], *text_batches(1)[task]] for task in ("a", "b", "c")}
+    settings = {**SETTINGS, "steps": 6}
+    plain = trajectory(llama(), adapters_for(llama()), batches, **settings)
+    for at in (4, 5):
+        state = tmp_path / str(at)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted = {**batches, "b": Interrupting(batches["b"], at=at)}
+            trajectory(llama(), adapters_for(llama()), interrupted, **settings, state_to=state)
+        same_to_the_bit(trajectory(llama(), adapters_for(llama()), batches, **settings, resume_from=state), plain)
+
+
 def test_resume_replays_iterables_that_shuffle(tmp_path):
     class Shuffled:
         def __init__(self, batches):

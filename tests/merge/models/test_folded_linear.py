@@ -9,7 +9,7 @@ from zoo import build, write_adapter
 
 import nsc_merge
 from nsc_kernels import AdapterBank, merged_lora
-from nsc_merge.models.folded_linear import Folded, should_fold
+from nsc_merge.models.folded_linear import Folded, least_tokens, should_fold
 
 
 @pytest.fixture
@@ -62,7 +62,47 @@ def test_the_course_is_that_of_the_fused_operator(make, options):
     folded = trajectory(model, adapters, batches, fold=True, **options)
     assert folded.coefficients != plain.coefficients
     same_course(folded, plain)
-    assert trajectory(model, adapters, batches, **options).coefficients == folded.coefficients
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """Every folding of a linear, in order."""
+    refresh, seen = Folded.refresh, []
+    monkeypatch.setattr(Folded, "refresh", lambda self, lam: seen.append(self) or refresh(self, lam))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"), [(2, {}), (7, {}), (7, {"batch_tasks": True}), (7, {"checkpointing": True})]
+)
+def test_a_step_folds_if_all_of_its_passes_have_the_tokens(folds, tokens, options):
+    # No pass of two rows has them, and the three passes of a step have with rows of seven.
+    assert 3 * 2 * 2 < least_tokens(32, 32, 9) < 3 * 2 * 7
+    assert 2 * 7 < least_tokens(32, 32, 9)
+    trajectory(llama(), adapters_for(llama()), text_batches(tokens=tokens), steps=1, **options)
+    # q and v of all blocks but the last, in one step and at both ends of the comparison; and the q of the last block
+    # once, before it is known that v takes the same input.
+    assert len(folds) == (3 * 6 + 1 if tokens == 7 else 0)
+
+
+def test_a_linear_is_folded_only_if_it_is_called(layer):
+    linear, bank, lam = layer
+    folded = Folded(linear, bank, always=True)
+    folded.begin(lam)
+    assert folded.pays(torch.empty(0, 12))
+    folded.begin(2 * lam)
+    z = torch.randn(3, 12, dtype=torch.float64)
+    assert folded.pays(z)
+    torch.testing.assert_close(folded(z, 2 * lam), merged_lora(z, bank, 2 * lam, linear(z)), rtol=1e-12, atol=1e-12)
+
+
+def test_steps_of_few_and_of_many_tokens_take_the_course_of_the_fused_operator(folds):
+    few, many = text_batches(1, tokens=2), text_batches(1)
+    batches = {task: [*few[task], *many[task]] for task in TASKS}
+    mixed = trajectory(llama(), adapters_for(llama()), batches)
+    # Two of four steps, and one of the comparison's two batches at either end.
+    assert len(folds) == 6 * (2 + 2)
+    same_course(mixed, trajectory(llama(), adapters_for(llama()), batches, fold=False))
 
 
 def test_biases_stay(tmp_path):
@@ -91,19 +131,19 @@ def test_a_linear_with_hooks_is_called_as_ever():
 
 def test_what_cannot_hold_the_sum_is_not_folded():
     half = torch.zeros(2, 2, dtype=torch.bfloat16)
-    assert not should_fold(None, [half])
+    assert should_fold(None, [half]) is False
     with pytest.raises(ValueError, match=r"fold: expected weights in float32 or float64.*found torch\.bfloat16"):
         should_fold(True, [half])
     single = half.float()
-    assert should_fold(None, [single])
-    assert not should_fold(False, [single])
+    assert should_fold(None, [single]) is None
+    assert should_fold(False, [single]) is False
     with torch.autocast("cpu"):
-        assert not should_fold(None, [single])
+        assert should_fold(None, [single]) is False
         with pytest.raises(ValueError, match=r"found torch\.float32 under autocast"):
             should_fold(True, [single])
     # Two of these are more than a GiB; no memory is taken for them.
     large = torch.empty(1, dtype=torch.float32).expand(2**14, 2**14)
-    assert not should_fold(None, [large, large])
+    assert should_fold(None, [large, large]) is False
     assert should_fold(True, [large, large])
 
 
@@ -111,7 +151,7 @@ def test_what_cannot_hold_the_sum_is_not_folded():
     ("kind", "options"),
     [("llama", {}), ("qwen2", {"checkpointing": True, "fold": False}), ("vit", {"batch_tasks": True})],
 )
-def test_compiled_blocks_take_the_same_course(kind, options):
+def test_compiled_blocks_take_the_same_course(folds, kind, options):
     model = build(kind)
     adapters = adapters_for(model)
     generator = torch.Generator().manual_seed(1)
@@ -119,7 +159,10 @@ def test_compiled_blocks_take_the_same_course(kind, options):
     if kind == "vit":
         batches = {task: [{"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}] for task in TASKS}
     plain = trajectory(model, adapters, batches, **options)
+    eager = len(folds)
+    assert bool(eager) is (options.get("fold") is None)
     compiled = trajectory(model, adapters, batches, compile="aot_eager", **options)
+    assert len(folds) == 2 * eager
     same_course(compiled, plain)
     assert not any("forward" in vars(module) for module in model.modules())
 
