@@ -221,7 +221,7 @@ class Objective:
         raise Ended
 
     def _end_at(self, path: str, z: Tensor) -> tuple[str, str] | None:
-        """The linear at ``path`` and the last measured one, if the forward may end in front of it with the input ``z``."""
+        """The linear at ``path`` and the last measured one, if the forward may end there, where the input is ``z``."""
         if len(self._missing) > 1:
             return None
         (last,) = self._missing

@@ -101,18 +101,18 @@ def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Modul
 
 
 def recomputing() -> bool:
-    """Whether a block runs for the second time, as part of a backward: it has to do what it did in the forward, and what
-    there was to be seen has been seen.
+    """Whether a block runs for the second time, as part of a backward: it has to compute what it did in the forward,
+    and whoever watches it has seen it.
     """
     return getattr(_here, "recomputing", False)
 
 
 @contextmanager
 def recomputed(model: nn.Module, asked: bool | None = None) -> Iterator[None]:
-    """Within it, blocks keep their inputs alone and compute their activations again in the backward, one block at a time.
+    """Within it, blocks keep their inputs alone, and compute their activations again in the backward: one at a time.
 
-    A block is an element of a list of modules. Where weights are offloaded, this is what keeps them so: a graph holds on
-    to the weights that it was made with, and after a forward all of them would be there.
+    A block is an element of a list of modules. Where weights are offloaded, this is what keeps them so: a graph holds
+    the weights that it was made with, and after a forward all of them would be there.
 
     Args:
         model: whose weights are frozen.
@@ -130,7 +130,7 @@ def recomputed(model: nn.Module, asked: bool | None = None) -> Iterator[None]:
 
 @contextmanager
 def one_block_kept() -> Iterator[None]:
-    """Within it, the first block with a gradient is not recomputed: a forward then keeps what a backward holds at most."""
+    """Within it, the first block with a gradient keeps its activations, and a forward what a backward holds at most."""
     _here.kept = False
     try:
         yield

@@ -256,7 +256,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     below: dict[str, Tensor] = {}
     for task in problem.tasks:
         fisher = information(problem, task, paths, batches[task], options)
-        norm = torch.stack([value.norm() for value in fisher.values()]).norm()
+        norm = torch.stack([value.norm().cpu() for value in fisher.values()]).norm()
         adds = options.floor_is == "added"
         size = norm + options.floor if adds else norm
         # A task without any information keeps the floor.

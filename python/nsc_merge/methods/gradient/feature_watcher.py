@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsc_kernels import null_space_ratio
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.methods.method import Problem
-from nsc_merge.methods.task_outputs import last_token
+from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.families import family_of, find_family, scored_paths
@@ -78,7 +78,6 @@ class Watcher:
         kept: dict[str, Tensor] = {}
         ratios: dict[str, Tensor] = {}
         mask = self.mask(batch)
-        home = next(value.device for value in batch.values() if isinstance(value, Tensor))
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
@@ -86,7 +85,7 @@ class Watcher:
             inside = inside.to(ratio)[..., None]
             found = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
             if not recomputing():
-                ratios[path] = found.to(home)
+                ratios[path] = beside(batch, found)
 
         # Measured until the adapters are taken out: a block that is recomputed in the backward is measured there, too.
         for path in self._scored:
@@ -105,7 +104,7 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-        features = [self._matched(feature.to(home), mask) for feature in features]
+        features = [self._matched(beside(batch, feature), mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
 
     def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
