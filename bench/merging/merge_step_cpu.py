@@ -16,7 +16,7 @@ Contenders:
     fused           loop, applying the adapters to every token in the fused operator (fold=False)
     fused_together  the same, all tasks' batches in one pass
     no_early_exit   loop, running the whole model
-    checkpointing   loop, recomputing the blocks before the measured ones
+    checkpointing   loop, recomputing the blocks
     compiled        loop, with the blocks before the measured ones compiled (compile=True)
     compiled_together  the same, all tasks' batches in one pass
     concatenated    adapters concatenated along the rank, eager products; forward hooks for the ratio; whole model

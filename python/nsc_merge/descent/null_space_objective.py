@@ -6,7 +6,7 @@ Exact to rounding, each with a switch so that its worth can be measured:
   same input, once the first forward has shown which they are;
 * the output of a frozen tower in front of the blocks is kept per batch;
 * batches of all tasks run as one pass where their shapes agree, or can be made to by a little padding;
-* blocks without a measured input may recompute their activations in the backward, and may be compiled;
+* blocks may recompute their activations in the backward, and those without a measured input may be compiled;
 * linears that are not measured may be folded with their adapters into one weight per step, where it has the tokens.
 
 Nothing here waits for the device.
@@ -30,12 +30,16 @@ from nsc_merge.descent.coefficients import Coefficients
 from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded, can_fold
-from nsc_merge.models.forward_contexts import blocks_without, without_key_value_cache, wrapped_forward
+from nsc_merge.models.forward_contexts import (
+    Ended,
+    blocks_without,
+    one_block_kept,
+    recomputed,
+    recomputing,
+    without_key_value_cache,
+    wrapped_forward,
+)
 from nsc_merge.utils.memory import free_memory
-
-
-class _Measured(Exception):
-    """No error but a signal, raised inside the forward once everything needed has been measured."""
 
 
 class Objective:
@@ -51,10 +55,10 @@ class Objective:
             counts.
         restrict: makes the model's inputs from a batch; they are the batch itself when None.
         tower: path of the frozen tower whose output may be kept.
-        block: regular expression of a block's path, for ``checkpointing``.
+        block: regular expression of a block's path, for ``compiler``.
         batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
             first step by the memory that one pass takes.
-        checkpointing: recompute the activations of blocks without a measured input in the backward.
+        checkpointing: recompute the activations of blocks in the backward; None where weights are offloaded.
         fold: fold the linears that are not measured with their adapters, once per call of :meth:`accumulate`: True
             all of them, None those that the call has the tokens for, False none.
         compiler: backend of ``torch.compile`` for the blocks without a measured input; None compiles nothing.
@@ -73,7 +77,7 @@ class Objective:
         tower: str | None = None,
         block: str = "",
         batch_tasks: bool | None = None,
-        checkpointing: bool = False,
+        checkpointing: bool | None = None,
         fold: bool | None = False,
         compiler: str | None = None,
         early_exit: bool = True,
@@ -85,7 +89,7 @@ class Objective:
         self._scored = {path: merged[path] for path in shares}
         self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
         self._tower_path = tower
-        self._blocks = blocks_without(model, block, self._scored) if checkpointing or compiler else []
+        self._blocks = blocks_without(model, block, self._scored) if compiler else []
         self._checkpointing, self._compiler = checkpointing, compiler
         self._always_fold = bool(fold)
         self._foldable = {
@@ -108,6 +112,8 @@ class Objective:
         # first one that takes the same input.
         self._inputs: list[tuple[str, Tensor]] = []
         self._exit_at: dict[str, str] = {}
+        # Where the last forward ended, and for which measured linear.
+        self._end: tuple[str, str] | None = None
         self._pass: Pass | None = None
         self._elements = 0
         self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
@@ -129,9 +135,9 @@ class Objective:
                 stack.callback(delattr, module, "folded")
             self._begin_folding()
             for block in self._blocks:
-                if self._compiler:
-                    stack.callback(block.register_forward_pre_hook(_decide_folding, with_kwargs=True).remove)
-                stack.enter_context(wrapped_forward(block, self._checkpointing, self._compiler))
+                stack.callback(block.register_forward_pre_hook(_decide_folding, with_kwargs=True).remove)
+                stack.enter_context(wrapped_forward(block, False, self._compiler))
+            stack.enter_context(recomputed(self._model, self._checkpointing))
             if self._tower is not None:
                 stack.enter_context(self._tower)
             stack.enter_context(without_key_value_cache(self._model))
@@ -194,7 +200,7 @@ class Objective:
     def _forward(self, one: Pass) -> Tensor:
         """Eq. 4 for the tasks of a pass, ``[K]`` with 0 for the others."""
         self.coefficients.spread()
-        self._pass, self._missing, self._inputs = one, set(self._scored), []
+        self._pass, self._missing, self._inputs, self._end = one, set(self._scored), [], None
         self._omega = torch.zeros_like(self._omega)
         self._weights = {key: kept for key, kept in self._weights.items() if key[0] is None}
         for module in self._foldable.values():
@@ -202,7 +208,7 @@ class Objective:
             module.folded.share = one.elements / max(self._elements, 1)
         if self._tower is not None:
             self._tower.now(one)
-        with suppress(_Measured):
+        with suppress(Ended):
             self._model(**one.inputs)
         if self._missing:
             raise RuntimeError(
@@ -212,27 +218,39 @@ class Objective:
 
     def _before(self, path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Before a measured linear or one beside it runs: if only that input is missing, measure it and stop."""
-        if len(self._missing) > 1:
-            return
-        (last,) = self._missing
         z = arguments[0]
-        if path != last and path != self._exit_at.get(last):
-            self._inputs.append((path, z))
+        if not recomputing():
+            self._end = self._end_at(path, z)
+        if self._end is None or path != self._end[0]:
             return
-        if last not in self._exit_at:
-            self._exit_at[last] = next((earlier for earlier, same in self._inputs if same is z), last)
+        last = self._end[1]
         A, Bt, offsets = self._scored[last].bank.packed
         # A few output columns in place of all: the statistics need none, and kernels want at least one, or eight.
         narrow = AdapterBank(A, Bt[:, :8], offsets)
         _, quad, sqnorm = merged_lora_nsc(z, narrow, self._scored[last].lam.detach())
         self._record(last, quad, sqnorm)
-        raise _Measured
+        raise Ended
+
+    def _end_at(self, path: str, z: Tensor) -> tuple[str, str] | None:
+        """The linear at ``path`` and the last measured one, if the forward may end there, where the input is ``z``."""
+        if len(self._missing) > 1:
+            return None
+        (last,) = self._missing
+        if path != last and path != self._exit_at.get(last):
+            self._inputs.append((path, z))
+            return None
+        if last not in self._exit_at:
+            self._exit_at[last] = next((earlier for earlier, same in self._inputs if same is z), last)
+        return path, last
 
     def _record(self, path: str, quad: Tensor, sqnorm: Tensor) -> None:
         weights = self._position_weights(path, sqnorm)
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
-        self._omega = self._omega + means.to(self._device) * self._shares[path]
-        self._missing.discard(path)
+        part = means.to(self._device) * self._shares[path]
+        # A block that is recomputed has to make the same graph, and must not count twice.
+        if not recomputing():
+            self._omega = self._omega + part
+            self._missing.discard(path)
 
     def _position_weights(self, path: str, sqnorm: Tensor) -> Tensor:
         """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""
@@ -300,7 +318,7 @@ class Objective:
                 held[storage.data_ptr()] = storage.nbytes()
             return value
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
             self._forward(max(passes, key=lambda single: single.elements))
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)

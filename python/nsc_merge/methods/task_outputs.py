@@ -46,19 +46,24 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
 
 
 def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
-    """A task's output: of its own function, or the model's logits.
+    """A task's output: of its own function, or the model's logits. On the device of the batch.
 
     Raises:
         ValueError: if there is neither.
     """
     if outputs is not None and task in outputs:
-        return outputs[task](model, batch)
+        return beside(batch, outputs[task](model, batch))
     found = getattr(model(**batch), "logits", None)
     if found is None:
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
         )
-    return found
+    return beside(batch, found)
+
+
+def beside(batch: Batch, value: Tensor) -> Tensor:
+    """A tensor on the device of a batch: of a model on several devices, what it gives may be on another."""
+    return value.to(next((one.device for one in batch.values() if isinstance(one, Tensor)), value.device))
 
 
 def check_likelihood(likelihood: str | Mapping[str, str]) -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from nsc_merge.models.stored_weights import offloading
+
+# What the running thread does: each device has a thread of its own for its part of a backward.
+_here = threading.local()
+
+
+class Ended(Exception):
+    """No error but a signal, raised inside a forward once nothing that comes after is needed."""
 
 
 @contextmanager
@@ -90,17 +100,106 @@ def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Modul
     return found
 
 
+def recomputing() -> bool:
+    """Whether a block runs for the second time, as part of a backward: it has to compute what it did in the forward,
+    and whoever watches it has seen it.
+    """
+    return getattr(_here, "recomputing", False)
+
+
+@contextmanager
+def recomputed(model: nn.Module, asked: bool | None = None) -> Iterator[None]:
+    """Within it, blocks keep their inputs alone, and compute their activations again in the backward: one at a time.
+
+    A block is an element of a list of modules. Where weights are offloaded, this is what keeps them so: a graph holds
+    the weights that it was made with, and after a forward all of them would be there.
+
+    Args:
+        model: whose weights are frozen.
+        asked: True is for all blocks, False for none; None for those with offloaded weights.
+    """
+    chosen = [block for block in _blocks(model) if asked or (asked is None and _is_offloaded(block))]
+    with ExitStack() as stack:
+        if chosen:
+            # A second run would add its keys and values to those of the first.
+            stack.enter_context(without_key_value_cache(model))
+        for block in chosen:
+            stack.enter_context(wrapped_forward(block, True, None))
+        yield
+
+
+@contextmanager
+def one_block_kept() -> Iterator[None]:
+    """Within it, the first block with a gradient keeps its activations, and a forward what a backward holds at most."""
+    _here.kept = False
+    try:
+        yield
+    finally:
+        del _here.kept
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    found: dict[nn.Module, None] = {}
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            found[child] = None
+        else:
+            found.update(dict.fromkeys(_blocks(child)))
+    return list(found)
+
+
+def _is_offloaded(block: nn.Module) -> bool:
+    return any(offloading(module) is not None for module in block.modules())
+
+
 @contextmanager
 def wrapped_forward(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
     own = vars(block).get("forward")
     forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
     if checkpointing:
-        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        # Stopped before its end, an offloaded block would never put the last of its weights away.
+        forward = functools.partial(_computed_twice, forward, not _is_offloaded(block))
     block.forward = forward
     try:
         yield
     finally:
         restore_forward(block, own)
+
+
+def _computed_twice(forward: Callable[..., Any], early_stop: bool, /, *args: Any, **inputs: Any) -> Any:
+    """What ``forward`` returns, with a graph that runs it again.
+
+    Args:
+        early_stop: whether the second run may end once it has what the backward needs.
+    """
+    if getattr(_here, "kept", None) is False:
+        output = forward(*args, **inputs)
+        _here.kept = getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", True)
+        return output
+    ended = False
+
+    def run(*args: Any, **inputs: Any) -> Any:
+        nonlocal ended
+        try:
+            return forward(*args, **inputs)
+        except Ended:
+            # An exception would leave the checkpoint unfinished.
+            ended = True
+
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": early_stop}
+    output = checkpoint(run, *args, context_fn=lambda: (nullcontext(), _again()), **settings, **inputs)
+    if ended:
+        raise Ended
+    return output
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    _here.recomputing = True
+    try:
+        yield
+    finally:
+        _here.recomputing = False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from nsc_merge.models.architecture import Architecture, architecture_of
+from nsc_merge.models.offloaded import load_over_devices
 from nsc_merge.models.placement import Placement, device_of
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
@@ -40,7 +42,8 @@ def load_model(
 ) -> nn.Module:
     """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
 
-    Its weights are in memory of their own: what happens to the files later does not reach them.
+    Its weights are in memory of their own: what happens to the files later does not reach them. Those that
+    ``placement.device_map`` leaves on disk are read from the files whenever they are needed.
 
     Args:
         name: folder or hub id.
@@ -97,6 +100,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    if placement.device_map is not None:
+        return load_over_devices(partial(from_pretrained, architecture, dtype=dtype), placement)
     model = from_pretrained(architecture, dtype=dtype).to(device)
     if device.type == "cpu":
         _unmap(model)

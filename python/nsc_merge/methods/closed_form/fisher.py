@@ -30,6 +30,7 @@ from nsc_merge.methods.task_outputs import (
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
 from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
+from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
@@ -123,8 +124,9 @@ def information(
     def keep(path: str, z: Tensor, y: Tensor) -> Tensor:
         # Where nothing before has a gradient, the output itself is where the graph starts.
         y = y if y.requires_grad else y.detach().requires_grad_()
-        inputs.setdefault(path, []).append(z.detach())
-        outputs.setdefault(path, []).append(y)
+        if not recomputing():
+            inputs.setdefault(path, []).append(z.detach())
+            outputs.setdefault(path, []).append(y)
         return y
 
     generator = torch.Generator().manual_seed(options.seed)
@@ -254,7 +256,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     below: dict[str, Tensor] = {}
     for task in problem.tasks:
         fisher = information(problem, task, paths, batches[task], options)
-        norm = torch.stack([value.norm() for value in fisher.values()]).norm()
+        norm = torch.stack([value.norm().cpu() for value in fisher.values()]).norm()
         adds = options.floor_is == "added"
         size = norm + options.floor if adds else norm
         # A task without any information keeps the floor.

@@ -63,8 +63,8 @@ def grams(
     mask: list[Tensor | None] = [None]
 
     def record(path: str, z: Tensor) -> None:
-        real = mask[0]
-        flat = z[real.bool()] if real is not None and real.shape == z.shape[:-1] else z.reshape(-1, z.shape[-1])
+        real = None if mask[0] is None else mask[0].bool().to(z.device)
+        flat = z[real] if real is not None and real.shape == z.shape[:-1] else z.reshape(-1, z.shape[-1])
         flat = flat.double()
         sums[path] = flat.t() @ flat if path not in sums else sums[path].addmm_(flat.t(), flat)
         counts[path] += len(flat)

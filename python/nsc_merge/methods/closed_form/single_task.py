@@ -10,7 +10,7 @@ from typing import Any
 from nsc_merge.calibration.batches import Batch, streams
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
-from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.forward_contexts import evaluating, recomputed
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def alone(problem: Problem, task: str) -> Iterator[Any]:
     with (
         evaluating(problem.model),
         attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
+        recomputed(problem.model),
     ):
         yield merged
 

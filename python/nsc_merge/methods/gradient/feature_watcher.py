@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from nsc_kernels import null_space_ratio
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.methods.method import Problem
-from nsc_merge.methods.task_outputs import last_token
+from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.models.forward_contexts import recomputing
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,15 @@ class Watcher:
             ratio = null_space_ratio(quad, sqnorm)
             inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
             inside = inside.to(ratio)[..., None]
-            ratios[path] = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
+            found = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
+            if not recomputing():
+                ratios[path] = beside(batch, found)
 
+        # Measured until the adapters are taken out: a block that is recomputed in the backward is measured there, too.
+        for path in self._scored:
+            module: Any = self._model.get_submodule(path)
+            module.measure = record
         with ExitStack() as stack:
-            for path in self._scored:
-                module: Any = self._model.get_submodule(path)
-                module.measure = record
-                stack.callback(setattr, module, "measure", None)
             for path in self._places or ():
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
@@ -101,7 +104,7 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-        features = [self._matched(feature, mask) for feature in features]
+        features = [self._matched(beside(batch, feature), mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
 
     def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:

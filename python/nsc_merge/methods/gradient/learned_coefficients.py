@@ -19,7 +19,7 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
-from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.forward_contexts import evaluating, recomputed
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
@@ -32,7 +32,11 @@ def attached(problem: Problem, options: SharedDescentOptions) -> Iterator[Bounde
         ValueError: if ``init`` does not have one value for each task.
     """
     options.check_tasks(problem.tasks)
-    with evaluating(problem.model), attach(problem.model, problem.adapters, options.init) as merged:
+    with (
+        evaluating(problem.model),
+        attach(problem.model, problem.adapters, options.init) as merged,
+        recomputed(problem.model),
+    ):
         yield BoundedCoefficients(merged, options.clamp)
 
 

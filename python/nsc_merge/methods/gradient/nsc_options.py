@@ -52,7 +52,8 @@ class NSCOptions(DescentOptions):
         batch_tasks: run the batches of all tasks as one pass where their shapes agree, with a little padding
             where only their lengths differ; None does so where memory allows and pads small batches only, for
             which it is faster. The gradient is the same.
-        checkpointing: keep no activations of the blocks before the measured ones but compute them twice.
+        checkpointing: keep no activations of the blocks but compute them twice, one block at a time. None does so in
+            blocks whose weights are offloaded (``device_map``), which would otherwise all stay until the backward.
         fold: add the adapters to the weights of linears that are not measured once per step, instead of applying
             them to every token: half of their arithmetic, for a copy of those weights. The same to rounding. None
             does so on a CPU in float32 and float64, up to 1 GiB of copies.
@@ -76,7 +77,7 @@ class NSCOptions(DescentOptions):
     include_pad: bool = False
     modality: str = "joint"
     batch_tasks: bool | None = None
-    checkpointing: bool = False
+    checkpointing: bool | None = None
     fold: bool | None = None
     compile: bool | str = False
     early_exit: bool = True
@@ -93,7 +94,7 @@ class NSCOptions(DescentOptions):
             ("include_pad", (True, False)),
             ("modality", MODALITIES),
             ("batch_tasks", (True, False, None)),
-            ("checkpointing", (True, False)),
+            ("checkpointing", (True, False, None)),
             ("fold", (True, False, None)),
             ("early_exit", (True, False)),
             ("cache_prefix", (True, False)),
