@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.calibration.forward_passes import Pass, one_by_one
+from nsc_merge.calibration.forward_passes import Pass, one_by_one, split
 from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.processes.group import current
 
 # Steps between two looks at the data held out.
 HELD_OUT_EVERY = 10
@@ -33,6 +34,9 @@ class Losses:
         held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
+        shared: whether ``backward`` can run a process's part of a pass: losses and gradients of a pass with a
+            :attr:`~nsc_merge.calibration.forward_passes.Pass.part` are then those of its rows, weighted so that they
+            add up over the processes to those of the whole. Otherwise every process does all of the work.
     """
 
     coefficients: BoundedCoefficients
@@ -41,6 +45,7 @@ class Losses:
     warm_up: float
     held_out: Callable[[], float] | None = None
     batch_tasks: bool | None = False
+    shared: bool = False
     _steps: int = 0
     _best: tuple[float, Tensor] | None = None
 
@@ -50,6 +55,8 @@ class Losses:
         if self._steps % HELD_OUT_EVERY == 0:
             self.look()
         total = self._run(drawn)
+        if self.shared:
+            total = self.coefficients.add_up(total)
         if self._steps < self.warm_up:
             assert flat.grad is not None
             if self._steps == 0 and math.isfinite(self.warm_up):
@@ -63,12 +70,16 @@ class Losses:
     @torch.no_grad()
     def measure(self, drawn: Sequence[Batch]) -> Tensor:
         """What :meth:`accumulate` returns, and no gradient."""
-        return self._run(drawn)
+        total = self._run(drawn)
+        if self.shared:
+            current().add([total])
+        return total
 
     def _run(self, drawn: Sequence[Batch]) -> Tensor:
         flat = self.coefficients.flat
         total = flat.new_zeros(flat.shape[1])
-        for one in one_by_one(drawn, flat.device):
+        passes = one_by_one(drawn, flat.device)
+        for one in split(passes, current()) if self.shared else passes:
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)
         return total

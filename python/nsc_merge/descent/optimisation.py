@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.checkpoint import State, random_states, restore_random_states
+from nsc_merge.processes.group import current
 from nsc_merge.utils.progress import Progress
 
 # Steps between two readings of what happened on the device. A step itself never waits for it.
@@ -144,7 +145,8 @@ class Optimisation:
         if self._stalled(self._begin):
             return
         try:
-            with Progress(self._label, settings.steps - self._begin, settings.progress) as bar:
+            show = settings.progress if current().is_main else False
+            with Progress(self._label, settings.steps - self._begin, show) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
@@ -298,7 +300,7 @@ class Optimisation:
         return {**copies, **random_states(self._lam.device)}
 
     def _save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        if self._settings.state_to is None:
+        if self._settings.state_to is None or not current().is_main:
             return
         batched = bool(self._objective.batch_tasks)
         on_host = {name: value.cpu() for name, value in tensors.items()}

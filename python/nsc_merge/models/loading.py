@@ -13,6 +13,7 @@ from torch import nn
 
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.placement import Placement, device_of
+from nsc_merge.models.sharded import settled, sharding
 from nsc_merge.utils.provenance import hashes, marks
 
 
@@ -92,6 +93,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    if placement.shards and (settings := sharding(architecture, placement)):
+        return settled(from_pretrained(architecture, dtype=dtype, **settings))
     model = from_pretrained(architecture, dtype=dtype).to(device)
     if device.type == "cpu":
         _unmap(model)
