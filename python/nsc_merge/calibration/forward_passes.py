@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.processes.group import Group
+from nsc_merge.processes.group import Group, current
 
 # Padding may add this share of the tokens that are there: it costs as much as they do, and saves what a pass costs
 # whatever its size. Measured on a CPU (d = 512, 13 % added): batches of about 50 tokens take 0.80 of the time of passes
@@ -184,7 +184,7 @@ def concatenated(passes: Sequence[Pass], padding: Padding | None = None) -> list
     return [_concatenate(group, padding) if len(group) > 1 else group[0] for group in groups]
 
 
-def split(passes: Sequence[Pass], group: Group) -> list[Pass]:
+def split(passes: Sequence[Pass], group: Group, *, alike: bool = True) -> list[Pass]:
     """What this process runs of ``passes``, which all processes of ``group`` hold in the same order.
 
     Every process gets equally many, so that processes that gather the same weights at the same layers never wait for
@@ -192,6 +192,12 @@ def split(passes: Sequence[Pass], group: Group) -> list[Pass]:
     whose inputs have no common rows, are dealt out whole, one to each process in turn; a process that none is left for
     runs another's, which then does not count (:attr:`Part.counts`): it must go through forward and backward as if it
     did.
+
+    Args:
+        passes: of the whole work.
+        group: the processes that share it.
+        alike: whether passes that are not cut run the same forwards, so that processes may run different ones at the
+            same time; otherwise all run the same, which counts in one of them.
 
     What is measured must be added up over the processes, weighted by :attr:`Pass.share` or :meth:`Pass.mine`; see
     :meth:`nsc_merge.processes.group.Group.add`.
@@ -207,11 +213,25 @@ def split(passes: Sequence[Pass], group: Group) -> list[Pass]:
         own = slice(rows * group.rank // group.size, rows * (group.rank + 1) // group.size)
         inputs = {name: value[own] if isinstance(value, Tensor) else value for name, value in one.inputs.items()}
         parts.append(replace(one, inputs=inputs, part=Part(one.inputs, own, rows)))
+    if not alike:
+        for number, one in enumerate(uncut):
+            parts.append(replace(one, part=Part(one.inputs, counts=number % group.size == group.rank)))
+        return parts
     for first in range(0, len(uncut), group.size):
         dealt = uncut[first : first + group.size]
         one = dealt[min(group.rank, len(dealt) - 1)]
         parts.append(replace(one, part=Part(one.inputs, counts=group.rank < len(dealt))))
     return parts
+
+
+def of_the_whole(one: Pass, value: Tensor) -> Tensor:
+    """What ``value``, measured on a process's part of a pass and weighted by it, adds up to over the processes that
+    hold the other parts; without its gradient.
+    """
+    value = value.detach().clone()
+    if one.part is not None and one.part.rows is not None:
+        current().add([value])
+    return value
 
 
 def _cuttable_rows(inputs: Mapping[str, Any]) -> int | None:

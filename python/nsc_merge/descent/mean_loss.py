@@ -17,8 +17,16 @@ from nsc_merge.processes.group import current
 # Steps between two looks at the data held out.
 HELD_OUT_EVERY = 10
 # Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
-# of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached.
+# of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached. Of a pass that
+# is a process's part of one, both are weighted so that they add up over the processes to those of the whole.
 Backward = Callable[[Pass], Tensor]
+
+
+def parts_of(passes: Sequence[Pass], *, alike: bool = True) -> list[Pass]:
+    """What this process runs of the passes of a loss, which runs the models of a pass's tasks, too; ``alike`` is False
+    where it runs nothing for some tasks.
+    """
+    return split(passes, current(), alike=alike and len({len(one.tasks[0]) for one in passes}) == 1)
 
 
 @dataclass
@@ -34,9 +42,7 @@ class Losses:
         held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
-        shared: whether ``backward`` can run a process's part of a pass: losses and gradients of a pass with a
-            :attr:`~nsc_merge.calibration.forward_passes.Pass.part` are then those of its rows, weighted so that they
-            add up over the processes to those of the whole. Otherwise every process does all of the work.
+        alike: whether ``backward`` runs something for every task.
     """
 
     coefficients: BoundedCoefficients
@@ -45,7 +51,7 @@ class Losses:
     warm_up: float
     held_out: Callable[[], float] | None = None
     batch_tasks: bool | None = False
-    shared: bool = False
+    alike: bool = True
     _steps: int = 0
     _best: tuple[float, Tensor] | None = None
 
@@ -54,9 +60,7 @@ class Losses:
         flat = self.coefficients.flat
         if self._steps % HELD_OUT_EVERY == 0:
             self.look()
-        total = self._run(drawn)
-        if self.shared:
-            total = self.coefficients.add_up(total)
+        total = self.coefficients.add_up(self._run(drawn))
         if self._steps < self.warm_up:
             assert flat.grad is not None
             if self._steps == 0 and math.isfinite(self.warm_up):
@@ -71,15 +75,13 @@ class Losses:
     def measure(self, drawn: Sequence[Batch]) -> Tensor:
         """What :meth:`accumulate` returns, and no gradient."""
         total = self._run(drawn)
-        if self.shared:
-            current().add([total])
+        current().add([total])
         return total
 
     def _run(self, drawn: Sequence[Batch]) -> Tensor:
         flat = self.coefficients.flat
         total = flat.new_zeros(flat.shape[1])
-        passes = one_by_one(drawn, flat.device)
-        for one in split(passes, current()) if self.shared else passes:
+        for one in parts_of(one_by_one(drawn, flat.device), alike=self.alike):
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)
         return total
