@@ -36,7 +36,7 @@ def started() -> Iterator[Group]:
     CPUs. A process that was started by itself is alone.
 
     A launcher asks the others to end when it lost one: the first such request raises a KeyboardInterrupt, as Ctrl-C
-    does, and later ones are not heard.
+    does, and later ones are not heard. Nor is any after an error, so that the process can still say what it was.
     """
     if not launched():
         yield Group()
@@ -49,11 +49,13 @@ def started() -> Iterator[Group]:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LIMIT)
         with together(torch.distributed.group.WORLD) as group:
             yield group
-        # Not after an error: it would wait for what the others never send.
-        torch.distributed.destroy_process_group()
-    finally:
-        for request, handler in before.items():
-            signal.signal(request, handler)
+    except BaseException:
+        _listen_no_more()
+        raise
+    # Not after an error: it would wait for what the others never send.
+    torch.distributed.destroy_process_group()
+    for request, handler in before.items():
+        signal.signal(request, handler)
 
 
 @contextmanager
@@ -71,6 +73,10 @@ def undisturbed() -> Iterator[None]:
 
 
 def _end(*_: Any) -> None:
+    _listen_no_more()
+    raise KeyboardInterrupt
+
+
+def _listen_no_more() -> None:
     for request in _REQUESTS:
         signal.signal(request, signal.SIG_IGN)
-    raise KeyboardInterrupt
