@@ -31,7 +31,7 @@ from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded, can_fold
 from nsc_merge.models.forward_contexts import blocks_without, ended_by, without_key_value_cache, wrapped_forward
-from nsc_merge.models.sharded import has_units_inside, is_unit, reshard
+from nsc_merge.models.sharded import gather_for_backward, has_units_inside, is_unit, reshard
 from nsc_merge.processes.group import current
 from nsc_merge.utils.memory import free_memory
 
@@ -106,6 +106,7 @@ class Objective:
         }
         self._tasks = self.coefficients.flat.shape[1]
         self._missing: set[str] = set()
+        self._latest = ""
         # Linears run since all but one input are measured, with their inputs; and, per last measured linear, the
         # first one that takes the same input.
         self._inputs: list[tuple[str, Tensor]] = []
@@ -163,6 +164,7 @@ class Objective:
             omega = self._forward(one)
             # What is measured in front of every adapter depends on no coefficient.
             if omega.requires_grad:
+                gather_for_backward(self._model, self._latest)
                 (omega.sum() / self._tasks).backward()
             total += omega.detach()
         return self.coefficients.add_up(total)
@@ -231,6 +233,7 @@ class Objective:
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
         self._omega = self._omega + means.to(self._device) * self._shares[path]
         self._missing.discard(path)
+        self._latest = path
 
     def _position_weights(self, path: str, sqnorm: Tensor) -> Tensor:
         """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""

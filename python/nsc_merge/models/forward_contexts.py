@@ -73,8 +73,8 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ended_by(model: nn.Module, signal: type[Exception]) -> Iterator[None]:
-    """Within it, a forward of ``model`` that ``signal`` breaks off returns None, so that whatever stands around it, such
-    as FSDP2's gathering of weights, comes to its own end.
+    """Within it, a forward of ``model`` that ``signal`` breaks off returns None, so that whatever stands around it,
+    such as FSDP2's gathering of weights, comes to its own end.
     """
     own = vars(model).get("forward")
     forward = model.forward

@@ -1,4 +1,5 @@
-"""A base model in shards: every process holds a part of each weight, and gathers a block's whenever it runs (FSDP2).
+"""A base model in shards: every process holds a part of each weight, and gathers a block's whenever it runs (FSDP2,
+``torch.distributed.fsdp.fully_shard``).
 
 transformers shards and reads: each process reads its own part of every tensor, no more, with all its renamings of older
 checkpoints. What is here says where to cut, and what a model in shards can and cannot do.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 
 from nsc_merge.models.architecture import Architecture
 from nsc_merge.models.families import find_family
+from nsc_merge.models.forward_contexts import ended_by
 from nsc_merge.models.placement import Placement
 from nsc_merge.processes.group import current
 
@@ -66,15 +69,52 @@ def is_unit(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def is_gathered(model: nn.Module, path: str) -> bool:
-    """Whether the weights of the module at a path are whole while it runs, because it lies in a unit of FSDP2."""
+def unit_of(model: nn.Module, path: str) -> nn.Module | None:
+    """The unit that gathers the weights of the module at a path, if it lies in one: the innermost around it."""
     parts = path.split(".")
-    return any(is_unit(model.get_submodule(".".join(parts[:count]))) for count in range(len(parts) + 1))
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1))
+    return next((module for module in around if is_unit(module)), None)
+
+
+def gather_for_backward(model: nn.Module, path: str) -> None:
+    """Make the weights whole again of the unit around the module at a path, for a backward that begins inside of it:
+    FSDP2 sees one only where it passes the unit's output.
+    """
+    unit: Any = unit_of(model, path)
+    if unit is not None:
+        unit.unshard()
 
 
 def has_units_inside(module: nn.Module) -> bool:
     """Whether processes meet inside of ``module``, so that none of them may leave its forward out by itself."""
     return any(is_unit(part) for part in module.modules() if part is not module)
+
+
+class _Reached(Exception):
+    """No error but a signal: the part has its output."""
+
+
+def output_of(model: nn.Module, part: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What ``part`` returns when ``model`` runs on ``inputs``, no further than that; where the weights are whole,
+    ``part`` is called by itself, so it must take the inputs of the model.
+
+    A part of a model in shards cannot be called by itself: the root would not gather what lies in no other unit.
+    """
+    if not is_unit(model) or part is model:
+        return part(**inputs)
+    found = []
+
+    def reached(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    hook = part.register_forward_hook(reached)
+    try:
+        with ended_by(model, _Reached):
+            model(**inputs)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def reshard(model: nn.Module) -> None:
