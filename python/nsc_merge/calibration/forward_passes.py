@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsc_merge.calibration.batches import Batch
+from nsc_merge.processes.group import Group, current
 
 # Padding may add this share of the tokens that are there: it costs as much as they do, and saves what a pass costs
 # whatever its size. Measured on a CPU (d = 512, 13 % added): batches of about 50 tokens take 0.80 of the time of passes
@@ -64,6 +65,29 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one of several processes runs of a pass.
+
+    Attributes:
+        inputs: of the whole pass, the same in every process.
+        rows: those that this process runs; None where the inputs were not cut by rows, so that it runs them all.
+        total: how many rows there are; None likewise.
+        counts: False where the process runs them only because the others run something meanwhile: whatever it finds
+            must weigh nothing.
+    """
+
+    inputs: dict[str, Any]
+    rows: slice | None = None
+    total: int | None = None
+    counts: bool = True
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for parts of passes of one shape that are weighted alike."""
+        return (self.rows and (self.rows.start, self.rows.stop), self.total, self.counts)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One forward.
 
@@ -73,6 +97,8 @@ class Pass:
         tasks: per source, the numbers of the tasks that it belongs to.
         sizes: per source, its rows; None where the inputs were not concatenated and need not have rows.
         inside: ``[rows, tokens]`` bool, False where concatenating added padding; None where it added none.
+        part: where several processes share the work, what this one runs: then ``inputs`` are of its rows alone, and
+            everything else is of the whole pass, as :attr:`whole` is.
     """
 
     inputs: dict[str, Any]
@@ -80,6 +106,33 @@ class Pass:
     tasks: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...] | None = None
     inside: Tensor | None = None
+    part: Part | None = None
+
+    @property
+    def whole(self) -> Mapping[str, Any]:
+        """The inputs of all processes together."""
+        return self.inputs if self.part is None else self.part.inputs
+
+    @property
+    def share(self) -> float:
+        """The part of all rows that this process runs; all processes' shares add up to 1. A mean over rows, times
+        this, adds up over the processes to the mean over all of them.
+        """
+        if self.part is None or not self.part.counts:
+            return 1.0 if self.part is None else 0.0
+        if self.part.rows is None or not self.part.total:
+            return 1.0
+        return (self.part.rows.stop - self.part.rows.start) / self.part.total
+
+    def mine(self, values: Tensor) -> Tensor:
+        """This process's rows of ``values [rows, ...]``, which are of the whole pass; zero where they must not count.
+        Weights that add up to 1 over the whole pass do so over the processes then.
+        """
+        if self.part is None:
+            return values
+        if not self.part.counts:
+            values = torch.zeros_like(values)
+        return values if self.part.rows is None else values[self.part.rows]
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -129,6 +182,62 @@ def concatenated(passes: Sequence[Pass], padding: Padding | None = None) -> list
         else:
             group.append(single)
     return [_concatenate(group, padding) if len(group) > 1 else group[0] for group in groups]
+
+
+def split(passes: Sequence[Pass], group: Group, *, alike: bool = True) -> list[Pass]:
+    """What this process runs of ``passes``, which all processes of ``group`` hold in the same order.
+
+    Every process gets equally many, so that processes that gather the same weights at the same layers never wait for
+    one that has finished. Passes of at least as many rows as there are processes are cut by rows. The others, and those
+    whose inputs have no common rows, are dealt out whole, one to each process in turn; a process that none is left for
+    runs another's, which then does not count (:attr:`Part.counts`): it must go through forward and backward as if it
+    did.
+
+    Args:
+        passes: of the whole work.
+        group: the processes that share it.
+        alike: whether passes that are not cut run the same forwards, so that processes may run different ones at the
+            same time; otherwise all run the same, which counts in one of them.
+
+    What is measured must be added up over the processes, weighted by :attr:`Pass.share` or :meth:`Pass.mine`; see
+    :meth:`nsc_merge.processes.group.Group.add`.
+    """
+    if group.size == 1:
+        return list(passes)
+    parts, uncut = [], []
+    for one in passes:
+        rows = _cuttable_rows(one.inputs)
+        if rows is None or rows < group.size:
+            uncut.append(one)
+            continue
+        own = slice(rows * group.rank // group.size, rows * (group.rank + 1) // group.size)
+        inputs = {name: value[own] if isinstance(value, Tensor) else value for name, value in one.inputs.items()}
+        parts.append(replace(one, inputs=inputs, part=Part(one.inputs, own, rows)))
+    if not alike:
+        for number, one in enumerate(uncut):
+            parts.append(replace(one, part=Part(one.inputs, counts=number % group.size == group.rank)))
+        return parts
+    for first in range(0, len(uncut), group.size):
+        dealt = uncut[first : first + group.size]
+        one = dealt[min(group.rank, len(dealt) - 1)]
+        parts.append(replace(one, part=Part(one.inputs, counts=group.rank < len(dealt))))
+    return parts
+
+
+def of_the_whole(one: Pass, value: Tensor) -> Tensor:
+    """What ``value``, measured on a process's part of a pass and weighted by it, adds up to over the processes that
+    hold the other parts; without its gradient.
+    """
+    value = value.detach().clone()
+    if one.part is not None and one.part.rows is not None:
+        current().add([value])
+    return value
+
+
+def _cuttable_rows(inputs: Mapping[str, Any]) -> int | None:
+    """How many rows inputs have that can be told apart by row: of lists nobody knows what belongs to which."""
+    plain = all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in inputs.values())
+    return _rows(inputs) if plain else None
 
 
 def _fits(group: Sequence[Pass], single: Pass, padding: Padding | None) -> bool:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsc_merge.commands.terminal import log, prepare
+
+if TYPE_CHECKING:
+    from nsc_merge.processes.group import Group
+    from nsc_merge.recipes.merge_recipe import Recipe
 
 _RUN = """\
 Merges as a YAML recipe says:
@@ -50,6 +55,9 @@ resuming and exporting then compare; digests are kept in ~/.cache/nsc_merge.
 
 Method nsc keeps the state of a run beside the output folder, from which --resume goes
 on with the same recipe and files.
+
+Several GPUs, or machines that see the same files, share a merge and hold a part of the base
+each:  torchrun --nproc-per-node 8 -m nsc_merge run recipe.yaml
 """
 
 
@@ -79,26 +87,46 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.overrides = [*arguments.overrides, "full_hash=true"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     prepare(local=recipe.local)
+    from nsc_merge.processes.group import Group
+    from nsc_merge.processes.launch import launched_rank, started
+    from nsc_merge.recipes.run import shares_work
+
+    if shares_work(recipe):
+        with started() as group:
+            return _share(arguments, recipe, group)
+    return _share(arguments, recipe, Group()) if launched_rank() == 0 else 0
+
+
+def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
+    """This process's part; the first of a group speaks for all."""
     from nsc_merge.methods import method_of
     from nsc_merge.recipes.dry_run import plan, render_plan
     from nsc_merge.recipes.run import run, state_file
 
+    if not group.is_main:
+        logging.getLogger("nsc_merge").setLevel(logging.ERROR)
+    tell = log if group.is_main else _keep_quiet
     if arguments.dry_run:
-        found = plan(recipe, log, resume=arguments.resume)
-        print(json.dumps(found) if arguments.json else render_plan(found))
+        found = plan(recipe, tell, resume=arguments.resume)
+        if group.is_main:
+            print(json.dumps(found) if arguments.json else render_plan(found))
         return 0
     try:
-        summary = run(recipe, resume=arguments.resume, log=log)
-    except KeyboardInterrupt:
+        summary = run(recipe, resume=arguments.resume, log=tell)
+    except (KeyboardInterrupt, RuntimeError) as error:
         state = state_file(recipe)
-        if method_of(recipe.method).resumable and state.is_file():
+        ended = isinstance(error, KeyboardInterrupt) or group.size > 1
+        if ended and method_of(recipe.method).resumable and state.is_file():
             again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
-            log(f"the state is in {state}; go on with: {again}")
+            tell(f"the state is in {state}; go on with: {again}" + _by_the_launcher(group))
         raise
+    if summary is None:
+        return 0
     if arguments.json:
         print(json.dumps(summary))
         return 0
-    print(f"written to {summary['out']}: {', '.join(summary['files'])}")
+    by = f" by {group.size} processes" if group.size > 1 else ""
+    print(f"written to {summary['out']}{by}: {', '.join(summary['files'])}")
     for note in summary.get("serving", ()):
         print(note)
     if "truncation" in summary:
@@ -107,3 +135,11 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{summary['truncation']['max']:.3g} at most"
         )
     return 0
+
+
+def _by_the_launcher(group: Group) -> str:
+    return ", started like this run, in any number of processes" if group.size > 1 else ""
+
+
+def _keep_quiet(_: str) -> None:
+    """In place of a log, in a process that another speaks for."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.models.attachment import MeasuredLoRALinear
+from nsc_merge.processes.group import current
 
 
 class Coefficients:
@@ -32,6 +33,17 @@ class Coefficients:
         """Give every module its row of ``values [modules, K]``."""
         for module, row in zip(self._modules, values.unbind(0), strict=True):
             module.lam = row.to(module.bank.device)
+
+    def add_up(self, total: Tensor) -> Tensor:
+        """Where several processes share the work, make the gradient, which was zero before this step, and ``total`` the
+        sums over them, by one exchange. Returns ``total``.
+        """
+        group = current()
+        if group.size > 1:
+            if self.flat.grad is None:
+                self.flat.grad = torch.zeros_like(self.flat)
+            group.add([self.flat.grad, total])
+        return total
 
 
 class BoundedCoefficients(Coefficients):

@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.calibration.forward_passes import Pass, one_by_one
+from nsc_merge.calibration.forward_passes import Pass, one_by_one, split
 from nsc_merge.descent.coefficients import BoundedCoefficients
+from nsc_merge.processes.group import current
 
 # Steps between two looks at the data held out.
 HELD_OUT_EVERY = 10
 # Runs one pass for the tasks that drew its batch, adds the gradients of the sum of their losses divided by the number
-# of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached.
+# of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached. Of a pass that
+# is a process's part of one, both are weighted so that they add up over the processes to those of the whole.
 Backward = Callable[[Pass], Tensor]
+
+
+def parts_of(passes: Sequence[Pass], *, alike: bool = True) -> list[Pass]:
+    """What this process runs of the passes of a loss, which runs the models of a pass's tasks, too; ``alike`` is False
+    where it runs nothing for some tasks.
+    """
+    return split(passes, current(), alike=alike and len({len(one.tasks[0]) for one in passes}) == 1)
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Losses:
         held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
+        alike: whether ``backward`` runs something for every task.
     """
 
     coefficients: BoundedCoefficients
@@ -41,6 +51,7 @@ class Losses:
     warm_up: float
     held_out: Callable[[], float] | None = None
     batch_tasks: bool | None = False
+    alike: bool = True
     _steps: int = 0
     _best: tuple[float, Tensor] | None = None
 
@@ -49,7 +60,7 @@ class Losses:
         flat = self.coefficients.flat
         if self._steps % HELD_OUT_EVERY == 0:
             self.look()
-        total = self._run(drawn)
+        total = self.coefficients.add_up(self._run(drawn))
         if self._steps < self.warm_up:
             assert flat.grad is not None
             if self._steps == 0 and math.isfinite(self.warm_up):
@@ -63,12 +74,14 @@ class Losses:
     @torch.no_grad()
     def measure(self, drawn: Sequence[Batch]) -> Tensor:
         """What :meth:`accumulate` returns, and no gradient."""
-        return self._run(drawn)
+        total = self._run(drawn)
+        current().add([total])
+        return total
 
     def _run(self, drawn: Sequence[Batch]) -> Tensor:
         flat = self.coefficients.flat
         total = flat.new_zeros(flat.shape[1])
-        for one in one_by_one(drawn, flat.device):
+        for one in parts_of(one_by_one(drawn, flat.device), alike=self.alike):
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)
         return total

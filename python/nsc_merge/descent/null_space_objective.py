@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, one_by_one
+from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, one_by_one, split
 from nsc_merge.descent.coefficients import Coefficients
 from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
@@ -33,12 +33,15 @@ from nsc_merge.models.folded_linear import Folded, can_fold
 from nsc_merge.models.forward_contexts import (
     Ended,
     blocks_without,
+    ended_by,
     one_block_kept,
     recomputed,
     recomputing,
     without_key_value_cache,
     wrapped_forward,
 )
+from nsc_merge.models.sharded import gather_for_backward, has_units_inside, is_unit, reshard
+from nsc_merge.processes.group import current
 from nsc_merge.utils.memory import free_memory
 
 
@@ -87,7 +90,9 @@ class Objective:
         self._model, self._mask, self._early_exit = model, mask, early_exit
         self._padding, self._restrict = padding, restrict
         self._scored = {path: merged[path] for path in shares}
-        self._tower = TowerCache(model.get_submodule(tower)) if tower is not None else None
+        # A process that answers from its cache would leave the others waiting inside of the tower.
+        cached = tower is not None and not has_units_inside(model.get_submodule(tower))
+        self._tower = TowerCache(model.get_submodule(tower)) if tower is not None and cached else None
         self._tower_path = tower
         self._blocks = blocks_without(model, block, self._scored) if compiler else []
         self._checkpointing, self._compiler = checkpointing, compiler
@@ -108,6 +113,7 @@ class Objective:
         }
         self._tasks = self.coefficients.flat.shape[1]
         self._missing: set[str] = set()
+        self._latest = ""
         # Linears run since all but one input are measured, with their inputs; and, per last measured linear, the
         # first one that takes the same input.
         self._inputs: list[tuple[str, Tensor]] = []
@@ -130,6 +136,9 @@ class Objective:
                 for path, linear in _beside(self._model, self._scored).items():
                     hook = functools.partial(self._before, path)
                     stack.callback(linear.register_forward_pre_hook(hook).remove)
+                if is_unit(self._model):
+                    stack.enter_context(ended_by(self._model, Ended))
+                    stack.callback(reshard, self._model)
             for module in self._foldable.values():
                 module.folded = Folded(module.linear, module.bank, self._always_fold)
                 stack.callback(delattr, module, "folded")
@@ -152,7 +161,8 @@ class Objective:
     def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
         """Add the gradient of Eq. 5 on ``drawn``, one batch for each task, to ``coefficients.flat.grad``.
 
-        Each task's batch is scored by that task's own adapter only.
+        Each task's batch is scored by that task's own adapter only. Processes that share the work run their parts of
+        the passes, and add gradient and ratios up by one exchange; the gradient must be zero before.
 
         Returns:
             ``[K]``, Eq. 4 of every task, detached.
@@ -166,9 +176,10 @@ class Objective:
             omega = self._forward(one)
             # What is measured in front of every adapter depends on no coefficient.
             if omega.requires_grad:
+                gather_for_backward(self._model, self._latest)
                 (omega.sum() / self._tasks).backward()
             total += omega.detach()
-        return total
+        return self.coefficients.add_up(total)
 
     def measure(self, drawn: Sequence[Batch]) -> Tensor:
         """What :meth:`accumulate` returns, and no gradient.
@@ -178,6 +189,7 @@ class Objective:
         total = torch.zeros_like(self._omega)
         for one in self._passes(drawn):
             total += self._forward(one).detach()
+        current().add([total])
         return total
 
     def _passes(self, drawn: Sequence[Batch]) -> list[Pass]:
@@ -189,7 +201,8 @@ class Objective:
             self.batch_tasks = self._fits_as_one(passes)
         if self.batch_tasks:
             passes = concatenated(passes, self._padding)
-            self._elements = sum(one.elements for one in passes)
+        passes = split(passes, current())
+        self._elements = sum(one.elements for one in passes)
         return passes
 
     def _begin_folding(self) -> None:
@@ -251,38 +264,51 @@ class Objective:
         if not recomputing():
             self._omega = self._omega + part
             self._missing.discard(path)
+            self._latest = path
 
     def _position_weights(self, path: str, sqnorm: Tensor) -> Tensor:
         """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""
         one = self._pass
         assert one is not None, "measured outside of a pass"
-        mask = one.inside if self._mask is None else one.inputs.get(self._mask)
+        mask = one.inside if self._mask is None else one.whole.get(self._mask)
         mask = None if self._in_tower(path) else mask
         # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
-        key = (None if mask is None else one.key, one.tasks, one.sizes, sqnorm.shape, sqnorm.device)
+        kind = (one.tasks, one.sizes, one.part and one.part.key, sqnorm.shape, sqnorm.device)
+        key = (None if mask is None else one.key, kind)
         kept = self._weights.get(key)
         if kept is None:
             kept = self._weights[key] = self._new_weights(path, one, sqnorm, mask)
         return kept
 
     def _new_weights(self, path: str, one: Pass, sqnorm: Tensor, mask: Tensor | None) -> Tensor:
-        if one.sizes is not None and sum(one.sizes) != sqnorm.shape[0]:
-            raise ValueError(
-                f"batch_tasks: {path} sees an input of {sqnorm.shape[0]} rows for {sum(one.sizes)} rows of "
-                "calibration data, so rows cannot be told apart by task; use batch_tasks=False"
-            )
+        shape = self._whole_shape(path, one, sqnorm)
         rows = self._owners(one, sqnorm)
         if mask is None:
-            positions = sqnorm.shape.numel() // max(rows.shape[0], 1)
-            return rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
-        if mask.shape != sqnorm.shape:
+            positions = shape.numel() // max(rows.shape[0], 1)
+            weights = rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
+            return one.mine(weights.expand(shape[0], *weights.shape[1:]))
+        if mask.shape != shape:
             way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
             raise ValueError(
-                f"{self._mask or 'batch_tasks'}: expected shape {list(sqnorm.shape)}, that of the positions measured "
+                f"{self._mask or 'batch_tasks'}: expected shape {list(shape)}, that of the positions measured "
                 f"at {path}, found {list(mask.shape)}; {way_out}"
             )
         counted = (mask != 0).to(sqnorm)[..., None] * rows
-        return counted / counted.flatten(0, -2).sum(0).clamp(min=1)
+        return one.mine(counted / counted.flatten(0, -2).sum(0).clamp(min=1))
+
+    def _whole_shape(self, path: str, one: Pass, sqnorm: Tensor) -> torch.Size:
+        """The shape of what all processes measure in a pass, of which this one measures ``sqnorm``."""
+        rows = sum(one.sizes) if one.sizes is not None else None
+        if one.part is not None and one.part.rows is not None:
+            rows = one.part.rows.stop - one.part.rows.start
+        if rows is not None and rows != sqnorm.shape[0]:
+            raise ValueError(
+                f"batch_tasks: {path} sees an input of {sqnorm.shape[0]} rows for {rows} rows of "
+                "calibration data, so rows cannot be told apart by task; use batch_tasks=False"
+                + (" in one process" if one.part is not None else "")
+            )
+        total = one.part.total if one.part is not None else None
+        return sqnorm.shape if total is None else torch.Size([total, *sqnorm.shape[1:]])
 
     def _owners(self, one: Pass, sqnorm: Tensor) -> Tensor:
         """``[rows, 1, ..., K]``: 1 where a row belongs to a task. One row where all belong to the same."""
@@ -318,11 +344,15 @@ class Objective:
                 held[storage.data_ptr()] = storage.nbytes()
             return value
 
+        group = current()
+        (largest,) = split([max(passes, key=lambda single: single.elements)], group)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
-            self._forward(max(passes, key=lambda single: single.elements))
+            self._forward(largest)
         one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
-        return one * most <= free_memory(self._device) / 2
+        sharing = group.size if self._device.type == "cpu" else 1
+        # All processes run the same passes.
+        return not group.any(one * most > free_memory(self._device) / 2 / sharing)
 
 
 def _has_storage(value: Tensor) -> bool:

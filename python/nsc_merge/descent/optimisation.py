@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.checkpoint import State, random_states, restore_random_states
+from nsc_merge.processes.group import current
+from nsc_merge.processes.launch import undisturbed
 from nsc_merge.utils.progress import Progress
 
 # Steps between two readings of what happened on the device. A step itself never waits for it.
@@ -137,18 +139,22 @@ class Optimisation:
         """Do all steps that are left. ``on_first`` is called before the first update, when ``dead`` is known.
 
         Raises:
-            RuntimeError: if an objective or a gradient is not finite, or if the objective depends on no coefficient.
-            KeyboardInterrupt: passed on, after the state at the start of the interrupted step was saved.
+            RuntimeError: if an objective or a gradient is not finite, if the objective depends on no coefficient, or if
+                another process of the merge was lost.
+            KeyboardInterrupt: passed on. The state at the start of the interrupted step was saved, here and there.
         """
-        settings = self._settings
+        settings, in_step = self._settings, False
         if self._stalled(self._begin):
             return
         try:
-            with Progress(self._label, settings.steps - self._begin, settings.progress) as bar:
+            show = settings.progress if current().is_main else False
+            with Progress(self._label, settings.steps - self._begin, show) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
+                    in_step = True
                     self._step(done, on_first)
+                    in_step = False
                     last = done + 1 == settings.steps
                     due = settings.state_to is not None and (done + 1) % settings.state_every == 0
                     if done == self._begin or last or due or (done + 1) % READ_EVERY == 0:
@@ -158,10 +164,12 @@ class Optimisation:
                     if self._stalled(done + 1):
                         self._save(done + 1, self._tensors())
                         break
-        except KeyboardInterrupt:
-            if self._kept is not None:
-                self._read(None)
-                self._save(*self._kept)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            lost = in_step and current().size > 1
+            if self._kept is not None and (lost or isinstance(error, KeyboardInterrupt)):
+                with undisturbed():
+                    self._read(None)
+                    self._save(*self._kept)
             raise
 
     def _step(self, step: int, on_first: Callable[[], None]) -> None:
@@ -298,7 +306,7 @@ class Optimisation:
         return {**copies, **random_states(self._lam.device)}
 
     def _save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        if self._settings.state_to is None:
+        if self._settings.state_to is None or not current().is_main:
             return
         batched = bool(self._objective.batch_tasks)
         on_host = {name: value.cpu() for name, value in tensors.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.utils.option_checks import check_choice
 
 LIKELIHOODS = ("categorical", "gaussian")
@@ -115,3 +116,19 @@ def real_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
         return real
     shifted = real[:, 1:] & real[:, :-1]
     return shifted if output.shape[:2] == shifted.shape else None
+
+
+def share_of(one: Pass, real: Tensor | None, mask: str | None) -> float:
+    """The part of all positions that count in a whole pass that count in this process's part of it.
+
+    Args:
+        one: the part.
+        real: its positions that count, as :func:`real_positions` finds them; all where None.
+        mask: the input that says so.
+    """
+    if real is None or mask is None or one.part is None or one.part.rows is None:
+        return one.share
+    whole = one.whole[mask].bool()
+    if whole.shape[1] != real.shape[1]:
+        whole = whole[:, 1:] & whole[:, :-1]
+    return int(real.sum()) / max(int(whole.sum()), 1)

@@ -12,6 +12,7 @@ from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
+from nsc_merge.models.sharded import unit_of
 from nsc_merge.models.stored_weights import (
     FLOATS,
     NotAtHand,
@@ -245,10 +246,12 @@ def _activations_of(model: nn.Module, path: str, linear: nn.Linear) -> tuple[tor
     """
     weight, hook = linear.weight, offloading(linear)
     shape = (linear.out_features, linear.in_features)
-    if is_dtensor(weight) or (type(weight) is nn.Parameter and weight.shape != shape):
+    in_part = type(weight) is nn.Parameter and weight.shape != shape
+    if in_part or (is_dtensor(weight) and unit_of(model, path) is None):
         raise ValueError(
             f"{path}: expected the whole weight {list(shape)} in one process, found a shard ({described(weight)} "
-            f"{list(weight.shape)}); merge before the model is distributed"
+            f"{list(weight.shape)}); merge before the model is distributed, or distribute it by "
+            "FSDP2's fully_shard, which gathers whole weights where they are computed with"
         )
     if hook is None and weight.device.type == "meta":
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.families import Family, find_family
+from nsc_merge.models.sharded import class_name
 from nsc_merge.models.stored_weights import numbers_of, stored
 
 SHARED_POLICIES = ("lambda", "mean", "first")
@@ -106,7 +107,7 @@ def _refuse_adapted(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _whose(path: str, model: nn.Module, modules: Collection[str]) -> str:
-    return "the task's own head" if path in modules else f"not in {type(model).__name__}"
+    return "the task's own head" if path in modules else f"not in {class_name(model)}"
 
 
 def _own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -75,6 +75,25 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
         return known[key][-1]
 
     model.forward = once
+    try:
+        yield
+    finally:
+        restore_forward(model, own)
+
+
+@contextmanager
+def ended_by(model: nn.Module, signal: type[Exception]) -> Iterator[None]:
+    """Within it, a forward of ``model`` that ``signal`` breaks off returns None, so that whatever stands around it,
+    such as FSDP2's gathering of weights, comes to its own end.
+    """
+    own = vars(model).get("forward")
+    forward = model.forward
+
+    def until(*args: Any, **inputs: Any) -> Any:
+        with suppress(signal):
+            return forward(*args, **inputs)
+
+    model.forward = until
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from torch import nn
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.offloaded import load_over_devices
 from nsc_merge.models.placement import Placement, device_of
+from nsc_merge.models.sharded import settled, sharding
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
 
@@ -100,6 +101,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    if placement.shards and (settings := sharding(architecture, placement)):
+        return settled(from_pretrained(architecture, dtype=dtype, **settings))
     if placement.device_map is not None:
         return load_over_devices(partial(from_pretrained, architecture, dtype=dtype), placement)
     model = from_pretrained(architecture, dtype=dtype).to(device)

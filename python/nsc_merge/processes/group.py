@@ -64,6 +64,25 @@ class Group:
         torch.distributed.all_gather_object(found, value, group=self.handle)
         return [one for part in found for one in part]
 
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A block in which no process waits for another, and which all leave alike: what fails in one ends them all,
+        with one exit status and one message, that of the first which failed.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            status = int(getattr(error, "exit_status", 1))
+            if next(found for found in enumerate(self.share([status])) if found[1])[0] != self.rank:
+                raise SystemExit(status) from error
+            raise
+        statuses = [status for status in self.share([0]) if status]
+        if statuses:
+            raise SystemExit(statuses[0])
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 
 from nsc_merge.processes.group import Group, together
+
+# Processes wait for each other no longer than this: one that does not answer, its machine having gone down, ends the
+# others after it. The death of a process is noticed at once, by gloo or by the launcher.
+LIMIT = timedelta(minutes=10)
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def launched() -> bool:
@@ -16,20 +25,58 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def launched_rank() -> int:
+    """This process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
+
+
 @contextmanager
 def started() -> Iterator[Group]:
     """The processes that a launcher started, sharing the work within a ``with`` block: NCCL between GPUs, gloo between
     CPUs. A process that was started by itself is alone.
+
+    A launcher asks the others to end when it lost one: the first such request raises a KeyboardInterrupt, as Ctrl-C
+    does, and later ones are not heard. Nor is any after an error, so that the process can still say what it was.
     """
     if not launched():
         yield Group()
         return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    before = {request: signal.signal(request, _end) for request in _REQUESTS}
     try:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=LIMIT)
         with together(torch.distributed.group.WORLD) as group:
             yield group
+    except BaseException:
+        _listen_no_more()
+        raise
+    # Not after an error: it would wait for what the others never send.
+    torch.distributed.destroy_process_group()
+    for request, handler in before.items():
+        signal.signal(request, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A block during which requests to end are not heard: for the last file that is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {request: signal.signal(request, signal.SIG_IGN) for request in _REQUESTS}
+    try:
+        yield
     finally:
-        torch.distributed.destroy_process_group()
+        for request, handler in before.items():
+            signal.signal(request, handler)
+
+
+def _end(*_: Any) -> None:
+    _listen_no_more()
+    raise KeyboardInterrupt
+
+
+def _listen_no_more() -> None:
+    for request in _REQUESTS:
+        signal.signal(request, signal.SIG_IGN)

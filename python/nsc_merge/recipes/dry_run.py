@@ -10,6 +10,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import absent
+from nsc_merge.models.sharded import class_name
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.prospect import prospect_of
@@ -42,7 +43,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         for path, factor in adapter.factors.items()
     )
     document: dict[str, Any] = {
-        "model": type(model).__name__,
+        "model": class_name(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
         "method": recipe.method,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.placement import device_of
+from nsc_merge.processes.group import current
 from nsc_merge.processes.launch import launched
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.placement_keys import Placed
@@ -63,6 +64,11 @@ def _check_formats(recipe: Recipe, method: Method) -> None:
     gives = method.gives_with(recipe.options)
     if set(recipe.formats) == {"coefficients"} and gives != "coefficients":
         raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
+    if "model" in recipe.formats and current().size > 1:
+        raise RecipeError(
+            f"output.formats: expected coefficients or lora from {current().size} processes, which hold the base in "
+            "shards, found model; nsc-merge export writes the model from the finished merge"
+        )
     if "lora" not in recipe.formats:
         return
     if gives == "nothing":

@@ -15,9 +15,10 @@ from torch import nn
 from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.methods import method_of
+from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.models.loading import base_files, load_model
+from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.results.layout import RECORD
@@ -34,8 +35,14 @@ def state_file(recipe: Recipe) -> Path:
     return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
 
 
-def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
-    """Merge and save; returns a summary.
+def shares_work(recipe: Recipe) -> bool:
+    """Whether a merge is work for several processes; without data it is one's."""
+    return recipe.method not in METHODS or "data" in METHODS[recipe.method].needs
+
+
+def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
+    """Merge and save; returns a summary, in the first of the processes that share the work. The others return None as
+    soon as they have done their part: the first saves by itself.
 
     Ctrl-C leaves the state in :func:`state_file` if the method keeps one; ``resume`` goes on from there, or starts if
     it is missing.
@@ -46,18 +53,22 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
         TypeError, ValueError, RuntimeError, OSError: if what the recipe names is.
     """
     started = time.perf_counter()
-    state = state_file(recipe)
+    state, group = state_file(recipe), current()
     options: dict[str, Any] = {}
-    check(recipe, resume=resume)
+    with group.agreeing():
+        check(recipe, resume=resume)
+    unfinished = group.share([state.is_file()])
+    if len(set(unfinished)) > 1:
+        raise OSError(f"output.dir: expected a folder that all processes see, found {state} in some of them only")
     resumable = method_of(recipe.method).resumable
     if resumable:
         options["state_to"] = state
-        if resume and state.is_file():
+        if resume and unfinished[0]:
             options["resume_from"] = state
             log(f"resuming from {state}")
         elif resume:
             log(f"nothing to resume: {state} is missing, starting anew")
-        elif state.is_file():
+        elif unfinished[0]:
             raise RecipeError(
                 f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
                 "remove the file"
@@ -67,7 +78,10 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
         log(line)
     if resumable:
         options["state_of"] = _sources(recipe, model, calibration)
+    _check_whole(recipe, adapters)
     result = merge_loaded(recipe, model, adapters, calibration, options)
+    if not group.is_main:
+        return None
     if result.course:
         log(result.course)
     dead = sum(len(tasks) for tasks in result.dead.values())
@@ -87,6 +101,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
         "formats": formats,
         "steps": len(result.history),
         "seconds": round(time.perf_counter() - started, 2),
+        "processes": group.size,
         "objective": result.objective,
         "dead": dead,
         "files": files,
@@ -101,6 +116,18 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
     return summary
 
 
+def _check_whole(recipe: Recipe, adapters: dict[str, Adapter]) -> None:
+    """Refuse to write, in an adapter, modules that were trained in full: that takes the base's own weights, whole."""
+    held = [one for adapter in adapters.values() for one in adapter.factors.items()]
+    paths = [path for path, factor in held if factor.dense is not None]
+    if paths and "lora" in recipe.formats and current().size > 1:
+        raise RecipeError(
+            f"output.formats: expected coefficients from {current().size} processes, which hold the base in shards, "
+            f"where adapters trained modules in full ({paths[0]}), found lora; nsc-merge export writes it from the "
+            "finished merge"
+        )
+
+
 def _truncation(result: MergeResult, rank: int) -> list[float]:
     """Relative errors of every module, of every task if each has an update of its own."""
     merges = [result.for_task(task) for task in result.per_task] or [result]
@@ -111,14 +138,16 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
     """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
     if recipe.dropped:
         log(f"method={recipe.method}: dropped options of the recipe's own method: {', '.join(recipe.dropped)}")
-    adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
-    calibration = {
-        task: read_batches(place, recipe.batch_size, f"calibration.{task}")
-        for task, place in recipe.calibration.items()
-    }
+    with current().agreeing():
+        adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
+        calibration = {
+            task: read_batches(place, recipe.batch_size, f"calibration.{task}")
+            for task, place in recipe.calibration.items()
+        }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     digest = whole if recipe.full_hash else quick
-    model = load_model(recipe.model, local=recipe.local, placement=recipe.placement, digest=digest)
+    placement = replace(recipe.placement, shards=current().size > 1)
+    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
@@ -176,7 +205,10 @@ def merge_loaded(
             "dequantize": recipe.dequantize,
             "plots": recipe.plots,
         },
-        RECORD: {"sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}}},
+        RECORD: {
+            "sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}},
+            "processes": current().size,
+        },
     }
     return replace(result, inputs=inputs)
 

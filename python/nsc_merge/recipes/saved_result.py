@@ -126,6 +126,8 @@ def load_result(folder: str | Path) -> MergeResult:
         raise ValueError(f"result: {folder / COEFFICIENTS_FILE} and the adapters disagree on {missing[0]}")
     inputs = {key: value for key, value in written.items() if key not in _OF_THE_RESULT}
     inputs[RECORD] = {"sha256": {"calibration": _mapping(known, "calibration", folder)}}
+    if type(record.get("processes")) is int:
+        inputs[RECORD]["processes"] = record["processes"]
     return MergeResult(
         method=document["method"],
         coefficients=document["coefficients"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.fitting import absent
-from nsc_merge.results.layout import HEADS_FOLDER, file_names, task_folders
+from nsc_merge.models.sharded import class_name
+from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.serving_notes import serving_notes
 from nsc_merge.utils.yaml_text import to_yaml
@@ -80,7 +81,7 @@ def _loading(result: MergedUpdate, format: str, *, nested: bool) -> str:
     """How to load one format: of the first task, where every task has its own."""
     own = list(task_folders(result.tasks).values()) if result.per_task else [""]
     places = ["/".join(part for part in (place, format if nested else "") if part) or "." for place in own]
-    code = _LOADING[format].format(place=places[0], cls=type(result.model).__name__)
+    code = _LOADING[format].format(place=places[0], cls=class_name(result.model))
     others = ", ".join(f"`{place}`" for place in places[1:])
     return f"{code}\nEvery task has its own; the others are in {others}.\n" if others else code
 
@@ -105,7 +106,9 @@ def _heads(result: MergedUpdate) -> str:
 
 def _found(result: MergedUpdate) -> list[str]:
     about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
-    return [about, "", f"{result.course}."] if result.course else [about]
+    size = result.inputs.get(RECORD, {}).get("processes", 1)
+    shared = [f"{size} processes shared the work, each holding a part of the base."] if size > 1 else []
+    return [about, "", *([f"{result.course}.", *shared] if result.course else shared)]
 
 
 def _table(result: MergedUpdate) -> list[str]:

@@ -37,15 +37,18 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     options = {key: value for key, value in result.options.items() if key not in PASSING_OPTIONS}
     base = files_of(result.model)
     sha256, headers = _by_kind(base)
+    told = result.inputs.get(RECORD, {})
     hashed = {
         **({"model": sha256} if sha256 else {}),
         "adapters": {task: adapter.sha256 for task, adapter in result.adapters.items() if adapter.sha256},
         # Whoever read the batches says of what bytes.
-        "calibration": result.inputs.get(RECORD, {}).get("sha256", {}).get("calibration", {}),
+        "calibration": told.get("sha256", {}).get("calibration", {}),
     }
     record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
     if headers:
         record["headers"] = {"model": headers}
+    if "processes" in told:
+        record["processes"] = told["processes"]
     if not base and model and Path(model).is_dir():
         # Loaded by the caller, who knows when.
         sha256, headers = _by_kind(digests(Path(model), quick))

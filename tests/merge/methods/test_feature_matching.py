@@ -52,11 +52,10 @@ def test_match_gradient_by_finite_differences(model, folders, calibration):
         def value():
             total = 0
             for one in one_by_one(drawn, torch.device("cpu")):
-                for number in one.tasks[0]:
-                    targets.prepare(number, one)
+                wanted = targets.of(one)
                 coefficients.spread()
-                found = watcher.see(one.inputs).features
-                total = total + sum(targets.distance(number, one, found) for number in one.tasks[0])
+                found = watcher.see(one).features
+                total = total + sum(targets.distance(wanted[number], one, found) for number in one.tasks[0])
             return total
 
         (grad,) = torch.autograd.grad(value(), coefficients.flat)

@@ -10,6 +10,7 @@ from torch import nn
 
 import nsc_merge
 from nsc_merge.calibration.batches import held_out, restartable, streams
+from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import regmean
 from nsc_merge.methods.gradient import feature_matching, task_models
@@ -84,7 +85,7 @@ def test_what_is_kept_of_single_models_keeps_to_its_limit(monkeypatch):
     computed = []
 
     def ask(batch, number, value):
-        return kept(batch, number, lambda: computed.append(value) or value)
+        return kept(batch, [number], lambda _: computed.append(value) or value)[number]
 
     assert [ask(first, 0, 4), ask(first, 1, 5), ask(first, 0, 0)] == [4, 5, 4]
     assert kept.held == 9
@@ -175,9 +176,10 @@ def test_ratios_are_averaged_over_the_modules_that_an_adapter_touches(tmp_path):
     watcher._touched = {watcher._scored[0]: torch.tensor([True, True]), watcher._scored[1]: torch.tensor([True, False])}
     with attached(problem, feature_matching.MatchOptions()) as coefficients, torch.no_grad():
         coefficients.spread()
-        seen = watcher.see(zoo.text(3)).ratios
+        one = Pass(zoo.text(3), ({},), ((0, 1),))
+        seen = watcher.see(one).ratios
         watcher._scored = watcher._scored[:1]
-        alone = watcher.see(zoo.text(3)).ratios
+        alone = watcher.see(one).ratios
     torch.testing.assert_close(seen[1], alone[1])
     assert float(seen[1]) < 0.999
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw
+from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn
 from nsc_merge.methods.gradient_free import low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
@@ -32,6 +32,7 @@ from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.models.stored_weights import input_device
+from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
 
@@ -109,7 +110,8 @@ def information(
 ) -> dict[str, Tensor]:
     """Path -> the diagonal of the Fisher information of a weight ``[d_out, d_in]`` in the task's own model: the mean
     over examples of the squared gradient of the log-likelihood of one example, in expectation over labels that the
-    model itself gives. float32. With ``gradients="batch"`` what :class:`FisherOptions` says of it.
+    model itself gives. float32. With ``gradients="batch"`` what :class:`FisherOptions` says of it. Processes that share
+    the work run batches in turn.
     """
     model = problem.model
     family = find_family(model)
@@ -129,7 +131,7 @@ def information(
             outputs.setdefault(path, []).append(y)
         return y
 
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator()
     with alone(problem, task), ExitStack() as stack, torch.enable_grad():
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(
@@ -137,7 +139,9 @@ def information(
             )
             stack.callback(hook.remove)
         device = input_device(model)
-        for batch in batches:
+        for number, batch, counts in in_turn(batches):
+            # Of the batch, so that labels are the same in however many processes. torch takes the lower 32 bits.
+            generator.manual_seed(options.seed + 1_000_003 * number)
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
             hidden = [path for path in paths if path not in inputs and is_computed_with(model, path)]
@@ -159,7 +163,7 @@ def information(
                     f"calibration[{task!r}]: none of the adapted modules runs on these inputs, so that they have no "
                     "Fisher information; expected inputs of the part of the model that the adapters touch"
                 )
-            examples += len(output)
+            examples += len(output) * counts
             real = real_positions(output, mask)
             if options.gradients == "batch":
                 terms = _all_labels(output, task)
@@ -175,13 +179,17 @@ def information(
                     if dy is not None:
                         pairs.setdefault(path, []).append((z, dy))
                 for path, held_pairs in pairs.items():
-                    squares = _squares(held_pairs, weights)
+                    squares = _squares(held_pairs, weights) * float(counts)
                     sums[path] = squares if path not in sums else sums[path] + squares
             inputs.clear()
             outputs.clear()
-    # What the output does not depend on has no information.
-    zeros = {path: _zeros(model.get_submodule(path), device) for path in paths if path not in sums}
-    return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}
+    total = torch.tensor([examples], device=device)
+    current().add([total])
+    for path in paths:
+        # What the output does not depend on has no information.
+        sums[path] = sums[path] if path in sums else _zeros(model.get_submodule(path), device)
+        current().add([sums[path]])
+    return {path: sums[path] / int(total) for path in paths}
 
 
 def _zeros(linear: nn.Module, device: torch.device) -> Tensor:

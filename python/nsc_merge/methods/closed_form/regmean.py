@@ -13,11 +13,13 @@ from torch import Tensor
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw
+from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn
 from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
+from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.families import find_family
 from nsc_merge.models.stored_weights import input_device
+from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_count, check_number
 
@@ -54,15 +56,19 @@ def grams(
     problem: Problem, task: str, paths: Sequence[str], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
     """Path -> ``X^T X / N [d_in, d_in]`` in float64, of the inputs that a module has in the task's own model, without
-    those at padding.
+    those at padding. Processes that share the work run batches in turn.
     """
     model = problem.model
+    linears = merged_linears(model, problem.adapters)
     family = find_family(model)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(paths, 0)
     mask: list[Tensor | None] = [None]
+    counted = [True]
 
     def record(path: str, z: Tensor) -> None:
+        if not counted[0]:
+            return
         real = None if mask[0] is None else mask[0].bool().to(z.device)
         flat = z[real] if real is not None and real.shape == z.shape[:-1] else z.reshape(-1, z.shape[-1])
         flat = flat.double()
@@ -75,13 +81,22 @@ def grams(
             hook = module.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs[0]))
             stack.callback(hook.remove)
         device = input_device(model)
-        for batch in batches:
+        for _, batch, counted[0] in in_turn(batches):
             inputs = one_by_one([batch], device)[0].inputs
             mask[0] = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
+    sizes = torch.tensor([counts[path] for path in paths], device=device)
+    current().add([sizes])
+    counts = dict(zip(paths, sizes.tolist(), strict=True))
     silent = [path for path in paths if not counts[path]]
     if silent:
         raise RuntimeError(f"calibration: the forward never reached {silent}, whose inputs are needed")
+    for path in paths:
+        if path not in sums:
+            # Its batches all ran in other processes.
+            width = linears[path].in_features
+            sums[path] = torch.zeros(width, width, dtype=torch.float64, device=device)
+        current().add([sums[path]])
     return {path: sums[path] / counts[path] for path in paths}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ from nsc_merge.calibration.batches import Batch, streams
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.forward_contexts import evaluating, recomputed
+from nsc_merge.processes.group import current
 
 
 @contextmanager
@@ -31,3 +32,13 @@ def draw(problem: Problem, count: int) -> dict[str, list[Batch]]:
     """Task -> ``count`` batches."""
     drawn = streams(problem.calibration, problem.tasks)
     return {task: [next(stream) for _ in range(count)] for task, stream in drawn.items()}
+
+
+def in_turn(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
+    """This process's batches of those that several share, with their numbers, and whether they count: all run equally
+    many, since a model in shards runs in all of them at once, so that some repeat one that counts elsewhere.
+    """
+    group = current()
+    for first in range(0, len(batches), group.size):
+        own = min(first + group.rank, len(batches) - 1)
+        yield own, batches[own], own == first + group.rank

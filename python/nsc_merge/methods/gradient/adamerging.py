@@ -18,9 +18,10 @@ from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
-from nsc_merge.methods.task_outputs import Outputs, check_outputs, last_token, output_of, real_positions
+from nsc_merge.methods.task_outputs import Outputs, check_outputs, last_token, output_of, real_positions, share_of
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count
 
@@ -131,15 +132,15 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
             if here and options.tokens == "full":
                 assert names is not None
-                weight = len(here) / len(tasks)
-                found[here] = _decoded(model, batch, *names, options.new_tokens, coefficients, weight)
+                weight, most = len(here) / len(tasks), options.new_tokens
+                found[here] = one.share * _decoded(model, batch, *names, most, coefficients, weight * one.share)
             elif here:
-                mask = batch.get(names[1]) if names else None
+                mask = names[1] if names else None
                 values = []
                 with shared_forward(model):
                     for place in here if options.outputs is not None else here[:1]:
                         output = output_of(options.outputs, tasks[numbers[place]], model, batch)
-                        values.append(_mean_entropy(output, mask, tokens))
+                        values.append(_mean_entropy(output, one, mask, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)
                 if torch.is_grad_enabled():
@@ -152,16 +153,20 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     return descend("adamerging", problem, options, losses, label="AdaMerging", counted=counted)
 
 
-def _mean_entropy(output: Tensor, mask: Tensor | None, tokens: str | None) -> Tensor:
-    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every token."""
+def _mean_entropy(output: Tensor, one: Pass, name: str | None, tokens: str | None) -> Tensor:
+    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every token. Of a
+    process's part of a pass, what adds up to the mean over the whole. ``name`` is the mask's.
+    """
+    mask = one.inputs.get(name) if name else None
     real = real_positions(output, mask)
     if tokens == "single" or (tokens is None and output.dim() == 3):
         if output.dim() != 3 or (mask is not None and real is None):
             wanted = "[N, T, C]" if mask is None else f"[N, T, C] that fit the mask {list(mask.shape)}"
             raise ValueError(f"tokens: 'single' needs logits {wanted}, found {list(output.shape)}")
-        return entropy(last_token(output, real)).mean()
+        return entropy(last_token(output, real)).mean() * one.share
     values = entropy(output)
-    return values.mean() if real is None else (values * real).sum() / real.sum().clamp(min=1)
+    mean = values.mean() if real is None else (values * real).sum() / real.sum().clamp(min=1)
+    return mean * share_of(one, real, name)
 
 
 def _decoded(
@@ -190,7 +195,8 @@ def _decoded(
         total += float(value.detach())
         following = logits.detach().argmax(-1, keepdim=True)
         going = going & ~torch.isin(following[:, 0], ends.to(following))
-        if not going.any():
+        # Until the answers of all processes have ended.
+        if not current().any(bool(going.any())):
             break
         inputs = {
             **inputs,

@@ -8,17 +8,15 @@ docs/results.md has its figures next to those of the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsc_merge.calibration.batches import Batch
-from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.calibration.forward_passes import Pass, of_the_whole
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
@@ -34,9 +32,11 @@ from nsc_merge.methods.task_outputs import (
     likelihoods_of,
     output_of,
     real_positions,
+    share_of,
 )
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice
 
@@ -94,10 +94,12 @@ class Target:
     Attributes:
         output: at the positions that count.
         base: distance of the base model's output; 1 where it is not asked for.
+        counts: False where a process runs the batch only because others run theirs meanwhile.
     """
 
     output: Tensor
     base: Tensor
+    counts: bool
 
 
 class Predictions:
@@ -116,24 +118,26 @@ class Predictions:
         usual = ["last" if self._mask and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
 
-    def of(self, number: int, batch: Batch) -> Tensor:
-        """The output of task ``number`` at the positions that count, float32 or wider."""
-        output = output_of(self._outputs, self._tasks[number], self._model, batch)
+    def of(self, number: int, one: Pass) -> tuple[Tensor, float]:
+        """The output of task ``number`` at the positions of a pass that count, float32 or wider, and what part of those
+        of the whole pass they are.
+        """
+        output = output_of(self._outputs, self._tasks[number], self._model, one.inputs)
         output = output if output.dtype == torch.float64 else output.float()
         if output.dim() < 3:
-            return output
-        mask = batch.get(self._mask) if self._mask else None
-        real = real_positions(output, mask)
+            return output, one.share
+        real = real_positions(output, one.inputs.get(self._mask) if self._mask else None)
         if self._last[number]:
-            return last_token(output, real)
-        return output if real is None else output[real]
+            return last_token(output, real), one.share
+        return output if real is None else output[real], share_of(one, real, self._mask)
 
     def distance(self, number: int, output: Tensor, own: Tensor) -> Tensor:
-        """Of ``output`` from ``own``, both as :meth:`of` returns them."""
+        """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position."""
         if self.predicts_values(number):
-            return (output - own).square().mean()
-        each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True)
-        return each.sum(-1).mean()
+            each = (output - own).square()
+        else:
+            each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return each.mean() if each.numel() else each.sum()
 
     def predicts_values(self, number: int) -> bool:
         """Whether a task's output is values, rather than classes."""
@@ -150,6 +154,8 @@ class Variance:
 
     def add(self, values: Tensor) -> None:
         rows = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[:, None]
+        if not len(rows):
+            return
         if self._origin is None:
             # Sums of squares far from zero would cancel, and values that are all alike not give 0.
             self._origin = rows[0]
@@ -159,9 +165,29 @@ class Variance:
         self._sums = [self._sums[0] + rows.sum(0), self._sums[1] + rows.square().sum(0)]
 
     def __call__(self) -> Tensor:
-        """Mean over the components, a float64 scalar."""
+        """Mean over the components, a float64 scalar, of what was added in this process."""
+        return variance_of([self.moments])
+
+    @property
+    def moments(self) -> tuple[int, Tensor, Tensor]:
+        """How many rows there are, their mean, and their variance around it, by component, on the host."""
+        if self._origin is None:
+            return 0, torch.zeros(()), torch.zeros(())
         mean, square = (total / self._count for total in self._sums)
-        return (square - mean.square()).mean()
+        return self._count, (self._origin + mean).cpu(), (square - mean.square()).cpu()
+
+
+def variance_of(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Mean over the components of the variance of all rows that several were made of; of each its
+    :attr:`Variance.moments`.
+    """
+    counts, means, inside = zip(*parts, strict=True)
+    # From the first, for the reason that each of them has an origin.
+    shifts = [mean - means[0] for mean in means]
+    total = sum(counts)
+    shift = sum((count * one for count, one in zip(counts, shifts, strict=True)), torch.zeros_like(means[0])) / total
+    squares = [v + (one - shift).square() for v, one in zip(inside, shifts, strict=True)]
+    return (sum(count * square for count, square in zip(counts, squares, strict=True)) / total).mean()
 
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -174,37 +200,53 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         own = OwnModels(problem, coefficients, present)
         scaled = [n for n in range(count) if options.normalise == "variance" and predictions.predicts_values(n)]
         variances = {number: Variance() for number in scaled}
-        kept: Kept[Target] = Kept(lambda target: target.output.untyped_storage().nbytes())
+        divisors: dict[int, Tensor] = {}
 
-        def target(number: int, one: Pass) -> Target:
+        def note(number: int | None, target: Target) -> None:
+            # Not where the objective is only compared: both sides are divided by the same.
+            if number in variances and target.counts and torch.is_grad_enabled():
+                variances[number].add(target.output)
+
+        kept: Kept[Target] = Kept(lambda target: target.output.untyped_storage().nbytes(), note)
+
+        def target(number: int | None, one: Pass) -> Target:
+            assert number is not None
             with own.of(number):
-                output = predictions.of(number, one.inputs)
+                output, share = predictions.of(number, one)
             base = output.new_ones(())
             if options.normalise == "task":
                 with own.of(None):
-                    base = predictions.distance(number, predictions.of(number, one.inputs), output)
-            # Not where the objective is only compared: both sides are divided by the same.
-            if number in variances and torch.is_grad_enabled():
-                variances[number].add(output)
-                if not variances[number]() > 0:
+                    base = predictions.distance(number, predictions.of(number, one)[0], output)
+                base = of_the_whole(one, base * (share or 1.0))
+            return Target(output, base.clamp(min=1e-12), share > 0)
+
+        def settle() -> None:
+            """Find what squared distances of values are divided by, over all that the processes have seen."""
+            shared = current().share([{number: one.moments for number, one in variances.items()}])
+            for number in variances:
+                parts = [one[number] for one in shared if one[number][0]]
+                if not parts:
+                    continue
+                divisors[number] = variance_of(parts)
+                if not divisors[number] > 0:
                     raise ValueError(
                         "normalise: 'variance' needs outputs that differ from sample to sample, those of task "
                         f"{problem.tasks[number]!r} in its own model are all alike; 'none' takes them"
                     )
-            return Target(output, base.clamp(min=1e-12))
 
         def backward(one: Pass) -> Tensor:
             numbers = one.tasks[0]
             # The single models run first: the merged one's graph must not see their coefficients.
-            targets = [kept(one.sources[0], number, partial(target, number, one)) for number in numbers]
+            targets = kept(one.sources[0], numbers, lambda number: target(number, one))
+            if kept.fresh and variances and torch.is_grad_enabled():
+                settle()
             coefficients.spread()
+            found = []
             with shared_forward(problem.model):
-                found = [
-                    predictions.distance(number, predictions.of(number, one.inputs), wanted.output)
-                    / wanted.base
-                    / (variances[number]() if number in variances else 1.0)
-                    for number, wanted in zip(numbers, targets, strict=True)
-                ]
+                for number in numbers:
+                    output, share = predictions.of(number, one)
+                    value = predictions.distance(number, output, targets[number].output) / targets[number].base
+                    found.append(share * value / (divisors[number] if number in variances else 1.0))
             total = torch.stack(found)
             if torch.is_grad_enabled():
                 (total.sum() / count).backward()

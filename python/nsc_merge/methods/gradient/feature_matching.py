@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch, held_out, restartable, streams
-from nsc_merge.calibration.forward_passes import Pass, one_by_one
+from nsc_merge.calibration.forward_passes import Pass, of_the_whole, one_by_one
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Backward
+from nsc_merge.descent.mean_loss import Backward, parts_of
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.feature_watcher import Seen, Watcher
 from nsc_merge.methods.gradient.learned_coefficients import attached, descend, presence
@@ -26,6 +26,7 @@ from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
 from nsc_merge.models.stored_weights import input_device
+from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
@@ -102,16 +103,38 @@ class MatchOptions(SharedDescentOptions):
             super().check_init()
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """Mean over places of the mean squared difference per feature and real position."""
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], one: Pass, mask: Tensor | None) -> Tensor:
+    """Mean over places of the mean squared difference per feature and real position; on a process's part of a pass,
+    what adds up to that over the processes.
+
+    Args:
+        found: per place, the features of the pass's inputs.
+        wanted: what they should be.
+        one: the pass.
+        mask: ``[rows, tokens]`` bool, where tokens are real, of the whole pass.
+    """
     values = []
+    real = None if mask is None else one.mine(mask)
     for ours, theirs in zip(found, wanted, strict=True):
         square = (ours.float() - theirs.float()).square().mean(-1)
-        if mask is not None and mask.shape == square.shape:
-            values.append((square * mask).sum() / mask.sum().clamp(min=1))
+        if mask is not None and real is not None and real.shape == square.shape:
+            values.append((square * real).sum() / mask.sum().clamp(min=1))
         else:
-            values.append(square.mean())
+            values.append(square.mean() * one.share)
     return torch.stack(values).mean()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a task's own model shows on a batch.
+
+    Attributes:
+        seen: in it.
+        size: what distances from it are divided by.
+    """
+
+    seen: Seen
+    size: Tensor
 
 
 class Targets:
@@ -125,36 +148,29 @@ class Targets:
 
     def __init__(self, watcher: Watcher, own: OwnModels, normalise: str) -> None:
         self._watcher, self._own, self._normalise = watcher, own, normalise
-        self._kept: Kept[Seen] = Kept(_size)
+        self._kept: Kept[Target] = Kept(lambda target: _size(target.seen))
 
-    def distance(self, number: int, one: Pass, features: Sequence[Tensor]) -> Tensor:
-        """From ``features`` to those of the task of that number on the pass's batch, normalised."""
-        mask = self._watcher.mask(one.inputs)
-        own = self._of(number, one).features
-        found = distance(features, own, mask)
+    def distance(self, target: Target, one: Pass, features: Sequence[Tensor]) -> Tensor:
+        """From ``features`` to a target on a pass's batch, normalised; as :func:`distance`."""
+        return distance(features, target.seen.features, one, self._watcher.mask(one.whole)) / target.size
+
+    def of(self, one: Pass) -> dict[int | None, Target]:
+        """The targets of a pass's tasks by number. Running their models, which happens once, changes the coefficients
+        that the modules have.
+        """
+        return self._kept(one.sources[0], one.tasks[0], lambda number: self._target(number, one))
+
+    def _target(self, number: int | None, one: Pass) -> Target:
+        with self._own.of(number):
+            seen = self._watcher.see(one)
         if self._normalise == "none":
-            return found
-        base = self._of(None, one).features if self._normalise == "task" else [feature * 0 for feature in own]
-        return found / distance(own, base, mask).clamp(min=1e-12)
-
-    def ratio(self, number: int, one: Pass) -> Tensor:
-        """The mean null-space ratio of a task's adapter in its own model."""
-        ratios = self._of(number, one).ratios
-        assert ratios is not None, "ratios were not measured"
-        return ratios[number]
-
-    def prepare(self, number: int, one: Pass) -> None:
-        """Run what :meth:`distance` needs, which changes the coefficients that the modules have."""
-        self._of(number, one)
+            return Target(seen, torch.ones(()))
+        base = [feature * 0 for feature in seen.features]
         if self._normalise == "task":
-            self._of(None, one)
-
-    def _of(self, number: int | None, one: Pass) -> Seen:
-        def see() -> Seen:
-            with self._own.of(number):
-                return self._watcher.see(one.inputs)
-
-        return self._kept(one.sources[0], number, see)
+            with self._own.of(None):
+                base = self._watcher.see(one).features
+        size = distance(seen.features, base, one, self._watcher.mask(one.whole))
+        return Target(seen, of_the_whole(one, size).clamp(min=1e-12))
 
 
 def _size(seen: Seen) -> int:
@@ -169,13 +185,16 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         present = present.to(coefficients.flat)
-        totals = dict.fromkeys(SCALES, 0.0)
-        for one in one_by_one(drawn, coefficients.flat.device):
-            for scale in SCALES:
+        sums = torch.zeros(len(SCALES), dtype=torch.float64, device=coefficients.flat.device)
+        for one in parts_of(one_by_one(drawn, coefficients.flat.device)):
+            wanted = targets.of(one)
+            for place, scale in enumerate(SCALES):
                 coefficients.give(scale * present)
-                found = watcher.see(one.inputs).features
+                found = watcher.see(one).features
                 for number in one.tasks[0]:
-                    totals[scale] += float(targets.distance(number, one, found))
+                    sums[place] += targets.distance(wanted[number], one, found)
+        current().add([sums])
+    totals = dict(zip(SCALES, sums.tolist(), strict=True))
     for scale, total in totals.items():
         if not math.isfinite(total):
             raise RuntimeError(
@@ -208,20 +227,23 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def backward(one: Pass) -> Tensor:
             numbers = one.tasks[0]
             # The single models run first: the merged one's graph must not see their coefficients.
-            for number in numbers:
-                targets.prepare(number, one)
+            wanted = targets.of(one)
             coefficients.spread()
-            found = watcher.see(one.inputs)
+            found = watcher.see(one)
             values = []
             for number in numbers:
-                value = targets.distance(number, one, found.features)
+                value = targets.distance(wanted[number], one, found.features)
                 if found.ratios is not None:
                     ratio = found.ratios[number]
                     if options.ratio_target == "own":
-                        ratio = (ratio - targets.ratio(number, one)).abs()
+                        own = wanted[number].seen.ratios
+                        assert own is not None, "ratios were not measured"
+                        apart = ratio - own[number]
+                        # Of the sum over all processes.
+                        ratio = apart * of_the_whole(one, apart).sign()
                     value = value + options.ratio_weight * ratio
                 if options.pull:
-                    value = value + options.pull * (coefficients.flat - start).square().mean()
+                    value = value + options.pull * one.share * (coefficients.flat - start).square().mean()
                 values.append(value)
             total = torch.stack(values)
             if torch.is_grad_enabled():
@@ -234,17 +256,15 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
 
         def measure() -> float:
-            passes = [one for batches in held for one in one_by_one(batches, device)]
-            for one in passes:
-                for number in one.tasks[0]:
-                    targets.prepare(number, one)
-            total = 0.0
-            for one in passes:
-                # Anew for each: what was kept of the single models may have had to be computed again.
+            total = torch.zeros((), dtype=torch.float64, device=coefficients.flat.device)
+            for one in parts_of([one for batches in held for one in one_by_one(batches, device)]):
+                wanted = targets.of(one)
                 coefficients.spread()
-                found = watcher.see(one.inputs).features
-                total += sum(float(targets.distance(number, one, found)) for number in one.tasks[0])
-            return total
+                found = watcher.see(one).features
+                for number in one.tasks[0]:
+                    total += targets.distance(wanted[number], one, found)
+            current().add([total])
+            return float(total)
 
         return measure
 

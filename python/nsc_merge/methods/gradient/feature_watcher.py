@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
 from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.families import family_of, find_family, scored_paths
-from nsc_merge.models.forward_contexts import recomputing
+from nsc_merge.models.forward_contexts import Ended, ended_by, recomputing
+from nsc_merge.models.sharded import is_unit
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Seen:
 
     Attributes:
         features: one tensor ``[..., d]`` per matched place, of the positions that are matched.
-        ratios: the mean null-space ratio of every adapter over the modules that it touches, ``[K]``; None where none
-            was asked for.
+        ratios: the mean null-space ratio of every adapter over the modules that it touches, ``[K]``, of a process's
+            part of a pass what adds up to it; None where none was asked for.
     """
 
     features: list[Tensor]
@@ -73,19 +75,21 @@ class Watcher:
         mask = batch.get(self._mask) if self._mask else None
         return None if mask is None else mask.bool()
 
-    def see(self, batch: Batch) -> Seen:
+    def see(self, one: Pass) -> Seen:
         """One forward at the coefficients that the modules have now."""
         kept: dict[str, Tensor] = {}
         ratios: dict[str, Tensor] = {}
-        mask = self.mask(batch)
+        mask, whole = self.mask(one.inputs), self.mask(one.whole)
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
-            inside = mask if mask is not None and mask.shape == sqnorm.shape else torch.ones_like(sqnorm)
-            inside = inside.to(ratio)[..., None]
-            found = (ratio * inside).flatten(0, -2).sum(0) / inside.sum().clamp(min=1)
+            if mask is not None and whole is not None and mask.shape == sqnorm.shape:
+                real = one.mine(whole).to(ratio)[..., None]
+                found = (ratio * real).flatten(0, -2).sum(0) / whole.sum().clamp(min=1).to(ratio)
+            else:
+                found = ratio.flatten(0, -2).sum(0) / max(sqnorm.numel(), 1) * one.share
             if not recomputing():
-                ratios[path] = beside(batch, found)
+                ratios[path] = beside(one.inputs, found)
 
         # Measured until the adapters are taken out: a block that is recomputed in the backward is measured there, too.
         for path in self._scored:
@@ -96,7 +100,7 @@ class Watcher:
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
-            output = self._trunk(**batch)
+            output = self._output(one.inputs)
         if self._places is None:
             features = [_tensor(output)]
         else:
@@ -104,8 +108,27 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-        features = [self._matched(beside(batch, feature), mask) for feature in features]
+        features = [self._matched(beside(one.inputs, feature), mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
+
+    def _output(self, batch: Batch) -> Any:
+        """Of the part of the model in front of its head."""
+        if self._trunk is self._model or not is_unit(self._model):
+            return self._trunk(**batch)
+        # A model in shards runs from its root only, up to where the head begins.
+        found: list[Any] = []
+
+        def end(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output)
+            raise Ended
+
+        hook = self._trunk.register_forward_hook(end)
+        try:
+            with ended_by(self._model, Ended):
+                self._model(**batch)
+        finally:
+            hook.remove()
+        return found[0]
 
     def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
         """What is matched of a place's output: what is at the positions of tokens, or all of what has others."""

@@ -84,6 +84,7 @@ def descend(
             present.to(coefficients.flat.device),
             math.inf if options.share == "task" else options.warm_up,
             None if held_out is None else held_out(coefficients),
+            alike=counted is None or len(counted) == len(tasks),
         )
         names = {one.name for one in fields(options)}
         known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}

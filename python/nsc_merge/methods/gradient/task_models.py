@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import MeasuredLoRALinear, presence
+from nsc_merge.processes.group import current
 
 # Bytes that are kept; beyond, what was kept for other batches is dropped and computed anew.
 LIMIT = 2 * 2**30
@@ -63,25 +64,40 @@ class OwnModels:
 class Kept(Generic[Value]):
     """Values computed once per batch and model, which is a task's number, or None for the base.
 
+    Processes that share the work compute together or not at all: a model in shards runs in all of them at once.
+
     Args:
         size: bytes of a value.
+        on_new: told every value that was not known, with batch and model.
     """
 
-    def __init__(self, size: Callable[[Value], int]) -> None:
-        self._size = size
+    def __init__(self, size: Callable[[Value], int], on_new: Callable[[int | None, Value], None] | None = None) -> None:
+        self._size, self._on_new = size, on_new
+        # Whether the last call computed anything, in whichever process.
+        self.fresh = False
         # The batches are kept alive, so that no other object takes their identity.
         self._values: dict[tuple[int, int | None], tuple[Batch, Value]] = {}
         self.held = 0
 
-    def __call__(self, batch: Batch, number: int | None, compute: Callable[[], Value]) -> Value:
-        """The value of that batch in that model."""
-        place = id(batch), number
-        if place not in self._values:
-            value = compute()
-            if self.held + self._size(value) > LIMIT:
-                # Only the batch at hand is kept, then.
-                self._values = {one: held for one, held in self._values.items() if one[0] == id(batch)}
-                self.held = sum(self._size(held) for _, held in self._values.values())
-            self.held += self._size(value)
-            self._values[place] = batch, value
-        return self._values[place][1]
+    def __call__(
+        self, batch: Batch, numbers: Sequence[int | None], compute: Callable[[int | None], Value]
+    ) -> dict[int | None, Value]:
+        """Model -> the value of that batch, for the models of ``numbers``."""
+        places = {number: (id(batch), number) for number in numbers}
+        self.fresh = current().any(any(place not in self._values for place in places.values()))
+        if self.fresh:
+            for number, place in places.items():
+                value = compute(number)
+                if place not in self._values:
+                    self._keep(batch, place, value)
+        return {number: self._values[place][1] for number, place in places.items()}
+
+    def _keep(self, batch: Batch, place: tuple[int, int | None], value: Value) -> None:
+        if self.held + self._size(value) > LIMIT:
+            # Only the batch at hand is kept, then.
+            self._values = {one: held for one, held in self._values.items() if one[0] == id(batch)}
+            self.held = sum(self._size(held) for _, held in self._values.values())
+        self.held += self._size(value)
+        self._values[place] = batch, value
+        if self._on_new is not None:
+            self._on_new(place[1], value)

@@ -1,0 +1,104 @@
+"""Methods with data find in several processes what they find in one, on a base in shards and on a whole one."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from loop_cases import adapters_for, values
+from test_ranks import batches
+
+from nsc_merge import merge
+from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.models.loading import load_model
+from nsc_merge.models.placement import Placement
+from nsc_merge.processes.group import together
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+LEARNING = {"steps": 4, "progress": False}
+
+
+def logits(model, batch):
+    return model(**batch).logits
+
+
+# Kind of model -> method and options of merges of it.
+CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "llama": [
+        ("match", {**LEARNING, "steps": 20}),
+        ("match", {**LEARNING, "normalise": "task", "init": "match", "positions": "all", "hold_out": 1}),
+        ("match", {**LEARNING, "normalise": "scale", "pull": 0.1, "ratio_weight": 1.0, "ratio_target": "own"}),
+        ("distill", {**LEARNING, "positions": "all", "normalise": "task"}),
+        ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "share": "task"}),
+        ("adamerging", {**LEARNING, "steps": 20}),
+        ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
+        ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),
+        ("regmean", {"batches": 3}),
+        ("fisher", {"batches": 3, "exact": 0}),
+    ],
+    "vit": [
+        ("distill", {**LEARNING, "likelihood": {"a": "gaussian", "b": "categorical", "c": "categorical"}}),
+        ("fisher", {"batches": 2}),
+        ("fisher", {"batches": 2, "preset": "mergelm"}),
+    ],
+}
+
+
+def test_three_processes(tmp_path):
+    world = 3
+    for kind in CASES:
+        zoo.build(kind).save_pretrained(tmp_path / kind)
+    others = torch.multiprocessing.spawn(other, (world, tmp_path), nprocs=world - 1, join=False)
+    share(0, world, tmp_path)
+    while not others.join():
+        pass
+
+
+def other(number: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    share(number + 1, world, folder)
+
+
+def share(rank: int, world: int, folder: Path) -> None:
+    limit = datetime.timedelta(seconds=100)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    group = dist.group.WORLD
+    try:
+        for kind, cases in CASES.items():
+            with together(group):
+                sharded = load_model(str(folder / kind), local=True, placement=Placement(shards=True))
+            plain = load_model(str(folder / kind), local=True)
+            adapters = adapters_for(plain)
+            for method, options in cases:
+                found = [merge(sharded, adapters, batches(kind), method, **options, process_group=group)]
+                if kind == "vit" or options.get("steps") == 20:
+                    found.append(merge(plain, adapters, batches(kind), method, **options, process_group=group))
+                mine = [factors_digest(one.factors) if one.factors else one.coefficients for one in found]
+                with together(group) as processes:
+                    every = processes.share([mine])
+                assert all(one == mine for one in every), "processes differ"
+                if rank == 0:
+                    alone = merge(plain, adapters, batches(kind), method, **options)
+                    for one in found:
+                        check(one, alone, f"{method} {options}")
+    finally:
+        dist.destroy_process_group()
+
+
+def check(found, alone, what: str) -> None:
+    if alone.coefficients:
+        torch.testing.assert_close(values(found), values(alone), rtol=0, atol=1e-6, msg=lambda text: f"{what}: {text}")
+        for one, entry in zip(found.history, alone.history, strict=True):
+            assert one["loss"] == pytest.approx(entry["loss"], rel=1e-4), what
+        assert (values(alone) - values(alone).flatten()[0]).abs().max() > 1e-3, what
+    for path, factor in alone.factors.items():
+        wanted = factor.delta()
+        apart = (found.factors[path].delta() - wanted).norm() / wanted.norm()
+        assert apart < 1e-5, f"{what}: {path}: {apart}"
