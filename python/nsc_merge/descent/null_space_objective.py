@@ -27,6 +27,7 @@ from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, one_by_one, split
 from nsc_merge.descent.coefficients import Coefficients
+from nsc_merge.descent.position_weights import PositionWeights
 from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded, can_fold
@@ -87,13 +88,12 @@ class Objective:
     ) -> None:
         self.coefficients = Coefficients(merged)
         self.batch_tasks = batch_tasks
-        self._model, self._mask, self._early_exit = model, mask, early_exit
+        self._model, self._early_exit = model, early_exit
         self._padding, self._restrict = padding, restrict
         self._scored = {path: merged[path] for path in shares}
         # A process that answers from its cache would leave the others waiting inside of the tower.
         cached = tower is not None and not has_units_inside(model.get_submodule(tower))
         self._tower = TowerCache(model.get_submodule(tower)) if tower is not None and cached else None
-        self._tower_path = tower
         self._blocks = blocks_without(model, block, self._scored) if compiler else []
         self._checkpointing, self._compiler = checkpointing, compiler
         self._always_fold = bool(fold)
@@ -123,8 +123,7 @@ class Objective:
         self._pass: Pass | None = None
         self._elements = 0
         self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
-        self._weights: dict[Any, Tensor] = {}
-        self._rows: dict[Any, Tensor] = {}
+        self._weights = PositionWeights(self._tasks, mask, tower)
         self._undo = ExitStack()
 
     def __enter__(self) -> Objective:
@@ -215,7 +214,7 @@ class Objective:
         self.coefficients.spread()
         self._pass, self._missing, self._inputs, self._end = one, set(self._scored), [], None
         self._omega = torch.zeros_like(self._omega)
-        self._weights = {key: kept for key, kept in self._weights.items() if key[0] is None}
+        self._weights.begin()
         for module in self._foldable.values():
             assert module.folded is not None, "folded outside of a with block"
             module.folded.share = one.elements / max(self._elements, 1)
@@ -257,7 +256,8 @@ class Objective:
         return path, last
 
     def _record(self, path: str, quad: Tensor, sqnorm: Tensor) -> None:
-        weights = self._position_weights(path, sqnorm)
+        assert self._pass is not None, "measured outside of a pass"
+        weights = self._weights.of(path, self._pass, sqnorm)
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
         part = means.to(self._device) * self._shares[path]
         # A block that is recomputed has to make the same graph, and must not count twice.
@@ -265,67 +265,6 @@ class Objective:
             self._omega = self._omega + part
             self._missing.discard(path)
             self._latest = path
-
-    def _position_weights(self, path: str, sqnorm: Tensor) -> Tensor:
-        """``[..., K]`` or what broadcasts to it: each position's part in the mean of each task."""
-        one = self._pass
-        assert one is not None, "measured outside of a pass"
-        mask = one.inside if self._mask is None else one.whole.get(self._mask)
-        mask = None if self._in_tower(path) else mask
-        # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
-        kind = (one.tasks, one.sizes, one.part and one.part.key, sqnorm.shape, sqnorm.device)
-        key = (None if mask is None else one.key, kind)
-        kept = self._weights.get(key)
-        if kept is None:
-            kept = self._weights[key] = self._new_weights(path, one, sqnorm, mask)
-        return kept
-
-    def _new_weights(self, path: str, one: Pass, sqnorm: Tensor, mask: Tensor | None) -> Tensor:
-        shape = self._whole_shape(path, one, sqnorm)
-        rows = self._owners(one, sqnorm)
-        if mask is None:
-            positions = shape.numel() // max(rows.shape[0], 1)
-            weights = rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
-            return one.mine(weights.expand(shape[0], *weights.shape[1:]))
-        if mask.shape != shape:
-            way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
-            raise ValueError(
-                f"{self._mask or 'batch_tasks'}: expected shape {list(shape)}, that of the positions measured "
-                f"at {path}, found {list(mask.shape)}; {way_out}"
-            )
-        counted = (mask != 0).to(sqnorm)[..., None] * rows
-        return one.mine(counted / counted.flatten(0, -2).sum(0).clamp(min=1))
-
-    def _whole_shape(self, path: str, one: Pass, sqnorm: Tensor) -> torch.Size:
-        """The shape of what all processes measure in a pass, of which this one measures ``sqnorm``."""
-        rows = sum(one.sizes) if one.sizes is not None else None
-        if one.part is not None and one.part.rows is not None:
-            rows = one.part.rows.stop - one.part.rows.start
-        if rows is not None and rows != sqnorm.shape[0]:
-            raise ValueError(
-                f"batch_tasks: {path} sees an input of {sqnorm.shape[0]} rows for {rows} rows of "
-                "calibration data, so rows cannot be told apart by task; use batch_tasks=False"
-                + (" in one process" if one.part is not None else "")
-            )
-        total = one.part.total if one.part is not None else None
-        return sqnorm.shape if total is None else torch.Size([total, *sqnorm.shape[1:]])
-
-    def _owners(self, one: Pass, sqnorm: Tensor) -> Tensor:
-        """``[rows, 1, ..., K]``: 1 where a row belongs to a task. One row where all belong to the same."""
-        key = (one.tasks, one.sizes, sqnorm.dim(), sqnorm.device)
-        kept = self._rows.get(key)
-        if kept is None:
-            owners = torch.zeros(len(one.tasks), self._tasks, dtype=sqnorm.dtype)
-            for source, numbers in enumerate(one.tasks):
-                owners[source, list(numbers)] = 1
-            sizes = torch.tensor(one.sizes if one.sizes is not None else [1])
-            shape = (-1, *[1] * (sqnorm.dim() - 1), self._tasks)
-            # Built on the host once and kept, so that no later step copies anything to the device.
-            kept = self._rows[key] = owners.repeat_interleave(sizes, 0).view(shape).to(sqnorm.device)
-        return kept
-
-    def _in_tower(self, path: str) -> bool:
-        return self._tower_path is not None and path.startswith(f"{self._tower_path}.")
 
     def _fits_as_one(self, passes: Sequence[Pass]) -> bool:
         """Whether the graph of all batches at once fits into half of the free memory.
