@@ -135,21 +135,28 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
 
 def _on_top(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
     """With what ``linear`` itself returns as the base, in whatever dtype it computes."""
-    if z.dim() == 0 or z.shape[-1] != bank.d_in or z.device != bank.device:
+    lead = z.shape[:-1]
+    shapes_fit = z.dim() > 0 and z.shape[-1] == bank.d_in and lam.shape in ((bank.K,), (*lead, bank.K))
+    if not shapes_fit or z.device != bank.device:
         _refuse(z, bank, lam, None, accumulation_dtype(z.dtype))
+    if z.dim() != 2:
+        flat = z.reshape(-1, z.shape[-1])
+        found = _on_top(flat, linear, bank, lam if lam.dim() == 1 else lam.reshape(-1, lam.shape[-1]), stats)
+        if not stats:
+            return found.view(lead + found.shape[1:])
+        return tuple(t.view(lead + t.shape[1:]) for t in found)
     base = _output_of(linear, z)
     if z.dtype is base.dtype is bank.dtype:
         return _call(z, bank, lam, base, None, stats)
     for name, dtype in (("z", z.dtype), ("linear(z)", base.dtype)):
         if not dtype.is_floating_point:
             raise TypeError(f"{name} must be of a floating dtype, found {dtype}")
-    if base.shape != (*z.shape[:-1], bank.d_out):
-        raise ValueError(f"linear(z) must have shape {(*z.shape[:-1], bank.d_out)}, found {tuple(base.shape)}")
-    update = _call(z.to(bank.dtype), bank, lam, None, None, stats)
-    if not stats:
-        return (base + update).to(base.dtype)
-    y, quad, sqnorm = update
-    return (base + y).to(base.dtype), quad, sqnorm
+    if base.shape != (*lead, bank.d_out):
+        raise ValueError(f"linear(z) must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")
+    found = _call(z.to(bank.dtype), bank, lam, None, None, stats)
+    update, *rest = found if stats else (found,)
+    y = (base + update).to(base.dtype)
+    return (y, *rest) if stats else y
 
 
 def _output_of(linear: nn.Module, z: Tensor) -> Tensor:

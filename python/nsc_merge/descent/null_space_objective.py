@@ -31,6 +31,7 @@ from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded, can_fold
 from nsc_merge.models.forward_contexts import blocks_without, without_key_value_cache, wrapped_forward
+from nsc_merge.models.quantised import is_linear
 from nsc_merge.utils.memory import free_memory
 
 
@@ -306,5 +307,5 @@ def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.M
     return {
         path: module
         for path, module in model.named_modules()
-        if path.rpartition(".")[0] in parents and isinstance(module, (nn.Linear, MeasuredLoRALinear))
+        if path.rpartition(".")[0] in parents and (isinstance(module, MeasuredLoRALinear) or is_linear(module))
     }

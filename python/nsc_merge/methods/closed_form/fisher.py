@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
@@ -30,6 +30,7 @@ from nsc_merge.methods.task_outputs import (
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
 from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
+from nsc_merge.models.quantised import Linear, check_gradients
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
@@ -129,6 +130,7 @@ def information(
 
     generator = torch.Generator().manual_seed(options.seed)
     with alone(problem, task), ExitStack() as stack, torch.enable_grad():
+        check_gradients(model)
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(
                 lambda _, arguments, y, path=path: keep(path, arguments[0], y)
@@ -182,8 +184,7 @@ def information(
     return {path: sums[path] / examples if path in sums else zeros[path] for path in paths}
 
 
-def _zeros(linear: nn.Module, device: torch.device) -> Tensor:
-    assert isinstance(linear, nn.Linear)
+def _zeros(linear: Linear, device: torch.device) -> Tensor:
     return torch.zeros(linear.out_features, linear.in_features, device=device)
 
 
