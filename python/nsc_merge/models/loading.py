@@ -13,6 +13,7 @@ from torch import nn
 
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.placement import Placement, device_of
+from nsc_merge.models.quantised import keep_gradients, loading_settings
 from nsc_merge.utils.provenance import hashes, marks
 
 
@@ -92,7 +93,15 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
-    model = from_pretrained(architecture, dtype=dtype).to(device)
+    quantised = loading_settings(placement.quantization, architecture.config, dtype, device)
+    if quantised is not None:
+        try:
+            model = from_pretrained(architecture, **quantised)
+        except ImportError as error:
+            raise ValueError(f"model: {architecture.name} is quantised: {error}") from None
+        keep_gradients(model)
+    else:
+        model = from_pretrained(architecture, dtype=dtype).to(device)
     if device.type == "cpu":
         _unmap(model)
     return model

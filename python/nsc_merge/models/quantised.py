@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,6 +23,8 @@ from nsc_merge.models.stored_weights import FLOATS, Stored, is_dtensor, numbers_
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
 
+# bitsandbytes' word for a linear that it may lay out anew.
+_REPACKS = "support_avx512bf16_for_cpu"
 # Unit vectors that a linear is run on at once.
 _ROWS = 1024
 # Of what a forward gives and what its backward promises; 8-bit inputs are off by about a hundredth.
@@ -93,21 +95,26 @@ KINDS = {
 }
 
 
-def loading_settings(name: str, config: Any, dtype: str | torch.dtype, device: torch.device) -> dict[str, Any]:
-    """For ``from_pretrained`` of a base whose linears are quantised as it is loaded.
+def loading_settings(
+    name: str | None, config: Any, dtype: str | torch.dtype, device: torch.device
+) -> dict[str, Any] | None:
+    """For ``from_pretrained`` of a base whose linears are quantised, in its files or as it is loaded; None of others.
 
     Args:
-        name: a key of :data:`KINDS`.
+        name: a key of :data:`KINDS`; None loads quantised files as they are.
         config: of the base.
-        dtype: of everything else, ``"auto"`` for that of the files.
-        device: to load to.
+        dtype: of everything that is not quantised, ``"auto"`` for that of the files.
+        device: to load to; libraries may not let a model move afterwards.
 
     Raises:
         ValueError: if there is no such kind, if the base is quantised already, or if the library is not installed.
     """
+    held = quantised_as(config)
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    if name is None:
+        return None if held is None else {"dtype": dtype, **place}
     if name not in KINDS:
         raise ValueError(f"quantization: expected one of {list(KINDS)}, found {name!r}")
-    held = quantised_as(config)
     if held is not None:
         raise ValueError(f"quantization: expected none for a base whose files are quantised ({held}), found {name!r}")
     kind = KINDS[name]
@@ -117,12 +124,7 @@ def loading_settings(name: str, config: Any, dtype: str | torch.dtype, device: t
         )
     if not isinstance(dtype, torch.dtype):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    return {"dtype": dtype, "quantization_config": kind.config(dtype), **on(device)}
-
-
-def on(device: torch.device) -> dict[str, Any]:
-    """For ``from_pretrained`` of a quantised base, which its library may not let move once it is loaded."""
-    return {} if device.type == "cpu" else {"device_map": {"": device}}
+    return {"dtype": dtype, "quantization_config": kind.config(dtype), **place}
 
 
 def quantised_as(config: Any) -> str | None:
@@ -199,6 +201,10 @@ class Dequantised(Stored):
 
     dtype: torch.dtype
 
+    def rounded(self) -> Tensor:
+        """The numbers alone, in that dtype."""
+        return self.values.to(self.dtype)
+
     def plus(self, update: Tensor) -> Tensor:
         return (self.values.double() + update.to(self.values.device)).to(self.dtype)
 
@@ -259,18 +265,26 @@ def dequantised(model: nn.Module, path: str) -> Tensor:
     return torch.cat(columns).t()
 
 
+def keep_gradients(model: nn.Module) -> list[nn.Module]:
+    """Have bitsandbytes leave 4-bit weights in the layout whose products have gradients: on processors with AVX512-BF16
+    it lays them out anew for inference, once and for all, at the first call without a gradient. Returns the linears
+    that this concerns.
+    """
+    found = [module for module in model.modules() if getattr(module, _REPACKS, False)]
+    for module in found:
+        setattr(module, _REPACKS, False)
+    return found
+
+
 @contextmanager
 def keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Within it, bitsandbytes leaves 4-bit weights in the layout whose products have gradients. On processors with
-    AVX512-BF16 it would lay them out anew for inference, once and for all, at the first call without a gradient.
-    """
-    flag = "support_avx512bf16_for_cpu"
-    with ExitStack() as stack:
-        for module in model.modules():
-            if getattr(module, flag, False):
-                stack.callback(setattr, module, flag, True)
-                setattr(module, flag, False)
+    """:func:`keep_gradients` for the duration of a ``with`` block."""
+    found = keep_gradients(model)
+    try:
         yield
+    finally:
+        for module in found:
+            setattr(module, _REPACKS, True)
 
 
 def check_gradients(model: nn.Module) -> None:
