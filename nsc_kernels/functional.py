@@ -63,11 +63,13 @@ def merged_lora_nsc(
     return _call(z, bank, lam, base, None, True)
 
 
-def merged_linear(z: Tensor, linear: nn.Linear, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
+def merged_linear(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
     """The above with ``base = linear(z)`` for a frozen ``linear``.
 
-    In eager mode the layer and its adapters are one node of the graph: the gradient that reaches z through the layer
-    is where the kernel starts its sum, and not a tensor to be added afterwards.
+    In eager mode an nn.Linear and its adapters are one node of the graph: the gradient that reaches z through the layer
+    is where the kernel starts its sum, and not a tensor to be added afterwards. Of other layers, what they return is
+    the base; where that or z has another dtype than the bank, z is rounded to the bank's for the update alone, and the
+    sum has the layer's.
     """
     return _call(z, bank, lam, None, linear, stats)
 
@@ -77,7 +79,7 @@ def output_dtype(z: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(z.device.type) if _any_autocast() and _autocast_applies(z) else z.dtype
 
 
-def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Linear | None, stats: bool) -> Any:
+def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Module | None, stats: bool) -> Any:
     if not (
         isinstance(z, Tensor)
         and isinstance(lam, Tensor)
@@ -88,10 +90,12 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
     if _any_autocast() and _autocast_applies(z):
         kind = z.device.type
         narrow = torch.get_autocast_dtype(kind)
-        base = base if linear is None else linear(z)
+        base = base if linear is None else _output_of(linear, z)
         base = base if base is None else base.to(narrow)
         with torch.autocast(kind, enabled=False):
             return _call(z.to(narrow), _autocast_bank(bank, narrow), lam, base, None, stats)
+    if linear is not None and not _is_plain(linear):
+        return _on_top(z, linear, bank, lam, stats)
     device, dtype = z.device, z.dtype
     A, Bt, offsets = bank.packed
     acc = accumulation_dtype(dtype)
@@ -129,6 +133,39 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
     return tuple(t.view(lead + t.shape[1:]) for t in flat)
 
 
+def _on_top(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
+    """With what ``linear`` itself returns as the base, in whatever dtype it computes."""
+    lead = z.shape[:-1]
+    shapes_fit = z.dim() > 0 and z.shape[-1] == bank.d_in and lam.shape in ((bank.K,), (*lead, bank.K))
+    if not shapes_fit or z.device != bank.device:
+        _refuse(z, bank, lam, None, accumulation_dtype(z.dtype))
+    if z.dim() != 2:
+        flat = z.reshape(-1, z.shape[-1])
+        found = _on_top(flat, linear, bank, lam if lam.dim() == 1 else lam.reshape(-1, lam.shape[-1]), stats)
+        if not stats:
+            return found.view(lead + found.shape[1:])
+        return tuple(t.view(lead + t.shape[1:]) for t in found)
+    base = _output_of(linear, z)
+    if z.dtype is base.dtype is bank.dtype:
+        return _call(z, bank, lam, base, None, stats)
+    for name, dtype in (("z", z.dtype), ("linear(z)", base.dtype)):
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be of a floating dtype, found {dtype}")
+    if base.shape != (*lead, bank.d_out):
+        raise ValueError(f"linear(z) must have shape {(*lead, bank.d_out)}, found {tuple(base.shape)}")
+    found = _call(z.to(bank.dtype), bank, lam, None, None, stats)
+    update, *rest = found if stats else (found,)
+    y = (base + update).to(base.dtype)
+    return (y, *rest) if stats else y
+
+
+def _output_of(linear: nn.Module, z: Tensor) -> Tensor:
+    y = linear(z)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"linear must return a tensor, found {type(y).__name__} from {type(linear).__name__}")
+    return y
+
+
 def _route(
     z: Tensor,
     A: Tensor,
@@ -136,21 +173,19 @@ def _route(
     offsets: tuple[int, ...],
     lam: Tensor,
     base: Tensor | None,
-    linear: nn.Linear | None,
+    linear: Any,
     stats: bool,
 ) -> Any:
-    """``z [T, d_in]`` by the cheapest route that is right in this context."""
+    """``z [T, d_in]`` by the cheapest route that is right in this context; ``linear`` is plain."""
     compiling = torch.compiler.is_compiling()
     transformed = _functorch_active() or forward_ad._current_level >= 0
     grad = torch.is_grad_enabled() and (
         z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
     )
-    own_base = False
-    if linear is not None and (compiling or transformed or not grad or not _is_plain(linear)):
-        # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
-        own_base = _is_plain(linear)
+    # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
+    own_base = linear is not None and (compiling or transformed or not grad)
+    if own_base:
         base, linear = linear(z), None
-        grad = grad or (torch.is_grad_enabled() and base.requires_grad)
     if transformed:
         if chosen() not in (AUTO, "reference"):
             raise RuntimeError(
@@ -169,7 +204,7 @@ def _route(
     return (y, quad, sqnorm) if stats else y
 
 
-def _is_plain(linear: nn.Linear) -> bool:
+def _is_plain(linear: Any) -> bool:
     """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, of the layer or of
     its weight, no hook and no wrapper.
     """

@@ -1,7 +1,8 @@
-"""MergedLoRALinear: a frozen nn.Linear with K merged adapters on top."""
+"""MergedLoRALinear: a frozen linear layer with K merged adapters on top."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,11 @@ class MergedLoRALinear(nn.Module):
     """``linear(z) + sum_k lam_k s_k B_k A_k z`` around an existing linear layer.
 
     Args:
-        linear: the layer, used in place (the same weight tensors, no copy) and frozen by this constructor.
-        bank: its adapters, of the linear's device; dtype of the activations.
+        linear: the layer, used in place (the same weight tensors, no copy) and frozen by this constructor: an
+            nn.Linear, or any other module with ``in_features``, ``out_features`` and a forward from ``[..., d_in]`` to
+            ``[..., d_out]``, such as a quantised one. Its own forward is what runs then, and its weight is never read.
+        bank: its adapters, of the linear's device; dtype of the activations. Where a layer other than nn.Linear takes
+            or gives another dtype, the update is computed in the bank's and the sum has the layer's.
         lam: ``[K]``. An ``nn.Parameter`` is registered as one and learnt; a tensor or a list of floats becomes a
             buffer. Kept in float32 (or float64) when the module is converted to a narrower dtype.
 
@@ -25,23 +29,32 @@ class MergedLoRALinear(nn.Module):
 
     ``weight``, ``bias``, ``in_features`` and ``out_features`` are the linear's, for code that asks a layer for its
     dtype, device or shape. They are the base's and read only: who multiplies by ``weight`` himself gets the layer
-    without its adapters, and ``linear.weight + bank.delta(lam)`` is the merged weight.
+    without its adapters, and ``linear.weight + bank.delta(lam)`` is the merged weight. Of a quantised layer, ``weight``
+    is what its library keeps there, which may be packed codes; where it keeps nothing of that name, there is an
+    AttributeError as from the layer itself. Gradients to z need a layer whose forward has them.
+
+    Raises:
+        TypeError: if ``linear`` is no such layer.
+        ValueError: if its shape or device is not the bank's, or if ``lam`` has another shape.
     """
 
     lam: Tensor
+    linear: Any
 
-    def __init__(self, linear: nn.Linear, bank: AdapterBank, lam: Tensor | Sequence[float]):
+    def __init__(self, linear: nn.Module, bank: AdapterBank, lam: Tensor | Sequence[float]):
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, found {type(linear).__name__}")
-        if (linear.in_features, linear.out_features) != (bank.d_in, bank.d_out):
-            raise ValueError(
-                f"bank adapts a {bank.d_in} -> {bank.d_out} layer, "
-                f"but linear is {linear.in_features} -> {linear.out_features}"
+        shape = tuple(getattr(linear, name, None) for name in ("in_features", "out_features"))
+        if not isinstance(linear, nn.Module) or not all(isinstance(size, int) for size in shape):
+            raise TypeError(
+                "linear must be an nn.Linear, or a module with in_features and out_features, found "
+                f"{type(linear).__name__}"
             )
+        if shape != (bank.d_in, bank.d_out):
+            raise ValueError(f"bank adapts a {bank.d_in} -> {bank.d_out} layer, but linear is {shape[0]} -> {shape[1]}")
+        held = next(itertools.chain(linear.parameters(), linear.buffers()), None)
         # accelerate brings the weights of a layer with its hook to another device for every call.
-        if linear.weight.device != bank.device and not hasattr(linear, "_hf_hook"):
-            raise ValueError(f"linear is on {linear.weight.device}, but the bank is on {bank.device}")
+        if held is not None and held.device != bank.device and not hasattr(linear, "_hf_hook"):
+            raise ValueError(f"linear is on {held.device}, but the bank is on {bank.device}")
         if not isinstance(lam, Tensor):
             lam = torch.tensor(list(lam), dtype=torch.float32, device=bank.device)
         if lam.shape != (bank.K,):
@@ -61,15 +74,15 @@ class MergedLoRALinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The layer's own."""
-        return self.linear.bias
+        return getattr(self.linear, "bias", None)
 
     @property
     def in_features(self) -> int:
-        return self.linear.in_features
+        return self.bank.d_in
 
     @property
     def out_features(self) -> int:
-        return self.linear.out_features
+        return self.bank.d_out
 
     def forward(self, z: Tensor) -> Tensor:
         return merged_linear(z, self.linear, self.bank, self.lam, stats=False)

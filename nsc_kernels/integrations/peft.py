@@ -31,6 +31,19 @@ from ..reference import accumulation_dtype
 
 logger = logging.getLogger("nsc_kernels")
 
+# Forwards of PEFT that are the base layer's output and every active adapter's update added to it, by name: most can be
+# imported only where the library that quantises the base layer is installed.
+_FORWARDS = {
+    ("layer", "Linear"),
+    ("bnb", "Linear8bitLt"),
+    ("bnb", "Linear4bit"),
+    ("gptq", "GPTQLoraLinear"),
+    ("awq", "AwqLoraLinear"),
+    ("hqq", "HqqLoraLinear"),
+    ("eetq", "EetqLoraLinear"),
+    ("aqlm", "AqlmLoraLinear"),
+}
+
 
 class Accelerated:
     """What :func:`accelerate` did to a model; a context manager.
@@ -39,14 +52,14 @@ class Accelerated:
         layers: how many layers run fused.
     """
 
-    def __init__(self, layers: list[Linear]) -> None:
+    def __init__(self, layers: list[nn.Module]) -> None:
         self._layers = layers
         self.layers = len(layers)
 
     def remove(self) -> None:
         """Give the layers PEFT's own forward back. A second call does nothing."""
         while self._layers:
-            del self._layers.pop().forward
+            delattr(self._layers.pop(), "forward")
 
     def __enter__(self) -> Accelerated:
         return self
@@ -58,7 +71,9 @@ class Accelerated:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Make every ``peft.tuners.lora.Linear`` in ``model`` compute its active adapters in one fused call.
+    """Make every linear of PEFT's LoRA in ``model`` compute its active adapters in one fused call: of
+    ``peft.tuners.lora.Linear`` and of the layers that PEFT puts around quantised linears, which keep their own forward
+    (bitsandbytes, torchao, GPTQ, AWQ, HQQ, EETQ, AQLM).
 
     The model's modules, parameters and adapters stay where they are; activating, adding, deleting, merging,
     hot-swapping and disabling adapters works as before. Every call packs the active adapters as they are then: nothing
@@ -77,9 +92,9 @@ def accelerate(model: nn.Module) -> Accelerated:
     Under ``torch.compile`` a layer is the operator ``nsc::merged_lora`` in the graph, which it does not break
     (``fullgraph=True`` and dynamic shapes work); what goes to PEFT's own forward is traced as that is.
 
-    Layers that PEFT creates later, and other kinds (embeddings, convolutions, quantised linears, a forward of their
-    own), are not touched; a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is
-    accelerated as well, and no handle undoes that: copy the model first.
+    Layers that PEFT creates later, and other kinds (embeddings, convolutions, a forward of their own), are not touched;
+    a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is accelerated as well, and
+    no handle undoes that: copy the model first.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -90,11 +105,11 @@ def accelerate(model: nn.Module) -> Accelerated:
     Raises:
         ValueError: if there is no such layer.
     """
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not any(isinstance(layer, Linear) for layer in adapted.values()):
+    adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not any(isinstance(layer, Linear) or _is_known(layer) for layer in adapted.values()):
         raise ValueError(f"model: expected peft.tuners.lora.Linear layers, found none in {type(model).__name__}")
     reasons = {name: _unfusible(layer) for name, layer in adapted.items()}
-    fused = [layer for name, layer in adapted.items() if isinstance(layer, Linear) and reasons[name] is None]
+    fused = [layer for name, layer in adapted.items() if reasons[name] is None]
     for reason, count in Counter(filter(None, reasons.values())).items():
         first = next(name for name in reasons if reasons[name] == reason)
         logger.warning("%d of %d LoRA layers are not accelerated, %r first: %s", count, len(adapted), first, reason)
@@ -105,10 +120,16 @@ def accelerate(model: nn.Module) -> Accelerated:
 
 def _unfusible(layer: Any) -> str | None:
     """Why a layer keeps the forward that it has, or None."""
-    if type(layer).forward is not Linear.forward:
+    if not _is_known(layer):
         return f"{type(layer).__module__}.{type(layer).__qualname__} has another forward than peft.tuners.lora.Linear"
     # A forward of the instance's own is someone else's hook, or this one, put there before.
     return "a forward was put on the layer itself" if "forward" in vars(layer) else None
+
+
+def _is_known(layer: Any) -> bool:
+    forward = type(layer).forward
+    package, _, file = forward.__module__.rpartition(".")
+    return package == "peft.tuners.lora" and (file, forward.__qualname__.removesuffix(".forward")) in _FORWARDS
 
 
 def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
@@ -128,7 +149,7 @@ def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
 
 
 def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``peft.tuners.lora.layer.Linear.forward``, fused where it can be."""
+    """The layer's forward, fused where it can be."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or not names:
         return original(x, *args, **kwargs)

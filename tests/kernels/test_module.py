@@ -147,7 +147,7 @@ def test_is_asked_for_the_weight_of_its_linear(bias: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((nn.Conv1d(1, 1, 1), None, [0.1, 0.2]), TypeError, "linear must be an nn.Linear, found Conv1d"),
+        ((nn.Conv1d(1, 1, 1), None, [0.1, 0.2]), TypeError, "linear must be an nn.Linear, or .*, found Conv1d"),
         ((nn.Linear(40, 48), None, [0.1, 0.2]), ValueError, "adapts a 48 -> 40 layer, but linear is 40 -> 48"),
         ((nn.Linear(48, 40), None, [0.1]), ValueError, r"lam must have shape \(2,\), one per adapter, found \(1,\)"),
         ((nn.Linear(48, 40, device="meta"), None, [0.1, 0.2]), ValueError, "linear is on meta, but the bank is on cpu"),

@@ -41,6 +41,7 @@ from nsc_merge.models.forward_contexts import (
     without_key_value_cache,
     wrapped_forward,
 )
+from nsc_merge.models.quantised import is_linear
 from nsc_merge.models.sharded import gather_for_backward, has_units_inside, is_unit, reshard
 from nsc_merge.processes.group import current
 from nsc_merge.utils.memory import free_memory
@@ -305,7 +306,7 @@ def _beside(model: nn.Module, scored: Mapping[str, nn.Module]) -> dict[str, nn.M
     return {
         path: module
         for path, module in model.named_modules()
-        if path.rpartition(".")[0] in parents and isinstance(module, (nn.Linear, MeasuredLoRALinear))
+        if path.rpartition(".")[0] in parents and (isinstance(module, MeasuredLoRALinear) or is_linear(module))
     }
 
 

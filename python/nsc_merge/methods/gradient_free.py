@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.method import Averages, Gives, Method, Problem, Updates
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.quantised import Linear
 from nsc_merge.results.result import MergeResult
 
 
@@ -78,7 +79,7 @@ def gradient_free(
     )
 
 
-def low_rank_part(problem: Problem) -> tuple[dict[str, nn.Linear], dict[str, Adapter], list[str]]:
+def low_rank_part(problem: Problem) -> tuple[dict[str, Linear], dict[str, Adapter], list[str]]:
     """All linears that some adapter touches, the adapters without modules that were trained in full, and the paths of
     the linears that are left in these.
     """
@@ -90,7 +91,7 @@ def low_rank_part(problem: Problem) -> tuple[dict[str, nn.Linear], dict[str, Ada
     return linears, low_rank, [path for path in linears if present(low_rank, path)]
 
 
-def empty(linear: nn.Linear) -> Factor:
+def empty(linear: Linear) -> Factor:
     """The update of a linear that changes nothing, of rank 0."""
     return Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
 
@@ -102,7 +103,7 @@ def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
 
 def with_the_rest(
     path: str,
-    linear: nn.Linear,
+    linear: Linear,
     merged: Factor | None,
     adapters: Mapping[str, Adapter],
     scale: float,

@@ -12,6 +12,7 @@ from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
+from nsc_merge.models.quantised import Linear, activations_of, is_linear, is_quantised, keeping_gradients
 from nsc_merge.models.sharded import unit_of
 from nsc_merge.models.stored_weights import (
     FLOATS,
@@ -56,7 +57,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
         """
         self.weight_taken = True
         own = self.linear.weight
-        if not is_plain(own):
+        if not is_plain(own) or not isinstance(self.linear, nn.Linear):
             return NotAtHand.of(own, (self.out_features, self.in_features), self.path)
         A, Bt, _ = self.bank.packed
         # One coefficient for each row of A, without asking the device for anything.
@@ -70,7 +71,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
     @property
     def bias(self) -> Tensor | None:
         """The merged bias ``[d_out]``, where the linear has one or an adapter gives it one."""
-        own = self.linear.bias
+        own = super().bias
         if self.biases is None:
             return own
         update = self.lam @ self.biases.to(self.lam)
@@ -96,7 +97,7 @@ class MeasuredLoRALinear(MergedLoRALinear):
         return y
 
 
-def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:
+def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
     """Every linear that has coefficients to choose, in the order of the model: all that some adapter touches,
     but those whose coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`).
 
@@ -118,13 +119,14 @@ def presence(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> Tensor:
     return torch.tensor([[path in adapter.factors for adapter in adapters.values()] for path in paths])
 
 
-def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, nn.Linear]:
-    """Every linear that some adapter touches, in the order of the model.
+def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
+    """Every linear that some adapter touches, in the order of the model: ``nn.Linear``, or what stands for one
+    (:func:`nsc_merge.models.quantised.is_linear`).
 
     Raises:
         ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit; or if the
             model is what ``torch.compile`` returns.
-        TypeError: if the module at a path is not an ``nn.Linear``.
+        TypeError: if the module at a path is no linear, or one of tensor parallelism.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model: expected a model, found {type(model).__name__}{_wrapped(model)}")
@@ -142,11 +144,10 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                 raise ValueError(
                     f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it a plain one"
                 )
-            if not isinstance(linear, nn.Linear):
+            if not is_linear(linear) or _is_part(linear):
                 raise TypeError(
-                    f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, "
-                    f"found {type(linear).__module__}.{type(linear).__name__}"
-                    + ("; the PeftModel's unload() takes the adapters off" if hasattr(linear, "base_layer") else "")
+                    f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, found "
+                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(linear)}"
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -155,9 +156,18 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                     f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
                 )
     touched = {path for adapter in adapters.values() for path in adapter.factors}
-    return {
-        path: module for path, module in modules.items() if path in touched and isinstance(module, nn.Linear)
-    }
+    return {path: module for path, module in modules.items() if path in touched and is_linear(module)}
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether a module says of itself, as Megatron's and vLLM's do, that it holds a process's part of a linear."""
+    return hasattr(module, "input_size_per_partition") or hasattr(module, "output_size_per_partition")
+
+
+def _instead(module: nn.Module) -> str:
+    if _is_part(module):
+        return ", one process's part of a tensor-parallel linear; merge before the model is distributed"
+    return "; the PeftModel's unload() takes the adapters off" if hasattr(module, "base_layer") else ""
 
 
 def is_computed_with(model: nn.Module, path: str) -> bool:
@@ -196,7 +206,7 @@ def attach(
     quantised linears keep their own forward, and modules compiled in place run uncompiled meanwhile.
 
     Args:
-        model: any module whose adapted submodules are ``nn.Linear``.
+        model: any module whose adapted submodules are linears.
         adapters: task -> adapter.
         init: initial coefficient, one for all tasks or one per task.
 
@@ -217,7 +227,7 @@ def attach(
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    with eager(model):
+    with eager(model), keeping_gradients(model):
         try:
             for path, linear in linears.items():
                 kind = _activations_of(model, path, linear)
@@ -237,13 +247,15 @@ def _set_requires_grad(parameters: Iterable[tuple[nn.Module, str]], value: bool)
         module.get_parameter(name).requires_grad_(value)
 
 
-def _activations_of(model: nn.Module, path: str, linear: nn.Linear) -> tuple[torch.dtype, torch.device]:
+def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.dtype, torch.device]:
     """Dtype and device of what a linear gives: those of its weight; where the weight is offloaded, the device that it
-    is brought to, and where it holds codes, the dtype of the parameters that do not.
+    is brought to, and where it holds codes, what :func:`nsc_merge.models.quantised.activations_of` says.
 
     Raises:
         ValueError: if it has no forward that a whole update could be added to.
     """
+    if not isinstance(linear, nn.Linear):
+        return activations_of(model, path, linear)
     weight, hook = linear.weight, offloading(linear)
     shape = (linear.out_features, linear.in_features)
     in_part = type(weight) is nn.Parameter and weight.shape != shape
@@ -258,17 +270,16 @@ def _activations_of(model: nn.Module, path: str, linear: nn.Linear) -> tuple[tor
             f"{path}: expected a weight on a device, or offloaded by a hook of its own, found the meta device; "
             "load it, or offload without preload_module_classes"
         )
-    device = weight.device if hook is None else torch.device(hook.execution_device)
-    if weight.dtype in FLOATS:
-        return weight.dtype, device
-    if type(linear) is nn.Linear and type(weight) is nn.Parameter:
+    if is_quantised(linear):
+        return activations_of(model, path, linear)
+    if weight.dtype not in FLOATS:
         raise ValueError(f"{path}: expected a weight that nn.Linear computes with, found {described(weight)}")
-    return next(value.dtype for value in model.parameters() if value.dtype in FLOATS), device
+    return weight.dtype, weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def _merged_linear(
     path: str,
-    linear: nn.Linear,
+    linear: Linear,
     dtype: torch.dtype,
     device: torch.device,
     adapters: Mapping[str, Adapter],

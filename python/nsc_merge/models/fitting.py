@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.families import Family, find_family
+from nsc_merge.models.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.sharded import class_name
-from nsc_merge.models.stored_weights import numbers_of, stored
+from nsc_merge.models.stored_weights import numbers_of
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -30,7 +31,9 @@ def fit(
     dense updates; the others are heads and stay in :attr:`Adapter.trained`. The base's own are all that the model
     needs before its head, such as LLaVA's projector, and, if it is a language model, its head: one that
     ``get_output_embeddings()`` returns was pretrained with the rest, as ``lm_head``. A classifier's (``score``,
-    ``classifier``) begins anew with every task. The adapter's notes say which module is taken for what.
+    ``classifier``) begins anew with every task. The adapter's notes say which module is taken for what. Where the
+    numbers of a quantised linear are needed, for DoRA and modules trained in full, they are those that it computes
+    with, as in PEFT.
 
     Args:
         adapters: task -> adapter as read.
@@ -64,7 +67,8 @@ def fit(
         _check_base(task, _renamed_parameters(task, adapter.base_weights, modules, family, prefix), model)
         notes = list(adapter.notes)
         for path, factor in factors.items():
-            if factor.magnitude is not None and isinstance(module := modules.get(path), nn.Linear):
+            module = modules.get(path)
+            if factor.magnitude is not None and module is not None and is_linear(module):
                 factors[path], error = _without_dora(task, path, factor, module, model)
                 notes.append(f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}")
         shared = _shared(task, {k: v for k, v in trained.items() if k in own}, model)
@@ -125,6 +129,12 @@ def _check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> Non
     held = dict(model.named_parameters(remove_duplicate=False))
     for name, value in saved.items():
         base = held.get(name)
+        owner = None if base is None else model.get_submodule(name.rpartition(".")[0])
+        if owner is not None and is_linear(owner) and is_quantised(owner):
+            raise ValueError(
+                f"adapters[{task!r}]: {name} of the base was saved with the adapter, but is quantised in the model, so "
+                "that they cannot be compared; expected an adapter saved with save_embedding_layers=False"
+            )
         if base is None or base.shape != value.shape:
             found = "no such parameter" if base is None else f"shape {list(base.shape)}"
             raise ValueError(
@@ -186,7 +196,7 @@ def _today(path: str, names: Collection[str], family: Family | None, prefix: str
 
 
 def _without_dora(
-    task: str, path: str, factor: Factor, linear: nn.Linear, model: nn.Module
+    task: str, path: str, factor: Factor, linear: Linear, model: nn.Module
 ) -> tuple[Factor, float]:
     """The best update of the same rank in place of DoRA's, and its relative error."""
     assert factor.magnitude is not None
@@ -195,7 +205,7 @@ def _without_dora(
             f"adapters[{task!r}]: {path}: expected an update of shape {[linear.out_features, linear.in_features]}, "
             f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
         )
-    base = stored(model, f"{path}.weight").whole().double().cpu()
+    base = stored_or_dequantised(model, f"{path}.weight").whole().double().cpu()
     moved = base + factor.delta().cpu()
     moved *= (factor.magnitude.double().cpu() / moved.norm(dim=1))[:, None]
     left, sigma, right = torch.linalg.svd(moved - base, full_matrices=False)
@@ -215,14 +225,15 @@ def _shared(task: str, trained: Mapping[str, Tensor], model: nn.Module) -> dict[
 
 def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module) -> Factor:
     """The update of a linear that was trained in full."""
-    linear = model.get_submodule(path)
-    if not isinstance(linear, nn.Linear):
+    linear: Linear = model.get_submodule(path)
+    if not is_linear(linear):
         raise ValueError(
             f"{what} was trained in full (modules_to_save) and all tasks share it, but only nn.Linear can be merged, "
             f"found {type(linear).__name__}; expected an adapter that leaves it as the base has it"
         )
     named = model.named_parameters(remove_duplicate=False)
-    tied = [name for name, value in named if value is linear.weight and name != f"{path}.weight"]
+    weight = getattr(linear, "weight", None)
+    tied = [name for name, value in named if value is weight and name != f"{path}.weight"]
     if tied:
         raise ValueError(
             f"{what} was trained in full on its own, but in the model its weight is {tied[0]} too (tied); expected a "
@@ -231,7 +242,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         )
     deltas = {}
     for parameter, value in tensors.items():
-        base = stored(model, f"{path}.{parameter}").whole()
+        base = stored_or_dequantised(model, f"{path}.{parameter}").whole()
         if value.shape != base.shape:
             raise ValueError(
                 f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}"

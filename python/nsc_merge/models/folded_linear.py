@@ -136,7 +136,7 @@ def _holds_the_sum(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
 
 
-def can_fold(linear: nn.Linear) -> bool:
+def can_fold(linear: nn.Module) -> bool:
     """Whether calling ``linear`` is its product and nothing else, so that another product can stand for it."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear) is nn.Linear and is_plain(linear.weight) and "forward" not in vars(linear) and not any(hooks)

@@ -15,6 +15,7 @@ from torch import nn
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.offloaded import load_over_devices
 from nsc_merge.models.placement import Placement, device_of
+from nsc_merge.models.quantised import keep_gradients, loading_settings
 from nsc_merge.models.sharded import settled, sharding
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
@@ -103,9 +104,25 @@ def _on_device(architecture: Architecture, placement: Placement, device: torch.d
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
     if placement.shards and (settings := sharding(architecture, placement)):
         return settled(from_pretrained(architecture, dtype=dtype, **settings))
+    quantised = loading_settings(placement.quantization, architecture.config, dtype, device)
+    settings = {"dtype": dtype} if quantised is None else quantised
+    try:
+        if placement.device_map is not None:
+            # Instead of the one device that quantised weights are loaded to.
+            given = {name: value for name, value in settings.items() if name != "device_map"}
+            model = load_over_devices(partial(from_pretrained, architecture, **given), placement)
+        else:
+            model = from_pretrained(architecture, **settings)
+    except ImportError as error:
+        if quantised is None:
+            raise
+        raise ValueError(f"model: {architecture.name} is quantised: {error}") from None
+    if quantised is not None:
+        keep_gradients(model)
     if placement.device_map is not None:
-        return load_over_devices(partial(from_pretrained, architecture, dtype=dtype), placement)
-    model = from_pretrained(architecture, dtype=dtype).to(device)
+        return model
+    if quantised is None:
+        model = model.to(device)
     if device.type == "cpu":
         _unmap(model)
     return model

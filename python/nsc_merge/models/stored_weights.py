@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = "float64, float32, bfloat16 or float16"
+_UNQUANTISED = (
+    "use format 'lora' and load it on the quantised base, save format 'model' with dequantize=True, or load the base "
+    "in bfloat16"
+)
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -147,8 +151,11 @@ def stored(model: nn.Module, name: str) -> Stored:
         ValueError: naming the parameter and how it is kept, if that is in no way that an update can be added to.
     """
     path, _, part = name.rpartition(".")
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
+    linear: Any = model.get_submodule(path)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"{name}: expected a plain parameter in {_KINDS}, found a {type(linear).__name__}; {_UNQUANTISED}"
+        )
     parameter = linear._parameters.get(part)
     shape = [linear.out_features, linear.in_features][: 2 if part == "weight" else 1]
     if parameter is None:
@@ -163,8 +170,7 @@ def stored(model: nn.Module, name: str) -> Stored:
     place = numbers or Stored(parameter.detach())
     if type(parameter) is not nn.Parameter or not _holds_floats(place.values):
         raise ValueError(
-            f"{name}: expected a plain parameter in {_KINDS}, found {described(parameter)}; "
-            "use format 'lora' and load it on the quantised base, or load the base in bfloat16"
+            f"{name}: expected a plain parameter in {_KINDS}, found {described(parameter)}; {_UNQUANTISED}"
         )
     if list(place.values.shape) != shape:
         raise ValueError(

@@ -15,6 +15,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import dense, low_rank
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.stored_weights import is_finite, sharing, stored
 from nsc_merge.results.layout import task_folders
 
@@ -191,7 +192,9 @@ class MergedUpdate:
         known = [lam * update for lam, update in updates if update is not None]
         return torch.stack(known).sum(0) if known else None
 
-    def merged(self, model: nn.Module, paths: Collection[str] | None = None) -> dict[str, Tensor]:
+    def merged(
+        self, model: nn.Module, paths: Collection[str] | None = None, *, dequantize: bool = False
+    ) -> dict[str, Tensor]:
         """The merged parameters of ``model``, by parameter path; each sum is formed in float64, rounded once.
 
         Weights that accelerate offloads are taken from where it keeps them; of a DTensor, every process gets its own
@@ -200,12 +203,29 @@ class MergedUpdate:
         Args:
             model: the base model, or another of the same shapes.
             paths: the linears to merge, all by default.
+            dequantize: also merge into quantised weights, as :meth:`merged_names` says.
+
+        Raises:
+            TypeError, ValueError: as :meth:`merged_names` and :meth:`merged_value`.
+        """
+        names = self.merged_names(model, paths, dequantize=dequantize)
+        return {name: self.merged_value(model, name, dequantize=dequantize) for name in names}
+
+    def merged_names(
+        self, model: nn.Module, paths: Collection[str] | None = None, *, dequantize: bool = False
+    ) -> list[str]:
+        """Paths of the parameters of ``model`` that the merge changes.
+
+        Args:
+            model, paths: as in :meth:`merged`.
+            dequantize: take the numbers that quantised linears compute with as their weights, rounded with the update
+                to the dtype of the activations.
 
         Raises:
             ValueError: if a module is missing or has another shape, if there is no bias to hold the update of
-                one, if a merged weight is tied to another parameter, which would change with it, if a weight is kept in
-                a way that nothing can be added to, such as quantised, or if its dtype cannot hold the sum.
-            TypeError: if a module is not an ``nn.Linear``.
+                one, if a merged weight is tied to another parameter, which would change with it, or if a weight is kept
+                in a way that nothing can be added to, such as quantised.
+            TypeError: if a module is no linear.
         """
         linears = {
             path: linear
@@ -215,31 +235,40 @@ class MergedUpdate:
         shared = sharing(model)
         names = []
         for path, linear in linears.items():
-            stored(model, f"{path}.weight")
-            tied = shared[f"{path}.weight"]
+            weight = f"{path}.weight"
+            if not (dequantize and is_quantised(linear)):
+                stored(model, weight)
+            tied = shared.get(weight, [weight])
             if len(tied) > 1:
                 raise ValueError(
                     f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora'"
                 )
-            names.append(f"{path}.weight")
+            names.append(weight)
             if self.bias_delta(path) is None:
                 continue
-            if linear.bias is None:
+            if getattr(linear, "bias", None) is None:
                 raise ValueError(
                     f"{path}: the adapters have a bias (lora_bias) and the linear has none to merge it into; "
                     "use format 'lora'"
                 )
-            stored(model, f"{path}.bias")
+            if not (dequantize and is_quantised(linear)):
+                stored(model, f"{path}.bias")
             names.append(f"{path}.bias")
-        merged = {}
-        for name in names:
-            merged[name] = value = stored(model, name).plus(self._update_of(name))
-            if not is_finite(value):
-                raise ValueError(
-                    f"{name}: the merged values are not finite in {value.dtype}; expected a base, coefficients and "
-                    "adapters whose sums it holds"
-                )
-        return merged
+        return names
+
+    def merged_value(self, model: nn.Module, name: str, *, dequantize: bool = False) -> Tensor:
+        """The merged parameter of one of :meth:`merged_names`.
+
+        Raises:
+            ValueError: if its dtype cannot hold the sum.
+        """
+        value = (stored_or_dequantised if dequantize else stored)(model, name).plus(self._update_of(name))
+        if not is_finite(value):
+            raise ValueError(
+                f"{name}: the merged values are not finite in {value.dtype}; expected a base, coefficients and "
+                "adapters whose sums it holds"
+            )
+        return value
 
     def _update_of(self, name: str) -> Tensor:
         path, _, part = name.rpartition(".")

@@ -25,6 +25,7 @@ class MergeResult(MergedUpdate):
         rank: int | None = None,
         max_shard_size: str | int = "5GB",
         plots: bool = False,
+        dequantize: bool = False,
     ) -> Path:
         """Write the result into the folder ``out``, which appears or changes only once everything is written.
 
@@ -47,6 +48,9 @@ class MergeResult(MergedUpdate):
                 have no exact adapter and need it.
             max_shard_size: of ``"model"``, as in transformers.
             plots: also draw the coefficients and, if there is a history, the null-space ratios.
+            dequantize: of ``"model"`` on a quantised base: write a plain model, with the update added to the numbers
+                that the quantised linears compute with and rounded once to the dtype of the activations. Without it
+                such a base is refused, as the merge would be rounded to its codes.
 
         Returns:
             ``out`` as a path.
@@ -57,5 +61,5 @@ class MergeResult(MergedUpdate):
                 merged: see :meth:`apply`.
             BlockingIOError: if someone else is writing ``out``; this save can be tried again when they are done.
         """
-        save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots)
+        save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots, dequantize=dequantize)
         return Path(out)

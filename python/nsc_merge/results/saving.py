@@ -14,6 +14,7 @@ from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.stored_weights import state_of
+from nsc_merge.results.dequantised import has_quantised, save_dequantised
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -47,6 +48,7 @@ def save(
     rank: int | None,
     max_shard_size: str | int,
     plots: bool,
+    dequantize: bool = False,
 ) -> list[str]:
     """See :meth:`nsc_merge.MergeResult.save`; returns the files written, by their paths within ``out``."""
     wanted = [format] if isinstance(format, str) else list(format)
@@ -59,6 +61,8 @@ def save(
         raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
     if rank is not None and "lora" not in wanted:
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
+    if dequantize and "model" not in wanted:
+        raise ValueError(f"dequantize: only format 'model' can be dequantised, found format {format!r}")
     if not result.coefficients and format == "coefficients":
         raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
     for task in result.tasks:
@@ -95,7 +99,7 @@ def save(
                     continue
                 folder = staging / place / (name if nested else "")
                 folder.mkdir(parents=True, exist_ok=True)
-                found = _write(one, folder, name, rank, max_shard_size)
+                found = _write(one, folder, name, rank, max_shard_size, dequantize)
                 errors |= {f"{place}/{path}" if place else path: error for path, error in found.items()}
         _write_surroundings(result, staging, plots=plots)
         card = model_card(result, shown, rank, errors, nested=nested)
@@ -153,12 +157,12 @@ def _refuse_mixture(result: MergedUpdate, out: Path, formats: Sequence[str], *, 
 
 
 def _write(
-    result: MergedUpdate, folder: Path, format: str, rank: int | None, max_shard_size: str | int
+    result: MergedUpdate, folder: Path, format: str, rank: int | None, max_shard_size: str | int, dequantize: bool
 ) -> dict[str, float]:
     if format == "coefficients":
         _write_coefficients(result, folder)
     elif format == "model":
-        _write_model(result, folder, max_shard_size)
+        _write_model(result, folder, max_shard_size, dequantize)
     else:
         return _write_lora(result, folder, rank)
     return {}
@@ -213,12 +217,18 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
     return errors
 
 
-def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int) -> None:
+def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int, dequantize: bool) -> None:
     model: Any = result.model
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
+    if dequantize and has_quantised(model):
+        save_dequantised(result, folder, max_shard_size)
+        return
     if getattr(model, "is_quantized", False):
-        raise ValueError("format 'model' would round the merge to the quantised base; use format 'lora'")
+        raise ValueError(
+            "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True, which "
+            "writes a model without quantisation"
+        )
     merged = result.merged(model)
     # Of models with a device map, transformers reads what is offloaded itself, one file after another.
     state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)

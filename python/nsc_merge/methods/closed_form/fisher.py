@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
@@ -31,6 +31,7 @@ from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_updat
 from nsc_merge.models.attachment import is_computed_with
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import recomputing
+from nsc_merge.models.quantised import Linear, check_gradients
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
@@ -133,6 +134,7 @@ def information(
 
     generator = torch.Generator()
     with alone(problem, task), ExitStack() as stack, torch.enable_grad():
+        check_gradients(model)
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(
                 lambda _, arguments, y, path=path: keep(path, arguments[0], y)
@@ -192,8 +194,7 @@ def information(
     return {path: sums[path] / int(total) for path in paths}
 
 
-def _zeros(linear: nn.Module, device: torch.device) -> Tensor:
-    assert isinstance(linear, nn.Linear)
+def _zeros(linear: Linear, device: torch.device) -> Tensor:
     return torch.zeros(linear.out_features, linear.in_features, device=device)
 
 

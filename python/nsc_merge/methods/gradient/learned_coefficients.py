@@ -20,6 +20,7 @@ from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.forward_contexts import evaluating, recomputed
+from nsc_merge.models.quantised import check_gradients
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
@@ -37,6 +38,7 @@ def attached(problem: Problem, options: SharedDescentOptions) -> Iterator[Bounde
         attach(problem.model, problem.adapters, options.init) as merged,
         recomputed(problem.model),
     ):
+        check_gradients(problem.model)
         yield BoundedCoefficients(merged, options.clamp)
 
 

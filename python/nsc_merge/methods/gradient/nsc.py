@@ -27,6 +27,7 @@ from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.quantised import check_gradients, is_quantised
 from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
@@ -138,8 +139,10 @@ def objective_of(
         most = FEW if options.batch_tasks is None else None
         padding = Padding(family.tokens, family.mask, filler_of(model), most)
     linears = adapted_linears(model, adapters)
-    fold = should_fold(options.fold, [linear.weight for path, linear in linears.items() if path not in scored])
+    plain = {path: linear for path, linear in linears.items() if not is_quantised(linear)}
+    fold = should_fold(options.fold, [linear.weight for path, linear in plain.items() if path not in scored])
     with evaluating(model), attach(model, adapters, options.init) as merged:
+        check_gradients(model)
         tower = frozen_tower(family, model, merged) if options.cache_prefix else None
         with Objective(
             model,

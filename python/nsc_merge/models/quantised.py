@@ -1,0 +1,327 @@
+"""Linears whose weight is kept as codes, by whatever library: how they are loaded, told apart, measured through and
+turned back into numbers.
+
+Nothing here knows how codes are laid out. A quantised linear is a module with ``in_features``, ``out_features`` and a
+forward, and its forward is what counts: that of bitsandbytes' 8-bit layers rounds their input as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nsc_kernels import MergedLoRALinear
+from nsc_merge.models.stored_weights import FLOATS, Stored, is_dtensor, numbers_of, offloading, stored
+
+# An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
+Linear: TypeAlias = Any
+
+# bitsandbytes' word for a linear that it may lay out anew.
+_REPACKS = "support_avx512bf16_for_cpu"
+# Unit vectors that a linear is run on at once.
+_ROWS = 1024
+# Of what a forward gives and what its backward promises; 8-bit inputs are off by about a hundredth.
+_TOLERANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to quantise the linears of a base model while it is loaded.
+
+    Attributes:
+        library: that does it, by the name that it is imported and installed by.
+        config: given the dtype that activations have, transformers' configuration.
+    """
+
+    library: str
+    config: Callable[[torch.dtype], Any]
+
+
+def _bitsandbytes_8bit(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # It says with every product of every step that its input is cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _bitsandbytes_4bit(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _torchao_int8(dtype: torch.dtype) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _torchao_int4(dtype: torch.dtype) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
+
+    # Its packed formats run in kernels without a gradient.
+    four_bits = torch.int4  # type: ignore[attr-defined]
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=PerGroup(32)))
+
+
+def _fp8(dtype: torch.dtype) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Float8WeightOnlyConfig())
+
+
+KINDS = {
+    # LLM.int8(): inputs are rounded, too, but for outliers.
+    "bitsandbytes-8bit": Kind("bitsandbytes", _bitsandbytes_8bit),
+    # NF4 of QLoRA, which computes in the dtype of the activations.
+    "bitsandbytes-4bit": Kind("bitsandbytes", _bitsandbytes_4bit),
+    "torchao-int8": Kind("torchao", _torchao_int8),
+    # Groups of 32. Four bits of information in a byte each: small in accuracy, not in memory.
+    "torchao-int4": Kind("torchao", _torchao_int4),
+    # float8_e4m3fn with a scale per row; activations stay as they are.
+    "fp8": Kind("torchao", _fp8),
+}
+
+
+def loading_settings(
+    name: str | None, config: Any, dtype: str | torch.dtype, device: torch.device
+) -> dict[str, Any] | None:
+    """For ``from_pretrained`` of a base whose linears are quantised, in its files or as it is loaded; None of others.
+
+    Args:
+        name: a key of :data:`KINDS`; None loads quantised files as they are.
+        config: of the base.
+        dtype: of everything that is not quantised, ``"auto"`` for that of the files.
+        device: to load to; libraries may not let a model move afterwards.
+
+    Raises:
+        ValueError: if there is no such kind, if the base is quantised already, or if the library is not installed.
+    """
+    held = quantised_as(config)
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    if name is None:
+        return None if held is None else {"dtype": dtype, **place}
+    if name not in KINDS:
+        raise ValueError(f"quantization: expected one of {list(KINDS)}, found {name!r}")
+    if held is not None:
+        raise ValueError(f"quantization: expected none for a base whose files are quantised ({held}), found {name!r}")
+    kind = KINDS[name]
+    if importlib.util.find_spec(kind.library) is None:
+        raise ValueError(
+            f"quantization: {name} needs {kind.library}, which is not installed: pip install {kind.library}"
+        )
+    if not isinstance(dtype, torch.dtype):
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    return {"dtype": dtype, "quantization_config": kind.config(dtype), **place}
+
+
+def quantised_as(config: Any) -> str | None:
+    """The method by which the files of a base are quantised, as its configuration names it; None if they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear that adapters can be merged onto: an ``nn.Linear``, or one that only has its
+    ``in_features``, ``out_features`` and forward. Neither PEFT's layers nor merged linears are: they are around one.
+    """
+    if isinstance(module, MergedLoRALinear) or hasattr(module, "base_layer"):
+        return False
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+
+
+def is_quantised(linear: Linear) -> bool:
+    """Whether a linear keeps codes that only its own forward can read."""
+    if not isinstance(linear, nn.Linear):
+        return True
+    weight = linear._parameters.get("weight")
+    if weight is None or is_dtensor(weight):
+        return False
+    if type(weight) is nn.Parameter:
+        return weight.dtype not in FLOATS and type(linear) is not nn.Linear
+    return True
+
+
+def activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.dtype, torch.device]:
+    """Dtype in which a quantised linear takes and gives activations, and its device.
+
+    The dtype is that of the float parameters next to it, such as its block's norms, and not the one that a library may
+    compute in inside (``compute_dtype``): inputs come in the former, and merged updates are added to outputs in it.
+
+    Raises:
+        ValueError: if nothing around the linear tells the dtype.
+    """
+    hook = offloading(linear)
+    weight = getattr(linear, "weight", None)
+    held = next((value for value in (*linear.parameters(), *linear.buffers())), None)
+    device = torch.device("cpu") if held is None else held.device
+    if hook is not None:
+        device = torch.device(hook.execution_device)
+    if isinstance(linear, nn.Linear) and isinstance(weight, Tensor) and weight.dtype in FLOATS:
+        return weight.dtype, device
+    around = path
+    while around:
+        around = around.rpartition(".")[0]
+        for module in model.get_submodule(around).modules():
+            # Neither scales nor coefficients of attached adapters are of the dtype of activations.
+            if isinstance(module, MergedLoRALinear) or (is_linear(module) and is_quantised(module)):
+                continue
+            for value in module._parameters.values():
+                if value is not None and value.dtype in FLOATS:
+                    return value.dtype, device
+    bias = getattr(linear, "bias", None)
+    if isinstance(bias, Tensor) and bias.dtype in FLOATS:
+        return bias.dtype, device
+    raise ValueError(f"{path}: expected a float parameter in the model that tells the dtype of activations, found none")
+
+
+@dataclass(frozen=True)
+class Dequantised(Stored):
+    """Numbers that a quantised linear computes with; they are read only.
+
+    Attributes:
+        dtype: that merged numbers are rounded to, the one of the activations.
+    """
+
+    dtype: torch.dtype
+
+    def rounded(self) -> Tensor:
+        """The numbers alone, in that dtype."""
+        return self.values.to(self.dtype)
+
+    def plus(self, update: Tensor) -> Tensor:
+        return (self.values.double() + update.to(self.values.device)).to(self.dtype)
+
+    def write(self, values: Tensor) -> None:
+        raise AssertionError("codes cannot hold a merged weight")
+
+
+def stored_or_dequantised(model: nn.Module, name: str) -> Stored:
+    """As :func:`nsc_merge.models.stored_weights.stored`; of a quantised linear, what its codes stand for.
+
+    Raises:
+        ValueError: as there.
+    """
+    path, _, part = name.rpartition(".")
+    linear = model.get_submodule(path)
+    if not is_linear(linear) or not is_quantised(linear):
+        return stored(model, name)
+    dtype, _ = activations_of(model, path, linear)
+    if part == "weight":
+        return Dequantised(dequantised(model, path), dtype)
+    bias = getattr(linear, part, None)
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"{name}: expected a tensor, found none in {type(linear).__name__}")
+    return Dequantised(numbers_of(model, name, bias.detach()), dtype)
+
+
+@torch.no_grad()
+def dequantised(model: nn.Module, path: str) -> Tensor:
+    """The weight ``[d_out, d_in]`` that a quantised linear computes with, in the dtype that its library gives it.
+
+    Where the library has a way to say (bitsandbytes, HQQ, torchao, quanto), it does; elsewhere what the linear makes of
+    unit vectors is its weight.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    linear: Linear = model.get_submodule(path)
+    weight = getattr(linear, "weight", None)
+    kind = type(weight)
+    packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+    known = hasattr(linear, "W_q") or kind.__module__.startswith(("torchao.", "bitsandbytes."))
+    if known and not packed and offloading(linear) is None:
+        return dequantize_module_weight(linear).detach()
+    if kind.__module__.startswith("optimum.") and isinstance(weight, Tensor):
+        return weight.detach().dequantize()
+    dtype, device = activations_of(model, path, linear)
+    columns = []
+    bias = getattr(linear, "bias", None)
+    try:
+        if bias is not None:
+            linear.bias = None
+        for start in range(0, linear.in_features, _ROWS):
+            rows = torch.zeros(min(_ROWS, linear.in_features - start), linear.in_features, dtype=dtype, device=device)
+            rows[:, start:].fill_diagonal_(1)
+            columns.append(linear(rows))
+    finally:
+        if bias is not None:
+            linear.bias = bias
+    return torch.cat(columns).t()
+
+
+def keep_gradients(model: nn.Module) -> list[nn.Module]:
+    """Have bitsandbytes leave 4-bit weights in the layout whose products have gradients: on processors with AVX512-BF16
+    it lays them out anew for inference, once and for all, at the first call without a gradient. Returns the linears
+    that this concerns.
+    """
+    found = [module for module in model.modules() if getattr(module, _REPACKS, False)]
+    for module in found:
+        setattr(module, _REPACKS, False)
+    return found
+
+
+@contextmanager
+def keeping_gradients(model: nn.Module) -> Iterator[None]:
+    """:func:`keep_gradients` for the duration of a ``with`` block."""
+    found = keep_gradients(model)
+    try:
+        yield
+    finally:
+        for module in found:
+            setattr(module, _REPACKS, True)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse a model with a quantised linear that loses the gradient of its input: many kernels for inference do, and
+    the merge would learn from what is left of it.
+
+    Each is run on two rows, and its gradient compared with what it computes: a linear's output without its bias, times
+    itself, is its input times the gradient of half that.
+
+    Raises:
+        ValueError: naming the first such linear.
+    """
+    for path, module in model.named_modules():
+        if not is_linear(module) or not is_quantised(module):
+            continue
+        place = path.removesuffix(".linear") if isinstance(_parent(model, path), MergedLoRALinear) else path
+        dtype, device = activations_of(model, path, module)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(1, module.in_features, generator=generator).to(device, dtype)
+        with torch.enable_grad():
+            z = torch.cat([z, torch.zeros_like(z)]).requires_grad_()
+            y = module(z)
+            given = y.detach().double()
+            given = given - given[1]
+            found = None
+            if y.requires_grad:
+                (found,) = torch.autograd.grad(y, z, given.to(y.dtype), allow_unused=True)
+        size = float(given.square().sum())
+        promised = 0.0 if found is None else float((found.double() * z.detach().double()).sum())
+        if abs(promised - size) > _TOLERANCE * size:
+            raise ValueError(
+                f"{place}: expected a linear whose output has a gradient for its input, found a "
+                f"{type(module).__name__} that has none or a wrong one; load the base for training rather than for "
+                "inference (bitsandbytes' 4 bits on a CPU: anew, as running the model changed their layout), quantise "
+                "it otherwise, or use a method without gradients"
+            )
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])

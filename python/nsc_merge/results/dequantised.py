@@ -1,0 +1,87 @@
+"""Writes a merged model of a quantised base as a plain one, a shard at a time."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.models.quantised import Dequantised, activations_of, is_linear, is_quantised, stored_or_dequantised
+from nsc_merge.models.stored_weights import numbers_of
+from nsc_merge.results.merged_update import MergedUpdate
+
+
+def has_quantised(model: nn.Module) -> bool:
+    """Whether some linear of a model is quantised."""
+    return any(is_linear(module) and is_quantised(module) for module in model.modules())
+
+
+def save_dequantised(result: MergedUpdate, folder: Path, max_shard_size: str | int) -> None:
+    """Save the merged transformers model without its quantisation: the update added to the numbers that its linears
+    compute with, in float64, and rounded once to the dtype of the activations. No more than a shard is held at a time.
+
+    Raises:
+        TypeError, ValueError: as :meth:`nsc_merge.results.merged_update.MergedUpdate.merged_names`, before anything is
+            written, and ``merged_value``.
+    """
+    model = result.model
+    numbers = _Numbers(result)
+    twin: Any = _without_numbers(model)
+    # transformers asks such a hook for what is offloaded, one shard after another.
+    twin._hf_hook = SimpleNamespace(weights_map=numbers)
+    twin.hf_device_map = {"": "disk"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        twin.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+class _Numbers(Mapping[str, Tensor]):
+    """The merged model's tensors by name, each made when it is asked for."""
+
+    def __init__(self, result: MergedUpdate) -> None:
+        self._result = result
+        self._merged = set(result.merged_names(result.model, dequantize=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        model = self._result.model
+        if name in self._merged:
+            return self._result.merged_value(model, name, dequantize=True).contiguous()
+        path, _, part = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        if not (is_linear(owner) and is_quantised(owner)):
+            return numbers_of(model, name, getattr(owner, part).detach())
+        place = stored_or_dequantised(model, name)
+        assert isinstance(place, Dequantised)
+        return place.rounded().contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
+
+
+def _without_numbers(model: nn.Module) -> nn.Module:
+    """The same model on the meta device, with an ``nn.Linear`` for every quantised linear."""
+    memo: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        if is_linear(module) and is_quantised(module):
+            linear: Any = module
+            dtype, _ = activations_of(model, path, linear)
+            shape = linear.in_features, linear.out_features, getattr(linear, "bias", None) is not None
+            memo[id(module)] = nn.Linear(*shape, dtype=dtype, device="meta")
+    for value in (*model.parameters(), *model.buffers()):
+        empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        memo[id(value)] = nn.Parameter(empty, False) if isinstance(value, nn.Parameter) else empty
+    twin: Any = copy.deepcopy(model, memo)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        vars(twin.config).pop(name, None)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        vars(twin).pop(name, None)
+    return twin
