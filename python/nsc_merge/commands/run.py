@@ -27,7 +27,7 @@ Merges as a YAML recipe says:
   dora: refuse                      # or convert
   dtype: auto                       # or float32, bfloat16, ...
   device: auto                      # or cpu, cuda
-  output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
+  output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: null, plots: true}
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
 An override of the method drops the options that the recipe has for its own.

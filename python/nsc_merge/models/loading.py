@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import nn
 
 from nsc_merge.models.architecture import Architecture, architecture_of
 from nsc_merge.models.placement import Placement, device_of
+from nsc_merge.models.unloaded import Rewritten, leave_in_files
 from nsc_merge.utils.provenance import hashes, marks
+
+logger = logging.getLogger("nsc_merge")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,13 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
     dtype = placement.dtype if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    if not placement.numbers and architecture.local:
+        model = from_pretrained(architecture, dtype=dtype, device_map="meta")
+        try:
+            leave_in_files(model, Path(architecture.name), device)
+            return model
+        except Rewritten as reason:
+            logger.info("model: %s is loaded with its weights: %s", architecture.name, reason)
     model = from_pretrained(architecture, dtype=dtype).to(device)
     if device.type == "cpu":
         _unmap(model)

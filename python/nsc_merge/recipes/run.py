@@ -116,7 +116,9 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
         for task, place in recipe.calibration.items()
     }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
-    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device=recipe.device))
+    # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
+    placement = Placement(dtype=recipe.dtype, device=recipe.device, numbers=bool(method_of(recipe.method).needs))
+    model = load_model(recipe.model, local=recipe.local, placement=placement)
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype

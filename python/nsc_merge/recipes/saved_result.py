@@ -78,8 +78,13 @@ def _is_comparison(moved: Any) -> bool:
     return all(map(is_number, numbers)) and type(count) is int and count > 0
 
 
-def load_result(folder: str | Path) -> MergeResult:
+def load_result(folder: str | Path, *, numbers: bool = True) -> MergeResult:
     """The result that was saved into ``folder``, with its base model and adapters read again.
+
+    Args:
+        folder: of the result.
+        numbers: False leaves the weights of a base in a folder in their files, from which ``save`` takes them one
+            after another: a model of any size takes hardly any memory. It can then be neither run nor changed.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
@@ -102,7 +107,8 @@ def load_result(folder: str | Path) -> MergeResult:
     for task, place in recipe.adapters.items():
         adapters[task] = load_adapter(place, task, dora=recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
-    model = load_model(recipe.model, local=recipe.local, placement=Placement(dtype=recipe.dtype, device="cpu"))
+    placement = Placement(dtype=recipe.dtype, device="cpu", numbers=numbers)
+    model = load_model(recipe.model, local=recipe.local, placement=placement)
     if recipe.local:
         expected = known.get("model", when_saved.get("model"))
         _refuse_changed("model", Path(recipe.model), files_of(model), expected)

@@ -23,7 +23,7 @@ class MergeResult(MergedUpdate):
         format: str | Sequence[str] = "model",
         *,
         rank: int | None = None,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         plots: bool = False,
     ) -> Path:
         """Write the result into the folder ``out``, which appears or changes only once everything is written.
@@ -45,7 +45,8 @@ class MergeResult(MergedUpdate):
             rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
                 ``truncation.json``; :meth:`rank_errors` returns the same. Methods whose update is of full rank
                 have no exact adapter and need it.
-            max_shard_size: of ``"model"``, as in transformers.
+            max_shard_size: of ``"model"``, as in transformers; None divides it into files as the folder does that the
+                base was read from, and where there is none at 5 GB.
             plots: also draw the coefficients and, if there is a history, the null-space ratios.
 
         Returns:
