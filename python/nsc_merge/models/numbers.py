@@ -17,7 +17,7 @@ from nsc_merge.adapters.low_rank import Rows
 from nsc_merge.utils.provenance import mark_of
 
 # Bytes of a sum in float64 that are formed, rounded and handed on before the next: on a CPU they stay in its cache.
-_TILE = {"cpu": 2 << 20, "cuda": 64 << 20}
+_TILE, _TILE_ON_A_GPU = 2 << 20, 64 << 20
 UNLOADED = (
     "model: its weights were left in their files, to be read one after another; expected it loaded with them, as "
     "AutoModel.from_pretrained does, to run or to change it"
@@ -103,7 +103,8 @@ class Stored:
     def tiles(self, update: Rows) -> Iterator[Tensor]:
         """With ``update`` added in float64 and rounded once, some rows after others."""
         count, *width = self.values.shape
-        step = max(_TILE.get(self.device.type, _TILE["cuda"]) // (8 * max(math.prod(width), 1)), 16)
+        tile = _TILE if self.device.type == "cpu" else _TILE_ON_A_GPU
+        step = max(tile // (8 * max(math.prod(width), 1)), 16)
         for begin in range(0, count, step):
             end = min(begin + step, count)
             yield update(begin, end).add_(self.rows(begin, end)).to(self.values.dtype)
