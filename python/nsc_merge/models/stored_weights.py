@@ -141,10 +141,12 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: where its first parameter is, or is brought to."""
+    """Where a model takes its inputs: where its first parameter is, or is brought to, be it only to be read."""
     for module in model.modules():
         parameter = next((value for value in module._parameters.values() if value is not None), None)
         if parameter is not None:
+            if (there := file_tensor(parameter)) is not None:
+                return there.device
             hook = offloading(module)
             return parameter.device if hook is None else torch.device(hook.execution_device)
     raise ValueError(f"model: expected parameters, found none in {type(model).__name__}")

@@ -10,6 +10,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import absent
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
@@ -39,7 +40,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     document: dict[str, Any] = {
         "model": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
+        "device": str(input_device(model)),
         "method": recipe.method,
         "adapted_modules": len(linears),
         "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
