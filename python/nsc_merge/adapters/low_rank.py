@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import torch
@@ -12,6 +12,8 @@ from nsc_merge.adapters.adapter import Factor
 
 # A coefficient and the update that it scales.
 Term: TypeAlias = tuple[float, Factor]
+# Of an update: its rows from one number up to another, in float64 and memory of their own.
+Rows: TypeAlias = Callable[[int, int], Tensor]
 
 # Up to this width an exact SVD of a dense update takes about a second; a wide one would take minutes.
 _EXACT_WIDTH = 1024
@@ -26,9 +28,27 @@ def concatenated(terms: Iterable[Term]) -> tuple[Tensor, Tensor]:
     return A, B
 
 
+def rows_of(terms: Iterable[Term], device: torch.device | str = "cpu") -> Rows:
+    """The sum ``[d_out, d_in]`` some rows at a time, on ``device``: one product of the concatenated factors, so that
+    nothing of the width of the layer is kept for each term.
+    """
+    held = list(terms)
+    A, B = (part.to(device) for part in concatenated(held))
+    denses = [(lam * factor.scaling, factor.dense) for lam, factor in held if factor.dense is not None]
+
+    def rows(begin: int, end: int) -> Tensor:
+        total = B[begin:end] @ A
+        for share, matrix in denses:
+            total.add_(matrix[begin:end].to(device).double(), alpha=share)
+        return total
+
+    return rows
+
+
 def dense(terms: Iterable[Term]) -> Tensor:
     """The sum as a matrix ``[d_out, d_in]`` in float64."""
-    return torch.stack([lam * factor.delta() for lam, factor in terms]).sum(0)
+    held = list(terms)
+    return rows_of(held)(0, held[0][1].B.shape[0])
 
 
 def low_rank(terms: Iterable[Term], rank: int) -> tuple[Tensor, Tensor, float]:

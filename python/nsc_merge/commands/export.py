@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     export.add_argument("--format", required=True, choices=("lora", "model", "coefficients"))
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     export.add_argument("--rank", type=positive, metavar="R", help="truncate lora to this rank")
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of model (default: 5GB)")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="of model (default: files like the base's)")
     export.set_defaults(run=_export)
     plot = commands.add_parser("plot", help="draw the coefficients and ratios of a finished merge")
     plot.add_argument("result", type=Path, help="folder written by nsc-merge run")
@@ -33,11 +33,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
     if arguments.rank is not None and arguments.format != "lora":
         raise UsageError("--rank: only --format lora can be truncated")
-    if not is_size(arguments.max_shard_size):
+    if arguments.max_shard_size is not None and not is_size(arguments.max_shard_size):
         raise UsageError(
             f"--max-shard-size: expected a size such as 5GB or 500MB, found {arguments.max_shard_size!r:.60}"
         )
-    result = load_result(arguments.result)
+    result = load_result(arguments.result, numbers=False)
     result.save(
         arguments.out, arguments.format, rank=arguments.rank, max_shard_size=arguments.max_shard_size
     )

@@ -38,7 +38,7 @@ Merges as a YAML recipe says:
   quantization: none                # or bitsandbytes-8bit, bitsandbytes-4bit, torchao-int8,
                                     #   torchao-int4, fp8; a quantised base needs no key
   full_hash: false                  # or true, as --full-hash
-  output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: 5GB, plots: true}
+  output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: null, plots: true}
                                     # dequantize: true for a model of plain numbers from a
                                     #   quantised base
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,10 @@ from nsc_merge.models.offloaded import load_over_devices
 from nsc_merge.models.placement import Placement, device_of
 from nsc_merge.models.quantised import keep_gradients, loading_settings
 from nsc_merge.models.sharded import settled, sharding
+from nsc_merge.models.unloaded import Rewritten, leave_in_files
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
+
+logger = logging.getLogger("nsc_merge")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,13 @@ def _on_device(architecture: Architecture, placement: Placement, device: torch.d
     if placement.shards and (settings := sharding(architecture, placement)):
         return settled(from_pretrained(architecture, dtype=dtype, **settings))
     quantised = loading_settings(placement.quantization, architecture.config, dtype, device)
+    if not placement.numbers and architecture.local and quantised is None:
+        model = from_pretrained(architecture, dtype=dtype, device_map="meta")
+        try:
+            leave_in_files(model, Path(architecture.name), device)
+            return model
+        except Rewritten as reason:
+            logger.info("model: %s is loaded with its weights: %s", architecture.name, reason)
     settings = {"dtype": dtype} if quantised is None else quantised
     try:
         if placement.device_map is not None:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import MergedLoRALinear
-from nsc_merge.models.stored_weights import FLOATS, Stored, is_dtensor, numbers_of, offloading, stored
+from nsc_merge.adapters.low_rank import Rows
+from nsc_merge.models.numbers import Stored
+from nsc_merge.models.stored_weights import FLOATS, is_dtensor, numbers_of, offloading, stored
 
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
@@ -205,8 +207,8 @@ class Dequantised(Stored):
         """The numbers alone, in that dtype."""
         return self.values.to(self.dtype)
 
-    def plus(self, update: Tensor) -> Tensor:
-        return (self.values.double() + update.to(self.values.device)).to(self.dtype)
+    def plus(self, update: Rows) -> Tensor:
+        return update(0, len(self.values)).add_(self.values).to(self.dtype)
 
     def write(self, values: Tensor) -> None:
         raise AssertionError("codes cannot hold a merged weight")

@@ -1,5 +1,5 @@
 """Where the numbers of a linear's parameters are: in the parameter itself, in accelerate's store of offloaded weights,
-or in the shards of a DTensor.
+in the shards of a DTensor, or still in the file of a model that was loaded without them.
 
 What is kept in any other way is refused: quantised codes, flattened shards and weights that are computed from other
 parameters are no numbers that an update can be added to.
@@ -7,13 +7,13 @@ parameters are no numbers that an update can be added to.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nsc_merge.models.numbers import UNLOADED, InFile, OnDisk, Sharded, Stored, file_tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = "float64, float32, bfloat16 or float16"
@@ -26,86 +26,6 @@ _UNQUANTISED = (
 def is_plain(weight: Tensor) -> bool:
     """Whether a tensor's own numbers are the weight: no subclass, no packed or narrow format, no meta device."""
     return _holds_floats(weight) and weight.device.type != "meta"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The numbers of a parameter, in memory.
-
-    Attributes:
-        values: they themselves, detached.
-    """
-
-    values: Tensor
-
-    def whole(self) -> Tensor:
-        """All of them as one plain tensor."""
-        return self.values
-
-    def plus(self, update: Tensor) -> Tensor:
-        """With ``update`` added in float64 and rounded once, as :meth:`write` takes them."""
-        return _plus(self.values, update)
-
-    def write(self, values: Tensor) -> None:
-        """Put others in their place."""
-        with torch.no_grad():
-            self.values.copy_(values)
-
-    @contextmanager
-    def holding(self, values: Tensor) -> Iterator[None]:
-        """Others in their place for the duration of a ``with`` block."""
-        before = self.values.clone()
-        self.write(values)
-        try:
-            yield
-        finally:
-            self.write(before)
-
-
-@dataclass(frozen=True)
-class Sharded(Stored):
-    """The numbers of a DTensor: every process holds and changes its own."""
-
-    def whole(self) -> Tensor:
-        values: Any = self.values
-        return values.full_tensor()
-
-    def plus(self, update: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor, Replicate
-
-        values: Any = self.values
-        mesh, own = values.device_mesh, values.to_local()
-        # Every process has the whole update, so that taking its shard of it sends nothing.
-        update = DTensor.from_local(update.to(own.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        part = update.redistribute(placements=values.placements).to_local()
-        return DTensor.from_local(
-            _plus(own, part), mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
-        )
-
-
-@dataclass(frozen=True)
-class OnDisk(Stored):
-    """Numbers that accelerate reads from a file whenever they are needed. The file stays as it is: it may be the
-    checkpoint itself. Others are held in memory in its stead.
-
-    Attributes:
-        held: name -> numbers that accelerate takes in place of a file's.
-        name: of these.
-    """
-
-    held: dict[str, Tensor]
-    name: str
-
-    def write(self, values: Tensor) -> None:
-        self.held[self.name] = values
-
-    @contextmanager
-    def holding(self, values: Tensor) -> Iterator[None]:
-        self.write(values)
-        try:
-            yield
-        finally:
-            del self.held[self.name]
 
 
 class NotAtHand(Tensor):
@@ -136,10 +56,6 @@ class NotAtHand(Tensor):
         )
 
 
-def _plus(values: Tensor, update: Tensor) -> Tensor:
-    return (values.double() + update.to(values.device)).to(values.dtype)
-
-
 def stored(model: nn.Module, name: str) -> Stored:
     """Where the numbers of a linear's weight or bias are.
 
@@ -166,8 +82,7 @@ def stored(model: nn.Module, name: str) -> Stored:
     if is_dtensor(parameter):
         _check_shards(name, parameter)
         return Sharded(parameter.detach())
-    numbers = _offloaded(linear, part)
-    place = numbers or Stored(parameter.detach())
+    place = _offloaded(linear, part) or _in_file(parameter) or Stored(parameter.detach())
     if type(parameter) is not nn.Parameter or not _holds_floats(place.values):
         raise ValueError(
             f"{name}: expected a plain parameter in {_KINDS}, found {described(parameter)}; {_UNQUANTISED}"
@@ -177,7 +92,7 @@ def stored(model: nn.Module, name: str) -> Stored:
             f"{name}: expected shape {shape}, found {list(place.values.shape)}: a shard, or a packed weight; "
             "gather the whole weight first, or use format 'lora'"
         )
-    if place.values.device.type == "meta":
+    if place.device.type == "meta":
         raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
     return place
 
@@ -200,7 +115,19 @@ def offloading(module: nn.Module) -> Any:
 def is_finite(values: Tensor) -> bool:
     """Whether all the numbers are finite that this process holds."""
     own: Any = values
-    return bool((own.to_local() if is_dtensor(values) else own).isfinite().all())
+    own = own.to_local() if is_dtensor(values) else own
+    # What is not finite makes the sum so too; the other way round, it may be no more than large.
+    return bool(own.sum().isfinite()) or bool(own.isfinite().all())
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Refuse a model that was loaded without its numbers.
+
+    Raises:
+        ValueError: saying how to load it.
+    """
+    if any(file_tensor(parameter) is not None for parameter in model.parameters()):
+        raise ValueError(UNLOADED)
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -209,6 +136,7 @@ def check_loaded(model: nn.Module) -> None:
     Raises:
         ValueError: naming the first of them.
     """
+    check_in_memory(model)
     hooks = {path: hook for path, module in model.named_modules() if (hook := offloading(module)) is not None}
     filled = tuple(f"{path}." if path else "" for path, hook in hooks.items() if hook.place_submodules)
     for path, module in model.named_modules():
@@ -219,10 +147,12 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: where its first parameter is, or is brought to."""
+    """Where a model takes its inputs: where its first parameter is, or is brought to, be it only to be read."""
     for module in model.modules():
         parameter = next((value for value in module._parameters.values() if value is not None), None)
         if parameter is not None:
+            if (there := file_tensor(parameter)) is not None:
+                return there.device
             hook = offloading(module)
             return parameter.device if hook is None else torch.device(hook.execution_device)
     raise ValueError(f"model: expected parameters, found none in {type(model).__name__}")
@@ -267,10 +197,11 @@ def numbers_of(model: nn.Module, name: str, value: Tensor) -> Tensor:
     if value.device.type != "meta":
         return value
     path, _, part = name.rpartition(".")
-    place = _offloaded(model.get_submodule(path), part)
+    module = model.get_submodule(path)
+    place = _offloaded(module, part) or _in_file(module._parameters.get(part), module._buffers.get(part))
     if place is None:
         raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
-    return place.values
+    return place.whole()
 
 
 def described(parameter: Tensor) -> str:
@@ -309,6 +240,14 @@ def _offloaded(module: nn.Module, part: str) -> Stored | None:
         return OnDisk(numbers[name], held, name)
     except KeyError:
         return None
+
+
+def _in_file(*tensors: Tensor | None) -> Stored | None:
+    """Where in a file the numbers are of the first tensor that has some there."""
+    for tensor in tensors:
+        if tensor is not None and (file := file_tensor(tensor)) is not None:
+            return InFile(tensor.detach(), file)
+    return None
 
 
 def _address(module: nn.Module, part: str, parameter: Tensor) -> Hashable:

@@ -11,6 +11,7 @@ from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.fitting import absent
 from nsc_merge.models.sharded import class_name
+from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.prospect import prospect_of
@@ -45,7 +46,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     document: dict[str, Any] = {
         "model": class_name(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
+        "device": str(input_device(model)),
         "method": recipe.method,
         "adapted_modules": len(linears),
         "tasks": {task: _described(adapter) for task, adapter in adapters.items()},

@@ -63,7 +63,7 @@ class Recipe(Placed):
         out: output folder.
         formats: what to write into it.
         rank: truncation of format ``"lora"``.
-        max_shard_size: of format ``"model"``.
+        max_shard_size: of format ``"model"``; None for files like the base's.
         dequantize: whether format ``"model"`` may hold a quantised base's weights as plain numbers.
         plots: whether to draw coefficients and ratios.
         dropped: options that the file gives to its own method, where an override asks for another.
@@ -82,7 +82,7 @@ class Recipe(Placed):
     full_hash: bool = False
     formats: tuple[str, ...] = ("coefficients", "lora")
     rank: int | None = None
-    max_shard_size: str = "5GB"
+    max_shard_size: str | None = None
     dequantize: bool = False
     plots: bool = True
     dropped: tuple[str, ...] = ()
@@ -170,8 +170,8 @@ def _checked(document: dict[str, Any]) -> Recipe:
         rank = count(rank, "output.rank")
         if "lora" not in formats:
             raise RecipeError("output.rank: only format 'lora' can be truncated")
-    max_shard_size = text(output, "max_shard_size", "output.", default="5GB")
-    if not is_size(max_shard_size):
+    max_shard_size = output.get("max_shard_size")
+    if max_shard_size is not None and not is_size(text(output, "max_shard_size", "output.")):
         raise RecipeError(f"output.max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r:.60}")
     dequantize = flag(output, "dequantize", "output.", False)
     if dequantize and "model" not in formats:

@@ -146,7 +146,9 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
         }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     digest = whole if recipe.full_hash else quick
-    placement = replace(recipe.placement, shards=current().size > 1)
+    # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
+    needed = bool(method_of(recipe.method).needs)
+    placement = replace(recipe.placement, shards=current().size > 1, numbers=needed)
     model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")

@@ -80,8 +80,13 @@ def _is_comparison(moved: Any) -> bool:
     return all(map(is_number, numbers)) and type(count) is int and count > 0
 
 
-def load_result(folder: str | Path) -> MergeResult:
+def load_result(folder: str | Path, *, numbers: bool = True) -> MergeResult:
     """The result that was saved into ``folder``, with its base model and adapters read again.
+
+    Args:
+        folder: of the result.
+        numbers: False leaves the weights of a base in a folder in their files, from which ``save`` takes them one
+            after another: a model of any size takes hardly any memory. It can then be neither run nor changed.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
@@ -111,7 +116,7 @@ def load_result(folder: str | Path) -> MergeResult:
         raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
-    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization)
+    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=numbers)
     model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
     if recipe.local:
         _refuse_changed("model", Path(recipe.model), files_of(model), expected or None)

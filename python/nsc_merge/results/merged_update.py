@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.adapters.low_rank import dense, low_rank
+from nsc_merge.adapters.low_rank import Rows, dense, low_rank, rows_of
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.quantised import is_quantised, stored_or_dequantised
-from nsc_merge.models.stored_weights import is_finite, sharing, stored
+from nsc_merge.models.stored_weights import check_in_memory, is_finite, sharing, stored
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -262,19 +262,25 @@ class MergedUpdate:
         Raises:
             ValueError: if its dtype cannot hold the sum.
         """
-        value = (stored_or_dequantised if dequantize else stored)(model, name).plus(self._update_of(name))
-        if not is_finite(value):
-            raise ValueError(
-                f"{name}: the merged values are not finite in {value.dtype}; expected a base, coefficients and "
-                "adapters whose sums it holds"
-            )
+        place = (stored_or_dequantised if dequantize else stored)(model, name)
+        value = place.plus(self._update_of(name, place.device))
+        _refuse_not_finite(name, value)
         return value
 
-    def _update_of(self, name: str) -> Tensor:
+    def merged_rows(self, model: nn.Module, name: str) -> Iterator[Tensor]:
+        """One of :meth:`merged`, by its path, some rows after others, on the device of the weight."""
+        place = stored(model, name)
+        for rows in place.tiles(self._update_of(name, place.device)):
+            _refuse_not_finite(name, rows)
+            yield rows
+
+    def _update_of(self, name: str, device: torch.device) -> Rows:
         path, _, part = name.rpartition(".")
-        update = self.delta(path) if part == "weight" else self.bias_delta(path)
+        if part == "weight":
+            return rows_of(self.terms(path), device)
+        update = self.bias_delta(path)
         assert update is not None
-        return update
+        return lambda begin, end: update[begin:end].clone().to(device)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
@@ -286,6 +292,7 @@ class MergedUpdate:
         Raises:
             TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
+        check_in_memory(model)
         merged = self.merged(model)
         setattr(model, _APPLICATIONS, _applications(model) + 1)
         for name, value in merged.items():
@@ -312,6 +319,14 @@ class MergedUpdate:
         return {path: low_rank(self.terms(path), rank)[2] for path in paths}
 
 
+def _refuse_not_finite(name: str, values: Tensor) -> None:
+    if not is_finite(values):
+        raise ValueError(
+            f"{name}: the merged values are not finite in {values.dtype}; expected a base, coefficients and adapters "
+            "whose sums it holds"
+        )
+
+
 # On the model itself, and not in a table beside it: a copy of a changed model is a changed model.
 _APPLICATIONS = "_nsc_merge_applications"
 
@@ -328,6 +343,7 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
     Raises:
         TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
     """
+    check_in_memory(model)
     merged = update.merged(model)
     with ExitStack() as stack:
         for name, value in merged.items():

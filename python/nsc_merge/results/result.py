@@ -23,7 +23,7 @@ class MergeResult(MergedUpdate):
         format: str | Sequence[str] = "model",
         *,
         rank: int | None = None,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         plots: bool = False,
         dequantize: bool = False,
     ) -> Path:
@@ -46,7 +46,8 @@ class MergeResult(MergedUpdate):
             rank: truncates ``"lora"`` to this rank. The relative error of every module goes into
                 ``truncation.json``; :meth:`rank_errors` returns the same. Methods whose update is of full rank
                 have no exact adapter and need it.
-            max_shard_size: of ``"model"``, as in transformers.
+            max_shard_size: of ``"model"``, as in transformers; None divides it into files as the folder does that the
+                base was read from, and where there is none at 5 GB.
             plots: also draw the coefficients and, if there is a history, the null-space ratios.
             dequantize: of ``"model"`` on a quantised base: write a plain model, with the update added to the numbers
                 that the quantised linears compute with and rounded once to the dtype of the activations. Without it

@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.stored_weights import state_of
-from nsc_merge.results.dequantised import has_quantised, save_dequantised
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -29,6 +27,7 @@ from nsc_merge.results.layout import (
     is_ours,
     task_folders,
 )
+from nsc_merge.results.merged_model import write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.results.model_card import model_card
 from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
@@ -46,7 +45,7 @@ def save(
     format: str | Sequence[str],
     *,
     rank: int | None,
-    max_shard_size: str | int,
+    max_shard_size: str | int | None,
     plots: bool,
     dequantize: bool = False,
 ) -> list[str]:
@@ -157,12 +156,17 @@ def _refuse_mixture(result: MergedUpdate, out: Path, formats: Sequence[str], *, 
 
 
 def _write(
-    result: MergedUpdate, folder: Path, format: str, rank: int | None, max_shard_size: str | int, dequantize: bool
+    result: MergedUpdate,
+    folder: Path,
+    format: str,
+    rank: int | None,
+    max_shard_size: str | int | None,
+    dequantize: bool,
 ) -> dict[str, float]:
     if format == "coefficients":
         _write_coefficients(result, folder)
     elif format == "model":
-        _write_model(result, folder, max_shard_size, dequantize)
+        write_model(result, folder, max_shard_size, dequantize=dequantize)
     else:
         return _write_lora(result, folder, rank)
     return {}
@@ -215,24 +219,6 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return errors
-
-
-def _write_model(result: MergedUpdate, folder: Path, max_shard_size: str | int, dequantize: bool) -> None:
-    model: Any = result.model
-    if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
-    if dequantize and has_quantised(model):
-        save_dequantised(result, folder, max_shard_size)
-        return
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True, which "
-            "writes a model without quantisation"
-        )
-    merged = result.merged(model)
-    # Of models with a device map, transformers reads what is offloaded itself, one file after another.
-    state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
-    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=max_shard_size)
 
 
 def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:

@@ -132,7 +132,11 @@ def _files(place: Path) -> list[Path]:
 
 
 def _mark(file: Path) -> tuple[int, ...]:
-    status = file.stat()
+    return mark_of(file.stat())
+
+
+def mark_of(status: os.stat_result) -> tuple[int, ...]:
+    """What is another once the file that ``status`` is of is replaced or written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

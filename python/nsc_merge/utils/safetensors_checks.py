@@ -20,7 +20,8 @@ from nsc_merge.utils.json_text import from_json
 MAX_HEADER = 16_000_000
 MAX_DIMENSIONS = 64
 
-_DTYPES = {
+# As a header names them.
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "U16": torch.uint16,
@@ -151,13 +152,13 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise _broken(path, f"the entry of {name!r:.100} is not an object")
     fields: dict[str, Any] = entry
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(path, f"{name!r:.100} has unknown dtype {reprlib.repr(dtype):.40}")
     if not _is_naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise _broken(path, f"{name!r:.100} has shape {reprlib.repr(shape):.60}")
     if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(path, f"{name!r:.100} has data_offsets {reprlib.repr(offsets):.60}")
-    expected = math.prod(shape) * _DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
     if expected != offsets[1] - offsets[0]:
         found = offsets[1] - offsets[0]
         raise _broken(path, f"{name!r:.100} is {dtype} {shape!r:.60}, {expected} bytes, but occupies {found}")
@@ -178,7 +179,7 @@ def _tensor(path: Path, file: BufferedReader, name: str, entry: dict[str, Any], 
     digest.update(buffer)
     if entry["dtype"] == "BOOL" and (raw > 1).any():
         raise _broken(path, f"{name!r:.100} is BOOL and holds other bytes than 0 and 1")
-    return raw.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _broken(path: Path, what: str) -> ValueError:

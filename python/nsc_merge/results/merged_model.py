@@ -1,0 +1,175 @@
+"""Writes a merged transformers model: tensor by tensor, a merged one some rows at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.models.loading import base_files
+from nsc_merge.models.numbers import file_tensor
+from nsc_merge.models.stored_weights import is_dtensor, numbers_of, state_of
+from nsc_merge.models.unloaded import INDEX, WEIGHTS, Rewritten, saved_names, weight_files
+from nsc_merge.processes.group import current
+from nsc_merge.results.dequantised import has_quantised, save_dequantised
+from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.results.safetensors_writer import Planned, in_order, write_safetensors
+from nsc_merge.utils.progress import Progress
+
+logger = logging.getLogger("nsc_merge")
+
+# File name -> name -> what is written there.
+Files: TypeAlias = Mapping[str, Mapping[str, Planned]]
+
+# Where nothing says otherwise, the files are of at most this size.
+_SHARD_SIZE = "5GB"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_PIECE = 8 << 20
+# From this size on a person waits.
+_LARGE = 1 << 30
+
+
+def write_model(
+    result: MergedUpdate, folder: Path, max_shard_size: str | int | None, *, dequantize: bool = False
+) -> None:
+    """Write the merged model as ``save_pretrained`` would, without ever holding it.
+
+    A base that was read from a folder keeps how that divides it into files, unless ``max_shard_size`` says how. Where
+    transformers writes tensors otherwise than as they are, it writes them all, from memory. ``dequantize`` as in
+    :meth:`nsc_merge.MergeResult.save`.
+
+    Raises:
+        TypeError, ValueError: as :meth:`MergedUpdate.merged`; or if the model has no such format.
+        OSError: if the disk is full, for example.
+    """
+    model: Any = result.model
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
+    if dequantize and has_quantised(model):
+        save_dequantised(result, folder, _SHARD_SIZE if max_shard_size is None else max_shard_size)
+        return
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True, which "
+            "writes a model without quantisation"
+        )
+    merged = set(result.merged_names(model))
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and is_dtensor(value):
+            raise ValueError(
+                f"{name}: expected a whole tensor, found a DTensor; gather the model first, or use format 'lora'"
+            )
+    try:
+        names = saved_names(model, folder)
+        if left := sorted(merged - names.keys()):
+            raise Rewritten(f"transformers does not write {left[0]}")
+    except Rewritten as reason:
+        logger.info("format 'model' is written from memory: %s", reason)
+        _write_from_memory(result, folder, max_shard_size)
+        return
+    keys: dict[str, str] = {}
+    for name, key in names.items():
+        # Of tensors that share their numbers, the first.
+        keys.setdefault(key, name)
+    planned = {
+        key: Planned(
+            state[name].dtype,
+            tuple(state[name].shape),
+            partial(result.merged_rows, model, name) if name in merged else partial(_pieces, model, name, state[name]),
+        )
+        for key, name in keys.items()
+    }
+    files = _as_the_base(model, planned, folder) if max_shard_size is None else None
+    if files is None:
+        files = _divided(model, planned, _SHARD_SIZE if max_shard_size is None else max_shard_size, folder)
+    _write(files, folder)
+
+
+def _write_from_memory(result: MergedUpdate, folder: Path, max_shard_size: str | int | None) -> None:
+    model: Any = result.model
+    merged = result.merged(model)
+    # Of models with a device map, transformers reads what is offloaded itself, one file after another.
+    state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
+    size = _SHARD_SIZE if max_shard_size is None else max_shard_size
+    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=size)
+
+
+def _pieces(model: nn.Module, name: str, value: Tensor) -> Iterator[Tensor]:
+    """The numbers of a tensor that is not merged, wherever they are."""
+    count = value.shape[0] if value.dim() else 1
+    step = max(_PIECE * count // max(value.numel() * value.dtype.itemsize, 1), 1)
+    there = file_tensor(value)
+    if there is None:
+        whole = numbers_of(model, name, value)
+        yield from (whole[begin : begin + step] for begin in range(0, count, step)) if value.dim() else (whole,)
+        return
+    for begin in range(0, count, step):
+        yield there.read(begin, min(begin + step, count))
+
+
+def _as_the_base(model: nn.Module, planned: Mapping[str, Planned], folder: Path) -> Files | None:
+    """The files of the folder that the model was read from, if they hold what is to be written and nothing else; their
+    index is copied.
+    """
+    base = base_files(model)
+    if base is None:
+        return None
+    try:
+        files = weight_files(base.folder)
+        for name, tensors in files.items():
+            if name != WEIGHTS and _SHARD.fullmatch(name) is None:
+                raise Rewritten(f"{name} is no usual name")
+            for key, there in tensors.items():
+                wanted = planned.get(key)
+                if wanted is None or (there.dtype, there.shape) != (wanted.dtype, wanted.shape):
+                    raise Rewritten(f"{key} in {name} is another in the merged model")
+        if left := sorted(planned.keys() - {key for tensors in files.values() for key in tensors}):
+            raise Rewritten(f"{left[0]} is in none of its files")
+    except (OSError, ValueError) as reason:
+        logger.info("format 'model' is not divided into files as the base is: %s", reason)
+        return None
+    if WEIGHTS not in files:
+        shutil.copyfile(base.folder / INDEX, folder / INDEX)
+    return {name: {key: planned[key] for key in tensors} for name, tensors in files.items()}
+
+
+def _divided(model: Any, planned: Mapping[str, Planned], max_shard_size: str | int, folder: Path) -> Files:
+    """Files as transformers would write them, with their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    shapes = {key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in planned.items()}
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return {
+        name: in_order({key: planned[key] for key in keys}) for name, keys in split.filename_to_tensors.items()
+    }
+
+
+def _write(files: Files, folder: Path) -> None:
+    total = sum(tensor.size for tensors in files.values() for tensor in tensors.values())
+    waited_for = total >= _LARGE and current().is_main
+    with Progress("writing the model", max(total >> 20, 1), None if waited_for else False) as progress:
+        written = 0
+
+        def done(count: int) -> None:
+            nonlocal written
+            before, written = written >> 20, written + count
+            if written >> 20 > before:
+                progress.update((written >> 20) - before)
+
+        for name, tensors in files.items():
+            write_safetensors(folder / name, tensors, done)
