@@ -94,8 +94,8 @@ def _counted(vertical: Tensor, horizontal: Tensor, smaller: int, options: FROpti
 
 @functools.lru_cache(maxsize=4)
 def removed_frequencies(shape: tuple[int, int], options: FROptions) -> tuple[Tensor, Tensor]:
-    """The columns of a real transform of ``shape`` in which anything is removed or counted twice, ``[n]``, and the share
-    of each of their bins that is removed, ``[n, rows]`` float32; -1 where a bin is counted twice.
+    """The columns of a real transform of ``shape`` in which anything is removed or counted twice, ``[n]``, and the
+    share of each of their bins that is removed, ``[n, rows]`` float32; -1 where a bin is counted twice.
     """
     vertical, horizontal = (_offsets(side, options) for side in shape)
     columns, shares = [], []
