@@ -116,10 +116,10 @@ def filtered(A: Tensor, B: Tensor, options: FROptions) -> Iterator[tuple[slice, 
     The transform of the product is the product of the factors' transforms, along one side each. So only the columns of
     the spectrum are formed in which anything is removed, and what they hold is taken off the product.
     """
-    if not A.shape[0]:
+    columns, removed = (tensor.to(A.device) for tensor in removed_frequencies((B.shape[0], A.shape[1]), options))
+    if not A.shape[0] or not len(columns):
         yield slice(None), B @ A
         return
-    columns, removed = (tensor.to(A.device) for tensor in removed_frequencies((B.shape[0], A.shape[1]), options))
     spectrum = torch.fft.rfft(A).t()[columns] @ torch.fft.fft(B.t())
     spectrum = torch.fft.ifft(spectrum.mul_(removed))
     rows = max(1, _ENTRIES // A.shape[1])
