@@ -35,6 +35,15 @@ def cpu_instruction_sets() -> tuple[str, ...]:
 
 
 @cache
+def cpu_entries() -> ctypes.CDLL:
+    """libnsc_cpu, which is loaded, with the functions that :mod:`nsc_kernels.entries` calls."""
+    library = ctypes.CDLL(str(LIBRARY_DIR / "libnsc_cpu.so"))
+    library.nsc_cpu_entries.restype = library.nsc_cpu_draw.restype = ctypes.c_char_p
+    library.nsc_cpu_draw.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p]
+    return library
+
+
+@cache
 def _cuda_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY_DIR / "libnsc_cuda.so"))
     library.nsc_cuda_source.restype = ctypes.c_char_p

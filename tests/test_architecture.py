@@ -42,7 +42,7 @@ METHODS["listing"] = {"registry"}
 # The operator's floors: a part may import all that is on a floor below its own.
 FLOORS = (
     ("_version", "bank_file", "contract", "reference", "ratio", "native", "counters"),
-    ("bank", "dispatch", "verified_hardware"),
+    ("bank", "dispatch", "verified_hardware", "entries"),
     ("ops", "triton"),
     ("backends", "autograd"),
     ("functional", "info", "flops"),

@@ -37,7 +37,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 GRID = """
-import torch, operator_cases as oc
+import torch, entry_cases, operator_cases as oc
+for seed in range(12):
+    entry_cases.check(seed)
 for dtype in oc.DTYPES.values():
     for case in oc.CASES:
         torch.manual_seed(0)

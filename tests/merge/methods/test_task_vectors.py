@@ -207,7 +207,7 @@ def test_emr_by_hand():
     assert merged("emr_unified", adapters, "x")["x"].tolist() == [[4.0, 3.0, -5.0]]
     rescale = emr.rescaling(adapters, ["x"])
     updates = {
-        task: emr.Modulated(task, adapters, adapter.factors, rescale[task])["x"].delta().float()
+        task: emr.Modulated(task, emr.UnifiedUpdates(adapters), adapter.factors, rescale[task])["x"].delta().float()
         for task, adapter in adapters.items()
     }
     # a agrees at the first entry only, b everywhere; both are scaled to their own mean magnitude.

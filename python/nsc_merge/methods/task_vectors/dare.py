@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nsc_kernels import entries
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free
 from nsc_merge.methods.shared_options import check_weights, fill, weights_of
+from nsc_merge.methods.task_vectors import draws, tiles
 from nsc_merge.methods.task_vectors.elementwise import (
     TRIM_SCOPES,
     Source,
@@ -137,12 +138,11 @@ def check_drop(options: Any) -> None:
 
 
 def sparsify(tensor: Tensor, drop: float, rescale: str, seed: int, *names: str) -> Tensor:
-    """``tensor`` with entries dropped at random, from a generator made from ``seed`` and ``names``."""
-    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    kept = tensor * (torch.rand(tensor.shape, generator=generator) >= drop)
+    """``tensor`` with entries dropped at random, by the generator of ``seed`` and ``names``."""
+    stays = draws.kept(tensor.shape, draws.key_of(seed, *names), draws.threshold_of(drop))
+    kept = tensor * stays.to(tensor.device)
     if rescale == "inverse":
-        return kept / (1 - drop)
+        return kept * (1 / (1 - drop))
     if rescale == "l1":
         left = kept.abs().sum()
         return kept * torch.where(left > 0, tensor.abs().sum() / left, 1.0)
@@ -153,39 +153,48 @@ def dare(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and the sum of all tasks' thinned updates."""
-    for path, tasks in tasks_by_path(adapters, paths).items():
-        left = [
-            sparsify(
-                dense_update(adapters[task].factors[path]), options.drop, options.rescale, options.seed, task, path
-            )
-            for task in tasks
-        ]
-        yield path, dense_factor(options.scale * added(left))
+    tasks = tasks_by_path(adapters, paths)
+    if tiles.serves(adapters):
+        layers = tiles.thinned(tiles.layers_of(adapters), options, tasks)
+        for path in tasks:
+            yield path, dense_factor(entries.added(layers(path)).mul_(options.scale))
+        return
+    source = _dropping(_dense(adapters), options)
+    for path, row in tasks.items():
+        yield path, dense_factor(options.scale * added([source(path, task) for task in row]))
 
 
 def dare_ties(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareTiesOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update."""
-    assert options.drop is not None
-    assert options.rescale is not None
     assert options.scale is not None
     tasks = tasks_by_path(adapters, paths)
     weights = weights_of(options.weights, list(adapters))
-    for path, merged in ties_merge(
-        thinned(lambda path, task: dense_update(adapters[task].factors[path]), options, tasks),
-        tasks,
-        steps_after(options),
-        weights,
-    ):
-        yield path, dense_factor(options.scale * merged)
+    steps = steps_after(options)
+    if tiles.serves(adapters):
+        layers = tiles.layers_of(adapters)
+        if options.order == "trim_first":
+            layers = tiles.trimmed(layers, tasks, steps_of(options))
+        merged = tiles.ties_merge(tiles.thinned(layers, options, tasks), tasks, steps, weights)
+    else:
+        merged = ties_merge(thinned(_dense(adapters), options, tasks), tasks, steps, weights)
+    for path, update in merged:
+        yield path, dense_factor(update.mul_(options.scale))
+
+
+def _dense(adapters: Mapping[str, Adapter]) -> Source:
+    return lambda path, task: dense_update(adapters[task].factors[path])
 
 
 def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) -> Source:
     """``source`` with entries dropped, after trimming if the options say so."""
     if options.order == "trim_first":
         source = trimmed(source, tasks, steps_of(options))
+    return _dropping(source, options)
 
+
+def _dropping(source: Source, options: Any) -> Source:
     def one(path: str, task: str) -> Tensor:
         return sparsify(source(path, task), options.drop, options.rescale, options.seed, task, path)
 

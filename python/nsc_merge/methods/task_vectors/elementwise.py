@@ -113,14 +113,14 @@ def bounds(
     for task in names:
         wanted = kept_entries(int(upper[task].sum()), density, keep)
         if wanted:
-            sought[task] = (*_nth_from_above(upper[task], wanted), wanted)
+            sought[task] = (*nth_from_above(upper[task], wanted), wanted)
     lower = {task: torch.zeros(_HALF, dtype=torch.int64) for task in sought}
     for task, pattern in _patterns(source, tasks):
         if task in sought:
             inside = pattern[pattern >> 16 == sought[task][0]]
             lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF)
     for task, (half, above, wanted) in sought.items():
-        other, more = _nth_from_above(lower[task], wanted - above)
+        other, more = nth_from_above(lower[task], wanted - above)
         least[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
         if keep in ("floor", "round") and int(lower[task][other]) > wanted - above - more:
             spare[task] = wanted - above - more
@@ -152,7 +152,7 @@ def _patterns(source: Source, tasks: Mapping[str, Sequence[str]]) -> Iterator[tu
             yield task, source(path, task).abs().float().contiguous().view(torch.int32).flatten()
 
 
-def _nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
+def nth_from_above(counts: Tensor, wanted: int) -> tuple[int, int]:
     """The bin that holds the ``wanted``-th entry from above, and how many lie in the bins above it."""
     from_above = counts.flip(0).cumsum(0)
     index = int(torch.searchsorted(from_above, wanted))

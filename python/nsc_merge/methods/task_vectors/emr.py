@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels import entries
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import empty, gradient_free, low_rank_part, present
 from nsc_merge.methods.method import Method, NoOptions, Problem
+from nsc_merge.methods.task_vectors import tiles
 from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_number
@@ -31,6 +34,40 @@ class UnifiedOptions:
         check_number("scale", self.scale)
 
 
+class UnifiedUpdates:
+    """The unified update of one module at a time, and what it is for a task; shared by the updates of all tasks.
+
+    Whoever goes from module to module, and asks for all tasks in each, has each unified update formed once.
+
+    Args:
+        adapters: task -> adapter with low-rank factors only.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self.adapters = adapters
+        self._unified: tuple[str, Tensor] | None = None
+        # Whoever merges a module asks for it several times in a row.
+        self._last: tuple[tuple[str, str], Tensor] | None = None
+
+    def masked(self, path: str, task: str, scale: float) -> Tensor:
+        """``scale`` times the unified update where its sign agrees with the task's, else zero."""
+        if self._last is None or self._last[0] != (path, task):
+            self._last = None
+            self._last = (path, task), self._masked(path, task, scale)
+        return self._last[1]
+
+    def _masked(self, path: str, task: str, scale: float) -> Tensor:
+        if self._unified is None or self._unified[0] != path:
+            self._unified = None
+            self._unified = path, unified_update(self.adapters, path)
+        unified = self._unified[1]
+        own = {task: self.adapters[task]}
+        if tiles.serves(own):
+            return entries.masked(tiles.layers_of(own)(path), unified, scale)
+        signs = dense_update(own[task].factors[path]).sign() * unified.sign()
+        return scale * (unified * (signs > 0))
+
+
 class Modulated(Mapping[str, Factor]):
     """One task's update of every module: the unified one where its sign agrees with the task's, rescaled.
 
@@ -38,38 +75,26 @@ class Modulated(Mapping[str, Factor]):
 
     Args:
         task: of the adapters.
-        adapters: task -> adapter with low-rank factors only.
+        shared: with the updates of all tasks.
         own: path -> the task's own update; what has no low-rank factors in its adapter stays as it is.
         rescale: see :func:`rescaling`.
     """
 
-    def __init__(
-        self, task: str, adapters: Mapping[str, Adapter], own: Mapping[str, Factor], rescale: float
-    ) -> None:
-        self.task, self.adapters, self.own, self.rescale = task, adapters, own, rescale
-        # Whoever merges a module asks for it several times in a row.
-        self._last: tuple[str, Factor] | None = None
+    def __init__(self, task: str, shared: UnifiedUpdates, own: Mapping[str, Factor], rescale: float) -> None:
+        self.task, self.shared, self.own, self.rescale = task, shared, own, rescale
 
     def __getitem__(self, path: str) -> Factor:
-        if path not in self.adapters[self.task].factors:
+        if path not in self.shared.adapters[self.task].factors:
             return self.own[path]
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            self._last = path, self._of(path)
-        return self._last[1]
+        bias = self.own[path].bias_delta()
+        update = self.shared.masked(path, self.task, self.rescale)
+        return replace(dense_factor(update), bias=bias if bias is None else bias.float())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.own)
 
     def __len__(self) -> int:
         return len(self.own)
-
-    def _of(self, path: str) -> Factor:
-        updates = dense_updates(self.adapters, path)
-        unified, signs = unify(list(updates.values()))
-        kept = unified * (updates[self.task] * signs > 0)
-        bias = self.own[path].bias_delta()
-        return replace(dense_factor(self.rescale * kept), bias=bias if bias is None else bias.float())
 
 
 def dense_updates(adapters: Mapping[str, Adapter], path: str) -> dict[str, Tensor]:
@@ -90,13 +115,19 @@ def unify(updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return largest.mul_(signs), signs
 
 
+def unified_update(adapters: Mapping[str, Adapter], path: str) -> Tensor:
+    """The unified update of the tasks whose adapter touches a module."""
+    if tiles.serves(adapters):
+        return entries.unified(tiles.layers_of(adapters)(path))
+    return unify(list(dense_updates(adapters, path).values()))[0]
+
+
 def emr_unified(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: UnifiedOptions
 ) -> Iterator[tuple[str, Factor]]:
     """Path and unified update."""
     for path in paths:
-        unified, _ = unify(list(dense_updates(adapters, path).values()))
-        yield path, dense_factor(options.scale * unified)
+        yield path, dense_factor(unified_update(adapters, path).mul_(options.scale))
 
 
 def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, float]:
@@ -106,22 +137,29 @@ def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str
     """
     own, masked = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0.0)
     for path in paths:
-        updates = dense_updates(adapters, path)
-        unified, signs = unify(list(updates.values()))
-        for task, update in updates.items():
-            own[task] += float(update.abs().mean())
-            masked[task] += float((unified * (update * signs > 0)).abs().mean())
+        tasks = list(present(adapters, path))
+        if tiles.serves(adapters):
+            one = tiles.layers_of(adapters)(path)
+            means = (entries.unified_sums(one) / math.prod(one.shape)).tolist()
+        else:
+            updates = list(dense_updates(adapters, path).values())
+            unified, signs = unify(updates)
+            alike = [unified * (update * signs > 0) for update in updates]
+            means = [[float(part.abs().mean()) for part in parts] for parts in zip(updates, alike, strict=True)]
+        for task, (mean, masked_mean) in zip(tasks, means, strict=True):
+            own[task] += mean
+            masked[task] += masked_mean
     return {task: own[task] / masked[task] if masked[task] else 0.0 for task in adapters}
 
 
 def emr(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     """One update per task. Biases and modules trained in full stay the task's own, as its mask would make them."""
     linears, low_rank, paths = low_rank_part(problem)
-    rescale = rescaling(low_rank, paths)
+    rescale, shared = rescaling(low_rank, paths), UnifiedUpdates(low_rank)
     per_task = {
         task: Modulated(
             task,
-            low_rank,
+            shared,
             {path: adapter.factors.get(path, empty(linear)) for path, linear in linears.items()},
             rescale[task],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import gradient_free
+from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.shared_options import fill
-from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update, tasks_by_path
+from nsc_merge.methods.task_vectors.elementwise import dense_factor
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -20,6 +21,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nsc": {"centre": "nyquist", "drop": "near", "cut": 0.1, "ring": False, "align": False, "scale": 0.3},
     "shifted": {"centre": "zero", "drop": "near", "cut": 0.1, "ring": False, "align": True, "scale": 0.7},
 }
+
+# Entries of an update, and columns of a spectrum, that are held at a time.
+_ENTRIES, _COLUMNS = 1 << 19, 256
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,20 @@ class FROptions:
 
 def kept_frequencies(shape: Sequence[int], options: FROptions) -> Tensor:
     """How often the bins of an unshifted transform of ``shape`` are counted: 0, 1 or, on the ring, 2. float32."""
-    rows, columns = shape
-    vertical = torch.arange(rows) - rows // 2
-    horizontal = torch.arange(columns) - columns // 2
+    vertical, horizontal = (_offsets(side, options) for side in shape)
+    return _counted(vertical[:, None], horizontal[None], min(shape), options)
+
+
+def _offsets(side: int, options: FROptions) -> Tensor:
+    """Of the bins of one dimension, from the centre."""
+    offsets = torch.arange(side) - side // 2
+    return torch.fft.ifftshift(offsets) if options.centre == "zero" else offsets
+
+
+def _counted(vertical: Tensor, horizontal: Tensor, smaller: int, options: FROptions) -> Tensor:
     # In float32, as the public codes compare.
-    distance = (vertical[:, None].square() + horizontal[None].square()).float().sqrt()
+    distance = (vertical.square() + horizontal.square()).float().sqrt()
     assert options.cut is not None
-    smaller = min(rows, columns)
     if options.drop == "far":
         kept = distance <= options.cut * smaller
     else:
@@ -78,16 +89,46 @@ def kept_frequencies(shape: Sequence[int], options: FROptions) -> Tensor:
     counted = kept.float()
     if options.ring:
         counted += kept & (distance == smaller // 10)
-    return torch.fft.ifftshift(counted) if options.centre == "zero" else counted
+    return counted
 
 
-def _filtered(update: Tensor, counted: Tensor) -> Tensor:
-    """The real part of ``update`` with its frequencies as often as they are ``counted``."""
-    # Where a bin and its mirror image are not counted alike, taking the real part leaves both with the mean.
-    mirrored = counted.flip(0, 1).roll((1, 1), (0, 1))
-    share = (counted + mirrored) / 2
-    spectrum = torch.fft.rfft2(update)
-    return torch.fft.irfft2(spectrum * share[:, : spectrum.shape[1]], s=update.shape)
+@functools.lru_cache(maxsize=4)
+def removed_frequencies(shape: tuple[int, int], options: FROptions) -> tuple[Tensor, Tensor]:
+    """The columns of a real transform of ``shape`` in which anything is removed or counted twice, ``[n]``, and the
+    share of each of their bins that is removed, ``[n, rows]`` float32; -1 where a bin is counted twice.
+    """
+    vertical, horizontal = (_offsets(side, options) for side in shape)
+    columns, shares = [], []
+    for some in torch.arange(shape[1] // 2 + 1).split(_COLUMNS):
+        counted = _counted(vertical, horizontal[some, None], min(shape), options)
+        # Where a bin and its mirror image are not counted alike, taking the real part leaves both with the mean.
+        mirrored = _counted(vertical.flip(0).roll(1), horizontal[-some, None], min(shape), options)
+        removed = 1 - (counted + mirrored) / 2
+        live = removed.any(1)
+        columns.append(some[live])
+        shares.append(removed[live])
+    return torch.cat(columns), torch.cat(shares)
+
+
+def filtered(A: Tensor, B: Tensor, options: FROptions) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and the real part of these rows of ``B A`` with its frequencies as often as they are counted.
+
+    The transform of the product is the product of the factors' transforms, along one side each. So only the columns of
+    the spectrum are formed in which anything is removed, and what they hold is taken off the product.
+    """
+    columns, removed = (tensor.to(A.device) for tensor in removed_frequencies((B.shape[0], A.shape[1]), options))
+    if not A.shape[0] or not len(columns):
+        yield slice(None), B @ A
+        return
+    spectrum = torch.fft.rfft(A).t()[columns] @ torch.fft.fft(B.t())
+    spectrum = torch.fft.ifft(spectrum.mul_(removed))
+    rows = max(1, _ENTRIES // A.shape[1])
+    bins = spectrum.new_zeros(min(rows, B.shape[0]), A.shape[1] // 2 + 1)
+    for begin in range(0, B.shape[0], rows):
+        some = slice(begin, min(begin + rows, B.shape[0]))
+        count = some.stop - begin
+        bins[:count, columns] = spectrum[:, some].t()
+        yield some, (B[some] @ A).sub_(torch.fft.irfft(bins[:count], n=A.shape[1]))
 
 
 def fr(
@@ -95,16 +136,25 @@ def fr(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update."""
     assert options.scale is not None
-    for path, tasks in tasks_by_path(adapters, paths).items():
-        updates = [dense_update(adapters[task].factors[path]) for task in tasks]
-        counted = kept_frequencies(updates[0].shape, options)
-        filtered = [_filtered(update, counted) for update in updates]
+    for path in paths:
+        factors = present(adapters, path).values()
+        A, B = [factor.A.float() for factor in factors], [factor.scaling * factor.B.float() for factor in factors]
+        shares = [1.0] * len(A)
         if options.align:
-            means = [float(update.abs().mean()) for update in filtered]
-            filtered = [
-                update * (max(means) / mean) if mean else update for update, mean in zip(filtered, means, strict=True)
-            ]
-        yield path, dense_factor(options.scale * added(filtered))
+            means = [_mean_magnitude(*both, options) for both in zip(A, B, strict=True)]
+            shares = [max(means) / mean if mean else 1.0 for mean in means]
+        # The filter of a sum is the sum of what is filtered.
+        together = torch.cat([options.scale * share * one for share, one in zip(shares, B, strict=True)], 1)
+        update = together.new_empty(B[0].shape[0], A[0].shape[1])
+        for rows, part in filtered(torch.cat(A), together, options):
+            update[rows] = part
+        yield path, dense_factor(update)
+
+
+def _mean_magnitude(A: Tensor, B: Tensor, options: FROptions) -> float:
+    # Row by row, so that the order of the sums does not depend on the number of threads.
+    sums = [part.abs_().sum(1, dtype=torch.float64).sum() for _, part in filtered(A, B, options)]
+    return float(torch.stack(sums).sum()) / (B.shape[0] * A.shape[1])
 
 
 METHODS = (

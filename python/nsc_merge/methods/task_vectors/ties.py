@@ -13,6 +13,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
 from nsc_merge.methods.method import Averages
 from nsc_merge.methods.shared_options import check_weights, fill, weights_of
+from nsc_merge.methods.task_vectors import tiles
 from nsc_merge.methods.task_vectors.elementwise import (
     AGGREGATES,
     KEEPS,
@@ -124,8 +125,13 @@ def ties(
     def source(path: str, task: str) -> Tensor:
         return dense_update(adapters[task].factors[path])
 
-    for path, merged in ties_merge(source, tasks_by_path(adapters, paths), steps_of(options), weights):
-        yield path, dense_factor(options.scale * merged)
+    tasks, steps = tasks_by_path(adapters, paths), steps_of(options)
+    if tiles.serves(adapters):
+        merged = tiles.ties_merge(tiles.layers_of(adapters), tasks, steps, weights)
+    else:
+        merged = ties_merge(source, tasks, steps, weights)
+    for path, update in merged:
+        yield path, dense_factor(update.mul_(options.scale))
 
 
 def _in_factors(
