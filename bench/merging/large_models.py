@@ -132,7 +132,7 @@ def row(model: str, way: Way) -> list[str]:
         "yes",
         f"{done / 1e12:.0f}",
         f"{across / 1e9:.0f}" if across else "",
-        f"{seconds[binds]:.2g}",
+        f"{seconds[binds]:.0f}" if seconds[binds] >= 10 else f"{seconds[binds]:.2g}",
         binds,
     ]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.placement import device_of
 from nsc_merge.processes.group import current
-from nsc_merge.processes.launch import launched
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.placement_keys import Placed
 from nsc_merge.utils.json_text import from_json
@@ -111,7 +110,7 @@ def check_placement(placed: Placed, folder: str | None) -> str | None:
     except ValueError as error:
         raise RecipeError(str(error)) from None
     for key in ("device_map", "quantization"):
-        if launched() and getattr(placed, key) is not None:
+        if current().size > 1 and getattr(placed, key) is not None:
             raise RecipeError(
                 f"{key}: several processes hold a plain base in shards, one for each; expected none, or one process, "
                 f"found {getattr(placed, key)!r:.60}"

@@ -12,6 +12,7 @@ from zoo import build
 
 from nsc_merge.commands.main import main
 from nsc_merge.models.placement import Placement
+from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.placement_keys import QUANTIZATIONS
@@ -72,17 +73,17 @@ def test_what_is_no_placement_is_refused_when_it_is_read(place, overrides, messa
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
-        (["device_map=auto"], "2", "device_map: several processes hold a plain base in shards"),
-        (["quantization=fp8", "output.formats=lora"], "2", "quantization: several processes hold a plain base"),
-        (["device_map={model: 98}"], "1", "GPUs that PyTorch"),
-        (["device_map=auto", "max_memory={98: 1GiB}"], "1", "GPUs that PyTorch"),
-        (["quantization=fp8"], "1", "output.formats: a model of plain numbers takes a plain base"),
+        (["device_map=auto"], 2, "device_map: several processes hold a plain base in shards"),
+        (["quantization=fp8", "output.formats=lora"], 2, "quantization: several processes hold a plain base"),
+        (["device_map={model: 98}"], 1, "GPUs that PyTorch"),
+        (["device_map=auto", "max_memory={98: 1GiB}"], 1, "GPUs that PyTorch"),
+        (["quantization=fp8"], 1, "output.formats: a model of plain numbers takes a plain base"),
     ],
 )
 def test_what_cannot_be_had_here_is_refused_before_anything_is_loaded(
     place, monkeypatch, overrides, processes, message
 ):
-    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(preflight, "current", lambda: Group(0, processes))
     with pytest.raises(RecipeError) as error:
         preflight.check(read(place, *overrides), resume=False)
     assert message in str(error.value)
