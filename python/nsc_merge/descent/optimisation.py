@@ -139,37 +139,37 @@ class Optimisation:
         """Do all steps that are left. ``on_first`` is called before the first update, when ``dead`` is known.
 
         Raises:
-            RuntimeError: if an objective or a gradient is not finite, if the objective depends on no coefficient, or if
-                another process of the merge was lost.
-            KeyboardInterrupt: passed on. The state at the start of the interrupted step was saved, here and there.
+            RuntimeError: if something is not finite, if it depends on no coefficient, or if another process was lost.
+            KeyboardInterrupt: passed on. Then and of lost processes, the state before the step was saved.
         """
-        settings, in_step = self._settings, False
+        settings, group = self._settings, current()
         if self._stalled(self._begin):
             return
         try:
-            show = settings.progress if current().is_main else False
-            with Progress(self._label, settings.steps - self._begin, show) as bar:
+            with Progress(self._label, settings.steps - self._begin, settings.progress if group.is_main else False) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
-                    in_step = True
                     self._step(done, on_first)
-                    in_step = False
                     last = done + 1 == settings.steps
                     due = settings.state_to is not None and (done + 1) % settings.state_every == 0
                     if done == self._begin or last or due or (done + 1) % READ_EVERY == 0:
                         self._read(bar)
-                    if last or due:
+                    stalled = self._stalled(done + 1)
+                    if last or due or stalled:
                         self._save(done + 1, self._tensors())
-                    if self._stalled(done + 1):
-                        self._save(done + 1, self._tensors())
+                    if stalled:
                         break
         except (KeyboardInterrupt, RuntimeError) as error:
-            lost = in_step and current().size > 1
-            if self._kept is not None and (lost or isinstance(error, KeyboardInterrupt)):
+            lost = isinstance(error, RuntimeError)
+            if lost and group.size == 1:
+                raise
+            if self._kept is not None:
                 with undisturbed():
                     self._read(None)
                     self._save(*self._kept)
+            if lost:
+                raise RuntimeError(f"in process {group.rank} of {group.size}: {error}") from error
             raise
 
     def _step(self, step: int, on_first: Callable[[], None]) -> None:

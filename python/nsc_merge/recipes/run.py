@@ -118,8 +118,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
 
 def _check_whole(recipe: Recipe, adapters: dict[str, Adapter]) -> None:
     """Refuse to write, in an adapter, modules that were trained in full: that takes the base's own weights, whole."""
-    held = [one for adapter in adapters.values() for one in adapter.factors.items()]
-    paths = [path for path, factor in held if factor.dense is not None]
+    factors = [pair for adapter in adapters.values() for pair in adapter.factors.items()]
+    paths = [path for path, factor in factors if factor.dense is not None]
     if paths and "lora" in recipe.formats and current().size > 1:
         raise RecipeError(
             f"output.formats: expected coefficients from {current().size} processes, which hold the base in shards, "

@@ -3,110 +3,157 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from loop_cases import adapters_for, values
+from loop_cases import TASKS, adapters_for, values
 from torch import Tensor
 
 from nsc_merge import merge
+from nsc_merge.descent.null_space_objective import Objective
 from nsc_merge.models.loading import load_model
 from nsc_merge.models.placement import Placement
-from nsc_merge.models.sharded import is_unit
-from nsc_merge.processes.group import together
+from nsc_merge.models.sharded import is_unit, output_of
+from nsc_merge.processes.group import current, together
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
+WORLD = 3
 OPTIONS = {"steps": 20, "lr": 1e-2, "recipe": "vision", "progress": False}
-# Rows of every task's batches: as many as processes and more, and fewer.
-ROWS = {"a": 5, "b": 3, "c": 1}
-
-
-def text(seed: int, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Prompts of which the first is whole and the others are padded, each by one more."""
-    ids = torch.randint(6, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        ids[row, tokens - row :], mask[row, tokens - row :] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def pixels(seed: int, rows: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed))}
+# Kind of model -> options of the merges of it.
+CASES = {
+    "llama": [{"batch_tasks": False}, {"checkpointing": True, "compile": "eager"}],
+    "vit": [{}, {"score_blocks": [1], "early_exit": False}],
+    "llava": [{}],
+}
+# Rows of the tasks' batches: more than processes, as many, and fewer.
+ROWS = (5, 3, 1)
 
 
 def batches(kind: str) -> dict[str, list[dict[str, Tensor]]]:
+    """Two of every task; of text, rows are padded at their end and tasks differ in length."""
     made = {}
-    for number, (task, rows) in enumerate(ROWS.items()):
-        seeds = (10 * number, 10 * number + 1)
-        made[task] = [pixels(seed, rows) if kind == "vit" else text(seed, rows, 7 + number) for seed in seeds]
+    for number, (task, rows) in enumerate(zip(TASKS, ROWS, strict=True)):
+        made[task] = []
+        for seed in (10 * number, 10 * number + 1):
+            generator = torch.Generator().manual_seed(seed)
+            batch = {} if kind == "llama" else {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
+            if kind != "vit":
+                ids = torch.randint(6, 64, (rows, 8 + number), generator=generator)
+                mask = torch.ones_like(ids)
+                for row in range(rows):
+                    ids[row, len(ids[row]) - row :], mask[row, len(ids[row]) - row :] = 0, 0
+                batch |= {"input_ids": ids, "attention_mask": mask}
+            if kind == "llava":
+                batch["input_ids"][:, :4] = zoo.IMAGE_TOKEN
+                batch["attention_mask"][:, :4] = 1
+                batch["input_ids"][batch["input_ids"] == 0] = 6
+            made[task].append(batch)
     return made
 
 
-# Kind of model -> options of the merges of it.
-CASES = {
-    "llama": [{"batch_tasks": False}, {"include_pad": True, "compile": "eager"}],
-    "vit": [{}, {"score_blocks": [1], "early_exit": False}],
-}
-
-
-def test_two_processes(tmp_path):
-    run(2, tmp_path)
-
-
-def test_three_processes(tmp_path):
-    run(3, tmp_path)
-
-
-def run(world: int, folder: Path) -> None:
-    """In as many processes, of which this one is the first."""
+def test_as_one_process(tmp_path):
+    """This process is the first of them."""
     for kind in CASES:
-        zoo.build(kind).save_pretrained(folder / kind)
-    others = torch.multiprocessing.spawn(other, (world, folder), nprocs=world - 1, join=False)
-    share(0, world, folder)
-    while not others.join():
-        pass
+        zoo.build(kind).save_pretrained(tmp_path / kind)
+    others = torch.multiprocessing.spawn(other, (tmp_path,), nprocs=WORLD - 1, join=False)
+    try:
+        share(0, tmp_path)
+        # Of those that ended, one was killed.
+        with pytest.raises(torch.multiprocessing.ProcessExitedException, match="signal SIGKILL"):
+            while not others.join():
+                pass
+    finally:
+        for process in others.processes:
+            process.kill()
 
 
-def other(number: int, world: int, folder: Path) -> None:
+def other(number: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    share(number + 1, world, folder)
+    share(number + 1, folder)
 
 
-def share(rank: int, world: int, folder: Path) -> None:
+def share(rank: int, folder: Path) -> None:
     limit = datetime.timedelta(seconds=60)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    two = dist.new_group([0, 1])
     try:
         for kind, cases in CASES.items():
-            with together(dist.group.WORLD):
+            with together(dist.group.WORLD) as group:
                 sharded = load_model(str(folder / kind), local=True, placement=Placement(shards=True))
             plain = load_model(str(folder / kind), local=True)
-            check_shards(sharded, plain, rank, world)
+            check_shards(sharded, plain, rank)
             adapters = adapters_for(plain)
             for options in cases:
                 found = merge(sharded, adapters, batches(kind), **OPTIONS, **options, process_group=dist.group.WORLD)
-                same = merge(plain, adapters, batches(kind), **OPTIONS, **options, process_group=dist.group.WORLD)
-                alone = merge(plain, adapters, batches(kind), **OPTIONS, **options)
-                for result in (found, same):
-                    print(kind, options, rank, (values(result)-values(alone)).abs().max(), flush=True)
-                    torch.testing.assert_close(values(result), values(alone), rtol=0, atol=1e-6)
-                    for one, entry in zip(result.history, alone.history, strict=True):
-                        assert one["omega"] == pytest.approx(entry["omega"], abs=1e-6)
-                    assert result.dead == alone.dead
-                assert (values(alone) - 0.4).abs().max() > 1e-2
+                check_same(group, found, plain, adapters, kind, options)
+            if kind == "llama" and rank < 2:
+                with together(two) as pair:
+                    found = merge(plain, adapters, batches(kind), **OPTIONS)
+                check_same(pair, found, plain, adapters, kind, {})
+        check_lost(rank, folder)
     finally:
         dist.destroy_process_group()
 
 
-def check_shards(sharded, plain, rank: int, world: int) -> None:
+def check_shards(sharded, plain, rank: int) -> None:
+    """Of every weight this process holds its part, alone in its memory; run, they make what the whole ones do."""
     for name, value in sharded.named_parameters():
-        parts = plain.get_parameter(name).chunk(world)
+        parts = plain.get_parameter(name).chunk(WORLD)
         assert value.to_local().numel() == (parts[rank].numel() if rank < len(parts) else 0), name
         assert value.to_local().untyped_storage().nbytes() <= parts[0].numel() * 4
     assert sum(map(is_unit, sharded.modules())) >= 4
     for name, value in sharded.named_buffers():
         assert torch.equal(value, plain.get_buffer(name))
+    inputs = batches("vit")["a"][0] if hasattr(plain, "vit") else None
+    if inputs is not None:
+        with torch.no_grad():
+            whole, parts = plain.vit(**inputs), output_of(sharded, sharded.vit, inputs)
+        assert torch.equal(parts.last_hidden_state, whole.last_hidden_state)
+
+
+def check_same(group, found, plain, adapters, kind: str, options) -> None:
+    """All processes found the same, and the first compares it with what one finds alone."""
+    assert all(one == found.coefficients for one in group.share([found.coefficients]))
+    if not group.is_main:
+        return
+    alone = merge(plain, adapters, batches(kind), **OPTIONS, **options)
+    torch.testing.assert_close(values(found), values(alone), rtol=0, atol=1e-6)
+    for one, entry in zip(found.history, alone.history, strict=True):
+        assert one["omega"] == pytest.approx(entry["omega"], abs=1e-6)
+    assert found.objective["after"] == pytest.approx(alone.objective["after"], abs=1e-6)
+    assert found.dead == alone.dead
+    assert (values(alone) - 0.4).abs().max() > 1e-2
+
+
+def check_lost(rank: int, folder: Path) -> None:
+    """The last process is killed in a step: the first saves the state, from which one process goes on."""
+    model = load_model(str(folder / "llama"), local=True)
+    adapters, calibration, state = adapters_for(model), batches("llama"), folder / "state.safetensors"
+    accumulate, steps = Objective.accumulate, []
+
+    def until(self, drawn):
+        steps.append(drawn)
+        if rank == WORLD - 1 and len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return accumulate(self, drawn)
+
+    Objective.accumulate = until
+    try:
+        with pytest.raises(RuntimeError, match=f"in process {rank} of {WORLD}: .*[Cc]onnection"):
+            merge(model, adapters, calibration, **OPTIONS, state_to=state, process_group=dist.group.WORLD)
+    finally:
+        Objective.accumulate = accumulate
+    assert current().size == 1
+    if rank == 0:
+        resumed = merge(model, adapters, calibration, **OPTIONS, resume_from=state)
+        assert len(steps) == 6
+        whole = merge(model, adapters, calibration, **OPTIONS)
+        torch.testing.assert_close(values(resumed), values(whole), rtol=0, atol=1e-6)
+        assert len(resumed.history) == 20

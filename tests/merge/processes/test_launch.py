@@ -1,0 +1,92 @@
+"""The command line under a launcher, and how its processes end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from cli_cases import interrupted, make_place
+from zoo import build
+
+from nsc_merge.calibration.forward_passes import Pass, split
+from nsc_merge.commands.main import main
+from nsc_merge.processes import launch
+from nsc_merge.processes.group import Group
+
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+def test_rows_are_cut_and_what_has_none_is_dealt_out():
+    rows = torch.arange(5.0)[:, None]
+    cut = Pass({"x": rows, "scale": 2.0}, ({},), ((0,),), (5,))
+    few = [Pass({"x": rows[:2] + number}, ({},), ((number,),)) for number in range(4)]
+    odd = Pass({"x": rows, "images": [rows]}, ({},), ((0,),))
+    assert split([cut, odd], Group()) == [cut, odd]
+    parts = [split([few[0], cut, *few[1:], odd], Group(rank, 3, None)) for rank in range(3)]
+    assert [len(one) for one in parts] == [3, 3, 3]
+    assert torch.equal(torch.cat([one[0].inputs["x"] for one in parts]), rows)
+    assert torch.equal(torch.cat([one[0].mine(rows) for one in parts]), rows)
+    assert [one[0].share for one in parts] == [1 / 5, 2 / 5, 2 / 5]
+    assert all(one[0].whole["x"] is rows and one[0].inputs["scale"] == 2 for one in parts)
+    # Four of two rows and one with a list, in turn; the last process has nothing left.
+    assert [one[1].tasks for one in parts] == [few[0].tasks, few[1].tasks, few[2].tasks]
+    assert [one[2].tasks for one in parts] == [few[3].tasks, odd.tasks, odd.tasks]
+    assert [one[2].share for one in parts] == [1, 1, 0]
+    assert not parts[2][2].mine(rows).any()
+    assert torch.equal(parts[1][2].mine(rows), rows)
+
+
+@needs_gloo
+def test_a_request_to_end_is_heard_once(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(launch, "launched", lambda: True)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt), launch.started() as group:
+            assert (group.rank, group.size) == (0, 1)
+            with launch.undisturbed():
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        dist.destroy_process_group()
+
+
+@needs_gloo
+def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, capsys):
+    place = make_place(build("llama-cls"), tmp_path)
+    recipe = ["run", str(place / "recipe.yaml"), "options.steps=12", "output.formats=[coefficients, lora]"]
+    assert main([*recipe, f"output.dir={place / 'alone'}"]) == 0
+    with interrupted(monkeypatch):
+        assert main(recipe) == 130
+    capsys.readouterr()
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*started, "-m", "nsc_merge", *recipe, "--resume", "--json"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    # One speaks for both.
+    summary = json.loads(done.stdout)
+    assert (summary["processes"], summary["steps"]) == (2, 12)
+    assert done.stderr.count("resuming from") == done.stderr.count("12 steps: mean") == 1
+    assert not list(place.glob("*.state.safetensors"))
+    found, alone = (json.loads((place / name / "coefficients.json").read_text()) for name in ("merged", "alone"))
+    for path, row in alone["coefficients"].items():
+        assert found["coefficients"][path] == pytest.approx(row, abs=1e-6)
+    record = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())["record"]
+    assert record["processes"] == 2
+    assert "2 processes shared the work" in (place / "merged" / "README.md").read_text()
