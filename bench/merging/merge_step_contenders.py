@@ -257,6 +257,8 @@ CONTENDERS: dict[str, Callable[[Problem, ExitStack], Step]] = {
     "loop": lambda problem, stack: loop(problem, stack, batch_tasks=False),
     "loop_together": lambda problem, stack: loop(problem, stack, batch_tasks=True),
     "fused": lambda problem, stack: loop(problem, stack, batch_tasks=False, fold=False),
+    "folded": lambda problem, stack: loop(problem, stack, batch_tasks=False, fold=True),
+    "folded_together": lambda problem, stack: loop(problem, stack, batch_tasks=True, fold=True),
     "fused_together": lambda problem, stack: loop(problem, stack, batch_tasks=True, fold=False),
     "no_early_exit": lambda problem, stack: loop(problem, stack, batch_tasks=False, early_exit=False),
     "checkpointing": lambda problem, stack: loop(problem, stack, batch_tasks=False, checkpointing=True),

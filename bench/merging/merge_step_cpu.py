@@ -1,6 +1,9 @@
 """One optimisation step of NSC merging on a small LLaMA: this loop, what others run, and the floor.
 
     python -m bench.merging.merge_step_cpu --out bench/results/cpu     a table, and merge-step.jsonl
+    python -m bench.merging.merge_step_cpu --d 1024 --intermediate 2816 --layers 12 --heads 16 --kv_heads 16
+        --all_linears 1 --rows 1 --tokens 11 --only loop_together fused_together folded_together --no-memory
+                                              steps of 66 tokens: what folding costs there
 
 The default is 8 layers, d=512, six rank-16 adapters on q and v, 2 x 128 tokens per task, float32, one thread.
 --batches 1 gives all tasks one batch, which every contender then runs once a step, scored by all six adapters.
@@ -15,6 +18,8 @@ Contenders:
     loop_together   the same with the batches of all tasks in one pass
     fused           loop, applying the adapters to every token in the fused operator (fold=False)
     fused_together  the same, all tasks' batches in one pass
+    folded          loop, adding the adapters to the weights in every step, however few its tokens (fold=True)
+    folded_together  the same, all tasks' batches in one pass
     no_early_exit   loop, running the whole model
     checkpointing   loop, recomputing the blocks
     compiled        loop, with the blocks before the measured ones compiled (compile=True)

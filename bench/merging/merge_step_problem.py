@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -31,6 +31,7 @@ class Shape:
         vision_layers: blocks of the vision tower of a LLaVA; 0 for a LLaMA.
         vision_d: width of the vision tower.
         patches: along each side of an image. Each is 14 pixels wide and becomes a token.
+        all_linears: 1 for adapters on every linear of a decoder's block, 0 for q and v alone.
     """
 
     layers: int = 8
@@ -47,6 +48,7 @@ class Shape:
     vision_layers: int = 0
     vision_d: int = 1024
     patches: int = 24
+    all_linears: int = 0
 
 
 def model_of(shape: Shape) -> PreTrainedModel:
@@ -88,7 +90,7 @@ def batch_of(shape: Shape) -> dict[str, Tensor]:
 
 
 class Problem:
-    """A model with random weights, adapters on q and v, and one batch per task.
+    """A model with random weights, adapters on q and v or on all linears, and one batch per task.
 
     Everything is of torch's default type and on its default device.
     """
@@ -101,18 +103,22 @@ class Problem:
         self.names = [f"task{k}" for k in range(shape.tasks)]
         blocks = "model.language_model.layers" if shape.vision_layers else "model.layers"
         self.paths = [
-            f"{blocks}.{layer}.self_attn.{name}" for layer in range(shape.layers) for name in ("q_proj", "v_proj")
+            path
+            for path, module in self.model.named_modules()
+            if path.startswith(f"{blocks}.")
+            and isinstance(module, nn.Linear)
+            and (shape.all_linears or path.endswith(("q_proj", "v_proj")))
         ]
         self.adapters = {
             name: Adapter(
                 name,
                 {
                     path: Factor(
-                        torch.randn(shape.rank, shape.d) / shape.d**0.5,
-                        0.02 * torch.randn(self.model.get_submodule(path).out_features, shape.rank),
+                        torch.randn(shape.rank, linear.in_features) / linear.in_features**0.5,
+                        0.02 * torch.randn(linear.out_features, shape.rank),
                         2.0,
                     )
-                    for path in self.paths
+                    for path, linear in ((path, self.model.get_submodule(path)) for path in self.paths)
                 },
             )
             for name in self.names

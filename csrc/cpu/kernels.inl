@@ -160,6 +160,8 @@ struct Block {
           const Operand* xi[tile.rows];
           for (int a = 0; a < tile.rows; ++a) xi[a] = xk + min(i + a, rows - 1) * xk_stride;
           for (int64_t j = 0; j < panel; j += kDotCols) {
+            if (!kWiden && r0 == 0)
+              prefetch_piece(xk + (i + tile.rows) * xk_stride, xk_stride, rows - i - tile.rows, k, j, panel);
             const Operand* wj[kDotCols];
             for (int b = 0; b < kDotCols; ++b) wj[b] = wk + min(j + b, panel - 1) * wk_stride;
             dot_tile<tile.rows>(xi, wj, k, u + i * stride + r0 + j, stride, k0 > 0);
@@ -339,6 +341,16 @@ struct Block {
 #endif
 
   Operand* strip_at(int64_t column) const { return panel + column / kStripColumns * strip_size(); }
+
+  // Of the next tile's pieces of x the part that falls to columns [j, j + kDotCols): rows so far apart are no pattern
+  // that the processor sees, and all of them at once would fill its buffers.
+  static void prefetch_piece(const Operand* x, int64_t stride, int64_t left, int64_t k, int64_t j, int64_t columns) {
+    const int64_t bytes = k * int64_t(sizeof(Operand)), lines = (bytes + 63) / 64;
+    const int64_t begin = j * lines / columns * 64, end = min(j + kDotCols, columns) * lines / columns * 64;
+    for (int64_t m = 0; m < min(kDotRows, left); ++m)
+      for (int64_t byte = begin; byte < end; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + m * stride) + byte, 0, 2);
+  }
 
   // What write_row will touch, while the tile is computed: too short a run of lines for the processor to see a pattern.
   void prefetch_rows(int64_t t, int64_t column, int64_t columns) const {

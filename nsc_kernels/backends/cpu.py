@@ -2,8 +2,11 @@
 
 bfloat16 near the end of its range: the instructions that multiply it, of AVX512-BF16 and AMX, take every operand,
 product and sum below 1.2e-38 for zero. Inputs of size 1e-35 lose nothing; at 1e-36 y is off by 3 %, at 1e-37 by 56 %,
-and at 3e-38 it is zero. The other instruction sets (``NSC_CPU_ISA=avx512``, where AMX does not take the call) and
-dtypes keep small numbers.
+and at 3e-38 it is zero. The other instruction sets (``NSC_CPU_ISA=avx512``, where PyTorch's products do not take the
+call) and dtypes keep small numbers.
+
+On AMX, calls of 32 rows or more go to the matrix unit: by csrc/cpu where statistics or dlam are formed from sums that
+are not rounded, else mostly by PyTorch's own products (:mod:`two_gemms`).
 """
 
 from __future__ import annotations

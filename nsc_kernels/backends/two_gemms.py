@@ -1,9 +1,9 @@
-"""The operator as two matrix products of PyTorch's own, for processors whose matrix units only those reach.
+"""The operator as two matrix products of PyTorch's own, on processors with a matrix unit.
 
-Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives and which
-multiply bfloat16 several times faster than the vector units that csrc/cpu uses. Only for y alone and dz alone: PyTorch
-rounds ``u`` and ``v`` before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded. And
-only over whole tiles: see :func:`preferred`.
+Not a backend by itself: the cpu backend takes it on processors with Intel AMX, whose tiles oneDNN drives as well as
+csrc/cpu does, for float16 too where there are such. Only for y alone and dz alone: PyTorch rounds ``u`` and ``v``
+before it hands them over, and ``quad`` and ``dlam`` are formed from what is not rounded. And only over whole tiles: see
+:func:`preferred`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ class NSCOptions(DescentOptions):
             blocks whose weights are offloaded (``device_map``), which would otherwise all stay until the backward.
         fold: add the adapters to the weights of linears that are not measured once per step, instead of applying
             them to every token: half of their arithmetic, for a copy of those weights. The same to rounding. None
-            does so on a CPU in float32 and float64, up to 1 GiB of copies.
+            does so on a CPU in float32 and float64, up to 1 GiB of copies, for each linear in those steps whose
+            tokens repay it: of a square one, from about a third to a half of its width on, in all batches of a step
+            together. True folds in every step.
         compile: ``torch.compile`` the blocks before the measured ones: True, or the name of a backend. The first
             step takes a minute or so longer.
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
