@@ -108,13 +108,20 @@ def _own_memory(model: nn.Module) -> None:
     for value in (*model.parameters(), *model.buffers()):
         if value.device.type == "cpu":
             value.data = value.data.clone()
-    copied = set()
+    # By address and shape, so that weights that were one stay one.
+    copies: dict[Any, torch.Tensor] = {}
+    maps: dict[int, Any] = {}
     for module in model.modules():
         hook = offloading(module)
-        numbers: Any = None if hook is None else hook.weights_map
+        numbers: Any = {} if hook is None else hook.weights_map
         while hasattr(numbers, "prefix"):
             numbers = numbers.dataset
         held = getattr(numbers, "state_dict", numbers)
-        if held is not None and id(held) not in copied:
-            copied.add(id(held))
-            held.update({name: value.clone() for name, value in held.items() if value.device.type == "cpu"})
+        maps[id(held)] = held
+    for held in maps.values():
+        for name, value in held.items():
+            key = (value.data_ptr(), value.shape)
+            if value.device.type == "cpu":
+                if key not in copies:
+                    copies[key] = value.clone()
+                held[name] = copies[key]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from safetensors.torch import load_file
 
@@ -17,7 +18,7 @@ import nsc_merge
 from nsc_merge.models import offloaded
 from nsc_merge.models.loading import load_model
 from nsc_merge.models.placement import Placement
-from nsc_merge.models.stored_weights import state_of
+from nsc_merge.models.stored_weights import sharing, state_of, stored
 
 PARTS = [f"model.{name}" for name in ("embed_tokens", "norm", "rotary_emb", *(f"layers.{n}" for n in range(4)))]
 PLACES = {part: "disk" if part in ("model.layers.1", "model.layers.2") else "cpu" for part in (*PARTS, "lm_head")}
@@ -71,6 +72,25 @@ def test_what_is_in_memory_outlives_its_files(folder):
     resident = {path: value for path, value in model.named_parameters() if value.device.type == "cpu"}
     assert len(resident) > 10
     assert all(torch.equal(value, expected[path]) for path, value in resident.items())
+
+
+def test_what_waits_in_memory_for_a_device_gets_memory_of_its_own_and_stays_tied():
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    # Kept, so that no other tensor comes to their addresses.
+    before = [value.detach() for value in model.parameters()]
+    expected = logits(model)
+    model = cpu_offload(model, torch.device("cpu"))
+    offloaded._own_memory(model)
+    held = [stored(model, f"{path}.weight").values.data_ptr() for path in ("lm_head", "model.layers.1.mlp.up_proj")]
+    assert not {value.data_ptr() for value in before} & set(held)
+    assert sharing(model)["lm_head.weight"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert torch.equal(logits(model), expected)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**text_batches(1)["a"][0]).logits
 
 
 def test_a_merge_on_disk_is_saved_whole(folder, tmp_path):
