@@ -7,6 +7,7 @@ Triton 3.6 and 3.9. Also lets a run-time scalar be a loop bound on Triton 3.6 wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,21 @@ def truncating() -> Iterator[None]:
         builder.create_dot = rounding
 
 
+_BUILTINS: dict[Any, list[str]] = {}
+
+
+def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+    """As Triton's own, which looks through all of the language at every call of a function in the kernel, and so spends
+    much of the time: what the builtins are called is found out once.
+    """
+    if package not in _BUILTINS:
+        _BUILTINS[package] = [name for name, value in inspect.getmembers(package) if tl.core.is_builtin(value)]
+    for name in _BUILTINS[package]:
+        value = getattr(package, name)
+        if tl.core.is_builtin(value):  # not yet wrapped by the launch that calls
+            interpreter._patch_attr(package, name, value, builder, scope)
+
+
 def apply() -> None:
     """Patch the interpreter once; other types keep their own code."""
     builder = interpreter.InterpreterBuilder
@@ -118,4 +134,5 @@ def apply() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patch_tensor_with_index
+    interpreter._patch_builtin = _patch_builtin
     builder.corrected_bfloat16 = True
