@@ -146,7 +146,8 @@ class Optimisation:
         if self._stalled(self._begin):
             return
         try:
-            with Progress(self._label, settings.steps - self._begin, settings.progress if group.is_main else False) as bar:
+            show = settings.progress if group.is_main else False
+            with Progress(self._label, settings.steps - self._begin, show) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
