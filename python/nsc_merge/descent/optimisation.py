@@ -146,8 +146,7 @@ class Optimisation:
         if self._stalled(self._begin):
             return
         try:
-            show = settings.progress if group.is_main else False
-            with Progress(self._label, settings.steps - self._begin, show) as bar:
+            with Progress(self._label, settings.steps - self._begin, group.is_main and settings.progress) as bar:
                 for done in range(self._begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
