@@ -31,8 +31,8 @@ namespace {
 
 // Of a row of x and of w_in at a time: kDotRows + kDotCols such pieces stay in a 32 KiB L1 cache.
 constexpr int64_t kChunkBytes = 3072;
-// The same for tiles: kTiledRows such pieces of x stay in the L1 cache while the panel of w_in passes by.
-constexpr int64_t kTiledChunkBytes = 1024;
+// The same for tiles: long pieces, which the processor fetches ahead, as long as all of w_in's stay in the L2 cache.
+constexpr int64_t kTiledChunkBytes = 4096, kTiledPanelBytes = 512 * 1024;
 // Rows of w_in at a time: with kChunkBytes each they stay in the L2 cache while all rows of x pass by.
 constexpr int64_t kPanelRows = 96;
 // Of w_out at a time: strips side by side, as many as stay in the L2 cache. Wide panels matter where R is small: rows
@@ -101,7 +101,7 @@ struct Block {
         rows(end - begin),
         padded_rows(round_up(rows, tiled<E>(p) ? kTiledRows : kGranule)),
         stride(round_up(p.R, tiled<E>(p) ? 32 : 16)),
-        piece(chunk(p.d_in, tiled<E>(p) ? kTiledChunkBytes : kChunkBytes)) {
+        piece(chunk(p.d_in, tiled<E>(p) ? tiled_chunk() : kChunkBytes)) {
     auto take = [&](auto*& member, int64_t count) {
       member = reinterpret_cast<decltype(+member)>(static_cast<char*>(scratch) + bytes);
       bytes += round_up(count * int64_t(sizeof(*member)), 64);
@@ -114,6 +114,11 @@ struct Block {
     take(x_wide, kWiden ? padded_rows * piece : tiled<E>(p) ? kTiledRows * piece : 0);
     take(w_wide, kWiden ? kPanelRows * piece : tiled<E>(p) ? stride * piece : 0);
     take(sums, tiled<E>(p) ? kTiledRows * kStripColumns : 0);
+  }
+
+  int64_t tiled_chunk() const {
+    const int64_t fit = kTiledPanelBytes / (stride + 1) / 64 * 64;
+    return fit < 1024 ? 1024 : min(fit, kTiledChunkBytes);
   }
 
   static int64_t chunk(int64_t d, int64_t bytes) {
