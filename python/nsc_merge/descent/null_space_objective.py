@@ -276,19 +276,20 @@ class Objective:
         if len(together) == len(passes):
             return False
         frozen = {value.untyped_storage().data_ptr() for value in self._model.parameters() if _has_storage(value)}
-        held: dict[int, int] = {}
+        held: dict[int, torch.UntypedStorage] = {}
 
         def count(value: Tensor) -> Tensor:
             if _has_storage(value):
                 storage = value.untyped_storage()
-                held[storage.data_ptr()] = storage.nbytes()
+                held[storage.data_ptr()] = storage
             return value
 
         group = current()
         (largest,) = split([max(passes, key=lambda single: single.elements)], group)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
             self._forward(largest)
-        one = sum(nbytes for pointer, nbytes in held.items() if pointer not in frozen)
+        # Gathered weights have been let go of by now, and are empty.
+        one = sum(storage.nbytes() for pointer, storage in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
         sharing = group.size if self._device.type == "cpu" else 1
         # All processes run the same passes.

@@ -142,18 +142,18 @@ class Optimisation:
             RuntimeError: if something is not finite, if it depends on no coefficient, or if another process was lost.
             KeyboardInterrupt: passed on. Then and of lost processes, the state before the step was saved.
         """
-        settings, group = self._settings, current()
-        if self._stalled(self._begin):
+        settings, group, begin = self._settings, current(), self._begin
+        if self._stalled(begin):
             return
         try:
-            with Progress(self._label, settings.steps - self._begin, group.is_main and settings.progress) as bar:
-                for done in range(self._begin, settings.steps):
+            with Progress(self._label, settings.steps - begin, settings.progress if group.is_main else False) as bar:
+                for done in range(begin, settings.steps):
                     if settings.state_to is not None:
                         self._kept = (done, self._tensors())
                     self._step(done, on_first)
                     last = done + 1 == settings.steps
                     due = settings.state_to is not None and (done + 1) % settings.state_every == 0
-                    if done == self._begin or last or due or (done + 1) % READ_EVERY == 0:
+                    if done == begin or last or due or (done + 1) % READ_EVERY == 0:
                         self._read(bar)
                     stalled = self._stalled(done + 1)
                     if last or due or stalled:

@@ -30,18 +30,17 @@ def sharding(architecture: Architecture, placement: Placement) -> dict[str, Any]
     process is alone.
 
     Raises:
-        ValueError: if the processes have GPUs and ``placement`` is on none of them, or has a device map.
+        ValueError: if ``placement`` says otherwise where the model is: each process has a GPU of its own, or all are on
+            the CPU.
     """
     from transformers.distributed import DistributedConfig
 
     size = current().size
     if size == 1:
         return {}
-    if placement.device != "auto" and not (placement.device == "cpu" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device: expected auto, each process having a GPU of its own or all none, found {placement.device!r} in "
-            f"{size} processes"
-        )
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if placement.device not in ("auto", kind):
+        raise ValueError(f"device: expected auto or {kind} in {size} processes, found {placement.device!r}")
     if placement.device_map is not None or placement.quantization is not None:
         named = "device_map" if placement.device_map is not None else "quantization"
         raise ValueError(f"{named}: expected none in {size} processes, which hold the model in shards; use one process")
@@ -49,10 +48,13 @@ def sharding(architecture: Architecture, placement: Placement) -> dict[str, Any]
 
 
 def settled(model: nn.Module) -> nn.Module:
-    """``model`` as loaded in shards, which computes no gradients of weights, and whose files can be cut short."""
+    """``model`` as it was loaded in shards: no gradients of weights, and nothing of it is left in files that may be cut
+    short.
+    """
     model.requires_grad_(False)
-    # Out of the files, which the shards may be views of.
-    model._apply(torch.clone)
+    if next(model.parameters()).device.type == "cpu":
+        # Out of the files, which the shards may be views of.
+        model._apply(torch.clone)
     config: Any = model.config
     # Whoever saves the model would wait for the others.
     config.distributed_config = None

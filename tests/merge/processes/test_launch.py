@@ -19,6 +19,8 @@ from nsc_merge.calibration.forward_passes import Pass, split
 from nsc_merge.commands.main import main
 from nsc_merge.processes import launch
 from nsc_merge.processes.group import Group
+from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
+from nsc_merge.recipes.preflight import check
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -69,6 +71,16 @@ def test_a_request_to_end_is_heard_once(monkeypatch):
 @needs_gloo
 def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, capsys):
     place = make_place(build("llama-cls"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("nsc_merge.recipes.preflight.current", lambda: Group(0, 2))
+        with pytest.raises(RecipeError, match="lora from 2 processes.* found model; nsc-merge export"):
+            check(load_recipe(place / "recipe.yaml"), resume=False)
+    with monkeypatch.context() as patch:
+        # Without data there is nothing to share: the first does it alone, and this is the second.
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "1")
+        assert main(["run", str(place / "recipe.yaml"), "method=task_arithmetic", "options={}"]) == 0
+        assert not (place / "merged").exists()
     recipe = ["run", str(place / "recipe.yaml"), "options.steps=12", "output.formats=[coefficients, lora]"]
     assert main([*recipe, f"output.dir={place / 'alone'}"]) == 0
     with interrupted(monkeypatch):
