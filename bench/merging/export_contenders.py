@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -143,6 +144,8 @@ def quiet() -> None:
 def measure(contender: str, base: Path, adapters: Path, out: Path, form: str) -> dict[str, float]:
     """One contender, in this process."""
     quiet()
+    # transformers imports a model's code when it is asked for.
+    importlib.import_module("transformers.models.llama.modeling_llama")
     work = WORK[contender](base, adapters, out, form)
     wall, processor = time.perf_counter(), time.process_time()
     work()
