@@ -39,6 +39,7 @@ sanitize: $(INSTALLED)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) \
 	  tests/kernels/test_random_problems.py tests/kernels/test_operator.py tests/kernels/test_cpu_kernels.py \
+	  tests/kernels/test_entries.py \
 	  --deselect tests/kernels/test_cpu_kernels.py::test_more_than_two_to_the_31_elements
 
 lint: $(INSTALLED)

@@ -40,7 +40,7 @@ def both_ways(monkeypatch, function):
     """What a function returns on factors, and on dense updates."""
     found = []
     for serves in (True, False):
-        monkeypatch.setattr(tiles, "serves", lambda adapters, serves=serves: serves)
+        monkeypatch.setattr(tiles, "serves", lambda adapters, paths, serves=serves: serves)
         found.append(function())
     return found
 

@@ -154,7 +154,7 @@ def dare(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and the sum of all tasks' thinned updates."""
     tasks = tasks_by_path(adapters, paths)
-    if tiles.serves(adapters):
+    if tiles.serves(adapters, paths):
         layers = tiles.thinned(tiles.layers_of(adapters), options, tasks)
         for path in tasks:
             yield path, dense_factor(entries.added(layers(path)).mul_(options.scale))
@@ -172,7 +172,7 @@ def dare_ties(
     tasks = tasks_by_path(adapters, paths)
     weights = weights_of(options.weights, list(adapters))
     steps = steps_after(options)
-    if tiles.serves(adapters):
+    if tiles.serves(adapters, paths):
         layers = tiles.layers_of(adapters)
         if options.order == "trim_first":
             layers = tiles.trimmed(layers, tasks, steps_of(options))

@@ -62,7 +62,7 @@ class UnifiedUpdates:
             self._unified = path, unified_update(self.adapters, path)
         unified = self._unified[1]
         own = {task: self.adapters[task]}
-        if tiles.serves(own):
+        if tiles.serves(own, [path]):
             return entries.masked(tiles.layers_of(own)(path), unified, scale)
         signs = dense_update(own[task].factors[path]).sign() * unified.sign()
         return scale * (unified * (signs > 0))
@@ -117,7 +117,7 @@ def unify(updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def unified_update(adapters: Mapping[str, Adapter], path: str) -> Tensor:
     """The unified update of the tasks whose adapter touches a module."""
-    if tiles.serves(adapters):
+    if tiles.serves(adapters, [path]):
         return entries.unified(tiles.layers_of(adapters)(path))
     return unify(list(dense_updates(adapters, path).values()))[0]
 
@@ -138,7 +138,7 @@ def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str
     own, masked = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0.0)
     for path in paths:
         tasks = list(present(adapters, path))
-        if tiles.serves(adapters):
+        if tiles.serves(adapters, [path]):
             one = tiles.layers_of(adapters)(path)
             means = (entries.unified_sums(one) / math.prod(one.shape)).tolist()
         else:

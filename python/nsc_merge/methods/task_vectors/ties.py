@@ -126,7 +126,7 @@ def ties(
         return dense_update(adapters[task].factors[path])
 
     tasks, steps = tasks_by_path(adapters, paths), steps_of(options)
-    if tiles.serves(adapters):
+    if tiles.serves(adapters, paths):
         merged = tiles.ties_merge(tiles.layers_of(adapters), tasks, steps, weights)
     else:
         merged = ties_merge(source, tasks, steps, weights)

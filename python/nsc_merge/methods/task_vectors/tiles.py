@@ -19,6 +19,7 @@ from torch import Tensor
 from nsc_kernels import entries
 from nsc_kernels.entries import ALL, UPPER_BINS, Dropping, Entries, Trimming
 from nsc_merge.adapters import Adapter
+from nsc_merge.methods.gradient_free import present
 from nsc_merge.methods.task_vectors.draws import key_of, threshold_of
 from nsc_merge.methods.task_vectors.elementwise import Ties, kept_entries, nth_from_above
 
@@ -26,9 +27,9 @@ from nsc_merge.methods.task_vectors.elementwise import Ties, kept_entries, nth_f
 Layers = Callable[[str], Entries]
 
 
-def serves(adapters: Mapping[str, Adapter]) -> bool:
-    """Whether the library is there and the factors are on the CPU."""
-    factors = [factor for adapter in adapters.values() for factor in adapter.factors.values()]
+def serves(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> bool:
+    """Whether the library is there and the factors of these modules are on the CPU."""
+    factors = [factor for path in paths for factor in present(adapters, path).values()]
     return entries.unavailable() is None and all(one.device.type == "cpu" for f in factors for one in (f.A, f.B))
 
 
@@ -36,7 +37,7 @@ def layers_of(adapters: Mapping[str, Adapter]) -> Layers:
     """The updates of adapters."""
 
     def one(path: str) -> Entries:
-        held = [adapter.factors[path] for adapter in adapters.values() if path in adapter.factors]
+        held = present(adapters, path).values()
         return Entries.of([f.A for f in held], [f.B for f in held], [f.scaling for f in held])
 
     return one
