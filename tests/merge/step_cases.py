@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nsc_kernels.flops  # noqa: F401  (registers the formulas of the operator)
@@ -106,6 +107,17 @@ def forward_attention(q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any)
 
 def backward_attention(dy: Any, q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 10 * torch.Size(q).numel() * k[2]
+
+
+class Gathered(TorchDispatchMode):
+    """Counts the bytes of gathered weights, this process's own share among them."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.c10d._allgather_base_.default:
+            self.bytes += args[0].nbytes
+        return operator(*args, **(kwargs or {}))
 
 
 # The counter knows the attention of GPUs only.

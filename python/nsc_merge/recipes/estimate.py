@@ -37,6 +37,7 @@ class Block:
         low_rank: multiplications of the adapters, in either direction.
         attention: numbers in the queries of all heads, 0 where attention does not run.
         recomputed: whether checkpointing keeps nothing but its input.
+        ends: whether the forward ends in it.
         runs: whether the forward comes so far.
         learns: whether a gradient goes through it: the first block with an adapter and those behind it.
     """
@@ -53,6 +54,7 @@ class Block:
     low_rank: int
     attention: int
     recomputed: bool = False
+    ends: bool = False
     runs: bool = True
     learns: bool = True
 
@@ -111,6 +113,7 @@ def block(
         low_rank=sum(rows[name] * (shapes[name][0] + (shapes[name][1] if name in ran else 0)) for name in touched),
         attention=attention if attends else 0,
         recomputed=checkpointing and not measured and until is None,
+        ends=until is not None,
     )
 
 
@@ -124,8 +127,9 @@ def _input(shapes: Mapping[str, tuple[int, int]], stage: Sequence[str]) -> int:
     return next(shapes[name][0] for name in stage if name in shapes)
 
 
-# Quantised weights as they are stored, in bytes each, scales included.
-STORED = {"bitsandbytes-8bit": 1.0, "bitsandbytes-4bit": 0.5625, "torchao-int8": 1.0, "torchao-int4": 0.53, "fp8": 1.0}
+# Quantised weights as they are stored, in bytes each, scales included: one in float32 for 64 weights of 4 bits; torchao
+# keeps four bits in a byte, with scale and zero for 32 of them.
+STORED = {"bitsandbytes-8bit": 1.0, "bitsandbytes-4bit": 0.5625, "torchao-int8": 1.0, "torchao-int4": 1.09, "fp8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -274,8 +278,9 @@ class Moved:
 def bytes_per_step(work: Work, *, coefficients: int = 0, ranks: int = 1, offloaded: bool = False) -> Moved:
     """Bytes that a step moves.
 
-    Every block is gathered in the forward and, if a gradient goes through it, again in the backward, in each pass; what
-    else runs in the forward only. The gradient of the coefficients is added up once.
+    Every block is gathered in the forward and, if a gradient goes through it, again in the backward, in each pass: all
+    but the one in which the forward ends, and what runs outside of blocks, which are there still. The gradient of the
+    coefficients is added up once.
 
     Args:
         work: a step.
@@ -283,7 +288,9 @@ def bytes_per_step(work: Work, *, coefficients: int = 0, ranks: int = 1, offload
         ranks: processes that hold a shard of each weight.
         offloaded: whether the weights of blocks lie on the host.
     """
-    blocks = sum(one.weights * (2 if one.learns else 1) for one in work.blocks if one.runs) * len(work.passes)
+    blocks = [one for one in work.blocks if one.runs]
+    loaded = sum(one.weights * (2 if one.learns else 1) for one in blocks)
+    gathered = work.front + sum(one.weights * (2 if one.learns and not one.ends else 1) for one in blocks)
     others = (ranks - 1) / ranks
-    gathered = others * (blocks + work.front * len(work.passes) + 2 * 4 * coefficients)
-    return Moved(gathered, blocks if offloaded else 0)
+    received = others * (gathered * len(work.passes) + 2 * 4 * coefficients)
+    return Moved(received, loaded * len(work.passes) if offloaded else 0)

@@ -11,10 +11,9 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from step_cases import ALL, QV, ROWS, adapters_for, costs, decoder, encoder, images, options_for, peak, texts
+from step_cases import ALL, QV, ROWS, Gathered, adapters_for, costs, decoder, encoder, images, options_for, peak, texts
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from nsc_merge.recipes.estimate import as_run, bytes_per_step, memory
@@ -76,17 +75,6 @@ def test_other_models_have_no_formula():
         work_of(model, adapters, {"task0": texts(1)[0]}, options)
     with pytest.raises(NoFormula, match="a batch of .'other'. has"):
         work_of(decoder(), adapters, {"task0": {"other": torch.ones(2, 2)}}, options)
-
-
-class Gathered(TorchDispatchMode):
-    """Counts the bytes of gathered weights, this process's own share among them."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.c10d._allgather_base_.default:
-            self.bytes += args[0].nbytes
-        return operator(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.models.placement import Placement
 from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
+from nsc_merge.recipes.estimate import STORED
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.placement_keys import QUANTIZATIONS
 from nsc_merge.recipes.yaml_keys import RecipeError
@@ -26,6 +27,10 @@ def place(tmp_path_factory):
 
 def read(place, *overrides):
     return load_recipe(place / "recipe.yaml", [*overrides, f"output.dir={place / 'merged'}"])
+
+
+def test_every_way_to_quantise_has_its_bytes():
+    assert ("none", *STORED) == QUANTIZATIONS
 
 
 def test_the_keys_become_a_placement(place):
