@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import MergedLoRALinear
-from nsc_merge.models.stored_weights import FLOATS, Stored, is_dtensor, numbers_of, offloading, stored
+from nsc_merge.models.stored_weights import FLOATS, Stored, is_compressed, is_dtensor, numbers_of, offloading, stored
 
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
@@ -148,7 +148,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_quantised(linear: Linear) -> bool:
     """Whether a linear keeps codes that only its own forward can read."""
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) or is_compressed(linear):
         return True
     weight = linear._parameters.get("weight")
     if weight is None or is_dtensor(weight):
