@@ -301,6 +301,11 @@ def check_gradients(model: nn.Module) -> None:
         if not is_linear(module) or not is_quantised(module):
             continue
         place = path.removesuffix(".linear") if isinstance(_parent(model, path), MergedLoRALinear) else path
+        if is_compressed(module) and getattr(module.quantization_status, "value", None) == "compressed":
+            raise ValueError(
+                f"{place}: expected numbers, found codes of compressed-tensors; run the model once before the merge, "
+                "which decompresses them"
+            )
         dtype, device = activations_of(model, path, module)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, module.in_features, generator=generator).to(device, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from loop_cases import adapters_for, image_batches, llama, llava, text_batches, trajectory, values
@@ -90,8 +92,11 @@ def test_a_linear_that_decompresses_itself_is_quantised_before_and_after(tmp_pat
         return inner(z)
 
     del linear.weight
-    linear.forward, linear.quantization_status = forward, "compressed"
+    linear.forward, linear.quantization_status = forward, SimpleNamespace(value="compressed")
     adapters = adapters_for(llama())
+    with pytest.raises(ValueError, match=rf"{path}: .*found codes of compressed-tensors; run the model once"):
+        trajectory(model, adapters, text_batches(1), steps=1)
+    linear.quantization_status = SimpleNamespace(value="decompressed")
     for _ in range(2):
         found, wanted = (trajectory(one, adapters, text_batches(1), steps=2) for one in (model, plain))
         torch.testing.assert_close(values(found), values(wanted), rtol=0, atol=1e-5)
