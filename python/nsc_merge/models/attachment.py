@@ -254,7 +254,7 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
     Raises:
         ValueError: if it has no forward that a whole update could be added to.
     """
-    if not isinstance(linear, nn.Linear):
+    if is_quantised(linear):
         return activations_of(model, path, linear)
     weight, hook = linear.weight, offloading(linear)
     shape = (linear.out_features, linear.in_features)
@@ -270,8 +270,6 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
             f"{path}: expected a weight on a device, or offloaded by a hook of its own, found the meta device; "
             "load it, or offload without preload_module_classes"
         )
-    if is_quantised(linear):
-        return activations_of(model, path, linear)
     if weight.dtype not in FLOATS:
         raise ValueError(f"{path}: expected a weight that nn.Linear computes with, found {described(weight)}")
     return weight.dtype, weight.device if hook is None else torch.device(hook.execution_device)

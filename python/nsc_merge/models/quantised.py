@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nsc_kernels import MergedLoRALinear
 from nsc_merge.adapters.low_rank import Rows
 from nsc_merge.models.numbers import Stored
-from nsc_merge.models.stored_weights import FLOATS, is_dtensor, numbers_of, offloading, stored
+from nsc_merge.models.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
 
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
@@ -150,7 +150,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_quantised(linear: Linear) -> bool:
     """Whether a linear keeps codes that only its own forward can read."""
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) or is_compressed(linear):
         return True
     weight = linear._parameters.get("weight")
     if weight is None or is_dtensor(weight):
@@ -303,6 +303,11 @@ def check_gradients(model: nn.Module) -> None:
         if not is_linear(module) or not is_quantised(module):
             continue
         place = path.removesuffix(".linear") if isinstance(_parent(model, path), MergedLoRALinear) else path
+        if is_compressed(module) and getattr(module.quantization_status, "value", None) == "compressed":
+            raise ValueError(
+                f"{place}: expected numbers, found codes of compressed-tensors; run the model once before the merge, "
+                "which decompresses them"
+            )
         dtype, device = activations_of(model, path, module)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, module.in_features, generator=generator).to(device, dtype)

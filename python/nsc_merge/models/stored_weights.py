@@ -68,10 +68,9 @@ def stored(model: nn.Module, name: str) -> Stored:
     """
     path, _, part = name.rpartition(".")
     linear: Any = model.get_submodule(path)
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(
-            f"{name}: expected a plain parameter in {_KINDS}, found a {type(linear).__name__}; {_UNQUANTISED}"
-        )
+    if not isinstance(linear, nn.Linear) or is_compressed(linear):
+        found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
+        raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
     parameter = linear._parameters.get(part)
     shape = [linear.out_features, linear.in_features][: 2 if part == "weight" else 1]
     if parameter is None:
@@ -95,6 +94,13 @@ def stored(model: nn.Module, name: str) -> Stored:
     if place.device.type == "meta":
         raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
     return place
+
+
+def is_compressed(linear: nn.Module) -> bool:
+    """Whether compressed-tensors gave an nn.Linear codes and a forward of its own. Its first call may turn them into
+    numbers, which that forward goes on rounding.
+    """
+    return hasattr(linear, "quantization_status") and "forward" in vars(linear)
 
 
 def is_dtensor(parameter: Tensor) -> bool:

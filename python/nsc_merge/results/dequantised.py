@@ -77,11 +77,21 @@ def _without_numbers(model: nn.Module) -> nn.Module:
             shape = linear.in_features, linear.out_features, getattr(linear, "bias", None) is not None
             memo[id(module)] = nn.Linear(*shape, dtype=dtype, device="meta")
     for value in (*model.parameters(), *model.buffers()):
-        empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        memo[id(value)] = nn.Parameter(empty, False) if isinstance(value, nn.Parameter) else empty
+        memo[id(value)] = _empty(value)
     twin: Any = copy.deepcopy(model, memo)
+    for path, module in twin.named_modules():
+        for part in ("_parameters", "_buffers"):
+            # compressed-tensors has a store of its own there, of which every look gives another tensor.
+            if type(getattr(module, part)) is not dict:
+                held = getattr(model.get_submodule(path), part).items()
+                setattr(module, part, {name: None if value is None else _empty(value) for name, value in held})
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(twin.config).pop(name, None)
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         vars(twin).pop(name, None)
     return twin
+
+
+def _empty(value: Tensor) -> Tensor:
+    empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return nn.Parameter(empty, False) if isinstance(value, nn.Parameter) else empty

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from loop_cases import adapters_for, image_batches, llama, llava, text_batches, trajectory, values
@@ -76,6 +78,33 @@ def test_activations_are_of_the_dtype_around_a_linear():
     lone = nn.Sequential(PackedLinear(nn.Linear(8, 8, bias=False)))
     with pytest.raises(ValueError, match=r"^0: expected a float parameter in the model"):
         activations_of(lone, "0", lone[0])
+
+
+def test_a_linear_that_decompresses_itself_is_quantised_before_and_after(tmp_path):
+    """As compressed-tensors has it: an nn.Linear of codes, then of numbers, with a forward put on it."""
+    model, plain = llama(), llama()
+    path = "model.layers.1.self_attn.v_proj"
+    linear, inner = model.get_submodule(path), PackedLinear(llama().get_submodule(path))
+    plain.get_submodule(path).weight.data.copy_(inner.numbers())
+
+    def forward(z):
+        linear.weight = nn.Parameter(inner.numbers(), requires_grad=False)
+        return inner(z)
+
+    del linear.weight
+    linear.forward, linear.quantization_status = forward, SimpleNamespace(value="compressed")
+    adapters = adapters_for(llama())
+    with pytest.raises(ValueError, match=rf"{path}: .*found codes of compressed-tensors; run the model once"):
+        trajectory(model, adapters, text_batches(1), steps=1)
+    linear.quantization_status = SimpleNamespace(value="decompressed")
+    for _ in range(2):
+        found, wanted = (trajectory(one, adapters, text_batches(1), steps=2) for one in (model, plain))
+        torch.testing.assert_close(values(found), values(wanted), rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match=rf"{path}\.weight: .*found what compressed-tensors keeps"):
+            found.apply(model)
+    found.save(tmp_path, "model", dequantize=True)
+    saved = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(saved[f"{path}.weight"], wanted.merged(plain, [path])[f"{path}.weight"])
 
 
 def test_lost_gradients_are_refused_where_they_are_needed():
