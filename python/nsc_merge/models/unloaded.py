@@ -57,19 +57,21 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
     logging.disable_progress_bar()
     try:
         saving.save_pretrained(folder, state_dict=marks)
+        saved = {key: mark.clone() for key, mark in load_file(folder / WEIGHTS).items()}
     except (RuntimeError, ValueError, IndexError) as error:
         # Operations on weights, which marks are not.
         raise Rewritten(f"transformers converts its tensors: {' '.join(str(error).split()):.200}") from error
     finally:
+        # Nobody may take it for weights.
+        (folder / WEIGHTS).unlink(missing_ok=True)
         if shown:
             logging.enable_progress_bar()
     found: dict[str, str] = {}
-    for key, mark in load_file(folder / WEIGHTS).items():
+    for key, mark in saved.items():
         own = firsts.get(tuple(mark.double().flatten().tolist())) if mark.dim() == 1 else None
         if own is None or own in found:
             raise Rewritten(f"transformers makes {key} of one or more tensors")
         found[own] = key
-    (folder / WEIGHTS).unlink()
     return {name: found[first[_identity(value)]] for name, value in state.items() if first[_identity(value)] in found}
 
 
@@ -88,8 +90,11 @@ def weight_files(folder: Path) -> dict[str, dict[str, FileTensor]]:
     if (folder / WEIGHTS).is_file():
         names, index = [WEIGHTS], None
     else:
-        index = from_json((folder / INDEX).read_bytes(), f"model: {folder / INDEX}")["weight_map"]
-        names = sorted(set(index.values()))
+        fields = from_json((folder / INDEX).read_bytes(), f"model: {folder / INDEX}")
+        index = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not isinstance(index, dict):
+            raise Rewritten(f"{INDEX} names no files")
+        names = sorted(set(map(str, index.values())))
     found = {name: _tensors_in(folder / name) for name in names}
     held = {key: name for name, tensors in found.items() for key in tensors}
     if len(held) != sum(map(len, found.values())) or (index is not None and index != held):

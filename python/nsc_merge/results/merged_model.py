@@ -162,7 +162,7 @@ def _divided(model: Any, planned: Mapping[str, Planned], max_shard_size: str | i
 def _write(files: Files, folder: Path) -> None:
     total = sum(tensor.size for tensors in files.values() for tensor in tensors.values())
     waited_for = total >= _LARGE and current().is_main
-    with Progress("writing the model", max(total >> 20, 1), None if waited_for else False) as progress:
+    with Progress("writing the model (MB)", max(total >> 20, 1), None if waited_for else False) as progress:
         written = 0
 
         def done(count: int) -> None:

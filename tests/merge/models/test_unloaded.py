@@ -14,6 +14,7 @@ import nsc_merge
 from nsc_merge.models.loading import base_files, load_model
 from nsc_merge.models.placement import Placement
 from nsc_merge.models.stored_weights import numbers_of, sharing, stored
+from nsc_merge.models.unloaded import Rewritten, saved_names
 
 FILE = "model.safetensors"
 
@@ -83,6 +84,35 @@ def test_ties_that_depend_on_the_numbers_are_loaded(folder, caplog):
     model = load(folder, numbers=False)
     assert "is loaded with its weights: its files hold lm_head.weight beside model.embed_tokens.weight" in caplog.text
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def halved(state):
+    name = "model.layers.0.mlp.up_proj.weight"
+    first, second = state.pop(name).chunk(2)
+    return {**state, f"{name}.0": first.clone(), f"{name}.1": second.clone()}
+
+
+def joined(state):
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    return {**state, "qkv": torch.cat([state.pop(name) for name in names])}
+
+
+def shifted(state):
+    return {**state, "model.norm.weight": state["model.norm.weight"] - 1}
+
+
+@pytest.mark.parametrize("change", [halved, joined, shifted])
+def test_tensors_that_are_not_saved_as_they_are_are_noticed(folder, tmp_path, monkeypatch, change):
+    """And what was saved in the place of weights is gone."""
+    model = load(folder)
+    as_they_are = model.save_pretrained
+    monkeypatch.setattr(
+        model, "save_pretrained", lambda place, state_dict: as_they_are(place, state_dict=change(dict(state_dict)))
+    )
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Rewritten, match="transformers makes .* of one or more tensors"):
+        saved_names(model, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_saved_merge_is_exported_without_them(folder, tmp_path):
