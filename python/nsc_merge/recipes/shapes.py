@@ -94,7 +94,8 @@ def work_of(
         element,
         tuple(sizes),
         head=0 if options.early_exit else _head(model),
-        fold=0 if should_fold(options.fold, folded) is False else fold,
+        # Quantised linears are never folded.
+        fold=0 if stored is not None or should_fold(options.fold, folded) is False else fold,
     )
 
 
