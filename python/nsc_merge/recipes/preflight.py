@@ -63,10 +63,10 @@ def _check_formats(recipe: Recipe, method: Method) -> None:
     gives = method.gives_with(recipe.options)
     if set(recipe.formats) == {"coefficients"} and gives != "coefficients":
         raise RecipeError(f"output.formats: method {recipe.method!r} gives no coefficients; expected lora or model")
-    if "model" in recipe.formats and current().size > 1:
+    if "model" in recipe.formats and current().size > 1 and not recipe.local:
         raise RecipeError(
-            f"output.formats: expected coefficients or lora from {current().size} processes, which hold the base in "
-            "shards, found model; nsc-merge export writes the model from the finished merge"
+            f"output.formats: expected coefficients or lora from {current().size} processes, which hold a base from "
+            "the hub in shards, found model; expected a base in a folder, or nsc-merge export of the finished merge"
         )
     if "lora" not in recipe.formats:
         return

@@ -25,7 +25,7 @@ from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
 from nsc_merge.results.serving_notes import serving_notes
-from nsc_merge.utils.provenance import modified, quick, whole
+from nsc_merge.utils.provenance import Digest, modified, quick, whole
 
 Log = Callable[[str], None]
 
@@ -82,6 +82,11 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
     result = merge_loaded(recipe, model, adapters, calibration, options)
     if not group.is_main:
         return None
+    if group.size > 1 and recipe.local:
+        # In shards the base is whole in no process: what is written of it comes from its files.
+        placement = replace(recipe.placement, numbers=False)
+        model = load_model(recipe.model, local=True, placement=placement, digest=_digest(recipe))
+        result = replace(result, model=model)
     if result.course:
         log(result.course)
     dead = sum(len(tasks) for tasks in result.dead.values())
@@ -120,11 +125,11 @@ def _check_whole(recipe: Recipe, adapters: dict[str, Adapter]) -> None:
     """Refuse to write, in an adapter, modules that were trained in full: that takes the base's own weights, whole."""
     factors = [pair for adapter in adapters.values() for pair in adapter.factors.items()]
     paths = [path for path, factor in factors if factor.dense is not None]
-    if paths and "lora" in recipe.formats and current().size > 1:
+    if paths and "lora" in recipe.formats and current().size > 1 and not recipe.local:
         raise RecipeError(
-            f"output.formats: expected coefficients from {current().size} processes, which hold the base in shards, "
-            f"where adapters trained modules in full ({paths[0]}), found lora; nsc-merge export writes it from the "
-            "finished merge"
+            f"output.formats: expected coefficients from {current().size} processes, which hold a base from the hub in "
+            f"shards, where adapters trained modules in full ({paths[0]}), found lora; expected a base in a folder, or "
+            "nsc-merge export of the finished merge"
         )
 
 
@@ -145,16 +150,20 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
             for task, place in recipe.calibration.items()
         }
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
-    digest = whole if recipe.full_hash else quick
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
     needed = bool(method_of(recipe.method).needs)
     placement = replace(recipe.placement, shards=current().size > 1, numbers=needed)
-    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
+    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=_digest(recipe))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
     return model, fit(adapters, model, recipe.shared_modules), calibration
+
+
+def _digest(recipe: Recipe) -> Digest:
+    """How the base's files are told."""
+    return whole if recipe.full_hash else quick
 
 
 def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
 from cli_cases import interrupted, make_place
+from safetensors.torch import load_file
 from zoo import build
 
 from nsc_merge.calibration.forward_passes import Pass, split
@@ -73,15 +75,15 @@ def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, caps
     place = make_place(build("llama-cls"), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("nsc_merge.recipes.preflight.current", lambda: Group(0, 2))
-        with pytest.raises(RecipeError, match="lora from 2 processes.* found model; nsc-merge export"):
-            check(load_recipe(place / "recipe.yaml"), resume=False)
+        with pytest.raises(RecipeError, match="from 2 processes.* found model; expected a base in a folder"):
+            check(replace(load_recipe(place / "recipe.yaml"), local=False), resume=False)
     with monkeypatch.context() as patch:
         # Without data there is nothing to share: the first does it alone, and this is the second.
         patch.setenv("WORLD_SIZE", "2")
         patch.setenv("RANK", "1")
         assert main(["run", str(place / "recipe.yaml"), "method=task_arithmetic", "options={}"]) == 0
         assert not (place / "merged").exists()
-    recipe = ["run", str(place / "recipe.yaml"), "options.steps=12", "output.formats=[coefficients, lora]"]
+    recipe = ["run", str(place / "recipe.yaml"), "options.steps=12", "output.formats=[coefficients, lora, model]"]
     assert main([*recipe, f"output.dir={place / 'alone'}"]) == 0
     with interrupted(monkeypatch):
         assert main(recipe) == 130
@@ -99,6 +101,11 @@ def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, caps
     found, alone = (json.loads((place / name / "coefficients.json").read_text()) for name in ("merged", "alone"))
     for path, row in alone["coefficients"].items():
         assert found["coefficients"][path] == pytest.approx(row, abs=1e-6)
+    # Of the whole model, from the files of the base that neither process held.
+    model, expected = (load_file(place / name / "model" / "model.safetensors") for name in ("merged", "alone"))
+    assert model.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(model[name], value, rtol=0, atol=1e-5)
     record = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())["record"]
     assert record["processes"] == 2
     assert "2 processes shared the work" in (place / "merged" / "README.md").read_text()
