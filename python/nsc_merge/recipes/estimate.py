@@ -85,7 +85,7 @@ def block(
         first: whether nothing in front of the block depends on a coefficient.
         masked: tokens in a row if attention takes a mask, for which keys and values are repeated for all heads and the
             mask is kept in numbers; 0 without one.
-        checkpointing: whether the block is recomputed if it may be: as long as nothing in it is measured.
+        checkpointing: whether the block is recomputed.
     """
     ran = _before(until)
     width, attention, keys = shapes["q"][0], shapes["q"][1], shapes["k"][1]
@@ -112,7 +112,7 @@ def block(
         again=sum(count for name, count in linears.items() if name != "down" or rows.get(name)),
         low_rank=sum(rows[name] * (shapes[name][0] + (shapes[name][1] if name in ran else 0)) for name in touched),
         attention=attention if attends else 0,
-        recomputed=checkpointing and not measured and until is None,
+        recomputed=checkpointing,
         ends=until is not None,
     )
 

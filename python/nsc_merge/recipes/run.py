@@ -95,10 +95,15 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
     formats = [name for name in recipe.formats if name != "coefficients"]
     if result.coefficients:
         formats.insert(0, "coefficients")
-    settings: dict[str, Any] = {"rank": recipe.rank, "max_shard_size": recipe.max_shard_size, "plots": recipe.plots}
-    if recipe.dequantize:
-        settings["dequantize"] = True
-    files = save(result, recipe.out, formats, **settings)
+    files = save(
+        result,
+        recipe.out,
+        formats,
+        rank=recipe.rank,
+        max_shard_size=recipe.max_shard_size,
+        plots=recipe.plots,
+        dequantize=recipe.dequantize,
+    )
     if resumable:
         state.unlink(missing_ok=True)
     summary: dict[str, Any] = {

@@ -13,6 +13,7 @@ from zoo import build
 from nsc_merge.commands.main import main
 from nsc_merge.models.placement import Placement
 from nsc_merge.processes.group import Group
+from nsc_merge.models.quantised import KINDS
 from nsc_merge.recipes import preflight, run, saved_result
 from nsc_merge.recipes.estimate import STORED
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -30,7 +31,7 @@ def read(place, *overrides):
 
 
 def test_every_way_to_quantise_has_its_bytes():
-    assert ("none", *STORED) == QUANTIZATIONS
+    assert ("none", *STORED) == ("none", *KINDS) == QUANTIZATIONS
 
 
 def test_the_keys_become_a_placement(place):
