@@ -166,7 +166,7 @@ def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[
     return model, fit(adapters, model, recipe.shared_modules), calibration
 
 
-def _digest(recipe: Recipe) -> Digest:
+def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
     """How the base's files are told."""
     return whole if recipe.full_hash else quick
 

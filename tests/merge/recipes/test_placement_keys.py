@@ -12,8 +12,8 @@ from zoo import build
 
 from nsc_merge.commands.main import main
 from nsc_merge.models.placement import Placement
-from nsc_merge.processes.group import Group
 from nsc_merge.models.quantised import KINDS
+from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
 from nsc_merge.recipes.estimate import STORED
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -112,9 +112,9 @@ def test_the_record_leads_to_the_same_placement(place, monkeypatch):
     """Loading itself is as the models have it; here only what it is asked for."""
     asked = []
 
-    def load(name, *, local, placement):
+    def load(name, *, local, placement, digest):
         asked.append(placement)
-        return original(name, local=local)
+        return original(name, local=local, digest=digest)
 
     original = run.load_model
     for module in (run, saved_result):
