@@ -239,6 +239,9 @@ def dequantised(model: nn.Module, path: str) -> Tensor:
 
     Where the library has a way to say (bitsandbytes, HQQ, torchao, quanto), it does; elsewhere what the linear makes of
     unit vectors is its weight.
+
+    Raises:
+        ValueError: if it cannot be run by itself.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -251,6 +254,7 @@ def dequantised(model: nn.Module, path: str) -> Tensor:
         return dequantize_module_weight(linear).detach()
     if kind.__module__.startswith("optimum.") and isinstance(weight, Tensor):
         return weight.detach().dequantize()
+    _check_runs(path, linear)
     dtype, device = activations_of(model, path, linear)
     columns = []
     bias = getattr(linear, "bias", None)
@@ -303,11 +307,7 @@ def check_gradients(model: nn.Module) -> None:
         if not is_linear(module) or not is_quantised(module):
             continue
         place = path.removesuffix(".linear") if isinstance(_parent(model, path), MergedLoRALinear) else path
-        if is_compressed(module) and getattr(module.quantization_status, "value", None) == "compressed":
-            raise ValueError(
-                f"{place}: expected numbers, found codes of compressed-tensors; run the model once before the merge, "
-                "which decompresses them"
-            )
+        _check_runs(place, module)
         dtype, device = activations_of(model, path, module)
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(1, module.in_features, generator=generator).to(device, dtype)
@@ -328,6 +328,16 @@ def check_gradients(model: nn.Module) -> None:
                 "inference (bitsandbytes' 4 bits on a CPU: anew, as running the model changed their layout), quantise "
                 "it otherwise, or use a method without gradients"
             )
+
+
+def _check_runs(path: str, linear: Linear) -> None:
+    """Refuse a linear that does not run by itself until the whole model has."""
+    status = getattr(linear, "quantization_status", None)
+    if is_compressed(linear) and getattr(status, "value", None) == "compressed":
+        raise ValueError(
+            f"{path}: expected numbers, found codes of compressed-tensors; run the model once first, which "
+            "decompresses them"
+        )
 
 
 def _parent(model: nn.Module, path: str) -> nn.Module:
