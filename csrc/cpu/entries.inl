@@ -29,6 +29,7 @@ static_assert(kColumns % 64 == 0 && kColumns % kSumColumns == 0 && kStripRows % 
 inline V splat(float x) { return x - V{}; }
 inline V keep(Flags where, V x) { return reinterpret_cast<V>(where & reinterpret_cast<Flags>(x)); }
 inline V magnitude(V x) { return reinterpret_cast<V>(reinterpret_cast<Words>(x) & 0x7fffffffu); }
+// Rounded once, as PyTorch's own additions with a factor are, where the processor can.
 inline V fma(V a, V b, V c) {
 #if defined(NSC_AVX512)
   return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -50,7 +51,6 @@ inline V where_alike(V unified, V value) {
 
 // A sum in double of vectors of floats.
 struct Sum {
-  static constexpr int64_t kHalf = kLane / 2;
   typedef float Half __attribute__((vector_size(NSC_VECTOR_BYTES / 2)));
   Vec<double> low = {}, high = {};
   void add(V x) {
