@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from bench import from_tests
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.processes.group import Group
 from nsc_merge.processes.launch import launched, started
 from nsc_merge.recipes.estimate import as_run, bytes_per_step, memory

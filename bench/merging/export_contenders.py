@@ -52,8 +52,8 @@ def make_adapters(base: Path, folder: Path, tasks: int, modules: str) -> None:
     import nsc_merge
     from nsc_merge.adapters import Factor
     from nsc_merge.adapters.peft_writer import write_adapter
-    from nsc_merge.models.loading import load_model
-    from nsc_merge.models.placement import Placement
+    from nsc_merge.models.bases.loading import load_model
+    from nsc_merge.models.bases.placement import Placement
 
     model = load_model(str(base), local=True, placement=Placement(device="cpu", numbers=False))
     generator = torch.Generator().manual_seed(1)

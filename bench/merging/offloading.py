@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from nsc_merge import Adapter, Factor
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.families import family_of, scored_paths
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
 
 TASKS = ("one", "two")
 ROWS = [(place, again) for place in ("plain", "host", "disk") for again in (False, True)]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.attachment import attach
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
-from nsc_merge.models.stored_weights import input_device
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:

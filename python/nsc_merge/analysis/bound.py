@@ -15,9 +15,9 @@ from nsc_merge.adapters import AdapterSource, Factor
 from nsc_merge.analysis.null_space_ratios import low_rank_part
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.evaluation.scoring import applied
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import eager, evaluating
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 # Rounding of float64 products over a few thousand terms stays well below.

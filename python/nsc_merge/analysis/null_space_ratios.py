@@ -13,10 +13,10 @@ from nsc_kernels import null_space_ratio
 from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 

@@ -25,7 +25,7 @@ from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS
-from nsc_merge.models.loading import load_model
+from nsc_merge.models.bases.loading import load_model
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.recipes.yaml_keys import is_hub_id
 from nsc_merge.results.layout import COEFFICIENTS_FILE

@@ -35,8 +35,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.analysis import adapter_overlap
     from nsc_merge.calibration.batch_files import check_names, read_batches
     from nsc_merge.models.attachment import merged_linears
+    from nsc_merge.models.bases.loading import load_model
     from nsc_merge.models.fitting import fit
-    from nsc_merge.models.loading import load_model
 
     called = [folder.name for folder in arguments.adapters]
     if len(set(called)) != len(called):

@@ -18,8 +18,8 @@ from nsc_merge.evaluation.metrics import cross_entropy
 from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
+from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.loading import load_model
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.layout import COEFFICIENTS_FILE, TASKS_FOLDER, found_as
 from nsc_merge.results.result import MergeResult

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import TypeAlias
@@ -16,14 +16,30 @@ from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import Suite
 from nsc_merge.methods import METHODS
+from nsc_merge.models.bases.stored_weights import check_in_memory, stored
 from nsc_merge.models.forward_contexts import shared_forward
-from nsc_merge.results.merged_update import applied
+from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.result import MergeResult
 
 Candidate: TypeAlias = "MergeResult | nn.Module | Mapping[str, MergeResult | nn.Module]"
 """What is measured: a merge, another model, or one of those per task."""
 
 _Model = Callable[[], AbstractContextManager[nn.Module]]
+
+
+@contextmanager
+def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
+    """``model`` with the merged update in its weights, for the duration of a ``with`` block.
+
+    Raises:
+        TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
+    """
+    check_in_memory(model)
+    merged = update.merged(model)
+    with ExitStack() as stack:
+        for name, value in merged.items():
+            stack.enter_context(stored(model, name).holding(value))
+        yield model
 
 
 @torch.no_grad()

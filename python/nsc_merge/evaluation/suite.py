@@ -16,9 +16,9 @@ from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.preflight import check_placement
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]

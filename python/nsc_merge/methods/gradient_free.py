@@ -12,7 +12,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.method import Averages, Gives, Method, Problem, Updates
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.models.quantised import Linear
+from nsc_merge.models.bases.quantised import Linear
 from nsc_merge.results.result import MergeResult
 
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.models.folded_linear import Folded
-from nsc_merge.models.forward_contexts import eager
-from nsc_merge.models.quantised import Linear, activations_of, is_linear, is_quantised, keeping_gradients
-from nsc_merge.models.sharded import unit_of
-from nsc_merge.models.stored_weights import (
+from nsc_merge.models.bases.quantised import Linear, activations_of, is_linear, is_quantised, keeping_gradients
+from nsc_merge.models.bases.sharded import unit_of
+from nsc_merge.models.bases.stored_weights import (
     FLOATS,
     NotAtHand,
     check_loaded,
@@ -23,6 +21,8 @@ from nsc_merge.models.stored_weights import (
     is_plain,
     offloading,
 )
+from nsc_merge.models.folded_linear import Folded
+from nsc_merge.models.forward_contexts import eager
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -121,7 +121,7 @@ def presence(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> Tensor:
 
 def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
     """Every linear that some adapter touches, in the order of the model: ``nn.Linear``, or what stands for one
-    (:func:`nsc_merge.models.quantised.is_linear`).
+    (:func:`nsc_merge.models.bases.quantised.is_linear`).
 
     Raises:
         ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit; or if the
@@ -249,7 +249,7 @@ def _set_requires_grad(parameters: Iterable[tuple[nn.Module, str]], value: bool)
 
 def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.dtype, torch.device]:
     """Dtype and device of what a linear gives: those of its weight; where the weight is offloaded, the device that it
-    is brought to, and where it holds codes, what :func:`nsc_merge.models.quantised.activations_of` says.
+    is brought to, and where it holds codes, what :func:`nsc_merge.models.bases.quantised.activations_of` says.
 
     Raises:
         ValueError: if it has no forward that a whole update could be added to.

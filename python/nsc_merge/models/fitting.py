@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
+from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.bases.stored_weights import numbers_of
 from nsc_merge.models.families import Family, find_family
-from nsc_merge.models.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
-from nsc_merge.models.sharded import class_name
-from nsc_merge.models.stored_weights import numbers_of
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank
-from nsc_merge.models.stored_weights import is_plain
+from nsc_merge.models.bases.stored_weights import is_plain
 
 # Bytes of merged weights that a merge may hold unless told to.
 LIMIT = 2**30

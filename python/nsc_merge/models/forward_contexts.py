@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nsc_merge.models.stored_weights import offloading
+from nsc_merge.models.bases.stored_weights import offloading
 
 # What the running thread does: each device has a thread of its own for its part of a backward.
 _here = threading.local()

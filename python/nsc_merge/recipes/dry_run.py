@@ -9,9 +9,10 @@ from typing import Any
 from nsc_merge.adapters import Adapter
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.quantised import activations_of
+from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import absent
-from nsc_merge.models.sharded import class_name
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.prospect import prospect_of
@@ -39,7 +40,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     packed = sum(
-        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * linears[path].weight.element_size()
+        factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * activations_of(model, path, linears[path])[0].itemsize
         for adapter in adapters.values()
         for path, factor in adapter.factors.items()
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nsc_merge.recipes.yaml_keys import RecipeError, choice, text
 
 if TYPE_CHECKING:
-    from nsc_merge.models.placement import Placement
+    from nsc_merge.models.bases.placement import Placement
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -41,8 +41,8 @@ class Placed:
 
     @property
     def placement(self) -> Placement:
-        """For :func:`nsc_merge.models.loading.load_model`."""
-        from nsc_merge.models.placement import Placement
+        """For :func:`nsc_merge.models.bases.loading.load_model`."""
+        from nsc_merge.models.bases.placement import Placement
 
         return Placement(**self.placement_keys)
 

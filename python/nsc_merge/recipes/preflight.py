@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nsc_merge.methods import Method, method_of
-from nsc_merge.models.placement import device_of
+from nsc_merge.models.bases.placement import device_of
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.placement_keys import Placed

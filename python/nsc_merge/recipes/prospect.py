@@ -11,10 +11,10 @@ from torch import nn
 from nsc_merge.adapters import Adapter, Factor, load_adapter
 from nsc_merge.calibration.batch_files import read_batches
 from nsc_merge.methods import method_of
-from nsc_merge.models.architecture import architecture_of
 from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.placement import device_of
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
 from nsc_merge.recipes.merge_recipe import Recipe

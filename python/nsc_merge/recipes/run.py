@@ -16,8 +16,8 @@ from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.methods import METHODS, method_of
+from nsc_merge.models.bases.loading import base_files, load_model
 from nsc_merge.models.fitting import absent, fit
-from nsc_merge.models.loading import base_files, load_model
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault

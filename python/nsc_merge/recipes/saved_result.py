@@ -11,9 +11,9 @@ from typing import Any
 from nsc_merge.adapters import load_adapter
 from nsc_merge.methods import METHODS
 from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.bases.loading import files_of, load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.loading import files_of, load_model
-from nsc_merge.models.placement import Placement
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.record import digests_in

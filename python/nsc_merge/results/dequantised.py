@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.models.quantised import Dequantised, activations_of, is_linear, is_quantised, stored_or_dequantised
-from nsc_merge.models.stored_weights import numbers_of
+from nsc_merge.models.bases.quantised import Dequantised, activations_of, is_linear, is_quantised, stored_or_dequantised
+from nsc_merge.models.bases.stored_weights import numbers_of
 from nsc_merge.results.merged_update import MergedUpdate
 
 

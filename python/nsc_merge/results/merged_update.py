@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -15,8 +14,8 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.low_rank import Rows, dense, low_rank, rows_of
 from nsc_merge.adapters.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.models.quantised import is_quantised, stored_or_dequantised
-from nsc_merge.models.stored_weights import check_in_memory, is_finite, sharing, stored
+from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
+from nsc_merge.models.bases.stored_weights import check_in_memory, is_finite, sharing, stored
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -334,21 +333,6 @@ _APPLICATIONS = "_nsc_merge_applications"
 def _applications(model: nn.Module) -> int:
     """How often :meth:`MergedUpdate.apply` has changed a model."""
     return getattr(model, _APPLICATIONS, 0)
-
-
-@contextmanager
-def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
-    """``model`` with the merged update in its weights, for the duration of a ``with`` block.
-
-    Raises:
-        TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
-    """
-    check_in_memory(model)
-    merged = update.merged(model)
-    with ExitStack() as stack:
-        for name, value in merged.items():
-            stack.enter_context(stored(model, name).holding(value))
-        yield model
 
 
 def by_task(update: Update) -> Iterator[tuple[str, Update]]:

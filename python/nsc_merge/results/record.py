@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters.adapter import factors_digest
-from nsc_merge.models.loading import files_of
+from nsc_merge.models.bases.loading import files_of
 from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import plain

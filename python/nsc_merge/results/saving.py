@@ -12,7 +12,7 @@ from pathlib import Path
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
-from nsc_merge.models.stored_weights import state_of
+from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from zoo import build
 
-from nsc_merge.models import loading
-from nsc_merge.models.loading import files_of, load_model
-from nsc_merge.models.placement import Placement
+from nsc_merge.models.bases import loading
+from nsc_merge.models.bases.loading import files_of, load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.utils.provenance import whole
 
 FILE = "model.safetensors"

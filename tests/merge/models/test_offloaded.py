@@ -15,10 +15,10 @@ from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from safetensors.torch import load_file
 
 import nsc_merge
-from nsc_merge.models import offloaded
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
-from nsc_merge.models.stored_weights import sharing, state_of, stored
+from nsc_merge.models.bases import offloaded
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.bases.stored_weights import sharing, state_of, stored
 
 PARTS = [f"model.{name}" for name in ("embed_tokens", "norm", "rotary_emb", *(f"layers.{n}" for n in range(4)))]
 PLACES = {part: "disk" if part in ("model.layers.1", "model.layers.2") else "cpu" for part in (*PARTS, "lm_head")}

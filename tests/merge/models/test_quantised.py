@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 from zoo import write_adapter
 
 import nsc_merge
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.bases.quantised import KINDS, activations_of, dequantised, loading_settings
 from nsc_merge.models.fitting import fit
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
-from nsc_merge.models.quantised import KINDS, activations_of, dequantised, loading_settings
 
 NAMES = ("q_proj", "v_proj", "up_proj")
 

@@ -11,10 +11,10 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 import nsc_merge
-from nsc_merge.models.loading import base_files, load_model
-from nsc_merge.models.placement import Placement
-from nsc_merge.models.stored_weights import numbers_of, sharing, stored
-from nsc_merge.models.unloaded import Rewritten, saved_names
+from nsc_merge.models.bases.loading import base_files, load_model
+from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.bases.stored_weights import numbers_of, sharing, stored
+from nsc_merge.models.bases.unloaded import Rewritten, saved_names
 
 FILE = "model.safetensors"
 

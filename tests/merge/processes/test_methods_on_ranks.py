@@ -15,8 +15,8 @@ from test_ranks import batches
 
 from nsc_merge import merge
 from nsc_merge.adapters.adapter import factors_digest
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.processes.group import together
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

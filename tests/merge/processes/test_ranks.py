@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nsc_merge import merge
 from nsc_merge.descent.null_space_objective import Objective
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
-from nsc_merge.models.sharded import is_unit, output_of
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.bases.sharded import is_unit, output_of
 from nsc_merge.processes.group import current, together
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

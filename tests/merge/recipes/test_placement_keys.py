@@ -11,8 +11,8 @@ from cli_cases import make_place
 from zoo import build
 
 from nsc_merge.commands.main import main
-from nsc_merge.models.placement import Placement
-from nsc_merge.models.quantised import KINDS
+from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.bases.quantised import KINDS
 from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
 from nsc_merge.recipes.estimate import STORED

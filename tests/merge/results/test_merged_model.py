@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsc_merge
-from nsc_merge.models import numbers
-from nsc_merge.models.loading import load_model
-from nsc_merge.models.placement import Placement
+from nsc_merge.models.bases import numbers
+from nsc_merge.models.bases.loading import load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.results import merged_model
 from nsc_merge.results.safetensors_writer import Planned, in_order, write_safetensors
 

@@ -14,7 +14,7 @@ from zoo import build
 
 import nsc_merge
 from nsc_merge.commands.main import main
-from nsc_merge.models.loading import files_of
+from nsc_merge.models.bases.loading import files_of
 from nsc_merge.recipes import run
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.record import digests_in

@@ -29,10 +29,10 @@ from nsc_merge.methods.task_outputs import (
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
 from nsc_merge.models.attachment import is_computed_with
+from nsc_merge.models.bases.quantised import Linear, check_gradients
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import recomputing
-from nsc_merge.models.quantised import Linear, check_gradients
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed

@@ -17,8 +17,8 @@ from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn
 from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_count, check_number

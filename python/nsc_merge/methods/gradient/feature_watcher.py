@@ -17,9 +17,9 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.bases.sharded import is_unit
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import Ended, ended_by, recomputing
-from nsc_merge.models.sharded import is_unit
 
 
 @dataclass(frozen=True)

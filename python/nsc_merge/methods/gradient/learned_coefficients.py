@@ -19,9 +19,9 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
+from nsc_merge.models.bases.quantised import check_gradients
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.forward_contexts import evaluating, recomputed
-from nsc_merge.models.quantised import check_gradients
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 

@@ -24,11 +24,11 @@ from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import adapted_linears, attach, presence
+from nsc_merge.models.bases.quantised import check_gradients, is_quantised
+from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
-from nsc_merge.models.quantised import check_gradients, is_quantised
-from nsc_merge.models.stored_weights import input_device
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")

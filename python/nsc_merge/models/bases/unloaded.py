@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.models.numbers import FileTensor
+from nsc_merge.models.bases.numbers import FileTensor
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.provenance import mark_of
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.models.placement import Placement, device_of
-from nsc_merge.models.stored_weights import offloading
+from nsc_merge.models.bases.placement import Placement, device_of
+from nsc_merge.models.bases.stored_weights import offloading
 
 # What transformers makes a map of by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")

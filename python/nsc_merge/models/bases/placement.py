@@ -18,7 +18,7 @@ class Placement:
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; of a model on one device.
         device_map: as accelerate's: ``"auto"`` and the like, or module path -> device, ``"cpu"`` or ``"disk"``.
         max_memory: of ``device_map``: number of a GPU or ``"cpu"`` -> the most to put there, such as ``"20GiB"``.
-        quantization: how linears are quantised on loading, a key of :data:`nsc_merge.models.quantised.KINDS`.
+        quantization: how linears are quantised on loading, a key of :data:`nsc_merge.models.bases.quantised.KINDS`.
         shards: whether every process holds a shard of each weight (FSDP2).
         numbers: whether the weights are needed; without them, shapes and dtypes are all that a model has.
     """

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nsc_merge.models.architecture import Architecture, architecture_of
-from nsc_merge.models.offloaded import load_over_devices
-from nsc_merge.models.placement import Placement, device_of
-from nsc_merge.models.quantised import keep_gradients, loading_settings
-from nsc_merge.models.sharded import settled, sharding
-from nsc_merge.models.unloaded import Rewritten, leave_in_files
+from nsc_merge.models.bases.architecture import Architecture, architecture_of
+from nsc_merge.models.bases.offloaded import load_over_devices
+from nsc_merge.models.bases.placement import Placement, device_of
+from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
+from nsc_merge.models.bases.sharded import settled, sharding
+from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
 logger = logging.getLogger("nsc_merge")

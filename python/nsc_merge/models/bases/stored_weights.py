@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.models.numbers import UNLOADED, InFile, OnDisk, Sharded, Stored, file_tensor
+from nsc_merge.models.bases.numbers import UNLOADED, InFile, OnDisk, Sharded, Stored, file_tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = "float64, float32, bfloat16 or float16"

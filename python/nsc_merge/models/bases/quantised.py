@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from nsc_kernels import MergedLoRALinear
 from nsc_merge.adapters.low_rank import Rows
-from nsc_merge.models.numbers import Stored
-from nsc_merge.models.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
+from nsc_merge.models.bases.numbers import Stored
+from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
 
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
@@ -215,7 +215,7 @@ class Dequantised(Stored):
 
 
 def stored_or_dequantised(model: nn.Module, name: str) -> Stored:
-    """As :func:`nsc_merge.models.stored_weights.stored`; of a quantised linear, what its codes stand for.
+    """As :func:`nsc_merge.models.bases.stored_weights.stored`; of a quantised linear, what its codes stand for.
 
     Raises:
         ValueError: as there.

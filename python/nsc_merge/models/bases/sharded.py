@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.models.architecture import Architecture
+from nsc_merge.models.bases.architecture import Architecture
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import ended_by
-from nsc_merge.models.placement import Placement
 from nsc_merge.processes.group import current
 
 

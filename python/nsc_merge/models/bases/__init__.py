@@ -1,0 +1,1 @@
+"""A base model: what its files say, how it is loaded and held, and where the numbers of its weights are."""
