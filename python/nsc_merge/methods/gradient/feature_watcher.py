@@ -17,9 +17,9 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.bases.sharded import is_unit
+from nsc_merge.models.bases.sharded import output_of
 from nsc_merge.models.families import family_of, find_family, scored_paths
-from nsc_merge.models.forward_contexts import Ended, ended_by, recomputing
+from nsc_merge.models.forward_contexts import recomputing
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Watcher:
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
-            output = self._output(one.inputs)
+            output = output_of(self._model, self._trunk, one.inputs)
         if self._places is None:
             features = [_tensor(output)]
         else:
@@ -110,25 +110,6 @@ class Watcher:
             features = [kept[path] for path in self._places]
         features = [self._matched(beside(one.inputs, feature), mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
-
-    def _output(self, batch: Batch) -> Any:
-        """Of the part of the model in front of its head."""
-        if self._trunk is self._model or not is_unit(self._model):
-            return self._trunk(**batch)
-        # A model in shards runs from its root only, up to where the head begins.
-        found: list[Any] = []
-
-        def end(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output)
-            raise Ended
-
-        hook = self._trunk.register_forward_hook(end)
-        try:
-            with ended_by(self._model, Ended):
-                self._model(**batch)
-        finally:
-            hook.remove()
-        return found[0]
 
     def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
         """What is matched of a place's output: what is at the positions of tokens, or all of what has others."""
