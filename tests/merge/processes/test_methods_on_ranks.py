@@ -21,7 +21,7 @@ from nsc_merge.processes.group import together
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-LEARNING = {"steps": 4, "progress": False}
+LEARNING = {"steps": 2, "progress": False}
 
 
 def logits(model, batch):
@@ -31,12 +31,13 @@ def logits(model, batch):
 # Kind of model -> method and options of merges of it.
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llama": [
-        ("match", {**LEARNING, "steps": 20}),
+        ("match", {**LEARNING, "steps": 8}),
         ("match", {**LEARNING, "normalise": "task", "init": "match", "positions": "all", "hold_out": 1}),
         ("match", {**LEARNING, "normalise": "scale", "pull": 0.1, "ratio_weight": 1.0, "ratio_target": "own"}),
+        ("match", {**LEARNING, "steps": 2, "features": ["model.layers.2.mlp.down_proj"], "ratio_weight": 0.5}),
         ("distill", {**LEARNING, "positions": "all", "normalise": "task"}),
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "share": "task"}),
-        ("adamerging", {**LEARNING, "steps": 20}),
+        ("adamerging", {**LEARNING, "steps": 8}),
         ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
         ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),
         ("regmean", {"batches": 3}),
@@ -44,7 +45,6 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
     "vit": [
         ("distill", {**LEARNING, "likelihood": {"a": "gaussian", "b": "categorical", "c": "categorical"}}),
-        ("fisher", {"batches": 2}),
         ("fisher", {"batches": 2, "preset": "mergelm"}),
     ],
 }
@@ -78,7 +78,7 @@ def share(rank: int, world: int, folder: Path) -> None:
             adapters = adapters_for(plain)
             for method, options in cases:
                 found = [merge(sharded, adapters, batches(kind), method, **options, process_group=group)]
-                if kind == "vit" or options.get("steps") == 20:
+                if kind == "vit" or options.get("steps") == 8:
                     found.append(merge(plain, adapters, batches(kind), method, **options, process_group=group))
                 mine = [factors_digest(one.factors) if one.factors else one.coefficients for one in found]
                 with together(group) as processes:

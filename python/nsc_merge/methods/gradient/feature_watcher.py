@@ -17,7 +17,7 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.bases.sharded import output_of
+from nsc_merge.models.bases.sharded import gather_for_backward, output_of
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
@@ -108,6 +108,9 @@ class Watcher:
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
+            for path in (*self._places, *self._scored) if torch.is_grad_enabled() else ():
+                # The backward may begin there.
+                gather_for_backward(self._model, path)
         features = [self._matched(beside(one.inputs, feature), mask) for feature in features]
         return Seen(features, self._mean(ratios) if ratios else None)
 
