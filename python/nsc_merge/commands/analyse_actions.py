@@ -123,7 +123,7 @@ def quartiles(arguments: argparse.Namespace) -> int:
     row = next(row for row in here.rows if row.name == arguments.row)
     if row.folder is not None and (row.folder / COEFFICIENTS_FILE).is_file():
         # What else lies there no longer says which adapters it was made of.
-        merged: Candidate = load_result(row.folder)
+        merged: Candidate = load_result(row.folder, numbers=False)
     else:
         merged = candidate_of(suite, here, row, seed)
     if not isinstance(merged, MergeResult) or set(merged.adapters) != set(suite.tasks):

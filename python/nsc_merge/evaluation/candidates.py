@@ -45,7 +45,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
         if (folder / name / file).is_file():
             return open_saved(folder / name, suite)
     if (folder / COEFFICIENTS_FILE).is_file():
-        return load_result(folder)
+        return load_result(folder, numbers=False)
     if (folder / TASKS_FOLDER).is_dir():
         own = {task: open_saved(found_as(folder / TASKS_FOLDER, task), suite) for task in suite.tasks}
         return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
