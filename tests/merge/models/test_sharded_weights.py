@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from nsc_merge import Adapter, Factor, attach
+from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.fitting import fit
-from nsc_merge.results.merged_update import MergedUpdate, applied
+from nsc_merge.results.merged_update import MergedUpdate
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import nsc_merge
+from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import sharing, state_of
 from nsc_merge.models.fitting import fit
-from nsc_merge.results.merged_update import applied
 
 DISK = ("model.layers.1", "model.layers.2", "lm_head")
 
