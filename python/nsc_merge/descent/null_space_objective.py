@@ -197,7 +197,6 @@ class Objective:
         self._begin_folding()
         passes = one_by_one(drawn, self._device, self._restrict)
         self._elements = sum(one.elements for one in passes)
-        self._elements = sum(one.elements for one in passes)
         if self.batch_tasks is None:
             self.batch_tasks = self._fits_as_one(passes)
         if self.batch_tasks:
