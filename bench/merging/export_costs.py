@@ -215,10 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = list(rounds(base, Path(place), case, arguments))
                 rows += found
                 print(*map(line, medians(found)), sep="\n", flush=True)
+                if arguments.out:
+                    arguments.out.mkdir(parents=True, exist_ok=True)
+                    text = "".join(json.dumps(row) + "\n" for row in [environment, *rows])
+                    write_text(arguments.out / "export.jsonl", text)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in [environment, *rows])
-        write_text(arguments.out / "export.jsonl", text)
         draw(medians(rows), arguments.out / "export.png")
     return 0
 
