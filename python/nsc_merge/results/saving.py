@@ -202,7 +202,8 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
             if bias is None:
                 continue
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        factors[path] = Factor(A, B, 1.0, bias)
+        # As they are written: all of them in float64 would take as much again.
+        factors[path] = Factor(A.float(), B.float(), 1.0, bias)
     if not factors and not whole:
         raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
     merged = result.merged(result.model, whole) if whole else {}
