@@ -36,6 +36,7 @@ from nsc_kernels.bench.resident_memory import peak, reset_peak, resident
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.task_vectors.fr_merging import FROptions, kept_frequencies
+from nsc_merge.utils.atomic_file import write_text
 
 RANK = 16
 DROP, DENSITY = 0.9, 0.2
@@ -231,11 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = json.loads(done.stdout)
                 rows.extend(found)
                 print("\n".join(table(found)), flush=True)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.out / ".dense-costs.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(arguments.out / "dense-costs.jsonl")
+                if arguments.out:
+                    arguments.out.mkdir(parents=True, exist_ok=True)
+                    write_text(arguments.out / "dense-costs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return 0
 
 
