@@ -17,7 +17,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,12 +30,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-import nsc_kernels as nk
+from bench.merging.cost_rows import environment, write_rows
 from nsc_kernels.bench.resident_memory import peak, reset_peak, resident
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.task_vectors.fr_merging import FROptions, kept_frequencies
-from nsc_merge.utils.atomic_file import write_text
 
 RANK = 16
 DROP, DENSITY = 0.9, 0.2
@@ -210,16 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (shape,), (tasks,), (threads,) = arguments.shapes, arguments.tasks, arguments.threads
         print(json.dumps(measure(shape_of(shape), tasks, threads, arguments.rounds, arguments.methods)))
         return 0
-    rows: list[dict[str, Any]] = [
-        {
-            "op": "environment",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "nsc_kernels": nk.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "dtype": "float32",
-        }
-    ]
+    rows = [environment()]
     print(f"{'':40}ours: wall, cpu and peak     dense: wall, cpu and peak    ratios of cpu, wall and peak")
     for shape in arguments.shapes:
         for tasks in arguments.tasks:
@@ -227,14 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = [sys.executable, "-m", "bench.merging.dense_costs", "--measure", "--shapes", shape]
                 command += ["--tasks", str(tasks), "--threads", str(threads), "--rounds", str(arguments.rounds)]
                 command += ["--methods", *arguments.methods]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+                threaded = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=threaded)
                 found = json.loads(done.stdout)
                 rows.extend(found)
                 print("\n".join(table(found)), flush=True)
                 if arguments.out:
-                    arguments.out.mkdir(parents=True, exist_ok=True)
-                    write_text(arguments.out / "dense-costs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+                    write_rows(arguments.out / "dense-costs.jsonl", rows)
     return 0
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -40,8 +39,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from bench.merging.cost_rows import environment, write_rows
 from bench.merging.export_contenders import RANK, WORK, make_adapters, make_base, measure, quiet
-from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
 
 TASKS = 6
@@ -196,15 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     sizes = QUICK_SIZES if arguments.quick else {name: SIZES[name] for name in arguments.sizes}
     arguments.rounds = 1 if arguments.quick else arguments.rounds
-    environment = {
-        "op": "environment",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": arguments.threads,
-        "date": time.strftime("%Y-%m-%d"),
-        "rank": RANK,
-        "dtype": "bfloat16",
-    }
+    conditions = environment(threads=arguments.threads, rank=RANK, dtype="bfloat16")
     rows: list[dict[str, Any]] = []
     print(f"{'base':>8} {'K':>3} {'of':>4} {'':>6} {'':>9} {'wall':>10} {'cpu':>10} {'peak':>10}")
     for size, shape in sizes.items():
@@ -216,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += found
                 print(*map(line, medians(found)), sep="\n", flush=True)
                 if arguments.out:
-                    arguments.out.mkdir(parents=True, exist_ok=True)
-                    text = "".join(json.dumps(row) + "\n" for row in [environment, *rows])
-                    write_text(arguments.out / "export.jsonl", text)
+                    write_rows(arguments.out / "export.jsonl", [conditions, *rows])
     if arguments.out:
         draw(medians(rows), arguments.out / "export.png")
     return 0

@@ -12,9 +12,7 @@ one of them, the loss is taken from that one's time, and the time of the rule's 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ import torch
 from torch import nn
 
 import nsc_kernels as nk
+from bench.merging.cost_rows import environment, write_rows
 from nsc_kernels.bench.timing import keep_freed_memory
 from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.folded_linear import Folded
@@ -145,29 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    rows: list[dict[str, Any]] = [
-        {
-            "op": "environment",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "nsc_kernels": nk.__version__,
-            "threads": arguments.threads,
-            "rank": arguments.rank,
-            "load": os.getloadavg()[0],
-            "date": time.strftime("%Y-%m-%d"),
-            "dtype": "float32",
-        }
-    ]
+    rows = [environment(threads=arguments.threads, rank=arguments.rank, load=os.getloadavg()[0])]
     for row in measure(arguments):
         rows.append(row)
         print(line(row), flush=True)
     worst = max(rows[1:], key=lambda row: row["loss"])
     print(f"the rule's worst loss: {100 * worst['loss']:.1f} %, at\n{line(worst)}")
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.out / ".fold-costs.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(arguments.out / "fold-costs.jsonl")
+        write_rows(arguments.out / "fold-costs.jsonl", rows)
         print(f"wrote {arguments.out / 'fold-costs.jsonl'}", file=sys.stderr)
     return 0
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-import nsc_kernels as nk
+from bench.merging.cost_rows import environment, write_rows
 from nsc_kernels.bench.resident_memory import peak, reset_peak, resident
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS, Problem
@@ -234,20 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.measure_dense:
         print(json.dumps(measure_dense(*arguments.measure_dense)))
         return 0
-    rows: list[dict[str, Any]] = [
-        {
-            "op": "environment",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "nsc_kernels": nk.__version__,
-            "threads": arguments.threads,
-            "date": time.strftime("%Y-%m-%d"),
-            "tasks": TASKS,
-            "rank": RANK,
-            "shapes": SHAPES,
-            "layers": arguments.layers,
-            "dtype": "float32",
-        }
+    rows = [
+        environment(threads=arguments.threads, tasks=TASKS, rank=RANK, shapes=SHAPES, layers=arguments.layers)
     ]
     print(
         f"{'':17} {'wall':>9} {'cpu':>9} {'peak':>10} {'update':>10} {'dense':>10} {'ratio':>8} {'peak':>10} "
@@ -262,10 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in missed(rows):
         print(f"missed: {line}")
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.out / ".methods.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(arguments.out / "methods.jsonl")
+        write_rows(arguments.out / "methods.jsonl", rows)
     return 0
 
 
