@@ -20,8 +20,8 @@ from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.processes.group import Group
 from nsc_merge.processes.launch import launched, started
-from nsc_merge.recipes.estimate import as_run, bytes_per_step, memory
-from nsc_merge.recipes.shapes import work_of
+from nsc_merge.recipes.forecast.estimate import as_run, bytes_per_step, memory
+from nsc_merge.recipes.forecast.shapes import work_of
 
 
 def one_process(cases: Any) -> None:

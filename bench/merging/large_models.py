@@ -1,7 +1,8 @@
 """Calculates what a step of NSC takes for models that no machine here can hold: the table of docs/large_models.md.
 
 ``python -m bench.merging.large_models`` prints it, and ``--write`` puts it into the page. Nothing in it is measured:
-bytes and operations are those of :mod:`nsc_merge.recipes.estimate`, seconds what the published peak rates make of them.
+bytes and operations are those of :mod:`nsc_merge.recipes.forecast.estimate`, seconds what the published peak rates
+make of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.recipes.estimate import (
+from nsc_merge.recipes.forecast.estimate import (
     LINEARS,
     STORED,
     Work,

@@ -22,8 +22,8 @@ from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import NSCOptions, resolve_options
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.families import family_of, scored_paths
-from nsc_merge.recipes.estimate import Memory, Work, as_run, memory, operations
-from nsc_merge.recipes.shapes import work_of
+from nsc_merge.recipes.forecast.estimate import Memory, Work, as_run, memory, operations
+from nsc_merge.recipes.forecast.shapes import work_of
 
 ROWS, VOCABULARY, IMAGE, PATCH = 8, 256, 48, 8
 QV, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -49,6 +49,25 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class About:
+    """What the folder of an adapter says of it beside its weights; nothing of adapters in memory.
+
+    Attributes:
+        task_type: PEFT's, such as ``"CAUSAL_LM"``.
+        base_revision: revision of the base on the hub.
+        license: of the model card in the folder.
+        id2label: number of a class of the head -> its name, of a ``config.json`` in the folder.
+        hub: ``owner/name@commit`` that the folder was fetched from.
+    """
+
+    task_type: str | None = None
+    base_revision: str | None = None
+    license: str | None = None
+    id2label: Mapping[int, str] = field(default_factory=dict)
+    hub: str | None = None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One task's LoRA adapter.
 
@@ -64,6 +83,7 @@ class Adapter:
         base_weights: parameter path -> value, of the base model's weights that PEFT saved along (of a head or an
             embedding that has LoRA or was resized); :func:`nsc_merge.models.fitting.fit` checks that the model has
             the same.
+        about: what else its folder says.
     """
 
     name: str
@@ -74,6 +94,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    about: About = field(default_factory=About)
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:

@@ -29,7 +29,7 @@ def _export(arguments: argparse.Namespace) -> int:
     prepare(local=True)
     from nsc_merge.recipes.merge_recipe import is_size
     from nsc_merge.recipes.saved_result import load_result
-    from nsc_merge.results.serving_notes import serving_notes
+    from nsc_merge.results.beside.serving_notes import serving_notes
 
     if arguments.rank is not None and arguments.format != "lora":
         raise UsageError("--rank: only --format lora can be truncated")
@@ -56,7 +56,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _plot(arguments: argparse.Namespace) -> int:
     from nsc_merge.recipes.saved_result import read_document
-    from nsc_merge.results.plots import draw
+    from nsc_merge.results.beside.plots import draw
 
     document, history = read_document(arguments.result)
     folder = arguments.out or arguments.result

@@ -19,8 +19,8 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
+from nsc_merge.results.beside.plots import draw as draw_merge
 from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE, file_names
-from nsc_merge.results.plots import draw as draw_merge
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.json_text import from_json, plain, without_nan

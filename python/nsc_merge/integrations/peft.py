@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 import nsc_merge
-from nsc_merge.adapters.low_rank import concatenated, low_rank
+from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import method_of
 from nsc_merge.results.result import MergeResult

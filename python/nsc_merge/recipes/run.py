@@ -21,10 +21,10 @@ from nsc_merge.models.fitting import absent, fit
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
-from nsc_merge.results.serving_notes import serving_notes
 from nsc_merge.utils.provenance import Digest, modified, quick, whole
 
 Log = Callable[[str], None]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.adapters.low_rank import Rows, dense, low_rank, rows_of
-from nsc_merge.adapters.row_spaces import signal_notes
+from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank, rows_of
+from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import check_in_memory, is_finite, sharing, stored
@@ -80,7 +80,7 @@ class MergedUpdate:
     @property
     def notes(self) -> list[str]:
         """What a person should know about the objective that found the coefficients, a sentence each; see
-        :func:`nsc_merge.adapters.row_spaces.signal_notes`.
+        :func:`nsc_merge.adapters.algebra.row_spaces.signal_notes`.
         """
         return signal_notes(self.adapters, self.options.get("scored", ()))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
-from nsc_merge.adapters.low_rank import concatenated, low_rank
+from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
+from nsc_merge.results.beside.model_card import model_card
+from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
+from nsc_merge.results.beside.record import merge_digest, recipe_of
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -29,9 +32,6 @@ from nsc_merge.results.layout import (
 )
 from nsc_merge.results.merged_model import write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
-from nsc_merge.results.model_card import model_card
-from nsc_merge.results.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
-from nsc_merge.results.record import merge_digest, recipe_of
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.yaml_text import read_yaml, to_yaml
@@ -48,6 +48,8 @@ def save(
     max_shard_size: str | int | None,
     plots: bool,
     dequantize: bool = False,
+    head: str | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """See :meth:`nsc_merge.MergeResult.save`; returns the files written, by their paths within ``out``."""
     wanted = [format] if isinstance(format, str) else list(format)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from zoo import build, text, write_adapter
 
-from nsc_merge.adapters.row_spaces import signal_notes
+from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.commands.main import main
 
 SCORED = [f"model.layers.{block}.self_attn.v_proj" for block in (2, 3)]

@@ -14,7 +14,7 @@ from nsc_merge.methods.registry import METHODS
 from nsc_merge.recipes import run
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.saved_result import load_result
-from nsc_merge.results.plots import draw
+from nsc_merge.results.beside.plots import draw
 from nsc_merge.utils.plot_style import running_mean
 from nsc_merge.utils.progress import Progress
 

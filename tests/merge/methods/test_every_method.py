@@ -15,7 +15,7 @@ from peft import PeftModel
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.adapters.low_rank import concatenated
+from nsc_merge.adapters.algebra.low_rank import concatenated
 from nsc_merge.methods import METHODS, gradient_free
 from nsc_merge.methods.scale_tuning import tune_scale
 
@@ -137,7 +137,7 @@ def test_truncating_a_dense_update_is_truncating_its_factors(summed, tmp_path):
 
 
 def test_truncating_a_wide_dense_update_reports_its_true_error():
-    from nsc_merge.adapters.low_rank import _low_rank_of_dense
+    from nsc_merge.adapters.algebra.low_rank import _low_rank_of_dense
 
     generator = torch.Generator().manual_seed(0)
     sigma = 0.9 ** torch.arange(1100.0, dtype=torch.float64)

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from nsc_merge.recipes.estimate import as_run, bytes_per_step, memory
-from nsc_merge.recipes.shapes import NoFormula, work_of
+from nsc_merge.recipes.forecast.estimate import as_run, bytes_per_step, memory
+from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
 
 WIDTH, LENGTH = 128, 32
 

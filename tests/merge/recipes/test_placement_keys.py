@@ -15,7 +15,7 @@ from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.bases.quantised import KINDS
 from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
-from nsc_merge.recipes.estimate import STORED
+from nsc_merge.recipes.forecast.estimate import STORED
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.placement_keys import QUANTIZATIONS
 from nsc_merge.recipes.yaml_keys import RecipeError

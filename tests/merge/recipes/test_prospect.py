@@ -9,9 +9,9 @@ from cli_cases import make_place
 from zoo import build
 
 from nsc_merge.commands.main import main
-from nsc_merge.recipes import prospect
+from nsc_merge.recipes.forecast import prospect
+from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.merge_recipe import load_recipe
-from nsc_merge.recipes.prospect import prospect_of
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import yaml
 from zoo import KINDS, build, outputs, write_adapter
 
 import nsc_merge
+from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import found_as
-from nsc_merge.results.serving_notes import serving_notes
 
 CLASSES = 10
 

@@ -17,7 +17,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.models.bases.loading import files_of
 from nsc_merge.recipes import run
 from nsc_merge.recipes.saved_result import load_result
-from nsc_merge.results.record import digests_in
+from nsc_merge.results.beside.record import digests_in
 from nsc_merge.utils.provenance import hashes, quick
 
 WEIGHTS = "adapter_model.safetensors"

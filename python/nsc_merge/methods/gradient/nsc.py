@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.adapters.row_spaces import signal_notes
+from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.calibration.batches import Calibration, streams
 from nsc_merge.calibration.forward_passes import FEW, Padding
 from nsc_merge.calibration.modality import filler_of, restriction

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters.low_rank import Rows
+from nsc_merge.adapters.algebra.low_rank import Rows
 from nsc_merge.utils.provenance import mark_of
 
 # Bytes of a sum in float64 that are formed, rounded and handed on before the next: on a CPU they stay in its cache.

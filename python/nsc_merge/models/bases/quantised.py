@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import MergedLoRALinear
-from nsc_merge.adapters.low_rank import Rows
+from nsc_merge.adapters.algebra.low_rank import Rows
 from nsc_merge.models.bases.numbers import Stored
 from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
+from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
-from nsc_merge.results.serving_notes import serving_notes
 from nsc_merge.utils.yaml_text import to_yaml
 
 _LOADING = {

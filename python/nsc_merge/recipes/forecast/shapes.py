@@ -1,4 +1,4 @@
-"""The shapes of a step of NSC, for :mod:`nsc_merge.recipes.estimate`, read off a model, its adapters and batches."""
+"""The shapes of a step of NSC, for :mod:`nsc_merge.recipes.forecast.estimate`, read off model, adapters and batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.stored_weights import FLOATS
 from nsc_merge.models.families import Family, family_of, scored_paths
 from nsc_merge.models.folded_linear import should_fold
-from nsc_merge.recipes.estimate import LINEARS, Work, block
+from nsc_merge.recipes.forecast.estimate import LINEARS, Work, block
 
 # Last part of a linear's path -> what it is in the block.
 _ROLES = {
@@ -39,7 +39,8 @@ def work_of(
     options: Any,
     stored: float | None = None,
 ) -> Work:
-    """What a step of a merge takes that runs one batch after another; see :func:`nsc_merge.recipes.estimate.as_run`.
+    """What a step of a merge takes that runs one batch after another; see
+    :func:`nsc_merge.recipes.forecast.estimate.as_run`.
 
     Args:
         model: the base, on any device; of a model without numbers only shapes are read.
@@ -47,7 +48,7 @@ def work_of(
         drawn: task -> the batch of one step.
         options: of the method.
         stored: bytes of a weight of a linear in a block where it is other than the model's; see
-            :data:`nsc_merge.recipes.estimate.STORED`.
+            :data:`nsc_merge.recipes.forecast.estimate.STORED`.
 
     Raises:
         NoFormula: for methods that measure no inputs, and for blocks that are not those of a usual transformer.

@@ -16,9 +16,9 @@ from nsc_merge.models.bases.architecture import architecture_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
-from nsc_merge.recipes.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
+from nsc_merge.recipes.forecast.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
+from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
 from nsc_merge.recipes.merge_recipe import Recipe
-from nsc_merge.recipes.shapes import NoFormula, work_of
 from nsc_merge.utils.memory import free_memory, total_memory
 
 RANKS = (2, 4, 8)

@@ -1,0 +1,1 @@
+"""The algebra of low-rank factors."""

@@ -1,0 +1,1 @@
+"""What a run would take, by formula, before anything is loaded."""
