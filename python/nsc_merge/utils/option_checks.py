@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_number(
@@ -106,3 +110,13 @@ def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def is_repo(name: str) -> bool:
+    """Whether it is ``owner/name``, as repositories on the hub are called."""
+    return _REPO.fullmatch(name) is not None
+
+
+def is_hub_id(name: str, base: Path) -> bool:
+    """``owner/name`` with no folder ``owner`` in ``base``: a mistyped path must not reach the network."""
+    return is_repo(name) and not (base / name.split("/")[0]).exists()
