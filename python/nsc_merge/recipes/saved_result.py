@@ -108,7 +108,7 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
     if recipe.trust_remote_code and not trust_remote_code:
         raise ValueError(
             f"result: {folder / RECIPE_FILE} says trust_remote_code: true, so that code which comes with "
-            f"{recipe.model} would be run: expected trust_remote_code=True (--trust-remote-code) as well, if you trust it"
+            f"{recipe.model} would be run: expected trust_remote_code=True (--trust-remote-code), too, if you trust it"
         )
     record = _mapping(written, RECORD, folder)
     known = _mapping(record, "sha256", folder)
