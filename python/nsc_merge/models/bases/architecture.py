@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import check_safetensors
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,15 @@ def _class_of_code(name: str, config: Any, given: dict[str, Any]) -> Any:
     places = [place for place in (getattr(config, "auto_map", None) or {}).values() if isinstance(place, str)]
     place = next((place for place in places if place.rpartition(".")[2] == wanted), None)
     return None if place is None else get_class_from_dynamic_module(place, name, **given)
+
+
+def outline_of(architecture: Architecture, dtype: str = "auto") -> nn.Module:
+    """The model with shapes and dtypes, and no numbers: its tensors are on the meta device."""
+    import torch
+    from torch import nn
+
+    kind, config = architecture.kind, architecture.config
+    with torch.device("meta"):
+        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
+    own = getattr(config, "dtype", None) or torch.float32
+    return model.to(own if dtype == "auto" else getattr(torch, dtype)).eval()

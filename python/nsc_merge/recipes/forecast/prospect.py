@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.models.bases.architecture import architecture_of, outline_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
@@ -100,13 +100,9 @@ def _outline(recipe: Recipe) -> nn.Module:
     architecture = architecture_of(
         recipe.model, local=recipe.local, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
     )
-    kind, config = architecture.kind, architecture.config
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(architecture.config, "quantization_config", None) is not None:
         raise NoFormula("how many bytes a base quantised by others takes stands in its files")
-    with torch.device("meta"):
-        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
-    own = getattr(config, "dtype", None) or torch.float32
-    return model.to(own if recipe.dtype == "auto" else getattr(torch, recipe.dtype)).eval()
+    return outline_of(architecture, recipe.dtype)
 
 
 def _plain(adapter: Adapter) -> Adapter:
