@@ -51,14 +51,28 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number below 2^63, found {value!r:.60}")
 
 
+class ChoiceError(ValueError):
+    """A value is not among those that an option may have.
+
+    Attributes:
+        name: of the option.
+        choices: that there are.
+    """
+
+    def __init__(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+        super().__init__(f"{name}: expected one of {list(choices)}, found {value!r}")
+        self.name = name
+        self.choices = list(choices)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse what is not among ``choices``.
 
     Raises:
-        ValueError: naming the option, what was found and what was expected.
+        ChoiceError: naming the option, what was found and what was expected.
     """
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, found {value!r}")
+        raise ChoiceError(name, value, choices)
 
 
 def check_seed(value: Any) -> None:
