@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -34,6 +35,8 @@ _INPUTS, _PARQUET = ".safetensors", ".parquet"
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Rows that are looked at to tell what is in the columns.
 _LOOKED_AT = 256
+# Characters of the first sample that are kept to be shown.
+_SHOWN = 300
 
 
 def is_raw(source: str | Path) -> bool:
@@ -96,11 +99,11 @@ def raw_batches(
     found = open_source(source, settings, argument, local=local)
     samples = draw(found, settings, argument, text=model.text, images=model.images)
     reader = ImageReader(found.folder)
-    encoded, fillers = _encoded(samples, model, settings, reader, argument)
+    encoded, fillers, first = _encoded(samples, model, settings, reader, argument)
     sha256 = {**found.sha256, "samples": encoding.digest(encoded)}
     if reader.sha256 is not None:
         sha256["images"] = reader.sha256
-    return Batches(encoding.batched(encoded, batch_size, settings, fillers), sha256=sha256)
+    return Batches(encoding.batched(encoded, batch_size, settings, fillers), sha256=sha256, first=first)
 
 
 def calibration_data(
@@ -185,11 +188,11 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
 
 def _encoded(
     samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str
-) -> tuple[list[encoding.Encoded], dict[str, int]]:
-    """Inputs of every sample, and what those that are padded are padded with."""
+) -> tuple[list[encoding.Encoded], dict[str, int], str]:
+    """Inputs of every sample, what those that are padded are padded with, and the first sample as text."""
     if not base.text:
         processor = image_processor_of(base, settings, argument)
-        return encoding.encode_images(samples, processor, base, reader), {}
+        return encoding.encode_images(samples, processor, base, reader), {}, str(samples[0].images[0])[:_SHOWN]
     with_images = any(
         sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
     )
@@ -201,7 +204,9 @@ def _encoded(
         tokenizer = tokenizer_of(base, settings, argument)
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
     fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
-    return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}
+    # An image's token stands there as often as the image has patches.
+    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
 
 
 def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
