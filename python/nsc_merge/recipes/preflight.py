@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.processes.group import current
@@ -36,6 +37,12 @@ def check(recipe: Recipe, *, resume: bool) -> None:
         if missing:
             raise RecipeError(
                 f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
+            )
+    for task, place in recipe.calibration.items():
+        if place.own and place.local and not is_raw(place.source):
+            raise RecipeError(
+                f"calibration.{task}.{place.own[0]}: is of raw data, but {place.source} holds inputs that are made "
+                "already; expected none"
             )
     stored_as = check_placement(recipe, recipe.model if recipe.local else None)
     _check_formats(recipe, method)

@@ -14,8 +14,8 @@ from torch import nn
 
 from nsc_merge.adapters import Adapter, load_adapter, load_from_hub
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.calibration.raw.reading import is_raw, raw_batches
+from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
 from nsc_merge.models.bases.placement import Placement
@@ -170,17 +170,14 @@ def read_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], dict[str, Batches]]
 
 
 def _batches(recipe: Recipe, task: str) -> Batches:
-    place, argument = recipe.calibration[task], f"calibration.{task}"
-    if place.local and not is_raw(place.source):
-        return read_batches(place.source, recipe.batch_size, argument)
-    local = recipe.local and place.offline
-    return raw_batches(
+    place = recipe.calibration[task]
+    return batches_of(
         place.source,
         recipe.model,
         place.settings,
         recipe.batch_size,
-        argument,
-        local=local,
+        f"calibration.{task}",
+        local=place.local,
         base_revision=recipe.revision,
     )
 
