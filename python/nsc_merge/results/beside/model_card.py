@@ -5,6 +5,7 @@ from __future__ import annotations
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
+from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
@@ -139,6 +140,8 @@ def _remarks(
     result: MergedUpdate, formats: list[str], rank: int | None, errors: dict[str, float]
 ) -> list[str]:
     remarks = serving_notes(result, rank) if "lora" in formats else []
+    if {"lora", "model"} & {*formats}:
+        remarks += preprocessing_notes(result)
     if errors:
         worst = max(errors, key=lambda path: errors[path])
         remarks.append(
