@@ -31,7 +31,7 @@ _FILE = r"""(?x:
     | config\.json | generation_config\.json | model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
     | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
 )"""
-_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?{_FILE}|heads/[^/]+\.safetensors")
+_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?{_FILE}|heads/[^/]+\.(safetensors|json)")
 
 
 def is_ours(path: str) -> bool:
