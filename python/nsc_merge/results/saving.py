@@ -77,7 +77,7 @@ def save(
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
         raise ValueError(f"head: expected a task that brought a head, of {list(heads)}, found {head!r}")
-    merges = {place: one for place, one in by_task(result)}
+    merges = dict(by_task(result))
     # Where every task has an update of its own, the head belongs to that of its task.
     headed = "" if head is None or not result.per_task else task_folders(result.tasks)[head]
     if head is not None:

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nsc_merge.models.bases.sharded import class_name
-
 # ``owner/name`` on the hub.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -125,7 +123,8 @@ class Saved:
         given = [quoted(str(self.base.name))]
         given += [] if self.base.revision is None else [f"revision={quoted(self.base.revision)}"]
         given += [*settings, "ignore_mismatched_sizes=True"] if settings else []
-        return [f"from transformers import {self.auto}", f"base_model = {self.auto}.from_pretrained({', '.join(given)})"]
+        loaded = f"base_model = {self.auto}.from_pretrained({', '.join(given)})"
+        return [f"from transformers import {self.auto}", loaded]
 
     def with_a_head(self, file: str, labels: str, *, whole: bool) -> list[str]:
         """Lines that make ``model`` of it with a head that the base has no place for.
@@ -255,7 +254,8 @@ def putting(file: str, labels: str | None) -> list[str]:
 
 def labels_of(file: str) -> list[str]:
     """Lines that make ``labels`` of the classes of a head."""
-    return ["import json", f'with open({quoted(file)}, encoding="utf-8") as file:\n    labels = json.load(file)["id2label"]']
+    opened = f'with open({quoted(file)}, encoding="utf-8") as file:'
+    return ["import json", f'{opened}\n    labels = json.load(file)["id2label"]']
 
 
 def block(lines: Iterable[str]) -> str:
