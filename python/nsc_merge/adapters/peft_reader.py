@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import Adapter, Factor
-from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder
+from nsc_merge.adapters.adapter import About, Adapter, Factor
+from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
@@ -115,6 +115,33 @@ def _of_folder(folder: Path, name: str, dora: str) -> Adapter:
     return replace(adapter, source=folder, notes=beside.notes, sha256=sha256, about=about)
 
 
+def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
+    """An adapter of which shapes alone are known, its tensors being on the meta device, and its configuration.
+
+    Both are checked as :func:`load_adapter` does, without the numbers; DoRA passes, and keeps its magnitudes.
+
+    Raises:
+        FileNotFoundError, ValueError: as there.
+    """
+    files = read_headers(folder, name)
+    check_config(name, files.config, "convert")
+    held, _ = _sorted(name, files.config, files.weights)
+    if not held.parts:
+        raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
+    factors = {
+        path: Factor(
+            parts["lora_A.weight"],
+            parts["lora_B.weight"],
+            held.scalings[path],
+            parts.get("lora_B.bias"),
+            magnitude=parts.get("lora_magnitude_vector"),
+        )
+        for path, parts in held.parts.items()
+    }
+    base = files.config.get("base_model_name_or_path")
+    return Adapter(name, factors, base, held.trained, source=folder), files.config
+
+
 def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
     held_as, config = config_of(model, name)
     check_config(name, config, dora)
@@ -207,7 +234,10 @@ def _made(
         _refuse_non_finite(name, path, value)
     factors = {path: _factor(name, path, parts, held.scalings[path]) for path, parts in held.parts.items()}
     base = config.get("base_model_name_or_path")
-    return Adapter(name, factors, base, held.trained, base_weights=base_weights)
+    task_type = config.get("task_type")
+    # In memory it is one of PEFT's enumeration.
+    about = About(task_type=getattr(task_type, "value", task_type), base_revision=config.get("revision"))
+    return Adapter(name, factors, base, held.trained, base_weights=base_weights, about=about)
 
 
 def _is_within(path: str, modules: tuple[str, ...]) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import check_safetensors
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,15 @@ def _class_of(name: str, config: Any) -> Any:
     if not known and kind is not transformers.AutoModel:
         raise ValueError(f"model: transformers has no model {names[0]!r:.60}, which {name} asks for")
     return kind
+
+
+def outline_of(architecture: Architecture, dtype: str = "auto") -> nn.Module:
+    """The model with shapes and dtypes, and no numbers: its tensors are on the meta device."""
+    import torch
+    from torch import nn
+
+    kind, config = architecture.kind, architecture.config
+    with torch.device("meta"):
+        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
+    own = getattr(config, "dtype", None) or torch.float32
+    return model.to(own if dtype == "auto" else getattr(torch, dtype)).eval()
