@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import Adapter, Factor
+from nsc_merge.adapters.adapter import About, Adapter, Factor
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
@@ -231,7 +231,10 @@ def _made(
         _refuse_non_finite(name, path, value)
     factors = {path: _factor(name, path, parts, held.scalings[path]) for path, parts in held.parts.items()}
     base = config.get("base_model_name_or_path")
-    return Adapter(name, factors, base, held.trained, base_weights=base_weights)
+    task_type = config.get("task_type")
+    # In memory it is one of PEFT's enumeration.
+    about = About(task_type=getattr(task_type, "value", task_type), base_revision=config.get("revision"))
+    return Adapter(name, factors, base, held.trained, base_weights=base_weights, about=about)
 
 
 def _is_within(path: str, modules: tuple[str, ...]) -> bool:

@@ -13,8 +13,10 @@ from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
+from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.model_card import model_card
 from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
+from nsc_merge.results.beside.preprocessing import write_preprocessing
 from nsc_merge.results.beside.record import merge_digest, recipe_of
 from nsc_merge.results.layout import (
     CARD_FILE,
@@ -165,13 +167,16 @@ def _write(
     max_shard_size: str | int | None,
     dequantize: bool,
 ) -> dict[str, float]:
+    errors: dict[str, float] = {}
     if format == "coefficients":
         _write_coefficients(result, folder)
     elif format == "model":
         write_model(result, folder, max_shard_size, dequantize=dequantize)
     else:
-        return _write_lora(result, folder, rank)
-    return {}
+        errors = _write_lora(result, folder, rank)
+    if format != "coefficients":
+        write_preprocessing(result.model, folder)
+    return errors
 
 
 def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
@@ -216,8 +221,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
         }
         for path in whole
     }
-    bases = {adapter.base_model for adapter in result.adapters.values()}
-    write_adapter(folder, factors, kept, bases.pop() if len(bases) == 1 else None)
+    write_adapter(folder, factors, kept, about_adapter(result, kept))
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_number(
@@ -120,3 +124,8 @@ def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def is_hub_id(name: str, base: Path) -> bool:
+    """``owner/name`` with no folder ``owner`` in ``base``: a mistyped path must not reach the network."""
+    return bool(_HUB_ID.fullmatch(name)) and name[0] != "." and not (base / name.split("/")[0]).exists()
