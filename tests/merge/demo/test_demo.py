@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 import nsc_merge
 from nsc_merge.commands.main import main
+from nsc_merge.demo import evaluate, train
 from nsc_merge.demo import tasks as demo_tasks
-from nsc_merge.demo import train
 from nsc_merge.demo.data import SCENES, SPLITS, digit_images, digit_split, make_scenes
 from nsc_merge.demo.evaluate import distilled_outputs, load_bundle
 from nsc_merge.demo.model import patch_features
@@ -91,11 +91,17 @@ def test_shipped_parts_are_small_half_precision_safetensors():
         assert len(nsc_merge.load_adapter(assets / "adapters" / name, name).factors) == 32
 
 
-def test_demo_command(tmp_path):
-    done = command("demo", "--tasks", "depth,edge", "--steps", "2", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    out = tmp_path / "nsc-demo"
+def test_demo_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # A setting of the whole process, in which other tests run.
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(evaluate, "VALIDATION_SCENES", 64)
+    monkeypatch.setattr(evaluate, "TEST_SCENES", 128)
+    monkeypatch.setattr(evaluate, "COARSE_SCALES", (0.3, 0.6))
+    assert main(["demo", "--tasks", "depth,edge", "--steps", "2", "--json"]) == 0
+    done = capsys.readouterr()
+    summary = json.loads(done.out)
+    out = Path("nsc-demo")
     assert json.loads((out / "summary.json").read_text()) == summary
     for name in ("coefficients.json", "history.jsonl", "coefficients.png", "ratios.png", "predictions.png"):
         assert (out / name).stat().st_size > 0
@@ -113,8 +119,8 @@ def test_demo_command(tmp_path):
         assert gap["error"] > 0
     assert summary["matching_steps"] == 2
     for stage in ("NSC merging", "feature matching", "distillation"):
-        assert f"{stage}: 2/2" in done.stderr
-    assert "\r" not in done.stderr
+        assert f"{stage}: 2/2" in done.err
+    assert "\r" not in done.err
     table = render(summary)
     assert max(len(line) for line in table.splitlines() if str(out) not in line) <= 80
     assert summary["verdict"].split()[0] in table
