@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import About, Adapter, Factor
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
+from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
@@ -130,7 +131,9 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
         raise ValueError(f"adapters[{name!r}]: {both[0]} is in {WEIGHTS_FILE} and beside it; expected it once")
     held.trained.update(beside.parameters)
     adapter = _made(name, files.config, held, base_weights)
-    return replace(adapter, source=folder, notes=beside.notes, sha256={**files.sha256, **beside.sha256})
+    about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
+    sha256 = {**files.sha256, **beside.sha256}
+    return replace(adapter, source=folder, notes=beside.notes, sha256=sha256, about=about)
 
 
 def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:

@@ -100,8 +100,8 @@ def quartiles(arguments: argparse.Namespace) -> int:
     """``nsc-merge analyse quartiles``."""
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
     for task in arguments.tasks or ():
-        if task not in recipe.tasks:
-            raise UsageError(f"--tasks: expected some of {list(recipe.tasks)}, found {task!r}")
+        if task not in recipe.labelled:
+            raise UsageError(f"--tasks: expected some of {list(recipe.labelled)}, found {task!r}")
     rows = [row for row in recipe.rows if row.name == arguments.row]
     if not rows:
         raise UsageError(
