@@ -52,6 +52,24 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             "expected output.dequantize: true, or format lora"
         )
     _check_place(recipe.out)
+    if recipe.push_to_hub is not None:
+        check_push("output.push_to_hub")
+
+
+def check_push(argument: str) -> None:
+    """Refuse to upload where the hub may not be asked, or would not know who asks.
+
+    Raises:
+        RecipeError: naming ``argument``, with what to do.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise RecipeError(f"{argument}: HF_HUB_OFFLINE forbids to ask the hub; expected it unset")
+    if get_token() is None:
+        raise RecipeError(
+            f"{argument}: expected a token that may write, found none: set HF_TOKEN, or run hf auth login"
+        )
 
 
 @contextmanager
