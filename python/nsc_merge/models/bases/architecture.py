@@ -105,8 +105,11 @@ def _commit(name: str, revision: str | None) -> str:
         if problem is None:
             raise
         raise OSError(problem) from None
+    # Some releases say nothing of a configuration that is not there.
+    if file is None:
+        raise FileNotFoundError(f"model: {name} holds no config.json: expected another repository")
     # The cache calls a snapshot by it.
-    return Path(str(file)).parent.name
+    return Path(file).parent.name
 
 
 def _check_folder(folder: Path) -> None:
