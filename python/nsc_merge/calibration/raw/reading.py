@@ -98,7 +98,7 @@ def raw_batches(
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local)
     samples = draw(found, settings, argument, text=model.text, images=model.images)
-    reader = ImageReader(found.folder)
+    reader = ImageReader(found.folder, grey=model.grey)
     encoded, fillers, first = _encoded(samples, model, settings, reader, argument)
     sha256 = {**found.sha256, "samples": encoding.digest(encoded)}
     if reader.sha256 is not None:
