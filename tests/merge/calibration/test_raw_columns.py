@@ -15,7 +15,7 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 def chosen(row, takes="text", **settings):
-    return choose([row], DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
+    return choose([row], list(row), DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ REFUSED = {
     "column": ({"prompt": "a"}, {"text": "promt"}, "text: column 'promt' is not there; did you mean prompt?"),
     "columns": ({"a": "a"}, {"text": "zzz"}, "text: column 'zzz' is not there \\(columns: a\\)"),
     "template": ({"prompt": "a"}, {"text": "{promt}"}, "text: the template's column 'promt' is not there; did"),
-    "constant": ({"prompt": "a"}, {"text": "{{}}"}, "the template '{{}}' names no column of \\['prompt'\\]"),
-    "brace": ({"prompt": "a"}, {"text": "{prompt} }"}, "a '}' alone in the template .* write '}}'"),
-    "attribute": ({"a": "a"}, {"text": "{a.__class__}"}, "column 'a.__class__' is not there"),
-    "index": ({"a": "a"}, {"text": "{a[0]}"}, "column 'a\\[0\\]' is not there"),
-    "conversion": ({"a": "a"}, {"text": "{a!r:>9}"}, "column 'a!r:>9' is not there"),
+    "constant": ({"prompt": "a"}, {"text": "{{}}"}, "text: the template '{{}}' names no column of \\['prompt'\\]"),
+    "brace": ({"prompt": "a"}, {"text": "{prompt} }"}, "text: a '}' alone in the template .* write '}}'"),
+    "attribute": ({"a": "a"}, {"text": "{a.__class__}"}, "text: the template's column 'a.__class__' is not there"),
+    "index": ({"a": "a"}, {"text": "{a[0]}"}, "text: the template's column 'a\\[0\\]' is not there"),
+    "conversion": ({"a": "a"}, {"text": "{a!r:>9}"}, "text: the template's column 'a!r:>9' is not there"),
     "messages": ({"messages": CHAT}, {"messages": "message"}, "messages: column 'message' is not there; did you mean"),
     "other chat": ({"turns": CHAT}, {}, "no column of text; 'turns' holds chats: write messages: turns"),
     "image": ({"text": "a"}, {"image": "image"}, "image: 'image' is named, and the base takes no images"),
@@ -87,7 +87,7 @@ def test_images_that_are_not_clear_are_refused():
     with pytest.raises(ValueError, match=r"no column of images: text \('a'\); write image: NAME, or give a folder"):
         chosen({"text": "a"}, "images")
     with pytest.raises(ValueError, match="text: is named, and the base takes images alone"):
-        choose([{"image": "a.png"}], DataSettings(text="image"), "data", text=False, images=True)
+        choose([{"image": "a.png"}], ["image"], DataSettings(text="image"), "data", text=False, images=True)
     with pytest.raises(ValueError, match="holds images alone .* takes text beside them: write a .jsonl"):
         chosen({"image": "a.png"}, "text, images")
 

@@ -134,17 +134,19 @@ class Columns:
         return None if blank else Sample(where, text=text, images=images)
 
 
-def choose(rows: Sequence[Row], settings: DataSettings, argument: str, *, text: bool, images: bool) -> Columns:
+def choose(
+    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, text: bool, images: bool
+) -> Columns:
     """What is taken of rows for a base that takes text, images, or both.
 
     Args:
         rows: some of them.
+        columns: of all of them.
         argument: how messages call the data.
 
     Raises:
         ValueError: if a column that is named is not there, or if none is named and it is not clear which is meant.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     image = None
     if images:
         image = _image_column(rows, columns, settings, argument, needed=not text)

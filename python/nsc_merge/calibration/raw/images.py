@@ -36,7 +36,7 @@ def image_folder(folder: Path, files: Sequence[Path]) -> Source:
     def rows(numbers: Sequence[int]) -> list[Row]:
         return [{IMAGE: names[number]} for number in numbers]
 
-    return Source(str(folder), len(names), rows, {}, folder)
+    return Source(str(folder), len(names), (IMAGE,), rows, {}, folder)
 
 
 def is_image(value: Any) -> bool:

@@ -167,8 +167,9 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
         ValueError: naming the row, what was found and what was expected.
     """
     rows = in_order(source, settings.seed, settings.samples or source.count)
-    looked_at = list(islice(rows, _LOOKED_AT))
-    columns = choose([row for _, row in looked_at], settings, f"{argument}: {source.name}", text=text, images=images)
+    looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
+    some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
+    columns = choose(some, source.columns, settings, place, text=text, images=images)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
