@@ -142,8 +142,8 @@ class Saved:
             return [*lines, f"model = {self._from_pretrained([self._quoted, *settings])}", put]
         onto = "model" if whole else "model.base_model"
         made = [line.replace("base_model =", "model =", 1) for line in self.base_model(settings)]
-        added = f"PeftModel.from_pretrained({onto}, {self._quoted})  # puts the adapter into model itself"
-        return [*lines, "from peft import PeftModel", *made, put, added]
+        # Not a PeftModel: that of the adapter's task type would take the class for another.
+        return [*lines, *made, put, f"{onto}.load_adapter({self._quoted})"]
 
     def using(self, *, made: bool) -> list[str]:
         """Lines that run it on an example; none where no tokenizer or processor lies beside it.
@@ -245,17 +245,15 @@ def putting(file: str, labels: str | None) -> list[str]:
     lines = ["import torch", "from safetensors.torch import load_file", _PUT.format(file=quoted(file))]
     if labels is None:
         return lines
-    named = [
-        "model.config.id2label = {int(number): label for number, label in labels.items()}",
-        "model.config.label2id = {label: number for number, label in model.config.id2label.items()}",
-    ]
-    return [*lines, *labels_of(labels), *named]
+    inverse = "{label: number for number, label in labels.items()}"
+    return [*lines, *labels_of(labels), f"model.config.id2label, model.config.label2id = labels, {inverse}"]
 
 
 def labels_of(file: str) -> list[str]:
     """Lines that make ``labels`` of the classes of a head."""
     opened = f'with open({quoted(file)}, encoding="utf-8") as file:'
-    return ["import json", f'{opened}\n    labels = json.load(file)["id2label"]']
+    numbered = '{int(number): label for number, label in json.load(file)["id2label"].items()}'
+    return ["import json", f"{opened}\n    labels = {numbered}"]
 
 
 def block(lines: Iterable[str]) -> str:
