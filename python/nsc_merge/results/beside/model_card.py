@@ -12,6 +12,7 @@ from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
 from nsc_merge.results.beside.loading_code import Base, Saved, block, putting, use_of
+from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
@@ -219,6 +220,8 @@ def _remarks(
     heads: Mapping[str, Head],
 ) -> list[str]:
     remarks = serving_notes(result, rank) if "lora" in formats else []
+    if {"lora", "model"} & {*formats}:
+        remarks += preprocessing_notes(result)
     quantised = result.inputs.get("quantization")
     if quantised and "lora" in formats:
         remarks.append(f"the base was quantised as it was loaded (`{quantised}`): give its `from_pretrained` the same")
