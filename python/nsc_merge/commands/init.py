@@ -77,7 +77,7 @@ def _init(arguments: argparse.Namespace) -> int:
     found = find(arguments.adapters, arguments.base, arguments.data, arguments.method, arguments.text)
     folder = Path.cwd() if shown else out.resolve().parent
     schema = _schema_path(arguments.schema, folder)
-    text = recipe_text(found, folder, schema)
+    text = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
         print(text, end="")
         for warning in found.warnings:
@@ -101,6 +101,8 @@ def _schema_path(asked: Any, folder: Path) -> str | None:
 
 
 def _write_schema(file: Path | None) -> int:
+    if file is not None and file.is_dir():
+        raise UsageError(f"--schema: expected a file to write, found the folder {file}; adapters stand before --schema")
     from nsc_merge.recipes.schema import schema
     from nsc_merge.utils.atomic_file import write_text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.utils.yaml_text import to_yaml
 
 _WIDTH = 100
+# A rank that every server takes.
+_SMALL = 16
 
 
 class Yaml:
@@ -63,11 +66,13 @@ def _shown(text: str) -> str:
     return " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
 
-def recipe_text(found: Findings, folder: Path, schema: str | None = None) -> str:
+def recipe_text(found: Findings, folder: Path, name: str = "recipe.yaml", schema: str | None = None) -> str:
     """The recipe of what was found.
 
     Args:
+        found: it.
         folder: that its paths are relative to.
+        name: of its file there.
         schema: path of the JSON schema, relative to ``folder``, that editors are to complete keys from.
     """
     yaml = Yaml()
@@ -75,9 +80,10 @@ def recipe_text(found: Findings, folder: Path, schema: str | None = None) -> str
         yaml.verbatim(f"# yaml-language-server: $schema={schema}")
     count = len(found.tasks)
     yaml.remark(f"Merges {count} LoRA adapter{'s' if count > 1 else ''}. Written by nsc-merge init, to be edited.")
+    command = _shown(shlex.join(["nsc-merge", "run", name]))
     yaml.verbatim(
-        "#   nsc-merge run recipe.yaml --dry-run   loads everything, says what it takes, and writes nothing",
-        "#   nsc-merge run recipe.yaml             merges",
+        f"#   {command} --dry-run   loads everything, says what a merge takes, and writes nothing",
+        f"#   {command}             merges",
         "# Paths are relative to this file. All keys: nsc-merge run --help",
     )
     for warning in found.warnings:
@@ -118,8 +124,7 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
 
 def _merging(yaml: Yaml, found: Findings) -> None:
     method = found.method
-    yaml.section(f"How they are merged: {method.summary}")
-    yaml.remark(f"({method.paper}).")
+    yaml.section(f"How they are merged: {method.summary} ({method.paper}).")
     yaml.remark(found.chosen)
     yaml.remark(_advice(found))
     yaml.entries({"method": (method.name, "all of them, with their options: nsc-merge methods")})
@@ -166,20 +171,15 @@ def _option_said(name: str, found: Findings) -> str:
 
 def _output(yaml: Yaml, found: Findings) -> None:
     formats = formats_of(found)
-    said = []
-    if "lora" in formats:
-        rank = sum(max(task.ranks) for task in found.tasks)
-        exact = f"an adapter for the base, exact at rank {rank} (rank: 16 makes it smaller)"
-        said.append(f"lora: {exact if found.method.gives == 'coefficients' else 'an adapter for the base'}")
-    if "model" in formats:
-        said.append(f"model: the whole merged model, {size_said(found.base.size)}")
-    elif found.base.quantised:
-        said.append("no model: the base is quantised")
-    yaml.section("What is written.")
+    said = {"lora": "lora: an adapter for the base", "model": f"model: all of it, {size_said(found.base.size)}"}
+    yaml.section("What is written, and where to.")
     yaml.verbatim("output:")
-    values: dict[str, tuple[Any, str]] = {"dir": ("merged", "")}
-    values["formats"] = (formats, "; ".join(said))
-    yaml.entries(values, 2)
+    yaml.entries({"dir": ("merged", ""), "formats": (formats, "; ".join(said[name] for name in formats))}, 2)
+    rank = sum(max(task.ranks) for task in found.tasks)
+    if "lora" in formats and found.method.gives == "coefficients" and rank > _SMALL:
+        yaml.verbatim(f"  # rank: {_SMALL}  # of the adapter, which is then an approximation; it is exact at rank {rank}")
+    if "model" not in formats:
+        yaml.remark("A quantised base is merged into a model of plain numbers by formats: [model] and dequantize: true.", 2)
 
 
 def formats_of(found: Findings) -> list[str]:
@@ -201,8 +201,8 @@ def memory_said(found: Findings) -> str:
     there = f" of {size_said(found.device_bytes)}" if found.device_bytes else ""
     assert found.bytes is not None and found.operations is not None
     return (
-        f"By formula a step takes {size_said(found.bytes)}{there} and {found.operations / 1e12:.3g} TFLOP; the dry run "
-        "measures both."
+        f"By formula a step takes {size_said(found.bytes)}{there} of memory and {found.operations / 1e9:.3g} GFLOP; the "
+        "dry run measures how long that is."
     )
 
 
