@@ -50,7 +50,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class About:
-    """What the folder of an adapter says of it beside its weights; nothing of adapters in memory.
+    """What an adapter's configuration says of it beside its weights, and its folder, which adapters in memory lack.
 
     Attributes:
         task_type: PEFT's, such as ``"CAUSAL_LM"``.

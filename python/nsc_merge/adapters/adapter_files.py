@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nsc_merge.utils.json_text import from_json
-from nsc_merge.utils.safetensors_checks import read_checked
+from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors, read_checked
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,6 +39,34 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
         FileNotFoundError: if one is missing; other weight formats are never opened.
         ValueError: if one is damaged, naming it.
     """
+    raw, config = _config(folder, name)
+    try:
+        weights = read_checked(folder / WEIGHTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
+    return AdapterFiles(config, {key: widened(value) for key, value in weights.tensors.items()}, sha256)
+
+
+def read_headers(folder: Path, name: str) -> AdapterFiles:
+    """As :func:`read_folder`, with tensors on the meta device and no digests: of the weights their header alone is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as there.
+    """
+    _, config = _config(folder, name)
+    try:
+        header = check_safetensors(folder / WEIGHTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    weights = {
+        key: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for key, entry in header.items()
+    }
+    return AdapterFiles(config, weights, {})
+
+
+def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
+    """The configuration, of a folder that has both files."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
@@ -47,12 +76,7 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
     config = from_json(raw, f"adapters[{name!r}]: {folder / CONFIG_FILE}")
     if not isinstance(config, dict):
         raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE}: expected a JSON object, found {config!r:.40}")
-    try:
-        weights = read_checked(folder / WEIGHTS_FILE)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
-    sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
-    return AdapterFiles(config, {key: widened(value) for key, value in weights.tensors.items()}, sha256)
+    return raw, config
 
 
 def widened(value: Tensor) -> Tensor:

@@ -89,8 +89,9 @@ def _check_types(name: str, config: Mapping[str, Any]) -> None:
     whole_numbers = layers if isinstance(layers, list | tuple | set) else [layers]
     if layers is not None and not all(type(one) is int for one in whole_numbers):
         refuse("layers_to_transform", "whole numbers")
-    if not isinstance(config.get("base_model_name_or_path"), str | None):
-        refuse("base_model_name_or_path", "text")
+    for setting in ("base_model_name_or_path", "revision", "task_type"):
+        if not isinstance(config.get(setting), str | None):
+            refuse(setting, "text")
     if not isinstance(config.get("init_lora_weights"), str | bool | None):
         refuse("init_lora_weights", "true, false or a name")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsc_merge.adapters.adapter import Factor
-from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from nsc_merge.adapters.adapter_files import WEIGHTS_FILE
 from nsc_merge.adapters.peft_reader import PREFIX
 
 
@@ -19,19 +19,20 @@ def write_adapter(
     folder: Path,
     factors: Mapping[str, Factor],
     whole: Mapping[str, Mapping[str, Tensor]],
-    base_model: str | None,
+    about: Mapping[str, Any],
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write ``adapter_config.json``, as PEFT writes it, and ``adapter_model.safetensors``.
 
     Args:
         folder: that there is.
         factors: module path -> update of rank 1 at least, with a scaling of 1: alpha is r everywhere.
         whole: path of a module kept in full (``modules_to_save``) -> its parameters by name.
-        base_model: what the adapter is for, if that is known.
+        about: what else the configuration says, as fields of ``peft.LoraConfig``: what the adapter is for.
 
     Raises:
         ValueError: naming a tensor that is not finite, before anything is written.
     """
+    from peft import LoraConfig
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -54,22 +55,17 @@ def write_adapter(
     ranks = {path: factor.rank for path, factor in factors.items()}
     largest = max(ranks.values(), default=1)
     other = {re.escape(path): value for path, value in ranks.items() if value != largest}
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": list(ranks),
-        "modules_to_save": list(whole) or None,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": has_bias,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-    }
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=other,
+        alpha_pattern=other,
+        modules_to_save=list(whole) or None,
+        lora_bias=has_bias,
+        inference_mode=True,
+        **about,
+    )
+    # In their order: PEFT makes a set of what it is given, whose order is another in every process.
+    config.target_modules = list(ranks)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config.save_pretrained(str(folder))

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from nsc_merge.recipes.yaml_keys import is_hub_id
+    from nsc_merge.utils.option_checks import is_hub_id
 
     if arguments.inputs and not arguments.model:
         raise UsageError("--inputs: needs --model")

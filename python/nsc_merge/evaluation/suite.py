@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
+from nsc_merge.evaluation.eval_recipe import EvalRecipe, HarnessTask, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
@@ -48,6 +48,28 @@ class Suite(Protocol):
     def labelled(self, task: str, split: str) -> Labelled:
         """All of ``"val"`` or ``"test"`` as batches of model inputs and labels."""
         ...
+
+    def brought(self, task: str) -> Mapping[str, Tensor]:
+        """Parameters of the model that the adapter of a task of the harness brought, which take the place of its own
+        for that task.
+        """
+        return self._brought[task]
+
+    def tokenizer(self, argument: str) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            ValueError: naming ``argument``, if there is none.
+        """
+        from transformers import AutoTokenizer
+
+        recipe = self._recipe
+        try:
+            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
+            ) from None
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the task's head makes of the model, differentiable."""
@@ -98,15 +120,16 @@ class RecipeSuite:
         merged_linears(self.model, self.adapters)
         self.tasks = {
             name: TaskInfo(name, task.metric.label, task.metric.lower_is_better)
-            for name, task in recipe.tasks.items()
+            for name, task in recipe.labelled.items()
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
-        self._heads = {name: self._head(task) for name, task in recipe.tasks.items()}
+        self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
+        self._brought = {name: self._parameters(task) for name, task in recipe.harness.items()}
         for name in self.tasks:
             self.labelled(name, "test")
 
     def metric(self, task: str) -> Metric:
-        return self._recipe.tasks[task].metric
+        return self._recipe.labelled[task].metric
 
     def labelled(self, task: str, split: str) -> Labelled:
         """All of ``"val"`` or ``"test"``.
@@ -115,7 +138,7 @@ class RecipeSuite:
             FileNotFoundError, ValueError: naming the key of the recipe.
         """
         if (task, split) not in self._labelled:
-            settings = self._recipe.tasks[task]
+            settings = self._recipe.labelled[task]
             key = {"test": "test", "val": "validation"}[split]
             place = getattr(settings, key)
             if place is None:
@@ -130,14 +153,35 @@ class RecipeSuite:
             if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
                 read = read_batches(task.calibration, self._recipe.batch_size, argument).to(self._dtype)
-                batches = [
-                    {key: value for key, value in batch.items() if key != task.labels} for batch in read
-                ]
+                labels = task.labels if isinstance(task, TaskRecipe) else None
+                batches = [{key: value for key, value in batch.items() if key != labels} for batch in read]
                 check_names(Batches(batches), self.model, argument)
             else:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
             drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
         return drawn
+
+    def brought(self, task: str) -> Mapping[str, Tensor]:
+        """Parameters of the model that the adapter of a task of the harness brought, which take the place of its own
+        for that task.
+        """
+        return self._brought[task]
+
+    def tokenizer(self, argument: str) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            ValueError: naming ``argument``, if there is none.
+        """
+        from transformers import AutoTokenizer
+
+        recipe = self._recipe
+        try:
+            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
+            ) from None
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the task's head on ``model``, where the model is."""
@@ -208,6 +252,16 @@ class RecipeSuite:
         if isinstance(head, ModelHead):
             return ModelHead(head.parameters, shifted=self._shifted(task))
         return head
+
+
+    def _parameters(self, task: HarnessTask) -> Mapping[str, Tensor]:
+        trained = self.adapters[task.name].trained
+        if not trained:
+            return {}
+        argument = f"tasks.{task.name}.adapter: {task.adapter}"
+        head = head_of(trained, self.model, None, argument)
+        assert isinstance(head, ModelHead)
+        return head.parameters
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:

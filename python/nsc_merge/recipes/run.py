@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapters import Adapter, load_adapter, load_from_hub
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.raw.reading import is_raw, raw_batches
 from nsc_merge.methods import METHODS, method_of
-from nsc_merge.models.bases.loading import base_files, load_model
+from nsc_merge.models.bases.loading import base_files, commit_of, load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.processes.group import current
+from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.results.beside.serving_notes import serving_notes
@@ -84,9 +87,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         return None
     if group.size > 1 and recipe.local:
         # In shards the base is whole in no process: what is written of it comes from its files.
-        placement = replace(recipe.placement, numbers=False)
-        model = load_model(recipe.model, local=True, placement=placement, digest=_digest(recipe))
-        result = replace(result, model=model)
+        result = replace(result, model=_base(recipe, replace(recipe.placement, numbers=False)))
     if result.course:
         log(result.course)
     dead = sum(len(tasks) for tasks in result.dead.values())
@@ -103,6 +104,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         max_shard_size=recipe.max_shard_size,
         plots=recipe.plots,
         dequantize=recipe.dequantize,
+        head=recipe.head,
+        labels=recipe.labels or None,
     )
     if resumable:
         state.unlink(missing_ok=True)
@@ -144,26 +147,82 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
     return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
-def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
-    """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
+def read_adapter(place: Path | HubAdapter, task: str, dora: str) -> Adapter:
+    """The adapter that a recipe names."""
+    if isinstance(place, Path):
+        return load_adapter(place, task, dora=dora)
+    return load_from_hub(place.repo, task, revision=place.revision, subfolder=place.subfolder, dora=dora)
+
+
+def read_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], dict[str, Batches]]:
+    """The adapters and the calibration batches, as they are; the same ones in all processes that share the work.
+
+    Raises:
+        ValueError, OSError: naming the key, what was found and what was expected.
+    """
+    with current().agreeing():
+        adapters = {task: read_adapter(place, task, recipe.dora) for task, place in recipe.adapters.items()}
+        calibration = {task: _batches(recipe, task) for task in recipe.calibration}
+    seen = current().share([{task: batches.sha256 for task, batches in calibration.items()}])
+    if any(one != seen[0] for one in seen):
+        raise OSError("calibration: expected data that is the same for all processes, found other bytes in some")
+    return adapters, calibration
+
+
+def _batches(recipe: Recipe, task: str) -> Batches:
+    place, argument = recipe.calibration[task], f"calibration.{task}"
+    if place.local and not is_raw(place.source):
+        return read_batches(place.source, recipe.batch_size, argument)
+    local = recipe.local and place.offline
+    return raw_batches(
+        place.source,
+        recipe.model,
+        place.settings,
+        recipe.batch_size,
+        argument,
+        local=local,
+        base_revision=recipe.revision,
+    )
+
+
+def load(
+    recipe: Recipe, log: Log, inputs: tuple[dict[str, Adapter], dict[str, Batches]] | None = None
+) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+    """The base model, the adapters fitted to it, and the calibration batches in its dtype.
+
+    Args:
+        recipe: what is merged.
+        log: told what takes its time.
+        inputs: of :func:`read_inputs`, which is called for them otherwise.
+    """
     if recipe.dropped:
         log(f"method={recipe.method}: dropped options of the recipe's own method: {', '.join(recipe.dropped)}")
-    with current().agreeing():
-        adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
-        calibration = {
-            task: read_batches(place, recipe.batch_size, f"calibration.{task}")
-            for task, place in recipe.calibration.items()
-        }
+    adapters, calibration = inputs or read_inputs(recipe)
+    if recipe.head is not None and not adapters[recipe.head].trained:
+        raise RecipeError(
+            f"output.head: expected a task whose adapter brought a head (modules_to_save), found {recipe.head!r:.60}, "
+            "which brought none"
+        )
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
     needed = bool(method_of(recipe.method).needs)
-    placement = replace(recipe.placement, shards=current().size > 1, numbers=needed)
-    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=_digest(recipe))
+    model = _base(recipe, replace(recipe.placement, shards=current().size > 1, numbers=needed))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
     return model, fit(adapters, model, recipe.shared_modules), calibration
+
+
+def _base(recipe: Recipe, placement: Placement) -> nn.Module:
+    return load_model(
+        recipe.model,
+        local=recipe.local,
+        placement=placement,
+        digest=_digest(recipe),
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
@@ -174,7 +233,7 @@ def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
 def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:
     """What a run is of, beside what the merge is given as arguments."""
     return {
-        "model": _base_of(model) if recipe.local else recipe.model,
+        "model": _base_of(model) if recipe.local else f"{recipe.model}@{commit_of(model)}",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         **({} if recipe.quantization is None else {"quantization": recipe.quantization}),
         "calibration": {task: batches.sha256 for task, batches in calibration.items()},
@@ -207,12 +266,18 @@ def merge_loaded(
     with options_at_fault(recipe):
         result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
     inputs = {
-        "calibration": {task: str(place) for task, place in recipe.calibration.items()},
+        **({"trust_remote_code": True} if recipe.trust_remote_code else {}),
+        # Raw data with all settings that its samples follow from, whatever the defaults of another release are.
+        "calibration": {
+            task: place.as_written() if "samples" in calibration[task].sha256 else place.source
+            for task, place in recipe.calibration.items()
+        },
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
         "dora": recipe.dora,
         **recipe.placement_keys,
         "full_hash": recipe.full_hash,
+        **({"labels": {task: list(names) for task, names in recipe.labels.items()}} if recipe.labels else {}),
         "output": {
             "dir": str(recipe.out),
             "formats": list(recipe.formats),
@@ -220,6 +285,7 @@ def merge_loaded(
             "max_shard_size": recipe.max_shard_size,
             "dequantize": recipe.dequantize,
             "plots": recipe.plots,
+            **({} if recipe.head is None else {"head": recipe.head}),
         },
         RECORD: {
             "sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}},

@@ -28,10 +28,29 @@ PASSING_OPTIONS = ("progress", *OPTIONS_OF_RUN, "state_every", "scored")
 
 _FILE = r"""(?x:
     adapter_config\.json | adapter_model\.safetensors | truncation\.json
-    | config\.json | generation_config\.json | model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
+    | config\.json | model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
     | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
 )"""
-_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?{_FILE}|heads/[^/]+\.safetensors")
+# What transformers' tokenizers, processors and generation read from a model's folder, of this release and of earlier
+# ones: configurations, chat templates, vocabularies, as patterns of the hub. No weights, and no code.
+PREPROCESSING = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("image_processor_config.json", "audio_tokenizer_config.json", "generation_config.json"),
+    *("tokenizer.model", "tokenizer.model.v*", "tekken.json", "*.tiktoken", "spiece.model", "sentencepiece.model"),
+    *("sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm", "target.spm", "prophetnet.tokenizer"),
+    *("vocab.json", "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json"),
+    *("target_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json"),
+    *("word_shape.json", "word_pronunciation.json"),
+)
+_PREPROCESSING = "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in PREPROCESSING)
+_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?({_FILE}|{_PREPROCESSING})|heads/[^/]+\.(safetensors|json)")
+
+
+def is_preprocessing(path: str) -> bool:
+    """Whether a file of a model's folder is of its tokenizer, processor or generation, by its path within."""
+    return re.fullmatch(_PREPROCESSING, path) is not None
 
 
 def is_ours(path: str) -> bool:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_number(
@@ -47,14 +51,28 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}: expected a whole number below 2^63, found {value!r:.60}")
 
 
+class ChoiceError(ValueError):
+    """A value is not among those that an option may have.
+
+    Attributes:
+        name: of the option.
+        choices: that there are.
+    """
+
+    def __init__(self, name: str, value: Any, choices: Sequence[Any]) -> None:
+        super().__init__(f"{name}: expected one of {list(choices)}, found {value!r}")
+        self.name = name
+        self.choices = list(choices)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse what is not among ``choices``.
 
     Raises:
-        ValueError: naming the option, what was found and what was expected.
+        ChoiceError: naming the option, what was found and what was expected.
     """
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, found {value!r}")
+        raise ChoiceError(name, value, choices)
 
 
 def check_seed(value: Any) -> None:
@@ -106,3 +124,13 @@ def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message that refuses ``name``: the nearest that there is, nothing if none is near."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def is_repo(name: str) -> bool:
+    """Whether it is ``owner/name``, as repositories on the hub are called."""
+    return _REPO.fullmatch(name) is not None
+
+
+def is_hub_id(name: str, base: Path) -> bool:
+    """``owner/name`` with no folder ``owner`` in ``base``: a mistyped path must not reach the network."""
+    return is_repo(name) and not (base / name.split("/")[0]).exists()

@@ -115,7 +115,7 @@ def test_a_task_has_no_model_beside_its_adapter(merges, tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_recipe_that_lies_there_names_no_file_of_a_user_for_deletion(merges, tmp_path, monkeypatch, inside):
     out = tmp_path / "out"
-    mine = ["notes.txt", "data/config.json", "lora/tokenizer.json", "heads/deep/x.safetensors", "tasks/plan"]
+    mine = ["notes.txt", "data/config.json", "lora/tokens.json", "heads/deep/x.safetensors", "tasks/plan"]
     mine += ["w.safetensors"]
     outside = ["victim.txt", "other/README.md", "other/config.json"]
     for name in [*(f"out/{name}" for name in mine), *outside]:

@@ -127,10 +127,15 @@ def reshard(model: nn.Module) -> None:
             unit.reshard()
 
 
-def class_name(model: nn.Module) -> str:
-    """Of the class that a model has in transformers: in shards it is of another, made for the purpose."""
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has in transformers: in shards it is of another, made for the purpose."""
     kind = type(model)
-    return (kind.__mro__[2] if is_unit(model) else kind).__name__
+    return kind.__mro__[2] if is_unit(model) else kind
+
+
+def class_name(model: nn.Module) -> str:
+    """Of :func:`own_class`."""
+    return own_class(model).__name__
 
 
 def _with_blocks(architecture: Architecture) -> Any:

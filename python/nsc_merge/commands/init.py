@@ -1,0 +1,112 @@
+"""The ``init`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.utils.errors import UsageError
+
+_INIT = """\
+Looks at adapters, base and data, and writes a recipe with comments, which nsc-merge run takes:
+
+  nsc-merge init adapters/* --base base --data prompts.jsonl
+  nsc-merge init french=runs/7/adapter legal=runs/9/adapter --base base --data data/
+  nsc-merge run recipe.yaml --dry-run
+
+Weights are not read: the base's configuration and the headers of the adapters' files are.
+Tasks are called like their adapters' folders, unless TASK=FOLDER calls them otherwise.
+
+--data is a file (.jsonl, .json, .csv, .parquet, .txt, or .safetensors of ready inputs), a
+folder of images or of files called like the tasks, or the id owner/name of a dataset; with
+TASK= in front it is of one task. Without it the recipe's method is one that takes no data.
+
+--schema writes the JSON schema of recipes beside the recipe, from which editors complete and
+check keys; alone it prints the schema, with a FILE it writes it there.
+"""
+SCHEMA_FILE = "recipe.schema.json"
+_BESIDE = object()
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's."""
+    init = commands.add_parser(
+        "init",
+        help="write a first recipe for adapters, a base and data",
+        description=_INIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init.add_argument("adapters", nargs="*", metavar="ADAPTER", help="PEFT folder, or TASK=FOLDER")
+    init.add_argument("--base", metavar="DIR|ID", help="base model: folder, or hub id (owner/name)")
+    init.add_argument(
+        "--data", action="append", default=[], metavar="[TASK=]FILE", help="unlabelled inputs; may be repeated"
+    )
+    init.add_argument("--text", metavar="COLUMN", help='column of raw data that holds the text, or "{a} {b}"')
+    init.add_argument("--method", metavar="NAME", help="how to merge (default: what suits the data)")
+    init.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="- prints it (default: recipe.yaml)")
+    init.add_argument("--force", action="store_true", help="replace a recipe that is there")
+    init.add_argument("--schema", nargs="?", const=_BESIDE, metavar="FILE", help="write the JSON schema of recipes")
+    init.add_argument("--json", action="store_true", help="print what was found as JSON")
+    init.set_defaults(run=_init)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    if not arguments.adapters and arguments.schema is not None:
+        return _write_schema(None if arguments.schema is _BESIDE else Path(arguments.schema))
+    if not arguments.adapters:
+        raise UsageError("ADAPTER: expected one or more folders of adapters, found none")
+    if arguments.base is None:
+        raise UsageError("--base: expected the base model of the adapters, found none")
+    out, shown = arguments.out, str(arguments.out) == "-"
+    if not shown and out.exists() and not arguments.force:
+        raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
+    if shown and (arguments.json or arguments.schema is not None):
+        raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
+    from nsc_merge.recipes.yaml_keys import is_hub_id
+
+    named = [arguments.base, *arguments.data]
+    prepare(local=not any(is_hub_id(one.partition("=")[2] or one, Path.cwd()) for one in named))
+    from nsc_merge.recipes.first.findings import find
+    from nsc_merge.recipes.first.text import recipe_text, render, summary
+    from nsc_merge.utils.atomic_file import write_text
+
+    found = find(arguments.adapters, arguments.base, arguments.data, arguments.method, arguments.text)
+    folder = Path.cwd() if shown else out.resolve().parent
+    schema = _schema_path(arguments.schema, folder)
+    text = recipe_text(found, folder, schema)
+    if shown:
+        print(text, end="")
+        for warning in found.warnings:
+            log(f"warning: {warning}")
+        return 0
+    write_text(out, text)
+    if schema is not None:
+        _write_schema(folder / schema)
+    command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
+    print(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
+    return 0
+
+
+def _schema_path(asked: Any, folder: Path) -> str | None:
+    """Where the schema is to lie, relative to the recipe."""
+    import os
+
+    if asked is None:
+        return None
+    return SCHEMA_FILE if asked is _BESIDE else Path(os.path.relpath(asked, folder)).as_posix()
+
+
+def _write_schema(file: Path | None) -> int:
+    from nsc_merge.recipes.schema import schema
+    from nsc_merge.utils.atomic_file import write_text
+
+    text = json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+    if file is None:
+        print(text, end="")
+    else:
+        write_text(file, text)
+    return 0

@@ -1,0 +1,112 @@
+"""The data of a first recipe: which file is which task's, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.recipes.yaml_keys import RecipeError, is_hub_id
+from nsc_merge.utils.option_checks import did_you_mean
+from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs of a task.
+
+    Attributes:
+        source: absolute path, or an id on the hub.
+        raw: whether it is raw data, which settings say how to encode; False for safetensors.
+        said: what was found, in a line.
+        batch: inputs of a batch as far as shapes go; None where nothing was looked at.
+    """
+
+    source: str
+    raw: bool
+    said: str
+    batch: Mapping[str, Tensor] | None
+
+
+def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Task -> absolute path or hub id of its data, of the arguments of ``--data``: something for all tasks, a folder
+    whose entries are called like the tasks, or ``TASK=`` in front of something for one.
+
+    Raises:
+        RecipeError: if there is no such thing, or if a task is left without, or has two.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, place = argument.partition("=")
+        if equals and name in tasks:
+            given = {name: _place(place)}
+        elif equals and not Path(argument).exists():
+            hint = did_you_mean(name, tasks) or f" (tasks: {', '.join(tasks)})"
+            raise RecipeError(f"--data: {name!r} is no task{hint}")
+        else:
+            given = _by_name(Path(argument), tasks) or dict.fromkeys(tasks, _place(argument))
+        for task, source in given.items():
+            if task in found:
+                raise RecipeError(f"--data: task {task!r} is given {found[task]} and {source}; expected one of them")
+            found[task] = source
+    missing = [task for task in tasks if task not in found]
+    if found and missing:
+        raise RecipeError(f"--data: nothing is given for task {missing[0]!r}; expected --data {missing[0]}=FILE, too")
+    return {task: found[task] for task in tasks if task in found}
+
+
+def _place(text: str) -> str:
+    place = Path(text).expanduser()
+    if place.exists():
+        return str(place.resolve())
+    if is_hub_id(text, Path.cwd()):
+        return text
+    raise RecipeError(f"--data: {text} is missing; expected a file or a folder, or the id owner/name of a dataset")
+
+
+def _by_name(folder: Path, tasks: Sequence[str]) -> dict[str, str]:
+    """Task -> the entry of a folder that is called like it; empty if none is."""
+    folder = folder.expanduser()
+    entries = [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+    called: dict[str, list[Path]] = {}
+    for entry in sorted(entries):
+        for name in {entry.name, entry.stem} if entry.is_file() else {entry.name}:
+            called.setdefault(name, []).append(entry)
+    if not any(task in called for task in tasks):
+        return {}
+    for task in tasks:
+        if len(called.get(task, ())) != 1:
+            several = ", ".join(entry.name for entry in called.get(task, ())) or "none"
+            raise RecipeError(
+                f"--data: {folder} has entries called like tasks; expected one for task {task!r}, found {several} "
+                "(or --data TASK=FILE)"
+            )
+    return {task: str(called[task][0].resolve()) for task in tasks}
+
+
+def stored_inputs(source: str, model: nn.Module, batch_size: int, task: str) -> Data:
+    """What a safetensors file of stacked inputs holds, or a folder whose files are one batch each, by its headers.
+
+    Raises:
+        ValueError, OSError: if it holds none of the model's inputs.
+    """
+    place = Path(source)
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    header = check_safetensors(files[0])
+    shapes = {name: entry["shape"] for name, entry in header.items() if entry["shape"]}
+    if not shapes:
+        raise ValueError(f"--data {task}: {files[0]} holds no inputs with rows")
+    batch = {}
+    for name, (first, *others) in shapes.items():
+        dtype = DTYPES[header[name]["dtype"]]
+        rows = first if place.is_dir() else min(first, batch_size)
+        # A mask of zeros counts as one with padding in it; images are large, and only their shape counts.
+        device = "meta" if dtype.is_floating_point else "cpu"
+        batch[name] = torch.zeros([rows, *others], dtype=dtype, device=device)
+    check_names(Batches([batch]), model, f"--data {task}")
+    held = f"{len(files)} batches" if place.is_dir() else f"{max(shape[0] for shape in shapes.values())} rows"
+    return Data(source, False, f"safetensors, {held} of {', '.join(sorted(header))}", batch)

@@ -1,0 +1,259 @@
+"""What a first recipe is written from: base, adapters and data looked at, and a method chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS, Method, method_of
+from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.architecture import architecture_of, outline_of
+from nsc_merge.models.bases.placement import device_of
+from nsc_merge.models.families import Family, find_family, scored_paths
+from nsc_merge.models.fitting import fit
+from nsc_merge.recipes.first.data import Data, sources
+from nsc_merge.recipes.first.looking import look
+from nsc_merge.recipes.first.tasks import Task, find_tasks
+from nsc_merge.recipes.forecast.estimate import as_run, memory, operations
+from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
+from nsc_merge.recipes.merge_recipe import Recipe
+from nsc_merge.recipes.yaml_keys import RecipeError, absolute_model, is_hub_id
+from nsc_merge.utils.memory import free_memory, total_memory
+
+# Samples of a batch by the recipe of a family's models: those of the paper.
+BATCH_SIZES = {"vision": 32, "llm": 2, "vlm": 2}
+# What is merged with where there is no data. No other method without data is clearly better in docs/results.md.
+WITHOUT_DATA = "task_arithmetic"
+# Up to so many tasks 0.4 is as good a coefficient as 1/K, or better, in docs/results.md; with eight it is far worse.
+FEW_TASKS = 5
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, before its weights are read.
+
+    Attributes:
+        source: absolute path, or hub id.
+        local: whether it is a folder.
+        model: on the meta device.
+        family: None if none lists it.
+        quantised: the method that its files are quantised by, if any.
+    """
+
+    source: str
+    local: bool
+    model: nn.Module
+    family: Family | None
+    quantised: str | None
+
+    @property
+    def parameters(self) -> int:
+        return sum(value.numel() for value in self.model.parameters())
+
+    @property
+    def size(self) -> int:
+        """Bytes of its parameters."""
+        return sum(value.numel() * value.element_size() for value in self.model.parameters())
+
+    @property
+    def dtype(self) -> str:
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a first recipe says.
+
+    Attributes:
+        base: the base model.
+        tasks: the adapters.
+        heads: task -> modules that it trained in full and keeps for itself.
+        data: task -> its inputs; empty without.
+        text: column or template that is written out, where there is one.
+        method: that is chosen.
+        chosen: why, where it is not the usual one.
+        options: of the method, those that are written out.
+        preset: of the method's recipes, that of the family; None if it has none.
+        batch_size: samples of a batch.
+        measured: paths of the linears whose input the method measures.
+        bytes: that a step takes at most; None where there is no formula.
+        device_bytes: that there are; 0 if unknown.
+        operations: of a step.
+        warnings: what may be wrong.
+    """
+
+    base: Base
+    tasks: list[Task]
+    heads: Mapping[str, list[str]]
+    data: Mapping[str, Data]
+    text: str | None
+    method: Method
+    chosen: str
+    options: dict[str, Any]
+    preset: str | None
+    batch_size: int
+    measured: list[str]
+    bytes: float | None
+    device_bytes: int
+    operations: float | None
+    warnings: list[str]
+
+
+def find(
+    adapters: Sequence[str],
+    base: str,
+    data: Sequence[str] = (),
+    method: str | None = None,
+    text: str | None = None,
+) -> Findings:
+    """Look at everything that a recipe would be about; no weight is read.
+
+    Args:
+        adapters: folders, or ``TASK=FOLDER``.
+        base: folder or hub id.
+        data: arguments of ``--data``.
+        method: name; one that suits what there is when None.
+        text: column or template that holds the text of raw data; found when None.
+
+    Raises:
+        RecipeError: naming the argument that is at fault.
+        ValueError, TypeError, OSError: if adapters, base or data cannot be merged, or not together.
+    """
+    tasks = find_tasks(adapters)
+    found = _base(base)
+    fitted = fit({task.name: _low_rank(task.outline) for task in tasks}, found.model)
+    linears = merged_linears(found.model, fitted)
+    places = sources(data, [task.name for task in tasks])
+    chosen, why = _method(method, found, bool(places))
+    preset = found.family.recipe if found.family and found.family.recipe in chosen.recipes else None
+    batch_size = BATCH_SIZES.get(found.family.recipe if found.family else "", 32)
+    options = _options(chosen, preset, tasks)
+    looked, text = look(places, found.source, found.local, found.model, batch_size, text) if places else ({}, text)
+    measured: list[str] = []
+    if found.family is not None and "score_blocks" in chosen.option_names:
+        measured = scored_paths(found.family, found.model, list(linears), None, "last_quarter")
+    bytes_, count = _forecast(found, fitted, looked, chosen, options)
+    return Findings(
+        found,
+        tasks,
+        {task.name: heads for task in tasks if (heads := _heads(task, found.model))},
+        looked,
+        text,
+        chosen,
+        why,
+        options,
+        preset,
+        batch_size,
+        measured,
+        bytes_,
+        total_memory(device_of("auto")),
+        count,
+        [*_other_bases(tasks, found), *_partly(fitted, linears)],
+    )
+
+
+def _base(name: str) -> Base:
+    local = not is_hub_id(name, Path.cwd())
+    source = str(Path(absolute_model(name, Path.cwd())).resolve()) if local else name
+    if local and not Path(source).is_dir():
+        raise RecipeError(f"--base: expected a folder or a hub id (owner/name), {source} is no folder")
+    architecture = architecture_of(source, local=local)
+    model = outline_of(architecture)
+    quantised = getattr(architecture.config, "quantization_config", None)
+    how = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised and "unnamed"
+    return Base(source, local, model, find_family(model), how)
+
+
+def _low_rank(adapter: Adapter) -> Adapter:
+    """What is fitted without the base's numbers."""
+    factors = {path: Factor(one.A, one.B, one.scaling) for path, one in adapter.factors.items()}
+    return Adapter(adapter.name, factors, adapter.base_model)
+
+
+def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]:
+    """The method, and why it is not the usual one."""
+    if asked is not None:
+        try:
+            chosen = method_of(asked)
+        except ValueError as error:
+            raise RecipeError(f"--{error}") from None
+        if "data" in chosen.needs and not has_data:
+            raise RecipeError(f"--method: {asked} needs unlabelled inputs of every task, found none; expected --data")
+        return chosen, ""
+    if base.family is None:
+        kind = getattr(base.model.config, "model_type", None)
+        return METHODS[WITHOUT_DATA], (
+            f"{Recipe.method} does not know where to measure in models of type {kind}, so a method without data is "
+            "chosen."
+        )
+    if not has_data:
+        wanting = ", ".join(name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
+        return METHODS[WITHOUT_DATA], f"Chosen since no data was given: {wanting} find out on it what suits (--data)."
+    return METHODS[Recipe.method], ""
+
+
+def _options(method: Method, preset: str | None, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The options that are worth writing out, with their values."""
+    values = method.resolved({**({} if preset is None else {"recipe": preset})}, [task.name for task in tasks])
+    written = {name: getattr(values, name) for name in ("steps", "lr") if name in method.option_names}
+    if method.name == WITHOUT_DATA:
+        written[str(method.tuned)] = 0.4 if len(tasks) <= FEW_TASKS else round(1 / len(tasks), 3)
+    return written
+
+
+def _heads(task: Task, model: nn.Module) -> list[str]:
+    """Modules trained in full that are the task's own: behind the part of the model that all classes share."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    trunk = getattr(model, "base_model", model)
+    shared = {path for path, _ in trunk.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return [path for path in task.whole if output is None and path.removeprefix(prefix) not in shared]
+
+
+def _other_bases(tasks: Sequence[Task], base: Base) -> list[str]:
+    """Adapters that name another base than the one that they are merged on."""
+    own = {base.source, str(getattr(base.model.config, "_name_or_path", "")), base.source.rsplit("/", 1)[-1]}
+    found = []
+    for task in tasks:
+        named = task.outline.base_model
+        if named and named not in own and Path(named).name not in own and str(Path(named).resolve()) not in own:
+            found.append(
+                f"{task.name}: says that it was trained on {named}, not on {base.source}: if these are not one model, "
+                "the merge is worth nothing"
+            )
+    return found
+
+
+def _partly(adapters: Mapping[str, Adapter], linears: Mapping[str, Any]) -> list[str]:
+    """Adapters that leave out modules which others touch."""
+    return [
+        f"{task}: touches {len(adapter.factors)} of the {len(linears)} modules; its coefficient is 0 in the others"
+        for task, adapter in adapters.items()
+        if len(adapter.factors) < len(linears)
+    ]
+
+
+def _forecast(
+    base: Base, adapters: Mapping[str, Adapter], data: Mapping[str, Data], method: Method, options: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
+    """Bytes and operations of a step on one device; None where there is no formula."""
+    drawn: dict[str, Mapping[str, Tensor]] = {task: one.batch for task, one in data.items() if one.batch is not None}
+    if "gradients" not in method.needs or base.quantised is not None or len(drawn) != len(adapters):
+        return None, None
+    device = device_of("auto")
+    try:
+        resolved = method.resolved(options, list(adapters), base.model)
+        work = work_of(base.model, adapters, drawn, resolved)
+    except NoFormula:
+        return None, None
+    held = memory(work)
+    loaded = 0 if device.type == "cpu" else held.weights + held.adapters
+    free = min(total_memory(device) - loaded, free_memory(device))
+    work = as_run(work, resolved.batch_tasks, free)
+    return memory(work).total, operations(work)
