@@ -282,7 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    {"text": text, "vision": vision, "vlm": vlm}[chosen.kind](chosen.folder)
+    # Adapters name their base in full: a relative path may look like a hub id.
+    {"text": text, "vision": vision, "vlm": vlm}[chosen.kind](chosen.folder.resolve())
     held = ", ".join(sorted(entry.name for entry in chosen.folder.iterdir()))
     print(f"{chosen.folder}: {held}")
 
