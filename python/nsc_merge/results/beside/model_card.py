@@ -11,7 +11,7 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
-from nsc_merge.results.beside.loading_code import Base, Saved, block, is_hub_id, putting, use_of
+from nsc_merge.results.beside.loading_code import Base, Saved, block, putting, use_of
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
