@@ -86,7 +86,7 @@ def serving(hub: Hub, cache: Path) -> Iterator[Hub]:
             if self.command == "GET":
                 self.wfile.write(content)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
         def log_message(self, *_) -> None:
             pass
@@ -97,7 +97,8 @@ def serving(hub: Hub, cache: Path) -> Iterator[Hub]:
     with pytest.MonkeyPatch.context() as patch:
         constants = "huggingface_hub.constants"
         patch.setattr(f"{constants}.ENDPOINT", hub.endpoint)
-        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", url)
         patch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
         patch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
         patch.setattr(f"{constants}.HF_HUB_DISABLE_PROGRESS_BARS", True)

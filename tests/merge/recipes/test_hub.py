@@ -92,7 +92,7 @@ def test_revision_and_subfolder(hub):
     assert first.about.hub == f"me/nli@{hub.commits['nli']}"
     # Before other files were put beside it.
     assert first.notes == ()
-    with pytest.raises(FileNotFoundError, match=r"me/many@\w+ on the hub holds no adapter_config.json .*: runs/topic h"):
+    with pytest.raises(FileNotFoundError, match=r"me/many@\w+ on the hub holds no adapter_config.json .*: runs/topic"):
         nsc_merge.load_adapter("me/many", "topic")
 
 
