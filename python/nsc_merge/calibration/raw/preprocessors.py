@@ -127,6 +127,11 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
             f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
             "processor: FOLDER names"
         )
+    if getattr(found, "patch_size", "") is None:
+        raise ValueError(
+            f"{argument}: the processor of {name} does not say patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens, as those of old releases do not; set them and save it again"
+        )
     if settings.tokenizer is not None:
         found.tokenizer = tokenizer_of(base, settings, argument)
     return found

@@ -206,7 +206,7 @@ def _encoded(
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
     fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
     # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
     return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
 
 
