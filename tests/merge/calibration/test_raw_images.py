@@ -368,7 +368,7 @@ def test_a_chat_without_a_template_is_refused(tmp_path, plain):
 
 
 def test_a_processor_of_one_kind_alone_is_refused(pairs, llava, vit):
-    with pytest.raises(ValueError, match=r"holds a ViTImageProcessor\w* alone; expected a processor of text and images"):
+    with pytest.raises(ValueError, match=r"holds a ViTImageProcessor\w* alone; expected a processor"):
         made(pairs, llava, processor=str(vit))
 
 
