@@ -10,8 +10,8 @@ from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
 
-# PEFT's task types whose model puts a copy of the base's head into modules_to_save, whether the adapter has one or not.
-_OF_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# PEFT's task types that have a head, and the names under which PEFT looks for it.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def about_adapter(result: MergedUpdate, whole: Collection[str]) -> dict[str, Any]:
@@ -51,14 +51,14 @@ def _base(result: MergedUpdate) -> tuple[str | None, str | None]:
 
 
 def _task_type(result: MergedUpdate, whole: Collection[str]) -> str | None:
-    """PEFT's task type, if the class that it stands for is the model's.
+    """PEFT's task type: of those whose auto class makes a model of the base's class, the one that all adapters say.
 
-    PEFT loads an adapter with a task type only through transformers' auto class of that type, and has
-    ``modules_to_save`` hold a copy of the head for types that have one: without its head in the adapter, that would be
-    whatever the base has. Where none fits, PEFT goes by ``auto_mapping``, which loads the very class.
+    An adapter with a task type is loaded through that auto class only, and one of a type that has a head must hold one
+    (PEFT 0.21 ends in a KeyError otherwise). Where no type fits, ``auto_mapping`` names the very class.
     """
     told = {adapter.about.task_type for adapter in result.adapters.values()}
-    fitting = [kind for kind in _kinds(result.model) if kind not in _OF_HEADS or whole]
+    ends = {path.rsplit(".", 1)[-1] for path in whole}
+    fitting = [kind for kind in _kinds(result.model) if kind not in _HEADS or ends.intersection(_HEADS[kind])]
     return next((kind for kind in fitting if told == {kind}), fitting[0] if fitting else None)
 
 

@@ -45,7 +45,7 @@ PREPROCESSING = (
     *("word_shape.json", "word_pronunciation.json"),
 )
 _PREPROCESSING = "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in PREPROCESSING)
-_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?({_FILE}|{_PREPROCESSING})|heads/[^/]+\.safetensors")
+_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?({_FILE}|{_PREPROCESSING})|heads/[^/]+\.(safetensors|json)")
 
 
 def is_preprocessing(path: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,14 @@ class MergeResult(MergedUpdate):
         max_shard_size: str | int | None = None,
         plots: bool = False,
         dequantize: bool = False,
+        head: str | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
     ) -> Path:
         """Write the result into the folder ``out``, which appears or changes only once everything is written.
 
         Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs, files
-        written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and
-        ``heads/<task>.safetensors`` for every task that brought a head.
+        written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and for every task that
+        brought a head ``heads/<task>.safetensors``, with the names of its classes in ``heads/<task>.json``.
 
         Args:
             out: a folder; made if needed. Files of the same names are replaced, and what an earlier save of another
@@ -52,6 +54,11 @@ class MergeResult(MergedUpdate):
             dequantize: of ``"model"`` on a quantised base: write a plain model, with the update added to the numbers
                 that the quantised linears compute with and rounded once to the dtype of the activations. Without it
                 such a base is refused, as the merge would be rounded to its codes.
+            head: a task whose head goes into ``"model"``, with its labels in the configuration, and into ``"lora"`` as
+                ``modules_to_save``, so that ``pipeline`` and PEFT load it; where every task has an update of its own,
+                into that of its task. A base that has no such head becomes the classifier of transformers that has.
+            labels: task -> names of the classes of its head, in order; by default ``id2label`` of a ``config.json``
+                beside the adapter, or that of the base if it has as many.
 
         Returns:
             ``out`` as a path.
@@ -62,5 +69,15 @@ class MergeResult(MergedUpdate):
                 merged: see :meth:`apply`.
             BlockingIOError: if someone else is writing ``out``; this save can be tried again when they are done.
         """
-        save(self, Path(out), format, rank=rank, max_shard_size=max_shard_size, plots=plots, dequantize=dequantize)
+        save(
+            self,
+            Path(out),
+            format,
+            rank=rank,
+            max_shard_size=max_shard_size,
+            plots=plots,
+            dequantize=dequantize,
+            head=head,
+            labels=labels,
+        )
         return Path(out)

@@ -14,6 +14,7 @@ from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.results.about_adapter import about_adapter
+from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
 from nsc_merge.results.beside.model_card import model_card
 from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
 from nsc_merge.results.beside.preprocessing import write_preprocessing
@@ -23,12 +24,10 @@ from nsc_merge.results.layout import (
     COEFFICIENTS_FILE,
     COEFFICIENTS_FORMAT,
     FORMATS,
-    HEADS_FOLDER,
     HISTORY_FILE,
     RECIPE_FILE,
     RECORD,
     TRUNCATION_FILE,
-    file_names,
     is_ours,
     task_folders,
 )
@@ -66,6 +65,8 @@ def save(
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
     if dequantize and "model" not in wanted:
         raise ValueError(f"dequantize: only format 'model' can be dequantised, found format {format!r}")
+    if head is not None and not {"lora", "model"} & set(wanted):
+        raise ValueError(f"head: only formats 'lora' and 'model' hold a head, found format {format!r}")
     if not result.coefficients and format == "coefficients":
         raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
     for task in result.tasks:
@@ -75,6 +76,14 @@ def save(
         _refuse_full_rank(result)
     if "model" in wanted or ("lora" in wanted and any(map(result.is_whole, result.paths))):
         result.check_base()
+    heads = heads_of(result, labels)
+    if head is not None and head not in heads:
+        raise ValueError(f"head: expected a task that brought a head, of {list(heads)}, found {head!r}")
+    merges = dict(by_task(result))
+    # Where every task has an update of its own, the head belongs to that of its task.
+    headed = "" if head is None or not result.per_task else task_folders(result.tasks)[head]
+    if head is not None:
+        merges[headed] = with_head(merges[headed], head, heads[head])
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     nested = not isinstance(format, str)
@@ -96,16 +105,18 @@ def save(
             shown = list(dict.fromkeys(["coefficients", *wanted]))
         else:
             shown = [name for name in wanted if name != "coefficients" or not nested]
-        for place, one in by_task(result):
+        for place, one in merges.items():
+            own = heads[head] if head is not None and place == headed else None
             for name in shown:
                 if nested and name == "coefficients":
                     continue
                 folder = staging / place / (name if nested else "")
                 folder.mkdir(parents=True, exist_ok=True)
-                found = _write(one, folder, name, rank, max_shard_size, dequantize)
+                found = _write(one, folder, name, rank, max_shard_size, dequantize, own)
                 errors |= {f"{place}/{path}" if place else path: error for path, error in found.items()}
+        write_heads(result, heads, staging)
         _write_surroundings(result, staging, plots=plots)
-        card = model_card(result, shown, rank, errors, nested=nested)
+        card = model_card(result, shown, staging, rank, errors, nested=nested, heads=heads, head=head)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
         written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
         places = {Path(path) for path in written}
@@ -166,6 +177,7 @@ def _write(
     rank: int | None,
     max_shard_size: str | int | None,
     dequantize: bool,
+    head: Head | None,
 ) -> dict[str, float]:
     errors: dict[str, float] = {}
     if format == "coefficients":
@@ -173,7 +185,7 @@ def _write(
     elif format == "model":
         write_model(result, folder, max_shard_size, dequantize=dequantize)
     else:
-        errors = _write_lora(result, folder, rank)
+        errors = _write_lora(result, folder, rank, head)
     if format != "coefficients":
         write_preprocessing(result.model, folder)
     return errors
@@ -193,7 +205,7 @@ def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
     (folder / COEFFICIENTS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[str, float]:
+def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head | None) -> dict[str, float]:
     factors, errors = {}, {}
     whole = [path for path in result.paths if result.is_whole(path)]
     for path in result.paths:
@@ -211,7 +223,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         # As they are written: all of them in float64 would take as much again.
         factors[path] = Factor(A.float(), B.float(), 1.0, bias)
-    if not factors and not whole:
+    if not factors and not whole and head is None:
         raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
     merged = result.merged(result.model, whole) if whole else {}
     kept = {
@@ -221,6 +233,9 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
         }
         for path in whole
     }
+    # PEFT knows a head by the module right below the model.
+    for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
+        kept[path] = state_of(result.model.get_submodule(path))
     write_adapter(folder, factors, kept, about_adapter(result, kept))
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
@@ -229,14 +244,6 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None) -> dict[st
 
 
 def _write_surroundings(result: MergedUpdate, folder: Path, *, plots: bool) -> None:
-    from safetensors.torch import save_file
-
-    names = file_names(result.adapters)
-    for task, adapter in result.adapters.items():
-        if adapter.trained:
-            file = folder / HEADS_FOLDER / f"{names[task]}.safetensors"
-            file.parent.mkdir(exist_ok=True)
-            save_file({name: value.contiguous() for name, value in adapter.trained.items()}, file)
     if result.history:
         lines = "".join(json.dumps(entry) + "\n" for entry in result.history)
         (folder / HISTORY_FILE).write_text(lines, encoding="utf-8")

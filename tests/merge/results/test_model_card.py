@@ -13,6 +13,7 @@ import yaml
 from zoo import KINDS, build, outputs, write_adapter
 
 import nsc_merge
+from nsc_merge.adapters import About
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import found_as
 
@@ -84,13 +85,17 @@ def test_a_head_that_the_base_has_no_place_for_gets_no_code(model, folders, tmp_
     assert len(code_of(out)) == 1
 
 
+def metadata(folder):
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1])
+
+
 def test_names_break_neither_metadata_nor_tables(model, folders, tmp_path):
     adapter = nsc_merge.load_adapter(folders["plain"], "plain")
-    base = "org/name: x\nlicense: mine # '"
-    named = replace(adapter, base_model=base)
+    named = replace(adapter, base_model="org/name: x\nlicense: mine # '", about=About(license="mine: # '\n---\n"))
     out = nsc_merge.merge(model, {"a|b\n# c": named}, method="task_arithmetic").save(tmp_path / "out", "lora")
-    _, head, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    assert yaml.safe_load(head) == {"base_model": base, "library_name": "peft", "tags": ["merge", "lora"]}
+    told = {"library_name": "peft", "pipeline_tag": "image-feature-extraction", "license": "mine: # '\n---\n"}
+    assert metadata(out) == {**told, "tags": ["merge", "lora"]}
+    text = (out / "README.md").read_text(encoding="utf-8")
     assert "# 1 LoRA adapter merged: a\\|b # c\n" in text
     assert text.count("\n# ") == 1
 

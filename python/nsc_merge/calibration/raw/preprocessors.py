@@ -72,7 +72,9 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         name = str(base)
         if not Path(name).is_dir() and not is_hub_id(name, Path.cwd()):
             raise FileNotFoundError(f"model: {name} is missing; expected a folder or a hub id owner/name")
-        found = architecture_of(name, local=Path(name).is_dir())
+        found = architecture_of(
+            name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
+        )
         config, forward = found.config, _class(found).forward
     else:
         config, forward = getattr(base, "config", None), base.forward

@@ -7,80 +7,167 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
+from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 
 logger = logging.getLogger("nsc_merge")
 
 _TEMPLATES = "additional_chat_templates"
-# Larger than any vocabulary: a file beyond it is none.
-_LARGEST = 256 << 20
+_GENERATION = "generation_config.json"
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+# Configurations that may name code of their own.
+_NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Larger than any vocabulary: what is beyond it is none.
+LARGEST = 256 << 20
 _MOST_TEMPLATES = 100
-# Modules of code that came with a model are made below this name by transformers.
+# transformers makes the modules of code that came with a model below this name.
 _CODE_OF_MODELS = "transformers_modules."
 
 
 def write_preprocessing(model: nn.Module, folder: Path) -> list[str]:
     """Copy, byte by byte, what lies beside the base into ``folder``, and return the names.
 
-    They come from the folder that the base was read from, or, where it was named by a hub id, from the hub at the
-    commit that it was read at. What is in ``folder`` already stays: transformers writes a model's generation
-    configuration as it is in memory. Python files come along where the model itself runs code that came with it.
+    It comes from the folder that the base was read from, or, where it was named by a hub id, from the hub at the commit
+    that it was read at. What is in ``folder`` already stays: transformers writes a model's generation configuration as
+    it is in memory. Python files come along only where the model runs code that came with it.
     """
-    found = _files(model)
+    found = {name: file for name, file in _files(model).items() if not (folder / name).exists()}
     for name, file in found.items():
-        if not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
     return sorted(found)
+
+
+def preprocessing_notes(result: MergedUpdate) -> list[str]:
+    """What a person should know of the tokenizer and processor beside a merge, one line each."""
+    found = _files(result.model)
+    if not found.keys() - {_GENERATION}:
+        return [_absence(result.model)]
+    notes = []
+    code = [name for name in _NAMING_CODE if name in found and _names_code(found[name])]
+    if code and not _runs_code(result.model):
+        notes.append(
+            f"{code[0]} names code in the base's folder (auto_map), which is not copied: if you trust it, put its .py "
+            "files beside it and load with trust_remote_code=True"
+        )
+    large = [name for name, file in _beside(result.model) if file.stat().st_size > LARGEST]
+    if large:
+        notes.append(
+            f"{large[0]} of the base is larger than {LARGEST >> 20} MB and is not copied: copy it if it is needed"
+        )
+    return notes + _other_tokenizers(result, found)
+
+
+def _absence(model: nn.Module) -> str:
+    name = _named(model)
+    if not name:
+        where = "the base was handed over in memory, and no folder is known in which its tokenizer or processor lies"
+    elif is_hub_id(name, Path.cwd()):
+        where = f"no tokenizer or processor of {name} was found, or none could be fetched, at the base's commit"
+    else:
+        where = "the base's folder holds no tokenizer and no processor"
+    return f"{where}: pipeline() and servers need one here, so save it beside the model with its save_pretrained"
+
+
+class _Tokenizer(NamedTuple):
+    """What a merge depends on of a tokenizer."""
+
+    size: int
+    template: str
+
+
+def _other_tokenizers(result: MergedUpdate, found: Mapping[str, Path]) -> list[str]:
+    """A line for every adapter whose folder has a tokenizer that is another than the base's."""
+    notes = []
+    for task, adapter in result.adapters.items():
+        files = [adapter.source / name for name in _TOKENIZER] if adapter.source else []
+        files = [file for file in files if file.is_file() and not _is_same(file, found.get(file.name))]
+        base = found.get(_TOKENIZER[0], found.get(_TOKENIZER[1]))
+        if not files or base is None:
+            continue
+        own, theirs = _tokenizer(files[0].parent), _tokenizer(base.parent)
+        if own is None or theirs is None or own == theirs:
+            continue
+        other = (
+            f"{own.size} tokens where the base's has {theirs.size}"
+            if own.size != theirs.size
+            else "another chat template than the base's"
+        )
+        notes.append(
+            f"{' '.join(task.split())}: its folder has a tokenizer of its own, with {other}; the base's is used here: "
+            "compare them before you serve prompts of this task"
+        )
+    return notes
+
+
+def _is_same(file: Path, other: Path | None) -> bool:
+    return other is not None and file.stat().st_size == other.stat().st_size and file.read_bytes() == other.read_bytes()
+
+
+def _tokenizer(folder: Path) -> _Tokenizer | None:
+    """Of a folder; None if transformers cannot load it without running code."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Whatever is wrong with it, the merge does not depend on it.
+        logger.info("no tokenizer was read from %s: %s", folder, error)
+        return None
+    return _Tokenizer(len(loaded), str(getattr(loaded, "chat_template", None)))
 
 
 def _files(model: nn.Module) -> dict[str, Path]:
     """Path within a model's folder -> file that is copied there."""
+    return {name: file for name, file in _beside(model) if file.stat().st_size <= LARGEST}
+
+
+def _beside(model: nn.Module) -> Iterator[tuple[str, Path]]:
+    """Path within the base's folder -> file, of all that is meant. A link is followed, as all of the hub's cache are; a
+    pipe or a device is nothing that a model is saved with.
+    """
     source = base_folder(model)
     if source is None:
-        return {}
-    found = {
-        path.relative_to(source).as_posix(): path
-        for path in _candidates(source)
-        if is_preprocessing(path.relative_to(source).as_posix())
-    }
-    if _runs_code(model):
-        found |= {path.name: path for path in source.glob("*.py")}
-    # A link is followed, as all of the hub's cache are; a pipe or a device is none of a model's files.
-    return {name: path for name, path in sorted(found.items()) if path.is_file() and path.stat().st_size <= _LARGEST}
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield from folder.iterdir()
-    if (folder / _TEMPLATES).is_dir():
-        yield from sorted((folder / _TEMPLATES).iterdir())[:_MOST_TEMPLATES]
+        return
+    places = [*source.iterdir()]
+    if (source / _TEMPLATES).is_dir():
+        places += sorted((source / _TEMPLATES).iterdir())[:_MOST_TEMPLATES]
+    for place in sorted(places):
+        name = place.relative_to(source).as_posix()
+        wanted = is_preprocessing(name) or (_runs_code(model) and place.suffix == ".py" and place.parent == source)
+        if wanted and place.is_file():
+            yield name, place
 
 
 def base_folder(model: nn.Module) -> Path | None:
     """Where the files beside a base lie; None if that is not known, or if they cannot be had."""
-    read = base_files(model)
-    if read is not None:
-        return read.folder if read.folder.is_dir() else None
-    config: Any = getattr(model, "config", None)
-    name = str(getattr(config, "_name_or_path", "") or "")
+    name = _named(model)
     if name and Path(name).is_dir():
         return Path(name)
-    commit = getattr(config, "_commit_hash", None)
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return _fetched(name, commit) if commit and is_hub_id(name, Path.cwd()) else None
+
+
+def _named(model: nn.Module) -> str:
+    """The folder or hub id that a model was read from, empty if that is not known."""
+    read = base_files(model)
+    config: Any = getattr(model, "config", None)
+    return str(read.folder if read else getattr(config, "_name_or_path", "") or "")
 
 
 @functools.lru_cache
 def _fetched(name: str, commit: str) -> Path | None:
-    """A base's own files of the hub in its cache: what is missing there is fetched."""
+    """A base's folder in the hub's cache: what is missing there of its tokenizer and processor is fetched."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -89,6 +176,14 @@ def _fetched(name: str, commit: str) -> Path | None:
         # A merge is not lost for them, whatever goes wrong on the way.
         logger.warning("model: no tokenizer or processor of %s was fetched: %s", name, " ".join(str(error).split()))
         return None
+
+
+def _names_code(file: Path) -> bool:
+    try:
+        fields = from_json(file.read_bytes(), str(file), not_finite=True)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and bool(fields.get("auto_map"))
 
 
 def _runs_code(model: nn.Module) -> bool:

@@ -1,0 +1,61 @@
+"""What lies beside weights and says what they are: the licence of a model card, the labels of a configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.yaml_text import from_yaml
+
+_CARD, _CONFIG = "README.md", "config.json"
+# The metadata of a model card, as the hub writes it: YAML between two lines of dashes, at its very beginning.
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(\r?\n|\Z)", re.DOTALL)
+# A configuration is small, but for the names of many classes.
+_MOST_BYTES = 4 << 20
+
+
+def license_beside(folder: Path) -> str | None:
+    """The licence that the card in a folder names, as the hub calls it, or by its own name where it is another; None
+    if there is no card, or none that can be read: it is of no matter to the weights.
+    """
+    import yaml
+
+    found = _FRONT_MATTER.match(_text(folder / _CARD))
+    try:
+        about = from_yaml(found[1]) if found else None
+    except yaml.YAMLError:
+        return None
+    if not isinstance(about, dict):
+        return None
+    named = about.get("license")
+    if named == "other":
+        named = about.get("license_name") or named
+    if isinstance(named, list):
+        named = ", ".join(str(one) for one in named)
+    return " ".join(str(named).split())[:200] or None if named is not None else None
+
+
+def labels_beside(folder: Path) -> dict[int, str]:
+    """``id2label`` of a ``config.json`` in a folder; empty if there is none that numbers classes from 0."""
+    try:
+        config = from_json(_text(folder / _CONFIG), _CONFIG, not_finite=True)
+    except ValueError:
+        return {}
+    named: Any = config.get("id2label") if isinstance(config, dict) else None
+    if not isinstance(named, dict) or set(named) != {str(number) for number in range(len(named))}:
+        return {}
+    if not all(isinstance(label, str) and label for label in named.values()):
+        return {}
+    return {number: named[str(number)] for number in range(len(named))}
+
+
+def _text(file: Path) -> str:
+    """What a file holds, nothing if it is none that can be read."""
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+            return ""
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,275 @@
+"""Code on a model card that loads and runs the merge that lies beside it, and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nsc_merge.utils.option_checks import is_hub_id
+
+
+class Use(NamedTuple):
+    """What a class of transformers is for.
+
+    Attributes:
+        table: where transformers lists such classes.
+        auto: class that loads any of them.
+        tag: the hub's name of the task, which is that of the pipeline.
+    """
+
+    table: str
+    auto: str
+    tag: str
+
+
+# A class counts as the first that lists it.
+_USES = (
+    Use("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText", "image-text-to-text"),
+    Use("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM", "text-generation"),
+    Use("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification", "image-classification"),
+    Use("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification", "text-classification"),
+    Use("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification", "token-classification"),
+    Use("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "AutoModelForSemanticSegmentation", "image-segmentation"),
+    Use("MODEL_MAPPING_NAMES", "AutoModel", "feature-extraction"),
+)
+_CLASSIFIES_TEXT = ("text-classification", "token-classification")
+_CLASSIFIES_IMAGES = ("image-classification", "image-segmentation")
+
+
+def use_of(kind: str) -> Use | None:
+    """What a class of transformers is for; None of a class that no table lists."""
+    from transformers.models.auto import modeling_auto
+
+    for use in _USES:
+        listed = getattr(modeling_auto, use.table).values()
+        if any(kind == name or (isinstance(name, tuple | list) and kind in name) for name in listed):
+            return use
+    return None
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the base lies that an adapter is put on.
+
+    Attributes:
+        name: its folder or hub id; None of a model that somebody made, or changed, in memory.
+        revision: on the hub.
+    """
+
+    name: str | None
+    revision: str | None = None
+
+    @staticmethod
+    def of(model: nn.Module, revision: Any = None) -> Base:
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        if name and Path(name).is_dir():
+            return Base(str(Path(name).resolve()))
+        if not is_hub_id(name, Path.cwd()):
+            return Base(None)
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return Base(name, revision if isinstance(revision, str) else commit)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One format of a merge, as it was written.
+
+    Attributes:
+        format: ``"lora"`` or ``"model"``.
+        place: its folder within that of the merge, ``"."`` if it is the same.
+        folder: where its files lie while they are written.
+        kind: class of the model that it is loaded as.
+        base: that it was merged on.
+        labels: file with the classes of the head that was put in, for a base that has no such head.
+    """
+
+    format: str
+    place: str
+    folder: Path
+    kind: str
+    base: Base
+    labels: str | None = None
+
+    @property
+    def auto(self) -> str:
+        use = use_of(self.kind)
+        return use.auto if use else self.kind
+
+    @property
+    def _quoted(self) -> str:
+        return quoted(self.place)
+
+    def loading(self) -> list[str]:
+        """Lines that make ``model`` of it."""
+        if self.format == "model":
+            return [f"from transformers import {self.auto}", f"model = {self.auto}.from_pretrained({self._quoted})"]
+        lines = ["from peft import PeftModel"]
+        if self.base.name is not None:
+            lines += labels_of(self.labels) if self.labels else []
+            lines += self.base_model(["num_labels=len(labels)", "id2label=labels"] if self.labels else [])
+        return [*lines, f"model = PeftModel.from_pretrained(base_model, {self._quoted})"]
+
+    def base_model(self, settings: Iterable[str]) -> list[str]:
+        """Lines that make ``base_model`` of the base, with settings of its head if there are any."""
+        given = [quoted(str(self.base.name))]
+        given += [] if self.base.revision is None else [f"revision={quoted(self.base.revision)}"]
+        given += [*settings, "ignore_mismatched_sizes=True"] if settings else []
+        return [f"from transformers import {self.auto}", f"base_model = {self._from_pretrained(given)}"]
+
+    def _from_pretrained(self, given: list[str]) -> str:
+        """The call, over several lines where there are settings."""
+        if len(given) == 1:
+            return f"{self.auto}.from_pretrained({given[0]})"
+        return "\n".join([f"{self.auto}.from_pretrained(", *(f"    {one}," for one in given), ")"])
+
+    def with_a_head(self, file: str, labels: str, *, whole: bool) -> list[str]:
+        """Lines that make ``model`` of it with a head that the base has no place for.
+
+        Args:
+            file: of the head.
+            labels: its classes.
+            whole: whether an adapter is of the class with the head, and not of the trunk in it.
+        """
+        settings = ["num_labels=len(labels)", "id2label=labels"]
+        put = f"model.load_state_dict(load_file({quoted(file)}), strict=False)"
+        lines = ["from safetensors.torch import load_file", *labels_of(labels), f"from transformers import {self.auto}"]
+        if self.format == "model":
+            return [*lines, f"model = {self._from_pretrained([self._quoted, *settings])}", put]
+        onto = "model" if whole else "model.base_model"
+        made = [line.replace("base_model =", "model =", 1) for line in self.base_model(settings)]
+        # Not a PeftModel: that of the adapter's task type would take the class for another.
+        return [*lines, *made, put, f"{onto}.load_adapter({self._quoted})"]
+
+    def using(self, *, made: bool) -> list[str]:
+        """Lines that run it on an example; none where no tokenizer or processor lies beside it.
+
+        Args:
+            made: whether ``model`` is there already, so that it is run and not what the folder holds.
+        """
+        use = use_of(self.kind)
+        tag = use.tag if use else ""
+        text, images = (self.folder / "tokenizer_config.json").is_file(), self._has_images()
+        if tag in _CLASSIFIES_TEXT and text:
+            return self._pipeline(tag, "AutoTokenizer", "tokenizer", '"A sentence."', made=made)
+        if tag in _CLASSIFIES_IMAGES and images:
+            return self._pipeline(tag, "AutoImageProcessor", "image_processor", '"picture.png"', made=made)
+        if tag == "text-generation" and text:
+            return self._generating()
+        if tag == "image-text-to-text" and text and images:
+            return self._describing()
+        if tag == "feature-extraction" and (text or images):
+            return self._features(images=not text)
+        return []
+
+    def _has_images(self) -> bool:
+        return any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
+
+    def _has_template(self) -> bool:
+        if any((self.folder / f"chat_template.{ending}").is_file() for ending in ("jinja", "json")):
+            return True
+        return '"chat_template"' in (self.folder / "tokenizer_config.json").read_text(encoding="utf-8")
+
+    def _pipeline(self, tag: str, auto: str, argument: str, example: str, *, made: bool) -> list[str]:
+        called = [f"print(classify({example}))"]
+        if not made:
+            return ["from transformers import pipeline", f'classify = pipeline("{tag}", model={self._quoted})', *called]
+        return [
+            f"from transformers import {auto}, pipeline",
+            f"{argument} = {auto}.from_pretrained({self._quoted})",
+            f'classify = pipeline("{tag}", model=model, {argument}={argument})',
+            *called,
+        ]
+
+    def _generating(self) -> list[str]:
+        told = 'tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)'
+        if self._has_template():
+            told = (
+                'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "Hello!"}],\n'
+                '    add_generation_prompt=True, return_dict=True, return_tensors="pt",\n)'
+            )
+        return ["from transformers import AutoTokenizer", *self._generated("AutoTokenizer", "tokenizer", told)]
+
+    def _describing(self) -> list[str]:
+        imports = ["from transformers import AutoProcessor"]
+        if self._has_template():
+            told = (
+                'processor.apply_chat_template(\n    [{"role": "user", "content": [\n'
+                '        {"type": "image", "path": "picture.png"},\n'
+                '        {"type": "text", "text": "What is shown?"},\n    ]}],\n'
+                '    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",\n)'
+            )
+        else:
+            imports += ["from PIL import Image"]
+            told = (
+                'processor(\n    images=Image.open("picture.png").convert("RGB"),\n'
+                '    text=f"USER: {processor.image_token}\\nWhat is shown? ASSISTANT:",\n    return_tensors="pt",\n)'
+            )
+        return [*imports, *self._generated("AutoProcessor", "processor", told)]
+
+    def _generated(self, auto: str, name: str, told: str) -> list[str]:
+        return [
+            f"{name} = {auto}.from_pretrained({self._quoted})",
+            f"inputs = {told}",
+            "tokens = model.generate(**inputs.to(model.device), max_new_tokens=32)",
+            f'print({name}.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+
+    def _features(self, *, images: bool) -> list[str]:
+        auto, imports, told = "AutoTokenizer", [], '"A sentence."'
+        if images:
+            auto, imports = "AutoImageProcessor", ["from PIL import Image"]
+            told = 'Image.open("picture.png").convert("RGB")'
+        return [
+            *imports,
+            f"from transformers import {auto}",
+            f"prepare = {auto}.from_pretrained({self._quoted})",
+            f'features = model(**prepare({told}, return_tensors="pt")).last_hidden_state',
+        ]
+
+
+# Not load_state_dict: tasks have heads of other sizes than the base.
+_PUT = """\
+for name, value in load_file({file}).items():
+    path, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(path)
+    setattr(layer, parameter, torch.nn.Parameter(value.to(layer.weight)))"""
+
+
+def putting(file: str, labels: str | None) -> list[str]:
+    """Lines that put a head into a ``model`` that has a place for it, and its classes into the configuration."""
+    lines = ["import torch", "from safetensors.torch import load_file", _PUT.format(file=quoted(file))]
+    if labels is None:
+        return lines
+    inverse = "{label: number for number, label in labels.items()}"
+    return [*lines, *labels_of(labels), f"model.config.id2label, model.config.label2id = labels, {inverse}"]
+
+
+def labels_of(file: str) -> list[str]:
+    """Lines that make ``labels`` of the classes of a head."""
+    opened = f'with open({quoted(file)}, encoding="utf-8") as file:'
+    numbered = '{int(number): label for number, label in json.load(file)["id2label"].items()}'
+    return ["import json", f"{opened}\n    labels = {numbered}"]
+
+
+def block(lines: Iterable[str]) -> str:
+    """A block of Python in Markdown: what is imported first, in one line a module, then the rest."""
+    lines = list(lines)
+    whole = sorted({line for line in lines if line.startswith("import ")})
+    taken: dict[str, set[str]] = {}
+    for line in lines:
+        if line.startswith("from "):
+            module, names = line.removeprefix("from ").split(" import ")
+            taken.setdefault(module, set()).update(names.split(", "))
+    imports = [*whole, *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(taken.items()))]
+    rest = [line for line in lines if not line.startswith(("import ", "from "))]
+    return "\n".join(["```python", *imports, *([""] if imports and rest else []), *rest, "```", ""])
+
+
+def quoted(value: str) -> str:
+    """As Python takes it, whatever it holds."""
+    return json.dumps(value, ensure_ascii=False)
