@@ -10,6 +10,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -169,6 +170,6 @@ def _loaded(
         )  # fmt: skip
     except Exception as error:
         # Of many files in many formats: whatever is raised, it could not be loaded.
-        raise ValueError(
-            f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
-        ) from None
+        problem = None if local else hub_problem(error, place, name, revision)
+        reason = f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        raise ValueError(problem or reason) from None

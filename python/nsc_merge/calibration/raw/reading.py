@@ -169,7 +169,7 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
     rows = in_order(source, settings.seed, settings.samples or source.count)
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
-    columns = choose(some, source.columns, settings, place, text=text, images=images)
+    columns = choose(some, settings, place, text=text, images=images, columns=source.columns)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
