@@ -78,7 +78,7 @@ def same(kind, found, result):
 
 
 def test_what_lies_beside_the_base_lies_beside_both_formats_byte_by_byte(saved):
-    kind, base, _, out = saved
+    kind, base, result, out = saved
     assert {file.name for file in base.iterdir()} == {*BESIDE[kind], "config.json", "model.safetensors"}
     recorded = yaml.safe_load((out / "recipe.yaml").read_text())["record"]["files"]
     own = {"lora": {"adapter_config.json", "adapter_model.safetensors"}, "model": {"config.json", "model.safetensors"}}
@@ -88,7 +88,7 @@ def test_what_lies_beside_the_base_lies_beside_both_formats_byte_by_byte(saved):
             assert (out / format / name).read_bytes() == (base / name).read_bytes(), name
             assert f"{format}/{name}" in recorded
             assert is_ours(f"{format}/{name}")
-    assert "tokenizer" not in (out / "README.md").read_text().split("## Loading")[1].replace("AutoTokenizer", "")
+    assert preprocessing.preprocessing_notes(result) == []
 
 
 def test_auto_classes_load_the_model(saved, tmp_path):
@@ -372,8 +372,8 @@ def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, m
     assert "- spiece.model of the base is larger than 0 MB and is not copied" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("trusted", [False, True])
-def test_code_comes_along_only_with_a_model_that_runs_it(llama, tmp_path, trusted):
+@pytest.mark.parametrize("trusted", ["no", "by the recipe", "by the caller"])
+def test_code_comes_along_only_where_it_is_trusted(llama, tmp_path, trusted):
     base, adapters = llama
     place = tmp_path / "base"
     shutil.copytree(base, place)
@@ -382,12 +382,19 @@ def test_code_comes_along_only_with_a_model_that_runs_it(llama, tmp_path, truste
     (place / "tokenizer_config.json").write_text(json.dumps(fields))
     (place / "tokenization_own.py").write_text("raise RuntimeError")
     model = served_cases.load(place)
-    if trusted:
+    if trusted == "by the caller":
         kind = type(model)
         model.__class__ = type(kind.__name__, (kind,), {"__module__": "transformers_modules.base.modeling_own"})
-    out = merge(model, adapters).save(tmp_path / "out", "lora")
-    assert (out / "tokenization_own.py").exists() == trusted
-    assert ("tokenizer_config.json names code in the base's folder" in (out / "README.md").read_text()) != trusted
+    result = merge(model, adapters)
+    result.inputs.update({"trust_remote_code": True} if trusted == "by the recipe" else {})
+    out = result.save(tmp_path / "out", "lora")
+    card = (out / "README.md").read_text()
+    assert (out / "tokenization_own.py").exists() == (trusted != "no")
+    if trusted == "no":
+        assert "- tokenizer_config.json names code in the base's folder (auto_map), which is not copied" in card
+    else:
+        assert "- the base's own code (tokenization_own.py) lies here: who loads this with" in card
+        assert "not copied" not in card
 
 
 @pytest.mark.parametrize(
@@ -408,3 +415,15 @@ def test_an_adapters_own_tokenizer_that_differs_is_named(llama, tmp_path, change
     found = preprocessing.preprocessing_notes(merge(base, {"one": adapters["one"], "a\nb": tmp_path / "two"}))
     expected = f"a b: its folder has a tokenizer of its own, {note}; the base's is used here: "
     assert found == ([] if note is None else [expected + "compare them before you serve prompts of this task"])
+
+
+def test_a_classifiers_head_makes_the_adapter_one_that_peft_wraps(tmp_path):
+    base = served_cases.write_base("llama-cls", tmp_path / "base")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama-cls", task_type="SEQ_CLS", modules_to_save=["score"])
+    result = merge(base, adapters)
+    out = result.save(tmp_path / "out", "lora", head="one")
+    assert config_of(out)["task_type"] == "SEQ_CLS"
+    with torch.no_grad():
+        result.model.score.weight.copy_(result.adapters["one"].trained["score.weight"])
+    same("llama-cls", peft.AutoPeftModelForSequenceClassification.from_pretrained(out), result)
+    same("llama-cls", tf.AutoModelForSequenceClassification.from_pretrained(out), result)
