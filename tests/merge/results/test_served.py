@@ -180,6 +180,50 @@ def test_the_configuration_is_what_peft_itself_writes_for_such_an_adapter(saved,
     assert found["peft_version"] == peft.__version__
 
 
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+MODELS = {
+    "decoder": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY)), None, [], "CAUSAL_LM"),
+    "decoder, otherwise told": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY)), "SEQ_CLS", [], "CAUSAL_LM"),
+    "encoder and decoder": (
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1)),
+        None,
+        [],
+        "SEQ_2_SEQ_LM",
+    ),
+    "words": (lambda: tf.BertForTokenClassification(tf.BertConfig(**TINY)), "TOKEN_CLS", ["classifier"], "TOKEN_CLS"),
+    "words, another's head": (lambda: tf.BertForTokenClassification(tf.BertConfig(**TINY)), None, ["pooler"], None),
+    "answers": (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**TINY)), None, ["qa_outputs"], "QUESTION_ANS"),
+    "text without a head": (lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)), None, [], "FEATURE_EXTRACTION"),
+    "images without a head": (lambda: zoo.build("clip"), None, [], None),
+    "images": (lambda: zoo.build("vit"), "SEQ_CLS", ["classifier"], None),
+    # PEFT's class of this type loads models of text alone.
+    "images and text": (lambda: zoo.build("llava"), "CAUSAL_LM", [], None),
+    "no model of transformers": (lambda: torch.nn.Linear(2, 2), "CAUSAL_LM", [], None),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_the_task_type_is_one_whose_class_makes_the_model(llama, case):
+    build, told, whole, expected = MODELS[case]
+    result = merge(*llama, about=nsc_merge.adapters.About(task_type=told))
+    model = build()
+    said = about_adapter(replace(result, model=model), whole)
+    assert said["task_type"] == expected
+    assert (said["auto_mapping"] is None) == (expected is not None)
+    if expected is None:
+        assert said["auto_mapping"]["base_model_class"] == type(model).__name__
+
+
+def test_an_adapter_of_a_model_without_a_head_gives_its_features(tmp_path):
+    model = zoo.build("llama").model
+    model.save_pretrained(tmp_path / "base")
+    folder = zoo.write_adapter(model, tmp_path / "one", 1, target_modules=["q_proj"])
+    result = merge(tf.LlamaModel.from_pretrained(tmp_path / "base"), {"one": folder})
+    out = result.save(tmp_path / "out", "lora")
+    same("llama", peft.AutoPeftModelForFeatureExtraction.from_pretrained(out), result)
+    same("llama", tf.AutoModel.from_pretrained(out), result)
+
+
 @pytest.mark.parametrize("with_head", [True, False])
 def test_the_task_type_of_a_classifier_needs_its_head(tmp_path, with_head):
     """PEFT wraps the head of such a model, and finds none to put there."""
@@ -313,8 +357,9 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     base, adapters = llama
-    result = merge(load_model(str(base), local=True), adapters)
-    assert (result.save(tmp_path / "out", "lora") / "tokenizer.json").is_file()
+    out = merge(load_model(str(base), local=True), adapters).save(tmp_path / "out", ["lora", "model"])
+    for name in BESIDE["llama"]:
+        assert (out / "model" / name).read_bytes() == (out / "lora" / name).read_bytes() == (base / name).read_bytes()
     for name in ("", "owner/name", "no such folder"):
         model = served_cases.load(base)
         model.config._name_or_path = name
