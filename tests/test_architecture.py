@@ -27,7 +27,7 @@ MERGE["recipes"] = {*MERGE["api"], "utils", "api"}
 MERGE["evaluation"] = {*MERGE["recipes"], "recipes"}
 MERGE["analysis"] = MERGE["demo"] = {*MERGE["api"], "utils", "api", "evaluation"}
 MERGE["commands"] = {*MERGE["evaluation"], "evaluation", "analysis", "demo"}
-MERGE["__init__"] = {"adapters", "models", "results", "api", "recipes"}
+MERGE["__init__"] = {"adapters", "models", "calibration", "results", "api", "recipes"}
 MERGE["integrations"] = {"__init__", "adapters", "calibration", "results", "methods"}
 MERGE["__main__"] = {"commands"}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsc_merge.adapters import Adapter, Factor, load_adapter
     from nsc_merge.api import merge
+    from nsc_merge.calibration.raw.reading import calibration_data
     from nsc_merge.models.attachment import attach
     from nsc_merge.recipes.saved_result import load_result
     from nsc_merge.results.result import MergeResult
@@ -20,12 +21,13 @@ _HOME = {
     "Factor": "adapters",
     "MergeResult": "results.result",
     "attach": "models.attachment",
+    "calibration_data": "calibration.raw.reading",
     "load_adapter": "adapters",
     "load_result": "recipes.saved_result",
     "merge": "api",
 }
 
-__all__ = ["Adapter", "Factor", "MergeResult", "attach", "load_adapter", "load_result", "merge"]
+__all__ = ["Adapter", "Factor", "MergeResult", "attach", "calibration_data", "load_adapter", "load_result", "merge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from nsc_merge.adapters.adapter import About, Adapter, Factor
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
+from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
+from nsc_merge.utils.option_checks import is_hub_id
 
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
@@ -62,18 +64,20 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     """Read one adapter.
 
     Args:
-        source: a PEFT folder (``adapter_config.json`` and ``adapter_model.safetensors``), an
-            :class:`Adapter`, a model that holds an adapter called ``name`` or only one (a ``PeftModel``, or what
-            PEFT's ``inject_adapter_in_model`` and transformers' ``add_adapter`` make), or a mapping with ``config``
-            (as in ``adapter_config.json``) and ``weights`` (PEFT's keys -> tensors). Of a model, the layers count:
-            what they hold and the scaling that they run, whatever the configuration says. A folder may hold
-            ``non_lora_trainables.safetensors``, too: what LLaVA's training code trained beside LoRA.
+        source: a PEFT folder (``adapter_config.json`` and ``adapter_model.safetensors``); ``"owner/name"`` or
+            ``"owner/name@revision"`` on the hub, where there is no folder ``owner`` (:func:`load_from_hub` takes a
+            subfolder, too); an :class:`Adapter`; a model that holds an adapter called ``name`` or only one (a
+            ``PeftModel``, or what PEFT's ``inject_adapter_in_model`` and transformers' ``add_adapter`` make); or a
+            mapping with ``config`` (as in ``adapter_config.json``) and ``weights`` (PEFT's keys -> tensors). Of a
+            model, the layers count: what they hold and the scaling that they run, whatever the configuration says. A
+            folder may hold ``non_lora_trainables.safetensors``, too: what LLaVA's training code trained beside LoRA.
         name: name of the task.
         dora: ``"refuse"``, or ``"convert"``: keep the magnitudes, from which
             :func:`nsc_merge.models.fitting.fit` makes plain updates.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the two files; other weight formats are never opened.
+        OSError: if the hub does not give it.
         TypeError: if ``source`` is none of the above.
         ValueError: if the adapter is not plain LoRA, if a tensor is left over or missing, if a shape
             disagrees with the configuration, or if weights lie beside the adapter that cannot be read.
@@ -89,6 +93,9 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     source = getattr(source, "_orig_mod", source)
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
         return _of_model(source, name, dora)
+    if isinstance(source, str) and is_hub_id(source.partition("@")[0], Path()):
+        repo, _, revision = source.partition("@")
+        return load_from_hub(repo, name, revision=revision or None, dora=dora)
     if isinstance(source, str | os.PathLike):
         return _of_folder(Path(source), name, dora)
     if isinstance(source, Mapping) and {"config", "weights"} <= set(source):
@@ -101,8 +108,22 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     )
 
 
-def _of_folder(folder: Path, name: str, dora: str) -> Adapter:
-    files, beside = read_folder(folder, name), read_beside(folder, name)
+def load_from_hub(
+    repo: str, name: str, *, revision: str | None = None, subfolder: str | None = None, dora: str = "refuse"
+) -> Adapter:
+    """Read one adapter of a repository on the hub, which is asked for it; see :func:`nsc_merge.adapters.hub.fetch`.
+
+    Raises:
+        FileNotFoundError, OSError: if there is none, or the hub does not give it.
+        ValueError: as :func:`load_adapter`.
+    """
+    folder, hub, names = fetch(repo, name, revision=revision, subfolder=subfolder)
+    adapter = _of_folder(folder, name, dora, names)
+    return replace(adapter, about=replace(adapter.about, hub=hub))
+
+
+def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None = None) -> Adapter:
+    files, beside = read_folder(folder, name), read_beside(folder, name, names)
     check_config(name, files.config, dora)
     held, base_weights = _sorted(name, files.config, files.weights)
     both = sorted(set(beside.parameters) & set(held.trained))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,19 +41,22 @@ class Beside(NamedTuple):
     sha256: dict[str, str]
 
 
-def read_beside(folder: Path, name: str) -> Beside:
+def read_beside(folder: Path, name: str, names: Collection[str] | None = None) -> Beside:
     """Read the weights beside an adapter.
 
     Args:
         folder: of the adapter.
         name: of the task, for messages.
+        names: of all files that there are, of a folder on the hub of which only those that are read were fetched.
 
     Raises:
         ValueError: if there are weights that no one may leave out and only unpickling reads, with the command that
             converts them; if there are rows of new tokens; or if the converted file is none.
     """
-    pickled = [file for file in _PICKLED if (folder / file).is_file()]
-    if pickled and not (folder / CONVERTED).is_file():
+    if names is None:
+        names = [file.name for file in folder.iterdir() if file.is_file()]
+    pickled = [file for file in _PICKLED if file in names]
+    if pickled and CONVERTED not in names:
         convert = (
             "import torch; from safetensors.torch import save_file; "
             f"t = torch.load('{pickled[0]}', map_location='cpu', weights_only=True); "
@@ -62,18 +66,18 @@ def read_beside(folder: Path, name: str) -> Beside:
             f"adapters[{name!r}]: {folder / pickled[0]} holds weights trained beside LoRA, and is pickled, which is "
             f'never opened here: expected {CONVERTED}. If you trust the file, in its folder: python -c "{convert}"'
         )
-    rows = [file for file in _NEW_ROWS if (folder / file).is_file()]
+    rows = [file for file in _NEW_ROWS if file in names]
     if rows:
         raise ValueError(
             f"adapters[{name!r}]: {folder / rows[0]} holds rows for tokens that the base does not have; expected an "
             "adapter without them: put them into the base's embeddings, and the file elsewhere"
         )
     notes = tuple(
-        f"{file.name} lies beside the adapter and is not read: if weights were trained there, they are missing"
-        for file in sorted(folder.iterdir())
-        if file.is_file() and _WEIGHTS.fullmatch(file.name) and not _KNOWN.fullmatch(file.name)
+        f"{file} lies beside the adapter and is not read: if weights were trained there, they are missing"
+        for file in sorted(names)
+        if _WEIGHTS.fullmatch(file) and not _KNOWN.fullmatch(file)
     )
-    if not (folder / CONVERTED).is_file():
+    if CONVERTED not in names:
         return Beside({}, notes, {})
     try:
         read = read_checked(folder / CONVERTED)

@@ -21,6 +21,7 @@ class Batches:
             mappings, each a batch of its own.
         batch_size: rows per batch for a single mapping; the last batch may be smaller.
         sha256: of batches that were read, file name -> SHA-256 of the very bytes that they were made of.
+        first: of batches made of raw data, the first sample as a person reads it.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class Batches:
         inputs: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
         batch_size: int = 32,
         sha256: Mapping[str, str] | None = None,
+        first: str = "",
     ) -> None:
         self.sha256 = dict(sha256 or {})
+        self.first = first
         if isinstance(inputs, Mapping):
             count = len(next(iter(inputs.values())))
             self._batches: list[Mapping[str, Tensor]] = [
@@ -51,6 +54,7 @@ class Batches:
                 for batch in self._batches
             ],
             sha256=self.sha256,
+            first=self.first,
         )
 
     def __len__(self) -> int:

@@ -27,12 +27,12 @@ from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.recipes.saved_result import load_result
-from nsc_merge.recipes.yaml_keys import is_hub_id
 from nsc_merge.results.layout import COEFFICIENTS_FILE
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.errors import UsageError
 from nsc_merge.utils.json_text import without_nan
+from nsc_merge.utils.option_checks import is_hub_id
 
 
 @contextmanager
@@ -100,8 +100,8 @@ def quartiles(arguments: argparse.Namespace) -> int:
     """``nsc-merge analyse quartiles``."""
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
     for task in arguments.tasks or ():
-        if task not in recipe.tasks:
-            raise UsageError(f"--tasks: expected some of {list(recipe.tasks)}, found {task!r}")
+        if task not in recipe.labelled:
+            raise UsageError(f"--tasks: expected some of {list(recipe.labelled)}, found {task!r}")
     rows = [row for row in recipe.rows if row.name == arguments.row]
     if not rows:
         raise UsageError(
@@ -167,7 +167,7 @@ def bound(arguments: argparse.Namespace) -> int:
     """``nsc-merge analyse bound``."""
     model, batches = _model_and_inputs(arguments)
 
-    name = arguments.adapter.name
+    name = Path(arguments.adapter).name
     adapters = {name: load_adapter(arguments.adapter, name, dora=arguments.dora)}
     whole = merge(model, adapters, method="task_arithmetic", scale=1.0)
     with _arguments_at_fault():
@@ -207,7 +207,8 @@ def bound(arguments: argparse.Namespace) -> int:
 
 def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches]:
     local = not is_hub_id(arguments.model, Path.cwd())
-    prepare(local=local)
+    adapter = getattr(arguments, "adapter", "").partition("@")[0]
+    prepare(local=local and not is_hub_id(adapter, Path.cwd()))
 
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))

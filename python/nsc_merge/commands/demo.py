@@ -11,10 +11,10 @@ from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_
 from nsc_merge.utils.errors import UsageError
 
 _DEMO = """\
-Merges the LoRA adapters of six tasks on a small ViT and measures the result, on
-images composed from scikit-learn's digits and photographs. Takes under a minute
-and no network. Prints a table; writes coefficients, the merged PEFT adapter, the
-history and plots."""
+Merges the LoRA adapters of six tasks on a small ViT by NSC, match and distill and
+measures the results, on images composed from scikit-learn's digits and
+photographs. Takes under a minute and no network. Prints a table and which method
+when; writes NSC's coefficients, merged PEFT adapter, history and plots."""
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,11 @@ def add(commands: Any) -> None:
         "--out", type=Path, default=Path("nsc-demo"), metavar="DIR", help="results (default: nsc-demo)"
     )
     demo.add_argument(
-        "--steps", type=positive, default=100, metavar="N", help="optimisation steps (default: 100)"
+        "--steps",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="steps of NSC (default: 100); match and distill take at most 30",
     )
     demo.add_argument(
         "--seed", type=seed, default=0, help="order of calibration batches, or of --retrain (default: 0)"
@@ -59,7 +63,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         retrain(arguments.assets, seed=arguments.seed, log=log)
         return 0
-    from nsc_merge.demo.run import render, run_demo
+    from nsc_merge.demo.report import render
+    from nsc_merge.demo.run import run_demo
     from nsc_merge.demo.tasks import TASKS
 
     tasks = arguments.tasks or list(TASKS)

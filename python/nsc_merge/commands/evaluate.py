@@ -69,7 +69,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from nsc_merge.evaluation.tables import as_text
 
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
-    prepare(local=recipe.local)
+    prepare(local=recipe.offline)
     from nsc_merge.evaluation.run import run
 
     document, failed = run(recipe, redo=arguments.redo, progress=None, log=log)

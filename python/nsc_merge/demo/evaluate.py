@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ TEST_SCENES = 768
 FOLDS = 8
 COARSE_SCALES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 FINE_STEP = 0.05
+
+Name = TypeVar("Name", str, float)
 
 _SPLIT_SEED = {"val": 7_000, "test": 8_000}
 
@@ -115,6 +118,18 @@ def predict(
     return {name: outputs[name] for name in heads}
 
 
+def predict_each(
+    bundle: Bundle, merges: Mapping[Name, MergeResult], scenes: Mapping[Scene, SceneSet]
+) -> dict[Name, dict[str, Tensor]]:
+    """Name -> predictions of the base with that merge; two at a time, as a model this small is quickest on one core."""
+
+    def one(merged: MergeResult) -> dict[str, Tensor]:
+        return predict(merged_model(bundle, merged), bundle.heads, scenes)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(merges, pool.map(one, merges.values()), strict=True))
+
+
 def score(
     outputs: Mapping[str, Tensor], heads: Mapping[str, Head], scenes: Mapping[Scene, SceneSet]
 ) -> Scores:
@@ -160,6 +175,18 @@ def task_arithmetic(bundle: Bundle, scale: float) -> MergeResult:
     return merge(bundle.backbone, bundle.adapters, method="task_arithmetic", scale=scale)
 
 
+def distilled_outputs(bundle: Bundle) -> dict[str, Any]:
+    """The options by which ``method="distill"`` sees what the tasks' heads predict."""
+
+    def through(head: Head) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+        return lambda model, batch: head(patch_features(model, batch["pixel_values"])).movedim(1, -1)
+
+    return {
+        "outputs": {name: through(head) for name, head in bundle.heads.items()},
+        "likelihood": {task.name: "categorical" if task.classes else "gaussian" for task in bundle.tasks},
+    }
+
+
 def predict_alone(bundle: Bundle, scenes: Mapping[Scene, SceneSet]) -> dict[str, Tensor]:
     """Task -> predictions of the base with that task's adapter alone, in full."""
     outputs = {}
@@ -188,10 +215,9 @@ def tune_task_arithmetic(bundle: Bundle, scenes: Mapping[Scene, SceneSet]) -> Tu
 
     def best(quality: Callable[[Scores], float]) -> float:
         def top(scales: Sequence[float]) -> float:
-            for scale in scales:
-                if scale not in measured:
-                    model = merged_model(bundle, task_arithmetic(bundle, scale))
-                    measured[scale] = score(predict(model, bundle.heads, scenes), bundle.heads, scenes)
+            merges = {scale: task_arithmetic(bundle, scale) for scale in scales if scale not in measured}
+            for scale, outputs in predict_each(bundle, merges, scenes).items():
+                measured[scale] = score(outputs, bundle.heads, scenes)
             return max(scales, key=lambda scale: quality(measured[scale]))
 
         coarse = top(COARSE_SCALES)

@@ -37,6 +37,11 @@ class Task:
     metric: str
     lower_is_better: bool
 
+    @property
+    def classes(self) -> bool:
+        """Whether it predicts classes, rather than values."""
+        return self.metric in ("mIoU", "acc")
+
 
 TASKS: dict[str, Task] = {
     task.name: task

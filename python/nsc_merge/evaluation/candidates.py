@@ -47,7 +47,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     if (folder / COEFFICIENTS_FILE).is_file():
         return load_result(folder, numbers=False)
     if (folder / TASKS_FOLDER).is_dir():
-        own = {task: open_saved(found_as(folder / TASKS_FOLDER, task), suite) for task in suite.tasks}
+        own = {task: open_saved(found_as(folder / TASKS_FOLDER, task), suite) for task in suite.adapters}
         return {task: one for task, one in own.items() if not isinstance(one, Mapping)}
     raise FileNotFoundError(
         f"folder: {folder}: expected an adapter ({CONFIG_FILE}), a model (config.json) or a folder written by "
@@ -91,19 +91,18 @@ def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
 
 def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> dict[str, Any]:
     """The tasks' heads, for methods that look at outputs. Those that know no likelihood but that of classes get the
-    heads of such tasks only; tasks that generate are left to the model's own logits.
+    heads of such tasks only; tasks that generate, and those of the harness, are left to the model's own logits.
     """
     given: dict[str, Any] = {}
-    classes = {name: task.metric.loss is cross_entropy for name, task in recipe.tasks.items()}
+    headed = {name: task for name, task in recipe.labelled.items() if not task.generate}
+    classes = {name: task.metric.loss is cross_entropy for name, task in headed.items()}
     both = "likelihood" in method.option_names
-    served = [name for name, task in recipe.tasks.items() if not task.generate and (both or classes[name])]
-    if any(not task.generate for task in recipe.tasks.values()):
-        given["outputs"] = {name: partial(_output, suite, name) for name in served}
+    if headed:
+        given["outputs"] = {name: partial(_output, suite, name) for name in headed if both or classes[name]}
     if both:
-        given["likelihood"] = {name: "categorical" if one else "gaussian" for name, one in classes.items()}
-        given["likelihood"].update(
-            {name: "categorical" for name, task in recipe.tasks.items() if task.generate}
-        )
+        given["likelihood"] = {
+            name: "categorical" if classes.get(name, True) else "gaussian" for name in recipe.tasks
+        }
     return given
 
 

@@ -15,16 +15,34 @@ SEED = "{seed}"
 TASK_PATHS = ("adapter", "test", "validation", "calibration")
 
 
-@dataclass(frozen=True)
-class TaskRecipe:
-    """One task; paths are absolute.
+@dataclass(frozen=True, kw_only=True)
+class MeasuredTask:
+    """What every task has; paths are absolute.
 
     Attributes:
         name: of the task.
         adapter: PEFT folder.
+        calibration: unlabelled inputs for methods that need data.
+    """
+
+    name: str
+    adapter: Path
+    calibration: Path | None = None
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Key -> path, of all that the task reads."""
+        return {key: path for key in TASK_PATHS if (path := getattr(self, key, None)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe(MeasuredTask):
+    """A task that is measured on labelled inputs, of which ``validation`` also serves methods that need data where
+    there is no ``calibration``.
+
+    Attributes:
         test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches.
-        validation: labelled inputs for tuning, whose inputs also serve methods that need data.
-        calibration: unlabelled inputs for methods that need data; those of ``validation`` when None.
+        validation: labelled inputs for tuning.
         labels: name of the labels among the tensors.
         metric: what is reported.
         head: ``"adapter"`` (what the PEFT folder brought), ``"model"`` (the model's own), a safetensors file, or None:
@@ -34,12 +52,9 @@ class TaskRecipe:
         classes: names of the classes, by which tasks share them in the joint evaluation.
     """
 
-    name: str
-    adapter: Path
     test: Path
     metric: Metric
     validation: Path | None = None
-    calibration: Path | None = None
     labels: str = "labels"
     head: str | None = None
     pool: str | None = None
@@ -48,11 +63,46 @@ class TaskRecipe:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Key -> path, of all that the task reads."""
-        named = {key: getattr(self, key) for key in TASK_PATHS}
-        if self.head not in (None, "adapter", "model"):
-            named["head"] = Path(str(self.head))
-        return {key: path for key, path in named.items() if path is not None}
+        own = self.head in (None, "adapter", "model")
+        return super().paths | ({} if own else {"head": Path(str(self.head))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessTask(MeasuredTask):
+    """A task of the lm-evaluation-harness.
+
+    Attributes:
+        lm_eval: name of a task or of a group of tasks there.
+        metric: name of one of its figures, with the filter behind a comma where it has several; None for its first.
+        limit: samples at most, or a share of them below 1; None for all.
+        num_fewshot: examples in front of every question; None for as many as the task says.
+    """
+
+    lm_eval: str
+    metric: str | None = None
+    limit: int | float | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How the lm-evaluation-harness measures.
+
+    Attributes:
+        include_path: folder of task files of one's own, which come before those of the harness.
+        batch_size: requests per batch, or ``"auto"``; that of the recipe when None.
+        apply_chat_template: whether prompts are put as the tokenizer's chat template has them.
+        builtin: whether some task is one of the harness's own.
+        needs_network: whether some task's data are on the hub.
+        data: files that tasks of one's own read.
+    """
+
+    include_path: Path | None = None
+    batch_size: int | str | None = None
+    apply_chat_template: bool = False
+    builtin: bool = False
+    needs_network: bool = False
+    data: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +137,7 @@ class EvalRecipe(Placed):
         tasks: in the order of the tables.
         rows: of the tables, with ``zero_shot`` and ``finetuned`` among them.
         out: output folder.
+        lm_eval: how tasks of the lm-evaluation-harness are measured.
         seeds: every row is repeated for each; without any, one run of seed 0 that takes all data in order.
         joint: how the scores of several tasks' heads are put together for Hits@k; None leaves that table out.
         batch_size: rows of a data file per batch.
@@ -96,15 +147,31 @@ class EvalRecipe(Placed):
 
     model: str
     local: bool
-    tasks: dict[str, TaskRecipe]
+    tasks: dict[str, TaskRecipe | HarnessTask]
     rows: tuple[Row, ...]
     out: Path
+    lm_eval: HarnessSettings = HarnessSettings()
     seeds: tuple[int, ...] = ()
     joint: str | None = None
     batch_size: int = 32
     shared_modules: str = "lambda"
     dora: str = "refuse"
     plots: bool = True
+
+    @property
+    def labelled(self) -> dict[str, TaskRecipe]:
+        """The tasks that are measured on labelled inputs."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, TaskRecipe)}
+
+    @property
+    def harness(self) -> dict[str, HarnessTask]:
+        """The tasks that the lm-evaluation-harness measures."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, HarnessTask)}
+
+    @property
+    def offline(self) -> bool:
+        """Whether nothing may touch the network: the base is a folder, and no task's data are on the hub."""
+        return self.local and not self.lm_eval.needs_network
 
     def at(self, seed: int) -> EvalRecipe:
         """The recipe with ``{seed}`` replaced in every path.
@@ -116,7 +183,7 @@ class EvalRecipe(Placed):
         def put(path: Path) -> Path:
             return Path(str(path).replace(SEED, str(seed)))
 
-        tasks = {}
+        tasks: dict[str, TaskRecipe | HarnessTask] = {}
         for name, task in self.tasks.items():
             changed: dict[str, Any] = {}
             for key, path in task.paths.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from nsc_merge.evaluation.eval_recipe import TASK_PATHS, EvalRecipe, Row, TaskRecipe, Tuning
+from nsc_merge.evaluation.eval_recipe import TASK_PATHS, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
+from nsc_merge.evaluation.harness.keys import harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint_classes import SCORES
 from nsc_merge.evaluation.metrics import METRICS, Metric
@@ -28,6 +29,8 @@ from nsc_merge.recipes.yaml_keys import (
     text_path,
 )
 
+_Tasks: TypeAlias = Mapping[str, TaskRecipe | HarnessTask]
+
 REFERENCES = ("zero_shot", "finetuned")
 TUNED_BY = ("metric", "loss")
 _KEYS = (
@@ -37,6 +40,7 @@ _KEYS = (
     "seeds",
     "joint",
     "batch_size",
+    "lm_eval",
     "shared_modules",
     "dora",
     *PLACEMENT_KEYS,
@@ -76,6 +80,8 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
         }
     if isinstance(document.get("methods"), list):
         document["methods"] = [_absolute_in(row, ("folder",), base) for row in document["methods"]]
+    if "lm_eval" in document:
+        document["lm_eval"] = _absolute_in(document["lm_eval"], ("include_path",), base)
     if "output" in document:
         document["output"] = _absolute_in(document["output"], ("dir",), base)
     return document
@@ -100,7 +106,7 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
     if out.exists() and not out.is_dir():
         raise RecipeError(f"output.dir: expected a folder, {out} is a file")
     model = text(document, "model")
-    tasks = {name: _task(name, value) for name, value in by_task(document, "tasks")}
+    tasks: dict[str, TaskRecipe | HarnessTask] = {name: _task(name, value) for name, value in by_task(document, "tasks")}
     if not tasks:
         raise RecipeError("tasks: expected at least one task, found none")
     recipe = EvalRecipe(
@@ -109,6 +115,7 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
         tasks=tasks,
         rows=_rows(document, tasks),
         out=out,
+        lm_eval=harness_settings(document, {n: task for n, task in tasks.items() if isinstance(task, HarnessTask)}),
         seeds=_seeds(document),
         joint=_joint(document, tasks),
         batch_size=count(document.get("batch_size", 32), "batch_size"),
@@ -122,17 +129,19 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
     return recipe
 
 
-def _task(name: str, value: Any) -> TaskRecipe:
+def _task(name: str, value: Any) -> TaskRecipe | HarnessTask:
     key = f"tasks.{name}"
     if not isinstance(value, dict):
         raise RecipeError(f"{key}: expected keys and values, found {value!r:.60}")
     prefix = f"{key}."
-    refuse_unknown(prefix, value, _TASK_KEYS)
     paths = {
         one: Path(text_path(f"{prefix}{one}", value[one]))
         for one in TASK_PATHS
         if value.get(one) is not None
     }
+    if "lm_eval" in value:
+        return harness_task(name, value, paths)
+    refuse_unknown(prefix, value, _TASK_KEYS)
     for one in ("adapter", "test"):
         if one not in paths:
             raise RecipeError(f"{prefix}{one}: expected a path, found none")
@@ -175,7 +184,7 @@ def _metric(prefix: str, value: Any) -> Metric:
         raise RecipeError(f"{prefix}metric.{error}") from None
 
 
-def _rows(document: Mapping[str, Any], tasks: Mapping[str, TaskRecipe]) -> tuple[Row, ...]:
+def _rows(document: Mapping[str, Any], tasks: _Tasks) -> tuple[Row, ...]:
     listed = document.get("methods")
     if not isinstance(listed, list) or not listed:
         raise RecipeError(f"methods: expected a list of methods or folders, found {listed!r:.60}")
@@ -189,7 +198,7 @@ def _rows(document: Mapping[str, Any], tasks: Mapping[str, TaskRecipe]) -> tuple
     return tuple(rows)
 
 
-def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
+def _row(number: int, value: Any, tasks: _Tasks) -> Row:
     prefix = f"methods[{number}]."
     if isinstance(value, str):
         value = {"method": value}
@@ -220,13 +229,23 @@ def _row(number: int, value: Any, tasks: Mapping[str, TaskRecipe]) -> Row:
     if tune is not None and "scale" in options:
         raise RecipeError(f"{prefix}tune: chooses the scale, but options.scale is given, too")
     for task in tasks.values():
-        if tune is not None and task.validation is None:
-            raise RecipeError(f"tasks.{task.name}.validation: {prefix[:-1]} ({name}) needs it, found none")
-        if "data" in method.needs and task.validation is None and task.calibration is None:
+        validation = task.validation if isinstance(task, TaskRecipe) else None
+        if "data" in method.needs and validation is None and task.calibration is None:
             raise RecipeError(
                 f"tasks.{task.name}.calibration: {prefix[:-1]} ({name}) needs inputs of every task, found neither "
                 "calibration nor validation"
             )
+        if isinstance(task, HarnessTask):
+            if method.averages_outputs:
+                raise RecipeError(
+                    f"methods[{number}]: {name} is the mean of the outputs of several models, and task {task.name} is "
+                    "of the harness, which measures one; leave out one of the two"
+                )
+            if tune is not None and tune.by == "loss":
+                raise RecipeError(f"{prefix}tune: task {task.name} (lm_eval) has no loss; use metric")
+            continue
+        if tune is not None and validation is None:
+            raise RecipeError(f"tasks.{task.name}.validation: {prefix[:-1]} ({name}) needs it, found none")
         if tune is not None and tune.by == "loss" and (task.metric.loss is None or task.generate):
             raise RecipeError(f"{prefix}tune: task {task.name} ({task.metric.name}) has no loss; use metric")
     return Row(text(value, "name", prefix, default=name), name, options, tune)
@@ -266,13 +285,14 @@ def _seeds(document: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _joint(document: Mapping[str, Any], tasks: Mapping[str, TaskRecipe]) -> str | None:
+def _joint(document: Mapping[str, Any], tasks: _Tasks) -> str | None:
     value = document.get("joint")
     if value is None or value is False:
         return None
     if value not in SCORES:
         raise RecipeError(f"joint: expected one of {list(SCORES)}, or false, found {value!r:.60}")
-    classifiers = [task for task in tasks.values() if task.metric.name == "accuracy"]
+    labelled = [task for task in tasks.values() if isinstance(task, TaskRecipe)]
+    classifiers = [task for task in labelled if task.metric.name == "accuracy"]
     if len(classifiers) < 2:
         raise RecipeError(f"joint: expected at least two tasks of metric accuracy, found {len(classifiers)}")
     return str(value)

@@ -6,12 +6,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nsc_merge.api import merge
 from nsc_merge.evaluation.candidates import candidate_of, coefficient_range
-from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, Row
+from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, Row, TaskRecipe
+from nsc_merge.evaluation.harness.measuring import Harness, HarnessScore
+from nsc_merge.evaluation.harness.provenance import harness_fingerprint, harness_versions
 from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.evaluation.plots import draw as draw_scores
 from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
@@ -112,7 +115,7 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
     here = recipe.at(seed)
     # Not among the settings of a plain base, so that rows of earlier releases stay theirs.
     quantised = [] if here.quantization is None else [here.quantization]
-    known = {
+    known: dict[str, Any] = {
         "row": [row.method, row.options, row.tune and vars(row.tune)],
         "folder": None if row.folder is None else _all_hashes(Path(str(row.folder).replace(SEED, str(seed)))),
         "model": _all_hashes(Path(here.model)) if here.local else here.model,
@@ -122,13 +125,28 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
                 [task.metric.name, task.metric.settings, task.labels, task.head and Path(task.head).name],
                 [task.pool, task.generate, task.classes],
             ]
+            if isinstance(task, TaskRecipe)
+            else [
+                {key: _all_hashes(path) for key, path in task.paths.items()},
+                [task.lm_eval, task.metric, task.limit, task.num_fewshot],
+            ]
             for name, task in here.tasks.items()
         },
         "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint, *quantised],
         "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
         "versions": versions(),
     }
+    if here.harness:
+        known["lm_eval"] = harness_fingerprint(here)
     return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Scores of all tasks, with what the harness says of its own."""
+
+    scores: Scores
+    harness: dict[str, HarnessScore]
 
 
 class _Bench:
@@ -138,7 +156,8 @@ class _Bench:
         self._recipe, self._seed = recipe.at(seed), seed
         log(f"loading {self._recipe.model}" + ("" if recipe.local else " from the hub"))
         self._suite = RecipeSuite(self._recipe, shuffle=seed if recipe.seeds else None)
-        self._references: dict[str, Scores] = {}
+        self._harness = Harness(self._recipe, self._suite) if self._recipe.harness else None
+        self._references: dict[str, _Measured] = {}
 
     def measured(self, row: Row) -> dict[str, Any]:
         # A folder or an option may carry the seed.
@@ -150,46 +169,55 @@ class _Bench:
             assert isinstance(candidate, MergeResult)
             candidate, tuned = self._tuned(candidate, row)
         seconds = time.perf_counter() - started
-        scores = score(self._suite, predict(self._suite, candidate, "test"))
-        percents = scores.normalised(self._reference("test"), self._directions)
+        found = self._reference("test") if row.method == "finetuned" else self._scores(candidate, "test")
+        percents = self._normalised(found, "test")
         self._draw(row, candidate)
+        by_harness = {"lm_eval": {name: one.record() for name, one in found.harness.items()}} if self._harness else {}
         return {
             "method": row.method,
             "folder": None if row.folder is None else str(row.folder),
             "options": plain(row.options),
             "tuned": tuned,
-            "metrics": scores.metrics,
-            "losses": scores.losses,
+            "metrics": found.scores.metrics,
+            "losses": found.scores.losses,
             "normalised": percents,
             "average": average(percents),
             "hits": self._hits(candidate),
             "coefficients": coefficient_range(candidate),
             "seconds": round(seconds, 2),
+            **by_harness,
         }
 
-    @property
-    def _directions(self) -> dict[str, bool]:
-        return {name: task.lower_is_better for name, task in self._suite.tasks.items()}
+    def _scores(self, candidate: Candidate, split: str) -> _Measured:
+        own = score(self._suite, predict(self._suite, candidate, split))
+        harness = self._harness.scores(candidate, split) if self._harness else {}
+        metrics = own.metrics | {name: one.value for name, one in harness.items()}
+        return _Measured(Scores({name: metrics[name] for name in self._recipe.tasks}, own.losses), harness)
 
-    def _reference(self, split: str) -> Scores:
+    def _reference(self, split: str) -> _Measured:
         if split not in self._references:
             alone = merge(self._suite.model, self._suite.adapters, method="finetuned")
-            self._references[split] = score(self._suite, predict(self._suite, alone, split))
+            self._references[split] = self._scores(alone, split)
         return self._references[split]
+
+    def _normalised(self, found: _Measured, split: str) -> dict[str, float]:
+        lower = {name: task.lower_is_better for name, task in self._suite.tasks.items()}
+        lower |= {name: one.lower_is_better for name, one in found.harness.items()}
+        return found.scores.normalised(self._reference(split).scores, lower)
 
     def _tuned(self, unscaled: MergeResult, row: Row) -> tuple[MergeResult, dict[str, Any]]:
         assert row.tune is not None
         by = row.tune.by
-        if by == "metric" and any(not value for value in self._reference("val").metrics.values()):
+        if by == "metric" and any(not value for value in self._reference("val").scores.metrics.values()):
             raise ValueError(
                 "tune: a fine-tuned model scores 0 on its validation data, so that no average exists"
             )
 
         def quality(result: MergeResult) -> float:
-            scores = score(self._suite, predict(self._suite, result, "val"))
+            found = self._scores(result, "val")
             if by == "loss":
-                return -sum(scores.losses.values())
-            return average(scores.normalised(self._reference("val"), self._directions))
+                return -sum(found.scores.losses.values())
+            return average(self._normalised(found, "val"))
 
         found = tune_scale(
             unscaled,
@@ -204,7 +232,7 @@ class _Bench:
     def _hits(self, candidate: Candidate) -> dict[str, dict[str, float]] | None:
         if self._recipe.joint is None:
             return None
-        tasks = {name: task for name, task in self._recipe.tasks.items() if task.metric.name == "accuracy"}
+        tasks = {name: task for name, task in self._recipe.labelled.items() if task.metric.name == "accuracy"}
         names = {name: task.classes for name, task in tasks.items() if task.classes}
         found = joint_hits(self._suite, candidate, "test", list(tasks), self._recipe.joint, names)
         if found is None:
@@ -224,12 +252,20 @@ class _Bench:
 
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:
     names = [row.name for row in recipe.rows]
+    # The fine-tuned models' row is always there, and says what the harness calls its figures.
+    by_harness = next((record["lm_eval"] for record in records if "lm_eval" in record), {})
     return {
         "format": FORMAT,
         "version": 1,
         "model": recipe.model,
         "tasks": {
             name: {"metric": task.metric.label, "lower_is_better": task.metric.lower_is_better}
+            if isinstance(task, TaskRecipe)
+            else {
+                "metric": by_harness[name]["metric"],
+                "lower_is_better": by_harness[name]["lower_is_better"],
+                "lm_eval": task.lm_eval,
+            }
             for name, task in recipe.tasks.items()
         },
         "seeds": list(recipe.seeds or (0,)),
@@ -239,7 +275,7 @@ def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, An
             for name in names
             if (runs := [record for record in records if record["row"] == name])
         ],
-        "versions": versions(),
+        "versions": versions() | (harness_versions() if recipe.harness else {}),
     }
 
 

@@ -57,7 +57,7 @@ def predict(
     labels = {
         task: _joined([label for _, label in suite.labelled(task, split)], torch.nan) for task in wanted
     }
-    for served, models in _groups(suite, candidate, wanted):
+    for served, models in models_of(suite, candidate, wanted):
         for number, enter in enumerate(models, 1):
             with enter() as model:
                 for together in [served] if share else [[task] for task in served]:
@@ -100,7 +100,7 @@ def joint_hits(
         kind: of scores; see :meth:`nsc_merge.evaluation.joint_classes.Union.scores`.
         names: task -> names of its classes, if classes of the same name are one.
     """
-    groups = _groups(suite, candidate, list(suite.tasks))
+    groups = models_of(suite, candidate, list(suite.tasks))
     if len(groups) > 1:
         return None
     ((_, models),) = groups
@@ -128,12 +128,12 @@ def joint_hits(
     return found
 
 
-def _groups(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[list[str], list[_Model]]]:
-    """Tasks that share models, and the models whose outputs are averaged for them."""
+def models_of(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tuple[list[str], list[_Model]]]:
+    """Tasks that share models, and the models whose outputs are averaged for them; each is made when it is entered."""
     if isinstance(candidate, nn.Module):
         return [(tasks, [lambda: nullcontext(candidate)])]
     if isinstance(candidate, Mapping):
-        return [([task], _groups(suite, candidate[task], [task])[0][1]) for task in tasks]
+        return [([task], models_of(suite, candidate[task], [task])[0][1]) for task in tasks]
     if not candidate.per_task:
         return [(tasks, [partial(applied, suite.model, candidate)])]
     models = {task: partial(applied, suite.model, candidate.for_task(task)) for task in candidate.per_task}

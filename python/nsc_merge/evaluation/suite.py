@@ -49,6 +49,22 @@ class Suite(Protocol):
         """All of ``"val"`` or ``"test"`` as batches of model inputs and labels."""
         ...
 
+    def tokenizer(self, argument: str) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            ValueError: naming ``argument``, if there is none.
+        """
+        from transformers import AutoTokenizer
+
+        recipe = self._recipe
+        try:
+            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
+            ) from None
+
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the task's head makes of the model, differentiable."""
         ...
@@ -98,15 +114,15 @@ class RecipeSuite:
         merged_linears(self.model, self.adapters)
         self.tasks = {
             name: TaskInfo(name, task.metric.label, task.metric.lower_is_better)
-            for name, task in recipe.tasks.items()
+            for name, task in recipe.labelled.items()
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
-        self._heads = {name: self._head(task) for name, task in recipe.tasks.items()}
+        self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
         for name in self.tasks:
             self.labelled(name, "test")
 
     def metric(self, task: str) -> Metric:
-        return self._recipe.tasks[task].metric
+        return self._recipe.labelled[task].metric
 
     def labelled(self, task: str, split: str) -> Labelled:
         """All of ``"val"`` or ``"test"``.
@@ -115,7 +131,7 @@ class RecipeSuite:
             FileNotFoundError, ValueError: naming the key of the recipe.
         """
         if (task, split) not in self._labelled:
-            settings = self._recipe.tasks[task]
+            settings = self._recipe.labelled[task]
             key = {"test": "test", "val": "validation"}[split]
             place = getattr(settings, key)
             if place is None:
@@ -130,14 +146,29 @@ class RecipeSuite:
             if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
                 read = read_batches(task.calibration, self._recipe.batch_size, argument).to(self._dtype)
-                batches = [
-                    {key: value for key, value in batch.items() if key != task.labels} for batch in read
-                ]
+                labels = task.labels if isinstance(task, TaskRecipe) else None
+                batches = [{key: value for key, value in batch.items() if key != labels} for batch in read]
                 check_names(Batches(batches), self.model, argument)
             else:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
             drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
         return drawn
+
+    def tokenizer(self, argument: str) -> Any:
+        """The base's tokenizer.
+
+        Raises:
+            ValueError: naming ``argument``, if there is none.
+        """
+        from transformers import AutoTokenizer
+
+        recipe = self._recipe
+        try:
+            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
+            ) from None
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the task's head on ``model``, where the model is."""
@@ -208,6 +239,7 @@ class RecipeSuite:
         if isinstance(head, ModelHead):
             return ModelHead(head.parameters, shifted=self._shifted(task))
         return head
+
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:

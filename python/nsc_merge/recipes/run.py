@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -12,15 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapters import Adapter
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.batch_files import Batches, check_names
 from nsc_merge.methods import METHODS, method_of
-from nsc_merge.models.bases.loading import base_files, load_model
+from nsc_merge.models.bases.loading import base_files, commit_of, load_model
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.processes.group import current
+from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.results.beside.heads import heads_of, with_head
+from nsc_merge.results.beside.next_commands import next_commands
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
@@ -84,9 +89,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         return None
     if group.size > 1 and recipe.local:
         # In shards the base is whole in no process: what is written of it comes from its files.
-        placement = replace(recipe.placement, numbers=False)
-        model = load_model(recipe.model, local=True, placement=placement, digest=_digest(recipe))
-        result = replace(result, model=model)
+        result = replace(result, model=_base(recipe, replace(recipe.placement, numbers=False)))
     if result.course:
         log(result.course)
     dead = sum(len(tasks) for tasks in result.dead.values())
@@ -103,9 +106,12 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         max_shard_size=recipe.max_shard_size,
         plots=recipe.plots,
         dequantize=recipe.dequantize,
+        head=recipe.head,
+        labels=recipe.labels or None,
     )
     if resumable:
         state.unlink(missing_ok=True)
+    url = None if recipe.push_to_hub is None else _push(recipe, log)
     summary: dict[str, Any] = {
         "out": str(recipe.out),
         "formats": formats,
@@ -115,6 +121,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         "objective": result.objective,
         "dead": dead,
         "files": files,
+        "next": next_commands(result, recipe.out, files, pushed=url is not None),
+        **({} if url is None else {"pushed": url}),
     }
     if "lora" in formats:
         summary["serving"] = serving_notes(result, recipe.rank)
@@ -124,6 +132,19 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
             if errors:
                 summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
     return summary
+
+
+def _push(recipe: Recipe, log: Log) -> str:
+    """Upload what was written, which stays where it is whatever the hub says."""
+    from nsc_merge.results.hub import push
+
+    repo = str(recipe.push_to_hub)
+    log(f"uploading to {repo}")
+    try:
+        return push(recipe.out, repo, private=recipe.private)
+    except (ValueError, OSError) as error:
+        again = ["nsc-merge", "export", str(recipe.out), "--push-to-hub", repo, *["--private"] * recipe.private]
+        raise OSError(f"{error}; the merge is in {recipe.out}: {shlex.join(again)} uploads it") from None
 
 
 def _check_whole(recipe: Recipe, adapters: dict[str, Adapter]) -> None:
@@ -144,26 +165,58 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
     return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
-def load(recipe: Recipe, log: Log) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
-    """The base model, the adapters fitted to it, and the calibration batches in its dtype."""
+def load(
+    recipe: Recipe, log: Log, inputs: Inputs | None = None
+) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
+    """The base model, the adapters fitted to it, and the calibration batches in its dtype.
+
+    Args:
+        recipe: what is merged.
+        log: told what takes its time.
+        inputs: of :func:`nsc_merge.recipes.inputs.read_inputs`, which is called for them otherwise.
+    """
     if recipe.dropped:
         log(f"method={recipe.method}: dropped options of the recipe's own method: {', '.join(recipe.dropped)}")
-    with current().agreeing():
-        adapters = {task: load_adapter(folder, task, dora=recipe.dora) for task, folder in recipe.adapters.items()}
-        calibration = {
-            task: read_batches(place, recipe.batch_size, f"calibration.{task}")
-            for task, place in recipe.calibration.items()
-        }
+    adapters, calibration = inputs or read_inputs(recipe)
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
     needed = bool(method_of(recipe.method).needs)
-    placement = replace(recipe.placement, shards=current().size > 1, numbers=needed)
-    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=_digest(recipe))
+    model = _base(recipe, replace(recipe.placement, shards=current().size > 1, numbers=needed))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
-    return model, fit(adapters, model, recipe.shared_modules), calibration
+    adapters = fit(adapters, model, recipe.shared_modules)
+    _check_heads(recipe, model, adapters)
+    return model, adapters, calibration
+
+
+def _check_heads(recipe: Recipe, model: nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Refuse labels and a head that could not be written, before the work of a merge."""
+    if not recipe.labels and recipe.head is None:
+        return
+    outline = MergeResult(recipe.method, {}, [], adapters, {}, {}, model)
+    heads = heads_of(outline, recipe.labels)
+    if recipe.head is None:
+        return
+    if recipe.head not in heads:
+        raise RecipeError(
+            f"output.head: expected a task whose adapter brought a head ({', '.join(heads) or 'none did'}), found "
+            f"{recipe.head!r:.60}"
+        )
+    if current().size == 1:
+        with_head(outline, recipe.head, heads[recipe.head])
+
+
+def _base(recipe: Recipe, placement: Placement) -> nn.Module:
+    return load_model(
+        recipe.model,
+        local=recipe.local,
+        placement=placement,
+        digest=_digest(recipe),
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
@@ -174,7 +227,7 @@ def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
 def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:
     """What a run is of, beside what the merge is given as arguments."""
     return {
-        "model": _base_of(model) if recipe.local else recipe.model,
+        "model": _base_of(model) if recipe.local else f"{recipe.model}@{commit_of(model)}",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         **({} if recipe.quantization is None else {"quantization": recipe.quantization}),
         "calibration": {task: batches.sha256 for task, batches in calibration.items()},
@@ -207,12 +260,18 @@ def merge_loaded(
     with options_at_fault(recipe):
         result = merge(model, adapters, calibration or None, recipe.method, **{**recipe.options, **options})
     inputs = {
-        "calibration": {task: str(place) for task, place in recipe.calibration.items()},
+        **({"trust_remote_code": True} if recipe.trust_remote_code else {}),
+        # Raw data with all settings that its samples follow from, whatever the defaults of another release are.
+        "calibration": {
+            task: place.as_written() if "samples" in calibration[task].sha256 else place.source
+            for task, place in recipe.calibration.items()
+        },
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
         "dora": recipe.dora,
         **recipe.placement_keys,
         "full_hash": recipe.full_hash,
+        **({"labels": {task: list(names) for task, names in recipe.labels.items()}} if recipe.labels else {}),
         "output": {
             "dir": str(recipe.out),
             "formats": list(recipe.formats),
@@ -220,6 +279,7 @@ def merge_loaded(
             "max_shard_size": recipe.max_shard_size,
             "dequantize": recipe.dequantize,
             "plots": recipe.plots,
+            **({} if recipe.head is None else {"head": recipe.head}),
         },
         RECORD: {
             "sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}},

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.adapters import load_adapter
 from nsc_merge.methods import METHODS
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
+from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.results.beside.record import digests_in
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
@@ -80,13 +81,14 @@ def _is_comparison(moved: Any) -> bool:
     return all(map(is_number, numbers)) and type(count) is int and count > 0
 
 
-def load_result(folder: str | Path, *, numbers: bool = True) -> MergeResult:
+def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: bool = False) -> MergeResult:
     """The result that was saved into ``folder``, with its base model and adapters read again.
 
     Args:
         folder: of the result.
         numbers: False leaves the weights of a base in a folder in their files, from which ``save`` takes them one
             after another: a model of any size takes hardly any memory. It can then be neither run nor changed.
+        trust_remote_code: run the code that came with the base, where the merge did: the folder may be another's.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing, or if base or adapters are not those that were
@@ -103,12 +105,17 @@ def load_result(folder: str | Path, *, numbers: bool = True) -> MergeResult:
             f"result: {folder} holds parts of two merges: {COEFFICIENTS_FILE} is of method {document['method']!r}, "
             f"{RECIPE_FILE} of {recipe.method!r}"
         )
+    if recipe.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"result: {folder / RECIPE_FILE} says trust_remote_code: true, so that code which comes with "
+            f"{recipe.model} would be run: expected trust_remote_code=True (--trust-remote-code), too, if you trust it"
+        )
     record = _mapping(written, RECORD, folder)
     known = _mapping(record, "sha256", folder)
     known_adapters = _mapping(known, "adapters", folder)
     adapters = {}
     for task, place in recipe.adapters.items():
-        adapters[task] = load_adapter(place, task, dora=recipe.dora)
+        adapters[task] = read_adapter(place, task, recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
     try:
         expected = digests_in(record)
@@ -117,7 +124,14 @@ def load_result(folder: str | Path, *, numbers: bool = True) -> MergeResult:
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
     placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=numbers)
-    model = load_model(recipe.model, local=recipe.local, placement=placement, digest=digest)
+    model = load_model(
+        recipe.model,
+        local=recipe.local,
+        placement=placement,
+        digest=digest,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+    )
     if recipe.local:
         _refuse_changed("model", Path(recipe.model), files_of(model), expected or None)
     others = set(document["tasks"]) ^ set(adapters)
@@ -154,10 +168,10 @@ def _mapping(document: Mapping[str, Any], key: str, folder: Path) -> dict[str, A
     return found
 
 
-def _refuse_changed(name: str, place: Path, found: Mapping[str, Digest], expected: Any) -> None:
+def _refuse_changed(name: str, place: Path | HubAdapter, found: Mapping[str, Digest], expected: Any) -> None:
     """Refuse files that are not those of the record, if there is one."""
     if expected is not None and dict(found) != expected:
         raise ValueError(f"{name}: {place} has changed since it was merged (its digests differ)")
 
 
-_OF_THE_RESULT = ("model", "adapters", "method", "options", RECORD)
+_OF_THE_RESULT = ("model", "revision", "adapters", "method", "options", RECORD)

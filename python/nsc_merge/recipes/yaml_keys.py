@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.utils.errors import UsageError
-from nsc_merge.utils.option_checks import did_you_mean
+from nsc_merge.utils.option_checks import did_you_mean, is_hub_id
 from nsc_merge.utils.yaml_text import from_yaml, read_yaml
 
 # YAML 1.1 takes 1e-3 for a string, which nobody means.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class RecipeError(UsageError):
@@ -21,7 +20,10 @@ class RecipeError(UsageError):
 
 
 def read_document(
-    path: Path, overrides: Sequence[str], absolute: Callable[[dict[str, Any], Path], dict[str, Any]]
+    path: Path,
+    overrides: Sequence[str],
+    absolute: Callable[[dict[str, Any], Path], dict[str, Any]],
+    short: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Keys and values of a YAML file, changed by ``overrides``.
 
@@ -30,6 +32,8 @@ def read_document(
         overrides: ``"key.sub=value"``, the value in YAML.
         absolute: makes the paths of a document absolute, given the folder that they are relative to: the file's,
             or the working folder for overrides.
+        short: key -> what text stands for among the keys of a task there, so that ``"key.task.sub=value"`` changes a
+            task that is written as text alone, too.
 
     Raises:
         RecipeError: naming the key, what was found and what was expected.
@@ -58,7 +62,21 @@ def read_document(
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
-        document = _updated(document, absolute(nested, Path.cwd()))
+        change = absolute(nested, Path.cwd())
+        document = _updated(_spelt_out(document, change, short or {}), change)
+    return document
+
+
+def _spelt_out(document: dict[str, Any], change: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+    """``document`` with keys and values in the place of text where ``change`` has keys and values."""
+    document = dict(document)
+    for key, name in short.items():
+        tasks, changed = document.get(key), change.get(key)
+        if isinstance(tasks, dict) and isinstance(changed, dict):
+            document[key] = {
+                task: {name: value} if isinstance(value, str) and isinstance(changed.get(task), dict) else value
+                for task, value in tasks.items()
+            }
     return document
 
 
@@ -68,11 +86,6 @@ def _updated(document: dict[str, Any], change: Mapping[str, Any]) -> dict[str, A
         old = document.get(key)
         document[key] = _updated(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return document
-
-
-def is_hub_id(model: str, base: Path) -> bool:
-    """``owner/name`` with no folder ``owner`` here: a mistyped path must not reach the network."""
-    return bool(_HUB_ID.fullmatch(model)) and model[0] != "." and not (base / model.split("/")[0]).exists()
 
 
 def absolute_model(model: Any, base: Path) -> Any:
@@ -123,6 +136,11 @@ def text(document: Mapping[str, Any], key: str, prefix: str = "", default: str |
     if not isinstance(value, str) or not value:
         raise RecipeError(f"{prefix}{key}: expected text, found {value!r:.60}")
     return value
+
+
+def text_or_none(document: Mapping[str, Any], key: str, prefix: str = "") -> str | None:
+    """Text, None if the key is absent."""
+    return None if document.get(key) is None else text(document, key, prefix)
 
 
 def choice(document: Mapping[str, Any], key: str, choices: Sequence[str], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Errors that decide the exit status of a command."""
+"""Errors that decide the exit status of a command, and what those of the hub mean."""
 
 from __future__ import annotations
 
@@ -7,3 +7,48 @@ class UsageError(ValueError):
     """The command line, not the data, is at fault."""
 
     exit_status = 2
+
+
+def hub_problem(error: BaseException, argument: str, repo: str, revision: str | None = None) -> str | None:
+    """What an error of huggingface_hub, or one that it led to, means for the one who asked for ``repo``, in one line
+    with what to do; None of other errors.
+    """
+    from huggingface_hub import constants, errors
+
+    named = repo if revision is None else f"{repo}@{revision}"
+    known = (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.EntryNotFoundError)
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in chain:
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    found = [one for one in chain if isinstance(one, known)]
+    if not found:
+        return None
+    log_in = "hf auth login, or HF_TOKEN"
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in found)
+
+    if among(errors.GatedRepoError):
+        what = f"{named} is gated: ask for access at {constants.ENDPOINT}/{repo}, and say who you are by {log_in}"
+    elif among(errors.RepositoryNotFoundError):
+        what = (
+            f"there is no {repo} at {constants.ENDPOINT}, or it is private: expected the id of a repository that you "
+            f"may read ({log_in}), or a folder that is there"
+        )
+    elif among(errors.RevisionNotFoundError):
+        what = f"{repo} has no revision {revision!r} at {constants.ENDPOINT}: expected a branch, a tag or a commit"
+    elif constants.HF_HUB_OFFLINE:
+        what = (
+            f"{named} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it: unset "
+            "it, or name a folder"
+        )
+    elif among(errors.RemoteEntryNotFoundError):
+        what = f"{named} lacks a file: {' '.join(str(found[-1]).split()):.200}"
+    else:
+        what = (
+            f"{named} is not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} does not give it "
+            f"({type(found[-1]).__name__}: {' '.join(str(found[-1]).split()):.200}): try again, or name a folder"
+        )
+    return f"{argument}: {what}"

@@ -14,18 +14,19 @@ MAX_DEPTH = 64
 MAX_DIGITS = 40
 
 
-def from_json(text: str | bytes, place: str, *, not_finite: bool = False) -> Any:
+def from_json(text: str | bytes, place: str, *, not_finite: bool = False, most: int = MAX_VALUES) -> Any:
     """The value of JSON text, in which no key is given twice; for all JSON that is read.
 
     Args:
         text: or its bytes, in UTF-8.
         place: how messages call it, such as the path of its file.
         not_finite: whether NaN, Infinity and -Infinity, which are not JSON but are what Python writes, are numbers.
+        most: values that it may hold.
 
     Raises:
         ValueError: in one line that names ``place``: if it is not JSON, if a key is given twice, if a number is not
-            finite or has more than :data:`MAX_DIGITS` digits, or if there are more than :data:`MAX_VALUES` values or
-            some are nested deeper than :data:`MAX_DEPTH`.
+            finite or has more than :data:`MAX_DIGITS` digits, or if there are more than ``most`` values or some are
+            nested deeper than :data:`MAX_DEPTH`.
     """
 
     def constant(name: str) -> float:
@@ -41,8 +42,8 @@ def from_json(text: str | bytes, place: str, *, not_finite: bool = False) -> Any
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        if text.count(",") >= MAX_VALUES:
-            raise ValueError(f"expected at most {MAX_VALUES} values, found {text.count(',')} commas")
+        if text.count(",") >= most:
+            raise ValueError(f"expected at most {most} values, found {text.count(',')} commas")
         value = json.loads(
             text, object_pairs_hook=_object, parse_constant=constant, parse_float=real, parse_int=_integer
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_number(
@@ -126,6 +126,11 @@ def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
+def is_repo(name: str) -> bool:
+    """Whether it is ``owner/name``, as repositories on the hub are called."""
+    return _REPO.fullmatch(name) is not None
+
+
 def is_hub_id(name: str, base: Path) -> bool:
     """``owner/name`` with no folder ``owner`` in ``base``: a mistyped path must not reach the network."""
-    return bool(_HUB_ID.fullmatch(name)) and name[0] != "." and not (base / name.split("/")[0]).exists()
+    return is_repo(name) and not (base / name.split("/")[0]).exists()

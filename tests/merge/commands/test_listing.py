@@ -11,7 +11,7 @@ ASKED = (
     ["--help"],
     ["methods"],
     ["methods", "--json"],
-    *([command, "--help"] for command in ("run", "inspect", "export", "eval", "analyse", "methods", "demo")),
+    *([command, "--help"] for command in ("init", "run", "inspect", "export", "eval", "analyse", "methods", "demo")),
 )
 
 

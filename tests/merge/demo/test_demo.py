@@ -14,11 +14,13 @@ from safetensors import safe_open
 
 import nsc_merge
 from nsc_merge.commands.main import main
+from nsc_merge.demo import evaluate, train
 from nsc_merge.demo import tasks as demo_tasks
-from nsc_merge.demo import train
 from nsc_merge.demo.data import SCENES, SPLITS, digit_images, digit_split, make_scenes
-from nsc_merge.demo.evaluate import load_bundle
-from nsc_merge.demo.run import render, shipped_assets, verdict
+from nsc_merge.demo.evaluate import distilled_outputs, load_bundle
+from nsc_merge.demo.model import patch_features
+from nsc_merge.demo.report import advice, render, verdict
+from nsc_merge.demo.run import shipped_assets
 from nsc_merge.demo.tasks import TASKS
 
 
@@ -89,11 +91,15 @@ def test_shipped_parts_are_small_half_precision_safetensors():
         assert len(nsc_merge.load_adapter(assets / "adapters" / name, name).factors) == 32
 
 
-def test_demo_command(tmp_path):
-    done = command("demo", "--tasks", "depth,edge", "--steps", "2", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    out = tmp_path / "nsc-demo"
+def test_demo_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "VALIDATION_SCENES", 64)
+    monkeypatch.setattr(evaluate, "TEST_SCENES", 128)
+    monkeypatch.setattr(evaluate, "COARSE_SCALES", (0.3, 0.6))
+    assert main(["demo", "--tasks", "depth,edge", "--steps", "2", "--json"]) == 0
+    done = capsys.readouterr()
+    summary = json.loads(done.out)
+    out = Path("nsc-demo")
     assert json.loads((out / "summary.json").read_text()) == summary
     for name in ("coefficients.json", "history.jsonl", "coefficients.png", "ratios.png", "predictions.png"):
         assert (out / name).stat().st_size > 0
@@ -104,11 +110,20 @@ def test_demo_command(tmp_path):
     # The adapters are real: each is far better than the base on its task.
     assert summary["methods"]["zero_shot"]["average"] < 80
     assert summary["dead"] == {"layers.7.attention.o_proj": ["depth", "edge"]}
-    assert "NSC merging: 2/2" in done.stderr
-    assert "\r" not in done.stderr
+    assert list(summary["methods"])[-3:] == list(summary["minus_tuned"]) == ["nsc", "match", "distill"]
+    averages = {name: method["average"] for name, method in summary["methods"].items()}
+    for name, gap in summary["minus_tuned"].items():
+        assert gap["points"] == pytest.approx(averages[name] - averages["task_arithmetic_tuned"])
+        assert gap["error"] > 0
+    assert summary["matching_steps"] == 2
+    for stage in ("NSC merging", "feature matching", "distillation"):
+        assert f"{stage}: 2/2" in done.err
+    assert "\r" not in done.err
     table = render(summary)
     assert max(len(line) for line in table.splitlines() if str(out) not in line) <= 80
     assert summary["verdict"].split()[0] in table
+    for words in summary["advice"].values():
+        assert " ".join(words.split()) in " ".join(table.split())
 
 
 def test_retrain_writes_parts_that_the_demo_can_load(tmp_path, monkeypatch):
@@ -181,3 +196,31 @@ def test_verdict_follows_the_numbers(tuned, start, words):
         "task_arithmetic_uniform": (0.0, 0.5),
     }
     assert words in verdict(80.0, gaps)
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        ((5.1, 0.7), "5.1 ± 0.7 points above tuned TA here"),
+        ((-3.5, 0.5), "3.5 ± 0.5 points below tuned TA here"),
+        ((-0.9, 0.5), "level with (-0.9 ± 0.5) tuned TA here"),
+    ],
+)
+def test_advice_follows_the_numbers(gap, words):
+    said = advice({"nsc": (-9.0, 0.1), "match": (0.0, 1.0), "distill": gap})
+    assert list(said) == ["distill", "match", "nsc", "task_arithmetic_tuned"]
+    assert said["distill"].startswith(f"unlabelled inputs and the tasks' heads: {words}; ")
+    assert "9.0 ± 0.1 points below" in said["nsc"]
+    assert "level with (+0.0 ± 1.0)" in said["match"]
+
+
+def test_distillation_is_told_what_the_heads_predict():
+    bundle = load_bundle(shipped_assets(), ["normal", "semseg", "count"])
+    given = distilled_outputs(bundle)
+    assert given["likelihood"] == {"normal": "gaussian", "semseg": "categorical", "count": "categorical"}
+    pixels = make_scenes(3, "val", "photo", 5).pixels
+    with torch.no_grad():
+        for name, head in bundle.heads.items():
+            found = given["outputs"][name](bundle.backbone, {"pixel_values": pixels})
+            wanted = head(patch_features(bundle.backbone, pixels))
+            assert torch.equal(found, wanted.permute(0, 2, 3, 1) if TASKS[name].dense else wanted)

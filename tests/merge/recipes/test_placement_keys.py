@@ -112,7 +112,7 @@ def test_the_record_leads_to_the_same_placement(place, monkeypatch):
     """Loading itself is as the models have it; here only what it is asked for."""
     asked = []
 
-    def load(name, *, local, placement, digest):
+    def load(name, *, local, placement, digest, **_):
         asked.append(placement)
         return original(name, local=local, digest=digest)
 

@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.calibration.batch_files import Batches
+from nsc_merge.calibration.batch_files import Batches, read_batches
+from nsc_merge.calibration.raw import encoding
+from nsc_merge.calibration.raw.columns import Sample, choose
+from nsc_merge.calibration.raw.drawing import Source, in_order, listed
+from nsc_merge.calibration.raw.images import ImageReader, image_files, image_folder
+from nsc_merge.calibration.raw.preprocessors import (
+    Base,
+    base_of,
+    image_processor_of,
+    processor_of,
+    tokenizer_of,
+)
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.tables import dataset, hub_dataset, is_dataset, is_saved_dataset, parquet, saved_dataset
+from nsc_merge.calibration.raw.text_files import READERS, rows_of_text
+from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
+from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
+
+logger = logging.getLogger("nsc_merge")
+
+_INPUTS, _PARQUET = ".safetensors", ".parquet"
+# Beside images, what datasets' imagefolder calls a table of them.
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Rows that are looked at to tell what is in the columns.
+_LOOKED_AT = 256
+# Characters of the first sample that are kept to be shown.
+_SHOWN = 300
 
 
 def is_raw(source: str | Path) -> bool:
     """Whether a source is raw data; False for safetensors files of inputs, and for folders of them."""
-    raise NotImplementedError
+    place = Path(source)
+    if not place.is_dir():
+        return place.suffix.lower() != _INPUTS
+    if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
+        return True
+    return not any(place.glob(f"*{_INPUTS}"))
+
+
+def batches_of(
+    source: Any,
+    base: Any,
+    settings: DataSettings,
+    batch_size: int,
+    argument: str,
+    *,
+    local: bool = True,
+    base_revision: str | None = None,
+) -> Batches:
+    """Batches of either: safetensors files of inputs as they are, raw data encoded; see :func:`raw_batches`."""
+    if local and isinstance(source, (str, Path)) and not is_raw(source):
+        return read_batches(source, batch_size, argument)
+    return raw_batches(source, base, settings, batch_size, argument, local=local, base_revision=base_revision)
 
 
 def raw_batches(
     source: Any,
-    base: str,
+    base: Any,
     settings: DataSettings,
     batch_size: int,
     argument: str,
@@ -26,16 +77,174 @@ def raw_batches(
 ) -> Batches:
     """Batches of the inputs that the base model takes, of samples drawn from raw data.
 
+    ``Batches.sha256`` holds the digest of every file that was read, by its name; under ``"images"`` one over names and
+    bytes of the images that were opened; under ``"samples"`` that of the encoded samples in the order of the draw,
+    which is the same for every batch size.
+
     Args:
         source: file, folder, or dataset; a hub id only where ``local`` is False.
-        base: folder or hub id of the base model, beside which tokenizer and processor are looked for.
+        base: folder or hub id of the base model, beside which tokenizer and processor are looked for; or the model.
         settings: what is taken, and how.
         batch_size: samples of a batch.
         argument: how messages call the source, such as ``calibration.french``.
-        local: whether source, tokenizer and processor are on disk, so that nothing may touch the network.
+        local: whether the source is on disk. Base, tokenizer and processor are where there is such a folder; nothing
+            touches the network for one that is.
         base_revision: of a base from the hub.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
     """
-    raise NotImplementedError
+    check_count("batch_size", batch_size)
+    model = base_of(base, base_revision, settings, argument)
+    found = open_source(source, settings, argument, local=local)
+    samples = draw(found, settings, argument, text=model.text, images=model.images)
+    reader = ImageReader(found.folder, grey=model.grey)
+    encoded, fillers, first = _encoded(samples, model, settings, reader, argument)
+    sha256 = {**found.sha256, "samples": encoding.digest(encoded)}
+    if reader.sha256 is not None:
+        sha256["images"] = reader.sha256
+    return Batches(encoding.batched(encoded, batch_size, settings, fillers), sha256=sha256, first=first)
+
+
+def calibration_data(
+    source: Any, base: Any, *, batch_size: int = 8, base_revision: str | None = None, **settings: Any
+) -> Batches:
+    """Calibration batches of raw data, for :func:`nsc_merge.merge`.
+
+    Args:
+        source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
+            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a list of rows, or the hub id
+            ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
+        base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
+        batch_size: samples of a batch.
+        base_revision: of a base from the hub.
+        settings: fields of :class:`~nsc_merge.calibration.raw.settings.DataSettings`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument, what was found and what was expected.
+    """
+    for name in settings:
+        if name not in DataSettings.__dataclass_fields__:
+            hint = did_you_mean(name, DataSettings.__dataclass_fields__)
+            raise ValueError(f"calibration_data: {name}: no such setting{hint}")
+    named = isinstance(source, str) and not Path(source).exists() and is_hub_id(source, Path.cwd())
+    local = not named or Path(str(source)).suffix.lower() in (*READERS, _PARQUET, _INPUTS)
+    return batches_of(
+        source, base, DataSettings(**settings), batch_size, "source", local=local, base_revision=base_revision
+    )
+
+
+def open_source(source: Any, settings: DataSettings, argument: str, *, local: bool = True) -> Source:
+    """The rows of a file, a folder, a dataset, or a hub id where ``local`` is False.
+
+    Raises:
+        FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
+    """
+    if is_dataset(source):
+        return dataset(source, settings, argument)
+    if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
+        if not source or not all(isinstance(row, dict) for row in source):
+            raise ValueError(f"{argument}: expected a list of rows, each a dictionary, found {source!r:.60}")
+        return listed("row list", source, {}, None)
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {type(source).__name__}")
+    if not local:
+        return hub_dataset(str(source), settings, argument)
+    place = Path(source)
+    if not place.exists():
+        raise FileNotFoundError(f"{argument}: {place} is missing")
+    if place.is_dir():
+        return _folder(place, settings, argument)
+    if not place.is_file():
+        raise ValueError(f"{argument}: {place} is a pipe or device; expected a file or a folder")
+    return _without_splits(_files([place], str(place), place.parent, argument), settings, argument)
+
+
+def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, images: bool) -> list[Sample]:
+    """The samples of a source for a base that takes text, images, or both; rows of blank text are left out.
+
+    Raises:
+        ValueError: naming the row, what was found and what was expected.
+    """
+    rows = in_order(source, settings.seed, settings.samples or source.count)
+    looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
+    some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
+    columns = choose(some, source.columns, settings, place, text=text, images=images)
+    samples: list[Sample] = []
+    blank = 0
+    for number, row in chain(looked_at, rows):
+        sample = columns.sample(row, f"{argument}: {source.name}, row {number + 1}")
+        if sample is None:
+            blank += 1
+            continue
+        samples.append(sample)
+        if len(samples) == settings.samples:
+            break
+    if blank:
+        logger.warning("%s: %d rows of %s are left out: their text is blank", argument, blank, source.name)
+    if not samples:
+        raise ValueError(f"{argument}: {source.name} holds no text in {columns.said()}")
+    return samples
+
+
+def _encoded(
+    samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str
+) -> tuple[list[encoding.Encoded], dict[str, int], str]:
+    """Inputs of every sample, what those that are padded are padded with, and the first sample as text."""
+    if not base.text:
+        processor = image_processor_of(base, settings, argument)
+        return encoding.encode_images(samples, processor, base, reader), {}, str(samples[0].images[0])[:_SHOWN]
+    with_images = any(
+        sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
+    )
+    if base.images and with_images:
+        processor = processor_of(base, settings, argument)
+        tokenizer = processor.tokenizer
+        encoded = encoding.encode_pairs(samples, processor, base, settings, reader)
+    else:
+        tokenizer = tokenizer_of(base, settings, argument)
+        encoded = encoding.encode_text(samples, tokenizer, base, settings)
+    fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
+    # An image's token stands there as often as the image has patches.
+    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
+
+
+def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
+    if is_saved_dataset(folder):
+        return saved_dataset(folder, settings, argument)
+    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        raise refused_folder(folder, argument)
+    if images := image_files(folder):
+        table = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+        found = image_folder(folder, images) if table is None else _files([table], str(table), folder, argument)
+        return _without_splits(found, settings, argument)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    data = [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
+    kinds = sorted({file.suffix.lower() for file in data})
+    if not data:
+        raise refused_folder(folder, argument)
+    if len(kinds) > 1:
+        raise ValueError(f"{argument}: {folder} holds files of several kinds, {kinds}; name the one that is meant")
+    return _without_splits(_files(data, str(folder), folder, argument), settings, argument)
+
+
+def _without_splits(found: Source, settings: DataSettings, argument: str) -> Source:
+    if settings.split is not None:
+        raise ValueError(f"{argument}: split: {found.name} has no splits, found {settings.split!r}; expected none")
+    return found
+
+
+def _files(files: Sequence[Path], name: str, folder: Path, argument: str) -> Source:
+    """A source of files of one kind."""
+    suffix = files[0].suffix.lower()
+    if suffix == _PARQUET:
+        return parquet(files, name, folder, argument)
+    if suffix not in READERS:
+        raise refused_file(files[0], argument)
+    rows, sha256 = [], {}
+    for file in files:
+        raw = file.read_bytes()
+        sha256[file.name] = hashlib.sha256(raw).hexdigest()
+        rows += rows_of_text(file, raw, argument)
+    return listed(name, rows, sha256, folder)

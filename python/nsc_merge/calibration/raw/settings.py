@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from nsc_merge.utils.option_checks import check_choice, check_count, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,12 @@ class DataSettings:
             is named.
         image: name of the column that holds an image or its path, relative to the file; None takes ``image``.
         split: of a dataset that has several; None takes ``"train"``, or the only one.
+        config: of a dataset from the hub that has several.
         tokenizer: folder or hub id, where it does not lie beside the base.
         processor: folder or hub id of the processor or image processor, where it does not lie beside the base.
         revision: of a dataset from the hub.
-        max_length: tokens of a sample at most.
+        max_length: tokens of a sample at most, and never more than the model has positions; those that stand for
+            images are not counted.
         truncation: whether longer samples are cut; they are refused where not.
         truncation_side: the end that is cut, ``"right"`` or ``"left"``.
         padding_side: the end that is padded, ``"right"`` or ``"left"``. Behind the last token of a causal model padding
@@ -34,6 +38,7 @@ class DataSettings:
     messages: str | None = None
     image: str | None = None
     split: str | None = None
+    config: str | None = None
     tokenizer: str | None = None
     processor: str | None = None
     revision: str | None = None
@@ -44,3 +49,22 @@ class DataSettings:
     samples: int | None = 1024
     seed: int = 0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("text", "messages", "image", "split", "config", "tokenizer", "processor", "revision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}: expected text, found {value!r:.60}")
+        if self.text is not None and self.messages is not None:
+            raise ValueError(f"text, messages: expected one of them, found {self.text!r:.60} and {self.messages!r:.60}")
+        check_count("max_length", self.max_length)
+        if self.samples is not None:
+            check_count("samples", self.samples)
+        check_seed(self.seed)
+        for name in ("truncation", "trust_remote_code"):
+            check_choice(name, getattr(self, name), (True, False))
+        for name in ("truncation_side", "padding_side"):
+            check_choice(name, getattr(self, name), ("right", "left"))
+
+
+NAMES = tuple(one.name for one in fields(DataSettings))

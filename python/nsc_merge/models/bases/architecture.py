@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import check_safetensors
 
@@ -21,43 +22,73 @@ class Architecture:
         name: folder or hub id.
         local: whether it is a folder, so that nothing may touch the network.
         config: of transformers.
-        kind: its class, of transformers.
+        kind: its class, of transformers, or of the code that comes with it.
+        revision: of a model on the hub, the commit if it is known.
+        trust_remote_code: whether code that comes with it may be run.
     """
 
     name: str
     local: bool
     config: Any
     kind: Any
+    revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """For every ``from_pretrained``."""
-        return {"local_files_only": self.local, "trust_remote_code": False, "config": self.config}
+        settings = {
+            "local_files_only": self.local,
+            "trust_remote_code": self.trust_remote_code,
+            "config": self.config,
+        }
+        # Configuration and weights are of one commit, whatever is uploaded meanwhile.
+        return settings if self.revision is None else {**settings, "revision": self.revision}
 
 
-def architecture_of(name: str, *, local: bool) -> Architecture:
-    """Read and check everything but the weights; nothing is ever unpickled or run.
+def architecture_of(
+    name: str, *, local: bool, revision: str | None = None, trust_remote_code: bool = False
+) -> Architecture:
+    """Read and check everything but the weights; nothing is ever unpickled, nor run unless ``trust_remote_code``.
+
+    Args:
+        name: folder or hub id.
+        local: never touch the network.
+        revision: branch, tag or commit of a model on the hub; None for the newest.
+        trust_remote_code: run the code that comes with it, of which its configuration then names the class.
 
     Raises:
-        ValueError, OSError: if it cannot be loaded, naming what is missing, or if it is code that comes with it.
+        ValueError, OSError: if it cannot be loaded, naming what is missing, or if it is code that comes with it and
+            ``trust_remote_code`` is False.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     if local:
         _check_folder(Path(name))
-    fields, _ = transformers.PretrainedConfig.get_config_dict(name, local_files_only=local)
-    if fields.get("auto_map") and str(fields.get("model_type")) not in transformers.CONFIG_MAPPING:
+    given: dict[str, Any] = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
+    try:
+        fields, _ = transformers.PretrainedConfig.get_config_dict(name, **given)
+    except OSError as error:
+        problem = None if local else hub_problem(error, "model", name, revision)
+        if problem is None:
+            raise
+        raise OSError(problem) from None
+    own = fields.get("auto_map")
+    if own and not trust_remote_code and str(fields.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"model: {name} needs code of its own (auto_map in its config.json), which is never run: load the model "
-            "yourself in Python and call nsc_merge.merge(model, ...)"
+            f"model: {name} needs code of its own (auto_map in its config.json), which is run only where a recipe says "
+            "trust_remote_code: true: read it first, or load the model yourself in Python and call "
+            "nsc_merge.merge(model, ...)"
         )
     try:
         # Said each time: transformers would ask at the terminal.
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **given)
     except StrictDataclassError as error:
         raise ValueError(f"model: the config.json of {name} is none: {' '.join(str(error).split())}") from None
-    return Architecture(name, local, config, _class_of(name, config))
+    revision = getattr(config, "_commit_hash", None) or revision
+    kind = _class_of_code(name, config, given) if own and trust_remote_code else None
+    return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
 
 
 def _check_folder(folder: Path) -> None:
@@ -91,6 +122,16 @@ def _class_of(name: str, config: Any) -> Any:
     if not known and kind is not transformers.AutoModel:
         raise ValueError(f"model: transformers has no model {names[0]!r:.60}, which {name} asks for")
     return kind
+
+
+def _class_of_code(name: str, config: Any, given: dict[str, Any]) -> Any:
+    """The class that a configuration names among those of the code beside it; None if it names none of them."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    wanted = (getattr(config, "architectures", None) or [""])[0]
+    places = [place for place in (getattr(config, "auto_map", None) or {}).values() if isinstance(place, str)]
+    place = next((place for place in places if place.rpartition(".")[2] == wanted), None)
+    return None if place is None else get_class_from_dynamic_module(place, name, **given)
 
 
 def outline_of(architecture: Architecture, dtype: str = "auto") -> nn.Module:

@@ -44,9 +44,16 @@ _READ: WeakKeyDictionary[nn.Module, BaseFiles] = WeakKeyDictionary()
 
 
 def load_model(
-    name: str, *, local: bool, placement: Placement | None = None, digest: Callable[[Path], Digest] = quick
+    name: str,
+    *,
+    local: bool,
+    placement: Placement | None = None,
+    digest: Callable[[Path], Digest] = quick,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The base model, in the class that its configuration names; nothing is ever unpickled or run from it.
+    """The base model, in the class that its configuration names; nothing is ever unpickled, nor run from it unless
+    ``trust_remote_code``.
 
     Its weights are in memory of their own: what happens to the files later does not reach them. Those that
     ``placement.device_map`` leaves on disk are read from the files whenever they are needed.
@@ -58,6 +65,8 @@ def load_model(
         digest: of each file of a folder, for :func:`files_of`: by default without reading large files once more, so
             that other numbers in a file of the same header and size have the same; inode and times tell of those that
             come while it is read.
+        revision: branch, tag or commit of a model on the hub; None for the newest.
+        trust_remote_code: run the code that comes with it.
 
     Raises:
         ValueError, OSError: if there is no such device, if it cannot be loaded, naming what is missing, if it is code
@@ -66,7 +75,7 @@ def load_model(
     placement = placement or Placement()
     place = device_of(placement.device)
     before = marks(Path(name)) if local else {}
-    architecture = architecture_of(name, local=local)
+    architecture = architecture_of(name, local=local, revision=revision, trust_remote_code=trust_remote_code)
     model = _on_device(architecture, placement, place)
     if local:
         found = digests(Path(name), digest)
@@ -85,6 +94,13 @@ def files_of(model: nn.Module) -> Mapping[str, Digest]:
     """File name -> digest of the files that :func:`load_model` made ``model`` of; empty if it is not from a folder."""
     found = base_files(model)
     return {} if found is None else found.digests
+
+
+def commit_of(model: nn.Module) -> str | None:
+    """The commit on the hub that a model was loaded at; None if it is not from there."""
+    config = getattr(model, "config", None)
+    name, commit = (getattr(config, key, None) for key in ("_name_or_path", "_commit_hash"))
+    return commit if commit and name and not Path(name).is_dir() else None
 
 
 def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:

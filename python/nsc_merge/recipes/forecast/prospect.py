@@ -8,24 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.adapters import Adapter, Factor, load_adapter
-from nsc_merge.calibration.batch_files import read_batches
+from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.models.bases.architecture import architecture_of, outline_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.forecast.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
 from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
+from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.utils.memory import free_memory, total_memory
 
 RANKS = (2, 4, 8)
 
 
-def prospect_of(recipe: Recipe) -> dict[str, Any] | None:
+def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] | None:
     """What a step would take by formula, of the base's configuration and of adapters and batches alone.
+
+    Args:
+        recipe: of the merge.
+        inputs: of :func:`nsc_merge.recipes.inputs.read_inputs`, which is called for them otherwise.
 
     Returns:
         ``device_bytes`` that there are; ``ways``, of each its name, bytes at most on a device and their parts, whether
@@ -38,12 +42,9 @@ def prospect_of(recipe: Recipe) -> dict[str, Any] | None:
         return None
     try:
         model = _outline(recipe)
-        found = {task: load_adapter(place, task, dora=recipe.dora) for task, place in recipe.adapters.items()}
+        found, calibration = inputs or read_inputs(recipe)
         adapters = fit({task: _plain(adapter) for task, adapter in found.items()}, model)
-        drawn = {
-            task: next(iter(read_batches(place, recipe.batch_size, f"calibration.{task}")))
-            for task, place in recipe.calibration.items()
-        }
+        drawn = {task: next(iter(batches)) for task, batches in calibration.items()}
         options = method.resolved(recipe.options, list(adapters), model)
         stored = STORED.get(recipe.quantization or "")
         work = work_of(model, adapters, drawn, options, stored)
@@ -93,14 +94,12 @@ def _ranks(number: int) -> str:
 
 def _outline(recipe: Recipe) -> nn.Module:
     """The base model with shapes and dtypes, and no numbers."""
-    architecture = architecture_of(recipe.model, local=recipe.local)
-    kind, config = architecture.kind, architecture.config
-    if getattr(config, "quantization_config", None) is not None:
+    architecture = architecture_of(
+        recipe.model, local=recipe.local, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+    )
+    if getattr(architecture.config, "quantization_config", None) is not None:
         raise NoFormula("how many bytes a base quantised by others takes stands in its files")
-    with torch.device("meta"):
-        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
-    own = getattr(config, "dtype", None) or torch.float32
-    return model.to(own if recipe.dtype == "auto" else getattr(torch, recipe.dtype)).eval()
+    return outline_of(architecture, recipe.dtype)
 
 
 def _plain(adapter: Adapter) -> Adapter:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters.adapter import factors_digest
-from nsc_merge.models.bases.loading import files_of
+from nsc_merge.adapters.hub import source_of
+from nsc_merge.models.bases.loading import commit_of, files_of
 from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import plain
@@ -22,7 +23,8 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     ``headers``: SHA-256 of each file's header, and its size, which stay the same where only numbers change.
     ``sha256_when_saved`` and ``headers_when_saved`` are of a base that was handed over, at this moment.
 
-    It can be run again if all adapters came from folders and the calibration from files.
+    It can be run again if all adapters came from folders or the hub and the calibration from files. What came from the
+    hub is told by its commit.
 
     Args:
         digest: :func:`merge_digest` of the result.
@@ -30,10 +32,9 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     """
     name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
     model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
-    adapters = {
-        task: str(adapter.source.resolve()) if adapter.source else None
-        for task, adapter in result.adapters.items()
-    }
+    commit = commit_of(result.model)
+    adapters = {task: source_of(adapter) for task, adapter in result.adapters.items()}
+    fetched = {task: adapter.about.hub for task, adapter in result.adapters.items() if adapter.about.hub}
     options = {key: value for key, value in result.options.items() if key not in PASSING_OPTIONS}
     base = files_of(result.model)
     sha256, headers = _by_kind(base)
@@ -47,6 +48,9 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
     if headers:
         record["headers"] = {"model": headers}
+    if commit or fetched:
+        hub = {"model": f"{model}@{commit}"} if commit else {}
+        record["hub"] = {**hub, **({"adapters": fetched} if fetched else {})}
     if "processes" in told:
         record["processes"] = told["processes"]
     if not base and model and Path(model).is_dir():
@@ -56,7 +60,13 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
         record["headers_when_saved"] = {"model": headers}
     if "scored" in result.options:
         record["scored"] = list(result.options["scored"])
-    head = {"model": model, "adapters": adapters, "method": result.method, "options": options}
+    head = {
+        "model": model,
+        **({"revision": commit} if commit else {}),
+        "adapters": adapters,
+        "method": result.method,
+        "options": options,
+    }
     return plain({**head, **result.inputs, RECORD: record})
 
 

@@ -10,7 +10,7 @@ from nsc_merge.models.families import find_family
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
 # What vLLM (0.33) takes, as vllm/config/lora.py and vllm/lora say. alpha is r everywhere, so that the scaling is 1 also
-# where rank_pattern is not read. Linears that vLLM packs (qkv_proj, gate_up_proj) it finds under the names of their parts,
+# where rank_pattern is not read. What it packs (qkv_proj, gate_up_proj) it finds by the names of the parts,
 # which are those of transformers.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_HEADS = ("classifier", "score")

@@ -1,0 +1,106 @@
+"""Adapters on the hub: what is read of one is fetched into the cache of huggingface_hub, and nothing else."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from nsc_merge.adapters.adapter import Adapter
+from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from nsc_merge.adapters.weights_beside import CONVERTED
+from nsc_merge.utils.errors import hub_problem
+
+READ = (CONFIG_FILE, WEIGHTS_FILE, CONVERTED, "README.md", "config.json")
+_MOST_SHOWN = 5
+
+
+class Fetched(NamedTuple):
+    """An adapter in the cache.
+
+    Attributes:
+        folder: with those of its files that are read.
+        hub: ``owner/name@commit``.
+        names: of all files that lie beside each other there; None where the hub could not be asked.
+    """
+
+    folder: Path
+    hub: str
+    names: tuple[str, ...] | None
+
+
+def fetch(repo: str, name: str, *, revision: str | None = None, subfolder: str | None = None) -> Fetched:
+    """Bring an adapter into the cache, as ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` say.
+
+    Its files are listed before, so that others, such as pickled weights, are known by name and stay where they are.
+    Offline, or where the hub cannot be reached, what was fetched earlier is taken.
+
+    Args:
+        repo: ``owner/name``.
+        name: of the task, for messages.
+        revision: branch, tag or commit; None for the newest.
+        subfolder: where in the repository it lies.
+
+    Raises:
+        FileNotFoundError: if there is no adapter.
+        OSError: if the hub does not give it, with what to do.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    argument = f"adapters[{name!r}]"
+    within = "" if subfolder is None else f"{PurePosixPath(subfolder)}/"
+    names: tuple[str, ...] | None = None
+    commit: str | None = None
+    try:
+        try:
+            info = HfApi().model_info(repo, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except (HTTPError, OfflineModeIsEnabled):
+            # It may be in the cache.
+            pass
+        else:
+            commit, files = info.sha, [one.rfilename for one in info.siblings or ()]
+            names = tuple(file.removeprefix(within) for file in files if file.startswith(within))
+            _check_there(argument, f"{repo}@{commit}", within, files)
+        wanted = [f"{glob.escape(within)}{file}" for file in READ]
+        # By the name that was asked for, under which the cache knows it later, too.
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (HTTPError, OSError) as error:
+        problem = hub_problem(error, argument, repo, revision)
+        if problem is None:
+            raise
+        raise OSError(problem) from None
+    # The cache calls a snapshot by its commit.
+    if commit not in (None, snapshot.name):
+        raise OSError(f"{argument}: {repo} changed on the hub while it was fetched: try again")
+    return Fetched(snapshot / within, f"{repo}@{snapshot.name}", names)
+
+
+def source_of(adapter: Adapter) -> str | dict[str, str] | None:
+    """Where an adapter came from, as a recipe names it: folder, or repository, commit and place on the hub; None of
+    one in memory.
+    """
+    if adapter.source is None:
+        return None
+    if adapter.about.hub is None:
+        return str(adapter.source.resolve())
+    repo, _, commit = adapter.about.hub.partition("@")
+    parts = adapter.source.parts
+    within = "/".join(parts[parts.index(commit) + 1 :]) if commit in parts else ""
+    return {"adapter": repo, "revision": commit, **({"subfolder": within} if within else {})}
+
+
+def _check_there(argument: str, hub: str, within: str, files: Sequence[str]) -> None:
+    missing = next((file for file in (CONFIG_FILE, WEIGHTS_FILE) if within + file not in files), None)
+    if missing is None:
+        return
+    others = [str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == CONFIG_FILE]
+    whole = [place for place in others if place != "." and f"{place}/{WEIGHTS_FILE}" in files]
+    beside = sorted(file.removeprefix(within) for file in files if file.startswith(within))
+    hint = f"; subfolder: {whole[0]} holds an adapter" if whole else ""
+    shown = ", ".join(beside[:_MOST_SHOWN]) + (f" and {len(beside) - _MOST_SHOWN} more" * (len(beside) > _MOST_SHOWN))
+    found = f"(found: {shown or 'nothing'}){hint}"
+    raise FileNotFoundError(f"{argument}: {hub} on the hub holds no {within}{missing} {found}")

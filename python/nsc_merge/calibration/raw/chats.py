@@ -1,0 +1,102 @@
+"""Chats as OpenAI's and ShareGPT's formats have them, made messages of one form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+# As ShareGPT calls them.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_KNOWN = ("system", "developer", "user", "assistant", "tool")
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value of a row is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(one: Any) -> bool:
+    return isinstance(one, dict) and ({"role", "content"} <= set(one) or {"from", "value"} <= set(one))
+
+
+def messages_of(value: Any, where: str) -> list[Message]:
+    """Messages with ``role`` and ``content``, a text or a list of parts.
+
+    Raises:
+        ValueError: naming the row, what was found and what was expected.
+    """
+    if not is_chat(value):
+        raise ValueError(
+            f"{where}: expected a list of messages {{role, content}} or {{from, value}}, found {value!r:.80}"
+        )
+    return [_message(one, f"{where}, message {number}") for number, one in enumerate(value, 1)]
+
+
+def _message(one: dict[str, Any], where: str) -> Message:
+    if "role" in one:
+        role, content = one["role"], one["content"]
+        others = {name: held for name, held in one.items() if name not in ("role", "content") and held is not None}
+    else:
+        role, content, others = _ROLES.get(str(one["from"]), one["from"]), one["value"], {}
+    if role not in _KNOWN:
+        raise ValueError(f"{where}: expected a role of {[*_KNOWN, *_ROLES]}, found {role!r:.40}")
+    if isinstance(content, list):
+        content = [_part(part, where) for part in content]
+    elif content is None and others:
+        # An assistant's message that only calls tools.
+        content = ""
+    elif not isinstance(content, str):
+        raise ValueError(f"{where}: expected text or a list of parts as content, found {content!r:.60}")
+    return {"role": role, "content": content, **others}
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """A part ``{type: text, text}`` or ``{type: image}``, with what the row holds of the image as ``image``."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind in ("image", "image_url"):
+        held = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name) is not None), None)
+        held = held.get("url") if isinstance(held, dict) and "url" in held else held
+        return {"type": "image"} if held is None else {"type": "image", "image": held}
+    raise ValueError(f"{where}: expected parts {{type: text, text}} or {{type: image, image}}, found {part!r:.60}")
+
+
+def plain_text(messages: Sequence[Message], where: str) -> list[Message]:
+    """The same messages with texts as contents, for templates that know no parts.
+
+    Raises:
+        ValueError: if one holds an image.
+    """
+    found = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            if any(part["type"] == "image" for part in content):
+                raise ValueError(f"{where}: a message holds an image, and the base takes text alone")
+            content = "".join(part["text"] for part in content)
+        found.append({**message, "content": content})
+    return found
+
+
+def in_parts(messages: Sequence[Message], image_token: str) -> list[Message]:
+    """The same messages with parts as contents, where ``image_token`` in a text becomes an image's part."""
+    return [{**message, "content": _parts(message["content"], image_token)} for message in messages]
+
+
+def _parts(content: Any, image_token: str) -> list[dict[str, Any]]:
+    if not isinstance(content, str):
+        return content
+    texts = re.split(rf"\s*{re.escape(image_token)}\s*", content)
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts

@@ -1,0 +1,260 @@
+"""What of a row is taken: a column, a template over columns, a chat, images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
+from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.images import is_image
+from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.utils.option_checks import did_you_mean
+
+# Where none is named, the first of these that there is, else the only column of texts.
+TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
+CHAT_COLUMNS = ("messages", "conversations")
+IMAGE_COLUMNS = ("image", "images", "image_path", "file_name")
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one row gives.
+
+    Attributes:
+        where: how messages call the row.
+        text: as it is; None where there is a chat, or images alone.
+        messages: of a chat.
+        images: what the row holds of them; they are not open yet.
+    """
+
+    where: str
+    text: str | None = None
+    messages: list[Message] | None = None
+    images: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text with names of columns in braces, ``"{question}\\n{answer}"``; ``{{`` and ``}}`` stand for braces.
+
+    Nothing but whole columns is looked up: no attributes, no indices.
+
+    Attributes:
+        pieces: texts and names of columns in turn, beginning with a text.
+    """
+
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, template: str, columns: Sequence[str], argument: str) -> Template:
+        """Raises ValueError, naming the brace or the column that is not there."""
+        pieces, literal, end = [], "", 0
+        for match in _PLACEHOLDER.finditer(template):
+            literal += template[end : match.start()]
+            end = match.end()
+            if match[0] in ("{{", "}}"):
+                literal += match[0][0]
+            elif match[1] is None:
+                raise ValueError(
+                    f"{argument}: a {match[0]!r} alone in the template {template!r:.80}; write {match[0] * 2!r} for a "
+                    "brace"
+                )
+            elif match[1] not in columns:
+                raise _no_column(f"{argument}: the template's", match[1], columns)
+            else:
+                pieces += [literal, match[1]]
+                literal = ""
+        if not pieces:
+            raise ValueError(f"{argument}: the template {template!r:.80} names no column of {list(columns)}")
+        return cls((*pieces, literal + template[end:]))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.pieces[1::2]
+
+    def fill(self, row: Row, where: str) -> str:
+        """The text of a row."""
+        parts = list(self.pieces)
+        parts[1::2] = [text_of(row, name, where) for name in self.columns]
+        return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is taken of every row; None where nothing is.
+
+    Attributes:
+        text: a column, or a template.
+        messages: the column of the chat.
+        image: the column of the image, or of a list of them.
+    """
+
+    text: str | Template | None = None
+    messages: str | None = None
+    image: str | None = None
+
+    def said(self) -> str:
+        """In words, for people."""
+        if isinstance(self.text, Template):
+            text = f"a template over {', '.join(self.text.columns)}"
+        else:
+            text = f"column {self.text!r}" if self.text is not None else ""
+        chat = f"the chats in column {self.messages!r}" if self.messages is not None else ""
+        image = f"images in column {self.image!r}" if self.image is not None else ""
+        return ", ".join(one for one in (text, chat, image) if one)
+
+    def sample(self, row: Row, where: str) -> Sample | None:
+        """What a row gives; None where its text is blank and it holds no image.
+
+        Raises:
+            ValueError: naming row and column, what was found and what was expected.
+        """
+        images = [] if self.image is None else _images(row.get(self.image))
+        if self.messages is not None:
+            if self.messages not in row:
+                raise ValueError(f"{where}: lacks the column {self.messages!r}")
+            return Sample(where, messages=messages_of(row[self.messages], where), images=images)
+        if self.text is None:
+            if not images:
+                raise ValueError(f"{where}: holds no image in column {self.image!r}")
+            return Sample(where, images=images)
+        if isinstance(self.text, Template):
+            text = self.text.fill(row, where)
+            blank = not any(str(row[name]).strip() for name in self.text.columns)
+        else:
+            text = text_of(row, self.text, where)
+            blank = not text.strip()
+        if blank and images:
+            raise ValueError(f"{where}: holds an image and no text in {self.said()}")
+        return None if blank else Sample(where, text=text, images=images)
+
+
+def choose(
+    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, text: bool, images: bool
+) -> Columns:
+    """What is taken of rows for a base that takes text, images, or both.
+
+    Args:
+        rows: some of them.
+        columns: of all of them.
+        argument: how messages call the data.
+
+    Raises:
+        ValueError: if a column that is named is not there, or if none is named and it is not clear which is meant.
+    """
+    image = None
+    if images:
+        image = _image_column(rows, columns, settings, argument, needed=not text)
+    elif settings.image is not None:
+        raise ValueError(f"{argument}: image: {settings.image!r} is named, and the base takes no images")
+    if not text:
+        named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
+        if named is not None:
+            raise ValueError(f"{argument}: {named}: is named, and the base takes images alone")
+        return Columns(image=image)
+    if settings.messages is not None:
+        if settings.messages not in columns:
+            raise _no_column(f"{argument}: messages:", settings.messages, columns)
+        return Columns(messages=settings.messages, image=image)
+    if settings.text is not None:
+        return Columns(text=_named_text(settings.text, rows, columns, argument), image=image)
+    chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
+    if chat is not None:
+        return Columns(messages=chat, image=image)
+    return Columns(text=_text_column(rows, columns, argument, images=images), image=image)
+
+
+def text_of(row: Row, column: str, where: str) -> str:
+    """The text in a column.
+
+    Raises:
+        ValueError: if it holds none, or something else than text or a number.
+    """
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    if column not in row or value is None:
+        raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
+    hint = f"; write messages: {column}" if is_chat(value) else ""
+    raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
+
+
+def _named_text(name: str, rows: Sequence[Row], columns: Sequence[str], argument: str) -> str | Template:
+    if name in columns:
+        return name
+    if "{" in name or "}" in name:
+        return Template.parse(name, columns, f"{argument}: text")
+    raise _no_column(f"{argument}: text:", name, columns)
+
+
+def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool) -> str:
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in columns}
+    of_images = [name for name, held in values.items() if held and all(map(is_image, held))]
+    of_text = [
+        name
+        for name, held in values.items()
+        if held and name not in of_images and all(isinstance(value, str) for value in held)
+    ]
+    found = next((name for name in TEXT_COLUMNS if name in of_text), None)
+    if found is None and len(of_text) == 1:
+        found = of_text[0]
+    if found is not None:
+        return found
+    if of_images and not of_text:
+        wanted = "text beside them" if images else "text"
+        example = '{"image": "photos/1.png", "prompt": "What is it?"}' if images else '{"text": "What is it?"}'
+        raise ValueError(
+            f"{argument}: holds images alone ({_shown(rows, of_images)}), and the base takes {wanted}: write a .jsonl "
+            f"of rows such as {example}"
+        )
+    chat = next((name for name in columns if any(is_chat(row.get(name)) for row in rows)), None)
+    if chat is not None and not of_text:
+        raise ValueError(f"{argument}: no column of text; {chat!r} holds chats: write messages: {chat}")
+    what = "several columns of text and none is named" if of_text else "no column of text"
+    example = "{" + "}\\n{".join((of_text or list(columns) or ["question", "answer"])[:2]) + "}"
+    raise ValueError(
+        f"{argument}: {what}: {_shown(rows, columns)}; write text: NAME, or a template such as text: \"{example}\""
+    )
+
+
+def _image_column(
+    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, needed: bool
+) -> str | None:
+    if settings.image is not None:
+        if settings.image not in columns:
+            raise _no_column(f"{argument}: image:", settings.image, columns)
+        return settings.image
+    found = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if found is not None:
+        return found
+    likely = [name for name in columns if any(is_image(value) for row in rows for value in _images(row.get(name)))]
+    if len(likely) == 1:
+        return likely[0]
+    if not needed and not likely:
+        return None
+    what = f"several columns of images, {likely}" if likely else "no column of images"
+    raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; write image: NAME, or give a folder of images")
+
+
+def _images(value: Any) -> list[Any]:
+    if value is None or (isinstance(value, str) and not value):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _shown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Columns with the first value of each."""
+    first = {name: next((row[name] for row in rows if row.get(name) is not None), None) for name in columns}
+    return ", ".join(f"{name} ({value!r:.40})" for name, value in list(first.items())[:8])
+
+
+def _no_column(place: str, name: str, columns: Sequence[str]) -> ValueError:
+    hint = did_you_mean(name, columns) or f" (columns: {', '.join(columns)})"
+    return ValueError(f"{place} column {name!r:.60} is not there{hint}")

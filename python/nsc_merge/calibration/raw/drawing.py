@@ -1,0 +1,78 @@
+"""Which rows are taken and in which order: the same for every run, whatever the batch size.
+
+Rows are ordered by SHA-256 of seed and row number, so that the draw depends on no library's random numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that samples are drawn from.
+
+    Attributes:
+        name: how messages call it.
+        count: of its rows.
+        columns: that its rows have, not all of them all.
+        rows: those of some numbers, in their order.
+        sha256: name of a file -> SHA-256 of the bytes that the rows were made of.
+        folder: that paths of images are relative to; None where there is none.
+        order: numbers of the rows, where they are drawn already.
+    """
+
+    name: str
+    count: int
+    columns: tuple[str, ...]
+    rows: Callable[[Sequence[int]], list[Row]]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    order: tuple[int, ...] | None = None
+
+
+def listed(name: str, rows: Sequence[Row], sha256: Mapping[str, str], folder: Path | None) -> Source:
+    """A source of rows in memory."""
+    return Source(name, len(rows), columns_of(rows), lambda numbers: [rows[number] for number in numbers], sha256, folder)
+
+
+def columns_of(rows: Iterable[Row]) -> tuple[str, ...]:
+    """All columns that rows have, in the order in which they occur."""
+    return tuple(dict.fromkeys(name for row in rows for name in row))
+
+
+def place_of(seed: int, number: int) -> bytes:
+    """What row ``number`` is ordered by."""
+    return hashlib.sha256(f"{seed}:{number}".encode()).digest()
+
+
+def in_order(source: Source, seed: int, at_once: int) -> Iterator[tuple[int, Row]]:
+    """All rows with their numbers in the order of the draw, read some at once."""
+    numbers = source.order or sorted(range(source.count), key=lambda number: place_of(seed, number))
+    for start in range(0, source.count, at_once):
+        some = numbers[start : start + at_once]
+        yield from zip(some, source.rows(some), strict=True)
+
+
+def batches_by_length(lengths: Sequence[int], kinds: Sequence[Any], size: int, seed: int) -> list[list[int]]:
+    """Numbers of the samples of each batch: of one kind and of like lengths, so that padding costs little.
+
+    The batches are shuffled, so that steps see short and long ones in turn.
+
+    Args:
+        lengths: of the samples.
+        kinds: what samples of a batch have to agree in.
+        size: of a batch; smaller where no more samples of a kind are left.
+    """
+    batches = []
+    for kind in dict.fromkeys(kinds):
+        numbers = sorted((n for n, one in enumerate(kinds) if one == kind), key=lambda n: lengths[n])
+        batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    order = sorted(range(len(batches)), key=lambda number: place_of(seed, number))
+    return [batches[number] for number in order]

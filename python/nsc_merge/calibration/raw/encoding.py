@@ -1,0 +1,255 @@
+"""Samples made inputs of a model, and put together into batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nsc_merge.calibration.raw.chats import in_parts, plain_text
+from nsc_merge.calibration.raw.columns import Sample
+from nsc_merge.calibration.raw.drawing import batches_by_length
+from nsc_merge.calibration.raw.images import ImageReader
+from nsc_merge.calibration.raw.preprocessors import Base
+from nsc_merge.calibration.raw.settings import DataSettings
+
+TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
+Encoded = dict[str, Tensor]
+
+# Images that are open at the same time.
+_AT_ONCE = 32
+_PROBE = "probe"
+
+
+def encode_text(
+    samples: Sequence[Sample], tokenizer: Any, base: Base, settings: DataSettings, template: Any = None
+) -> list[Encoded]:
+    """Token numbers and mask of every sample, without padding.
+
+    Args:
+        template: what has ``apply_chat_template``; the tokenizer when None.
+
+    Raises:
+        ValueError: naming a sample that has no token, or too many where none may be cut.
+    """
+    texts = [_text(sample, template or tokenizer) for sample in samples]
+    tokenizer.truncation_side = settings.truncation_side
+    most = _longest(base, settings)
+    found: list[Encoded] = [{}] * len(samples)
+    for special in (True, False):
+        numbers = [number for number, (_, wanted) in enumerate(texts) if wanted is special]
+        if not numbers:
+            continue
+        encoded = tokenizer(
+            [texts[number][0] for number in numbers],
+            add_special_tokens=special,
+            truncation=settings.truncation,
+            max_length=most if settings.truncation else None,
+        )
+        names = [name for name in encoded if name in base.takes]
+        for place, number in enumerate(numbers):
+            found[number] = {name: torch.tensor(encoded[name][place], dtype=torch.long) for name in names}
+    for sample, one in zip(samples, found, strict=True):
+        _check_tokens(one[TOKENS], len(one[TOKENS]), most, sample.where, base)
+        if base.image_token is not None and (one[TOKENS] == base.image_token).any():
+            raise ValueError(f"{sample.where}: its text has a place for an image, and there is no column of images")
+    return found
+
+
+def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader: ImageReader) -> list[Encoded]:
+    """What the image processor makes of the one image of every sample."""
+    found: list[Encoded] = []
+    for start in range(0, len(samples), _AT_ONCE):
+        some = samples[start : start + _AT_ONCE]
+        images = []
+        for sample in some:
+            if len(sample.images) != 1:
+                raise ValueError(f"{sample.where}: expected one image, found {len(sample.images)}")
+            images.append(reader.open(sample.images[0], sample.where))
+        try:
+            encoded = processor(images, return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(
+                f"{some[0].where} and the next: the image processor refuses them: {' '.join(str(error).split()):.200}"
+            ) from None
+        names = [name for name in encoded if name in base.takes]
+        found += [{name: encoded[name][number] for name in names} for number in range(len(some))]
+    return found
+
+
+def encode_pairs(
+    samples: Sequence[Sample], processor: Any, base: Base, settings: DataSettings, reader: ImageReader
+) -> list[Encoded]:
+    """What the processor makes of text and images of every sample, without padding.
+
+    Raises:
+        ValueError: naming a sample with more or fewer places for images than images, or with too many tokens.
+    """
+    processor.tokenizer.truncation_side = settings.truncation_side
+    most = _longest(base, settings)
+    return [_pair(sample, processor, base, settings, reader, most) for sample in samples]
+
+
+def _pair(
+    sample: Sample, processor: Any, base: Base, settings: DataSettings, reader: ImageReader, most: int
+) -> Encoded:
+    text, references = _image_text(sample, processor)
+    images = [reader.open(one, sample.where) for one in references]
+    bos = processor.tokenizer.bos_token
+    given: dict[str, Any] = {"text": [text], "images": images or None, "return_tensors": "pt"}
+    if bos and text.startswith(bos):
+        given["add_special_tokens"] = False
+    encoded = processor(**given)
+    token = processor.image_token_id
+    of_images = int((encoded[TOKENS] == token).sum())
+    # The model's positions are for both; what is asked for is of text.
+    room = min(most, (base.positions or most + of_images) - of_images)
+    if room < 1:
+        raise ValueError(f"{sample.where}: its images are {of_images} tokens, the model has {base.positions} positions")
+    if settings.truncation and encoded[TOKENS].shape[1] > of_images + room:
+        try:
+            encoded = processor(**given, truncation=True, max_length=of_images + room)
+        except ValueError:
+            raise ValueError(
+                f"{sample.where}: {room} tokens of text would cut an image off; expected a larger max_length, or "
+                "images at the other end"
+            ) from None
+    shape = encoded[TOKENS].shape
+    one = {
+        name: value[0] if value.shape == shape else value for name, value in encoded.items() if name in base.takes
+    }
+    _check_tokens(one[TOKENS], len(one[TOKENS]) - of_images, room, sample.where, base)
+    return one
+
+
+def _text(sample: Sample, template: Any) -> tuple[str, bool]:
+    """The text of a sample, and whether special tokens are added to it: templates bring their own."""
+    if sample.messages is None:
+        text = str(sample.text)
+        bos = getattr(template, "bos_token", None)
+        return text, not (bos and text.startswith(bos))
+    return _rendered(sample, template), False
+
+
+def _rendered(sample: Sample, template: Any, messages: Any = None) -> str:
+    if not getattr(template, "chat_template", None):
+        raise ValueError(
+            f"{sample.where}: holds a chat, and there is no chat template beside the base; name a tokenizer that has "
+            'one, or write text: "{column}" for a column of text'
+        )
+    if messages is None:
+        messages = plain_text(sample.messages or [], sample.where)
+        # No text holds the byte 0, so that none becomes an image.
+        messages = in_parts(messages, "\0") if _takes_parts(template) else messages
+    try:
+        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    except Exception as error:
+        # Templates are programs that raise what they like, such as on roles that do not alternate.
+        raise ValueError(
+            f"{sample.where}: the chat template refuses it: {' '.join(str(error).split()):.200}"
+        ) from None
+
+
+def _takes_parts(template: Any) -> bool:
+    """Whether a chat template reads contents that are lists of parts, rather than texts."""
+    try:
+        shown = template.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], tokenize=False
+        )
+    except Exception:
+        return False
+    # As Python writes a list, where it does not.
+    return _PROBE in shown and "'type'" not in shown
+
+
+def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
+    """Text with a token in the place of every image, and the images in their order."""
+    token = processor.image_token
+    references = list(sample.images)
+    text = str(sample.text)
+    plain = not references or token in text or not getattr(processor, "chat_template", None)
+    if sample.messages is None and plain:
+        text = text if token in text else token * len(references) + ("\n" if references else "") + text
+    else:
+        turns = sample.messages or [{"role": "user", "content": text}]
+        messages = in_parts(turns, token)
+        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        if not parts and references:
+            first = next((one for one in messages if one["role"] == "user"), messages[0])
+            first["content"] = [*({"type": "image"} for _ in references), *first["content"]]
+        elif any("image" in part for part in parts):
+            left = iter(references)
+            references = [part["image"] if "image" in part else next(left, None) for part in parts]
+        text = _rendered(sample, processor, messages)
+    if text.count(token) != len(references) or None in references:
+        raise ValueError(
+            f"{sample.where}: expected as many images as places for them, found {len(references)} images and "
+            f"{text.count(token)} times {token!r}"
+        )
+    return text, references
+
+
+def _longest(base: Base, settings: DataSettings) -> int:
+    return min(settings.max_length, base.positions or settings.max_length)
+
+
+def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Base) -> None:
+    if not len(tokens):
+        raise ValueError(f"{where}: holds no token; expected text")
+    if counted > most:
+        raise ValueError(f"{where}: expected at most {most} tokens, found {counted}; truncation: true cuts them")
+    highest = int(tokens.max())
+    if base.vocabulary is not None and highest >= base.vocabulary:
+        raise ValueError(
+            f"{where}: the tokenizer gives token {highest}, the base has {base.vocabulary}; expected the tokenizer of "
+            "this base"
+        )
+
+
+def filler_of(tokenizer: Any) -> int:
+    """A token to pad with where the mask is 0; none is ever added to a tokenizer for it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((one for one in known if one is not None), 0)
+
+
+def batched(
+    encoded: Sequence[Encoded], size: int, settings: DataSettings, fillers: Mapping[str, int]
+) -> list[dict[str, Tensor]]:
+    """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
+
+    Args:
+        fillers: name of an input that is padded -> what with.
+    """
+    if not fillers:
+        rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
+    else:
+        kinds = [tuple((name, one[name].shape) for name in one if name not in fillers) for one in encoded]
+        rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, settings.seed)
+    return [_together([encoded[row] for row in some], settings.padding_side, fillers) for some in rows]
+
+
+def _together(some: Sequence[Encoded], side: str, fillers: Mapping[str, int]) -> dict[str, Tensor]:
+    batch = {}
+    for name in some[0]:
+        values = [one[name] for one in some]
+        if name in fillers:
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=fillers[name], padding_side=side)
+        else:
+            # Beside text, a processor gives inputs a first dimension of images.
+            batch[name] = torch.cat(values) if fillers else torch.stack(values)
+    return batch
+
+
+def digest(encoded: Sequence[Encoded]) -> str:
+    """SHA-256 of samples in the order of the draw, whatever their batches: names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for one in encoded:
+        for name in sorted(one):
+            value = one[name].contiguous()
+            found.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            found.update(value.numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,127 @@
+"""Images: found in folders, opened when they are drawn."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.calibration.raw.drawing import Row, Source
+
+IMAGE = "image"
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+# 8 bits a colour: what converting keeps. Others would be cut off at 255.
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images in a folder and the folders in it, but hidden ones, in the order of their names."""
+    found = [
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in file.relative_to(folder).parts)
+    ]
+    return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(folder).as_posix())
+
+
+def image_folder(folder: Path, files: Sequence[Path]) -> Source:
+    """A source with one row per image; names of folders, such as those of classes, do not matter."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+
+    def rows(numbers: Sequence[int]) -> list[Row]:
+        return [{IMAGE: names[number]} for number in numbers]
+
+    return Source(str(folder), len(names), (IMAGE,), rows, {}, folder)
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value of a row is an image or says where one is."""
+    from PIL import Image
+
+    if isinstance(value, str):
+        return value.startswith("data:image/") or Path(value).suffix.lower() in SUFFIXES
+    return isinstance(value, Image.Image) or (isinstance(value, dict) and {"bytes", "path"} == set(value))
+
+
+class ImageReader:
+    """Opens images upright, and remembers the digest of what it read.
+
+    Args:
+        folder: that paths are relative to.
+        grey: whether they are made grey, for models of one channel, rather than RGB.
+    """
+
+    def __init__(self, folder: Path | None, *, grey: bool = False) -> None:
+        self._folder = folder
+        self._mode = "L" if grey else "RGB"
+        self._digest = hashlib.sha256()
+        self._opened = False
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 over names and bytes of the images, in the order in which they were opened; None if there were
+        none in files.
+        """
+        return self._digest.hexdigest() if self._opened else None
+
+    def open(self, value: Any, where: str) -> Any:
+        """An image by what a row holds of it.
+
+        Raises:
+            ValueError: naming it, if it is missing, damaged, too large, or not here.
+        """
+        from PIL import Image, ImageOps
+
+        name, raw = self._bytes(value, where)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
+                image.load()
+                mode = image.mode
+                upright = ImageOps.exif_transpose(image)
+                if mode in _MODES:
+                    return upright.convert(self._mode)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(f"{where}: {name}: {error}; make it smaller") from None
+        except Exception as error:
+            # Decoders of damaged files raise errors of many kinds.
+            reason = " ".join(str(error).split())
+            if isinstance(error, Image.UnidentifiedImageError):
+                reason = "no image that Pillow knows"
+            raise ValueError(f"{where}: {name} cannot be opened as an image: {reason:.120}") from None
+        raise ValueError(f"{where}: {name} has pixels of mode {mode!r}; save it with 8 bits a colour")
+
+    def _bytes(self, value: Any, where: str) -> tuple[str, Any]:
+        """The name of an image, and its bytes, or the image itself where it is open."""
+        from PIL import Image
+
+        if isinstance(value, Image.Image):
+            return "the image", value
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+            return self._read(str(value.get("path") or "the image"), value["bytes"])
+        if isinstance(value, dict):
+            value = value.get("path")
+        if isinstance(value, str) and value.startswith("data:"):
+            try:
+                return self._read("the image in the row", base64.b64decode(value.partition(",")[2], validate=True))
+            except binascii.Error as error:
+                raise ValueError(f"{where}: the image in the row is not base64: {error}") from None
+        if not isinstance(value, (str, Path)) or not str(value):
+            raise ValueError(f"{where}: expected an image or the path of one, found {value!r:.60}")
+        if "://" in str(value):
+            raise ValueError(f"{where}: {value} is not here; download it and write its path: nothing is fetched")
+        file = (self._folder or Path()) / value
+        if not file.is_file():
+            raise FileNotFoundError(f"{where}: {file} is missing; paths of images are relative to the file they are in")
+        return self._read(str(value), file.read_bytes(), str(file))
+
+    def _read(self, name: str, raw: bytes, shown: str = "") -> tuple[str, bytes]:
+        self._opened = True
+        self._digest.update(f"{len(name.encode())}:{name}:{len(raw)}:".encode() + raw)
+        return shown or name, raw

@@ -1,0 +1,169 @@
+"""What a base model takes, and the tokenizer or processor that lies beside it or is named."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.utils.option_checks import is_hub_id
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What data have to be made for.
+
+    Attributes:
+        name: folder or hub id, beside which tokenizer and processor are looked for; empty if it is not known.
+        revision: of one on the hub.
+        config: of transformers.
+        takes: names of the inputs of its forward.
+    """
+
+    name: str
+    revision: str | None
+    config: Any
+    takes: frozenset[str]
+
+    @property
+    def text(self) -> bool:
+        return "input_ids" in self.takes
+
+    @property
+    def images(self) -> bool:
+        return "pixel_values" in self.takes
+
+    @property
+    def grey(self) -> bool:
+        """Whether its images have one channel."""
+        return getattr(getattr(self.config, "vision_config", self.config), "num_channels", None) == 1
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it has positions for."""
+        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def image_token(self) -> int | None:
+        """What stands for a piece of an image, in a model of text and images."""
+        return getattr(self.config, "image_token_id", None) if self.images else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        found = getattr(self.config.get_text_config(), "vocab_size", None)
+        return found if isinstance(found, int) else None
+
+
+def base_of(base: Any, revision: str | None, settings: DataSettings, argument: str) -> Base:
+    """What a folder, a hub id or a loaded model takes.
+
+    Raises:
+        ValueError, OSError: if there is no such model, or if its inputs cannot be made of raw data.
+    """
+    if isinstance(base, (str, Path)):
+        name = str(base)
+        if not Path(name).is_dir() and not is_hub_id(name, Path.cwd()):
+            raise FileNotFoundError(f"model: {name} is missing; expected a folder or a hub id owner/name")
+        found = architecture_of(
+            name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
+        )
+        config, forward = found.config, _class(found).forward
+    else:
+        config, forward = getattr(base, "config", None), base.forward
+        if config is None:
+            raise ValueError(f"model: expected a model of transformers, found {type(base).__name__}")
+        name = str(getattr(config, "_name_or_path", "") or "")
+    parameters = inspect.signature(forward).parameters.values()
+    takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
+    made = Base(name, revision, config, takes)
+    if "decoder_input_ids" in takes or not (made.text or made.images):
+        raise ValueError(
+            f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
+            f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
+        )
+    return made
+
+
+def _class(architecture: Any) -> Any:
+    """The class of a model; configurations that name none are of the bare model."""
+    import transformers
+
+    if architecture.kind is transformers.AutoModel:
+        return transformers.MODEL_MAPPING[type(architecture.config)]
+    return architecture.kind
+
+
+def tokenizer_of(base: Base, settings: DataSettings, argument: str) -> Any:
+    """The tokenizer that is named, or lies beside the base; never one that would be added to."""
+    from transformers import AutoTokenizer
+
+    key, name = ("tokenizer", settings.tokenizer) if settings.tokenizer is not None else ("", base.name)
+    return _loaded(AutoTokenizer.from_pretrained, name, key, base, settings, argument, "tokenizer", _TOKENIZERS)
+
+
+def image_processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
+    """The image processor that is named, or lies beside the base."""
+    from transformers import AutoImageProcessor
+
+    key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
+    load = AutoImageProcessor.from_pretrained
+    return _loaded(load, name, key, base, settings, argument, "processor", _PROCESSORS)
+
+
+def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
+    """The processor of text and images that is named, or lies beside the base; a tokenizer that is named is put in."""
+    from transformers import AutoProcessor
+
+    key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
+    found = _loaded(AutoProcessor.from_pretrained, name, key, base, settings, argument, "processor", _PROCESSORS)
+    if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
+        raise ValueError(
+            f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
+            "processor: FOLDER names"
+        )
+    if settings.tokenizer is not None:
+        found.tokenizer = tokenizer_of(base, settings, argument)
+    return found
+
+
+def _loaded(
+    load: Callable[..., Any],
+    name: str,
+    key: str,
+    base: Base,
+    settings: DataSettings,
+    argument: str,
+    what: str,
+    files: tuple[str, ...],
+) -> Any:
+    place = f"{argument}: {key}" if key else f"{argument}: beside the base"
+    folder = Path(name)
+    local = folder.is_dir()
+    if not name:
+        raise ValueError(f"{argument}: the model does not say where it is from; name a folder with {what}")
+    if not local and not is_hub_id(name, Path.cwd()):
+        raise FileNotFoundError(f"{place}: {name} is missing; expected a folder or a hub id owner/name")
+    if local and not any((folder / file).is_file() for file in files):
+        # transformers would make an empty one for some models.
+        raise FileNotFoundError(
+            f"{place}: {name} holds no {what} ({' or '.join(files[:2])}); name a folder that does: {what}: FOLDER"
+        )
+    revision = base.revision if name == base.name and not local else None
+    try:
+        return load(
+            name, local_files_only=local, trust_remote_code=settings.trust_remote_code,
+            **({} if revision is None else {"revision": revision}),
+        )  # fmt: skip
+    except Exception as error:
+        # Of many files in many formats: whatever is raised, it could not be loaded.
+        raise ValueError(
+            f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        ) from None

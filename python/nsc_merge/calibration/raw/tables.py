@@ -1,0 +1,192 @@
+"""Rows of Parquet files, and of datasets: in memory, on disk, on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
+from nsc_merge.calibration.raw.settings import DataSettings
+
+# Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
+_KEPT = 1 << 28
+_SPLIT = "train"
+
+
+def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> Source:
+    """A source of the rows of Parquet files, of which only those row groups are read that a row is drawn from.
+
+    Raises:
+        ValueError: naming a file that is damaged, or that changed while it was read.
+    """
+    pq = _needed("pyarrow.parquet", argument)
+    keep = sum(file.stat().st_size for file in files) <= _KEPT
+    opened, sha256 = [], {}
+    for file in files:
+        mark = _mark(file)
+        raw = file.read_bytes() if keep else None
+        sha256[file.name] = hashlib.sha256(raw).hexdigest() if raw is not None else _digest(file)
+        try:
+            opened.append(pq.ParquetFile(_buffer(raw) if raw is not None else str(file)))
+        except (ValueError, OSError) as error:
+            raise _damaged(file, error, argument) from None
+        if _mark(file) != mark:
+            raise ValueError(f"{argument}: {file} changed while it was read: try again once it stays")
+    groups = [(table, group) for table in opened for group in range(table.num_row_groups)]
+    ends = list(accumulate(table.metadata.row_group(group).num_rows for table, group in groups))
+
+    def rows(numbers: Sequence[int]) -> list[Row]:
+        found: dict[int, Row] = {}
+        wanted = sorted(numbers)
+        for (table, group), start, end in zip(groups, [0, *ends], ends, strict=False):
+            some = [number for number in wanted if start <= number < end]
+            if some:
+                try:
+                    part = table.read_row_group(group).take([number - start for number in some])
+                except (ValueError, OSError) as error:
+                    raise _damaged(Path(name), error, argument) from None
+                found |= dict(zip(some, part.to_pylist(), strict=True))
+        return [found[number] for number in numbers]
+
+    if not ends or not ends[-1]:
+        raise ValueError(f"{argument}: {name} holds no row; expected at least one")
+    columns = dict.fromkeys(column for table in opened for column in table.schema_arrow.names)
+    return Source(name, ends[-1], tuple(columns), rows, sha256, folder)
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether it is an object of ``datasets``."""
+    return type(value).__module__.partition(".")[0] == "datasets"
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether it is a folder that ``save_to_disk`` wrote."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source:
+    """A source of a folder that ``save_to_disk`` wrote.
+
+    Its digests are those of its ``state.json``, which holds the fingerprint of the data, not of the data themselves.
+    """
+    datasets = _needed("datasets", argument)
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        # A damaged file raises what pyarrow, json or datasets raise.
+        raise _damaged(folder, error, argument) from None
+    split, chosen = _split_of(found, settings, argument, str(folder))
+    state = folder / split / "state.json" if split else folder / "state.json"
+    digest = {state.relative_to(folder.parent).as_posix(): hashlib.sha256(state.read_bytes()).hexdigest()}
+    return _mapped(chosen, str(folder), argument, digest, folder)
+
+
+def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
+    """A source of an object of ``datasets``; one that can only be gone through is, once and whole."""
+    datasets = _needed("datasets", argument)
+    _, chosen = _split_of(value, settings, argument, type(value).__name__)
+    if isinstance(chosen, datasets.IterableDataset):
+        return _drawn_at_once(_undecoded(chosen), settings, argument)
+    return _mapped(chosen, type(chosen).__name__, argument, {}, None)
+
+
+def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
+    """A source of a dataset on the hub, which is downloaded into the cache of ``datasets``."""
+    datasets = _needed("datasets", argument)
+    try:
+        found = datasets.load_dataset(name, settings.config, revision=settings.revision)
+    except Exception as error:
+        # Of the hub, the network, the cache, the files: whatever it is, nothing was read.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{argument}: the dataset {name} cannot be loaded from the hub: {reason:.300} (split, config and revision "
+            "are keys beside it; HF_TOKEN is for data that need an account; a path to a file ends with its suffix)"
+        ) from None
+    _, chosen = _split_of(found, settings, argument, name)
+    return _mapped(chosen, name, argument, {}, None)
+
+
+def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folder: Path | None) -> Source:
+    if not len(chosen):
+        raise ValueError(f"{argument}: {name} holds no row; expected at least one")
+    stored = _undecoded(chosen)
+    columns = tuple(stored.column_names)
+    return Source(name, len(stored), columns, lambda numbers: [stored[number] for number in numbers], sha256, folder)
+
+
+def _undecoded(chosen: Any) -> Any:
+    """A dataset whose images stay bytes until they are opened."""
+    from datasets import Image
+
+    for column, kind in (chosen.features or {}).items():
+        if isinstance(kind, Image):
+            chosen = chosen.cast_column(column, Image(decode=False))
+    return chosen
+
+
+def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -> Source:
+    """The rows that come first in the order of the draw, of rows that there is no going back to."""
+    keyed = ((place_of(settings.seed, number), number, row) for number, row in enumerate(rows))
+    kept = sorted(keyed) if settings.samples is None else heapq.nsmallest(settings.samples, keyed)
+    found = {number: row for _, number, row in kept}
+    if not found:
+        raise ValueError(f"{argument}: the dataset holds no row; expected at least one")
+    columns = columns_of(found.values())
+    return Source(
+        "IterableDataset", len(found), columns, lambda numbers: [found[n] for n in numbers], order=tuple(found)
+    )
+
+
+def _split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tuple[str, Any]:
+    """The name of a split, empty where there are none, and its rows."""
+    wanted = settings.split
+    if not isinstance(value, dict):
+        if wanted is not None:
+            raise ValueError(f"{argument}: split: {name} has no splits, found {wanted!r}; expected none")
+        return "", value
+    known = list(value)
+    if wanted is None:
+        wanted = _SPLIT if _SPLIT in known else known[0] if len(known) == 1 else None
+    if wanted is None or wanted not in known:
+        found = f"found {wanted!r}" if wanted is not None else "none is named"
+        raise ValueError(f"{argument}: split: expected one of {known} of {name}, {found}")
+    return wanted, value[wanted]
+
+
+def _needed(module: str, argument: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"{argument}: reading it needs {module.partition('.')[0]}: pip install 'nsc-kernels[data]'"
+        ) from None
+
+
+def _buffer(raw: bytes) -> Any:
+    import pyarrow
+
+    return pyarrow.BufferReader(raw)
+
+
+def _mark(file: Path) -> tuple[int, ...]:
+    found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _damaged(place: Path, error: Exception, argument: str) -> ValueError:
+    return ValueError(f"{argument}: {place} is damaged: {' '.join(str(error).split()):.200}")

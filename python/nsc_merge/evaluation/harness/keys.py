@@ -1,0 +1,93 @@
+"""The keys of an evaluation recipe that are about the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.evaluation.eval_recipe import HarnessSettings, HarnessTask
+from nsc_merge.evaluation.harness.task_files import Reads, read_task_files, reads
+from nsc_merge.recipes.yaml_keys import RecipeError, count, flag, mapping, refuse_unknown, text, text_path
+
+_TASK_KEYS = ("adapter", "lm_eval", "metric", "limit", "num_fewshot", "calibration")
+_KEYS = ("include_path", "batch_size", "apply_chat_template")
+
+
+def harness_task(name: str, value: Mapping[str, Any], paths: Mapping[str, Any]) -> HarnessTask:
+    """The task ``tasks.name`` with the key ``lm_eval``; ``paths`` are its checked ones.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    prefix = f"tasks.{name}."
+    refuse_unknown(prefix, value, _TASK_KEYS)
+    if "adapter" not in paths:
+        raise RecipeError(f"{prefix}adapter: expected a path, found none")
+    return HarnessTask(
+        name=name,
+        lm_eval=text(value, "lm_eval", prefix),
+        metric=text(value, "metric", prefix) if value.get("metric") is not None else None,
+        limit=_limit(value.get("limit"), f"{prefix}limit"),
+        num_fewshot=_shots(value.get("num_fewshot"), f"{prefix}num_fewshot"),
+        **paths,
+    )
+
+
+def harness_settings(document: Mapping[str, Any], tasks: Mapping[str, HarnessTask]) -> HarnessSettings:
+    """The key ``lm_eval`` of a recipe, and what its ``tasks`` read.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+        RuntimeError: if there are such tasks and the harness is not installed.
+    """
+    settings = mapping(document, "lm_eval")
+    refuse_unknown("lm_eval.", settings, _KEYS)
+    if not tasks:
+        if settings:
+            raise RecipeError("lm_eval: no task is measured by it; expected the key lm_eval in some of tasks")
+        return HarnessSettings()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RuntimeError(
+            f"tasks.{next(iter(tasks))}.lm_eval: needs the lm-evaluation-harness, which is not installed: "
+            "pip install 'nsc-kernels[eval]'"
+        )
+    folder = settings.get("include_path")
+    if folder is not None:
+        folder = Path(text_path("lm_eval.include_path", folder))
+        if not folder.is_dir():
+            raise RecipeError(f"lm_eval.include_path: expected a folder of task files, {folder} is none")
+    size = settings.get("batch_size")
+    known = read_task_files(folder) if folder is not None else {}
+    found = Reads()
+    for name, task in tasks.items():
+        found |= reads(task.lm_eval, known, f"tasks.{name}.lm_eval")
+    return HarnessSettings(
+        include_path=folder,
+        batch_size=size if size in (None, "auto") else count(size, "lm_eval.batch_size"),
+        apply_chat_template=flag(settings, "apply_chat_template", "lm_eval.", False),
+        builtin=found.builtin,
+        needs_network=found.hub,
+        data=tuple(dict.fromkeys(found.files)),
+    )
+
+
+def _limit(value: Any, key: str) -> int | float | None:
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    try:
+        return count(value, key)
+    except RecipeError:
+        raise RecipeError(
+            f"{key}: expected a whole number of at least 1, or a share below 1, found {value!r:.60}"
+        ) from None
+
+
+def _shots(value: Any, key: str) -> int | None:
+    if value is None or (value == 0 and isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    try:
+        return count(value, key)
+    except RecipeError:
+        raise RecipeError(f"{key}: expected a whole number of at least 0, found {value!r:.60}") from None
