@@ -92,6 +92,7 @@ class HarnessSettings:
         include_path: folder of task files of one's own, which come before those of the harness.
         batch_size: requests per batch, or ``"auto"``; that of the recipe when None.
         apply_chat_template: whether prompts are put as the tokenizer's chat template has them.
+        builtin: whether some task is one of the harness's own.
         needs_network: whether some task's data are on the hub.
         data: files that tasks of one's own read.
     """
@@ -99,6 +100,7 @@ class HarnessSettings:
     include_path: Path | None = None
     batch_size: int | str | None = None
     apply_chat_template: bool = False
+    builtin: bool = False
     needs_network: bool = False
     data: tuple[Path, ...] = ()
 

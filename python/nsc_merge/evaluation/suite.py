@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.evaluation.eval_recipe import EvalRecipe, HarnessTask, TaskRecipe
+from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
@@ -48,12 +48,6 @@ class Suite(Protocol):
     def labelled(self, task: str, split: str) -> Labelled:
         """All of ``"val"`` or ``"test"`` as batches of model inputs and labels."""
         ...
-
-    def brought(self, task: str) -> Mapping[str, Tensor]:
-        """Parameters of the model that the adapter of a task of the harness brought, which take the place of its own
-        for that task.
-        """
-        return self._brought[task]
 
     def tokenizer(self, argument: str) -> Any:
         """The base's tokenizer.
@@ -124,7 +118,6 @@ class RecipeSuite:
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
         self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
-        self._brought = {name: self._parameters(task) for name, task in recipe.harness.items()}
         for name in self.tasks:
             self.labelled(name, "test")
 
@@ -160,12 +153,6 @@ class RecipeSuite:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
             drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
         return drawn
-
-    def brought(self, task: str) -> Mapping[str, Tensor]:
-        """Parameters of the model that the adapter of a task of the harness brought, which take the place of its own
-        for that task.
-        """
-        return self._brought[task]
 
     def tokenizer(self, argument: str) -> Any:
         """The base's tokenizer.
@@ -253,15 +240,6 @@ class RecipeSuite:
             return ModelHead(head.parameters, shifted=self._shifted(task))
         return head
 
-
-    def _parameters(self, task: HarnessTask) -> Mapping[str, Tensor]:
-        trained = self.adapters[task.name].trained
-        if not trained:
-            return {}
-        argument = f"tasks.{task.name}.adapter: {task.adapter}"
-        head = head_of(trained, self.model, None, argument)
-        assert isinstance(head, ModelHead)
-        return head.parameters
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:

@@ -67,6 +67,7 @@ def harness_settings(document: Mapping[str, Any], tasks: Mapping[str, HarnessTas
         include_path=folder,
         batch_size=size if size in (None, "auto") else count(size, "lm_eval.batch_size"),
         apply_chat_template=flag(settings, "apply_chat_template", "lm_eval.", False),
+        builtin=found.builtin,
         needs_network=found.hub,
         data=tuple(dict.fromkeys(found.files)),
     )
