@@ -85,6 +85,7 @@ def test_choices_and_defaults_are_those_of_the_code():
     assert options("match")["steps"]["default"] == 100
     assert options("ties")["preset"]["enum"][:2] == ["canonical", "peft"]
     assert SCHEMA["properties"]["dtype"]["enum"] == list(DTYPES)
+    assert SCHEMA["properties"]["data"]["anyOf"][0]["properties"]["padding_side"]["enum"] == ["right", "left"]
 
 
 def test_what_an_option_is_comes_from_the_class_that_explains_it():
@@ -123,6 +124,7 @@ def test_what_an_option_is_comes_from_the_class_that_explains_it():
         ({"calibration": {"a": {"text": "prompt"}}}, "calibration"),
         ({"data": {"max_length": 0}}, "data"),
         ({"data": {"sample": 3}}, "data"),
+        ({"data": {"padding_side": "middle"}}, "data"),
         ({"data": {"trust_remote_code": True}}, "data"),
         ({"labels": {"a": []}}, "labels"),
         ({"labels": {"a": [1, 2]}}, "labels"),
