@@ -1,13 +1,9 @@
-"""What the examples' command lines share: a model, adapters and files of inputs, each named, or a small example."""
+"""What the examples share: a model, adapters and raw data named on the command line, merged and saved."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
+from typing import Any
 
 import nsc_merge
 
@@ -16,36 +12,28 @@ def pairs(items: list[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def local(source: str) -> str:
-    return source if Path(source).is_dir() else snapshot_download(source)
-
-
-def run(
-    description: str | None,
-    small_example: Callable[[Path], tuple],
-    from_hub: Callable[[argparse.Namespace], tuple],
-    *,
-    inputs: str,
-    metavar: str,
-    steps: int,
-    out: str,
-) -> None:
-    """Merge what the command line names, or the small example if it names no model.
+def run(description: str | None, model_class: Any, *, batch_size: int, steps: int, out: str) -> None:
+    """Merge what the command line names, and save one adapter with everything in it.
 
     Args:
-        inputs: the option that gives every adapter its inputs.
-        steps: of the merge of a named model.
+        model_class: of transformers, whose ``from_pretrained`` loads the base.
+        batch_size: samples of a batch.
+        steps: of the merge, where the command line says nothing.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder or hub id")
-    parser.add_argument("adapters", nargs="*", metavar="NAME=ADAPTER")
-    parser.add_argument(inputs, nargs="+", default=[], metavar=metavar)
-    parser.add_argument("--steps", type=int, help=f"default: {steps}, or 10 for the small example")
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("adapters", nargs="+", metavar="TASK=ADAPTER", help="folder or hub id of each task's")
+    parser.add_argument("--data", nargs="+", required=True, metavar="TASK=DATA", help="raw data of each task")
+    parser.add_argument("--text", help="column that holds the text, or a template such as '{question}\\n{answer}'")
+    parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--out", default=out)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model, adapters, batches = from_hub(arguments) if arguments.model else small_example(Path(folder))
-        steps = arguments.steps or (steps if arguments.model else 10)
-        result = nsc_merge.merge(model, adapters, batches, steps=steps)
-        print(f"null-space ratio {result.objective['before']:.4f} -> {result.objective['after']:.4f}")
-        print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")
+    model = model_class.from_pretrained(arguments.model, dtype="auto", device_map="auto")
+    read: dict[str, Any] = {}
+    for source in pairs(arguments.data).values():
+        if source not in read:  # tasks that are given the same batches share their forward passes
+            read[source] = nsc_merge.calibration_data(source, model, batch_size=batch_size, text=arguments.text)
+    batches = {task: read[source] for task, source in pairs(arguments.data).items()}
+    result = nsc_merge.merge(model, pairs(arguments.adapters), batches, steps=arguments.steps)
+    print(f"null-space ratio {result.objective['before']:.4f} -> {result.objective['after']:.4f}")
+    print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,28 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
 )
+from transformers.utils import logging
 
-FRENCH = dict(
-    word.split("-")
-    for word in "cat-chat dog-chien bird-oiseau horse-cheval house-maison door-porte tree-arbre sun-soleil moon-lune "
-    "water-eau bread-pain milk-lait apple-pomme book-livre hand-main night-nuit".split()
-)
-OPPOSITE = dict(
-    word.split("-")
-    for word in "hot-cold big-small old-new fast-slow high-low light-dark rich-poor wet-dry hard-soft open-closed "
-    "full-empty early-late happy-sad strong-weak near-far up-down".split()
-)
+FRENCH = {
+    "cat": "chat", "dog": "chien", "bird": "oiseau", "horse": "cheval", "house": "maison", "door": "porte",
+    "tree": "arbre", "sun": "soleil", "moon": "lune", "water": "eau", "bread": "pain", "milk": "lait",
+    "apple": "pomme", "book": "livre", "hand": "main", "night": "nuit",
+}  # fmt: skip
+OPPOSITE = {
+    "hot": "cold", "big": "small", "old": "new", "fast": "slow", "high": "low", "light": "dark", "rich": "poor",
+    "wet": "dry", "hard": "soft", "open": "closed", "full": "empty", "early": "late", "happy": "sad",
+    "strong": "weak", "near": "far", "up": "down",
+}  # fmt: skip
 QUESTIONS = {"french": ("What is {} in French?", FRENCH), "opposite": ("What is the opposite of {}?", OPPOSITE)}
 UNSURE = "no idea"
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 220), "yellow": (230, 210, 40)}
@@ -70,7 +68,7 @@ IMAGE_CHAT_TEMPLATE = (
 
 
 def text(folder: Path) -> None:
-    """A Llama that is mostly unsure of the answer, and two adapters, each of which answers the questions of its task."""
+    """A Llama that is mostly unsure of the answer, and two adapters that answer the questions of their task."""
     known = {task: [(asks.format(word), words[word]) for word in words] for task, (asks, words) in QUESTIONS.items()}
     everything = [pair for pairs in known.values() for pair in pairs]
     tokenizer = _tokenizer([f"{question}\n{answer}" for question, answer in [*everything, ("", UNSURE)]])
@@ -91,8 +89,8 @@ def text(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "base")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     for task, pairs in known.items():
-        load = LlamaForCausalLM.from_pretrained
-        _adapter(folder, task, lambda: load(folder / "base"), lora, batches(pairs, 0.0), steps=50)
+        copy = LlamaForCausalLM.from_pretrained(folder / "base")
+        _adapter(copy, folder / "adapters" / task, lora, batches(pairs, 0.0), steps=50)
     _lines(folder / "prompts.jsonl", [{"question": question, "answer": answer} for question, answer in everything])
     for task, pairs in known.items():
         chats = [[("user", question), ("assistant", answer)] for question, answer in pairs]
@@ -102,6 +100,8 @@ def text(folder: Path) -> None:
 
 def vision(folder: Path) -> None:
     """A ViT that tells dark pictures from bright ones, and two adapters with heads of their own for size and colour."""
+    from transformers import ViTImageProcessor
+
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
     names = {"ground": GROUNDS, "size": SIZES, "colour": tuple(COLOURS)}
     pictures = [_picture(random.Random(number)) for number in range(256)]
@@ -113,13 +113,6 @@ def vision(folder: Path) -> None:
         while True:
             rows = torch.randint(len(pixels), (32,), generator=generator)
             yield {"pixel_values": pixels[rows], "labels": labels[kind][rows]}
-
-    def model(kind: str) -> ViTForImageClassification:
-        torch.manual_seed(0)
-        return ViTForImageClassification.from_pretrained(
-            folder / "base", num_labels=len(names[kind]), id2label=dict(enumerate(names[kind])),
-            label2id={name: number for number, name in enumerate(names[kind])}, ignore_mismatched_sizes=True,
-        )  # fmt: skip
 
     torch.manual_seed(0)
     base = ViTForImageClassification(
@@ -134,14 +127,21 @@ def vision(folder: Path) -> None:
     for task in ("size", "colour"):
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1"]
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=["classifier"])
-        tuned = _adapter(folder, task, lambda task=task: model(task), lora, batches(task), steps=80)
-        tuned.config.save_pretrained(folder / "adapters" / task)  # names the classes of its head
+        torch.manual_seed(1)
+        copy = ViTForImageClassification.from_pretrained(
+            folder / "base", ignore_mismatched_sizes=True, num_labels=len(names[task]),
+            id2label=dict(enumerate(names[task])), label2id={name: number for number, name in enumerate(names[task])},
+        )  # fmt: skip
+        _adapter(copy, folder / "adapters" / task, lora, batches(task), steps=80)
+        copy.config.save_pretrained(folder / "adapters" / task)  # names the classes of its head
     for number, (image, _) in enumerate(pictures[:64]):
         _save(image, folder / "photos" / f"{number:03}.png")
 
 
 def vlm(folder: Path) -> None:
     """A LLaVA that is mostly unsure of what it sees, and two adapters that answer what size or colour it is."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
     pictures = [_picture(random.Random(number)) for number in range(128)]
     tokenizer = _tokenizer([*IMAGE_QUESTIONS.values(), *COLOURS, *SIZES, UNSURE], ["<image>"])
     processor = LlavaProcessor(
@@ -166,17 +166,18 @@ def vlm(folder: Path) -> None:
         while True:
             rows = draw.sample(range(len(pictures)), 16)
             asked = [draw.choice(tasks) for _ in rows]
-            answers = [UNSURE if draw.random() < unsure else pictures[row][1][task] for row, task in zip(rows, asked)]
+            seen = [pictures[row][1][task] for row, task in zip(rows, asked, strict=True)]
+            answers = [UNSURE if draw.random() < unsure else answer for answer in seen]
             answered = _answered(tokenizer, [f"{images}{IMAGE_QUESTIONS[task]}\n" for task in asked], answers)
             yield {**answered, "pixel_values": pixels[rows]}
 
-    _train(model, batches(list(IMAGE_QUESTIONS), 0.5), steps=220, rate=4e-3)
+    _train(model, batches(list(IMAGE_QUESTIONS), 0.5), steps=170, rate=2e-3)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)")
     for task in IMAGE_QUESTIONS:
-        load = LlavaForConditionalGeneration.from_pretrained
-        _adapter(folder, task, lambda: load(folder / "base"), lora, batches([task], 0.0), steps=60)
+        copy = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+        _adapter(copy, folder / "adapters" / task, lora, batches([task], 0.0), steps=40)
     pairs = []
     for number, (image, _) in enumerate(pictures[:48]):
         _save(image, folder / "images" / f"{number:03}.png")
@@ -242,16 +243,12 @@ def _train(model: nn.Module, batches: Iterator[dict[str, torch.Tensor]], *, step
     model.eval()
 
 
-def _adapter(
-    folder: Path, task: str, load: Callable[[], nn.Module], lora: LoraConfig, batches: Iterator, *, steps: int
-) -> Any:
-    """Train an adapter on a new copy of the base and save it."""
-    model = load()
+def _adapter(copy: nn.Module, folder: Path, lora: LoraConfig, batches: Iterator, *, steps: int) -> None:
+    """Train an adapter on a copy of the base and save it."""
     torch.manual_seed(1)
-    tuned = get_peft_model(model, lora)
+    tuned = get_peft_model(copy, lora)
     _train(tuned, batches, steps=steps, rate=5e-3)
-    tuned.save_pretrained(folder / "adapters" / task)
-    return model
+    tuned.save_pretrained(folder)
 
 
 def _picture(draw: random.Random) -> tuple[Image.Image, dict[str, str]]:
@@ -283,7 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("kind", choices=("text", "vision", "vlm"))
     parser.add_argument("folder", type=Path, metavar="DIR")
     chosen = parser.parse_args(arguments)
-    {"text": text, "vision": vision, "vlm": vlm}[chosen.kind](chosen.folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Adapters name their base in full: a relative path may look like a hub id.
+    {"text": text, "vision": vision, "vlm": vlm}[chosen.kind](chosen.folder.resolve())
     held = ", ".join(sorted(entry.name for entry in chosen.folder.iterdir()))
     print(f"{chosen.folder}: {held}")
 

@@ -84,7 +84,7 @@ def add(commands: Any) -> None:
     quartiles.add_argument("--bins", type=positive, default=4, metavar="N", help="shares (default: 4)")
     quartiles.set_defaults(run=_quartiles)
     bound = kinds.add_parser("bound", help="Proposition 1", description=_BOUND, formatter_class=raw)
-    bound.add_argument("adapter", type=Path, metavar="ADAPTER", help="PEFT folder")
+    bound.add_argument("adapter", metavar="ADAPTER", help="PEFT folder, or owner/name on the hub")
     _add_inputs(bound)
     bound.add_argument(
         "--at",

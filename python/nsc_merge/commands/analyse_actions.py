@@ -167,7 +167,7 @@ def bound(arguments: argparse.Namespace) -> int:
     """``nsc-merge analyse bound``."""
     model, batches = _model_and_inputs(arguments)
 
-    name = arguments.adapter.name
+    name = Path(arguments.adapter).name
     adapters = {name: load_adapter(arguments.adapter, name, dora=arguments.dora)}
     whole = merge(model, adapters, method="task_arithmetic", scale=1.0)
     with _arguments_at_fault():
@@ -207,7 +207,8 @@ def bound(arguments: argparse.Namespace) -> int:
 
 def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches]:
     local = not is_hub_id(arguments.model, Path.cwd())
-    prepare(local=local)
+    adapter = getattr(arguments, "adapter", "").partition("@")[0]
+    prepare(local=local and not is_hub_id(adapter, Path.cwd()))
 
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))

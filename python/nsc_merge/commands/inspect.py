@@ -14,7 +14,7 @@ from nsc_merge.utils.errors import UsageError
 def add(commands: Any) -> None:
     """Add the command to a parser's."""
     inspect = commands.add_parser("inspect", help="ranks, modules and overlap of adapters; fit to given inputs")
-    inspect.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="PEFT folder")
+    inspect.add_argument("adapters", nargs="+", metavar="ADAPTER", help="PEFT folder, or owner/name on the hub")
     inspect.add_argument("--model", metavar="DIR|ID", help="base model: checks that every module is in it")
     inspect.add_argument(
         "--inputs", type=Path, metavar="FILE|DIR", help="measure null-space ratios on these (needs --model)"
@@ -30,7 +30,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.inputs and not arguments.model:
         raise UsageError("--inputs: needs --model")
     local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
-    prepare(local=local)
+    prepare(local=local and not any(is_hub_id(one.partition("@")[0], Path.cwd()) for one in arguments.adapters))
     from nsc_merge.adapters import load_adapter
     from nsc_merge.analysis import adapter_overlap
     from nsc_merge.calibration.batch_files import check_names, read_batches
@@ -38,14 +38,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.models.bases.loading import load_model
     from nsc_merge.models.fitting import fit
 
-    called = [folder.name for folder in arguments.adapters]
+    called = [Path(place).name for place in arguments.adapters]
     if len(set(called)) != len(called):
-        called = [str(folder) for folder in arguments.adapters]
+        called = list(arguments.adapters)
     if len(set(called)) != len(called):
         raise UsageError(f"ADAPTER: {max(called, key=called.count)} is given twice")
     adapters = {
-        name: load_adapter(folder, name, dora="convert")
-        for name, folder in zip(called, arguments.adapters, strict=True)
+        name: load_adapter(place, name, dora="convert")
+        for name, place in zip(called, arguments.adapters, strict=True)
     }
     document: dict[str, Any] = {}
     if arguments.model:

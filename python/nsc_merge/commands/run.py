@@ -19,13 +19,30 @@ _RUN = """\
 Merges as a YAML recipe says:
 
   model: base                       # folder, or a hub id (owner/name)
-  adapters:                         # task: PEFT folder
-    depth: adapters/depth
-    edge: adapters/edge
-  calibration:                      # task: inputs stacked in one safetensors file, by input
-    depth: inputs/depth.safetensors #   name, or a folder whose files are one batch each
-    edge: inputs/edge.safetensors
-  batch_size: 32                    # rows of a calibration file per batch
+  revision: main                    # of a hub id: branch, tag or commit
+  trust_remote_code: false          # true runs code that comes with base, tokenizer or processor
+  adapters:                         # task: PEFT folder, or owner/name or owner/name@revision on the hub,
+    french: adapters/french         #   or keys and values
+    legal: {adapter: owner/name, revision: main, subfolder: lora}
+  calibration:                      # task: unlabelled samples. Text: .jsonl, .json, .csv, .parquet, .txt;
+    french: prompts.jsonl           #   a folder of images; a .jsonl of images and prompts; a folder of
+    legal:                          #   datasets' save_to_disk; owner/name of a dataset on the hub; or
+      source: legal.parquet         #   .safetensors of inputs made already (a folder: a file per batch)
+      text: "{question}\\n{answer}"   # and any key of data
+  data:                             # of all tasks; here with the defaults
+    text: null                      # column, or template over columns
+    messages: null                  # column with chats, for the tokenizer's chat template
+    image: null                     # column with images, or with their paths
+    split: null                     # of a dataset that has several
+    tokenizer: null                 # folder or hub id, where it is not beside the base
+    processor: null                 # the same, of processor or image processor
+    max_length: 512                 # tokens of a sample
+    truncation: true                # false refuses samples that are longer
+    truncation_side: right
+    padding_side: right
+    samples: 1024                   # drawn at most; null for all
+    seed: 0                         # of the draw, which is the same every time
+  batch_size: 32                    # samples, or rows of a .safetensors file, per batch
   method: nsc                       # see nsc-merge methods
   options: {steps: 100, lr: 1e-3}   # of the method; nsc's defaults depend on the model
   shared_modules: lambda            # or mean, first: modules trained in full, the base's own
@@ -38,20 +55,26 @@ Merges as a YAML recipe says:
   quantization: none                # or bitsandbytes-8bit, bitsandbytes-4bit, torchao-int8,
                                     #   torchao-int4, fp8; a quantised base needs no key
   full_hash: false                  # or true, as --full-hash
+  labels: {french: names.txt}       # task: names of its head's classes, a list, .txt or .json
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: null, plots: true}
                                     # dequantize: true for a model of plain numbers from a
-                                    #   quantised base
+                                    #   quantised base; head: the task whose head is put in;
+                                    #   push_to_hub: owner/name, private: true
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
-An override of the method drops the options that the recipe has for its own.
+An override of the method drops the options that the recipe has for its own; one such as
+calibration.french.samples=64 also changes a task that is written as a path alone.
 The output folder changes only once everything is written; what an earlier merge left
-there goes, other files stay. Nothing but a hub id touches the network.
+there goes, other files stay. Nothing but a hub id touches the network; HF_HOME, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE are as in transformers.
 
 The record of a merge tells the base's weights by SHA-256 of each file's header and by its
 size (in the hub's cache, by its name there). A base of the same layout in which only
 numbers changed is not noticed by a later export; --resume does notice files written to
 since. --full-hash reads the files once more and records SHA-256 of all their bytes, which
-resuming and exporting then compare; digests are kept in ~/.cache/nsc_merge.
+resuming and exporting then compare; digests are kept in ~/.cache/nsc_merge. What came from
+the hub is recorded with its commit, raw data with all settings and the hash of the samples:
+the recipe.yaml beside a merge leads to the same one.
 
 Method nsc keeps the state of a run beside the output folder, from which --resume goes
 on with the same recipe and files.
@@ -76,6 +99,8 @@ def add(commands: Any) -> None:
         "--resume", action="store_true", help="go on from the state of an interrupted run (method nsc)"
     )
     run.add_argument("--full-hash", action="store_true", help="record SHA-256 of all bytes of the base")
+    run.add_argument("--push-to-hub", metavar="REPO", help="upload the result to owner/name, as output.push_to_hub")
+    run.add_argument("--private", action="store_true", help="make a repository that there is not yet a private one")
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     run.set_defaults(run=_run)
 
@@ -85,8 +110,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.full_hash:
         arguments.overrides = [*arguments.overrides, "full_hash=true"]
+    if arguments.push_to_hub is not None:
+        arguments.overrides = [*arguments.overrides, f"output.push_to_hub={json.dumps(arguments.push_to_hub)}"]
+    if arguments.private:
+        arguments.overrides = [*arguments.overrides, "output.private=true"]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    prepare(local=recipe.local)
+    prepare(local=recipe.offline)
     from nsc_merge.processes.group import Group
     from nsc_merge.processes.launch import launched_rank, started
     from nsc_merge.recipes.run import shares_work
@@ -134,6 +163,10 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
             f"relative error of the truncation: {summary['truncation']['mean']:.3g} on average, "
             f"{summary['truncation']['max']:.3g} at most"
         )
+    if "pushed" in summary:
+        print(f"uploaded to {summary['pushed']}")
+    for command in summary["next"]:
+        print(f"next: {command}")
     return 0
 
 

@@ -168,7 +168,7 @@ class EvalRecipe(Placed):
     out: Path
     revision: str | None = None
     trust_remote_code: bool = False
-    data: DataSettings = DataSettings()
+    data: DataSettings = field(default_factory=DataSettings)
     lm_eval: HarnessSettings = HarnessSettings()
     seeds: tuple[int, ...] = ()
     joint: str | None = None
@@ -190,7 +190,9 @@ class EvalRecipe(Placed):
     @property
     def offline(self) -> bool:
         """Whether nothing may touch the network: nothing that it names is on the hub."""
-        return self.local and not self.lm_eval.needs_network and all(task.offline for task in self.tasks.values())
+        tokenizer = self.data.tokenizer is None or Path(self.data.tokenizer).is_absolute()
+        places = self.local and tokenizer and all(task.offline for task in self.tasks.values())
+        return places and not self.lm_eval.needs_network
 
     def at(self, seed: int) -> EvalRecipe:
         """The recipe with ``{seed}`` replaced in every path.

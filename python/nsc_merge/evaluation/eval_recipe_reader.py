@@ -170,7 +170,9 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
         common["calibration"] = source
     if "lm_eval" in value:
         return harness_task(value, common)
-    paths: dict[str, Any] = {one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None}
+    paths: dict[str, Any] = {
+        one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None
+    }
     classes = value.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
         raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")

@@ -23,8 +23,8 @@ from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.calibration_keys import CalibrationSource
+from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.preflight import check_placement
-from nsc_merge.recipes.run import read_adapter
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
 

@@ -9,23 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.recipes.yaml_keys import (
-    RecipeError,
-    absolute_model,
-    by_task,
-    choice,
-    count,
-    flag,
-    mapping,
-    refuse_unknown,
-    text_or_none,
-    text_path,
-)
-from nsc_merge.utils.option_checks import check_count, is_hub_id
+from nsc_merge.recipes.yaml_keys import RecipeError, absolute_model, by_task, mapping, refuse_unknown, text_path
+from nsc_merge.utils.option_checks import is_hub_id
 
 # Code of others is allowed by a key of the whole recipe.
 DATA_KEYS = tuple(one.name for one in fields(DataSettings) if one.name != "trust_remote_code")
-SIDES = ("right", "left")
 _HELPERS = ("tokenizer", "processor")
 # A mistyped path to a file must not reach the network, whatever folders there are.
 _FILE = re.compile(
@@ -86,6 +74,7 @@ def calibration_in(
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
+    # What is wrong with them is said once, and also where no task has them.
     data_in(document, trust_remote_code=trust_remote_code)
     data = mapping(document, "data")
     found = {}
@@ -114,7 +103,7 @@ def source_in(key: str, value: Any, data: Mapping[str, Any], *, trust_remote_cod
     refuse_unknown(f"{key}.", given, ("source", *DATA_KEYS))
     source = text_path(f"{key}.source", given.pop("source", None))
     local = Path(source).is_absolute()
-    settings = DataSettings(**_settings({**data, **given}, f"{key}."), trust_remote_code=trust_remote_code)
+    settings = _settings(_together(data, given), f"{key}.", trust_remote_code)
     if local and given.get("revision") is not None:
         raise RecipeError(f"{key}.revision: is of a dataset on the hub, but {source} is a path; expected none")
     return CalibrationSource(source, local, settings, tuple(given))
@@ -140,27 +129,18 @@ def data_in(document: Mapping[str, Any], *, trust_remote_code: bool) -> DataSett
     """
     data = mapping(document, "data")
     refuse_unknown("data.", data, DATA_KEYS)
-    return DataSettings(**_settings(data, "data."), trust_remote_code=trust_remote_code)
+    return _settings(data, "data.", trust_remote_code)
 
 
-def _settings(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Checked values of the keys that are there."""
-    checked: dict[str, Any] = {}
-    for key, value in data.items():
-        if key in ("truncation_side", "padding_side"):
-            checked[key] = choice(data, key, SIDES, prefix)
-        elif key == "truncation":
-            checked[key] = flag(data, key, prefix, True)
-        elif key == "max_length":
-            checked[key] = count(value, f"{prefix}{key}")
-        elif key == "samples":
-            checked[key] = None if value is None else count(value, f"{prefix}{key}")
-        elif key == "seed":
-            try:
-                check_count(f"{prefix}{key}", value, 0)
-            except ValueError as error:
-                raise RecipeError(str(error)) from None
-            checked[key] = value
-        else:
-            checked[key] = text_or_none(data, key, prefix)
-    return checked
+def _settings(data: Mapping[str, Any], prefix: str, trust_remote_code: bool) -> DataSettings:
+    try:
+        return DataSettings(**data, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise RecipeError(f"{prefix}{error}") from None
+
+
+def _together(data: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's own settings in front of those for all: a chat takes the place of a text, and the other way round."""
+    instead = {"text": "messages", "messages": "text"}
+    replaced = {instead[key] for key in instead if own.get(key) is not None}
+    return {**{key: value for key, value in data.items() if key not in replaced}, **own}

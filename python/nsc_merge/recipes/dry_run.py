@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from nsc_merge.adapters import Adapter
+from nsc_merge.calibration.batch_files import Batches
+from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import activations_of
@@ -14,6 +16,7 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import absent
 from nsc_merge.recipes.forecast.prospect import prospect_of
+from nsc_merge.recipes.inputs import read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
@@ -21,6 +24,8 @@ from nsc_merge.utils.memory import peak_bytes, reset_peak
 
 # The first step warms caches up and finds out which coefficients are dead.
 _DRY_STEPS = 3
+# Characters of a sample.
+_SHOWN = 100
 
 
 def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
@@ -33,10 +38,18 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
     """
     check(recipe, resume=resume)
-    prospect = prospect_of(recipe)
+    inputs = read_inputs(recipe)
+    data = {task: _data(batches) for task, batches in inputs[1].items()}
+    prospect = prospect_of(recipe, inputs)
     if prospect is not None and not prospect["ways"][prospect["way"]]["fits"]:
-        return {"method": recipe.method, "formats": list(recipe.formats), "out": str(recipe.out), "prospect": prospect}
-    model, adapters, calibration = load(recipe, log)
+        return {
+            "method": recipe.method,
+            "formats": list(recipe.formats),
+            "out": str(recipe.out),
+            "data": data,
+            "prospect": prospect,
+        }
+    model, adapters, calibration = load(recipe, log, inputs)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     sizes = {path: activations_of(model, path, linear)[0].itemsize for path, linear in linears.items()}
@@ -53,6 +66,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         "adapted_modules": len(linears),
         "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
         "batches": {task: len(batches) for task, batches in calibration.items()},
+        "data": data,
         "absent": absent(adapters),
         "remarks": [*remarks_on(model, adapters), *_unfinished(recipe)],
         "weights_bytes": weights,
@@ -95,6 +109,7 @@ def render_plan(plan: dict[str, Any]) -> str:
     if "model" not in plan:
         return "\n".join(
             [
+                *_data_lines(plan["data"]),
                 *_prospect_lines(plan["prospect"]),
                 "note      nothing was loaded or tried, since it does not fit",
                 f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)",
@@ -110,6 +125,7 @@ def render_plan(plan: dict[str, Any]) -> str:
         shared = f", {adapter['shared']} shared modules" if adapter["shared"] else ""
         ranks = ", ".join(map(str, adapter["ranks"]))
         lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
+    lines += _data_lines(plan["data"])
     lines += [f"note      {remark}" for remark in plan["remarks"]]
     if "steps" in plan:
         measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
@@ -126,6 +142,28 @@ def render_plan(plan: dict[str, Any]) -> str:
         lines += _prospect_lines(plan["prospect"])
     lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
     return "\n".join(lines)
+
+
+def _data(batches: Batches) -> dict[str, Any]:
+    """What a task is calibrated on: so much that a person sees whether it is what was meant."""
+    found = summary(batches)
+    kept = {"first": batches.first} if batches.first else {}
+    digests = {"sha256": batches.sha256["samples"]} if "samples" in batches.sha256 else {}
+    return {**vars(found), **kept, **digests}
+
+
+def _data_lines(data: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for task, found in data.items():
+        said = f"{found['samples']} samples in {found['batches']} batches"
+        if found["tokens"]:
+            said += f", {found['tokens']:.0f} tokens a batch and {found['padding']:.0%} padding"
+        if "sha256" in found:
+            said += f", hash {found['sha256'][:12]}"
+        lines.append(f"data      {task}: {said}")
+        if "first" in found:
+            lines.append(f"  first: {' '.join(found['first'].split())[:_SHOWN]!r}")
+    return lines
 
 
 def _prospect_lines(prospect: dict[str, Any]) -> list[str]:

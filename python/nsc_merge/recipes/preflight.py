@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.processes.group import current
@@ -37,6 +38,12 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             raise RecipeError(
                 f"calibration.{missing[0]}: method {recipe.method!r} needs inputs of every task, found none"
             )
+    for task, place in recipe.calibration.items():
+        if place.own and place.local and not is_raw(place.source):
+            raise RecipeError(
+                f"calibration.{task}.{place.own[0]}: is of raw data, but {place.source} holds inputs that are made "
+                "already; expected none"
+            )
     stored_as = check_placement(recipe, recipe.model if recipe.local else None)
     _check_formats(recipe, method)
     if stored_as is not None and "model" in recipe.formats and not recipe.dequantize:
@@ -45,6 +52,24 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             "expected output.dequantize: true, or format lora"
         )
     _check_place(recipe.out)
+    if recipe.push_to_hub is not None:
+        check_push("output.push_to_hub")
+
+
+def check_push(argument: str) -> None:
+    """Refuse to upload where the hub may not be asked, or would not know who asks.
+
+    Raises:
+        RecipeError: naming ``argument``, with what to do.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise RecipeError(f"{argument}: HF_HUB_OFFLINE forbids to ask the hub; expected it unset")
+    if get_token() is None:
+        raise RecipeError(
+            f"{argument}: expected a token that may write, found none: set HF_TOKEN, or run hf auth login"
+        )
 
 
 @contextmanager

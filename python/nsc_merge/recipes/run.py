@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -12,18 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.adapters import Adapter, load_adapter, load_from_hub
+from nsc_merge.adapters import Adapter
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.calibration.raw.reading import is_raw, raw_batches
+from nsc_merge.calibration.batch_files import Batches, check_names
 from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import absent, fit
 from nsc_merge.processes.group import current
-from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.results.beside.heads import heads_of, with_head
+from nsc_merge.results.beside.next_commands import next_commands
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
@@ -109,6 +111,7 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
     )
     if resumable:
         state.unlink(missing_ok=True)
+    url = None if recipe.push_to_hub is None else _push(recipe, log)
     summary: dict[str, Any] = {
         "out": str(recipe.out),
         "formats": formats,
@@ -118,6 +121,8 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         "objective": result.objective,
         "dead": dead,
         "files": files,
+        "next": next_commands(result, recipe.out, files, pushed=url is not None),
+        **({} if url is None else {"pushed": url}),
     }
     if "lora" in formats:
         summary["serving"] = serving_notes(result, recipe.rank)
@@ -127,6 +132,19 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
             if errors:
                 summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
     return summary
+
+
+def _push(recipe: Recipe, log: Log) -> str:
+    """Upload what was written, which stays where it is whatever the hub says."""
+    from nsc_merge.results.hub import push
+
+    repo = str(recipe.push_to_hub)
+    log(f"uploading to {repo}")
+    try:
+        return push(recipe.out, repo, private=recipe.private)
+    except (ValueError, OSError) as error:
+        again = ["nsc-merge", "export", str(recipe.out), "--push-to-hub", repo, *["--private"] * recipe.private]
+        raise OSError(f"{error}; the merge is in {recipe.out}: {shlex.join(again)} uploads it") from None
 
 
 def _check_whole(recipe: Recipe, adapters: dict[str, Adapter]) -> None:
@@ -147,62 +165,19 @@ def _truncation(result: MergeResult, rank: int) -> list[float]:
     return [error for one in merges for error in one.rank_errors(rank).values()]
 
 
-def read_adapter(place: Path | HubAdapter, task: str, dora: str) -> Adapter:
-    """The adapter that a recipe names."""
-    if isinstance(place, Path):
-        return load_adapter(place, task, dora=dora)
-    return load_from_hub(place.repo, task, revision=place.revision, subfolder=place.subfolder, dora=dora)
-
-
-def read_inputs(recipe: Recipe) -> tuple[dict[str, Adapter], dict[str, Batches]]:
-    """The adapters and the calibration batches, as they are; the same ones in all processes that share the work.
-
-    Raises:
-        ValueError, OSError: naming the key, what was found and what was expected.
-    """
-    with current().agreeing():
-        adapters = {task: read_adapter(place, task, recipe.dora) for task, place in recipe.adapters.items()}
-        calibration = {task: _batches(recipe, task) for task in recipe.calibration}
-    seen = current().share([{task: batches.sha256 for task, batches in calibration.items()}])
-    if any(one != seen[0] for one in seen):
-        raise OSError("calibration: expected data that is the same for all processes, found other bytes in some")
-    return adapters, calibration
-
-
-def _batches(recipe: Recipe, task: str) -> Batches:
-    place, argument = recipe.calibration[task], f"calibration.{task}"
-    if place.local and not is_raw(place.source):
-        return read_batches(place.source, recipe.batch_size, argument)
-    local = recipe.local and place.offline
-    return raw_batches(
-        place.source,
-        recipe.model,
-        place.settings,
-        recipe.batch_size,
-        argument,
-        local=local,
-        base_revision=recipe.revision,
-    )
-
-
 def load(
-    recipe: Recipe, log: Log, inputs: tuple[dict[str, Adapter], dict[str, Batches]] | None = None
+    recipe: Recipe, log: Log, inputs: Inputs | None = None
 ) -> tuple[nn.Module, dict[str, Adapter], dict[str, Batches]]:
     """The base model, the adapters fitted to it, and the calibration batches in its dtype.
 
     Args:
         recipe: what is merged.
         log: told what takes its time.
-        inputs: of :func:`read_inputs`, which is called for them otherwise.
+        inputs: of :func:`nsc_merge.recipes.inputs.read_inputs`, which is called for them otherwise.
     """
     if recipe.dropped:
         log(f"method={recipe.method}: dropped options of the recipe's own method: {', '.join(recipe.dropped)}")
     adapters, calibration = inputs or read_inputs(recipe)
-    if recipe.head is not None and not adapters[recipe.head].trained:
-        raise RecipeError(
-            f"output.head: expected a task whose adapter brought a head (modules_to_save), found {recipe.head!r:.60}, "
-            "which brought none"
-        )
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
     needed = bool(method_of(recipe.method).needs)
@@ -211,7 +186,26 @@ def load(
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
-    return model, fit(adapters, model, recipe.shared_modules), calibration
+    adapters = fit(adapters, model, recipe.shared_modules)
+    _check_heads(recipe, model, adapters)
+    return model, adapters, calibration
+
+
+def _check_heads(recipe: Recipe, model: nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Refuse labels and a head that could not be written, before the work of a merge."""
+    if not recipe.labels and recipe.head is None:
+        return
+    outline = MergeResult(recipe.method, {}, [], adapters, {}, {}, model)
+    heads = heads_of(outline, recipe.labels)
+    if recipe.head is None:
+        return
+    if recipe.head not in heads:
+        raise RecipeError(
+            f"output.head: expected a task whose adapter brought a head ({', '.join(heads) or 'none did'}), found "
+            f"{recipe.head!r:.60}"
+        )
+    if current().size == 1:
+        with_head(outline, recipe.head, heads[recipe.head])
 
 
 def _base(recipe: Recipe, placement: Placement) -> nn.Module:

@@ -14,8 +14,8 @@ from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
-from nsc_merge.recipes.run import read_adapter
 from nsc_merge.results.beside.record import digests_in
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult

@@ -41,10 +41,20 @@ class Base:
         return "pixel_values" in self.takes
 
     @property
+    def grey(self) -> bool:
+        """Whether its images have one channel."""
+        return getattr(getattr(self.config, "vision_config", self.config), "num_channels", None) == 1
+
+    @property
     def positions(self) -> int | None:
         """Tokens that it has positions for."""
         found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def image_token(self) -> int | None:
+        """What stands for a piece of an image, in a model of text and images."""
+        return getattr(self.config, "image_token_id", None) if self.images else None
 
     @property
     def vocabulary(self) -> int | None:
@@ -62,7 +72,9 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         name = str(base)
         if not Path(name).is_dir() and not is_hub_id(name, Path.cwd()):
             raise FileNotFoundError(f"model: {name} is missing; expected a folder or a hub id owner/name")
-        found = architecture_of(name, local=Path(name).is_dir())
+        found = architecture_of(
+            name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
+        )
         config, forward = found.config, _class(found).forward
     else:
         config, forward = getattr(base, "config", None), base.forward
@@ -74,7 +86,8 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     made = Base(name, revision, config, takes)
     if "decoder_input_ids" in takes or not (made.text or made.images):
         raise ValueError(
-            f"{argument}: {config.model_type} takes more than text and images; write its inputs as .safetensors"
+            f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
+            f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
         )
     return made
 

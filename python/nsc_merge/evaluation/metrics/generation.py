@@ -46,8 +46,8 @@ def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def cider(outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode | None = None) -> float:
-    """Mean CIDEr of generated captions: from 0 to 1 as :func:`nsc_merge.evaluation.metrics.cider_score.cider` has it, or
-    the figure of pycocoevalcap, which is 10 times a CIDEr-D whose words are what stands between spaces.
+    """Mean CIDEr of generated captions: from 0 to 1 as :func:`nsc_merge.evaluation.metrics.cider_score.cider` has it,
+    or pycocoevalcap's figure from 0 to 10, a CIDEr-D over what stands between spaces.
 
     Args:
         outputs: generated tokens ``[N, T]``, integers; :data:`IGNORE` after the end.

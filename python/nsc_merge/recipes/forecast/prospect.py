@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of
@@ -18,21 +17,19 @@ from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.forecast.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
 from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
+from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
-from nsc_merge.recipes.run import read_inputs
 from nsc_merge.utils.memory import free_memory, total_memory
 
 RANKS = (2, 4, 8)
 
 
-def prospect_of(
-    recipe: Recipe, inputs: tuple[dict[str, Adapter], dict[str, Batches]] | None = None
-) -> dict[str, Any] | None:
+def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] | None:
     """What a step would take by formula, of the base's configuration and of adapters and batches alone.
 
     Args:
         recipe: of the merge.
-        inputs: of :func:`nsc_merge.recipes.run.read_inputs`, which is called for them otherwise.
+        inputs: of :func:`nsc_merge.recipes.inputs.read_inputs`, which is called for them otherwise.
 
     Returns:
         ``device_bytes`` that there are; ``ways``, of each its name, bytes at most on a device and their parts, whether

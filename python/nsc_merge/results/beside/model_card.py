@@ -11,11 +11,12 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
-from nsc_merge.results.beside.loading_code import Base, Saved, block, is_hub_id, putting, use_of
+from nsc_merge.results.beside.loading_code import Base, Saved, block, putting, use_of
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.yaml_text import to_yaml
 
 
@@ -77,7 +78,7 @@ def _metadata(
     adapters = result.adapters.values()
     name = Base.of(result.model).name
     bases = [name, *(adapter.base_model for adapter in adapters)]
-    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base)))
+    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base, Path.cwd())))
     whole = "model" in formats
     if known and whole:
         fetched = (adapter.about.hub for adapter in adapters)
@@ -207,7 +208,8 @@ def _found(result: MergedUpdate) -> list[str]:
     about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
     size = result.inputs.get(RECORD, {}).get("processes", 1)
     shared = [f"{size} processes shared the work, each holding a part of the base."] if size > 1 else []
-    return [about, "", *([f"{result.course}.", *shared] if result.course else shared)]
+    course = [f"{result.course}.", *shared] if result.course else shared
+    return [about, *(["", *course] if course else [])]
 
 
 def _remarks(

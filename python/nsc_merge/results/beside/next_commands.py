@@ -1,0 +1,54 @@
+"""The commands that come after a merge, for the folder that it was written to."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.results.beside.loading_code import use_of
+from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.json_text import from_json
+
+# The hub's name of a task -> file that a pipeline needs beside the weights, and what it is tried on.
+_TRIED = {
+    "text-generation": ("tokenizer_config.json", "Once upon a time"),
+    "text-classification": ("tokenizer_config.json", "A sentence."),
+    "token-classification": ("tokenizer_config.json", "A sentence."),
+    "image-classification": ("preprocessor_config.json", "picture.png"),
+    "image-segmentation": ("preprocessor_config.json", "picture.png"),
+}
+
+
+def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, pushed: bool) -> list[str]:
+    """One that runs the merge through a pipeline of transformers, where there is one for it, and one that uploads it,
+    unless it has been.
+
+    Args:
+        result: of the merge.
+        out: its folder.
+        files: that were written there, by their paths within it.
+        pushed: whether it was uploaded.
+    """
+    found = []
+    for format in ("model", "lora"):
+        config = "config.json" if format == "model" else "adapter_config.json"
+        place = next((f"{one}/" if one else "" for one in (format, "") if f"{one}/{config}".lstrip("/") in files), None)
+        if place is None:
+            continue
+        kind = class_name(result.model)
+        if format == "model":
+            # That of a head which was put in.
+            kind = from_json((out / place / config).read_bytes(), config).get("architectures", [kind])[0]
+        use = use_of(kind)
+        needed, example = _TRIED.get(use.tag if use else "", ("", ""))
+        # An adapter goes onto the base as it is: a head of its own needs more than a pipeline.
+        if use is None or f"{place}{needed}" not in files or (format == "lora" and use.tag != "text-generation"):
+            continue
+        called = f"pipeline({use.tag!r}, model={str(out / place)!r})({example!r})"
+        found.append(shlex.join(["python", "-c", f"from transformers import pipeline; print({called})"]))
+        break
+    if not pushed:
+        found.append(shlex.join(["nsc-merge", "export", str(out), "--push-to-hub"]) + " OWNER/NAME")
+    return found
