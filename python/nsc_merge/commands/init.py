@@ -40,12 +40,18 @@ def add(commands: Any) -> None:
         description=_INIT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    init.add_argument("adapters", nargs="*", metavar="ADAPTER", help="PEFT folder, or TASK=FOLDER")
+    init.add_argument(
+        "adapters",
+        nargs="*",
+        metavar="[TASK=]ADAPTER",
+        help="PEFT folder, or owner/name[@revision] on the hub",
+    )
     init.add_argument("--base", metavar="DIR|ID", help="base model: folder, or hub id (owner/name)")
     init.add_argument(
         "--data", action="append", default=[], metavar="[TASK=]FILE", help="unlabelled inputs; may be repeated"
     )
-    init.add_argument("--text", metavar="COLUMN", help='column of raw data that holds the text, or "{a} {b}"')
+    init.add_argument("--text", metavar="COLUMN", help=r'column of the text in raw data, or several: "{a}\n{b}"')
+    init.add_argument("--revision", metavar="REV", help="of a base on the hub")
     init.add_argument("--method", metavar="NAME", help="how to merge (default: what suits the data)")
     init.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="- prints it (default: recipe.yaml)")
     init.add_argument("--force", action="store_true", help="replace a recipe that is there")
@@ -66,24 +72,29 @@ def _init(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
     if shown and (arguments.json or arguments.schema is not None):
         raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
-    from nsc_merge.recipes.yaml_keys import is_hub_id
+    from nsc_merge.utils.option_checks import is_hub_id
 
-    named = [arguments.base, *arguments.data]
-    prepare(local=not any(is_hub_id(one.partition("=")[2] or one, Path.cwd()) for one in named))
+    places = [one.partition("=")[2] or one for one in (*arguments.adapters, arguments.base, *arguments.data)]
+    prepare(local=not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
     from nsc_merge.recipes.first.findings import find
-    from nsc_merge.recipes.first.text import recipe_text, render, summary
+    from nsc_merge.recipes.first.summary import render, summary
+    from nsc_merge.recipes.first.text import recipe_text
     from nsc_merge.utils.atomic_file import write_text
 
-    found = find(arguments.adapters, arguments.base, arguments.data, arguments.method, arguments.text)
+    # No shell makes a line break of \n in quotes.
+    text = None if arguments.text is None else arguments.text.replace(r"\n", "\n")
+    found = find(
+        arguments.adapters, arguments.base, arguments.data, arguments.method, text=text, revision=arguments.revision
+    )
     folder = Path.cwd() if shown else out.resolve().parent
     schema = _schema_path(arguments.schema, folder)
-    text = recipe_text(found, folder, schema)
+    written = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
-        print(text, end="")
+        print(written, end="")
         for warning in found.warnings:
             log(f"warning: {warning}")
         return 0
-    write_text(out, text)
+    write_text(out, written)
     if schema is not None:
         _write_schema(folder / schema)
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
@@ -101,6 +112,8 @@ def _schema_path(asked: Any, folder: Path) -> str | None:
 
 
 def _write_schema(file: Path | None) -> int:
+    if file is not None and file.is_dir():
+        raise UsageError(f"--schema: expected a file to write, found the folder {file}; adapters stand before --schema")
     from nsc_merge.recipes.schema import schema
     from nsc_merge.utils.atomic_file import write_text
 

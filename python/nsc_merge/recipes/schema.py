@@ -12,6 +12,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import SHARED_POLICIES
+from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.calibration_keys import DATA_KEYS, SIDES
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, QUANTIZATIONS, Placed
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN, RECORD
@@ -25,6 +27,7 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _EXPONENT = r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
 _SHARD_SIZE = r"^\s*(\d+\.?\d*|\.\d+)\s*[KkMmGgTt][Bb]\s*$"
 _MEMORY = r"^\s*(\d+\.?\d*|\.\d+)\s*[KkMmGg]i?[Bb]\s*$"
+_REPO = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 1}
@@ -40,8 +43,14 @@ def schema() -> Schema:
     said = {**described(Placed), **described(Recipe)}
     properties: dict[str, Schema] = {
         "model": _TEXT,
-        "adapters": {**_by_task(_TEXT), "minProperties": 1},
-        "calibration": _or_null(_by_task(_TEXT)),
+        "revision": _or_null(_TEXT),
+        "trust_remote_code": {**_FLAG, "default": Recipe.trust_remote_code},
+        "adapters": {**_by_task(_adapter()), "minProperties": 1},
+        "calibration": _or_null(_by_task(_calibration())),
+        "data": {
+            **_or_null(_object(_data(), described(DataSettings))),
+            "description": "How raw data is encoded, for all tasks; a task's own keys go before these.",
+        },
         "batch_size": {**_COUNT, "default": Recipe.batch_size},
         "method": {
             "oneOf": [{"const": name, "description": method.summary} for name, method in METHODS.items()],
@@ -57,6 +66,7 @@ def schema() -> Schema:
         "max_memory": _or_null(_max_memory()),
         "quantization": _or_null(_enum(QUANTIZATIONS)),
         "full_hash": {**_FLAG, "default": Recipe.full_hash},
+        "labels": _or_null(_by_task(_labels())),
         "output": _object(
             {
                 "dir": {**_TEXT, "description": said["out"]},
@@ -68,6 +78,9 @@ def schema() -> Schema:
                 "max_shard_size": _or_null({"type": "string", "pattern": _SHARD_SIZE}),
                 "dequantize": {**_FLAG, "default": Recipe.dequantize},
                 "plots": {**_FLAG, "default": Recipe.plots},
+                "head": _or_null(_TEXT),
+                "push_to_hub": _or_null({"type": "string", "pattern": _REPO}),
+                "private": {**_FLAG, "default": Recipe.private},
             },
             said,
             ["dir"],
@@ -180,6 +193,37 @@ def _or_null(*kinds: Schema) -> Schema:
 
 def _enum(values: Sequence[Any], default: Any = None) -> Schema:
     return {"enum": list(values), **({} if default is None else {"default": default})}
+
+
+def _adapter() -> Schema:
+    """A folder or a place on the hub, alone or with what else says where it is."""
+    said = {"adapter": "Folder, or owner/name on the hub.", **described(HubAdapter)}
+    keys = {"adapter": _TEXT, "revision": _or_null(_TEXT), "subfolder": _or_null(_TEXT)}
+    return _any_of([_TEXT, _object(keys, said, ["adapter"])])
+
+
+def _calibration() -> Schema:
+    said = {"source": "File, folder, or the id of a dataset on the hub.", **described(DataSettings)}
+    return _any_of([_TEXT, _object({"source": _TEXT, **_data()}, said, ["source"])])
+
+
+def _data() -> dict[str, Schema]:
+    """The keys that say what is taken of raw data, and how."""
+    defaults = DataSettings()
+    kinds: dict[str, Schema] = {
+        "max_length": _COUNT,
+        "truncation": _FLAG,
+        "truncation_side": _enum(SIDES),
+        "padding_side": _enum(SIDES),
+        "samples": _or_null(_COUNT),
+        "seed": {"type": "integer", "minimum": 0},
+    }
+    return {name: {**kinds.get(name, _or_null(_TEXT)), "default": getattr(defaults, name)} for name in DATA_KEYS}
+
+
+def _labels() -> Schema:
+    """Names in order, by number, or in a file."""
+    return _any_of([_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}, {"type": "object", "minProperties": 1}])
 
 
 def _device_map() -> Schema:

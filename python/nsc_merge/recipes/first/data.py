@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_files import Batches, check_names
-from nsc_merge.recipes.yaml_keys import RecipeError, is_hub_id
-from nsc_merge.utils.option_checks import did_you_mean
+from nsc_merge.recipes.yaml_keys import RecipeError
+from nsc_merge.utils.option_checks import did_you_mean, is_hub_id
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors
 
 
@@ -24,12 +25,16 @@ class Data:
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
         said: what was found, in a line.
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
+        text: column or template of the text, where a recipe has to name it.
+        words: whether there are texts in it.
     """
 
     source: str
     raw: bool
     said: str
     batch: Mapping[str, Tensor] | None
+    text: str | None = None
+    words: bool = False
 
 
 def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
@@ -62,7 +67,7 @@ def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
 def _place(text: str) -> str:
     place = Path(text).expanduser()
     if place.exists():
-        return str(place.resolve())
+        return os.path.abspath(place)
     if is_hub_id(text, Path.cwd()):
         return text
     raise RecipeError(f"--data: {text} is missing; expected a file or a folder, or the id owner/name of a dataset")
@@ -85,7 +90,7 @@ def _by_name(folder: Path, tasks: Sequence[str]) -> dict[str, str]:
                 f"--data: {folder} has entries called like tasks; expected one for task {task!r}, found {several} "
                 "(or --data TASK=FILE)"
             )
-    return {task: str(called[task][0].resolve()) for task in tasks}
+    return {task: os.path.abspath(called[task][0]) for task in tasks}
 
 
 def stored_inputs(source: str, model: nn.Module, batch_size: int, task: str) -> Data:

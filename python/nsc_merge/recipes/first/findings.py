@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of
@@ -23,8 +24,9 @@ from nsc_merge.recipes.first.tasks import Task, find_tasks
 from nsc_merge.recipes.forecast.estimate import as_run, memory, operations
 from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
 from nsc_merge.recipes.merge_recipe import Recipe
-from nsc_merge.recipes.yaml_keys import RecipeError, absolute_model, is_hub_id
+from nsc_merge.recipes.yaml_keys import RecipeError, absolute_model
 from nsc_merge.utils.memory import free_memory, total_memory
+from nsc_merge.utils.option_checks import is_hub_id
 
 # Samples of a batch by the recipe of a family's models: those of the paper.
 BATCH_SIZES = {"vision": 32, "llm": 2, "vlm": 2}
@@ -41,6 +43,7 @@ class Base:
     Attributes:
         source: absolute path, or hub id.
         local: whether it is a folder.
+        revision: of one on the hub.
         model: on the meta device.
         family: None if none lists it.
         quantised: the method that its files are quantised by, if any.
@@ -48,6 +51,7 @@ class Base:
 
     source: str
     local: bool
+    revision: str | None
     model: nn.Module
     family: Family | None
     quantised: str | None
@@ -75,7 +79,7 @@ class Findings:
         tasks: the adapters.
         heads: task -> modules that it trained in full and keeps for itself.
         data: task -> its inputs; empty without.
-        text: column or template that is written out, where there is one.
+        samples: to draw of raw data for each task; 0 where there is none.
         method: that is chosen.
         chosen: why, where it is not the usual one.
         options: of the method, those that are written out.
@@ -92,7 +96,7 @@ class Findings:
     tasks: list[Task]
     heads: Mapping[str, list[str]]
     data: Mapping[str, Data]
-    text: str | None
+    samples: int
     method: Method
     chosen: str
     options: dict[str, Any]
@@ -111,6 +115,7 @@ def find(
     data: Sequence[str] = (),
     method: str | None = None,
     text: str | None = None,
+    revision: str | None = None,
 ) -> Findings:
     """Look at everything that a recipe would be about; no weight is read.
 
@@ -120,13 +125,14 @@ def find(
         data: arguments of ``--data``.
         method: name; one that suits what there is when None.
         text: column or template that holds the text of raw data; found when None.
+        revision: of a base on the hub.
 
     Raises:
         RecipeError: naming the argument that is at fault.
         ValueError, TypeError, OSError: if adapters, base or data cannot be merged, or not together.
     """
     tasks = find_tasks(adapters)
-    found = _base(base)
+    found = _base(base, revision)
     fitted = fit({task.name: _low_rank(task.outline) for task in tasks}, found.model)
     linears = merged_linears(found.model, fitted)
     places = sources(data, [task.name for task in tasks])
@@ -134,7 +140,14 @@ def find(
     preset = found.family.recipe if found.family and found.family.recipe in chosen.recipes else None
     batch_size = BATCH_SIZES.get(found.family.recipe if found.family else "", 32)
     options = _options(chosen, preset, tasks)
-    looked, text = look(places, found.source, found.local, found.model, batch_size, text) if places else ({}, text)
+    warnings = [*_other_bases(tasks, found), *_partly(fitted, linears)]
+    looked = {}
+    try:
+        looked = look(places, found.source, found.model, batch_size, text, revision)
+    except (ValueError, OSError) as error:
+        if "data" in chosen.needs:
+            raise
+        warnings.append(f"the data is left out: {error}")
     measured: list[str] = []
     if found.family is not None and "score_blocks" in chosen.option_names:
         measured = scored_paths(found.family, found.model, list(linears), None, "last_quarter")
@@ -144,7 +157,7 @@ def find(
         tasks,
         {task.name: heads for task in tasks if (heads := _heads(task, found.model))},
         looked,
-        text,
+        _samples(looked, options, batch_size),
         chosen,
         why,
         options,
@@ -154,20 +167,22 @@ def find(
         bytes_,
         total_memory(device_of("auto")),
         count,
-        [*_other_bases(tasks, found), *_partly(fitted, linears)],
+        warnings,
     )
 
 
-def _base(name: str) -> Base:
+def _base(name: str, revision: str | None) -> Base:
     local = not is_hub_id(name, Path.cwd())
-    source = str(Path(absolute_model(name, Path.cwd())).resolve()) if local else name
+    source = os.path.abspath(absolute_model(name, Path.cwd())) if local else name
     if local and not Path(source).is_dir():
         raise RecipeError(f"--base: expected a folder or a hub id (owner/name), {source} is no folder")
-    architecture = architecture_of(source, local=local)
+    if local and revision is not None:
+        raise RecipeError(f"--revision: is of a base on the hub, but --base is the folder {source}; expected none")
+    architecture = architecture_of(source, local=local, revision=revision)
     model = outline_of(architecture)
     quantised = getattr(architecture.config, "quantization_config", None)
     how = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised and "unnamed"
-    return Base(source, local, model, find_family(model), how)
+    return Base(source, local, revision, model, find_family(model), how)
 
 
 def _low_rank(adapter: Adapter) -> Adapter:
@@ -201,10 +216,18 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
 def _options(method: Method, preset: str | None, tasks: Sequence[Task]) -> dict[str, Any]:
     """The options that are worth writing out, with their values."""
     values = method.resolved({**({} if preset is None else {"recipe": preset})}, [task.name for task in tasks])
-    written = {name: getattr(values, name) for name in ("steps", "lr") if name in method.option_names}
+    written: dict[str, Any] = {name: getattr(values, name) for name in ("steps", "lr") if name in method.option_names}
     if method.name == WITHOUT_DATA:
-        written[str(method.tuned)] = 0.4 if len(tasks) <= FEW_TASKS else round(1 / len(tasks), 3)
+        written[str(method.tuned)] = 1.0 if len(tasks) == 1 else 0.4 if len(tasks) <= FEW_TASKS else 1 / len(tasks)
     return written
+
+
+def _samples(data: Mapping[str, Data], options: Mapping[str, Any], batch_size: int) -> int:
+    """As many as the steps use, unless that is many."""
+    if not any(one.raw for one in data.values()):
+        return 0
+    usual = DataSettings.samples or 0
+    return min(usual, options["steps"] * batch_size) if "steps" in options else usual
 
 
 def _heads(task: Task, model: nn.Module) -> list[str]:

@@ -1,25 +1,111 @@
-"""What is in the data of a first recipe."""
+"""What is in the data of a first recipe: a few samples are encoded as a merge would, so that its errors come now."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from nsc_merge.calibration.raw.reading import is_raw
+from nsc_merge.calibration.batch_summary import summary
+from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, choose
+from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.preprocessors import base_of
+from nsc_merge.calibration.raw.reading import is_raw, open_source, raw_batches
+from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.data import Data, stored_inputs
+
+# Samples that are encoded, and rows that are looked at for it.
+_SAMPLES, _ROWS = 16, 256
+_SHOWN = 60
+# Columns of a question and its answer, as public data sets call them: both are taken, as when the adapter was trained.
+_PAIRS = (
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
 
 
 def look(
-    places: Mapping[str, str], base: str, local: bool, model: nn.Module, batch_size: int, text: str | None
-) -> tuple[dict[str, Data], str | None]:
-    """Task -> what is in its data, and the column or template that a recipe has to name for the text.
+    places: Mapping[str, str], base: str, model: nn.Module, batch_size: int, text: str | None, revision: str | None
+) -> dict[str, Data]:
+    """Task -> what is in its data.
+
+    Args:
+        places: task -> path, or id of a dataset on the hub.
+        base: folder or hub id of the base model.
+        model: its outline.
+        batch_size: samples of a batch.
+        text: column or template of the text of raw data; found when None.
+        revision: of a base on the hub.
 
     Raises:
         ValueError, OSError: if it is no data for the model, naming what it looks like.
     """
-    found: dict[str, Data] = {}
+    seen: dict[str, Data] = {}
     for task, source in places.items():
-        if not is_raw(source):
-            found[task] = stored_inputs(source, model, batch_size, task)
-    return found, text
+        if source in seen:
+            continue
+        if not Path(source).is_absolute():
+            # It would be fetched as a whole.
+            seen[source] = Data(source, True, "a dataset on the hub, not fetched yet", None, text, True)
+        elif is_raw(source):
+            seen[source] = _raw(source, base, batch_size, DataSettings(text=text), f"--data {task}", revision)
+        else:
+            seen[source] = stored_inputs(source, model, batch_size, task)
+    return {task: seen[source] for task, source in places.items()}
+
+
+def _raw(
+    source: str, base: str, batch_size: int, settings: DataSettings, argument: str, revision: str | None
+) -> Data:
+    takes = base_of(base, revision, settings, argument)
+    found = open_source(source, settings, argument)
+    rows = found.rows(range(min(found.count, _ROWS)))
+    if takes.text and settings.text is None:
+        settings = replace(settings, text=_pair(rows))
+    columns = choose(rows, settings, f"{argument}: {Path(source).name}", text=takes.text, images=takes.images)
+    # Each by itself, so that padding says nothing of the lengths.
+    batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
+    counted = summary(batches)
+    said = [f"{found.count} rows, {columns.said()}" if _is_table(rows) else f"{found.count} images"]
+    if counted.tokens:
+        said.append(f"about {counted.tokens:.0f} tokens each")
+    if batches.first and columns.image is None:
+        shown = " ".join(batches.first.split())
+        said.append(f"such as {shown[:_SHOWN] + ('...' if len(shown) > _SHOWN else '')!r}")
+    longest = max(batches, key=lambda batch: max(value.shape[1:].numel() for value in batch.values()))
+    # The first of these needs no word.
+    written = None if columns.text in (None, TEXT_COLUMNS[0]) else settings.text or str(columns.text)
+    return Data(
+        source,
+        True,
+        ", ".join(said),
+        {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
+        written,
+        takes.text,
+    )
+
+
+def _pair(rows: Sequence[Row]) -> str | None:
+    """A template over question and answer, where these are what the rows hold."""
+    names = {name for row in rows for name in row}
+    if names & {"text", *CHAT_COLUMNS}:
+        return None
+    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for row in rows for name in pair)), None)
+    return None if pair is None else "{" + "}\n{".join(pair) + "}"
+
+
+def _is_table(rows: Sequence[Row]) -> bool:
+    return any(set(row) - {"image"} for row in rows)
+
+
+def _rows(value: Tensor, count: int) -> Tensor:
+    """One sample as often as a batch has samples; images without their numbers."""
+    if value.is_floating_point():
+        return torch.empty(count, *value.shape[1:], dtype=value.dtype, device="meta")
+    return value[:1].expand(count, *value.shape[1:])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE, Adapter, outline_of
+from nsc_merge.adapters.folder_about import labels_beside
+from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.recipes.yaml_keys import RecipeError
+from nsc_merge.utils.option_checks import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,17 @@ class Task:
 
     Attributes:
         name: of the task.
-        source: its folder, as an absolute path.
+        source: its folder, as an absolute path, or what it is called on the hub.
         outline: the adapter, of which only shapes are known.
         config: of PEFT.
+        labels: names of its head's classes, where its folder says them.
     """
 
     name: str
     source: str
     outline: Adapter
     config: Mapping[str, Any]
+    labels: list[str] = field(default_factory=list)
 
     @property
     def ranks(self) -> list[int]:
@@ -60,52 +66,69 @@ class Task:
 
 
 def find_tasks(adapters: Sequence[str]) -> list[Task]:
-    """The tasks of some adapters, each a folder or ``TASK=FOLDER``; of the others the folders make the names.
+    """The tasks of some adapters, each a folder or ``owner/name[@revision]`` on the hub, with ``TASK=`` in front or
+    not; tasks without a name are called like the folder.
 
     Raises:
         RecipeError: if there is no such folder, if two tasks are called the same, or if one has no name.
-        ValueError, OSError: if a folder holds no adapter that can be merged.
+        ValueError, OSError: if there is no adapter that can be merged.
     """
-    given: dict[Path, str] = {}
-    folders: list[Path] = []
+    sources: list[str] = []
+    given: dict[str, str] = {}
     for argument in adapters:
         name, equals, place = argument.partition("=")
         named = bool(equals) and not Path(argument).exists()
-        folder = Path(place if named else argument).expanduser()
-        if not folder.is_dir():
-            what = "is a file" if folder.exists() else "is missing"
-            raise RecipeError(f"ADAPTER: {folder} {what}; expected a folder with {CONFIG_FILE}, as PEFT saves it")
-        folder = folder.resolve()
-        if folder in folders:
-            raise RecipeError(f"ADAPTER: {folder} is given twice; expected each adapter once")
+        source = _source(place if named else argument)
+        if source in sources:
+            raise RecipeError(f"ADAPTER: {source} is given twice; expected each adapter once")
         if named:
-            given[folder] = name.strip()
-        folders.append(folder)
-    others = [folder for folder in folders if folder not in given]
+            given[source] = name.strip()
+        sources.append(source)
+    others = [source for source in sources if source not in given]
     names = {**dict(zip(others, _names(others), strict=True)), **given}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice or not all(names.values()):
         found = f"{twice[0]!r} for several" if twice else "an empty one"
         raise RecipeError(f"ADAPTER: expected a name for each task, found {found}; TASK=FOLDER names one")
-    tasks = []
-    for folder in folders:
-        outline, config = outline_of(folder, names[folder])
-        # Refuses what only unpickling reads.
-        beside = read_beside(folder, names[folder])
-        outline.trained.update(beside.parameters)
-        tasks.append(Task(names[folder], str(folder), outline, config))
-    return tasks
+    return [_task(source, names[source]) for source in sources]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Names of folders that tell them apart: the last parts of their paths that all differ, such as the third from the
-    end of ``runs/french/checkpoint-500/adapter``.
+def _source(text: str) -> str:
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return os.path.abspath(folder)
+    if is_hub_id(text.partition("@")[0], Path.cwd()):
+        return text
+    what = "is a file" if folder.exists() else "is missing"
+    raise RecipeError(
+        f"ADAPTER: {folder} {what}; expected a folder with {CONFIG_FILE}, as PEFT saves it, or owner/name on the hub"
+    )
+
+
+def _task(source: str, name: str) -> Task:
+    names = None
+    folder = Path(source)
+    if not folder.is_absolute():
+        repo, _, revision = source.partition("@")
+        folder, _, names = fetch(repo, name, revision=revision or None)
+    outline, config = outline_of(folder, name)
+    # Refuses what only unpickling reads.
+    outline.trained.update(read_beside(folder, name, names).parameters)
+    labels = list(labels_beside(folder).values())
+    numbered = labels == [f"LABEL_{number}" for number in range(len(labels))]
+    return Task(name, source, outline, config, [] if numbered else labels)
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Names that tell sources apart: the last parts of their paths that all differ, such as the second from the end of
+    ``runs/french/checkpoint-500``.
     """
-    for back in range(1, 1 + min((len(folder.parts) - 1 for folder in folders), default=0)):
-        names = [folder.parts[-back] for folder in folders]
+    paths = [[part for part in source.partition("@")[0].split("/") if part] for source in sources]
+    for back in range(1, 1 + min(map(len, paths), default=0)):
+        names = [path[-back] for path in paths]
         if len(set(names)) == len(names):
             return names
-    return ["-".join(folder.parts[1:]) for folder in folders]
+    return ["-".join(path) for path in paths]
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -1,73 +1,29 @@
-"""A first recipe as YAML with comments, and what the command says of it."""
+"""A first recipe as YAML with comments."""
 
 from __future__ import annotations
 
 import os
-import textwrap
-from collections.abc import Mapping
+import shlex
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.methods import METHODS
+from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
 from nsc_merge.recipes.first.findings import Findings
+from nsc_merge.recipes.first.summary import base_said, ends, memory_said, size_said
 from nsc_merge.recipes.merge_recipe import Recipe
-from nsc_merge.utils.yaml_text import to_yaml
 
-_WIDTH = 100
-
-
-class Yaml:
-    """YAML text that grows line by line, with a remark beside or above each entry."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines) + "\n"
-
-    def remark(self, text: str, indent: int = 0) -> None:
-        """A comment of its own, over as many lines as it takes."""
-        start = f"{'':{indent}}# "
-        self._lines += textwrap.wrap(_shown(text), _WIDTH, initial_indent=start, subsequent_indent=start)
-
-    def verbatim(self, *lines: str) -> None:
-        self._lines += lines
-
-    def section(self, title: str = "") -> None:
-        self._lines.append("")
-        if title:
-            self.remark(title)
-
-    def entries(self, values: Mapping[str, tuple[Any, str]], indent: int = 0) -> None:
-        """Keys with a value and a remark each, the remarks beside them where there is room."""
-        written = [(_entry(key, value), note) for key, (value, note) in values.items()]
-        column = max((len(line) for (line, *more), _ in written if not more and len(line) <= 48), default=0)
-        for (line, *more), note in written:
-            start = f"{'':{indent}}{line:{column}}  # "
-            beside = not more and len(line) <= column and len(start) + len(_shown(note)) <= _WIDTH + 20
-            if note and not beside:
-                self.remark(note, indent)
-            self._lines.append(f"{start}{_shown(note)}" if note and beside else f"{'':{indent}}{line}")
-            self._lines += [f"{'':{indent}}{one}" for one in more]
+# A rank that every server takes.
+_SMALL = 16
 
 
-def _entry(key: str, value: Any) -> list[str]:
-    """A key and its value in YAML; lists of plain names in brackets."""
-    if isinstance(value, list):
-        return [f"{key}: [{', '.join(value)}]"]
-    return to_yaml({key: value}).splitlines()
-
-
-def _shown(text: str) -> str:
-    """Text in one line, of characters that a comment may hold."""
-    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
-
-
-def recipe_text(found: Findings, folder: Path, schema: str | None = None) -> str:
+def recipe_text(found: Findings, folder: Path, name: str = "recipe.yaml", schema: str | None = None) -> str:
     """The recipe of what was found.
 
     Args:
+        found: it.
         folder: that its paths are relative to.
+        name: of its file there.
         schema: path of the JSON schema, relative to ``folder``, that editors are to complete keys from.
     """
     yaml = Yaml()
@@ -75,9 +31,10 @@ def recipe_text(found: Findings, folder: Path, schema: str | None = None) -> str
         yaml.verbatim(f"# yaml-language-server: $schema={schema}")
     count = len(found.tasks)
     yaml.remark(f"Merges {count} LoRA adapter{'s' if count > 1 else ''}. Written by nsc-merge init, to be edited.")
+    command = shown(shlex.join(["nsc-merge", "run", name]))
     yaml.verbatim(
-        "#   nsc-merge run recipe.yaml --dry-run   loads everything, says what it takes, and writes nothing",
-        "#   nsc-merge run recipe.yaml             merges",
+        f"#   {command} --dry-run   loads everything, says what a merge takes, and writes nothing",
+        f"#   {command}             merges",
         "# Paths are relative to this file. All keys: nsc-merge run --help",
     )
     for warning in found.warnings:
@@ -91,7 +48,9 @@ def recipe_text(found: Findings, folder: Path, schema: str | None = None) -> str
 def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     base = found.base
     yaml.section(f"The base model: {base_said(found)}.")
-    yaml.entries({"model": (_relative(base.source, folder) if base.local else base.source, "")})
+    yaml.entries({"model": (_relative(base.source, folder), "")})
+    if base.revision is not None:
+        yaml.entries({"revision": (base.revision, "")})
     yaml.section("Each task by the name that it shall have, and its adapter.")
     yaml.verbatim("adapters:")
     yaml.entries({one.name: (_relative(one.source, folder), one.said) for one in found.tasks}, 2)
@@ -102,24 +61,59 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     if shared:
         yaml.section(f"Trained in full, and the base's own: {_some(shared)}.")
         yaml.entries({"shared_modules": ("lambda", "a coefficient per task, as for the rest; or mean, or first")})
+    if found.heads:
+        _heads(yaml, found)
     if not found.data:
         return
     yaml.section("Unlabelled inputs of each task, as it is used: labels are not looked at.")
-    unused = "data" not in found.method.needs
-    if unused:
+    if "data" not in found.method.needs:
         yaml.remark(f"Method {found.method.name} does not read them.")
     yaml.verbatim("calibration:")
-    places = {
-        task: (_relative(one.source, folder) if Path(one.source).is_absolute() else one.source, one.said)
-        for task, one in found.data.items()
-    }
-    yaml.entries(places, 2)
+    texts = {one.text for one in found.data.values() if one.raw}
+    for_all = texts.pop() if len(texts) == 1 else None
+    entries: dict[str, tuple[Any, str]] = {}
+    for task, one in found.data.items():
+        source = _relative(one.source, folder)
+        own = one.text if one.raw and one.text != for_all else None
+        entries[task] = (source if own is None else {"source": source, "text": own}, one.said)
+    yaml.entries(entries, 2)
+    if found.samples:
+        _encoding(yaml, found, for_all)
+
+
+def _heads(yaml: Yaml, found: Findings) -> None:
+    """What the classes of the tasks' own heads are called."""
+    named = {task.name: _some(task.labels, 8) for task in found.tasks if task.labels and task.name in found.heads}
+    paths = sorted({path for heads in found.heads.values() for path in heads})
+    yaml.section(f"Each task keeps a head of its own: {_some(paths)} of {', '.join(found.heads)}.")
+    for task, labels in named.items():
+        yaml.remark(f"Classes of {task}, as its folder says: {labels}.")
+    unnamed = [task for task in found.heads if task not in named]
+    if unnamed:
+        yaml.remark("What its classes are called, in order (or a .txt with one a line, or .json):")
+        yaml.verbatim("# labels:")
+        for task in unnamed:
+            yaml.verbatim(f"#   {shown(key_of(task))}: [first, second]")
+
+
+def _encoding(yaml: Yaml, found: Findings, text: str | None) -> None:
+    """What of raw data is taken, and how."""
+    values: dict[str, tuple[Any, str]] = {}
+    if text is not None:
+        values["text"] = (text, "a column, or columns put together, as the adapters were trained")
+    steps = found.options.get("steps")
+    used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
+    values["samples"] = (found.samples, f"drawn of each, the same ones every time{used}")
+    if any(one.words for one in found.data.values()):
+        values["max_length"] = (DataSettings.max_length, "tokens of a sample at most; longer ones are cut")
+    values["seed"] = (DataSettings.seed, "of the draw")
+    yaml.verbatim("data:")
+    yaml.entries(values, 2)
 
 
 def _merging(yaml: Yaml, found: Findings) -> None:
     method = found.method
-    yaml.section(f"How they are merged: {method.summary}")
-    yaml.remark(f"({method.paper}).")
+    yaml.section(f"How they are merged: {method.summary} ({method.paper}).")
     yaml.remark(found.chosen)
     yaml.remark(_advice(found))
     yaml.entries({"method": (method.name, "all of them, with their options: nsc-merge methods")})
@@ -129,7 +123,7 @@ def _merging(yaml: Yaml, found: Findings) -> None:
     if "data" in method.needs:
         yaml.entries({"batch_size": (found.batch_size, "samples of each task in a step")})
     if found.measured:
-        yaml.remark(f"Measured: the input of {len(found.measured)} linears, {_ends(found.measured)}.")
+        yaml.remark(f"Measured: the input of {len(found.measured)} linears, {ends(found.measured)}.")
     if found.bytes is not None:
         yaml.remark(memory_said(found))
     yaml.section()
@@ -166,20 +160,23 @@ def _option_said(name: str, found: Findings) -> str:
 
 def _output(yaml: Yaml, found: Findings) -> None:
     formats = formats_of(found)
-    said = []
-    if "lora" in formats:
-        rank = sum(max(task.ranks) for task in found.tasks)
-        exact = f"an adapter for the base, exact at rank {rank} (rank: 16 makes it smaller)"
-        said.append(f"lora: {exact if found.method.gives == 'coefficients' else 'an adapter for the base'}")
-    if "model" in formats:
-        said.append(f"model: the whole merged model, {size_said(found.base.size)}")
-    elif found.base.quantised:
-        said.append("no model: the base is quantised")
-    yaml.section("What is written.")
+    said = {"lora": "lora: an adapter for the base", "model": f"model: all of it, {size_said(found.base.size)}"}
+    yaml.section("What is written, and where to.")
     yaml.verbatim("output:")
-    values: dict[str, tuple[Any, str]] = {"dir": ("merged", "")}
-    values["formats"] = (formats, "; ".join(said))
-    yaml.entries(values, 2)
+    yaml.entries({"dir": ("merged", ""), "formats": (formats, "; ".join(said[name] for name in formats))}, 2)
+    if head := head_of(found):
+        yaml.entries({"head": (head, "the task whose head they have; those of all are in heads/")}, 2)
+    rank = sum(max(task.ranks) for task in found.tasks)
+    if "lora" in formats and found.method.gives == "coefficients" and rank > _SMALL:
+        yaml.verbatim(f"  # rank: {_SMALL}  # of an adapter that is an approximation; it is exact at rank {rank}")
+    if "model" not in formats:
+        yaml.remark("A model of plain numbers comes of a quantised base by formats: [model], dequantize: true.", 2)
+
+
+def head_of(found: Findings) -> str | None:
+    """A task whose head has a place in the base's class."""
+    held = {name for name, _ in found.base.model.named_modules()}
+    return next((task for task, heads in found.heads.items() if set(heads) <= held), None)
 
 
 def formats_of(found: Findings) -> list[str]:
@@ -189,109 +186,12 @@ def formats_of(found: Findings) -> list[str]:
     return lora + ([] if found.base.quantised and lora else ["model"])
 
 
-def base_said(found: Findings) -> str:
-    base = found.base
-    count = f"{base.parameters / 1e9:.2f} billion" if base.parameters >= 1e8 else f"{base.parameters / 1e6:.2f} million"
-    quantised = f", quantised ({base.quantised})" if base.quantised else ""
-    family = f"family {base.family.name}" if base.family else "a family that nsc does not know"
-    return f"{type(base.model).__name__}, {count} parameters, {base.dtype}{quantised}, {family}"
-
-
-def memory_said(found: Findings) -> str:
-    there = f" of {size_said(found.device_bytes)}" if found.device_bytes else ""
-    assert found.bytes is not None and found.operations is not None
-    return (
-        f"By formula a step takes {size_said(found.bytes)}{there} and {found.operations / 1e12:.3g} TFLOP; the dry run "
-        "measures both."
-    )
-
-
-def size_said(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def _relative(source: str, folder: Path) -> str:
-    """A path as seen from a folder, where it is below the folder or beside it."""
-    place, folder = Path(source), folder.resolve()
+    """A path as seen from a folder, where it is below the folder or beside it; ids of the hub as they are."""
+    place = Path(source)
     return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else source
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
-
-
-def _ends(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-
-def summary(found: Findings, out: str, command: str) -> dict[str, Any]:
-    """What was found, and where the recipe is, for programs.
-
-    Args:
-        out: the recipe's path, ``"-"`` for standard output.
-        command: that comes next.
-    """
-    base = found.base
-    return {
-        "recipe": out,
-        "model": type(base.model).__name__,
-        "base": base.source,
-        "parameters": base.parameters,
-        "dtype": base.dtype,
-        "family": base.family.name if base.family else None,
-        "tasks": {
-            task.name: {
-                "adapter": task.source,
-                "ranks": task.ranks,
-                "alpha": task.config.get("lora_alpha"),
-                "modules": len(task.outline.factors),
-                "targets": task.targets,
-                "base": task.outline.base_model,
-                "heads": found.heads.get(task.name, []),
-                "trained_in_full": task.whole,
-            }
-            for task in found.tasks
-        },
-        "data": {task: {"source": one.source, "found": one.said} for task, one in found.data.items()},
-        "method": found.method.name,
-        "preset": found.preset,
-        "options": found.options,
-        "batch_size": found.batch_size,
-        "measured_modules": found.measured,
-        "step_bytes": found.bytes,
-        "device_bytes": found.device_bytes,
-        "step_operations": found.operations,
-        "warnings": found.warnings,
-        "next": command,
-    }
-
-
-def render(found: Findings, out: str, command: str) -> str:
-    """What was found, for a terminal."""
-    lines = [f"base      {base_said(found)}"]
-    for number, task in enumerate(found.tasks):
-        heads = found.heads.get(task.name)
-        lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}" + (
-            f"; its head: {', '.join(heads)}" if heads else ""
-        ))
-    for number, (name, one) in enumerate(found.data.items()):
-        lines.append(f"{'' if number else 'data':8}  {name}: {one.said}")
-    options = ", ".join(f"{name} {value}" for name, value in found.options.items())
-    preset = f" (preset {found.preset})" if found.preset else ""
-    lines.append(f"method    {found.method.name}{f': {options}' if options else ''}{preset}")
-    if found.chosen:
-        lines.append(f"          {found.chosen}")
-    if found.measured:
-        lines.append(f"measured  {len(found.measured)} linears: {_ends(found.measured)}")
-    if found.bytes is not None:
-        lines.append(f"memory    {memory_said(found)}")
-    lines += [f"warning   {warning}" for warning in found.warnings]
-    return "\n".join([*map(_shown_line, lines), f"written   {out}", f"next      {command}"])
-
-
-def _shown_line(line: str) -> str:
-    return "".join(one if one.isprintable() else " " for one in line)
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
