@@ -33,8 +33,9 @@ def merge(
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
             unchanged.
-        adapters: task -> PEFT folder, :class:`Adapter`, ``PeftModel`` or other model with an adapter in it (not
-            the one that wraps ``model``), or mapping with ``config`` and ``weights``.
+        adapters: task -> PEFT folder, ``"owner/name"`` or ``"owner/name@revision"`` on the hub, :class:`Adapter`,
+            ``PeftModel`` or other model with an adapter in it (not the one that wraps ``model``), or mapping with
+            ``config`` and ``weights``.
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
             need no data do not look at it.

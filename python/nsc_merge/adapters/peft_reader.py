@@ -65,12 +65,13 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
 
     Args:
         source: a PEFT folder (``adapter_config.json`` and ``adapter_model.safetensors``); ``"owner/name"`` or
-            ``"owner/name@revision"`` on the hub, where there is no folder ``owner`` (:func:`load_from_hub` takes a
-            subfolder, too); an :class:`Adapter`; a model that holds an adapter called ``name`` or only one (a
-            ``PeftModel``, or what PEFT's ``inject_adapter_in_model`` and transformers' ``add_adapter`` make); or a
-            mapping with ``config`` (as in ``adapter_config.json``) and ``weights`` (PEFT's keys -> tensors). Of a
-            model, the layers count: what they hold and the scaling that they run, whatever the configuration says. A
-            folder may hold ``non_lora_trainables.safetensors``, too: what LLaVA's training code trained beside LoRA.
+            ``"owner/name@revision"`` on the hub, where there is no folder ``owner``; a mapping with ``adapter``, one of
+            these two, and ``revision`` or ``subfolder``; an :class:`Adapter`; a model that holds an adapter called
+            ``name`` or only one (a ``PeftModel``, or what PEFT's ``inject_adapter_in_model`` and transformers'
+            ``add_adapter`` make); or a mapping with ``config`` (as in ``adapter_config.json``) and ``weights`` (PEFT's
+            keys -> tensors). Of a model, the layers count: what they hold and the scaling that they run, whatever the
+            configuration says. A folder may hold ``non_lora_trainables.safetensors``, too: what LLaVA's training code
+            trained beside LoRA.
         name: name of the task.
         dora: ``"refuse"``, or ``"convert"``: keep the magnitudes, from which
             :func:`nsc_merge.models.fitting.fit` makes plain updates.
@@ -93,11 +94,15 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
     source = getattr(source, "_orig_mod", source)
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
         return _of_model(source, name, dora)
-    if isinstance(source, str) and is_hub_id(source.partition("@")[0], Path()):
-        repo, _, revision = source.partition("@")
-        return load_from_hub(repo, name, revision=revision or None, dora=dora)
     if isinstance(source, str | os.PathLike):
-        return _of_folder(Path(source), name, dora)
+        return _named(source, name, dora)
+    if isinstance(source, Mapping) and "adapter" in source:
+        unknown = sorted(set(source) - {"adapter", "revision", "subfolder"})
+        if unknown or not isinstance(source["adapter"], str | os.PathLike):
+            raise ValueError(
+                f"adapters[{name!r}]: expected adapter, revision and subfolder, found {dict(source)!r:.80}"
+            )
+        return _named(source["adapter"], name, dora, source.get("revision"), source.get("subfolder"))
     if isinstance(source, Mapping) and {"config", "weights"} <= set(source):
         config, weights = _of_mapping(source, name)
         check_config(name, config, dora)
@@ -106,6 +111,18 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
         f"adapters[{name!r}]: expected a PEFT folder, an Adapter, a PeftModel or a mapping with 'config' "
         f"and 'weights', found {type(source).__name__}"
     )
+
+
+def _named(
+    source: str | os.PathLike[str], name: str, dora: str, revision: str | None = None, subfolder: str | None = None
+) -> Adapter:
+    """The adapter in a folder or, where there is none such, on the hub."""
+    repo, _, after = str(source).partition("@")
+    if isinstance(source, str) and is_hub_id(repo, Path()):
+        return load_from_hub(repo, name, revision=after or revision, subfolder=subfolder, dora=dora)
+    if revision is not None:
+        raise ValueError(f"adapters[{name!r}]: revision is of an adapter on the hub, but {source} is a path")
+    return _of_folder(Path(source, subfolder or ""), name, dora)
 
 
 def load_from_hub(

@@ -28,6 +28,7 @@ def made(tmp_path_factory):
     """A folder to merge in, and a hub that has the same base and adapters."""
     place = make_place(build("llama-cls"), tmp_path_factory.mktemp("place"))
     hub = Hub()
+    hub.place = place
     hub.commits = {
         "base": hub.upload("me/base", place / "base"),
         "nli": hub.upload("me/nli", place / "adapters" / "nli"),
@@ -92,6 +93,12 @@ def test_revision_and_subfolder(hub):
     assert first.about.hub == f"me/nli@{hub.commits['nli']}"
     # Before other files were put beside it.
     assert first.notes == ()
+    found = nsc_merge.load_adapter({"adapter": "me/many", "subfolder": "runs/topic"}, "topic")
+    assert found.about.hub == f"me/many@{hub.commits['topic']}"
+    assert found.sha256 == nsc_merge.load_adapter(hub.place / "adapters" / "topic", "topic").sha256
+    for wrong in ({"adapter": "me/many", "folder": "runs"}, {"adapter": str(hub.place), "revision": "v1"}):
+        with pytest.raises(ValueError, match=r"adapters\['topic'\]: "):
+            nsc_merge.load_adapter(wrong, "topic")
     with pytest.raises(FileNotFoundError, match=r"me/many@\w+ on the hub holds no adapter_config.json .*: runs/topic"):
         nsc_merge.load_adapter("me/many", "topic")
 
