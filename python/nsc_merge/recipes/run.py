@@ -185,7 +185,8 @@ def load(
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
-    calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
+    cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
+    calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration
