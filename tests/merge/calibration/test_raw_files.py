@@ -126,7 +126,7 @@ WRONG = {
     "open.csv": (b'text\na\n"b\n', "line 3: unexpected end of data"),
     "same.csv": (b"text,text\na,b\n", "line 1: expected a name of its own for every column, found 'text' twice"),
     "unnamed.csv": (b"text,\na,b\n", "found a column without one"),
-    "wide.csv": (b"text\n" + b"a" * 140_000 + b"\n", "line 2: field larger than field limit .*; write the rows as .jsonl"),
+    "wide.csv": (b"text\n" + b"a" * 140_000 + b"\n", "line 2: field larger than .*; write the rows as .jsonl"),
     "header.csv": (b"text\n", "holds no row"),
     "a.pt": (pickle.dumps({"a": 1}), "looks like a pickle, .* which is never opened"),
     "a.bin": (archive(), "looks like a pickle, .* never opened"),
