@@ -180,7 +180,7 @@ def test_a_wrong_folder_says_what_it_holds(tmp_path):
 
 
 def test_objects_that_are_no_rows_are_refused():
-    for wrong, message in ((3, "found int"), ([], r"found \[\]"), ([1], r"found \[1\]")):
+    for wrong, message in ((3, "found 3"), ("", "found ''"), ([], r"found \[\]"), ([1], r"found \[1\]")):
         with pytest.raises(ValueError, match=f"^data: expected a .*{message}"):
             open_source(wrong, SETTINGS, "data")
     assert rows_in([{"text": "a"}]) == [{"text": "a"}]

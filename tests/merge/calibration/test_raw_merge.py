@@ -55,3 +55,5 @@ def test_raw_data_that_tasks_take_alike_are_read_once(tmp_path):
 def test_a_model_that_is_from_nowhere_needs_a_tokenizer_by_name():
     with pytest.raises(ValueError, match="^source: the model does not say where it is from; name a"):
         nsc_merge.calibration_data([{"text": "a"}], llama())
+    with pytest.raises(ValueError, match="^model: expected a model of transformers, its folder or .*, found int"):
+        nsc_merge.calibration_data([{"text": "a"}], 3)

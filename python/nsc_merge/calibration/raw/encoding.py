@@ -201,7 +201,9 @@ def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Bas
     if not len(tokens):
         raise ValueError(f"{where}: holds no token; expected text")
     if counted > most:
-        raise ValueError(f"{where}: expected at most {most} tokens, found {counted}; truncation: true cuts them")
+        raise ValueError(
+            f"{where}: expected at most {most} tokens, found {counted}; give a larger max_length, or truncation: true"
+        )
     highest = int(tokens.max())
     if base.vocabulary is not None and highest >= base.vocabulary:
         raise ValueError(
