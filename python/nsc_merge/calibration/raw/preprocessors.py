@@ -80,8 +80,8 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     else:
         config, forward = getattr(base, "config", None), getattr(base, "forward", None)
         if config is None or forward is None:
-            found = type(base).__name__
-            raise ValueError(f"model: expected a model of transformers, its folder or its hub id, found {found}")
+            given = type(base).__name__
+            raise ValueError(f"model: expected a model of transformers, its folder or its hub id, found {given}")
         name = str(getattr(config, "_name_or_path", "") or "")
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
