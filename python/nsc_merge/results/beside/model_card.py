@@ -240,8 +240,8 @@ def _remarks(
         count, own = len(heads[head].labels), getattr(getattr(result.model, "config", None), "num_labels", None)
         if count not in (0, own):
             remarks[-1] += (
-                f"; the base's is of another size, so that `AutoPeftModel...from_pretrained` needs `num_labels={count}, "
-                "ignore_mismatched_sizes=True`"
+                "; the base's is of another size, so that `AutoPeftModel...from_pretrained` needs "
+                f"`num_labels={count}, ignore_mismatched_sizes=True`"
             )
     if {"lora", "model"} & {*formats}:
         remarks += preprocessing_notes(result)
