@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.settings import SIDES, DataSettings
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import SHARED_POLICIES
 from nsc_merge.recipes.adapter_keys import HubAdapter
-from nsc_merge.recipes.calibration_keys import DATA_KEYS, SIDES
+from nsc_merge.recipes.calibration_keys import DATA_KEYS
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, QUANTIZATIONS, Placed
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN, RECORD

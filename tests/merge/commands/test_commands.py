@@ -291,7 +291,7 @@ def test_corrupt_files_give_one_line_and_leave_the_output_alone(place, capsys, k
         (["adapters=[a]"], "adapters: expected keys and values"),
         (["adapters.third=base"], "calibration.third: method 'nsc' needs inputs of every task"),
         (["calibration.third=base"], "calibration.third: no such task (tasks: nli, topic)"),
-        (["calibration.nli=nowhere"], "calibration.nli: expected a safetensors file or a folder"),
+        (["calibration.nli=nowhere"], "calibration.nli: expected a file or folder of raw data"),
         (["model=nowhere"], "model: expected a folder or a hub id"),
         (["model=base/typo"], "is no folder"),
         (["method=magic"], "method: expected one of"),
