@@ -16,6 +16,7 @@ from torch import nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
 from nsc_merge.models.bases.placement import Placement
@@ -287,6 +288,7 @@ def merge_loaded(
         },
         RECORD: {
             "sha256": {"calibration": {task: batches.sha256 for task, batches in calibration.items()}},
+            "samples": {task: summary(batches).samples for task, batches in calibration.items()},
             "processes": current().size,
         },
     }
