@@ -157,7 +157,8 @@ def test_what_was_found_of_tasks_is_said(at, capsys):
     assert found["data"]["one"]["found"] == "6 images"
     assert found["warnings"] == []
     text = Path("recipe.yaml").read_text(encoding="utf-8")
-    assert "rank 3, alpha 6, 12 modules: k_proj, o_proj, q_proj, v_proj" in text
+    assert "all touch 12 modules: k_proj, o_proj, q_proj, v_proj." in " ".join(text.replace("#", "").split())
+    assert "  one: adapters/one  # rank 3, alpha 6\n" in text
     assert "# Classes of one, as its folder says: cat, dog." in text
     assert "#   two: [first, second]" in text
     assert written()["output"] == {"dir": "merged", "formats": ["lora", "model"], "head": "one"}
@@ -268,8 +269,9 @@ def test_another_base_than_the_adapters_name_is_a_warning(at, capsys):
     shutil.copytree(place / "base", place / "moved", dirs_exist_ok=True)
     assert main(["init", "adapters/one", "--base", "moved"]) == 0
     shown = capsys.readouterr().out
-    assert f"warning   one: says that it was trained on {place / 'base'}, not on {place / 'moved'}" in shown
-    assert "# WARNING one: says" in Path("recipe.yaml").read_text(encoding="utf-8")
+    named = f"warning   one: trained on {place / 'base'}, by the adapter's own word, and not on {place / 'moved'}; if"
+    assert named in shown
+    assert "# WARNING one: trained on" in Path("recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_dora_is_converted_and_said(at):

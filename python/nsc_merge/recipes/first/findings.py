@@ -152,6 +152,9 @@ def find(
     if found.family is not None and "score_blocks" in chosen.option_names:
         measured = scored_paths(found.family, found.model, list(linears), None, "last_quarter")
     bytes_, count = _forecast(found, fitted, looked, chosen, options)
+    there = total_memory(device_of("auto"))
+    if bytes_ is not None and there and bytes_ > there:
+        warnings.append("a step does not fit the memory here: docs/large_models.md has device_map and quantization")
     return Findings(
         found,
         tasks,
@@ -165,7 +168,7 @@ def find(
         batch_size,
         measured,
         bytes_,
-        total_memory(device_of("auto")),
+        there,
         count,
         warnings,
     )
@@ -242,15 +245,16 @@ def _heads(task: Task, model: nn.Module) -> list[str]:
 def _other_bases(tasks: Sequence[Task], base: Base) -> list[str]:
     """Adapters that name another base than the one that they are merged on."""
     own = {base.source, str(getattr(base.model.config, "_name_or_path", "")), base.source.rsplit("/", 1)[-1]}
-    found = []
+    by_name: dict[str, list[str]] = {}
     for task in tasks:
         named = task.outline.base_model
-        if named and named not in own and Path(named).name not in own and str(Path(named).resolve()) not in own:
-            found.append(
-                f"{task.name}: says that it was trained on {named}, not on {base.source}: if these are not one model, "
-                "the merge is worth nothing"
-            )
-    return found
+        if named and named not in own and Path(named).name not in own and os.path.abspath(named) not in own:
+            by_name.setdefault(named, []).append(task.name)
+    return [
+        f"{', '.join(names)}: trained on {named}, by the adapter's own word, and not on {base.source}; if these are "
+        "two models, the merge is worth nothing"
+        for named, names in by_name.items()
+    ]
 
 
 def _partly(adapters: Mapping[str, Adapter], linears: Mapping[str, Any]) -> list[str]:

@@ -51,9 +51,12 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     yaml.entries({"model": (_relative(base.source, folder), "")})
     if base.revision is not None:
         yaml.entries({"revision": (base.revision, "")})
-    yaml.section("Each task by the name that it shall have, and its adapter.")
+    alike = len({one.modules for one in found.tasks}) == 1
+    touched = f"; all touch {found.tasks[0].modules}" if alike else ""
+    yaml.section(f"Each task by the name that it shall have, and its adapter{touched}.")
     yaml.verbatim("adapters:")
-    yaml.entries({one.name: (_relative(one.source, folder), one.said) for one in found.tasks}, 2)
+    said = {one.name: one.said if alike else f"{one.said}, {one.modules}" for one in found.tasks}
+    yaml.entries({one.name: (_relative(one.source, folder), said[one.name]) for one in found.tasks}, 2)
     if any(task.has_dora for task in found.tasks):
         yaml.section("DoRA has no exact place in a sum of updates: each is replaced by the nearest plain update.")
         yaml.entries({"dora": ("convert", "")})
