@@ -15,7 +15,7 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 def chosen(row, takes="text", **settings):
-    return choose([row], list(row), DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
+    return choose([row], DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_images_that_are_not_clear_are_refused():
     with pytest.raises(ValueError, match=r"no column of images: text \('a'\); write image: NAME, or give a folder"):
         chosen({"text": "a"}, "images")
     with pytest.raises(ValueError, match="text: is named, and the base takes images alone"):
-        choose([{"image": "a.png"}], ["image"], DataSettings(text="image"), "data", text=False, images=True)
+        choose([{"image": "a.png"}], DataSettings(text="image"), "data", text=False, images=True)
     with pytest.raises(ValueError, match="holds images alone .* takes text beside them: write a .jsonl"):
         chosen({"image": "a.png"}, "text, images")
 

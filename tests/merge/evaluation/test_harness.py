@@ -191,8 +191,7 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
         accuracy(model_of(place), questions(9, 24)[:20])
     )
     calls.clear()
-    module = "nsc_merge.evaluation.harness.provenance.harness_versions"
-    monkeypatch.setattr(module, lambda: {"lm-eval": "0"})
+    monkeypatch.setattr("nsc_merge.evaluation.rows.fingerprint.measuring_versions", lambda recipe: {"lm-eval": "0"})
     assert main(["eval", recipe, "methods=[task_arithmetic]"]) == 0
     assert len(calls) == 4
     capsys.readouterr()
@@ -269,7 +268,7 @@ def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
     ("overrides", "message"),
     [
         (["tasks.quiz.lm_eval=3"], "tasks.quiz.lm_eval: expected text, found 3"),
-        (["tasks.quiz.limit=0"], "tasks.quiz.limit: expected a whole number of at least 1, or a share below 1, found 0"),
+        (["tasks.quiz.limit=0"], "limit: expected a whole number of at least 1, or a share below 1, found 0"),
         (["tasks.quiz.num_fewshot=-1"], "tasks.quiz.num_fewshot: expected a whole number of at least 0, found -1"),
         (["tasks.quiz.test=own.safetensors"], "tasks.quiz.test: no such key (keys: adapter, lm_eval, metric"),
         (["tasks.quiz.adapter=null"], "tasks.quiz.adapter: expected a path, found none"),
@@ -314,7 +313,9 @@ def test_what_the_harness_does_not_have_is_told_before_anything_is_written(place
 def test_a_base_without_tokenizer_or_words_is_refused(place, capsys):
     (place / "base" / "tokenizer.json").unlink()
     assert main(["eval", str(place / "eval.yaml")]) == 1
-    assert "tasks.quiz.lm_eval: expected a tokenizer beside the base" in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"tasks.quiz.lm_eval: beside the base: {place / 'base'} holds no tokenizer" in line
+    assert line.endswith("tokenizer: FOLDER, under the key data")
     vit = build("vit")
     vit.save_pretrained(place / "vit")
     write_adapter(vit, place / "adapters" / "image", 1, r=2, target_modules=["q_proj"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
-from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.option_checks import did_you_mean
@@ -135,18 +135,25 @@ class Columns:
 
 
 def choose(
-    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, text: bool, images: bool
+    rows: Sequence[Row],
+    settings: DataSettings,
+    argument: str,
+    *,
+    text: bool,
+    images: bool,
+    columns: Sequence[str] | None = None,
 ) -> Columns:
     """What is taken of rows for a base that takes text, images, or both.
 
     Args:
         rows: some of them.
-        columns: of all of them.
+        columns: of all of them; those of ``rows`` when None.
         argument: how messages call the data.
 
     Raises:
         ValueError: if a column that is named is not there, or if none is named and it is not clear which is meant.
     """
+    columns = columns_of(rows) if columns is None else columns
     image = None
     if images:
         image = _image_column(rows, columns, settings, argument, needed=not text)

@@ -169,7 +169,7 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
     rows = in_order(source, settings.seed, settings.samples or source.count)
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
-    columns = choose(some, source.columns, settings, place, text=text, images=images)
+    columns = choose(some, settings, place, text=text, images=images, columns=source.columns)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
@@ -206,7 +206,7 @@ def _encoded(
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
     fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
     # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
     return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
 
 
