@@ -69,7 +69,7 @@ def _raw(
     if takes.text and settings.text is None:
         settings = replace(settings, text=_pair(rows, found.columns))
     place = f"{argument}: {Path(source).name}"
-    columns = choose(rows, found.columns, settings, place, text=takes.text, images=takes.images)
+    columns = choose(rows, settings, place, text=takes.text, images=takes.images, columns=found.columns)
     # Each by itself, so that padding says nothing of the lengths.
     batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
