@@ -154,7 +154,7 @@ def test_what_was_found_of_tasks_is_said(at, capsys):
     assert found["tasks"]["one"]["alpha"] == 6
     assert found["tasks"]["one"]["targets"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert found["tasks"]["one"]["heads"] == ["classifier"]
-    assert found["data"]["one"]["found"] == "6 images"
+    assert found["data"]["one"]["found"].startswith("6 images, such as ")
     assert found["warnings"] == []
     text = Path("recipe.yaml").read_text(encoding="utf-8")
     assert "all touch 12 modules: k_proj, o_proj, q_proj, v_proj." in " ".join(text.replace("#", "").split())
@@ -170,7 +170,7 @@ def test_a_question_and_its_answer_are_the_text(at, capsys):
     shown = capsys.readouterr().out
     assert written()["data"]["text"] == "{question}\n{answer}"
     assert 'text: "{question}\\n{answer}"  #' in Path("recipe.yaml").read_text(encoding="utf-8")
-    assert "12 rows, a template over question, answer, about 3 tokens each" in shown
+    assert "12 rows of question, answer; a template over question, answer, about 3 tokens each" in shown
     # The recipe's own words mean the same in a run.
     recipe = load_recipe("recipe.yaml")
     assert recipe.calibration["one"].settings.text == "{question}\n{answer}"
@@ -233,7 +233,8 @@ def test_without_data_a_method_is_chosen_that_needs_none(at, capsys, count, scal
     for name in names:
         shutil.copytree(place / "adapters" / "one", place / "copies" / name, dirs_exist_ok=True)
     assert main(["init", *(f"copies/{name}" for name in names), "--base", "base"]) == 0
-    assert "Chosen since no data was given" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nsc, regmean and match choose coefficients by unlabelled data, and none was given" in shown
     document = written()
     assert document["method"] == "task_arithmetic"
     assert document["options"] == {"scale": scale}
@@ -426,11 +427,14 @@ def test_weights_are_not_read(at, tmp_path, capsys):
 
 
 TEXTS = st.text(max_size=30)
-VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False))
+KEYS = st.one_of(TEXTS.filter(bool), st.text(min_size=120, max_size=200))
+# A task's data with keys of its own, too.
+OWN = st.fixed_dictionaries({"source": TEXTS, "text": TEXTS})
+VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False), OWN)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(TEXTS.filter(bool), VALUES, TEXTS), max_size=3))
+@given(st.lists(st.tuples(KEYS, VALUES, TEXTS), max_size=3))
 def test_comments_never_change_what_is_written(rows):
     entries = {key: (value, note) for key, value, note in rows}
     made = Yaml()

@@ -211,8 +211,9 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
             "chosen."
         )
     if not has_data:
-        wanting = ", ".join(name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
-        return METHODS[WITHOUT_DATA], f"Chosen since no data was given: {wanting} find out on it what suits (--data)."
+        *others, last = (name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
+        wanting = f"{', '.join(others)} and {last}"
+        return METHODS[WITHOUT_DATA], f"{wanting} choose coefficients by unlabelled data, and none was given (--data)."
     return METHODS[Recipe.method], ""
 
 

@@ -73,10 +73,11 @@ def _raw(
     # Each by itself, so that padding says nothing of the lengths.
     batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
-    said = [f"{found.count} rows, {columns.said()}" if set(found.columns) != {"image"} else f"{found.count} images"]
+    table = f"{found.count} rows of {', '.join(found.columns)}; {columns.said()}"
+    said = [f"{found.count} images" if set(found.columns) == {"image"} else table]
     if counted.tokens:
         said.append(f"about {counted.tokens:.0f} tokens each")
-    if batches.first and columns.image is None:
+    if batches.first:
         shown = " ".join(batches.first.split())
         said.append(f"such as {shown[:_SHOWN] + ('...' if len(shown) > _SHOWN else '')!r}")
     longest = max(batches, key=lambda batch: max(value.shape[1:].numel() for value in batch.values()))
