@@ -283,6 +283,27 @@ def test_dora_is_converted_and_said(at):
     assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
 
 
+def test_where_no_usual_linear_has_an_adapter_others_are_measured(at, capsys):
+    place = at("llama")
+    write_adapters(place / "base", place / "mlp", "llama", target_modules=["up_proj"])
+    assert main(["init", "mlp/one", "mlp/two", "--base", "base", "--data", "prompts.jsonl"]) == 0
+    assert "measured  the input of model.layers.2.mlp.up_proj\n" in capsys.readouterr().out
+    assert written()["options"]["score_modules"] == ["up_proj"]
+    assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured_modules"] == ["model.layers.2.mlp.up_proj"]
+
+
+def test_a_quantised_base_is_not_written_as_a_model(at, capsys):
+    place = at("llama")
+    base = shutil.copytree(place / "base", place / "packed", dirs_exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    assert main(["init", "adapters/one", "--base", "packed"]) == 0
+    assert "quantised (bitsandbytes)" in capsys.readouterr().out
+    assert written()["output"]["formats"] == ["lora"]
+
+
 def test_the_schema_lies_beside_and_is_named_in_front(at, capsys):
     at("llama")
     assert main(["init", *ADAPTERS, "--schema"]) == 0

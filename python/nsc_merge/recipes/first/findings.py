@@ -148,9 +148,7 @@ def find(
         if "data" in chosen.needs:
             raise
         warnings.append(f"the data is left out: {error}")
-    measured: list[str] = []
-    if found.family is not None and "score_blocks" in chosen.option_names:
-        measured = scored_paths(found.family, found.model, list(linears), None, "last_quarter")
+    measured = _measured(found, list(linears), chosen, options)
     bytes_, count = _forecast(found, fitted, looked, chosen, options)
     there = total_memory(device_of("auto"))
     if bytes_ is not None and there and bytes_ > there:
@@ -224,6 +222,19 @@ def _options(method: Method, preset: str | None, tasks: Sequence[Task]) -> dict[
     if method.name == WITHOUT_DATA:
         written[str(method.tuned)] = 1.0 if len(tasks) == 1 else 0.4 if len(tasks) <= FEW_TASKS else 1 / len(tasks)
     return written
+
+
+def _measured(base: Base, adapted: Sequence[str], method: Method, options: dict[str, Any]) -> list[str]:
+    """Paths of the linears whose input is measured; where none of the family's carries an adapter, ``options`` gets the
+    names of those that do.
+    """
+    if base.family is None or "score_modules" not in method.option_names:
+        return []
+    try:
+        return scored_paths(base.family, base.model, adapted, None, "last_quarter")
+    except ValueError:
+        options["score_modules"] = sorted({path.rpartition(".")[2] for path in adapted})
+        return scored_paths(base.family, base.model, adapted, options["score_modules"], "last_quarter")
 
 
 def _samples(data: Mapping[str, Data], options: Mapping[str, Any], batch_size: int) -> int:

@@ -156,6 +156,8 @@ def _option_said(name: str, found: Findings) -> str:
         return f"{preset}each on one batch of every task"
     if name == "lr":
         return f"{preset}how far a coefficient may move in a step"
+    if name == "score_modules":
+        return "measured, since none of the linears that usually are has an adapter"
     if found.method.tuned == name:
         several = len(found.tasks)
         return f"coefficient of every adapter; 1/{several} is their mean, 1 their sum"
