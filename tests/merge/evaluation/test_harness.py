@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import shutil
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -376,6 +377,27 @@ def test_the_network_is_left_open_only_for_tasks_whose_data_are_on_the_hub(laid_
     (folder / "deep" / "base.yaml").write_text("include: base.yaml")
     with pytest.raises(RecipeError, match="base.yaml includes itself"):
         read_task_files(folder)
+
+
+def test_the_recipe_and_the_task_file_of_the_guide_are_read_as_it_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text().split("## Tasks of the lm-eval")[1]
+    recipe, task = (block.split("```")[0] for block in page.split("```yaml\n")[1:3])
+    monkeypatch.chdir(tmp_path)
+    adapters = [f"adapters/{name}" for name in ("arc", "maths", "quiz", "count")]
+    for folder in ("base", "merged", "my_tasks", "data", *adapters):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("count-test.safetensors", "test.jsonl", "validation.jsonl"):
+        (tmp_path / "data" / file).touch()
+    (tmp_path / "eval.yaml").write_text(recipe)
+    (tmp_path / "my_tasks" / "my_quiz.yaml").write_text(task)
+    found = load_eval_recipe(tmp_path / "eval.yaml")
+    assert list(found.harness) == ["arc", "maths", "quiz"]
+    assert (found.harness["arc"].limit, found.harness["maths"].limit) == (500, 0.2)
+    assert found.lm_eval.data == (tmp_path / "data" / "test.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert found.lm_eval.builtin
+    assert not found.offline
+    change(tmp_path, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "my_quiz"}})
+    assert load_eval_recipe(tmp_path / "eval.yaml").offline
 
 
 def test_what_is_measured_leaves_the_model_as_it_was(laid_out):
