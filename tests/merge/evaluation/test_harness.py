@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from harness_cases import lay_out, questions, tokenizer
+from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -309,6 +310,30 @@ def test_what_the_harness_does_not_have_is_told_before_anything_is_written(place
     assert main(["eval", str(place / "eval.yaml"), *overrides]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (place / "out").exists()
+
+
+def test_names_that_the_harness_does_not_have_and_data_that_cannot_be_read_are_told(place, monkeypatch, capsys):
+    quiz = place / "my_tasks" / "quiz.yaml"
+    quiz.write_text(f"{quiz.read_text()}tag: games\n")
+    # The harness's own tasks take many seconds to list.
+    own = TaskManager(include_path=str(place / "my_tasks"), include_defaults=False)
+    monkeypatch.setattr(measuring, "_with_builtin", lambda include_path: own)
+    for name, message in (
+        ("quizz", "tasks.quiz.lm_eval: the harness has no task 'quizz'; did you mean quiz?"),
+        ("games", "tasks.quiz.lm_eval: 'games' is a tag with no figure of its own; expected one of ['quiz']"),
+    ):
+        assert main(["eval", str(place / "eval.yaml"), f"tasks.quiz.lm_eval={name}"]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    (place / "my_tasks" / "test.jsonl").write_text("{")
+    assert main(["eval", str(place / "eval.yaml")]) == 1
+    assert "tasks.quiz.lm_eval: the harness cannot load 'quiz': " in capsys.readouterr().err.splitlines()[-1]
+    assert not (place / "out").exists()
+
+
+def test_samples_are_not_studied_by_tasks_of_the_harness(laid_out, capsys):
+    assert main(["analyse", "quartiles", str(laid_out / "eval.yaml"), "--row", "TA"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tasks: expected some with test data, found those of the lm-evaluation-harness alone" in line
 
 
 def test_a_base_without_tokenizer_or_words_is_refused(place, capsys):
