@@ -130,7 +130,7 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
         place / "merged", "model"
     )
     tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
-    tasks["text"]["limit"] = 20
+    tasks["text"]["limit"] = 10
     tasks = {"own": {"adapter": "adapters/text", "test": "own.safetensors", "metric": "accuracy"}, **tasks}
     methods = [{"method": "task_arithmetic", "name": "TA", "options": {"scale": 0.4}}, {"folder": "merged"}]
     change(place, tasks=tasks, methods=methods)
@@ -143,7 +143,7 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
     # One call where tasks share a model, one for each where every task has its own.
     assert sorted(map(len, calls)) == [1, 1, 2, 2, 2]
 
-    asked = questions(3, 24)[:20]
+    asked = questions(3, 12)[:10]
     found = rows(place)
     for row, quiz, text in (
         ("zero_shot", model_of(place), model_of(place)),
@@ -160,12 +160,12 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
         assert metrics["own"] == pytest.approx((predicted == own["labels"][:, 1:]).float().mean().item())
         share = metrics["quiz"]
         record = found[row]["lm_eval"]
-        assert record["quiz"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+        assert record["quiz"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 9))
         assert record["quiz"] | {"stderr": None} == {
             "metric": "acc",
             "stderr": None,
             "lower_is_better": False,
-            "samples": 20,
+            "samples": 10,
             "version": 1.5,
         }
         assert record["text"]["lower_is_better"]
@@ -186,11 +186,11 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
     assert main(["eval", recipe]) == 0
     assert calls == []
     file = place / "my_tasks" / "test.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in questions(9, 24)))
+    file.write_text("".join(json.dumps(one) + "\n" for one in questions(9, 12)))
     assert main(["eval", recipe, "methods=[task_arithmetic]"]) == 0
     assert len(calls) == 4
     assert rows(place)["zero_shot"]["metrics"]["quiz"] == pytest.approx(
-        accuracy(model_of(place), questions(9, 24)[:20])
+        accuracy(model_of(place), questions(9, 12)[:10])
     )
     calls.clear()
     monkeypatch.setattr("nsc_merge.evaluation.rows.fingerprint.measuring_versions", lambda recipe: {"lm-eval": "0"})
@@ -210,7 +210,7 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     harness = measuring.Harness(load_eval_recipe(place / "eval.yaml").at(0), suite)
     finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
     own = harness.scores(finetuned, "val")["quiz"]
-    assert (own.samples, harness.scores(finetuned, "test")["quiz"].samples) == (4, 12)
+    assert (own.samples, harness.scores(finetuned, "test")["quiz"].samples) == (3, 6)
     trail = dict(rows(place)["TA"]["tuned"]["trail"])
     for scale in (0.2, 1.0):
         merged = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=scale)
@@ -221,7 +221,7 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     change(place, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz"}})
     recipe = load_eval_recipe(place / "eval.yaml").at(0)
     measured = measuring.Harness(recipe, suite).scores(suite.model, "val")["quiz"].value
-    assert measured == pytest.approx(accuracy(model_of(place), questions(2, 8)))
+    assert measured == pytest.approx(accuracy(model_of(place), questions(2, 6)))
     capsys.readouterr()
 
 
@@ -232,7 +232,7 @@ def test_an_output_layer_that_was_trained_is_measured_with_its_adapter(place, ca
     change(place, tasks={"text": {"adapter": "adapters/text", "lm_eval": "text"}})
     assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
     own = PeftModel.from_pretrained(model_of(place), place / "adapters" / "text").eval()
-    asked = questions(3, 24)
+    asked = questions(3, 12)
     found = {row: run["metrics"]["text"] for row, run in rows(place).items()}
     assert found["finetuned"] == pytest.approx(word_perplexity(own, asked), rel=1e-4)
     assert found["zero_shot"] == pytest.approx(word_perplexity(model_of(place), asked), rel=1e-4)
@@ -257,10 +257,10 @@ def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
     change(place, tasks=tasks)
     assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
     found = rows(place)["zero_shot"]
-    asked = [*questions(3, 24), *questions(2, 8)]
+    asked = [*questions(3, 12), *questions(2, 6)]
     assert found["metrics"]["all"] == pytest.approx(accuracy(model_of(place), asked))
-    assert found["lm_eval"]["all"]["samples"] == 32
-    assert found["metrics"]["quiz"] == found["metrics"]["again"] == pytest.approx(accuracy(model_of(place), asked[:24]))
+    assert found["lm_eval"]["all"]["samples"] == 18
+    assert found["metrics"]["quiz"] == found["metrics"]["again"] == pytest.approx(accuracy(model_of(place), asked[:12]))
     # A task beside a group that holds it needs a call of its own; the same task twice does not.
     assert calls[:2] == [["both"], ["quiz"]]
     capsys.readouterr()

@@ -24,7 +24,7 @@ from nsc_merge.evaluation.scoring import applied
 from nsc_merge.evaluation.suite import RecipeSuite
 
 METRICS = metrics.METRICS
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
 
 
