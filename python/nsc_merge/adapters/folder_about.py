@@ -17,7 +17,7 @@ _MOST_BYTES = 4 << 20
 
 
 def license_beside(folder: Path) -> str | None:
-    """The licence that the card in a folder names, as the hub calls it, or by its own name where it is another; None
+    """The licence that the card in a folder names, as the hub calls it, with its own name where that is ``other``; None
     if there is no card, or none that can be read: it is of no matter to the weights.
     """
     import yaml
@@ -30,8 +30,8 @@ def license_beside(folder: Path) -> str | None:
     if not isinstance(about, dict):
         return None
     named = about.get("license")
-    if named == "other":
-        named = about.get("license_name") or named
+    if named == "other" and about.get("license_name"):
+        named = f"other ({about['license_name']})"
     if isinstance(named, list):
         named = ", ".join(str(one) for one in named)
     return " ".join(str(named).split())[:200] or None if named is not None else None

@@ -36,7 +36,7 @@ class ModelHead:
     shifted: bool = False
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        with substituted(model, self.parameters):
+        with _substituted(model, self.parameters):
             logits = getattr(model(**inputs), "logits", None)
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -185,7 +185,7 @@ def _grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
 
 
 @contextmanager
-def substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def _substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Other values in place of some parameters of ``model``, of other shapes if need be."""
     held = {name: model.get_parameter(name) for name in parameters}
 

@@ -60,14 +60,15 @@ def as_markdown(document: Mapping[str, Any]) -> str:
 
 
 def as_csv(document: Mapping[str, Any]) -> str:
-    """One line per row, seed and task: ``row, method, seed, task, metric, value, normalised, loss``."""
+    """One line per row, seed and task: ``row, method, seed, task, metric, value, normalised, loss, stderr``."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(("row", "method", "seed", "task", "metric", "value", "normalised", "loss"))
+    lines.writerow(("row", "method", "seed", "task", "metric", "value", "normalised", "loss", "stderr"))
     for row in document["rows"]:
         for run in row["runs"]:
             for task, value in run["metrics"].items():
                 percent, loss = run["normalised"][task], run["losses"].get(task)
+                error = run.get("lm_eval", {}).get(task, {}).get("stderr")
                 lines.writerow(
                     (
                         row["row"],
@@ -78,6 +79,7 @@ def as_csv(document: Mapping[str, Any]) -> str:
                         value,
                         "" if percent is None or math.isnan(percent) else percent,
                         "" if loss is None else loss,
+                        "" if error is None else error,
                     )
                 )
     return text.getvalue()

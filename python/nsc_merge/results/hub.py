@@ -211,7 +211,7 @@ def _card(text: str, names: Mapping[str, str], repo: str, top: str) -> str:
     for path, name in names.items():
         for shown in dict.fromkeys((path, json.dumps(path, ensure_ascii=False)[1:-1])):
             # Not where it is the end of something else, such as owner/name.
-            text = name.join(re.split(rf"(?<![\w.~-]){re.escape(shown)}(?![\w.-])", text))
+            text = name.join(re.split(rf"(?<![\w.~-]){re.escape(shown)}(?![\w-]|\.\w)", text))
     place = re.compile(_PLACE.format(place=re.escape(json.dumps(top))))
     text = _CODE.sub(lambda code: place.sub(rf'\1"{repo}"', code[0]), text)
     if any(_BESIDE.search(code) for code in _CODE.findall(text)):

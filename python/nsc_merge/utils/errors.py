@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UsageError(ValueError):
     """The command line, not the data, is at fault."""
@@ -45,7 +47,8 @@ def hub_problem(error: BaseException, argument: str, repo: str, revision: str | 
             "it, or name a folder"
         )
     elif among(errors.RemoteEntryNotFoundError):
-        what = f"{named} lacks a file: {' '.join(str(found[-1]).split()):.200}"
+        file = re.search(r"/resolve/[^/\s]+/(\S+?)\.?(\s|$)", str(found[-1]))
+        what = f"{named} holds no {file[1] if file else 'such file'}: expected another repository"
     else:
         what = (
             f"{named} is not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} does not give it "

@@ -93,8 +93,6 @@ def test_shipped_parts_are_small_half_precision_safetensors():
 
 def test_demo_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # A setting of the whole process, in which other tests run.
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(evaluate, "VALIDATION_SCENES", 64)
     monkeypatch.setattr(evaluate, "TEST_SCENES", 128)
     monkeypatch.setattr(evaluate, "COARSE_SCALES", (0.3, 0.6))

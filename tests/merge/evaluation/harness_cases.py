@@ -84,5 +84,5 @@ def lay_out(place: Path) -> dict[str, Any]:
         "lm_eval": {"include_path": "my_tasks", "batch_size": 8},
         "output": {"dir": "out", "plots": False},
     }
-    (place / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    (place / "eval.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return recipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
-from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.option_checks import did_you_mean
@@ -134,17 +134,26 @@ class Columns:
         return None if blank else Sample(where, text=text, images=images)
 
 
-def choose(rows: Sequence[Row], settings: DataSettings, argument: str, *, text: bool, images: bool) -> Columns:
+def choose(
+    rows: Sequence[Row],
+    settings: DataSettings,
+    argument: str,
+    *,
+    text: bool,
+    images: bool,
+    columns: Sequence[str] | None = None,
+) -> Columns:
     """What is taken of rows for a base that takes text, images, or both.
 
     Args:
         rows: some of them.
+        columns: of all of them; those of ``rows`` when None.
         argument: how messages call the data.
 
     Raises:
         ValueError: if a column that is named is not there, or if none is named and it is not clear which is meant.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = columns_of(rows) if columns is None else columns
     image = None
     if images:
         image = _image_column(rows, columns, settings, argument, needed=not text)
@@ -164,7 +173,7 @@ def choose(rows: Sequence[Row], settings: DataSettings, argument: str, *, text: 
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
         return Columns(messages=chat, image=image)
-    return Columns(text=_text_column(rows, columns, image, argument), image=image)
+    return Columns(text=_text_column(rows, columns, argument, images=images), image=image)
 
 
 def text_of(row: Row, column: str, where: str) -> str:
@@ -192,18 +201,26 @@ def _named_text(name: str, rows: Sequence[Row], columns: Sequence[str], argument
     raise _no_column(f"{argument}: text:", name, columns)
 
 
-def _text_column(rows: Sequence[Row], columns: Sequence[str], image: str | None, argument: str) -> str:
+def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool) -> str:
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in columns}
+    of_images = [name for name, held in values.items() if held and all(map(is_image, held))]
     of_text = [
         name
-        for name in columns
-        if name != image and (held := [row[name] for row in rows if row.get(name) is not None])
-        and all(isinstance(value, str) for value in held)
+        for name, held in values.items()
+        if held and name not in of_images and all(isinstance(value, str) for value in held)
     ]
     found = next((name for name in TEXT_COLUMNS if name in of_text), None)
     if found is None and len(of_text) == 1:
         found = of_text[0]
     if found is not None:
         return found
+    if of_images and not of_text:
+        wanted = "text beside them" if images else "text"
+        example = '{"image": "photos/1.png", "prompt": "What is it?"}' if images else '{"text": "What is it?"}'
+        raise ValueError(
+            f"{argument}: holds images alone ({_shown(rows, of_images)}), and the base takes {wanted}: write a .jsonl "
+            f"of rows such as {example}"
+        )
     chat = next((name for name in columns if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None and not of_text:
         raise ValueError(f"{argument}: no column of text; {chat!r} holds chats: write messages: {chat}")

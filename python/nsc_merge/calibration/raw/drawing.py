@@ -6,7 +6,7 @@ Rows are ordered by SHA-256 of seed and row number, so that the draw depends on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ class Source:
     Attributes:
         name: how messages call it.
         count: of its rows.
+        columns: that its rows have, not all of them all.
         rows: those of some numbers, in their order.
         sha256: name of a file -> SHA-256 of the bytes that the rows were made of.
         folder: that paths of images are relative to; None where there is none.
@@ -29,6 +30,7 @@ class Source:
 
     name: str
     count: int
+    columns: tuple[str, ...]
     rows: Callable[[Sequence[int]], list[Row]]
     sha256: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
@@ -37,7 +39,13 @@ class Source:
 
 def listed(name: str, rows: Sequence[Row], sha256: Mapping[str, str], folder: Path | None) -> Source:
     """A source of rows in memory."""
-    return Source(name, len(rows), lambda numbers: [rows[number] for number in numbers], sha256, folder)
+    columns = columns_of(rows)
+    return Source(name, len(rows), columns, lambda numbers: [rows[number] for number in numbers], sha256, folder)
+
+
+def columns_of(rows: Iterable[Row]) -> tuple[str, ...]:
+    """All columns that rows have, in the order in which they occur."""
+    return tuple(dict.fromkeys(name for row in rows for name in row))
 
 
 def place_of(seed: int, number: int) -> bytes:

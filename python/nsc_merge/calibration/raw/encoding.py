@@ -55,6 +55,8 @@ def encode_text(
             found[number] = {name: torch.tensor(encoded[name][place], dtype=torch.long) for name in names}
     for sample, one in zip(samples, found, strict=True):
         _check_tokens(one[TOKENS], len(one[TOKENS]), most, sample.where, base)
+        if base.image_token is not None and (one[TOKENS] == base.image_token).any():
+            raise ValueError(f"{sample.where}: its text has a place for an image, and there is no column of images")
     return found
 
 
@@ -68,7 +70,12 @@ def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader:
             if len(sample.images) != 1:
                 raise ValueError(f"{sample.where}: expected one image, found {len(sample.images)}")
             images.append(reader.open(sample.images[0], sample.where))
-        encoded = processor(images, return_tensors="pt")
+        try:
+            encoded = processor(images, return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(
+                f"{some[0].where} and the next: the image processor refuses them: {' '.join(str(error).split()):.200}"
+            ) from None
         names = [name for name in encoded if name in base.takes]
         found += [{name: encoded[name][number] for name in names} for number in range(len(some))]
     return found
@@ -111,9 +118,10 @@ def _pair(
                 f"{sample.where}: {room} tokens of text would cut an image off; expected a larger max_length, or "
                 "images at the other end"
             ) from None
-    one = {name: value for name, value in encoded.items() if name in base.takes}
-    for name in (TOKENS, MASK):
-        one[name] = one[name][0]
+    shape = encoded[TOKENS].shape
+    one = {
+        name: value[0] if value.shape == shape else value for name, value in encoded.items() if name in base.takes
+    }
     _check_tokens(one[TOKENS], len(one[TOKENS]) - of_images, room, sample.where, base)
     return one
 
@@ -134,9 +142,9 @@ def _rendered(sample: Sample, template: Any, messages: Any = None) -> str:
             'one, or write text: "{column}" for a column of text'
         )
     if messages is None:
-        messages = sample.messages or []
-        parts = in_parts(messages, "\0") if _takes_parts(template) else plain_text(messages, sample.where)
-        messages = parts
+        messages = plain_text(sample.messages or [], sample.where)
+        # No text holds the byte 0, so that none becomes an image.
+        messages = in_parts(messages, "\0") if _takes_parts(template) else messages
     try:
         return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as error:
@@ -154,18 +162,20 @@ def _takes_parts(template: Any) -> bool:
         )
     except Exception:
         return False
-    return _PROBE in shown and "{" not in shown
+    # As Python writes a list, where it does not.
+    return _PROBE in shown and "'type'" not in shown
 
 
 def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
     """Text with a token in the place of every image, and the images in their order."""
     token = processor.image_token
     references = list(sample.images)
-    if sample.messages is None and (not getattr(processor, "chat_template", None) or token in str(sample.text)):
-        text = str(sample.text)
+    text = str(sample.text)
+    plain = not references or token in text or not getattr(processor, "chat_template", None)
+    if sample.messages is None and plain:
         text = text if token in text else token * len(references) + ("\n" if references else "") + text
     else:
-        turns = sample.messages or [{"role": "user", "content": str(sample.text)}]
+        turns = sample.messages or [{"role": "user", "content": text}]
         messages = in_parts(turns, token)
         parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
         if not parts and references:

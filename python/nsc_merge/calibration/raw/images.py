@@ -15,7 +15,7 @@ from nsc_merge.calibration.raw.drawing import Row, Source
 
 IMAGE = "image"
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-# 8 bits a colour: what converting to RGB keeps. Others would be cut off at 255.
+# 8 bits a colour: what converting keeps. Others would be cut off at 255.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
 
@@ -36,7 +36,7 @@ def image_folder(folder: Path, files: Sequence[Path]) -> Source:
     def rows(numbers: Sequence[int]) -> list[Row]:
         return [{IMAGE: names[number]} for number in numbers]
 
-    return Source(str(folder), len(names), rows, {}, folder)
+    return Source(str(folder), len(names), (IMAGE,), rows, {}, folder)
 
 
 def is_image(value: Any) -> bool:
@@ -49,14 +49,16 @@ def is_image(value: Any) -> bool:
 
 
 class ImageReader:
-    """Opens images as RGB, upright, and remembers the digest of what it read.
+    """Opens images upright, and remembers the digest of what it read.
 
     Args:
         folder: that paths are relative to.
+        grey: whether they are made grey, for models of one channel, rather than RGB.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, grey: bool = False) -> None:
         self._folder = folder
+        self._mode = "L" if grey else "RGB"
         self._digest = hashlib.sha256()
         self._opened = False
 
@@ -84,7 +86,7 @@ class ImageReader:
                 mode = image.mode
                 upright = ImageOps.exif_transpose(image)
                 if mode in _MODES:
-                    return upright.convert("RGB")
+                    return upright.convert(self._mode)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(f"{where}: {name}: {error}; make it smaller") from None
         except Exception as error:

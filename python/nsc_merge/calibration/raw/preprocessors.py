@@ -10,6 +10,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -41,10 +42,20 @@ class Base:
         return "pixel_values" in self.takes
 
     @property
+    def grey(self) -> bool:
+        """Whether its images have one channel."""
+        return getattr(getattr(self.config, "vision_config", self.config), "num_channels", None) == 1
+
+    @property
     def positions(self) -> int | None:
         """Tokens that it has positions for."""
         found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def image_token(self) -> int | None:
+        """What stands for a piece of an image, in a model of text and images."""
+        return getattr(self.config, "image_token_id", None) if self.images else None
 
     @property
     def vocabulary(self) -> int | None:
@@ -76,7 +87,8 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     made = Base(name, revision, config, takes)
     if "decoder_input_ids" in takes or not (made.text or made.images):
         raise ValueError(
-            f"{argument}: {config.model_type} takes more than text and images; write its inputs as .safetensors"
+            f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
+            f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
         )
     return made
 
@@ -118,6 +130,11 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
             f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
             "processor: FOLDER names"
         )
+    if getattr(found, "patch_size", "") is None:
+        raise ValueError(
+            f"{argument}: the processor of {name} does not say patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens, as those of old releases do not; set them and save it again"
+        )
     if settings.tokenizer is not None:
         found.tokenizer = tokenizer_of(base, settings, argument)
     return found
@@ -153,6 +170,6 @@ def _loaded(
         )  # fmt: skip
     except Exception as error:
         # Of many files in many formats: whatever is raised, it could not be loaded.
-        raise ValueError(
-            f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
-        ) from None
+        problem = None if local else hub_problem(error, place, name, revision)
+        reason = f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        raise ValueError(problem or reason) from None

@@ -98,7 +98,7 @@ def raw_batches(
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local)
     samples = draw(found, settings, argument, text=model.text, images=model.images)
-    reader = ImageReader(found.folder)
+    reader = ImageReader(found.folder, grey=model.grey)
     encoded, fillers, first = _encoded(samples, model, settings, reader, argument)
     sha256 = {**found.sha256, "samples": encoding.digest(encoded)}
     if reader.sha256 is not None:
@@ -167,8 +167,9 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
         ValueError: naming the row, what was found and what was expected.
     """
     rows = in_order(source, settings.seed, settings.samples or source.count)
-    looked_at = list(islice(rows, _LOOKED_AT))
-    columns = choose([row for _, row in looked_at], settings, f"{argument}: {source.name}", text=text, images=images)
+    looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
+    some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
+    columns = choose(some, settings, place, text=text, images=images, columns=source.columns)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
@@ -205,7 +206,7 @@ def _encoded(
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
     fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
     # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
     return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
 
 

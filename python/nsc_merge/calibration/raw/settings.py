@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from nsc_merge.utils.option_checks import check_choice, check_count, check_seed
 
+SIDES = ("right", "left")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -64,7 +66,7 @@ class DataSettings:
         for name in ("truncation", "trust_remote_code"):
             check_choice(name, getattr(self, name), (True, False))
         for name in ("truncation_side", "padding_side"):
-            check_choice(name, getattr(self, name), ("right", "left"))
+            check_choice(name, getattr(self, name), SIDES)
 
 
 NAMES = tuple(one.name for one in fields(DataSettings))

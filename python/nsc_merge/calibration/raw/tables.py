@@ -10,8 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.calibration.raw.drawing import Row, Source, place_of
+from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.utils.errors import hub_problem
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28
@@ -53,7 +54,10 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
                 found |= dict(zip(some, part.to_pylist(), strict=True))
         return [found[number] for number in numbers]
 
-    return Source(name, ends[-1] if ends else 0, rows, sha256, folder)
+    if not ends or not ends[-1]:
+        raise ValueError(f"{argument}: {name} holds no row; expected at least one")
+    columns = dict.fromkeys(column for table in opened for column in table.schema_arrow.names)
+    return Source(name, ends[-1], tuple(columns), rows, sha256, folder)
 
 
 def is_dataset(value: Any) -> bool:
@@ -88,7 +92,7 @@ def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     datasets = _needed("datasets", argument)
     _, chosen = _split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
-        return _drawn_at_once(_undecoded(chosen), settings)
+        return _drawn_at_once(_undecoded(chosen), settings, argument)
     return _mapped(chosen, type(chosen).__name__, argument, {}, None)
 
 
@@ -99,11 +103,9 @@ def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
         found = datasets.load_dataset(name, settings.config, revision=settings.revision)
     except Exception as error:
         # Of the hub, the network, the cache, the files: whatever it is, nothing was read.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{argument}: the dataset {name} cannot be loaded from the hub: {reason:.300} (split, config and revision "
-            "are keys beside it; HF_TOKEN is for data that need an account; a path to a file ends with its suffix)"
-        ) from None
+        problem = hub_problem(error, argument, f"datasets/{name}", settings.revision)
+        reason = f"{argument}: the dataset {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        raise ValueError(problem or f"{reason} (split, config and revision are keys beside it)") from None
     _, chosen = _split_of(found, settings, argument, name)
     return _mapped(chosen, name, argument, {}, None)
 
@@ -112,7 +114,8 @@ def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folde
     if not len(chosen):
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
     stored = _undecoded(chosen)
-    return Source(name, len(stored), lambda numbers: [stored[int(number)] for number in numbers], sha256, folder)
+    columns = tuple(stored.column_names)
+    return Source(name, len(stored), columns, lambda numbers: [stored[number] for number in numbers], sha256, folder)
 
 
 def _undecoded(chosen: Any) -> Any:
@@ -125,12 +128,17 @@ def _undecoded(chosen: Any) -> Any:
     return chosen
 
 
-def _drawn_at_once(rows: Iterable[Row], settings: DataSettings) -> Source:
+def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -> Source:
     """The rows that come first in the order of the draw, of rows that there is no going back to."""
     keyed = ((place_of(settings.seed, number), number, row) for number, row in enumerate(rows))
     kept = sorted(keyed) if settings.samples is None else heapq.nsmallest(settings.samples, keyed)
     found = {number: row for _, number, row in kept}
-    return Source("IterableDataset", len(found), lambda numbers: [found[n] for n in numbers], order=tuple(found))
+    if not found:
+        raise ValueError(f"{argument}: the dataset holds no row; expected at least one")
+    columns = columns_of(found.values())
+    return Source(
+        "IterableDataset", len(found), columns, lambda numbers: [found[n] for n in numbers], order=tuple(found)
+    )
 
 
 def _split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tuple[str, Any]:

@@ -14,6 +14,8 @@ from nsc_merge.utils.json_text import from_json
 
 # The column that a line of plain text, or a JSON string, becomes.
 TEXT = "text"
+# The key of an object that holds the rows.
+_DATA = "data"
 # Data are long where configurations are not; what a machine holds.
 _MOST_VALUES = 200_000_000
 
@@ -90,15 +92,18 @@ def _json_value(text: str, place: str) -> list[Row]:
 
 
 def _listed(value: dict[str, Any], place: str) -> list[Any]:
-    """The rows of an object: those of its only list, or of its columns."""
-    lists = {name: one for name, one in value.items() if isinstance(one, list)}
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    if len(lists) == len(value) > 1 and len({len(one) for one in lists.values()}) == 1:
-        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    """The rows of an object: its ``data``, its only value, or those of its columns."""
+    lists = [one for one in value.values() if isinstance(one, list)]
+    if isinstance(value.get(_DATA), list):
+        return value[_DATA]
+    if len(lists) == len(value) == 1 and all(isinstance(one, dict) for one in lists[0]):
+        return lists[0]
+    if len(lists) == len(value) > 0 and len({len(one) for one in lists}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+    found = ", ".join(f"{name!r} ({_what(one)})" for name, one in list(value.items())[:6])
     raise ValueError(
-        f"{place}: expected a list of rows, an object with one list, or columns of one length; found an object with "
-        f"{', '.join(f'{name!r} ({_what(one)})' for name, one in list(value.items())[:6])}"
+        f"{place}: expected a list of rows, an object with such a list as {_DATA!r}, or columns of one length; found "
+        f"an object with {found or 'nothing'}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 ACCEPTED = (
@@ -68,9 +69,9 @@ def refused_file(file: Path, argument: str) -> ValueError:
     text = head.lstrip()
     if b"\0" in head:
         kind = "is binary data of no kind that is known here"
-    elif text.startswith(b'{"') and b"\n{" in head:
+    elif text.startswith(b'{"') and b'}\n{"' in head:
         kind = "looks like one JSON object a line: call it .jsonl"
-    elif text[:1] in (b"{", b"["):
+    elif re.match(rb'\{\s*"|\[\s*["{\[]', text):
         kind = "looks like JSON: call it .json"
     else:
         kind = "looks like text: call it .txt if every line is a sample"

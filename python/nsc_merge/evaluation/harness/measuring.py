@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, HarnessTask
-from nsc_merge.evaluation.heads import substituted
 from nsc_merge.evaluation.scoring import Candidate, models_of
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.utils.option_checks import did_you_mean
@@ -71,7 +70,7 @@ class Harness:
                     f"tasks.{first}.lm_eval: expected a base that generates text, found {type(suite.model).__name__}"
                 )
             self._tokenizer = suite.tokenizer(f"tasks.{next(iter(recipe.harness))}.lm_eval")
-            self._manager = _manager(recipe.lm_eval.include_path, tuple(t.lm_eval for t in recipe.harness.values()))
+            self._manager = _manager(recipe.lm_eval.include_path, recipe.lm_eval.builtin)
             for task in recipe.harness.values():
                 self._check(task)
         if any(row.tune is not None for row in recipe.rows):
@@ -88,19 +87,8 @@ class Harness:
             if len(models) > 1:
                 raise ValueError("ensemble: the harness measures one model, not the mean of the outputs of several")
             with models[0]() as model:
-                for together, parameters in self._by_parameters(served):
-                    with substituted(model, parameters):
-                        found |= self._measured(model, together, split)
+                found |= self._measured(model, served, split)
         return {name: found[name] for name in self._recipe.harness}
-
-    def _by_parameters(self, names: Sequence[str]) -> Iterator[tuple[list[str], Mapping[str, Tensor]]]:
-        """Tasks whose adapters brought no parameters of the model, and each of the others, with those."""
-        bare = [name for name in names if not self._suite.brought(name)]
-        if bare:
-            yield bare, {}
-        for name in names:
-            if name not in bare:
-                yield [name], self._suite.brought(name)
 
     def _measured(self, model: nn.Module, names: Sequence[str], split: str) -> dict[str, HarnessScore]:
         import lm_eval
@@ -185,17 +173,20 @@ class Harness:
                 )
 
 
-@functools.lru_cache(maxsize=2)
-def _manager(include_path: Path | None, names: tuple[str, ...]) -> Any:
-    """The harness's index of tasks: that of ``include_path`` where it has all ``names``, as to read that of the
-    harness's own takes seconds.
-    """
+def _manager(include_path: Path | None, builtin: bool) -> Any:
+    """The harness's index of tasks; without its own where none of them is asked for, as to read those takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None:
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(names) <= set(own.all_tasks) and not own.all_groups:
-            return own
+    if builtin:
+        return _with_builtin(include_path)
+    return TaskManager(include_path=str(include_path), include_defaults=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _with_builtin(include_path: Path | None) -> Any:
+    """Once for all seeds."""
+    from lm_eval.tasks import TaskManager
+
     return TaskManager(include_path=None if include_path is None else str(include_path))
 
 

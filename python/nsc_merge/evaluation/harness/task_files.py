@@ -29,15 +29,17 @@ class Reads:
     """What tasks read.
 
     Attributes:
-        hub: whether some of it is, or may be, on the hub.
-        files: what is on disk.
+        builtin: whether some task is one of the harness's own.
+        hub: whether some data are, or may be, on the hub.
+        files: data on disk.
     """
 
+    builtin: bool = False
     hub: bool = False
     files: tuple[Path, ...] = ()
 
     def __or__(self, other: Reads) -> Reads:
-        return Reads(self.hub or other.hub, (*self.files, *other.files))
+        return Reads(self.builtin or other.builtin, self.hub or other.hub, (*self.files, *other.files))
 
 
 def read_task_files(folder: Path) -> dict[str, TaskFile]:
@@ -62,7 +64,7 @@ def reads(name: str, known: Mapping[str, TaskFile], argument: str) -> Reads:
         RecipeError: naming ``argument`` and a file that is missing.
     """
     if name not in known:
-        return Reads(hub=True)
+        return Reads(builtin=True, hub=True)
     file = known[name]
     if not isinstance(file.config.get("task"), list):
         return _of_task(file.config, file.path, argument)
@@ -119,10 +121,10 @@ def _of_task(config: Mapping[str, Any], path: Path, argument: str) -> Reads:
     for place in local:
         if not any(sign in str(place) for sign in "*?[") and not place.exists():
             raise RecipeError(
-                f"{argument}: {path} reads {place}, which is missing; the harness takes relative paths from the working "
-                f"folder, here {Path.cwd()}"
+                f"{argument}: {path} reads {place}, which is missing; the harness takes relative paths from the "
+                f"working folder, here {Path.cwd()}"
             )
-    return Reads(len(local) < len(places), tuple(place.resolve() for place in local))
+    return Reads(hub=len(local) < len(places), files=tuple(place.resolve() for place in local))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Architecture:
         local: whether it is a folder, so that nothing may touch the network.
         config: of transformers.
         kind: its class, of transformers, or of the code that comes with it.
-        revision: of a model on the hub, the commit if it is known.
+        revision: the commit of a model on the hub.
         trust_remote_code: whether code that comes with it may be run.
     """
 
@@ -66,14 +66,10 @@ def architecture_of(
 
     if local:
         _check_folder(Path(name))
+    if not local:
+        revision = _commit(name, revision)
     given: dict[str, Any] = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
-    try:
-        fields, _ = transformers.PretrainedConfig.get_config_dict(name, **given)
-    except OSError as error:
-        problem = None if local else hub_problem(error, "model", name, revision)
-        if problem is None:
-            raise
-        raise OSError(problem) from None
+    fields, _ = transformers.PretrainedConfig.get_config_dict(name, **given)
     own = fields.get("auto_map")
     if own and not trust_remote_code and str(fields.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -86,9 +82,34 @@ def architecture_of(
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **given)
     except StrictDataclassError as error:
         raise ValueError(f"model: the config.json of {name} is none: {' '.join(str(error).split())}") from None
-    revision = getattr(config, "_commit_hash", None) or revision
+    if not local:
+        # Where transformers had it; what is saved of a configuration never holds it.
+        config._commit_hash = revision
     kind = _class_of_code(name, config, given) if own and trust_remote_code else None
     return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit that a revision of a repository is now, or was when it was last asked for, offline."""
+    from transformers.utils import cached_file
+
+    given: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **given)
+        if adapter is not None:
+            # It would be added to the weights.
+            raise ValueError(f"model: {name} on the hub holds an adapter (adapter_config.json); expected a base alone")
+        file = cached_file(name, "config.json", **given)
+    except OSError as error:
+        problem = hub_problem(error, "model", name, revision)
+        if problem is None:
+            raise
+        raise OSError(problem) from None
+    # Some releases say nothing of a configuration that is not there.
+    if file is None:
+        raise FileNotFoundError(f"model: {name} holds no config.json: expected another repository")
+    # The cache calls a snapshot by it.
+    return Path(file).parent.name
 
 
 def _check_folder(folder: Path) -> None:

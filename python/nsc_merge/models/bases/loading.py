@@ -97,7 +97,7 @@ def files_of(model: nn.Module) -> Mapping[str, Digest]:
 
 
 def commit_of(model: nn.Module) -> str | None:
-    """The commit on the hub that a model was loaded at; None if it is not from there."""
+    """The commit on the hub that a model was loaded at; None if it is not from there, or not known."""
     config = getattr(model, "config", None)
     name, commit = (getattr(config, key, None) for key in ("_name_or_path", "_commit_hash"))
     return commit if commit and name and not Path(name).is_dir() else None

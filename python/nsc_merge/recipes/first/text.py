@@ -10,7 +10,7 @@ from typing import Any
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
 from nsc_merge.recipes.first.findings import Findings
-from nsc_merge.recipes.first.summary import base_said, ends, memory_said, size_said
+from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said, size_said
 from nsc_merge.recipes.merge_recipe import Recipe
 
 # A rank that every server takes.
@@ -72,10 +72,13 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     texts = {one.text for one in found.data.values() if one.raw}
     for_all = texts.pop() if len(texts) == 1 else None
     entries: dict[str, tuple[Any, str]] = {}
+    alike = len({one.source for one in found.data.values()}) == 1 < len(found.data)
+    if alike:
+        yaml.remark(f"The same for all: {next(iter(found.data.values())).said}.", 2)
     for task, one in found.data.items():
         source = _relative(one.source, folder)
         own = one.text if one.raw and one.text != for_all else None
-        entries[task] = (source if own is None else {"source": source, "text": own}, one.said)
+        entries[task] = (source if own is None else {"source": source, "text": own}, "" if alike else one.said)
     yaml.entries(entries, 2)
     if found.samples:
         _encoding(yaml, found, for_all)
@@ -103,7 +106,7 @@ def _encoding(yaml: Yaml, found: Findings, text: str | None) -> None:
         values["text"] = (text, "a column, or columns put together, as the adapters were trained")
     steps = found.options.get("steps")
     used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
-    values["samples"] = (found.samples, f"drawn of each, the same ones every time{used}")
+    values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
     if any(one.words for one in found.data.values()):
         values["max_length"] = (DataSettings.max_length, "tokens of a sample at most; longer ones are cut")
     values["seed"] = (DataSettings.seed, "of the draw")
@@ -123,7 +126,7 @@ def _merging(yaml: Yaml, found: Findings) -> None:
     if "data" in method.needs:
         yaml.entries({"batch_size": (found.batch_size, "samples of each task in a step")})
     if found.measured:
-        yaml.remark(f"Measured: the input of {len(found.measured)} linears, {ends(found.measured)}.")
+        yaml.remark(f"Measured: the input of {measured_said(found)}.")
     if found.bytes is not None:
         yaml.remark(memory_said(found))
     yaml.section()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# ``owner/name`` on the hub.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from nsc_merge.utils.option_checks import is_hub_id
 
 
 class Use(NamedTuple):
@@ -54,11 +52,6 @@ def use_of(kind: str) -> Use | None:
     return None
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a base's name is ``owner/name``, and no folder here."""
-    return bool(name) and _HUB_ID.fullmatch(str(name)) is not None and not Path(str(name)).exists()
-
-
 @dataclass(frozen=True)
 class Base:
     """Where the base lies that an adapter is put on.
@@ -76,7 +69,10 @@ class Base:
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
         if name and Path(name).is_dir():
             return Base(str(Path(name).resolve()))
-        return Base(name, revision if isinstance(revision, str) else None) if is_hub_id(name) else Base(None)
+        if not is_hub_id(name, Path.cwd()):
+            return Base(None)
+        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        return Base(name, revision if isinstance(revision, str) else commit)
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,13 @@ class Saved:
         given = [quoted(str(self.base.name))]
         given += [] if self.base.revision is None else [f"revision={quoted(self.base.revision)}"]
         given += [*settings, "ignore_mismatched_sizes=True"] if settings else []
-        loaded = f"base_model = {self.auto}.from_pretrained({', '.join(given)})"
-        return [f"from transformers import {self.auto}", loaded]
+        return [f"from transformers import {self.auto}", f"base_model = {self._from_pretrained(given)}"]
+
+    def _from_pretrained(self, given: list[str]) -> str:
+        """The call, over several lines where there are settings."""
+        if len(given) == 1:
+            return f"{self.auto}.from_pretrained({given[0]})"
+        return "\n".join([f"{self.auto}.from_pretrained(", *(f"    {one}," for one in given), ")"])
 
     def with_a_head(self, file: str, labels: str, *, whole: bool) -> list[str]:
         """Lines that make ``model`` of it with a head that the base has no place for.
@@ -138,12 +139,11 @@ class Saved:
         put = f"model.load_state_dict(load_file({quoted(file)}), strict=False)"
         lines = ["from safetensors.torch import load_file", *labels_of(labels), f"from transformers import {self.auto}"]
         if self.format == "model":
-            given = ", ".join([self._quoted, *settings, "ignore_mismatched_sizes=True"])
-            return [*lines, f"model = {self.auto}.from_pretrained({given})", put]
+            return [*lines, f"model = {self._from_pretrained([self._quoted, *settings])}", put]
         onto = "model" if whole else "model.base_model"
         made = [line.replace("base_model =", "model =", 1) for line in self.base_model(settings)]
-        added = f"PeftModel.from_pretrained({onto}, {self._quoted})  # puts the adapter into model itself"
-        return [*lines, "from peft import PeftModel", *made, put, added]
+        # Not a PeftModel: that of the adapter's task type would take the class for another.
+        return [*lines, *made, put, f"{onto}.load_adapter({self._quoted})"]
 
     def using(self, *, made: bool) -> list[str]:
         """Lines that run it on an example; none where no tokenizer or processor lies beside it.
@@ -245,17 +245,15 @@ def putting(file: str, labels: str | None) -> list[str]:
     lines = ["import torch", "from safetensors.torch import load_file", _PUT.format(file=quoted(file))]
     if labels is None:
         return lines
-    named = [
-        "model.config.id2label = {int(number): label for number, label in labels.items()}",
-        "model.config.label2id = {label: number for number, label in model.config.id2label.items()}",
-    ]
-    return [*lines, *labels_of(labels), *named]
+    inverse = "{label: number for number, label in labels.items()}"
+    return [*lines, *labels_of(labels), f"model.config.id2label, model.config.label2id = labels, {inverse}"]
 
 
 def labels_of(file: str) -> list[str]:
     """Lines that make ``labels`` of the classes of a head."""
     opened = f'with open({quoted(file)}, encoding="utf-8") as file:'
-    return ["import json", f'{opened}\n    labels = json.load(file)["id2label"]']
+    numbered = '{int(number): label for number, label in json.load(file)["id2label"].items()}'
+    return ["import json", f"{opened}\n    labels = {numbered}"]
 
 
 def block(lines: Iterable[str]) -> str:

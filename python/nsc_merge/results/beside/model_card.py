@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
-from nsc_merge.results.beside.loading_code import Base, Saved, block, is_hub_id, putting, use_of
+from nsc_merge.results.beside.loading_code import Base, Saved, block, putting, use_of
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.yaml_text import to_yaml
+
+# What hubs take for the name of a licence.
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 def model_card(
@@ -62,7 +67,7 @@ def model_card(
         lines.append(_loading(result, one, heads, head, nested=nested))
     if heads:
         lines += _heads(result, saved, heads, head)
-    lines += [f"- {note}" for note in _remarks(result, formats, rank, licenses, heads)]
+    lines += [f"- {note}" for note in _remarks(result, formats, rank, licenses, heads, head)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -77,7 +82,7 @@ def _metadata(
     adapters = result.adapters.values()
     name = Base.of(result.model).name
     bases = [name, *(adapter.base_model for adapter in adapters)]
-    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base)))
+    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base, Path.cwd())))
     whole = "model" in formats
     if known and whole:
         fetched = (adapter.about.hub for adapter in adapters)
@@ -86,15 +91,25 @@ def _metadata(
     tag = use.tag if use else None
     if tag == "feature-extraction" and getattr(result.model, "main_input_name", "") == "pixel_values":
         tag = "image-feature-extraction"
-    agreed = set(licenses.values())
     return {
         **({"base_model": known if len(known) > 1 else known[0]} if known else {}),
         **({"base_model_relation": "merge" if whole else "adapter"} if known else {}),
         "library_name": "transformers" if whole else "peft",
         **({"pipeline_tag": tag} if tag else {}),
-        **({"license": agreed.pop() if len(agreed) == 1 else "other"} if agreed else {}),
+        **_license(set(licenses.values())),
         "tags": ["merge", "lora"],
     }
+
+
+def _license(said: set[str]) -> dict[str, str]:
+    """The one on which all agree, as hubs call it: they know a licence of another name as ``other``."""
+    if not said:
+        return {}
+    one = said.pop() if len(said) == 1 else ""
+    if _LICENSE.fullmatch(one):
+        return {"license": one}
+    named = one.removeprefix("other (").removesuffix(")")
+    return {"license": "other", **({"license_name": named} if _LICENSE.fullmatch(named) else {})}
 
 
 def _licenses(result: MergedUpdate) -> dict[str, str]:
@@ -207,7 +222,8 @@ def _found(result: MergedUpdate) -> list[str]:
     about = result.about or f"Method: `{result.method}`. All settings are in `recipe.yaml`."
     size = result.inputs.get(RECORD, {}).get("processes", 1)
     shared = [f"{size} processes shared the work, each holding a part of the base."] if size > 1 else []
-    return [about, "", *([f"{result.course}.", *shared] if result.course else shared)]
+    course = [f"{result.course}.", *shared] if result.course else shared
+    return [about, *(["", *course] if course else [])]
 
 
 def _remarks(
@@ -216,8 +232,11 @@ def _remarks(
     rank: int | None,
     licenses: Mapping[str, str],
     heads: Mapping[str, Head],
+    head: str | None,
 ) -> list[str]:
     remarks = serving_notes(result, rank) if "lora" in formats else []
+    if "lora" in formats and head is not None:
+        remarks.append(f"the adapter holds the head of {cell(head)} (modules_to_save), which not every server loads")
     if {"lora", "model"} & {*formats}:
         remarks += preprocessing_notes(result)
     quantised = result.inputs.get("quantization")
@@ -227,7 +246,7 @@ def _remarks(
         remarks.append("the base is quantised and the model is not: it holds the numbers that the base computes with")
     if licenses:
         silent = len(licenses) <= len(result.adapters)
-        said = ", ".join(f"{who}: {name}" for who, name in licenses.items())
+        said = ", ".join(f"{who}: {cell(name)}" for who, name in licenses.items())
         remarks.append(f"licences of the inputs, as their cards say: {said}" + "; the others say none" * silent)
     numbered = [task for task, head in heads.items() if head.labels and not head.named]
     if numbered:

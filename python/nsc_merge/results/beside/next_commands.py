@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.results.beside.loading_code import use_of
+from nsc_merge.results.beside.loading_code import quoted, use_of
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
 
@@ -46,7 +47,11 @@ def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, push
         # An adapter goes onto the base as it is: a head of its own needs more than a pipeline.
         if use is None or f"{place}{needed}" not in files or (format == "lora" and use.tag != "text-generation"):
             continue
-        called = f"pipeline({use.tag!r}, model={str(out / place)!r})({example!r})"
+        if use.tag == "text-generation" and f"{place}chat_template.jinja" in files:
+            told: str | list[dict[str, str]] = [{"role": "user", "content": "Hello!"}]
+        else:
+            told = example
+        called = f'pipeline("{use.tag}", model={quoted(str(out / place))})({json.dumps(told)})'
         found.append(shlex.join(["python", "-c", f"from transformers import pipeline; print({called})"]))
         break
     if not pushed:

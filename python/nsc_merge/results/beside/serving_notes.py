@@ -9,9 +9,9 @@ from torch import nn
 from nsc_merge.models.families import find_family
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
-# What vLLM (0.33) takes, as vllm/config/lora.py and vllm/lora say. alpha is r everywhere, so that the scaling is 1 for
-# releases that do not read rank_pattern, too. Linears that it packs (qkv_proj, gate_up_proj) it looks for under the names of
-# their parts, which are those of transformers.
+# What vLLM (0.33) takes, as vllm/config/lora.py and vllm/lora say. alpha is r everywhere, so that the scaling is 1 also
+# where rank_pattern is not read. What it packs (qkv_proj, gate_up_proj) it finds by the names of the parts,
+# which are those of transformers.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_HEADS = ("classifier", "score")
 # Decoders for which it has no LoRA on the head: it refuses the whole adapter.
@@ -74,8 +74,8 @@ def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
         outside = [path for path in paths if _LANGUAGE_MODEL not in path.split(".") and path not in heads]
         if outside:
             notes.append(
-                f"vLLM leaves out, without a word, the adapter's {len(outside)} modules outside the language model, such "
-                f"as {outside[0]}: save as a model to serve them, too"
+                f"vLLM leaves out, without a word, the {len(outside)} modules outside the language model, such as "
+                f"{outside[0]}: save as a model to serve them, too"
             )
     return notes
 

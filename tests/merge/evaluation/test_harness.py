@@ -1,0 +1,388 @@
+"""Tasks of the lm-evaluation-harness in evaluation recipes, from task files and data on disk."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import shutil
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from harness_cases import lay_out, questions, tokenizer
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from zoo import KINDS, build, write_adapter
+
+import nsc_merge
+from nsc_merge.commands.main import main
+from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.harness import measuring
+from nsc_merge.evaluation.harness.task_files import read_task_files, reads
+from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.recipes.yaml_keys import RecipeError
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory):
+    place = tmp_path_factory.mktemp("harness")
+    lay_out(place)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Offline, with a cache of its own, and without the harness's list of installed packages, which takes a second."""
+    import datasets.config
+    import lm_eval.evaluator
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The tasks of every call of the harness."""
+    made = []
+    original = lm_eval.simple_evaluate
+
+    def counted(**settings):
+        made.append([getattr(task, "task_name", getattr(task, "name", None)) for task in settings["tasks"]])
+        return original(**settings)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
+    return made
+
+
+@pytest.fixture
+def place(laid_out, tmp_path):
+    """A copy whose files a test may change."""
+    copied = tmp_path / "place"
+    shutil.copytree(laid_out, copied)
+    for file in (copied / "my_tasks").glob("*.yaml"):
+        file.write_text(file.read_text().replace(str(laid_out), str(copied)))
+    return copied
+
+
+def model_of(place, adapters=(), scale=1.0):
+    """By public pieces alone."""
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    if adapters:
+        folders = {str(number): place / "adapters" / name for number, name in enumerate(adapters)}
+        nsc_merge.merge(model, folders, method="task_arithmetic", scale=scale).apply(model)
+    return model
+
+
+@torch.no_grad()
+def log_likelihoods(model, ids):
+    """Of every token but the first."""
+    logs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].double()
+
+
+def accuracy(model, asked):
+    """Share of questions whose answer is the likeliest of the choices after the question."""
+    encode = tokenizer()
+    right = 0
+    for one in asked:
+        sums = []
+        for choice in one["choices"]:
+            ids = encode(f"{one['question']} {choice}", add_special_tokens=False)["input_ids"]
+            sums.append(log_likelihoods(model, ids)[-2:].sum().item())
+        right += sums.index(max(sums)) == one["answer"]
+    return right / len(asked)
+
+
+def word_perplexity(model, asked):
+    encode = tokenizer()
+    total, words = 0.0, 0
+    for one in asked:
+        ids = [encode.bos_token_id, *encode(one["question"], add_special_tokens=False)["input_ids"]]
+        total += log_likelihoods(model, ids).sum().item()
+        words += len(one["question"].split())
+    return math.exp(-total / words)
+
+
+def change(place, **values):
+    recipe = yaml.safe_load((place / "eval.yaml").read_text())
+    (place / "eval.yaml").write_text(yaml.safe_dump({**recipe, **values}, sort_keys=False))
+
+
+def rows(place):
+    document = json.loads((place / "out" / "results.json").read_text())
+    return {row["row"]: row["runs"][0] for row in document["rows"]}
+
+
+def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys, monkeypatch):
+    own = {**KINDS["llama"].inputs(0), "labels": KINDS["llama"].inputs(1)["input_ids"]}
+    with torch.no_grad():
+        own["labels"][:2, 1:] = model_of(place, ["text"])(**KINDS["llama"].inputs(0)).logits[:2, :-1].argmax(-1)
+    save_file(own, place / "own.safetensors")
+    nsc_merge.merge(model_of(place), {"quiz": place / "adapters" / "quiz"}, method="task_arithmetic", scale=0.5).save(
+        place / "merged", "model"
+    )
+    tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
+    tasks["text"]["limit"] = 20
+    tasks = {"own": {"adapter": "adapters/text", "test": "own.safetensors", "metric": "accuracy"}, **tasks}
+    methods = [{"method": "task_arithmetic", "name": "TA", "options": {"scale": 0.4}}, {"folder": "merged"}]
+    change(place, tasks=tasks, methods=methods)
+    recipe = str(place / "eval.yaml")
+    capsys.readouterr()
+    assert main(["eval", recipe]) == 0
+    shown = capsys.readouterr()
+    assert "\r" not in shown.err
+    assert "acc ↑  word_perplexity ↓" in shown.out
+    # One call where tasks share a model, one for each where every task has its own.
+    assert sorted(map(len, calls)) == [1, 1, 2, 2, 2]
+
+    asked = questions(3, 24)[:20]
+    found = rows(place)
+    for row, quiz, text in (
+        ("zero_shot", model_of(place), model_of(place)),
+        ("finetuned", model_of(place, ["quiz"]), model_of(place, ["text"])),
+        ("TA", *[model_of(place, ["text", "quiz", "text"], 0.4)] * 2),
+        ("merged", *[model_of(place, ["quiz"], 0.5)] * 2),
+    ):
+        metrics = found[row]["metrics"]
+        assert list(metrics) == ["own", "quiz", "text"]
+        assert metrics["quiz"] == pytest.approx(accuracy(quiz, asked)), row
+        assert metrics["text"] == pytest.approx(word_perplexity(text, asked), rel=1e-4)
+        with torch.no_grad():
+            predicted = text(**KINDS["llama"].inputs(0)).logits[:, :-1].argmax(-1)
+        assert metrics["own"] == pytest.approx((predicted == own["labels"][:, 1:]).float().mean().item())
+        share = metrics["quiz"]
+        record = found[row]["lm_eval"]
+        assert record["quiz"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+        assert record["quiz"] | {"stderr": None} == {
+            "metric": "acc",
+            "stderr": None,
+            "lower_is_better": False,
+            "samples": 20,
+            "version": 1.5,
+        }
+        assert record["text"]["lower_is_better"]
+    tuned = found["finetuned"]["metrics"]
+    percents = found["TA"]["normalised"]
+    assert percents["quiz"] == pytest.approx(100 * found["TA"]["metrics"]["quiz"] / tuned["quiz"])
+    assert percents["text"] == pytest.approx(100 * tuned["text"] / found["TA"]["metrics"]["text"])
+
+    document = json.loads((place / "out" / "results.json").read_text())
+    assert document["tasks"]["text"] == {"metric": "word_perplexity", "lower_is_better": True, "lm_eval": "text"}
+    assert document["versions"]["lm-eval"] == importlib.metadata.version("lm-eval")
+    assert "text (word_perplexity ↓)" in (place / "out" / "results.md").read_text()
+    lines = list(csv.DictReader((place / "out" / "results.csv").open()))
+    assert [line["stderr"] != "" for line in lines if line["row"] == "TA"] == [False, True, False]
+
+    # Nothing is measured again, but after a change of what is asked, or with another release of the harness.
+    calls.clear()
+    assert main(["eval", recipe]) == 0
+    assert calls == []
+    file = place / "my_tasks" / "test.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in questions(9, 24)))
+    assert main(["eval", recipe, "methods=[task_arithmetic]"]) == 0
+    assert len(calls) == 4
+    assert rows(place)["zero_shot"]["metrics"]["quiz"] == pytest.approx(
+        accuracy(model_of(place), questions(9, 24)[:20])
+    )
+    calls.clear()
+    monkeypatch.setattr("nsc_merge.evaluation.rows.fingerprint.measuring_versions", lambda recipe: {"lm-eval": "0"})
+    assert main(["eval", recipe, "methods=[task_arithmetic]"]) == 0
+    assert len(calls) == 4
+    capsys.readouterr()
+
+
+def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
+    tune = {"by": "metric", "coarse": [0.2, 1.0], "fine_step": None}
+    lines = [{"method": "task_arithmetic", "name": "TA", "tune": tune}]
+    tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
+    tasks["quiz"] |= {"num_fewshot": 1, "metric": "acc_norm", "limit": 0.5}
+    change(place, tasks={"quiz": tasks["quiz"]}, methods=lines)
+    assert main(["eval", str(place / "eval.yaml")]) == 0
+    suite = RecipeSuite(load_eval_recipe(place / "eval.yaml").at(0))
+    harness = measuring.Harness(load_eval_recipe(place / "eval.yaml").at(0), suite)
+    finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
+    own = harness.scores(finetuned, "val")["quiz"]
+    assert (own.samples, harness.scores(finetuned, "test")["quiz"].samples) == (4, 12)
+    trail = dict(rows(place)["TA"]["tuned"]["trail"])
+    for scale in (0.2, 1.0):
+        merged = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=scale)
+        # The same once more: what stands in front of a question is drawn alike every time.
+        for _ in range(2):
+            assert trail[scale] == pytest.approx(100 * harness.scores(merged, "val")["quiz"].value / own.value)
+    # Without examples, by hand.
+    change(place, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz"}})
+    recipe = load_eval_recipe(place / "eval.yaml").at(0)
+    measured = measuring.Harness(recipe, suite).scores(suite.model, "val")["quiz"].value
+    assert measured == pytest.approx(accuracy(model_of(place), questions(2, 8)))
+    capsys.readouterr()
+
+
+def test_an_output_layer_that_was_trained_is_measured_with_its_adapter(place, capsys):
+    write_adapter(
+        build("llama"), place / "adapters" / "text", 5, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    change(place, tasks={"text": {"adapter": "adapters/text", "lm_eval": "text"}})
+    assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
+    own = PeftModel.from_pretrained(model_of(place), place / "adapters" / "text").eval()
+    asked = questions(3, 24)
+    found = {row: run["metrics"]["text"] for row, run in rows(place).items()}
+    assert found["finetuned"] == pytest.approx(word_perplexity(own, asked), rel=1e-4)
+    assert found["zero_shot"] == pytest.approx(word_perplexity(model_of(place), asked), rel=1e-4)
+    capsys.readouterr()
+
+
+def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
+    group = {
+        "group": "both",
+        "task": ["quiz", {"task": "quiz_val", "include": "quiz.yaml"}],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    quiz = yaml.safe_load((place / "my_tasks" / "quiz.yaml").read_text())
+    other = {**quiz, "task": "quiz_val", "test_split": "validation"}
+    (place / "my_tasks" / "both.yaml").write_text(yaml.safe_dump({**group, "task": ["quiz", "quiz_val"]}))
+    (place / "my_tasks" / "quiz_val.yaml").write_text(yaml.safe_dump(other))
+    tasks = {
+        "all": {"adapter": "adapters/quiz", "lm_eval": "both"},
+        "quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz"},
+        "again": {"adapter": "adapters/quiz", "lm_eval": "quiz", "metric": "acc"},
+    }
+    change(place, tasks=tasks)
+    assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
+    found = rows(place)["zero_shot"]
+    asked = [*questions(3, 24), *questions(2, 8)]
+    assert found["metrics"]["all"] == pytest.approx(accuracy(model_of(place), asked))
+    assert found["lm_eval"]["all"]["samples"] == 32
+    assert found["metrics"]["quiz"] == found["metrics"]["again"] == pytest.approx(accuracy(model_of(place), asked[:24]))
+    # A task beside a group that holds it needs a call of its own; the same task twice does not.
+    assert calls[:2] == [["both"], ["quiz"]]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tasks.quiz.lm_eval=3"], "tasks.quiz.lm_eval: expected text, found 3"),
+        (["tasks.quiz.limit=0"], "limit: expected a whole number of at least 1, or a share below 1, found 0"),
+        (["tasks.quiz.num_fewshot=-1"], "tasks.quiz.num_fewshot: expected a whole number of at least 0, found -1"),
+        (["tasks.quiz.test=own.safetensors"], "tasks.quiz.test: no such key (keys: adapter, lm_eval, metric"),
+        (["tasks.quiz.adapter=null"], "tasks.quiz.adapter: expected a path, found none"),
+        (["lm_eval.include_path=nowhere"], "lm_eval.include_path: expected a folder of task files"),
+        (["lm_eval.batch_size=many"], "lm_eval.batch_size: expected a whole number of at least 1, found 'many'"),
+        (["lm_eval.tasks=quiz"], "lm_eval.tasks: no such key (keys: include_path, batch_size, apply_chat_template)"),
+        (["methods=[ensemble]"], "methods[0]: ensemble is the mean of the outputs of several models, and task quiz"),
+        (["methods=[nsc]"], "tasks.quiz.calibration: methods[0] (nsc) needs inputs of every task"),
+        (
+            ["methods=[{method: task_arithmetic, tune: loss}]"],
+            "methods[0].tune: task quiz (lm_eval) has no loss; use metric",
+        ),
+        (["joint=logits"], "joint: expected at least two tasks of metric accuracy, found 0"),
+    ],
+)
+def test_wrong_recipes_give_one_line_and_status_2(laid_out, monkeypatch, capsys, overrides, message):
+    monkeypatch.chdir(laid_out)
+    assert main(["eval", "eval.yaml", *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (laid_out / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tasks.quiz.metric=f1"], "tasks.quiz.metric: expected one of ['acc', 'acc_norm'], found 'f1'"),
+        (["tasks.quiz.metric='acc,strict'"], "tasks.quiz.metric: expected one of ['acc,none', 'acc_norm,none']"),
+        (
+            ["methods=[{method: task_arithmetic, tune: metric}]"],
+            "tune needs data beside those that are measured, and text of the harness (tasks.text) has test_split "
+            "'test' and validation_split None; give the scale as options.scale",
+        ),
+    ],
+)
+def test_what_the_harness_does_not_have_is_told_before_anything_is_written(place, capsys, overrides, message):
+    assert main(["eval", str(place / "eval.yaml"), *overrides]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (place / "out").exists()
+
+
+def test_a_base_without_tokenizer_or_words_is_refused(place, capsys):
+    (place / "base" / "tokenizer.json").unlink()
+    assert main(["eval", str(place / "eval.yaml")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"tasks.quiz.lm_eval: beside the base: {place / 'base'} holds no tokenizer" in line
+    assert line.endswith("tokenizer: FOLDER, under the key data")
+    vit = build("vit")
+    vit.save_pretrained(place / "vit")
+    write_adapter(vit, place / "adapters" / "image", 1, r=2, target_modules=["q_proj"])
+    change(place, model="vit", tasks={"image": {"adapter": "adapters/image", "lm_eval": "quiz"}})
+    assert main(["eval", str(place / "eval.yaml")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "tasks.image.lm_eval: expected a base that generates text, found ViTForImageClassification" in line
+
+
+def test_without_the_harness_the_way_to_it_is_told(laid_out, monkeypatch, capsys):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else original(name, *a))
+    assert main(["eval", str(laid_out / "eval.yaml")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tasks.quiz.lm_eval: needs the lm-evaluation-harness" in line
+    assert line.endswith("pip install 'nsc-kernels[eval]'")
+
+
+def test_the_network_is_left_open_only_for_tasks_whose_data_are_on_the_hub(laid_out, tmp_path):
+    recipe = laid_out / "eval.yaml"
+    assert load_eval_recipe(recipe).offline
+    assert not load_eval_recipe(recipe, ["tasks.quiz.lm_eval=arc_easy"]).offline
+    assert not load_eval_recipe(recipe, ["model=owner/name"]).offline
+
+    folder = tmp_path / "tasks"
+    (folder / "deep").mkdir(parents=True)
+    data = tmp_path / "data.csv"
+    data.write_text("a,b\n")
+    local = {"dataset_path": "csv", "dataset_kwargs": {"data_files": str(data)}}
+    written = {
+        "base": local,
+        "here": {"include": "base.yaml", "task": "here"},
+        "hub": {"include": "base.yaml", "task": "hub", "dataset_path": "owner/name"},
+        "folder": {"task": "folder", "dataset_path": str(folder)},
+        "link": {"task": "link", "dataset_path": "json", "dataset_kwargs": {"data_files": ["https://a.b/c.json"]}},
+        "gone": {"task": "gone", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "gone.json"}}},
+        "pair": {"group": "pair", "task": ["here", {"task": "folder", "num_fewshot": 2}]},
+        "mixed": {"group": "mixed", "task": ["pair", "hub"]},
+        "inner": {"group": "inner", **local, "task": [{"group": "sub", "task": ["here"]}, {"task": "x", "doc": 1}]},
+        "wide": {"group": "wide", "task": ["here", "arc_easy"]},
+    }
+    for name, config in written.items():
+        (folder / "deep" / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    (folder / "code.yaml").write_text("task: code\nclass: !function mine.Task\n")
+    (folder / "made.yaml").write_text("task: made\ncustom_dataset: !function mine.make\n")
+    known = read_task_files(folder)
+    found = {name: reads(name, known, name) for name in known if name != "gone"}
+    assert {name for name, one in found.items() if one.hub} == {"hub", "link", "mixed", "wide", "code"}
+    assert {name for name, one in found.items() if one.builtin} == {"wide"}
+    assert found["here"].files == (data,)
+    assert found["pair"].files == (data, folder)
+    assert found["inner"].files == (data, data)
+    with pytest.raises(RecipeError, match=r"tasks.gone: .*gone.yaml reads gone.json, which is missing"):
+        reads("gone", known, "tasks.gone")
+    (folder / "deep" / "base.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match=r"lm_eval.include_path: .*base.yaml"):
+        read_task_files(folder)
+    (folder / "deep" / "base.yaml").write_text("include: base.yaml")
+    with pytest.raises(RecipeError, match="base.yaml includes itself"):
+        read_task_files(folder)
+
+
+def test_what_is_measured_leaves_the_model_as_it_was(laid_out):
+    recipe = load_eval_recipe(laid_out / "eval.yaml").at(0)
+    suite = RecipeSuite(recipe)
+    before = {name: value.clone() for name, value in suite.model.state_dict().items()}
+    merged = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=0.7)
+    measuring.Harness(recipe, suite).scores(merged, "test")
+    assert all(torch.equal(value, before[name]) for name, value in suite.model.state_dict().items())
+    assert isinstance(suite.model, nn.Module)

@@ -1,0 +1,123 @@
+"""Adapters as vLLM's rules have them (vllm/config/lora.py and vllm/lora of 0.33), and notes where they are broken."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file
+
+import nsc_merge
+from nsc_merge.results.beside.serving_notes import serving_notes
+
+# What --max-lora-rank takes.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Parts of the linears that vLLM packs, and those that it keeps.
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def merge(kind, folder, ranks=(3, 4), **config):
+    model = zoo.build(kind)
+    settings = {"target_modules": zoo.KINDS[kind].targets, "lora_alpha": 6, **config}
+    adapters = {
+        f"t{seed}": zoo.write_adapter(model, folder / f"t{seed}", seed, r=rank, **settings)
+        for seed, rank in enumerate(ranks)
+    }
+    return nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "llava", "llama-cls"])
+def test_an_adapter_is_what_vllm_takes(kind, tmp_path):
+    """Its scaling is taken to be lora_alpha / r of the whole file by releases that read no patterns."""
+    pattern = {"rank_pattern": {r"layers\.1\.self_attn\.v_proj": 6}} if kind != "llava" else {}
+    result = merge(kind, tmp_path, use_rslora=True, **pattern)
+    out = result.save(tmp_path / "out", "lora")
+    config = json.loads((out / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert config["modules_to_save"] is None
+    assert config["bias"] == "none"
+    assert config["init_lora_weights"] is True
+    assert not any(config[key] for key in ("use_dora", "lora_bias", "use_rslora", "use_qalora", "layer_replication"))
+    assert config["lora_alpha"] == config["r"] == max(len(tensors[key]) for key in tensors if "lora_A" in key)
+    assert config["alpha_pattern"] == config["rank_pattern"]
+    assert all(type(rank) is int for rank in config["rank_pattern"].values())
+    flag = int(re.search(r"--enable-lora --max-lora-rank (\d+)$", serving_notes(result)[0])[1])
+    assert flag in RANKS
+    assert RANKS[RANKS.index(flag) - 1] < config["r"] <= flag
+    assert len(serving_notes(result)) == 1
+    for path in result.paths:
+        A, B = (tensors.pop(f"base_model.model.{path}.lora_{part}.weight").double() for part in "AB")
+        matching = [rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path)]
+        assert len(A) == (matching or [config["r"]])[0]
+        torch.testing.assert_close(B @ A, result.delta(path), rtol=1e-5, atol=1e-6)
+        assert path.rsplit(".", 1)[-1] in LINEARS
+        # Its mapper of LLaVA knows this beginning, and puts language_model.model in its place.
+        assert path.startswith("model.language_model.layers." if kind == "llava" else "model.layers.")
+    assert not tensors
+
+
+REFUSED = {
+    "biases": ("llama", {"lora_bias": True}, "the adapter has biases (lora_bias), which PEFT loads and vLLM does not"),
+    "head in full": (
+        "llama",
+        {"modules_to_save": ["lm_head"]},
+        "the adapter has modules_to_save (lm_head), which PEFT loads and vLLM does not",
+    ),
+    "LoRA on a head": (
+        "mistral",
+        {"target_modules": ["q_proj", "lm_head"]},
+        "the adapter has LoRA on lm_head, which vLLM does not load for mistral models",
+    ),
+    "images": (
+        "llava",
+        {"target_modules": ["q_proj", "linear_1"]},
+        "vLLM leaves out, without a word, the 4 modules outside the language model, such as "
+        "model.multi_modal_projector.linear_1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_vllm_refuses_or_passes_over_is_said_with_the_way_out(case, tmp_path):
+    kind, config, note = REFUSED[case]
+    result = merge(kind, tmp_path, **config)
+    _, *notes = serving_notes(result)
+    assert [one.split(": save as a model")[0] for one in notes] == [note]
+    assert note in (result.save(tmp_path / "out", "lora") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_a_head_with_lora_is_loaded_where_vllm_has_lora_for_it(kind, tmp_path):
+    pattern = ["q_proj", "lm_head"] if kind == "llama" else r".*language_model.*\.q_proj|lm_head"
+    assert len(serving_notes(merge(kind, tmp_path, target_modules=pattern))) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rank", "note"),
+    [
+        ((3, 5), None, "rank 8; vLLM: --enable-lora --max-lora-rank 8"),
+        ((4, 5), None, "rank 9; vLLM: --enable-lora --max-lora-rank 16"),
+        ((4, 5), 2, "rank 2; vLLM: --enable-lora --max-lora-rank 8"),
+        ((4, 5), 20, "rank 9; vLLM: --enable-lora --max-lora-rank 16"),
+        ((256, 64), None, "rank 320; vLLM: --enable-lora --max-lora-rank 320"),
+        ((256, 257), None, "rank 513, more than vLLM's 512: save with a smaller rank, or as a model"),
+        ((256, 257), 512, "rank 512; vLLM: --enable-lora --max-lora-rank 512"),
+    ],
+)
+def test_the_flag_is_the_smallest_that_holds_the_rank(ranks, rank, note, tmp_path):
+    assert serving_notes(merge("llama", tmp_path, ranks), rank) == [f"the adapter has {note}"]
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ({"lora_bias": True}, "the adapter has biases (lora_bias), which not every server loads"),
+        ({}, None),
+    ],
+)
+def test_a_model_that_vllm_does_not_serve_with_adapters_gets_no_word_of_it(config, note, tmp_path):
+    notes = serving_notes(merge("vit", tmp_path, **config))
+    assert notes == ["the adapter has rank 7", *([note] if note else [])]
