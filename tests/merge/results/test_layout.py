@@ -80,9 +80,9 @@ def test_updates_and_heads_of_two_tasks_are_saved_and_read_back(model, folders, 
     out = result.save(tmp_path / "out", "lora")
 
     class Suite:
-        tasks = adapters
+        pass
 
-    Suite.model = model
+    Suite.adapters, Suite.model = adapters, model
     for number, (task, one) in enumerate(open_saved(out, Suite).items()):
         for path in result.for_task(task).paths:
             torch.testing.assert_close(one.delta(path), result.for_task(task).delta(path), rtol=1e-6, atol=1e-6)
