@@ -1,10 +1,10 @@
 """Carries out a guide: its commands and its Python, in order, in a folder; and compares what they print with the page.
 
-In a guide, ``sh`` and ``python`` blocks are carried out. A ``text`` block after one is what it prints on standard output,
-where a line of three dots stands for any lines. ``console`` blocks need something that is not here, such as a GPU server or
-an account; their ``nsc-merge`` commands are parsed.
+In a guide, ``sh`` and ``python`` blocks are carried out. A ``text`` block after one is what it prints on standard
+output, where three dots stand for anything, a line of them for any lines. ``console`` blocks need something that is not
+here, such as a GPU server or an account; their ``nsc-merge`` commands are parsed.
 
-    python tests/guide_player.py docs/guides/text.md      # writes the page's text blocks anew, but for lines of dots
+    python tests/guide_player.py docs/guides/text.md      # writes the page's text blocks anew, if they have no dots
 """
 
 from __future__ import annotations
@@ -101,16 +101,18 @@ def agrees(expected: str, printed: str) -> bool:
     Times and sizes may differ, decimal numbers by 5 percent or 0.03: adapters that are trained on another processor are
     not the same to the last digit.
     """
-    wanted, found = _MASKED.sub("#", expected.strip()), _MASKED.sub("#", printed.strip())
+    wanted, found = (
+        [line.rstrip() for line in _MASKED.sub("#", text.strip()).splitlines()] for text in (expected, printed)
+    )
     parts = [
-        "(?:.*\n)*?" if line.strip() == "..." else re.escape(_DECIMAL.sub("\0", line.rstrip())) + r"\s*\n"
-        for line in wanted.splitlines()
+        "(?:.*\n)*?" if line == "..." else re.escape(_DECIMAL.sub("\0", line)).replace(r"\.\.\.", ".*") + "\n"
+        for line in wanted
     ]
     shape = re.compile("".join(re.sub("\0", lambda _: f"({_DECIMAL.pattern})", part) for part in parts))
-    matched = shape.fullmatch("".join(line.rstrip() + "\n" for line in found.splitlines()))
+    matched = shape.fullmatch("".join(f"{line}\n" for line in found))
     if matched is None:
         return False
-    numbers = [float(number) for line in wanted.splitlines() for number in _DECIMAL.findall(line)]
+    numbers = [float(number) for line in wanted for number in _DECIMAL.findall(line)]
     return all(
         math.isclose(number, float(other), rel_tol=0.05, abs_tol=0.03)
         for number, other in zip(numbers, matched.groups(), strict=True)
@@ -118,9 +120,9 @@ def agrees(expected: str, printed: str) -> bool:
 
 
 def rewritten(page: str, played: list[Block]) -> str:
-    """The page with what its blocks printed in place of text blocks without a line of dots."""
+    """The page with what its blocks printed in place of text blocks without dots."""
     for block in played:
-        if block.expected is not None and "\n...\n" not in f"\n{block.expected}":
+        if block.expected is not None and "..." not in block.expected:
             place = page.index(block.code)
             behind = page[place:].replace(f"```text\n{block.expected}```", f"```text\n{block.printed.strip()}\n```", 1)
             page = page[:place] + behind

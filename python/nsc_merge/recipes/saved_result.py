@@ -144,7 +144,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
     if missing:
         raise ValueError(f"result: {folder / COEFFICIENTS_FILE} and the adapters disagree on {missing[0]}")
     inputs = {key: value for key, value in written.items() if key not in _OF_THE_RESULT}
-    inputs[RECORD] = {"sha256": {"calibration": _mapping(known, "calibration", folder)}}
+    counts = _mapping(record, "samples", folder)
+    inputs[RECORD] = {"sha256": {"calibration": _mapping(known, "calibration", folder)}, "samples": counts}
     if type(record.get("processes")) is int:
         inputs[RECORD]["processes"] = record["processes"]
     return MergeResult(

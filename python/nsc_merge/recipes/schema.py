@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -33,7 +32,6 @@ _TEXT: Schema = {"type": "string", "minLength": 1}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 1}
 _NULL: Schema = {"type": "null"}
-_SIDES = ("truncation_side", "padding_side")
 # No option is called so, nor any value of one.
 _NOBODY = "\0"
 
@@ -115,7 +113,7 @@ def options_of(method: Method) -> Schema:
     for option in fields(method.options):
         if option.name in OPTIONS_OF_RUN or not (found := _of_type(hints[option.name])):
             continue
-        choices = _choices(option.name, partial(method.resolved, tasks=["task"]))
+        choices = _choices(method, option.name)
         if choices:
             found = [_enum(choices) if one == {"type": "string"} else one for one in found]
         # Of a recipe of the method's, the default is the recipe's.
@@ -139,14 +137,10 @@ def described(kind: type) -> dict[str, str]:
     return found
 
 
-def _choices(option: str, given: Callable[[dict[str, Any]], Any]) -> list[str]:
-    """The texts that an option may be, where there is a list of them: that which its check would say.
-
-    Args:
-        given: makes the options of those by name.
-    """
+def _choices(method: Method, option: str) -> list[str]:
+    """The texts that an option may be, where there is a list of them: that which its check would say."""
     try:
-        given({option: _NOBODY})
+        method.resolved({option: _NOBODY}, ["task"])
     except ChoiceError as error:
         return [one for one in error.choices if isinstance(one, str)] if error.name == option else []
     except (ValueError, TypeError):
@@ -219,7 +213,8 @@ def _data() -> dict[str, Schema]:
     kinds: dict[str, Schema] = {
         "max_length": _COUNT,
         "truncation": _FLAG,
-        **{name: _enum(_choices(name, lambda given: DataSettings(**given))) for name in _SIDES},
+        "truncation_side": _enum(SIDES),
+        "padding_side": _enum(SIDES),
         "samples": _or_null(_COUNT),
         "seed": {"type": "integer", "minimum": 0},
     }

@@ -17,6 +17,8 @@ from nsc_merge.utils.yaml_text import read_yaml, to_yaml
 
 # Configurations that name the folder which a model or a tokenizer was read from.
 _NAMING = ("adapter_config.json", "config.json", "tokenizer_config.json", "processor_config.json")
+# Keys of a recipe whose words may look like a path and are none.
+_TEXTS = ("labels", "text")
 # How a card's code names the folder of a format: as what is loaded, or as what is put on a model.
 _CODE = re.compile(r"```python\n.*?```", re.DOTALL)
 _PLACE = r'(from_pretrained\((?:[a-z_.]+, )?|model=){place}(?=[,)])'
@@ -158,7 +160,7 @@ def _names(recipe: Any) -> dict[str, str]:
 
 def _absolute(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [one for key, one in value.items() if key not in _TEXTS]
     if isinstance(value, list):
         for one in value:
             yield from _absolute(one)
@@ -198,7 +200,7 @@ def _json(file: Path, chosen: Callable[[str], bool]) -> str | None:
 def _named(value: Any, chosen: Callable[[str], bool], key: str = "") -> Any:
     """A value with the last part of every absolute path in the place of it, where ``chosen`` says so of its key."""
     if isinstance(value, dict):
-        return {name: _named(one, chosen, str(name)) for name, one in value.items()}
+        return {name: one if name in _TEXTS else _named(one, chosen, str(name)) for name, one in value.items()}
     if isinstance(value, list):
         return [_named(one, chosen, key) for one in value]
     if isinstance(value, str) and os.path.isabs(value) and chosen(key):

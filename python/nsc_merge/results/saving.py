@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
@@ -121,7 +122,9 @@ def save(
         written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
         places = {Path(path) for path in written}
         left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), places)}
-        document = recipe_of(result, digest, sorted(written | left))
+        named = {"labels": {task: list(names) for task, names in labels.items()}} if labels else {}
+        told = replace(result, inputs={**result.inputs, **named})
+        document = recipe_of(told, digest, sorted(written | left))
         (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
     return sorted(written)
 

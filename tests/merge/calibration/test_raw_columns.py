@@ -120,6 +120,7 @@ def test_numbers_are_text_and_nothing_else_is():
 
 def test_rows_of_blank_text_give_no_sample():
     assert Columns(text="text").sample({"text": " \n"}, "row") is None
+    assert Columns(text="text").sample({"text": None}, "row") is None
     template = Template.parse("Q: {q} A: {a}", ["q", "a"], "data")
     assert Columns(text=template).sample({"q": "", "a": " "}, "row") is None
     assert Columns(text=template).sample({"q": "", "a": "x"}, "row").text == "Q:  A: x"
@@ -129,6 +130,9 @@ def test_rows_of_blank_text_give_no_sample():
         Columns(image="image").sample({"image": None}, "row")
     with pytest.raises(ValueError, match="^row: lacks the column 'messages'"):
         Columns(messages="messages").sample({}, "row")
+    for row in ({}, {"text": float("nan")}):
+        with pytest.raises(ValueError, match="^row: holds nothing in column 'text'; expected text"):
+            Columns(text="text").sample(row, "row")
 
 
 def test_both_forms_of_chats_are_one():

@@ -321,7 +321,7 @@ def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava):
         assert (ids == IMAGE).sum() == IMAGE_TOKENS
         assert len(ids) <= IMAGE_TOKENS + 5
     assert max(batch["input_ids"].shape[1] for batch in batches) == IMAGE_TOKENS + 5
-    with pytest.raises(ValueError, match=r"row \d: expected at most 5 tokens, found \d; truncation: true cuts them"):
+    with pytest.raises(ValueError, match=r"row \d: expected at most 5 tokens, found \d; give a larger max_length"):
         made(pairs, llava, max_length=5, truncation=False)
     with pytest.raises(ValueError, match=r"row \d: 2 tokens of text would cut an image off; expected a larger"):
         made(pairs, llava, max_length=2)

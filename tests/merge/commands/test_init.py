@@ -154,10 +154,11 @@ def test_what_was_found_of_tasks_is_said(at, capsys):
     assert found["tasks"]["one"]["alpha"] == 6
     assert found["tasks"]["one"]["targets"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert found["tasks"]["one"]["heads"] == ["classifier"]
-    assert found["data"]["one"]["found"] == "6 images"
+    assert found["data"]["one"]["found"].startswith("6 images, such as ")
     assert found["warnings"] == []
     text = Path("recipe.yaml").read_text(encoding="utf-8")
-    assert "rank 3, alpha 6, 12 modules: k_proj, o_proj, q_proj, v_proj" in text
+    assert "all touch 12 modules: k_proj, o_proj, q_proj, v_proj." in " ".join(text.replace("#", "").split())
+    assert "  one: adapters/one  # rank 3, alpha 6\n" in text
     assert "# Classes of one, as its folder says: cat, dog." in text
     assert "#   two: [first, second]" in text
     assert written()["output"] == {"dir": "merged", "formats": ["lora", "model"], "head": "one"}
@@ -169,7 +170,7 @@ def test_a_question_and_its_answer_are_the_text(at, capsys):
     shown = capsys.readouterr().out
     assert written()["data"]["text"] == "{question}\n{answer}"
     assert 'text: "{question}\\n{answer}"  #' in Path("recipe.yaml").read_text(encoding="utf-8")
-    assert "12 rows, a template over question, answer, about 3 tokens each" in shown
+    assert "12 rows of question, answer; a template over question, answer, about 3 tokens each" in shown
     # The recipe's own words mean the same in a run.
     recipe = load_recipe("recipe.yaml")
     assert recipe.calibration["one"].settings.text == "{question}\n{answer}"
@@ -232,7 +233,8 @@ def test_without_data_a_method_is_chosen_that_needs_none(at, capsys, count, scal
     for name in names:
         shutil.copytree(place / "adapters" / "one", place / "copies" / name, dirs_exist_ok=True)
     assert main(["init", *(f"copies/{name}" for name in names), "--base", "base"]) == 0
-    assert "Chosen since no data was given" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nsc, regmean and match choose coefficients by unlabelled data, and none was given" in shown
     document = written()
     assert document["method"] == "task_arithmetic"
     assert document["options"] == {"scale": scale}
@@ -268,8 +270,9 @@ def test_another_base_than_the_adapters_name_is_a_warning(at, capsys):
     shutil.copytree(place / "base", place / "moved", dirs_exist_ok=True)
     assert main(["init", "adapters/one", "--base", "moved"]) == 0
     shown = capsys.readouterr().out
-    assert f"warning   one: says that it was trained on {place / 'base'}, not on {place / 'moved'}" in shown
-    assert "# WARNING one: says" in Path("recipe.yaml").read_text(encoding="utf-8")
+    named = f"warning   one: trained on {place / 'base'}, by the adapter's own word, and not on {place / 'moved'}; if"
+    assert named in shown
+    assert "# WARNING one: trained on" in Path("recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_dora_is_converted_and_said(at):
@@ -278,6 +281,27 @@ def test_dora_is_converted_and_said(at):
     assert main(["init", "dora/one", "--base", "base"]) == 0
     assert written()["dora"] == "convert"
     assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
+
+
+def test_where_no_usual_linear_has_an_adapter_others_are_measured(at, capsys):
+    place = at("llama")
+    write_adapters(place / "base", place / "mlp", "llama", target_modules=["up_proj"])
+    assert main(["init", "mlp/one", "mlp/two", "--base", "base", "--data", "prompts.jsonl"]) == 0
+    assert "measured  the input of model.layers.2.mlp.up_proj\n" in capsys.readouterr().out
+    assert written()["options"]["score_modules"] == ["up_proj"]
+    assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured_modules"] == ["model.layers.2.mlp.up_proj"]
+
+
+def test_a_quantised_base_is_not_written_as_a_model(at, capsys):
+    place = at("llama")
+    base = shutil.copytree(place / "base", place / "packed", dirs_exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    assert main(["init", "adapters/one", "--base", "packed"]) == 0
+    assert "quantised (bitsandbytes)" in capsys.readouterr().out
+    assert written()["output"]["formats"] == ["lora"]
 
 
 def test_the_schema_lies_beside_and_is_named_in_front(at, capsys):
@@ -333,6 +357,7 @@ def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
         (["adapters/one", "adapters/one", "--base", "base"], "is given twice"),
         (["x=adapters/one", "x=adapters/two", "--base", "base"], "'x' for several"),
         ([*ADAPTERS, "--data", "./nothing.jsonl"], "--data: ./nothing.jsonl is missing"),
+        ([*ADAPTERS, "--data", "elsewhere/nothing.jsonl"], "--data: elsewhere/nothing.jsonl is missing"),
         ([*ADAPTERS, "--data", "tow=prompts.jsonl"], "--data: 'tow' is no task; did you mean two?"),
         ([*ADAPTERS, "--data", "one=prompts.jsonl"], "nothing is given for task 'two'"),
         ([*ADAPTERS, "--data", "prompts.jsonl", "--data", "one=prompts.jsonl"], "expected one of them"),
@@ -424,11 +449,14 @@ def test_weights_are_not_read(at, tmp_path, capsys):
 
 
 TEXTS = st.text(max_size=30)
-VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False))
+KEYS = st.one_of(TEXTS.filter(bool), st.text(min_size=120, max_size=200))
+# A task's data with keys of its own, too.
+OWN = st.fixed_dictionaries({"source": TEXTS, "text": TEXTS})
+VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False), OWN)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(TEXTS.filter(bool), VALUES, TEXTS), max_size=3))
+@given(st.lists(st.tuples(KEYS, VALUES, TEXTS), max_size=3))
 def test_comments_never_change_what_is_written(rows):
     entries = {key: (value, note) for key, value, note in rows}
     made = Yaml()

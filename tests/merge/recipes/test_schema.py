@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from cli_cases import make_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import build
 
 from nsc_merge.commands import run
 from nsc_merge.methods import METHODS
@@ -25,6 +28,7 @@ from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, PLACEMENT_KEYS
 from nsc_merge.recipes.schema import described, schema
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN
 from nsc_merge.utils.errors import UsageError
+from nsc_merge.utils.option_checks import ChoiceError
 from nsc_merge.utils.yaml_text import from_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -42,6 +46,14 @@ def complaints(document) -> list[str]:
 def options(method: str) -> dict:
     rule = next(rule for rule in SCHEMA["allOf"] if rule["if"]["properties"]["method"]["const"] == method)
     return rule["then"]["properties"]["options"]["properties"]
+
+
+def test_what_a_check_refuses_says_what_it_would_take():
+    message = r"^dead: expected one of \['init', 'tie_previous', 'zero'\], found 'x'$"
+    with pytest.raises(ChoiceError, match=message) as caught:
+        METHODS["nsc"].resolved({"dead": "x"}, ["a"])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.name, again.choices) == (str(caught.value), "dead", ["init", "tie_previous", "zero"])
 
 
 def test_it_is_a_schema_of_its_draft():
@@ -150,10 +162,11 @@ def test_nothing_is_required_but_model_adapters_and_output():
         assert complaints(without) == [f": {name!r} is a required property"]
 
 
-def test_the_recipes_of_help_and_documents_are_taken():
+def test_the_recipes_of_help_documents_and_tests_are_taken(tmp_path):
     shown = [yaml.safe_load(block) for block in recipes_in(run._RUN)]
     assert len(shown) == 1
-    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests" / "merge").rglob("*.py")):
+    shown.append(yaml.safe_load((make_place(build("llama-cls"), tmp_path) / "recipe.yaml").read_text()))
+    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")):
         if file.exists():
             shown += [yaml.safe_load(block) for block in recipes_in(file.read_text(encoding="utf-8"))]
     for document in shown:

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import replace
 
+import peft
 import pytest
 import served_cases
 import torch
@@ -127,6 +128,12 @@ def test_a_head_that_was_put_in_is_served_with_its_labels(classifier, tmp_path):
     adapter = json.loads((out / "lora" / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["classifier" if kind == "vit" else "score"]
     assert adapter["task_type"] == (None if kind == "vit" else "SEQ_CLS")
+    if kind == "llama-cls":
+        auto = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+            out / "lora", num_labels=4, ignore_mismatched_sizes=True
+        )
+        torch.testing.assert_close(zoo.outputs(auto, inputs), wanted, rtol=1e-4, atol=1e-5)
+        assert "needs `num_labels=4, ignore_mismatched_sizes=True`" in (out / "README.md").read_text()
     # What was handed over stays as it was.
     assert len(result.model.config.id2label) == (2 if kind == "vit" else 3)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as tf
+import yaml
 import zoo
 
 import nsc_merge
@@ -74,6 +75,9 @@ def test_a_head_is_described_beside_its_weights(result, tmp_path):
         "label2id": {"é": 0, "x/y": 1, "z": 2},
         "problem_type": None,
     }
+    recorded = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recorded["labels"] == {"a": ["é", "x/y", "z"]}
+    assert {"heads/a.json", "heads/a.safetensors"} <= set(recorded["record"]["files"])
     # What another merge left there goes.
     without = {name: replace(one, trained={}) for name, one in result.adapters.items()}
     replace(result, adapters=without).scaled(0.5).save(out, "lora")

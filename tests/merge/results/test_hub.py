@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -169,6 +170,14 @@ def test_a_name_that_only_ends_like_a_path_stays(merged, tmp_path):
     (out / "README.md").write_text(card)
     told = pushed_files(out, REPO)["README.md"].decode()
     assert told.endswith(f"\norg{merged[0]}/base and {merged[0]}/base-2 and base.\n")
+
+
+def test_words_that_look_like_a_path_are_none(merged, tmp_path):
+    inputs = {"labels": {"one": ["/r/cats", "/r/dogs"]}, "data": {"text": "/{question}", "tokenizer": "/home/x/words"}}
+    result = dataclasses.replace(merged[1], inputs=inputs)
+    out = result.save(tmp_path / "out", "lora", head="one", labels={"one": ["/r/cats", "/r/dogs"]})
+    told = yaml.safe_load(pushed_files(out, REPO)["recipe.yaml"])
+    assert (told["labels"], told["data"]) == (inputs["labels"], {"text": "/{question}", "tokenizer": "words"})
 
 
 def test_private_and_a_branch(saved, hub):

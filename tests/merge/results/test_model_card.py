@@ -100,6 +100,53 @@ def test_names_break_neither_metadata_nor_tables(model, folders, tmp_path):
     assert text.count("\n# ") == 1
 
 
+@pytest.mark.parametrize(
+    ("licenses", "told", "said"),
+    [
+        (("mit", None, None), {"license": "mit"}, "`plain`: mit; the others say none"),
+        (("mit", "mit", "mit"), {"license": "mit"}, "the base: mit, `plain`: mit, `mixed`: mit"),
+        (("mit", "gpl-3.0", None), {"license": "other"}, "`plain`: mit, `mixed`: gpl-3.0; the others say none"),
+        (("other (llama3)", None, None), {"license": "other", "license_name": "llama3"}, "`plain`: other (llama3)"),
+        (("My Own", None, None), {"license": "other"}, "`plain`: My Own"),
+        ((None, None, None), {}, None),
+    ],
+)
+def test_a_licence_is_given_where_all_agree(model, folders, tmp_path, licenses, told, said):
+    *own, base = licenses
+    adapters = {
+        task: replace(nsc_merge.load_adapter(folders[task], task), about=About(license=license))
+        for task, license in zip(("plain", "mixed"), own, strict=True)
+    }
+    (tmp_path / "base").mkdir()
+    if base is not None:
+        (tmp_path / "base" / "README.md").write_text(f"---\nlicense: {base}\n---\n")
+    model.config._name_or_path = str(tmp_path / "base")
+    out = nsc_merge.merge(model, adapters, method="task_arithmetic").save(tmp_path / "out", "lora")
+    assert {key: value for key, value in metadata(out).items() if key.startswith("license")} == told
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert (f"- licences of the inputs, as their cards say: {said}" in card) if said else ("- licences" not in card)
+
+
+def test_bases_are_named_where_they_are_of_the_hub(model, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters = {task: nsc_merge.load_adapter(folders[task], task) for task in ("plain", "mixed")}
+    bases = {"plain": "org/base", "mixed": str(tmp_path)}
+    named = {
+        task: replace(adapter, base_model=bases[task], about=About(hub=f"me/{task}@abc"))
+        for task, adapter in adapters.items()
+    }
+    result = nsc_merge.merge(model, named, method="task_arithmetic")
+    told = metadata(result.save(tmp_path / "lora", "lora"))
+    assert (told["base_model"], told["base_model_relation"]) == ("org/base", "adapter")
+    told = metadata(result.save(tmp_path / "model", "model"))
+    assert told["base_model"] == ["org/base", "me/plain", "me/mixed"]
+    assert (told["base_model_relation"], told["library_name"]) == ("merge", "transformers")
+    monkeypatch.setattr(model.config, "_name_or_path", "org/other")
+    assert metadata(result.save(tmp_path / "two", "lora"))["base_model"] == ["org/other", "org/base"]
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert 'base_model = AutoModel.from_pretrained("org/other")' in card
+
+
 @pytest.mark.parametrize("kind", ["vit", "clip", "dinov2", "llama-cls", "llama", "llava"])
 def test_flags_of_vllm_are_told_for_what_vllm_serves(kind, tmp_path):
     model = build(kind)

@@ -367,7 +367,7 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
         assert {file.name for file in out.iterdir()} == {
             *("README.md", "recipe.yaml", "adapter_config.json", "adapter_model.safetensors"),
         }
-        assert "save it beside the model with its save_pretrained" in (out / "README.md").read_text()
+        assert "put it there with its save_pretrained" in (out / "README.md").read_text()
 
 
 def test_the_files_go_with_the_merge_that_brought_them(llama, tmp_path):
@@ -381,7 +381,7 @@ def test_the_files_go_with_the_merge_that_brought_them(llama, tmp_path):
         *("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "vocab.json"),
     }
     card = (out / "README.md").read_text()
-    assert "- the base's folder holds no tokenizer and no processor: pipeline() and servers need one here" in card
+    assert "- the base's folder holds no tokenizer and no processor: pipelines and servers need one" in card
 
 
 def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, monkeypatch):

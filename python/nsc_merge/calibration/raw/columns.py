@@ -109,7 +109,7 @@ class Columns:
         return ", ".join(one for one in (text, chat, image) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
-        """What a row gives; None where its text is blank and it holds no image.
+        """What a row gives; None where its text is blank, or null, and it holds no image.
 
         Raises:
             ValueError: naming row and column, what was found and what was expected.
@@ -127,7 +127,8 @@ class Columns:
             text = self.text.fill(row, where)
             blank = not any(str(row[name]).strip() for name in self.text.columns)
         else:
-            text = text_of(row, self.text, where)
+            null = self.text in row and row[self.text] is None
+            text = "" if null else text_of(row, self.text, where)
             blank = not text.strip()
         if blank and images:
             raise ValueError(f"{where}: holds an image and no text in {self.said()}")
@@ -185,9 +186,10 @@ def text_of(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, str):
         return value
-    if isinstance(value, (bool, int, float)):
+    nothing = value is None or value != value
+    if isinstance(value, (bool, int, float)) and not nothing:
         return str(value)
-    if column not in row or value is None:
+    if nothing:
         raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
     hint = f"; write messages: {column}" if is_chat(value) else ""
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")

@@ -78,9 +78,10 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         )
         config, forward = found.config, _class(found).forward
     else:
-        config, forward = getattr(base, "config", None), base.forward
-        if config is None:
-            raise ValueError(f"model: expected a model of transformers, found {type(base).__name__}")
+        config, forward = getattr(base, "config", None), getattr(base, "forward", None)
+        if config is None or forward is None:
+            given = type(base).__name__
+            raise ValueError(f"model: expected a model of transformers, its folder or its hub id, found {given}")
         name = str(getattr(config, "_name_or_path", "") or "")
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)

@@ -17,7 +17,9 @@ def base_said(found: Findings) -> str:
 
 def memory_said(found: Findings) -> str:
     there = f" of {size_said(found.device_bytes)}" if found.device_bytes else ""
-    taken = f"{size_said(found.bytes or 0)}{there} of memory and {(found.operations or 0) / 1e9:.3g} GFLOP"
+    count = found.operations or 0
+    operations = f"{count / 1e12:.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:.3g} GFLOP"
+    taken = f"{size_said(found.bytes or 0)}{there} of memory and {operations}"
     return f"By formula a step takes {taken}; the dry run measures how long that is."
 
 
@@ -82,7 +84,7 @@ def render(found: Findings, out: str, command: str) -> str:
     for number, task in enumerate(found.tasks):
         heads = found.heads.get(task.name)
         head = f"; its head: {', '.join(heads)}" if heads else ""
-        lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}{head}")
+        lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}, {task.modules}{head}")
     said = {name: one.said for name, one in found.data.items()}
     if len({one.source for one in found.data.values()}) == 1 < len(said):
         said = {"for all": next(iter(said.values()))}

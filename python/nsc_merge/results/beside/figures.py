@@ -83,7 +83,8 @@ def data_table(result: MergedUpdate) -> list[str]:
         found = digests.get(task) or {}
         digest = found.get("samples") or (next(iter(found.values())) if len(found) == 1 else None)
         shown = f"`{digest[:16]}`" if isinstance(digest, str) else "in `recipe.yaml`" if found else ""
-        lines.append(f"| {cell(task)} | {cell(shortened(str(name)))} | {counts.get(task, '')} | {shown} |")
+        count = counts[task] if isinstance(counts.get(task), int) else ""
+        lines.append(f"| {cell(task)} | {cell(shortened(str(name)))} | {count} | {shown} |")
     return lines
 
 

@@ -102,7 +102,11 @@ def _placed(result: MergedUpdate, task: str, tensors: Mapping[str, Tensor]) -> H
         return Head(tensors, class_name(model), layer, problem_type=problem)
     for kind in _classifiers_of(model):
         for count in sorted({value.shape[0] for value in tensors.values() if value.dim() > 1}):
-            twin = _empty(kind, model, {"num_labels": count})
+            try:
+                twin = _empty(kind, model, {"num_labels": count})
+            except Exception:
+                # A class may want more of a configuration than the base's says, in any way that it likes.
+                break
             prefix = f"{twin.base_model_prefix}."
             places = {name: value for name, value in twin.named_parameters() if not name.startswith(prefix)}
             if {name: value.shape for name, value in places.items()} == {n: v.shape for n, v in tensors.items()}:

@@ -237,6 +237,12 @@ def _remarks(
     remarks = serving_notes(result, rank) if "lora" in formats else []
     if "lora" in formats and head is not None:
         remarks.append(f"the adapter holds the head of {cell(head)} (modules_to_save), which not every server loads")
+        count, own = len(heads[head].labels), getattr(getattr(result.model, "config", None), "num_labels", None)
+        if count not in (0, own):
+            remarks[-1] += (
+                "; the base's is of another size, so that `AutoPeftModel...from_pretrained` needs "
+                f"`num_labels={count}, ignore_mismatched_sizes=True`"
+            )
     if {"lora", "model"} & {*formats}:
         remarks += preprocessing_notes(result)
     quantised = result.inputs.get("quantization")

@@ -65,7 +65,7 @@ def norm_kept(result: MergedUpdate) -> Kept:
 
 
 def inner_products(factors: Sequence[Factor]) -> Tensor:
-    """Inner products (Frobenius) of the updates of one linear with each other, in float64, on the CPU.
+    """Inner products (Frobenius) of the updates of one linear with each other, on the CPU.
 
     Of low-rank updates they follow from products of the factors, no larger than the sum of the ranks: ``<B A, D C>`` is
     the sum of the entries of ``(B^T D) * (A C^T)``.
@@ -76,16 +76,19 @@ def inner_products(factors: Sequence[Factor]) -> Tensor:
     owner = torch.repeat_interleave(torch.tensor([factor.rank for factor in factors]))
     blocks = torch.nn.functional.one_hot(owner, len(factors)).double()
     gram = blocks.t() @ ((B.t() @ B) * (A @ A.t())).cpu() @ blocks
+    single_A, single_B = A.float(), B.float()
     for number, factor in enumerate(factors):
         if factor.dense is None:
             continue
+        # In single precision, whose error is no figure of a card: it would take as long again as writing the update.
         for begin in range(0, B.shape[0], _ROWS):
-            rows = factor.scaling * factor.dense[begin : begin + _ROWS].to(place, torch.float64)
-            with_low_rank = blocks.t() @ ((B[begin : begin + _ROWS].t() @ rows) * A).sum(1).cpu()
+            rows = factor.scaling * factor.dense[begin : begin + _ROWS].to(place, torch.float32)
+            read = (single_B[begin : begin + _ROWS].t() @ rows).mul_(single_A).sum(1, dtype=torch.float64)
+            with_low_rank = blocks.t() @ read.cpu()
             gram[number] += with_low_rank
             gram[:, number] += with_low_rank
             for other, second in enumerate(factors):
                 if second.dense is not None:
-                    same = second.scaling * second.dense[begin : begin + _ROWS].to(place, torch.float64)
-                    gram[number, other] += float((rows * same).sum())
+                    same = second.scaling * second.dense[begin : begin + _ROWS].to(place, torch.float32)
+                    gram[number, other] += float((rows * same).sum(dtype=torch.float64))
     return gram

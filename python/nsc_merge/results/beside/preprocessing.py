@@ -81,7 +81,7 @@ def _absence(model: nn.Module) -> str:
         where = f"no tokenizer or processor of {name} was found, or none could be fetched, at the base's commit"
     else:
         where = "the base's folder holds no tokenizer and no processor"
-    return f"{where}: pipeline() and servers need one here, so save it beside the model with its save_pretrained"
+    return f"{where}: pipelines and servers need one beside the merge, so put it there with its save_pretrained"
 
 
 class _Tokenizer(NamedTuple):

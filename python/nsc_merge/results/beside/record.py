@@ -51,8 +51,9 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     if commit or fetched:
         hub = {"model": f"{model}@{commit}"} if commit else {}
         record["hub"] = {**hub, **({"adapters": fetched} if fetched else {})}
-    if "processes" in told:
-        record["processes"] = told["processes"]
+    for key in ("samples", "processes"):
+        if told.get(key):
+            record[key] = told[key]
     if not base and model and Path(model).is_dir():
         # Loaded by the caller, who knows when.
         sha256, headers = _by_kind(digests(Path(model), quick))
