@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,21 @@ def test_the_operator_example_runs() -> None:
     assert names["omega"].shape == (32, 197, 6)
     assert names["z"].grad.shape == names["z"].shape
     assert names["lam"].grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_it_opens_with_the_commands_that_the_guide_carries_out() -> None:
+    block = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[0]
+    guide = (README.parent / "docs" / "guides" / "text.md").read_text(encoding="utf-8")
+    way = guide[guide.index("## Three commands") : guide.index("## Serving it")]
+    carried_out = [shlex.split(code) for code in re.findall(r"```sh\n(.*?)```", way, re.S)]
+    shown = [shlex.split(line, comments=True) for line in block.splitlines()]
+    # The guide takes fewer steps.
+    assert shown == [[word for word in words if not word.startswith("options.")] for words in carried_out]
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_links_lead_somewhere() -> None:
+    for file in (README, *(README.parent / "docs" / "guides").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (file.parent / target).exists(), f"{file.name}: {target}"

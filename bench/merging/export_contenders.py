@@ -66,7 +66,7 @@ def make_adapters(base: Path, folder: Path, tasks: int, modules: str) -> None:
             factors[path] = Factor(A, 0.02 * torch.randn(linear.out_features, RANK, generator=generator), 1.0)
         place = folder / f"t{task}"
         place.mkdir(parents=True)
-        write_adapter(place, factors, {}, str(base))
+        write_adapter(place, factors, {}, {"base_model_name_or_path": str(base)})
     folders = {place.name: place for place in adapters_in(folder)}
     merged = nsc_merge.merge(model, folders, method="task_arithmetic", scale=1.0)
     merged.save(folder / "merged", "coefficients")

@@ -49,7 +49,7 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
 
 
 def read_headers(folder: Path, name: str) -> AdapterFiles:
-    """As :func:`read_folder`, with tensors on the meta device and no digests: of the weights their header alone is read.
+    """As :func:`read_folder`, with tensors on the meta device and no digests: of the weights only the header is read.
 
     Raises:
         FileNotFoundError, ValueError: as there.

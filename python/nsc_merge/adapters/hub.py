@@ -12,7 +12,12 @@ from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from nsc_merge.adapters.weights_beside import CONVERTED
 from nsc_merge.utils.errors import hub_problem
 
-READ = (CONFIG_FILE, WEIGHTS_FILE, CONVERTED, "README.md", "config.json")
+# The card and the configuration tell licence and labels; a tokenizer is compared with the base's.
+READ = (
+    *(CONFIG_FILE, WEIGHTS_FILE, CONVERTED),
+    *("README.md", "config.json"),
+    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
+)
 _MOST_SHOWN = 5
 
 

@@ -93,6 +93,7 @@ def _is_offline(result: Path) -> bool:
 
 def _write(arguments: argparse.Namespace) -> None:
     from nsc_merge.recipes.saved_result import load_result
+    from nsc_merge.results.beside.preprocessing import preprocessing_notes
     from nsc_merge.results.beside.serving_notes import serving_notes
 
     result = load_result(arguments.result, numbers=False, trust_remote_code=arguments.trust_remote_code)
@@ -105,9 +106,9 @@ def _write(arguments: argparse.Namespace) -> None:
         labels=result.inputs.get("labels"),
     )
     print(f"written to {arguments.out}")
-    if arguments.format == "lora":
-        for note in serving_notes(result, arguments.rank):
-            print(note)
+    notes = serving_notes(result, arguments.rank) if arguments.format == "lora" else []
+    for note in [*notes, *preprocessing_notes(result)]:
+        print(note)
     errors = {} if arguments.rank is None else result.rank_errors(arguments.rank)
     # There are none where adapters trained linears in full only.
     if errors:

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
+from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.calibration_keys import CalibrationSource, check_there
 from nsc_merge.recipes.placement_keys import Placed
 from nsc_merge.recipes.yaml_keys import RecipeError
 
 SEED = "{seed}"
-TASK_PATHS = ("adapter", "test", "validation", "calibration")
+LABELLED = ("test", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +24,27 @@ class MeasuredTask:
 
     Attributes:
         name: of the task.
-        adapter: PEFT folder.
-        calibration: unlabelled inputs for methods that need data.
+        adapter: PEFT folder, or place on the hub.
+        calibration: unlabelled inputs for methods that need data: raw data, a safetensors file of stacked inputs, or a
+            folder of batches.
     """
 
     name: str
-    adapter: Path
-    calibration: Path | None = None
+    adapter: Path | HubAdapter
+    calibration: CalibrationSource | None = None
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Key -> path, of all that the task reads."""
-        return {key: path for key in TASK_PATHS if (path := getattr(self, key, None)) is not None}
+        """Key -> path, of all that the task reads on disk."""
+        adapter = {"adapter": self.adapter} if isinstance(self.adapter, Path) else {}
+        calibration = self.calibration if self.calibration is not None and self.calibration.local else None
+        return adapter | ({} if calibration is None else {"calibration": Path(calibration.source)})
+
+    @property
+    def offline(self) -> bool:
+        """Whether nothing that it names is on the hub."""
+        named = self.calibration is None or self.calibration.offline
+        return isinstance(self.adapter, Path) and named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +75,9 @@ class TaskRecipe(MeasuredTask):
 
     @property
     def paths(self) -> dict[str, Path]:
-        own = self.head in (None, "adapter", "model")
-        return super().paths | ({} if own else {"head": Path(str(self.head))})
+        own = {key: path for key in LABELLED if (path := getattr(self, key)) is not None}
+        head = {} if self.head in (None, "adapter", "model") else {"head": Path(str(self.head))}
+        return super().paths | own | head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +146,13 @@ class EvalRecipe(Placed):
 
     Attributes:
         model: folder of the base model, or a hub id.
-        local: whether ``model`` is a folder, so that nothing may touch the network.
+        local: whether ``model`` is a folder.
+        revision: branch, tag or commit of a model on the hub; None for the newest.
+        trust_remote_code: whether code that comes with the base model, its tokenizer and its processor may be run.
         tasks: in the order of the tables.
         rows: of the tables, with ``zero_shot`` and ``finetuned`` among them.
         out: output folder.
+        data: defaults of raw calibration data, among which the tokenizer is found.
         lm_eval: how tasks of the lm-evaluation-harness are measured.
         seeds: every row is repeated for each; without any, one run of seed 0 that takes all data in order.
         joint: how the scores of several tasks' heads are put together for Hits@k; None leaves that table out.
@@ -150,6 +166,9 @@ class EvalRecipe(Placed):
     tasks: dict[str, TaskRecipe | HarnessTask]
     rows: tuple[Row, ...]
     out: Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+    data: DataSettings = field(default_factory=DataSettings)
     lm_eval: HarnessSettings = HarnessSettings()
     seeds: tuple[int, ...] = ()
     joint: str | None = None
@@ -170,8 +189,10 @@ class EvalRecipe(Placed):
 
     @property
     def offline(self) -> bool:
-        """Whether nothing may touch the network: the base is a folder, and no task's data are on the hub."""
-        return self.local and not self.lm_eval.needs_network
+        """Whether nothing may touch the network: nothing that it names is on the hub."""
+        tokenizer = self.data.tokenizer is None or Path(self.data.tokenizer).is_absolute()
+        places = self.local and tokenizer and all(task.offline for task in self.tasks.values())
+        return places and not self.lm_eval.needs_network
 
     def at(self, seed: int) -> EvalRecipe:
         """The recipe with ``{seed}`` replaced in every path.
@@ -188,9 +209,13 @@ class EvalRecipe(Placed):
             changed: dict[str, Any] = {}
             for key, path in task.paths.items():
                 found = put(path)
+                if key == "calibration" and task.calibration is not None:
+                    changed[key] = replace(task.calibration, source=str(found))
+                    check_there(f"tasks.{name}.{key}", changed[key])
+                    continue
                 if not (found.is_dir() if key == "adapter" else found.exists()):
                     wanted = "a PEFT folder" if key == "adapter" else "a safetensors file"
-                    if key in ("test", "validation", "calibration"):
+                    if key in LABELLED:
                         wanted += " or a folder of them"
                     raise RecipeError(f"tasks.{name}.{key}: expected {wanted}, {found} is missing")
                 changed[key] = str(found) if key == "head" else found

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nsc_merge.evaluation.eval_recipe import TASK_PATHS, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
-from nsc_merge.evaluation.harness.keys import harness_settings, harness_task
+from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
+from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint_classes import SCORES
-from nsc_merge.evaluation.metrics import METRICS, Metric
+from nsc_merge.evaluation.metrics import METRICS, OWN, Metric
 from nsc_merge.methods.registry import method_of
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
+from nsc_merge.recipes.adapter_keys import absolute_adapter, adapter_in
+from nsc_merge.recipes.calibration_keys import absolute_data, absolute_source, data_in, source_in
 from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, placement_keys
 from nsc_merge.recipes.yaml_keys import (
     RecipeError,
@@ -26,6 +29,7 @@ from nsc_merge.recipes.yaml_keys import (
     read_document,
     refuse_unknown,
     text,
+    text_or_none,
     text_path,
 )
 
@@ -35,7 +39,10 @@ REFERENCES = ("zero_shot", "finetuned")
 TUNED_BY = ("metric", "loss")
 _KEYS = (
     "model",
+    "revision",
+    "trust_remote_code",
     "tasks",
+    "data",
     "methods",
     "seeds",
     "joint",
@@ -75,9 +82,10 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
         document["model"] = absolute_model(document["model"], base)
     if isinstance(document.get("tasks"), dict):
         document["tasks"] = {
-            task: _absolute_in(settings, (*TASK_PATHS, "head"), base)
-            for task, settings in document["tasks"].items()
+            task: _absolute_task(settings, base) for task, settings in document["tasks"].items()
         }
+    if "data" in document:
+        document["data"] = absolute_data(document["data"], base)
     if isinstance(document.get("methods"), list):
         document["methods"] = [_absolute_in(row, ("folder",), base) for row in document["methods"]]
     if "lm_eval" in document:
@@ -85,6 +93,14 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
     if "output" in document:
         document["output"] = _absolute_in(document["output"], ("dir",), base)
     return document
+
+
+def _absolute_task(value: Any, base: Path) -> Any:
+    changed = _absolute_in(value, (*LABELLED, "head"), base)
+    for key, absolute in (("adapter", absolute_adapter), ("calibration", absolute_source)):
+        if isinstance(changed, dict) and changed.get(key) is not None:
+            changed = {**changed, key: absolute(changed[key], base)}
+    return changed
 
 
 def _absolute_in(value: Any, keys: Sequence[str], base: Path) -> Any:
@@ -105,13 +121,23 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
     out = Path(text(output, "dir", "output."))
     if out.exists() and not out.is_dir():
         raise RecipeError(f"output.dir: expected a folder, {out} is a file")
-    model = text(document, "model")
-    tasks: dict[str, TaskRecipe | HarnessTask] = {name: _task(name, value) for name, value in by_task(document, "tasks")}
+    model, revision = text(document, "model"), text_or_none(document, "revision")
+    local = Path(model).is_absolute()
+    if local and revision is not None:
+        raise RecipeError(f"revision: is of a model on the hub, but model is the folder {model}; expected none")
+    trusted = flag(document, "trust_remote_code", "", False)
+    data = data_in(document, trust_remote_code=trusted)
+    tasks = {
+        name: _task(name, value, mapping(document, "data"), trusted) for name, value in by_task(document, "tasks")
+    }
     if not tasks:
         raise RecipeError("tasks: expected at least one task, found none")
     recipe = EvalRecipe(
         model=model,
-        local=Path(model).is_absolute(),
+        local=local,
+        revision=revision,
+        trust_remote_code=trusted,
+        data=data,
         tasks=tasks,
         rows=_rows(document, tasks),
         out=out,
@@ -129,22 +155,24 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
     return recipe
 
 
-def _task(name: str, value: Any) -> TaskRecipe | HarnessTask:
+def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> TaskRecipe | HarnessTask:
     key = f"tasks.{name}"
     if not isinstance(value, dict):
         raise RecipeError(f"{key}: expected keys and values, found {value!r:.60}")
     prefix = f"{key}."
-    paths = {
-        one: Path(text_path(f"{prefix}{one}", value[one]))
-        for one in TASK_PATHS
-        if value.get(one) is not None
-    }
-    if "lm_eval" in value:
-        return harness_task(name, value, paths)
-    refuse_unknown(prefix, value, _TASK_KEYS)
-    for one in ("adapter", "test"):
-        if one not in paths:
+    refuse_unknown(prefix, value, HARNESS_KEYS if "lm_eval" in value else _TASK_KEYS)
+    for one in ("adapter",) if "lm_eval" in value else ("adapter", "test"):
+        if value.get(one) is None:
             raise RecipeError(f"{prefix}{one}: expected a path, found none")
+    common: dict[str, Any] = {"name": name, "adapter": adapter_in(f"{prefix}adapter", value["adapter"])}
+    if value.get("calibration") is not None:
+        source = source_in(f"{prefix}calibration", value["calibration"], data, trust_remote_code=trusted)
+        common["calibration"] = source
+    if "lm_eval" in value:
+        return harness_task(value, common)
+    paths: dict[str, Any] = {
+        one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None
+    }
     classes = value.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
         raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")
@@ -160,7 +188,7 @@ def _task(name: str, value: Any) -> TaskRecipe | HarnessTask:
     if generate and (pool is not None or value.get("head") not in (None, "model")):
         raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")
     return TaskRecipe(
-        name=name,
+        **common,
         metric=metric,
         labels=text(value, "labels", prefix, default="labels"),
         head=text(value, "head", prefix) if value.get("head") is not None else None,
@@ -179,9 +207,13 @@ def _metric(prefix: str, value: Any) -> Metric:
     if value not in METRICS:
         raise RecipeError(f"{prefix}metric: expected one of {list(METRICS)}, found {value!r:.60}")
     try:
-        return METRICS[value].with_options(**options)
+        metric = METRICS[value].with_options(**options)
     except ValueError as error:
         raise RecipeError(f"{prefix}metric.{error}") from None
+    program = metric.settings.get("program", OWN)
+    if program != OWN and importlib.util.find_spec(program) is None:
+        raise RuntimeError(f"{prefix}metric.program: {program} is not installed: pip install 'nsc-kernels[eval]'")
+    return metric
 
 
 def _rows(document: Mapping[str, Any], tasks: _Tasks) -> tuple[Row, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -12,23 +11,22 @@ from typing import Any
 
 from nsc_merge.api import merge
 from nsc_merge.evaluation.candidates import candidate_of, coefficient_range
-from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, Row, TaskRecipe
+from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row, TaskRecipe
 from nsc_merge.evaluation.harness.measuring import Harness, HarnessScore
-from nsc_merge.evaluation.harness.provenance import harness_fingerprint, harness_versions
 from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.evaluation.plots import draw as draw_scores
+from nsc_merge.evaluation.rows.fingerprint import fingerprint, measuring_versions
 from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
-from nsc_merge.methods import METHODS
 from nsc_merge.methods.scale_tuning import tune_scale
 from nsc_merge.results.beside.plots import draw as draw_merge
-from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE, file_names
+from nsc_merge.results.layout import file_names
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.json_text import from_json, plain, without_nan
 from nsc_merge.utils.progress import Progress
-from nsc_merge.utils.provenance import hashes, versions
+from nsc_merge.utils.provenance import versions
 
 Log = Callable[[str], None]
 
@@ -103,42 +101,6 @@ def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
     write_text(out / CSV_FILE, as_csv(document))
     if plots:
         draw_scores(document, out)
-
-
-def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
-    """SHA-256 of all that a row's figures depend on: settings, files, versions, and the seed if it matters."""
-    method = METHODS[row.method] if row.method else None
-    paths = [recipe.model, str(row.folder or "")]
-    paths += [str(path) for task in recipe.tasks.values() for path in task.paths.values()]
-    seeded = any(SEED in path for path in paths)
-    drawn = method is not None and ("data" in method.needs or "seed" in method.option_names)
-    here = recipe.at(seed)
-    # Not among the settings of a plain base, so that rows of earlier releases stay theirs.
-    quantised = [] if here.quantization is None else [here.quantization]
-    known: dict[str, Any] = {
-        "row": [row.method, row.options, row.tune and vars(row.tune)],
-        "folder": None if row.folder is None else _all_hashes(Path(str(row.folder).replace(SEED, str(seed)))),
-        "model": _all_hashes(Path(here.model)) if here.local else here.model,
-        "tasks": {
-            name: [
-                {key: _all_hashes(path) for key, path in task.paths.items()},
-                [task.metric.name, task.metric.settings, task.labels, task.head and Path(task.head).name],
-                [task.pool, task.generate, task.classes],
-            ]
-            if isinstance(task, TaskRecipe)
-            else [
-                {key: _all_hashes(path) for key, path in task.paths.items()},
-                [task.lm_eval, task.metric, task.limit, task.num_fewshot],
-            ]
-            for name, task in here.tasks.items()
-        },
-        "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint, *quantised],
-        "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
-        "versions": versions(),
-    }
-    if here.harness:
-        known["lm_eval"] = harness_fingerprint(here)
-    return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -253,7 +215,7 @@ class _Bench:
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:
     names = [row.name for row in recipe.rows]
     # The fine-tuned models' row is always there, and says what the harness calls its figures.
-    by_harness = next((record["lm_eval"] for record in records if "lm_eval" in record), {})
+    by_harness: dict[str, Any] = next((record["lm_eval"] for record in records if "lm_eval" in record), {})
     return {
         "format": FORMAT,
         "version": 1,
@@ -275,7 +237,7 @@ def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, An
             for name in names
             if (runs := [record for record in records if record["row"] == name])
         ],
-        "versions": versions() | (harness_versions() if recipe.harness else {}),
+        "versions": versions() | measuring_versions(recipe),
     }
 
 
@@ -299,11 +261,3 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as lines:
         lines.write(("\n" if torn else "") + json.dumps(record) + "\n")
 
-
-def _all_hashes(place: Path) -> dict[str, Any]:
-    """SHA-256 of a file, or of all weights, configurations and saved merges in a folder and below."""
-    if place.is_file():
-        return hashes(place)
-    saved = (COEFFICIENTS_FILE, RECIPE_FILE)
-    below = sorted(path for path in place.rglob("*") if path.is_dir() or path.name in saved)
-    return {str(path.relative_to(place)): hashes(path) for path in [place, *below]}

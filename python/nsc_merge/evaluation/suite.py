@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter, load_adapter
+from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
+from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
@@ -19,6 +22,8 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import fit
+from nsc_merge.recipes.calibration_keys import CalibrationSource
+from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.preflight import check_placement
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
@@ -48,22 +53,6 @@ class Suite(Protocol):
     def labelled(self, task: str, split: str) -> Labelled:
         """All of ``"val"`` or ``"test"`` as batches of model inputs and labels."""
         ...
-
-    def tokenizer(self, argument: str) -> Any:
-        """The base's tokenizer.
-
-        Raises:
-            ValueError: naming ``argument``, if there is none.
-        """
-        from transformers import AutoTokenizer
-
-        recipe = self._recipe
-        try:
-            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
-            ) from None
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the task's head makes of the model, differentiable."""
@@ -107,9 +96,15 @@ class RecipeSuite:
         check_placement(recipe, recipe.model if recipe.local else None)
         self.placement = recipe.placement
         loaded = {
-            name: load_adapter(task.adapter, name, dora=recipe.dora) for name, task in recipe.tasks.items()
+            name: read_adapter(task.adapter, name, recipe.dora) for name, task in recipe.tasks.items()
         }
-        self.model = load_model(recipe.model, local=recipe.local, placement=self.placement)
+        self.model = load_model(
+            recipe.model,
+            local=recipe.local,
+            placement=self.placement,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+        )
         self.adapters: dict[str, Adapter] = fit(loaded, self.model, recipe.shared_modules)
         merged_linears(self.model, self.adapters)
         self.tasks = {
@@ -117,6 +112,8 @@ class RecipeSuite:
             for name, task in recipe.labelled.items()
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
+        # Before anything is measured: a tokenizer that is missing is told at once.
+        self._text = {name: self._decoding(task) for name, task in recipe.labelled.items()}
         self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
         for name in self.tasks:
             self.labelled(name, "test")
@@ -145,7 +142,7 @@ class RecipeSuite:
         for name, task in self._recipe.tasks.items():
             if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
-                read = read_batches(task.calibration, self._recipe.batch_size, argument).to(self._dtype)
+                read = self._source(task.calibration, argument).to(self._dtype)
                 labels = task.labels if isinstance(task, TaskRecipe) else None
                 batches = [{key: value for key, value in batch.items() if key != labels} for batch in read]
                 check_names(Batches(batches), self.model, argument)
@@ -155,20 +152,16 @@ class RecipeSuite:
         return drawn
 
     def tokenizer(self, argument: str) -> Any:
-        """The base's tokenizer.
+        """The tokenizer beside the base, or the one that ``data.tokenizer`` names.
 
         Raises:
-            ValueError: naming ``argument``, if there is none.
+            FileNotFoundError, ValueError: naming ``argument``, if there is none.
         """
-        from transformers import AutoTokenizer
-
         recipe = self._recipe
         try:
-            return AutoTokenizer.from_pretrained(recipe.model, local_files_only=recipe.local)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{argument}: expected a tokenizer beside the base {recipe.model}, found none: {error!s:.200}"
-            ) from None
+            return tokenizer_of(base_of(recipe.model, recipe.revision, recipe.data, argument), recipe.data, argument)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, under the key data") from None
 
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the task's head on ``model``, where the model is."""
@@ -183,10 +176,22 @@ class RecipeSuite:
         )
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
-        return self.metric(task).measure(outputs, labels)
+        return self.metric(task).measure(outputs, labels, **self._text[task])
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.metric(task).quality(outputs, labels)
+        return self.metric(task).quality(outputs, labels, **self._text[task])
+
+    def _source(self, source: CalibrationSource, argument: str) -> Batches:
+        recipe = self._recipe
+        return batches_of(
+            source.source,
+            recipe.model,
+            source.settings,
+            recipe.batch_size,
+            argument,
+            local=source.local,
+            base_revision=recipe.revision,
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -207,6 +212,12 @@ class RecipeSuite:
             (dict(one), label.float() if label.is_floating_point() else label.long())
             for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
         ]
+
+    def _decoding(self, task: TaskRecipe) -> dict[str, Any]:
+        """Further arguments of the metric: what makes text of tokens, where it is about text."""
+        if not task.metric.decodes:
+            return {}
+        return {"decode": partial(self.tokenizer(f"tasks.{task.name}.metric").decode, skip_special_tokens=True)}
 
     def _shifted(self, task: TaskRecipe) -> bool:
         """Whether logits say the next token: those of a causal language model's own head."""

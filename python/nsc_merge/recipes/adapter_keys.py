@@ -49,7 +49,7 @@ def adapters_in(document: Mapping[str, Any]) -> dict[str, Path | HubAdapter]:
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    adapters = {task: _adapter(f"adapters.{task}", value) for task, value in by_task(document, "adapters")}
+    adapters = {task: adapter_in(f"adapters.{task}", value) for task, value in by_task(document, "adapters")}
     if not adapters:
         raise RecipeError("adapters: expected at least one task, found none")
     for task, place in adapters.items():
@@ -61,7 +61,12 @@ def adapters_in(document: Mapping[str, Any]) -> dict[str, Path | HubAdapter]:
     return adapters
 
 
-def _adapter(key: str, value: Any) -> Path | HubAdapter:
+def adapter_in(key: str, value: Any) -> Path | HubAdapter:
+    """The folder, which need not be there, or place on the hub that the value of ``key`` names.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
     given = value if isinstance(value, dict) else {"adapter": text_path(key, value)}
     refuse_unknown(f"{key}.", given, ADAPTER_KEYS)
     place = text(given, "adapter", f"{key}.")

@@ -74,31 +74,65 @@ def calibration_in(
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    data = mapping(document, "data")
-    refuse_unknown("data.", data, DATA_KEYS)
     # What is wrong with them is said once, and also where no task has them.
-    _settings(data, "data.")
+    data_in(document, trust_remote_code=trust_remote_code)
+    data = mapping(document, "data")
     found = {}
     for task, value in by_task(document, "calibration"):
         key = f"calibration.{task}"
         if task not in tasks:
             raise RecipeError(f"{key}: no such task (tasks: {', '.join(tasks)})")
-        given = dict(value) if isinstance(value, dict) else {"source": text_path(key, value)}
-        refuse_unknown(f"{key}.", given, ("source", *DATA_KEYS))
-        source = text_path(f"{key}.source", given.pop("source", None))
-        local = Path(source).is_absolute()
-        if local and not Path(source).exists():
-            raise RecipeError(
-                f"{key}: expected a file or folder of raw data, or of inputs in safetensors, {source} is missing"
-            )
-        settings = _settings(_together(data, given), f"{key}.", trust_remote_code)
-        if local and given.get("revision") is not None:
-            raise RecipeError(f"{key}.revision: is of a dataset on the hub, but {source} is a path; expected none")
-        found[task] = CalibrationSource(source, local, settings, tuple(given))
+        found[task] = source_in(key, value, data, trust_remote_code=trust_remote_code)
+        check_there(key, found[task])
     return found
 
 
-def _settings(data: Mapping[str, Any], prefix: str, trust_remote_code: bool = False) -> DataSettings:
+def source_in(key: str, value: Any, data: Mapping[str, Any], *, trust_remote_code: bool) -> CalibrationSource:
+    """The source that the value of ``key`` names, whose file or folder need not be there.
+
+    Args:
+        key: how messages call it.
+        value: of a document whose paths are absolute.
+        data: defaults of its settings.
+        trust_remote_code: of the recipe.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    given = dict(value) if isinstance(value, dict) else {"source": text_path(key, value)}
+    refuse_unknown(f"{key}.", given, ("source", *DATA_KEYS))
+    source = text_path(f"{key}.source", given.pop("source", None))
+    local = Path(source).is_absolute()
+    settings = _settings(_together(data, given), f"{key}.", trust_remote_code)
+    if local and given.get("revision") is not None:
+        raise RecipeError(f"{key}.revision: is of a dataset on the hub, but {source} is a path; expected none")
+    return CalibrationSource(source, local, settings, tuple(given))
+
+
+def check_there(key: str, source: CalibrationSource) -> None:
+    """Refuse a file or folder that is missing.
+
+    Raises:
+        RecipeError: naming ``key`` and the path.
+    """
+    if source.local and not Path(source.source).exists():
+        raise RecipeError(
+            f"{key}: expected a file or folder of raw data, or of inputs in safetensors, {source.source} is missing"
+        )
+
+
+def data_in(document: Mapping[str, Any], *, trust_remote_code: bool) -> DataSettings:
+    """The defaults that the key ``data`` of a document sets.
+
+    Raises:
+        RecipeError: naming the key, what was found and what was expected.
+    """
+    data = mapping(document, "data")
+    refuse_unknown("data.", data, DATA_KEYS)
+    return _settings(data, "data.", trust_remote_code)
+
+
+def _settings(data: Mapping[str, Any], prefix: str, trust_remote_code: bool) -> DataSettings:
     try:
         return DataSettings(**data, trust_remote_code=trust_remote_code)
     except ValueError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nsc_merge.adapters import Adapter, load_adapter, load_from_hub
 from nsc_merge.calibration.batch_files import Batches
-from nsc_merge.calibration.raw.reading import batches_of
+from nsc_merge.calibration.raw.reading import batches_of, is_raw
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.merge_recipe import Recipe
@@ -30,11 +31,26 @@ def read_inputs(recipe: Recipe) -> Inputs:
     """
     with current().agreeing():
         adapters = {task: read_adapter(place, task, recipe.dora) for task, place in recipe.adapters.items()}
-        calibration = {task: _batches(recipe, task) for task in recipe.calibration}
+        calibration = _calibration(recipe)
     seen = current().share([{task: batches.sha256 for task, batches in calibration.items()}])
     if any(one != seen[0] for one in seen):
         raise OSError("calibration: expected data that is the same for all processes, found other bytes in some")
     return adapters, calibration
+
+
+def _calibration(recipe: Recipe) -> dict[str, Batches]:
+    """Batches by task; raw data that several tasks take alike are encoded once, and are one object for all of them, so
+    that they share its forward passes.
+    """
+    seen: dict[Any, Batches] = {}
+    found = {}
+    for task, place in recipe.calibration.items():
+        raw = not place.local or is_raw(place.source)
+        same = (place.source, place.local, place.settings) if raw else task
+        if same not in seen:
+            seen[same] = _batches(recipe, task)
+        found[task] = seen[same]
+    return found
 
 
 def _batches(recipe: Recipe, task: str) -> Batches:

@@ -27,6 +27,7 @@ from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.results.beside.heads import heads_of, with_head
 from nsc_merge.results.beside.next_commands import next_commands
+from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
@@ -125,8 +126,10 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
         "next": next_commands(result, recipe.out, files, pushed=url is not None),
         **({} if url is None else {"pushed": url}),
     }
+    if {"lora", "model"} & {*formats}:
+        summary["serving"] = preprocessing_notes(result)
     if "lora" in formats:
-        summary["serving"] = serving_notes(result, recipe.rank)
+        summary["serving"] = [*serving_notes(result, recipe.rank), *summary["serving"]]
         if recipe.rank is not None:
             errors = _truncation(result, recipe.rank)
             # There are none where adapters trained linears in full only.
@@ -186,7 +189,8 @@ def load(
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
-    calibration = {task: batches.to(dtype) for task, batches in calibration.items()}
+    cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
+    calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration

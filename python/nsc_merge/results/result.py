@@ -33,7 +33,8 @@ class MergeResult(MergedUpdate):
 
         Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs, files
         written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and for every task that
-        brought a head ``heads/<task>.safetensors``, with the names of its classes in ``heads/<task>.json``.
+        brought a head ``heads/<task>.safetensors``, with the names of its classes in ``heads/<task>.json``. With
+        ``"lora"`` and ``"model"`` go the base's tokenizer, chat templates, processors and generation configuration.
 
         Args:
             out: a folder; made if needed. Files of the same names are replaced, and what an earlier save of another

@@ -190,7 +190,7 @@ def _write(
     else:
         errors = _write_lora(result, folder, rank, head)
     if format != "coefficients":
-        write_preprocessing(result.model, folder)
+        write_preprocessing(result, folder)
     return errors
 
 

@@ -56,13 +56,17 @@ class ChoiceError(ValueError):
 
     Attributes:
         name: of the option.
+        value: that was found.
         choices: that there are.
     """
 
     def __init__(self, name: str, value: Any, choices: Sequence[Any]) -> None:
         super().__init__(f"{name}: expected one of {list(choices)}, found {value!r}")
-        self.name = name
-        self.choices = list(choices)
+        self.name, self.value, self.choices = name, value, list(choices)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their message alone otherwise.
+        return type(self), (self.name, self.value, self.choices)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nsc_merge import load_adapter
+from nsc_merge.adapters import outline_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,6 +34,31 @@ def test_scaling_and_rank_follow_the_patterns(folders):
 def test_absent_modules_stay_absent(folders):
     partial = load_adapter(folders["partial"], "partial")
     assert {path.rsplit(".", 1)[-1] for path in partial.factors} == {"v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed", "partial"])
+def test_an_outline_has_the_shapes_and_scalings_of_the_adapter(folders, name):
+    outline, config = outline_of(folders[name], name)
+    whole = load_adapter(folders[name], name)
+    assert config == json.loads((folders[name] / CONFIG).read_text())
+    assert list(outline.factors) == list(whole.factors)
+    for path, factor in whole.factors.items():
+        found = outline.factors[path]
+        assert found.A.is_meta
+        assert found.B.is_meta
+        assert (found.A.shape, found.B.shape, found.scaling) == (factor.A.shape, factor.B.shape, factor.scaling)
+
+
+def test_an_outline_of_a_damaged_folder_is_refused(folders):
+    edit_config(folders["plain"], r=5)
+    with pytest.raises(ValueError, match=r"expected lora_A \[5, d_in\]"):
+        outline_of(folders["plain"], "plain")
+    (folders["mixed"] / WEIGHTS).write_bytes(b"none")
+    with pytest.raises(ValueError, match="adapters\\['mixed'\\].*header length"):
+        outline_of(folders["mixed"], "mixed")
+    (folders["partial"] / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        outline_of(folders["partial"], "partial")
 
 
 def test_memory_and_folder_give_the_same_adapter(folders):

@@ -15,7 +15,7 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 def chosen(row, takes="text", **settings):
-    return choose([row], list(row), DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
+    return choose([row], DataSettings(**settings), "data", text="text" in takes, images="images" in takes)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_images_that_are_not_clear_are_refused():
     with pytest.raises(ValueError, match=r"no column of images: text \('a'\); write image: NAME, or give a folder"):
         chosen({"text": "a"}, "images")
     with pytest.raises(ValueError, match="text: is named, and the base takes images alone"):
-        choose([{"image": "a.png"}], ["image"], DataSettings(text="image"), "data", text=False, images=True)
+        choose([{"image": "a.png"}], DataSettings(text="image"), "data", text=False, images=True)
     with pytest.raises(ValueError, match="holds images alone .* takes text beside them: write a .jsonl"):
         chosen({"image": "a.png"}, "text, images")
 
@@ -120,6 +120,7 @@ def test_numbers_are_text_and_nothing_else_is():
 
 def test_rows_of_blank_text_give_no_sample():
     assert Columns(text="text").sample({"text": " \n"}, "row") is None
+    assert Columns(text="text").sample({"text": None}, "row") is None
     template = Template.parse("Q: {q} A: {a}", ["q", "a"], "data")
     assert Columns(text=template).sample({"q": "", "a": " "}, "row") is None
     assert Columns(text=template).sample({"q": "", "a": "x"}, "row").text == "Q:  A: x"
@@ -129,6 +130,9 @@ def test_rows_of_blank_text_give_no_sample():
         Columns(image="image").sample({"image": None}, "row")
     with pytest.raises(ValueError, match="^row: lacks the column 'messages'"):
         Columns(messages="messages").sample({}, "row")
+    for row in ({}, {"text": float("nan")}):
+        with pytest.raises(ValueError, match="^row: holds nothing in column 'text'; expected text"):
+            Columns(text="text").sample(row, "row")
 
 
 def test_both_forms_of_chats_are_one():

@@ -126,6 +126,7 @@ WRONG = {
     "open.csv": (b'text\na\n"b\n', "line 3: unexpected end of data"),
     "same.csv": (b"text,text\na,b\n", "line 1: expected a name of its own for every column, found 'text' twice"),
     "unnamed.csv": (b"text,\na,b\n", "found a column without one"),
+    "wide.csv": (b"text\n" + b"a" * 140_000 + b"\n", "line 2: field larger than .*; write the rows as .jsonl"),
     "header.csv": (b"text\n", "holds no row"),
     "a.pt": (pickle.dumps({"a": 1}), "looks like a pickle, .* which is never opened"),
     "a.bin": (archive(), "looks like a pickle, .* never opened"),
@@ -179,7 +180,7 @@ def test_a_wrong_folder_says_what_it_holds(tmp_path):
 
 
 def test_objects_that_are_no_rows_are_refused():
-    for wrong, message in ((3, "found int"), ([], r"found \[\]"), ([1], r"found \[1\]")):
+    for wrong, message in ((3, "found 3"), ("", "found ''"), ([], r"found \[\]"), ([1], r"found \[1\]")):
         with pytest.raises(ValueError, match=f"^data: expected a .*{message}"):
             open_source(wrong, SETTINGS, "data")
     assert rows_in([{"text": "a"}]) == [{"text": "a"}]

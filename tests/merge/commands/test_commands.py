@@ -77,7 +77,9 @@ def test_run_writes_every_format_and_each_gives_the_same_outputs(place, base):
     assert "\r" not in done.stderr
     for file in ("coefficients.json", "history.jsonl", "recipe.yaml", "README.md", "heads/nli.safetensors"):
         assert file in summary["files"]
-    assert summary["serving"] == ["the adapter has rank 8; vLLM: --enable-lora --max-lora-rank 8"]
+    rank, no_tokenizer = summary["serving"]
+    assert rank == "the adapter has rank 8; vLLM: --enable-lora --max-lora-rank 8"
+    assert no_tokenizer.startswith("the base's folder holds no tokenizer and no processor: ")
 
     inputs = KINDS["llama-cls"].inputs(3)
     result = load_result(merged)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from forked import start
 from loop_cases import adapters_for, values
 from test_ranks import batches
 
@@ -54,7 +55,7 @@ def test_three_processes(tmp_path):
     world = 3
     for kind in CASES:
         zoo.build(kind).save_pretrained(tmp_path / kind)
-    others = torch.multiprocessing.spawn(other, (world, tmp_path), nprocs=world - 1, join=False)
+    others = start(other, (world, tmp_path), world - 1)
     share(0, world, tmp_path)
     while not others.join():
         pass

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from forked import start
 from loop_cases import TASKS, adapters_for, values
 from torch import Tensor
 
@@ -24,12 +25,12 @@ from nsc_merge.processes.group import current, together
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 WORLD = 3
-OPTIONS = {"steps": 20, "lr": 1e-2, "recipe": "vision", "progress": False}
+OPTIONS = {"steps": 8, "lr": 1e-2, "recipe": "vision", "progress": False}
 # Kind of model -> options of the merges of it.
 CASES = {
-    "llama": [{"batch_tasks": False}, {"checkpointing": True, "steps": 8}],
-    "vit": [{"steps": 8}, {"score_blocks": [1], "early_exit": False, "steps": 8}],
-    "llava": [{"steps": 8}],
+    "llama": [{"batch_tasks": False}, {"checkpointing": True}],
+    "vit": [{}, {"score_blocks": [1], "early_exit": False}],
+    "llava": [{}],
 }
 # Rows of the tasks' batches: more than processes, as many, and fewer.
 ROWS = (5, 3, 1)
@@ -61,7 +62,7 @@ def test_as_one_process(tmp_path):
     """This process is the first of them."""
     for kind in CASES:
         zoo.build(kind).save_pretrained(tmp_path / kind)
-    others = torch.multiprocessing.spawn(other, (tmp_path,), nprocs=WORLD - 1, join=False)
+    others = start(other, (tmp_path,), WORLD - 1)
     try:
         share(0, tmp_path)
         # Of those that ended, one was killed.
@@ -98,8 +99,8 @@ def share(rank: int, folder: Path) -> None:
                 check_same(group, found, plain, adapters, kind, options)
             if kind == "llama" and rank < 2:
                 with together(two) as pair:
-                    found = merge(plain, adapters, batches(kind), **{**OPTIONS, "steps": 8})
-                check_same(pair, found, plain, adapters, kind, {"steps": 8})
+                    found = merge(plain, adapters, batches(kind), **OPTIONS)
+                check_same(pair, found, plain, adapters, kind, {})
         check_lost(rank, folder)
     finally:
         dist.destroy_process_group()
@@ -150,7 +151,7 @@ def check_lost(rank: int, folder: Path) -> None:
     """The last process is killed in a step: the first saves the state, from which one process goes on."""
     model = load_model(str(folder / "llama"), local=True)
     adapters, calibration, state = adapters_for(model), batches("llama"), folder / "state.safetensors"
-    accumulate, steps, options = Objective.accumulate, [], {**OPTIONS, "steps": 8}
+    accumulate, steps = Objective.accumulate, []
 
     def until(self, drawn):
         steps.append(drawn)
@@ -161,13 +162,13 @@ def check_lost(rank: int, folder: Path) -> None:
     Objective.accumulate = until
     try:
         with pytest.raises(RuntimeError, match=f"in process {rank} of {WORLD}: .*[Cc]onnection"):
-            merge(model, adapters, calibration, **options, state_to=state, process_group=dist.group.WORLD)
+            merge(model, adapters, calibration, **OPTIONS, state_to=state, process_group=dist.group.WORLD)
     finally:
         Objective.accumulate = accumulate
     assert current().size == 1
     if rank == 0:
-        resumed = merge(model, adapters, calibration, **options, resume_from=state)
+        resumed = merge(model, adapters, calibration, **OPTIONS, resume_from=state)
         assert len(steps) == 6
-        whole = merge(model, adapters, calibration, **options)
+        whole = merge(model, adapters, calibration, **OPTIONS)
         torch.testing.assert_close(values(resumed), values(whole), rtol=0, atol=1e-6)
         assert len(resumed.history) == 8

@@ -5,24 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from cli_cases import make_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import build
 
 from nsc_merge.commands import run
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.method import Method
 from nsc_merge.recipes import merge_recipe, preflight
+from nsc_merge.recipes.adapter_keys import ADAPTER_KEYS
+from nsc_merge.recipes.calibration_keys import DATA_KEYS
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, PLACEMENT_KEYS, QUANTIZATIONS
 from nsc_merge.recipes.schema import described, schema
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN
 from nsc_merge.utils.errors import UsageError
+from nsc_merge.utils.option_checks import ChoiceError
 from nsc_merge.utils.yaml_text import from_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -42,6 +48,14 @@ def options(method: str) -> dict:
     return rule["then"]["properties"]["options"]["properties"]
 
 
+def test_what_a_check_refuses_says_what_it_would_take():
+    message = r"^dead: expected one of \['init', 'tie_previous', 'zero'\], found 'x'$"
+    with pytest.raises(ChoiceError, match=message) as caught:
+        METHODS["nsc"].resolved({"dead": "x"}, ["a"])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.name, again.choices) == (str(caught.value), "dead", ["init", "tie_previous", "zero"])
+
+
 def test_it_is_a_schema_of_its_draft():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -51,7 +65,13 @@ def test_every_key_of_a_recipe_is_in_it_and_said():
     assert set(SCHEMA["properties"]) == set(merge_recipe._KEYS) >= {*PLACEMENT_KEYS}
     output = SCHEMA["properties"]["output"]
     assert set(output["properties"]) == set(merge_recipe._OUTPUT_KEYS)
-    keys = {**SCHEMA["properties"], **output["properties"]}
+    adapter, source = (SCHEMA["properties"][key]["additionalProperties"]["anyOf"][1] if key == "adapters" else
+                       SCHEMA["properties"][key]["anyOf"][0]["additionalProperties"]["anyOf"][1]
+                       for key in ("adapters", "calibration"))  # fmt: skip
+    data = SCHEMA["properties"]["data"]["anyOf"][0]
+    assert set(adapter["properties"]) == set(ADAPTER_KEYS)
+    assert set(data["properties"]) == set(DATA_KEYS) == set(source["properties"]) - {"source"}
+    keys = {**adapter["properties"], **source["properties"], **SCHEMA["properties"], **output["properties"]}
     assert [name for name, key in keys.items() if not key.get("description") and name != "output"] == []
 
 
@@ -77,6 +97,7 @@ def test_choices_and_defaults_are_those_of_the_code():
     assert options("match")["steps"]["default"] == 100
     assert options("ties")["preset"]["enum"][:2] == ["canonical", "peft"]
     assert SCHEMA["properties"]["dtype"]["enum"] == list(DTYPES)
+    assert SCHEMA["properties"]["data"]["anyOf"][0]["properties"]["padding_side"]["enum"] == ["right", "left"]
 
 
 def test_what_an_option_is_comes_from_the_class_that_explains_it():
@@ -108,6 +129,19 @@ def test_what_an_option_is_comes_from_the_class_that_explains_it():
         ({"max_memory": {"cpu": "20 apples"}}, "max_memory"),
         ({"quantization": "int3"}, "quantization"),
         ({"full_hash": "yes"}, "full_hash"),
+        ({"revision": 3}, "revision"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code"),
+        ({"adapters": {"a": {"revision": "main"}}}, "adapters.a"),
+        ({"adapters": {"a": {"adapter": "owner/a", "branch": "main"}}}, "adapters.a"),
+        ({"calibration": {"a": {"text": "prompt"}}}, "calibration"),
+        ({"data": {"max_length": 0}}, "data"),
+        ({"data": {"sample": 3}}, "data"),
+        ({"data": {"padding_side": "middle"}}, "data"),
+        ({"data": {"trust_remote_code": True}}, "data"),
+        ({"labels": {"a": []}}, "labels"),
+        ({"labels": {"a": [1, 2]}}, "labels"),
+        ({"output": {"dir": "merged", "push_to_hub": "name"}}, "output.push_to_hub"),
+        ({"output": {"dir": "merged", "head": 3}}, "output.head"),
         ({"output": {"formats": ["lora"]}}, "dir"),
         ({"output": {"dir": "merged", "formats": []}}, "output.formats"),
         ({"output": {"dir": "merged", "formats": ["gguf"]}}, "output.formats"),
@@ -128,10 +162,11 @@ def test_nothing_is_required_but_model_adapters_and_output():
         assert complaints(without) == [f": {name!r} is a required property"]
 
 
-def test_the_recipes_of_help_and_documents_are_taken():
+def test_the_recipes_of_help_documents_and_tests_are_taken(tmp_path):
     shown = [yaml.safe_load(block) for block in recipes_in(run._RUN)]
     assert len(shown) == 1
-    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests" / "merge").rglob("*.py")):
+    shown.append(yaml.safe_load((make_place(build("llama-cls"), tmp_path) / "recipe.yaml").read_text()))
+    for file in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")):
         if file.exists():
             shown += [yaml.safe_load(block) for block in recipes_in(file.read_text(encoding="utf-8"))]
     for document in shown:
@@ -155,6 +190,7 @@ def test_the_help_of_run_is_a_recipe(capsys):
 
 SIZES = st.from_regex(r"[0-9]{1,3}(\.[0-9])? ?[KkMmGg][Bb]", fullmatch=True)
 NAMES = st.text(min_size=1, max_size=8)
+SETTINGS = st.sampled_from([None, True, 0, 7, "left", "middle", "{a}", "owner/name"])
 PLACES = st.one_of(st.integers(0, 7), st.sampled_from(["cpu", "disk", "cuda", "cuda:1"]))
 
 
@@ -181,7 +217,10 @@ def value_of(option: str, method: Method) -> st.SearchStrategy:
 @st.composite
 def recipes(draw) -> dict:
     """Recipes of one task, right or wrong."""
-    document: dict = {"model": "base", "adapters": {"a": "a"}}
+    adapter = st.sampled_from(
+        ["a", "owner/name", "owner/name@v1", {"adapter": "owner/name", "revision": "v1"}, {"adapter": "a"}, {}]
+    )
+    document: dict = {"model": draw(st.sampled_from(["base", "owner/name"])), "adapters": {"a": draw(adapter)}}
     method = draw(st.sampled_from(sorted(METHODS)))
     if draw(st.booleans()) or method != "nsc":
         document["method"] = method
@@ -190,7 +229,15 @@ def recipes(draw) -> dict:
         given = draw(st.lists(st.sampled_from(known), max_size=2, unique=True))
         document["options"] = {name: draw(value_of(name, METHODS[method])) for name in given}
     keys = {
-        "calibration": st.one_of(st.none(), st.just({}), st.just({"a": "a"}), st.just({"b": "a"})),
+        "revision": st.one_of(st.none(), st.just("main"), st.just(3)),
+        "trust_remote_code": st.sampled_from([True, False, "no"]),
+        "calibration": st.sampled_from(
+            [None, {}, {"a": "a"}, {"b": "a"}, {"a": {"source": "a", "samples": None}}, {"a": {"text": "a"}}]
+        ),
+        "data": st.one_of(st.none(), st.dictionaries(st.sampled_from(DATA_KEYS), SETTINGS, max_size=2)),
+        "labels": st.sampled_from(
+            [None, {}, {"a": ["x", "y"]}, {"a": {0: "x"}}, {"a": [1]}, {"a": []}, {"a": "a.txt"}]
+        ),
         "batch_size": st.integers(-1, 64),
         "shared_modules": st.sampled_from(["lambda", "mean", "first", "last"]),
         "dora": st.sampled_from(["refuse", "convert", "keep"]),
@@ -212,6 +259,9 @@ def recipes(draw) -> dict:
         "max_shard_size": st.one_of(st.none(), SIZES, st.just("5")),
         "dequantize": st.booleans(),
         "plots": st.booleans(),
+        "head": st.sampled_from([None, "a", "b"]),
+        "push_to_hub": st.sampled_from([None, "owner/name", "name"]),
+        "private": st.booleans(),
     }
     for name in draw(st.lists(st.sampled_from(sorted(more)), max_size=2, unique=True)):
         output[name] = draw(more[name])
@@ -222,9 +272,10 @@ def test_what_the_checks_of_a_recipe_accept_is_accepted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     for name in ("base", "a"):
         (folder / name).mkdir()
+    (folder / "a.txt").write_text("x\ny\n")
     accepted = []
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(recipes())
     def check(document):
         text = yaml.safe_dump(document, allow_unicode=True)

@@ -78,7 +78,7 @@ def same(kind, found, result):
 
 
 def test_what_lies_beside_the_base_lies_beside_both_formats_byte_by_byte(saved):
-    kind, base, _, out = saved
+    kind, base, result, out = saved
     assert {file.name for file in base.iterdir()} == {*BESIDE[kind], "config.json", "model.safetensors"}
     recorded = yaml.safe_load((out / "recipe.yaml").read_text())["record"]["files"]
     own = {"lora": {"adapter_config.json", "adapter_model.safetensors"}, "model": {"config.json", "model.safetensors"}}
@@ -88,8 +88,7 @@ def test_what_lies_beside_the_base_lies_beside_both_formats_byte_by_byte(saved):
             assert (out / format / name).read_bytes() == (base / name).read_bytes(), name
             assert f"{format}/{name}" in recorded
             assert is_ours(f"{format}/{name}")
-    notes = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("- ")]
-    assert not any("tokenizer" in note for note in notes)
+    assert preprocessing.preprocessing_notes(result) == []
 
 
 def test_auto_classes_load_the_model(saved, tmp_path):
@@ -179,6 +178,50 @@ def test_the_configuration_is_what_peft_itself_writes_for_such_an_adapter(saved,
     assert found["base_model_name_or_path"] == str(base.resolve())
     assert (found["r"], found["lora_alpha"], found["revision"]) == (7, 7, None)
     assert found["peft_version"] == peft.__version__
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+MODELS = {
+    "decoder": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY)), None, [], "CAUSAL_LM"),
+    "decoder, otherwise told": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY)), "SEQ_CLS", [], "CAUSAL_LM"),
+    "encoder and decoder": (
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1)),
+        None,
+        [],
+        "SEQ_2_SEQ_LM",
+    ),
+    "words": (lambda: tf.BertForTokenClassification(tf.BertConfig(**TINY)), "TOKEN_CLS", ["classifier"], "TOKEN_CLS"),
+    "words, another's head": (lambda: tf.BertForTokenClassification(tf.BertConfig(**TINY)), None, ["pooler"], None),
+    "answers": (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**TINY)), None, ["qa_outputs"], "QUESTION_ANS"),
+    "text without a head": (lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)), None, [], "FEATURE_EXTRACTION"),
+    "images without a head": (lambda: zoo.build("clip"), None, [], None),
+    "images": (lambda: zoo.build("vit"), "SEQ_CLS", ["classifier"], None),
+    # PEFT's class of this type loads models of text alone.
+    "images and text": (lambda: zoo.build("llava"), "CAUSAL_LM", [], None),
+    "no model of transformers": (lambda: torch.nn.Linear(2, 2), "CAUSAL_LM", [], None),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_the_task_type_is_one_whose_class_makes_the_model(llama, case):
+    build, told, whole, expected = MODELS[case]
+    result = merge(*llama, about=nsc_merge.adapters.About(task_type=told))
+    model = build()
+    said = about_adapter(replace(result, model=model), whole)
+    assert said["task_type"] == expected
+    assert (said["auto_mapping"] is None) == (expected is not None)
+    if expected is None:
+        assert said["auto_mapping"]["base_model_class"] == type(model).__name__
+
+
+def test_an_adapter_of_a_model_without_a_head_gives_its_features(tmp_path):
+    model = zoo.build("llama").model
+    model.save_pretrained(tmp_path / "base")
+    folder = zoo.write_adapter(model, tmp_path / "one", 1, target_modules=["q_proj"])
+    result = merge(tf.LlamaModel.from_pretrained(tmp_path / "base"), {"one": folder})
+    out = result.save(tmp_path / "out", "lora")
+    same("llama", peft.AutoPeftModelForFeatureExtraction.from_pretrained(out), result)
+    same("llama", tf.AutoModel.from_pretrained(out), result)
 
 
 @pytest.mark.parametrize("with_head", [True, False])
@@ -314,8 +357,9 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     base, adapters = llama
-    result = merge(load_model(str(base), local=True), adapters)
-    assert (result.save(tmp_path / "out", "lora") / "tokenizer.json").is_file()
+    out = merge(load_model(str(base), local=True), adapters).save(tmp_path / "out", ["lora", "model"])
+    for name in BESIDE["llama"]:
+        assert (out / "model" / name).read_bytes() == (out / "lora" / name).read_bytes() == (base / name).read_bytes()
     for name in ("", "owner/name", "no such folder"):
         model = served_cases.load(base)
         model.config._name_or_path = name
@@ -323,7 +367,7 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
         assert {file.name for file in out.iterdir()} == {
             *("README.md", "recipe.yaml", "adapter_config.json", "adapter_model.safetensors"),
         }
-        assert "save it beside the model with its save_pretrained" in (out / "README.md").read_text()
+        assert "put it there with its save_pretrained" in (out / "README.md").read_text()
 
 
 def test_the_files_go_with_the_merge_that_brought_them(llama, tmp_path):
@@ -337,7 +381,7 @@ def test_the_files_go_with_the_merge_that_brought_them(llama, tmp_path):
         *("adapter_config.json", "adapter_model.safetensors", "generation_config.json", "vocab.json"),
     }
     card = (out / "README.md").read_text()
-    assert "- the base's folder holds no tokenizer and no processor: pipeline() and servers need one here" in card
+    assert "- the base's folder holds no tokenizer and no processor: pipelines and servers need one" in card
 
 
 def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, monkeypatch):
@@ -373,8 +417,8 @@ def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, m
     assert "- spiece.model of the base is larger than 0 MB and is not copied" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("trusted", [False, True])
-def test_code_comes_along_only_with_a_model_that_runs_it(llama, tmp_path, trusted):
+@pytest.mark.parametrize("trusted", ["no", "by the recipe", "by the caller"])
+def test_code_comes_along_only_where_it_is_trusted(llama, tmp_path, trusted):
     base, adapters = llama
     place = tmp_path / "base"
     shutil.copytree(base, place)
@@ -383,12 +427,19 @@ def test_code_comes_along_only_with_a_model_that_runs_it(llama, tmp_path, truste
     (place / "tokenizer_config.json").write_text(json.dumps(fields))
     (place / "tokenization_own.py").write_text("raise RuntimeError")
     model = served_cases.load(place)
-    if trusted:
+    if trusted == "by the caller":
         kind = type(model)
         model.__class__ = type(kind.__name__, (kind,), {"__module__": "transformers_modules.base.modeling_own"})
-    out = merge(model, adapters).save(tmp_path / "out", "lora")
-    assert (out / "tokenization_own.py").exists() == trusted
-    assert ("tokenizer_config.json names code in the base's folder" in (out / "README.md").read_text()) != trusted
+    result = merge(model, adapters)
+    result.inputs.update({"trust_remote_code": True} if trusted == "by the recipe" else {})
+    out = result.save(tmp_path / "out", "lora")
+    card = (out / "README.md").read_text()
+    assert (out / "tokenization_own.py").exists() == (trusted != "no")
+    if trusted == "no":
+        assert "- tokenizer_config.json names code in the base's folder (auto_map), which is not copied" in card
+    else:
+        assert "- the base's own code (tokenization_own.py) lies here: who loads this with" in card
+        assert "not copied" not in card
 
 
 @pytest.mark.parametrize(
@@ -409,3 +460,15 @@ def test_an_adapters_own_tokenizer_that_differs_is_named(llama, tmp_path, change
     found = preprocessing.preprocessing_notes(merge(base, {"one": adapters["one"], "a\nb": tmp_path / "two"}))
     expected = f"a b: its folder has a tokenizer of its own, {note}; the base's is used here: "
     assert found == ([] if note is None else [expected + "compare them before you serve prompts of this task"])
+
+
+def test_a_classifiers_head_makes_the_adapter_one_that_peft_wraps(tmp_path):
+    base = served_cases.write_base("llama-cls", tmp_path / "base")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama-cls", task_type="SEQ_CLS", modules_to_save=["score"])
+    result = merge(base, adapters)
+    out = result.save(tmp_path / "out", "lora", head="one")
+    assert config_of(out)["task_type"] == "SEQ_CLS"
+    with torch.no_grad():
+        result.model.score.weight.copy_(result.adapters["one"].trained["score.weight"])
+    same("llama-cls", peft.AutoPeftModelForSequenceClassification.from_pretrained(out), result)
+    same("llama-cls", tf.AutoModelForSequenceClassification.from_pretrained(out), result)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
-from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.option_checks import did_you_mean
@@ -109,7 +109,7 @@ class Columns:
         return ", ".join(one for one in (text, chat, image) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
-        """What a row gives; None where its text is blank and it holds no image.
+        """What a row gives; None where its text is blank, or null, and it holds no image.
 
         Raises:
             ValueError: naming row and column, what was found and what was expected.
@@ -127,7 +127,8 @@ class Columns:
             text = self.text.fill(row, where)
             blank = not any(str(row[name]).strip() for name in self.text.columns)
         else:
-            text = text_of(row, self.text, where)
+            null = self.text in row and row[self.text] is None
+            text = "" if null else text_of(row, self.text, where)
             blank = not text.strip()
         if blank and images:
             raise ValueError(f"{where}: holds an image and no text in {self.said()}")
@@ -135,18 +136,25 @@ class Columns:
 
 
 def choose(
-    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, text: bool, images: bool
+    rows: Sequence[Row],
+    settings: DataSettings,
+    argument: str,
+    *,
+    text: bool,
+    images: bool,
+    columns: Sequence[str] | None = None,
 ) -> Columns:
     """What is taken of rows for a base that takes text, images, or both.
 
     Args:
         rows: some of them.
-        columns: of all of them.
+        columns: of all of them; those of ``rows`` when None.
         argument: how messages call the data.
 
     Raises:
         ValueError: if a column that is named is not there, or if none is named and it is not clear which is meant.
     """
+    columns = columns_of(rows) if columns is None else columns
     image = None
     if images:
         image = _image_column(rows, columns, settings, argument, needed=not text)
@@ -178,9 +186,10 @@ def text_of(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, str):
         return value
-    if isinstance(value, (bool, int, float)):
+    nothing = value is None or value != value
+    if isinstance(value, (bool, int, float)) and not nothing:
         return str(value)
-    if column not in row or value is None:
+    if nothing:
         raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
     hint = f"; write messages: {column}" if is_chat(value) else ""
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")

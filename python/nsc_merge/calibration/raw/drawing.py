@@ -39,7 +39,8 @@ class Source:
 
 def listed(name: str, rows: Sequence[Row], sha256: Mapping[str, str], folder: Path | None) -> Source:
     """A source of rows in memory."""
-    return Source(name, len(rows), columns_of(rows), lambda numbers: [rows[number] for number in numbers], sha256, folder)
+    columns = columns_of(rows)
+    return Source(name, len(rows), columns, lambda numbers: [rows[number] for number in numbers], sha256, folder)
 
 
 def columns_of(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -201,7 +201,9 @@ def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Bas
     if not len(tokens):
         raise ValueError(f"{where}: holds no token; expected text")
     if counted > most:
-        raise ValueError(f"{where}: expected at most {most} tokens, found {counted}; truncation: true cuts them")
+        raise ValueError(
+            f"{where}: expected at most {most} tokens, found {counted}; give a larger max_length, or truncation: true"
+        )
     highest = int(tokens.max())
     if base.vocabulary is not None and highest >= base.vocabulary:
         raise ValueError(
@@ -217,11 +219,12 @@ def filler_of(tokenizer: Any) -> int:
 
 
 def batched(
-    encoded: Sequence[Encoded], size: int, settings: DataSettings, fillers: Mapping[str, int]
+    encoded: list[Encoded], size: int, settings: DataSettings, fillers: Mapping[str, int]
 ) -> list[dict[str, Tensor]]:
     """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
 
     Args:
+        encoded: emptied on the way, so that images are not held twice.
         fillers: name of an input that is padded -> what with.
     """
     if not fillers:
@@ -229,7 +232,12 @@ def batched(
     else:
         kinds = [tuple((name, one[name].shape) for name in one if name not in fillers) for one in encoded]
         rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, settings.seed)
-    return [_together([encoded[row] for row in some], settings.padding_side, fillers) for some in rows]
+    batches = []
+    for some in rows:
+        batches.append(_together([encoded[row] for row in some], settings.padding_side, fillers))
+        for row in some:
+            encoded[row] = {}
+    return batches
 
 
 def _together(some: Sequence[Encoded], side: str, fillers: Mapping[str, int]) -> dict[str, Tensor]:

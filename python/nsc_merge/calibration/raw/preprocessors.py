@@ -10,6 +10,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -77,9 +78,10 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         )
         config, forward = found.config, _class(found).forward
     else:
-        config, forward = getattr(base, "config", None), base.forward
-        if config is None:
-            raise ValueError(f"model: expected a model of transformers, found {type(base).__name__}")
+        config, forward = getattr(base, "config", None), getattr(base, "forward", None)
+        if config is None or forward is None:
+            given = type(base).__name__
+            raise ValueError(f"model: expected a model of transformers, its folder or its hub id, found {given}")
         name = str(getattr(config, "_name_or_path", "") or "")
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
@@ -129,6 +131,11 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
             f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
             "processor: FOLDER names"
         )
+    if getattr(found, "patch_size", "") is None:
+        raise ValueError(
+            f"{argument}: the processor of {name} does not say patch_size, vision_feature_select_strategy and "
+            "num_additional_image_tokens, as those of old releases do not; set them and save it again"
+        )
     if settings.tokenizer is not None:
         found.tokenizer = tokenizer_of(base, settings, argument)
     return found
@@ -164,6 +171,6 @@ def _loaded(
         )  # fmt: skip
     except Exception as error:
         # Of many files in many formats: whatever is raised, it could not be loaded.
-        raise ValueError(
-            f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
-        ) from None
+        problem = None if local else hub_problem(error, place, name, revision)
+        reason = f"{place}: the {what} of {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        raise ValueError(problem or reason) from None

@@ -146,8 +146,8 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
         if not source or not all(isinstance(row, dict) for row in source):
             raise ValueError(f"{argument}: expected a list of rows, each a dictionary, found {source!r:.60}")
         return listed("row list", source, {}, None)
-    if not isinstance(source, (str, Path)):
-        raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {type(source).__name__}")
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {source!r:.60}")
     if not local:
         return hub_dataset(str(source), settings, argument)
     place = Path(source)
@@ -169,7 +169,7 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
     rows = in_order(source, settings.seed, settings.samples or source.count)
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
-    columns = choose(some, source.columns, settings, place, text=text, images=images)
+    columns = choose(some, settings, place, text=text, images=images, columns=source.columns)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
@@ -193,7 +193,9 @@ def _encoded(
     """Inputs of every sample, what those that are padded are padded with, and the first sample as text."""
     if not base.text:
         processor = image_processor_of(base, settings, argument)
-        return encoding.encode_images(samples, processor, base, reader), {}, str(samples[0].images[0])[:_SHOWN]
+        image = samples[0].images[0]
+        first = str(image)[:_SHOWN] if isinstance(image, (str, Path)) else "an image"
+        return encoding.encode_images(samples, processor, base, reader), {}, first
     with_images = any(
         sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
     )
@@ -206,7 +208,7 @@ def _encoded(
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
     fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
     # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)\1+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
+    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
     return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.utils.errors import hub_problem
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28
@@ -102,11 +103,9 @@ def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
         found = datasets.load_dataset(name, settings.config, revision=settings.revision)
     except Exception as error:
         # Of the hub, the network, the cache, the files: whatever it is, nothing was read.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{argument}: the dataset {name} cannot be loaded from the hub: {reason:.300} (split, config and revision "
-            "are keys beside it; HF_TOKEN is for data that need an account; a path to a file ends with its suffix)"
-        ) from None
+        problem = hub_problem(error, argument, f"datasets/{name}", settings.revision)
+        reason = f"{argument}: the dataset {name} cannot be loaded: {' '.join(str(error).split()):.300}"
+        raise ValueError(problem or f"{reason} (split, config and revision are keys beside it)") from None
     _, chosen = _split_of(found, settings, argument, name)
     return _mapped(chosen, name, argument, {}, None)
 

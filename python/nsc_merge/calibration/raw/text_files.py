@@ -148,7 +148,8 @@ def _separated(separator: str) -> Callable[[str, str], list[Row]]:
         except (csv.Error, ValueError) as error:
             if str(error).startswith(place):
                 raise
-            raise ValueError(f"{place}, line {line}: {error}") from None
+            hint = "; write the rows as .jsonl" if "field limit" in str(error) else ""
+            raise ValueError(f"{place}, line {line}: {error}{hint}") from None
         return rows
 
     return read

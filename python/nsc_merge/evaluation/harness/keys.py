@@ -11,27 +11,23 @@ from nsc_merge.evaluation.eval_recipe import HarnessSettings, HarnessTask
 from nsc_merge.evaluation.harness.task_files import Reads, read_task_files, reads
 from nsc_merge.recipes.yaml_keys import RecipeError, count, flag, mapping, refuse_unknown, text, text_path
 
-_TASK_KEYS = ("adapter", "lm_eval", "metric", "limit", "num_fewshot", "calibration")
+HARNESS_KEYS = ("adapter", "lm_eval", "metric", "limit", "num_fewshot", "calibration")
 _KEYS = ("include_path", "batch_size", "apply_chat_template")
 
 
-def harness_task(name: str, value: Mapping[str, Any], paths: Mapping[str, Any]) -> HarnessTask:
-    """The task ``tasks.name`` with the key ``lm_eval``; ``paths`` are its checked ones.
+def harness_task(value: Mapping[str, Any], common: Mapping[str, Any]) -> HarnessTask:
+    """A task with the key ``lm_eval``; ``common`` is what every task has.
 
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    prefix = f"tasks.{name}."
-    refuse_unknown(prefix, value, _TASK_KEYS)
-    if "adapter" not in paths:
-        raise RecipeError(f"{prefix}adapter: expected a path, found none")
+    prefix = f"tasks.{common['name']}."
     return HarnessTask(
-        name=name,
+        **common,
         lm_eval=text(value, "lm_eval", prefix),
         metric=text(value, "metric", prefix) if value.get("metric") is not None else None,
         limit=_limit(value.get("limit"), f"{prefix}limit"),
         num_fewshot=_shots(value.get("num_fewshot"), f"{prefix}num_fewshot"),
-        **paths,
     )
 
 

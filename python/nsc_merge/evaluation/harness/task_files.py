@@ -121,8 +121,8 @@ def _of_task(config: Mapping[str, Any], path: Path, argument: str) -> Reads:
     for place in local:
         if not any(sign in str(place) for sign in "*?[") and not place.exists():
             raise RecipeError(
-                f"{argument}: {path} reads {place}, which is missing; the harness takes relative paths from the working "
-                f"folder, here {Path.cwd()}"
+                f"{argument}: {path} reads {place}, which is missing; the harness takes relative paths from the "
+                f"working folder, here {Path.cwd()}"
             )
     return Reads(hub=len(local) < len(places), files=tuple(place.resolve() for place in local))
 

@@ -16,7 +16,7 @@ from nsc_merge.evaluation.metrics.classification import (
     mean_iou_per_sample,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
-from nsc_merge.evaluation.metrics.generation import cider, cider_per_sample, exact_match, exact_match_per_sample
+from nsc_merge.evaluation.metrics.generation import OWN, cider, cider_per_sample, exact_match, exact_match_per_sample
 from nsc_merge.evaluation.metrics.labels import IGNORE
 from nsc_merge.evaluation.metrics.registry import METRICS, Metric
 from nsc_merge.evaluation.metrics.regression import (
@@ -32,6 +32,7 @@ from nsc_merge.evaluation.metrics.regression import (
 __all__ = [
     "IGNORE",
     "METRICS",
+    "OWN",
     "Metric",
     "absolute_error",
     "accuracy",

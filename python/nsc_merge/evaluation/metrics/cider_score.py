@@ -40,6 +40,25 @@ def cider_per_sample(candidates: Sequence[Caption], references: Sequence[Sequenc
         references: one or more captions for each sample.
 
     Raises:
+        ValueError: as :func:`check`.
+    """
+    check(candidates, references)
+    split = [[words(caption) for caption in captions] for captions in references]
+    scores = [0.0] * len(candidates)
+    for length in range(1, _LONGEST + 1):
+        grams = [[_grams(caption, length) for caption in captions] for captions in split]
+        occurrences = Counter(gram for captions in grams for gram in set().union(*captions))
+        for number, known in enumerate(grams):
+            ours = _weighted(_grams(words(candidates[number]), length), occurrences, len(candidates))
+            cosines = [_cosine(ours, _weighted(other, occurrences, len(candidates))) for other in known]
+            scores[number] += statistics.fmean(cosines) / _LONGEST
+    return scores
+
+
+def check(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> None:
+    """Refuse captions that have no CIDEr.
+
+    Raises:
         ValueError: if the numbers of samples differ, if a sample has no reference, or if there are fewer than two
             samples, where every weight is log(1) = 0.
     """
@@ -54,16 +73,6 @@ def cider_per_sample(candidates: Sequence[Caption], references: Sequence[Sequenc
             raise ValueError(
                 f"references[{number}]: expected at least one caption in a list, found {captions!r:.60}"
             )
-    split = [[words(caption) for caption in captions] for captions in references]
-    scores = [0.0] * len(candidates)
-    for length in range(1, _LONGEST + 1):
-        grams = [[_grams(caption, length) for caption in captions] for captions in split]
-        occurrences = Counter(gram for captions in grams for gram in set().union(*captions))
-        for number, known in enumerate(grams):
-            ours = _weighted(_grams(words(candidates[number]), length), occurrences, len(candidates))
-            cosines = [_cosine(ours, _weighted(other, occurrences, len(candidates))) for other in known]
-            scores[number] += statistics.fmean(cosines) / _LONGEST
-    return scores
 
 
 def _grams(caption: Sequence[Hashable], length: int) -> Counter[tuple[Hashable, ...]]:

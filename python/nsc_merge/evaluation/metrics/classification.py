@@ -10,7 +10,7 @@ from nsc_merge.evaluation.metrics.labels import IGNORE, compared
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Share of known labels that are predicted.
+    """Share of known labels that are predicted: torchmetrics' micro average.
 
     Args:
         outputs: logits ``[N, ..., C]``.
@@ -19,8 +19,14 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: for other dtypes, shapes or labels, or if no label is known.
     """
-    right, known = hits(outputs, labels)
-    return (right.sum() / known.sum()).item()
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    predicted, classes = _predicted(outputs, labels), outputs.shape[-1]
+    # What torchmetrics would check is checked.
+    share = multiclass_accuracy(
+        predicted, labels, classes, average="micro", ignore_index=IGNORE, validate_args=False
+    )
+    return share.item()
 
 
 def accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -30,15 +36,19 @@ def accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_iou(outputs: Tensor, labels: Tensor) -> float:
-    """Mean over classes of intersection over union, pixels of all samples together.
+    """Mean over classes of intersection over union, pixels of all samples together: torchmetrics' macro average of the
+    Jaccard index, which leaves out classes that neither occur nor are predicted.
 
-    Classes that neither occur nor are predicted are left out. Arguments and errors as in :func:`accuracy`.
+    Arguments and errors as in :func:`accuracy`.
     """
-    return _iou(_confusion(outputs, labels).sum(0, keepdim=True)).item()
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    predicted, classes = _predicted(outputs, labels), outputs.shape[-1]
+    return multiclass_jaccard_index(predicted, labels, classes, ignore_index=IGNORE, validate_args=False).item()
 
 
 def mean_iou_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
-    """:func:`mean_iou` within every sample, ``[N]``."""
+    """:func:`mean_iou` within every sample, ``[N]``, which torchmetrics has no average over classes for."""
     return _iou(_confusion(outputs, labels))
 
 
@@ -63,6 +73,11 @@ def _check_classes(outputs: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels: expected classes from 0 to {outputs.shape[-1] - 1} (or {IGNORE}), found {int(wrong[0])}"
         )
+
+
+def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
+    hits(outputs, labels)
+    return outputs.argmax(-1)
 
 
 def hits(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

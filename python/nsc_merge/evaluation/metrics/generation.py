@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from nsc_merge.evaluation.metrics.classification import (
     hits,
 )
 from nsc_merge.evaluation.metrics.labels import IGNORE, compared
+
+Decode = Callable[[Sequence[int]], str]
+
+OWN = "own"
+PROGRAMS = (OWN, "pycocoevalcap")
 
 
 def exact_match(outputs: Tensor, labels: Tensor) -> float:
@@ -38,21 +45,26 @@ def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     return matched.masked_fill(~known.reshape(len(labels), -1).any(1), torch.nan)
 
 
-def cider(outputs: Tensor, labels: Tensor) -> float:
-    """Mean CIDEr of generated captions, from 0 to 1; see :func:`nsc_merge.evaluation.metrics.cider_score.cider`.
+def cider(outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode | None = None) -> float:
+    """Mean CIDEr of generated captions: from 0 to 1 as :func:`nsc_merge.evaluation.metrics.cider_score.cider` has it,
+    or pycocoevalcap's figure from 0 to 10, a CIDEr-D over what stands between spaces.
 
     Args:
         outputs: generated tokens ``[N, T]``, integers; :data:`IGNORE` after the end.
         labels: reference captions, tokens ``[N, T']``, or several per sample ``[N, R, T']``, filled up by
             :data:`IGNORE`.
+        program: one of :data:`PROGRAMS`.
+        decode: tokens -> text, for pycocoevalcap.
 
     Raises:
         TypeError, ValueError: for other dtypes or shapes, or fewer than two samples.
     """
-    return cider_per_sample(outputs, labels).mean().item()
+    return cider_per_sample(outputs, labels, program=program, decode=decode).mean().item()
 
 
-def cider_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+def cider_per_sample(
+    outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode | None = None
+) -> Tensor:
     """CIDEr of every caption, ``[N]``."""
     for name, value in (("outputs", outputs), ("labels", labels)):
         if value.is_floating_point():
@@ -65,8 +77,19 @@ def cider_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     several = labels[:, None] if labels.dim() == 2 else labels
     references = [[_tokens(caption) for caption in sample] for sample in several]
     known = [[caption for caption in sample if caption] for sample in references]
-    scores = cider_score.cider_per_sample([_tokens(caption) for caption in outputs], known)
-    return torch.tensor(scores, dtype=torch.float64)
+    candidates = [_tokens(caption) for caption in outputs]
+    cider_score.check(candidates, known)
+    if program == OWN:
+        return torch.tensor(cider_score.cider_per_sample(candidates, known), dtype=torch.float64)
+    if decode is None:
+        raise ValueError(f"decode: {program} takes text; expected what makes it of tokens, found none")
+    from pycocoevalcap.cider.cider import Cider
+
+    _, scores = Cider().compute_score(
+        {number: [decode(caption) for caption in captions] for number, captions in enumerate(known)},
+        {number: [decode(caption)] for number, caption in enumerate(candidates)},
+    )
+    return torch.from_numpy(scores)
 
 
 def _tokens(caption: Tensor) -> list[int]:

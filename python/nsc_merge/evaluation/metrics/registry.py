@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,14 @@ from nsc_merge.evaluation.metrics.classification import (
     mean_iou_per_sample,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample, edge_loss
-from nsc_merge.evaluation.metrics.generation import cider, cider_per_sample, exact_match, exact_match_per_sample
+from nsc_merge.evaluation.metrics.generation import (
+    OWN,
+    PROGRAMS,
+    cider,
+    cider_per_sample,
+    exact_match,
+    exact_match_per_sample,
+)
 from nsc_merge.evaluation.metrics.regression import (
     absolute_error,
     cosine_loss,
@@ -28,6 +35,7 @@ from nsc_merge.evaluation.metrics.regression import (
     rmse,
     squared_error,
 )
+from nsc_merge.utils.option_checks import check_choice
 
 Measure = Callable[..., float]
 PerSample = Callable[..., Tensor]
@@ -47,7 +55,9 @@ class Metric:
         quality: ``(outputs, labels) -> [N]``, per sample, higher is better.
         loss: ``(outputs, labels) -> scalar``, the usual training loss of such a task; None where there is none.
         options: names of further arguments of all three.
+        choices: option -> what it may be, where that is one of a few words.
         settings: those that :meth:`with_options` set.
+        decodes: whether measure and quality want ``decode``, which makes text of a sequence of tokens.
     """
 
     name: str
@@ -59,22 +69,29 @@ class Metric:
     quality: PerSample
     loss: Callable[..., Tensor] | None = None
     options: tuple[str, ...] = ()
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    decodes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def with_options(self, **given: Any) -> Metric:
         """The same metric with its options set.
 
         Raises:
-            ValueError: if it has no such option.
+            ValueError: if it has no such option, or if it may not be this.
         """
         for name in given:
             if name not in self.options:
                 listed = ", ".join(self.options) or "none"
                 raise ValueError(f"{name}: not an option of metric {self.name!r} (options: {listed})")
+            if name in self.choices:
+                check_choice(name, given[name], self.choices[name])
         if not given:
             return self
+        named = given.get("program", OWN) != OWN
         return replace(
             self,
+            label=f"{self.label} ({given['program']})" if named else self.label,
+            decodes=named,
             measure=functools.partial(self.measure, **given),
             quality=functools.partial(self.quality, **given),
             loss=functools.partial(self.loss, **given) if self.loss is not None else None,
@@ -133,6 +150,8 @@ METRICS: dict[str, Metric] = {
             "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100",
             cider,
             cider_per_sample,
+            options=("program",),
+            choices={"program": PROGRAMS},
         ),
     )
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def rmse(outputs: Tensor, labels: Tensor) -> float:
-    """Root of the mean squared error over all known labels.
+    """Root of the mean squared error over all known labels, by torchmetrics.
 
     Args:
         outputs: ``[N, ...]`` or ``[N, ..., 1]``, floating point.
@@ -18,14 +18,16 @@ def rmse(outputs: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: for other dtypes or shapes, or if no label is known.
     """
-    error, known = errors(outputs, labels)
-    return error[known].square().mean().sqrt().item()
+    from torchmetrics.functional.regression import mean_squared_error
+
+    return mean_squared_error(*_pairs(outputs, labels), squared=False).item()
 
 
 def l1(outputs: Tensor, labels: Tensor) -> float:
-    """Mean absolute error over all known labels; arguments and errors as in :func:`rmse`."""
-    error, known = errors(outputs, labels)
-    return error[known].abs().mean().item()
+    """Mean absolute error over all known labels, by torchmetrics; arguments and errors as in :func:`rmse`."""
+    from torchmetrics.functional.regression import mean_absolute_error
+
+    return mean_absolute_error(*_pairs(outputs, labels)).item()
 
 
 def mean_angle(outputs: Tensor, labels: Tensor) -> float:
@@ -81,6 +83,12 @@ def errors(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(known.any()):
         raise ValueError("labels: expected at least one known label, found none")
     return outputs - labels, known
+
+
+def _pairs(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and labels where the label is known."""
+    _, known = errors(outputs, labels)
+    return outputs.reshape(labels.shape)[known], labels[known]
 
 
 def negative_error_per_sample(power: int, outputs: Tensor, labels: Tensor) -> Tensor:

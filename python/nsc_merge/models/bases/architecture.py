@@ -85,7 +85,7 @@ def architecture_of(
     if not local:
         # Where transformers had it; what is saved of a configuration never holds it.
         config._commit_hash = revision
-    kind = _class_of_code(name, config, given) if own and trust_remote_code else None
+    kind = _class_of_code(name, fields, given) if own and trust_remote_code else None
     return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
 
 
@@ -145,12 +145,12 @@ def _class_of(name: str, config: Any) -> Any:
     return kind
 
 
-def _class_of_code(name: str, config: Any, given: dict[str, Any]) -> Any:
-    """The class that a configuration names among those of the code beside it; None if it names none of them."""
+def _class_of_code(name: str, fields: dict[str, Any], given: dict[str, Any]) -> Any:
+    """The class that a ``config.json`` names among those of the code beside it; None if it names none of them."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    wanted = (getattr(config, "architectures", None) or [""])[0]
-    places = [place for place in (getattr(config, "auto_map", None) or {}).values() if isinstance(place, str)]
+    wanted = (fields.get("architectures") or [""])[0]
+    places = [place for place in fields["auto_map"].values() if isinstance(place, str)]
     place = next((place for place in places if place.rpartition(".")[2] == wanted), None)
     return None if place is None else get_class_from_dynamic_module(place, name, **given)
 

@@ -60,7 +60,9 @@ def _entry(key: str, value: Any) -> list[str]:
 
 
 def key_of(key: str) -> str:
-    return to_yaml({key: 0}).removesuffix(": 0\n")
+    """A key in one line, in quotes only where it has to be."""
+    line = to_yaml({key: 0}).removesuffix(": 0\n")
+    return quoted(key) if line.startswith("? ") else line
 
 
 def quoted(text: str) -> str:

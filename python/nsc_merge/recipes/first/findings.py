@@ -148,10 +148,11 @@ def find(
         if "data" in chosen.needs:
             raise
         warnings.append(f"the data is left out: {error}")
-    measured: list[str] = []
-    if found.family is not None and "score_blocks" in chosen.option_names:
-        measured = scored_paths(found.family, found.model, list(linears), None, "last_quarter")
+    measured = _measured(found, list(linears), chosen, options)
     bytes_, count = _forecast(found, fitted, looked, chosen, options)
+    there = total_memory(device_of("auto"))
+    if bytes_ is not None and there and bytes_ > there:
+        warnings.append("a step does not fit the memory here: docs/large_models.md has device_map and quantization")
     return Findings(
         found,
         tasks,
@@ -165,7 +166,7 @@ def find(
         batch_size,
         measured,
         bytes_,
-        total_memory(device_of("auto")),
+        there,
         count,
         warnings,
     )
@@ -208,8 +209,9 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
             "chosen."
         )
     if not has_data:
-        wanting = ", ".join(name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
-        return METHODS[WITHOUT_DATA], f"Chosen since no data was given: {wanting} find out on it what suits (--data)."
+        *others, last = (name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
+        wanting = f"{', '.join(others)} and {last}"
+        return METHODS[WITHOUT_DATA], f"{wanting} choose coefficients by unlabelled data, and none was given (--data)."
     return METHODS[Recipe.method], ""
 
 
@@ -220,6 +222,19 @@ def _options(method: Method, preset: str | None, tasks: Sequence[Task]) -> dict[
     if method.name == WITHOUT_DATA:
         written[str(method.tuned)] = 1.0 if len(tasks) == 1 else 0.4 if len(tasks) <= FEW_TASKS else 1 / len(tasks)
     return written
+
+
+def _measured(base: Base, adapted: Sequence[str], method: Method, options: dict[str, Any]) -> list[str]:
+    """Paths of the linears whose input is measured; where none of the family's carries an adapter, ``options`` gets the
+    names of those that do.
+    """
+    if base.family is None or "score_modules" not in method.option_names:
+        return []
+    try:
+        return scored_paths(base.family, base.model, adapted, None, "last_quarter")
+    except ValueError:
+        options["score_modules"] = sorted({path.rpartition(".")[2] for path in adapted})
+        return scored_paths(base.family, base.model, adapted, options["score_modules"], "last_quarter")
 
 
 def _samples(data: Mapping[str, Data], options: Mapping[str, Any], batch_size: int) -> int:
@@ -242,15 +257,16 @@ def _heads(task: Task, model: nn.Module) -> list[str]:
 def _other_bases(tasks: Sequence[Task], base: Base) -> list[str]:
     """Adapters that name another base than the one that they are merged on."""
     own = {base.source, str(getattr(base.model.config, "_name_or_path", "")), base.source.rsplit("/", 1)[-1]}
-    found = []
+    by_name: dict[str, list[str]] = {}
     for task in tasks:
         named = task.outline.base_model
-        if named and named not in own and Path(named).name not in own and str(Path(named).resolve()) not in own:
-            found.append(
-                f"{task.name}: says that it was trained on {named}, not on {base.source}: if these are not one model, "
-                "the merge is worth nothing"
-            )
-    return found
+        if named and named not in own and Path(named).name not in own and os.path.abspath(named) not in own:
+            by_name.setdefault(named, []).append(task.name)
+    return [
+        f"{', '.join(names)}: trained on {named}, by the adapter's own word, and not on {base.source}; if these are "
+        "two models, the merge is worth nothing"
+        for named, names in by_name.items()
+    ]
 
 
 def _partly(adapters: Mapping[str, Adapter], linears: Mapping[str, Any]) -> list[str]:

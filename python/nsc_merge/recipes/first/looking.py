@@ -67,15 +67,17 @@ def _raw(
     found = open_source(source, settings, argument)
     rows = found.rows(range(min(found.count, _ROWS)))
     if takes.text and settings.text is None:
-        settings = replace(settings, text=_pair(rows))
-    columns = choose(rows, settings, f"{argument}: {Path(source).name}", text=takes.text, images=takes.images)
+        settings = replace(settings, text=_pair(rows, found.columns))
+    place = f"{argument}: {Path(source).name}"
+    columns = choose(rows, settings, place, text=takes.text, images=takes.images, columns=found.columns)
     # Each by itself, so that padding says nothing of the lengths.
     batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
-    said = [f"{found.count} rows, {columns.said()}" if _is_table(rows) else f"{found.count} images"]
+    table = f"{found.count} rows of {', '.join(found.columns)}; {columns.said()}"
+    said = [f"{found.count} images" if set(found.columns) == {"image"} else table]
     if counted.tokens:
         said.append(f"about {counted.tokens:.0f} tokens each")
-    if batches.first and columns.image is None:
+    if batches.first:
         shown = " ".join(batches.first.split())
         said.append(f"such as {shown[:_SHOWN] + ('...' if len(shown) > _SHOWN else '')!r}")
     longest = max(batches, key=lambda batch: max(value.shape[1:].numel() for value in batch.values()))
@@ -91,17 +93,12 @@ def _raw(
     )
 
 
-def _pair(rows: Sequence[Row]) -> str | None:
+def _pair(rows: Sequence[Row], columns: Sequence[str]) -> str | None:
     """A template over question and answer, where these are what the rows hold."""
-    names = {name for row in rows for name in row}
-    if names & {"text", *CHAT_COLUMNS}:
+    if set(columns) & {TEXT_COLUMNS[0], *CHAT_COLUMNS}:
         return None
     pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for row in rows for name in pair)), None)
     return None if pair is None else "{" + "}\n{".join(pair) + "}"
-
-
-def _is_table(rows: Sequence[Row]) -> bool:
-    return any(set(row) - {"image"} for row in rows)
 
 
 def _rows(value: Tensor, count: int) -> Tensor:

@@ -17,7 +17,9 @@ def base_said(found: Findings) -> str:
 
 def memory_said(found: Findings) -> str:
     there = f" of {size_said(found.device_bytes)}" if found.device_bytes else ""
-    taken = f"{size_said(found.bytes or 0)}{there} of memory and {(found.operations or 0) / 1e9:.3g} GFLOP"
+    count = found.operations or 0
+    operations = f"{count / 1e12:.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:.3g} GFLOP"
+    taken = f"{size_said(found.bytes or 0)}{there} of memory and {operations}"
     return f"By formula a step takes {taken}; the dry run measures how long that is."
 
 
@@ -29,8 +31,9 @@ def size_said(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def ends(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+def measured_said(found: Findings) -> str:
+    names = found.measured
+    return names[0] if len(names) == 1 else f"{len(names)} linears, {names[0]} to {names[-1]}"
 
 
 def summary(found: Findings, out: str, command: str) -> dict[str, Any]:
@@ -81,16 +84,18 @@ def render(found: Findings, out: str, command: str) -> str:
     for number, task in enumerate(found.tasks):
         heads = found.heads.get(task.name)
         head = f"; its head: {', '.join(heads)}" if heads else ""
-        lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}{head}")
-    for number, (name, one) in enumerate(found.data.items()):
-        lines.append(f"{'' if number else 'data':8}  {name}: {one.said}")
+        lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}, {task.modules}{head}")
+    said = {name: one.said for name, one in found.data.items()}
+    if len({one.source for one in found.data.values()}) == 1 < len(said):
+        said = {"for all": next(iter(said.values()))}
+    lines += [f"{'' if number else 'data':8}  {name}: {text}" for number, (name, text) in enumerate(said.items())]
     options = ", ".join(f"{name} {value}" for name, value in found.options.items())
     preset = f" (preset {found.preset})" if found.preset else ""
     lines.append(f"method    {found.method.name}{f': {options}' if options else ''}{preset}")
     if found.chosen:
         lines.append(f"          {found.chosen}")
     if found.measured:
-        lines.append(f"measured  {len(found.measured)} linears: {ends(found.measured)}")
+        lines.append(f"measured  the input of {measured_said(found)}")
     if found.bytes is not None:
         lines.append(f"memory    {memory_said(found)}")
     lines += [f"warning   {warning}" for warning in found.warnings]

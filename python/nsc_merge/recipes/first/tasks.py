@@ -54,15 +54,16 @@ class Task:
         return bool(self.config.get("use_dora"))
 
     @property
-    def said(self) -> str:
-        """What was found, in a line."""
-        alpha = self.config.get("lora_alpha")
+    def modules(self) -> str:
+        """The adapted modules, in words."""
         count = len(self.outline.factors)
-        parts = [
-            f"rank {_span(self.ranks)}, alpha {alpha}" + (" (rsLoRA)" if self.config.get("use_rslora") else ""),
-            f"{count} module{'s' if count > 1 else ''}: {', '.join(self.targets)}",
-        ]
-        return ", ".join([*parts, *(["DoRA"] if self.has_dora else [])])
+        return f"{count} module{'s' if count > 1 else ''}: {', '.join(self.targets)}"
+
+    @property
+    def said(self) -> str:
+        """Of the updates, in words."""
+        rs = " (rsLoRA)" if self.config.get("use_rslora") else ""
+        return f"rank {_span(self.ranks)}, alpha {self.config.get('lora_alpha')}{rs}" + ", DoRA" * self.has_dora
 
 
 def find_tasks(adapters: Sequence[str]) -> list[Task]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
-from nsc_merge.recipes.first.findings import Findings
-from nsc_merge.recipes.first.summary import base_said, ends, memory_said, size_said
+from nsc_merge.recipes.first.findings import WITHOUT_DATA, Findings
+from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said, size_said
 from nsc_merge.recipes.merge_recipe import Recipe
 
 # A rank that every server takes.
 _SMALL = 16
+# With what the usual method is to be compared.
+_OTHERS = ("match", WITHOUT_DATA)
 
 
 def recipe_text(found: Findings, folder: Path, name: str = "recipe.yaml", schema: str | None = None) -> str:
@@ -40,7 +42,7 @@ def recipe_text(found: Findings, folder: Path, name: str = "recipe.yaml", schema
     for warning in found.warnings:
         yaml.remark(f"WARNING {warning}")
     _inputs(yaml, found, folder)
-    _merging(yaml, found)
+    _merging(yaml, found, name)
     _output(yaml, found)
     return str(yaml)
 
@@ -51,9 +53,12 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     yaml.entries({"model": (_relative(base.source, folder), "")})
     if base.revision is not None:
         yaml.entries({"revision": (base.revision, "")})
-    yaml.section("Each task by the name that it shall have, and its adapter.")
+    alike = len({one.modules for one in found.tasks}) == 1
+    touched = f"; all touch {found.tasks[0].modules}" if alike else ""
+    yaml.section(f"Each task by the name that it shall have, and its adapter{touched}.")
     yaml.verbatim("adapters:")
-    yaml.entries({one.name: (_relative(one.source, folder), one.said) for one in found.tasks}, 2)
+    said = {one.name: one.said if alike else f"{one.said}, {one.modules}" for one in found.tasks}
+    yaml.entries({one.name: (_relative(one.source, folder), said[one.name]) for one in found.tasks}, 2)
     if any(task.has_dora for task in found.tasks):
         yaml.section("DoRA has no exact place in a sum of updates: each is replaced by the nearest plain update.")
         yaml.entries({"dora": ("convert", "")})
@@ -72,10 +77,13 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     texts = {one.text for one in found.data.values() if one.raw}
     for_all = texts.pop() if len(texts) == 1 else None
     entries: dict[str, tuple[Any, str]] = {}
+    alike = len({one.source for one in found.data.values()}) == 1 < len(found.data)
+    if alike:
+        yaml.remark(f"The same for all: {next(iter(found.data.values())).said}.", 2)
     for task, one in found.data.items():
         source = _relative(one.source, folder)
         own = one.text if one.raw and one.text != for_all else None
-        entries[task] = (source if own is None else {"source": source, "text": own}, one.said)
+        entries[task] = (source if own is None else {"source": source, "text": own}, "" if alike else one.said)
     yaml.entries(entries, 2)
     if found.samples:
         _encoding(yaml, found, for_all)
@@ -103,7 +111,7 @@ def _encoding(yaml: Yaml, found: Findings, text: str | None) -> None:
         values["text"] = (text, "a column, or columns put together, as the adapters were trained")
     steps = found.options.get("steps")
     used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
-    values["samples"] = (found.samples, f"drawn of each, the same ones every time{used}")
+    values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
     if any(one.words for one in found.data.values()):
         values["max_length"] = (DataSettings.max_length, "tokens of a sample at most; longer ones are cut")
     values["seed"] = (DataSettings.seed, "of the draw")
@@ -111,11 +119,11 @@ def _encoding(yaml: Yaml, found: Findings, text: str | None) -> None:
     yaml.entries(values, 2)
 
 
-def _merging(yaml: Yaml, found: Findings) -> None:
+def _merging(yaml: Yaml, found: Findings, name: str) -> None:
     method = found.method
-    yaml.section(f"How they are merged: {method.summary} ({method.paper}).")
+    yaml.section(f"How they are merged: {method.summary}. Source: {method.paper}.")
     yaml.remark(found.chosen)
-    yaml.remark(_advice(found))
+    _advice(yaml, found, name)
     yaml.entries({"method": (method.name, "all of them, with their options: nsc-merge methods")})
     if found.options:
         yaml.verbatim("options:")
@@ -123,7 +131,7 @@ def _merging(yaml: Yaml, found: Findings) -> None:
     if "data" in method.needs:
         yaml.entries({"batch_size": (found.batch_size, "samples of each task in a step")})
     if found.measured:
-        yaml.remark(f"Measured: the input of {len(found.measured)} linears, {ends(found.measured)}.")
+        yaml.remark(f"Measured: the input of {measured_said(found)}.")
     if found.bytes is not None:
         yaml.remark(memory_said(found))
     yaml.section()
@@ -131,19 +139,15 @@ def _merging(yaml: Yaml, found: Findings) -> None:
     yaml.entries({"dtype": ("auto", dtype), "device": ("auto", "a GPU if there is one; or cpu, cuda, cuda:1")})
 
 
-def _advice(found: Findings) -> str:
+def _advice(yaml: Yaml, found: Findings, name: str) -> None:
     """What is known of the method, for somebody who has to choose one."""
     if found.method.name == Recipe.method:
-        return (
-            "It lowers its objective, which does not always make a better model: compare with "
-            "method=task_arithmetic, which takes no data, and with method=match, which takes the same "
-            "(docs/results.md)."
-        )
-    if found.method.tuned is not None:
-        return (
-            f"Its {found.method.tuned} decides much: try a few on labelled data (nsc-merge eval), if there is some."
-        )
-    return ""
+        yaml.remark("A lower ratio is not always a better model (docs/results.md). With the same data, and without:")
+        run = shown(shlex.join(["nsc-merge", "run", name]))
+        yaml.verbatim(*(f"#   {run} method={one} output.dir=merged-{one}" for one in _OTHERS))
+    elif found.method.tuned is not None:
+        tuned = found.method.tuned
+        yaml.remark(f"Its {tuned} decides much: try a few on labelled data (nsc-merge eval), if there is some.")
 
 
 def _option_said(name: str, found: Findings) -> str:
@@ -152,6 +156,8 @@ def _option_said(name: str, found: Findings) -> str:
         return f"{preset}each on one batch of every task"
     if name == "lr":
         return f"{preset}how far a coefficient may move in a step"
+    if name == "score_modules":
+        return "measured, since none of the linears that usually are has an adapter"
     if found.method.tuned == name:
         several = len(found.tasks)
         return f"coefficient of every adapter; 1/{several} is their mean, 1 their sum"

@@ -34,14 +34,14 @@ _MOST_TEMPLATES = 100
 _CODE_OF_MODELS = "transformers_modules."
 
 
-def write_preprocessing(model: nn.Module, folder: Path) -> list[str]:
+def write_preprocessing(result: MergedUpdate, folder: Path) -> list[str]:
     """Copy, byte by byte, what lies beside the base into ``folder``, and return the names.
 
     It comes from the folder that the base was read from, or, where it was named by a hub id, from the hub at the commit
     that it was read at. What is in ``folder`` already stays: transformers writes a model's generation configuration as
-    it is in memory. Python files come along only where the model runs code that came with it.
+    it is in memory. Python files come along only where ``trust_remote_code`` was given, here or to transformers.
     """
-    found = {name: file for name, file in _files(model).items() if not (folder / name).exists()}
+    found = {name: file for name, file in _files(result).items() if not (folder / name).exists()}
     for name, file in found.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
@@ -50,17 +50,22 @@ def write_preprocessing(model: nn.Module, folder: Path) -> list[str]:
 
 def preprocessing_notes(result: MergedUpdate) -> list[str]:
     """What a person should know of the tokenizer and processor beside a merge, one line each."""
-    found = _files(result.model)
+    found = _files(result)
     if not found.keys() - {_GENERATION}:
         return [_absence(result.model)]
     notes = []
     code = [name for name in _NAMING_CODE if name in found and _names_code(found[name])]
-    if code and not _runs_code(result.model):
+    copied = [name for name in found if name.endswith(".py")]
+    if copied:
+        notes.append(
+            f"the base's own code ({', '.join(copied)}) lies here: who loads this with trust_remote_code=True runs it"
+        )
+    elif code:
         notes.append(
             f"{code[0]} names code in the base's folder (auto_map), which is not copied: if you trust it, put its .py "
             "files beside it and load with trust_remote_code=True"
         )
-    large = [name for name, file in _beside(result.model) if file.stat().st_size > LARGEST]
+    large = [name for name, file in _beside(result) if file.stat().st_size > LARGEST]
     if large:
         notes.append(
             f"{large[0]} of the base is larger than {LARGEST >> 20} MB and is not copied: copy it if it is needed"
@@ -76,7 +81,7 @@ def _absence(model: nn.Module) -> str:
         where = f"no tokenizer or processor of {name} was found, or none could be fetched, at the base's commit"
     else:
         where = "the base's folder holds no tokenizer and no processor"
-    return f"{where}: pipeline() and servers need one here, so save it beside the model with its save_pretrained"
+    return f"{where}: pipelines and servers need one beside the merge, so put it there with its save_pretrained"
 
 
 class _Tokenizer(NamedTuple):
@@ -127,16 +132,16 @@ def _tokenizer(folder: Path) -> _Tokenizer | None:
     return _Tokenizer(len(loaded), str(getattr(loaded, "chat_template", None)))
 
 
-def _files(model: nn.Module) -> dict[str, Path]:
+def _files(result: MergedUpdate) -> dict[str, Path]:
     """Path within a model's folder -> file that is copied there."""
-    return {name: file for name, file in _beside(model) if file.stat().st_size <= LARGEST}
+    return {name: file for name, file in _beside(result) if file.stat().st_size <= LARGEST}
 
 
-def _beside(model: nn.Module) -> Iterator[tuple[str, Path]]:
+def _beside(result: MergedUpdate) -> Iterator[tuple[str, Path]]:
     """Path within the base's folder -> file, of all that is meant. A link is followed, as all of the hub's cache are; a
     pipe or a device is nothing that a model is saved with.
     """
-    source = base_folder(model)
+    source, trusted = base_folder(result.model), _is_trusted(result)
     if source is None:
         return
     places = [*source.iterdir()]
@@ -144,7 +149,7 @@ def _beside(model: nn.Module) -> Iterator[tuple[str, Path]]:
         places += sorted((source / _TEMPLATES).iterdir())[:_MOST_TEMPLATES]
     for place in sorted(places):
         name = place.relative_to(source).as_posix()
-        wanted = is_preprocessing(name) or (_runs_code(model) and place.suffix == ".py" and place.parent == source)
+        wanted = is_preprocessing(name) or (trusted and place.suffix == ".py" and place.parent == source)
         if wanted and place.is_file():
             yield name, place
 
@@ -186,5 +191,7 @@ def _names_code(file: Path) -> bool:
     return isinstance(fields, dict) and bool(fields.get("auto_map"))
 
 
-def _runs_code(model: nn.Module) -> bool:
-    return own_class(model).__module__.startswith(_CODE_OF_MODELS)
+def _is_trusted(result: MergedUpdate) -> bool:
+    """Whether the recipe lets code that comes with the base run, or whoever loaded it did."""
+    ran = own_class(result.model).__module__.startswith(_CODE_OF_MODELS)
+    return ran or result.inputs.get("trust_remote_code") is True

@@ -1,0 +1,1 @@
+"""Rows of an evaluation as they are kept, so that none is measured twice."""

@@ -1,0 +1,121 @@
+"""What the figures of a row depend on, as one SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.calibration.raw.reading import is_raw
+from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, HarnessTask, MeasuredTask, Row, TaskRecipe
+from nsc_merge.methods import METHODS
+from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.calibration_keys import CalibrationSource
+from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE
+from nsc_merge.utils.json_text import plain
+from nsc_merge.utils.provenance import hashes, versions, whole
+
+# How text becomes tokens, as transformers saves it beside a model.
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
+    """SHA-256 of all that a row's figures depend on: settings, files, versions, and the seed if it matters.
+
+    What is on the hub, and what files of raw data name in turn, is not looked at.
+    """
+    method = METHODS[row.method] if row.method else None
+    paths = [recipe.model, str(row.folder or "")]
+    paths += [str(path) for task in recipe.tasks.values() for path in task.paths.values()]
+    seeded = any(SEED in path for path in paths)
+    drawn = method is not None and ("data" in method.needs or "seed" in method.option_names)
+    here = recipe.at(seed)
+    # Not among the settings of a plain base, so that rows of earlier releases stay theirs.
+    unusual = [one for one in (here.quantization, here.revision, here.trust_remote_code) if one]
+    known: dict[str, Any] = {
+        "row": [row.method, row.options, row.tune and vars(row.tune)],
+        "folder": None if row.folder is None else _all_hashes(Path(str(row.folder).replace(SEED, str(seed)))),
+        "model": _all_hashes(Path(here.model)) if here.local else here.model,
+        "tasks": {name: [_files(task), *_settings(task)] for name, task in here.tasks.items()},
+        "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint, *unusual],
+        "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
+        "versions": versions(),
+    }
+    if any(_takes_text(task) for task in here.tasks.values()):
+        known["tokenizer"] = _tokenizer(here)
+    if here.harness:
+        settings = here.lm_eval
+        places = [*settings.data, *([settings.include_path] if settings.include_path else [])]
+        files = {str(place): _whole(place) for place in places}
+        known["lm_eval"] = [files, settings.batch_size, settings.apply_chat_template]
+    if measuring := measuring_versions(here):
+        known["measuring"] = measuring
+    return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
+
+
+def measuring_versions(recipe: EvalRecipe) -> dict[str, str]:
+    """Of the packages that alone say what some figure of a recipe is."""
+    named = any(task.metric.decodes for task in recipe.labelled.values())
+    needed = [*(["lm-eval", "datasets"] if recipe.harness else []), *(["pycocoevalcap"] if named else [])]
+    return {name: version(name) for name in needed}
+
+
+def _files(task: MeasuredTask) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        key: _whole(path) if key == "calibration" and is_raw(path) else _all_hashes(path)
+        for key, path in task.paths.items()
+    }
+    if isinstance(task.adapter, HubAdapter):
+        found["adapter"] = asdict(task.adapter)
+    return found
+
+
+def _settings(task: TaskRecipe | HarnessTask) -> list[Any]:
+    raw = [asdict(task.calibration)] if task.calibration is not None and _is_raw(task.calibration) else []
+    if isinstance(task, HarnessTask):
+        return [[task.lm_eval, task.metric, task.limit, task.num_fewshot], *raw]
+    return [
+        [task.metric.name, task.metric.settings, task.labels, task.head and Path(task.head).name],
+        [task.pool, task.generate, task.classes],
+        *raw,
+    ]
+
+
+def _is_raw(calibration: CalibrationSource) -> bool:
+    return not calibration.local or is_raw(calibration.source)
+
+
+def _takes_text(task: TaskRecipe | HarnessTask) -> bool:
+    """Whether a tokenizer matters."""
+    raw = task.calibration is not None and _is_raw(task.calibration)
+    return raw or isinstance(task, HarnessTask) or task.metric.decodes
+
+
+def _tokenizer(recipe: EvalRecipe) -> Any:
+    """Files of the tokenizer, or the hub id that it has."""
+    place = Path(recipe.data.tokenizer or recipe.model)
+    if not place.is_dir():
+        return str(place)
+    return {file.name: whole(file) for pattern in _TOKENIZER for file in sorted(place.glob(pattern)) if file.is_file()}
+
+
+def _whole(place: Path) -> dict[str, str]:
+    """SHA-256 of a file, or of every file in a folder and below, but for what Python leaves there."""
+    files = [place] if place.is_file() else sorted(place.rglob("*"))
+    return {
+        str(file.relative_to(place)): whole(file)
+        for file in files
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+
+
+def _all_hashes(place: Path) -> dict[str, Any]:
+    """SHA-256 of a file, or of all weights, configurations and saved merges in a folder and below."""
+    if place.is_file():
+        return hashes(place)
+    saved = (COEFFICIENTS_FILE, RECIPE_FILE)
+    below = sorted(path for path in place.rglob("*") if path.is_dir() or path.name in saved)
+    return {str(path.relative_to(place)): hashes(path) for path in [place, *below]}

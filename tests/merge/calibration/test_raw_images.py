@@ -1,0 +1,389 @@
+"""Images, and pairs of images and text, as a person would encode them by hand with transformers, to the bit."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from raw_cases import (
+    IMAGE_TOKENS,
+    SIZE,
+    WORDS,
+    llava_base,
+    picture,
+    processor,
+    text_base,
+    vision_base,
+    write_pictures,
+    write_rows,
+)
+from transformers import ViTImageProcessor
+
+from nsc_merge.calibration.raw.drawing import place_of
+from nsc_merge.calibration.raw.reading import raw_batches
+from nsc_merge.calibration.raw.settings import DataSettings
+
+IMAGE, PAD = WORDS.index("<image>"), 0
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return vision_base(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return llava_base(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A LLaVA without a chat template."""
+    return llava_base(tmp_path_factory.mktemp("plain"), chat=None)
+
+
+def made(source, base, batch_size=3, **settings):
+    return raw_batches(source, str(base), DataSettings(**settings), batch_size, "calibration.a")
+
+
+def order(count, seed=0):
+    return sorted(range(count), key=lambda number: place_of(seed, number))
+
+
+def pixels(images):
+    tool = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
+    return tool(images, return_tensors="pt")["pixel_values"]
+
+
+def stacked(batches):
+    return torch.cat([batch["pixel_values"] for batch in batches])
+
+
+def test_a_folder_of_images_is_encoded_as_by_hand(tmp_path, vit):
+    files = write_pictures(tmp_path / "photos", 7)
+    (tmp_path / "photos" / "labels.txt").write_text("a")
+    batches = made(tmp_path / "photos", vit)
+    assert [list(batch) for batch in batches] == [["pixel_values"]] * 3
+    assert [len(batch["pixel_values"]) for batch in batches] == [3, 3, 1]
+    by_name = sorted(files, key=lambda file: file.name)
+    expected = pixels([Image.open(by_name[number]) for number in order(7)])
+    assert torch.equal(stacked(batches), expected)
+    assert stacked(batches).dtype is torch.float32
+    assert batches.first == by_name[order(7)[0]].name
+
+
+def test_images_of_classes_are_one_set_and_hidden_ones_are_none(tmp_path, vit):
+    for name, count in (("cats", 2), ("dogs/small", 3), (".cache", 1)):
+        write_pictures(tmp_path / name, count)
+    (tmp_path / "cats" / "._0.png").write_bytes(b"x")
+    assert torch.equal(
+        stacked(made(tmp_path, vit)),
+        pixels([(picture(0), picture(1), picture(0), picture(1), picture(2))[number] for number in order(5)]),
+    )
+
+
+def test_the_digest_of_a_folder_is_over_names_and_bytes_of_what_is_drawn(tmp_path, vit):
+    files = write_pictures(tmp_path / "photos", 6)
+    first = made(tmp_path / "photos", vit, samples=4)
+    by_hand = hashlib.sha256()
+    for number in order(6)[:4]:
+        name, raw = files[number].name, files[number].read_bytes()
+        by_hand.update(f"{len(name)}:{name}:{len(raw)}:".encode() + raw)
+    assert set(first.sha256) == {"images", "samples"}
+    assert first.sha256["images"] == by_hand.hexdigest()
+    # What is not drawn is not opened.
+    files[order(6)[5]].write_bytes(b"damaged")
+    assert made(tmp_path / "photos", vit, 2, samples=4).sha256 == first.sha256
+    picture(99).save(files[order(6)[0]])
+    assert made(tmp_path / "photos", vit, samples=4).sha256["samples"] != first.sha256["samples"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_any_mode_become_rgb(tmp_path, vit, mode):
+    image = picture(3).convert(mode)
+    image.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    assert torch.equal(stacked(made(tmp_path, vit)), pixels([image.convert("RGB")]))
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path, vit):
+    image = picture(3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(stacked(made(tmp_path, vit)), pixels([image.rotate(-90, expand=True)]))
+
+
+def test_models_of_one_channel_get_grey_images(tmp_path):
+    base = vision_base(tmp_path / "base", num_channels=1)
+    write_pictures(tmp_path / "photos", 1)
+    (batch,) = made(tmp_path / "photos", base)
+    tool = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5], image_std=[0.5])
+    assert torch.equal(batch["pixel_values"], tool([picture(0).convert("L")], return_tensors="pt")["pixel_values"])
+
+
+def test_images_that_cannot_be_right_are_refused_by_name(tmp_path, vit, monkeypatch):
+    file = tmp_path / "photos" / "a.png"
+    write_pictures(file.parent, 0)
+
+    def refused(message):
+        with pytest.raises(ValueError, match=rf"^calibration.a: .*photos, row 1: .*a.png {message}") as caught:
+            made(file.parent, vit)
+        assert "\n" not in str(caught.value)
+
+    file.write_bytes(b"no image")
+    refused("cannot be opened as an image: no image that Pillow knows$")
+    picture(0, (64, 64)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    refused("cannot be opened as an image: ")
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(file)
+    refused("has pixels of mode 'I;16'; save it with 8 bits a colour$")
+    picture(0).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a.png: Image size \(120 pixels\) exceeds limit of 100 pixels.*; make"):
+        made(file.parent, vit)
+
+
+def test_rows_hold_images_in_many_ways(tmp_path, vit):
+    write_pictures(tmp_path / "photos", 1)
+    raw = (tmp_path / "photos" / "0.png").read_bytes()
+    encoded = f"data:image/png;base64,{base64.b64encode(raw).decode()}"
+    expected = pixels([picture(0)])
+    rows = [{"photo": "photos/0.png"}, {"photo": str(tmp_path / "photos" / "0.png")}, {"photo": encoded}]
+    for row in rows:
+        assert torch.equal(stacked(made(write_rows(tmp_path / "a.jsonl", [row]), vit)), expected)
+    for value in (picture(0), {"bytes": raw, "path": None}, [picture(0)]):
+        assert torch.equal(stacked(made([{"image": value}], vit)), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("https://a.org/b.png", "https://a.org/b.png is not here; download it and write its path: nothing is fetched$"),
+        ("b.png", ".*b.png is missing; paths of images are relative to the file they are in$"),
+        ("data:image/png;base64,%", "the image in the row is not base64"),
+        (3, "expected an image or the path of one, found 3$"),
+        (["photos/0.png"] * 2, "expected one image, found 2$"),
+        (None, "holds no image in column 'image'$"),
+    ],
+)
+def test_rows_whose_image_is_not_there_are_refused(tmp_path, vit, value, message):
+    write_pictures(tmp_path / "photos", 1)
+    file = write_rows(tmp_path / "a.jsonl", [{"image": value}])
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^calibration.a: .*a.jsonl, row 1: {message}"):
+        made(file, vit)
+
+
+def test_a_table_beside_images_names_them(tmp_path, vit):
+    write_pictures(tmp_path, 3)
+    write_rows(tmp_path / "metadata.jsonl", [{"file_name": "2.png", "label": 1}])
+    batches = made(tmp_path, vit)
+    assert torch.equal(stacked(batches), pixels([picture(2)]))
+    assert set(batches.sha256) == {"metadata.jsonl", "images", "samples"}
+
+
+def test_a_processor_is_needed_and_can_be_named(tmp_path, vit):
+    bare = vision_base(tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    write_pictures(tmp_path / "photos", 1)
+    with pytest.raises(FileNotFoundError, match=r"^calibration.a: beside the base: .*bare holds no processor"):
+        made(tmp_path / "photos", bare)
+    assert torch.equal(stacked(made(tmp_path / "photos", bare, processor=str(vit))), pixels([picture(0)]))
+
+
+def test_images_are_no_text(tmp_path):
+    write_pictures(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match=r"^calibration.a: .*photos: holds images alone \(image \('0.png'\)\)"):
+        made(tmp_path / "photos", text_base(tmp_path / "base"))
+
+
+PROMPTS = ["a b c", "d", "e f", "g h a b"]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    write_pictures(tmp_path / "photos", len(PROMPTS))
+    rows = [{"image": f"photos/{number}.png", "prompt": text} for number, text in enumerate(PROMPTS)]
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+def assert_pairs(batches, texts, images, tool, **given):
+    """Every batch is what the processor makes of the same rows at once."""
+    seen = []
+    for batch in batches:
+        rows = [
+            next(
+                number
+                for number, image in enumerate(images)
+                if torch.equal(tool.image_processor([image], return_tensors="pt")["pixel_values"][0], one)
+            )
+            for one in batch["pixel_values"]
+        ]
+        seen += rows
+        expected = tool(
+            text=[texts[row] for row in rows], images=[images[row] for row in rows], padding=True,
+            return_tensors="pt", **given,
+        )  # fmt: skip
+        assert sorted(batch) == ["attention_mask", "input_ids", "pixel_values"]
+        for name, value in batch.items():
+            assert torch.equal(value, expected[name]), name
+    assert sorted(seen) == list(range(len(texts)))
+
+
+IMAGES = [picture(number) for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pairs_without_a_template_have_the_image_in_front(pairs, plain, side):
+    tool = processor(None)
+    tool.tokenizer.padding_side = side
+    batches = made(pairs, plain, padding_side=side)
+    assert_pairs(batches, [f"<image>\n{text}" for text in PROMPTS], IMAGES, tool)
+    assert (torch.cat([batch["input_ids"].flatten() for batch in batches]) == IMAGE).sum() == 4 * IMAGE_TOKENS
+
+
+def test_pairs_go_through_the_chat_template(pairs, llava):
+    tool = processor()
+    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in PROMPTS]
+    texts = [tool.apply_chat_template(turn) for turn in turns]
+    assert texts[0] == "user : <image> a b c "
+    batches = made(pairs, llava)
+    assert_pairs(batches, texts, IMAGES, tool)
+    assert batches.first == "<s> user : <image> " + PROMPTS[order(4)[0]]
+
+
+def test_prompts_that_have_the_image_in_them_are_taken_as_they_are(tmp_path, llava):
+    write_pictures(tmp_path / "photos", 2)
+    texts = ["a <image> b", "<s> <image> c"]
+    rows = [{"image": f"photos/{number}.png", "text": text} for number, text in enumerate(texts)]
+    batches = made(write_rows(tmp_path / "x.jsonl", rows), llava, 1)
+    assert_pairs(batches, ["a <image> b", "<image> c"], IMAGES[:2], processor())
+
+
+LLAVA_CHAT = [{"from": "human", "value": "<image>\na b"}, {"from": "gpt", "value": "c"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "photos/0.png", "conversations": LLAVA_CHAT},
+        {"image": "photos/0.png", "conversations": [{**LLAVA_CHAT[0], "value": "a b"}, LLAVA_CHAT[1]]},
+        {
+            "images": ["photos/0.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a b"}, {"type": "image"}]},
+                {"role": "assistant", "content": "c"},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "photos/0.png"}, "a b"]},
+                {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+            ],
+        },
+    ],
+    ids=["llava", "image aside", "images", "inside"],
+)
+def test_chats_with_an_image(tmp_path, llava, row):
+    write_pictures(tmp_path / "photos", 1)
+    batches = made(write_rows(tmp_path / "x.jsonl", [row]), llava)
+    assert_pairs(batches, ["user : <image> a b assistant : c "], IMAGES[:1], processor())
+    assert set(batches.sha256) == {"x.jsonl", "images", "samples"}
+
+
+def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, llava):
+    write_pictures(tmp_path / "photos", 2)
+    rows = [
+        {"images": ["photos/0.png", "photos/1.png"], "prompt": "a <image> b <image>"},
+        {"images": [], "prompt": "c"},
+        {"images": ["photos/0.png"], "prompt": "<image> d"},
+        {"images": [], "prompt": "e f"},
+    ]
+    batches = made(write_rows(tmp_path / "x.jsonl", rows), llava, 4)
+    shapes = {(len(b["input_ids"]), len(b.get("pixel_values", ()))) for b in batches}
+    assert len(batches) == 3
+    assert shapes == {(1, 2), (2, 0), (1, 1)}
+    # Where there is no image, there is no chat around the text either.
+    tool = processor().tokenizer
+    expected = tool(["c", "e f"], padding=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(next(b["input_ids"] for b in batches if "pixel_values" not in b), expected)
+
+
+def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava):
+    batches = made(pairs, llava, 1, max_length=5)
+    for batch in batches:
+        ids = batch["input_ids"][0]
+        assert (ids == IMAGE).sum() == IMAGE_TOKENS
+        assert len(ids) <= IMAGE_TOKENS + 5
+    assert max(batch["input_ids"].shape[1] for batch in batches) == IMAGE_TOKENS + 5
+    with pytest.raises(ValueError, match=r"row \d: expected at most 5 tokens, found \d; give a larger max_length"):
+        made(pairs, llava, max_length=5, truncation=False)
+    with pytest.raises(ValueError, match=r"row \d: 2 tokens of text would cut an image off; expected a larger"):
+        made(pairs, llava, max_length=2)
+
+
+def test_text_alone_is_text_for_a_model_of_both(tmp_path, llava):
+    rows = [{"prompt": "a b"}, {"prompt": "c"}]
+    (batch,) = made(write_rows(tmp_path / "x.jsonl", rows), llava)
+    expected = processor().tokenizer(["c", "a b"], padding=True, return_tensors="pt")
+    assert sorted(batch) == ["attention_mask", "input_ids"]
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    chats = [{"messages": [{"role": "user", "content": "a b"}]}]
+    assert made(write_rows(tmp_path / "x.jsonl", chats), llava).first == "user : a b"
+
+
+REFUSED = {
+    "no prompts": ({"image": "photos/0.png"}, "x.jsonl: holds images alone .* takes text beside them: write a .jsonl"),
+    "no images": ({"prompt": "<image> a"}, "row 1: its text has a place for an image, and there is no column"),
+    "too few": (
+        {"image": "photos/0.png", "prompt": "<image> a <image>"},
+        "row 1: expected as many images as places for them, found 1 images and 2 times '<image>'",
+    ),
+    "none inside": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}, "a"]}]},
+        "row 1: expected as many images as places for them, found 0 images and 1 times '<image>'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_pairs_that_lack_something_say_what(tmp_path, llava, case):
+    row, message = REFUSED[case]
+    write_pictures(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match=rf"^calibration.a: .*{message}") as caught:
+        made(write_rows(tmp_path / "x.jsonl", [row]), llava)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_without_a_template_is_refused(tmp_path, plain):
+    write_pictures(tmp_path / "photos", 1)
+    row = {"image": "photos/0.png", "conversations": LLAVA_CHAT}
+    with pytest.raises(ValueError, match="row 1: holds a chat, and there is no chat template beside the base"):
+        made(write_rows(tmp_path / "x.jsonl", [row]), plain)
+
+
+def test_a_processor_of_one_kind_alone_is_refused(pairs, llava, vit):
+    with pytest.raises(ValueError, match=r"holds a ViTImageProcessor\w* alone; expected a processor"):
+        made(pairs, llava, processor=str(vit))
+
+
+def test_a_processor_of_an_old_release_is_refused(tmp_path, pairs):
+    base = llava_base(tmp_path / "base")
+    fields = json.loads((base / "processor_config.json").read_text())
+    fields["patch_size"] = None
+    (base / "processor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="the processor of .*base does not say patch_size, .*; set them and save it"):
+        made(pairs, base)
+
+
+def test_bytes_in_a_row_are_no_file(tmp_path, vit):
+    raw = io.BytesIO()
+    picture(1).save(raw, "PNG")
+    batches = made([{"image": {"bytes": raw.getvalue(), "path": "x/1.png"}}], vit)
+    by_hand = hashlib.sha256(f"7:x/1.png:{len(raw.getvalue())}:".encode() + raw.getvalue())
+    assert batches.sha256["images"] == by_hand.hexdigest()

@@ -1,0 +1,88 @@
+"""Code that comes with a base runs where a recipe says so, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+from cli_cases import make_place
+from safetensors.torch import load_file
+from zoo import build
+
+from nsc_merge.commands.main import main
+from nsc_merge.recipes.saved_result import load_result
+
+CODE = '''\
+from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+
+with open({log!r}, "a") as file:
+    file.write("run\\n")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+
+class OwnTrunk(LlamaModel):
+    config_class = OwnConfig
+
+
+AutoModel.register(OwnConfig, OwnTrunk)
+
+
+class OwnModel(LlamaForSequenceClassification):
+    config_class = OwnConfig
+'''
+LORA = ["method=task_arithmetic", "options={scale: 0.5}", "output.formats=lora"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A base whose class lies beside it, and says so whenever it is read."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    place = make_place(build("llama-cls"), tmp_path)
+    assert main(["run", str(place / "recipe.yaml"), *LORA, f"output.dir={place / 'known'}"]) == 0
+    file = place / "base" / "config.json"
+    config = json.loads(file.read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    config |= {"model_type": "own-llama", "architectures": ["OwnModel"], "auto_map": own}
+    file.write_text(json.dumps(config))
+    (place / "base" / "own.py").write_text(CODE.format(log=str(place / "log")))
+    return place
+
+
+def test_it_runs_only_where_it_is_written_out(place, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TRUST_REMOTE_CODE", "1")
+    run = ["run", str(place / "recipe.yaml"), *LORA]
+    assert main(run) == 1
+    assert "needs code of its own (auto_map in its config.json)" in capsys.readouterr().err
+    assert not (place / "log").exists()
+    assert not (place / "merged").exists()
+
+    assert main([*run, "trust_remote_code=true"]) == 0
+    assert (place / "log").exists()
+    found, known = (load_file(place / out / "lora" / "adapter_model.safetensors") for out in ("merged", "known"))
+    assert found.keys() == known.keys()
+    assert all((found[key] == known[key]).all() for key in known)
+    assert yaml.safe_load((place / "merged" / "recipe.yaml").read_text())["trust_remote_code"] is True
+
+    # A folder may be another's: reading it back takes a word of its own.
+    (place / "log").unlink()
+    with pytest.raises(ValueError, match="says trust_remote_code: true, .* expected trust_remote_code=True"):
+        load_result(place / "merged")
+    export = ["export", str(place / "merged"), "--format", "lora", "--out", str(place / "copy")]
+    assert main(export) == 1
+    assert not (place / "log").exists()
+    assert main([*export, "--trust-remote-code"]) == 0
+    assert load_file(place / "copy" / "adapter_model.safetensors").keys() == known.keys()
+
+
+def test_where_nothing_is_known_of_the_model_is_still_refused(place, capsys):
+    command = ["run", str(place / "recipe.yaml"), "trust_remote_code=true", "output.formats=coefficients"]
+    assert main(command) == 1
+    assert "own-llama" in capsys.readouterr().err
