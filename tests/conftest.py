@@ -24,14 +24,32 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_places, *filter(None, [os.environ.
 
 
 # Of few tests, some of which take a minute: begun first, they leave no core idle at the end.
-_LONG = ("test_packaging.py", "triton", "cuda", "quality", "bench")
+_LONG = ("test_packaging.py", "triton", "cuda", "quality", "bench", "merge/processes")
+# Files that measure what is trained or compiled once per session, which two workers would each do anew.
+_TOGETHER = {
+    f"{folder}/test_{folder}_{name}.py": f"{folder}/{shared}"
+    for folder, shared, names in (
+        ("cuda", "emulator", ("kernel", "backend")),
+        ("quality", "vision", ("vit", "rows", "report")),
+        ("quality", "language", ("language", "pictures", "texts")),
+    )
+    for name in names
+}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the files to the order in which ``make test`` hands them out."""
+    """Bring the files to the order, and into the groups, in which ``make test`` hands them out."""
     here = Path(__file__).parent
-    first = {name: at for at, name in enumerate(_LONG)}
-    items.sort(key=lambda item: first.get(item.path.relative_to(here).parts[0], len(first)))
+    files = {item: item.path.relative_to(here).as_posix() for item in items}
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        begun = next((at for at, name in enumerate(_LONG) if files[item].startswith(name)), len(_LONG))
+        return begun, _TOGETHER.get(files[item], "")
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(files[item], files[item])))
 
 
 @pytest.fixture(autouse=True)

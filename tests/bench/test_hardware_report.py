@@ -142,10 +142,12 @@ def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path, monkeypatch
         verified_hardware.entries.cache_clear()
 
 
-def test_the_command_prints_and_exits_by_it(tmp_path: Path) -> None:
+def test_the_command_prints_and_exits_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [sys.executable, "-m", "bench.hardware.report", str(tmp_path)]
-    empty = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (empty.returncode, empty.stdout.splitlines()[-1]) == (1, "no trial of any backend is there")
+    monkeypatch.setattr(sys, "argv", command[2:])
+    assert (report.main(), capsys.readouterr().out.splitlines()[-1]) == (1, "no trial of any backend is there")
     write(tmp_path, "cuda", passing("cuda"))
     right = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert right.returncode == 0, right.stdout + right.stderr

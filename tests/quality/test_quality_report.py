@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +13,6 @@ from bench.quality.records import read_records
 from bench.quality.rows import ROWS
 from bench.quality.suite import Subset
 from bench.quality.suites import vit
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_ratios_along_training_start_at_that_of_random_factors(trained, work):
@@ -128,14 +124,10 @@ def test_command_line(capsys, arguments, status, message):
     assert (found, message in printed.out + printed.err) == (status, True), printed
 
 
-def test_run_is_a_script():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.quality.run", "--list"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "oracle" in done.stdout
+def test_run_is_a_script(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--list"])
+    monkeypatch.delitem(sys.modules, "bench.quality.run")
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module("bench.quality.run", run_name="__main__")
+    assert not leaving.value.code
+    assert "oracle" in capsys.readouterr().out

@@ -99,6 +99,8 @@ def tracking(arguments: argparse.Namespace) -> int:
 def quartiles(arguments: argparse.Namespace) -> int:
     """``nsc-merge analyse quartiles``."""
     recipe = load_eval_recipe(arguments.recipe, arguments.overrides)
+    if not recipe.labelled:
+        raise UsageError("tasks: expected some with test data, found those of the lm-evaluation-harness alone")
     for task in arguments.tasks or ():
         if task not in recipe.labelled:
             raise UsageError(f"--tasks: expected some of {list(recipe.labelled)}, found {task!r}")

@@ -20,13 +20,17 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       test: data/count-test.safetensors        # inputs and labels, stacked by name; or a folder of batches
       validation: data/count-val.safetensors   # for tune, and for methods that need data
       labels: labels                   # which tensor holds the labels
-      metric: accuracy                 # or miou, rmse, l1, mean_angle, edge_f, exact_match, cider
+      metric: accuracy                 # or miou, rmse, l1 (torchmetrics); mean_angle, edge_f, exact_match, cider (own);
+      #                                # or {name: cider, program: pycocoevalcap}, that package's figure over words
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
       # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,
       #                                # last, patches, tokens or image
       # generate: true                 # generate as many tokens as labels have (exact_match, cider)
-      # calibration: inputs.safetensors  # unlabelled inputs instead of those of validation
+      # calibration: prompts.jsonl     # unlabelled inputs instead of those of validation: raw data, or safetensors, as
+      #                                # in nsc-merge run --help, with defaults for all tasks under data
     depth: {adapter: ..., test: ..., metric: rmse, head: heads/depth.safetensors, pool: image}
+    arc:                               # by the lm-evaluation-harness, on a language model with its tokenizer
+      {adapter: adapters/arc, lm_eval: arc_easy, metric: acc_norm, limit: 500, num_fewshot: 0}
   methods:
     - ties                             # with its defaults
     - {method: task_arithmetic, name: TA 0.4, options: {scale: 0.4}}
@@ -37,15 +41,21 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
   seeds: [0, 1, 2]                     # {seed} in a path stands for each; also orders data and seeds methods
   joint: logits                        # Hits@1/3/5 over the classes of all accuracy tasks; or probabilities
   batch_size: 32
+  lm_eval: {include_path: my_tasks, batch_size: 8, apply_chat_template: false}   # your own task files; how it measures
   output: {dir: evaluation, plots: true}
 
-shared_modules, dora, dtype, device, device_map, max_memory and quantization are as in nsc-merge run --help; relative
-paths likewise. Writes results.md, results.csv, results.json, pictures, and rows.jsonl, from which an interrupted or
-extended evaluation goes on: rows whose settings and files are unchanged are not measured again. A row that fails is
-left out, and the exit status is then 1.
+Of a task with lm_eval, metric, limit and num_fewshot may be left out; the harness says which figures there are, and
+whether higher is better. Its own tasks have their data on the hub; tasks of files under include_path with data on disk
+touch no network. pip install 'nsc-kernels[eval]' brings the harness and pycocoevalcap.
 
-example:
+revision, trust_remote_code, shared_modules, dora, dtype, device, device_map, max_memory and quantization are as in
+nsc-merge run --help; relative paths likewise. Writes results.md, results.csv, results.json, pictures, and rows.jsonl,
+from which an interrupted or extended evaluation goes on: rows whose settings and files are unchanged are not measured
+again. A row that fails is left out, and the exit status is then 1.
+
+examples:
   nsc-merge eval evaluation.yaml seeds=[0,1,2] output.dir=three-seeds
+  nsc-merge eval evaluation.yaml tasks.arc.limit=100 output.dir=quick      a hundred questions of a harness task
 """
 
 

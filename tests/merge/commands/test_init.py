@@ -357,6 +357,7 @@ def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
         (["adapters/one", "adapters/one", "--base", "base"], "is given twice"),
         (["x=adapters/one", "x=adapters/two", "--base", "base"], "'x' for several"),
         ([*ADAPTERS, "--data", "./nothing.jsonl"], "--data: ./nothing.jsonl is missing"),
+        ([*ADAPTERS, "--data", "elsewhere/nothing.jsonl"], "--data: elsewhere/nothing.jsonl is missing"),
         ([*ADAPTERS, "--data", "tow=prompts.jsonl"], "--data: 'tow' is no task; did you mean two?"),
         ([*ADAPTERS, "--data", "one=prompts.jsonl"], "nothing is given for task 'two'"),
         ([*ADAPTERS, "--data", "prompts.jsonl", "--data", "one=prompts.jsonl"], "expected one of them"),

@@ -47,7 +47,7 @@ def lay_out(place: Path) -> dict[str, Any]:
         write_adapter(base, place / "adapters" / task, seed, r=4, target_modules=["q_proj", "v_proj"])
     (place / "my_tasks").mkdir()
     files = {}
-    for split, seed, count in (("train", 1, 6), ("validation", 2, 8), ("test", 3, 24)):
+    for split, seed, count in (("train", 1, 4), ("validation", 2, 6), ("test", 3, 12)):
         file = place / "my_tasks" / f"{split}.jsonl"
         file.write_text("".join(json.dumps(one) + "\n" for one in questions(seed, count)))
         files[split] = str(file)
@@ -77,7 +77,7 @@ def lay_out(place: Path) -> dict[str, Any]:
     recipe = {
         "model": "base",
         "tasks": {
-            "quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz", "limit": 20},
+            "quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz", "limit": 10},
             "text": {"adapter": "adapters/text", "lm_eval": "text"},
         },
         "methods": [{"method": "task_arithmetic", "name": "TA", "options": {"scale": 0.4}}],

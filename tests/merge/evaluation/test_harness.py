@@ -7,12 +7,14 @@ import importlib.util
 import json
 import math
 import shutil
+from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
 import yaml
 from harness_cases import lay_out, questions, tokenizer
+from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -128,7 +130,7 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
         place / "merged", "model"
     )
     tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
-    tasks["text"]["limit"] = 20
+    tasks["text"]["limit"] = 10
     tasks = {"own": {"adapter": "adapters/text", "test": "own.safetensors", "metric": "accuracy"}, **tasks}
     methods = [{"method": "task_arithmetic", "name": "TA", "options": {"scale": 0.4}}, {"folder": "merged"}]
     change(place, tasks=tasks, methods=methods)
@@ -141,7 +143,7 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
     # One call where tasks share a model, one for each where every task has its own.
     assert sorted(map(len, calls)) == [1, 1, 2, 2, 2]
 
-    asked = questions(3, 24)[:20]
+    asked = questions(3, 12)[:10]
     found = rows(place)
     for row, quiz, text in (
         ("zero_shot", model_of(place), model_of(place)),
@@ -158,12 +160,12 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
         assert metrics["own"] == pytest.approx((predicted == own["labels"][:, 1:]).float().mean().item())
         share = metrics["quiz"]
         record = found[row]["lm_eval"]
-        assert record["quiz"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+        assert record["quiz"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 9))
         assert record["quiz"] | {"stderr": None} == {
             "metric": "acc",
             "stderr": None,
             "lower_is_better": False,
-            "samples": 20,
+            "samples": 10,
             "version": 1.5,
         }
         assert record["text"]["lower_is_better"]
@@ -184,11 +186,11 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
     assert main(["eval", recipe]) == 0
     assert calls == []
     file = place / "my_tasks" / "test.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in questions(9, 24)))
+    file.write_text("".join(json.dumps(one) + "\n" for one in questions(9, 12)))
     assert main(["eval", recipe, "methods=[task_arithmetic]"]) == 0
     assert len(calls) == 4
     assert rows(place)["zero_shot"]["metrics"]["quiz"] == pytest.approx(
-        accuracy(model_of(place), questions(9, 24)[:20])
+        accuracy(model_of(place), questions(9, 12)[:10])
     )
     calls.clear()
     monkeypatch.setattr("nsc_merge.evaluation.rows.fingerprint.measuring_versions", lambda recipe: {"lm-eval": "0"})
@@ -208,7 +210,7 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     harness = measuring.Harness(load_eval_recipe(place / "eval.yaml").at(0), suite)
     finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
     own = harness.scores(finetuned, "val")["quiz"]
-    assert (own.samples, harness.scores(finetuned, "test")["quiz"].samples) == (4, 12)
+    assert (own.samples, harness.scores(finetuned, "test")["quiz"].samples) == (3, 6)
     trail = dict(rows(place)["TA"]["tuned"]["trail"])
     for scale in (0.2, 1.0):
         merged = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=scale)
@@ -219,7 +221,7 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     change(place, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz"}})
     recipe = load_eval_recipe(place / "eval.yaml").at(0)
     measured = measuring.Harness(recipe, suite).scores(suite.model, "val")["quiz"].value
-    assert measured == pytest.approx(accuracy(model_of(place), questions(2, 8)))
+    assert measured == pytest.approx(accuracy(model_of(place), questions(2, 6)))
     capsys.readouterr()
 
 
@@ -230,7 +232,7 @@ def test_an_output_layer_that_was_trained_is_measured_with_its_adapter(place, ca
     change(place, tasks={"text": {"adapter": "adapters/text", "lm_eval": "text"}})
     assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
     own = PeftModel.from_pretrained(model_of(place), place / "adapters" / "text").eval()
-    asked = questions(3, 24)
+    asked = questions(3, 12)
     found = {row: run["metrics"]["text"] for row, run in rows(place).items()}
     assert found["finetuned"] == pytest.approx(word_perplexity(own, asked), rel=1e-4)
     assert found["zero_shot"] == pytest.approx(word_perplexity(model_of(place), asked), rel=1e-4)
@@ -255,10 +257,10 @@ def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
     change(place, tasks=tasks)
     assert main(["eval", str(place / "eval.yaml"), "methods=[zero_shot]"]) == 0
     found = rows(place)["zero_shot"]
-    asked = [*questions(3, 24), *questions(2, 8)]
+    asked = [*questions(3, 12), *questions(2, 6)]
     assert found["metrics"]["all"] == pytest.approx(accuracy(model_of(place), asked))
-    assert found["lm_eval"]["all"]["samples"] == 32
-    assert found["metrics"]["quiz"] == found["metrics"]["again"] == pytest.approx(accuracy(model_of(place), asked[:24]))
+    assert found["lm_eval"]["all"]["samples"] == 18
+    assert found["metrics"]["quiz"] == found["metrics"]["again"] == pytest.approx(accuracy(model_of(place), asked[:12]))
     # A task beside a group that holds it needs a call of its own; the same task twice does not.
     assert calls[:2] == [["both"], ["quiz"]]
     capsys.readouterr()
@@ -308,6 +310,30 @@ def test_what_the_harness_does_not_have_is_told_before_anything_is_written(place
     assert main(["eval", str(place / "eval.yaml"), *overrides]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (place / "out").exists()
+
+
+def test_names_that_the_harness_does_not_have_and_data_that_cannot_be_read_are_told(place, monkeypatch, capsys):
+    quiz = place / "my_tasks" / "quiz.yaml"
+    quiz.write_text(f"{quiz.read_text()}tag: games\n")
+    # The harness's own tasks take many seconds to list.
+    own = TaskManager(include_path=str(place / "my_tasks"), include_defaults=False)
+    monkeypatch.setattr(measuring, "_with_builtin", lambda include_path: own)
+    for name, message in (
+        ("quizz", "tasks.quiz.lm_eval: the harness has no task 'quizz'; did you mean quiz?"),
+        ("games", "tasks.quiz.lm_eval: 'games' is a tag with no figure of its own; expected one of ['quiz']"),
+    ):
+        assert main(["eval", str(place / "eval.yaml"), f"tasks.quiz.lm_eval={name}"]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    (place / "my_tasks" / "test.jsonl").write_text("{")
+    assert main(["eval", str(place / "eval.yaml")]) == 1
+    assert "tasks.quiz.lm_eval: the harness cannot load 'quiz': " in capsys.readouterr().err.splitlines()[-1]
+    assert not (place / "out").exists()
+
+
+def test_samples_are_not_studied_by_tasks_of_the_harness(laid_out, capsys):
+    assert main(["analyse", "quartiles", str(laid_out / "eval.yaml"), "--row", "TA"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tasks: expected some with test data, found those of the lm-evaluation-harness alone" in line
 
 
 def test_a_base_without_tokenizer_or_words_is_refused(place, capsys):
@@ -376,6 +402,27 @@ def test_the_network_is_left_open_only_for_tasks_whose_data_are_on_the_hub(laid_
     (folder / "deep" / "base.yaml").write_text("include: base.yaml")
     with pytest.raises(RecipeError, match="base.yaml includes itself"):
         read_task_files(folder)
+
+
+def test_the_recipe_and_the_task_file_of_the_guide_are_read_as_it_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text().split("## Tasks of the lm-eval")[1]
+    recipe, task = (block.split("```")[0] for block in page.split("```yaml\n")[1:3])
+    monkeypatch.chdir(tmp_path)
+    adapters = [f"adapters/{name}" for name in ("arc", "maths", "quiz", "count")]
+    for folder in ("base", "merged", "my_tasks", "data", *adapters):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("count-test.safetensors", "test.jsonl", "validation.jsonl"):
+        (tmp_path / "data" / file).touch()
+    (tmp_path / "eval.yaml").write_text(recipe)
+    (tmp_path / "my_tasks" / "my_quiz.yaml").write_text(task)
+    found = load_eval_recipe(tmp_path / "eval.yaml")
+    assert list(found.harness) == ["arc", "maths", "quiz"]
+    assert (found.harness["arc"].limit, found.harness["maths"].limit) == (500, 0.2)
+    assert found.lm_eval.data == (tmp_path / "data" / "test.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert found.lm_eval.builtin
+    assert not found.offline
+    change(tmp_path, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "my_quiz"}})
+    assert load_eval_recipe(tmp_path / "eval.yaml").offline
 
 
 def test_what_is_measured_leaves_the_model_as_it_was(laid_out):

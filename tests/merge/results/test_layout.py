@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,12 +79,8 @@ def test_updates_and_heads_of_two_tasks_are_saved_and_read_back(model, folders, 
     }
     result = nsc_merge.merge(model, adapters, method="finetuned")
     out = result.save(tmp_path / "out", "lora")
-
-    class Suite:
-        pass
-
-    Suite.adapters, Suite.model = adapters, model
-    for number, (task, one) in enumerate(open_saved(out, Suite).items()):
+    suite = SimpleNamespace(model=model, adapters=adapters)
+    for number, (task, one) in enumerate(open_saved(out, suite).items()):
         for path in result.for_task(task).paths:
             torch.testing.assert_close(one.delta(path), result.for_task(task).delta(path), rtol=1e-6, atol=1e-6)
         head = load_file(found_as(out / "heads", task, ".safetensors"))

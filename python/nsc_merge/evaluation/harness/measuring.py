@@ -137,7 +137,14 @@ class Harness:
         """A task or group of the harness, with its data; for ``"val"`` those of its validation split."""
         task = self._recipe.harness[name]
         if (task, split) not in self._tasks:
-            (loaded,) = self._load(task.lm_eval)
+            try:
+                (loaded,) = self._load(task.lm_eval)
+            except Exception as error:
+                # Of files and data of many kinds, and perhaps of code that a task file names.
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(
+                    f"tasks.{name}.lm_eval: the harness cannot load {task.lm_eval!r}: {reason:.300}"
+                ) from error
             for leaf in _leaves(loaded):
                 if split == "val":
                     leaf.set_config("test_split", leaf.get_config("validation_split"))
@@ -154,7 +161,7 @@ class Harness:
             hint = did_you_mean(task.lm_eval, self._manager.all_tasks)
             raise ValueError(f"{key}: the harness has no task {task.lm_eval!r}{hint}")
         if task.lm_eval in self._manager.all_tags:
-            listed = [one.task_name for one in self._load(task.lm_eval)]
+            listed = sorted(self._manager.task_index[task.lm_eval].tags)
             raise ValueError(f"{key}: {task.lm_eval!r} is a tag with no figure of its own; expected one of {listed}")
         known = dict.fromkeys(
             metric for leaf in _leaves(self._task(task.name, "test")) for metric in leaf.higher_is_better()

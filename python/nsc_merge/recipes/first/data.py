@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.recipes.calibration_keys import absolute_source
 from nsc_merge.recipes.yaml_keys import RecipeError
-from nsc_merge.utils.option_checks import did_you_mean, is_hub_id
+from nsc_merge.utils.option_checks import did_you_mean
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors
 
 
@@ -68,7 +69,7 @@ def _place(text: str) -> str:
     place = Path(text).expanduser()
     if place.exists():
         return os.path.abspath(place)
-    if is_hub_id(text, Path.cwd()):
+    if absolute_source(text, Path.cwd()) == text and not place.is_absolute():
         return text
     raise RecipeError(f"--data: {text} is missing; expected a file or a folder, or the id owner/name of a dataset")
 
