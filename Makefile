@@ -21,7 +21,7 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory -j2 lint unit
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A copy of the package with a library of its own, found before the installed one. The sanitizer must be loaded before
 # everything else, with the library whose exceptions it follows, and see Python's allocations; of those that are never

@@ -104,7 +104,7 @@ def vision(folder: Path) -> None:
 
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
     names = {"ground": GROUNDS, "size": SIZES, "colour": tuple(COLOURS)}
-    pictures = [_picture(random.Random(number)) for number in range(256)]
+    pictures = [picture(number) for number in range(256)]
     pixels = processor([image for image, _ in pictures], return_tensors="pt")["pixel_values"]
     labels = {kind: torch.tensor([names[kind].index(said[kind]) for _, said in pictures]) for kind in names}
 
@@ -142,7 +142,7 @@ def vlm(folder: Path) -> None:
     """A LLaVA that is mostly unsure of what it sees, and two adapters that answer what size or colour it is."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    pictures = [_picture(random.Random(number)) for number in range(128)]
+    pictures = [picture(number) for number in range(128)]
     tokenizer = _tokenizer([*IMAGE_QUESTIONS.values(), *COLOURS, *SIZES, UNSURE], ["<image>"])
     processor = LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
@@ -251,8 +251,9 @@ def _adapter(copy: nn.Module, folder: Path, lora: LoraConfig, batches: Iterator,
     tuned.save_pretrained(folder)
 
 
-def _picture(draw: random.Random) -> tuple[Image.Image, dict[str, str]]:
-    """One coloured disc or square on a grey ground, and what it shows."""
+def picture(number: int) -> tuple[Image.Image, dict[str, str]]:
+    """One coloured disc or square on a grey ground, drawn by number, and what it shows."""
+    draw = random.Random(number)
     said = {"ground": draw.choice(GROUNDS), "size": draw.choice(SIZES), "colour": draw.choice(list(COLOURS))}
     grey = draw.randrange(20, 80) if said["ground"] == "dark" else draw.randrange(150, 210)
     image = Image.new("RGB", (SIZE, SIZE), (grey, grey, grey))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -27,7 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_places, *filter(None, [os.environ.
 _LONG = ("test_packaging.py", "triton", "cuda", "quality", "bench", "merge/processes")
 # Files that measure what is trained or compiled once per session, which two workers would each do anew.
 _TOGETHER = {
-    f"{folder}/test_{folder}_{name}.py": f"{folder}/{shared}"
+    f"tests/{folder}/test_{folder}_{name}.py": f"{folder}, {shared}"
     for folder, shared, names in (
         ("cuda", "emulator", ("kernel", "backend")),
         ("quality", "vision", ("vit", "rows", "report")),
@@ -37,19 +38,30 @@ _TOGETHER = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the files to the order, and into the groups, in which ``make test`` hands them out."""
+    """Bring the files to the order in which ``make test`` hands them out."""
     here = Path(__file__).parent
-    files = {item: item.path.relative_to(here).as_posix() for item in items}
 
-    def place(item: pytest.Item) -> tuple[int, str]:
-        begun = next((at for at, name in enumerate(_LONG) if files[item].startswith(name)), len(_LONG))
-        return begun, _TOGETHER.get(files[item], "")
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(here).as_posix()
+        return next((at for at, name in enumerate(_LONG) if file.startswith(name)), len(_LONG))
 
     items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(files[item], files[item])))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of ``--dist loadfile``: files that stand together in :data:`_TOGETHER` go to one worker."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return _TOGETHER.get(file, file)
+
+    return Together(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,17 @@
-"""Guides are carried out as they stand; what they end with is the base plus the update that the adapters' files say."""
+"""Guides, notebooks and example scripts are carried out as they stand.
+
+What a guide ends with is the base plus the update that the adapters' own files say.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
+import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +28,11 @@ from transformers import (
     pipeline,
 )
 
+import nsc_merge
 from guide_player import ROOT, Block, agrees, blocks, play, rewritten
 
 GUIDES = ROOT / "docs" / "guides"
+EXAMPLES = ROOT / "examples"
 KINDS = ("text", "vision", "vlm")
 
 pytestmark = pytest.mark.skipif(not GUIDES.exists(), reason="needs the source tree")
@@ -161,6 +170,57 @@ def test_images_and_prompts_to_a_pipeline(played):
         answers.append(processor.batch_decode(said, skip_special_tokens=True))
     assert served == answers[0]
     assert served != answers[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("text", "text"), ("images", "vision")])
+def test_a_notebook_runs(name, kind, played, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    folder, _ = played(kind)
+    import small_inputs
+
+    # What it would write again is there.
+    made = {place.name for place in folder.iterdir()} & {"base", "adapters", "chats", "prompts.jsonl", "photos"}
+    ignored = shutil.ignore_patterns(*{place.name for place in folder.iterdir()} - made)
+    again = partial(shutil.copytree, folder, ignore=ignored, dirs_exist_ok=True)
+    monkeypatch.setattr(small_inputs, kind, again)
+    notebook = json.loads((EXAMPLES / "notebooks" / f"merge_{name}.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    printed = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"merge_{name}", "exec"), names)
+            said = "".join(text for one in cell["outputs"] if one.get("name") == "stdout" for text in one["text"])
+            printed.append((said, capsys.readouterr().out))
+            images = [one["data"]["image/png"] for one in cell["outputs"] if "image/png" in one.get("data", {})]
+            assert all(len(image) < 80_000 for image in images)  # base64: of 60 KB
+    assert len(printed) == len([cell for cell in notebook["cells"] if cell["cell_type"] == "code"])
+    for said, found in printed:
+        # Shares of a few dozen pictures change with the processor that the adapters are trained on.
+        assert agrees(re.sub(r"\d+%", "...", said), found), f"{said}\nis now\n{found}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "data", "modules"),
+    [
+        ("llama", "text", {"french": "chats/french.jsonl", "opposite": "chats/opposite.jsonl"}, 12),
+        ("vit", "vision", {"size": "photos", "colour": "photos"}, 20),
+        ("llava", "vlm", {"size": "pairs.jsonl", "colour": "pairs.jsonl"}, 12),
+    ],
+)
+def test_an_example_script_merges(name, kind, data, modules, played, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(played(kind)[0])
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script
+    adapters = [f"{task}=adapters/{task}" for task in data]
+    given = ["base", *adapters, "--data", *[f"{task}={source}" for task, source in data.items()]]
+    monkeypatch.setattr(sys, "argv", [name, *given, "--steps", "10", "--out", str(tmp_path / "merged")])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    before, after = map(float, capsys.readouterr().out.split("\n")[0].split("ratio ")[1].split(" -> "))
+    assert after < before
+    merged = nsc_merge.load_adapter(tmp_path / "merged", "merged")
+    assert len(merged.factors) == modules
+    assert {factor.rank for factor in merged.factors.values()} == {16}
 
 
 @pytest.mark.parametrize(

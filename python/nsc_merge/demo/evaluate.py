@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ COARSE_SCALES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 FINE_STEP = 0.05
 
 Name = TypeVar("Name", str, float)
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 _SPLIT_SEED = {"val": 7_000, "test": 8_000}
 
@@ -121,13 +123,18 @@ def predict(
 def predict_each(
     bundle: Bundle, merges: Mapping[Name, MergeResult], scenes: Mapping[Scene, SceneSet]
 ) -> dict[Name, dict[str, Tensor]]:
-    """Name -> predictions of the base with that merge; two at a time, as a model this small is quickest on one core."""
+    """Name -> predictions of the base with that merge."""
 
     def one(merged: MergeResult) -> dict[str, Tensor]:
         return predict(merged_model(bundle, merged), bundle.heads, scenes)
 
+    return dict(zip(merges, _two_at_a_time(one, merges.values()), strict=True))
+
+
+def _two_at_a_time(function: Callable[[Given], Found], values: Iterable[Given]) -> list[Found]:
+    """``function`` of every value; a model this small is quickest on one core, so that two of them take two."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(merges, pool.map(one, merges.values()), strict=True))
+        return list(pool.map(function, values))
 
 
 def score(
@@ -189,11 +196,15 @@ def distilled_outputs(bundle: Bundle) -> dict[str, Any]:
 
 def predict_alone(bundle: Bundle, scenes: Mapping[Scene, SceneSet]) -> dict[str, Tensor]:
     """Task -> predictions of the base with that task's adapter alone, in full."""
-    outputs = {}
-    for name, head in bundle.heads.items():
-        own = merge(bundle.backbone, {name: bundle.adapters[name]}, method="task_arithmetic", scale=1.0)
-        outputs.update(predict(merged_model(bundle, own), {name: head}, scenes))
-    return outputs
+    own = {
+        name: merge(bundle.backbone, {name: adapter}, method="task_arithmetic", scale=1.0)
+        for name, adapter in bundle.adapters.items()
+    }
+
+    def one(name: str) -> dict[str, Tensor]:
+        return predict(merged_model(bundle, own[name]), {name: bundle.heads[name]}, scenes)
+
+    return {name: output for found in _two_at_a_time(one, own) for name, output in found.items()}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ _NAMING = ("adapter_config.json", "config.json", "tokenizer_config.json", "proce
 _TEXTS = ("labels", "text")
 # How a card's code names the folder of a format: as what is loaded, or as what is put on a model.
 _CODE = re.compile(r"```python\n.*?```", re.DOTALL)
-_PLACE = r'(from_pretrained\((?:[a-z_.]+, )?|model=){place}(?=[,)])'
-_BESIDE = re.compile(r'(from_pretrained\((?:[a-z_.]+, )?|load_file\(|open\()"(heads|lora|model|tasks)[/"]')
+_PLACE = r'(from_pretrained\(\s*(?:[a-z_.]+, )?|load_adapter\(|model=){place}(?=[,)])'
+_BESIDE = re.compile(
+    r'(from_pretrained\(\s*(?:[a-z_.]+, )?|load_adapter\(|load_file\(|open\()"(heads|lora|model|tasks)[/"]'
+)
 
 
 def push(

@@ -164,6 +164,22 @@ def test_an_adapter_alone_lies_at_the_top(merged, hub, tmp_path):
     assert f'PeftModel.from_pretrained(base_model, "{REPO}")' in files["README.md"].decode()
 
 
+@pytest.mark.parametrize(
+    ("code", "pushed"),
+    [
+        ('AutoModel.from_pretrained(\n    ".",\n    trust_remote_code=True,\n)', f'"{REPO}",'),
+        ('model.base_model.load_adapter(".")', f'model.base_model.load_adapter("{REPO}")'),
+        ('path, _, parameter = name.rpartition(".")', 'name.rpartition(".")'),
+    ],
+)
+def test_only_what_is_loaded_becomes_the_repository(merged, tmp_path, code, pushed):
+    out = merged[1].save(tmp_path / "out", "lora")
+    (out / "README.md").write_text(f"```python\n{code}\n```\nThe text says from_pretrained(\".\").\n")
+    told = pushed_files(out, REPO)["README.md"].decode()
+    assert pushed in told
+    assert told.endswith('The text says from_pretrained(".").\n')
+
+
 def test_a_name_that_only_ends_like_a_path_stays(merged, tmp_path):
     out = merged[1].save(tmp_path / "out", "lora")
     card = (out / "README.md").read_text() + f"\norg{merged[0]}/base and {merged[0]}/base-2 and {merged[0]}/base.\n"

@@ -100,31 +100,33 @@ def test_names_break_neither_metadata_nor_tables(model, folders, tmp_path):
     assert text.count("\n# ") == 1
 
 
-@pytest.mark.parametrize(
-    ("licenses", "told", "said"),
-    [
-        (("mit", None, None), {"license": "mit"}, "`plain`: mit; the others say none"),
-        (("mit", "mit", "mit"), {"license": "mit"}, "the base: mit, `plain`: mit, `mixed`: mit"),
-        (("mit", "gpl-3.0", None), {"license": "other"}, "`plain`: mit, `mixed`: gpl-3.0; the others say none"),
-        (("other (llama3)", None, None), {"license": "other", "license_name": "llama3"}, "`plain`: other (llama3)"),
-        (("My Own", None, None), {"license": "other"}, "`plain`: My Own"),
-        ((None, None, None), {}, None),
-    ],
-)
-def test_a_licence_is_given_where_all_agree(model, folders, tmp_path, licenses, told, said):
-    *own, base = licenses
-    adapters = {
-        task: replace(nsc_merge.load_adapter(folders[task], task), about=About(license=license))
-        for task, license in zip(("plain", "mixed"), own, strict=True)
-    }
-    (tmp_path / "base").mkdir()
-    if base is not None:
-        (tmp_path / "base" / "README.md").write_text(f"---\nlicense: {base}\n---\n")
-    model.config._name_or_path = str(tmp_path / "base")
-    out = nsc_merge.merge(model, adapters, method="task_arithmetic").save(tmp_path / "out", "lora")
-    assert {key: value for key, value in metadata(out).items() if key.startswith("license")} == told
-    card = (out / "README.md").read_text(encoding="utf-8")
-    assert (f"- licences of the inputs, as their cards say: {said}" in card) if said else ("- licences" not in card)
+LICENCES = [
+    (("mit", None, None), {"license": "mit"}, "`plain`: mit; the others say none"),
+    (("mit", "mit", "mit"), {"license": "mit"}, "the base: mit, `plain`: mit, `mixed`: mit"),
+    (("mit", "gpl-3.0", None), {"license": "other"}, "`plain`: mit, `mixed`: gpl-3.0; the others say none"),
+    (("other (llama3)", None, None), {"license": "other", "license_name": "llama3"}, "`plain`: other (llama3)"),
+    (("My Own", None, None), {"license": "other"}, "`plain`: My Own"),
+    ((None, None, None), {}, None),
+]
+
+
+def test_a_licence_is_given_where_all_agree(model, folders, tmp_path):
+    read = {task: nsc_merge.load_adapter(folders[task], task) for task in ("plain", "mixed")}
+    for number, ((*own, base), told, said) in enumerate(LICENCES):
+        adapters = {
+            task: replace(adapter, about=About(license=license))
+            for (task, adapter), license in zip(read.items(), own, strict=True)
+        }
+        (place := tmp_path / f"base{number}").mkdir()
+        if base is not None:
+            (place / "README.md").write_text(f"---\nlicense: {base}\n---\n")
+        model.config._name_or_path = str(place)
+        out = nsc_merge.merge(model, adapters, method="task_arithmetic").save(tmp_path / f"out{number}", "lora")
+        assert {key: value for key, value in metadata(out).items() if key.startswith("license")} == told
+        lines = (out / "README.md").read_text(encoding="utf-8").splitlines()
+        found = next((line for line in lines if line.startswith("- licences")), None)
+        assert (found or "").startswith(f"- licences of the inputs, as their cards say: {said}" if said else "")
+        assert (found is None) == (said is None)
 
 
 def test_bases_are_named_where_they_are_of_the_hub(model, folders, tmp_path, monkeypatch):
@@ -145,6 +147,24 @@ def test_bases_are_named_where_they_are_of_the_hub(model, folders, tmp_path, mon
     assert metadata(result.save(tmp_path / "two", "lora"))["base_model"] == ["org/other", "org/base"]
     card = (tmp_path / "two" / "README.md").read_text()
     assert 'base_model = AutoModel.from_pretrained("org/other")' in card
+
+
+def test_a_class_that_transformers_lacks_is_imported_from_where_it_is(tmp_path):
+    model = build("llama")
+    folder = write_adapter(model, tmp_path / "a", 1, target_modules=["q_proj"])
+    own = type("Own", (type(model),), {"__module__": "somewhere.models"})
+    model.__class__ = own
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
+    (code,) = code_of(result.save(tmp_path / "own", "model"))
+    assert code == 'from somewhere.models import Own\n\nmodel = Own.from_pretrained(".")\n'
+    own.__module__ = "transformers_modules.org.name.abc.modeling_own"
+    model.config.auto_map = {"AutoConfig": "c.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    model.config._name_or_path = "org/name"
+    model_code, lora_code = (code_of(result.save(tmp_path / name, name))[0] for name in ("model", "lora"))
+    assert model_code.endswith(
+        '\nmodel = AutoModelForCausalLM.from_pretrained(\n    ".",\n    trust_remote_code=True,\n)\n'
+    )
+    assert 'from_pretrained(\n    "org/name",\n    trust_remote_code=True,\n)\nmodel = PeftModel' in lora_code
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip", "dinov2", "llama-cls", "llama", "llava"])

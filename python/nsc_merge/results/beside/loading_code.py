@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.utils.option_checks import is_hub_id
 
 
@@ -86,6 +87,8 @@ class Saved:
         kind: class of the model that it is loaded as.
         base: that it was merged on.
         labels: file with the classes of the head that was put in, for a base that has no such head.
+        home: where a class that transformers lacks is imported from.
+        remote: auto class of transformers that loads the base with code that comes with it.
     """
 
     format: str
@@ -94,11 +97,21 @@ class Saved:
     kind: str
     base: Base
     labels: str | None = None
+    home: str = "transformers"
+    remote: str | None = None
 
     @property
     def auto(self) -> str:
         use = use_of(self.kind)
-        return use.auto if use else self.kind
+        return self.remote or (use.auto if use else self.kind)
+
+    @property
+    def _imported(self) -> str:
+        return f"from {'transformers' if self.remote or use_of(self.kind) else self.home} import {self.auto}"
+
+    @property
+    def _trusting(self) -> list[str]:
+        return ["trust_remote_code=True"] if self.remote else []
 
     @property
     def _quoted(self) -> str:
@@ -107,7 +120,7 @@ class Saved:
     def loading(self) -> list[str]:
         """Lines that make ``model`` of it."""
         if self.format == "model":
-            return [f"from transformers import {self.auto}", f"model = {self.auto}.from_pretrained({self._quoted})"]
+            return [self._imported, f"model = {self._from_pretrained([self._quoted, *self._trusting])}"]
         lines = ["from peft import PeftModel"]
         if self.base.name is not None:
             lines += labels_of(self.labels) if self.labels else []
@@ -118,8 +131,8 @@ class Saved:
         """Lines that make ``base_model`` of the base, with settings of its head if there are any."""
         given = [quoted(str(self.base.name))]
         given += [] if self.base.revision is None else [f"revision={quoted(self.base.revision)}"]
-        given += [*settings, "ignore_mismatched_sizes=True"] if settings else []
-        return [f"from transformers import {self.auto}", f"base_model = {self._from_pretrained(given)}"]
+        given += [*self._trusting, *settings, *(["ignore_mismatched_sizes=True"] if settings else [])]
+        return [self._imported, f"base_model = {self._from_pretrained(given)}"]
 
     def _from_pretrained(self, given: list[str]) -> str:
         """The call, over several lines where there are settings."""
@@ -137,7 +150,7 @@ class Saved:
         """
         settings = ["num_labels=len(labels)", "id2label=labels"]
         put = f"model.load_state_dict(load_file({quoted(file)}), strict=False)"
-        lines = ["from safetensors.torch import load_file", *labels_of(labels), f"from transformers import {self.auto}"]
+        lines = ["from safetensors.torch import load_file", *labels_of(labels), self._imported]
         if self.format == "model":
             return [*lines, f"model = {self._from_pretrained([self._quoted, *settings])}", put]
         onto = "model" if whole else "model.base_model"
@@ -254,6 +267,18 @@ def labels_of(file: str) -> list[str]:
     opened = f'with open({quoted(file)}, encoding="utf-8") as file:'
     numbered = '{int(number): label for number, label in json.load(file)["id2label"].items()}'
     return ["import json", f"{opened}\n    labels = {numbered}"]
+
+
+def origin_of(model: nn.Module) -> tuple[str, str | None]:
+    """``home`` and ``remote`` of :class:`Saved` for a model's class."""
+    import transformers
+
+    kind = own_class(model)
+    if kind.__module__.startswith("transformers_modules."):
+        autos = getattr(getattr(model, "config", None), "auto_map", None) or {}
+        known = (auto for auto, place in autos.items() if auto.startswith("AutoModel") and kind.__name__ in str(place))
+        return kind.__module__, next(known, None)
+    return ("transformers" if hasattr(transformers, kind.__name__) else kind.__module__), None
 
 
 def block(lines: Iterable[str]) -> str:
