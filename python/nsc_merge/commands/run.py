@@ -28,12 +28,12 @@ Merges as a YAML recipe says:
     french: prompts.jsonl           #   a folder of images; a .jsonl of images and prompts; a folder of
     legal:                          #   datasets' save_to_disk; owner/name of a dataset on the hub; or
       source: legal.parquet         #   .safetensors of inputs made already (a folder: a file per batch)
-      text: "{question}\\n{answer}"   # and any key of data
+      text: "{question}\\n{answer}"  # and any key of data
   data:                             # of all tasks; here with the defaults
     text: null                      # column, or template over columns
     messages: null                  # column with chats, for the tokenizer's chat template
     image: null                     # column with images, or with their paths
-    split: null                     # of a dataset that has several
+    split: null                     # of a dataset that has several; on the hub also revision, config
     tokenizer: null                 # folder or hub id, where it is not beside the base
     processor: null                 # the same, of processor or image processor
     max_length: 512                 # tokens of a sample

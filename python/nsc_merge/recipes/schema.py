@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.settings import SIDES, DataSettings
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import SHARED_POLICIES
 from nsc_merge.recipes.adapter_keys import HubAdapter

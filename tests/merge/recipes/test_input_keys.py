@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.recipes.adapter_keys import HubAdapter, labels_in
-from nsc_merge.recipes.calibration_keys import CalibrationSource
+from nsc_merge.commands import run
+from nsc_merge.recipes import merge_recipe
+from nsc_merge.recipes.adapter_keys import ADAPTER_KEYS, HubAdapter, labels_in
+from nsc_merge.recipes.calibration_keys import DATA_KEYS, CalibrationSource
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -51,6 +54,11 @@ def test_a_recipe_without_the_new_keys_reads_as_before(place):
     assert recipe.calibration == {"french": CalibrationSource(str(place / "inputs.safetensors"))}
     assert (recipe.local, recipe.offline, recipe.trust_remote_code) == (True, True, False)
     assert (recipe.revision, recipe.labels, recipe.head, recipe.push_to_hub) == (None, {}, None, None)
+
+
+def test_the_help_names_every_key():
+    words = set(re.findall(r"\w+", run._RUN))
+    assert {*merge_recipe._KEYS, *merge_recipe._OUTPUT_KEYS, *DATA_KEYS, *ADAPTER_KEYS} - words == set()
 
 
 def test_settings_of_a_task_go_before_those_of_all(place):

@@ -76,7 +76,8 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         found = architecture_of(
             name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
         )
-        config, forward = found.config, _class(found).forward
+        # Whatever is uploaded meanwhile, the tokenizer is that of the same commit.
+        config, forward, revision = found.config, _class(found).forward, found.revision
     else:
         config, forward = getattr(base, "config", None), getattr(base, "forward", None)
         if config is None or forward is None:
