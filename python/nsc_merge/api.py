@@ -38,7 +38,7 @@ def merge(
             ``config`` and ``weights``.
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
-            need no data do not look at it.
+            need no data do not look at it. :func:`nsc_merge.calibration_data` makes batches of raw data.
         method: ``"nsc"`` (options: :class:`nsc_merge.methods.gradient.nsc_options.NSCOptions`), or another name that
             ``nsc-merge methods`` lists.
         shared_modules: what happens to modules that the adapters trained in full and that are the base's own, such as

@@ -14,6 +14,7 @@ from transformers import T5Config
 import nsc_merge
 from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.batch_summary import Summary, summary
+from nsc_merge.calibration.raw import reading
 from nsc_merge.calibration.raw.drawing import place_of
 from nsc_merge.calibration.raw.reading import batches_of, raw_batches
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -93,11 +94,10 @@ def test_without_a_pad_token_the_last_token_pads_and_none_is_added(tmp_path, fil
     assert set(padded.tolist()) == {WORDS.index("</s>")}
 
 
-def test_only_inputs_of_the_model_are_kept(tmp_path, file):
-    base = text_base(tmp_path / "base")
+def test_only_inputs_of_the_model_are_kept(base, file, monkeypatch):
     tool = tokenizer()
     tool.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    tool.save_pretrained(base)
+    monkeypatch.setattr(reading, "tokenizer_of", lambda *given: tool)
     assert "token_type_ids" in tool("a")
     assert made(file, base).names == ["attention_mask", "input_ids"]
 

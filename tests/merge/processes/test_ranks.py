@@ -28,7 +28,7 @@ WORLD = 3
 OPTIONS = {"steps": 8, "lr": 1e-2, "recipe": "vision", "progress": False}
 # Kind of model -> options of the merges of it.
 CASES = {
-    "llama": [{"batch_tasks": False}, {"checkpointing": True}],
+    "llama": [{"batch_tasks": False, "steps": 20}, {"checkpointing": True}],
     "vit": [{}, {"score_blocks": [1], "early_exit": False}],
     "llava": [{}],
 }

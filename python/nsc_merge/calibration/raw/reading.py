@@ -111,6 +111,8 @@ def calibration_data(
 ) -> Batches:
     """Calibration batches of raw data, for :func:`nsc_merge.merge`.
 
+    >>> french = nsc_merge.calibration_data("french.jsonl", model, text="{question}\\n{answer}", samples=512)
+
     Args:
         source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
             images, a folder of ``save_to_disk``, a dataset of ``datasets``, a list of rows, or the hub id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from nsc_merge.utils.option_checks import check_choice, check_count, check_seed
 
@@ -67,6 +67,3 @@ class DataSettings:
             check_choice(name, getattr(self, name), (True, False))
         for name in ("truncation_side", "padding_side"):
             check_choice(name, getattr(self, name), SIDES)
-
-
-NAMES = tuple(one.name for one in fields(DataSettings))
