@@ -31,8 +31,8 @@ def _holds_functions(value: Any) -> bool:
     return isinstance(value, Mapping) and any(callable(item) for item in value.values())
 
 
-def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
-    """Refuse functions for tasks that there are not.
+def check_outputs(outputs: Outputs | None, tasks: Sequence[str] | None = None) -> None:
+    """Refuse what is no mapping to functions, and functions for other than ``tasks``, where they are known.
 
     Raises:
         ValueError, TypeError: naming the task.
@@ -40,7 +40,7 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str]) -> None:
     if outputs is not None and not isinstance(outputs, Mapping):
         raise TypeError(f"outputs: expected a mapping of tasks to functions of model and batch, found {outputs!r}")
     for task, function in (outputs or {}).items():
-        if task not in tasks:
+        if tasks is not None and task not in tasks:
             raise ValueError(f"outputs: expected functions for some of {list(tasks)}, found one for {task!r}")
         if not callable(function):
             raise TypeError(f"outputs[{task!r}]: expected a function of model and batch, found {function!r}")

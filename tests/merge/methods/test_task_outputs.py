@@ -12,7 +12,7 @@ from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import fisher
 from nsc_merge.methods.gradient import adamerging
-from nsc_merge.methods.task_outputs import LIKELIHOODS, check_outputs, real_positions
+from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 
@@ -150,7 +150,9 @@ def test_information_is_floored_before_it_is_normalised(problem, monkeypatch, no
         torch.testing.assert_close(result.delta(path).float(), average(weights, path), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("outputs", [5, [torch.relu], torch.relu])
-def test_outputs_are_a_mapping(outputs):
+@pytest.mark.parametrize("outputs", [5, False, [torch.relu], torch.relu])
+@pytest.mark.parametrize("method", ["distill", "adamerging", "fisher"])
+def test_outputs_are_a_mapping(method, outputs):
+    """Said before anything is loaded."""
     with pytest.raises(TypeError, match="outputs: expected a mapping of tasks to functions of model and batch, found"):
-        check_outputs(outputs, ["a"])
+        METHODS[method].resolved({"outputs": outputs}, ["a"])

@@ -187,7 +187,7 @@ def test_what_is_wrong_is_said_by_its_key(place, override, message):
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(names=NAMES.filter(lambda names: len(set(names)) == len(names)))
 def test_names_of_classes_are_read_from_whatever_holds_them(names, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels", numbered=True)

@@ -16,7 +16,7 @@ from nsc_merge.results.beside import norms
 from nsc_merge.results.beside.norms import inner_products, norm_kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4),
     st.integers(1, 9),

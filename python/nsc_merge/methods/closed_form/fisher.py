@@ -89,6 +89,7 @@ class FisherOptions:
 
     def __post_init__(self) -> None:
         fill(self, PRESETS)
+        check_outputs(self.outputs)
         check_choice("gradients", self.gradients, GRADIENTS)
         check_choice("floor_is", self.floor_is, FLOORS)
         check_number("scale", self.scale)

@@ -76,6 +76,7 @@ class AdaMergingOptions(SharedDescentOptions):
         if self.clamp is not None and len(self.clamp) == 0:
             object.__setattr__(self, "clamp", None)
         super().__post_init__()
+        check_outputs(self.outputs)
         check_choice("tokens", self.tokens, (*TOKENS, None))
         check_count("new_tokens", self.new_tokens)
 

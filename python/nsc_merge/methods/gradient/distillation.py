@@ -81,6 +81,7 @@ class DistillOptions(SharedDescentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_outputs(self.outputs)
         check_likelihood(self.likelihood)
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
