@@ -10,6 +10,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle OpenMP threads that spin slow everything down on shared cores.
 export OMP_WAIT_POLICY := PASSIVE
+# Where bytecode must not be written, each process that a test starts compiles torch and transformers anew: 10 s of it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test unit sanitize lint bench info wheel clean
 
