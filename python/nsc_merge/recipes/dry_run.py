@@ -20,7 +20,7 @@ from nsc_merge.recipes.inputs import read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.preflight import check, options_at_fault
 from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
-from nsc_merge.utils.memory import peak_bytes, reset_peak
+from nsc_merge.utils.memory import peak_bytes, reset_peak, size_said
 
 # The first step warms caches up and finds out which coefficients are dead.
 _DRY_STEPS = 3
@@ -116,8 +116,8 @@ def render_plan(plan: dict[str, Any]) -> str:
             ]
         )
     lines = [
-        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {_size(plan['weights_bytes'])}",
-        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {_size(plan['adapters_bytes'])}",
+        f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {size_said(plan['weights_bytes'])}",
+        f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {size_said(plan['adapters_bytes'])}",
     ]
     for task, adapter in plan["tasks"].items():
         batches = f", {plan['batches'][task]} batches" if task in plan["batches"] else ""
@@ -131,12 +131,13 @@ def render_plan(plan: dict[str, Any]) -> str:
         measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
         why = ""
         if measured:
-            lines.append(f"measured  {len(measured)} modules: {measured[0]} to {measured[-1]}")
+            which = measured[0] if len(measured) == 1 else f"{measured[0]} to {measured[-1]}"
+            lines.append(f"measured  {len(measured)} module{'s' * (len(measured) > 1)}: {which}")
             why = "come after them and "
         lines += [
             f"dead      {dead} coefficients {why}receive no gradient",
             f"time      {plan['steps']} steps of {plan['seconds_per_step']:.3g} s: {_clock(plan['seconds'])}",
-            f"memory    {_size(plan['peak_bytes'])} {plan['peak_of']}",
+            f"memory    {size_said(plan['peak_bytes'])} {plan['peak_of']}",
         ]
     if plan["prospect"] is not None:
         lines += _prospect_lines(plan["prospect"])
@@ -169,18 +170,18 @@ def _data_lines(data: dict[str, dict[str, Any]]) -> list[str]:
 def _prospect_lines(prospect: dict[str, Any]) -> list[str]:
     """What the recipe's own way of holding the base takes by formula, and what others would."""
     own = prospect["ways"][prospect["way"]]
-    parts = ", ".join(f"{name} {_size(count)}" for name, count in own["parts"].items())
-    there = f" of {_size(prospect['device_bytes'])}" if prospect["device_bytes"] else ""
+    parts = ", ".join(f"{name} {size_said(count)}" for name, count in own["parts"].items())
+    there = f" of {size_said(prospect['device_bytes'])}" if prospect["device_bytes"] else ""
     fits = "fits" if own["fits"] else "does not fit"
-    lines = [f"estimate  {own['way']}: {_size(own['bytes'])}{there} ({parts}): {fits}"]
+    lines = [f"estimate  {own['way']}: {size_said(own['bytes'])}{there} ({parts}): {fits}"]
     for way in prospect["ways"]:
-        said = [f"{_size(way['bytes'])} a device" + ("" if way["fits"] else ", which does not fit")]
+        said = [f"{size_said(way['bytes'])} a device" + ("" if way["fits"] else ", which does not fit")]
         if "operations_per_second" in prospect:
             said.append(f"{way['operations'] / prospect['operations_per_second']:.3g} s a step to compute")
         if way["received"]:
-            said.append(f"{_size(way['received'])} received")
+            said.append(f"{size_said(way['received'])} received")
         if way["loaded"]:
-            said.append(f"{_size(way['loaded'])} from the host")
+            said.append(f"{size_said(way['loaded'])} from the host")
         if way is not own:
             lines.append(f"  {way['way']}: {'; '.join(said)}")
     return lines
@@ -203,14 +204,6 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "heads": len(adapter.trained),
         "notes": list(adapter.notes),
     }
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def _clock(seconds: float) -> str:

@@ -42,3 +42,12 @@ def peak_bytes(model: nn.Module) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def size_said(count: float) -> str:
+    """A number of bytes, for a person."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

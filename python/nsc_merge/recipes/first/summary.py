@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsc_merge.recipes.first.findings import Findings
+from nsc_merge.utils.memory import size_said
 
 
 def base_said(found: Findings) -> str:
@@ -21,14 +22,6 @@ def memory_said(found: Findings) -> str:
     operations = f"{count / 1e12:.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:.3g} GFLOP"
     taken = f"{size_said(found.bytes or 0)}{there} of memory and {operations}"
     return f"By formula a step takes {taken}; the dry run measures how long that is."
-
-
-def size_said(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def measured_said(found: Findings) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
 from nsc_merge.recipes.first.findings import WITHOUT_DATA, Findings
-from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said, size_said
+from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said
 from nsc_merge.recipes.merge_recipe import Recipe
+from nsc_merge.utils.memory import size_said
 
 # A rank that every server takes.
 _SMALL = 16
