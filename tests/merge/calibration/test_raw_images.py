@@ -387,3 +387,16 @@ def test_bytes_in_a_row_are_no_file(tmp_path, vit):
     batches = made([{"image": {"bytes": raw.getvalue(), "path": "x/1.png"}}], vit)
     by_hand = hashlib.sha256(f"7:x/1.png:{len(raw.getvalue())}:".encode() + raw.getvalue())
     assert batches.sha256["images"] == by_hand.hexdigest()
+
+
+def test_a_package_that_an_image_processor_lacks_is_named(monkeypatch, vit):
+    class Lacking(type):
+        """As transformers' stand-ins for classes whose packages are not installed."""
+
+        def __getattribute__(cls, name):
+            raise ImportError("\nAutoImageProcessor requires the Torchvision library\nbut it was not found.")
+
+    monkeypatch.setattr("transformers.AutoImageProcessor", Lacking("AutoImageProcessor", (), {}))
+    expected = "the processor of .* cannot be loaded: AutoImageProcessor requires the Torchvision library"
+    with pytest.raises(ValueError, match=f"beside the base: {expected}"):
+        made([{"image": picture(1)}], vit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def tokenizer_of(base: Base, settings: DataSettings, argument: str) -> Any:
     from transformers import AutoTokenizer
 
     key, name = ("tokenizer", settings.tokenizer) if settings.tokenizer is not None else ("", base.name)
-    return _loaded(AutoTokenizer.from_pretrained, name, key, base, settings, argument, "tokenizer", _TOKENIZERS)
+    return _loaded(AutoTokenizer, name, key, base, settings, argument, "tokenizer", _TOKENIZERS)
 
 
 def image_processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
@@ -117,8 +116,7 @@ def image_processor_of(base: Base, settings: DataSettings, argument: str) -> Any
     from transformers import AutoImageProcessor
 
     key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
-    load = AutoImageProcessor.from_pretrained
-    return _loaded(load, name, key, base, settings, argument, "processor", _PROCESSORS)
+    return _loaded(AutoImageProcessor, name, key, base, settings, argument, "processor", _PROCESSORS)
 
 
 def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
@@ -126,7 +124,7 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
     from transformers import AutoProcessor
 
     key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
-    found = _loaded(AutoProcessor.from_pretrained, name, key, base, settings, argument, "processor", _PROCESSORS)
+    found = _loaded(AutoProcessor, name, key, base, settings, argument, "processor", _PROCESSORS)
     if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
         raise ValueError(
             f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
@@ -143,7 +141,7 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
 
 
 def _loaded(
-    load: Callable[..., Any],
+    kind: Any,
     name: str,
     key: str,
     base: Base,
@@ -166,7 +164,8 @@ def _loaded(
         )
     revision = base.revision if name == base.name and not local else None
     try:
-        return load(
+        # Where a class needs a package that is not installed, it says so once it is asked for anything.
+        return kind.from_pretrained(
             name, local_files_only=local, trust_remote_code=settings.trust_remote_code,
             **({} if revision is None else {"revision": revision}),
         )  # fmt: skip
