@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from nsc_merge.api import merge
     from nsc_merge.calibration.raw.reading import calibration_data
     from nsc_merge.models.attachment import attach
+    from nsc_merge.models.families import Family
     from nsc_merge.recipes.saved_result import load_result
     from nsc_merge.results.result import MergeResult
 
 _HOME = {
     "Adapter": "adapters",
     "Factor": "adapters",
+    "Family": "models.families",
     "MergeResult": "results.result",
     "attach": "models.attachment",
     "calibration_data": "calibration.raw.reading",
@@ -27,7 +29,17 @@ _HOME = {
     "merge": "api",
 }
 
-__all__ = ["Adapter", "Factor", "MergeResult", "attach", "calibration_data", "load_adapter", "load_result", "merge"]
+__all__ = [
+    "Adapter",
+    "Factor",
+    "Family",
+    "MergeResult",
+    "attach",
+    "calibration_data",
+    "load_adapter",
+    "load_result",
+    "merge",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.families import plain_family
 from nsc_merge.utils.option_checks import check_choice
 
 LIKELIHOODS = ("categorical", "gaussian")
@@ -21,7 +22,11 @@ Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 def plain_options(options: Any) -> dict[str, Any]:
     """Options as a recipe can hold them: functions are named by the tasks that they serve."""
     return {
-        one.name: sorted(value) if _holds_functions(value) else value
+        one.name: plain_family(value)
+        if one.name == "family"
+        else sorted(value)
+        if _holds_functions(value)
+        else value
         for one in fields(options)
         for value in [getattr(options, one.name)]
     }

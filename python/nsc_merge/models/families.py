@@ -1,39 +1,52 @@
-"""What NSC needs to know about a model architecture: a table with one entry per family."""
+"""What NSC needs to know about a model architecture: found from the model, corrected by a table of families."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
+from nsc_merge.models.block_finding import described
 from nsc_merge.utils.option_checks import check_names
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture family.
+    r"""One architecture family: what NSC, match and distillation know of a model.
+
+    It is found from the model, or listed in :data:`FAMILIES`; the option ``family`` overrules either, with a family or
+    with some of its fields by name:
+
+    >>> family = nsc_merge.Family(
+    ...     name="two heads", model_types=(), block=r"^trunk\.(\d+)\.", score_modules=("attn.value",), recipe="llm",
+    ...     tokens="input_ids", mask="attention_mask",
+    ... )
+    >>> nsc_merge.merge(model, adapters, calibration, family=family)
+    >>> nsc_merge.merge(model, adapters, calibration, family={"score_modules": ["mlp.down_proj"]})
 
     Attributes:
         name: for messages.
         model_types: values of ``model.config.model_type`` that belong to it.
         block: regular expression that finds the block number, as group 1, in a module path. Only the blocks
             that carry adapters may match: in LLaVA those of the language model, not of the vision tower.
-        score_modules: names of linears in order of preference; by default the input of the first one that an
-            adapter touches is measured.
+        score_modules: names of linears, or ends of their paths, in order of preference; by default the input of the
+            first one that an adapter touches is measured.
         recipe: default settings of the optimisation, a key of :data:`nsc_merge.methods.gradient.nsc_options.RECIPES`.
         prefill: attribute of the model that runs the blocks without a head; a model without it has no head.
             transformers' ``base_model``, but for classes where some releases take that for the whole model.
         frozen_prefix: path, below the ``prefill`` module, of a tower without adapters that comes before the
             blocks and whose output depends on the inputs alone; see :func:`frozen_tower`.
-        tokens: name of the model input that holds token numbers ``[rows, tokens]``, if the family has it. Its models
-            are causal: padding after the last token changes nothing before it.
+        tokens: name of the model input that holds token numbers ``[rows, tokens]``, if the family has it. Padding
+            after the last token changes nothing before it: the model is causal, or heeds the mask.
         mask: name of the model input that is 0 at padding, if the family pads.
         images: names of the model inputs that hold images, where the tokens stand for text and images.
         legacy: pairs of regular expression and replacement that bring module paths of adapters saved by other
             releases of transformers to this one's names; applied in order, and only where a path is not found.
+        causal: whether the model answers from the last token, and not from all or the first.
     """
 
     name: str
@@ -47,6 +60,23 @@ class Family:
     mask: str | None = None
     images: tuple[str, ...] = ()
     legacy: tuple[tuple[str, str], ...] = ()
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("model_types", "score_modules", "images"):
+            if getattr(self, name):
+                check_names(name, getattr(self, name))
+            # As a recipe lists them.
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        try:
+            groups = re.compile(self.block).groups
+        except (re.error, TypeError):
+            groups = 0
+        if groups != 1:
+            raise ValueError(
+                f"family: expected block to be a regular expression with one group, the block's number, found "
+                rf"{self.block!r}; for example '^model\.layers\.(\d+)\.'"
+            )
 
 
 _OLD_VIT = (
@@ -150,27 +180,76 @@ def frozen_tower(family: Family, model: nn.Module, adapted: Iterable[str]) -> st
     return path
 
 
-def find_family(model: nn.Module) -> Family | None:
-    """The family of a transformers model, if its ``config.model_type`` is in one."""
+def find_family(model: nn.Module, adapted: Collection[str] | None = None) -> Family | None:
+    """The family that lists the model's ``config.model_type``, or what is found from the model itself; None if there
+    are no blocks in it.
+
+    Args:
+        adapted: paths of the linears that carry an adapter, which must be in the blocks; all linears when None.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+    listed = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if listed is not None:
+        return listed
+    found = described(model, adapted)
+    return None if found is None else Family(**found)
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a transformers model.
+def family_of(
+    model: nn.Module, adapted: Collection[str] | None = None, given: Family | Mapping[str, Any] | None = None
+) -> Family:
+    """The family of a model, as :func:`find_family`, unless it is ``given``, or some of its fields are.
 
     Raises:
-        ValueError: if its ``config.model_type`` is in no family.
+        ValueError: if nothing is given and no list of blocks holds an adapted linear, or if what is given is no family.
     """
-    family = find_family(model)
+    if isinstance(given, Family):
+        return given
+    check_family(given)
+    family = find_family(model, adapted)
     if family is None:
+        if given is not None and {"block", "score_modules"} <= set(given):
+            return Family(**{"name": "given", "model_types": (), "recipe": "llm", **given})
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        known = ", ".join(repr(kind) for family in FAMILIES for kind in family.model_types)
         raise ValueError(
-            f"model: {type(model).__name__} has config.model_type {model_type!r}, which "
-            f"no family lists (known: {known})"
+            f"model: {type(model).__name__} (config.model_type {model_type!r}) has no nn.ModuleList of blocks of one "
+            "class that holds an adapted linear; say where its blocks are by family, for example "
+            r"family={'block': r'^trunk\.(\d+)\.', 'score_modules': ['value']}"
         )
-    return family
+    return family if given is None else replace(family, **given)
+
+
+def check_family(given: Any) -> None:
+    """Refuse an option ``family`` that is neither a family nor some of its fields by name.
+
+    Raises:
+        TypeError, ValueError: naming what was found and what was expected.
+    """
+    if given is None or isinstance(given, Family):
+        return
+    names = [field.name for field in fields(Family)]
+    if not isinstance(given, Mapping):
+        raise TypeError(f"family: expected a Family or a mapping of its fields, found {given!r:.60}")
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"family: {unknown[0]!r} is no field of a Family; expected some of {names}")
+
+
+def plain_family(given: Any) -> Any:
+    """An option ``family`` as values that JSON and YAML can hold."""
+    if isinstance(given, Family):
+        given = {field.name: getattr(given, field.name) for field in fields(Family)}
+    return given and {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def family_said(family: Family) -> str:
+    """What is known of a model, in a line."""
+    reads = [name for name in (family.tokens, family.mask, *family.images) if name]
+    how = "listed" if family in FAMILIES else "found or given"
+    return (
+        f"{family.name} ({how}): blocks {family.block}, measured {family.score_modules[0]}, "
+        f"inputs {', '.join(reads) or 'without tokens'}; the option family overrules it"
+    )
 
 
 def scored_paths(
@@ -184,7 +263,7 @@ def scored_paths(
 
     Args:
         adapted: paths of all linears that carry an adapter.
-        score_modules: last components of the paths; the first of the family's that occurs when None.
+        score_modules: last components or ends of the paths; the first of the family's that occurs when None.
         score_blocks: ``"last_quarter"`` (rounded up), how many last blocks, or block numbers.
 
     Raises:
@@ -219,7 +298,7 @@ def scored_paths(
         [tuple(score_modules)] if score_modules is not None else [(name,) for name in family.score_modules]
     )
     for names in choices:
-        chosen = [path for path in inside if path.rsplit(".", 1)[-1] in names]
+        chosen = [path for path in inside if path.endswith(tuple(f".{name}" for name in names))]
         if chosen:
             return chosen
     wanted = [name for names in choices for name in names]

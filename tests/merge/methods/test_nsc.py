@@ -186,7 +186,7 @@ def test_bad_calibration_and_models_are_refused(model, folders, calibration):
     broken = [{"pixel_values": torch.full((2, 1, 8, 8), float("nan"))}]
     with pytest.raises(RuntimeError, match="at step 0, the objective of task 'plain' is nan; expected finite"):
         run(model, folders, {**calibration, "plain": broken})
-    with pytest.raises(ValueError, match="model_type None, which no family lists"):
+    with pytest.raises(ValueError, match="adapted modules are not in Sequential"):
         run(torch.nn.Sequential(), folders, calibration)
     with pytest.raises(ValueError, match="adapters: expected a mapping"):
         nsc_merge.merge(model, {}, calibration)

@@ -34,7 +34,8 @@ from nsc_merge.methods.task_outputs import (
     real_positions,
     share_of,
 )
-from nsc_merge.models.families import find_family
+from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.families import Family, check_family, family_of, find_family
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
@@ -68,6 +69,8 @@ class DistillOptions(SharedDescentOptions):
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
+        family: what is known of the model, a :class:`nsc_merge.Family` or some of its fields by name; the rest, and all
+            when None, is found from the model.
         normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
             predicts, over all batches so far, so that their unit does not matter; ``"none"`` does not, and tasks weigh
             as their losses do; ``"task"`` divides every distance by that of the base model, so that tasks weigh alike.
@@ -78,6 +81,7 @@ class DistillOptions(SharedDescentOptions):
     likelihood: str | Mapping[str, str] = "categorical"
     positions: str | None = None
     normalise: str = "variance"
+    family: Family | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +90,7 @@ class DistillOptions(SharedDescentOptions):
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
         check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_family(self.family)
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,13 @@ class Predictions:
     """
 
     def __init__(self, problem: Problem, options: DistillOptions) -> None:
-        family = find_family(problem.model)
+        paths = adapted_linears(problem.model, problem.adapters)
+        given = options.family
+        family = find_family(problem.model, paths) if given is None else family_of(problem.model, paths, given)
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None
-        usual = ["last" if self._mask and task not in (options.outputs or {}) else "all" for task in problem.tasks]
+        usual = ["last" if self._mask and family and family.causal and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
 
     def of(self, number: int, one: Pass) -> tuple[Tensor, float]:

@@ -27,6 +27,7 @@ from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.processes.group import current
+from nsc_merge.models.families import Family, check_family
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
@@ -65,6 +66,8 @@ class MatchOptions(SharedDescentOptions):
         ratio_weight: weight of the null-space ratios (Eq. 5 of the NSC paper), measured in the same forward.
         ratio_target: what the ratios are drawn to: ``"zero"``, as NSC does, or each adapter's ``"own"`` ratio in its
             own model, by the absolute distance.
+        family: what is known of the model, a :class:`nsc_merge.Family` or some of its fields by name; the rest, and all
+            when None, is found from the model.
         hold_out: how many batches of every task, the first that its iterable gives, are never descended on, if it
             gives the same in the same order each time; the coefficients that match best on them, measured every ten
             steps, are the result.
@@ -79,6 +82,7 @@ class MatchOptions(SharedDescentOptions):
     ratio_weight: float = 0.0
     ratio_target: str = "zero"
     hold_out: int = 0
+    family: Family | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +99,7 @@ class MatchOptions(SharedDescentOptions):
         check_number("ratio_weight", self.ratio_weight, 0)
         check_choice("ratio_target", self.ratio_target, RATIO_TARGETS)
         check_count("hold_out", self.hold_out, 0)
+        check_family(self.family)
 
     def check_init(self) -> None:
         if isinstance(self.init, str):
@@ -180,7 +185,7 @@ def _size(seen: Seen) -> int:
 def best_scale(problem: Problem, options: MatchOptions) -> float:
     """The one coefficient for everything, of :data:`SCALES`, whose features match best on a batch of every task."""
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
-    watcher = Watcher(problem, options.features, options.positions)
+    watcher = Watcher(problem, options.features, options.positions, given=options.family)
     present = presence(problem)
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
@@ -206,7 +211,9 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = MatchOptions(**given)
-    watcher = Watcher(problem, options.features, options.positions, ratios=options.ratio_weight > 0)
+    watcher = Watcher(
+        problem, options.features, options.positions, ratios=options.ratio_weight > 0, given=options.family
+    )
     # What the start is chosen by must not be lost to the steps.
     batches = restartable(problem.calibration, problem.tasks)
     problem = replace(problem, calibration=batches)

@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import beside, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import gather_for_backward, output_of
-from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
 
@@ -46,16 +46,25 @@ class Watcher:
         features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are seen.
         positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen.
         ratios: whether null-space ratios are measured, too.
+        given: the option ``family``.
     """
 
     def __init__(
-        self, problem: Problem, features: str | Sequence[str], positions: str | None, *, ratios: bool = False
+        self,
+        problem: Problem,
+        features: str | Sequence[str],
+        positions: str | None,
+        *,
+        ratios: bool = False,
+        given: Family | Mapping[str, Any] | None = None,
     ) -> None:
         # Which module ends before the head is known of families alone; modules can be named in any model.
         needed = isinstance(features, str) or ratios
-        family = family_of(problem.model) if needed else find_family(problem.model)
+        paths = list(adapted_linears(problem.model, problem.adapters))
+        known = needed or given is not None
+        family = family_of(problem.model, paths, given) if known else find_family(problem.model, paths)
         self._model, self._mask = problem.model, family.mask if family else None
-        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None
+        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None and family.causal
         self._last = (positions or ("last" if of_tokens else "all")) == "last"
         self._trunk: nn.Module = problem.model
         if family is not None:
@@ -65,7 +74,6 @@ class Watcher:
         unknown = [path for path in self._places or () if path not in modules]
         if unknown:
             raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
-        paths = list(adapted_linears(problem.model, problem.adapters))
         self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
         touched = attachment.presence(self._scored, problem.adapters)
         self._touched = dict(zip(self._scored, touched, strict=True))

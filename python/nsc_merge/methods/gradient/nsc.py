@@ -26,7 +26,7 @@ from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.bases.quantised import check_gradients, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
+from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, plain_family, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.results.result import MergeResult
@@ -52,9 +52,9 @@ def merge_nsc(
     very same batch object share a pass. Arguments and errors as :func:`nsc_merge.merge`.
     """
     tasks = list(adapters)
-    family = family_of(model)
-    chosen = resolve_options(family, tasks, options)
     paths = list(adapted_linears(model, adapters))
+    family = family_of(model, paths, options.get("family"))
+    chosen = resolve_options(family, tasks, options)
     scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
     drawn = streams(calibration, tasks)
     for note in signal_notes(adapters, scored):
@@ -164,10 +164,11 @@ def objective_of(
 
 def _plain(options: NSCOptions) -> dict[str, Any]:
     """As values that JSON and YAML can hold."""
-    return {
+    plain = {
         name: os.fspath(value) if isinstance(value, os.PathLike) else value
         for name, value in asdict(options).items()
     }
+    return {**plain, "family": plain_family(options.family)}
 
 
 def _with_policy(policy: str, lam: Tensor, dead: Tensor, present: Tensor, paths: Sequence[str]) -> Tensor:
@@ -191,7 +192,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
 def _resolve(model: nn.Module | None, tasks: Sequence[str], given: Mapping[str, Any]) -> NSCOptions:
     # The family only chooses defaults: to check what was given, any will do.
-    return resolve_options(FAMILIES[0] if model is None else family_of(model), tasks, given)
+    family = FAMILIES[0] if model is None else family_of(model, None, given.get("family"))
+    return resolve_options(family, tasks, given)
 
 
 METHODS = (

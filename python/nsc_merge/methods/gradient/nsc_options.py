@@ -11,7 +11,7 @@ import torch
 
 from nsc_merge.calibration.modality import MODALITIES
 from nsc_merge.descent.options import DescentOptions
-from nsc_merge.models.families import Family
+from nsc_merge.models.families import Family, check_family
 from nsc_merge.utils.option_checks import check_choice, check_count, check_plain
 
 # The paper contradicts itself on vision: Section 4 says AdamW at 1e-3, Section A.3 of the supplement Adam at
@@ -43,6 +43,8 @@ class NSCOptions(DescentOptions):
         dead: what becomes of coefficients that nothing measured depends on: ``"init"`` keeps their initial
             value, ``"tie_previous"`` takes the task's value in the nearest earlier live module of the same
             name (of any name if there is none), ``"zero"`` drops the adapter there.
+        family: what is known of the model, a :class:`nsc_merge.Family` or some of its fields by name; the rest, and all
+            when None, is found from the model.
         score_modules: names of the linears whose input is measured; the family's own when None.
         score_blocks: ``"last_quarter"``, how many last blocks, or block numbers.
         include_pad: average over padding as well, as the paper's public code does.
@@ -74,6 +76,7 @@ class NSCOptions(DescentOptions):
 
     recipe: str | None = None
     dead: str = "init"
+    family: Family | Mapping[str, Any] | None = None
     score_modules: Sequence[str] | None = None
     score_blocks: str | int | Sequence[int] = "last_quarter"
     include_pad: bool = False
@@ -105,6 +108,7 @@ class NSCOptions(DescentOptions):
         if not isinstance(self.compile, bool) and self.compile not in torch.compiler.list_backends(exclude_tags=()):
             usual = torch.compiler.list_backends()
             raise ValueError(f"compile: expected True, False or one of {usual}, found {self.compile!r}")
+        check_family(self.family)
         check_count("state_every", self.state_every)
         if self.state_of is not None:
             check_plain("state_of", self.state_of)

@@ -55,8 +55,8 @@ def work_of(
     """
     if not hasattr(options, "score_modules"):
         raise NoFormula("memory and arithmetic of a step are known for methods that measure inputs")
-    family = family_of(model)
     linears = adapted_linears(model, adapters)
+    family = family_of(model, linears, getattr(options, "family", None))
     scored = scored_paths(family, model, list(linears), options.score_modules, options.score_blocks)
     element = next(value.element_size() for value in model.parameters() if value.dtype in FLOATS)
     sizes = [_size(model, batch) for batch in drawn.values()]

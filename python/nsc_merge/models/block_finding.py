@@ -1,0 +1,151 @@
+"""What is found from a model itself of what :class:`nsc_merge.models.families.Family` says of one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+# Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight, and
+# what leaves the attention.
+VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v")
+PACKED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
+OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
+# Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks.
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+
+
+def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[str, Any] | None:
+    """Fields of a family by name; None if no list of blocks holds a linear that counts.
+
+    The blocks are the longest ``nn.ModuleList`` of modules of one class that holds adapted linears and is in no other
+    such list: the stages of Swin rather than the blocks within, the blocks of Mixtral rather than their experts. Lists
+    of what the model calls its decoder (``get_decoder()``) go first, so that a vision tower or an encoder is measured
+    where nothing behind it is adapted. Of two towers side by side, as in CLIP, both are, if they are equally deep.
+
+    Measured is, by its path within a block, the last projection of values in it that does not attend to another
+    sequence (:data:`VALUES`); else one of queries, keys and values (:data:`PACKED`), the output of the attention
+    (:data:`OUTPUTS`), or whatever is adapted, the last first.
+
+    Args:
+        model: any model; of one that is not of transformers, blocks are found, but neither tokens nor images.
+        adapted: paths of the linears that carry an adapter; all linears when None.
+    """
+    counted = [path for path, module in model.named_modules() if _is_linear(module)]
+    counted = counted if adapted is None else [path for path in counted if path in set(adapted)]
+    lists = _block_lists(model, counted)
+    if not lists:
+        return None
+    config: Any = getattr(model, "config", None)
+    towers = _has_two_towers(config)
+    decoder = None if towers else _decoder(model)
+    inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
+    lists = inside or lists
+    longest = [path for path, size in lists.items() if size == max(lists.values())]
+    # Of several as long as each other, the decoder's comes last.
+    chosen = longest if towers else longest[-1:]
+    block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.(\d+)\."
+    return {
+        "name": f"found in {type(model).__name__}",
+        "model_types": (),
+        "block": block,
+        "score_modules": _scored(block, counted),
+        **_inputs(model, config, chosen[0]),
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Of transformers' Conv1D, which is a linear with its weight transposed, the sizes are nx and nf.
+    return hasattr(module, "in_features") or (hasattr(module, "nx") and hasattr(module, "nf"))
+
+
+def _block_lists(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
+    """Path of every outermost list of blocks that holds a linear that counts -> how many blocks it has."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(one) for one in module}) == 1
+        if not alike or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        # A linear in the list itself is no block.
+        if any(re.match(rf"{re.escape(path)}\.\d+\.", name) for name in counted):
+            found[path] = len(module)  # type: ignore[arg-type]
+    return found
+
+
+def _scored(block: str, counted: Collection[str]) -> tuple[str, ...]:
+    """Paths within a block of the linears to measure, in order of preference."""
+    pattern = re.compile(block)
+    within = dict.fromkeys(path[match.end() :] for path in counted if (match := pattern.search(path)))
+    own = [path for path in reversed(within) if not _CROSS.search(path)] or list(reversed(within))
+    ranked: dict[str, None] = {}
+    for names in (VALUES, PACKED, OUTPUTS):
+        ranked.update(dict.fromkeys(path for path in own if path.rpartition(".")[2] in names))
+    ranked.update(dict.fromkeys(own))
+    return tuple(ranked)
+
+
+def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
+    """What the inputs of the blocks at ``blocks`` are called."""
+    main = getattr(model, "main_input_name", None) if config is not None else None
+    taken = list(inspect.signature(model.forward).parameters) if config is not None else []
+    trunk = getattr(model, "base_model", model)
+    tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
+    if _has_two_towers(config) or (main == "pixel_values" and "input_ids" not in taken):
+        texts = _has_two_towers(config)
+        return {
+            "recipe": "vision",
+            "causal": False,
+            "tokens": None,
+            # Of the text tower, where its shape fits.
+            "mask": "attention_mask" if texts and "attention_mask" in taken else None,
+        }
+    if getattr(config, "is_encoder_decoder", False):
+        decodes = re.search(r"(^|\.)decoder\.", f"{blocks}.") is not None
+        prefix = "decoder_" if decodes else ""
+        tokens, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
+        return {
+            "recipe": "llm",
+            "causal": decodes,
+            "tokens": tokens if tokens in taken else None,
+            "mask": mask if mask in taken else None,
+        }
+    if "input_ids" not in taken:
+        return {"recipe": "llm" if main == "input_features" else "vision", "causal": False}
+    images = tuple(name for name in taken if re.match(r"(pixel|image|video)_", name)) if tower or _sees(config) else ()
+    return {
+        "recipe": "vlm" if images else "llm",
+        "causal": _is_causal(model, config),
+        "frozen_prefix": tower if images and not f"{blocks}.".startswith(f"{tower}.") else None,
+        "tokens": "input_ids",
+        "mask": "attention_mask" if "attention_mask" in taken else None,
+        "images": images,
+    }
+
+
+def _is_causal(model: nn.Module, config: Any) -> bool:
+    """Whether it predicts the next token: generates, or has attention that says so."""
+    generates = getattr(config, "is_decoder", False) or getattr(model, "can_generate", lambda: False)()
+    return generates or _sees(config) or any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def _sees(config: Any) -> bool:
+    return hasattr(config, "vision_config") and hasattr(config, "text_config")
+
+
+def _has_two_towers(config: Any) -> bool:
+    """Whether text and images are read side by side, without a token that stands for an image in the text."""
+    names = ("image_token_id", "image_token_index")
+    return _sees(config) and not any(hasattr(config, name) for name in names)
+
+
+def _decoder(model: nn.Module) -> str | None:
+    """Path of what the model calls its decoder, if that is a part of it."""
+    try:
+        part = getattr(model, "get_decoder", lambda: None)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return next((path for path, module in model.named_modules() if path and module is part), None)
