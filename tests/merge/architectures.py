@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -242,3 +243,88 @@ ARCHITECTURES = {
         r".*text_model.*\.(q_proj|v_proj)",
     ),
 }  # fmt: skip
+
+
+METHODS = ("task_arithmetic", "nsc", "match")
+COLUMNS = (*METHODS, "adapter", "model")
+SCALE = 0.3
+OPTIONS: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {"scale": SCALE},
+    "nsc": {"steps": 2, "compile": False, "progress": False},
+    "match": {"steps": 2, "warm_up": 0, "progress": False},
+}
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+
+def write_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> Path:
+    """A PEFT folder with random values in everything that PEFT would train."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**{"r": 2, "lora_alpha": 4, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in (value for value in peft_model.parameters() if value.requires_grad):
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What a model says of a batch in float64, in one tensor."""
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        out = model.double().eval()(**wide)
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    return next(out[name] for name in names if name in out)
+
+
+def outcome(action: Callable[[], None]) -> str:
+    """``yes``, or why not: a refusal, or numbers that are not those expected."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "yes"
+
+
+def outcomes(architecture: Architecture, folder: Path) -> dict[str, str]:
+    """What becomes of two adapters by PEFT in every column of the table; outputs are compared with PEFT's own."""
+    import copy
+
+    from nsc_merge import merge
+    from peft import PeftModel
+
+    model, inputs = architecture.build(), architecture.inputs()
+    model.save_pretrained(folder / "base")
+    targets = {"target_modules": architecture.targets}
+    adapters = {task: write_adapter(model, folder / task, seed, **targets) for seed, task in enumerate(("a", "b"))}
+    data = {task: [inputs] for task in adapters}
+    results: dict[str, Any] = {}
+
+    def merged(method: str) -> None:
+        results[method] = merge(model, adapters, data, method, **OPTIONS[method])
+
+    cells = {method: outcome(lambda method=method: merged(method)) for method in METHODS}
+    if "task_arithmetic" not in results:
+        return {**cells, "adapter": "nothing to export", "model": "nothing to export"}
+    held = PeftModel.from_pretrained(copy.deepcopy(model), folder / "a", adapter_name="a")
+    held.load_adapter(folder / "b", "b")
+    held.base_model.set_adapter(["a", "b"])
+    for layer in held.modules():
+        if hasattr(layer, "lora_A"):
+            layer.scaling = {task: value * SCALE for task, value in layer.scaling.items()}
+    expected = output(held, inputs)
+    base = output(copy.deepcopy(model), inputs)
+
+    def exported(kind: str) -> None:
+        saved = results["task_arithmetic"].save(folder / kind, kind)
+        if kind == "lora":
+            found = output(PeftModel.from_pretrained(copy.deepcopy(model), saved), inputs)
+        else:
+            found = output(type(model).from_pretrained(saved), inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert (found - base).abs().max() > 1e-4, "the merge changed nothing"
+
+    return {**cells, "adapter": outcome(lambda: exported("lora")), "model": outcome(lambda: exported("model"))}
