@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-# Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight, and
-# what leaves the attention.
+# Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
+# and what leaves the attention.
 VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v")
 PACKED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")

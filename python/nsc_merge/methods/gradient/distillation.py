@@ -123,7 +123,8 @@ class Predictions:
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None
-        usual = ["last" if self._mask and family and family.causal and task not in (options.outputs or {}) else "all" for task in problem.tasks]
+        answers = self._mask and family and family.causal
+        usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
 
     def of(self, number: int, one: Pass) -> tuple[Tensor, float]:
