@@ -60,6 +60,7 @@ class Objective:
             counts.
         restrict: makes the model's inputs from a batch; they are the batch itself when None.
         tower: path of the frozen tower whose output may be kept.
+        unmasked: path of another part whose positions the mask does not speak of.
         block: regular expression of a block's path, for ``compiler``.
         batch_tasks: run batches of several tasks as one pass where their shapes agree; None decides at the
             first step by the memory that one pass takes.
@@ -80,6 +81,7 @@ class Objective:
         padding: Padding | None = None,
         restrict: Callable[[Batch], Mapping[str, Any]] | None = None,
         tower: str | None = None,
+        unmasked: str | None = None,
         block: str = "",
         batch_tasks: bool | None = None,
         checkpointing: bool | None = None,
@@ -108,6 +110,7 @@ class Objective:
             and can_fold(module.linear)
         }
         self._device = self.coefficients.flat.device
+        self._rows = 0
         kind = self.coefficients.flat.dtype
         self._shares = {
             path: torch.tensor(share, dtype=kind, device=self._device) for path, share in shares.items()
@@ -124,7 +127,7 @@ class Objective:
         self._pass: Pass | None = None
         self._elements = 0
         self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
-        self._weights = PositionWeights(self._tasks, mask, tower)
+        self._weights = PositionWeights(self._tasks, mask, (tower, unmasked))
         self._undo = ExitStack()
 
     def __enter__(self) -> Objective:
@@ -259,6 +262,7 @@ class Objective:
     def _record(self, path: str, quad: Tensor, sqnorm: Tensor) -> None:
         assert self._pass is not None, "measured outside of a pass"
         weights = self._weights.of(path, self._pass, sqnorm)
+        self._rows = sqnorm.shape[0]
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
         part = means.to(self._device) * self._shares[path]
         # A block that is recomputed has to make the same graph, and must not count twice.
@@ -268,7 +272,8 @@ class Objective:
             self._latest = path
 
     def _fits_as_one(self, passes: Sequence[Pass]) -> bool:
-        """Whether the graph of all batches at once fits into half of the free memory.
+        """Whether the graph of all batches at once fits into half of the free memory, and what is measured has rows
+        that tell tasks apart, unlike the windows of Swin.
 
         Runs the largest batch forward and counts the bytes that its graph keeps alive.
         """
@@ -288,12 +293,14 @@ class Objective:
         (largest,) = split([max(passes, key=lambda single: single.elements)], group)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
             self._forward(largest)
+        rows = next(value.shape[0] for value in largest.inputs.values() if isinstance(value, Tensor) and value.dim())
+        apart = self._rows != rows
         # Gathered weights have been let go of by now, and are empty.
         one = sum(storage.nbytes() for pointer, storage in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)
         sharing = group.size if self._device.type == "cpu" else 1
         # All processes run the same passes.
-        return not group.any(one * most > free_memory(self._device) / 2 / sharing)
+        return not group.any(apart or one * most > free_memory(self._device) / 2 / sharing)
 
 
 def _has_storage(value: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ class PositionWeights:
     Args:
         tasks: how many there are.
         mask: name of the model input ``[B, T]`` that is 0 at padding; None averages over every position.
-        tower: path of a frozen tower, whose positions no mask speaks of.
+        unmasked: paths of towers whose positions no mask speaks of; None stands for none.
     """
 
-    def __init__(self, tasks: int, mask: str | None, tower: str | None) -> None:
-        self._tasks, self._mask, self._tower_path = tasks, mask, tower
+    def __init__(self, tasks: int, mask: str | None, unmasked: Sequence[str | None]) -> None:
+        self._tasks, self._mask, self._unmasked = tasks, mask, [path for path in unmasked if path]
         self._kept: dict[Any, Tensor] = {}
         self._rows: dict[Any, Tensor] = {}
 
@@ -36,7 +37,7 @@ class PositionWeights:
             ValueError: if a mask does not fit, or rows cannot be told apart by task.
         """
         mask = one.inside if self._mask is None else one.whole.get(self._mask)
-        mask = None if self._in_tower(path) else mask
+        mask = None if self._is_unmasked(path) else mask
         # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
         kind = (one.tasks, one.sizes, one.part and one.part.key, sqnorm.shape, sqnorm.device)
         key = (None if mask is None else one.key, kind)
@@ -89,5 +90,5 @@ class PositionWeights:
             kept = self._rows[key] = owners.repeat_interleave(sizes, 0).view(shape).to(sqnorm.device)
         return kept
 
-    def _in_tower(self, path: str) -> bool:
-        return self._tower_path is not None and path.startswith(f"{self._tower_path}.")
+    def _is_unmasked(self, path: str) -> bool:
+        return any(path.startswith(f"{tower}.") for tower in self._unmasked)

@@ -91,39 +91,43 @@ def _scored(block: str, counted: Collection[str]) -> tuple[str, ...]:
 def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     """What the inputs of the blocks at ``blocks`` are called."""
     main = getattr(model, "main_input_name", None) if config is not None else None
-    taken = list(inspect.signature(model.forward).parameters) if config is not None else []
+    taken = _arguments(model) if config is not None else []
     trunk = getattr(model, "base_model", model)
     tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
-    if _has_two_towers(config) or (main == "pixel_values" and "input_ids" not in taken):
-        texts = _has_two_towers(config)
-        return {
-            "recipe": "vision",
-            "causal": False,
-            "tokens": None,
-            # Of the text tower, where its shape fits.
-            "mask": "attention_mask" if texts and "attention_mask" in taken else None,
-        }
+    # Where the trunk takes other inputs than the model, as the encoder of DINOv3 does, the model has no head.
+    prefill = "base_model" if main is None or main in _arguments(trunk) else ""
+    if _has_two_towers(config):
+        mask = "attention_mask" if "attention_mask" in taken else None
+        return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": tower}
+    if main == "pixel_values" and "input_ids" not in taken:
+        return {"recipe": "vision", "prefill": prefill, "causal": False}
     if getattr(config, "is_encoder_decoder", False):
         decodes = re.search(r"(^|\.)decoder\.", f"{blocks}.") is not None
         prefix = "decoder_" if decodes else ""
         tokens, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
         return {
             "recipe": "llm",
+            "prefill": prefill,
             "causal": decodes,
             "tokens": tokens if tokens in taken else None,
             "mask": mask if mask in taken else None,
         }
     if "input_ids" not in taken:
-        return {"recipe": "llm" if main == "input_features" else "vision", "causal": False}
+        return {"recipe": "llm" if main == "input_features" else "vision", "prefill": prefill, "causal": False}
     images = tuple(name for name in taken if re.match(r"(pixel|image|video)_", name)) if tower or _sees(config) else ()
     return {
         "recipe": "vlm" if images else "llm",
+        "prefill": prefill,
         "causal": _is_causal(model, config),
         "frozen_prefix": tower if images and not f"{blocks}.".startswith(f"{tower}.") else None,
         "tokens": "input_ids",
         "mask": "attention_mask" if "attention_mask" in taken else None,
         "images": images,
     }
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def _is_causal(model: nn.Module, config: Any) -> bool:

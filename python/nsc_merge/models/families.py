@@ -46,6 +46,7 @@ class Family:
         images: names of the model inputs that hold images, where the tokens stand for text and images.
         legacy: pairs of regular expression and replacement that bring module paths of adapters saved by other
             releases of transformers to this one's names; applied in order, and only where a path is not found.
+        unmasked: path of a tower beside the one that reads the tokens, whose positions no mask speaks of.
         causal: whether the model answers from the last token, and not from all or the first.
     """
 
@@ -60,6 +61,7 @@ class Family:
     mask: str | None = None
     images: tuple[str, ...] = ()
     legacy: tuple[tuple[str, str], ...] = ()
+    unmasked: str | None = None
     causal: bool = True
 
     def __post_init__(self) -> None:

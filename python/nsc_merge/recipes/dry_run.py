@@ -14,6 +14,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import activations_of
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.bases.stored_weights import input_device
+from nsc_merge.models.families import family_of, family_said
 from nsc_merge.models.fitting import absent
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.inputs import read_inputs
@@ -76,6 +77,9 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         "prospect": prospect,
     }
     method = method_of(recipe.method)
+    if "family" in method.option_names:
+        family = family_of(model, list(linears), recipe.options.get("family"))
+        document["family"] = family_said(family)
     if "steps" not in method.option_names:
         return document
     with options_at_fault(recipe):
@@ -127,6 +131,8 @@ def render_plan(plan: dict[str, Any]) -> str:
         lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
     lines += _data_lines(plan["data"])
     lines += [f"note      {remark}" for remark in plan["remarks"]]
+    if "family" in plan:
+        lines.append(f"family    {plan['family']}")
     if "steps" in plan:
         measured, dead = plan["measured_modules"], sum(len(tasks) for tasks in plan["dead"].values())
         why = ""

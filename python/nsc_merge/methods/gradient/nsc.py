@@ -152,6 +152,7 @@ def objective_of(
             padding=padding,
             restrict=restrict,
             tower=tower,
+            unmasked=family.unmasked,
             block=family.block,
             batch_tasks=options.batch_tasks,
             checkpointing=options.checkpointing,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Base:
         local: whether it is a folder.
         revision: of one on the hub.
         model: on the meta device.
-        family: None if none lists it.
+        family: listed or found; None if there are no blocks that hold an adapted linear.
         quantised: the method that its files are quantised by, if any.
     """
 
@@ -135,6 +135,7 @@ def find(
     found = _base(base, revision)
     fitted = fit({task.name: _low_rank(task.outline) for task in tasks}, found.model)
     linears = merged_linears(found.model, fitted)
+    found = replace(found, family=find_family(found.model, linears))
     places = sources(data, [task.name for task in tasks])
     chosen, why = _method(method, found, bool(places))
     preset = found.family.recipe if found.family and found.family.recipe in chosen.recipes else None
@@ -205,8 +206,8 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
     if base.family is None:
         kind = getattr(base.model.config, "model_type", None)
         return METHODS[WITHOUT_DATA], (
-            f"{Recipe.method} does not know where to measure in models of type {kind}, so a method without data is "
-            "chosen."
+            f"{Recipe.method} does not know where to measure in models of type {kind}, in which no list of blocks holds an "
+            "adapted linear (the option family says where), so a method without data is chosen."
         )
     if not has_data:
         *others, last = (name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
