@@ -13,6 +13,7 @@ from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.own_base import own_base
 from nsc_merge.processes.group import together
 from nsc_merge.results.result import MergeResult
 
@@ -32,7 +33,8 @@ def merge(
 
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
-            unchanged.
+            unchanged. Where adapters change one of its tied weights, the result's model is a copy that shares all other
+            tensors with it; see :func:`nsc_merge.models.own_base.own_base`.
         adapters: task -> PEFT folder, ``"owner/name"`` or ``"owner/name@revision"`` on the hub, :class:`Adapter`,
             ``PeftModel`` or other model with an adapter in it (not the one that wraps ``model``), or mapping with
             ``config`` and ``weights``.
@@ -72,6 +74,7 @@ def merge(
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     with together(process_group):
-        problem = Problem(model, fit(loaded, model, shared_modules), calibration)
+        base, loaded = own_base(model, loaded)
+        problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
     return replace(result, inputs={"shared_modules": shared_modules, "dora": dora}, about=chosen.paragraph)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.adapters.adapter_files import widened
 
 # Variants of PEFT that change how an adapter is trained, and not what it computes.
@@ -19,11 +20,13 @@ class Held(NamedTuple):
         parts: module path in the base model -> PEFT's name of a tensor -> the tensor.
         scalings: module path -> what the layer multiplies ``B @ A`` by.
         trained: parameter path -> value, of the modules in ``modules_to_save``.
+        token_rows: path of an embedding or head -> rows of tokens that were trained alone.
     """
 
     parts: dict[str, dict[str, Tensor]]
     scalings: dict[str, float]
     trained: dict[str, Tensor]
+    token_rows: dict[str, TokenRows]
 
 
 def config_of(model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
@@ -55,16 +58,22 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
         ValueError: naming the layer, if it is no linear one or runs something else than plain LoRA.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    held = Held({}, {}, {})
+    held = Held({}, {}, {}, {})
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
         if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
             own: Any = module.modules_to_save[held_as]
             held.trained.update({f"{path}.{key}": copied(value) for key, value in own.state_dict().items()})
+        elif isinstance(module, TrainableTokensWrapper) and held_as in module.token_adapter.token_indices:
+            rows: Any = module.token_adapter
+            # One that follows another has none of its own.
+            if rows.tied_adapter is None:
+                values = copied(rows.trainable_tokens_delta[held_as])
+                held.token_rows[path] = TokenRows(tuple(rows.token_indices[held_as]), values)
         elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
             held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
             held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")

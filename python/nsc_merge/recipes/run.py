@@ -21,6 +21,7 @@ from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import absent, fit
+from nsc_merge.models.own_base import own_base
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
@@ -191,6 +192,7 @@ def load(
     dtype = next(model.parameters()).dtype
     cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
     calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
+    model, adapters = own_base(model, adapters)
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration

@@ -13,6 +13,7 @@ from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.own_base import own_base
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -139,7 +140,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(
             f"result: {folder}: {COEFFICIENTS_FILE} and {RECIPE_FILE} disagree on the tasks {sorted(others)}"
         )
-    fitted = fit({task: adapters[task] for task in document["tasks"]}, model, recipe.shared_modules)
+    model, adapters = own_base(model, {task: adapters[task] for task in document["tasks"]})
+    fitted = fit(adapters, model, recipe.shared_modules)
     missing = sorted(set(adapted_linears(model, fitted)) ^ set(document["coefficients"]))
     if missing:
         raise ValueError(f"result: {folder / COEFFICIENTS_FILE} and the adapters disagree on {missing[0]}")
