@@ -118,7 +118,8 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         base = _base_value(model, f"{path}.{parameter}")
         if value.shape != base.shape:
             raise ValueError(
-                f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}"
+                f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}: expected the base "
+                "that it was trained on, or one resized as that was (resize_token_embeddings)"
             )
         deltas[parameter] = (value.double().cpu() - base.double()).float()
     if is_linear(module):

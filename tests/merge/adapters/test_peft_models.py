@@ -230,15 +230,16 @@ def test_adapters_without_values_are_refused(folders):
             nsc_merge.load_adapter(broken, "a")
 
 
-def test_heads_trained_as_one_with_the_embeddings_are_refused(tmp_path):
+def test_heads_trained_as_one_with_the_embeddings_are_read_under_both_names(tmp_path):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True))
     settings = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True}
     held = get_peft_model(model, LoraConfig(**settings, modules_to_save=["lm_head"]))
     held.save_pretrained(tmp_path, save_embedding_layers=False)
     for source in (held, tmp_path):
-        with pytest.raises(ValueError, match="ensure_weight_tying=True is refused with .*(lm_head|embed_tokens)"):
-            nsc_merge.load_adapter(source, "a")
+        adapter = nsc_merge.load_adapter(source, "a")
+        assert sorted(adapter.trained) == ["lm_head.weight", "model.embed_tokens.weight"]
+        assert adapter.base_weights == {}
 
 
 def edited(folder, rename):
