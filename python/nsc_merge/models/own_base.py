@@ -40,7 +40,7 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
     found = renamed(adapters, model)
     groups = {tuple(names) for names in sharing(model).values() if len(names) > 1}
     touched = any(_touches(adapter, group, model) for group in groups for adapter in found.values())
-    if not touched or not _can_be_copied(model):
+    if not touched or not can_be_copied(model):
         return model, dict(adapters)
     own = _with_weights_apart(model, groups)
     return own, {task: _with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
@@ -53,17 +53,22 @@ def _touches(adapter: Adapter, group: tuple[str, ...], model: nn.Module) -> bool
     return not changed.isdisjoint(group)
 
 
-def _can_be_copied(model: nn.Module) -> bool:
+def can_be_copied(model: nn.Module) -> bool:
     """Whether the model is whole in this process, in plain numbers or in its files, with nothing hooked into it."""
     plain = all(is_plain(value) or file_tensor(value) is not None for value in model.parameters())
     hooked = any(offloading(module) is not None or hasattr(module, "_hf_hook") for module in model.modules())
     return plain and not hooked and not getattr(model, "is_quantized", False)
 
 
-def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
-    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    own: Any = copy.deepcopy(model, shared)
+def sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules and configuration around the very same parameters and buffers."""
+    own = copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
     keep_files(own, model)
+    return own
+
+
+def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
+    own: Any = sharing_tensors(model)
     for group in groups:
         # The first name keeps the tensor.
         for name in group[1:]:

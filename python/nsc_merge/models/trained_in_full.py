@@ -40,7 +40,8 @@ def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None
             raise ValueError(
                 f"adapters[{task!r}]: {name} of the base was saved with the adapter, in shape {list(value.shape)}; "
                 f"found {found} in {type(model).__name__}: expected the base that it was trained on, or one resized "
-                "as that was (resize_token_embeddings)"
+                "as that was (resize_token_embeddings); nsc_merge.merge(..., new_tokens='mean') resizes it to "
+                "the largest vocabulary"
             )
         # One of the two may have been rounded to the other's dtype.
         mine = numbers_of(model, name, base).detach().cpu()
@@ -53,11 +54,11 @@ def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None
 
 def is_unchanged(model: nn.Module, name: str, value: Tensor) -> bool:
     """Whether a parameter that an adapter holds in full is the base's, in the dtype that it was saved in."""
-    base = _base_value(model, name)
+    base = base_value(model, name)
     return base.shape == value.shape and torch.equal(base.to(value.dtype), value.cpu())
 
 
-def _base_value(model: nn.Module, name: str) -> Tensor:
+def base_value(model: nn.Module, name: str) -> Tensor:
     """The base's numbers of a parameter, on the CPU; of a quantised linear, those that it computes with."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if is_linear(owner):
@@ -115,7 +116,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
     _refuse_tied(what, path, model)
     deltas = {}
     for parameter, value in tensors.items():
-        base = _base_value(model, f"{path}.{parameter}")
+        base = base_value(model, f"{path}.{parameter}")
         if value.shape != base.shape:
             raise ValueError(
                 f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}: expected the base "
@@ -147,7 +148,7 @@ def update_of_rows(task: str, path: str, rows: TokenRows, model: nn.Module) -> F
             f"{type(module).__name__}; expected the base that the adapter was trained on"
         )
     _refuse_tied(what, path, model)
-    base = _base_value(model, f"{path}.weight")
+    base = base_value(model, f"{path}.weight")
     if rows.values.shape != (len(rows.indices), base.shape[1]) or max(rows.indices) >= base.shape[0]:
         raise ValueError(
             f"{what}: trainable_token_indices up to {max(rows.indices)} of width {list(rows.values.shape[1:])}, found "

@@ -240,8 +240,8 @@ class MergedUpdate:
             tied = shared.get(weight, [weight])
             if len(tied) > 1:
                 raise ValueError(
-                    f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora', or, where "
-                    "the result's model has it apart, apply to copy.deepcopy(result.model)"
+                    f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora', or, "
+                    "where the result's model has it apart, apply to copy.deepcopy(result.model)"
                 )
             names.append(weight)
             if self.bias_delta(path) is None:

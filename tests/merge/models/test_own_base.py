@@ -1,4 +1,4 @@
-"""Tied weights that an adapter changes under one name or all: PEFT's forward, in every format, the caller's model kept."""
+"""Tied weights that an adapter changes under one name or all: PEFT's forward, in every format; the model is kept."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_a_tied_weight_is_merged_as_peft_runs_it(case, tied, tmp_path):
     wanted = outputs(peft.double(), text(3))
     before = outputs(tied, text(3))
     result = nsc_merge.merge(tied, {"a": folder}, method="task_arithmetic", scale=1.0)
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight and torch.equal(outputs(tied, text(3)), before)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(outputs(tied, text(3)), before)
     assert result.model.model.layers[0].mlp.up_proj.weight is tied.model.layers[0].mlp.up_proj.weight
     exact = copy.deepcopy(result.model).double()
     with nsc_merge.attach(exact, result.adapters, 1.0):
