@@ -27,7 +27,7 @@ def merge(
     *,
     shared_modules: str = "lambda",
     dora: str = "refuse",
-    new_tokens: str | None = None,
+    new_tokens: str = "refuse",
     process_group: Any = None,
     **options: Any,
 ) -> MergeResult:
@@ -50,8 +50,8 @@ def merge(
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
         new_tokens: where adapters have a larger vocabulary than the base, what rows its new tokens get: the ``"mean"``
-            over the tasks that have them, those of the ``"first"``, or none (``"base"``). By default such adapters are
-            refused. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.
+            over the tasks that have them, those of the ``"first"``, or none (``"base"``); ``"refuse"`` refuses such
+            adapters. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.
         process_group: of ``torch.distributed``, whose processes all call this with equal arguments and share the work;
             each returns the same result. None works alone.
         options: of the method.
@@ -83,6 +83,6 @@ def merge(
         problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
     inputs = {"shared_modules": shared_modules, "dora": dora}
-    if new_tokens is not None:
+    if new_tokens != "refuse":
         inputs["new_tokens"] = new_tokens
     return replace(result, inputs=inputs, about=chosen.paragraph)

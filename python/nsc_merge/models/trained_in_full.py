@@ -12,6 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
+from nsc_merge.models.merged_whole import site_of
 
 
 def own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:
@@ -91,21 +92,15 @@ def updates_of_whole(
     return factors, notes
 
 
-def _stored_transposed(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D, which stores the weight of a linear transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def _check_kind(what: str, path: str, model: nn.Module) -> None:
-    """Refuse what is neither a linear or a convolution, nor an embedding, nor a norm with one number per channel."""
+    """Refuse what is neither a linear, nor an embedding, nor a norm with one number per channel."""
     module = model.get_submodule(path)
-    own = dict(module.named_parameters(recurse=False))
-    vector = set(own) <= {"weight", "bias"} and "weight" in own and own["weight"].dim() == 1
-    if is_linear(module) or isinstance(module, nn.Embedding | nn.Conv2d) or _stored_transposed(module) or vector:
+    if is_linear(module) or site_of(module) is not None:
         return
+    own = dict(module.named_parameters(recurse=False))
     raise ValueError(
-        f"{what} was trained in full (modules_to_save) and all tasks share it, but only linears, Conv2d, embeddings "
-        f"and norms can be merged, found {type(module).__name__} with parameters {sorted(own)}; expected an adapter "
+        f"{what} was trained in full (modules_to_save) and all tasks share it, but only linears, embeddings and "
+        f"norms can be merged, found {type(module).__name__} with parameters {sorted(own)}; expected an adapter "
         "that leaves it as the base has it: train without it in modules_to_save"
     )
 
@@ -128,8 +123,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         weight = deltas["weight"] if "weight" in deltas else torch.zeros(linear.out_features, linear.in_features)
     else:
         weight = deltas["weight"] if "weight" in deltas else torch.zeros(module.get_parameter("weight").shape)
-        weight = weight.t().contiguous() if _stored_transposed(module) else weight
-        weight = weight[:, None] if weight.dim() == 1 else weight.flatten(1)
+        weight = weight[:, None] if weight.dim() == 1 else weight
     no_rank = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
     return Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=weight)
 

@@ -14,7 +14,7 @@ from nsc_merge.models.fitting import renamed
 from nsc_merge.models.own_base import can_be_copied, sharing_tensors
 from nsc_merge.models.trained_in_full import base_value
 
-NEW_TOKENS = ("mean", "first", "base")
+NEW_TOKENS = ("refuse", "mean", "first", "base")
 # On the base: paths of the embedding and head that have more rows than the model that was handed over.
 _GROWN = "_nsc_merge_grown"
 
@@ -25,7 +25,7 @@ def grown_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def with_vocabulary(
-    model: nn.Module, adapters: Mapping[str, Adapter], new_tokens: str | None
+    model: nn.Module, adapters: Mapping[str, Adapter], new_tokens: str
 ) -> tuple[nn.Module, dict[str, Adapter]]:
     """The base with as many tokens as the adapter that has most, and the adapters cut or filled up to as many.
 
@@ -36,16 +36,16 @@ def with_vocabulary(
         model: the base as given.
         adapters: task -> adapter as read.
         new_tokens: ``"mean"`` over the tasks that have a token, of the ``"first"`` task that has it, or ``"base"``,
-            which leaves new tokens out. None changes nothing: an adapter with more tokens is then refused when it is
-            fitted.
+            which leaves new tokens out. ``"refuse"`` changes nothing: an adapter with more tokens is then refused when
+            it is fitted.
 
     Raises:
         ValueError: if ``new_tokens`` is none of these, if the model cannot be copied, or if a row is not known.
     """
-    if new_tokens is None:
-        return model, dict(adapters)
     if new_tokens not in NEW_TOKENS:
-        raise ValueError(f"new_tokens: expected None or one of {list(NEW_TOKENS)}, found {new_tokens!r}")
+        raise ValueError(f"new_tokens: expected one of {list(NEW_TOKENS)}, found {new_tokens!r}")
+    if new_tokens == "refuse":
+        return model, dict(adapters)
     found = renamed(adapters, model)
     tables = _tables(model)
     if not tables:

@@ -14,6 +14,7 @@ from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
+from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -124,7 +125,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
-    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=numbers)
+    grows = recipe.new_tokens in ("mean", "first")
+    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=grows or numbers)
     model = load_model(
         recipe.model,
         local=recipe.local,
@@ -140,7 +142,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(
             f"result: {folder}: {COEFFICIENTS_FILE} and {RECIPE_FILE} disagree on the tasks {sorted(others)}"
         )
-    model, adapters = own_base(model, {task: adapters[task] for task in document["tasks"]})
+    loaded = {task: adapters[task] for task in document["tasks"]}
+    model, adapters = own_base(*with_vocabulary(model, loaded, recipe.new_tokens))
     fitted = fit(adapters, model, recipe.shared_modules)
     missing = sorted(set(adapted_linears(model, fitted)) ^ set(document["coefficients"]))
     if missing:

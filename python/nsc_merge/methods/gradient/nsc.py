@@ -24,7 +24,7 @@ from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import adapted_linears, attach, presence
-from nsc_merge.models.bases.quantised import check_gradients, is_quantised
+from nsc_merge.models.bases.quantised import check_gradients, is_linear, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.folded_linear import should_fold
@@ -55,7 +55,8 @@ def merge_nsc(
     family = family_of(model)
     chosen = resolve_options(family, tasks, options)
     paths = list(adapted_linears(model, adapters))
-    scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
+    measurable = [path for path in paths if is_linear(model.get_submodule(path))]
+    scored = scored_paths(family, model, measurable, chosen.score_modules, chosen.score_blocks)
     drawn = streams(calibration, tasks)
     for note in signal_notes(adapters, scored):
         logger.warning(note)
@@ -139,7 +140,7 @@ def objective_of(
         most = FEW if options.batch_tasks is None else None
         padding = Padding(family.tokens, family.mask, filler_of(model), most)
     linears = adapted_linears(model, adapters)
-    plain = {path: linear for path, linear in linears.items() if not is_quantised(linear)}
+    plain = {path: linear for path, linear in linears.items() if is_linear(linear) and not is_quantised(linear)}
     fold = should_fold(options.fold, [linear.weight for path, linear in plain.items() if path not in scored])
     with evaluating(model), attach(model, adapters, options.init) as merged:
         check_gradients(model)
