@@ -81,6 +81,10 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
 
 
 def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
+    if held_as in layer.lora_embedding_A and held_as not in layer.lora_variant:
+        # The update of the weight [V, d] is their product, transposed.
+        embedded = {"lora_A.weight": layer.lora_embedding_B, "lora_B.weight": layer.lora_embedding_A}
+        return {part: copied(factors[held_as]).t().contiguous() for part, factors in embedded.items()}
     both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
     if len(both) < 2 or not all(isinstance(factor, nn.Linear) for factor in both):
         kind = type(layer)

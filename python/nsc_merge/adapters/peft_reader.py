@@ -28,6 +28,8 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((.+\.)?(embed_tokens|lm_head)\.weight)")
 _WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# LoRA on an embedding, whose weight [V, d] it is the update of: transposed, and of no ".weight".
+_EMBEDDED = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<part>[AB])")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 # Keys that PEFT's save_pretrained does not write: what they look like, where they come from, and what to do.
@@ -46,10 +48,6 @@ _SAVED_OTHERWISE = (
         re.compile(r"\.lora_(A|B|magnitude_vector)\.(?!(weight|bias)$)[^.]+(\.weight|\.bias)?$"),
         "a state dict was saved, whose keys hold the adapter's name: save with save_pretrained, or take the keys from "
         "peft.get_peft_model_state_dict(model)",
-    ),
-    (
-        re.compile(r"\.lora_embedding_[AB]"),
-        "LoRA on an embedding is not merged, only on nn.Linear: train without the embedding in target_modules",
     ),
     (
         re.compile(rf"^(?!{re.escape(PREFIX)}).*\.lora_[AB]\."),
@@ -217,6 +215,9 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
             held.parts.setdefault(match["path"], {})[match["part"]] = value
         elif not match and _is_within(path, whole):
             held.trained[path] = value
+        elif embedded := _EMBEDDED.fullmatch(path):
+            part = "lora_B.weight" if embedded["part"] == "A" else "lora_A.weight"
+            held.parts.setdefault(embedded["path"], {})[part] = value.t().contiguous()
         elif (rows := _ROWS.fullmatch(path)) and (indices := token_indices(config, rows["path"])):
             held.token_rows[rows["path"]] = TokenRows(indices, value)
         elif base := _BASE_KEY.fullmatch(path):

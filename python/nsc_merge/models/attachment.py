@@ -149,7 +149,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
             if not (isinstance(linear, Site) or is_linear(linear)) or _is_part(modules[path]):
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected an nn.Linear, embedding or norm in the model, found "
-                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(linear)}"
+                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(modules[path])}"
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(

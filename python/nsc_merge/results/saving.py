@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
@@ -243,7 +245,8 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
     # PEFT knows a head by the module right below the model.
     for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
         kept[path] = state_of(result.model.get_submodule(path))
-    write_adapter(folder, factors, kept, about_adapter(result, kept))
+    embeddings = [path for path in factors if isinstance(result.model.get_submodule(path), nn.Embedding)]
+    write_adapter(folder, factors, kept, about_adapter(result, kept), embeddings)
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

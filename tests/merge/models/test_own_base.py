@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
-from zoo import DECODER, outputs, text
+from zoo import DECODER, outputs
 
 import nsc_merge
 
@@ -35,6 +35,7 @@ def tied():
     return tf.LlamaForCausalLM(config).eval()
 
 
+IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
 CASES = {
     "head": {"modules_to_save": ["lm_head"]},
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
@@ -52,18 +53,18 @@ CASES = {
 def test_a_tied_weight_is_merged_as_peft_runs_it(case, tied, tmp_path):
     folder = written(tied, tmp_path / "a", 1, **CASES[case])
     peft = PeftModel.from_pretrained(copy.deepcopy(tied), folder)
-    wanted = outputs(peft.double(), text(3))
-    before = outputs(tied, text(3))
+    wanted = outputs(peft.double(), IDS)
+    before = outputs(tied, IDS)
     result = nsc_merge.merge(tied, {"a": folder}, method="task_arithmetic", scale=1.0)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    assert torch.equal(outputs(tied, text(3)), before)
+    assert torch.equal(outputs(tied, IDS), before)
     assert result.model.model.layers[0].mlp.up_proj.weight is tied.model.layers[0].mlp.up_proj.weight
     exact = copy.deepcopy(result.model).double()
     with nsc_merge.attach(exact, result.adapters, 1.0):
-        torch.testing.assert_close(outputs(exact, text(3)), wanted, **EXACT)
+        torch.testing.assert_close(outputs(exact, IDS), wanted, **EXACT)
     loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
-    torch.testing.assert_close(outputs(loaded.double(), text(3)), wanted, **EXACT)
+    torch.testing.assert_close(outputs(loaded.double(), IDS), wanted, **EXACT)
     lora = PeftModel.from_pretrained(copy.deepcopy(tied), result.save(tmp_path / "lora", "lora"))
-    torch.testing.assert_close(outputs(lora.double(), text(3)), wanted, **EXACT)
+    torch.testing.assert_close(outputs(lora.double(), IDS), wanted, **EXACT)
     in_memory = nsc_merge.merge(tied, {"a": peft}, method="task_arithmetic", scale=1.0)
     assert sorted(in_memory.paths) == sorted(result.paths)

@@ -40,7 +40,8 @@ class OwnModels:
         shared = {
             path: module
             for path, module in problem.model.named_modules()
-            if isinstance(module, MeasuredLoRALinear | MergedWhole) and not coefficients.has(module)
+            if isinstance(module, MeasuredLoRALinear | MergedWhole)
+            and not coefficients.has(module)
         }
         self._shared = list(zip(shared.values(), presence(shared, problem.adapters), strict=True))
 
