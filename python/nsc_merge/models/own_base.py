@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,9 @@ from nsc_merge.models.bases.numbers import file_tensor
 from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.trained_in_full import is_unchanged
+
+# On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
+_COPY_OF = "_nsc_merge_copy_of"
 
 
 def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Module, dict[str, Adapter]]:
@@ -64,7 +68,15 @@ def sharing_tensors(model: nn.Module) -> nn.Module:
     """A copy of a model's modules and configuration around the very same parameters and buffers."""
     own = copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
     keep_files(own, model)
+    setattr(own, _COPY_OF, (weakref.ref(model), id(own)))
     return own
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """The model that :func:`sharing_tensors` made this very one of, whose tensors change with it; or else itself."""
+    reference, number = getattr(model, _COPY_OF, (lambda: None, 0))
+    original = reference() if number == id(model) else None
+    return model if original is None else original
 
 
 def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:

@@ -17,6 +17,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
 from nsc_merge.models.merged_whole import Site
+from nsc_merge.models.own_base import original_of
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -298,7 +299,7 @@ class MergedUpdate:
         """
         check_in_memory(model)
         merged = self.merged(model)
-        setattr(model, _APPLICATIONS, _applications(model) + 1)
+        setattr(original_of(model), _APPLICATIONS, _applications(model) + 1)
         for name, value in merged.items():
             stored(model, name).write(value)
         return model
@@ -337,7 +338,7 @@ _APPLICATIONS = "_nsc_merge_applications"
 
 def _applications(model: nn.Module) -> int:
     """How often :meth:`MergedUpdate.apply` has changed a model."""
-    return getattr(model, _APPLICATIONS, 0)
+    return getattr(original_of(model), _APPLICATIONS, 0)
 
 
 def by_task(update: Update) -> Iterator[tuple[str, Update]]:

@@ -68,3 +68,15 @@ def test_a_tied_weight_is_merged_as_peft_runs_it(case, tied, tmp_path):
     torch.testing.assert_close(outputs(lora.double(), IDS), wanted, **EXACT)
     in_memory = nsc_merge.merge(tied, {"a": peft}, method="task_arithmetic", scale=1.0)
     assert sorted(in_memory.paths) == sorted(result.paths)
+
+
+def test_applying_to_the_copy_counts_for_what_shares_its_tensors(tied, tmp_path):
+    model = copy.deepcopy(tied)
+    folder = written(model, tmp_path / "a", 1, modules_to_save=["lm_head"])
+    first = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    second = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    first.apply(copy.deepcopy(first.model))
+    second.save(tmp_path / "fine", "model")
+    first.apply(first.model)
+    with pytest.raises(ValueError, match="apply has changed it since this merge was made"):
+        second.save(tmp_path / "late", "model")

@@ -24,11 +24,12 @@ from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import adapted_linears, attach, presence
-from nsc_merge.models.bases.quantised import check_gradients, is_linear, is_quantised
+from nsc_merge.models.bases.quantised import check_gradients, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.merged_whole import Site
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")
@@ -54,8 +55,9 @@ def merge_nsc(
     tasks = list(adapters)
     family = family_of(model)
     chosen = resolve_options(family, tasks, options)
-    paths = list(adapted_linears(model, adapters))
-    measurable = [path for path in paths if is_linear(model.get_submodule(path))]
+    linears = adapted_linears(model, adapters)
+    paths = list(linears)
+    measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
     scored = scored_paths(family, model, measurable, chosen.score_modules, chosen.score_blocks)
     drawn = streams(calibration, tasks)
     for note in signal_notes(adapters, scored):
@@ -140,7 +142,8 @@ def objective_of(
         most = FEW if options.batch_tasks is None else None
         padding = Padding(family.tokens, family.mask, filler_of(model), most)
     linears = adapted_linears(model, adapters)
-    plain = {path: linear for path, linear in linears.items() if is_linear(linear) and not is_quantised(linear)}
+    foldable = {path: linear for path, linear in linears.items() if not isinstance(linear, Site)}
+    plain = {path: linear for path, linear in foldable.items() if not is_quantised(linear)}
     fold = should_fold(options.fold, [linear.weight for path, linear in plain.items() if path not in scored])
     with evaluating(model), attach(model, adapters, options.init) as merged:
         check_gradients(model)
