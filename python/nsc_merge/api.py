@@ -13,6 +13,8 @@ from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.own_base import own_base
+from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.processes.group import together
 from nsc_merge.results.result import MergeResult
 
@@ -25,6 +27,7 @@ def merge(
     *,
     shared_modules: str = "lambda",
     dora: str = "refuse",
+    new_tokens: str = "refuse",
     process_group: Any = None,
     **options: Any,
 ) -> MergeResult:
@@ -32,7 +35,8 @@ def merge(
 
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
-            unchanged.
+            unchanged. Where adapters change one of its tied weights, the result's model is a copy that shares all other
+            tensors with it; see :func:`nsc_merge.models.own_base.own_base`.
         adapters: task -> PEFT folder, ``"owner/name"`` or ``"owner/name@revision"`` on the hub, :class:`Adapter`,
             ``PeftModel`` or other model with an adapter in it (not the one that wraps ``model``), or mapping with
             ``config`` and ``weights``.
@@ -45,6 +49,9 @@ def merge(
             LLaVA's projector or a language model's head: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
+        new_tokens: where adapters have a larger vocabulary than the base, what rows its new tokens get: the ``"mean"``
+            over the tasks that have them, those of the ``"first"``, or none (``"base"``); ``"refuse"`` refuses such
+            adapters. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.
         process_group: of ``torch.distributed``, whose processes all call this with equal arguments and share the work;
             each returns the same result. None works alone.
         options: of the method.
@@ -72,6 +79,10 @@ def merge(
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     with together(process_group):
-        problem = Problem(model, fit(loaded, model, shared_modules), calibration)
+        base, loaded = own_base(*with_vocabulary(model, loaded, new_tokens))
+        problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
-    return replace(result, inputs={"shared_modules": shared_modules, "dora": dora}, about=chosen.paragraph)
+    inputs = {"shared_modules": shared_modules, "dora": dora}
+    if new_tokens != "refuse":
+        inputs["new_tokens"] = new_tokens
+    return replace(result, inputs=inputs, about=chosen.paragraph)

@@ -53,6 +53,8 @@ def write_adapter(model: ViTModel, tmp_path: Path) -> Callable[..., Path]:
             for key, value in peft_model.named_parameters():
                 if "lora_" in key:
                     value.copy_(0.15 * torch.randn(value.shape, generator=generator))
+                elif value.requires_grad:
+                    value.add_(0.05 * torch.randn(value.shape, generator=generator))
         folder = tmp_path / name
         peft_model.save_pretrained(folder)
         return folder

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,18 @@ class About:
     hub: str | None = None
 
 
+class TokenRows(NamedTuple):
+    """Rows of an embedding, or of a head, that were trained alone (``trainable_token_indices``).
+
+    Attributes:
+        indices: of the tokens.
+        values: that their rows have in place of the base's, ``[tokens, d]``.
+    """
+
+    indices: tuple[int, ...]
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One task's LoRA adapter.
@@ -84,6 +97,8 @@ class Adapter:
             embedding that has LoRA or was resized); :func:`nsc_merge.models.fitting.fit` checks that the model has
             the same.
         about: what else its folder says.
+        token_rows: path of an embedding or head -> rows that were trained alone, which
+            :func:`nsc_merge.models.fitting.fit` makes updates of.
     """
 
     name: str
@@ -95,6 +110,7 @@ class Adapter:
     sha256: Mapping[str, str] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     about: About = field(default_factory=About)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:

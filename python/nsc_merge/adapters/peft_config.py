@@ -22,7 +22,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "alora_invocation_tokens": "activated LoRA is switched on by tokens and cannot be folded into weights",
     "target_parameters": "LoRA on bare parameters is not supported, only on nn.Linear",
-    "trainable_token_indices": "trained rows of an embedding are not merged",
     "layer_replication": "replicated layers are not in the base model",
 }
 # Initialisations that move a part of the base weights into the factors.
@@ -89,6 +88,10 @@ def _check_types(name: str, config: Mapping[str, Any]) -> None:
     whole_numbers = layers if isinstance(layers, list | tuple | set) else [layers]
     if layers is not None and not all(type(one) is int for one in whole_numbers):
         refuse("layers_to_transform", "whole numbers")
+    rows = config.get("trainable_token_indices")
+    lists = list(rows.values()) if isinstance(rows, Mapping) else [] if rows is None else [rows]
+    if not all(isinstance(one, list | tuple) and all(type(at) is int and at >= 0 for at in one) for one in lists):
+        refuse("trainable_token_indices", "whole numbers, or lists of them by module")
     for setting in ("base_model_name_or_path", "revision", "task_type"):
         if not isinstance(config.get(setting), str | None):
             refuse(setting, "text")
@@ -116,6 +119,14 @@ def check_targets(name: str, config: Mapping[str, Any], paths: Iterable[str]) ->
             f"adapters[{name!r}]: {path} has tensors, but is left out by {setting}={config[setting]!r:.60}, so that "
             "PEFT would not load them; expected the configuration of these weights, by the names that they have"
         )
+
+
+def token_indices(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    """The tokens whose rows an adapter trained in an embedding or head; none if its configuration names none there."""
+    held = config.get("trainable_token_indices")
+    if not isinstance(held, Mapping):
+        return tuple(held or ())
+    return next((tuple(indices) for end, indices in held.items() if path.endswith(end)), ())
 
 
 def _selection(setting: Any) -> Callable[[str], bool] | None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.adapters.adapter_files import widened
 
 # Variants of PEFT that change how an adapter is trained, and not what it computes.
@@ -19,11 +20,13 @@ class Held(NamedTuple):
         parts: module path in the base model -> PEFT's name of a tensor -> the tensor.
         scalings: module path -> what the layer multiplies ``B @ A`` by.
         trained: parameter path -> value, of the modules in ``modules_to_save``.
+        token_rows: path of an embedding or head -> rows of tokens that were trained alone.
     """
 
     parts: dict[str, dict[str, Tensor]]
     scalings: dict[str, float]
     trained: dict[str, Tensor]
+    token_rows: dict[str, TokenRows]
 
 
 def config_of(model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
@@ -55,16 +58,22 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
         ValueError: naming the layer, if it is no linear one or runs something else than plain LoRA.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    held = Held({}, {}, {})
+    held = Held({}, {}, {}, {})
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
         if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
             own: Any = module.modules_to_save[held_as]
             held.trained.update({f"{path}.{key}": copied(value) for key, value in own.state_dict().items()})
+        elif isinstance(module, TrainableTokensWrapper) and held_as in module.token_adapter.token_indices:
+            rows: Any = module.token_adapter
+            # One that follows another has none of its own.
+            if rows.tied_adapter is None:
+                values = copied(rows.trainable_tokens_delta[held_as])
+                held.token_rows[path] = TokenRows(tuple(rows.token_indices[held_as]), values)
         elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
             held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
             held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
@@ -72,6 +81,10 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
 
 
 def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
+    if held_as in layer.lora_embedding_A and held_as not in layer.lora_variant:
+        # The update of the weight [V, d] is their product, transposed.
+        embedded = {"lora_A.weight": layer.lora_embedding_B, "lora_B.weight": layer.lora_embedding_A}
+        return {part: copied(factors[held_as]).t().contiguous() for part, factors in embedded.items()}
     both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
     if len(both) < 2 or not all(isinstance(factor, nn.Linear) for factor in both):
         kind = type(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import About, Adapter, Factor
+from nsc_merge.adapters.adapter import About, Adapter, Factor, TokenRows
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.hub import fetch
-from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets
+from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets, token_indices
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.option_checks import is_hub_id
@@ -28,6 +28,9 @@ _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((.+\.)?(embed_tokens|lm_head)\.weight)")
 _WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# LoRA on an embedding, whose weight [V, d] it is the update of: transposed, and of no ".weight".
+_EMBEDDED = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<part>[AB])")
+_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 # Keys that PEFT's save_pretrained does not write: what they look like, where they come from, and what to do.
 _SAVED_OTHERWISE = (
@@ -45,10 +48,6 @@ _SAVED_OTHERWISE = (
         re.compile(r"\.lora_(A|B|magnitude_vector)\.(?!(weight|bias)$)[^.]+(\.weight|\.bias)?$"),
         "a state dict was saved, whose keys hold the adapter's name: save with save_pretrained, or take the keys from "
         "peft.get_peft_model_state_dict(model)",
-    ),
-    (
-        re.compile(r"\.lora_embedding_[AB]"),
-        "LoRA on an embedding is not merged, only on nn.Linear: train without the embedding in target_modules",
     ),
     (
         re.compile(rf"^(?!{re.escape(PREFIX)}).*\.lora_[AB]\."),
@@ -203,7 +202,7 @@ def _of_mapping(source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], d
 
 def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Held, dict[str, Tensor]]:
     """What the tensors of PEFT's file are, and those of them that are the base model's."""
-    held = Held({}, {}, {})
+    held = Held({}, {}, {}, {})
     base_weights: dict[str, Tensor] = {}
     left_over = []
     whole = tuple(config.get("modules_to_save") or ())
@@ -216,6 +215,11 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
             held.parts.setdefault(match["path"], {})[match["part"]] = value
         elif not match and _is_within(path, whole):
             held.trained[path] = value
+        elif embedded := _EMBEDDED.fullmatch(path):
+            part = "lora_B.weight" if embedded["part"] == "A" else "lora_A.weight"
+            held.parts.setdefault(embedded["path"], {})[part] = value.t().contiguous()
+        elif (rows := _ROWS.fullmatch(path)) and (indices := token_indices(config, rows["path"])):
+            held.token_rows[rows["path"]] = TokenRows(indices, value)
         elif base := _BASE_KEY.fullmatch(path):
             base_weights[f"{base['path']}.{base['parameter']}" if base["path"] else path] = value
         else:
@@ -227,7 +231,12 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
             f"is loaded: {_listed(left_over)}. Expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, "
             f"and modules_to_save {list(whole)}{why}"
         )
-    check_targets(name, config, held.parts)
+    if config.get("ensure_weight_tying"):
+        # PEFT saves what it trained as one with an embedding under every name, and adds those names as it loads.
+        for path in [path for path, value in base_weights.items() if _is_tied(value, held.trained.values())]:
+            held.trained[path] = base_weights.pop(path)
+    tied = _EMBEDDING if config.get("ensure_weight_tying") else None
+    check_targets(name, config, [path for path in held.parts if not (tied and tied.search(path))])
     held.scalings.update(_scaled(name, config, held.parts))
     return held, base_weights
 
@@ -262,12 +271,14 @@ def _made(
     if not held.parts:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     base_weights = dict(base_weights or {})
-    tied = next((path for path in (*held.trained, *held.parts) if _EMBEDDING.search(path)), None)
-    if config.get("ensure_weight_tying") and tied:
-        raise ValueError(
-            f"adapters[{name!r}]: ensure_weight_tying=True is refused with {tied}: head and embeddings were trained as "
-            "one, and only nn.Linear can be merged"
-        )
+    for path, rows in held.token_rows.items():
+        count = len(rows.indices)
+        if rows.values.dim() != 2 or len(rows.values) != count or len(set(rows.indices)) < count:
+            raise ValueError(
+                f"adapters[{name!r}]: {path}: expected a row for each of {count} different tokens by "
+                f"trainable_token_indices, found {list(rows.values.shape)}"
+            )
+        _refuse_non_finite(name, f"{path}.trainable_tokens_delta", rows.values)
     for path, value in {**held.trained, **base_weights}.items():
         _refuse_non_finite(name, path, value)
     factors = {path: _factor(name, path, parts, held.scalings[path]) for path, parts in held.parts.items()}
@@ -275,7 +286,13 @@ def _made(
     task_type = config.get("task_type")
     # In memory it is one of PEFT's enumeration.
     about = About(task_type=getattr(task_type, "value", task_type), base_revision=config.get("revision"))
-    return Adapter(name, factors, base, held.trained, base_weights=base_weights, about=about)
+    return Adapter(
+        name, factors, base, held.trained, base_weights=base_weights, about=about, token_rows=held.token_rows
+    )
+
+
+def _is_tied(value: Tensor, trained: Iterable[Tensor]) -> bool:
+    return any(value.shape == one.shape and torch.equal(value, one) for one in trained)
 
 
 def _is_within(path: str, modules: tuple[str, ...]) -> bool:

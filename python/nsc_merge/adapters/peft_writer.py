@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ def write_adapter(
     factors: Mapping[str, Factor],
     whole: Mapping[str, Mapping[str, Tensor]],
     about: Mapping[str, Any],
+    embeddings: Collection[str] = (),
 ) -> None:
     """Write ``adapter_config.json``, as PEFT writes it, and ``adapter_model.safetensors``.
 
@@ -28,6 +29,7 @@ def write_adapter(
         factors: module path -> update of rank 1 at least, with a scaling of 1: alpha is r everywhere.
         whole: path of a module kept in full (``modules_to_save``) -> its parameters by name.
         about: what else the configuration says, as fields of ``peft.LoraConfig``: what the adapter is for.
+        embeddings: module paths among ``factors`` that are no linears but embeddings.
 
     Raises:
         ValueError: naming a tensor that is not finite, before anything is written.
@@ -38,6 +40,10 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     has_bias = any(factor.bias is not None for factor in factors.values())
     for path, factor in factors.items():
+        if path in embeddings:
+            tensors[f"{PREFIX}{path}.lora_embedding_A"] = factor.B.float().t().contiguous()
+            tensors[f"{PREFIX}{path}.lora_embedding_B"] = factor.A.float().t().contiguous()
+            continue
         tensors[f"{PREFIX}{path}.lora_A.weight"] = factor.A.float().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = factor.B.float().contiguous()
         if has_bias:

@@ -61,7 +61,7 @@ class BoundedCoefficients(Coefficients):
     def spread(self) -> None:
         self.give(self.seen)
 
-    def has(self, module: MeasuredLoRALinear) -> bool:
+    def has(self, module: nn.Module) -> bool:
         """Whether they are those of ``module``, among others."""
         return module in self._modules
 

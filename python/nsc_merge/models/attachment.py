@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from nsc_merge.models.bases.stored_weights import (
 )
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
+from nsc_merge.models.merged_whole import MergedWhole, Site, site_of
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -139,15 +141,15 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                 f"{type(model).__name__}, for example {unknown[0]!r}" + _wrapped(model)
             )
         for path, factor in adapter.factors.items():
-            linear = modules[path]
+            linear = site_of(modules[path]) or modules[path]
             if factor.magnitude is not None:
                 raise ValueError(
                     f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it a plain one"
                 )
-            if not is_linear(linear) or _is_part(linear):
+            if not (isinstance(linear, Site) or is_linear(linear)) or _is_part(modules[path]):
                 raise TypeError(
-                    f"adapters[{name!r}]: {path}: expected an nn.Linear in the model, found "
-                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(linear)}"
+                    f"adapters[{name!r}]: {path}: expected an nn.Linear, embedding or norm in the model, found "
+                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(modules[path])}"
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -156,7 +158,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                     f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
                 )
     touched = {path for adapter in adapters.values() for path in adapter.factors}
-    return {path: module for path, module in modules.items() if path in touched and is_linear(module)}
+    return {path: site_of(module) or module for path, module in modules.items() if path in touched}
 
 
 def _is_part(module: nn.Module) -> bool:
@@ -195,7 +197,7 @@ def _wrapped(model: nn.Module) -> str:
 @contextmanager
 def attach(
     model: nn.Module, adapters: Mapping[str, Adapter], init: float | Mapping[str, float]
-) -> Iterator[dict[str, MeasuredLoRALinear]]:
+) -> Iterator[dict[str, Any]]:
     """Merge ``adapters`` into ``model`` for the duration of a ``with`` block, without copying a weight.
 
     Each adapted linear is replaced by a merged one around the same module. Its ``lam`` is a parameter
@@ -238,7 +240,8 @@ def attach(
             yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
         finally:
             for path in merged:
-                _replace(model, path, linears[path])
+                held = linears[path]
+                _replace(model, path, held.module if isinstance(held, Site) else held)
             _set_requires_grad(trainable, True)
 
 
@@ -254,6 +257,11 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
     Raises:
         ValueError: if it has no forward that a whole update could be added to.
     """
+    if isinstance(linear, Site):
+        hook = offloading(linear.module)
+        if type(linear.weight) is not nn.Parameter or linear.weight.dtype not in FLOATS:
+            raise ValueError(f"{path}: expected a whole weight in one process, found {described(linear.weight)}")
+        return linear.weight.dtype, linear.weight.device if hook is None else torch.device(hook.execution_device)
     if is_quantised(linear):
         return activations_of(model, path, linear)
     weight, hook = linear.weight, offloading(linear)
@@ -282,13 +290,16 @@ def _merged_linear(
     device: torch.device,
     adapters: Mapping[str, Adapter],
     values: Mapping[str, float],
-) -> MeasuredLoRALinear:
+) -> MeasuredLoRALinear | MergedWhole:
     absent = Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
+    whole = isinstance(linear, Site)
+    # The bank is of what linears compute with: an embedding looks rows up.
+    packed = [absent] * len(factors) if whole else factors
     bank = AdapterBank.from_factors(
-        [factor.A for factor in factors],
-        [factor.B for factor in factors],
-        [factor.scaling for factor in factors],
+        [factor.A for factor in packed],
+        [factor.B for factor in packed],
+        [factor.scaling for factor in packed],
         dtype=dtype,
         device=device,
     )
@@ -300,7 +311,14 @@ def _merged_linear(
     ]
     lam = torch.tensor(start, dtype=wide, device=device)
     learnt = all(value is None for value in fixed)
-    module = MeasuredLoRALinear(linear, bank, nn.Parameter(lam) if learnt else lam)
+    own = nn.Parameter(lam) if learnt else lam
+    module: Any
+    if whole:
+        ranked = [(number, factor) for number, factor in enumerate(factors) if factor.rank]
+        low_rank = [(number, (one.scaling * one.A.double()).to(bank.A), one.B.to(bank.A)) for number, one in ranked]
+        module = MergedWhole(linear.module, own, bank, low_rank)
+    else:
+        module = MeasuredLoRALinear(linear, bank, own)
     module.path = path
     module.biases = _stacked([factor.bias_delta() for factor in factors], bank.A)
     module.denses = _stacked([factor.dense for factor in factors], bank.A)

@@ -53,7 +53,7 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     model, adapters, calibration = load(recipe, log, inputs)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    sizes = {path: activations_of(model, path, linear)[0].itemsize for path, linear in linears.items()}
+    sizes = {path: activations_of(model, path, model.get_submodule(path))[0].itemsize for path in linears}
     packed = sum(
         factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * sizes[path]
         for adapter in adapters.values()

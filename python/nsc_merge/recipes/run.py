@@ -21,6 +21,8 @@ from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import absent, fit
+from nsc_merge.models.own_base import own_base
+from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
@@ -184,13 +186,14 @@ def load(
     adapters, calibration = inputs or read_inputs(recipe)
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
-    needed = bool(method_of(recipe.method).needs)
+    needed = bool(method_of(recipe.method).needs) or recipe.new_tokens in ("mean", "first")
     model = _base(recipe, replace(recipe.placement, shards=current().size > 1, numbers=needed))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
     calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
+    model, adapters = own_base(*with_vocabulary(model, adapters, recipe.new_tokens))
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration
@@ -274,6 +277,7 @@ def merge_loaded(
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
         "dora": recipe.dora,
+        **({} if recipe.new_tokens == "refuse" else {"new_tokens": recipe.new_tokens}),
         **recipe.placement_keys,
         "full_hash": recipe.full_hash,
         **({"labels": {task: list(names) for task, names in recipe.labels.items()}} if recipe.labels else {}),

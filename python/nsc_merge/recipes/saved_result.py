@@ -13,6 +13,8 @@ from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.own_base import own_base
+from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -123,7 +125,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
-    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=numbers)
+    grows = recipe.new_tokens in ("mean", "first")
+    placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=grows or numbers)
     model = load_model(
         recipe.model,
         local=recipe.local,
@@ -139,7 +142,9 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(
             f"result: {folder}: {COEFFICIENTS_FILE} and {RECIPE_FILE} disagree on the tasks {sorted(others)}"
         )
-    fitted = fit({task: adapters[task] for task in document["tasks"]}, model, recipe.shared_modules)
+    loaded = {task: adapters[task] for task in document["tasks"]}
+    model, adapters = own_base(*with_vocabulary(model, loaded, recipe.new_tokens))
+    fitted = fit(adapters, model, recipe.shared_modules)
     missing = sorted(set(adapted_linears(model, fitted)) ^ set(document["coefficients"]))
     if missing:
         raise ValueError(f"result: {folder / COEFFICIENTS_FILE} and the adapters disagree on {missing[0]}")

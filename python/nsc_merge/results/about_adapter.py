@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def _kinds(model: Any) -> list[str]:
     """PEFT's task types whose auto class makes a model of this class."""
     from transformers.models.auto import modeling_auto as auto
 
-    takes_text = getattr(model, "main_input_name", "") == "input_ids"
+    # PEFT's class for features hands these two on, whatever the model takes; CLIP's has no place for the second.
+    takes_text = {"input_ids", "inputs_embeds"} <= set(inspect.signature(model.forward).parameters)
+    takes_text = takes_text and getattr(model, "main_input_name", "") == "input_ids"
     table: dict[str, Mapping[str, Any]] = {
         "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

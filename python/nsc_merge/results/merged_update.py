@@ -15,7 +15,9 @@ from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank, rows_of
 from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
-from nsc_merge.models.bases.stored_weights import check_in_memory, is_finite, sharing, stored
+from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
+from nsc_merge.models.merged_whole import Site
+from nsc_merge.models.own_base import original_of
 from nsc_merge.results.layout import task_folders
 
 Update = TypeVar("Update", bound="MergedUpdate")
@@ -235,12 +237,14 @@ class MergedUpdate:
         names = []
         for path, linear in linears.items():
             weight = f"{path}.weight"
+            linear = linear.module if isinstance(linear, Site) else linear
             if not (dequantize and is_quantised(linear)):
                 stored(model, weight)
             tied = shared.get(weight, [weight])
             if len(tied) > 1:
                 raise ValueError(
-                    f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora'"
+                    f"{path}: its weight is shared by {tied}, so it cannot be merged into; use format 'lora', or, "
+                    "where the result's model has it apart, apply to copy.deepcopy(result.model)"
                 )
             names.append(weight)
             if self.bias_delta(path) is None:
@@ -262,24 +266,26 @@ class MergedUpdate:
             ValueError: if its dtype cannot hold the sum.
         """
         place = (stored_or_dequantised if dequantize else stored)(model, name)
-        value = place.plus(self._update_of(name, place.device))
+        value = place.plus(self._update_of(name, place))
         _refuse_not_finite(name, value)
         return value
 
     def merged_rows(self, model: nn.Module, name: str) -> Iterator[Tensor]:
         """One of :meth:`merged`, by its path, some rows after others, on the device of the weight."""
         place = stored(model, name)
-        for rows in place.tiles(self._update_of(name, place.device)):
+        for rows in place.tiles(self._update_of(name, place)):
             _refuse_not_finite(name, rows)
             yield rows
 
-    def _update_of(self, name: str, device: torch.device) -> Rows:
+    def _update_of(self, name: str, place: Stored) -> Rows:
         path, _, part = name.rpartition(".")
         if part == "weight":
-            return rows_of(self.terms(path), device)
+            rows = rows_of(self.terms(path), place.device)
+            # A norm's weight is the one column of its update.
+            return rows if place.values.dim() > 1 else lambda begin, end: rows(begin, end)[:, 0]
         update = self.bias_delta(path)
         assert update is not None
-        return lambda begin, end: update[begin:end].clone().to(device)
+        return lambda begin, end: update[begin:end].clone().to(place.device)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Add the merged updates to the weights of ``model``, in place, and return it.
@@ -293,7 +299,7 @@ class MergedUpdate:
         """
         check_in_memory(model)
         merged = self.merged(model)
-        setattr(model, _APPLICATIONS, _applications(model) + 1)
+        setattr(original_of(model), _APPLICATIONS, _applications(model) + 1)
         for name, value in merged.items():
             stored(model, name).write(value)
         return model
@@ -332,7 +338,7 @@ _APPLICATIONS = "_nsc_merge_applications"
 
 def _applications(model: nn.Module) -> int:
     """How often :meth:`MergedUpdate.apply` has changed a model."""
-    return getattr(model, _APPLICATIONS, 0)
+    return getattr(original_of(model), _APPLICATIONS, 0)
 
 
 def by_task(update: Update) -> Iterator[tuple[str, Update]]:

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
+from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
 from nsc_merge.results.beside.model_card import model_card
@@ -210,7 +213,9 @@ def _write_coefficients(result: MergedUpdate, folder: Path) -> None:
 
 def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head | None) -> dict[str, float]:
     factors, errors = {}, {}
-    whole = [path for path in result.paths if result.is_whole(path)]
+    # A vocabulary that has grown is nowhere else.
+    grown = grown_modules(result.model)
+    whole = [path for path in result.paths if result.is_whole(path) or path in grown]
     for path in result.paths:
         if path in whole:
             continue
@@ -231,15 +236,17 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
     merged = result.merged(result.model, whole) if whole else {}
     kept = {
         path: {
-            name: merged.get(f"{path}.{name}", value)
+            # Tied ones share memory, which safetensors refuses.
+            name: merged.get(f"{path}.{name}", value.clone() if path in grown else value)
             for name, value in state_of(result.model.get_submodule(path)).items()
         }
-        for path in whole
+        for path in dict.fromkeys((*whole, *grown))
     }
     # PEFT knows a head by the module right below the model.
     for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
         kept[path] = state_of(result.model.get_submodule(path))
-    write_adapter(folder, factors, kept, about_adapter(result, kept))
+    embeddings = [path for path in factors if isinstance(result.model.get_submodule(path), nn.Embedding)]
+    write_adapter(folder, factors, kept, about_adapter(result, kept), embeddings)
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

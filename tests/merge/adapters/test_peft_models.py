@@ -190,9 +190,9 @@ def test_merging_beside_an_adapter_with_a_module_of_its_own_uses_the_base_s():
 
 
 def test_layers_that_run_something_else_are_refused():
-    embedding = get_peft_model(base(), LoraConfig(r=4, target_modules=["embed_tokens"]))
+    embedding = get_peft_model(base(), LoraConfig(r=4, target_modules=["embed_tokens"], use_dora=True))
     with pytest.raises(ValueError, match=r"embed_tokens: expected LoRA on an nn.Linear, found peft.*Embedding"):
-        nsc_merge.load_adapter(embedding, "a")
+        nsc_merge.load_adapter(embedding, "a", dora="convert")
     model = wrapped()
     layers(model)[0].scaling["default"] = torch.ones(2)
     with pytest.raises(ValueError, match=r"q_proj: expected a scaling of one number, found one of shape \[2\]"):
@@ -230,15 +230,16 @@ def test_adapters_without_values_are_refused(folders):
             nsc_merge.load_adapter(broken, "a")
 
 
-def test_heads_trained_as_one_with_the_embeddings_are_refused(tmp_path):
+def test_heads_trained_as_one_with_the_embeddings_are_read_under_both_names(tmp_path):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True))
     settings = {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True}
     held = get_peft_model(model, LoraConfig(**settings, modules_to_save=["lm_head"]))
     held.save_pretrained(tmp_path, save_embedding_layers=False)
     for source in (held, tmp_path):
-        with pytest.raises(ValueError, match="ensure_weight_tying=True is refused with .*(lm_head|embed_tokens)"):
-            nsc_merge.load_adapter(source, "a")
+        adapter = nsc_merge.load_adapter(source, "a")
+        assert sorted(adapter.trained) == ["lm_head.weight", "model.embed_tokens.weight"]
+        assert adapter.base_weights == {}
 
 
 def edited(folder, rename):
@@ -254,7 +255,6 @@ def edited(folder, rename):
         (lambda key: f"module.{key}", "a DataParallel model was saved: .*model.module.save_pretrained"),
         (lambda key: key.replace(".weight", ".default.weight"), "a state dict was saved, .*get_peft_model_state_dict"),
         (lambda key: key.removeprefix("base_model.model."), "put 'base_model.model.' before every key"),
-        (lambda key: key.replace("lora_A.weight", "lora_embedding_A"), "LoRA on an embedding is not merged"),
     ],
 )
 def test_keys_of_another_making_are_refused_with_cause_and_cure(tmp_path, rename, cause):

@@ -265,11 +265,9 @@ def test_the_savings_of_the_loop_hold_for_projectors_and_biases(tmp_path, kind):
             assert other[path] == pytest.approx(row, abs=1e-5)
 
 
-def test_shared_norms_and_bad_policies_are_refused(tmp_path):
+def test_bad_policies_are_refused(tmp_path):
     model = build("llama")
     folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj"], modules_to_save=["norm"])
-    with pytest.raises(ValueError, match=r"norm was trained in full .* found LlamaRMSNorm"):
-        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
     with pytest.raises(ValueError, match="shared_modules: expected one of"):
         nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", shared_modules="max")
 
@@ -353,7 +351,7 @@ def test_tied_weights_are_not_merged_into(tmp_path):
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True))
     folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "lm_head"])
     result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
-    with pytest.raises(ValueError, match="lm_head: its weight is shared by"):
+    with pytest.raises(ValueError, match=r"lm_head: its weight is shared by .* copy.deepcopy\(result.model\)"):
         result.apply(model)
 
 

@@ -73,27 +73,63 @@ def test_a_classifier_is_the_task_s_and_says_so(tmp_path):
     assert fit(fitted, model)["a"].notes == fitted["a"].notes
 
 
-def test_a_tied_head_trained_on_its_own_is_refused_until_the_base_is_untied(tmp_path):
+def test_a_tied_head_trained_on_its_own_is_refused_where_nobody_unties_the_base(tmp_path):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True)).eval()
-    folder = head_adapters(model, tmp_path)["code"]
+    adapters = {"code": nsc_merge.load_adapter(head_adapters(model, tmp_path)["code"], "code")}
     with pytest.raises(ValueError, match=r"lm_head was trained in full .* is model.embed_tokens.weight too \(tied\)"):
-        nsc_merge.merge(model, {"code": folder}, method="task_arithmetic", scale=1.0)
+        fit(adapters, model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), text(3))
-    result = nsc_merge.merge(model, {"code": folder}, method="task_arithmetic", scale=1.0)
-    torch.testing.assert_close(outputs(result.apply(copy.deepcopy(model)), text(3)), wanted, **TOLERANCE)
-    loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "out", "model"))
-    torch.testing.assert_close(outputs(loaded, text(3)), wanted, **TOLERANCE)
+    assert "lm_head" in fit(adapters, model)["code"].factors
 
 
-def test_embeddings_trained_in_full_are_refused(tmp_path):
-    model = build("llama")
-    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
-    folder = write_adapter(model, tmp_path / "a", 1, **settings)
-    with pytest.raises(ValueError, match=r"model.embed_tokens was trained in full .* found Embedding; expected an ad"):
+def test_other_kinds_of_modules_trained_in_full_are_refused_with_the_cure(tmp_path):
+    model = build("vit")
+    folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules="all-linear", modules_to_save=["embeddings"])
+    with pytest.raises(ValueError, match=r"found ViTEmbeddings with .*cls_token.*train without it in modules_to_save"):
         nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
+
+
+WHOLE = ["embed_tokens", "norm", "input_layernorm", "lm_head"]
+
+
+def test_embeddings_and_norms_are_merged_as_peft_runs_them(tmp_path):
+    model, inputs = build("llama"), text(3)
+    folders = {
+        task: write_adapter(model, tmp_path / task, seed, r=4, target_modules=["q_proj"], modules_to_save=WHOLE)
+        for seed, task in enumerate(("a", "b"), 1)
+    }
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folders["b"]).double(), inputs)
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale={"a": 0.0, "b": 1.0})
+    exact = copy.deepcopy(model).double()
+    with nsc_merge.attach(exact, result.adapters, {"a": 0.0, "b": 1.0}):
+        torch.testing.assert_close(outputs(exact, inputs), wanted, rtol=1e-5, atol=1e-6)
+    loaded = type(model).from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), inputs), wanted, rtol=1e-5, atol=1e-6)
+    lora = PeftModel.from_pretrained(copy.deepcopy(model), result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), inputs), wanted, rtol=1e-5, atol=1e-6)
+    halves = nsc_merge.merge(model, folders, method="task_arithmetic", shared_modules="mean")
+    norms = [load_file(folder / WEIGHTS)["base_model.model.model.norm.weight"] for folder in folders.values()]
+    merged = halves.apply(copy.deepcopy(model)).model.norm.weight
+    torch.testing.assert_close(merged, (norms[0] + norms[1]) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_modules_saved_in_full_with_the_base_s_values_are_left_out(tmp_path):
+    """As mergekit-extract-lora writes: what it does not decompose is in modules_to_save, mostly as the base has it."""
+    model, inputs = build("llama"), text(3)
+    folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj"], modules_to_save=WHOLE)
+    weights = load_file(folder / WEIGHTS)
+    held = model.state_dict()
+    for key in weights:
+        name = key.removeprefix("base_model.model.")
+        if name in held and name != "model.norm.weight":
+            weights[key] = held[name].clone()
+    save_file(weights, folder / WEIGHTS)
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), inputs)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    assert [path for path in result.paths if "q_proj" not in path] == ["model.norm"]
+    assert "lm_head: saved in full with the base's values: left out" in result.adapters["a"].notes
+    torch.testing.assert_close(outputs(result.apply(model), inputs), wanted, **TOLERANCE)
 
 
 def test_a_head_that_the_bare_model_lacks_is_kept_and_named(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn
+from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
 from nsc_merge.methods.gradient_free import low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
@@ -261,6 +261,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     check_outputs(options.outputs, problem.tasks)
     likelihoods_of(options.likelihood, problem.tasks)
     linears, low_rank, paths = low_rank_part(problem)
+    only_linears("fisher", linears, paths)
     batches = draw(problem, options.batches)
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn
+from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
 from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears
@@ -131,6 +131,7 @@ def _shrunk(gram: Tensor, factor: float) -> Tensor:
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = RegMeanOptions(**given)
     linears, low_rank, paths = low_rank_part(problem)
+    only_linears("regmean", linears, paths)
     batches = draw(problem, options.batches)
     size = options.modules_at_once or len(paths)
     merged: dict[str, Factor] = {}

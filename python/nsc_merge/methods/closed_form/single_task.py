@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from nsc_merge.calibration.batches import Batch, streams
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
+from nsc_merge.models.bases.quantised import Linear
 from nsc_merge.models.forward_contexts import evaluating, recomputed
+from nsc_merge.models.merged_whole import Site
 from nsc_merge.processes.group import current
 
 
@@ -42,3 +44,17 @@ def in_turn(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
     for first in range(0, len(batches), group.size):
         own = min(first + group.rank, len(batches) - 1)
         yield own, batches[own], own == first + group.rank
+
+
+def only_linears(method: str, linears: Mapping[str, Linear], paths: Sequence[str]) -> None:
+    """Refuse low-rank updates of embeddings, whose inputs are numbers of tokens and no vectors.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    other = next((path for path in paths if isinstance(linears[path], Site)), None)
+    if other is not None:
+        raise ValueError(
+            f"method {method!r}: {other} is no linear, but has LoRA or trained tokens, and the method weighs updates "
+            "by the inputs of linears; expected adapters without it, or a method such as 'task_arithmetic'"
+        )

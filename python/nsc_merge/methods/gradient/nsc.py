@@ -29,6 +29,7 @@ from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, plain_family, scored_paths
 from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.merged_whole import Site
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")
@@ -52,10 +53,12 @@ def merge_nsc(
     very same batch object share a pass. Arguments and errors as :func:`nsc_merge.merge`.
     """
     tasks = list(adapters)
-    paths = list(adapted_linears(model, adapters))
-    family = family_of(model, paths, options.get("family"))
+    linears = adapted_linears(model, adapters)
+    paths = list(linears)
+    measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
+    family = family_of(model, measurable, options.get("family"))
     chosen = resolve_options(family, tasks, options)
-    scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
+    scored = scored_paths(family, model, measurable, chosen.score_modules, chosen.score_blocks)
     drawn = streams(calibration, tasks)
     for note in signal_notes(adapters, scored):
         logger.warning(note)
@@ -139,7 +142,8 @@ def objective_of(
         most = FEW if options.batch_tasks is None else None
         padding = Padding(family.tokens, family.mask, filler_of(model), most)
     linears = adapted_linears(model, adapters)
-    plain = {path: linear for path, linear in linears.items() if not is_quantised(linear)}
+    foldable = {path: linear for path, linear in linears.items() if not isinstance(linear, Site)}
+    plain = {path: linear for path, linear in foldable.items() if not is_quantised(linear)}
     fold = should_fold(options.fold, [linear.weight for path, linear in plain.items() if path not in scored])
     with evaluating(model), attach(model, adapters, options.init) as merged:
         check_gradients(model)

@@ -13,6 +13,7 @@ from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import MeasuredLoRALinear, presence
+from nsc_merge.models.merged_whole import MergedWhole
 from nsc_merge.processes.group import current
 
 # Bytes that are kept; beyond, what was kept for other batches is dropped and computed anew.
@@ -39,7 +40,8 @@ class OwnModels:
         shared = {
             path: module
             for path, module in problem.model.named_modules()
-            if isinstance(module, MeasuredLoRALinear) and not coefficients.has(module)
+            if isinstance(module, MeasuredLoRALinear | MergedWhole)
+            and not coefficients.has(module)
         }
         self._shared = list(zip(shared.values(), presence(shared, problem.adapters), strict=True))
 

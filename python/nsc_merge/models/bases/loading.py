@@ -90,6 +90,12 @@ def base_files(model: nn.Module) -> BaseFiles | None:
     return _READ.get(model)
 
 
+def keep_files(copy: nn.Module, model: nn.Module) -> None:
+    """Let a copy be known as made of the same files as ``model``."""
+    if model in _READ:
+        _READ[copy] = _READ[model]
+
+
 def files_of(model: nn.Module) -> Mapping[str, Digest]:
     """File name -> digest of the files that :func:`load_model` made ``model`` of; empty if it is not from a folder."""
     found = base_files(model)

@@ -57,7 +57,7 @@ class NotAtHand(Tensor):
 
 
 def stored(model: nn.Module, name: str) -> Stored:
-    """Where the numbers of a linear's weight or bias are.
+    """Where the numbers of a weight or bias of a linear, embedding or norm are.
 
     Args:
         model: it belongs to.
@@ -68,11 +68,18 @@ def stored(model: nn.Module, name: str) -> Stored:
     """
     path, _, part = name.rpartition(".")
     linear: Any = model.get_submodule(path)
-    if not isinstance(linear, nn.Linear) or is_compressed(linear):
+    own = linear._parameters.get("weight")
+    # An embedding's or a norm's; attachment says which modules can be merged.
+    whole = isinstance(linear, nn.Embedding) or (isinstance(own, nn.Parameter) and own.dim() == 1)
+    if not (isinstance(linear, nn.Linear) or whole) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
         raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
     parameter = linear._parameters.get(part)
-    shape = [linear.out_features, linear.in_features][: 2 if part == "weight" else 1]
+    if isinstance(linear, nn.Embedding):
+        sizes = [linear.num_embeddings, linear.embedding_dim]
+    else:
+        sizes = [len(own)] if whole else [linear.out_features, linear.in_features]
+    shape = sizes[: 2 if part == "weight" else 1]
     if parameter is None:
         raise ValueError(
             f"{name}: expected a parameter, found one that is computed from others; remove the parametrization or "

@@ -14,6 +14,7 @@ from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.stored_weights import FLOATS
 from nsc_merge.models.families import Family, family_of, scored_paths
 from nsc_merge.models.folded_linear import should_fold
+from nsc_merge.models.merged_whole import Site
 from nsc_merge.recipes.forecast.estimate import LINEARS, Work, block
 
 # Last part of a linear's path -> what it is in the block.
@@ -56,8 +57,9 @@ def work_of(
     if not hasattr(options, "score_modules"):
         raise NoFormula("memory and arithmetic of a step are known for methods that measure inputs")
     linears = adapted_linears(model, adapters)
-    family = family_of(model, linears, getattr(options, "family", None))
-    scored = scored_paths(family, model, list(linears), options.score_modules, options.score_blocks)
+    measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
+    family = family_of(model, measurable, getattr(options, "family", None))
+    scored = scored_paths(family, model, measurable, options.score_modules, options.score_blocks)
     element = next(value.element_size() for value in model.parameters() if value.dtype in FLOATS)
     sizes = [_size(model, batch) for batch in drawn.values()]
     masked = any(_is_masked(family, batch) for batch in drawn.values()) or len({length for _, length in sizes}) > 1
@@ -85,7 +87,7 @@ def work_of(
         )
         runs = here <= last or not options.early_exit
         blocks.append(replace(made, runs=runs, learns=here >= adapted[0]))
-    folded = [linear.weight for path, linear in linears.items() if path not in scored]
+    folded = [linears[path].weight for path in measurable if path not in scored]
     fold = sum(weight.numel() * weight.element_size() for weight in folded)
     outside = _bytes(model) - sum(map(_bytes, found.values()))
     return Work(

@@ -15,6 +15,7 @@ from torch import nn
 
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.sharded import own_class
+from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
@@ -134,7 +135,15 @@ def _tokenizer(folder: Path) -> _Tokenizer | None:
 
 def _files(result: MergedUpdate) -> dict[str, Path]:
     """Path within a model's folder -> file that is copied there."""
-    return {name: file for name, file in _beside(result) if file.stat().st_size <= LARGEST}
+    found = {name: file for name, file in _beside(result) if file.stat().st_size <= LARGEST}
+    if grown_modules(result.model):
+        # The base's tokenizer does not know the new tokens; that of the most tokens knows them all.
+        sources = [one.source for one in result.adapters.values() if one.source is not None]
+        read = {source: tokenizer for source in sources if (tokenizer := _tokenizer(source)) is not None}
+        largest = max(read, key=lambda source: read[source].size, default=None)
+        if largest is not None:
+            found |= {file.name: file for file in largest.iterdir() if is_preprocessing(file.name) and file.is_file()}
+    return found
 
 
 def _beside(result: MergedUpdate) -> Iterator[tuple[str, Path]]:

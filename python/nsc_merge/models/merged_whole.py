@@ -1,0 +1,110 @@
+"""Embeddings and norms around which merged updates stand: what a linear's update is, at modules that are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nsc_kernels import AdapterBank
+from nsc_merge.models.bases.quantised import is_linear
+
+
+@dataclass(frozen=True)
+class Site:
+    """An embedding or a norm, with the sizes of the matrix that its weight stands for.
+
+    Attributes:
+        module: it itself.
+        in_features: width of an embedding's rows; 1 of a norm, whose weight is a column.
+        out_features: tokens of an embedding, channels of a norm.
+    """
+
+    module: Any
+    in_features: int
+    out_features: int
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site that a module is; None if it is neither an embedding nor has only a weight, and a bias, per channel."""
+    if isinstance(module, nn.Embedding):
+        return Site(module, module.embedding_dim, module.num_embeddings)
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get("weight")
+    if is_linear(module) or weight is None or weight.dim() != 1 or not set(own) <= {"weight", "bias"}:
+        return None
+    return Site(module, 1, len(weight))
+
+
+class MergedWhole(nn.Module):
+    """An embedding or norm whose weight is the base's plus every adapter's update times its coefficient.
+
+    Attributes:
+        module: the base's.
+        lam: coefficients ``[K]``.
+        bank: empty; says where the coefficients are needed.
+        path, measure, folded, biases, denses: as of a merged linear, which stands beside it; nothing is measured.
+        linear: ``module``, under the name that a merged linear has it by.
+    """
+
+    path: str = ""
+    measure = None
+    folded = None
+
+    def __init__(self, module: nn.Module, lam: Tensor, bank: AdapterBank, low_rank: list[tuple[int, Tensor, Tensor]]):
+        """Args: ``low_rank`` has number of the adapter, ``scaling * A [r, d]`` and ``B [rows, r]``."""
+        super().__init__()
+        self.linear, self.bank, self.lam = module, bank, lam
+        self.biases: Tensor | None = None
+        self.denses: Tensor | None = None
+        self._low_rank = low_rank
+
+    @property
+    def module(self) -> nn.Module:
+        return self.linear
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Such as the eps of a norm, that models look at.
+            return getattr(super().__getattr__("linear"), name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, differentiable in the coefficients."""
+        own: Tensor = self.linear.weight  # type: ignore[assignment]
+        wide = own.to(self.lam.dtype)
+        if self.denses is not None:
+            wide = wide + torch.tensordot(self.lam, self.denses.to(self.lam), 1).reshape(own.shape)
+        for number, A, B in self._low_rank:
+            wide = wide + self.lam[number] * (B.to(self.lam) @ A.to(self.lam)).reshape(own.shape)
+        return wide.to(own.dtype)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        module = self.linear
+        if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+            return self._rows(inputs[0])
+        values = {"weight": self.weight}
+        if self.biases is not None:
+            own: Tensor = module.bias  # type: ignore[assignment]
+            values["bias"] = (own.to(self.lam) + self.lam @ self.biases.to(self.lam)).to(own.dtype)
+        return functional_call(module, values, inputs, named)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Of an embedding, the rows that are looked up: a vocabulary is large."""
+        y = self.linear(ids)
+        wide = y.to(self.lam.dtype)
+        if self.denses is not None:
+            for share, dense in zip(self.lam, self.denses, strict=True):
+                wide = wide + share * nn.functional.embedding(ids, dense).to(self.lam)
+        for number, A, B in self._low_rank:
+            wide = wide + self.lam[number] * (nn.functional.embedding(ids, B).to(self.lam) @ A.to(self.lam))
+        return wide.to(y.dtype)

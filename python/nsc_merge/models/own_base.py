@@ -1,0 +1,107 @@
+"""A base whose tied weights are apart where adapters change one of them on its own."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from nsc_merge.adapters import Adapter
+from nsc_merge.models.bases.loading import keep_files
+from nsc_merge.models.bases.numbers import file_tensor
+from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
+from nsc_merge.models.fitting import renamed
+from nsc_merge.models.trained_in_full import is_unchanged
+
+# On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
+_COPY_OF = "_nsc_merge_copy_of"
+
+
+def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Module, dict[str, Adapter]]:
+    """The base to merge on, and the adapters by its names.
+
+    PEFT gives every name of a tied weight (head and embeddings) an update of its own: what has none keeps the base's
+    weight. Where an adapter changes a tied weight, the base is therefore a copy of ``model`` that shares every tensor
+    with it, but has a weight for each of the tied names, and a configuration that does not tie them. Rows of tokens
+    that PEFT trains in tied embeddings count under every name that has no rows of its own, as they do in PEFT.
+
+    A model whose weights are quantised, in shards, or offloaded by a hook is not copied; what cannot be merged into
+    tied weights is then refused by name where it is fitted or saved.
+
+    Args:
+        model: the base as given.
+        adapters: task -> adapter as read.
+
+    Returns:
+        The model itself where no tied weight changes.
+    """
+    if not callable(getattr(model, "get_input_embeddings", None)):
+        return model, dict(adapters)
+    found = renamed(adapters, model)
+    groups = {tuple(names) for names in sharing(model).values() if len(names) > 1}
+    touched = any(_touches(adapter, group, model) for group in groups for adapter in found.values())
+    if not touched or not can_be_copied(model):
+        return model, dict(adapters)
+    own = _with_weights_apart(model, groups)
+    return own, {task: _with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
+
+
+def _touches(adapter: Adapter, group: tuple[str, ...], model: nn.Module) -> bool:
+    changed = {f"{path}.weight" for path in (*adapter.factors, *adapter.token_rows)}
+    trained = {name: adapter.trained[name] for name in group if name in adapter.trained}
+    changed |= {name for name, value in trained.items() if not is_unchanged(model, name, value)}
+    return not changed.isdisjoint(group)
+
+
+def can_be_copied(model: nn.Module) -> bool:
+    """Whether the model is whole in this process, in plain numbers or in its files, with nothing hooked into it."""
+    plain = all(is_plain(value) or file_tensor(value) is not None for value in model.parameters())
+    hooked = any(offloading(module) is not None or hasattr(module, "_hf_hook") for module in model.modules())
+    return plain and not hooked and not getattr(model, "is_quantized", False)
+
+
+def sharing_tensors(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules and configuration around the very same parameters and buffers."""
+    own = copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+    keep_files(own, model)
+    setattr(own, _COPY_OF, (weakref.ref(model), id(own)))
+    return own
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """The model that :func:`sharing_tensors` made this very one of, whose tensors change with it; or else itself."""
+    reference, number = getattr(model, _COPY_OF, (lambda: None, 0))
+    original = reference() if number == id(model) else None
+    return model if original is None else original
+
+
+def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
+    own: Any = sharing_tensors(model)
+    for group in groups:
+        # The first name keeps the tensor.
+        for name in group[1:]:
+            path, _, part = name.rpartition(".")
+            module = own.get_submodule(path)
+            weight = module.get_parameter(part)
+            apart = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            if there := file_tensor(weight):
+                there.attach_to(apart)
+            setattr(module, part, apart)
+    for config in {id(one): one for one in (own.config, own.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    own.all_tied_weights_keys = {}
+    return own
+
+
+def _with_rows_everywhere(adapter: Adapter, groups: Collection[tuple[str, ...]], model: Any) -> Adapter:
+    embeddings = model.get_input_embeddings()
+    source = next((path for path in adapter.token_rows if model.get_submodule(path) is embeddings), None)
+    if source is None:
+        return adapter
+    paths = [name.rpartition(".")[0] for group in groups if f"{source}.weight" in group for name in group]
+    rows = dict.fromkeys(paths, adapter.token_rows[source])
+    return replace(adapter, token_rows={**rows, **adapter.token_rows})

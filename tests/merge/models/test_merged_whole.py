@@ -1,0 +1,83 @@
+"""Embeddings and norms with merged updates: PEFT's forward, gradients of coefficients, methods that need linears."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from zoo import build, outputs, text, write_adapter
+
+import nsc_merge
+from nsc_merge.models.attachment import attach
+
+IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
+TASKS = {
+    "whole": {"modules_to_save": ["embed_tokens", "norm", "input_layernorm"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [1, 2, 5]}},
+    "LoRA": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    model, folder = build("llama"), tmp_path_factory.mktemp("adapters")
+    folders = {
+        task: write_adapter(model, folder / task, seed, **{"r": 4, "target_modules": ["q_proj", "v_proj"], **config})
+        for seed, (task, config) in enumerate(TASKS.items(), 1)
+    }
+    return model, folders
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_alone_is_what_peft_runs_and_gradients_are_right(task, merged):
+    model, folders = merged
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folders[task]).double(), IDS)
+    result = nsc_merge.merge(model, folders, method="task_arithmetic")
+    exact = copy.deepcopy(model).double()
+    with attach(exact, result.adapters, {name: float(name == task) for name in folders}) as modules:
+        torch.testing.assert_close(outputs(exact, IDS), wanted, rtol=1e-5, atol=1e-6)
+        whole = {path: modules[path] for path in ("model.embed_tokens", "model.norm")}
+
+        def run(*lams):
+            for module, lam in zip(whole.values(), lams, strict=True):
+                del module.lam
+                module.lam = lam
+            # A norm of transformers computes in float32 within: its weight is what is differentiated.
+            return whole["model.embed_tokens"](IDS["input_ids"]), whole["model.norm"].weight
+
+        lams = [torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True) for _ in whole]
+        assert torch.autograd.gradcheck(run, lams, fast_mode=True)
+        for module, lam in zip(whole.values(), lams, strict=True):
+            del module.lam
+            module.lam = nn.Parameter(lam.detach())
+
+
+@pytest.mark.parametrize("format", ["model", "lora"])
+def test_several_kinds_together_are_the_same_in_every_format(format, merged, tmp_path):
+    model, folders = merged
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.5)
+    wanted = outputs(result.apply(copy.deepcopy(model)), IDS)
+    out = result.save(tmp_path / format, format)
+    load = type(model).from_pretrained if format == "model" else PeftModel.from_pretrained
+    loaded = load(out) if format == "model" else load(copy.deepcopy(model), out)
+    torch.testing.assert_close(outputs(loaded, IDS), wanted, rtol=5e-5, atol=5e-5)
+
+
+def test_nsc_learns_their_coefficients_and_measures_linears_alone(merged):
+    model, folders = merged
+    batches = {task: [text(seed)] for seed, task in enumerate(folders)}
+    result = nsc_merge.merge(model, folders, batches, steps=2, lr=0.01, progress=False)
+    row = result.coefficients["model.embed_tokens"]
+    assert len(set(row.values())) == 3
+    assert all("v_proj" in path for path in result.options["scored"])
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_methods_of_linear_inputs_refuse_them_by_name(method, merged):
+    model, folders = merged
+    batches = {task: [text(1)] for task in folders}
+    with pytest.raises(ValueError, match=rf"{method}.*: model.embed_tokens is no linear.*'task_arithmetic'"):
+        nsc_merge.merge(model, folders, batches, method)

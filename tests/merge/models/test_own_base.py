@@ -1,0 +1,82 @@
+"""Tied weights that an adapter changes under one name or all: PEFT's forward, in every format; the model is kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model
+from zoo import DECODER, outputs
+
+import nsc_merge
+
+EXACT = {"rtol": 1e-5, "atol": 1e-6}
+HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens"
+
+
+def written(model, folder, seed, **config):
+    """A PEFT folder with random values in what PEFT trains, tied names changed as one where PEFT ties them."""
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, **{"target_modules": ["q_proj"], **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in wrapped.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tied():
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1}, tie_word_embeddings=True)
+    return tf.LlamaForCausalLM(config).eval()
+
+
+IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
+CASES = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "LoRA as one": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": [1, 5, 2]},
+    "rows of the head": {"trainable_token_indices": {"lm_head": [3, 1]}},
+    "rows of each": {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tied_weight_is_merged_as_peft_runs_it(case, tied, tmp_path):
+    folder = written(tied, tmp_path / "a", 1, **CASES[case])
+    peft = PeftModel.from_pretrained(copy.deepcopy(tied), folder)
+    wanted = outputs(peft.double(), IDS)
+    before = outputs(tied, IDS)
+    result = nsc_merge.merge(tied, {"a": folder}, method="task_arithmetic", scale=1.0)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(outputs(tied, IDS), before)
+    assert result.model.model.layers[0].mlp.up_proj.weight is tied.model.layers[0].mlp.up_proj.weight
+    exact = copy.deepcopy(result.model).double()
+    with nsc_merge.attach(exact, result.adapters, 1.0):
+        torch.testing.assert_close(outputs(exact, IDS), wanted, **EXACT)
+    loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), IDS), wanted, **EXACT)
+    lora = PeftModel.from_pretrained(copy.deepcopy(tied), result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), IDS), wanted, **EXACT)
+    in_memory = nsc_merge.merge(tied, {"a": peft}, method="task_arithmetic", scale=1.0)
+    assert sorted(in_memory.paths) == sorted(result.paths)
+
+
+def test_applying_to_the_copy_counts_for_what_shares_its_tensors(tied, tmp_path):
+    model = copy.deepcopy(tied)
+    folder = written(model, tmp_path / "a", 1, modules_to_save=["lm_head"])
+    first = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    second = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    first.apply(copy.deepcopy(first.model))
+    second.save(tmp_path / "fine", "model")
+    first.apply(first.model)
+    with pytest.raises(ValueError, match="apply has changed it since this merge was made"):
+        second.save(tmp_path / "late", "model")

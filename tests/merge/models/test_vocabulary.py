@@ -1,0 +1,97 @@
+"""Vocabularies that grew while adapters were trained: shared rows are the base's, new ones by policy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from zoo import DECODER, outputs
+
+import nsc_merge
+
+EXACT = {"rtol": 1e-5, "atol": 1e-6}
+TABLE = "base_model.model.model.embed_tokens.weight"
+
+
+def with_new_tokens(model, folder, size, seed, **config):
+    """An adapter that was trained after its base had got more tokens."""
+    torch.manual_seed(seed)
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(size, mean_resizing=False)
+    wrapped = get_peft_model(resized, LoraConfig(r=4, **{"target_modules": ["q_proj"], **config}))
+    with torch.no_grad():
+        for value in wrapped.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape))
+    wrapped.save_pretrained(folder, save_embedding_layers=True)
+    return wrapped.eval()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request):
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1}, tie_word_embeddings=request.param)
+    return tf.LlamaForCausalLM(config).eval()
+
+
+def test_one_adapter_with_new_tokens_is_what_peft_runs(base, tmp_path):
+    inputs = {"input_ids": torch.tensor([[3, 64, 9, 66]])}
+    wanted = outputs(with_new_tokens(base, tmp_path / "a", 67, 1).double(), inputs)
+    with pytest.raises(ValueError, match=r"found shape \[64, 32\].*new_tokens='mean'"):
+        nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic")
+    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, new_tokens="mean")
+    assert base.get_input_embeddings().weight.shape == (64, 32)
+    assert base.config.vocab_size == 64
+    loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
+    assert loaded.config.vocab_size == 67
+    torch.testing.assert_close(outputs(loaded.double(), inputs), wanted, **EXACT)
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(67)
+    lora = PeftModel.from_pretrained(resized, result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), inputs), wanted, **EXACT)
+
+
+def test_new_rows_by_policy(base, tmp_path):
+    for seed, (task, size) in enumerate({"a": 66, "b": 67}.items(), 1):
+        with_new_tokens(base, tmp_path / task, size, seed)
+    folders = {task: tmp_path / task for task in ("a", "b")}
+    a, b = (load_file(folder / "adapter_model.safetensors")[TABLE] for folder in folders.values())
+    before = base.get_input_embeddings().weight.detach().clone()
+    rows = {"mean": torch.cat([(a[64:] + b[64:66]) / 2, b[66:]]), "first": torch.cat([a[64:], b[66:]])}
+    for policy, wanted in rows.items():
+        result = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens=policy)
+        weight = result.model.get_input_embeddings().weight
+        torch.testing.assert_close(weight[64:], wanted, rtol=1e-6, atol=1e-7)
+        assert torch.equal(weight[:64], before)
+    kept = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="base")
+    assert kept.model is base
+    assert torch.equal(base.get_input_embeddings().weight, before)
+    with pytest.raises(ValueError, match="new_tokens: expected one of"):
+        nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="all")
+
+
+def tokenizer(folder, new):
+    """One of 64 words and ``new`` ones, beside an adapter."""
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{number}": number for number in range(64)} | {word: 64 + at for at, word in enumerate(new)}
+    made = tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    made.save_pretrained(folder)
+
+
+def test_the_tokenizer_with_most_tokens_follows_and_others_must_agree(base, tmp_path):
+    folders = {task: tmp_path / task for task in ("a", "b")}
+    for seed, (task, size) in enumerate({"a": 65, "b": 66}.items(), 1):
+        with_new_tokens(base, folders[task], size, seed)
+    tokenizer(folders["a"], ["new"])
+    tokenizer(folders["b"], ["new", "newer"])
+    result = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="first")
+    out = result.save(tmp_path / "out", "model")
+    assert len(tf.AutoTokenizer.from_pretrained(out)) == 66
+    tokenizer(folders["b"], ["other", "newer"])
+    with pytest.raises(ValueError, match=r"token 64 is 'new' of adapters\['a'\] and 'other' of adapters\['b'\]"):
+        nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="first")
