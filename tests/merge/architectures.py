@@ -293,8 +293,9 @@ def outcomes(architecture: Architecture, folder: Path) -> dict[str, str]:
     """What becomes of two adapters by PEFT in every column of the table; outputs are compared with PEFT's own."""
     import copy
 
-    from nsc_merge import merge
     from peft import PeftModel
+
+    from nsc_merge import merge
 
     model, inputs = architecture.build(), architecture.inputs()
     model.save_pretrained(folder / "base")

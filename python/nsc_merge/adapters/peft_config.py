@@ -14,7 +14,6 @@ from nsc_merge.adapters.module_patterns import ModulePatterns
 _REFUSED = {
     "use_dora": "DoRA rescales each row by a magnitude that depends on the whole merged weight, so its "
     "update is not additive and has no merge coefficient; dora='convert' approximates it by a LoRA update",
-    "fan_in_fan_out": "transposed (Conv1D) layers are not supported",
     "use_qalora": "QALoRA pools the input of lora_A, which is then not the layer's own input",
     "use_bdlora": "block-diagonal factors are not supported",
     "arrow_config": "Arrow routes every token to adapters of its own choice and has no merge coefficient",

@@ -86,11 +86,12 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
         embedded = {"lora_A.weight": layer.lora_embedding_B, "lora_B.weight": layer.lora_embedding_A}
         return {part: copied(factors[held_as]).t().contiguous() for part, factors in embedded.items()}
     both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
-    if len(both) < 2 or not all(isinstance(factor, nn.Linear) for factor in both):
+    if len(both) < 2 or not all(isinstance(factor, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) for factor in both):
         kind = type(layer)
-        raise ValueError(f"{what}: expected LoRA on an nn.Linear, found {kind.__module__}.{kind.__name__}")
+        found = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"{what}: expected LoRA on a linear, embedding or convolution, found {found}")
     down, up = both
-    parts = {"lora_A.weight": down.weight, "lora_B.weight": up.weight}
+    parts = {"lora_A.weight": down.weight.flatten(1), "lora_B.weight": up.weight.flatten(1)}
     if up.bias is not None:
         parts["lora_B.bias"] = up.bias
     variant = layer.lora_variant.get(held_as)

@@ -212,7 +212,9 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
         if path == key or _WRAPPED.search(path):
             left_over.append(key)
         elif match and _is_expected(match["part"], config):
-            held.parts.setdefault(match["path"], {})[match["part"]] = value
+            # Of a convolution, the dimensions of the kernel belong to the inputs of lora_A, and are ones in lora_B.
+            flat = value.flatten(1) if value.dim() > 2 else value
+            held.parts.setdefault(match["path"], {})[match["part"]] = flat
         elif not match and _is_within(path, whole):
             held.trained[path] = value
         elif embedded := _EMBEDDED.fullmatch(path):

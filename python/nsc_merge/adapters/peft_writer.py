@@ -21,6 +21,9 @@ def write_adapter(
     whole: Mapping[str, Mapping[str, Tensor]],
     about: Mapping[str, Any],
     embeddings: Collection[str] = (),
+    kernels: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write ``adapter_config.json``, as PEFT writes it, and ``adapter_model.safetensors``.
 
@@ -30,6 +33,8 @@ def write_adapter(
         whole: path of a module kept in full (``modules_to_save``) -> its parameters by name.
         about: what else the configuration says, as fields of ``peft.LoraConfig``: what the adapter is for.
         embeddings: module paths among ``factors`` that are no linears but embeddings.
+        kernels: module path -> size of the kernel, of those that are convolutions.
+        fan_in_fan_out: linears are Conv1D.
 
     Raises:
         ValueError: naming a tensor that is not finite, before anything is written.
@@ -44,8 +49,10 @@ def write_adapter(
             tensors[f"{PREFIX}{path}.lora_embedding_A"] = factor.B.float().t().contiguous()
             tensors[f"{PREFIX}{path}.lora_embedding_B"] = factor.A.float().t().contiguous()
             continue
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = factor.A.float().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = factor.B.float().contiguous()
+        kernel = (kernels or {}).get(path, ())
+        A, B = factor.A.float(), factor.B.float()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.reshape(len(A), -1, *kernel).contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.reshape(*B.shape, *[1 for _ in kernel]).contiguous()
         if has_bias:
             bias = torch.zeros(factor.B.shape[0]) if factor.bias is None else factor.bias.float()
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
@@ -69,6 +76,7 @@ def write_adapter(
         modules_to_save=list(whole) or None,
         lora_bias=has_bias,
         inference_mode=True,
+        fan_in_fan_out=fan_in_fan_out,
         **about,
     )
     # In their order: PEFT makes a set of what it is given, whose order is another in every process.

@@ -22,6 +22,7 @@ from nsc_merge.models.bases.stored_weights import (
     is_plain,
     offloading,
 )
+from nsc_merge.models.bases.transposed import as_linear, is_transposed
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
 from nsc_merge.models.merged_whole import MergedWhole, Site, site_of
@@ -141,14 +142,14 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                 f"{type(model).__name__}, for example {unknown[0]!r}" + _wrapped(model)
             )
         for path, factor in adapter.factors.items():
-            linear = site_of(modules[path]) or modules[path]
+            linear = _merged_at(modules[path])
             if factor.magnitude is not None:
                 raise ValueError(
                     f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it a plain one"
                 )
             if not (isinstance(linear, Site) or is_linear(linear)) or _is_part(modules[path]):
                 raise TypeError(
-                    f"adapters[{name!r}]: {path}: expected an nn.Linear, embedding or norm in the model, found "
+                    f"adapters[{name!r}]: {path}: expected a linear, embedding, norm or convolution, found "
                     f"{type(linear).__module__}.{type(linear).__name__}{_instead(modules[path])}"
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
@@ -158,7 +159,12 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                     f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
                 )
     touched = {path for adapter in adapters.values() for path in adapter.factors}
-    return {path: site_of(module) or module for path, module in modules.items() if path in touched}
+    return {path: _merged_at(module) for path, module in modules.items() if path in touched}
+
+
+def _merged_at(module: nn.Module) -> Any:
+    """What an update is merged into at a module: the linear itself, one in place of a Conv1D, or a :class:`Site`."""
+    return as_linear(module) if is_transposed(module) else site_of(module) or module
 
 
 def _is_part(module: nn.Module) -> bool:
@@ -219,6 +225,7 @@ def attach(
         Module path -> merged linear, of every linear that has coefficients to choose.
     """
     linears = merged_linears(model, adapters)
+    modules = {path: model.get_submodule(path) for path in linears}
     check_loaded(model)
     values = {task: init[task] if isinstance(init, Mapping) else init for task in adapters}
     merged = {}
@@ -240,8 +247,7 @@ def attach(
             yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
         finally:
             for path in merged:
-                held = linears[path]
-                _replace(model, path, held.module if isinstance(held, Site) else held)
+                _replace(model, path, modules[path])
             _set_requires_grad(trainable, True)
 
 

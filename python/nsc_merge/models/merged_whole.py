@@ -1,4 +1,4 @@
-"""Embeddings and norms around which merged updates stand: what a linear's update is, at modules that are none."""
+"""Embeddings, norms and convolutions around which merged updates stand: modules that are no linears."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from nsc_merge.models.bases.quantised import is_linear
 
 @dataclass(frozen=True)
 class Site:
-    """An embedding or a norm, with the sizes of the matrix that its weight stands for.
+    """An embedding, a norm or a convolution, with the sizes of the matrix that its weight stands for.
 
     Attributes:
         module: it itself.
-        in_features: width of an embedding's rows; 1 of a norm, whose weight is a column.
-        out_features: tokens of an embedding, channels of a norm.
+        in_features: width of an embedding's rows; 1 of a norm, whose weight is a column; of a convolution, the inputs
+            of one output: channels times kernel.
+        out_features: tokens of an embedding, channels of the others.
     """
 
     module: Any
@@ -33,9 +34,13 @@ class Site:
 
 
 def site_of(module: nn.Module) -> Site | None:
-    """The site that a module is; None if it is neither an embedding nor has only a weight, and a bias, per channel."""
+    """The site that a module is; None if it is no embedding, no convolution in one group, and has more than a weight,
+    and a bias, per channel.
+    """
     if isinstance(module, nn.Embedding):
         return Site(module, module.embedding_dim, module.num_embeddings)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return Site(module, module.weight[0].numel(), module.out_channels)
     own = dict(module.named_parameters(recurse=False))
     weight = own.get("weight")
     if is_linear(module) or weight is None or weight.dim() != 1 or not set(own) <= {"weight", "bias"}:
@@ -44,7 +49,7 @@ def site_of(module: nn.Module) -> Site | None:
 
 
 class MergedWhole(nn.Module):
-    """An embedding or norm whose weight is the base's plus every adapter's update times its coefficient.
+    """An embedding, norm or convolution whose weight is the base's plus every adapter's update times its coefficient.
 
     Attributes:
         module: the base's.

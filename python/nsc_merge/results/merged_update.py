@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank, rows_of
+from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank, rows_of, transposed
 from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
-from nsc_merge.models.merged_whole import Site
+from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.own_base import original_of
 from nsc_merge.results.layout import task_folders
 
@@ -237,7 +237,7 @@ class MergedUpdate:
         names = []
         for path, linear in linears.items():
             weight = f"{path}.weight"
-            linear = linear.module if isinstance(linear, Site) else linear
+            linear = model.get_submodule(path)
             if not (dequantize and is_quantised(linear)):
                 stored(model, weight)
             tied = shared.get(weight, [weight])
@@ -280,9 +280,13 @@ class MergedUpdate:
     def _update_of(self, name: str, place: Stored) -> Rows:
         path, _, part = name.rpartition(".")
         if part == "weight":
-            rows = rows_of(self.terms(path), place.device)
-            # A norm's weight is the one column of its update.
-            return rows if place.values.dim() > 1 else lambda begin, end: rows(begin, end)[:, 0]
+            terms = self.terms(path)
+            if is_transposed(self.model.get_submodule(path)):
+                terms = ((lam, transposed(factor)) for lam, factor in terms)
+            rows = rows_of(terms, place.device)
+            # A norm's weight is the one column of its update, a convolution's has the kernel's dimensions.
+            shape = place.values.shape[1:]
+            return rows if len(shape) == 1 else lambda begin, end: rows(begin, end).reshape(-1, *shape)
         update = self.bias_delta(path)
         assert update is not None
         return lambda begin, end: update[begin:end].clone().to(place.device)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
+from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
@@ -245,8 +247,16 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
     # PEFT knows a head by the module right below the model.
     for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
         kept[path] = state_of(result.model.get_submodule(path))
-    embeddings = [path for path in factors if isinstance(result.model.get_submodule(path), nn.Embedding)]
-    write_adapter(folder, factors, kept, about_adapter(result, kept), embeddings)
+    modules: dict[str, Any] = {path: result.model.get_submodule(path) for path in factors}
+    write_adapter(
+        folder,
+        factors,
+        kept,
+        about_adapter(result, kept),
+        embeddings=[path for path, module in modules.items() if isinstance(module, nn.Embedding)],
+        kernels={path: tuple(one.weight.shape[2:]) for path, one in modules.items() if hasattr(one, "kernel_size")},
+        fan_in_fan_out=any(map(is_transposed, modules.values())),
+    )
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -45,6 +45,12 @@ def rows_of(terms: Iterable[Term], device: torch.device | str = "cpu") -> Rows:
     return rows
 
 
+def transposed(factor: Factor) -> Factor:
+    """The same update of a weight that is stored the other way round, ``[d_in, d_out]``."""
+    held = None if factor.dense is None else factor.dense.t()
+    return Factor(factor.B.t(), factor.A.t(), factor.scaling, dense=held)
+
+
 def dense(terms: Iterable[Term]) -> Tensor:
     """The sum as a matrix ``[d_out, d_in]`` in float64."""
     held = list(terms)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.models.bases.numbers import UNLOADED, InFile, OnDisk, Sharded, Stored, file_tensor
+from nsc_merge.models.bases.transposed import is_transposed
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = "float64, float32, bfloat16 or float16"
@@ -57,7 +58,7 @@ class NotAtHand(Tensor):
 
 
 def stored(model: nn.Module, name: str) -> Stored:
-    """Where the numbers of a weight or bias of a linear, embedding or norm are.
+    """Where the numbers of a weight or bias of a linear, embedding, norm or convolution are.
 
     Args:
         model: it belongs to.
@@ -70,16 +71,13 @@ def stored(model: nn.Module, name: str) -> Stored:
     linear: Any = model.get_submodule(path)
     own = linear._parameters.get("weight")
     # An embedding's or a norm's; attachment says which modules can be merged.
-    whole = isinstance(linear, nn.Embedding) or (isinstance(own, nn.Parameter) and own.dim() == 1)
-    if not (isinstance(linear, nn.Linear) or whole) or is_compressed(linear):
+    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    whole = whole or (isinstance(own, nn.Parameter) and own.dim() == 1)
+    if not (isinstance(linear, nn.Linear) or whole or is_transposed(linear)) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
         raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
     parameter = linear._parameters.get(part)
-    if isinstance(linear, nn.Embedding):
-        sizes = [linear.num_embeddings, linear.embedding_dim]
-    else:
-        sizes = [len(own)] if whole else [linear.out_features, linear.in_features]
-    shape = sizes[: 2 if part == "weight" else 1]
+    shape = _shape(linear, part)
     if parameter is None:
         raise ValueError(
             f"{name}: expected a parameter, found one that is computed from others; remove the parametrization or "
@@ -101,6 +99,21 @@ def stored(model: nn.Module, name: str) -> Stored:
     if place.device.type == "meta":
         raise ValueError(f"{name}: expected numbers, found the meta device; load the model's weights first")
     return place
+
+
+def _shape(module: Any, part: str) -> list[int]:
+    """What the shape of a parameter should be."""
+    if is_transposed(module):
+        return [module.nx, module.nf] if part == "weight" else [module.nf]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        shape = [module.out_channels, module.in_channels // module.groups, *module.kernel_size]
+    elif isinstance(module, nn.Embedding):
+        shape = [module.num_embeddings, module.embedding_dim]
+    elif isinstance(module, nn.Linear):
+        shape = [module.out_features, module.in_features]
+    else:
+        shape = [len(module.weight)]
+    return shape if part == "weight" else shape[:1]
 
 
 def is_compressed(linear: nn.Module) -> bool:
