@@ -252,16 +252,20 @@ def test_another_method_can_be_asked_for(at, method):
     METHODS[method].resolved(recipe.options, list(recipe.adapters))
 
 
-def test_a_base_of_no_family_gets_a_method_that_needs_none(at, capsys):
+def test_the_family_of_an_unlisted_base_is_found_and_said(at, capsys):
     place = at("llama")
     base = shutil.copytree(place / "base", place / "other", dirs_exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     config |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 8}
     (base / "config.json").write_text(json.dumps(config))
     assert main(["init", "adapters/one", "adapters/two", "--base", "other", "--data", "prompts.jsonl"]) == 0
-    assert "nsc does not know where to measure in models of type gemma" in capsys.readouterr().out
+    said = (
+        r"found in GemmaForCausalLM (found or given): blocks ^(?:model\.layers)\.(\d+)\., measured self_attn.v_proj, "
+        "inputs input_ids, attention_mask; the option family overrules it"
+    )
+    assert f"family    {said}" in capsys.readouterr().out
     document = written()
-    assert document["method"] == "task_arithmetic"
+    assert document["method"] == "nsc"
     assert document["calibration"] == {"one": "prompts.jsonl", "two": "prompts.jsonl"}
 
 

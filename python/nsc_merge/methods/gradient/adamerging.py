@@ -111,7 +111,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     model, tasks = problem.model, problem.tasks
     check_outputs(options.outputs, tasks)
     family = find_family(model)
-    names = (family.tokens, family.mask) if family and family.tokens and family.mask else None
+    names = (family.tokens, family.mask) if family and family.causal and family.tokens and family.mask else None
     if options.tokens in ("single", "full") and names is None:
         raise ValueError(
             f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {options.tokens!r}"

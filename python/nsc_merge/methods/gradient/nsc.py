@@ -65,6 +65,9 @@ def merge_nsc(
     problem, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
         kept = {name: value for name, value in _plain(chosen).items() if name not in _BESIDE_THE_PROBLEM}
+        if kept["family"] is None:
+            # States of releases without the option go on.
+            del kept["family"]
         problem = problem_of(adapters, kept, paths, scored, chosen.state_of or {})
     if chosen.resume_from is not None:
         resumed = State.load(chosen.resume_from, problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsc_merge.models.families import FAMILIES, family_said
 from nsc_merge.recipes.first.findings import Findings
 from nsc_merge.utils.memory import size_said
 
@@ -87,6 +88,8 @@ def render(found: Findings, out: str, command: str) -> str:
     lines.append(f"method    {found.method.name}{f': {options}' if options else ''}{preset}")
     if found.chosen:
         lines.append(f"          {found.chosen}")
+    if found.measured and found.base.family and found.base.family not in FAMILIES:
+        lines.append(f"family    {family_said(found.base.family)}")
     if found.measured:
         lines.append(f"measured  the input of {measured_said(found)}")
     if found.bytes is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.models.families import FAMILIES, family_said
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
 from nsc_merge.recipes.first.findings import WITHOUT_DATA, Findings
 from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said
@@ -133,6 +134,8 @@ def _merging(yaml: Yaml, found: Findings, name: str) -> None:
         yaml.entries({"batch_size": (found.batch_size, "samples of each task in a step")})
     if found.measured:
         yaml.remark(f"Measured: the input of {measured_said(found)}.")
+        if found.base.family and found.base.family not in FAMILIES:
+            yaml.remark(f"Family: {family_said(found.base.family)}.")
     if found.bytes is not None:
         yaml.remark(memory_said(found))
     yaml.section()

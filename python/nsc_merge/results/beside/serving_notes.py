@@ -84,6 +84,7 @@ def _is_decoder(model: nn.Module) -> bool:
     """Whether it is a language model without an encoder, with or without images, as vLLM serves with adapters."""
     family = find_family(model)
     if family is not None:
-        return family.tokens is not None
+        encodes = getattr(model.config, "is_encoder_decoder", False)
+        return family.tokens is not None and family.causal and not encodes
     generates = getattr(model, "can_generate", None)
     return generates is not None and generates() and not getattr(model.config, "is_encoder_decoder", False)
