@@ -27,7 +27,7 @@ def merge(
     *,
     shared_modules: str = "lambda",
     dora: str = "refuse",
-    new_tokens: str = "refuse",
+    added_tokens: str = "refuse",
     process_group: Any = None,
     **options: Any,
 ) -> MergeResult:
@@ -49,9 +49,9 @@ def merge(
             LLaVA's projector or a language model's head: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
         dora: ``"refuse"`` DoRA adapters, or ``"convert"`` them to LoRA updates of the same rank.
-        new_tokens: where adapters have a larger vocabulary than the base, what rows its new tokens get: the ``"mean"``
-            over the tasks that have them, those of the ``"first"``, or none (``"base"``); ``"refuse"`` refuses such
-            adapters. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.
+        added_tokens: where adapters have a larger vocabulary than the base, what rows its new tokens get: the
+            ``"mean"`` over the tasks that have them, those of the ``"first"``, or none (``"base"``); ``"refuse"``
+            refuses such adapters. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.
         process_group: of ``torch.distributed``, whose processes all call this with equal arguments and share the work;
             each returns the same result. None works alone.
         options: of the method.
@@ -79,10 +79,10 @@ def merge(
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     with together(process_group):
-        base, loaded = own_base(*with_vocabulary(model, loaded, new_tokens))
+        base, loaded = own_base(*with_vocabulary(model, loaded, added_tokens))
         problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
     inputs = {"shared_modules": shared_modules, "dora": dora}
-    if new_tokens != "refuse":
-        inputs["new_tokens"] = new_tokens
+    if added_tokens != "refuse":
+        inputs["added_tokens"] = added_tokens
     return replace(result, inputs=inputs, about=chosen.paragraph)

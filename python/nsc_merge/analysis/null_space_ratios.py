@@ -17,6 +17,7 @@ from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
+from nsc_merge.models.own_base import linears_of, own_base
 from nsc_merge.results.result import MergeResult
 
 
@@ -83,7 +84,9 @@ def low_rank_part(
     Raises:
         ValueError: if nothing is chosen.
     """
-    fitted = fit({task: load_adapter(source, task) for task, source in adapters.items()}, model)
+    base, loaded = own_base(model, {task: load_adapter(source, task) for task, source in adapters.items()})
+    # An embedding has no inputs to measure.
+    fitted = {task: linears_of(adapter, base) for task, adapter in fit(loaded, base).items()}
     touched = list(
         dict.fromkeys(
             path for adapter in fitted.values() for path, factor in adapter.factors.items() if factor.rank

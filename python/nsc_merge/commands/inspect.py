@@ -37,6 +37,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.models.attachment import merged_linears
     from nsc_merge.models.bases.loading import load_model
     from nsc_merge.models.fitting import fit
+    from nsc_merge.models.own_base import linears_of, own_base
 
     called = [Path(place).name for place in arguments.adapters]
     if len(set(called)) != len(called):
@@ -50,12 +51,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     document: dict[str, Any] = {}
     if arguments.model:
         model = load_model(arguments.model, local=local)
+        model, adapters = own_base(model, adapters)
         adapters = fit(adapters, model)
         merged_linears(model, adapters)
         if arguments.inputs:
             batches = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
             check_names(batches, model, "--inputs")
-            document["null_space_ratio"] = adapter_overlap.null_space_ratios(model, adapters, batches)
+            document["null_space_ratio"] = adapter_overlap.null_space_ratios(
+                model, {name: linears_of(adapter, model) for name, adapter in adapters.items()}, batches
+            )
     document["adapters"] = {name: adapter_overlap.describe(adapter) for name, adapter in adapters.items()}
     document["overlaps"] = adapter_overlap.overlaps(adapters)
     print(json.dumps(document) if arguments.json else adapter_overlap.render(document))

@@ -47,7 +47,7 @@ Merges as a YAML recipe says:
   options: {steps: 100, lr: 1e-3}   # of the method; nsc's defaults depend on the model
   shared_modules: lambda            # or mean, first: modules trained in full, the base's own
   dora: refuse                      # or convert
-  new_tokens: refuse                # or mean, first, base: what the base gets of tokens that adapters added
+  added_tokens: refuse              # or mean, first, base: what the base gets of tokens that adapters added
   dtype: auto                       # or float32, bfloat16, ...
   device: auto                      # or cpu, cuda, cuda:1
   device_map: null                  # instead of device, over several and the disk: auto, balanced,

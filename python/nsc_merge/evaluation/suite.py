@@ -22,6 +22,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.own_base import own_base
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.preflight import check_placement
@@ -105,6 +106,7 @@ class RecipeSuite:
             revision=recipe.revision,
             trust_remote_code=recipe.trust_remote_code,
         )
+        self.model, loaded = own_base(self.model, loaded)
         self.adapters: dict[str, Adapter] = fit(loaded, self.model, recipe.shared_modules)
         merged_linears(self.model, self.adapters)
         self.tasks = {

@@ -13,7 +13,9 @@ from torch import nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.loading import keep_files
 from nsc_merge.models.bases.numbers import file_tensor
+from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
+from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.trained_in_full import is_unchanged
 
@@ -48,6 +50,17 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
         return model, dict(adapters)
     own = _with_weights_apart(model, groups)
     return own, {task: _with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
+
+
+def linears_of(adapter: Adapter, model: nn.Module) -> Adapter:
+    """An adapter without its updates of embeddings and norms, for what looks at inputs of linears."""
+    modules = dict(model.named_modules())
+    factors = {
+        path: one
+        for path, one in adapter.factors.items()
+        if path not in modules or is_linear(modules[path]) or is_transposed(modules[path])
+    }
+    return replace(adapter, factors=factors)
 
 
 def _touches(adapter: Adapter, group: tuple[str, ...], model: nn.Module) -> bool:

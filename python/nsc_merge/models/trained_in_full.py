@@ -41,7 +41,7 @@ def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None
             raise ValueError(
                 f"adapters[{task!r}]: {name} of the base was saved with the adapter, in shape {list(value.shape)}; "
                 f"found {found} in {type(model).__name__}: expected the base that it was trained on, or one resized "
-                "as that was (resize_token_embeddings); nsc_merge.merge(..., new_tokens='mean') resizes it to "
+                "as that was (resize_token_embeddings); nsc_merge.merge(..., added_tokens='mean') resizes it to "
                 "the largest vocabulary"
             )
         # One of the two may have been rounded to the other's dtype.

@@ -14,7 +14,7 @@ from nsc_merge.models.fitting import renamed
 from nsc_merge.models.own_base import can_be_copied, sharing_tensors
 from nsc_merge.models.trained_in_full import base_value
 
-NEW_TOKENS = ("refuse", "mean", "first", "base")
+ADDED_TOKENS = ("refuse", "mean", "first", "base")
 # On the base: paths of the embedding and head that have more rows than the model that was handed over.
 _GROWN = "_nsc_merge_grown"
 
@@ -25,7 +25,7 @@ def grown_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def with_vocabulary(
-    model: nn.Module, adapters: Mapping[str, Adapter], new_tokens: str
+    model: nn.Module, adapters: Mapping[str, Adapter], added_tokens: str
 ) -> tuple[nn.Module, dict[str, Adapter]]:
     """The base with as many tokens as the adapter that has most, and the adapters cut or filled up to as many.
 
@@ -35,31 +35,31 @@ def with_vocabulary(
     Args:
         model: the base as given.
         adapters: task -> adapter as read.
-        new_tokens: ``"mean"`` over the tasks that have a token, of the ``"first"`` task that has it, or ``"base"``,
+        added_tokens: ``"mean"`` over the tasks that have a token, of the ``"first"`` task that has it, or ``"base"``,
             which leaves new tokens out. ``"refuse"`` changes nothing: an adapter with more tokens is then refused when
             it is fitted.
 
     Raises:
-        ValueError: if ``new_tokens`` is none of these, if the model cannot be copied, or if a row is not known.
+        ValueError: if ``added_tokens`` is none of these, if the model cannot be copied, or if a row is not known.
     """
-    if new_tokens not in NEW_TOKENS:
-        raise ValueError(f"new_tokens: expected one of {list(NEW_TOKENS)}, found {new_tokens!r}")
-    if new_tokens == "refuse":
+    if added_tokens not in ADDED_TOKENS:
+        raise ValueError(f"added_tokens: expected one of {list(ADDED_TOKENS)}, found {added_tokens!r}")
+    if added_tokens == "refuse":
         return model, dict(adapters)
     found = renamed(adapters, model)
     tables = _tables(model)
     if not tables:
-        raise ValueError(f"new_tokens: {type(model).__name__} has no token embeddings; expected a language model")
+        raise ValueError(f"added_tokens: {type(model).__name__} has no token embeddings; expected a language model")
     old = min(len(model.get_parameter(name)) for name in tables)
     sizes = {task: _size(adapter, tables, old) for task, adapter in found.items()}
     if max(sizes.values()) == old:
         return model, dict(adapters)
-    if new_tokens == "base":
+    if added_tokens == "base":
         return model, {task: _of_size(adapter, tables, model, old, old) for task, adapter in found.items()}
     if not can_be_copied(model) or any(value.is_meta for value in map(model.get_parameter, tables)):
         raise ValueError(
-            f"new_tokens={new_tokens!r}: the vocabulary can only grow of a base that is loaded whole and unquantised "
-            "on one device; expected such a base, new_tokens='base', or one resized as the adapters' bases were "
+            f"added_tokens={added_tokens!r}: the vocabulary can only grow of a base that is loaded whole and "
+            "unquantised on one device; expected such a base, added_tokens='base', or one resized as the adapters' bases were "
             "(resize_token_embeddings)"
         )
     _check_texts(found)
@@ -71,10 +71,10 @@ def with_vocabulary(
             held = [values[row] for adapter in found.values() if (values := _rows(adapter, name, row)) is not None]
             if not held:
                 raise ValueError(
-                    f"new_tokens: no adapter has a row of {name} for token {row}; expected adapters saved with "
+                    f"added_tokens: no adapter has a row of {name} for token {row}; expected adapters saved with "
                     "save_embedding_layers=True"
                 )
-            chosen = held[:1] if new_tokens == "first" else held
+            chosen = held[:1] if added_tokens == "first" else held
             weight[row] = torch.stack([one.double() for one in chosen]).mean(0).to(weight)
     note = (
         f"merged on a base whose vocabulary has grown from {old} tokens to {size}: resize what a saved adapter is "
@@ -108,8 +108,8 @@ def _check_texts(adapters: Mapping[str, Adapter]) -> None:
             other, held = known.setdefault(number, (task, text))
             if held != text:
                 raise ValueError(
-                    f"new_tokens: token {number} is {held!r:.60} of adapters[{other!r}] and {text!r:.60} of "
-                    f"adapters[{task!r}]; expected tokenizers that agree, or new_tokens='base'"
+                    f"added_tokens: token {number} is {held!r:.60} of adapters[{other!r}] and {text!r:.60} of "
+                    f"adapters[{task!r}]; expected tokenizers that agree, or added_tokens='base'"
                 )
 
 

@@ -50,7 +50,7 @@ _KEYS = (
     "options",
     "shared_modules",
     "dora",
-    "new_tokens",
+    "added_tokens",
     *PLACEMENT_KEYS,
     "full_hash",
     "labels",
@@ -91,7 +91,7 @@ class Recipe(Placed):
         options: of the method.
         shared_modules: as in :func:`nsc_merge.merge`.
         dora: as in :func:`nsc_merge.merge`.
-        new_tokens: as in :func:`nsc_merge.merge`.
+        added_tokens: as in :func:`nsc_merge.merge`.
         full_hash: whether the base's files are read once more for the SHA-256 of all their bytes.
         labels: task -> names of the classes of its head.
         out: output folder.
@@ -118,7 +118,7 @@ class Recipe(Placed):
     options: dict[str, Any] = field(default_factory=dict)
     shared_modules: str = "lambda"
     dora: str = "refuse"
-    new_tokens: str = "refuse"
+    added_tokens: str = "refuse"
     full_hash: bool = False
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     formats: tuple[str, ...] = ("coefficients", "lora")
@@ -210,7 +210,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         options=options,
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
         dora=choice(document, "dora", ("refuse", "convert")),
-        new_tokens=choice(document, "new_tokens", ("refuse", "mean", "first", "base")),
+        added_tokens=choice(document, "added_tokens", ("refuse", "mean", "first", "base")),
         full_hash=flag(document, "full_hash", "", False),
         labels=labels_in(document, adapters),
         **placement_keys(document),

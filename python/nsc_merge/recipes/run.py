@@ -186,14 +186,14 @@ def load(
     adapters, calibration = inputs or read_inputs(recipe)
     log(f"loading {recipe.model}" + ("" if recipe.local else " from the hub"))
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
-    needed = bool(method_of(recipe.method).needs) or recipe.new_tokens in ("mean", "first")
+    needed = bool(method_of(recipe.method).needs) or recipe.added_tokens in ("mean", "first")
     model = _base(recipe, replace(recipe.placement, shards=current().size > 1, numbers=needed))
     for task, batches in calibration.items():
         check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
     calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
-    model, adapters = own_base(*with_vocabulary(model, adapters, recipe.new_tokens))
+    model, adapters = own_base(*with_vocabulary(model, adapters, recipe.added_tokens))
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration
@@ -277,7 +277,7 @@ def merge_loaded(
         "batch_size": recipe.batch_size,
         "shared_modules": recipe.shared_modules,
         "dora": recipe.dora,
-        **({} if recipe.new_tokens == "refuse" else {"new_tokens": recipe.new_tokens}),
+        **({} if recipe.added_tokens == "refuse" else {"added_tokens": recipe.added_tokens}),
         **recipe.placement_keys,
         "full_hash": recipe.full_hash,
         **({"labels": {task: list(names) for task, names in recipe.labels.items()}} if recipe.labels else {}),

@@ -125,7 +125,7 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
         raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
-    grows = recipe.new_tokens in ("mean", "first")
+    grows = recipe.added_tokens in ("mean", "first")
     placement = Placement(dtype=recipe.dtype, device="cpu", quantization=recipe.quantization, numbers=grows or numbers)
     model = load_model(
         recipe.model,
@@ -143,7 +143,7 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
             f"result: {folder}: {COEFFICIENTS_FILE} and {RECIPE_FILE} disagree on the tasks {sorted(others)}"
         )
     loaded = {task: adapters[task] for task in document["tasks"]}
-    model, adapters = own_base(*with_vocabulary(model, loaded, recipe.new_tokens))
+    model, adapters = own_base(*with_vocabulary(model, loaded, recipe.added_tokens))
     fitted = fit(adapters, model, recipe.shared_modules)
     missing = sorted(set(adapted_linears(model, fitted)) ^ set(document["coefficients"]))
     if missing:

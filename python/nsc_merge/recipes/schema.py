@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from nsc_merge.calibration.raw.settings import SIDES, DataSettings
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import SHARED_POLICIES
-from nsc_merge.models.vocabulary import NEW_TOKENS
+from nsc_merge.models.vocabulary import ADDED_TOKENS
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.calibration_keys import DATA_KEYS
 from nsc_merge.recipes.merge_recipe import Recipe
@@ -61,7 +61,7 @@ def schema() -> Schema:
         "options": {"type": ["object", "null"], "description": "Of the method."},
         "shared_modules": _enum(SHARED_POLICIES, Recipe.shared_modules),
         "dora": _enum(("refuse", "convert"), Recipe.dora),
-        "new_tokens": _enum(NEW_TOKENS, Recipe.new_tokens),
+        "added_tokens": _enum(ADDED_TOKENS, Recipe.added_tokens),
         "dtype": _enum(DTYPES, Placed.dtype),
         "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$", "default": Placed.device},
         "device_map": _or_null(_enum(DEVICE_MAPS), _device_map()),

@@ -39,6 +39,7 @@ IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
 CASES = {
     "head": {"modules_to_save": ["lm_head"]},
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "embeddings": {"modules_to_save": ["embed_tokens"]},
     "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "as one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},

@@ -17,7 +17,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-6}
 TABLE = "base_model.model.model.embed_tokens.weight"
 
 
-def with_new_tokens(model, folder, size, seed, **config):
+def with_added_tokens(model, folder, size, seed, **config):
     """An adapter that was trained after its base had got more tokens."""
     torch.manual_seed(seed)
     resized = copy.deepcopy(model)
@@ -38,12 +38,12 @@ def base(request):
     return tf.LlamaForCausalLM(config).eval()
 
 
-def test_one_adapter_with_new_tokens_is_what_peft_runs(base, tmp_path):
+def test_one_adapter_with_added_tokens_is_what_peft_runs(base, tmp_path):
     inputs = {"input_ids": torch.tensor([[3, 64, 9, 66]])}
-    wanted = outputs(with_new_tokens(base, tmp_path / "a", 67, 1).double(), inputs)
-    with pytest.raises(ValueError, match=r"found shape \[64, 32\].*new_tokens='mean'"):
+    wanted = outputs(with_added_tokens(base, tmp_path / "a", 67, 1).double(), inputs)
+    with pytest.raises(ValueError, match=r"found shape \[64, 32\].*added_tokens='mean'"):
         nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic")
-    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, new_tokens="mean")
+    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, added_tokens="mean")
     assert base.get_input_embeddings().weight.shape == (64, 32)
     assert base.config.vocab_size == 64
     loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
@@ -57,21 +57,21 @@ def test_one_adapter_with_new_tokens_is_what_peft_runs(base, tmp_path):
 
 def test_new_rows_by_policy(base, tmp_path):
     for seed, (task, size) in enumerate({"a": 66, "b": 67}.items(), 1):
-        with_new_tokens(base, tmp_path / task, size, seed)
+        with_added_tokens(base, tmp_path / task, size, seed)
     folders = {task: tmp_path / task for task in ("a", "b")}
     a, b = (load_file(folder / "adapter_model.safetensors")[TABLE] for folder in folders.values())
     before = base.get_input_embeddings().weight.detach().clone()
     rows = {"mean": torch.cat([(a[64:] + b[64:66]) / 2, b[66:]]), "first": torch.cat([a[64:], b[66:]])}
     for policy, wanted in rows.items():
-        result = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens=policy)
+        result = nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens=policy)
         weight = result.model.get_input_embeddings().weight
         torch.testing.assert_close(weight[64:], wanted, rtol=1e-6, atol=1e-7)
         assert torch.equal(weight[:64], before)
-    kept = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="base")
+    kept = nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="base")
     assert kept.model is base
     assert torch.equal(base.get_input_embeddings().weight, before)
-    with pytest.raises(ValueError, match="new_tokens: expected one of"):
-        nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="all")
+    with pytest.raises(ValueError, match="added_tokens: expected one of"):
+        nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="all")
 
 
 def tokenizer(folder, new):
@@ -86,12 +86,12 @@ def tokenizer(folder, new):
 def test_the_tokenizer_with_most_tokens_follows_and_others_must_agree(base, tmp_path):
     folders = {task: tmp_path / task for task in ("a", "b")}
     for seed, (task, size) in enumerate({"a": 65, "b": 66}.items(), 1):
-        with_new_tokens(base, folders[task], size, seed)
+        with_added_tokens(base, folders[task], size, seed)
     tokenizer(folders["a"], ["new"])
     tokenizer(folders["b"], ["new", "newer"])
-    result = nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="first")
+    result = nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="first")
     out = result.save(tmp_path / "out", "model")
     assert len(tf.AutoTokenizer.from_pretrained(out)) == 66
     tokenizer(folders["b"], ["other", "newer"])
     with pytest.raises(ValueError, match=r"token 64 is 'new' of adapters\['a'\] and 'other' of adapters\['b'\]"):
-        nsc_merge.merge(base, folders, method="task_arithmetic", new_tokens="first")
+        nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="first")

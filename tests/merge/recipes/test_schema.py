@@ -241,7 +241,7 @@ def recipes(draw) -> dict:
         "batch_size": st.integers(-1, 64),
         "shared_modules": st.sampled_from(["lambda", "mean", "first", "last"]),
         "dora": st.sampled_from(["refuse", "convert", "keep"]),
-        "new_tokens": st.sampled_from(["refuse", "mean", "first", "base", "all"]),
+        "added_tokens": st.sampled_from(["refuse", "mean", "first", "base", "all"]),
         "dtype": st.sampled_from([*DTYPES, "int8"]),
         "device": st.sampled_from(["auto", "cpu"]),
         "device_map": st.one_of(

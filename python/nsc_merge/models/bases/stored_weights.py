@@ -71,8 +71,8 @@ def stored(model: nn.Module, name: str) -> Stored:
     linear: Any = model.get_submodule(path)
     own = linear._parameters.get("weight")
     # An embedding's or a norm's; attachment says which modules can be merged.
-    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    whole = whole or (isinstance(own, nn.Parameter) and own.dim() == 1)
+    vector = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter) and own.dim() == 1
+    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or vector
     if not (isinstance(linear, nn.Linear) or whole or is_transposed(linear)) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
         raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
