@@ -72,7 +72,7 @@ def _block_lists(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
             continue
         # A linear in the list itself is no block.
         if any(re.match(rf"{re.escape(path)}\.\d+\.", name) for name in counted):
-            found[path] = len(module)  # type: ignore[arg-type]
+            found[path] = len(module)
     return found
 
 
