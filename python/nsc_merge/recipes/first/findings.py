@@ -206,8 +206,8 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
     if base.family is None:
         kind = getattr(base.model.config, "model_type", None)
         return METHODS[WITHOUT_DATA], (
-            f"{Recipe.method} does not know where to measure in models of type {kind}, in which no list of blocks holds "
-            "an adapted linear (the option family says where), so a method without data is chosen."
+            f"{Recipe.method} does not know where to measure in models of type {kind}, in which no list of blocks "
+            "holds an adapted linear (the option family says where), so a method without data is chosen."
         )
     if not has_data:
         *others, last = (name for name, one in METHODS.items() if "data" in one.needs and "outputs" not in one.needs)
