@@ -18,44 +18,19 @@ from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_hea
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets, token_indices
+from nsc_merge.adapters.peft_keys import PREFIX, as_peft_writes
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.option_checks import is_hub_id
 
-PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
 _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((.+\.)?(embed_tokens|lm_head)\.weight)")
-_WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # LoRA on an embedding, whose weight [V, d] it is the update of: transposed, and of no ".weight".
 _EMBEDDED = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<part>[AB])")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
-# Keys that PEFT's save_pretrained does not write: what they look like, where they come from, and what to do.
-_SAVED_OTHERWISE = (
-    (
-        _WRAPPED,
-        "a compiled or wrapped model was saved: save the module in it (model._orig_mod.save_pretrained where it was "
-        "compiled), or take the wrapper's name out of the keys",
-    ),
-    (
-        re.compile(r"^module\."),
-        "a DataParallel model was saved: save the module in it (model.module.save_pretrained), or take 'module.' off "
-        "the keys",
-    ),
-    (
-        re.compile(r"\.lora_(A|B|magnitude_vector)\.(?!(weight|bias)$)[^.]+(\.weight|\.bias)?$"),
-        "a state dict was saved, whose keys hold the adapter's name: save with save_pretrained, or take the keys from "
-        "peft.get_peft_model_state_dict(model)",
-    ),
-    (
-        re.compile(rf"^(?!{re.escape(PREFIX)}).*\.lora_[AB]\."),
-        f"a model without PEFT's wrapper was saved (inject_adapter_in_model): put {PREFIX!r} before every key",
-    ),
-)
-
-
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
 
 
@@ -103,9 +78,10 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
             )
         return _named(source["adapter"], name, dora, source.get("revision"), source.get("subfolder"))
     if isinstance(source, Mapping) and {"config", "weights"} <= set(source):
-        config, weights = _of_mapping(source, name)
+        config, given = _of_mapping(source, name)
         check_config(name, config, dora)
-        return _made(name, config, *_sorted(name, config, weights))
+        weights, notes = as_peft_writes(given)
+        return replace(_made(name, config, *_sorted(name, config, weights)), notes=notes)
     raise TypeError(
         f"adapters[{name!r}]: expected a PEFT folder, an Adapter, a PeftModel or a mapping with 'config' "
         f"and 'weights', found {type(source).__name__}"
@@ -141,7 +117,8 @@ def load_from_hub(
 def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None = None) -> Adapter:
     files, beside = read_folder(folder, name), read_beside(folder, name, names)
     check_config(name, files.config, dora)
-    held, base_weights = _sorted(name, files.config, files.weights)
+    weights, notes = as_peft_writes(files.weights)
+    held, base_weights = _sorted(name, files.config, weights)
     both = sorted(set(beside.parameters) & set(held.trained))
     if both:
         raise ValueError(f"adapters[{name!r}]: {both[0]} is in {WEIGHTS_FILE} and beside it; expected it once")
@@ -149,7 +126,7 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
     adapter = _made(name, files.config, held, base_weights)
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
-    return replace(adapter, source=folder, notes=beside.notes, sha256=sha256, about=about)
+    return replace(adapter, source=folder, notes=(*notes, *beside.notes), sha256=sha256, about=about)
 
 
 def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
@@ -162,7 +139,7 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
     """
     files = read_headers(folder, name)
     check_config(name, files.config, "convert")
-    held, _ = _sorted(name, files.config, files.weights)
+    held, _ = _sorted(name, files.config, as_peft_writes(files.weights)[0])
     if not held.parts:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     factors = {
@@ -209,7 +186,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     for key, value in weights.items():
         path = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(path)
-        if path == key or _WRAPPED.search(path):
+        if path == key:
             left_over.append(key)
         elif match and _is_expected(match["part"], config):
             # Of a convolution, the dimensions of the kernel belong to the inputs of lora_A, and are ones in lora_B.
@@ -227,11 +204,10 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
         else:
             left_over.append(key)
     if left_over:
-        why = next((f"; {cure}" for keys, cure in _SAVED_OTHERWISE if any(map(keys.search, left_over))), "")
         raise ValueError(
             f"adapters[{name!r}]: {len(left_over)} of {len(weights)} tensors would be ignored, so nothing "
             f"is loaded: {_listed(left_over)}. Expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, "
-            f"and modules_to_save {list(whole)}{why}"
+            f"and modules_to_save {list(whole)}, as PEFT's save_pretrained writes them"
         )
     if config.get("ensure_weight_tying"):
         # PEFT saves what it trained as one with an embedding under every name, and adds those names as it loads.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsc_merge.adapters.adapter import Factor
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE
-from nsc_merge.adapters.peft_reader import PREFIX
+from nsc_merge.adapters.peft_keys import PREFIX
 
 
 def write_adapter(

@@ -228,16 +228,11 @@ class MergedUpdate:
                 in a way that nothing can be added to, such as quantised.
             TypeError: if a module is no linear.
         """
-        linears = {
-            path: linear
-            for path, linear in merged_linears(model, self.adapters).items()
-            if paths is None or path in paths
-        }
+        chosen = [path for path in merged_linears(model, self.adapters) if paths is None or path in paths]
         shared = sharing(model)
         names = []
-        for path, linear in linears.items():
-            weight = f"{path}.weight"
-            linear = model.get_submodule(path)
+        for path in chosen:
+            weight, linear = f"{path}.weight", model.get_submodule(path)
             if not (dequantize and is_quantised(linear)):
                 stored(model, weight)
             tied = shared.get(weight, [weight])
@@ -280,13 +275,10 @@ class MergedUpdate:
     def _update_of(self, name: str, place: Stored) -> Rows:
         path, _, part = name.rpartition(".")
         if part == "weight":
-            terms = self.terms(path)
-            if is_transposed(self.model.get_submodule(path)):
-                terms = ((lam, transposed(factor)) for lam, factor in terms)
-            rows = rows_of(terms, place.device)
+            turned = is_transposed(self.model.get_submodule(path))
+            rows = rows_of(((lam, transposed(one) if turned else one) for lam, one in self.terms(path)), place.device)
             # A norm's weight is the one column of its update, a convolution's has the kernel's dimensions.
-            shape = place.values.shape[1:]
-            return rows if len(shape) == 1 else lambda begin, end: rows(begin, end).reshape(-1, *shape)
+            return lambda begin, end: rows(begin, end).reshape(-1, *place.values.shape[1:])
         update = self.bias_delta(path)
         assert update is not None
         return lambda begin, end: update[begin:end].clone().to(place.device)

@@ -112,7 +112,7 @@ def test_wrong_path_shape_or_type_is_refused_and_leaves_the_model_alone(model, w
     ):
         pass
     with (
-        pytest.raises(TypeError, match=r"nn\.Linear, embedding or norm in the model, found transformers\..*ViTLayer"),
+        pytest.raises(TypeError, match=r"embedding, norm or convolution, found transformers\..*ViTLayer"),
         attach(model, renamed("layers.0"), 0.4),
     ):
         pass
