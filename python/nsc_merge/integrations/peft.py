@@ -139,12 +139,13 @@ def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
             "unmerge_adapter() first"
         )
-    trained = [name for name in adapters if getattr(model.peft_config[name], "modules_to_save", None)]
-    if trained:
-        raise ValueError(
-            f"adapters: {trained} have modules_to_save, which a LoRA adapter cannot hold merged; "
-            "nsc_merge.merge takes them from their folders"
-        )
+    for setting in ("modules_to_save", "trainable_token_indices"):
+        trained = [name for name in adapters if getattr(model.peft_config[name], setting, None)]
+        if trained:
+            raise ValueError(
+                f"adapters: {trained} have {setting}, which a LoRA adapter cannot hold merged; "
+                "nsc_merge.merge takes them from their folders"
+            )
 
 
 def _translated(
@@ -274,6 +275,11 @@ def _register(
     base = model.get_base_model()
     for path, (A, B) in updates.items():
         layer: Any = base.get_submodule(path)
+        if adapter_name in layer.lora_embedding_A:
+            with torch.no_grad():
+                for own, value in ((layer.lora_embedding_A, B), (layer.lora_embedding_B, A)):
+                    own[adapter_name].copy_(value.t()).requires_grad_(False)
+            continue
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         bias = biases[path]
         with torch.no_grad():

@@ -59,8 +59,8 @@ def with_vocabulary(
     if not can_be_copied(model) or any(value.is_meta for value in map(model.get_parameter, tables)):
         raise ValueError(
             f"added_tokens={added_tokens!r}: the vocabulary can only grow of a base that is loaded whole and "
-            "unquantised on one device; expected such a base, added_tokens='base', or one resized as the adapters' bases were "
-            "(resize_token_embeddings)"
+            "unquantised on one device; expected such a base, added_tokens='base', or one resized as the "
+            "adapters' bases were (resize_token_embeddings)"
         )
     _check_texts(found)
     size = max(sizes.values())

@@ -11,6 +11,7 @@ from torch import nn
 from zoo import build, outputs, text, write_adapter
 
 import nsc_merge
+from nsc_merge.integrations import peft as integrations
 from nsc_merge.models.attachment import attach
 
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
@@ -81,3 +82,15 @@ def test_methods_of_linear_inputs_refuse_them_by_name(method, merged):
     batches = {task: [text(1)] for task in folders}
     with pytest.raises(ValueError, match=rf"{method}.*: model.embed_tokens is no linear.*'task_arithmetic'"):
         nsc_merge.merge(model, folders, batches, method)
+
+
+def test_embeddings_in_a_peft_model_are_merged_there(merged):
+    model, folders = merged
+    held = PeftModel.from_pretrained(copy.deepcopy(model), folders["LoRA"], adapter_name="LoRA").eval()
+    wanted = outputs(held, IDS)
+    integrations.merge(held, ["LoRA"], [1.0], method="task_arithmetic")
+    held.set_adapter("merged")
+    torch.testing.assert_close(outputs(held, IDS), wanted, rtol=1e-5, atol=1e-6)
+    rows = PeftModel.from_pretrained(copy.deepcopy(model), folders["rows"], adapter_name="rows")
+    with pytest.raises(ValueError, match=r"\['rows'\] have trainable_token_indices"):
+        integrations.merge(rows, ["rows"], [1.0], method="task_arithmetic")

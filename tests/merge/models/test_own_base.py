@@ -81,3 +81,11 @@ def test_applying_to_the_copy_counts_for_what_shares_its_tensors(tied, tmp_path)
     first.apply(first.model)
     with pytest.raises(ValueError, match="apply has changed it since this merge was made"):
         second.save(tmp_path / "late", "model")
+
+
+def test_tied_weights_saved_as_the_base_has_them_stay_tied(tied, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(copy.deepcopy(tied), config).save_pretrained(tmp_path)
+    result = nsc_merge.merge(tied, {"a": tmp_path}, method="task_arithmetic")
+    assert result.model is tied
+    assert result.adapters["a"].notes == ("lm_head: saved in full with the base's values: left out",)
