@@ -92,7 +92,7 @@ _TEXT = {**GROUPED, "model_type": "llama"}
 _ROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 _QWEN = {**GROUPED, "rope_parameters": _ROPE}
 _QWEN_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 91, "vision_start_token_id": 92,
-                "vision_end_token_id": 93}  # fmt: skip
+                "vision_end_token_id": 93}
 _QWEN_INPUTS = {"image_grid_thw": grid(1, 4, 4), "mm_token_type_ids": kinds_of_tokens(4)}
 _LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
 _TOWERS = {"depths": [2, 2], "num_heads": [1, 2], "embed_dim": 16, "window_size": 2, "image_size": 16, "patch_size": 2}
@@ -151,7 +151,7 @@ ARCHITECTURES = {
          "decoder_start_token_id": 2, "forced_eos_token_id": None},
         two_texts,
         FIRST_TWO,
-    ),  # fmt: skip
+    ),
     "Whisper": Architecture(
         "WhisperForConditionalGeneration",
         {**TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
@@ -160,12 +160,15 @@ ARCHITECTURES = {
          "suppress_tokens": None, "begin_suppress_tokens": None},
         sound,
         FIRST_TWO,
-    ),  # fmt: skip
+    ),
     "ViT": Architecture("ViTForImageClassification", {**WIDTH, **PATCHES}, pixels(), FIRST_TWO),
-    "Swin": Architecture("SwinForImageClassification", _TOWERS, pixels(16), ["query", "value"]),
-    "BEiT": Architecture("BeitForImageClassification", {**WIDTH, **PATCHES}, pixels(), ["query", "value"]),
+    "Swin": Architecture("SwinForImageClassification", _TOWERS, pixels(16), FIRST_TWO),
+    "BEiT": Architecture("BeitForImageClassification", {**WIDTH, **PATCHES}, pixels(), FIRST_TWO),
     "DINOv2": Architecture(
-        "Dinov2ForImageClassification", {**WIDTH, **PATCHES, "mlp_ratio": 2}, pixels(), r".*\.(q_proj|v_proj|query|value)"
+        "Dinov2ForImageClassification",
+        {**WIDTH, **PATCHES, "mlp_ratio": 2},
+        pixels(),
+        r".*\.(q_proj|v_proj|query|value)",
     ),
     "DINOv3": Architecture("DINOv3ViTModel", {**WIDTH, **PATCHES}, pixels(), FIRST_TWO),
     "CLIP vision": Architecture("CLIPVisionModel", {**WIDTH, **PATCHES}, pixels(), OUT),
@@ -175,7 +178,7 @@ ARCHITECTURES = {
          "projection_dim": 16},
         lambda: {**text(), **pixels()()},
         FIRST_TWO,
-    ),  # fmt: skip
+    ),
     "SigLIP": Architecture(
         "SiglipModel",
         {"text_config": {**WIDTH, **TOKENS, "max_position_embeddings": 16}, "vision_config": {**WIDTH, **PATCHES}},
@@ -194,7 +197,7 @@ ARCHITECTURES = {
          "image_grid_pinpoints": [[8, 8]]},
         text_and_image(10, pixel_values=images(1, 2, 3, 8, 8), image_sizes=grid(8, 8)),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "LLaVA-OneVision": Architecture(
         "LlavaOnevisionForConditionalGeneration",
         {"vision_config": _SIGLIP, "text_config": {**_TEXT, "model_type": "qwen2"}, "image_token_id": IMAGE_TOKEN,
@@ -202,7 +205,7 @@ ARCHITECTURES = {
          "image_grid_pinpoints": [[8, 8]]},
         text_and_image(10, pixel_values=images(1, 2, 3, 8, 8), image_sizes=grid(8, 8)),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "Qwen2-VL": Architecture(
         "Qwen2VLForConditionalGeneration",
         {"text_config": _QWEN, **_QWEN_TOKENS,
@@ -210,7 +213,7 @@ ARCHITECTURES = {
                            "patch_size": 4, "temporal_patch_size": 2}},
         text_and_image(4, pixel_values=images(16, 96), **_QWEN_INPUTS),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "Qwen2.5-VL": Architecture(
         "Qwen2_5_VLForConditionalGeneration",
         {"text_config": _QWEN, **_QWEN_TOKENS,
@@ -219,7 +222,7 @@ ARCHITECTURES = {
                            "fullatt_block_indexes": [1]}},
         text_and_image(4, pixel_values=images(16, 96), **_QWEN_INPUTS),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "Qwen3-VL": Architecture(
         "Qwen3VLForConditionalGeneration",
         {"text_config": {**HEADS, "rope_parameters": _ROPE}, **_QWEN_TOKENS,
@@ -228,25 +231,24 @@ ARCHITECTURES = {
                            "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
         text_and_image(4, pixel_values=images(16, 96), **_QWEN_INPUTS),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "PaliGemma": Architecture(
         "PaliGemmaForConditionalGeneration",
         {"vision_config": _SIGLIP, "text_config": {**HEADS, "model_type": "gemma"}, "image_token_index": IMAGE_TOKEN,
          "image_token_id": IMAGE_TOKEN, "projection_dim": 32, "hidden_size": 32},
         text_and_image(4, pixel_values=images(1, 3, 8, 8)),
         _LANGUAGE,
-    ),  # fmt: skip
+    ),
     "Idefics3": Architecture(
         "Idefics3ForConditionalGeneration",
         {"vision_config": {**WIDTH, **PATCHES}, "text_config": _TEXT, "scale_factor": 2, "image_token_id": IMAGE_TOKEN},
         text_and_image(1, pixel_values=images(1, 1, 3, 8, 8)),
         r".*text_model.*\.(q_proj|v_proj)",
     ),
-}  # fmt: skip
+}
 
 
 METHODS = ("task_arithmetic", "nsc", "match")
-COLUMNS = (*METHODS, "adapter", "model")
 SCALE = 0.3
 OPTIONS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"scale": SCALE},
@@ -274,6 +276,9 @@ def write_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> P
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """What a model says of a batch in float64, in one tensor."""
     wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    experts = getattr(model, "set_experts_implementation", None)
+    if experts is not None and getattr(model, "_can_set_experts_implementation", lambda: False)():
+        experts("eager")  # the grouped product knows no float64
     with torch.no_grad():
         out = model.double().eval()(**wide)
     names = ("logits", "logits_per_image", "last_hidden_state")
@@ -308,6 +313,11 @@ def outcomes(architecture: Architecture, folder: Path) -> dict[str, str]:
         results[method] = merge(model, adapters, data, method, **OPTIONS[method])
 
     cells = {method: outcome(lambda method=method: merged(method)) for method in METHODS}
+    if "nsc" in results:
+        cells["measured"] = ", ".join(f"`{path}`" for path in results["nsc"].options["scored"])
+        before = results["nsc"].options["init"]
+        moved = {value for row in results["nsc"].coefficients.values() for value in row.values()} - {before}
+        cells["nsc"] = cells["nsc"] if moved else "no coefficient moved"
     if "task_arithmetic" not in results:
         return {**cells, "adapter": "nothing to export", "model": "nothing to export"}
     held = PeftModel.from_pretrained(copy.deepcopy(model), folder / "a", adapter_name="a")
@@ -329,3 +339,40 @@ def outcomes(architecture: Architecture, folder: Path) -> dict[str, str]:
         assert (found - base).abs().max() > 1e-4, "the merge changed nothing"
 
     return {**cells, "adapter": outcome(lambda: exported("lora")), "model": outcome(lambda: exported("model"))}
+
+
+COLUMNS = {
+    "task_arithmetic": "task_arithmetic",
+    "nsc": "nsc",
+    "match": "match",
+    "adapter": "exported as an adapter, reloaded by PEFT",
+    "model": "exported as a model, reloaded",
+    "measured": "NSC measures the input of",
+}
+
+
+def row(name: str, cells: dict[str, str]) -> str:
+    """A line of the table."""
+    return f"| {name} | {' | '.join(cells.get(column, '') for column in COLUMNS)} |"
+
+
+def table(rows: list[str]) -> str:
+    """The table of docs/architectures.md."""
+    return "\n".join([f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
+
+
+def refresh() -> None:
+    """Write the table of the page anew, from what happens."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row(name, outcomes(one, Path(folder, str(n)))) for n, (name, one) in enumerate(ARCHITECTURES.items())]
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+
+
+BEGIN, END = "<!-- made by python tests/merge/architectures.py -->", "<!-- end -->"
+
+if __name__ == "__main__":
+    refresh()

@@ -1,0 +1,15 @@
+"""Every row of docs/architectures.md is what happens: real classes, adapters by PEFT, outputs compared with PEFT's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from architectures import ARCHITECTURES, PAGE, outcomes, row
+
+LINES = PAGE.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_page_says_what_happens(name: str, tmp_path: Path) -> None:
+    assert row(name, outcomes(ARCHITECTURES[name], tmp_path)) in LINES
