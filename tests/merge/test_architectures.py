@@ -1,4 +1,4 @@
-"""Every row of docs/architectures.md is what happens: real classes, adapters by PEFT, outputs compared with PEFT's own."""
+"""Every row of docs/architectures.md is what happens: real classes, adapters by PEFT, outputs compared with PEFT's."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,31 @@ def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
         if not (folder / file).is_file():
             found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
             what = "is no file" if (folder / file).exists() else "is missing"
-            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} {what} (found: {found})")
+            raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} {what} (found: {found}){_cure(folder)}")
     raw = (folder / CONFIG_FILE).read_bytes()
     config = from_json(raw, f"adapters[{name!r}]: {folder / CONFIG_FILE}")
     if not isinstance(config, dict):
         raise ValueError(f"adapters[{name!r}]: {folder / CONFIG_FILE}: expected a JSON object, found {config!r:.40}")
     return raw, config
+
+
+def _cure(folder: Path) -> str:
+    """How to make the weights of a folder that holds them otherwise; nothing where it holds none."""
+    held, out = folder / "adapter_model.bin", str(folder / WEIGHTS_FILE)
+    if held.is_file():
+        code = (
+            f"import torch; from safetensors.torch import save_file; w = torch.load({str(held)!r}, weights_only=True); "
+            f"save_file({{k: v.contiguous() for k, v in w.items()}}, {out!r})"
+        )
+    elif any(folder.glob("adapter_model-*-of-*.safetensors")):
+        code = (
+            "from pathlib import Path; from safetensors.torch import load_file, save_file; "
+            f"parts = sorted(Path({str(folder)!r}).glob('adapter_model-*-of-*.safetensors')); "
+            f"save_file({{k: v for p in parts for k, v in load_file(p).items()}}, {out!r})"
+        )
+    else:
+        return ""
+    return f"; pickles are never opened, and parts not put together; to convert: python -c {shlex.quote(code)}"
 
 
 def widened(value: Tensor) -> Tensor:

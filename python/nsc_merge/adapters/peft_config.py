@@ -12,15 +12,15 @@ from nsc_merge.adapters.module_patterns import ModulePatterns
 
 # Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
 _REFUSED = {
-    "use_dora": "DoRA rescales each row by a magnitude that depends on the whole merged weight, so its "
-    "update is not additive and has no merge coefficient; dora='convert' approximates it by a LoRA update",
+    "use_dora": "DoRA rescales each row of the whole weight; dora='convert' approximates what it changes by LoRA of "
+    "the same rank, and notes the error",
     "use_qalora": "QALoRA pools the input of lora_A, which is then not the layer's own input",
     "use_bdlora": "block-diagonal factors are not supported",
     "arrow_config": "Arrow routes every token to adapters of its own choice and has no merge coefficient",
     "kasa_config": "KaSA changes the base weights",
     "monteclora_config": "MonteCLoRA samples its factors",
     "alora_invocation_tokens": "activated LoRA is switched on by tokens and cannot be folded into weights",
-    "target_parameters": "LoRA on bare parameters is not supported, only on nn.Linear",
+    "target_parameters": "experts that are fused into one parameter are not merged, only modules are",
     "layer_replication": "replicated layers are not in the base model",
 }
 # Initialisations that move a part of the base weights into the factors.
@@ -45,7 +45,10 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
         raise ValueError(f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}")
     for setting, reason in _REFUSED.items():
         if config.get(setting) and not (setting == "use_dora" and dora == "convert"):
-            raise ValueError(f"adapters[{name!r}]: {setting}={config[setting]!r:.60} is refused: {reason}")
+            raise ValueError(
+                f"adapters[{name!r}]: {setting}={config[setting]!r:.60} is refused: {reason}; expected plain LoRA on "
+                "modules (target_modules); PEFT's merge_and_unload() puts such an adapter into a base by itself"
+            )
     known = {*_SWITCHES, *_REFUSED}
     unknown = [key for key, value in config.items() if str(key).startswith("use_") and value and key not in known]
     if unknown:
