@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.bases.quantised import Linear, is_linear, stored_or_dequantised
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.models.families import Family, find_family
+from nsc_merge.models.families import find_family
+from nsc_merge.models.renaming import name_today, rules_of
 from nsc_merge.models.trained_in_full import by_policy, check_base, own_parameters, update_of_rows, updates_of_whole
+
+Rules: TypeAlias = Collection[tuple[str, str]]
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -104,15 +107,15 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
     Raises:
         ValueError: naming the adapter and the module, if two paths become one.
     """
-    modules, family = dict(model.named_modules()), find_family(model)
-    prefix = _trunk(model, modules)[1]
+    modules = dict(model.named_modules())
+    rules, prefix = rules_of(model, find_family(model)), _trunk(model, modules)[1]
     return {
         task: replace(
             adapter,
-            factors=_renamed(task, adapter.factors, modules, family, prefix),
-            trained=_renamed_parameters(task, adapter.trained, modules, family, prefix),
-            base_weights=_renamed_parameters(task, adapter.base_weights, modules, family, prefix),
-            token_rows={_today(path, modules, family, prefix): rows for path, rows in adapter.token_rows.items()},
+            factors=_renamed(task, adapter.factors, modules, rules, prefix),
+            trained=_renamed_parameters(task, adapter.trained, modules, rules, prefix),
+            base_weights=_renamed_parameters(task, adapter.base_weights, modules, rules, prefix),
+            token_rows={name_today(path, modules, rules, prefix): rows for path, rows in adapter.token_rows.items()},
         )
         for task, adapter in adapters.items()
     }
@@ -154,11 +157,11 @@ def absent(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
 
 
 def _renamed(
-    task: str, factors: Mapping[str, Factor], names: Collection[str], family: Family | None, prefix: str
+    task: str, factors: Mapping[str, Factor], names: Collection[str], rules: Rules, prefix: str
 ) -> dict[str, Factor]:
     renamed: dict[str, Factor] = {}
     for path, factor in factors.items():
-        found = _today(path, names, family, prefix)
+        found = name_today(path, names, rules, prefix)
         if found in renamed:
             raise ValueError(f"adapters[{task!r}]: {path} and another module both mean {found} of the model")
         renamed[found] = factor
@@ -166,28 +169,16 @@ def _renamed(
 
 
 def _renamed_parameters(
-    task: str, trained: Mapping[str, Tensor], names: Collection[str], family: Family | None, prefix: str
+    task: str, trained: Mapping[str, Tensor], names: Collection[str], rules: Rules, prefix: str
 ) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in trained.items():
         path, _, parameter = key.rpartition(".")
-        found = f"{_today(path, names, family, prefix)}.{parameter}"
+        found = f"{name_today(path, names, rules, prefix)}.{parameter}"
         if found in renamed:
             raise ValueError(f"adapters[{task!r}]: {key} and another tensor both mean {found} of the model")
         renamed[found] = value
     return renamed
-
-
-def _today(path: str, names: Collection[str], family: Family | None, prefix: str) -> str:
-    stages = [path]
-    for pattern, replacement in family.legacy if family else ():
-        stages.append(re.sub(pattern, replacement, stages[-1]))
-    for stage in stages:
-        # An adapter of the bare model fits the one with a head, and the other way round.
-        for candidate in (stage, stage.removeprefix(f"{prefix}."), f"{prefix}.{stage}"):
-            if candidate in names:
-                return candidate
-    return path
 
 
 def _without_dora(
