@@ -235,7 +235,8 @@ def _scaled(name: str, config: Mapping[str, Any], held: Mapping[str, Mapping[str
         if A.shape[:1] != (rank,) or B.shape[1:] != (rank,):
             raise ValueError(
                 f"adapters[{name!r}]: {path}: expected lora_A [{rank}, d_in] and lora_B [d_out, {rank}] by the "
-                f"configuration, found {list(A.shape)} and {list(B.shape)}"
+                f"configuration, found {list(A.shape)} and {list(B.shape)}; LoRA on a convolution in several groups is "
+                "not merged, nor by PEFT"
             )
     return scalings
 

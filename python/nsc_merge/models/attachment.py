@@ -25,7 +25,7 @@ from nsc_merge.models.bases.stored_weights import (
 from nsc_merge.models.bases.transposed import as_linear, is_transposed
 from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager
-from nsc_merge.models.merged_whole import MergedWhole, Site, site_of
+from nsc_merge.models.merged_whole import MergedWhole, Site, site_of, why_not
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -175,6 +175,8 @@ def _is_part(module: nn.Module) -> bool:
 def _instead(module: nn.Module) -> str:
     if _is_part(module):
         return ", one process's part of a tensor-parallel linear; merge before the model is distributed"
+    if reason := why_not(module):
+        return f" with {reason}; expected adapters that leave it out"
     return "; the PeftModel's unload() takes the adapters off" if hasattr(module, "base_layer") else ""
 
 

@@ -37,15 +37,31 @@ def site_of(module: nn.Module) -> Site | None:
     """The site that a module is; None if it is no embedding, no convolution in one group, and has more than a weight,
     and a bias, per channel.
     """
+    if why_not(module):
+        return None
     if isinstance(module, nn.Embedding):
         return Site(module, module.embedding_dim, module.num_embeddings)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Site(module, module.weight[0].numel(), module.out_channels)
     own = dict(module.named_parameters(recurse=False))
     weight = own.get("weight")
     if is_linear(module) or weight is None or weight.dim() != 1 or not set(own) <= {"weight", "bias"}:
         return None
     return Site(module, 1, len(weight))
+
+
+def why_not(module: nn.Module) -> str:
+    """The setting for which an embedding or a convolution is no site; nothing where there is none."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm, which changes the base's rows whenever they are read"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if module.groups > 1:
+            return "several groups, whose LoRA PEFT does not merge either"
+        if module.padding_mode != "zeros":
+            return f"padding_mode {module.padding_mode!r}, with which PEFT's LoRA runs otherwise than it merges"
+        if any(step > 1 for step in module.dilation):
+            return "dilation, with which PEFT's LoRA does not run"
+    return ""
 
 
 class MergedWhole(nn.Module):
@@ -95,7 +111,7 @@ class MergedWhole(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         module = self.linear
-        if type(module).forward is nn.Embedding.forward and module.max_norm is None:
+        if type(module).forward is nn.Embedding.forward:
             return self._rows(inputs[0])
         values = {"weight": self.weight}
         if self.biases is not None:

@@ -106,3 +106,20 @@ def test_nsc_measures_gpt2(tmp_path: Path) -> None:
     assert result.options["scored"] == ["transformer.h.1.attn.c_attn"]
     moved = {row["a"] for row in result.coefficients.values()}
     assert len(moved) == 2, "the first block's coefficient moved, the last has no gradient"
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.Embedding(8, 4, max_norm=1.0), "max_norm, which changes the base's rows"),
+        (nn.Conv2d(4, 8, 3, groups=2), "several groups"),
+        (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'"),
+        (nn.Conv2d(4, 8, 3, dilation=2), "dilation"),
+    ],
+)
+def test_modules_where_peft_is_no_oracle_are_refused(module: nn.Module, why: str) -> None:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    factor = nsc_merge.Factor(torch.ones(1, weight[0].numel()), torch.ones(len(weight), 1), 1.0)
+    with pytest.raises(TypeError, match=f"{why}.*expected adapters that leave it out"):
+        nsc_merge.merge(nn.Sequential(module), {"a": nsc_merge.Adapter("a", {"0": factor})}, method="task_arithmetic")

@@ -8,10 +8,11 @@ from torch import nn
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D``: ``nx`` inputs, ``nf`` outputs, ``weight [nx, nf]``."""
-    weight = module._parameters.get("weight")
+    """Whether a module is transformers' ``Conv1D``: ``nx`` inputs, ``nf`` outputs, ``weight [nx, nf]`` and a
+    bias."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     sizes = (getattr(module, "nx", None), getattr(module, "nf", None))
-    return weight is not None and tuple(weight.shape) == sizes
+    return weight is not None and bias is not None and tuple(weight.shape) == sizes
 
 
 def as_linear(module: Any) -> nn.Linear:
