@@ -247,9 +247,8 @@ def plain_family(given: Any) -> Any:
 def family_said(family: Family) -> str:
     """What is known of a model, in a line."""
     reads = [name for name in (family.tokens, family.mask, *family.images) if name]
-    how = "listed" if family in FAMILIES else "found or given"
     return (
-        f"{family.name} ({how}): blocks {family.block}, measured {family.score_modules[0]}, "
+        f"{family.name}: blocks {family.block}, measured {family.score_modules[0]}, "
         f"inputs {', '.join(reads) or 'without tokens'}; the option family overrules it"
     )
 

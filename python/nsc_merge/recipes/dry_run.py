@@ -14,7 +14,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import activations_of
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import family_of, family_said
+from nsc_merge.models.families import FAMILIES, family_of, family_said
 from nsc_merge.models.fitting import absent
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.inputs import read_inputs
@@ -79,7 +79,9 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     method = method_of(recipe.method)
     if "family" in method.option_names:
         family = family_of(model, list(linears), recipe.options.get("family"))
-        document["family"] = family_said(family)
+        # What is listed is known from papers; what was found deserves a look.
+        if family not in FAMILIES:
+            document["family"] = family_said(family)
     if "steps" not in method.option_names:
         return document
     with options_at_fault(recipe):

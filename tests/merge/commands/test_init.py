@@ -260,7 +260,7 @@ def test_the_family_of_an_unlisted_base_is_found_and_said(at, capsys):
     (base / "config.json").write_text(json.dumps(config))
     assert main(["init", "adapters/one", "adapters/two", "--base", "other", "--data", "prompts.jsonl"]) == 0
     said = (
-        r"found in GemmaForCausalLM (found or given): blocks ^(?:model\.layers)\.(\d+)\., measured self_attn.v_proj, "
+        r"found in GemmaForCausalLM: blocks ^(?:model\.layers)\.(\d+)\., measured self_attn.v_proj, "
         "inputs input_ids, attention_mask; the option family overrules it"
     )
     assert f"family    {said}" in capsys.readouterr().out

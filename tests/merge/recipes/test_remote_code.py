@@ -82,7 +82,9 @@ def test_it_runs_only_where_it_is_written_out(place, monkeypatch, capsys):
     assert load_file(place / "copy" / "adapter_model.safetensors").keys() == known.keys()
 
 
-def test_where_nothing_is_known_of_the_model_is_still_refused(place, capsys):
+def test_where_its_blocks_are_is_found_from_its_own_code(place, capsys):
     command = ["run", str(place / "recipe.yaml"), "trust_remote_code=true", "output.formats=coefficients"]
-    assert main(command) == 1
-    assert "own-llama" in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "blocks ^(?:model\\.layers)\\.(\\d+)\\.," in shown
+    assert "measured  1 module: model.layers." in shown
