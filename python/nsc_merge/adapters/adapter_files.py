@@ -16,6 +16,7 @@ from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors, read_c
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
 
 def _cure(folder: Path) -> str:
     """How to make the weights of a folder that holds them otherwise; nothing where it holds none."""
+    if (folder / _DIFFUSERS_FILE).is_file():
+        return (
+            f"; {_DIFFUSERS_FILE} is what diffusers writes: load it into the pipeline (pipe.load_lora_weights) or the "
+            "model (model.load_lora_adapter), and give that model, such as pipe.unet or pipe.transformer, as adapter"
+        )
     held, out = folder / "adapter_model.bin", str(folder / WEIGHTS_FILE)
     if held.is_file():
         code = (

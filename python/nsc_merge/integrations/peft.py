@@ -1,4 +1,4 @@
-"""Merging of adapters that are loaded in a ``PeftModel``.
+"""Merging of adapters that are loaded in a ``PeftModel``, or in a model of transformers or diffusers.
 
     from nsc_merge.integrations.peft import merge
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Merged:
 
 
 def merge(
-    model: PeftModel,
+    model: nn.Module,
     adapters: Sequence[str],
     weights: Sequence[float] | None = None,
     adapter_name: str = "merged",
@@ -79,8 +79,9 @@ def merge(
     ``hotswap_adapter`` left), coefficients and biases folded in; its own scaling is 1. It is frozen and not activated.
 
     Args:
-        model: with the adapters loaded. Which adapters are active, and whether they are enabled, plays no role
-            and does not change.
+        model: with the adapters loaded: a ``PeftModel``, or a model of transformers or diffusers with adapters put in
+            it (``add_adapter``, a pipeline's ``load_lora_weights``). Which adapters are active, and whether they are
+            enabled, plays no role and does not change.
         adapters: names of the adapters to merge.
         weights: one for each adapter: the coefficients of task arithmetic, where NSC starts from, or the weights of
             methods that have them.
@@ -100,7 +101,7 @@ def merge(
         ValueError: if a name is not loaded or has ``modules_to_save``, if ``adapter_name`` is taken or is none that
             PEFT takes, if adapters are merged into the model's weights (``merge_adapter``), if the method's update has
             no exact adapter or is not one for all tasks; and as :func:`nsc_merge.merge`.
-        TypeError: if ``model`` is not a ``PeftModel``.
+        TypeError: if ``model`` holds no adapters of PEFT.
     """
     _check(model, adapters, adapter_name)
     if combination_type is not None:
@@ -112,17 +113,21 @@ def merge(
     sources = {name: nsc_merge.load_adapter(model, name) for name in adapters}
     if output == "svd" and rank is None:
         rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
-    base = model.get_base_model()
+    base = _base(model)
     with _bare(base):
         result = nsc_merge.merge(base, sources, data, method=method, **options)
     errors = _register(model, result, adapter_name, adapters[0], rank)
     return Merged(adapter_name, result.coefficients, errors, result)
 
 
-def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None:
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model: expected a PeftModel, found {type(model).__name__}")
-    loaded = list(model.peft_config)
+def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "peft_config"):
+        raise TypeError(
+            f"model: expected a PeftModel or a model with adapters in it, found {type(model).__name__} without any; of "
+            "a pipeline, give the model that holds them, such as pipe.unet or pipe.transformer"
+        )
+    held: Any = model.peft_config
+    loaded = list(held)
     names = [adapters] if isinstance(adapters, str) else list(adapters)
     if isinstance(adapters, str) or not names or len(set(names)) < len(names) or set(names) - set(loaded):
         raise ValueError(f"adapters: expected different names among {loaded}, found {adapters!r}")
@@ -140,7 +145,7 @@ def _check(model: PeftModel, adapters: Sequence[str], adapter_name: str) -> None
             "unmerge_adapter() first"
         )
     for setting in ("modules_to_save", "trainable_token_indices"):
-        trained = [name for name in adapters if getattr(model.peft_config[name], setting, None)]
+        trained = [name for name in adapters if getattr(held[name], setting, None)]
         if trained:
             raise ValueError(
                 f"adapters: {trained} have {setting}, which a LoRA adapter cannot hold merged; "
@@ -203,6 +208,26 @@ def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) ->
     return {option: dict(zip(adapters, map(float, weights), strict=True))}
 
 
+def _base(model: Any) -> nn.Module:
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def _add(model: Any, adapter_name: str, config: LoraConfig) -> None:
+    """Add an adapter, with the active ones and what is trained left as they are."""
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        return
+    active = {layer: layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # Not by the model's own add_adapter, whose arguments differ, and which activates it.
+    inject_adapter_in_model(config, model, adapter_name)
+    for layer, names in active.items():
+        layer.set_adapter(names)
+    for parameter, before in trained.items():
+        parameter.requires_grad_(before)
+
+
 @contextmanager
 def _bare(base: nn.Module) -> Iterator[None]:
     """PEFT's layers, and its copies of modules that adapters train in full, replaced by what they wrap."""
@@ -230,7 +255,7 @@ def _bare(base: nn.Module) -> Iterator[None]:
 
 
 def _register(
-    model: PeftModel, result: MergeResult, adapter_name: str, like: str, rank: int | None
+    model: Any, result: MergeResult, adapter_name: str, like: str, rank: int | None
 ) -> dict[str, float]:
     """Add the merged update as an adapter, truncated to ``rank`` if there is one; relative error per module."""
     if result.per_task:
@@ -271,8 +296,8 @@ def _register(
         base_model_name_or_path=model.peft_config[like].base_model_name_or_path,
         inference_mode=True,
     )
-    model.add_adapter(adapter_name, config)
-    base = model.get_base_model()
+    _add(model, adapter_name, config)
+    base = _base(model)
     for path, (A, B) in updates.items():
         layer: Any = base.get_submodule(path)
         if adapter_name in layer.lora_embedding_A:

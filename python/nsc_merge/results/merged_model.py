@@ -1,4 +1,4 @@
-"""Writes a merged transformers model: tensor by tensor, a merged one some rows at a time."""
+"""Writes a merged model of transformers or diffusers: tensor by tensor, a merged one some rows at a time."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ Files: TypeAlias = Mapping[str, Mapping[str, Planned]]
 # Where nothing says otherwise, the files are of at most this size.
 _SHARD_SIZE = "5GB"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# What diffusers calls the files of a model.
+_DIFFUSERS = "diffusion_pytorch_model"
 _PIECE = 8 << 20
 # From this size on a person waits.
 _LARGE = 1 << 30
@@ -68,6 +70,11 @@ def write_model(
             raise ValueError(
                 f"{name}: expected a whole tensor, found a DTensor; gather the model first, or use format 'lora'"
             )
+    if _is_of_diffusers(model):
+        model.save_config(folder)
+        size = _SHARD_SIZE if max_shard_size is None else max_shard_size
+        _write(_divided(model, _planned(result, {name: name for name in state}), size, folder, _DIFFUSERS), folder)
+        return
     try:
         names = saved_names(model, folder)
         if left := sorted(merged - names.keys()):
@@ -80,7 +87,23 @@ def write_model(
     for name, key in names.items():
         # Of tensors that share their numbers, the first.
         keys.setdefault(key, name)
-    planned = {
+    planned = _planned(result, keys)
+    files = _as_the_base(model, planned, folder) if max_shard_size is None else None
+    if files is None:
+        files = _divided(model, planned, _SHARD_SIZE if max_shard_size is None else max_shard_size, folder)
+    _write(files, folder)
+
+
+def _is_of_diffusers(model: nn.Module) -> bool:
+    """Told by the names of its classes: diffusers may not be installed."""
+    return any(f"{one.__module__}.".startswith("diffusers.") for one in type(model).__mro__)
+
+
+def _planned(result: MergedUpdate, keys: Mapping[str, str]) -> dict[str, Planned]:
+    """What is written, of key -> name in the state dict."""
+    model: Any = result.model
+    merged, state = set(result.merged_names(model)), model.state_dict(keep_vars=True)
+    return {
         key: Planned(
             state[name].dtype,
             tuple(state[name].shape),
@@ -88,10 +111,6 @@ def write_model(
         )
         for key, name in keys.items()
     }
-    files = _as_the_base(model, planned, folder) if max_shard_size is None else None
-    if files is None:
-        files = _divided(model, planned, _SHARD_SIZE if max_shard_size is None else max_shard_size, folder)
-    _write(files, folder)
 
 
 def _write_from_memory(result: MergedUpdate, folder: Path, max_shard_size: str | int | None) -> None:
@@ -142,18 +161,21 @@ def _as_the_base(model: nn.Module, planned: Mapping[str, Planned], folder: Path)
     return {name: {key: planned[key] for key in tensors} for name, tensors in files.items()}
 
 
-def _divided(model: Any, planned: Mapping[str, Planned], max_shard_size: str | int, folder: Path) -> Files:
-    """Files as transformers would write them, with their index."""
+def _divided(
+    model: Any, planned: Mapping[str, Planned], max_shard_size: str | int, folder: Path, stem: str = "model"
+) -> Files:
+    """Files as transformers would write them, with their index, or as diffusers would under its ``stem``."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     shapes = {key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in planned.items()}
     split = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        shapes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {
         name: in_order({key: planned[key] for key in keys}) for name, keys in split.filename_to_tensors.items()
     }

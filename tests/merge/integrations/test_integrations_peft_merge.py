@@ -74,7 +74,7 @@ def test_merge_refuses_wrong_names():
     for wrong in ("x.y", "", "keys", 3):
         with pytest.raises(ValueError, match=f"adapter_name: expected a name that PEFT takes, found {wrong!r}"):
             merge(model, ["a"], data=data(), adapter_name=wrong)
-    with pytest.raises(TypeError, match="model: expected a PeftModel, found Linear"):
+    with pytest.raises(TypeError, match="model: expected a PeftModel or a model with adapters in it, found Linear"):
         merge(torch.nn.Linear(2, 2), ["a"], adapter_name="merged")
     dora = build(use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
