@@ -35,11 +35,12 @@ def as_peft_writes(weights: Mapping[str, Value]) -> tuple[dict[str, Value], tupl
             keys[key] = value
             notes.append(note)
 
-    inside = all(key.startswith("module.") for key in keys)
     for key in keys:
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         changed(key, ".".join(parts), f"{', '.join(WRAPPERS)}: taken out of the keys, being names of wrappers")
-        if inside:
+    # DataParallel's may have stood inside of another wrapper's.
+    if all(key.startswith("module.") for key in keys.values()):
+        for key in keys:
             changed(key, keys[key].removeprefix("module."), "module.: taken off the keys, being a wrapper's name")
     names = {match["name"] for key in keys.values() if (match := _NAMED.search(key))}
     bare = any(re.search(r"\.lora_[AB]\.(weight|bias)$", key) for key in keys.values())

@@ -257,6 +257,7 @@ def edited(folder, rename):
         (lambda key: key.replace("self_attn", "_fsdp_wrapped_module.self_attn"), "taken out of the keys"),
         (lambda key: f"module.{key}", "module.: taken off the keys"),
         (lambda key: f"module._orig_mod.{key}", "module.: taken off the keys"),
+        (lambda key: f"_orig_mod.module.{key}", "module.: taken off the keys"),
         (lambda key: key.replace(".weight", ".default.weight"), ".default.: taken out of the keys"),
         (lambda key: key.removeprefix("base_model.model."), "base_model.model.: put before the keys"),
         (lambda key: f"base_model.model.{key}", "base_model.model. stood before the keys more than once"),
