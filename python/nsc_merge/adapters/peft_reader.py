@@ -30,6 +30,8 @@ _BASE_KEY = re.compile(r"(?P<path>.+)\.base_layer\.(?P<parameter>weight|bias)|((
 # LoRA on an embedding, whose weight [V, d] it is the update of: transposed, and of no ".weight".
 _EMBEDDED = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<part>[AB])")
 _ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
+# PEFT's copies in a state dict of a module that was trained in full, which its files hold under the module's name.
+_COPIES = re.compile(r"\.(modules_to_save|original_module)\.")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
 
@@ -186,7 +188,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     for key, value in weights.items():
         path = key.removeprefix(PREFIX)
         match = _KEY.fullmatch(path)
-        if path == key:
+        if path == key or _COPIES.search(path):
             left_over.append(key)
         elif match and _is_expected(match["part"], config):
             # Of a convolution, the dimensions of the kernel belong to the inputs of lora_A, and are ones in lora_B.

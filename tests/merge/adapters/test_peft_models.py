@@ -286,6 +286,14 @@ def test_keys_that_would_become_one_are_refused(tmp_path):
         nsc_merge.load_adapter(folder, "a")
 
 
+def test_a_state_dict_with_copies_of_whole_modules_is_refused(tmp_path):
+    torch.manual_seed(0)
+    held = get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    weights = {key: value for key, value in held.state_dict().items() if "lora_" in key or "lm_head" in key}
+    with pytest.raises(ValueError, match=r"2 of \d+ tensors would be ignored.*lm_head.modules_to_save.default.weight"):
+        nsc_merge.load_adapter({"config": held.peft_config["default"].to_dict(), "weights": weights}, "a")
+
+
 def test_lora_on_a_head_is_the_same_from_folder_and_memory(tmp_path):
     """PEFT saves the head's base weight along."""
     model = filled(get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])))
