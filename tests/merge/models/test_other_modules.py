@@ -123,3 +123,29 @@ def test_modules_where_peft_is_no_oracle_are_refused(module: nn.Module, why: str
     factor = nsc_merge.Factor(torch.ones(1, weight[0].numel()), torch.ones(len(weight), 1), 1.0)
     with pytest.raises(TypeError, match=f"{why}.*expected adapters that leave it out"):
         nsc_merge.merge(nn.Sequential(module), {"a": nsc_merge.Adapter("a", {"0": factor})}, method="task_arithmetic")
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "svd", "regmean", "fisher", "nsc", "match"])
+def test_a_conv1d_merges_as_the_linear_that_it_is(method: str) -> None:
+    torch.manual_seed(0)
+    model, inputs, _ = gpt2()
+    model = model.float()
+    same = copy.deepcopy(model)
+    paths = [path for path, _ in model.named_modules() if path.endswith("c_attn")]
+    for path in paths:
+        own: Any = same.get_submodule(path)
+        linear = nn.Linear(own.nx, own.nf)
+        linear.weight.data, linear.bias.data = own.weight.data.t().contiguous(), own.bias.data.clone()
+        same.get_submodule(path.rpartition(".")[0]).c_attn = linear
+    adapters = {
+        task: nsc_merge.Adapter(
+            task, {path: nsc_merge.Factor(torch.randn(2, 12), torch.randn(36, 2), 0.3) for path in paths}
+        )
+        for task in LAM
+    }
+    options: dict[str, Any] = {"steps": 3, "progress": False} if method in ("nsc", "match") else {}
+    data = {task: [inputs] for task in adapters}
+    found, wanted = (nsc_merge.merge(one, adapters, data, method, **options) for one in (model, same))
+    merged, expected = found.merged(model), wanted.merged(same)
+    for path in paths:
+        torch.testing.assert_close(merged[f"{path}.weight"].t(), expected[f"{path}.weight"], rtol=1e-5, atol=1e-6)
