@@ -43,17 +43,17 @@ TIED = {
 }
 REFUSED = {
     "DoRA": ({"use_dora": True}, "dora='convert'"),
-    "QALoRA": ({"use_qalora": True}, "QALoRA pools the input"),
+    "QALoRA": ({"use_qalora": True}, "QALoRA pools the input.*serve its adapter by itself"),
     "PiSSA, OLoRA, LoftQ and others that change the base": (
         {"init_lora_weights": "pissa"},
         "path_initial_model_for_weight_conversion",
     ),
     "experts of a fused parameter (`target_parameters`)": (
         {"target_parameters": ["mlp.experts.down_proj"]},
-        r"merge_and_unload\(\)",
+        "serve its adapter by itself",
     ),
-    "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, r"merge_and_unload\(\)"),
-    "biases of the base (`bias=\"all\"`)": ({"bias": "all"}, "bias: expected 'none'"),
+    "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "serve its adapter by itself"),
+    "biases of the base (`bias=\"all\"`)": ({"bias": "all"}, "bias: expected 'none'.*train with bias='none'"),
 }
 LINES = PAGE.read_text(encoding="utf-8").splitlines()
 

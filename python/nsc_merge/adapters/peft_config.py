@@ -47,7 +47,7 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
         if config.get(setting) and not (setting == "use_dora" and dora == "convert"):
             raise ValueError(
                 f"adapters[{name!r}]: {setting}={config[setting]!r:.60} is refused: {reason}; expected plain LoRA on "
-                "modules (target_modules); PEFT's merge_and_unload() puts such an adapter into a base by itself"
+                "modules (target_modules); leave this task out of the merge, and serve its adapter by itself"
             )
     known = {*_SWITCHES, *_REFUSED}
     unknown = [key for key, value in config.items() if str(key).startswith("use_") and value and key not in known]
@@ -64,7 +64,10 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if config.get("bias", "none") != "none":
-        raise ValueError(f"adapters[{name!r}]: bias: expected 'none', found {config['bias']!r:.60}")
+        raise ValueError(
+            f"adapters[{name!r}]: bias: expected 'none', found {config['bias']!r:.60}: the base's biases were "
+            "trained; train with bias='none' (lora_bias=True gives LoRA its own), or leave this task out of the merge"
+        )
 
 
 def _check_types(name: str, config: Mapping[str, Any]) -> None:
