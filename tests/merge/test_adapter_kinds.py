@@ -25,6 +25,7 @@ MERGED: dict[str, dict[str, Any]] = {
     "rsLoRA": {**LINEARS, "use_rslora": True},
     "`lora_bias`": {**LINEARS, "lora_bias": True},
     "`fan_in_fan_out` set on linears": {**LINEARS, "fan_in_fan_out": True},
+    "DoRA": {**LINEARS, "use_dora": True},
     "LoRA on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "LoRA on `lm_head`": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings in `modules_to_save`": {**LINEARS, "modules_to_save": ["embed_tokens"]},
@@ -42,7 +43,6 @@ TIED = {
     },
 }
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "dora='convert'"),
     "QALoRA": ({"use_qalora": True}, "QALoRA pools the input.*serve its adapter by itself"),
     "PiSSA, OLoRA, LoftQ and others that change the base": (
         {"init_lora_weights": "pissa"},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from nsc_merge.adapters.adapter import About, Adapter, Factor
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from nsc_merge.adapters.peft_reader import AdapterSource, load_adapter, load_from_hub, outline_of
+from nsc_merge.adapters.peft_reader import DORA, AdapterSource, load_adapter, load_from_hub, outline_of
 
 __all__ = [
     "CONFIG_FILE",
+    "DORA",
     "WEIGHTS_FILE",
     "About",
     "Adapter",

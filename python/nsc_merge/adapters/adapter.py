@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Factor:
-    """The update of one linear layer: ``scaling * (B @ A)``, with ``scaling * bias`` on its bias.
+    """The update of one linear layer: ``scaling * (B @ A)``, with ``scaling * bias`` on its bias. With a ``gain`` it
+    also scales the rows of the base's weight ``W``: ``scaling * (gain[:, None] * W + B @ A)``.
 
     Attributes:
         A: down-projection ``[r, d_in]``.
@@ -24,7 +25,8 @@ class Factor:
         dense: update of a layer that was trained in full, ``[d_out, d_in]``; ``A`` and ``B`` are then of
             rank 0.
         fixed: coefficient that no method may change, for layers trained in full and merged by rule.
-        magnitude: DoRA's row norms ``[d_out]``, before the conversion to a plain update.
+        magnitude: DoRA's row norms ``[d_out]``, before :func:`nsc_merge.models.fitting.fit` knows the base's weight.
+        gain: of DoRA, by what the rows of the base's weight grow, ``[d_out]``.
     """
 
     A: Tensor
@@ -34,13 +36,14 @@ class Factor:
     dense: Tensor | None = None
     fixed: float | None = None
     magnitude: Tensor | None = None
+    gain: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """The dense update ``[d_out, d_in]``, in float64."""
+        """The dense update ``[d_out, d_in]``, in float64, but for what a ``gain`` makes of the base's weight."""
         low_rank = self.B.double() @ self.A.double()
         return self.scaling * (low_rank if self.dense is None else low_rank + self.dense.double())
 
@@ -99,6 +102,8 @@ class Adapter:
         about: what else its folder says.
         token_rows: path of an embedding or head -> rows that were trained alone, which
             :func:`nsc_merge.models.fitting.fit` makes updates of.
+        dora: what :func:`nsc_merge.models.fitting.fit` makes of DoRA: the ``"exact"`` update, or a plain one of the
+            same rank (``"convert"``).
     """
 
     name: str
@@ -111,6 +116,7 @@ class Adapter:
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     about: About = field(default_factory=About)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    dora: str = "exact"
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:
@@ -119,6 +125,9 @@ def factors_digest(factors: Mapping[str, Factor]) -> str:
     for path, factor in sorted(factors.items()):
         digest.update(path.encode())
         for name, value in vars(factor).items():
+            if name == "gain" and value is None:
+                # Digests that were written down before there were gains stay the same.
+                continue
             if isinstance(value, Tensor):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -12,8 +12,8 @@ from nsc_merge.adapters.module_patterns import ModulePatterns
 
 # Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
 _REFUSED = {
-    "use_dora": "DoRA rescales each row of the whole weight; dora='convert' approximates what it changes by LoRA of "
-    "the same rank, and notes the error",
+    "use_dora": "DoRA rescales each row of the whole weight; dora='exact' merges it as it is where a merge is made, "
+    "dora='convert' approximates what it changes by LoRA of the same rank, and notes the error",
     "use_qalora": "QALoRA pools the input of lora_A, which is then not the layer's own input",
     "use_bdlora": "block-diagonal factors are not supported",
     "arrow_config": "Arrow routes every token to adapters of its own choice and has no merge coefficient",
@@ -34,7 +34,7 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
     Args:
         name: of the task, for messages.
         config: as in ``adapter_config.json``.
-        dora: ``"convert"`` lets DoRA pass.
+        dora: ``"refuse"`` lets no DoRA pass.
 
     Raises:
         ValueError: naming the setting, what was found and what was expected.
@@ -44,7 +44,7 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
     if getattr(kind, "value", kind) != "LORA":
         raise ValueError(f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}")
     for setting, reason in _REFUSED.items():
-        if config.get(setting) and not (setting == "use_dora" and dora == "convert"):
+        if config.get(setting) and not (setting == "use_dora" and dora != "refuse"):
             raise ValueError(
                 f"adapters[{name!r}]: {setting}={config[setting]!r:.60} is refused: {reason}; expected plain LoRA on "
                 "modules (target_modules); leave this task out of the merge, and serve its adapter by itself"

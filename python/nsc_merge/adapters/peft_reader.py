@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.option_checks import is_hub_id
 
+DORA = ("exact", "convert", "refuse")
+
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 
 # What PEFT saves of the base beside LoRA on embeddings or a language model's head, or where these were resized.
@@ -36,7 +38,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
 
 
-def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> Adapter:
+def load_adapter(source: AdapterSource, name: str, *, dora: str = "exact") -> Adapter:
     """Read one adapter.
 
     Args:
@@ -49,8 +51,8 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
             configuration says. A folder may hold ``non_lora_trainables.safetensors``, too: what LLaVA's training code
             trained beside LoRA.
         name: name of the task.
-        dora: ``"refuse"``, or ``"convert"``: keep the magnitudes, from which
-            :func:`nsc_merge.models.fitting.fit` makes plain updates.
+        dora: ``"refuse"`` DoRA, or keep the magnitudes, from which :func:`nsc_merge.models.fitting.fit` makes
+            ``"exact"`` updates, or plain ones (``"convert"``). An :class:`Adapter` read with ``"convert"`` stays so.
 
     Raises:
         FileNotFoundError: if the folder lacks one of the two files; other weight formats are never opened.
@@ -59,13 +61,21 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "refuse") -> A
         ValueError: if the adapter is not plain LoRA, if a tensor is left over or missing, if a shape
             disagrees with the configuration, or if weights lie beside the adapter that cannot be read.
     """
-    if dora not in ("refuse", "convert"):
-        raise ValueError(f"dora: expected 'refuse' or 'convert', found {dora!r}")
+    if dora not in DORA:
+        raise ValueError(f"dora: expected one of {list(DORA)}, found {dora!r}")
+    adapter = _loaded(source, name, dora)
+    return replace(adapter, dora=dora) if dora == "convert" else adapter
+
+
+def _loaded(source: AdapterSource, name: str, dora: str) -> Adapter:
     if isinstance(source, Adapter):
         for path, factor in source.factors.items():
             for part, value in vars(factor).items():
                 if isinstance(value, Tensor):
                     _refuse_non_finite(name, f"{path}.{part}", value)
+            scaled = factor.magnitude is not None or factor.gain is not None
+            if scaled and dora == "refuse" and source.dora != "convert":
+                _refuse_dora(name, path)
         return source
     source = getattr(source, "_orig_mod", source)
     if isinstance(source, nn.Module) and hasattr(source, "peft_config"):
@@ -103,7 +113,7 @@ def _named(
 
 
 def load_from_hub(
-    repo: str, name: str, *, revision: str | None = None, subfolder: str | None = None, dora: str = "refuse"
+    repo: str, name: str, *, revision: str | None = None, subfolder: str | None = None, dora: str = "exact"
 ) -> Adapter:
     """Read one adapter of a repository on the hub, which is asked for it; see :func:`nsc_merge.adapters.hub.fetch`.
 
@@ -163,9 +173,13 @@ def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
     check_config(name, config, dora)
     held = read_layers(model, held_as, name)
     scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
-    if scaled and dora != "convert":
-        raise ValueError(f"adapters[{name!r}]: {scaled[0]} runs DoRA, expected plain LoRA or dora='convert'")
+    if scaled and dora == "refuse":
+        _refuse_dora(name, scaled[0])
     return _made(name, config, held)
+
+
+def _refuse_dora(name: str, path: str) -> NoReturn:
+    raise ValueError(f"adapters[{name!r}]: {path} runs DoRA, expected plain LoRA, or dora='exact' or 'convert'")
 
 
 def _of_mapping(source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -197,6 +211,8 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
         elif not match and _is_within(path, whole):
             held.trained[path] = value
         elif embedded := _EMBEDDED.fullmatch(path):
+            if config.get("use_dora"):
+                _refuse_dora_on(name, embedded["path"], "an embedding")
             part = "lora_B.weight" if embedded["part"] == "A" else "lora_A.weight"
             held.parts.setdefault(embedded["path"], {})[part] = value.t().contiguous()
         elif (rows := _ROWS.fullmatch(path)) and (indices := token_indices(config, rows["path"])):
@@ -296,6 +312,8 @@ def _factor(name: str, path: str, parts: Mapping[str, Tensor], scaling: float) -
             f"adapters[{name!r}]: {path}: expected lora_A [r, d_in] and lora_B [d_out, r], found {list(A.shape)} "
             f"and {list(B.shape)}"
         )
+    if magnitude is not None and magnitude.dim() > 1:
+        _refuse_dora_on(name, path, "a convolution")
     for part, value in (("lora_B.bias", bias), ("lora_magnitude_vector", magnitude)):
         if value is not None and value.shape != B.shape[:1]:
             raise ValueError(
@@ -306,6 +324,13 @@ def _factor(name: str, path: str, parts: Mapping[str, Tensor], scaling: float) -
     if not math.isfinite(scaling):
         raise ValueError(f"adapters[{name!r}]: {path}: expected a finite scaling, found {scaling!r}")
     return Factor(A, B, scaling, bias, magnitude=magnitude)
+
+
+def _refuse_dora_on(name: str, path: str, what: str) -> NoReturn:
+    raise ValueError(
+        f"adapters[{name!r}]: {path}: DoRA on {what} is not merged, expected it on linears; train with "
+        "use_dora=False, or leave this task out of the merge"
+    )
 
 
 def _refuse_non_finite(name: str, key: str, value: Tensor) -> None:

@@ -29,7 +29,8 @@ def write_adapter(
 
     Args:
         folder: that there is.
-        factors: module path -> update of rank 1 at least, with a scaling of 1: alpha is r everywhere.
+        factors: module path -> update of rank 1 at least, with a scaling of 1: alpha is r everywhere. All of them, or
+            none, have a magnitude (DoRA).
         whole: path of a module kept in full (``modules_to_save``) -> its parameters by name.
         about: what else the configuration says, as fields of ``peft.LoraConfig``: what the adapter is for.
         embeddings: module paths among ``factors`` that are no linears but embeddings.
@@ -43,6 +44,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    has_dora = any(factor.magnitude is not None for factor in factors.values())
     has_bias = any(factor.bias is not None for factor in factors.values())
     for path, factor in factors.items():
         if path in embeddings:
@@ -53,6 +55,8 @@ def write_adapter(
         A, B = factor.A.float(), factor.B.float()
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.reshape(len(A), -1, *kernel).contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.reshape(*B.shape, *[1 for _ in kernel]).contiguous()
+        if factor.magnitude is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factor.magnitude.float()
         if has_bias:
             bias = torch.zeros(factor.B.shape[0]) if factor.bias is None else factor.bias.float()
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
@@ -75,6 +79,7 @@ def write_adapter(
         alpha_pattern=other,
         modules_to_save=list(whole) or None,
         lora_bias=has_bias,
+        use_dora=has_dora,
         inference_mode=True,
         fan_in_fan_out=fan_in_fan_out,
         **about,

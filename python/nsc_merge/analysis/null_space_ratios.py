@@ -84,7 +84,8 @@ def low_rank_part(
     Raises:
         ValueError: if nothing is chosen.
     """
-    base, loaded = own_base(model, {task: load_adapter(source, task) for task, source in adapters.items()})
+    read = {task: load_adapter(source, task, dora="refuse") for task, source in adapters.items()}
+    base, loaded = own_base(model, read)
     # An embedding has no inputs to measure.
     fitted = {task: linears_of(adapter, base) for task, adapter in fit(loaded, base).items()}
     touched = list(

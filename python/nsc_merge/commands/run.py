@@ -46,7 +46,7 @@ Merges as a YAML recipe says:
   method: nsc                       # see nsc-merge methods
   options: {steps: 100, lr: 1e-3}   # of the method; nsc's defaults depend on the model
   shared_modules: lambda            # or mean, first: modules trained in full, the base's own
-  dora: refuse                      # or convert
+  dora: exact                       # or convert: to LoRA of the same rank; or refuse
   added_tokens: refuse              # or mean, first, base: what the base gets of tokens that adapters added
   dtype: auto                       # or float32, bfloat16, ...
   device: auto                      # or cpu, cuda, cuda:1

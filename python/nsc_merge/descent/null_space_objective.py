@@ -107,6 +107,7 @@ class Objective:
             and path not in self._scored
             and module.bank.R
             and module.denses is None
+            and module.gains is None
             and can_fold(module.linear)
         }
         self._device = self.coefficients.flat.device

@@ -174,7 +174,7 @@ class EvalRecipe(Placed):
     joint: str | None = None
     batch_size: int = 32
     shared_modules: str = "lambda"
-    dora: str = "refuse"
+    dora: str = "exact"
     plots: bool = True
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from nsc_merge.adapters import DORA
 from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
@@ -146,7 +147,7 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
         joint=_joint(document, tasks),
         batch_size=count(document.get("batch_size", 32), "batch_size"),
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
-        dora=choice(document, "dora", ("refuse", "convert")),
+        dora=choice(document, "dora", DORA),
         **placement_keys(document),
         plots=flag(output, "plots", "output.", True),
     )

@@ -110,7 +110,7 @@ def merge(
     method, output, rank = _form(method, output, svd_rank, rank)
     if weights is not None:
         options = {**_weighted(method, adapters, weights), **options}
-    sources = {name: nsc_merge.load_adapter(model, name) for name in adapters}
+    sources = {name: nsc_merge.load_adapter(model, name, dora="refuse") for name in adapters}
     if output == "svd" and rank is None:
         rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
     base = _base(model)
@@ -144,7 +144,7 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
             "unmerge_adapter() first"
         )
-    for setting in ("modules_to_save", "trainable_token_indices"):
+    for setting in ("modules_to_save", "trainable_token_indices", "use_dora"):
         trained = [name for name in adapters if getattr(held[name], setting, None)]
         if trained:
             raise ValueError(

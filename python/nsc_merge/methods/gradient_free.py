@@ -30,9 +30,9 @@ def gradient_free(
 ) -> Method:
     """A method that computes a merged update from the adapters alone, one module after another.
 
-    What is no low-rank matrix, biases of LoRA layers (``lora_bias``) and shared modules trained in full, is
-    merged by task arithmetic instead: with the options ``scale`` and ``weights`` (1 where there are none), divided as
-    the method divides its updates.
+    What is no low-rank matrix, biases of LoRA layers (``lora_bias``), gains of DoRA and shared modules trained in full,
+    is merged by task arithmetic instead: with the options ``scale`` and ``weights`` (1 where there are none), divided
+    as the method divides its updates.
 
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
@@ -80,12 +80,19 @@ def gradient_free(
 
 
 def low_rank_part(problem: Problem) -> tuple[dict[str, Linear], dict[str, Adapter], list[str]]:
-    """All linears that some adapter touches, the adapters without modules that were trained in full, and the paths of
-    the linears that are left in these.
+    """All linears that some adapter touches, the adapters without modules that were trained in full and without gains,
+    and the paths of the linears that are left in these.
     """
     linears = merged_linears(problem.model, problem.adapters)
     low_rank = {
-        task: replace(adapter, factors={path: factor for path, factor in adapter.factors.items() if factor.rank})
+        task: replace(
+            adapter,
+            factors={
+                path: replace(factor, gain=None) if factor.gain is not None else factor
+                for path, factor in adapter.factors.items()
+                if factor.rank
+            },
+        )
         for task, adapter in problem.adapters.items()
     }
     return linears, low_rank, [path for path in linears if present(low_rank, path)]
@@ -111,8 +118,8 @@ def with_the_rest(
     averages: Averages,
     weights: Mapping[str, float] | None = None,
 ) -> Factor:
-    """A method's update of one linear, none if there is none, with the biases of the adapters and their updates of the
-    whole weight added as :func:`gradient_free` says.
+    """A method's update of one linear, none if there is none, with the biases and gains of the adapters and their
+    updates of the whole weight added as :func:`gradient_free` says.
 
     Raises:
         ValueError: naming the module, if the update is not finite.
@@ -120,7 +127,7 @@ def with_the_rest(
     merged = merged or empty(linear)
     factors = present(adapters, path)
     parts: dict[str, Tensor | None] = {}
-    for part in ("bias", "dense"):
+    for part in ("bias", "dense", "gain"):
         held = {task: factor for task, factor in factors.items() if getattr(factor, part) is not None}
         shares = {task: 1.0 if weights is None else weights[task] for task in held}
         divisor = {False: 1, True: len(held), "weight": sum(shares.values())}[averages] or 1
@@ -134,8 +141,13 @@ def with_the_rest(
     if parts["dense"] is not None and merged.dense is not None:
         parts["dense"] = parts["dense"] + merged.dense
     assert merged.scaling == 1.0, "methods fold scalings into the factors"
-    whole = replace(merged, bias=parts["bias"], dense=merged.dense if parts["dense"] is None else parts["dense"])
-    for value in (whole.A, whole.B, whole.bias, whole.dense):
+    whole = replace(
+        merged,
+        bias=parts["bias"],
+        dense=merged.dense if parts["dense"] is None else parts["dense"],
+        gain=parts["gain"],
+    )
+    for value in (whole.A, whole.B, whole.bias, whole.dense, whole.gain):
         if value is not None and not torch.isfinite(value).all():
             raise ValueError(
                 f"scale: the merged update of {path} is not finite with scale={scale:g}; "

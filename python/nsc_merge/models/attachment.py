@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, MergedLoRALinear
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.models.bases.quantised import Linear, activations_of, is_linear, is_quantised, keeping_gradients
+from nsc_merge.models.bases.quantised import (
+    Linear,
+    activations_of,
+    is_linear,
+    is_quantised,
+    keeping_gradients,
+    stored_or_dequantised,
+)
 from nsc_merge.models.bases.sharded import unit_of
 from nsc_merge.models.bases.stored_weights import (
     FLOATS,
@@ -22,10 +29,9 @@ from nsc_merge.models.bases.stored_weights import (
     is_plain,
     offloading,
 )
-from nsc_merge.models.bases.transposed import as_linear, is_transposed
 from nsc_merge.models.folded_linear import Folded
-from nsc_merge.models.forward_contexts import eager
-from nsc_merge.models.merged_whole import MergedWhole, Site, site_of, why_not
+from nsc_merge.models.forward_contexts import eager, wrapper_of
+from nsc_merge.models.merged_whole import MergedWhole, Site, instead, is_part, merged_at
 
 Measure = Callable[[str, Tensor, Tensor], None]
 
@@ -34,7 +40,8 @@ class MeasuredLoRALinear(MergedLoRALinear):
     """A merged linear that hands ``quad [..., K]`` and ``sqnorm [...]`` of its input to a callback.
 
     Beyond the low-rank updates of its bank it can hold, per adapter, an update of the bias and, for a layer
-    that was trained in full, of the whole weight. The same coefficients scale them.
+    that was trained in full, of the whole weight; and of DoRA, a gain of what the base's weight gives. The same
+    coefficients scale them.
 
     Attributes:
         path: of the linear in the model.
@@ -42,6 +49,8 @@ class MeasuredLoRALinear(MergedLoRALinear):
         folded: what computes the linear and its low-rank updates in one where that pays, while it is not measured.
         biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
         denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
+        gains: ``[K, d_out]``, if some adapter has one.
+        offset: the base's bias, which no gain counts for, if there are gains and the base has one.
         weight_taken: whether somebody asked for :attr:`weight`, perhaps to compute with it unseen.
     """
 
@@ -50,6 +59,8 @@ class MeasuredLoRALinear(MergedLoRALinear):
     folded: Folded | None = None
     biases: Tensor | None = None
     denses: Tensor | None = None
+    gains: Tensor | None = None
+    offset: Tensor | None = None
     weight_taken: bool = False
 
     @property
@@ -67,6 +78,8 @@ class MeasuredLoRALinear(MergedLoRALinear):
         shares = torch.cat([one.expand(rank) for one, rank in zip(self.lam, self.bank.ranks, strict=True)])
         scaled = Bt * shares[:, None]
         merged = own + scaled.t() @ A.to(scaled)
+        if self.gains is not None:
+            merged = merged + (self.lam @ self.gains)[:, None] * own
         if self.denses is not None:
             merged = merged + torch.tensordot(self.lam, self.denses.to(self.lam), 1)
         return merged.to(own.dtype)
@@ -95,6 +108,10 @@ class MeasuredLoRALinear(MergedLoRALinear):
             stacked = self.denses.flatten(0, 1).to(z.dtype)
             shares = nn.functional.linear(z, stacked).unflatten(-1, self.denses.shape[:2])
             y = y + (self.lam[:, None] * shares).sum(-2).to(y.dtype)
+        if self.gains is not None:
+            given = self.linear(z).to(y.dtype)
+            given = given if self.offset is None else given - self.offset.to(y.dtype)
+            y = y + ((self.lam @ self.gains) * given).to(y.dtype)
         if self.biases is not None:
             y = y + (self.lam @ self.biases.to(self.lam.dtype)).to(y.dtype)
         return y
@@ -132,25 +149,26 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
         TypeError: if the module at a path is no linear, or one of tensor parallelism.
     """
     if hasattr(model, "_orig_mod"):
-        raise ValueError(f"model: expected a model, found {type(model).__name__}{_wrapped(model)}")
+        raise ValueError(f"model: expected a model, found {type(model).__name__}{wrapper_of(model)}")
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
         unknown = [path for path in adapter.factors if path not in modules]
         if unknown:
             raise ValueError(
                 f"adapters[{name!r}]: {len(unknown)} of {len(adapter.factors)} adapted modules are not in "
-                f"{type(model).__name__}, for example {unknown[0]!r}" + _wrapped(model)
+                f"{type(model).__name__}, for example {unknown[0]!r}" + wrapper_of(model)
             )
         for path, factor in adapter.factors.items():
-            linear = _merged_at(modules[path])
+            linear = merged_at(modules[path])
             if factor.magnitude is not None:
                 raise ValueError(
-                    f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it a plain one"
+                    f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it one of "
+                    "the base's weight"
                 )
-            if not (isinstance(linear, Site) or is_linear(linear)) or _is_part(modules[path]):
+            if not (isinstance(linear, Site) or is_linear(linear)) or is_part(modules[path]):
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected a linear, embedding, norm or convolution, found "
-                    f"{type(linear).__module__}.{type(linear).__name__}{_instead(modules[path])}"
+                    f"{type(linear).__module__}.{type(linear).__name__}{instead(modules[path])}"
                 )
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
@@ -159,25 +177,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                     f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
                 )
     touched = {path for adapter in adapters.values() for path in adapter.factors}
-    return {path: _merged_at(module) for path, module in modules.items() if path in touched}
-
-
-def _merged_at(module: nn.Module) -> Any:
-    """What an update is merged into at a module: the linear itself, one in place of a Conv1D, or a :class:`Site`."""
-    return as_linear(module) if is_transposed(module) else site_of(module) or module
-
-
-def _is_part(module: nn.Module) -> bool:
-    """Whether a module says of itself, as Megatron's and vLLM's do, that it holds a process's part of a linear."""
-    return hasattr(module, "input_size_per_partition") or hasattr(module, "output_size_per_partition")
-
-
-def _instead(module: nn.Module) -> str:
-    if _is_part(module):
-        return ", one process's part of a tensor-parallel linear; merge before the model is distributed"
-    if reason := why_not(module):
-        return f" with {reason}; expected adapters that leave it out"
-    return "; the PeftModel's unload() takes the adapters off" if hasattr(module, "base_layer") else ""
+    return {path: merged_at(module) for path, module in modules.items() if path in touched}
 
 
 def is_computed_with(model: nn.Module, path: str) -> bool:
@@ -186,20 +186,6 @@ def is_computed_with(model: nn.Module, path: str) -> bool:
     """
     linear, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     return isinstance(parent, nn.MultiheadAttention) or getattr(linear, "weight_taken", False)
-
-
-def _wrapped(model: nn.Module) -> str:
-    """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise."""
-    if any("_orig_mod" in path.split(".") for path, _ in model.named_modules()):
-        return (
-            "; of a module that torch.compile wrapped, expected the one inside (_orig_mod), or one compiled in place "
-            "with its compile()"
-        )
-    if isinstance(getattr(model, "module", None), nn.Module):
-        return "; of a wrapper such as DistributedDataParallel, expected its .module"
-    if hasattr(model, "peft_config"):
-        return "; of a PeftModel, expected the base model, as its unload() gives it"
-    return ""
 
 
 @contextmanager
@@ -242,7 +228,8 @@ def attach(
         try:
             for path, linear in linears.items():
                 kind = _activations_of(model, path, linear)
-                merged[path] = _merged_linear(path, linear, *kind, adapters, values)
+                offset = _offset(model, path, linear, kind[1], adapters)
+                merged[path] = _merged_linear(path, linear, *kind, adapters, values, offset)
             _set_requires_grad(trainable, False)
             for path, module in merged.items():
                 _replace(model, path, module)
@@ -298,6 +285,7 @@ def _merged_linear(
     device: torch.device,
     adapters: Mapping[str, Adapter],
     values: Mapping[str, float],
+    offset: Tensor | None,
 ) -> MeasuredLoRALinear | MergedWhole:
     absent = Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
@@ -330,7 +318,21 @@ def _merged_linear(
     module.path = path
     module.biases = _stacked([factor.bias_delta() for factor in factors], bank.A)
     module.denses = _stacked([factor.dense for factor in factors], bank.A)
+    # As wide as the coefficients, small as they are.
+    gains = _stacked([None if one.gain is None else one.scaling * one.gain for one in factors], lam)
+    if gains is not None:
+        module.gains, module.offset = gains, offset
     return module
+
+
+def _offset(
+    model: nn.Module, path: str, linear: Linear, device: torch.device, adapters: Mapping[str, Adapter]
+) -> Tensor | None:
+    """The bias of a linear that has gains, at hand also where its weights are offloaded or in shards."""
+    held = [adapter.factors[path] for adapter in adapters.values() if path in adapter.factors]
+    if getattr(linear, "bias", None) is None or all(factor.gain is None for factor in held):
+        return None
+    return stored_or_dequantised(model, f"{path}.bias").whole().to(device)
 
 
 def _stacked(updates: Sequence[Tensor | None], like: Tensor) -> Tensor | None:

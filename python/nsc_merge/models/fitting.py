@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.algebra.low_rank import rows_of
 from nsc_merge.models.bases.quantised import Linear, is_linear, stored_or_dequantised
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.families import find_family
@@ -28,7 +29,12 @@ def fit(
 
     Module names of older releases of transformers, and of the same model with or without its head, become
     those of ``model``; a path that no rule helps is kept, for :func:`nsc_merge.models.attachment.adapted_linears` to
-    refuse by name. DoRA updates become plain ones.
+    refuse by name.
+
+    DoRA runs ``m * (W + s B A) / norm`` with the norms of the rows. That is ``W + gain * W + (1 + gain) * s B A`` with
+    ``gain = m / norm - 1``, so that each becomes an exact update, which scales with its coefficient and adds to others;
+    :attr:`nsc_merge.adapters.Adapter.dora` may ask for plain ones instead. A merge of directions and magnitudes apart,
+    renormalised by the merged weight, is another one.
 
     Of the modules trained in full (``modules_to_save``), those of the base's own are shared by all tasks and become
     dense updates; the others are heads and stay in :attr:`Adapter.trained`. The base's own are all that the model
@@ -66,9 +72,9 @@ def fit(
         check_base(task, adapter.base_weights, model)
         for path, factor in factors.items():
             module = modules.get(path)
-            if factor.magnitude is not None and module is not None and is_linear(module):
-                factors[path], error = _without_dora(task, path, factor, module, model)
-                notes.append(f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}")
+            if factor.magnitude is not None and module is not None:
+                factors[path], note = _of_dora(task, path, factor, module, model, exact=adapter.dora != "convert")
+                notes += [note] if note else []
         shared, about = updates_of_whole(task, {k: v for k, v in trained.items() if k in own}, model)
         twice = sorted(shared.keys() & factors.keys())
         if twice:
@@ -181,23 +187,44 @@ def _renamed_parameters(
     return renamed
 
 
-def _without_dora(
-    task: str, path: str, factor: Factor, linear: Linear, model: nn.Module
-) -> tuple[Factor, float]:
-    """The best update of the same rank in place of DoRA's, and its relative error."""
+def _of_dora(
+    task: str, path: str, factor: Factor, linear: Linear, model: nn.Module, *, exact: bool
+) -> tuple[Factor, str]:
+    """The update that a linear with DoRA makes: exact, or the best plain one of the same rank and a note of its error.
+
+    Raises:
+        ValueError: if the module is no linear, or a shape does not fit, or if a row has no norm to divide by.
+    """
     assert factor.magnitude is not None
+    if not is_linear(linear):
+        raise ValueError(
+            f"adapters[{task!r}]: {path}: DoRA on {type(linear).__name__} is not merged, expected it on linears that "
+            "keep their weight as nn.Linear does; train with use_dora=False, or leave this task out of the merge"
+        )
     if (linear.out_features, linear.in_features) != (factor.B.shape[0], factor.A.shape[1]):
         raise ValueError(
             f"adapters[{task!r}]: {path}: expected an update of shape {[linear.out_features, linear.in_features]}, "
             f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
         )
-    base = stored_or_dequantised(model, f"{path}.weight").whole().double().cpu()
-    moved = base + factor.delta().cpu()
-    moved *= (factor.magnitude.double().cpu() / moved.norm(dim=1))[:, None]
+    weight = stored_or_dequantised(model, f"{path}.weight")
+    norms = weight.row_norms(rows_of([(1.0, factor)], weight.device))
+    if not norms.all():
+        raise ValueError(
+            f"adapters[{task!r}]: {path}: DoRA divides by the norms of the rows of the base's weight with the update, "
+            f"expected them above 0, found 0 in row {int(norms.argmin())}; leave this task out of the merge"
+        )
+    grown = factor.magnitude.double().cpu() / norms
+    if exact:
+        # As wide as they were read: methods multiply factors of different tasks.
+        kind = torch.promote_types(torch.promote_types(factor.A.dtype, factor.B.dtype), torch.float32)
+        B = (grown[:, None] * factor.scaling * factor.B.double().cpu()).to(kind)
+        gain = grown - 1
+        return replace(factor, A=factor.A.to(kind), B=B, scaling=1.0, magnitude=None, gain=gain), ""
+    base = weight.whole().double().cpu()
+    moved = (base + factor.delta().cpu()).mul_(grown[:, None])
     left, sigma, right = torch.linalg.svd(moved - base, full_matrices=False)
     kept = min(factor.rank, sigma.numel())
     roots = sigma[:kept].sqrt()
     converted = Factor((roots[:, None] * right[:kept]).float(), (left[:, :kept] * roots).float(), 1.0)
-    return converted, float(sigma[kept:].norm() / sigma.norm()) if sigma.any() else 0.0
-
-
+    error = float(sigma[kept:].norm() / sigma.norm()) if sigma.any() else 0.0
+    return converted, f"{path}: DoRA converted at rank {factor.rank}, relative error {error:.3g}"

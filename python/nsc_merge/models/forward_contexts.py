@@ -237,3 +237,17 @@ def without_key_value_cache(model: nn.Module) -> Iterator[None]:
 def _caching(module: nn.Module) -> Any:
     config = getattr(module, "config", None)
     return config if getattr(config, "use_cache", False) is True else None
+
+
+def wrapper_of(model: nn.Module) -> str:
+    """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise."""
+    if any("_orig_mod" in path.split(".") for path, _ in model.named_modules()):
+        return (
+            "; of a module that torch.compile wrapped, expected the one inside (_orig_mod), or one compiled in place "
+            "with its compile()"
+        )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return "; of a wrapper such as DistributedDataParallel, expected its .module"
+    if hasattr(model, "peft_config"):
+        return "; of a PeftModel, expected the base model, as its unload() gives it"
+    return ""

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from nsc_kernels import AdapterBank
 from nsc_merge.models.bases.quantised import is_linear
+from nsc_merge.models.bases.transposed import as_linear, is_transposed
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,24 @@ def why_not(module: nn.Module) -> str:
     return ""
 
 
+def merged_at(module: nn.Module) -> Any:
+    """What an update is merged into at a module: the linear itself, one in place of a Conv1D, or a :class:`Site`."""
+    return as_linear(module) if is_transposed(module) else site_of(module) or module
+
+
+def is_part(module: nn.Module) -> bool:
+    """Whether a module says of itself, as Megatron's and vLLM's do, that it holds a process's part of a linear."""
+    return hasattr(module, "input_size_per_partition") or hasattr(module, "output_size_per_partition")
+
+
+def instead(module: nn.Module) -> str:
+    if is_part(module):
+        return ", one process's part of a tensor-parallel linear; merge before the model is distributed"
+    if reason := why_not(module):
+        return f" with {reason}; expected adapters that leave it out"
+    return "; the PeftModel's unload() takes the adapters off" if hasattr(module, "base_layer") else ""
+
+
 class MergedWhole(nn.Module):
     """An embedding, norm or convolution whose weight is the base's plus every adapter's update times its coefficient.
 
@@ -71,13 +90,15 @@ class MergedWhole(nn.Module):
         module: the base's.
         lam: coefficients ``[K]``.
         bank: empty; says where the coefficients are needed.
-        path, measure, folded, biases, denses: as of a merged linear, which stands beside it; nothing is measured.
+        path, measure, folded, gains, biases, denses: as of a merged linear, which stands beside it; nothing is
+            measured, and nothing has gains.
         linear: ``module``, under the name that a merged linear has it by.
     """
 
     path: str = ""
     measure = None
     folded = None
+    gains = None
 
     def __init__(self, module: nn.Module, lam: Tensor, bank: AdapterBank, low_rank: list[tuple[int, Tensor, Tensor]]):
         """Args: ``low_rank`` has number of the adapter, ``scaling * A [r, d]`` and ``B [rows, r]``."""

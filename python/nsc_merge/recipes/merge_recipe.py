@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.adapters import DORA
 from nsc_merge.recipes.adapter_keys import (
     HubAdapter,
     absolute_adapter,
@@ -117,7 +118,7 @@ class Recipe(Placed):
     method: str = "nsc"
     options: dict[str, Any] = field(default_factory=dict)
     shared_modules: str = "lambda"
-    dora: str = "refuse"
+    dora: str = "exact"
     added_tokens: str = "refuse"
     full_hash: bool = False
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -209,7 +210,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         method=text(document, "method", default="nsc"),
         options=options,
         shared_modules=choice(document, "shared_modules", ("lambda", "mean", "first")),
-        dora=choice(document, "dora", ("refuse", "convert")),
+        dora=choice(document, "dora", DORA),
         added_tokens=choice(document, "added_tokens", ("refuse", "mean", "first", "base")),
         full_hash=flag(document, "full_hash", "", False),
         labels=labels_in(document, adapters),

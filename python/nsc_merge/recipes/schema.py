@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from nsc_merge.adapters import DORA
 from nsc_merge.calibration.raw.settings import SIDES, DataSettings
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.models.fitting import SHARED_POLICIES
@@ -60,7 +61,7 @@ def schema() -> Schema:
         },
         "options": {"type": ["object", "null"], "description": "Of the method."},
         "shared_modules": _enum(SHARED_POLICIES, Recipe.shared_modules),
-        "dora": _enum(("refuse", "convert"), Recipe.dora),
+        "dora": _enum(DORA, Recipe.dora),
         "added_tokens": _enum(ADDED_TOKENS, Recipe.added_tokens),
         "dtype": _enum(DTYPES, Placed.dtype),
         "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$", "default": Placed.device},

@@ -183,9 +183,10 @@ class MergedUpdate:
 
     def delta(self, path: str) -> Tensor:
         """The merged update of one linear, ``[d_out, d_in]`` in float64: ``sum_k lam_k s_k B_k A_k`` where there are
-        coefficients.
+        coefficients; with gains (DoRA), of :attr:`model`'s weight.
         """
-        return dense(self.terms(path))
+        weight = f"{path}.weight"
+        return dense(self.terms(path), lambda *rows: stored_or_dequantised(self.model, weight).rows(*rows))
 
     def bias_delta(self, path: str) -> Tensor | None:
         """The merged update ``sum_k lam_k s_k b_k`` of a linear's bias, ``[d_out]`` in float64, if any."""
@@ -276,7 +277,8 @@ class MergedUpdate:
         path, _, part = name.rpartition(".")
         if part == "weight":
             turned = is_transposed(self.model.get_submodule(path))
-            rows = rows_of(((lam, transposed(one) if turned else one) for lam, one in self.terms(path)), place.device)
+            terms = ((lam, transposed(one) if turned else one) for lam, one in self.terms(path))
+            rows = rows_of(terms, place.device, place.rows)
             # A norm's weight is the one column of its update, a convolution's has the kernel's dimensions.
             return lambda begin, end: rows(begin, end).reshape(-1, *place.values.shape[1:])
         update = self.bias_delta(path)
@@ -314,8 +316,7 @@ class MergedUpdate:
             )
 
     def rank_errors(self, rank: int) -> dict[str, float]:
-        """Relative error (Frobenius) per module of an adapter of ``rank``; 0 where it is exact.
-        """
+        """Relative error (Frobenius) per module of an adapter of ``rank``; 0 where it is exact, as gains are."""
         paths = (path for path in self.paths if not self.is_whole(path))
         return {path: low_rank(self.terms(path), rank)[2] for path in paths}
 

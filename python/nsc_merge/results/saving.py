@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
-from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
+from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank, total_gain
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
@@ -25,6 +25,7 @@ from nsc_merge.results.beside.model_card import model_card
 from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
 from nsc_merge.results.beside.preprocessing import write_preprocessing
 from nsc_merge.results.beside.record import merge_digest, recipe_of
+from nsc_merge.results.dora_adapter import as_dora, check_as_adapter, has_gains
 from nsc_merge.results.layout import (
     CARD_FILE,
     COEFFICIENTS_FILE,
@@ -80,8 +81,11 @@ def save(
             raise ValueError(f"adapters[{task!r}]: expected a name that UTF-8 can hold, found half a character in it")
     if rank is None and "lora" in wanted:
         _refuse_full_rank(result)
-    if "model" in wanted or ("lora" in wanted and any(map(result.is_whole, result.paths))):
+    gains = has_gains(result)
+    if "model" in wanted or ("lora" in wanted and (gains or any(map(result.is_whole, result.paths)))):
         result.check_base()
+    if gains and "lora" in wanted:
+        check_as_adapter(result)
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
         raise ValueError(f"head: expected a task that brought a head, of {list(heads)}, found {head!r}")
@@ -228,11 +232,13 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         bias = result.bias_delta(path)
         if A.shape[0] == 0:
             # PEFT has no adapters of rank 0. Leaving the module out says the same, unless it has a bias.
-            if bias is None:
+            if bias is None and total_gain(result.terms(path)) is None:
                 continue
             A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
         # As they are written: all of them in float64 would take as much again.
         factors[path] = Factor(A.float(), B.float(), 1.0, bias)
+    if has_gains(result):
+        factors = as_dora(result, factors)
     if not factors and not whole and head is None:
         raise ValueError(f"format 'lora': the update of method {result.method!r} is zero, there is nothing to save")
     merged = result.merged(result.model, whole) if whole else {}

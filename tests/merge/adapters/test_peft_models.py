@@ -212,7 +212,7 @@ def test_dora_in_memory_is_converted_as_from_its_folder(tmp_path):
     model = wrapped(use_dora=True)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_dora=True is refused"):
-        nsc_merge.load_adapter(model, "a")
+        nsc_merge.load_adapter(model, "a", dora="refuse")
     held, saved = (nsc_merge.load_adapter(source, "a", dora="convert") for source in (model, tmp_path))
     for path, factor in saved.factors.items():
         assert torch.equal(factor.magnitude, held.factors[path].magnitude)
@@ -220,7 +220,7 @@ def test_dora_in_memory_is_converted_as_from_its_folder(tmp_path):
     # PEFT keeps what a layer runs apart from the configuration.
     model.peft_config["default"].use_dora = False
     with pytest.raises(ValueError, match="q_proj runs DoRA"):
-        nsc_merge.load_adapter(model, "a")
+        nsc_merge.load_adapter(model, "a", dora="refuse")
 
 
 def test_adapters_without_values_are_refused(folders):

@@ -90,7 +90,7 @@ def test_a_tensor_that_would_be_ignored_fails_the_load(folders, key):
 def test_dora_is_refused_with_the_reason(write_adapter):
     folder = write_adapter("dora", 1, use_dora=True)
     with pytest.raises(ValueError, match="use_dora=True is refused: DoRA rescales each row"):
-        load_adapter(folder, "dora")
+        load_adapter(folder, "dora", dora="refuse")
 
 
 @pytest.mark.parametrize(

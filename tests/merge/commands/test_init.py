@@ -279,11 +279,11 @@ def test_another_base_than_the_adapters_name_is_a_warning(at, capsys):
     assert "# WARNING one: trained on" in Path("recipe.yaml").read_text(encoding="utf-8")
 
 
-def test_dora_is_converted_and_said(at):
+def test_dora_is_exact_and_said(at):
     place = at("llama")
     write_adapters(place / "base", place / "dora", "llama", use_dora=True)
     assert main(["init", "dora/one", "--base", "base"]) == 0
-    assert written()["dora"] == "convert"
+    assert written()["dora"] == "exact"
     assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
 
 

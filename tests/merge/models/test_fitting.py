@@ -276,7 +276,7 @@ def test_dora_is_converted_on_request(tmp_path):
     model = build("llama")
     folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "v_proj"], use_dora=True)
     with pytest.raises(ValueError, match="use_dora=True is refused"):
-        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
+        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", dora="refuse")
     result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0, dora="convert")
     exact = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
     adapter = result.adapters["a"]
@@ -292,7 +292,7 @@ def test_dora_is_converted_on_request(tmp_path):
         nsc_merge.attach(model, {"a": nsc_merge.load_adapter(folder, "a", dora="convert")}, 0.4),
     ):
         pass
-    with pytest.raises(ValueError, match="dora: expected 'refuse' or 'convert'"):
+    with pytest.raises(ValueError, match="dora: expected one of "):
         nsc_merge.load_adapter(folder, "a", dora="ignore")
 
 

@@ -240,7 +240,7 @@ def recipes(draw) -> dict:
         ),
         "batch_size": st.integers(-1, 64),
         "shared_modules": st.sampled_from(["lambda", "mean", "first", "last"]),
-        "dora": st.sampled_from(["refuse", "convert", "keep"]),
+        "dora": st.sampled_from(["exact", "refuse", "convert", "keep"]),
         "added_tokens": st.sampled_from(["refuse", "mean", "first", "base", "all"]),
         "dtype": st.sampled_from([*DTYPES, "int8"]),
         "device": st.sampled_from(["auto", "cpu"]),

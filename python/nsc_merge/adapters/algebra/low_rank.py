@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -28,18 +29,29 @@ def concatenated(terms: Iterable[Term]) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def rows_of(terms: Iterable[Term], device: torch.device | str = "cpu") -> Rows:
+def total_gain(terms: Iterable[Term]) -> Tensor | None:
+    """The sum of the gains ``[d_out]`` in float64, if there is one."""
+    gains = [lam * factor.scaling * factor.gain.double() for lam, factor in terms if factor.gain is not None]
+    return torch.stack(gains).sum(0) if gains else None
+
+
+def rows_of(terms: Iterable[Term], device: torch.device | str = "cpu", base: Rows | None = None) -> Rows:
     """The sum ``[d_out, d_in]`` some rows at a time, on ``device``: one product of the concatenated factors, so that
-    nothing of the width of the layer is kept for each term.
+    nothing of the width of the layer is kept for each term. Gains scale rows of the weight that ``base`` gives.
     """
     held = list(terms)
     A, B = (part.to(device) for part in concatenated(held))
     denses = [(lam * factor.scaling, factor.dense) for lam, factor in held if factor.dense is not None]
 
+    gain = total_gain(held)
+    assert gain is None or base is not None, "a gain is of the base's weight"
+
     def rows(begin: int, end: int) -> Tensor:
         total = B[begin:end] @ A
         for share, matrix in denses:
             total.add_(matrix[begin:end].to(device).double(), alpha=share)
+        if gain is not None and base is not None:
+            total.addcmul_(base(begin, end).to(device).double(), gain[begin:end, None].to(device))
         return total
 
     return rows
@@ -51,20 +63,21 @@ def transposed(factor: Factor) -> Factor:
     return Factor(factor.B.t(), factor.A.t(), factor.scaling, dense=held)
 
 
-def dense(terms: Iterable[Term]) -> Tensor:
-    """The sum as a matrix ``[d_out, d_in]`` in float64."""
+def dense(terms: Iterable[Term], base: Rows | None = None) -> Tensor:
+    """The sum as a matrix ``[d_out, d_in]`` in float64; ``base`` as in :func:`rows_of`."""
     held = list(terms)
-    return rows_of(held)(0, held[0][1].B.shape[0])
+    return rows_of(held, base=base)(0, held[0][1].B.shape[0])
 
 
 def low_rank(terms: Iterable[Term], rank: int) -> tuple[Tensor, Tensor, float]:
     """``A [r, d_in]``, ``B [d_out, r]`` with r <= ``rank`` next to the sum, and their relative Frobenius error.
 
-    The best of that rank; of a wide update that has no factors, as good as a few subspace iterations find it.
+    The best of that rank; of a wide update that has no factors, as good as a few subspace iterations find it. Gains
+    (:func:`total_gain`) are no part of it.
     """
     held = list(terms)
     if any(factor.dense is not None for _, factor in held):
-        return _low_rank_of_dense(dense(held), rank)
+        return _low_rank_of_dense(dense([(lam, replace(factor, gain=None)) for lam, factor in held]), rank)
     A, B = concatenated(held)
     if A.shape[0] <= rank:
         return A, B, 0.0

@@ -86,9 +86,11 @@ class Modulated(Mapping[str, Factor]):
     def __getitem__(self, path: str) -> Factor:
         if path not in self.shared.adapters[self.task].factors:
             return self.own[path]
-        bias = self.own[path].bias_delta()
+        own = self.own[path]
+        bias = own.bias_delta()
+        gain = None if own.gain is None else own.scaling * own.gain
         update = self.shared.masked(path, self.task, self.rescale)
-        return replace(dense_factor(update), bias=bias if bias is None else bias.float())
+        return replace(dense_factor(update), bias=bias if bias is None else bias.float(), gain=gain)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.own)

@@ -100,14 +100,22 @@ class Stored:
         """Some of them, by the first dimension."""
         return self.values[begin:end]
 
-    def tiles(self, update: Rows) -> Iterator[Tensor]:
-        """With ``update`` added in float64 and rounded once, some rows after others."""
+    def sums(self, update: Rows) -> Iterator[Tensor]:
+        """With ``update`` added in float64, some rows after others."""
         count, *width = self.values.shape
         tile = _TILE if self.device.type == "cpu" else _TILE_ON_A_GPU
         step = max(tile // (8 * max(math.prod(width), 1)), 16)
         for begin in range(0, count, step):
             end = min(begin + step, count)
-            yield update(begin, end).add_(self.rows(begin, end)).to(self.values.dtype)
+            yield update(begin, end).add_(self.rows(begin, end))
+
+    def tiles(self, update: Rows) -> Iterator[Tensor]:
+        """All of :meth:`sums`, rounded once."""
+        return (rows.to(self.values.dtype) for rows in self.sums(update))
+
+    def row_norms(self, update: Rows) -> Tensor:
+        """Norms of the rows of :meth:`sums`, in float64 on the CPU."""
+        return torch.cat([rows.norm(dim=1).cpu() for rows in self.sums(update)])
 
     def plus(self, update: Rows) -> Tensor:
         """All of :meth:`tiles` in one, as :meth:`write` takes them."""
@@ -140,6 +148,12 @@ class Sharded(Stored):
     def whole(self) -> Tensor:
         values: Any = self.values
         return values.full_tensor()
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return self.whole()[begin:end]
+
+    def row_norms(self, update: Rows) -> Tensor:
+        return Stored(self.whole()).row_norms(update)
 
     def plus(self, update: Rows) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate

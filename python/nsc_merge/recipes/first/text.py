@@ -62,8 +62,8 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     said = {one.name: one.said if alike else f"{one.said}, {one.modules}" for one in found.tasks}
     yaml.entries({one.name: (_relative(one.source, folder), said[one.name]) for one in found.tasks}, 2)
     if any(task.has_dora for task in found.tasks):
-        yaml.section("DoRA has no exact place in a sum of updates: each is replaced by the nearest plain update.")
-        yaml.entries({"dora": ("convert", "")})
+        yaml.section("DoRA is merged as it is; the adapter saved is then DoRA, too, which vLLM does not serve.")
+        yaml.entries({"dora": ("exact", "or convert: the nearest plain LoRA of the same rank")})
     shared = sorted({path for one in found.tasks for path in one.whole if path not in found.heads.get(one.name, ())})
     if shared:
         yaml.section(f"Trained in full, and the base's own: {_some(shared)}.")

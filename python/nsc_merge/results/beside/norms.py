@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Factor
+from nsc_merge.adapters.algebra.low_rank import Rows
+from nsc_merge.models.bases.quantised import stored_or_dequantised
 from nsc_merge.results.merged_update import MergedUpdate
 
 # Rows of an update of full rank that are looked at at a time.
@@ -44,11 +47,12 @@ def norm_kept(result: MergedUpdate) -> Kept:
     for path in result.paths:
         held = [number for number, task in enumerate(tasks) if path in result.adapters[task].factors]
         factors = [result.adapters[tasks[number]].factors[path] for number in held]
+        base = functools.partial(_base_rows, result, path)
         if result.factors:
             places = torch.tensor([*held, len(tasks)])
-            products[places[:, None], places] += inner_products([*factors, result.factors[path]])
+            products[places[:, None], places] += inner_products([*factors, result.factors[path]], base)
             continue
-        gram = inner_products(factors)
+        gram = inner_products(factors, base)
         shares = torch.tensor([share for share, _ in result.terms(path)], dtype=torch.float64)
         places = torch.tensor(held)
         products[places[:, None], places] += gram
@@ -64,8 +68,13 @@ def norm_kept(result: MergedUpdate) -> Kept:
     )
 
 
-def inner_products(factors: Sequence[Factor]) -> Tensor:
-    """Inner products (Frobenius) of the updates of one linear with each other, on the CPU.
+def _base_rows(result: MergedUpdate, path: str, begin: int, end: int) -> Tensor:
+    return stored_or_dequantised(result.model, f"{path}.weight").rows(begin, end)
+
+
+def inner_products(factors: Sequence[Factor], base: Rows | None = None) -> Tensor:
+    """Inner products (Frobenius) of the updates of one linear with each other, on the CPU; gains are of the weight
+    whose rows ``base`` gives.
 
     Of low-rank updates they follow from products of the factors, no larger than the sum of the ranks: ``<B A, D C>`` is
     the sum of the entries of ``(B^T D) * (A C^T)``.
@@ -77,18 +86,28 @@ def inner_products(factors: Sequence[Factor]) -> Tensor:
     blocks = torch.nn.functional.one_hot(owner, len(factors)).double()
     gram = blocks.t() @ ((B.t() @ B) * (A @ A.t())).cpu() @ blocks
     single_A, single_B = A.float(), B.float()
-    for number, factor in enumerate(factors):
-        if factor.dense is None:
-            continue
-        # In single precision, whose error is no figure of a card: it would take as long again as writing the update.
-        for begin in range(0, B.shape[0], _ROWS):
-            rows = factor.scaling * factor.dense[begin : begin + _ROWS].to(place, torch.float32)
-            read = (single_B[begin : begin + _ROWS].t() @ rows).mul_(single_A).sum(1, dtype=torch.float64)
+    wide = [number for number, factor in enumerate(factors) if factor.dense is not None or factor.gain is not None]
+    # In single precision, whose error is no figure of a card: it would take as long again as writing the update.
+    for begin in range(0, B.shape[0] if wide else 0, _ROWS):
+        end = min(begin + _ROWS, B.shape[0])
+        held = {number: _rows_of_full_rank(factors[number], begin, end, base).to(place) for number in wide}
+        for number, rows in held.items():
+            read = (single_B[begin:end].t() @ rows).mul_(single_A).sum(1, dtype=torch.float64)
             with_low_rank = blocks.t() @ read.cpu()
             gram[number] += with_low_rank
             gram[:, number] += with_low_rank
-            for other, second in enumerate(factors):
-                if second.dense is not None:
-                    same = second.scaling * second.dense[begin : begin + _ROWS].to(place, torch.float32)
-                    gram[number, other] += float((rows * same).sum(dtype=torch.float64))
+            for other, same in held.items():
+                gram[number, other] += float((rows * same).sum(dtype=torch.float64))
     return gram
+
+
+def _rows_of_full_rank(factor: Factor, begin: int, end: int, base: Rows | None) -> Tensor:
+    """What an update is beside its factors: its dense part, and what its gain makes of the base's rows."""
+    parts = []
+    if factor.dense is not None:
+        parts.append(factor.dense[begin:end].float())
+    if factor.gain is not None:
+        assert base is not None, "a gain is of the base's weight"
+        rows = base(begin, end).float()
+        parts.append(factor.gain[begin:end, None].to(rows) * rows)
+    return factor.scaling * sum(parts[1:], parts[0])

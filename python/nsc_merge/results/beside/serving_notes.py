@@ -35,11 +35,16 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         rank: that the adapter is truncated to.
     """
     merges = [one for _, one in by_task(result)]
+    dora = any(factor.gain is not None for one in merges for path in one.paths for _, factor in one.terms(path))
     full = max((_rank(one, path) for one in merges for path in one.paths if not one.is_whole(path)), default=0)
     largest = full if rank is None else min(rank, full)
     whole = [path for path in result.paths if result.is_whole(path)]
     biased = any(factor.bias is not None for one in merges for path in one.paths for _, factor in one.terms(path))
     notes = [f"the adapter has rank {largest}"]
+    if dora:
+        notes.append(
+            "the adapter is DoRA, which PEFT loads and vLLM does not: save as a model, or merge with dora='convert'"
+        )
     if not _is_decoder(result.model):
         if whole:
             named = ", ".join(whole)
