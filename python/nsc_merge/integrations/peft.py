@@ -144,13 +144,19 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
             "unmerge_adapter() first"
         )
-    for setting in ("modules_to_save", "trainable_token_indices", "use_dora"):
+    for setting in ("modules_to_save", "trainable_token_indices"):
         trained = [name for name in adapters if getattr(held[name], setting, None)]
         if trained:
             raise ValueError(
                 f"adapters: {trained} have {setting}, which a LoRA adapter cannot hold merged; "
                 "nsc_merge.merge takes them from their folders"
             )
+    dora = [name for name in adapters if held[name].use_dora]
+    if dora:
+        raise ValueError(
+            f"adapters: {dora} are DoRA (use_dora), expected plain LoRA: what is registered here holds no magnitudes; "
+            "nsc_merge.merge takes them from their folders, and writes a DoRA adapter for load_adapter"
+        )
 
 
 def _translated(

@@ -34,7 +34,7 @@ def fit(
     DoRA runs ``m * (W + s B A) / norm`` with the norms of the rows. That is ``W + gain * W + (1 + gain) * s B A`` with
     ``gain = m / norm - 1``, so that each becomes an exact update, which scales with its coefficient and adds to others;
     :attr:`nsc_merge.adapters.Adapter.dora` may ask for plain ones instead. A merge of directions and magnitudes apart,
-    renormalised by the merged weight, is another one.
+    renormalised by the merged weight, is another one. Norms are in float64; PEFT has them in the weight's dtype.
 
     Of the modules trained in full (``modules_to_save``), those of the base's own are shared by all tasks and become
     dense updates; the others are heads and stay in :attr:`Adapter.trained`. The base's own are all that the model

@@ -6,7 +6,6 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -74,12 +73,19 @@ def both(model: nn.Module, tasks: dict[str, PeftModel]) -> nsc_merge.MergeResult
 
 def test_one_task_computes_what_peft_does(model: nn.Module, tasks: dict[str, PeftModel]) -> None:
     for name, peft in tasks.items():
-        expected = outputs(peft, text(1))
         result = nsc_merge.merge(model, {name: peft}, method="task_arithmetic", scale=1.0)
-        with nsc_merge.attach(model, result.adapters, 1.0):
-            torch.testing.assert_close(outputs(model, text(1)), expected, rtol=0, atol=1e-12)
         merged = result.apply(copy.deepcopy(model))
-        torch.testing.assert_close(outputs(merged, text(1)), expected, rtol=0, atol=1e-12)
+        # Layer by layer: LLaMA's norms round to float32, so that its outputs hide what is smaller.
+        with nsc_merge.attach(model, result.adapters, 1.0), torch.no_grad():
+            for path in result.paths:
+                own, base = peft.get_base_model().get_submodule(path), merged.get_submodule(path)
+                z = torch.randn(5, base.in_features, dtype=torch.float64)
+                expected = own(z)
+                assert float((expected - own.base_layer(z)).abs().max()) > 0.1
+                torch.testing.assert_close(model.get_submodule(path)(z), expected, rtol=0, atol=1e-12)
+                torch.testing.assert_close(base(z), expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(outputs(model, text(1)), outputs(peft, text(1)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(outputs(merged, text(1)), outputs(peft, text(1)), rtol=0, atol=1e-6)
 
 
 def test_two_tasks_are_the_sum_of_their_differences(
@@ -90,8 +96,12 @@ def test_two_tasks_are_the_sum_of_their_differences(
         wanted = 0.6 * (differences["a"][path] + differences["b"][path])
         torch.testing.assert_close(both.delta(path), wanted, rtol=0, atol=1e-13)
         torch.testing.assert_close(weights(merged, path), weights(model, path) + wanted, rtol=0, atol=1e-13)
-    with nsc_merge.attach(model, both.adapters, 0.6):
-        torch.testing.assert_close(outputs(model, text(2)), outputs(merged, text(2)), rtol=0, atol=1e-12)
+    with nsc_merge.attach(model, both.adapters, 0.6), torch.no_grad():
+        for path in both.paths:
+            z = torch.randn(5, model.get_submodule(path).in_features, dtype=torch.float64)
+            torch.testing.assert_close(
+                model.get_submodule(path)(z), merged.get_submodule(path)(z), rtol=0, atol=1e-12
+            )
     half, path = both.scaled(0.5), both.paths[0]
     torch.testing.assert_close(half.delta(path), both.delta(path) / 2)
 
@@ -173,20 +183,21 @@ def test_inner_products_count_gains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("ties", {"scale": 0.7}), ("dare", {"scale": 0.7}), ("knots_ties", {"scale": 0.7}), ("linear", {})],
+    ("method", "wanted_share"),
+    # Divided as the methods divide their updates.
+    [("ties", 0.35), ("dare", 0.7), ("knots_ties", 0.35), ("svd", 0.7)],
 )
 def test_methods_without_data_add_gains_as_task_arithmetic_does(
-    model: nn.Module, tasks: dict[str, PeftModel], both: nsc_merge.MergeResult, method: str, options: dict[str, Any]
+    model: nn.Module, tasks: dict[str, PeftModel], both: nsc_merge.MergeResult, method: str, wanted_share: float
 ) -> None:
-    result = nsc_merge.merge(model, tasks, method=method, **options)
+    result = nsc_merge.merge(model, tasks, method=method, scale=0.7)
     path = "model.layers.1.self_attn.v_proj"
     gains = [both.adapters[name].factors[path].gain for name in NAMES]
     merged = result.factors[path]
     assert merged.gain is not None
     share = float((merged.gain.double() @ sum(gains)) / (sum(gains) @ sum(gains)))
     torch.testing.assert_close(merged.gain.double(), share * sum(gains), rtol=1e-5, atol=1e-6)
-    assert share == pytest.approx(options.get("scale", share))
+    assert share == pytest.approx(wanted_share)
     bare = replace(merged, gain=None)
     wanted = bare.delta() + merged.gain.double()[:, None] * weights(model, path)
     torch.testing.assert_close(result.delta(path), wanted, rtol=0, atol=1e-12)
@@ -207,8 +218,10 @@ def test_nsc_and_regmean_merge_dora(model: nn.Module, tasks: dict[str, PeftModel
         merged = result.apply(copy.deepcopy(model))
         with nsc_merge.attach(model, result.adapters, 0.0) as linears:
             for path, linear in linears.items():
-                linear.lam.data = torch.tensor([result.coefficients[path][name] for name in NAMES]).double()
-            torch.testing.assert_close(outputs(model, text(5)), outputs(merged, text(5)), rtol=0, atol=1e-10)
+                row = [result.coefficients[path][name] for name in NAMES]
+                linear.lam.data = torch.tensor(row, dtype=torch.float64)
+                z = torch.randn(5, linear.in_features, dtype=torch.float64)
+                torch.testing.assert_close(linear(z), merged.get_submodule(path)(z), rtol=0, atol=1e-12)
     averaged = nsc_merge.merge(model, tasks, data, method="regmean")
     assert all(averaged.factors[path].gain is not None for path in averaged.paths)
 

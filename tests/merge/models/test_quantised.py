@@ -205,10 +205,11 @@ def test_numbers_of_a_quantised_linear_are_those_it_computes_with(tmp_path):
     adapter = nsc_merge.Adapter("a", adapters_for(llama())["a"].factors, trained=trained)
     torch.testing.assert_close(fit({"a": adapter}, quantised)["a"].factors[path].dense, torch.full((48, 32), 0.25))
     folder = write_adapter(llama(), tmp_path / "dora", 1, r=4, target_modules=["q_proj"], use_dora=True)
-    settings = {"method": "task_arithmetic", "scale": 1.0, "dora": "convert"}
-    found, wanted = (nsc_merge.merge(model, {"a": folder}, **settings) for model in (quantised, plain))
-    for place in wanted.paths:
-        torch.testing.assert_close(found.delta(place), wanted.delta(place), rtol=1e-4, atol=1e-6)
+    for dora in ("exact", "convert"):
+        settings = {"method": "task_arithmetic", "scale": 1.0, "dora": dora}
+        found, wanted = (nsc_merge.merge(model, {"a": folder}, **settings) for model in (quantised, plain))
+        for place in wanted.paths:
+            torch.testing.assert_close(found.delta(place), wanted.delta(place), rtol=1e-4, atol=1e-6)
     saved = nsc_merge.Adapter("a", adapter.factors, base_weights={f"{path}.weight": linear.numbers()})
     with pytest.raises(ValueError, match=rf"{path}\.weight of the base was saved.*quantised in the model"):
         fit({"a": saved}, quantised)

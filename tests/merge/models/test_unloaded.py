@@ -47,13 +47,14 @@ def test_every_number_is_that_of_the_loaded_model(folder, dtype):
     assert torch.equal(stored(found, name).rows(3, 7), loaded.get_parameter(name)[3:7])
 
 
-def test_what_the_fit_looks_at_is_read_from_the_files(folder, tmp_path):
+@pytest.mark.parametrize("dora", ["exact", "convert"])
+def test_what_the_fit_looks_at_is_read_from_the_files(folder, tmp_path, dora):
     """DoRA's norms need the weight, and a module trained in full is its update plus the base."""
     base = load(folder)
-    dora = zoo.write_adapter(base, tmp_path / "dora", 1, target_modules=["v_proj"], use_dora=True)
+    scaled = zoo.write_adapter(base, tmp_path / "dora", 1, target_modules=["v_proj"], use_dora=True)
     full = zoo.write_adapter(base, tmp_path / "full", 2, target_modules=["q_proj"], modules_to_save=["o_proj"])
     results = [
-        nsc_merge.merge(model, {"dora": dora, "full": full}, method="task_arithmetic", dora="convert")
+        nsc_merge.merge(model, {"dora": scaled, "full": full}, method="task_arithmetic", dora=dora)
         for model in (base, load(folder, numbers=False))
     ]
     for format, file in (("lora", "adapter_model.safetensors"), ("coefficients", "coefficients.json")):
