@@ -340,7 +340,8 @@ def _stacked(updates: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     known = next((update for update in updates if update is not None), None)
     if known is None:
         return None
-    return torch.stack([torch.zeros_like(known) if update is None else update for update in updates]).to(like)
+    every = [torch.zeros_like(known) if update is None else update for update in updates]
+    return torch.stack(every).detach().to(like)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -226,6 +226,37 @@ def test_nsc_and_regmean_merge_dora(model: nn.Module, tasks: dict[str, PeftModel
     assert all(averaged.factors[path].gain is not None for path in averaged.paths)
 
 
+def test_in_bfloat16_about_as_far_off_as_peft(model: nn.Module, tasks: dict[str, PeftModel]) -> None:
+    path = "model.layers.0.self_attn.v_proj"
+    own = copy.deepcopy(tasks["a"]).bfloat16()
+    base = copy.deepcopy(model).bfloat16()
+    result = nsc_merge.merge(base, {"a": own}, method="task_arithmetic", scale=1.0)
+    layer = own.get_base_model().get_submodule(path)
+    z = torch.randn(500, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad(), nsc_merge.attach(base, result.adapters, 1.0):
+        exact = copy.deepcopy(layer).double()(z.double())
+        ours, theirs = base.get_submodule(path)(z), layer(z)
+    assert ours.dtype is torch.bfloat16
+    assert float((ours - exact).norm()) <= 1.25 * float((theirs - exact).norm())
+
+
+def test_tensors_that_require_a_gradient_are_merged_as_their_values(
+    model: nn.Module, tasks: dict[str, PeftModel]
+) -> None:
+    read = {name: nsc_merge.load_adapter(peft, name) for name, peft in tasks.items()}
+    data = {name: [text(seed)] for seed, name in enumerate(NAMES)}
+    wanted = nsc_merge.merge(model, read, data, steps=2)
+    for part in ("magnitude", "bias"):
+        learnt = {}
+        for name, adapter in read.items():
+            factors = {}
+            for path, factor in adapter.factors.items():
+                value = torch.zeros(len(factor.B)) if part == "bias" else factor.magnitude.clone()
+                factors[path] = replace(factor, **{part: value.requires_grad_()})
+            learnt[name] = replace(adapter, factors=factors)
+        assert nsc_merge.merge(model, learnt, data, steps=2).coefficients == wanted.coefficients
+
+
 def test_what_dora_cannot_hold_is_refused_with_the_way_out(
     model: nn.Module, tasks: dict[str, PeftModel], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,32 @@ def share(rank: int, world: int, folder: Path) -> None:
                     alone = merge(plain, adapters, batches(kind), method, **options)
                     for one in found:
                         check(one, alone, f"{method} {options}")
+            if kind == "llama":
+                check_dora(sharded, plain, group)
     finally:
         dist.destroy_process_group()
+
+
+def check_dora(sharded, plain, group) -> None:
+    """The norms of DoRA are those of weights in shards, and the base's product is gained wherever it is computed."""
+    adapters = adapters_for(plain)
+    factors = {
+        path: replace(factor, magnitude=plain.get_submodule(path).weight.detach().norm(dim=1) * 1.3)
+        for path, factor in adapters["a"].factors.items()
+    }
+    adapters["a"] = replace(adapters["a"], factors=factors)
+    options = {**LEARNING, "steps": 8}
+    found = merge(sharded, adapters, batches("llama"), **options, process_group=group)
+    with together(group) as processes:
+        assert all(one == found.coefficients for one in processes.share([found.coefficients]))
+    if dist.get_rank(group) == 0:
+        alone = merge(plain, adapters, batches("llama"), **options)
+        torch.testing.assert_close(values(found), values(alone), rtol=0, atol=1e-6)
+        assert (values(alone) - 0.4).abs().max() > 1e-3
+        for path in factors:
+            gain = found.adapters["a"].factors[path].gain
+            assert torch.equal(gain, alone.adapters["a"].factors[path].gain)
+            assert gain.abs().max() > 0.2
 
 
 def check(found, alone, what: str) -> None:
