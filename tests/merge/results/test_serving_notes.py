@@ -60,6 +60,7 @@ def test_an_adapter_is_what_vllm_takes(kind, tmp_path):
 
 
 REFUSED = {
+    "DoRA": ("llama", {"use_dora": True}, "the adapter is DoRA, which PEFT loads and vLLM does not"),
     "biases": ("llama", {"lora_bias": True}, "the adapter has biases (lora_bias), which PEFT loads and vLLM does not"),
     "head in full": (
         "llama",
@@ -84,7 +85,9 @@ REFUSED = {
 def test_what_vllm_refuses_or_passes_over_is_said_with_the_way_out(case, tmp_path):
     kind, config, note = REFUSED[case]
     result = merge(kind, tmp_path, **config)
-    _, *notes = serving_notes(result)
+    rank, *notes = serving_notes(result)
+    # The images' part alone is passed over, and the rest is served.
+    assert ("--max-lora-rank" in rank) is (case == "images")
     assert [one.split(": save as a model")[0] for one in notes] == [note]
     assert note in (result.save(tmp_path / "out", "lora") / "README.md").read_text()
 
@@ -114,7 +117,7 @@ def test_the_flag_is_the_smallest_that_holds_the_rank(ranks, rank, note, tmp_pat
 @pytest.mark.parametrize(
     ("config", "note"),
     [
-        ({"lora_bias": True}, "the adapter has biases (lora_bias), which not every server loads"),
+        ({"lora_bias": True}, "the adapter has biases (lora_bias), which PEFT loads and not every server does"),
         ({}, None),
     ],
 )

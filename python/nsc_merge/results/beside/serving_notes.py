@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from nsc_merge.adapters import Factor
 from nsc_merge.models.families import find_family
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
@@ -18,13 +19,12 @@ _VLLM_HEADS = ("classifier", "score")
 _VLLM_WITHOUT_LM_HEAD = ("mistral", "qwen2")
 # What transformers calls the part of a model with images that it serves with LoRA.
 _LANGUAGE_MODEL = "language_model"
+_AS_A_MODEL = "save as a model"
 
 
-def _rank(result: MergedUpdate, path: str) -> int:
-    """Of the exact adapter of one module."""
-    return sum(
-        factor.rank if factor.dense is None else min(factor.dense.shape) for _, factor in result.terms(path)
-    )
+def _rank(factor: Factor) -> int:
+    """Of the exact adapter of one update."""
+    return factor.rank if factor.dense is None else min(factor.dense.shape)
 
 
 def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
@@ -34,55 +34,57 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         result: the merged update.
         rank: that the adapter is truncated to.
     """
-    merges = [one for _, one in by_task(result)]
-    dora = any(factor.gain is not None for one in merges for path in one.paths for _, factor in one.terms(path))
-    full = max((_rank(one, path) for one in merges for path in one.paths if not one.is_whole(path)), default=0)
+    full, biased, dora = 0, False, False
+    for _, one in by_task(result):
+        for path in one.paths:
+            # Some methods compute a module's factors as they are asked for.
+            factors = [factor for _, factor in one.terms(path)]
+            full = max(full, 0 if one.is_whole(path) else sum(map(_rank, factors)))
+            biased = biased or any(factor.bias is not None for factor in factors)
+            dora = dora or any(factor.gain is not None for factor in factors)
     largest = full if rank is None else min(rank, full)
+    note, decoder = f"the adapter has rank {largest}", _is_decoder(result.model)
     whole = [path for path in result.paths if result.is_whole(path)]
-    biased = any(factor.bias is not None for one in merges for path in one.paths for _, factor in one.terms(path))
-    notes = [f"the adapter has rank {largest}"]
-    if dora:
-        notes.append(
-            "the adapter is DoRA, which PEFT loads and vLLM does not: save as a model, or merge with dora='convert'"
-        )
-    if not _is_decoder(result.model):
-        if whole:
-            named = ", ".join(whole)
-            notes.append(f"the adapter has modules_to_save ({named}), which PEFT loads and not every server does")
-        if biased:
-            notes.append("the adapter has biases (lora_bias), which not every server loads")
-        return notes
+    refused = [path for path in whole if not decoder or path.rsplit(".", 1)[-1] not in _VLLM_HEADS]
+    parts = {
+        "is DoRA": (dora, f"{_AS_A_MODEL}, or merge with dora='convert'"),
+        f"has modules_to_save ({', '.join(refused)})": (bool(refused), _AS_A_MODEL),
+        "has biases (lora_bias)": (biased, _AS_A_MODEL),
+    }
+    held = {f"the adapter {part}, which PEFT loads and": cure for part, (found, cure) in parts.items() if found}
+    if not decoder:
+        return [note, *(f"{part} not every server does" for part in held)]
+    notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
+    paths = [path for path in result.paths if path not in whole]
+    notes += _head_refused(result, paths)
     flag = next((allowed for allowed in _VLLM_RANKS if allowed >= largest), None)
-    notes[0] += (
-        f"; vLLM: --enable-lora --max-lora-rank {flag}"
-        if flag
-        else f", more than vLLM's {_VLLM_RANKS[-1]}: save with a smaller rank, or as a model"
-    )
-    refused = [path for path in whole if path.rsplit(".", 1)[-1] not in _VLLM_HEADS]
-    if refused:
-        named = ", ".join(refused)
-        notes.append(f"the adapter has modules_to_save ({named}), which PEFT loads and vLLM does not: save as a model")
-    if biased:
-        notes.append("the adapter has biases (lora_bias), which PEFT loads and vLLM does not: save as a model")
-    return notes + _left_out(result, [path for path in result.paths if path not in whole])
+    if flag is None:
+        note += f", more than vLLM's {_VLLM_RANKS[-1]}: save with a smaller rank, or as a model"
+    elif not notes:
+        note += f"; vLLM: --enable-lora --max-lora-rank {flag}"
+    return [note, *notes, *_left_out(result, paths)]
 
 
-def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
-    """Of the linears with low-rank updates, those that vLLM refuses or passes over."""
+def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
     config: Any = result.model.config
     kind = config.get_text_config().model_type
     heads = [path for path in paths if path.rsplit(".", 1)[-1] == "lm_head"]
-    notes = []
-    if heads and kind in _VLLM_WITHOUT_LM_HEAD:
-        notes.append(f"the adapter has LoRA on {heads[0]}, which vLLM does not load for {kind} models: save as a model")
-    if any(path.rsplit(".", 1)[-1] == _LANGUAGE_MODEL for path, _ in result.model.named_modules()):
-        outside = [path for path in paths if _LANGUAGE_MODEL not in path.split(".") and path not in heads]
-        if outside:
-            notes.append(
-                f"vLLM leaves out, without a word, the {len(outside)} modules outside the language model, such as "
-                f"{outside[0]}: save as a model to serve them, too"
-            )
-    return notes
+    if not heads or kind not in _VLLM_WITHOUT_LM_HEAD:
+        return []
+    return [f"the adapter has LoRA on {heads[0]}, which vLLM does not load for {kind} models: {_AS_A_MODEL}"]
+
+
+def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
+    """Of the linears with low-rank updates, those that vLLM passes over."""
+    if all(path.rsplit(".", 1)[-1] != _LANGUAGE_MODEL for path, _ in result.model.named_modules()):
+        return []
+    outside = [path for path in paths if not {_LANGUAGE_MODEL, "lm_head"} & set(path.split("."))]
+    if not outside:
+        return []
+    return [
+        f"vLLM leaves out, without a word, the {len(outside)} modules outside the language model, such as "
+        f"{outside[0]}: save as a model to serve them, too"
+    ]
 
 
 def _is_decoder(model: nn.Module) -> bool:
