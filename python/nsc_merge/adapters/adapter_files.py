@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsc_merge.adapters.formats import diffusers_file
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors, read_checked
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a PEFT folder holds.
+    """What a PEFT folder holds, or one of diffusers.
 
     Attributes:
         config: of ``adapter_config.json``.
         weights: PEFT's keys -> tensors, in memory of their own; float8 in float32.
         sha256: file name -> SHA-256 of the very bytes that the above were made of.
+        notes: what else is in the files.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     sha256: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def read_folder(folder: Path, name: str) -> AdapterFiles:
-    """Read both files of the adapter called ``name``, each of them once.
+    """Read both files of the adapter called ``name``, each of them once, or the one of diffusers.
 
     Raises:
         FileNotFoundError: if one is missing; other weight formats are never opened.
         ValueError: if one is damaged, naming it.
     """
+    if is_of_diffusers(folder):
+        return _of_diffusers(folder, name)
     raw, config = _config(folder, name)
     try:
         weights = read_checked(folder / WEIGHTS_FILE)
@@ -56,6 +60,10 @@ def read_headers(folder: Path, name: str) -> AdapterFiles:
     Raises:
         FileNotFoundError, ValueError: as there.
     """
+    if is_of_diffusers(folder):
+        # Its configuration may be among the numbers.
+        files = _of_diffusers(folder, name)
+        return replace(files, weights={key: value.to("meta") for key, value in files.weights.items()})
     _, config = _config(folder, name)
     try:
         header = check_safetensors(folder / WEIGHTS_FILE)
@@ -65,6 +73,20 @@ def read_headers(folder: Path, name: str) -> AdapterFiles:
         key: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for key, entry in header.items()
     }
     return AdapterFiles(config, weights, {})
+
+
+def is_of_diffusers(folder: Path) -> bool:
+    """Whether a folder holds diffusers' file and not PEFT's."""
+    return (folder / diffusers_file.FILE).is_file() and not (folder / CONFIG_FILE).exists()
+
+
+def _of_diffusers(folder: Path, name: str) -> AdapterFiles:
+    try:
+        found = diffusers_file.read(folder)
+    except ValueError as error:
+        raise ValueError(f"adapters[{name!r}]: {error}") from None
+    weights = {key: widened(value) for key, value in found.weights.items()}
+    return AdapterFiles(found.config, weights, {diffusers_file.FILE: found.sha256}, found.notes)
 
 
 def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
@@ -83,10 +105,10 @@ def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
 
 def _cure(folder: Path) -> str:
     """How to make the weights of a folder that holds them otherwise; nothing where it holds none."""
-    if (folder / _DIFFUSERS_FILE).is_file():
+    if folder.is_file():
         return (
-            f"; {_DIFFUSERS_FILE} is what diffusers writes: load it into the pipeline (pipe.load_lora_weights) or the "
-            "model (model.load_lora_adapter), and give that model, such as pipe.unet or pipe.transformer, as adapter"
+            f"; expected the folder of an adapter, with {CONFIG_FILE} and {WEIGHTS_FILE}, or with "
+            f"{diffusers_file.FILE} where diffusers wrote it, whatever the file is called now"
         )
     held, out = folder / "adapter_model.bin", str(folder / WEIGHTS_FILE)
     if held.is_file():

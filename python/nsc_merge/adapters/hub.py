@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from nsc_merge.adapters.adapter import Adapter
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
 from nsc_merge.adapters.weights_beside import CONVERTED
 from nsc_merge.utils.errors import hub_problem
 
 # The card and the configuration tell licence and labels; a tokenizer is compared with the base's.
 READ = (
-    *(CONFIG_FILE, WEIGHTS_FILE, CONVERTED),
+    *(CONFIG_FILE, WEIGHTS_FILE, CONVERTED, DIFFUSERS_FILE),
     *("README.md", "config.json"),
     *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
 )
@@ -100,12 +101,18 @@ def source_of(adapter: Adapter) -> str | dict[str, str] | None:
 
 def _check_there(argument: str, hub: str, within: str, files: Sequence[str]) -> None:
     missing = next((file for file in (CONFIG_FILE, WEIGHTS_FILE) if within + file not in files), None)
-    if missing is None:
+    if missing is None or (missing == CONFIG_FILE and within + DIFFUSERS_FILE in files):
         return
     others = [str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name == CONFIG_FILE]
     whole = [place for place in others if place != "." and f"{place}/{WEIGHTS_FILE}" in files]
     beside = sorted(file.removeprefix(within) for file in files if file.startswith(within))
     hint = f"; subfolder: {whole[0]} holds an adapter" if whole else ""
     shown = ", ".join(beside[:_MOST_SHOWN]) + (f" and {len(beside) - _MOST_SHOWN} more" * (len(beside) > _MOST_SHOWN))
+    if not hint and any(file.startswith(("adapter_model.bin", "adapter_model-")) for file in beside):
+        hint = (
+            "; pickles are never opened, and parts not put together: "
+            f"hf download {hub.partition('@')[0]} --local-dir DIR fetches it, and merging DIR names the line that "
+            "converts it"
+        )
     found = f"(found: {shown or 'nothing'}){hint}"
     raise FileNotFoundError(f"{argument}: {hub} on the hub holds no {within}{missing} {found}")

@@ -138,7 +138,7 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
     adapter = _made(name, files.config, held, base_weights)
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
-    return replace(adapter, source=folder, notes=(*notes, *beside.notes), sha256=sha256, about=about)
+    return replace(adapter, source=folder, notes=(*notes, *files.notes, *beside.notes), sha256=sha256, about=about)
 
 
 def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nsc_merge.adapters.adapter_files import widened
+from nsc_merge.adapters.adapter_files import CONFIG_FILE, widened
+from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
 from nsc_merge.utils.safetensors_checks import read_checked
 
 # LLaVA's training code (haotian-liu/LLaVA, llava/train/train.py) writes what it trained beside LoRA, such as the
@@ -72,10 +73,11 @@ def read_beside(folder: Path, name: str, names: Collection[str] | None = None) -
             f"adapters[{name!r}]: {folder / rows[0]} holds rows for tokens that the base does not have; expected an "
             "adapter without them: put them into the base's embeddings, and the file elsewhere"
         )
+    own = () if CONFIG_FILE in names else (DIFFUSERS_FILE,)
     notes = tuple(
         f"{file} lies beside the adapter and is not read: if weights were trained there, they are missing"
         for file in sorted(names)
-        if _WEIGHTS.fullmatch(file) and not _KNOWN.fullmatch(file)
+        if _WEIGHTS.fullmatch(file) and not _KNOWN.fullmatch(file) and file not in own
     )
     if CONVERTED not in names:
         return Beside({}, notes, {})

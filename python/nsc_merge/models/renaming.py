@@ -28,7 +28,8 @@ def rules_of(model: nn.Module, family: Family | None) -> tuple[tuple[str, str], 
     """
     rules = family.legacy if family else ()
     kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    rules = (*rules, *_of_transformers(kind))
+    # A model of diffusers, under its name in a pipeline.
+    rules = (*rules, *(_of_transformers(kind) if kind else ((r"^(unet|transformer)\.", ""),)))
     if hasattr(getattr(model, "config", None), "vision_config") and not (family and family.legacy):
         sighted = next(one for one in FAMILIES if one.name == "LLaVA")
         rules = (*rules, *(rule for rule in sighted.legacy if rule[0] != r"^model\.layers\."), *_AROUND_LANGUAGE)

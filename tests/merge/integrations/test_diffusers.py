@@ -1,11 +1,16 @@
 """Adapters of models of diffusers: given in memory, merged, saved, loaded again."""
 
+import copy
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 import nsc_merge
+from nsc_merge.adapters import outline_of
+from nsc_merge.adapters.formats.diffusers_file import FILE
 from nsc_merge.integrations.peft import merge
 
 diffusers = pytest.importorskip("diffusers")
@@ -39,10 +44,10 @@ def output(model):
         return model.eval()(image, **call).sample
 
 
-def adapted(make, *names):
+def adapted(make, *names, targets=("to_q", "to_v")):
     model = make()
     for seed, name in enumerate(names):
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
         model.add_adapter(config, adapter_name=name)
         generator = torch.Generator().manual_seed(seed)
         for key, parameter in model.named_parameters():
@@ -90,13 +95,197 @@ def test_adapters_in_a_model_are_merged_beside_each_other():
     torch.testing.assert_close(output(model), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_folder_of_diffusers_is_refused_with_a_way_that_works(tmp_path):
+def of_pipeline(folder, model, **others):
+    """As pipelines save an adapter of ``model`` called ``a``."""
+    state = {key: value.contiguous() for key, value in get_peft_model_state_dict(model, adapter_name="a").items()}
+    if isinstance(model, diffusers.SD3Transformer2DModel):
+        diffusers.StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers=state, **others)
+    else:
+        diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state, **others)
+    return folder
+
+
+def reloaded(make, folder):
+    """The output with the adapter, as diffusers reads it."""
+    model = make()
+    prefix = "unet" if make is unet else "transformer"
+    model.load_lora_adapter(folder, prefix=prefix, weight_name=FILE, use_safetensors=True)
+    return output(model.double())
+
+
+def merged(make, source):
+    result = nsc_merge.merge(make(), {"a": source}, method="task_arithmetic", scale=1.0)
+    return output(result.apply(copy.deepcopy(result.model))), result
+
+
+@pytest.mark.parametrize("make", [unet, transformer])
+@pytest.mark.parametrize("settings", [True, False])
+def test_the_file_of_a_pipeline_is_read_as_diffusers_reads_it(tmp_path, make, settings):
+    held = adapted(make, "a")
+    told = {"unet" if make is unet else "transformer": held.peft_config["a"].to_dict()} if settings else {}
+    of_pipeline(tmp_path, held, **{f"{part}_lora_adapter_metadata": config for part, config in told.items()})
+    found, result = merged(make, tmp_path)
+    torch.testing.assert_close(found, reloaded(make, tmp_path), rtol=1e-10, atol=1e-10)
+    assert {one.scaling for one in result.adapters["a"].factors.values()} == {2.0 if settings else 1.0}
+    # The settings are those of training, and without them diffusers itself takes 1.
+    close = float((found - output(held)).abs().max()) < 1e-6
+    assert close is settings
+    assert list(nsc_merge.load_adapter(tmp_path, "a").sha256) == [FILE]
+    factors = outline_of(tmp_path, "a")[0].factors
+    assert {path: one.A.shape for path, one in factors.items()} == {
+        path: one.A.shape for path, one in result.adapters["a"].factors.items()
+    }
+    assert all(one.A.is_meta for one in factors.values())
+
+
+def test_the_file_of_a_model_alone_is_read_as_diffusers_reads_it(tmp_path):
     held = adapted(unet, "a")
-    wanted = output(held)
     held.save_lora_adapter(tmp_path, adapter_name="a")
-    with pytest.raises(FileNotFoundError, match=r"adapters\['a'\].*what diffusers writes.*model.load_lora_adapter"):
+    torch.testing.assert_close(merged(unet, tmp_path)[0], output(held), rtol=1e-10, atol=1e-10)
+
+
+def test_earlier_keys_ranks_and_alphas_are_read_as_diffusers_reads_them(tmp_path):
+    state = get_peft_model_state_dict(adapted(unet, "a"), adapter_name="a")
+    earlier, narrow = {}, next(iter(state)).split(".lora_")[0]
+    for key, value in state.items():
+        value = value if not key.startswith(narrow) else value[:1] if ".lora_A" in key else value[:, :1]
+        earlier["unet." + key.replace("lora_A", "lora.down").replace("lora_B", "lora.up")] = value.contiguous()
+    save_file(earlier, tmp_path / FILE)
+    torch.testing.assert_close(merged(unet, tmp_path)[0], reloaded(unet, tmp_path), rtol=1e-10, atol=1e-10)
+    alphas = {key.replace("lora.down.weight", "alpha"): torch.tensor(3.0) for key in earlier if ".lora.down." in key}
+    save_file({**earlier, **alphas}, tmp_path / FILE)
+    factors = merged(unet, tmp_path)[1].adapters["a"].factors
+    assert {path: one.scaling for path, one in factors.items()} == {
+        path: 3.0 if path == narrow else 1.5 for path in factors
+    }
+
+
+def test_what_a_file_holds_of_other_models_is_noted_or_refused(tmp_path):
+    held = adapted(unet, "a")
+    text = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 4)}
+    of_pipeline(tmp_path, held, text_encoder_lora_layers=text)
+    adapter = nsc_merge.load_adapter(tmp_path, "a")
+    assert adapter.notes == (
+        f"{FILE}: text_encoder has an adapter, too, which is left out; to merge it, load the file into the pipeline "
+        "(pipe.load_lora_weights) and give pipe.text_encoder as adapter",
+    )
+    several = {f"text_encoder{end}.{key}": value.clone() for key, value in text.items() for end in ("", "_2")}
+    save_file(several, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"'a'.*one model, found those of \['text_encoder', 'text_encoder_2'"):
         nsc_merge.load_adapter(tmp_path, "a")
+
+
+def test_keys_that_diffusers_translates_are_refused_with_a_way_that_works(tmp_path):
+    held = adapted(unet, "a")
+    state = get_peft_model_state_dict(held, adapter_name="a")
+    kohya = {"lora_unet_" + key.replace(".", "_"): value.contiguous() for key, value in state.items()}
+    save_file(kohya, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"'a'.*is no key of PEFT's layers.*kohya.*model.load_lora_adapter"):
+        nsc_merge.load_adapter(tmp_path, "a")
+    with pytest.raises(FileNotFoundError, match=f"expected the folder of an adapter, .* or with {FILE}"):
+        nsc_merge.load_adapter(tmp_path / FILE, "a")
+    held.save_lora_adapter(tmp_path, adapter_name="a")
     loaded = unet()
-    loaded.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    result = nsc_merge.merge(unet(), {"a": loaded}, method="task_arithmetic", scale=1.0)
-    torch.testing.assert_close(output(result.apply(result.model)), wanted, rtol=1e-10, atol=1e-10)
+    loaded.load_lora_adapter(tmp_path, prefix=None, weight_name=FILE)
+    torch.testing.assert_close(merged(unet, loaded)[0], output(held), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [unet, transformer])
+def test_peft_folders_whose_keys_begin_with_the_models_name_in_a_pipeline(tmp_path, make):
+    held = adapted(make, "a")
+    wanted = output(held)
+    name = "unet" if make is unet else "transformer"
+    weights = {
+        f"base_model.model.{name}.{key}": value.contiguous()
+        for key, value in get_peft_model_state_dict(held, adapter_name="a").items()
+    }
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    held.peft_config["a"].save_pretrained(tmp_path)
+    torch.testing.assert_close(merged(make, tmp_path)[0], wanted, rtol=1e-10, atol=1e-10)
+
+
+CONVOLUTIONS = ["conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out", "proj_in", "to_k", "time_emb_proj"]
+
+
+def test_convolutions_of_a_unet_are_merged(tmp_path):
+    held = adapted(unet, "a", targets=CONVOLUTIONS)
+    found, result = merged(unet, held)
+    torch.testing.assert_close(found, output(held), rtol=1e-10, atol=1e-10)
+    assert {path.rsplit(".", 1)[-1] for path in result.paths} == set(CONVOLUTIONS)
+    result.save(tmp_path / "model", format="model")
+    read = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "model", torch_dtype=torch.float64)
+    torch.testing.assert_close(output(read), output(held), rtol=1e-10, atol=1e-10)
+    result.save(tmp_path / "lora", format="lora")
+    torch.testing.assert_close(merged(unet, tmp_path / "lora")[0], output(held), rtol=1e-5, atol=1e-6)
+
+
+def flux():
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, **sizes, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=[4, 4, 8]
+    )
+
+
+def wan():
+    sizes = {"num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2, "ffn_dim": 8, "text_dim": 8}
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), in_channels=4, out_channels=4, **sizes, freq_dim=8, rope_max_seq_len=16
+    )
+
+
+def sdxl():
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, **{**BLOCKS, "attention_head_dim": (2, 4)}, down_block_types=DOWN, up_block_types=UP,
+        cross_attention_dim=8, use_linear_projection=True, transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56,
+    )
+
+
+# Kind -> model, inputs by their shapes, what is adapted.
+OTHERS = {
+    "Flux": (
+        flux,
+        {
+            "hidden_states": (1, 16, 4), "encoder_hidden_states": (1, 5, 8), "pooled_projections": (1, 8),
+            "timestep": (1,), "img_ids": (16, 3), "txt_ids": (5, 3),
+        },
+        ["to_q", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "proj_out", "linear", "x_embedder"],
+    ),
+    "Wan": (
+        wan,
+        {"hidden_states": (1, 4, 2, 8, 8), "encoder_hidden_states": (1, 5, 8), "timestep": (1,)},
+        ["to_q", "to_v", "to_out.0", "ffn.net.0.proj", "patch_embedding"],
+    ),
+    "SDXL": (
+        sdxl,
+        {"sample": (1, 4, 8, 8), "timestep": (1,), "encoder_hidden_states": (1, 3, 8), "text_embeds": (1, 8),
+         "time_ids": (1, 6)},
+        ["to_q", "to_v", "proj_in", "ff.net.0.proj", "conv1", "linear_1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_are_merged_as_peft_runs_them(kind):
+    make, shapes, targets = OTHERS[kind]
+    generator = torch.Generator().manual_seed(3)
+    inputs = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
+    if kind == "SDXL":
+        inputs["added_cond_kwargs"] = {key: inputs.pop(key) for key in ("text_embeds", "time_ids")}
+
+    def run(model):
+        with torch.no_grad():
+            return model.eval()(**inputs).sample
+
+    def made():
+        torch.manual_seed(0)
+        return make().double()
+
+    held = adapted(made, "a", "b", targets=targets)
+    base = made()
+    before = run(base)
+    held.set_adapters(["a", "b"])
+    wanted = run(held)
+    assert (wanted - before).abs().max() > 1e-3
+    result = nsc_merge.merge(base, {"a": held, "b": held}, method="task_arithmetic", scale=1.0)
+    torch.testing.assert_close(run(result.apply(base)), wanted, rtol=1e-10, atol=1e-10)

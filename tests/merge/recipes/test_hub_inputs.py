@@ -12,9 +12,11 @@ import torch
 import yaml
 from cli_cases import make_place
 from hub_cases import Hub, serving
+from safetensors.torch import save_file
 from zoo import build
 
 import nsc_merge
+from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
 from nsc_merge.adapters.hub import READ
 from nsc_merge.commands.main import main
 from nsc_merge.models.bases.loading import commit_of, load_model
@@ -112,6 +114,31 @@ def test_pickled_weights_that_nobody_may_leave_out_are_refused_by_name(hub, tmp_
     with pytest.raises(ValueError, match=r"non_lora_trainables\.bin holds weights trained beside LoRA, and is pickled"):
         nsc_merge.load_adapter("me/pickled", "nli")
     assert "non_lora_trainables.bin" not in asked(hub)[1]
+
+
+def test_weights_in_other_files_are_refused_with_what_to_do(hub, tmp_path, place):
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(place / "adapters" / "nli" / "adapter_config.json", old)
+    (old / "adapter_model.bin").write_bytes(b"pickled")
+    hub.upload("me/old", old)
+    cure = r"hf download me/old --local-dir DIR fetches it, and merging DIR names the line that converts it"
+    with pytest.raises(FileNotFoundError, match=rf"me/old@\w+ on the hub holds no adapter_model.safetensors .*{cure}"):
+        nsc_merge.load_adapter("me/old", "nli")
+    with pytest.raises(FileNotFoundError, match="to convert: python -c"):
+        nsc_merge.load_adapter(old, "nli")
+
+
+def test_the_file_of_diffusers_is_fetched(hub, tmp_path):
+    shapes = {"A": (2, 3), "B": (4, 2)}
+    factors = {f"unet.down.to_q.lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    (tmp_path / "own").mkdir()
+    save_file(factors, tmp_path / "own" / DIFFUSERS_FILE)
+    hub.upload("me/images", tmp_path / "own")
+    found = nsc_merge.load_adapter("me/images", "images")
+    assert found.about.hub.startswith("me/images@")
+    assert {path: one.delta().shape for path, one in found.factors.items()} == {"down.to_q": (4, 3)}
+    assert asked(hub)[1] == {DIFFUSERS_FILE}
 
 
 def test_offline_the_cache_is_enough_and_nothing_is_asked(hub, monkeypatch):

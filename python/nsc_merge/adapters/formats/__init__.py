@@ -1,0 +1,1 @@
+"""Files of adapters that others than PEFT write, as what PEFT would have written."""

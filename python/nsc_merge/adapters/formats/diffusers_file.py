@@ -1,0 +1,120 @@
+"""The one file that diffusers writes adapters to, as the configuration and the tensors that PEFT would have written.
+
+A pipeline's file has the adapters of several of its models, each key beginning with the model's name in the pipeline; a
+model's own (``save_lora_adapter``) has keys of its modules. Settings are in the header since diffusers 0.34; before, an
+adapter has a scaling of 1, or ``alpha`` beside its factors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nsc_merge.adapters.peft_keys import PREFIX
+from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.safetensors_checks import read_checked
+
+FILE = "pytorch_lora_weights.safetensors"
+CURE = (
+    "load it into the pipeline (pipe.load_lora_weights) or the model (model.load_lora_adapter), and give that model, "
+    "such as pipe.unet or pipe.transformer, as adapter"
+)
+_SETTINGS = "lora_adapter_metadata"
+# As pipelines call what denoises, of which a file has one, and what reads the prompt.
+_DENOISERS = ("unet", "transformer")
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_KEY = re.compile(
+    r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|"
+    r"lora\.down\.weight|lora\.up\.weight|alpha)"
+)
+_TODAY = {"lora.down.weight": "lora_A.weight", "lora.up.weight": "lora_B.weight"}
+
+
+@dataclass(frozen=True)
+class DiffusersFile:
+    """Of one model of the file.
+
+    Attributes:
+        config: as ``adapter_config.json`` has it.
+        weights: PEFT's keys -> tensors.
+        sha256: of the file.
+        notes: what else is in it.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def read(folder: Path) -> DiffusersFile:
+    """The adapter of the model that denoises; of a file that has none such, that of its only model.
+
+    Raises:
+        ValueError: if the file is damaged, has keys that diffusers translates first, or adapters of several text
+            encoders alone.
+    """
+    file = read_checked(folder / FILE)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in file.tensors.items():
+        first, _, rest = key.partition(".")
+        part, rest = (first, rest) if first in (*_DENOISERS, *_ENCODERS) else ("", key)
+        found = _KEY.fullmatch(rest)
+        if found is None:
+            raise ValueError(
+                f"{folder / FILE}: {key!r:.120} is no key of PEFT's layers; expected <model>.<module>.lora_A.weight "
+                f"and the like. diffusers translates those of kohya, ComfyUI and its own first releases: {CURE}"
+            )
+        today = _TODAY.get(found["part"], found["part"])
+        parts.setdefault(part, {})[f"{found['path']}.{today}"] = value
+    chosen = next((part for part in ("", *_DENOISERS) if part in parts), None)
+    if chosen is None:
+        if len(parts) != 1:
+            found = sorted(parts)
+            raise ValueError(f"{folder / FILE}: expected an adapter of one model, found those of {found}; {CURE}")
+        (chosen,) = parts
+    notes = tuple(
+        f"{FILE}: {part} has an adapter, too, which is left out; to merge it, load the file into the pipeline "
+        f"(pipe.load_lora_weights) and give pipe.{part} as adapter"
+        for part in parts
+        if part != chosen
+    )
+    settings = _settings(folder, file.metadata, chosen)
+    weights = parts[chosen]
+    alphas = {key.removesuffix(".alpha"): weights.pop(key) for key in list(weights) if key.endswith(".alpha")}
+    config = _config(weights, alphas) if settings is None else {"peft_type": "LORA", **settings}
+    return DiffusersFile(config, {f"{PREFIX}{key}": value for key, value in weights.items()}, file.sha256, notes)
+
+
+def _settings(folder: Path, metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
+    if _SETTINGS not in metadata:
+        return None
+    held = from_json(metadata[_SETTINGS], f"{folder / FILE}: {_SETTINGS}")
+    if not isinstance(held, dict):
+        raise ValueError(f"{folder / FILE}: {_SETTINGS}: expected a JSON object, found {json.dumps(held):.40}")
+    begin = f"{part}." if part else ""
+    # A pipeline may be saved with the settings of some models alone.
+    return {key.removeprefix(begin): value for key, value in held.items() if key.startswith(begin)} or None
+
+
+def _config(weights: Mapping[str, Tensor], alphas: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of a file without settings: by the shapes, each module with its own rank."""
+    end = ".lora_A.weight"
+    ranks = {key.removesuffix(end): len(value) for key, value in weights.items() if key.endswith(end)}
+    whole = {path: f"^{re.escape(path)}" for path in ranks}
+    return {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "rank_pattern": {whole[path]: rank for path, rank in ranks.items()},
+        "alpha_pattern": {whole[path]: float(alphas[path]) if path in alphas else rank for path, rank in ranks.items()},
+        "target_modules": list(ranks),
+        "use_dora": any(key.endswith("lora_magnitude_vector") for key in weights),
+        "lora_bias": any(key.endswith("lora_B.bias") for key in weights),
+    }
