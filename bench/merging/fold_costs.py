@@ -28,8 +28,8 @@ from torch import nn
 import nsc_kernels as nk
 from bench.merging.cost_rows import environment, write_rows
 from nsc_kernels.bench.timing import keep_freed_memory
-from nsc_merge.models.attachment import MeasuredLoRALinear
-from nsc_merge.models.folded_linear import Folded
+from nsc_merge.models.merged.folded_linear import Folded
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 
 # (d_in, d_out): square, and up and down of an MLP.
 SHAPES = [

@@ -48,10 +48,6 @@ REFUSED = {
         {"init_lora_weights": "pissa"},
         "path_initial_model_for_weight_conversion",
     ),
-    "experts of a fused parameter (`target_parameters`)": (
-        {"target_parameters": ["mlp.experts.down_proj"]},
-        "serve its adapter by itself",
-    ),
     "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "serve its adapter by itself"),
     "biases of the base (`bias=\"all\"`)": ({"bias": "all"}, "bias: expected 'none'.*train with bias='none'"),
 }
@@ -149,8 +145,10 @@ def test_dora_is_approximated_when_asked(tmp_path: Path) -> None:
     assert any("DoRA converted at rank 3, relative error" in note for note in result.adapters["a"].notes)
 
 
-def test_adapters_of_named_experts_are_refused_by_name(tmp_path: Path) -> None:
-    """As transformers 4 had them, before experts were fused."""
+def test_adapters_of_experts_are_merged_where_the_model_has_these(tmp_path: Path) -> None:
+    """Values: tests/merge/models/test_experts.py."""
+    assert "| experts of a fused parameter (`target_parameters`) | merged |" in "\n".join(LINES)
+    assert "| LoRA on single experts, as transformers 4 had them | merged |" in "\n".join(LINES)
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["gate_proj"]))
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")

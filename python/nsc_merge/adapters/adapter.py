@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -84,6 +84,22 @@ class TokenRows(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Stack:
+    """LoRA on a parameter that is no linear's weight, such as those of all experts in one, as PEFT keeps it.
+
+    Attributes:
+        A, B: ``[E * r, d_in]`` and ``[d_out, r * E]``, for ``E`` matrices.
+        targets: paths of parameters or ends of them (``target_parameters``), this one's among them.
+        settings: given the parameter's path, rank and scaling.
+    """
+
+    A: Tensor
+    B: Tensor
+    targets: tuple[str, ...]
+    settings: Callable[[str], tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One task's LoRA adapter.
 
@@ -102,6 +118,8 @@ class Adapter:
         about: what else its folder says.
         token_rows: path of an embedding or head -> rows that were trained alone, which
             :func:`nsc_merge.models.fitting.fit` makes updates of.
+        stacks: PEFT's path of a module -> LoRA on one of its parameters, which
+            :func:`nsc_merge.models.fitting.fit` makes updates of single matrices.
         dora: what :func:`nsc_merge.models.fitting.fit` makes of DoRA: the ``"exact"`` update, or a plain one of the
             same rank (``"convert"``).
     """
@@ -116,7 +134,16 @@ class Adapter:
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     about: About = field(default_factory=About)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
     dora: str = "exact"
+
+
+def name_of(path: str) -> str:
+    """What a module is called in its parent; numbers at the end, as of experts in one parameter, and PEFT's wrappers
+    are no part of it.
+    """
+    names = [part for part in path.split(".") if not part.isdecimal() and part != "base_layer"]
+    return names[-1] if names else path
 
 
 def factors_digest(factors: Mapping[str, Factor]) -> str:

@@ -20,7 +20,6 @@ _REFUSED = {
     "kasa_config": "KaSA changes the base weights",
     "monteclora_config": "MonteCLoRA samples its factors",
     "alora_invocation_tokens": "activated LoRA is switched on by tokens and cannot be folded into weights",
-    "target_parameters": "experts that are fused into one parameter are not merged, only modules are",
     "layer_replication": "replicated layers are not in the base model",
 }
 # Initialisations that move a part of the base weights into the factors.
@@ -84,6 +83,9 @@ def _check_types(name: str, config: Mapping[str, Any]) -> None:
     whole = config.get("modules_to_save") or []
     if not isinstance(whole, list | tuple | set) or not all(isinstance(one, str) and one for one in whole):
         refuse("modules_to_save", "names")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list | tuple | set) or not all(isinstance(one, str) and one for one in parameters):
+        refuse("target_parameters", "names")
     for setting in ("target_modules", "exclude_modules", "layers_pattern"):
         held = config.get(setting)
         names = isinstance(held, list | tuple | set) and all(isinstance(one, str) for one in held)
@@ -132,6 +134,29 @@ def token_indices(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
     if not isinstance(held, Mapping):
         return tuple(held or ())
     return next((tuple(indices) for end, indices in held.items() if path.endswith(end)), ())
+
+
+def is_within(path: str, modules: tuple[str, ...]) -> bool:
+    """PEFT's rule for ``modules_to_save``: a module counts if its path ends with one of the names."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]).endswith(modules) for end in range(1, len(parts)))
+
+
+def is_announced(part: str, config: Mapping[str, Any]) -> bool:
+    """Whether the configuration announces this kind of tensor; another would be ignored by PEFT too."""
+    needs = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
+    return part not in needs or bool(config.get(needs[part]))
+
+
+def owns_parameter(config: Mapping[str, Any], path: str) -> bool:
+    """Whether LoRA at a path is on a parameter of the module there (``target_parameters``), and not on the module."""
+    module = path.replace(".base_layer", "")
+    owners = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
+    if any(owner and (module == owner or module.endswith(f".{owner}")) for owner in owners):
+        return True
+    # A name alone may be of any module that is none of target_modules.
+    selects = _selection(config.get("target_modules"))
+    return "" in owners and not (selects and selects(module))
 
 
 def _selection(setting: Any) -> Callable[[str], bool] | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import TokenRows
+from nsc_merge.adapters.adapter import Stack, TokenRows
 from nsc_merge.adapters.adapter_files import widened
 
 # Variants of PEFT that change how an adapter is trained, and not what it computes.
@@ -21,12 +21,14 @@ class Held(NamedTuple):
         scalings: module path -> what the layer multiplies ``B @ A`` by.
         trained: parameter path -> value, of the modules in ``modules_to_save``.
         token_rows: path of an embedding or head -> rows of tokens that were trained alone.
+        stacks: module path, with a ``base_layer`` for each wrapper inside of others -> LoRA on one of its parameters.
     """
 
     parts: dict[str, dict[str, Tensor]]
     scalings: dict[str, float]
     trained: dict[str, Tensor]
     token_rows: dict[str, TokenRows]
+    stacks: dict[str, Stack]
 
 
 def config_of(model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
@@ -58,11 +60,12 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
         ValueError: naming the layer, if it is no linear one or runs something else than plain LoRA.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    held = Held({}, {}, {}, {})
+    held = Held({}, {}, {}, {}, {})
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
         if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
@@ -74,6 +77,8 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
             if rows.tied_adapter is None:
                 values = copied(rows.trainable_tokens_delta[held_as])
                 held.token_rows[path] = TokenRows(tuple(rows.token_indices[held_as]), values)
+        elif isinstance(module, ParamWrapper) and held_as in module.lora_A:
+            held.stacks[path] = _stack(module, held_as, path, f"adapters[{name!r}]: {path}")
         elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
             held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
             held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
@@ -100,6 +105,13 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
     elif variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         raise ValueError(f"{what}: expected plain LoRA, found PEFT's {type(variant).__name__}")
     return {part: copied(value) for part, value in parts.items()}
+
+
+def _stack(layer: Any, held_as: str, path: str, what: str) -> Stack:
+    parameter = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    own = int(layer.r[held_as]), _scaling(layer.scaling[held_as], what)
+    A, B = (copied(factors[held_as].weight) for factors in (layer.lora_A, layer.lora_B))
+    return Stack(A, B, (parameter,), lambda _: own)
 
 
 def _scaling(value: Any, what: str) -> float:

@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from nsc_merge.adapters.adapter import About, Adapter, Factor, TokenRows
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
+from nsc_merge.adapters.formats.parameter_stacks import FACTORS, stacks_of
 from nsc_merge.adapters.hub import fetch
-from nsc_merge.adapters.peft_config import Scalings, check_config, check_targets, token_indices
+from nsc_merge.adapters.peft_config import (
+    Scalings,
+    check_config,
+    check_targets,
+    is_announced,
+    is_within,
+    owns_parameter,
+    token_indices,
+)
 from nsc_merge.adapters.peft_keys import PREFIX, as_peft_writes
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
@@ -152,7 +161,7 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
     files = read_headers(folder, name)
     check_config(name, files.config, "convert")
     held, _ = _sorted(name, files.config, as_peft_writes(files.weights)[0])
-    if not held.parts:
+    if not held.parts and not held.stacks:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     factors = {
         path: Factor(
@@ -165,7 +174,7 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
         for path, parts in held.parts.items()
     }
     base = files.config.get("base_model_name_or_path")
-    return Adapter(name, factors, base, held.trained, source=folder), files.config
+    return Adapter(name, factors, base, held.trained, source=folder, stacks=held.stacks), files.config
 
 
 def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
@@ -195,8 +204,9 @@ def _of_mapping(source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], d
 
 def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Held, dict[str, Tensor]]:
     """What the tensors of PEFT's file are, and those of them that are the base model's."""
-    held = Held({}, {}, {}, {})
+    held = Held({}, {}, {}, {}, {})
     base_weights: dict[str, Tensor] = {}
+    of_parameters: dict[str, dict[str, Tensor]] = {}
     left_over = []
     whole = tuple(config.get("modules_to_save") or ())
     for key, value in weights.items():
@@ -204,11 +214,13 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
         match = _KEY.fullmatch(path)
         if path == key or _COPIES.search(path):
             left_over.append(key)
-        elif match and _is_expected(match["part"], config):
+        elif match and match["part"] in FACTORS and owns_parameter(config, match["path"]):
+            of_parameters.setdefault(match["path"], {})[match["part"]] = value
+        elif match and is_announced(match["part"], config):
             # Of a convolution, the dimensions of the kernel belong to the inputs of lora_A, and are ones in lora_B.
             flat = value.flatten(1) if value.dim() > 2 else value
             held.parts.setdefault(match["path"], {})[match["part"]] = flat
-        elif not match and _is_within(path, whole):
+        elif not match and is_within(path, whole):
             held.trained[path] = value
         elif embedded := _EMBEDDED.fullmatch(path):
             if config.get("use_dora"):
@@ -234,6 +246,7 @@ def _sorted(name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor])
     tied = _EMBEDDING if config.get("ensure_weight_tying") else None
     check_targets(name, config, [path for path in held.parts if not (tied and tied.search(path))])
     held.scalings.update(_scaled(name, config, held.parts))
+    held.stacks.update(stacks_of(name, config, of_parameters))
     return held, base_weights
 
 
@@ -265,7 +278,7 @@ def _made(
     held: Held,
     base_weights: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    if not held.parts:
+    if not held.parts and not held.stacks:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     base_weights = dict(base_weights or {})
     for path, rows in held.token_rows.items():
@@ -276,7 +289,8 @@ def _made(
                 f"trainable_token_indices, found {list(rows.values.shape)}"
             )
         _refuse_non_finite(name, f"{path}.trainable_tokens_delta", rows.values)
-    for path, value in {**held.trained, **base_weights}.items():
+    in_stacks = {f"{path}.{part}": getattr(one, part) for path, one in held.stacks.items() for part in ("A", "B")}
+    for path, value in {**held.trained, **base_weights, **in_stacks}.items():
         _refuse_non_finite(name, path, value)
     factors = {path: _factor(name, path, parts, held.scalings[path]) for path, parts in held.parts.items()}
     base = config.get("base_model_name_or_path")
@@ -284,24 +298,13 @@ def _made(
     # In memory it is one of PEFT's enumeration.
     about = About(task_type=getattr(task_type, "value", task_type), base_revision=config.get("revision"))
     return Adapter(
-        name, factors, base, held.trained, base_weights=base_weights, about=about, token_rows=held.token_rows
+        name, factors, base, held.trained, base_weights=base_weights, about=about, token_rows=held.token_rows,
+        stacks=held.stacks,
     )
 
 
 def _is_tied(value: Tensor, trained: Iterable[Tensor]) -> bool:
     return any(value.shape == one.shape and torch.equal(value, one) for one in trained)
-
-
-def _is_within(path: str, modules: tuple[str, ...]) -> bool:
-    """PEFT's rule for ``modules_to_save``: a module counts if its path ends with one of the names."""
-    parts = path.split(".")
-    return any(".".join(parts[:end]).endswith(modules) for end in range(1, len(parts)))
-
-
-def _is_expected(part: str, config: Mapping[str, Any]) -> bool:
-    """Whether the configuration announces this kind of tensor; another would be ignored by PEFT too."""
-    needs = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
-    return part not in needs or bool(config.get(needs[part]))
 
 
 def _factor(name: str, path: str, parts: Mapping[str, Tensor], scaling: float) -> Factor:

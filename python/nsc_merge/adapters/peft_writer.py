@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters.adapter import Factor
+from nsc_merge.adapters.adapter import Factor, Stack
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE
 from nsc_merge.adapters.peft_keys import PREFIX
 
@@ -22,6 +22,7 @@ def write_adapter(
     about: Mapping[str, Any],
     embeddings: Collection[str] = (),
     kernels: Mapping[str, tuple[int, ...]] | None = None,
+    stacks: Mapping[str, Stack] | None = None,
     *,
     fan_in_fan_out: bool = False,
 ) -> None:
@@ -35,6 +36,7 @@ def write_adapter(
         about: what else the configuration says, as fields of ``peft.LoraConfig``: what the adapter is for.
         embeddings: module paths among ``factors`` that are no linears but embeddings.
         kernels: module path -> size of the kernel, of those that are convolutions.
+        stacks: PEFT's path of a module -> LoRA on one of its parameters, with a scaling of 1.
         fan_in_fan_out: linears are Conv1D.
 
     Raises:
@@ -60,6 +62,9 @@ def write_adapter(
         if has_bias:
             bias = torch.zeros(factor.B.shape[0]) if factor.bias is None else factor.bias.float()
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
+    for path, stack in (stacks or {}).items():
+        for part, value in (("lora_A", stack.A), ("lora_B", stack.B)):
+            tensors[f"{PREFIX}{path}.{part}.weight"] = value.float().contiguous()
     for path, parameters in whole.items():
         for name, value in parameters.items():
             tensors[f"{PREFIX}{path}.{name}"] = value.contiguous()
@@ -70,6 +75,9 @@ def write_adapter(
             "adapters whose products it holds"
         )
     ranks = {path: factor.rank for path, factor in factors.items()}
+    modules = list(ranks)
+    adapted = {target: stack.settings(target)[0] for stack in (stacks or {}).values() for target in stack.targets}
+    ranks |= adapted
     largest = max(ranks.values(), default=1)
     other = {re.escape(path): value for path, value in ranks.items() if value != largest}
     config = LoraConfig(
@@ -82,9 +90,10 @@ def write_adapter(
         use_dora=has_dora,
         inference_mode=True,
         fan_in_fan_out=fan_in_fan_out,
+        target_parameters=list(adapted) or None,
         **about,
     )
     # In their order: PEFT makes a set of what it is given, whose order is another in every process.
-    config.target_modules = list(ranks)
+    config.target_modules = modules
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

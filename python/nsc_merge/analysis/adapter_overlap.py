@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.adapter import name_of
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
@@ -22,7 +23,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     low_rank = {path: factor for path, factor in adapter.factors.items() if factor.rank}
     kinds: dict[str, int] = {}
     for path in low_rank:
-        kinds[path.rsplit(".", 1)[-1]] = kinds.get(path.rsplit(".", 1)[-1], 0) + 1
+        kinds[name_of(path)] = kinds.get(name_of(path), 0) + 1
     return {
         "base_model": adapter.base_model,
         "modules": kinds,

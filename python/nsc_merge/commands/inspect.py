@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
     prepare(local=local and not any(is_hub_id(one.partition("@")[0], Path.cwd()) for one in arguments.adapters))
     from nsc_merge.adapters import load_adapter
+    from nsc_merge.adapters.formats.parameter_stacks import updates_of
     from nsc_merge.analysis import adapter_overlap
     from nsc_merge.calibration.batch_files import check_names, read_batches
     from nsc_merge.models.attachment import merged_linears
@@ -60,6 +62,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             document["null_space_ratio"] = adapter_overlap.null_space_ratios(
                 model, {name: linears_of(adapter, model) for name, adapter in adapters.items()}, batches
             )
+    else:
+        adapters = {name: replace(one, factors=updates_of(one)) for name, one in adapters.items()}
     document["adapters"] = {name: adapter_overlap.describe(adapter) for name, adapter in adapters.items()}
     document["overlaps"] = adapter_overlap.overlaps(adapters)
     print(json.dumps(document) if arguments.json else adapter_overlap.render(document))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.models.attachment import MeasuredLoRALinear
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 from nsc_merge.processes.group import current
 
 

@@ -29,10 +29,8 @@ from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, on
 from nsc_merge.descent.coefficients import Coefficients
 from nsc_merge.descent.position_weights import PositionWeights
 from nsc_merge.descent.tower_cache import TowerCache
-from nsc_merge.models.attachment import MeasuredLoRALinear
 from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.sharded import gather_for_backward, has_units_inside, is_unit, reshard
-from nsc_merge.models.folded_linear import Folded, can_fold
 from nsc_merge.models.forward_contexts import (
     Ended,
     blocks_without,
@@ -43,6 +41,8 @@ from nsc_merge.models.forward_contexts import (
     without_key_value_cache,
     wrapped_forward,
 )
+from nsc_merge.models.merged.folded_linear import Folded, can_fold
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 from nsc_merge.processes.group import current
 from nsc_merge.utils.memory import free_memory
 

@@ -144,11 +144,11 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
             "unmerge_adapter() first"
         )
-    for setting in ("modules_to_save", "trainable_token_indices"):
+    for setting in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         trained = [name for name in adapters if getattr(held[name], setting, None)]
         if trained:
             raise ValueError(
-                f"adapters: {trained} have {setting}, which a LoRA adapter cannot hold merged; "
+                f"adapters: {trained} have {setting}, which is not merged in place; "
                 "nsc_merge.merge takes them from their folders"
             )
     dora = [name for name in adapters if held[name].use_dora]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsc_kernels import AdapterBank, MergedLoRALinear
+from nsc_kernels import AdapterBank
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.models.bases.quantised import (
     Linear,
@@ -22,99 +22,16 @@ from nsc_merge.models.bases.quantised import (
 from nsc_merge.models.bases.sharded import unit_of
 from nsc_merge.models.bases.stored_weights import (
     FLOATS,
-    NotAtHand,
     check_loaded,
     described,
     is_dtensor,
-    is_plain,
     offloading,
 )
-from nsc_merge.models.folded_linear import Folded
 from nsc_merge.models.forward_contexts import eager, wrapper_of
-from nsc_merge.models.merged_whole import MergedWhole, Site, instead, is_part, merged_at
-
-Measure = Callable[[str, Tensor, Tensor], None]
-
-
-class MeasuredLoRALinear(MergedLoRALinear):
-    """A merged linear that hands ``quad [..., K]`` and ``sqnorm [...]`` of its input to a callback.
-
-    Beyond the low-rank updates of its bank it can hold, per adapter, an update of the bias and, for a layer
-    that was trained in full, of the whole weight; and of DoRA, a gain of what the base's weight gives. The same
-    coefficients scale them.
-
-    Attributes:
-        path: of the linear in the model.
-        measure: the callback, while the linear is measured.
-        folded: what computes the linear and its low-rank updates in one where that pays, while it is not measured.
-        biases: updates of the bias, ``[K, d_out]``, if some adapter has one.
-        denses: updates of the whole weight, ``[K, d_out, d_in]``, if some adapter has one.
-        gains: ``[K, d_out]``, if some adapter has one.
-        offset: the base's bias, which no gain counts for, if there are gains and the base has one.
-        weight_taken: whether somebody asked for :attr:`weight`, perhaps to compute with it unseen.
-    """
-
-    path: str = ""
-    measure: Measure | None = None
-    folded: Folded | None = None
-    biases: Tensor | None = None
-    denses: Tensor | None = None
-    gains: Tensor | None = None
-    offset: Tensor | None = None
-    weight_taken: bool = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The merged weight ``[d_out, d_in]``, for models that compute with it by themselves, as nn.MultiheadAttention
-        does; differentiable in the coefficients. Of a weight that is not at hand, being offloaded or quantised, only
-        shape and dtype: computing with it is refused, as the update would be left out.
-        """
-        self.weight_taken = True
-        own = self.linear.weight
-        if not is_plain(own) or not isinstance(self.linear, nn.Linear):
-            return NotAtHand.of(own, (self.out_features, self.in_features), self.path)
-        A, Bt, _ = self.bank.packed
-        # One coefficient for each row of A, without asking the device for anything.
-        shares = torch.cat([one.expand(rank) for one, rank in zip(self.lam, self.bank.ranks, strict=True)])
-        scaled = Bt * shares[:, None]
-        merged = own + scaled.t() @ A.to(scaled)
-        if self.gains is not None:
-            merged = merged + (self.lam @ self.gains)[:, None] * own
-        if self.denses is not None:
-            merged = merged + torch.tensordot(self.lam, self.denses.to(self.lam), 1)
-        return merged.to(own.dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The merged bias ``[d_out]``, where the linear has one or an adapter gives it one."""
-        own = super().bias
-        if self.biases is None:
-            return own
-        update = self.lam @ self.biases.to(self.lam)
-        return update.to(self.biases.dtype) if own is None else (own + update).to(own.dtype)
-
-    def forward(self, z: Tensor) -> Tensor:
-        if self.measure is not None:
-            y, quad, sqnorm = self.nsc(z)
-            self.measure(self.path, quad, sqnorm)
-        elif self.folded is not None and self.folded.pays(z):
-            y = self.folded(z, self.lam)
-        elif self.bank.R == 0:
-            y = self.linear(z)
-        else:
-            y = super().forward(z)
-        # The coefficients stay as wide as they are: rounded to bfloat16, small steps would change nothing.
-        if self.denses is not None:
-            stacked = self.denses.flatten(0, 1).to(z.dtype)
-            shares = nn.functional.linear(z, stacked).unflatten(-1, self.denses.shape[:2])
-            y = y + (self.lam[:, None] * shares).sum(-2).to(y.dtype)
-        if self.gains is not None:
-            given = self.linear(z).to(y.dtype)
-            given = given if self.offset is None else given - self.offset.to(y.dtype)
-            y = y + ((self.lam @ self.gains) * given).to(y.dtype)
-        if self.biases is not None:
-            y = y + (self.lam @ self.biases.to(self.lam.dtype)).to(y.dtype)
-        return y
+from nsc_merge.models.merged.matrices import Matrix, matrix_at
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
+from nsc_merge.models.merged.parameters import MergedMatrix, around
+from nsc_merge.models.merged.whole import MergedWhole, Site, instead, is_part, merged_at
 
 
 def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
@@ -151,33 +68,45 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model: expected a model, found {type(model).__name__}{wrapper_of(model)}")
     modules = dict(model.named_modules())
+    places: dict[str, Any] = {}
+    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.factors):
+        places[path] = merged_at(modules[path]) if path in modules else matrix_at(model, path)
     for name, adapter in adapters.items():
-        unknown = [path for path in adapter.factors if path not in modules]
+        unknown = [path for path in adapter.factors if places[path] is None]
         if unknown:
             raise ValueError(
                 f"adapters[{name!r}]: {len(unknown)} of {len(adapter.factors)} adapted modules are not in "
                 f"{type(model).__name__}, for example {unknown[0]!r}" + wrapper_of(model)
             )
         for path, factor in adapter.factors.items():
-            linear = merged_at(modules[path])
+            linear = places[path]
             if factor.magnitude is not None:
                 raise ValueError(
                     f"adapters[{name!r}]: {path} is a DoRA update; nsc_merge.models.fitting.fit makes it one of "
                     "the base's weight"
                 )
-            if not (isinstance(linear, Site) or is_linear(linear)) or is_part(modules[path]):
+            if not (isinstance(linear, Site) or is_linear(linear)) or (path in modules and is_part(modules[path])):
                 raise TypeError(
                     f"adapters[{name!r}]: {path}: expected a linear, embedding, norm or convolution, found "
                     f"{type(linear).__module__}.{type(linear).__name__}{instead(modules[path])}"
                 )
+            if isinstance(linear, Matrix) and factor.dense is not None:
+                raise ValueError(f"adapters[{name!r}]: {path}: expected a low-rank update, found a dense one")
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:
                 raise ValueError(
                     f"adapters[{name!r}]: {path}: expected an update of shape "
                     f"[{linear.out_features}, {linear.in_features}] to fit the model, "
                     f"found [{factor.B.shape[0]}, {factor.A.shape[1]}]"
                 )
-    touched = {path for adapter in adapters.values() for path in adapter.factors}
-    return {path: merged_at(module) for path, module in modules.items() if path in touched}
+    order = {path: number for number, path in enumerate(modules)}
+
+    def position(path: str) -> tuple[int, str, int]:
+        place = places[path]
+        if isinstance(place, Matrix):
+            return order[place.owner], place.name, place.number or 0
+        return order[path], "", 0
+
+    return {path: places[path] for path in sorted(places, key=position)}
 
 
 def is_computed_with(model: nn.Module, path: str) -> bool:
@@ -213,10 +142,10 @@ def attach(
         Module path -> merged linear, of every linear that has coefficients to choose.
     """
     linears = merged_linears(model, adapters)
-    modules = {path: model.get_submodule(path) for path in linears}
     check_loaded(model)
     values = {task: init[task] if isinstance(init, Mapping) else init for task in adapters}
-    merged = {}
+    merged: dict[str, Any] = {}
+    placed: dict[str, nn.Module] = {}
     # By name: accelerate gives an offloaded layer other parameters with every call.
     trainable = [
         (module, name)
@@ -231,12 +160,14 @@ def attach(
                 offset = _offset(model, path, linear, kind[1], adapters)
                 merged[path] = _merged_linear(path, linear, *kind, adapters, values, offset)
             _set_requires_grad(trainable, False)
-            for path, module in merged.items():
+            alone = {path: one for path, one in merged.items() if not isinstance(one, MergedMatrix)}
+            for path, module in {**alone, **around(merged)}.items():
+                placed[path] = model.get_submodule(path)
                 _replace(model, path, module)
             yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
         finally:
-            for path in merged:
-                _replace(model, path, modules[path])
+            for path, module in placed.items():
+                _replace(model, path, module)
             _set_requires_grad(trainable, True)
 
 
@@ -254,6 +185,8 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
     """
     if isinstance(linear, Site):
         hook = offloading(linear.module)
+        if isinstance(linear, Matrix) and hook is not None:
+            raise ValueError(f"{path}: expected experts in memory, found them offloaded; load them without device_map")
         if type(linear.weight) is not nn.Parameter or linear.weight.dtype not in FLOATS:
             raise ValueError(f"{path}: expected a whole weight in one process, found {described(linear.weight)}")
         return linear.weight.dtype, linear.weight.device if hook is None else torch.device(hook.execution_device)
@@ -286,7 +219,7 @@ def _merged_linear(
     adapters: Mapping[str, Adapter],
     values: Mapping[str, float],
     offset: Tensor | None,
-) -> MeasuredLoRALinear | MergedWhole:
+) -> MeasuredLoRALinear | MergedWhole | MergedMatrix:
     absent = Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
     whole = isinstance(linear, Site)
@@ -312,7 +245,11 @@ def _merged_linear(
     if whole:
         ranked = [(number, factor) for number, factor in enumerate(factors) if factor.rank]
         low_rank = [(number, (one.scaling * one.A.double()).to(bank.A), one.B.to(bank.A)) for number, one in ranked]
-        module = MergedWhole(linear.module, own, bank, low_rank)
+        module = (
+            MergedMatrix(linear, own, bank, low_rank)
+            if isinstance(linear, Matrix)
+            else MergedWhole(linear.module, own, bank, low_rank)
+        )
     else:
         module = MeasuredLoRALinear(linear, bank, own)
     module.path = path

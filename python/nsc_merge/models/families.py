@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nsc_merge.adapters.adapter import name_of
 from nsc_merge.models.block_finding import described
 from nsc_merge.utils.option_checks import check_names
 
@@ -303,7 +304,7 @@ def scored_paths(
         if chosen:
             return chosen
     wanted = [name for names in choices for name in names]
-    carried = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+    carried = sorted({name_of(path) for path in adapted})
     raise ValueError(
         f"score_modules: no adapter touches {wanted} in blocks {sorted(blocks)}; adapted modules: {carried}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -14,6 +14,8 @@ from nsc_merge.adapters.algebra.low_rank import rows_of
 from nsc_merge.models.bases.quantised import Linear, is_linear, stored_or_dequantised
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.families import find_family
+from nsc_merge.models.merged.matrices import is_matrix_alone
+from nsc_merge.models.merged.stacks import updates_of_experts, updates_of_stacks
 from nsc_merge.models.renaming import name_today, rules_of
 from nsc_merge.models.trained_in_full import by_policy, check_base, own_parameters, update_of_rows, updates_of_whole
 
@@ -115,16 +117,46 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
     """
     modules = dict(model.named_modules())
     rules, prefix = rules_of(model, find_family(model)), _trunk(model, modules)[1]
+
+    def today(path: str) -> str:
+        return name_today(path, modules, rules, prefix)
+
     return {
         task: replace(
             adapter,
-            factors=_renamed(task, adapter.factors, modules, rules, prefix),
+            factors=_renamed(task, _with_matrices(task, adapter, model, today), modules, rules, prefix),
+            stacks={},
             trained=_renamed_parameters(task, adapter.trained, modules, rules, prefix),
             base_weights=_renamed_parameters(task, adapter.base_weights, modules, rules, prefix),
             token_rows={name_today(path, modules, rules, prefix): rows for path, rows in adapter.token_rows.items()},
         )
         for task, adapter in adapters.items()
     }
+
+
+def _with_matrices(
+    task: str, adapter: Adapter, model: nn.Module, today: Callable[[str], str]
+) -> dict[str, Factor]:
+    """An adapter's updates with those of experts and routers under the paths of their matrices."""
+    of_stacks = updates_of_stacks(task, adapter.stacks, model, today)
+    of_experts, used = updates_of_experts(task, adapter.factors, model, today)
+    others = {}
+    for path, factor in adapter.factors.items():
+        if path not in used:
+            named = today(path)
+            router = factor.bias is None and factor.magnitude is None and is_matrix_alone(_submodule(model, named))
+            others[f"{named}.weight" if router else path] = factor
+    twice = sorted((of_stacks.keys() & of_experts.keys()) | (others.keys() & {*of_stacks, *of_experts}))
+    if twice:
+        raise ValueError(f"adapters[{task!r}]: {twice[0]} has LoRA twice, on its module and on its parameter")
+    return {**others, **of_experts, **of_stacks}
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return nn.Module()
 
 
 def _trunk(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:

@@ -17,6 +17,7 @@ from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.fitting import renamed
+from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.models.trained_in_full import is_unchanged
 
 # On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
@@ -53,12 +54,12 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
 
 
 def linears_of(adapter: Adapter, model: nn.Module) -> Adapter:
-    """An adapter without its updates of embeddings and norms, for what looks at inputs of linears."""
+    """An adapter without its updates of embeddings, norms and experts, for what looks at inputs of linears."""
     modules = dict(model.named_modules())
     factors = {
         path: one
         for path, one in adapter.factors.items()
-        if path not in modules or is_linear(modules[path]) or is_transposed(modules[path])
+        if (is_linear(modules[path]) or is_transposed(modules[path]) if path in modules else not matrix_at(model, path))
     }
     return replace(adapter, factors=factors)
 

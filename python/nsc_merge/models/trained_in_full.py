@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
-from nsc_merge.models.merged_whole import site_of
+from nsc_merge.models.merged.whole import site_of
 
 
 def own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:

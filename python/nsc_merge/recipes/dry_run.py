@@ -16,6 +16,7 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, family_of, family_said
 from nsc_merge.models.fitting import absent
+from nsc_merge.models.merged.matrices import Matrix
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.inputs import read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
@@ -53,7 +54,12 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     model, adapters, calibration = load(recipe, log, inputs)
     linears = merged_linears(model, adapters)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    sizes = {path: activations_of(model, path, model.get_submodule(path))[0].itemsize for path in linears}
+    sizes = {
+        path: linear.weight.dtype.itemsize
+        if isinstance(linear, Matrix)
+        else activations_of(model, path, model.get_submodule(path))[0].itemsize
+        for path, linear in linears.items()
+    }
     packed = sum(
         factor.rank * sum(factor.A.shape[1:] + factor.B.shape[:1]) * sizes[path]
         for adapter in adapters.values()

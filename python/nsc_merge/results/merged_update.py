@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank, rows_of, transposed
+from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank
 from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
-from nsc_merge.models.bases.transposed import is_transposed
+from nsc_merge.models.merged.matrices import owner_of, parameter_of
 from nsc_merge.models.own_base import original_of
 from nsc_merge.results.layout import task_folders
+from nsc_merge.results.parameter_rows import update_of
 
 Update = TypeVar("Update", bound="MergedUpdate")
 
@@ -233,7 +234,9 @@ class MergedUpdate:
         shared = sharing(model)
         names = []
         for path in chosen:
-            weight, linear = f"{path}.weight", model.get_submodule(path)
+            weight, linear = parameter_of(model, path), owner_of(model, path)
+            if weight in names:
+                continue
             if not (dequantize and is_quantised(linear)):
                 stored(model, weight)
             tied = shared.get(weight, [weight])
@@ -275,12 +278,8 @@ class MergedUpdate:
 
     def _update_of(self, name: str, place: Stored) -> Rows:
         path, _, part = name.rpartition(".")
-        if part == "weight":
-            turned = is_transposed(self.model.get_submodule(path))
-            terms = ((lam, transposed(one) if turned else one) for lam, one in self.terms(path))
-            rows = rows_of(terms, place.device, place.rows)
-            # A norm's weight is the one column of its update, a convolution's has the kernel's dimensions.
-            return lambda begin, end: rows(begin, end).reshape(-1, *place.values.shape[1:])
+        if part != "bias":
+            return update_of(self.model, name, self.paths, self.terms, place)
         update = self.bias_delta(path)
         assert update is not None
         return lambda begin, end: update[begin:end].clone().to(place.device)

@@ -18,6 +18,8 @@ from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank, total_ga
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
+from nsc_merge.models.merged.matrices import matrix_at
+from nsc_merge.models.merged.stacks import stacks_of_updates
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
@@ -84,7 +86,7 @@ def save(
     gains = has_gains(result)
     if "model" in wanted or ("lora" in wanted and (gains or any(map(result.is_whole, result.paths)))):
         result.check_base()
-    if gains and "lora" in wanted:
+    if "lora" in wanted:
         check_as_adapter(result)
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
@@ -253,6 +255,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
     # PEFT knows a head by the module right below the model.
     for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
         kept[path] = state_of(result.model.get_submodule(path))
+    matrices = {path: factors.pop(path) for path in list(factors) if matrix_at(result.model, path) is not None}
     modules: dict[str, Any] = {path: result.model.get_submodule(path) for path in factors}
     write_adapter(
         folder,
@@ -261,6 +264,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         about_adapter(result, kept),
         embeddings=[path for path, module in modules.items() if isinstance(module, nn.Embedding)],
         kernels={path: tuple(one.weight.shape[2:]) for path, one in modules.items() if hasattr(one, "kernel_size")},
+        stacks=stacks_of_updates(matrices, result.model),
         fan_in_fan_out=any(map(is_transposed, modules.values())),
     )
     if rank is not None:

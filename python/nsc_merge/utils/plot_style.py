@@ -39,9 +39,12 @@ def pyplot_in_style() -> Iterator[Any]:
 
 
 def place(path: str) -> tuple[int, str]:
-    """Block number and name within the block of a module; block -1 outside the blocks."""
-    match = re.search(r"(?:^|\.)layers?\.(\d+)\.(.+)$", path)
-    return (int(match[1]), match[2].rsplit(".", 1)[-1]) if match else (-1, path.rsplit(".", 1)[-1])
+    """Block number and name within the block of a module; block -1 outside the blocks. Numbers at the end, such as of
+    experts in one parameter, are no part of the name.
+    """
+    named = re.sub(r"(\.\d+)+$", "", path)
+    match = re.search(r"(?:^|\.)layers?\.(\d+)\.(.+)$", named)
+    return (int(match[1]), match[2].rsplit(".", 1)[-1]) if match else (-1, named.rsplit(".", 1)[-1])
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -9,7 +9,7 @@ from zoo import build, write_adapter
 
 import nsc_merge
 from nsc_kernels import AdapterBank, merged_lora
-from nsc_merge.models.folded_linear import Folded, least_tokens, should_fold
+from nsc_merge.models.merged.folded_linear import Folded, least_tokens, should_fold
 
 
 @pytest.fixture

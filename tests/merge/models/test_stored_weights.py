@@ -16,6 +16,7 @@ import nsc_merge
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import sharing, state_of
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 
 DISK = ("model.layers.1", "model.layers.2", "lm_head")
 
@@ -240,7 +241,7 @@ def test_attach_refuses_a_base_that_cannot_run(kind):
     last.v_proj = REFUSED[kind][0](last.v_proj)
     with pytest.raises(ValueError, match=words), nsc_merge.attach(model, adapters_for(llama()), 0.4):
         pass
-    assert not any(isinstance(module, nsc_merge.models.attachment.MeasuredLoRALinear) for module in model.modules())
+    assert not any(isinstance(module, MeasuredLoRALinear) for module in model.modules())
 
 
 def test_a_quantised_base_keeps_its_own_forward(update):

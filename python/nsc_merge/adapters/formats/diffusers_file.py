@@ -76,8 +76,8 @@ def read(folder: Path) -> DiffusersFile:
     chosen = next((part for part in ("", *_DENOISERS) if part in parts), None)
     if chosen is None:
         if len(parts) != 1:
-            found = sorted(parts)
-            raise ValueError(f"{folder / FILE}: expected an adapter of one model, found those of {found}; {CURE}")
+            several = sorted(parts)
+            raise ValueError(f"{folder / FILE}: expected an adapter of one model, found those of {several}; {CURE}")
         (chosen,) = parts
     notes = tuple(
         f"{FILE}: {part} has an adapter, too, which is left out; to merge it, load the file into the pipeline "

@@ -12,7 +12,7 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.quantised import Linear
 from nsc_merge.models.forward_contexts import evaluating, recomputed
-from nsc_merge.models.merged_whole import Site
+from nsc_merge.models.merged.whole import Site
 from nsc_merge.processes.group import current
 
 

@@ -27,9 +27,9 @@ from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.bases.quantised import check_gradients, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, plain_family, scored_paths
-from nsc_merge.models.folded_linear import should_fold
 from nsc_merge.models.forward_contexts import evaluating
-from nsc_merge.models.merged_whole import Site
+from nsc_merge.models.merged.folded_linear import should_fold
+from nsc_merge.models.merged.whole import Site
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")

@@ -12,8 +12,9 @@ from torch import Tensor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.methods.method import Problem
-from nsc_merge.models.attachment import MeasuredLoRALinear, presence
-from nsc_merge.models.merged_whole import MergedWhole
+from nsc_merge.models.attachment import presence
+from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
+from nsc_merge.models.merged.whole import MergedWhole
 from nsc_merge.processes.group import current
 
 # Bytes that are kept; beyond, what was kept for other batches is dropped and computed anew.

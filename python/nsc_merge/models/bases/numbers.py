@@ -104,7 +104,8 @@ class Stored:
         """With ``update`` added in float64, some rows after others."""
         count, *width = self.values.shape
         tile = _TILE if self.device.type == "cpu" else _TILE_ON_A_GPU
-        step = max(tile // (8 * max(math.prod(width), 1)), 16)
+        # Of experts, each row is a matrix.
+        step = max(tile // (8 * max(math.prod(width), 1)), 16 if len(width) < 2 else 1)
         for begin in range(0, count, step):
             end = min(begin + step, count)
             yield update(begin, end).add_(self.rows(begin, end))

@@ -57,6 +57,10 @@ class NotAtHand(Tensor):
         )
 
 
+# The names of a linear's parameters.
+_LINEAR = ("weight", "bias")
+
+
 def stored(model: nn.Module, name: str) -> Stored:
     """Where the numbers of a weight or bias of a linear, embedding, norm or convolution are.
 
@@ -70,9 +74,9 @@ def stored(model: nn.Module, name: str) -> Stored:
     path, _, part = name.rpartition(".")
     linear: Any = model.get_submodule(path)
     own = linear._parameters.get("weight")
-    # An embedding's or a norm's; attachment says which modules can be merged.
-    vector = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter) and own.dim() == 1
-    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or vector
+    # A norm's or a router's, or that of experts; attachment says which modules can be merged.
+    other = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter) and own.dim() <= 2
+    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or other or part not in _LINEAR
     if not (isinstance(linear, nn.Linear) or whole or is_transposed(linear)) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
         raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
@@ -112,7 +116,7 @@ def _shape(module: Any, part: str) -> list[int]:
     elif isinstance(module, nn.Linear):
         shape = [module.out_features, module.in_features]
     else:
-        shape = [len(module.weight)]
+        return list(module._parameters[part].shape) if part in module._parameters else []
     return shape if part == "weight" else shape[:1]
 
 

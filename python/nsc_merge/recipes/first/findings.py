@@ -190,7 +190,7 @@ def _base(name: str, revision: str | None) -> Base:
 def _low_rank(adapter: Adapter) -> Adapter:
     """What is fitted without the base's numbers."""
     factors = {path: Factor(one.A, one.B, one.scaling) for path, one in adapter.factors.items()}
-    return Adapter(adapter.name, factors, adapter.base_model)
+    return Adapter(adapter.name, factors, adapter.base_model, stacks=adapter.stacks)
 
 
 def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]:

@@ -50,7 +50,7 @@ def summary(found: Findings, out: str, command: str) -> dict[str, Any]:
                 "adapter": task.source,
                 "ranks": task.ranks,
                 "alpha": task.config.get("lora_alpha"),
-                "modules": len(task.outline.factors),
+                "modules": len(task.updates),
                 "targets": task.targets,
                 "base": task.outline.base_model,
                 "heads": found.heads.get(task.name, []),

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.adapters import CONFIG_FILE, Adapter, outline_of
+from nsc_merge.adapters import CONFIG_FILE, Adapter, Factor, outline_of
+from nsc_merge.adapters.adapter import name_of
 from nsc_merge.adapters.folder_about import labels_beside
+from nsc_merge.adapters.formats.parameter_stacks import updates_of
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.recipes.yaml_keys import RecipeError
@@ -36,13 +38,17 @@ class Task:
     labels: list[str] = field(default_factory=list)
 
     @property
+    def updates(self) -> dict[str, Factor]:
+        return updates_of(self.outline)
+
+    @property
     def ranks(self) -> list[int]:
-        return sorted({factor.rank for factor in self.outline.factors.values()})
+        return sorted({factor.rank for factor in self.updates.values()})
 
     @property
     def targets(self) -> list[str]:
-        """Last parts of the paths of the adapted modules."""
-        return sorted({path.rpartition(".")[2] for path in self.outline.factors})
+        """Names of the adapted modules, and of modules with adapted parameters, in their parents."""
+        return sorted({name_of(path) for path in self.updates})
 
     @property
     def whole(self) -> list[str]:
@@ -56,7 +62,7 @@ class Task:
     @property
     def modules(self) -> str:
         """The adapted modules, in words."""
-        count = len(self.outline.factors)
+        count = len(self.updates)
         return f"{count} module{'s' if count > 1 else ''}: {', '.join(self.targets)}"
 
     @property

@@ -48,9 +48,12 @@ def _draw_coefficients(
     dead: Mapping[str, Sequence[str]],
     out: Path,
 ) -> None:
-    places = {path: place(path) for path in coefficients}
-    blocks = sorted({block for block, _ in places.values()})
-    names = list(dict.fromkeys(name for _, name in places.values()))
+    cells: dict[tuple[int, str], list[str]] = {}
+    for path in coefficients:
+        cells.setdefault(place(path), []).append(path)
+    blocks = sorted({block for block, _ in cells})
+    names = list(dict.fromkeys(name for _, name in cells))
+    most = {name: max(len(paths) for (_, own), paths in cells.items() if own == name) for name in names}
     tasks = list(next(iter(coefficients.values())))
     values = [value for row in coefficients.values() for value in row.values()]
     low, high = min(values), max(values)
@@ -65,14 +68,15 @@ def _draw_coefficients(
     )
     for axis, task in zip(axes[0], tasks, strict=True):
         grid = [[math.nan] * len(names) for _ in blocks]
-        for path, (block, name) in places.items():
+        for (block, name), paths in cells.items():
             row, column = blocks.index(block), names.index(name)
-            grid[row][column] = coefficients[path][task]
-            if task in dead.get(path, ()):
+            grid[row][column] = sum(coefficients[path][task] for path in paths) / len(paths)
+            if any(task in dead.get(path, ()) for path in paths):
                 axis.plot(column, row, marker="x", color="white", markersize=6)
         image = axis.imshow(grid, cmap="viridis", vmin=low, vmax=high, aspect="auto")
         axis.set_title(task)
-        axis.set_xticks(range(len(names)), names, rotation=90)
+        labels = [name if most[name] == 1 else f"{name} (mean of {most[name]})" for name in names]
+        axis.set_xticks(range(len(names)), labels, rotation=90)
         axis.tick_params(length=0)
     axes[0][0].set_yticks(range(len(blocks)), ["other" if block < 0 else str(block) for block in blocks])
     axes[0][0].set_ylabel("block")

@@ -8,6 +8,7 @@ from torch import nn
 
 from nsc_merge.adapters import Factor
 from nsc_merge.models.families import find_family
+from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
 # What vLLM (0.33) takes, as vllm/config/lora.py and vllm/lora say. alpha is r everywhere, so that the scaling is 1 also
@@ -52,8 +53,14 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         "has biases (lora_bias)": (biased, _AS_A_MODEL),
     }
     held = {f"the adapter {part}, which PEFT loads and": cure for part, (found, cure) in parts.items() if found}
+    experts = [
+        "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
+        f"{_AS_A_MODEL} to serve it anywhere"
+        for path in result.paths
+        if matrix_at(result.model, path) is not None
+    ][:1]
     if not decoder:
-        return [note, *(f"{part} not every server does" for part in held)]
+        return [note, *(f"{part} not every server does" for part in held), *experts]
     notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
     paths = [path for path in result.paths if path not in whole]
     notes += _head_refused(result, paths)
@@ -62,7 +69,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         note += f", more than vLLM's {_VLLM_RANKS[-1]}: save with a smaller rank, or as a model"
     elif not notes:
         note += f"; vLLM: --enable-lora --max-lora-rank {flag}"
-    return [note, *notes, *_left_out(result, paths)]
+    return [note, *notes, *experts, *_left_out(result, paths)]
 
 
 def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:

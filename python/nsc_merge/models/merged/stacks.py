@@ -1,0 +1,198 @@
+"""Adapters of experts made updates of single matrices: those of whole parameters (PEFT's ``target_parameters``), and
+those of experts that were modules in transformers 4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsc_merge.adapters import Factor
+from nsc_merge.adapters.adapter import Stack
+from nsc_merge.adapters.formats.parameter_stacks import matrices_of
+from nsc_merge.models.bases.quantised import is_linear
+from nsc_merge.models.merged.matrices import Matrix, matrix_at
+
+_WRAPPER = ".base_layer"
+
+
+def updates_of_stacks(
+    task: str, stacks: Mapping[str, Stack], model: nn.Module, today: Callable[[str], str]
+) -> dict[str, Factor]:
+    """Path of a matrix -> its update, of LoRA on parameters.
+
+    PEFT puts a wrapper around a module for each of its parameters, one around the other in the order that the module
+    has them, so that a key tells its parameter by how many ``base_layer`` it has. In ``lora_A [E r, d_in]`` the rows of
+    an expert lie together, in ``lora_B [d_out, r E]`` the columns of one rank do.
+
+    Args:
+        task: for messages.
+        stacks: PEFT's path -> tensors.
+        model: the base model.
+        today: what a module of the adapter is called in the model.
+
+    Raises:
+        ValueError: naming the module, if it is not in the model, has not the parameters that the configuration names,
+            or a shape does not fit.
+    """
+    owners: dict[str, list[Stack]] = {}
+    # The outermost wrapper's path is the shortest, and its parameter the last.
+    for path in sorted(stacks, key=len, reverse=True):
+        owners.setdefault(path.replace(_WRAPPER, ""), []).append(stacks[path])
+    factors: dict[str, Factor] = {}
+    for owner, held in owners.items():
+        named = today(owner)
+        try:
+            module = model.get_submodule(named)
+        except AttributeError:
+            raise ValueError(
+                f"adapters[{task!r}]: {owner} has adapted parameters (target_parameters), but {type(model).__name__} "
+                "has no such module; expected the model that the adapter was trained on"
+            ) from None
+        targets = list(dict.fromkeys(target for stack in held for target in stack.targets))
+        names = [name for name, _ in module.named_parameters(recurse=False) if _is_target(f"{owner}.{name}", targets)]
+        if len(names) != len(held):
+            raise ValueError(
+                f"adapters[{task!r}]: {owner} has tensors for {len(held)} parameters, and target_parameters="
+                f"{targets!r:.100} names {names} of {type(module).__name__}; expected one of each"
+            )
+        for name, stack in zip(names, held, strict=True):
+            # LoRA on the weight of a linear is the linear's own.
+            path = named if name == "weight" and is_linear(module) else f"{named}.{name}"
+            factors.update(_of_parameter(task, path, f"{owner}.{name}", stack, module, name))
+    return factors
+
+
+def _is_target(parameter: str, targets: Collection[str]) -> bool:
+    return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
+
+
+def _of_parameter(
+    task: str, path: str, trained: str, stack: Stack, module: nn.Module, name: str
+) -> dict[str, Factor]:
+    value = module._parameters[name]
+    assert value is not None
+    rank, scaling = stack.settings(trained)
+    experts, (first, second) = len(value) if value.dim() == 3 else 1, value.shape[-2:]
+    turned = value.dim() == 3 and bool(getattr(module, "is_transposed", False))
+    d_out, d_in = (second, first) if turned else (first, second)
+    wanted = [rank * experts, d_in], [d_out, rank * experts]
+    if (list(stack.A.shape), list(stack.B.shape)) != wanted:
+        raise ValueError(
+            f"adapters[{task!r}]: {trained}: expected lora_A {wanted[0]} and lora_B {wanted[1]} for {experts} matrices "
+            f"of rank {rank}, found {list(stack.A.shape)} and {list(stack.B.shape)}"
+        )
+    if value.dim() == 2:
+        return {path: Factor(stack.A, stack.B, scaling)}
+    return {f"{path}.{number}": one for number, one in enumerate(matrices_of(stack, rank, scaling))}
+
+
+def stacks_of_updates(updates: Mapping[str, Factor], model: nn.Module) -> dict[str, Stack]:
+    """PEFT's path of a module -> LoRA on one of its parameters, of updates of matrices: what
+    :func:`updates_of_stacks` reads.
+
+    Args:
+        updates: path of a matrix -> its update, with a scaling of 1.
+        model: the base model.
+    """
+    held: dict[str, dict[str, list[tuple[Matrix, Factor]]]] = {}
+    for path, factor in updates.items():
+        matrix = matrix_at(model, path)
+        assert matrix is not None
+        held.setdefault(matrix.owner, {}).setdefault(matrix.name, []).append((matrix, factor))
+    stacks = {}
+    for owner, parameters in held.items():
+        names = [name for name, _ in model.get_submodule(owner).named_parameters(recurse=False) if name in parameters]
+        for depth, name in enumerate(reversed(names)):
+            stacks[owner + depth * _WRAPPER] = _stacked(parameters[name])
+    return stacks
+
+
+def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:
+    matrix = held[0][0]
+    rank, experts = max(factor.rank for _, factor in held), 1 if matrix.number is None else len(matrix.weight)
+    A = torch.zeros(experts, rank, matrix.in_features)
+    B = torch.zeros(matrix.out_features, rank, experts)
+    for one, factor in held:
+        A[one.number or 0, : factor.rank] = factor.A
+        B[:, : factor.rank, one.number or 0] = factor.B
+    return Stack(A.flatten(0, 1), B.flatten(1), (matrix.parameter,), lambda _: (rank, 1.0))
+
+
+def updates_of_experts(
+    task: str, factors: Mapping[str, Factor], model: nn.Module, today: Callable[[str], str]
+) -> tuple[dict[str, Factor], set[str]]:
+    """Path of a matrix -> its update, of LoRA on experts that were modules and are parameters now; and the paths that
+    these were made of.
+
+    Which parameter they went to, and in which rows, is what transformers does with files of earlier releases
+    (``conversion_mapping``): where a parameter has the matrices of several of them, one above the other, the update's
+    factors are theirs, ``A`` one above the other and ``B`` in blocks.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    conversions: Any = [
+        entry
+        for entry in get_checkpoint_conversion_mapping(kind) or ()
+        if [type(one).__name__ for one in getattr(entry, "operations", None) or ()]
+        in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+    ]
+    found: dict[str, dict[int, Factor]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    used = set()
+    for path, factor in factors.items():
+        for entry in conversions:
+            for place, pattern in enumerate(entry.source_patterns):
+                match = re.search(pattern.replace(".*.", r"\.(\d+)\.") + "$", f"{path}.weight")
+                if match is None:
+                    continue
+                parameter = f"{path}.weight"[: match.start()] + entry.target_patterns[0]
+                owner, _, name = parameter.rpartition(".")
+                owner = today(owner)
+                value = _parameter(model, owner, name)
+                if value is None or value.dim() != 3 or int(match[1]) >= len(value):
+                    continue
+                if factor.bias is not None or factor.magnitude is not None:
+                    raise ValueError(
+                        f"adapters[{task!r}]: {path}: expected plain LoRA on an expert, found a bias or DoRA; an "
+                        "earlier transformers has the module that it was trained on"
+                    )
+                rows, width = value.shape[1] // len(entry.source_patterns), value.shape[2]
+                if (factor.B.shape[0], factor.A.shape[1]) != (rows, width):
+                    raise ValueError(
+                        f"adapters[{task!r}]: {path}: expected an update of shape {[rows, width]}, found "
+                        f"[{factor.B.shape[0]}, {factor.A.shape[1]}]"
+                    )
+                matrix = f"{owner}.{name}.{match[1]}"
+                found.setdefault(matrix, {})[place] = factor
+                sizes[matrix] = len(entry.source_patterns), rows
+                used.add(path)
+    return {matrix: _above_each_other(parts, *sizes[matrix]) for matrix, parts in found.items()}, used
+
+
+def _parameter(model: nn.Module, owner: str, name: str) -> Tensor | None:
+    try:
+        return model.get_submodule(owner)._parameters.get(name)
+    except AttributeError:
+        return None
+
+
+def _above_each_other(parts: Mapping[int, Factor], count: int, rows: int) -> Factor:
+    """The update of a matrix of ``count`` blocks of ``rows`` rows, some of which have one."""
+    if count == 1:
+        return parts[0]
+    ordered = sorted(parts.items())
+    # PEFT scales all modules alike, unless patterns say otherwise.
+    scaling = ordered[0][1].scaling
+    B = torch.zeros(count * rows, sum(factor.rank for _, factor in ordered), dtype=ordered[0][1].B.dtype)
+    begin = 0
+    for place, factor in ordered:
+        block = factor.B if factor.scaling == scaling else factor.B.double() * (factor.scaling / scaling)
+        B[place * rows : (place + 1) * rows, begin : begin + factor.rank] = block
+        begin += factor.rank
+    return Factor(torch.cat([factor.A for _, factor in ordered]), B, scaling)
