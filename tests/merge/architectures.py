@@ -120,6 +120,7 @@ ARCHITECTURES = {
     "Falcon": Architecture("FalconForCausalLM", {**WIDTH, **TOKENS}, text, ["query_key_value"]),
     "StableLM": Architecture("StableLmForCausalLM", HEADS, text, LLAMA),
     "Granite": Architecture("GraniteForCausalLM", GROUPED, text, LLAMA),
+    "OLMo": Architecture("OlmoForCausalLM", GROUPED, text, LLAMA),
     "OLMo 2": Architecture("Olmo2ForCausalLM", GROUPED, text, LLAMA),
     "Mixtral": Architecture(
         "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, text, FIRST_TWO
@@ -127,6 +128,13 @@ ARCHITECTURES = {
     "Qwen3-MoE": Architecture(
         "Qwen3MoeForCausalLM",
         {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        text,
+        FIRST_TWO,
+    ),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": 2 * ["full_attention"],
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         text,
         FIRST_TWO,
     ),
@@ -239,6 +247,13 @@ ARCHITECTURES = {
         text_and_image(4, pixel_values=images(1, 3, 8, 8)),
         _LANGUAGE,
     ),
+    "Gemma 3 with images": Architecture(
+        "Gemma3ForConditionalGeneration",
+        {"vision_config": _SIGLIP, "text_config": {**HEADS, "model_type": "gemma3_text", "sliding_window": 8},
+         "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN, "mm_tokens_per_image": 4},
+        text_and_image(4, pixel_values=images(1, 3, 8, 8), token_type_ids=kinds_of_tokens(4)),
+        _LANGUAGE,
+    ),
     "Idefics3": Architecture(
         "Idefics3ForConditionalGeneration",
         {"vision_config": {**WIDTH, **PATCHES}, "text_config": _TEXT, "scale_factor": 2, "image_token_id": IMAGE_TOKEN},
@@ -315,9 +330,11 @@ def outcomes(architecture: Architecture, folder: Path) -> dict[str, str]:
     cells = {method: outcome(lambda method=method: merged(method)) for method in METHODS}
     if "nsc" in results:
         cells["measured"] = ", ".join(f"`{path}`" for path in results["nsc"].options["scored"])
-        before = results["nsc"].options["init"]
-        moved = {value for row in results["nsc"].coefficients.values() for value in row.values()} - {before}
-        cells["nsc"] = cells["nsc"] if moved else "no coefficient moved"
+    for method in METHODS[1:]:
+        if method in results:
+            # All begin at one number.
+            found = {value for row in results[method].coefficients.values() for value in row.values()}
+            cells[method] = cells[method] if len(found) > 1 else "no coefficient moved"
     if "task_arithmetic" not in results:
         return {**cells, "adapter": "nothing to export", "model": "nothing to export"}
     held = PeftModel.from_pretrained(copy.deepcopy(model), folder / "a", adapter_name="a")

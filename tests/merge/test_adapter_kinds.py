@@ -51,6 +51,29 @@ REFUSED = {
     "activated LoRA": ({"alora_invocation_tokens": [1, 2]}, "serve its adapter by itself"),
     "biases of the base (`bias=\"all\"`)": ({"bias": "all"}, "bias: expected 'none'.*train with bias='none'"),
 }
+# Rows whose outcome other tests show: file below tests/merge, and test.
+ELSEWHERE = {
+    "LoRA on Conv1D (GPT-2)": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
+    "LoRA on convolutions": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
+    "a larger vocabulary": ("models/test_vocabulary.py", "test_one_adapter_with_added_tokens_is_what_peft_runs"),
+    "keys of `torch.compile`, FSDP, DataParallel, a state dict, or without PEFT's prefix": (
+        "adapters/test_peft_keys.py",
+        "test_keys_of_another_making_are_read_alike_with_a_note",
+    ),
+    "mergekit-extract-lora": ("test_adapter_kinds.py", "test_what_mergekit_saved_changed_is_merged"),
+    "experts of a fused parameter (`target_parameters`)": (
+        "models/test_experts.py",
+        "test_adapters_of_parameters_compute_what_peft_does",
+    ),
+    "LoRA on single experts, as transformers 4 had them": (
+        "models/test_experts.py",
+        "test_adapters_of_single_experts_compute_what_peft_makes_of_them",
+    ),
+    "`adapter_model.bin`, or weights in several files": (
+        "test_adapter_kinds.py",
+        "test_pickles_and_parts_are_converted_by_the_line_that_the_message_names",
+    ),
+}
 LINES = PAGE.read_text(encoding="utf-8").splitlines()
 
 
@@ -87,19 +110,46 @@ def test_refused_kinds_name_cause_and_cure(kind: str, tmp_path: Path) -> None:
     assert f"| {kind} | refused |" in "\n".join(LINES)
 
 
-def test_what_mergekit_leaves_unchanged_is_left_out(tmp_path: Path) -> None:
-    """mergekit-extract-lora lists embeddings and norms in modules_to_save, be they the base's or not."""
-    model = base()
-    folder = write_adapter(model, tmp_path / "a", 1, r=3, **LINEARS)
+def by_mergekit(model: nn.Module, folder: Path, changed: float) -> Path:
+    """As mergekit-extract-lora writes: embeddings and norms in modules_to_save, be they the base's or not."""
+    write_adapter(model, folder, 1, r=3, **LINEARS)
     config = json.loads((folder / "adapter_config.json").read_text())
     names = ["embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"]
     (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": names}))
     weights = load_file(folder / "adapter_model.safetensors")
-    whole = {key: value for key, value in model.state_dict().items() if key.split(".")[-2] in names}
-    save_file(
-        {**weights, **{f"base_model.model.{key}": value.clone() for key, value in whole.items()}},
-        folder / "adapter_model.safetensors",
-    )
+    generator = torch.Generator().manual_seed(2)
+    for key, value in model.state_dict().items():
+        if key.split(".")[-2] in names:
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            weights[f"base_model.model.{key}"] = value + changed * noise
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_what_mergekit_saved_changed_is_merged(tmp_path: Path) -> None:
+    model = base()
+    folder = by_mergekit(model, tmp_path / "a", 0.1)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    norms = 1 + 2 * DECODER["num_hidden_layers"]
+    assert len(result.paths) == len(nsc_merge.load_adapter(folder, "a").factors) + 2 + norms
+    merged = result.apply(copy.deepcopy(model))
+    peft = PeftModel.from_pretrained(copy.deepcopy(model), folder).double()
+    # Each weight, as norms round to float32 inside; updates in full are kept in float32.
+    for path in result.paths:
+        own = peft.get_base_model().get_submodule(path)
+        if hasattr(own, "lora_A"):
+            weight = own.base_layer.weight + own.get_delta_weight("default")
+        else:
+            weight = own.modules_to_save["default"].weight
+        found = merged.get_parameter(f"{path}.weight")
+        torch.testing.assert_close(found, weight, rtol=0, atol=3e-8, check_dtype=False)
+    assert (outputs(peft, text(1)) - outputs(model, text(1))).abs().max() > 0.01
+    torch.testing.assert_close(outputs(merged, text(1)), outputs(peft, text(1)), rtol=0, atol=1e-6)
+
+
+def test_what_mergekit_leaves_unchanged_is_left_out(tmp_path: Path) -> None:
+    model = base()
+    folder = by_mergekit(model, tmp_path / "a", 0.0)
     result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
     assert result.paths == list(nsc_merge.load_adapter(folder, "a").factors)
     assert any("lm_head" in note for note in result.adapters["a"].notes)
@@ -145,10 +195,16 @@ def test_dora_is_approximated_when_asked(tmp_path: Path) -> None:
     assert any("DoRA converted at rank 3, relative error" in note for note in result.adapters["a"].notes)
 
 
-def test_adapters_of_experts_are_merged_where_the_model_has_these(tmp_path: Path) -> None:
-    """Values: tests/merge/models/test_experts.py."""
-    assert "| experts of a fused parameter (`target_parameters`) | merged |" in "\n".join(LINES)
-    assert "| LoRA on single experts, as transformers 4 had them | merged |" in "\n".join(LINES)
+def test_the_page_lists_all_kinds_and_no_other() -> None:
+    begin = LINES.index("| kind | outcome | |")
+    end = LINES.index("", begin) if "" in LINES[begin:] else len(LINES)
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in LINES[begin + 2 : end]]
+    assert sorted(rows) == sorted([*MERGED, *TIED, *REFUSED, *ELSEWHERE])
+    for file, test in ELSEWHERE.values():
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+def test_named_experts_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["gate_proj"]))
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")

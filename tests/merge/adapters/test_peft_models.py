@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -14,12 +13,11 @@ from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from zoo import DECODER, build, outputs, text, write_adapter
 
 import nsc_merge
-from nsc_merge.adapters.peft_reader import outline_of
 from nsc_merge.integrations.peft import merge as merge_loaded
 
 TARGETS = ["q_proj", "v_proj"]
@@ -242,48 +240,6 @@ def test_heads_trained_as_one_with_the_embeddings_are_read_under_both_names(tmp_
         adapter = nsc_merge.load_adapter(source, "a")
         assert sorted(adapter.trained) == ["lm_head.weight", "model.embed_tokens.weight"]
         assert adapter.base_weights == {}
-
-
-def edited(folder, rename):
-    weights = {rename(key): value for key, value in load_file(folder / "adapter_model.safetensors").items()}
-    save_file(weights, folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("rename", "note"),
-    [
-        (lambda key: f"_orig_mod.{key}", "_orig_mod, .*taken out of the keys"),
-        (lambda key: key.replace("model.layers", "model._orig_mod.layers"), "_orig_mod, .*taken out of the keys"),
-        (lambda key: key.replace("self_attn", "_fsdp_wrapped_module.self_attn"), "taken out of the keys"),
-        (lambda key: f"module.{key}", "module.: taken off the keys"),
-        (lambda key: f"module._orig_mod.{key}", "module.: taken off the keys"),
-        (lambda key: f"_orig_mod.module.{key}", "module.: taken off the keys"),
-        (lambda key: key.replace(".weight", ".default.weight"), ".default.: taken out of the keys"),
-        (lambda key: key.removeprefix("base_model.model."), "base_model.model.: put before the keys"),
-        (lambda key: f"base_model.model.{key}", "base_model.model. stood before the keys more than once"),
-    ],
-)
-def test_keys_of_another_making_are_read_alike_with_a_note(tmp_path, rename, note):
-    folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
-    clean = nsc_merge.load_adapter(folder, "a")
-    edited(folder, rename)
-    read = nsc_merge.load_adapter(folder, "a")
-    assert clean.notes == ()
-    assert any(re.search(note, one) for one in read.notes)
-    assert read.factors.keys() == clean.factors.keys() == outline_of(folder, "a")[0].factors.keys()
-    for path, factor in clean.factors.items():
-        assert torch.equal(read.factors[path].A, factor.A)
-        assert torch.equal(read.factors[path].B, factor.B)
-
-
-def test_keys_that_would_become_one_are_refused(tmp_path):
-    folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
-    held = load_file(folder / "adapter_model.safetensors")
-    key, value = next(iter(held.items()))
-    twice = {**held, key.replace("model.layers", "model._orig_mod.layers"): value.clone()}
-    save_file(twice, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"model._orig_mod.layers.*has lora_A only"):
-        nsc_merge.load_adapter(folder, "a")
 
 
 def test_a_state_dict_with_copies_of_whole_modules_is_refused(tmp_path):
