@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,9 +45,12 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     decoder = None if towers else _decoder(model)
     inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
     lists = inside or lists
-    longest = [path for path, size in lists.items() if size == max(lists.values())]
-    # Of several as long as each other, the decoder's comes last.
-    chosen = longest if towers else longest[-1:]
+    if towers:
+        # Text and images in models beside each other, of whatever depth.
+        chosen = [path for top in _tops(lists) for path in _longest({one: lists[one] for one in top})[-1:]]
+    else:
+        # Of several as long as each other, the decoder's comes last.
+        chosen = _longest(lists)[-1:]
     block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.(\d+)\."
     return {
         "name": f"found in {type(model).__name__}",
@@ -56,6 +59,18 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
         "score_modules": _scored(block, counted),
         **_inputs(model, config, chosen[0]),
     }
+
+
+def _longest(lists: Mapping[str, int]) -> list[str]:
+    return [path for path, size in lists.items() if size == max(lists.values())]
+
+
+def _tops(paths: Iterable[str]) -> list[list[str]]:
+    """Paths by the module of the model that they are in."""
+    tops: dict[str, list[str]] = {}
+    for path in paths:
+        tops.setdefault(path.partition(".")[0], []).append(path)
+    return list(tops.values())
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -274,27 +274,34 @@ def scored_paths(
     if score_modules is not None:
         check_names("score_modules", score_modules)
     pattern = re.compile(family.block)
-    numbers = [int(match[1]) for path, _ in model.named_modules() if (match := pattern.search(path + "."))]
-    count = max(numbers, default=-1) + 1
+    # Where there are several lists of blocks, as in two towers, each has its own depth.
+    depths: dict[str, int] = {}
+    for path, _ in model.named_modules():
+        if match := pattern.search(f"{path}."):
+            begin = path[: match.start(1)]
+            depths[begin] = max(depths.get(begin, 0), int(match[1]) + 1)
+    count = max(depths.values(), default=0)
     if score_blocks == "last_quarter":
-        blocks = set(range(count - math.ceil(count / 4), count))
+        blocks = {begin: set(range(depth - math.ceil(depth / 4), depth)) for begin, depth in depths.items()}
     elif isinstance(score_blocks, int) and not isinstance(score_blocks, bool):
         if not 1 <= score_blocks <= count:
             raise ValueError(f"score_blocks: expected 1 to {count} last blocks, found {score_blocks}")
-        blocks = set(range(count - score_blocks, count))
+        blocks = {begin: set(range(max(depth - score_blocks, 0), depth)) for begin, depth in depths.items()}
     elif isinstance(score_blocks, Sequence) and not isinstance(score_blocks, str):
         whole = all(isinstance(one, int) and not isinstance(one, bool) for one in score_blocks)
-        blocks = set(score_blocks) if whole else set()
-        if not blocks or not blocks <= set(range(count)):
+        if not whole or not score_blocks or not set(score_blocks) <= set(range(count)):
             raise ValueError(
                 f"score_blocks: expected block numbers from 0 to {count - 1}, found {list(score_blocks)}"
             )
+        blocks = {begin: set(score_blocks) for begin in depths}
     else:
         raise ValueError(f"score_blocks: expected 'last_quarter', a number or a list, found {score_blocks!r}")
 
     adapted = list(adapted)
     inside = [
-        path for path in adapted if (match := pattern.search(f"{path}.")) and int(match[1]) in blocks
+        path
+        for path in adapted
+        if (match := pattern.search(f"{path}.")) and int(match[1]) in blocks[path[: match.start(1)]]
     ]
     choices = (
         [tuple(score_modules)] if score_modules is not None else [(name,) for name in family.score_modules]
@@ -304,7 +311,5 @@ def scored_paths(
         if chosen:
             return chosen
     wanted = [name for names in choices for name in names]
-    carried = sorted({name_of(path) for path in adapted})
-    raise ValueError(
-        f"score_modules: no adapter touches {wanted} in blocks {sorted(blocks)}; adapted modules: {carried}"
-    )
+    carried, tried = sorted({name_of(path) for path in adapted}), sorted(set().union(*blocks.values()))
+    raise ValueError(f"score_modules: no adapter touches {wanted} in blocks {tried}; adapted modules: {carried}")

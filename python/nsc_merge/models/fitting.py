@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -92,8 +92,8 @@ def fit(
         for path, rows in adapter.token_rows.items():
             if path in factors:
                 raise ValueError(
-                    f"adapters[{task!r}]: {path} has rows of tokens (trainable_token_indices) and other updates, "
-                    "expected one of them"
+                    f"adapters[{task!r}]: {path} has rows of tokens (trainable_token_indices) and other updates, which "
+                    "PEFT does not train together; expected one of them: take the other's tensors out of the file"
                 )
             factors[path] = update_of_rows(task, path, rows, model)
             about[path] = f"rows of {len(rows.indices)} tokens trained (trainable_token_indices): merged"
@@ -124,6 +124,7 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
     return {
         task: replace(
             adapter,
+            notes=tuple(dict.fromkeys((*adapter.notes, *_translations(adapter.factors, today)))),
             factors=_renamed(task, _with_matrices(task, adapter, model, today), modules, rules, prefix),
             stacks={},
             trained=_renamed_parameters(task, adapter.trained, modules, rules, prefix),
@@ -132,6 +133,18 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
         )
         for task, adapter in adapters.items()
     }
+
+
+def _translations(paths: Iterable[str], today: Callable[[str], str]) -> list[str]:
+    """A sentence on modules that are called otherwise in the model, if there are such."""
+    named = ((path, today(path)) for path in paths)
+    # The same model with or without its head is no other.
+    moved = {path: found for path, found in named if not (path.endswith(found) or found.endswith(path))}
+    if not moved:
+        return []
+    first = next(iter(moved))
+    modules = f"{len(moved)} modules are" if len(moved) > 1 else "1 module is"
+    return [f"{modules} called otherwise in this model: {first} is taken for {moved[first]}"]
 
 
 def _with_matrices(

@@ -124,13 +124,20 @@ def test_blocks_measured_module_and_inputs_are_found(name):
 
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
-def test_both_towers_are_measured_where_they_are_equally_deep(name):
+@pytest.mark.parametrize("deeper", [0, 4])
+def test_both_towers_are_measured_each_by_its_own_depth(name, deeper):
+    one = ARCHITECTURES[name]
+    vision = {**one.config["vision_config"], "num_hidden_layers": 2 + deeper}
     with torch.device("meta"):
-        model = ARCHITECTURES[name].build()
+        model = one._replace(config={**one.config, "vision_config": vision}).build()
     family = family_of(model, linears(model))
-    towers = ("text_model", "vision_model")
     scored = scored_paths(family, model, linears(model), None, "last_quarter")
-    assert scored == [f"{tower}.encoder.layers.1.self_attn.v_proj" for tower in towers]
+    places = ["text_model.encoder.layers.1", *(f"vision_model.encoder.layers.{4 + one}" for one in range(2))]
+    places = places if deeper else ["text_model.encoder.layers.1", "vision_model.encoder.layers.1"]
+    assert scored == [f"{place}.self_attn.v_proj" for place in places]
+    # Of the shallower one all are taken where more are asked for.
+    assert len(scored_paths(family, model, linears(model), None, 2 + deeper)) == 4 + deeper
+    assert len(scored_paths(family, model, linears(model), None, [1])) == 2
     assert (family.tokens, family.mask, family.unmasked) == (None, "attention_mask", "vision_model")
 
 

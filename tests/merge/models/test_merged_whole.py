@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from peft import PeftModel
 from torch import nn
 from zoo import build, outputs, text, write_adapter
@@ -13,6 +14,7 @@ from zoo import build, outputs, text, write_adapter
 import nsc_merge
 from nsc_merge.integrations import peft as integrations
 from nsc_merge.models.attachment import attach
+from nsc_merge.results.beside.norms import norm_kept
 
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 3, 8]])}
 TASKS = {
@@ -94,3 +96,40 @@ def test_embeddings_in_a_peft_model_are_merged_there(merged):
     rows = PeftModel.from_pretrained(copy.deepcopy(model), folders["rows"], adapter_name="rows")
     with pytest.raises(ValueError, match=r"\['rows'\] have trainable_token_indices"):
         integrations.merge(rows, ["rows"], [1.0], method="task_arithmetic")
+
+
+def test_an_embedding_that_scales_what_it_looks_up_scales_the_update_too(tmp_path):
+    """Gemma's; its forward is its own."""
+    model = ARCHITECTURES["Gemma 3"].build().double()
+    targets = {"r": 3, "target_modules": ["q_proj", "embed_tokens"]}
+    folders = {task: write_adapter(model, tmp_path / task, seed, **targets) for seed, task in enumerate("ab")}
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.5)
+    path = "model.embed_tokens"
+    with attach(model, result.adapters, {"a": 0.3, "b": -0.6}) as modules:
+        module = modules[path]
+        held = module.lam
+        weight = module.linear.weight + sum(
+            lam * result.adapters[task].factors[path].delta() for lam, task in zip(held.detach(), "ab", strict=True)
+        )
+        wanted = nn.functional.embedding(IDS["input_ids"], weight) * module.linear.embed_scale
+        torch.testing.assert_close(module(IDS["input_ids"]), wanted, rtol=0, atol=1e-12)
+
+        def run(lam):
+            module._parameters["lam"] = lam
+            return module(IDS["input_ids"])
+
+        assert torch.autograd.gradcheck(run, (held,))
+        module._parameters["lam"] = held
+
+
+def test_norms_of_a_card_count_embeddings_and_norms(merged):
+    model, folders = merged
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.5)
+    kept = norm_kept(result)
+    deltas = {
+        task: torch.cat([one.delta().flatten() for one in adapter.factors.values()])
+        for task, adapter in result.adapters.items()
+    }
+    assert kept.own == pytest.approx({task: float(delta.norm()) for task, delta in deltas.items()}, rel=1e-5)
+    total = torch.cat([result.delta(path).flatten() for path in result.paths])
+    assert kept.merged == pytest.approx(float(total.norm()), rel=1e-5)

@@ -40,7 +40,11 @@ def models():
 @pytest.mark.parametrize(("name", "path", "wanted"), CASES)
 def test_paths_become_those_of_the_model(models, name, path, wanted):
     adapter = Adapter("a", {path: Factor(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)})
-    assert list(renamed({"a": adapter}, models[name])["a"].factors) == [wanted]
+    found = renamed({"a": adapter}, models[name])["a"]
+    assert list(found.factors) == [wanted]
+    note = f"1 module is called otherwise in this model: {path} is taken for {wanted}"
+    assert found.notes == (() if path.endswith(wanted) or wanted.endswith(path) else (note,))
+    assert renamed({"a": found}, models[name])["a"].notes == found.notes
     assert (wanted in dict(models[name].named_modules())) == (wanted != "somewhere.else")
 
 
