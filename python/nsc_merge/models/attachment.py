@@ -186,9 +186,15 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
     if isinstance(linear, Site):
         hook = offloading(linear.module)
         if isinstance(linear, Matrix) and hook is not None:
-            raise ValueError(f"{path}: expected experts in memory, found them offloaded; load them without device_map")
+            raise ValueError(
+                f"{path}: expected experts in memory, found them offloaded; load the model without device_map, or "
+                "merge without data (method 'task_arithmetic' and others)"
+            )
         if type(linear.weight) is not nn.Parameter or linear.weight.dtype not in FLOATS:
-            raise ValueError(f"{path}: expected a whole weight in one process, found {described(linear.weight)}")
+            raise ValueError(
+                f"{path}: expected a whole weight in one process, found {described(linear.weight)}; merge before the "
+                "model is distributed, or without data (method 'task_arithmetic' and others)"
+            )
         return linear.weight.dtype, linear.weight.device if hook is None else torch.device(hook.execution_device)
     if is_quantised(linear):
         return activations_of(model, path, linear)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -291,3 +292,18 @@ def test_what_is_said_of_adapters_without_a_model(models: dict[str, nn.Module], 
     assert said["modules"] == {"q_proj": 2, "experts": 4 * EXPERTS}
     assert said["norm"] == pytest.approx(known["norm"])
     assert said["parameters"] == known["parameters"]
+
+
+def test_offloaded_experts_are_merged_without_data_and_refused_with(
+    models: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    model = copy.deepcopy(models["mixtral"])
+    adapter = trained(model, 1, BOTH, ["v_proj"])
+    wanted = nsc_merge.merge(model, {"a": adapter}, method="task_arithmetic", scale=0.5).apply(copy.deepcopy(model))
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    result = nsc_merge.merge(offloaded, {"a": adapter}, method="task_arithmetic", scale=0.5)
+    saved = type(model).from_pretrained(result.save(tmp_path / "model", "model"), dtype=torch.float64)
+    for name, value in wanted.named_parameters():
+        torch.testing.assert_close(saved.get_parameter(name), value, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="expected experts in memory, found them offloaded; load the model without"):
+        nsc_merge.merge(offloaded, {"a": adapter}, {"a": [tokens()]}, steps=1)
