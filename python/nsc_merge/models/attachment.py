@@ -145,6 +145,7 @@ def attach(
     check_loaded(model)
     values = {task: init[task] if isinstance(init, Mapping) else init for task in adapters}
     merged: dict[str, Any] = {}
+    empty: dict[tuple[Any, ...], AdapterBank] = {}
     placed: dict[str, nn.Module] = {}
     # By name: accelerate gives an offloaded layer other parameters with every call.
     trainable = [
@@ -158,7 +159,7 @@ def attach(
             for path, linear in linears.items():
                 kind = _activations_of(model, path, linear)
                 offset = _offset(model, path, linear, kind[1], adapters)
-                merged[path] = _merged_linear(path, linear, *kind, adapters, values, offset)
+                merged[path] = _merged_linear(path, linear, *kind, adapters, values, offset, empty)
             _set_requires_grad(trainable, False)
             alone = {path: one for path, one in merged.items() if not isinstance(one, MergedMatrix)}
             for path, module in {**alone, **around(merged)}.items():
@@ -225,19 +226,25 @@ def _merged_linear(
     adapters: Mapping[str, Adapter],
     values: Mapping[str, float],
     offset: Tensor | None,
+    empty: dict[tuple[Any, ...], AdapterBank],
 ) -> MeasuredLoRALinear | MergedWhole | MergedMatrix:
     absent = Factor(torch.empty(0, linear.in_features), torch.empty(linear.out_features, 0), 1.0)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
     whole = isinstance(linear, Site)
-    # The bank is of what linears compute with: an embedding looks rows up.
+    # The bank is of what linears compute with: an embedding looks rows up, and thousands of experts share an empty one.
     packed = [absent] * len(factors) if whole else factors
-    bank = AdapterBank.from_factors(
-        [factor.A for factor in packed],
-        [factor.B for factor in packed],
-        [factor.scaling for factor in packed],
-        dtype=dtype,
-        device=device,
-    )
+    key = (linear.in_features, linear.out_features, dtype, device)
+    bank = empty.get(key) if whole else None
+    if bank is None:
+        bank = AdapterBank.from_factors(
+            [factor.A for factor in packed],
+            [factor.B for factor in packed],
+            [factor.scaling for factor in packed],
+            dtype=dtype,
+            device=device,
+        )
+    if whole:
+        empty[key] = bank
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     fixed = [factor.fixed for factor in factors]
     start = [
