@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nsc_merge
@@ -169,6 +169,14 @@ def test_what_a_file_holds_of_other_models_is_noted_or_refused(tmp_path):
         f"{FILE}: text_encoder has an adapter, too, which is left out; to merge it, load the file into the pipeline "
         "(pipe.load_lora_weights) and give pipe.text_encoder as adapter",
     )
+    save_file({**load_file(tmp_path / FILE), "blocks.0.to_q.lora_A.weight": torch.ones(1, 4)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"found those of \['a model without a name', 'text_encoder', 'unet'\]"):
+        nsc_merge.load_adapter(tmp_path, "a")
+    settings = {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}'}
+    tensors = {"unet.to_q.lora_A.weight": torch.ones(2, 4), "unet.to_q.alpha": torch.ones(())}
+    save_file(tensors, tmp_path / FILE, settings)
+    with pytest.raises(ValueError, match=r"to_q.alpha is given beside the settings in the header"):
+        nsc_merge.load_adapter(tmp_path, "a")
     several = {f"text_encoder{end}.{key}": value.clone() for key, value in text.items() for end in ("", "_2")}
     save_file(several, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"'a'.*one model, found those of \['text_encoder', 'text_encoder_2'"):

@@ -181,6 +181,16 @@ def test_some_experts_and_halves_of_a_matrix_that_peft_refuses_are_merged_as_the
         torch.testing.assert_close(changed, wanted, rtol=0, atol=1e-12)
 
 
+def test_two_names_of_one_expert_are_refused(models: dict[str, nn.Module], tmp_path: Path) -> None:
+    folder = of_single_experts(tmp_path / "a", "mixtral", range(1), ["w2"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    again = {key.replace("block_sparse_moe", "mlp"): one.clone() for key, one in tensors.items()}
+    save_file({**tensors, **again}, file)
+    with pytest.raises(ValueError, match=r"experts\.0\.w2 and another module both mean a part of .*down_proj\.0"):
+        nsc_merge.merge(models["mixtral"], {"a": folder}, method="task_arithmetic")
+
+
 def test_adapters_of_a_router_as_transformers_4_had_it(models: dict[str, nn.Module], tmp_path: Path) -> None:
     model = models["mixtral"]
     factors = {"lora_A": torch.randn(2, 16), "lora_B": torch.randn(EXPERTS, 2)}

@@ -73,10 +73,10 @@ def read(folder: Path) -> DiffusersFile:
             )
         today = _TODAY.get(found["part"], found["part"])
         parts.setdefault(part, {})[f"{found['path']}.{today}"] = value
-    chosen = next((part for part in ("", *_DENOISERS) if part in parts), None)
-    if chosen is None:
+    chosen = next((part for part in _DENOISERS if part in parts), None)
+    if chosen is None or "" in parts:
         if len(parts) != 1:
-            several = sorted(parts)
+            several = sorted(part or "a model without a name" for part in parts)
             raise ValueError(f"{folder / FILE}: expected an adapter of one model, found those of {several}; {CURE}")
         (chosen,) = parts
     notes = tuple(
@@ -88,6 +88,11 @@ def read(folder: Path) -> DiffusersFile:
     settings = _settings(folder, file.metadata, chosen)
     weights = parts[chosen]
     alphas = {key.removesuffix(".alpha"): weights.pop(key) for key in list(weights) if key.endswith(".alpha")}
+    if settings is not None and alphas:
+        raise ValueError(
+            f"{folder / FILE}: {next(iter(alphas))}.alpha is given beside the settings in the header ({_SETTINGS}), "
+            f"expected one of them, as diffusers does; {CURE}"
+        )
     config = _config(weights, alphas) if settings is None else {"peft_type": "LORA", **settings}
     return DiffusersFile(config, {f"{PREFIX}{key}": value for key, value in weights.items()}, file.sha256, notes)
 

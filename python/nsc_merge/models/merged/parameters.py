@@ -22,7 +22,7 @@ class MergedMatrix(nn.Module):
         lam, bank, path, linear, measure, folded, gains, biases, denses: as of a merged linear, which stands beside it;
             nothing is measured, and there is no bias.
         matrix: which.
-        low_rank: number of the adapter, ``scaling * A [r, d_in]`` and ``B [d_out, r]``.
+        low_rank: number of the adapter, ``scaling * A [r, d_in]`` and ``B [d_out, r]``, until all are put together.
     """
 
     path: str = ""
@@ -92,6 +92,7 @@ class _Sum:
             for adapter, A, B in part.low_rank:
                 rows = slice(begins[adapter], begins[adapter] + len(A))
                 self._A[place, rows], self._B[place, :, rows] = A, B
+            part.low_rank = ()
         adapters = [adapter for adapter, rank in ranks.items() for _ in range(rank)]
         self._of = torch.tensor(adapters, dtype=torch.long, device=like.device)
         numbers = [part.matrix.number or 0 for part in parts]

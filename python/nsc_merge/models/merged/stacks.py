@@ -148,6 +148,8 @@ def updates_of_experts(
     for path, factor in factors.items():
         for entry in conversions:
             for place, pattern in enumerate(entry.source_patterns):
+                if ".*." not in pattern:
+                    continue
                 match = re.search(pattern.replace(".*.", r"\.(\d+)\.") + "$", f"{path}.weight")
                 if match is None:
                     continue
@@ -155,7 +157,7 @@ def updates_of_experts(
                 owner, _, name = parameter.rpartition(".")
                 owner = today(owner)
                 value = _parameter(model, owner, name)
-                if value is None or value.dim() != 3 or int(match[1]) >= len(value):
+                if value is None or int(match[1]) >= len(value):
                     continue
                 if factor.bias is not None or factor.magnitude is not None:
                     raise ValueError(
@@ -169,6 +171,8 @@ def updates_of_experts(
                         f"[{factor.B.shape[0]}, {factor.A.shape[1]}]"
                     )
                 matrix = f"{owner}.{name}.{match[1]}"
+                if place in found.get(matrix, ()):
+                    raise ValueError(f"adapters[{task!r}]: {path} and another module both mean a part of {matrix}")
                 found.setdefault(matrix, {})[place] = factor
                 sizes[matrix] = len(entry.source_patterns), rows
                 used.add(path)
@@ -176,10 +180,13 @@ def updates_of_experts(
 
 
 def _parameter(model: nn.Module, owner: str, name: str) -> Tensor | None:
+    """The parameter with the matrices ``[d_out, d_in]`` of several experts, if it is one."""
     try:
-        return model.get_submodule(owner)._parameters.get(name)
+        module = model.get_submodule(owner)
     except AttributeError:
         return None
+    value = module._parameters.get(name)
+    return None if value is None or value.dim() != 3 or getattr(module, "is_transposed", False) else value
 
 
 def _above_each_other(parts: Mapping[int, Factor], count: int, rows: int) -> Factor:
