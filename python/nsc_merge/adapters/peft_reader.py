@@ -78,11 +78,11 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "exact") -> Ad
 
 def _loaded(source: AdapterSource, name: str, dora: str) -> Adapter:
     if isinstance(source, Adapter):
-        for path, factor in source.factors.items():
+        for path, factor in (*source.factors.items(), *source.stacks.items()):
             for part, value in vars(factor).items():
                 if isinstance(value, Tensor):
                     _refuse_non_finite(name, f"{path}.{part}", value)
-            scaled = factor.magnitude is not None or factor.gain is not None
+            scaled = isinstance(factor, Factor) and (factor.magnitude is not None or factor.gain is not None)
             if scaled and dora == "refuse" and source.dora != "convert":
                 _refuse_dora(name, path)
         return source

@@ -72,6 +72,11 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.factors):
         places[path] = merged_at(modules[path]) if path in modules else matrix_at(model, path)
     for name, adapter in adapters.items():
+        if left := next((path for path in (*adapter.stacks, *adapter.token_rows)), None):
+            raise ValueError(
+                f"adapters[{name!r}]: {left} has LoRA on parameters, or rows of tokens, of which nsc_merge.models."
+                "fitting.fit makes updates; expected adapters as it returns them, or as a merge's result has them"
+            )
         unknown = [path for path in adapter.factors if places[path] is None]
         if unknown:
             raise ValueError(

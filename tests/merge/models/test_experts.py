@@ -270,6 +270,15 @@ def test_what_does_not_fit_is_refused_by_name(models: dict[str, nn.Module], tmp_
     with pytest.raises(ValueError, match=r"mlp\.experts has adapted parameters .*LlamaForCausalLM has no such module"):
         llama = tf.LlamaForCausalLM(tf.LlamaConfig(**{key: SIZES[key] for key in list(SIZES)[:-1]}))
         nsc_merge.merge(llama, {"a": folder}, method="task_arithmetic")
+    read = nsc_merge.load_adapter(folder, "a")
+    with (
+        pytest.raises(ValueError, match=r"mlp\.experts\S* has LoRA on parameters.*fitting\.fit makes updates"),
+        nsc_merge.attach(model, {"a": read}, 1.0),
+    ):
+        pass
+    stacks = {path: replace(one, A=one.A * float("nan")) for path, one in read.stacks.items()}
+    with pytest.raises(ValueError, match=r"experts\S*\.A \(torch\.float64\) holds values that are not finite"):
+        nsc_merge.merge(model, {"a": replace(read, stacks=stacks)}, method="task_arithmetic")
     written = json.loads(config.read_text())
     for targets, error in (
         (["mlp.experts.gate_up_proj"], r"tensors for 2 parameters, and target_parameters=.* names \['gate_up_proj'\]"),
