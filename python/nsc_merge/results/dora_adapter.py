@@ -17,9 +17,9 @@ _CURE = "use format 'model', or merge with dora='convert'"
 
 
 def has_gains(result: MergedUpdate) -> bool:
-    """Whether the merge scales rows of the base's weights, as of DoRA adapters."""
-    merges = [one for _, one in by_task(result)]
-    return any(factor.gain is not None for one in merges for path in one.paths for _, factor in one.terms(path))
+    """Whether the merge scales rows of the base's weights: if one of its adapters is DoRA, whatever the method."""
+    # Not of the merged updates, which some methods compute as they are asked for.
+    return any(factor.gain is not None for one in result.adapters.values() for factor in one.factors.values())
 
 
 def check_as_adapter(result: MergedUpdate) -> None:
@@ -52,8 +52,8 @@ def check_as_adapter(result: MergedUpdate) -> None:
 
 def _check_biases(result: MergedUpdate) -> None:
     experts = next((path for path in result.paths if matrix_at(result.model, path) is not None), None)
-    biased = (one for _, one in by_task(result) for path in one.paths if one.bias_delta(path) is not None)
-    if experts is not None and next(biased, None) is not None:
+    biased = any(factor.bias is not None for one in result.adapters.values() for factor in one.factors.values())
+    if experts is not None and biased:
         raise ValueError(
             f"format 'lora': {experts} is one of several matrices in a parameter, for which PEFT has no adapter with "
             "biases (lora_bias), expected no biases; use format 'model'"
