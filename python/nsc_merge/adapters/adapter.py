@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -97,6 +97,20 @@ class Stack:
     B: Tensor
     targets: tuple[str, ...]
     settings: Callable[[str], tuple[int, float]]
+
+
+WRAPPER = ".base_layer"
+
+
+def unwrapped(path: str) -> str:
+    """Path of a module of which PEFT's path counts the wrappers, one around the other."""
+    return path.replace(WRAPPER, "")
+
+
+def parameters_of(module: str, targets: Iterable[str]) -> list[str]:
+    """Names of a module's parameters that ``target_parameters`` selects: those whose path ends with one of them."""
+    split = (target.rpartition(".") for target in targets)
+    return [name for owner, _, name in split if owner in ("", module) or module.endswith(f".{owner}")]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from nsc_merge.adapters.adapter import parameters_of, unwrapped
 from nsc_merge.adapters.module_patterns import ModulePatterns
 
 # Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
@@ -150,13 +151,12 @@ def is_announced(part: str, config: Mapping[str, Any]) -> bool:
 
 def owns_parameter(config: Mapping[str, Any], path: str) -> bool:
     """Whether LoRA at a path is on a parameter of the module there (``target_parameters``), and not on the module."""
-    module = path.replace(".base_layer", "")
-    owners = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
-    if any(owner and (module == owner or module.endswith(f".{owner}")) for owner in owners):
+    module, targets = unwrapped(path), config.get("target_parameters") or ()
+    if parameters_of(module, [target for target in targets if "." in target]):
         return True
     # A name alone may be of any module that is none of target_modules.
     selects = _selection(config.get("target_modules"))
-    return "" in owners and not (selects and selects(module))
+    return bool(parameters_of(module, targets)) and not (selects and selects(module))
 
 
 def _selection(setting: Any) -> Callable[[str], bool] | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import Stack, TokenRows
+from nsc_merge.adapters.adapter import Stack, TokenRows, unwrapped
 from nsc_merge.adapters.adapter_files import widened
 
 # Variants of PEFT that change how an adapter is trained, and not what it computes.
@@ -108,7 +108,7 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
 
 
 def _stack(layer: Any, held_as: str, path: str, what: str) -> Stack:
-    parameter = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    parameter = f"{unwrapped(path)}.{layer.parameter_name}"
     own = int(layer.r[held_as]), _scaling(layer.scaling[held_as], what)
     A, B = (copied(factors[held_as].weight) for factors in (layer.lora_A, layer.lora_B))
     return Stack(A, B, (parameter,), lambda _: own)

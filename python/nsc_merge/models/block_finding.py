@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,8 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     lists = inside or lists
     if towers:
         # Text and images in models beside each other, of whatever depth.
-        chosen = [path for top in _tops(lists) for path in _longest({one: lists[one] for one in top})[-1:]]
+        tops = itertools.groupby(lists, lambda path: path.partition(".")[0])
+        chosen = [_longest({path: lists[path] for path in group})[-1] for _, group in tops]
     else:
         # Of several as long as each other, the decoder's comes last.
         chosen = _longest(lists)[-1:]
@@ -63,14 +65,6 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
 
 def _longest(lists: Mapping[str, int]) -> list[str]:
     return [path for path, size in lists.items() if size == max(lists.values())]
-
-
-def _tops(paths: Iterable[str]) -> list[list[str]]:
-    """Paths by the module of the model that they are in."""
-    tops: dict[str, list[str]] = {}
-    for path in paths:
-        tops.setdefault(path.partition(".")[0], []).append(path)
-    return list(tops.values())
 
 
 def _is_linear(module: nn.Module) -> bool:

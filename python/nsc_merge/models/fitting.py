@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +13,10 @@ from nsc_merge.adapters.algebra.low_rank import rows_of
 from nsc_merge.models.bases.quantised import Linear, is_linear, stored_or_dequantised
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.families import find_family
-from nsc_merge.models.merged.matrices import is_matrix_alone
+from nsc_merge.models.merged.matrices import is_matrix_alone, module_at
 from nsc_merge.models.merged.stacks import updates_of_experts, updates_of_stacks
 from nsc_merge.models.renaming import name_today, rules_of
 from nsc_merge.models.trained_in_full import by_policy, check_base, own_parameters, update_of_rows, updates_of_whole
-
-Rules: TypeAlias = Collection[tuple[str, str]]
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -118,6 +115,7 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
     modules = dict(model.named_modules())
     rules, prefix = rules_of(model, find_family(model)), _trunk(model, modules)[1]
 
+    @functools.cache
     def today(path: str) -> str:
         return name_today(path, modules, rules, prefix)
 
@@ -125,11 +123,11 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
         task: replace(
             adapter,
             notes=tuple(dict.fromkeys((*adapter.notes, *_translations(adapter.factors, today)))),
-            factors=_renamed(task, _with_matrices(task, adapter, model, today), modules, rules, prefix),
+            factors=_renamed(task, _with_matrices(task, adapter, model, today), today),
             stacks={},
-            trained=_renamed_parameters(task, adapter.trained, modules, rules, prefix),
-            base_weights=_renamed_parameters(task, adapter.base_weights, modules, rules, prefix),
-            token_rows={name_today(path, modules, rules, prefix): rows for path, rows in adapter.token_rows.items()},
+            trained=_renamed_parameters(task, adapter.trained, today),
+            base_weights=_renamed_parameters(task, adapter.base_weights, today),
+            token_rows={today(path): rows for path, rows in adapter.token_rows.items()},
         )
         for task, adapter in adapters.items()
     }
@@ -157,19 +155,13 @@ def _with_matrices(
     for path, factor in adapter.factors.items():
         if path not in used:
             named = today(path)
-            router = factor.bias is None and factor.magnitude is None and is_matrix_alone(_submodule(model, named))
+            module = module_at(model, named) if factor.bias is None and factor.magnitude is None else None
+            router = module is not None and is_matrix_alone(module)
             others[f"{named}.weight" if router else path] = factor
     twice = sorted((of_stacks.keys() & of_experts.keys()) | (others.keys() & {*of_stacks, *of_experts}))
     if twice:
         raise ValueError(f"adapters[{task!r}]: {twice[0]} has LoRA twice, on its module and on its parameter")
     return {**others, **of_experts, **of_stacks}
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return nn.Module()
 
 
 def _trunk(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
@@ -207,12 +199,10 @@ def absent(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     return {path: tasks for path, tasks in missing.items() if tasks}
 
 
-def _renamed(
-    task: str, factors: Mapping[str, Factor], names: Collection[str], rules: Rules, prefix: str
-) -> dict[str, Factor]:
+def _renamed(task: str, factors: Mapping[str, Factor], today: Callable[[str], str]) -> dict[str, Factor]:
     renamed: dict[str, Factor] = {}
     for path, factor in factors.items():
-        found = name_today(path, names, rules, prefix)
+        found = today(path)
         if found in renamed:
             raise ValueError(f"adapters[{task!r}]: {path} and another module both mean {found} of the model")
         renamed[found] = factor
@@ -220,12 +210,12 @@ def _renamed(
 
 
 def _renamed_parameters(
-    task: str, trained: Mapping[str, Tensor], names: Collection[str], rules: Rules, prefix: str
+    task: str, trained: Mapping[str, Tensor], today: Callable[[str], str]
 ) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in trained.items():
         path, _, parameter = key.rpartition(".")
-        found = f"{name_today(path, names, rules, prefix)}.{parameter}"
+        found = f"{today(path)}.{parameter}"
         if found in renamed:
             raise ValueError(f"adapters[{task!r}]: {key} and another tensor both mean {found} of the model")
         renamed[found] = value

@@ -10,7 +10,7 @@ import torch
 from nsc_merge.adapters import Factor
 from nsc_merge.adapters.algebra.low_rank import rows_of, total_gain
 from nsc_merge.models.bases.quantised import is_linear, stored_or_dequantised
-from nsc_merge.models.merged.matrices import matrix_at, owner_of
+from nsc_merge.models.merged.matrices import owner_of
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
 _CURE = "use format 'model', or merge with dora='convert'"
@@ -23,13 +23,12 @@ def has_gains(result: MergedUpdate) -> bool:
 
 
 def check_as_adapter(result: MergedUpdate) -> None:
-    """Refuse a merge that no adapter of PEFT computes: with gains that no DoRA has, or with both biases and experts.
+    """Refuse a merge with gains that no DoRA adapter computes.
 
     Raises:
         ValueError: naming the module, the reason and the way out.
     """
     if not has_gains(result):
-        _check_biases(result)
         return
     for _, one in by_task(result):
         for path in one.paths:
@@ -48,16 +47,6 @@ def check_as_adapter(result: MergedUpdate) -> None:
                     f"format 'lora': the merge turns row {int(gain.argmin())} of {path} around or makes it 0 (gain "
                     f"{float(gain.min()):.3g}, expected above -1), which no magnitude of DoRA does; {_CURE}"
                 )
-
-
-def _check_biases(result: MergedUpdate) -> None:
-    experts = next((path for path in result.paths if matrix_at(result.model, path) is not None), None)
-    biased = any(factor.bias is not None for one in result.adapters.values() for factor in one.factors.values())
-    if experts is not None and biased:
-        raise ValueError(
-            f"format 'lora': {experts} is one of several matrices in a parameter, for which PEFT has no adapter with "
-            "biases (lora_bias), expected no biases; use format 'model'"
-        )
 
 
 def as_dora(result: MergedUpdate, factors: Mapping[str, Factor]) -> dict[str, Factor]:

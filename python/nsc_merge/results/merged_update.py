@@ -16,7 +16,7 @@ from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
-from nsc_merge.models.merged.matrices import owner_of, parameter_of
+from nsc_merge.models.merged.matrices import Matrix
 from nsc_merge.models.own_base import original_of
 from nsc_merge.results.layout import task_folders
 from nsc_merge.results.parameter_rows import update_of
@@ -230,13 +230,14 @@ class MergedUpdate:
                 in a way that nothing can be added to, such as quantised.
             TypeError: if a module is no linear.
         """
-        chosen = [path for path in merged_linears(model, self.adapters) if paths is None or path in paths]
         shared = sharing(model)
-        names = []
-        for path in chosen:
-            weight, linear = parameter_of(model, path), owner_of(model, path)
-            if weight in names:
+        names: list[str] = []
+        for path, place in merged_linears(model, self.adapters).items():
+            matrix = place if isinstance(place, Matrix) else None
+            weight = f"{path}.weight" if matrix is None else matrix.parameter
+            if weight in names or not (paths is None or path in paths):
                 continue
+            linear = model.get_submodule(path) if matrix is None else matrix.module
             if not (dequantize and is_quantised(linear)):
                 stored(model, weight)
             tied = shared.get(weight, [weight])

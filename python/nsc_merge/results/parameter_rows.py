@@ -40,14 +40,15 @@ def update_of(
 def _of_matrices(
     model: nn.Module, numbers: dict[int, str], terms: Callable[[str], Iterable[Term]], place: Stored
 ) -> Rows:
+    matrix = matrix_at(model, next(iter(numbers.values())))
+    turned = matrix is not None and matrix.transposed
+
     def rows(begin: int, end: int) -> Tensor:
         total = torch.zeros(end - begin, *place.values.shape[1:], dtype=torch.float64, device=place.device)
         for number in range(begin, end):
-            path = numbers.get(number)
-            matrix = None if path is None else matrix_at(model, path)
-            if path is not None and matrix is not None:
-                update = dense(terms(path)).to(place.device)
-                total[number - begin] = update.t() if matrix.transposed else update
+            if number in numbers:
+                update = dense(terms(numbers[number])).to(place.device)
+                total[number - begin] = update.t() if turned else update
         return total
 
     return rows

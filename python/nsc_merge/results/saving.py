@@ -88,6 +88,7 @@ def save(
         result.check_base()
     if "lora" in wanted:
         check_as_adapter(result)
+        _refuse_biases_beside_experts(result)
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
         raise ValueError(f"head: expected a task that brought a head, of {list(heads)}, found {head!r}")
@@ -162,6 +163,17 @@ def _earlier(out: Path) -> tuple[str | None, set[str]]:
         return record["merge"], {path for path in files if isinstance(path, str) and is_ours(path)}
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return None, set()
+
+
+def _refuse_biases_beside_experts(result: MergedUpdate) -> None:
+    experts = next((path for path in result.paths if matrix_at(result.model, path) is not None), None)
+    if experts is not None and any(
+        factor.bias is not None for one in result.adapters.values() for factor in one.factors.values()
+    ):
+        raise ValueError(
+            f"format 'lora': {experts} is one of several matrices in a parameter, for which PEFT has no adapter with "
+            "biases (lora_bias), expected no biases; use format 'model'"
+        )
 
 
 def _refuse_full_rank(result: MergedUpdate) -> None:

@@ -177,6 +177,10 @@ def test_what_a_file_holds_of_other_models_is_noted_or_refused(tmp_path):
     save_file(tensors, tmp_path / FILE, settings)
     with pytest.raises(ValueError, match=r"to_q.alpha is given beside the settings in the header"):
         nsc_merge.load_adapter(tmp_path, "a")
+    state = load_file(of_pipeline(tmp_path / "b", held) / FILE)
+    save_file({**state, "unet.conv_in.alpha": torch.ones(())}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors would be ignored.*conv_in\.alpha"):
+        nsc_merge.load_adapter(tmp_path, "a")
     several = {f"text_encoder{end}.{key}": value.clone() for key, value in text.items() for end in ("", "_2")}
     save_file(several, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"'a'.*one model, found those of \['text_encoder', 'text_encoder_2'"):

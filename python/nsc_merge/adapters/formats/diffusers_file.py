@@ -87,7 +87,9 @@ def read(folder: Path) -> DiffusersFile:
     )
     settings = _settings(folder, file.metadata, chosen)
     weights = parts[chosen]
-    alphas = {key.removesuffix(".alpha"): weights.pop(key) for key in list(weights) if key.endswith(".alpha")}
+    # One of a module without factors stays, and is refused with other tensors that nothing would use.
+    adapted = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
+    alphas = {path: weights.pop(f"{path}.alpha") for path in adapted if f"{path}.alpha" in weights}
     if settings is not None and alphas:
         raise ValueError(
             f"{folder / FILE}: {next(iter(alphas))}.alpha is given beside the settings in the header ({_SETTINGS}), "

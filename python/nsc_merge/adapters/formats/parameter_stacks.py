@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nsc_merge.adapters.adapter import Adapter, Factor, Stack
+from nsc_merge.adapters.adapter import Adapter, Factor, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.peft_config import Scalings
 
 FACTORS = ("lora_A.weight", "lora_B.weight")
@@ -29,11 +29,10 @@ def updates_of(adapter: Adapter) -> dict[str, Factor]:
     found = dict(adapter.factors)
     owners: dict[str, dict[str, Stack]] = {}
     for path, stack in adapter.stacks.items():
-        owners.setdefault(path.replace(".base_layer", ""), {})[path] = stack
+        owners.setdefault(unwrapped(path), {})[path] = stack
     for owner, held in owners.items():
-        named = {path: _names(owner, stack) for path, stack in held.items()}
-        orders = itertools.product(*(names for names in named.values()))
-        for names in orders:
+        named = {path: parameters_of(owner, stack.targets) for path, stack in held.items()}
+        for names in itertools.product(*named.values()):
             # Patterns of ranks name parameters: the right ones are those with which all have as many matrices.
             settings = [one.settings(f"{owner}.{name}") for one, name in zip(held.values(), names, strict=True)]
             if len(set(names)) == len(names) and _are_as_many(held.values(), settings):
@@ -47,12 +46,6 @@ def updates_of(adapter: Adapter) -> dict[str, Factor]:
             begin = f"{owner}.{named[path][0]}" if len(named[path]) == 1 else path
             found |= {f"{begin}.{number}": one for number, one in enumerate(matrices_of(stack, *own))}
     return found
-
-
-def _names(owner: str, stack: Stack) -> list[str]:
-    """Of the parameters that a stack may be of."""
-    parts = (target.rpartition(".") for target in stack.targets)
-    return [name for module, _, name in parts if owner.endswith(module)]
 
 
 def _are_as_many(stacks: Iterable[Stack], settings: Iterable[tuple[int, float]]) -> bool:

@@ -58,17 +58,22 @@ def _is_merged_whole(module: nn.Module) -> bool:
     return kept or is_linear(module) or is_transposed(module) or site_of(module) is not None
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, None if there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def matrix_at(model: nn.Module, path: str) -> Matrix | None:
     """The matrix of that path, None if there is none such."""
     head, _, last = path.rpartition(".")
     number = int(last) if last.isdecimal() else None
     owner, _, name = (path if number is None else head).rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return None
-    value = module._parameters.get(name)
-    if value is None or _is_merged_whole(module):
+    module = module_at(model, owner)
+    value = None if module is None else module._parameters.get(name)
+    if module is None or value is None or _is_merged_whole(module):
         return None
     if number is None:
         return Matrix(module, value.shape[1], len(value), owner, name, None, False) if value.dim() == 2 else None
@@ -77,12 +82,6 @@ def matrix_at(model: nn.Module, path: str) -> Matrix | None:
     transposed = bool(getattr(module, "is_transposed", False))
     d_out, d_in = reversed(value.shape[1:]) if transposed else value.shape[1:]
     return Matrix(module, d_in, d_out, owner, name, number, transposed)
-
-
-def parameter_of(model: nn.Module, path: str) -> str:
-    """Path of the parameter that the update of a module or of a matrix is added to."""
-    matrix = matrix_at(model, path)
-    return f"{path}.weight" if matrix is None else matrix.parameter
 
 
 def owner_of(model: nn.Module, path: str) -> nn.Module:

@@ -5,19 +5,17 @@ those of experts that were modules in transformers 4.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Factor
-from nsc_merge.adapters.adapter import Stack
+from nsc_merge.adapters.adapter import WRAPPER, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.formats.parameter_stacks import matrices_of
 from nsc_merge.models.bases.quantised import is_linear
-from nsc_merge.models.merged.matrices import Matrix, matrix_at
-
-_WRAPPER = ".base_layer"
+from nsc_merge.models.merged.matrices import Matrix, matrix_at, module_at
 
 
 def updates_of_stacks(
@@ -42,19 +40,19 @@ def updates_of_stacks(
     owners: dict[str, list[Stack]] = {}
     # The outermost wrapper's path is the shortest, and its parameter the last.
     for path in sorted(stacks, key=len, reverse=True):
-        owners.setdefault(path.replace(_WRAPPER, ""), []).append(stacks[path])
+        owners.setdefault(unwrapped(path), []).append(stacks[path])
     factors: dict[str, Factor] = {}
     for owner, held in owners.items():
         named = today(owner)
-        try:
-            module = model.get_submodule(named)
-        except AttributeError:
+        module = module_at(model, named)
+        if module is None:
             raise ValueError(
                 f"adapters[{task!r}]: {owner} has adapted parameters (target_parameters), but {type(model).__name__} "
                 "has no such module; expected the model that the adapter was trained on"
-            ) from None
+            )
         targets = list(dict.fromkeys(target for stack in held for target in stack.targets))
-        names = [name for name, _ in module.named_parameters(recurse=False) if _is_target(f"{owner}.{name}", targets)]
+        selected = parameters_of(owner, targets)
+        names = [name for name, _ in module.named_parameters(recurse=False) if name in selected]
         if len(names) != len(held):
             raise ValueError(
                 f"adapters[{task!r}]: {owner} has tensors for {len(held)} parameters, and target_parameters="
@@ -65,10 +63,6 @@ def updates_of_stacks(
             path = named if name == "weight" and is_linear(module) else f"{named}.{name}"
             factors.update(_of_parameter(task, path, f"{owner}.{name}", stack, module, name))
     return factors
-
-
-def _is_target(parameter: str, targets: Collection[str]) -> bool:
-    return any(parameter == target or parameter.endswith(f".{target}") for target in targets)
 
 
 def _of_parameter(
@@ -108,7 +102,7 @@ def stacks_of_updates(updates: Mapping[str, Factor], model: nn.Module) -> dict[s
     for owner, parameters in held.items():
         names = [name for name, _ in model.get_submodule(owner).named_parameters(recurse=False) if name in parameters]
         for depth, name in enumerate(reversed(names)):
-            stacks[owner + depth * _WRAPPER] = _stacked(parameters[name])
+            stacks[owner + depth * WRAPPER] = _stacked(parameters[name])
     return stacks
 
 
@@ -181,11 +175,8 @@ def updates_of_experts(
 
 def _parameter(model: nn.Module, owner: str, name: str) -> Tensor | None:
     """The parameter with the matrices ``[d_out, d_in]`` of several experts, if it is one."""
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return None
-    value = module._parameters.get(name)
+    module = module_at(model, owner)
+    value = None if module is None else module._parameters.get(name)
     return None if value is None or value.dim() != 3 or getattr(module, "is_transposed", False) else value
 
 

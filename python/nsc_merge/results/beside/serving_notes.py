@@ -53,12 +53,12 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         "has biases (lora_bias)": (biased, _AS_A_MODEL),
     }
     held = {f"the adapter {part}, which PEFT loads and": cure for part, (found, cure) in parts.items() if found}
-    experts = [
-        "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
-        f"{_AS_A_MODEL} to serve it anywhere"
-        for path in result.paths
-        if matrix_at(result.model, path) is not None
-    ][:1]
+    experts = []
+    if any(matrix_at(result.model, path) is not None for path in result.paths):
+        experts.append(
+            "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
+            f"{_AS_A_MODEL} to serve it anywhere"
+        )
     if not decoder:
         return [note, *(f"{part} not every server does" for part in held), *experts]
     notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
