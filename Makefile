@@ -1,5 +1,6 @@
 # make demo   merge real LoRA adapters on real images, about a minute after the installation
 # make test   linters, type checks and every test
+# make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better
 # make sanitize   the CPU kernels' tests and random trials under AddressSanitizer and UndefinedBehaviorSanitizer
 # All create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
@@ -49,7 +50,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m nsc_kernels.bench --out bench-results
+	$(BIN)/python -m pytest bench/test_operator.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
 info: $(INSTALLED)
 	$(BIN)/python -m nsc_kernels.info

@@ -52,6 +52,9 @@ FLOORS = (
 )
 KERNELS = {name: {*sum(FLOORS[:number], ())} for number, floor in enumerate(FLOORS) for name in floor}
 
+# The benchmark of a whole step of a merge runs one: it stands above both packages, and nothing imports it.
+MERGE_STEP = "nsc_kernels.bench.step"
+
 PACKAGES = {
     "nsc_merge": (ROOT / "python" / "nsc_merge", MERGE),
     "nsc_merge.methods": (ROOT / "python" / "nsc_merge" / "methods", METHODS),
@@ -124,7 +127,7 @@ def test_nothing_below_imports_what_is_above() -> None:
         f"{module} imports {target}"
         for module, targets in IMPORTS.items()
         for target in targets
-        if target.startswith(above.get(module.split(".")[0], ()))
+        if target.startswith(above.get(module.split(".")[0], ())) and not module.startswith(MERGE_STEP)
     ]
     assert not wrong, "\n".join(wrong)
 

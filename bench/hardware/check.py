@@ -6,7 +6,7 @@
 Every case runs forward and backward against float64 on the GPU, with memory poisoned by NaN, and is held to the
 criterion of tests/triton/problems.py: twice the error of eager torch in the same dtype with the same rounding points,
 and what matrix units that cut off may lose. Then the same inputs again, which must give the same bits, in every way of
-calling (repeats.py). Trials run in processes of their own (gpu_trials.py). Exits with 1 if any trial fails, with 3
+calling (repeats.py). Trials run in processes of their own (trials.py). Exits with 1 if any trial fails, with 3
 if some are left to another run.
 """
 
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from nsc_kernels import dispatch
-from nsc_kernels.bench.gpu_measuring import Rows, own_stream
-from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, supervise, trial_arguments
+from nsc_kernels.bench.measuring import Rows, own_stream
+from nsc_kernels.bench.trials import Trial, add_backends, available, supervise, trial_arguments
 from nsc_kernels.contract import BackwardCall, Call, ForwardCall
 
 from .. import from_tests

@@ -20,10 +20,13 @@ from torch import Tensor
 
 import nsc_kernels as nk
 from nsc_kernels.backends import cuda
-from nsc_kernels.bench.gpu_data import SHAPES, Data, Shape
-from nsc_kernels.bench.gpu_measuring import captured, microseconds, quantiles
-from nsc_kernels.bench.gpu_trials import Trial, supervise, trial_arguments
+from nsc_kernels.bench.measuring import captured, microseconds, quantiles
+from nsc_kernels.bench.problem import Problem
+from nsc_kernels.bench.shapes import Shape
+from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 from nsc_kernels.contract import BackwardCall, ForwardCall
+
+from .layers import SHAPES
 
 ALL = [*cuda.VARIANTS, *cuda.WARPGROUP_VARIANTS]
 SAMPLES = 15
@@ -40,7 +43,7 @@ class How(NamedTuple):
         return "{} {} x {} in clusters of {}".format(family, *ALL[self.variant], self.cluster)
 
 
-def call(data: Data, backward: bool, u: Tensor, how: How) -> Callable[[], Any]:
+def call(data: Problem, backward: bool, u: Tensor, how: How) -> Callable[[], Any]:
     z, lam = data.z.detach(), data.lam.detach()
     factors = (data.bank.A, data.bank.Bt, data.bank.offsets, lam)
     if not backward:
@@ -61,7 +64,7 @@ def prepared(calls: list[Callable[[], Any]], on: torch.device) -> Callable[[], N
 
 def sweep(payload: tuple[Shape, bool], on: torch.device) -> Iterator[dict[str, Any]]:
     shape, backward = payload
-    sets = [Data(shape, on, seed) for seed in range(2 if shape.T > 4096 else 8)]
+    sets = [Problem(shape, on, seed) for seed in range(2 if shape.T > 4096 else 8)]
     saved = [cuda.forward(ForwardCall(d.z.detach(), *d.factors, d.base, False, True))[3] for d in sets]
     graphs: dict[How, Callable[[], None]] = {}
     facts = {**shape._asdict(), "backend": "cuda", "backward": backward}

@@ -14,11 +14,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import nsc_kernels as nk
-from nsc_kernels.bench.gpu_data import DRY_RUN, SHAPES, Data, Shape
-from nsc_kernels.bench.gpu_measuring import synchronize
-from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, results, supervise, trial_arguments
+from nsc_kernels.bench.measuring import synchronize
+from nsc_kernels.bench.problem import Problem
+from nsc_kernels.bench.shapes import Shape
+from nsc_kernels.bench.trials import Trial, add_backends, available, results, supervise, trial_arguments
 
 from .. import from_tests
+from .layers import DRY_RUN, SHAPES
 
 TOKENS = (256, 6304, 16384)  # of the shapes that are tried: few, many at a large rank, very many
 
@@ -44,7 +46,7 @@ def launched(run: Callable[[], Any], on: torch.device) -> list[str]:
 
 
 def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
-    data = Data(what.shape, on, seed=0)
+    data = Problem(what.shape, on, seed=0)
     with nk.use_backend(what.backend):
         outputs = data.fused()
         kernels = launched(data.fused if what.direction == "forward" else lambda: data.backward(outputs), on)

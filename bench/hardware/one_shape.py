@@ -2,7 +2,7 @@
 
 ncu -k regex:merged_lora -s 4 -c 2 python -m bench.hardware.one_shape triton 1
 
-    BACKEND INDEX    which backend, and which of gpu_data.SHAPES
+    BACKEND INDEX    which backend, and which of problem.SHAPES
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import argparse
 import sys
 
 import nsc_kernels as nk
-from nsc_kernels.bench.gpu_data import SHAPES, Data
-from nsc_kernels.bench.gpu_measuring import device, own_stream, synchronize
+from nsc_kernels.bench.measuring import device, own_stream, synchronize
+from nsc_kernels.bench.problem import Problem
+
+from .layers import SHAPES
 
 
 def main() -> int:
@@ -23,7 +25,7 @@ def main() -> int:
     args = parser.parse_args()
     on = device(dry_run=False)
     with own_stream(on), nk.use_backend(args.backend):
-        data = Data(SHAPES[args.index], on, seed=0)
+        data = Problem(SHAPES[args.index], on, seed=0)
         for _ in range(args.calls):
             data.backward(data.fused())
         synchronize(on)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from nsc_kernels.bench.gpu_measuring import captured, recorded, synchronize
+from nsc_kernels.bench.measuring import captured, recorded, synchronize
 from nsc_kernels.counters import counter_pool
 from nsc_kernels.triton import columns
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from nsc_kernels import verified_hardware
-from nsc_kernels.bench.gpu_measuring import read_rows
-from nsc_kernels.bench.gpu_tables import print_ceilings, print_speed
-from nsc_kernels.bench.gpu_trials import results, under_way
+from nsc_kernels.bench.measuring import read_rows
+from nsc_kernels.bench.trials import results, under_way
 
 from ..merging.merge_step_tables import print_merge_step
 from .check import trials
 from .repeats import QUESTIONS
+from .speed_tables import print_ceilings, print_speed
 
 Row = dict[str, Any]
 OPTIONAL = ("beyond_int32", *QUESTIONS)  # may be impossible on a machine

@@ -33,7 +33,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     FLAGS=(--dry-run)
     RESULTS=${RESULTS:-/tmp/nsc-dry-run}
 fi
-RESULTS=${RESULTS:-bench/results/$("$PYTHON" -c 'from nsc_kernels.bench.gpu_measuring import slug; print(slug())')}
+RESULTS=${RESULTS:-bench/results/$("$PYTHON" -c 'from nsc_kernels.bench.measuring import slug; print(slug())')}
 mkdir -p "$RESULTS" || exit 2
 STAGE=
 FAILED=0

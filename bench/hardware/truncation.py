@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nsc_kernels import reference
-from nsc_kernels.bench.gpu_measuring import Rows, arguments, own_stream
+from nsc_kernels.bench.measuring import Rows, arguments, own_stream
 from nsc_kernels.contract import ForwardCall
 from nsc_kernels.triton import launch
 

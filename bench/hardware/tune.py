@@ -29,15 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_kernels.bench.gpu_data import SHAPES, Data, Shape
-from nsc_kernels.bench.gpu_measuring import captured, microseconds, quantiles, synchronize
-from nsc_kernels.bench.gpu_trials import Trial, results, supervise, trial_arguments
+from nsc_kernels.bench import problem as inputs
+from nsc_kernels.bench.measuring import captured, microseconds, quantiles, synchronize
+from nsc_kernels.bench.shapes import Shape
+from nsc_kernels.bench.trials import Trial, results, supervise, trial_arguments
 from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config, Problem, bucket, formula, machine
 
 from .. import from_tests
 from .candidates import candidates
+from .layers import SHAPES
 
 GAIN = 0.97
 ROUNDS = {"cuda": 25, "cpu": 1}
@@ -47,7 +49,7 @@ DRY_RUNS = [Shape("dry run", T, 256, 72, K, 16) for T, K in ((5, 1), (130, 1), (
 SAME_ORDER = {"expand_stages", "early"}  # fields that change when something is loaded and not what is added when
 
 
-def call(data: Data, backward: bool, u: Tensor, config: Config) -> Callable[[], tuple[Tensor | None, ...]]:
+def call(data: inputs.Problem, backward: bool, u: Tensor, config: Config) -> Callable[[], tuple[Tensor | None, ...]]:
     """One direction as the operator runs it, with everything switched on."""
     bank, z = data.bank, data.z.detach()
     factors = (bank.A, bank.Bt, bank.offsets, data.lam.detach())
@@ -132,7 +134,7 @@ def tune(payload: tuple[Shape, bool], on: torch.device) -> Iterator[dict[str, An
     if start is None:
         raise RuntimeError(f"no configuration for {problem}")
     named = {FORMULA: start, **candidates(machine(on), problem, start)}
-    sets = [Data(shape, on, seed) for seed in range(1 if on.type == "cpu" else 2 if shape.T > 4096 else 8)]
+    sets = [inputs.Problem(shape, on, seed) for seed in range(1 if on.type == "cpu" else 2 if shape.T > 4096 else 8)]
     saved = [call(data, False, data.z, start)()[3] for data in sets]
     right, errors = right_ones(named, lambda config: call(sets[0], backward, saved[0], config), on)
     facts = {"name": shape.name, "tokens": shape.T, **problem._asdict(), "formula": asdict(start)}

@@ -3,7 +3,7 @@
     python -m bench.merging.merge_step_gpu --out merge-step.jsonl
 
 Six rank-16 adapters on q and v, bfloat16; per task 256 tokens (LLaMA) or an image and 64 tokens of text (LLaVA). The
-contenders are those of merge_step_cpu.py: one model for all, each built anew in every round, warmed up by one step,
+contenders are those of nsc_kernels/bench/step: one model for all, each built anew in every round, warmed up by a step,
 whose objective is kept, and timed over the next ones. A trial is one model with one of our GPU backends in a process
 of its own; a row per contender and round is written as it is measured. "_graph" replays a CUDA graph of the whole
 step. Memory is the most that was allocated, less the weights of the model.
@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,46 +27,23 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from nsc_kernels.bench.gpu_clocks import Clocks
-from nsc_kernels.bench.gpu_measuring import captured, synchronize
-from nsc_kernels.bench.gpu_trials import Trial, add_backends, available, supervise, trial_arguments
+from nsc_kernels.bench.clocks import Clocks
+from nsc_kernels.bench.measuring import captured, synchronize
+from nsc_kernels.bench.step.contenders import CONTENDERS
+from nsc_kernels.bench.step.models import MODELS, TINY
+from nsc_kernels.bench.step.problem import Problem, Shape, defaults
+from nsc_kernels.bench.trials import Trial, add_backends, available, supervise, trial_arguments
 
 from .. import from_tests
-from .merge_step_contenders import CONTENDERS
-from .merge_step_problem import Problem, Shape
 from .merge_step_tables import print_merge_step
 
-LLAMA = Shape(layers=32, d=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256, rows=1, tokens=256)
-LLAVA = Shape(
-    layers=32,
-    d=4096,
-    intermediate=11008,
-    heads=32,
-    kv_heads=32,
-    vocabulary=32064,
-    rows=1,
-    tokens=640,
-    vision_layers=24,
-)
-MODELS = {"LLaMA-3-8B": LLAMA, "LLaVA-1.5-7B": LLAVA}
-TINY = {
-    "layers": 2,
-    "d": 64,
-    "intermediate": 96,
-    "heads": 4,
-    "kv_heads": 2,
-    "vocabulary": 64,
-    "tasks": 2,
-    "rank": 4,
-    "tokens": 9,
-    "batches": 2,
-}
+NAMES = {"LLaMA-3-8B": "llama3-8b", "LLaVA-1.5-7B": "llava-7b"}
 OURS, OTHERS = ("loop", "loop_together"), ("concatenated", "peft", "dense", "floor", "floor_together")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One of :data:`merge_step_contenders.CONTENDERS`, and how it is run."""
+    """One of :data:`nsc_kernels.bench.step.contenders.CONTENDERS`, and how it is run."""
 
     name: str
     backend: str | None = None
@@ -85,18 +62,6 @@ def small(shape: Shape) -> Shape:
     if not shape.vision_layers:
         return replace(shape, **TINY)
     return replace(shape, **TINY, vision_layers=1, vision_d=64, patches=2)
-
-
-@contextmanager
-def defaults(on: torch.device) -> Iterator[None]:
-    """bfloat16 and the device as what new tensors are of and on."""
-    kind = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with on:
-            yield
-    finally:
-        torch.set_default_dtype(kind)
 
 
 def timed(problem: Problem, contender: Contender, on: torch.device, steps: int) -> dict[str, float]:
@@ -138,9 +103,10 @@ class What(NamedTuple):
 
 def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each contender in each round, in changing order; one that fails is not tried again."""
-    shape = MODELS[what.model] if on.type == "cuda" else small(MODELS[what.model])
+    shape = MODELS[NAMES[what.model]]
+    shape = shape if on.type == "cuda" else small(shape)
     order = random.Random(0)
-    with defaults(on), Clocks(what.clocks, on) as clocks:
+    with defaults(on, torch.bfloat16), Clocks(what.clocks, on) as clocks:
         problem = Problem(shape)
         running = contenders(what.backend)
         for turn in range(what.rounds):
@@ -169,7 +135,7 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
 
 def main() -> int:
     parser = trial_arguments(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
     add_backends(parser)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

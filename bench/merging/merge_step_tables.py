@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsc_kernels.bench.gpu_tables import print_failures, say_if_dry, verdict
-from nsc_kernels.bench.gpu_trials import results
+from nsc_kernels.bench.trials import results
+
+from ..hardware.speed_tables import print_failures, say_if_dry, verdict
 
 Row = dict[str, Any]
 

@@ -5,6 +5,7 @@
 //   NSC_DOT_ROWS        rows of a shrink tile
 //   NSC_EXPAND_VECTORS  vectors of columns of an expand tile
 //   NSC_F16C, NSC_AVX512, NSC_AVX512_BF16, NSC_AMX   what the compiler may use, where defined
+//   NSC_PACKED_SHRINK   where defined, many rows are shrunk by the expand tile, on a transposed copy of w_in
 //
 // Everything is in an unnamed namespace and no standard-library template is used: a function that the linker could
 // share between these files might be taken from the file compiled for a processor that this one is not.
@@ -33,6 +34,13 @@ namespace {
 constexpr int64_t kChunkBytes = 3072;
 // The same for tiles: long pieces, which the processor fetches ahead, as long as all of w_in's stay in the L2 cache.
 constexpr int64_t kTiledChunkBytes = 4096, kTiledPanelBytes = 512 * 1024;
+// Few rows read every weight once and reuse none: whole rows of weights then, as memory delivers them, one after
+// another. Of out that many columns at a time, which stay in the L1 cache.
+constexpr int64_t kFewRows = 2, kFewColumns = 4096, kFewTogether = 4;
+// For a transposed copy of w_in: a strip of it stays in the L1 cache, all strips in the L2 cache.
+constexpr int64_t kPackedChunkBytes = 1024, kPackedPanelBytes = 256 * 1024;
+// Rows that repay the copy.
+constexpr int64_t kPackedRows = 12;
 // Rows of w_in at a time: with kChunkBytes each they stay in the L2 cache while all rows of x pass by.
 constexpr int64_t kPanelRows = 96;
 // Of w_out at a time: strips side by side, as many as stay in the L2 cache. Wide panels matter where R is small: rows
@@ -73,6 +81,22 @@ constexpr bool tiled(const Problem&) {
 }
 #endif
 
+// Whether w_in is transposed, so that the expand tile does the shrink as well. Of all rows, as above.
+template <class E>
+inline bool packed([[maybe_unused]] const Problem& p) {
+#if defined(NSC_PACKED_SHRINK)
+  return p.T >= kPackedRows;
+#else
+  return false;
+#endif
+}
+
+// Not for narrow types, whose pieces are widened first.
+template <class E>
+inline bool few(const Problem& p) {
+  return kSame<E, typename AccOf<E>::type> && p.T <= kFewRows;
+}
+
 template <class E>
 struct Block {
   using Acc = typename AccOf<E>::type;
@@ -91,7 +115,7 @@ struct Block {
   Operand* panel;        // strips of w_out, each [R rounded up to even, kStripColumns]
   Operand* x_wide;       // [padded_rows, piece]; for tiles [kTiledRows, piece]
   Operand* w_wide;       // [kPanelRows, piece]; for tiles [stride, piece]
-  Acc* sums;             // for tiles, [kTiledRows, kStripColumns]
+  Acc* sums;             // for tiles, [kTiledRows, kStripColumns]; for few rows, [kFewRows, kFewColumns]
   int64_t bytes = 0;     // of scratch
 
   // With a null scratch it only counts the bytes.
@@ -101,7 +125,7 @@ struct Block {
         rows(end - begin),
         padded_rows(round_up(rows, tiled<E>(p) ? kTiledRows : kGranule)),
         stride(round_up(p.R, tiled<E>(p) ? 32 : 16)),
-        piece(chunk(p.d_in, tiled<E>(p) ? tiled_chunk() : kChunkBytes)) {
+        piece(few<E>(p) ? p.d_in : chunk(p.d_in, chunk_bytes())) {
     auto take = [&](auto*& member, int64_t count) {
       member = reinterpret_cast<decltype(+member)>(static_cast<char*>(scratch) + bytes);
       bytes += round_up(count * int64_t(sizeof(*member)), 64);
@@ -111,14 +135,21 @@ struct Block {
     take(norm, padded_rows);
     take(lam_columns, stride);
     take(panel, panel_strips() * strip_size());
-    take(x_wide, kWiden ? padded_rows * piece : tiled<E>(p) ? kTiledRows * piece : 0);
-    take(w_wide, kWiden ? kPanelRows * piece : tiled<E>(p) ? stride * piece : 0);
-    take(sums, tiled<E>(p) ? kTiledRows * kStripColumns : 0);
+    take(x_wide, (packed<E>(p) ? kExpandRows : kWiden ? padded_rows : tiled<E>(p) ? kTiledRows : 0) * piece);
+    take(w_wide, (packed<E>(p) || tiled<E>(p) ? stride : kWiden ? kPanelRows : 0) * piece);
+    take(sums, tiled<E>(p) ? kTiledRows * kStripColumns : few<E>(p) ? kFewRows * kFewColumns : 0);
   }
 
   int64_t tiled_chunk() const {
     const int64_t fit = kTiledPanelBytes / (stride + 1) / 64 * 64;
     return fit < 1024 ? 1024 : min(fit, kTiledChunkBytes);
+  }
+
+  int64_t chunk_bytes() const { return tiled<E>(p) ? tiled_chunk() : packed<E>(p) ? packed_chunk() : kChunkBytes; }
+
+  int64_t packed_chunk() const {
+    const int64_t fit = kPackedPanelBytes / (stride + 1) / 256 * 256;
+    return fit < 256 ? 256 : min(fit, kPackedChunkBytes);
   }
 
   static int64_t chunk(int64_t d, int64_t bytes) {
@@ -175,6 +206,40 @@ struct Block {
       }
     }
   }
+
+#if defined(NSC_PACKED_SHRINK)
+  void shrink_packed(bool with_norm) {
+    const E* x = static_cast<const E*>(p.x) + first * p.x_stride;
+    const E* w = static_cast<const E*>(p.w_in);
+    if (with_norm) std::memset(norm, 0, padded_rows * sizeof(Acc));
+    for (int64_t k0 = 0; k0 < p.d_in; k0 += piece) {
+      const int64_t k = min(piece, p.d_in - k0);
+      for (int64_t j = 0; j < p.R; j += kStripColumns)
+        pack_transposed(w + j * p.d_in + k0, p.d_in, min(kStripColumns, p.R - j), k, w_wide + j * piece);
+      for_tiles<kExpandRows>(rows, [&](int64_t i, auto tile) {
+        const int64_t there = min(tile.rows, rows - i);
+        const E* from = x + i * p.x_stride + k0;
+        const Acc* xi = x_wide;
+        int64_t xi_stride = piece;
+        if constexpr (kSame<E, Acc>) {
+          if (there == tile.rows) xi = from, xi_stride = p.x_stride;
+        }
+        if (xi == x_wide) widen_rows(from, p.x_stride, there, k, x_wide, piece);
+        if (with_norm)
+          for (int64_t m = 0; m < there; ++m) norm[i + m] += dot<Acc>(xi + m * xi_stride, xi + m * xi_stride, k);
+        for (int64_t j = 0; j < p.R; j += kStripColumns) {
+          Vec<Acc> acc[tile.rows][kExpandVectors];
+          expand_tile<tile.rows>(xi, xi_stride, w_wide + j * piece, kStripColumns, k, acc);
+          for (int m = 0; m < tile.rows; ++m)
+            for (int v = 0; v < kExpandVectors; ++v) {
+              Acc* to = u + (i + m) * stride + j + v * kLanes<Acc>;
+              store(to, k0 > 0 ? load(to) + acc[m][v] : acc[m][v]);
+            }
+        }
+      });
+    }
+  }
+#endif
 
   // c <- u rounded to E, one row; columns past R are zero because expand reads them in pairs, or whole tiles.
   void round_row(int64_t i) {
@@ -262,23 +327,47 @@ struct Block {
     const int64_t width = panel_strips() * kStripColumns;
     for (int64_t start = 0; start < p.d_out; start += width) {
       const int64_t end = min(start + width, p.d_out);
-      // One pass over the weights cannot repay copying them; bfloat16 pairs must be formed in any case.
-      const bool direct = kSame<E, Acc> && rows <= 2 && (end - start) % kStripColumns == 0;
-      for (int64_t column = start; column < end && !direct; column += kStripColumns)
+      for (int64_t column = start; column < end; column += kStripColumns)
         pack_strip(w, p.d_out, p.R, column, min(kStripColumns, end - column), strip_at(column - start));
       for_tiles<kExpandRows>(rows, [&](int64_t i, auto tile) {
         for (int64_t column = start; column < end; column += kStripColumns) {
           const int64_t columns = min(kStripColumns, end - column);
           prefetch_rows(first + i, column, columns);
           Vec<Acc> acc[tile.rows][kExpandVectors];
-          const Operand* strip = strip_at(column - start);
-          int64_t strip_stride = kStripColumns;
-          if constexpr (kSame<E, Acc>)
-            if (direct) strip = w + column, strip_stride = p.d_out;
-          expand_tile<tile.rows>(c + i * stride, stride, strip, strip_stride, p.R, acc);
+          expand_tile<tile.rows>(c + i * stride, stride, strip_at(column - start), kStripColumns, p.R, acc);
           for (int m = 0; m < tile.rows && i + m < rows; ++m) write_row(first + i + m, column, columns, acc[m]);
         }
       });
+    }
+  }
+
+  // out += c[r] w_out[r], several rows of weights at a time.
+  void expand_few() {
+    const Acc* w = static_cast<const Acc*>(p.w_out);
+    for (int64_t start = 0; start < p.d_out; start += kFewColumns) {
+      const int64_t columns = min(kFewColumns, p.d_out - start);
+      std::memset(sums, 0, kFewRows * kFewColumns * sizeof(Acc));
+      for (int64_t r = 0; r < p.R; r += kFewTogether) {
+        // Past the last row of weights it is repeated, times the zeros that follow c.
+        const Acc* wr[kFewTogether];
+        for (int64_t j = 0; j < kFewTogether; ++j) wr[j] = w + min(r + j, p.R - 1) * p.d_out + start;
+        for (int64_t m = 0; m < rows; ++m) {
+          Acc* sum = sums + m * kFewColumns;
+          Vec<Acc> factor[kFewTogether];
+          for (int64_t j = 0; j < kFewTogether; ++j) factor[j] = r + j < p.R ? broadcast(c + m * stride + r + j) : Vec<Acc>{};
+          for_vectors<Acc>(columns, [&](int64_t v, int64_t n) {
+            Vec<Acc> total = load(sum + v);
+            for (int64_t j = 0; j < kFewTogether; ++j) total += factor[j] * load_n(wr[j] + v, n);
+            store(sum + v, total);
+          });
+        }
+      }
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t column = 0; column < columns; column += kStripColumns) {
+          Vec<Acc> acc[kExpandVectors];
+          for (int v = 0; v < kExpandVectors; ++v) acc[v] = load(sums + m * kFewColumns + column + v * kLanes<Acc>);
+          write_row(first + m, start + column, min(kStripColumns, columns - column), acc);
+        }
     }
   }
 
@@ -395,9 +484,22 @@ struct Block {
         return;
       }
 #endif
-    if (p.x) shrink(p.sqnorm != nullptr);
+    if (p.x) shrink_rows(p.sqnorm != nullptr);
     mid();
-    if (p.out) expand();
+    if (p.out) expand_rows();
+  }
+
+  void expand_rows() {
+    if constexpr (kSame<E, Acc>)
+      if (few<E>(p)) return expand_few();
+    expand();
+  }
+
+  void shrink_rows(bool with_norm) {
+#if defined(NSC_PACKED_SHRINK)
+    if (packed<E>(p)) return shrink_packed(with_norm);
+#endif
+    shrink(with_norm);
   }
 
   void mid() {

@@ -133,26 +133,40 @@ inline void dot_tile(const bf16* const* x, const bf16* const* w, int64_t k, floa
 }
 #endif
 
-// Expand tile: acc[m, :] = sum_r c[m, r] * strip[r, :]
-
-template <int M, class Acc>
-inline void expand_tile(const Acc* c, int64_t c_stride, const Acc* strip, int64_t strip_stride, int64_t R,
-                        Vec<Acc> (&acc)[M][kExpandVectors]) {
+template <int M, class V>
+inline void hand_over(const V (&sum)[M][kExpandVectors], V (&acc)[M][kExpandVectors]) {
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kExpandVectors; ++v) acc[m][v] = Vec<Acc>{};
+    for (int v = 0; v < kExpandVectors; ++v) acc[m][v] = sum[m][v];
+}
+
+// Expand tile: acc[m, :] = sum_r c[m, r] * strip[r, :]
+
+// The sums are the tile's own while it adds: those of the caller, whose address others have, would be written to memory
+// in every turn.
+template <int M, class Acc>
+inline void expand_tile(const Acc* c, int64_t c_stride, const Acc* strip, int64_t strip_stride, int64_t R,
+                        Vec<Acc> (&acc)[M][kExpandVectors]) {
+  Vec<Acc> sum[M][kExpandVectors] = {};
+  const Acc* upper = c;
+  const Acc* lower = c + (M > 3 ? 3 : 0) * c_stride;
   for (int64_t r = 0; r < R; ++r) {
+    // Two pointers reach six rows. The compiler would keep one for each, more than there are registers, and reload
+    // them from the stack in every turn, if it could see that they move in step.
+    asm("" : "+r"(upper), "+r"(lower));
     Vec<Acc> w[kExpandVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kExpandVectors; ++v) w[v] = load(strip + r * strip_stride + v * kLanes<Acc>);
+    for (int v = 0; v < kExpandVectors; ++v) w[v] = load(strip + v * kLanes<Acc>);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      Vec<Acc> factor = Vec<Acc>{} + c[m * c_stride + r];
+      const Vec<Acc> factor = broadcast(m < 3 ? upper + m * c_stride : lower + (m - 3) * c_stride);
 #pragma GCC unroll 8
-      for (int v = 0; v < kExpandVectors; ++v) acc[m][v] += factor * w[v];
+      for (int v = 0; v < kExpandVectors; ++v) sum[m][v] += factor * w[v];
     }
+    ++upper, ++lower, strip += strip_stride;
   }
+  hand_over(sum, acc);
 }
 
 template <class E, class Acc>
@@ -162,15 +176,56 @@ inline void pack_strip(const E* w, int64_t d, int64_t R, int64_t column, int64_t
   widen_rows(w + column, d, R, columns, strip, width);
 }
 
+#if defined(NSC_PACKED_SHRINK)
+// 8 x 8 numbers transposed.
+inline void transpose(Vec<float> (&rows)[8]) {
+  __m256 pair[8], four[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (Vec<float>)_mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+    rows[i + 4] = (Vec<float>)_mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+  }
+}
+
+// strip[c, j] = w[j, c] for k columns c of up to a strip's width of rows, zero for rows that are not there.
+template <class E>
+inline void pack_transposed(const E* w, int64_t d, int64_t rows, int64_t k, float* strip) {
+  constexpr int width = kExpandVectors * 8;
+  for (int v = 0; v < kExpandVectors; ++v)
+    for_vectors<float>(k, [&](int64_t c, int64_t m) {
+      Vec<float> block[8];
+      for (int j = 0; j < 8; ++j)
+        block[j] = v * 8 + j < rows ? load_n(w + (v * 8 + j) * d + c, m) : Vec<float>{};
+      transpose(block);
+      for (int i = 0; i < m; ++i) store(strip + (c + i) * width + v * 8, block[i]);
+    });
+}
+
+inline void pack_transposed(const double* w, int64_t d, int64_t rows, int64_t k, double* strip) {
+  constexpr int width = kExpandVectors * kLanes<double>;
+  for (int64_t c = 0; c < k; ++c)
+    for (int j = 0; j < width; ++j) strip[c * width + j] = j < rows ? w[j * d + c] : 0.0;
+}
+#endif
+
 #if defined(NSC_AVX512_BF16)
 // Pairs of rows (r, r + 1) side by side in 32 bits, as the instruction wants both operands.
 template <int M>
 inline void expand_tile(const bf16* c, int64_t c_stride, const bf16* strip, int64_t strip_stride, int64_t R,
                         Vec<float> (&acc)[M][kExpandVectors]) {
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < kExpandVectors; ++v) acc[m][v] = Vec<float>{};
+  Vec<float> sum[M][kExpandVectors] = {};
   for (int64_t r = 0; r < R; r += 2) {
     __m512bh w[kExpandVectors];
 #pragma GCC unroll 8
@@ -182,9 +237,10 @@ inline void expand_tile(const bf16* c, int64_t c_stride, const bf16* strip, int6
       __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 8
       for (int v = 0; v < kExpandVectors; ++v)
-        acc[m][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)acc[m][v], factor, w[v]);
+        sum[m][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)sum[m][v], factor, w[v]);
     }
   }
+  hand_over(sum, acc);
 }
 
 inline void pack_strip(const bf16* w, int64_t d, int64_t R, int64_t column, int64_t columns, bf16* strip) {

@@ -1,73 +1,270 @@
-"""``python -m nsc_kernels.bench``: what it measures on which machine, and what the package needs for it."""
+"""``python -m nsc_kernels.bench``: what is typed, what is printed and written, and what the package needs for it."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import nsc_kernels as nk
 from nsc_kernels.bench import __main__ as command
-from nsc_kernels.bench import operator_cpu
+from nsc_kernels.bench import compare, measure, registry, report, tables
+from nsc_kernels.bench.costs import Ceilings, roofline
+from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--device", "cpu", "--shapes", "40x24", "--adapters", "2x4", "--samples", "3", "--sample-ms", "0.5"]
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_without_a_gpu_it_measures_the_cpu(tmp_path):
-    if torch.cuda.is_available() or nk.available_backends()["cpu"] is not True:
-        pytest.skip("needs the CPU library, and no GPU")
-    done = run("-m", "nsc_kernels.bench", "--quick", "--out", "rows", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "rows").iterdir()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["op"] for row in rows[:2]] == ["environment", "overhead"]
-    measured = [row for row in rows if row["op"] == "merged_lora_nsc"]
-    assert len(measured) == 2 * len(operator_cpu.DTYPES) * len(operator_cpu.QUICK)
-    assert {"fused", "eager"} <= measured[0]["seconds"].keys()
-    assert done.stdout.count("GFLOP/s") == len(measured)
+def documented() -> str:
+    """The contenders of docs/benchmarking.md."""
+    page = ROOT / "docs" / "benchmarking.md"
+    if not page.is_file():
+        pytest.skip("needs the source tree")
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return code
 
 
-def test_with_a_gpu_it_measures_that(tmp_path, monkeypatch, capsys):
-    asked = []
+def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
+    (tmp_path / "my_kernel.py").write_text(documented())
+    asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5,7,9", "--out", "r.jsonl", "--plot", "pictures"]
+    asked += ["--contender", "my_kernel.py", "--contenders", "fused,concat,mine,wrong"]
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "not timed: wrong at 40x24 40->24 2x4 T=5 fp32: y is off by" in done.stdout
+    assert "twice eager PyTorch's error" in done.stdout
+    assert re.search(r"fused spread roofline +concat +mine\n", done.stdout)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("40x24")]
+    assert len(lines) == 6
+    assert all(re.search(r"\d %? *|%", line) and re.search(r"[\d.]+x\*", line) for line in lines), lines  # mine: no statistics
+    rows = report.read(tmp_path / "r.jsonl")
+    timed = [row for row in rows if tables.is_timed(row)]
+    assert {row["contender"] for row in timed} == {"fused", "concat", "mine"}
+    assert all(len(row["us"]) == 3 for row in timed)
+    (facts,) = [row for row in rows if row.get("what") == "environment"]
+    assert facts["torch"] == torch.__version__
+    assert len(facts["sources"]["cpu"] or "") in (0, 64)
+    assert {"copy", "matrix", "eager_launch"} <= {row.get("what") for row in rows}
+    pictures = {path.name.split("-operator")[0] + path.suffix for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {f"{name}{end}" for name in ("roofline", "speedups", "growth-T") for end in (".png", ".svg")}
+    before = (tmp_path / "r.jsonl").read_text()
+    again = run(*asked[:-2], "fused,concat,mine,wrong", "--json", cwd=tmp_path)  # goes on: nothing is left to do
+    assert again.returncode in (1, 2)
+    assert (tmp_path / "r.jsonl").read_text() == before
 
-    def started(process: list[str], check: bool) -> SimpleNamespace:
-        asked.append(process)
-        row = {"trial": "triton operator", "backend": "triton", "dry_run": False, "contender": "loop", "error": "no"}
-        Path(process[process.index("--out") + 1]).write_text(json.dumps(row) + "\n")
-        return SimpleNamespace(returncode=3)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(nk, "available_backends", lambda: {"triton": True, "cuda": "not built"})
-    monkeypatch.setattr(command.subprocess, "run", started)
-    assert command.main(["--quick", "--out", str(tmp_path)]) == 3
-    assert "triton operator loop: no" in capsys.readouterr().out
-    assert command.main([]) == 3
-    assert ["nsc_kernels.bench.operator_gpu" in process for process in asked] == [True, True]
-    assert ["--quick" in process for process in asked] == [True, False]
+def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
+    assert command.main(["--help"]) == 0
+    assert command.main(["llama3-8b"]) == 2
+    assert "'llama3-8b' is no command; there are operator, linear, step" in capsys.readouterr().err
+    for arguments, why in (
+        (["--shapes", "llama3-8b.qq"], "did you mean 'llama3-8b.q'?"),
+        (["--shapes", "0x5"], "has a width of 0"),
+        (["--adapters", "6"], "expected how many by their rank, such as 6x16, found '6'"),
+        (["--tokens", "0"], "tokens: expected at least 1, found 0"),
+        (["--dtype", "int8"], "dtype: expected some of fp32, bf16, fp16, found 'int8'"),
+        (["--calls", "graph"], "a CPU has no graphs"),
+        (["--contenders", "fast"], "'fast' is not one of operator: fused, "),
+        (["--contender", "nowhere"], "'nowhere' cannot be imported"),
+        (["--contender", "nowhere.py"], "there is no file nowhere.py"),
+        (["--contender", "json"], "'json' registers none"),
+        (["--contender", "json:load_it"], "json has no class or function 'load_it'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            measure.main("operator", ["--device", "cpu", *arguments])
+        assert caught.value.code == 2
+        assert why in capsys.readouterr().err, arguments
 
 
-def test_without_a_backend_it_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(nk, "available_backends", lambda: {"cpu": "libnsc_cpu was not built"})
-    assert command.main([]) == 1
-    assert capsys.readouterr().err == "nothing to measure: cpu: libnsc_cpu was not built\n"
+def test_layers_by_name():
+    assert layers(["llama3-8b.q"]) == [("llama3-8b.q", (4096, 4096))]
+    assert layers(["llama3-8b.v", "llama3-8b.k"]) == [("llama3-8b.kv", (4096, 1024))]
+    assert layers(["llama3-8b.mlp"]) == [("llama3-8b.up", (4096, 14336)), ("llama3-8b.down", (14336, 4096))]
+    assert layers(["vit-b"]) == [("vit-b.q", (768, 768)), ("vit-b.up", (768, 3072)), ("vit-b.down", (3072, 768))]
+    assert layers(["qwen3-0.6b.attention"])[2] == ("qwen3-0.6b.o", (2048, 1024))
+    assert layers(["96x40"]) == [("96x40", (96, 40))]
+    every = [widths for _, widths in layers(["all"])]
+    assert len(every) == len(set(every))
+    assert set(every) == {widths for model in MODELS.values() for widths in model.values()}
+    assert adapters("20x16") == (20, 16)
+    (shape,) = grid(["vit-b.q"], [7], ["2x4"])
+    assert shape == Shape("vit-b.q", 7, 768, 768, 2, 4)
+    assert shape.R == 8
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    registry.load_shipped()
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+
+CLASS = """
+class Mine:
+    \"\"\"By a class.\"\"\"
+    stats = False
+    def __init__(self, p):
+        self.p = p
+    def forward(self):
+        p = self.p
+        u = p.z @ p.A.t()
+        return p.base + u * p.lam.repeat_interleave(p.shape.r) @ p.Bt, None, None, u
+    def backward(self, u):
+        p = self.p
+        v = p.dy @ p.Bt.t()
+        return v * p.lam.repeat_interleave(p.shape.r) @ p.A, (u * v).sum(0).unflatten(0, (p.shape.K, -1)).sum(-1)
+"""
+
+
+def test_a_class_is_a_contender(tmp_path, own_registry):
+    from nsc_kernels.bench.rounds import Cell, run_cell
+
+    (tmp_path / "by_class.py").write_text(CLASS)
+    registry.load(f"{tmp_path / 'by_class.py'}:Mine")
+    (found,) = registry.chosen("operator", ["Mine"])
+    assert (found.stats, found.about) == (False, "By a class.")
+    cell = Cell("operator", Shape("s", 9, 40, 24, 2, 4), "fp32", ("concat", "Mine"), samples=2, seconds=0, cache_bytes=1)
+    rows = [row for row in run_cell(cell, torch.device("cpu")) if tables.is_timed(row)]
+    assert {(row["contender"], row["direction"]) for row in rows} == {
+        (name, direction) for name in ("concat", "Mine") for direction in ("forward", "backward")
+    }
+    with pytest.raises(ValueError, match="there is a contender named 'Mine' of operator already"):
+        registry.contender("Mine")(lambda p: None)
+    with pytest.raises(ValueError, match="of: expected 'operator' or 'linear', found 'layer'"):
+        registry.contender("other", of="layer")(lambda p: None)
+
+
+def test_groups():
+    quick = {one.name for one in registry.chosen("operator", ["default"], quick=True)}
+    assert quick == {"fused", "concat", "loop", "peft"}
+    assert "compiled" in {one.name for one in registry.chosen("operator", ["default"])}
+    on_gpu = [one.name for one in registry.chosen("operator", ["default"], "cuda")]
+    assert on_gpu[0] == "fused"
+    assert {"fused_triton", "fused_cuda", "two_launches"} <= {*on_gpu}
+    assert {one.group for one in registry.chosen("operator", ["variant"])} == {"variant"}
+    assert {"vllm"} == {one.name for one in registry.chosen("operator", ["package"])}
+
+
+def row(contender: str, us: list[float], over: float, **more: object) -> dict[str, object]:
+    """A figure as rounds.py has it."""
+    ordered = sorted(us)
+    shape = Shape("vit-b.q", 32, 768, 768, 6, 16)
+    common = {"set": "operator", "dtype": "fp32", "threads": 1, "how": "eager", "cache": "cold", "direction": "forward"}
+    figures = {"us": us, "us_p20": ordered[1], "us_p50": ordered[2], "us_p80": ordered[3], "over": "fused"}
+    costs = {"least_bytes": 10**6, "operations": 10**7}
+    return {**common, **shape._asdict(), "contender": contender, "stats": True, **figures, "over_ours": over, **costs, **more}
+
+
+MACHINE = [
+    {"what": "environment", "device": "a processor", "cores": 2, "torch": "2.13"},
+    {"what": "copy", "threads": 1, "p50": 0.01},
+    {"what": "matrix", "dtype": "fp32", "threads": 1, "p50": 0.05},
+]
+
+
+def test_the_table_says_share_spread_and_noise():
+    rows = [
+        row("fused", [398.0, 400.0, 400.0, 404.0, 406.0], 1.0, load=3.5),
+        row("peft", [500.0, 700.0, 800.0, 900.0, 990.0], 2.0, stats=False, load=3.0),
+        {**row("wrong", [1.0] * 5, 1.0), "error": "y is off by 1, allowed is 0.1"},
+    ]
+    del rows[2]["us_p50"]
+    assert roofline(10**6, 10**7, Ceilings(1e10, 5e10)) == pytest.approx(2e-4)
+    lines = list(tables.table(rows, MACHINE))
+    assert "1 thread of a processor: eager calls, cold cache; it copies 10 GB/s and multiplies 50 GFLOP/s" in lines[0]
+    assert re.fullmatch(r"vit-b.q 768->768 6x16 T=32 +forward +400 us +1% +50% +2.00x\*~", lines[2])
+    closing = "\n".join(tables.closing([*rows, *MACHINE]))
+    assert "not timed: wrong at vit-b.q 768->768 6x16 T=32 fp32: y is off by 1" in closing
+    assert "in 1 of 2 figures the middle 60 % of samples spread over 10% or more" in closing
+    assert "the machine was busy: a load of up to 3.5 on 2 cores" in closing
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps({"trial": "one", **row}) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_changed_beyond_the_spread(tmp_path, capsys):
+    before = [*MACHINE, row("fused", [99.0, 100.0, 101.0, 102.0, 103.0], 1.0), row("concat", [150.0] * 5, 1.5)]
+    after = [
+        {**MACHINE[0], "torch": "2.14"},
+        row("fused", [129.0, 130.0, 131.0, 132.0, 133.0], 1.0),
+        row("concat", [140.0, 149.0, 151.0, 152.0, 160.0], 1.2),
+        row("new", [1.0] * 5, 1.0),
+    ]
+    files = write(tmp_path / "a.jsonl", before), write(tmp_path / "b.jsonl", after)
+    assert compare.main([*files, "--exit-code"]) == 1
+    said = capsys.readouterr()
+    assert "torch: 2.13 -> 2.14" in said.out
+    assert re.search(r"fused .*vit-b.q 768->768 6x16 T=32 forward +101 -> +131  1.30x", said.out)
+    assert "concat" not in said.out
+    assert "of 2 figures in both, 1 are slower and 0 faster" in said.err
+    assert compare.main([*files, "--ratios", "--json"]) == 0
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    assert change["contender"] == "concat"
+    assert change["ratio"] == pytest.approx((151 / 131) / (150 / 101), rel=0.01)
+    assert compare.main([files[0], files[0]]) == 0
+    assert "nothing changed beyond the spread" in capsys.readouterr().out
+    assert compare.main([files[0], write(tmp_path / "c.jsonl", MACHINE)]) == 2
+    with pytest.raises(SystemExit) as caught:
+        compare.main([files[0], str(tmp_path / "none.jsonl")])
+    assert caught.value.code == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_list(capsys):
+    assert command.main(["list", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"fused_triton +backend +not here: ", said) or torch.cuda.is_available()
+    assert "llama3-8b         q 4096x4096  kv 4096x1024" in said
+    assert command.main(["list", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"fused", "merged"} <= {one["name"] for one in found["contenders"]}
+
+
+TINY = ["--d", "32", "--intermediate", "48", "--heads", "2", "--kv_heads", "2", "--layers", "4", "--vocabulary", "32", "--tasks", "2", "--rank", "2", "--batches", "2"]
+STEP = [*TINY, "--device", "cpu", "--rounds", "2", "--no-memory", "--only", "loop", "concatenated", "floor"]
+
+
+@pytest.mark.parametrize("model", ["small-llama", "vit-b"])
+def test_a_step_of_a_merge(tmp_path, capsys, model):
+    tokens = ["--tokens", "10" if model == "vit-b" else "7"]
+    assert command.main(["step", "--model", model, *STEP, *tokens, "--out", str(tmp_path / "s.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"loop +[\d.]+s +\d+% +[\d.]+x +[\d.]+x", said)
+    rows = [row for row in report.read(tmp_path / "s.jsonl") if tables.is_timed(row)]
+    objectives = {row["contender"]: row["objective"] for row in rows}
+    assert objectives["loop"] == pytest.approx(objectives["concatenated"], abs=1e-5)
+    assert all(len(row["us"]) == 2 and row["over"] == "floor" for row in rows)
+    assert compare.main([str(tmp_path / "s.jsonl")] * 2) == 0
+
+
+def test_under_pytest_benchmark():
+    if not (ROOT / "bench" / "test_operator.py").is_file():
+        pytest.skip("needs the source tree")
+    pytest.importorskip("pytest_benchmark")
+    options = ["--shapes", "24x40", "--tokens", "5", "--adapters", "2x4", "--contenders", "fused,concat"]
+    done = run("-m", "pytest", "bench/test_operator.py", *options, "--benchmark-disable", "-p", "no:xdist", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("....")
 
 
 ALONE = """
 import importlib, pkgutil, sys
-sys.modules |= dict.fromkeys(("bench", "tests", "pytest"))
+sys.modules |= dict.fromkeys(("bench", "tests", "pytest", "nsc_merge"))
 import nsc_kernels
 assert not [name for name in sys.modules if name.startswith("nsc_kernels.bench")]
 import nsc_kernels.bench
 for module in pkgutil.iter_modules(nsc_kernels.bench.__path__, "nsc_kernels.bench."):
     importlib.import_module(module.name)
+assert "transformers" not in sys.modules
 print(*[path for module in sys.modules.values() if "/tests/" in (path := getattr(module, "__file__", None) or "")])
 """
 

@@ -25,11 +25,15 @@ if not (Path(__file__).resolve().parents[2] / "bench" / "from_tests.py").is_file
     pytest.skip("needs the source tree", allow_module_level=True)
 
 from bench import from_tests
-from nsc_kernels.bench import gpu_tables, operator_gpu
-from nsc_kernels.bench.gpu_accuracy import errors, faults
-from nsc_kernels.bench.gpu_clocks import Clocks
-from nsc_kernels.bench.gpu_contenders import contenders
-from nsc_kernels.bench.gpu_data import DRY_RUN, FAMILIES, SHAPES, Data, Shape, least_bytes, rotation, touched
+from bench.hardware import operator_speed, speed_tables
+from bench.hardware.layers import DRY_RUN, FAMILIES, SHAPES
+from nsc_kernels.bench import registry, rounds
+from nsc_kernels.bench.accuracy import Judge, faults
+from nsc_kernels.bench.clocks import Clocks
+from nsc_kernels.bench.costs import least_bytes, rotation, touched
+from nsc_kernels.bench.problem import DTYPES, Problem
+from nsc_kernels.bench.rounds import Cell
+from nsc_kernels.bench.shapes import Shape
 
 # No width a multiple of a tile, several tiles of tokens, chunks of columns that are not all used; and one adapter.
 ODD, ONE = Shape("odd", 37, 48, 80, 3, 4), Shape("one", 33, 64, 72, 1, 16)
@@ -51,22 +55,39 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("of", operator_gpu.SETS)
+def named(name: str, of: str = "operator") -> registry.Contender:
+    (found,) = registry.chosen(of, [name])
+    return found
+
+
+def problem(shape: Shape, on: torch.device, seed: int = 0, of: str = "operator", dtype: str = "bf16") -> Problem:
+    return Problem(shape, on, seed, of == "linear", DTYPES[dtype])
+
+
+@pytest.mark.parametrize("of", ["operator", "linear"])
 @pytest.mark.parametrize("shape", [ODD, ONE], ids=lambda shape: shape.name)
-def test_contenders_compute_the_operator(of, shape, on):
-    for i, contender in enumerate(contenders(of)):
-        with nk.use_backend("triton"):
-            found = errors(contender, Data(shape, on, seed=i, whole=contender.whole))
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_contenders_compute_the_operator(of, shape, dtype, on):
+    """All that can run here; two_launches and Triton's backend in the interpreter."""
+    judge = Judge(problem(shape, on, of=of, dtype=dtype))
+    tried = set()
+    for contender in registry.chosen(of, ["all"]):
+        if contender.unavailable and contender.unavailable(on, DTYPES[dtype], shape):
+            continue
+        tried.add(contender.name)
+        found = judge.errors(contender)
         assert faults(found) == [], contender.name
         statistics = {"quad", "sqnorm"} if contender.stats else set()
         assert found.keys() == {"y", "dz", *(["dlam"] if contender.adapters else []), *statistics}
+    assert {"fused", "concat", "loop", "peft", "compiled", "autotuned", "fused_triton"} <= tried
+    assert ("two_launches" in tried) == (dtype == "bf16")
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nsc_kernels.bench.two_launches import Tiles, default, expand_kernel, shrink_kernel
+from nsc_kernels.bench.contenders.two_launches import Tiles, default, expand_kernel, shrink_kernel
 
 for key in ((256, 4096, 1024, 96, False), (6304, 768, 768, 320, True)):
     how, backward, chunk = default(key, 132), key[4], min(key[3] & -key[3], 128)
@@ -95,87 +116,108 @@ def test_two_launches_compile_for_hopper_and_fit():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def broken(what: str):
+def broken(what: str) -> registry.Contender:
     """``concat``, with one mistake."""
-    concat = next(c for c in contenders("operator") if c.name == "concat")
+    concat = named("concat")
 
-    def forward(d):
-        found = concat.forward(d)
-        if what == "nan":
-            found.y[-1, -1] = math.nan
-        if what == "one entry":
-            found.y[-1, -1] += 1
-        return found._replace(quad=found.quad * 1.03) if what == "quad" else found
+    def make(p):
+        forward, backward = concat.make(p)
 
-    def backward(d, saved):
-        if what == "a gradient":  # that of the norm is left out
-            d = SimpleNamespace(**vars(d) | {"factors": d.factors, "grads": (*d.grads[:2], 0 * d.grads[2])})
-        return concat.backward(d, saved)
+        def wrong_forward():
+            found = forward()
+            if what == "nan":
+                found.y[-1, -1] = math.nan
+            if what == "one entry":
+                found.y[-1, -1] += 1
+            return found._replace(quad=found.quad * 1.03) if what == "quad" else found
 
-    return dataclasses.replace(concat, name="broken", forward=forward, backward=backward)
+        def wrong_backward(saved):
+            dz, dlam = backward(saved)
+            if what == "a gradient":  # that of the norm is left out
+                dz = dz - 2 * p.dsqnorm.to(p.dtype)[:, None] * p.z
+            return (dz, dlam * 1.1) if what == "dlam" else (dz, dlam)
+
+        return wrong_forward, wrong_backward
+
+    return dataclasses.replace(concat, name="broken", make=make)
 
 
-@pytest.mark.parametrize("what", ["nan", "one entry", "quad", "a gradient"])
-def test_a_wrong_contender_is_named_and_not_timed(what, on, monkeypatch, tmp_path):
-    right = [c for c in contenders("operator") if c.name == "concat"]
-    monkeypatch.setattr(operator_gpu, "contenders", lambda of: [*right, broken(what)])
-    rows = list(operator_gpu.run_trial(operator_gpu.What("triton", "operator", ODD, 1, tmp_path / "clocks.jsonl"), on))
+def cell(**more: object) -> Cell:
+    """Each way once."""
+    hows = rounds.GRAPH, rounds.EAGER, rounds.WARM
+    return Cell("operator", ODD, **{"hows": hows, "samples": 1, "seconds": 0.0, "cache_bytes": 1, **more})
+
+
+@pytest.mark.parametrize("what", ["nan", "one entry", "quad", "a gradient", "dlam"])
+def test_a_wrong_contender_is_named_and_not_timed(what, on, monkeypatch):
+    monkeypatch.setattr(rounds, "chosen", lambda *given: [named("concat"), broken(what)])
+    rows = list(rounds.run_cell(cell(), on))
     assert {row["contender"] for row in rows if "us" in row} == {"concat"}
     (row,) = [row for row in rows if "error" in row]
     assert row["contender"] == "broken"
-    assert "of its scale" in row["error"]
+    assert "twice eager PyTorch's error" in row["error"]
 
 
-def test_one_that_raises_does_not_stop_the_others(on, monkeypatch, tmp_path):
-    def raising(d, saved):
-        raise ValueError("not here")
+def test_one_that_raises_does_not_stop_the_others(on, monkeypatch):
+    def raising(p):
+        def backward(saved):
+            raise ValueError("not here")
 
-    concat = next(c for c in contenders("operator") if c.name == "concat")
-    both = [dataclasses.replace(concat, name="raising", backward=raising), concat]
-    monkeypatch.setattr(operator_gpu, "contenders", lambda of: both)
-    monkeypatch.setattr(operator_gpu, "accuracy", lambda *given: {})
-    rows = list(operator_gpu.run_trial(operator_gpu.What("triton", "operator", ODD, 1, tmp_path / "clocks.jsonl"), on))
+        return named("concat").make(p)[0], backward
+
+    both = [dataclasses.replace(named("concat"), name="raising", make=raising), named("concat")]
+    monkeypatch.setattr(rounds, "chosen", lambda *given: both)
+    monkeypatch.setattr(rounds, "accuracy", lambda *given: {})
+    rows = list(rounds.run_cell(cell(), on))
     assert {row["direction"] for row in rows if "error" in row} == {"backward"}
     measured = sum("us" in row and row["contender"] == "concat" for row in rows)
-    assert measured == 2 * len(operator_gpu.SETS["operator"].hows)
+    assert measured == 2 * len(cell().hows)
 
 
-@pytest.mark.parametrize("of", ["operator", "two_launches", "whole", "autograd"])
+@pytest.mark.parametrize("of", ["operator", "linear"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_results_of_a_round_have_addresses_of_their_own(of, direction, on):
-    for contender in contenders(of):
-        sets = [Data(ODD, on, seed, contender.whole) for seed in range(3)]
+    for contender in registry.chosen(of, ["all"]):
+        if contender.unavailable and contender.unavailable(on, torch.bfloat16, ODD):
+            continue
+        sets = [problem(ODD, on, seed, of) for seed in range(3)]
         with nk.use_backend("triton"), torch.set_grad_enabled(contender.autograd):
-            if direction == "forward":
-                calls = [partial(contender.forward, d) for d in sets]
-            else:
-                calls = [partial(contender.backward, d, contender.forward(d).saved) for d in sets]
-            around = operator_gpu.Round(calls, least=1)
+            pairs = [contender.make(p) for p in sets]
+            calls = [forward for forward, _ in pairs]
+            if direction == "backward":
+                calls = [partial(backward, forward()[3]) for forward, backward in pairs]
+            around = rounds.Round(calls, least=1)
             around.run()
             first = [result[0].data_ptr() for result in around.kept]
             around.run()
         assert len(set(first)) == 3, contender.name
         assert around.apart(), contender.name
-        written = {d.base.data_ptr() if direction == "forward" else d.dz_base.data_ptr() for d in sets}
-        in_place = contender.inplace and not contender.whole
-        assert ({result[0].data_ptr() for result in around.kept} == written) == in_place, contender.name
+        written = {p.base.data_ptr() if direction == "forward" else p.dz_base.data_ptr() for p in sets}
+        assert ({result[0].data_ptr() for result in around.kept} == written) == contender.inplace, contender.name
 
 
 def test_results_at_one_address_are_noticed(on):
-    d = Data(ODD, on, 0)
-    contender = next(c for c in contenders("operator") if c.name == "concat_inplace")
+    forward, _ = named("concat_inplace").make(problem(ODD, on))
     with torch.no_grad():
-        around = operator_gpu.Round([lambda: contender.forward(d)] * 2, least=1)
+        around = rounds.Round([forward] * 2, least=1)
         around.run()
     assert not around.apart()
 
 
 def test_a_round_is_whole_and_long_enough():
     seen: list[int] = []
-    around = operator_gpu.Round([lambda i=i: seen.append(i) for i in range(3)], least=16)
+    around = rounds.Round([lambda i=i: seen.append(i) for i in range(3)], least=16)
     around.run()
     assert around.turns == 18
     assert seen == [0, 1, 2] * 6
+
+
+def test_a_part_of_a_round_goes_on_where_the_last_one_ended():
+    seen: list[int] = []
+    around = rounds.Round([lambda i=i: seen.append(i) for i in range(3)], least=2, some=True)
+    for first in (0, 2, 4):
+        around.run(first)
+    assert seen == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("l2", [40 * MIB, 50 * MIB, 60 * MIB])
@@ -187,9 +229,9 @@ def test_the_others_of_a_round_move_three_times_the_l2(l2):
 
 
 def test_least_bytes_of_a_call():
-    d = Data(ODD, torch.device("cpu"), 0, whole=True)
-    weights = d.bank.A.nbytes + d.bank.Bt.nbytes
-    small = 2 * ODD.T * ODD.R + d.grads[1].nbytes + d.grads[2].nbytes
+    d = problem(ODD, torch.device("cpu"), of="linear")
+    weights = d.A.nbytes + d.Bt.nbytes
+    small = 2 * ODD.T * ODD.R + d.dquad.nbytes + d.dsqnorm.nbytes
     y, z = d.base.nbytes, d.z.nbytes
     assert least_bytes(ODD, "forward", False, True) == weights + small + z + 2 * y
     assert least_bytes(ODD, "backward", False, False) == weights + small + y + 2 * z
@@ -199,11 +241,11 @@ def test_least_bytes_of_a_call():
 
 
 def test_values_stay_bounded_in_place(on):
-    d = Data(DRY_RUN, on, 0)
-    contender = next(c for c in contenders("operator") if c.name == "concat_inplace")
+    d = problem(DRY_RUN, on)
+    forward, _ = named("concat_inplace").make(d)
     with torch.no_grad():
         for _ in range(3000):
-            contender.forward(d)
+            forward()
     # An entry of the update is at most a few; 512 times as much cannot be exceeded by adding it.
     assert float(d.base.abs().max()) < 1e4
     assert float(d.base.abs().min()) > 0
@@ -212,9 +254,11 @@ def test_values_stay_bounded_in_place(on):
 def test_ratios_are_of_like_with_like_in_one_sample(monkeypatch, on):
     spent = {"fused": [10.0, 20.0, 30.0], "fused_inplace": [5.0, 5.0, 5.0], "concat": [20.0, 30.0, 90.0]}
     spent["concat_inplace"] = [15.0, 10.0, 10.0]
-    running = [c for c in contenders("operator") if c.name in spent]
-    monkeypatch.setattr(operator_gpu, "sampler", lambda c, *given: iter(spent[c.name]).__next__)
-    rows = {row["contender"]: row for row in operator_gpu.timed(running, "forward", "graph", [Data(ODD, on, 0)], on, 3)}
+    running = [named(name) for name in spent]
+    taken = {name: iter(values) for name, values in spent.items()}
+    monkeypatch.setattr(rounds, "sampler", lambda c, *given: rounds.Sampler(lambda first: next(taken[c.name]), 1))
+    found = rounds.timed(running, "forward", "graph", [problem(ODD, on)], cell(samples=3))
+    rows = {row["contender"]: row for row in found}
     assert rows["concat"]["over_ours"] == 2.0
     assert rows["concat_inplace"]["over_ours"] == 2.0
     assert rows["fused_inplace"]["over_ours"] == rows["fused"]["over_ours"] == 1.0
@@ -225,19 +269,24 @@ def test_families_come_first_on_each_backend(monkeypatch, tmp_path):
     args = SimpleNamespace(
         out=tmp_path / "b.jsonl",
         dry_run=False,
-        quick=False,
         samples=3,
-        sets=list(operator_gpu.SETS),
+        sets=list(operator_speed.SETS),
         backends=verified_hardware.BACKENDS,
     )
-    trials = list(operator_gpu.trials(args).values())
+    trials = list(operator_speed.trials(args).values())
     first = trials[: 4 * len(FAMILIES)]
-    assert {(t.backend, t.payload.of) for t in first} == set(
+    assert {(t.backend, t.payload.set) for t in first} == set(
         itertools.product(verified_hardware.BACKENDS, ("operator", "whole"))
     )
-    assert {t.payload.shape for t in first} == set(FAMILIES)
-    assert all(t.payload.of in ("autotuned", "whole_compiled") for t in trials[-2 * len(FAMILIES) :])
-    assert {t.payload.shape for t in trials if t.payload.of == "operator"} == set(SHAPES)
+    assert {t.payload.cell.shape for t in first} == set(FAMILIES)
+    assert all(t.payload.set in ("autotuned", "whole_compiled") for t in trials[-2 * len(FAMILIES) :])
+    assert {t.payload.cell.shape for t in trials if t.payload.set == "operator"} == set(SHAPES)
+
+
+def test_every_set_names_contenders_that_there_are():
+    for name, one in operator_speed.SETS.items():
+        found = {contender.name for contender in registry.chosen(one.of, one.names)}
+        assert found == set(one.names), name
 
 
 def test_clocks(tmp_path):
@@ -251,7 +300,7 @@ def test_clocks(tmp_path):
 
 
 def row(contender: str, us: float, over: float | None, shape: Shape = FAMILIES[1], **more: object) -> dict[str, object]:
-    """A measurement as operator_gpu.py writes it."""
+    """A measurement as operator_speed.py writes it."""
     moved = least_bytes(shape, "forward", False, False)
     common = {"trial": "one", "backend": "triton", "set": "operator", "how": "graph", "cache": "cold"}
     figures = {"us_p50": us, "over_ours": over, "tb_per_s": moved / us / 1e6, "least_bytes": moved, "tflop_per_s": 1.0}
@@ -280,7 +329,7 @@ def test_the_tables_say_what_was_reached(tmp_path, capsys):
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = [{"what": "copy", "p50": 3.0, "unit": "TB/s"}, {"what": "graph_node", "p50": 1.0, "unit": "us"}]
     (tmp_path / "environment.jsonl").write_text("".join(json.dumps(row) + "\n" for row in environment))
-    gpu_tables.print_speed(tmp_path, gpu_tables.print_ceilings(tmp_path))
+    speed_tables.print_speed(tmp_path, speed_tables.print_ceilings(tmp_path))
     printed = capsys.readouterr().out
     for line in (
         "base given: 1.25x against the best other, autotuned",

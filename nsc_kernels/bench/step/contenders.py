@@ -1,4 +1,4 @@
-"""One step of a merge as this package and as others do it, and the floor: what merge_step_cpu and _gpu time."""
+"""One step of a merge as this package and as others do it, and the floor: what is timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
 
-from .merge_step_problem import LAM, Problem
+from .problem import LAM, Problem
 
 Step = Callable[[], object]
 
@@ -141,11 +141,11 @@ def peft(problem: Problem, stack: ExitStack) -> Step:
 
     config = LoraConfig(r=problem.shape.rank, lora_alpha=2 * problem.shape.rank)
     lams = coefficients(problem)
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Any] = {}  # PEFT's layers keep what is not a tensor beside their tensors
     for path in problem.paths:
         first, *others = problem.names
         linear = problem.model.get_submodule(path)
-        layer = Linear(linear, first, config=config, r=config.r, lora_alpha=config.lora_alpha)
+        layer: Any = Linear(linear, first, config=config, r=config.r, lora_alpha=config.lora_alpha)
         for name in others:
             layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=config)
         layer.set_adapter(problem.names)

@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 
-from nsc_kernels import verified_hardware
-
-
-def source_of(backend: str | None) -> str | None:
-    """The digest of the kernels that a row is about: Triton's where it is about no backend of ours."""
-    return verified_hardware.source(backend if backend in verified_hardware.BACKENDS else "triton")
+from .environment import source_of
 
 
 class Rows:

@@ -26,8 +26,10 @@ from triton.runtime.errors import OutOfResources
 
 import triton
 
-from .gpu_data import Data
-from .gpu_measuring import captured, microseconds, quantiles
+from ..measuring import captured, microseconds, quantiles
+from ..problem import Problem
+from ..registry import LINEAR, OPERATOR, Contender, Gradients, Pair, Result, register
+from ..shapes import Shape
 
 
 @triton.jit
@@ -234,21 +236,20 @@ def backward(
     return dz, dlam
 
 
-def tune(sets: list[Data]) -> None:
+def tune(sets: list[Problem]) -> None:
     """Choose the tiles of both directions for the sets' shape: the fastest over a graph of a call per set."""
     shape, on = sets[0].shape, sets[0].z.device
     if on.type != "cuda":
         return
     processors = torch.cuda.get_device_properties(on).multi_processor_count
-    us = [d.z @ d.bank.A.t() for d in sets]
+    us = [p.z @ p.A.t() for p in sets]
     calls: dict[Key, list[Callable[[], Any]]] = {
         (shape.T, shape.d_in, shape.d_out, shape.R, False): [
-            partial(forward, d.z, *d.factors, d.base, True) for d in sets
+            partial(forward, p.z, *p.factors, p.base, True) for p in sets
         ],
         (shape.T, shape.d_out, shape.d_in, shape.R, True): [
-            partial(backward, dy, dquad, dsqnorm, u, d.z, *d.factors, d.dz_base, True)
-            for d, u in zip(sets, us, strict=True)
-            for dy, dquad, dsqnorm in (d.grads,)
+            partial(backward, p.dy, p.dquad, p.dsqnorm, u, p.z, *p.factors, p.dz_base, True)
+            for p, u in zip(sets, us, strict=True)
         ],
     }
     for key in calls.keys() - _chosen.keys():
@@ -264,3 +265,28 @@ def tune(sets: list[Data]) -> None:
         del _chosen[key]
         if times:
             _chosen[key] = min(times, key=lambda how: times[how])
+
+
+def not_here(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return "is of Triton kernels, which run on a GPU"
+    if dtype is not torch.bfloat16:
+        return "computes in bfloat16"
+    return None if shape.r & (shape.r - 1) == 0 else f"needs a rank that is a power of two, found {shape.r}"
+
+
+def pair(p: Problem, inplace: bool) -> Pair:
+    def ahead() -> Result:
+        return Result(*forward(p.z, *p.factors, p.y0(), inplace or p.whole))
+
+    def back(u: Tensor) -> Gradients:
+        return backward(p.dy, p.dquad, p.dsqnorm, u, p.z, *p.factors, p.dz0(inplace), inplace or p.whole)
+
+    return ahead, back
+
+
+for of, inplace in ((OPERATOR, False), (OPERATOR, True), (LINEAR, False)):
+    name = "two_launches_inplace" if inplace else "two_launches"
+    make = partial(pair, inplace=inplace)
+    group = "inplace" if inplace else "compiles"
+    register(Contender(name, make, of, inplace=inplace, group=group, unavailable=not_here, prepare=tune))

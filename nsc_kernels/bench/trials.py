@@ -33,7 +33,8 @@ import torch
 import nsc_kernels as nk
 from nsc_kernels import verified_hardware
 
-from .gpu_measuring import Rows, arguments, device, own_stream, read_rows, source_of
+from .environment import source_of
+from .measuring import Rows, arguments, device, own_stream, read_rows
 
 START_LIMIT = 180.0  # seconds for a worker to import everything and meet its device
 GRACE = 10.0  # seconds that a trial under way still has when the time for all of them is up
@@ -60,7 +61,9 @@ class Trial(NamedTuple):
 # What one trial yields, on a device and on a stream of the worker's own. An exception ends the trial as failed, and so
 # does a row with ``passed`` False.
 RunOne = Callable[[Any, torch.device], Iterable[dict[str, Any]]]
-# What a worker does first, given whether it is a dry run: :func:`gpu_measuring.device`, or more.
+# What is said of a trial that ended: its name, its last row, how long it took, and what it yielded.
+Said = Callable[[str, dict[str, Any], float, list[dict[str, Any]]], None]
+# What a worker does first, given whether it is a dry run: :func:`measuring.device`, or more.
 Meet = Callable[[bool], torch.device]
 
 
@@ -81,7 +84,7 @@ class Outcome(NamedTuple):
 
 
 def trial_arguments(description: str | None, workers: int = 1) -> argparse.ArgumentParser:
-    """:func:`gpu_measuring.arguments`, and how the trials are run."""
+    """:func:`measuring.arguments`, and how the trials are run."""
     parser = arguments(description)
     parser.add_argument("--workers", type=int, default=workers, help="processes at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="start no new trial after this long")
@@ -118,11 +121,17 @@ def under_way(path: Path) -> list[str]:
     return [key for key, row in last.items() if row.get("ended", STOPPED) == STOPPED]
 
 
-def supervise(args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet = device) -> Outcome:
+def say_end(key: str, last: dict[str, Any], seconds: float, rows: list[dict[str, Any]]) -> None:
+    print(f"{key}: {last['ended']} after {seconds:.1f} s  {last.get('why', '')}", flush=True)
+
+
+def supervise(
+    args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet = device, said: Said = say_end
+) -> Outcome:
     """Run what is left of the trials. In a worker: serve them, and do not return."""
     if args.worker:
         _serve(args, trials, run_one, meet)
-    return _Supervisor(args, trials).run()
+    return _Supervisor(args, trials, said).run()
 
 
 def _serve(args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet) -> NoReturn:
@@ -210,8 +219,8 @@ class _Worker:
 
 
 class _Supervisor:
-    def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial]):
-        self.args, self.trials = args, trials
+    def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial], said: Said):
+        self.args, self.trials, self.said = args, trials, said
         self.end = time.monotonic() + args.seconds
         self.lock = threading.Lock()
         self.ends: dict[str, str] = {}
@@ -266,7 +275,7 @@ class _Supervisor:
                 worker = None
             worker = worker or self._started(group)
             if worker is None:
-                self._ended(key, {"ended": DIED, "why": "its process did not start"}, 0.0)
+                self._ended(key, {"ended": DIED, "why": "its process did not start"}, 0.0, [])
             elif not self._attempt(worker, key):
                 worker.close()
                 worker = None
@@ -289,13 +298,19 @@ class _Supervisor:
         limit = self.args.limit or self.trials[key].limit
         left = max(self.end + GRACE - begin, 1.0)
         self._write(key, {"started": time.time()})
-        last = worker.answer(key, min(limit, left), lambda row: self._write(key, row))
+        yielded: list[dict[str, Any]] = []
+
+        def keep(row: dict[str, Any]) -> None:
+            yielded.append(row)
+            self._write(key, row)
+
+        last = worker.answer(key, min(limit, left), keep)
         if last["ended"] == HUNG and left < limit:
             last |= {"ended": STOPPED, "why": "the time for all trials was up"}
-        self._ended(key, last, time.monotonic() - begin)
+        self._ended(key, last, time.monotonic() - begin, yielded)
         return last["healthy"]
 
-    def _ended(self, key: str, last: dict[str, Any], seconds: float) -> None:
+    def _ended(self, key: str, last: dict[str, Any], seconds: float, yielded: list[dict[str, Any]]) -> None:
         self._write(key, last | {"seconds": seconds})
         self.ends[key] = last["ended"]
-        print(f"{key}: {last['ended']} after {seconds:.1f} s  {last.get('why', '')}", flush=True)
+        self.said(key, last, seconds, yielded)

@@ -2,7 +2,7 @@
 
 A ratio is the time of a contender over ours, in place for in place: the median over samples taken side by side, so that
 above 1 ours is faster. ``base`` given: the share is of the copy bandwidth, on the least bytes a call must move. Whole
-layer: TFLOP/s. "cold", "graph" and the rest are operator_gpu.py's, the contenders gpu_contenders.py's.
+layer: TFLOP/s. "cold", "graph" and the rest are those of nsc_kernels/bench/rounds.py, the sets operator_speed.py's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .gpu_data import FAMILIES, Shape
-from .gpu_measuring import read_rows
-from .gpu_trials import results
+from nsc_kernels.bench.measuring import read_rows
+from nsc_kernels.bench.shapes import Shape
+from nsc_kernels.bench.trials import results
+
+from .layers import FAMILIES
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "backward")

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportE
 
 SCRIPT = """
 import os, signal, sys, time
-from nsc_kernels.bench.gpu_trials import Trial, supervise, trial_arguments
+from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 
 def run_one(what, on):
     print("noise on standard output")
@@ -139,7 +139,7 @@ def test_backends_do_not_share_a_process(harness: Harness) -> None:
 
 
 def test_rows_are_of_the_last_run_of_a_trial(tmp_path: Path) -> None:
-    from nsc_kernels.bench.gpu_trials import results, under_way
+    from nsc_kernels.bench.trials import results, under_way
 
     path = tmp_path / "rows.jsonl"
     rows = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from nsc_merge.adapters import Adapter, Factor
@@ -29,6 +33,7 @@ class Shape:
         tokens: per row, with those of the image.
         batches: how many different ones there are; tasks share them in turn.
         vision_layers: blocks of the vision tower of a LLaVA; 0 for a LLaMA.
+        classes: of an image classifier, a ViT; 0 for a language model.
         vision_d: width of the vision tower.
         patches: along each side of an image. Each is 14 pixels wide and becomes a token.
         all_linears: 1 for adapters on every linear of a decoder's block, 0 for q and v alone.
@@ -49,10 +54,41 @@ class Shape:
     vision_d: int = 1024
     patches: int = 24
     all_linears: int = 0
+    classes: int = 0
+
+
+def vit_of(shape: Shape) -> PreTrainedModel:
+    side = round((shape.tokens - 1) ** 0.5)
+    if side * side + 1 != shape.tokens:
+        raise ValueError(f"tokens: a ViT has a square of patches and one more, such as 197, found {shape.tokens}")
+    config = ViTConfig(
+        hidden_size=shape.d,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        image_size=16 * side,
+        patch_size=16,
+    )
+    config.num_labels = shape.classes
+    return ViTForImageClassification(config)
+
+
+@contextmanager
+def defaults(on: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """The device and the type as what new tensors are on and of."""
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with on:
+            yield
+    finally:
+        torch.set_default_dtype(kind)
 
 
 def model_of(shape: Shape) -> PreTrainedModel:
     """With random weights, of torch's default type and on its default device."""
+    if shape.classes:
+        return vit_of(shape)
     words = LlamaConfig(
         hidden_size=shape.d,
         intermediate_size=shape.intermediate,
@@ -79,6 +115,9 @@ def model_of(shape: Shape) -> PreTrainedModel:
 
 def batch_of(shape: Shape) -> dict[str, Tensor]:
     """Of torch's default type and on its default device: rows without padding, the image in front of the text."""
+    if shape.classes:
+        side = 16 * round((shape.tokens - 1) ** 0.5)
+        return {"pixel_values": torch.randn(shape.rows, 3, side, side)}
     batch = {
         "input_ids": torch.randint(shape.vocabulary - 1, (shape.rows, shape.tokens)),
         "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
@@ -101,7 +140,9 @@ class Problem:
         self.model = model_of(shape).eval()
         self.model.requires_grad_(False)
         self.names = [f"task{k}" for k in range(shape.tasks)]
-        blocks = "model.language_model.layers" if shape.vision_layers else "model.layers"
+        blocks = "vit.layers" if shape.classes else "model.layers"
+        if shape.vision_layers:
+            blocks = "model.language_model.layers"
         self.paths = [
             path
             for path, module in self.model.named_modules()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import threading
@@ -18,12 +19,12 @@ CLOCKS = {"sm_mhz": "clocks.sm", "mem_mhz": "clocks.mem", "watts": "power.draw",
 
 
 class Clocks:
-    """The GPU's clocks, power and temperature ten times a second, while the block runs, added to a JSONL file.
+    """The GPU's clocks, power and temperature ten times a second, while the block runs; added to a JSONL file if given.
 
     nvidia-smi reads them in a process of its own. Where it cannot there are no samples.
     """
 
-    def __init__(self, path: Path, on: torch.device):
+    def __init__(self, path: Path | None, on: torch.device):
         self._path, self._on = path, on
         self._process: subprocess.Popen[str] | None = None
         self._samples: list[tuple[float, float]] = []  # monotonic time, MHz of the processors
@@ -48,7 +49,7 @@ class Clocks:
             self._process.wait()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
-        with self._path.open("a") as file:
+        with Path(self._path or os.devnull).open("a") as file:
             for line in process.stdout or ():
                 self.add(line, file.write)
 
