@@ -52,7 +52,7 @@ SETS = {
     "autotuned": Set(OPERATOR, ("fused", "autotuned"), (GRAPH, EAGER), 400),
     "whole_compiled": Set(LINEAR, ("fused", "two_launches", "compiled", "autotuned"), (GRAPH, EAGER), 400),
     "others": Set(OPERATOR, ("fused", "vllm"), (GRAPH, EAGER), 180),
-    "whole_others": Set(LINEAR, ("fused", "unsloth", "lorafusion"), (EAGER,), 180),
+    "whole_others": Set(LINEAR, ("fused", "lorafusion", "unsloth", "unsloth_matmul"), (EAGER,), 180),
 }
 # In the order of their worth. Each phase is run for all backends before the next; what compiles for long comes last.
 PHASES = [

@@ -35,6 +35,7 @@ from .shapes import Shape
 GRAPH, EAGER, WARM = ("graph", "cold"), ("eager", "cold"), ("graph", "warm")
 DIRECTIONS = ("forward", "backward")
 CALLS = 16  # of a sample, at least, on a GPU
+MOST_SETS = 1000  # of inputs that calls go around: layers too small for that many to fill a cache are not cold
 
 
 class Cell(NamedTuple):
@@ -232,7 +233,7 @@ def run_cell(cell: Cell, on: torch.device) -> Iterator[dict[str, Any]]:
     common |= shape._asdict()
     with nk.use_backend(cell.backend), Clocks(cell.clocks, on) as clocks:
         cold = any(cache == "cold" for _, cache in cell.hows)
-        count = rotation(shape, whole, cell.cache_bytes or cache_bytes(on), size) if cold else 1
+        count = min(rotation(shape, whole, cell.cache_bytes or cache_bytes(on), size), MOST_SETS) if cold else 1
         data = [Problem(shape, on, seed, whole, dtype) for seed in range(count)]
         judge = Judge(Problem(shape, on, 1000, whole, dtype))
         running = []

@@ -18,6 +18,7 @@ from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--shapes", "40x24", "--adapters", "2x4", "--samples", "3", "--sample-ms", "0.5"]
+SMALL += ["--cache", "warm"]  # sets of inputs so small would have to be many to be more than a cache holds
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -44,7 +45,7 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     assert re.search(r"fused spread roofline +concat +mine\n", done.stdout)
     lines = [line for line in done.stdout.splitlines() if line.startswith("40x24")]
     assert len(lines) == 6
-    assert all(re.search(r"\d %? *|%", line) and re.search(r"[\d.]+x\*", line) for line in lines), lines  # mine: no statistics
+    assert all(re.search(r"[\d.]+x~? +[\d.]+x\*~?$", line) for line in lines), lines  # mine: no statistics
     rows = report.read(tmp_path / "r.jsonl")
     timed = [row for row in rows if tables.is_timed(row)]
     assert {row["contender"] for row in timed} == {"fused", "concat", "mine"}
@@ -56,8 +57,8 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     pictures = {path.name.split("-operator")[0] + path.suffix for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"{name}{end}" for name in ("roofline", "speedups", "growth-T") for end in (".png", ".svg")}
     before = (tmp_path / "r.jsonl").read_text()
-    again = run(*asked[:-2], "fused,concat,mine,wrong", "--json", cwd=tmp_path)  # goes on: nothing is left to do
-    assert again.returncode in (1, 2)
+    again = run(*asked, "--json", cwd=tmp_path)  # goes on where it stopped: nothing is left to do
+    assert (again.returncode, again.stdout) == (1, "")
     assert (tmp_path / "r.jsonl").read_text() == before
 
 
@@ -130,7 +131,8 @@ def test_a_class_is_a_contender(tmp_path, own_registry):
     registry.load(f"{tmp_path / 'by_class.py'}:Mine")
     (found,) = registry.chosen("operator", ["Mine"])
     assert (found.stats, found.about) == (False, "By a class.")
-    cell = Cell("operator", Shape("s", 9, 40, 24, 2, 4), "fp32", ("concat", "Mine"), samples=2, seconds=0, cache_bytes=1)
+    shape = Shape("s", 9, 40, 24, 2, 4)
+    cell = Cell("operator", shape, "fp32", ("concat", "Mine"), samples=2, seconds=0, cache_bytes=1)
     rows = [row for row in run_cell(cell, torch.device("cpu")) if tables.is_timed(row)]
     assert {(row["contender"], row["direction"]) for row in rows} == {
         (name, direction) for name in ("concat", "Mine") for direction in ("forward", "backward")
@@ -158,8 +160,8 @@ def row(contender: str, us: list[float], over: float, **more: object) -> dict[st
     shape = Shape("vit-b.q", 32, 768, 768, 6, 16)
     common = {"set": "operator", "dtype": "fp32", "threads": 1, "how": "eager", "cache": "cold", "direction": "forward"}
     figures = {"us": us, "us_p20": ordered[1], "us_p50": ordered[2], "us_p80": ordered[3], "over": "fused"}
-    costs = {"least_bytes": 10**6, "operations": 10**7}
-    return {**common, **shape._asdict(), "contender": contender, "stats": True, **figures, "over_ours": over, **costs, **more}
+    rest = {"contender": contender, "stats": True, "over_ours": over, "least_bytes": 10**6, "operations": 10**7}
+    return {**common, **shape._asdict(), **figures, **rest, **more}
 
 
 MACHINE = [
@@ -222,14 +224,16 @@ def test_what_changed_beyond_the_spread(tmp_path, capsys):
 def test_the_list(capsys):
     assert command.main(["list", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"fused_triton +backend +not here: ", said) or torch.cuda.is_available()
+    assert re.search(r"fused_cuda +backend +not here: ", said)
     assert "llama3-8b         q 4096x4096  kv 4096x1024" in said
     assert command.main(["list", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"fused", "merged"} <= {one["name"] for one in found["contenders"]}
 
 
-TINY = ["--d", "32", "--intermediate", "48", "--heads", "2", "--kv_heads", "2", "--layers", "4", "--vocabulary", "32", "--tasks", "2", "--rank", "2", "--batches", "2"]
+SIZES = {"d": 32, "intermediate": 48, "heads": 2, "kv_heads": 2, "layers": 4, "vocabulary": 32}
+SIZES |= {"tasks": 2, "rank": 2, "batches": 2}
+TINY = [text for name, value in SIZES.items() for text in (f"--{name}", str(value))]
 STEP = [*TINY, "--device", "cpu", "--rounds", "2", "--no-memory", "--only", "loop", "concatenated", "floor"]
 
 
