@@ -136,14 +136,10 @@ Problem common(const Shapes& s, const std::vector<int64_t>& offsets, const Tenso
   return p;
 }
 
-// Blocks are large enough to reuse the weights they stream, and small enough for every thread to have some. Weights
-// that stay in the L2 cache are cheap to stream again; larger ones come from L3 or memory once per block, which at 96
-// rows was measured to cost a tenth of the time.
+// Blocks are large enough to reuse the weights they stream, and small enough for every thread to have some.
 void run(const Problem& p) {
   if (p.T == 0) return;
-  constexpr double kStaysInCache = 1 << 18;  // elements
-  const double weights = double(p.R) * double(p.d_in + p.d_out);
-  const int64_t most_rows = (weights <= kStaysInCache ? 8 : 32) * kGranule;
+  const int64_t most_rows = isa().most_rows(p);
   constexpr double kWorthAThread = 1e6;  // multiply-adds: tens of microseconds, several times the cost of a wake-up
   const double work = double(p.T) * double(p.R) * double((p.x ? p.d_in : 0) + (p.out ? p.d_out : 0));
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(),

@@ -55,6 +55,8 @@ inline int64_t granules(int64_t T) { return (T + kGranule - 1) / kGranule; }
 struct Isa {
   const char* name;
   bool (*supported)();
+  // Rows that a block should have at most, a multiple of kGranule.
+  int64_t (*most_rows)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&, int64_t rows);
   // Rows [begin, end) of the problem; begin is a multiple of kGranule, scratch is aligned to 64 bytes.
   void (*run)(const Problem&, int64_t begin, int64_t end, void* scratch);

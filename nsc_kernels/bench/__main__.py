@@ -4,6 +4,7 @@
     python -m nsc_kernels.bench linear ...         the frozen layer and its adapters
     python -m nsc_kernels.bench step ...           one step of a merge, against the bare model
     python -m nsc_kernels.bench list               contenders, layers, and what is available here
+    python -m nsc_kernels.bench table REPORT...    tables of reports, also in Markdown
     python -m nsc_kernels.bench plot REPORT...     pictures of reports
     python -m nsc_kernels.bench compare A B        what changed between two reports
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "linear": ("measure", "linear"),
     "step": ("step.command", "main"),
     "list": ("listing", "main"),
+    "table": ("show", "main"),
     "plot": ("plots", "main"),
     "compare": ("compare", "main"),
 }

@@ -188,6 +188,17 @@ def test_the_table_says_share_spread_and_noise():
     assert "the machine was busy: a load of up to 3.5 on 2 cores" in closing
 
 
+def test_the_tables_of_a_report(tmp_path, capsys):
+    back = [{**one, "direction": "backward"} for one in (row("fused", [90.0] * 5, 1.0), row("peft", [180.0] * 5, 2.0))]
+    rows = [row("fused", [400.0] * 5, 1.0), row("peft", [800.0] * 5, 2.0), *back, *MACHINE]
+    assert command.main(["table", write(tmp_path / "r.jsonl", rows), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "| layer | K × r | T | fused | of the roofline | peft |\n|---|---|---|---|---|---|\n" in said
+    assert "| vit-b.q 768 → 768 | 6 × 16 | 32 | 400 us / 90 us | 50% / 222% | 2.00× / 2.00× |" in said
+    assert command.main(["table", str(tmp_path / "r.jsonl"), "--contenders", "fused"]) == 0
+    assert "peft" not in capsys.readouterr().out
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("".join(json.dumps({"trial": "one", **row}) + "\n" for row in rows))
     return str(path)

@@ -1,0 +1,75 @@
+"""The tables of reports, as they were printed when they were measured, or in Markdown.
+
+    python -m nsc_kernels.bench table report.jsonl
+    python -m nsc_kernels.bench table report.jsonl --contenders concat,peft --markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .ceilings import of_rows
+from .report import read
+from .tables import CONFIGURATION, Row, closing, duration, heading, is_noisy, is_timed, share, table
+
+DIRECTIONS = ("forward", "backward")
+
+
+def both(found: dict[str, Row], text: str) -> str:
+    """What a format says of the forward and of the backward."""
+    return " / ".join(text.format(**found[direction]) if direction in found else "-" for direction in DIRECTIONS)
+
+
+def marked(row: Row) -> str:
+    return f"{row['over_ours']:.2f}×{'~' if is_noisy(row) else ''}" if row["over_ours"] else "-"
+
+
+def markdown(rows: Sequence[Row]) -> Iterator[str]:
+    """A table for each way of measuring: the first contender's time and share, then ratios, forward / backward."""
+    timed = [row for row in rows if is_timed(row) and row["direction"] in DIRECTIONS]
+    for configuration in dict.fromkeys(tuple(row[name] for name in CONFIGURATION) for row in timed):
+        here = [row for row in timed if tuple(row[name] for name in CONFIGURATION) == configuration]
+        ceilings, first = of_rows(rows, here[0]["dtype"], here[0]["threads"]), here[0]["over"]
+        others = [name for name in dict.fromkeys(row["contender"] for row in here) if name != first]
+        yield f"{heading(here[0], rows)}."
+        yield ""
+        yield f"| layer | K × r | T | {first} | of the roofline | " + " | ".join(others) + " |"
+        yield "|" + "---|" * (5 + len(others))
+        cells: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
+        for row in here:
+            key = (f"{row['name']} {row['d_in']} → {row['d_out']}", f"{row['K']} × {row['r']}", str(row["T"]))
+            cells.setdefault(key, {}).setdefault(row["contender"], {})[row["direction"]] = row
+        for key, found in cells.items():
+            said = {
+                name: {
+                    direction: {"time": duration(row["us_p50"]), "ratio": marked(row), "share": share(row, ceilings)}
+                    for direction, row in each.items()
+                }
+                for name, each in found.items()
+            }
+            ours = said.get(first, {})
+            ratios = [both(said.get(name, {}), "{ratio}") for name in others]
+            yield "| " + " | ".join([*key, both(ours, "{time}"), both(ours, "{share:.0%}"), *ratios]) + " |"
+        yield ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m nsc_kernels.bench table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("reports", type=Path, nargs="+")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="NAMES", help="only these")
+    parser.add_argument("--markdown", action="store_true")
+    arguments = parser.parse_args(argv)
+    try:
+        rows = [row for path in arguments.reports for row in read(path)]
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+    if arguments.contenders:
+        rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
+    if not any(map(is_timed, rows)):
+        parser.exit(2, "the reports have no figures\n")
+    print("\n".join(markdown(rows) if arguments.markdown else [*table(rows, ()), *closing(rows)]))
+    return 0
