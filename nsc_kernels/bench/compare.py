@@ -44,11 +44,18 @@ class Change(NamedTuple):
         return f"{k.contender:<16} {where:<32} {shape:<48} {self.before:10.4g} -> {self.after:10.4g}  {self.ratio:.2f}x"
 
 
-def samples(row: Row, rows: dict[Key, Row], ratios: bool) -> list[float] | None:
-    """Microseconds, or ratios to the first contender's in the same round."""
+ByTrial = dict[tuple[str, Key], Row]
+
+
+def by_trial(rows: Sequence[Row]) -> ByTrial:
+    return {(row["trial"], key_of(row)): row for row in rows if is_timed(row)}
+
+
+def samples(row: Row, rows: ByTrial, ratios: bool) -> list[float] | None:
+    """Microseconds, or ratios to the first contender's in the same round of the same trial."""
     if not ratios:
         return row["us"]
-    first = rows.get(key_of(row)._replace(contender=row["over"]))
+    first = rows.get((row["trial"], key_of(row)._replace(contender=row["over"])))
     if first is None or first is row:
         return None
     return [a / b for a, b in zip(row["us"], first["us"], strict=True)]
@@ -57,9 +64,10 @@ def samples(row: Row, rows: dict[Key, Row], ratios: bool) -> list[float] | None:
 def changes(before: Sequence[Row], after: Sequence[Row], least: float, ratios: bool) -> tuple[list[Change], int]:
     """What changed, the largest first, and how many figures both reports have."""
     earlier, later = ({key_of(row): row for row in rows if is_timed(row)} for rows in (before, after))
+    firsts = by_trial(before), by_trial(after)
     found, both = [], 0
     for key in earlier.keys() & later.keys():
-        one, other = samples(earlier[key], earlier, ratios), samples(later[key], later, ratios)
+        one, other = samples(earlier[key], firsts[0], ratios), samples(later[key], firsts[1], ratios)
         if one is None or other is None:
             continue
         both += 1

@@ -30,7 +30,7 @@ import torch
 import nsc_kernels as nk
 
 from . import ceilings, environment, report, tables
-from .measuring import read_rows, slug, synchronize
+from .measuring import device, read_rows, slug, synchronize
 from .problem import DTYPES
 from .registry import LINEAR, OPERATOR, chosen, load
 from .rounds import EAGER, GRAPH, WARM, Cell, run_cell
@@ -131,7 +131,9 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
     """The machine first, then every shape."""
     a = arguments
     group = "gpu" if a.device == "cuda" else "cpu"
-    found = {MACHINE: Trial(group, None, TRIAL_LIMIT)}
+    # By what it measures: a report may be gone on with in other dtypes.
+    machine = f"{MACHINE} {','.join(a.dtype)} {','.join(map(str, a.threads))} threads"
+    found = {machine: Trial(group, None, TRIAL_LIMIT)}
     for dtype in a.dtype:
         for threads in a.threads:
             for shape in grid(a.shapes, a.tokens, a.adapters):
@@ -152,7 +154,7 @@ class Runner:
 
     def meet(self, dry_run: bool) -> torch.device:
         keep_freed_memory()
-        return torch.device(self.arguments.device)
+        return device(dry_run=self.arguments.device == "cpu")
 
     def run(self, cell: Cell | None, on: torch.device) -> Iterator[dict[str, Any]]:
         if cell is not None:
@@ -176,7 +178,7 @@ class Talker:
 
     def say(self, key: str, last: dict[str, Any], seconds: float, rows: list[dict[str, Any]]) -> None:
         self.done += 1
-        if key == MACHINE:
+        if key.startswith(MACHINE):
             self.machine = rows
         if last["ended"] != "done":
             print(f"{key}: {last['ended']}: {last.get('why', '')}", file=sys.stderr, flush=True)
@@ -201,8 +203,8 @@ class Talker:
 def run(arguments: argparse.Namespace) -> int:
     found = trials(arguments)
     runner, talker = Runner(arguments), Talker(len(found), arguments.json)
-    talker.machine = [row for row in read_rows(arguments.out) if row.get("trial") == MACHINE]
-    outcome = supervise(arguments, found, runner.run, runner.meet, talker.say)
+    talker.machine = [row for row in read_rows(arguments.out) if row.get("trial", "").startswith(MACHINE)]
+    outcome = supervise(arguments, found, runner.run, runner.meet, talker.say, ["--out", str(arguments.out)])
     rows = [row for row in report.read(arguments.out) if row.get("trial") in found]
     where = sys.stderr if arguments.json else sys.stdout
     print("\n".join(["", *tables.closing(rows)]), file=where)
@@ -228,7 +230,7 @@ def main(of: str, argv: Sequence[str]) -> int:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if arguments.device == "cpu" and nk.available_backends()[backend] is not True:
         print(f"{backend}: {nk.available_backends()[backend]}; fused is the reference here", file=sys.stderr)
-    if arguments.out is not None or arguments.worker:
+    if arguments.out is not None:
         return run(arguments)
     with tempfile.TemporaryDirectory(prefix=f"nsc-bench-{slug()}-") as folder:
         arguments.out = Path(folder) / "report.jsonl"

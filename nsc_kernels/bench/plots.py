@@ -101,7 +101,8 @@ def label(row: Row) -> str:
 
 def speedups(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
     first = here[0]["over"]
-    firsts = {(label(row), row["direction"]): row for row in here if row["contender"] == first}
+    # Of the same trial: only there are rounds the same.
+    firsts = {(row["trial"], row["direction"]): row for row in here if row["contender"] == first}
     others = [name for name in contenders(here) if name != first]
     shapes = list(dict.fromkeys(label(row) for row in here))
     if not firsts or not others:
@@ -114,8 +115,8 @@ def speedups(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
             mine = {label(row): row for row in here if (row["contender"], row["direction"]) == (name, direction)}
             at, heights, errors = [], [], []
             for j, shape in enumerate(shapes):
-                one = firsts.get((shape, direction))
-                if shape in mine and one is not None and mine[shape]["over"] == first:
+                one = firsts.get((mine[shape]["trial"], direction)) if shape in mine else None
+                if one is not None and mine[shape]["over"] == first:
                     middle, down, up = whiskers(mine[shape], one)
                     at.append(j + (i - (len(others) - 1) / 2) * 0.8 / len(others))
                     heights.append(middle)
@@ -151,8 +152,8 @@ def growth(axis_name: str) -> Callable[[Sequence[Row], Sequence[Row]], Figure | 
         figure, axes = panels(here)
         for axis, direction in axes:
             for name, (colour, marker) in contenders(here).items():
-                mine = [r for r in here if (r["contender"], r["direction"], fixed(r)) == (name, direction, longest)]
-                mine.sort(key=value)
+                of_one = [r for r in here if (r["contender"], r["direction"], fixed(r)) == (name, direction, longest)]
+                mine = sorted({value(row): row for row in of_one}.values(), key=value)  # what was measured twice once
                 x, y = [value(row) for row in mine], [row["us_p50"] / 1e3 for row in mine]
                 low, high = ([row[name] / 1e3 for row in mine] for name in ("us_p20", "us_p80"))
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

@@ -37,9 +37,9 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
         yield f"| layer | K × r | T | {first} | of the roofline | " + " | ".join(others) + " |"
         yield "|" + "---|" * (5 + len(others))
-        cells: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
+        cells: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = {}
         for row in here:
-            key = (f"{row['name']} {row['d_in']} → {row['d_out']}", f"{row['K']} × {row['r']}", str(row["T"]))
+            key = f"{row['name']} {row['d_in']} → {row['d_out']}", f"{row['K']} × {row['r']}", str(row["T"])
             cells.setdefault(key, {}).setdefault(row["contender"], {})[row["direction"]] = row
         for key, found in cells.items():
             said = {

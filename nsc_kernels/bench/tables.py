@@ -89,7 +89,7 @@ def table(rows: Sequence[Row], about: Sequence[Row]) -> Iterator[str]:
         names = list(dict.fromkeys(row["contender"] for row in here))
         others = [(name, max(len(name) + 1, 7) + 2) for name in names if name != here[0]["contender"]]
         columns = "".join(f"{name:>{width}}" for name, width in others)
-        yield f"{'':<46}{here[0]['contender']:>12} spread roofline{columns}"
+        yield f"{'':<50}{here[0]['contender']:>12} spread roofline{columns}"
         for shape in dict.fromkeys((title(row), row["direction"]) for row in here):
             mine = {row["contender"]: row for row in here if (title(row), row["direction"]) == shape}
             yield line(shape, mine, names[0], others, ceilings)
@@ -100,7 +100,7 @@ def line(
     shape: tuple[str, str], rows: dict[str, Row], first: str, others: Sequence[tuple[str, int]], on: Ceilings | None
 ) -> str:
     what, direction = shape
-    text = f"{what:<37}{direction:<9}"
+    text = f"{what:<41}{direction:<9}"
     if first in rows:
         row = rows[first]
         part = share(row, on)

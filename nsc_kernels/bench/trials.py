@@ -126,12 +126,20 @@ def say_end(key: str, last: dict[str, Any], seconds: float, rows: list[dict[str,
 
 
 def supervise(
-    args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet = device, said: Said = say_end
+    args: argparse.Namespace,
+    trials: Mapping[str, Trial],
+    run_one: RunOne,
+    meet: Meet = device,
+    said: Said = say_end,
+    more: Sequence[str] = (),
 ) -> Outcome:
-    """Run what is left of the trials. In a worker: serve them, and do not return."""
+    """Run what is left of the trials. In a worker: serve them, and do not return.
+
+    ``more``: arguments that a worker is given besides those of this process.
+    """
     if args.worker:
         _serve(args, trials, run_one, meet)
-    return _Supervisor(args, trials, said).run()
+    return _Supervisor(args, trials, said, more).run()
 
 
 def _serve(args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet) -> NoReturn:
@@ -172,11 +180,11 @@ def _cleaned(on: torch.device) -> bool:
 class _Worker:
     """A process that serves one group. Whatever it is doing, it may be killed."""
 
-    def __init__(self, group: str):
+    def __init__(self, group: str, more: Sequence[str]):
         self.group = group
         pipe = subprocess.PIPE
         # As this process was started, with -m or by a file: only so do a module's relative imports work again.
-        command = [sys.executable, *sys.orig_argv[1:], "--worker"]
+        command = [sys.executable, *sys.orig_argv[1:], *more, "--worker"]
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self.answers: IO[str] = self.process.stdout  # type: ignore[assignment]
 
@@ -219,8 +227,8 @@ class _Worker:
 
 
 class _Supervisor:
-    def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial], said: Said):
-        self.args, self.trials, self.said = args, trials, said
+    def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial], said: Said, more: Sequence[str]):
+        self.args, self.trials, self.said, self.more = args, trials, said, more
         self.end = time.monotonic() + args.seconds
         self.lock = threading.Lock()
         self.ends: dict[str, str] = {}
@@ -285,7 +293,7 @@ class _Supervisor:
     def _started(self, group: str) -> _Worker | None:
         if self.failed_starts.get(group, 0) >= 2:
             return None
-        worker = _Worker(group)
+        worker = _Worker(group, self.more)
         if worker.started():
             return worker
         worker.close()

@@ -62,6 +62,16 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     assert (tmp_path / "r.jsonl").read_text() == before
 
 
+def test_a_whole_layer_without_a_report(tmp_path):
+    asked = ["-m", "nsc_kernels.bench", "linear", *SMALL, "--tokens", "5", "--quick", "--json"]
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    timed = {row["contender"] for row in rows if tables.is_timed(row)}
+    assert {"fused", "concat", "product_copied", "product_ready", "merged", "peft", "linear"} <= timed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
     assert command.main(["--help"]) == 0
     assert command.main(["llama3-8b"]) == 2
@@ -83,6 +93,18 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
             measure.main("operator", ["--device", "cpu", *arguments])
         assert caught.value.code == 2
         assert why in capsys.readouterr().err, arguments
+
+
+def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = ["--shapes", "vit-b", "--cache", "cold,warm", "--out", str(tmp_path / "r.jsonl")]
+    arguments = measure.completed(measure.parser_of("linear").parse_args(options))
+    found = measure.trials(arguments)
+    assert [trial.group for trial in found.values()] == ["gpu"] * 7  # the machine; three layers, two numbers of tokens
+    cell = list(found.values())[-1].payload
+    assert (cell.of, cell.shape.T, cell.dtype, cell.threads) == ("linear", 1536, "bf16", 0)
+    assert cell.hows == (("graph", "cold"), ("graph", "warm"), ("eager", "cold"))
+    assert cell.clocks == tmp_path / "r.clocks.jsonl"
 
 
 def test_layers_by_name():
