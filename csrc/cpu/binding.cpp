@@ -145,10 +145,10 @@ void run(const Problem& p) {
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(),
                                                                  int64_t(work / kWorthAThread)));
   const int64_t most = std::min(most_rows, (granules(p.T) + threads - 1) / threads * kGranule);
-  constexpr int64_t kTogether = 8 * kGranule;  // a whole number of what any instruction set takes at a time
+  const int64_t together = isa().rows_together(p);
   int64_t blocks = (p.T + most - 1) / most;
   int64_t rows = (granules(p.T) + blocks - 1) / blocks * kGranule;
-  if (rows > kTogether) rows = (rows + kTogether - 1) / kTogether * kTogether;
+  if (rows > together) rows = (rows + together - 1) / together * together;
   blocks = (p.T + rows - 1) / rows;
   const int64_t bytes = isa().scratch_bytes(p, rows);
   auto work_on = [&](int64_t begin, int64_t end) {

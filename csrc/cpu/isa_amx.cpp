@@ -28,5 +28,5 @@ const Isa kAmx = {"amx",
                     if (!kAvx512Bf16.supported() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
                     return (d & kBf16) != 0 && (d & kTile) != 0 && permitted();
                   },
-                  amx::most_rows, amx::scratch_bytes, amx::run};
+                  amx::most_rows, amx::rows_together, amx::scratch_bytes, amx::run};
 }  // namespace nsc

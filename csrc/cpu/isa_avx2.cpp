@@ -13,5 +13,5 @@ extern const Isa kAvx2;
 const Isa kAvx2 = {
     "avx2",
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-    avx2::most_rows, avx2::scratch_bytes, avx2::run};
+    avx2::most_rows, avx2::rows_together, avx2::scratch_bytes, avx2::run};
 }  // namespace nsc

@@ -13,5 +13,5 @@ const Isa kAvx512 = {"avx512",
                        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
                      },
-                     avx512::most_rows, avx512::scratch_bytes, avx512::run};
+                     avx512::most_rows, avx512::rows_together, avx512::scratch_bytes, avx512::run};
 }  // namespace nsc

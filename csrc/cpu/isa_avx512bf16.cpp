@@ -15,5 +15,5 @@ const Isa kAvx512Bf16 = {"avx512bf16",
                                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                                   __builtin_cpu_supports("avx512bf16");
                          },
-                         avx512bf16::most_rows, avx512bf16::scratch_bytes, avx512bf16::run};
+                         avx512bf16::most_rows, avx512bf16::rows_together, avx512bf16::scratch_bytes, avx512bf16::run};
 }  // namespace nsc

@@ -7,5 +7,5 @@
 
 namespace nsc {
 extern const Isa kBaseline;
-const Isa kBaseline = {"baseline", [] { return true; }, baseline::most_rows, baseline::scratch_bytes, baseline::run};
+const Isa kBaseline = {"baseline", [] { return true; }, baseline::most_rows, baseline::rows_together, baseline::scratch_bytes, baseline::run};
 }  // namespace nsc

@@ -540,6 +540,12 @@ int64_t most_rows(const Problem& p) {
   return double(p.R) * double(p.d_in + p.d_out) <= kStaysInCache ? kLeast : kMost;
 }
 
+int64_t rows_together(const Problem& p) {
+  constexpr int64_t kTiles = 8 * kGranule;
+  static_assert(kTiles % kTiledRows == 0, "whole tiles of the matrix unit");
+  return with_element(p.element, [&](auto e) { return tiled<decltype(e)>(p) ? kTiles : kGranule; });
+}
+
 int64_t scratch_bytes(const Problem& p, int64_t rows) {
   return with_element(p.element, [&](auto e) { return Block<decltype(e)>(p, 0, rows, nullptr).bytes; });
 }

@@ -57,6 +57,9 @@ struct Isa {
   bool (*supported)();
   // Rows that a block should have at most, a multiple of kGranule.
   int64_t (*most_rows)(const Problem&);
+  // What a block's rows should be a multiple of, itself one of kGranule. More than is needed would leave the last of a
+  // few threads with less to do.
+  int64_t (*rows_together)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&, int64_t rows);
   // Rows [begin, end) of the problem; begin is a multiple of kGranule, scratch is aligned to 64 bytes.
   void (*run)(const Problem&, int64_t begin, int64_t end, void* scratch);

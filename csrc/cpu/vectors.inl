@@ -159,6 +159,15 @@ inline void store_part(E* p, Vec<float> v, int64_t n) {
   _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm256_load_si256(reinterpret_cast<const __m256i*>(whole)));
 }
 #else
+#if defined(NSC_F16C)
+// Adapters of rank 4 are all parts: through memory each would wait for what was just written there.
+inline __m256i first_lanes(int64_t n) {
+  alignas(32) static const int32_t kLanesThenNone[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanesThenNone + 8 - n));
+}
+inline Vec<float> load_part(const float* p, int64_t n) { return (Vec<float>)_mm256_maskload_ps(p, first_lanes(n)); }
+inline void store_part(float* p, Vec<float> v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#endif
 template <class E>
 inline Vec<typename AccOf<E>::type> load_part(const E* p, int64_t n) {
   alignas(64) E whole[kLanes<typename AccOf<E>::type>] = {};

@@ -162,7 +162,8 @@ class Runner:
             return
         yield environment.facts(on)
         for threads in self.arguments.threads:
-            yield from ceilings.measured(on, self.arguments.dtype, threads)
+            dtypes = dict.fromkeys([*self.arguments.dtype, *(["fp32"] if on.type == "cpu" else [])])
+            yield from ceilings.measured(on, list(dtypes), threads)
         if on.type == "cpu" and (row := ceilings.multiply_add()):
             yield row
         synchronize(on)

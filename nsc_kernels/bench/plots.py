@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .ceilings import of_rows
-from .report import read
+from .report import add_reports, asked_for
 from .tables import Row, heading, is_timed
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first contender is always the first.
@@ -206,19 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m nsc_kernels.bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("reports", type=Path, nargs="+")
+    add_reports(parser)
     parser.add_argument("--out", type=Path, default=Path("bench-plots"), metavar="FOLDER", help="(default %(default)s)")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="NAMES", help="only these")
     arguments = parser.parse_args(argv)
-    try:
-        rows = [row for path in arguments.reports for row in read(path)]
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
-    if arguments.contenders:
-        rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
-    written = draw(rows, arguments.out)
-    for path in written:
+    for path in draw(asked_for(parser, arguments), arguments.out):
         print(path)
-    if not written:
-        parser.exit(2, "the reports have no figures to draw\n")
     return 0

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from .tables import is_timed
 from .trials import results
+
+
+def add_reports(parser: argparse.ArgumentParser) -> None:
+    """Which reports to read, and which contenders of them; :func:`asked_for` reads them."""
+    parser.add_argument("reports", type=Path, nargs="+")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="NAMES", help="only these")
+
+
+def asked_for(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the reports; ends the program where one cannot be read, or there is no figure."""
+    try:
+        rows = [row for path in arguments.reports for row in read(path)]
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+    if arguments.contenders:
+        rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
+    if not any(map(is_timed, rows)):
+        parser.exit(2, f"{parser.prog}: there are no figures in what was asked for\n")
+    return rows
 
 
 def read(path: Path) -> list[dict[str, Any]]:

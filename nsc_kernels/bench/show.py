@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from .ceilings import of_rows
-from .report import read
+from .report import add_reports, asked_for
 from .tables import CONFIGURATION, Row, closing, duration, heading, is_noisy, is_timed, share, table
 
 DIRECTIONS = ("forward", "backward")
@@ -59,17 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m nsc_kernels.bench table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("reports", type=Path, nargs="+")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="NAMES", help="only these")
+    add_reports(parser)
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args(argv)
-    try:
-        rows = [row for path in arguments.reports for row in read(path)]
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
-    if arguments.contenders:
-        rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
-    if not any(map(is_timed, rows)):
-        parser.exit(2, "the reports have no figures\n")
+    rows = asked_for(parser, arguments)
     print("\n".join(markdown(rows) if arguments.markdown else [*table(rows, ()), *closing(rows)]))
     return 0

@@ -1,13 +1,10 @@
-"""Timing several contenders against each other: interleaved, in one process, medians."""
+"""How a process that times things is set up."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -28,26 +25,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def interleaved(contenders: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 9) -> dict[str, float]:
-    """Median seconds per call of each contender.
-
-    Every round times each contender once, a batch of calls at a time, so that a slow spell of the machine meets all
-    of them. ``seconds`` is about what one contender may take in all.
-    """
-    calls = {}
-    for name, run in contenders.items():
-        run()
-        start = time.perf_counter()
-        run()
-        once = max(time.perf_counter() - start, 1e-7)
-        calls[name] = max(1, int(seconds / rounds / once))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / calls[name])
-    return {name: statistics.median(values) for name, values in times.items()}

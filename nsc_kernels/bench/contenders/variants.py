@@ -1,4 +1,4 @@
-"""Prepared variants of this package's GPU kernels, one contender each: ``--contenders fused,variants``.
+"""Prepared variants of this package's GPU kernels, one contender each: ``--contenders fused,variant``.
 
 What is not the formula's choice is compiled and tried, and no call of a user's ever takes it.
 """
