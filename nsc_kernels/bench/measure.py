@@ -106,8 +106,10 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
                 raise ValueError(f"{name}: expected some of {', '.join(allowed)}, found {value!r}")
     if not gpu and "graph" in a.calls:
         raise ValueError("calls: a CPU has no graphs; leave --calls out")
-    if min(a.threads) < 0 or a.samples < 1:
-        raise ValueError("threads and samples: expected at least 1")
+    if not hows(a):
+        raise ValueError("cache: on a GPU warm is of graphs; give --calls graph, or --cache cold")
+    if (not gpu and min(a.threads) < 1) or a.samples < 1:
+        raise ValueError("threads, samples: expected at least 1")
     for text in a.contender:
         load(text)
     if not chosen(a.of, a.contenders, a.device, a.quick):
@@ -164,7 +166,7 @@ class Runner:
         for threads in self.arguments.threads:
             dtypes = dict.fromkeys([*self.arguments.dtype, *(["fp32"] if on.type == "cpu" else [])])
             yield from ceilings.measured(on, list(dtypes), threads)
-        if on.type == "cpu" and (row := ceilings.multiply_add()):
+        if on.type == "cpu" and not self.arguments.quick and (row := ceilings.multiply_add()):
             yield row
         synchronize(on)
 
@@ -223,14 +225,14 @@ def run(arguments: argparse.Namespace) -> int:
 def main(of: str, argv: Sequence[str]) -> int:
     parser = parser_of(of)
     arguments = parser.parse_args(argv)
-    backend = "cpu"
     try:
         completed(arguments)
         grid(arguments.shapes, arguments.tokens, arguments.adapters)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if arguments.device == "cpu" and nk.available_backends()[backend] is not True:
-        print(f"{backend}: {nk.available_backends()[backend]}; fused is the reference here", file=sys.stderr)
+    compiled = nk.available_backends()["cpu"]
+    if arguments.device == "cpu" and compiled is not True:
+        print(f"cpu: {compiled}; fused is the reference here", file=sys.stderr)
     if arguments.out is not None:
         return run(arguments)
     with tempfile.TemporaryDirectory(prefix=f"nsc-bench-{slug()}-") as folder:

@@ -83,6 +83,7 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
         (["--tokens", "0"], "tokens: expected at least 1, found 0"),
         (["--dtype", "int8"], "dtype: expected some of fp32, bf16, fp16, found 'int8'"),
         (["--calls", "graph"], "a CPU has no graphs"),
+        (["--threads", "0"], "threads, samples: expected at least 1"),
         (["--contenders", "fast"], "'fast' is not one of operator: fused, "),
         (["--contender", "nowhere"], "'nowhere' cannot be imported"),
         (["--contender", "nowhere.py"], "there is no file nowhere.py"),
@@ -105,6 +106,8 @@ def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
     assert (cell.of, cell.shape.T, cell.dtype, cell.threads) == ("linear", 1536, "bf16", 0)
     assert cell.hows == (("graph", "cold"), ("graph", "warm"), ("eager", "cold"))
     assert cell.clocks == tmp_path / "r.clocks.jsonl"
+    with pytest.raises(ValueError, match="on a GPU warm is of graphs"):
+        measure.completed(measure.parser_of("linear").parse_args(["--cache", "warm", "--calls", "eager"]))
 
 
 def test_layers_by_name():
