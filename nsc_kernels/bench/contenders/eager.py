@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accuracy import squares
 from ..problem import Problem
 from ..registry import LINEAR, Contender, Gradients, Pair, Result, contender, register
 
 
 def statistics(z: Tensor, u: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """A norm with a wider dtype reads its input once; ``float().square().sum()`` writes two float32 tensors first."""
-
-    def squares(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
-
     return squares(u.unflatten(-1, (K, -1))), squares(z)
 
 
