@@ -38,11 +38,11 @@ def launched(run: Callable[[], Any], on: torch.device) -> list[str]:
     for _ in range(3):
         run()
     synchronize(on)
-    activities = [ProfilerActivity.CUDA] if on.type == "cuda" else [ProfilerActivity.CPU]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.type == "cuda" else [])]
     with profile(activities=activities) as found:
         run()
         synchronize(on)
-    return [event.name for event in found.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    return [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:

@@ -92,18 +92,20 @@ def unwarmed(run: Run, on: torch.device) -> bool:
 
 
 def captures(run: Run, on: torch.device) -> bool:
-    """Through autograd: a forward alone, a backward alone, and both, each in a graph of its own."""
+    """Through autograd: a forward alone, a backward alone, and both, each in a graph of its own.
+
+    Not the gradient of base: it is dy itself, an input, which is not to be overwritten.
+    """
     p = run.p
     bank = nk.AdapterBank(p.A, p.Bt, p.offsets)
-    leaves = [t.clone().requires_grad_() for t in (p.z, p.lam, p.base)]
-    z, lam, base = leaves
+    z, lam, base = (t.clone().requires_grad_() for t in (p.z, p.lam, p.base))
 
     def forward() -> Results:
         return dict(zip(("y", "quad", "sqnorm"), nk.merged_lora_nsc(z, bank, lam, base), strict=True))
 
     def backward(outputs: Results) -> Results:
-        found = torch.autograd.grad(list(outputs.values()), leaves, (p.dy, p.dquad, p.dsqnorm), retain_graph=True)
-        return dict(zip(("dz", "dlam", "dbase"), found, strict=True))
+        found = torch.autograd.grad(list(outputs.values()), (z, lam), (p.dy, p.dquad, p.dsqnorm), retain_graph=True)
+        return dict(zip(("dz", "dlam"), found, strict=True))
 
     def both() -> Results:
         outputs = forward()

@@ -101,10 +101,11 @@ def accept(earned: Row) -> None:
 def print_correctness(folder: Path) -> list[str]:
     """Prints what did not pass, and where a stage was cut off; returns the backends that were tried."""
     rows = results(folder / "correctness.jsonl")
+    refused = {row["trial"] for row in rows if row.get("passed") is False}
     for row in rows:
-        if row.get("passed", False) is False:
+        if row.get("passed") is False or ("ended" in row and row["trial"] not in refused):
             print(f"FAILED {row['trial']}: {row['why']}")
-        elif row["passed"] is None and row["what"] in OPTIONAL:
+        elif row.get("passed", True) is None and row["what"] in OPTIONAL:
             print(f"not tried: {row['trial']}: {row['why']}")
     for path in sorted(folder.glob("*.jsonl")):
         for trial in under_way(path):

@@ -107,6 +107,7 @@ def signature(case: Case, config: Config) -> tuple[dict[str, str], dict[tuple[in
         "PRECISION": case.precision,
         "EXPAND_STAGES": config.expand_stages,
         "EARLY": config.early,
+        "WARPGROUPS": case.mode == "half" and case.arch // 10 == 9,
     }
     constants |= {name: None for name, missing in absent.items() if missing}
     types, constexprs, attributes = {}, {}, {}

@@ -85,6 +85,7 @@ NSC_DEVICE void shrink(const Problem& p, unsigned char* shared, int64_t first, R
     load(step + S - 1);
     const unsigned char* x_tile = shared + (step % S) * P::shrink_slot;
     const unsigned char* w_tile = x_tile + P::Tokens * kRowBytes;
+    float of_step[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // then added as one: a chain of all columns would lose a digit
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       uint32_t a[2][4];
@@ -96,7 +97,7 @@ NSC_DEVICE void shrink(const Problem& p, unsigned char* shared, int64_t first, R
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) squares[2 * m + i % 2] += square_sum<E>(a[m][i]);
+          for (int i = 0; i < 4; ++i) of_step[2 * m + i % 2] += square_sum<E>(a[m][i]);
       }
 #pragma unroll
       for (int n = 0; n < P::shrink_tiles / 2 * 2; n += 2) {
@@ -118,6 +119,7 @@ NSC_DEVICE void shrink(const Problem& p, unsigned char* shared, int64_t first, R
         for (int m = 0; m < 2; ++m) multiply_add<E>(acc.of[m][n], a[m], b[0], b[1]);
       }
     }
+    for (int i = 0; i < 4; ++i) squares[i] += of_step[i];
   }
   wait_copies<0>();
   sync_block();

@@ -97,14 +97,16 @@ NSC_DEVICE void shrink_warpgroups(const Maps& maps, unsigned char* shared, int64
     const unsigned char* x_tile = shared + step % S * P::shrink_slot;
     const unsigned char* w_tile = x_tile + (P::Tokens + warp_n * P::shrink_tiles * 8) * kRowBytes;
     uint32_t a[kColumns / 16][4];
+    float of_step[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       load_matrices4(a[k], x_tile + tile_offset(warp_m * 16 + left_row(lane), 2 * k + left_chunk(lane)));
       if (norms && k % P::warps_n == warp_n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) squares[i % 2] += square_sum<E>(a[k][i]);
+        for (int i = 0; i < 4; ++i) of_step[i % 2] += square_sum<E>(a[k][i]);
       }
     }
+    for (int i = 0; i < 2; ++i) squares[i] += of_step[i];
     acc.hold();
     wgmma_fence();
 #pragma unroll

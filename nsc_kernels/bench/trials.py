@@ -156,7 +156,7 @@ def _serve(args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOn
                 for row in run_one(trials[line.rstrip("\n")].payload, on):
                     answers.write(json.dumps(row) + "\n")
                     if row.get("passed") is False:
-                        last = {"ended": FAILED}
+                        last = {"ended": FAILED, "why": row.get("why")}
             except Exception as error:
                 last = {"ended": FAILED, "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
             answers.write(LAST + json.dumps(last | {"healthy": _cleaned(on)}) + "\n")

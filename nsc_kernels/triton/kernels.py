@@ -94,14 +94,14 @@ def slice_of(s, D, BLOCK: tl.constexpr, SLICES: tl.constexpr):
 def shrink_unit(
     unit, x, w_in, work, norms, arrived, T, R, D, stride_x,
     BT: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
-    SLICES: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, PRECISION: tl.constexpr, WARPGROUPS: tl.constexpr,
 ):  # fmt: skip
     """One slice of the shrink of one tile, left as a partial in ``work [SLICES, T, R]``."""
     tile = unit // SLICES
     s = unit % SLICES
     t = tile * BT + tl.arange(0, BT)
     begin, end = slice_of(s, D, BK, SLICES)
-    accs, squares = shrink(x, w_in, t, begin, end, T, R, D, stride_x, BT, BK, N, C, NORM, PRECISION)
+    accs, squares = shrink(x, w_in, t, begin, end, T, R, D, stride_x, BT, BK, N, C, NORM, PRECISION, WARPGROUPS)
     rows = t.to(tl.int64) + tl.cast(s, tl.int64) * T
     for i in tl.static_range(N):
         j = i * C + tl.arange(0, C)
@@ -198,7 +198,7 @@ def merged_lora_kernel(
     N: tl.constexpr, C: tl.constexpr, G: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     SLICES: tl.constexpr, OUT_SLICES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr, EARLY: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr, EARLY: tl.constexpr, WARPGROUPS: tl.constexpr,
 ):  # fmt: skip
     """One direction of the operator on ``x [T, D_IN]``; what is None is not read, not computed and not written.
 
@@ -216,6 +216,7 @@ def merged_lora_kernel(
         c: ``[T, R]`` in the compute dtype, sliced only.
         EXPAND_STAGES, EARLY: when the loads of the expand are issued, and whether units load what they can before they
             wait; neither changes what is added in which order. See :class:`nsc_kernels.triton.configs.Config`.
+        WARPGROUPS: products are those of a Hopper warpgroup.
     """
     NORM: tl.constexpr = (not BACKWARD) and (sqnorm is not None)
     SUM_DLAM: tl.constexpr = BACKWARD and (dlam is not None) and (not PER_ROW)
@@ -229,7 +230,9 @@ def merged_lora_kernel(
     if SLICES == 0:
         tile = tl.program_id(0)
         t = tile * BT + tl.arange(0, BT)
-        accs, squares = shrink(x, w_in, t, 0, D_IN, T, R, D_IN, stride_x, BT, BK, N, C, NORM, PRECISION)
+        accs, squares = shrink(
+            x, w_in, t, 0, D_IN, T, R, D_IN, stride_x, BT, BK, N, C, NORM, PRECISION, WARPGROUPS
+        )  # fmt: skip
         cs = ()
         sums = ()
         for i in tl.static_range(N):
@@ -264,7 +267,8 @@ def merged_lora_kernel(
             tl.store(counters, 0)
         if unit < first_mid:
             shrink_unit(
-                unit, x, w_in, work, norms, arrived, T, R, D_IN, stride_x, BT, BK, N, C, NORM, SLICES, PRECISION
+                unit, x, w_in, work, norms, arrived, T, R, D_IN, stride_x, BT, BK, N, C, NORM, SLICES, PRECISION,
+                WARPGROUPS,
             )  # fmt: skip
         elif unit < first_expand:
             index = unit - first_mid

@@ -107,6 +107,7 @@ def launch(
             ROWS=config.rows,
             EXPAND_STAGES=config.expand_stages,
             EARLY=config.early,
+            WARPGROUPS=mode == "half" and machine(device).arch // 10 == 9,
             PRECISION="tf32x3" if mode == "tf32x3" else "ieee",  # 16-bit products are exact and ignore it
             num_warps=config.warps,
             num_stages=config.stages,

@@ -14,7 +14,7 @@ import triton
 def shrink(
     x, w_in, t, begin, end, T, R, D, stride_x,
     BT: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WARPGROUPS: tl.constexpr,
 ):  # fmt: skip
     """``x[t, begin:end] @ w_in[:, begin:end]^T`` in N chunks, and with NORM the sums of x^2, all float32."""
     accs = ()
@@ -28,11 +28,17 @@ def shrink(
     for k0 in range(begin, end, BK):
         k = k0 + tl.arange(0, BK)
         x_tile = tl.load(x_rows + k[None, :], mask=(t < T)[:, None] & (k < D)[None, :], other=0.0)
+        left = x_tile
+        if NORM and WARPGROUPS:
+            # Read by the products and by the squares, x is prefetched into one buffer too few: Hopper's products run on
+            # while the next step is issued, and their x was overwritten (seen with Triton 3.6; 3.9 compiles the same).
+            # After an operation the products take x from registers. What it masks is zero already.
+            left = tl.where((k < D)[None, :], x_tile, 0.0)
         added = ()
         for i in tl.static_range(N):
             inside = (k < D)[:, None] & (i * C + j < R)[None, :]
             w_tile = tl.load(w_rows + (i * C * tl.cast(D, tl.int64) + k)[:, None], mask=inside, other=0.0)
-            added = added + (tl.dot(x_tile, w_tile, accs[i], input_precision=PRECISION),)
+            added = added + (tl.dot(left, w_tile, accs[i], input_precision=PRECISION),)
         accs = added
         if NORM:
             x_wide = x_tile.to(tl.float32)
@@ -239,16 +245,19 @@ def expand(
             now = load_step(w_rows, base, z, t, n0, T, R, end, D, stride_base, stride_z, BT, BN, N, C, False)
         else:
             now = tiles
-        acc = now[0].to(tl.float32)
-        if z is not None:
-            acc += scale[:, None] * now[1].to(tl.float32)
         if STAGES is None:
             tiles = load_step(w_rows, base, z, t, n0 + BN, T, R, end, D, stride_base, stride_z, BT, BN, N, C, EARLY)
+        acc = tl.zeros((BT, BN), tl.float32)
         for i in tl.static_range(N):
             if EARLY:
                 w_tile = now[2 + i]
             else:
                 w_tile = load_weights(w_rows, i, n0, R, D, D, BN, C)
             acc = tl.dot(cs[i], w_tile, acc, input_precision=PRECISION)
+        # Added last, or base would be what tensor cores cut off in every product. By fma: the compiler would move an
+        # addition into the product.
+        acc = tl.fma(acc, 1.0, now[0].to(tl.float32))
+        if z is not None:
+            acc += scale[:, None] * now[1].to(tl.float32)
         inside = (t < T)[:, None] & (n < D)[None, :]
         tl.store(out + rows * stride_out + n[None, :], acc.to(out.dtype.element_ty), mask=inside)

@@ -56,6 +56,7 @@ def shrink_kernel(
         tile = tl.load(rows + k[None, :], mask=(t < T)[:, None] & (k < D)[None, :], other=0.0)
         if norms is not None:
             squares += tile.to(tl.float32) * tile.to(tl.float32)
+            tile = tl.where((k < D)[None, :], tile, 0.0)  # into registers: see nsc_kernels/triton/steps.py, shrink
         added = ()
         for i in tl.static_range(N):
             inside = (k < D)[:, None] & (i * C + j < R)[None, :]
