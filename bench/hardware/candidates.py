@@ -23,36 +23,39 @@ def _fewer(start: Config, slices: int, **more: Any) -> Change:
     return {"slices": slices, "out_slices": out_slices, "rows": rows, **more}
 
 
+EARLY: Change = {"early": True, "expand_stages": None}  # whose expand is prefetched by hand
+
+
 def _of_sliced(start: Config) -> list[Change]:
     """Small T, latency: load before waiting, and fewer slices, whose partials take less time to write and to read."""
     n = start.slices
-    changes: list[Change] = [{"early": True}, {"expand_stages": 3}]
+    changes: list[Change] = [EARLY, {"expand_stages": None if start.expand_stages else 3}]
     for slices in (n // 2, n // 4):
         if slices:
-            changes += [_fewer(start, slices), _fewer(start, slices, early=True)]
-    if n >= 4:
-        changes.append(_fewer(start, n // 4, expand_stages=3))
-    changes.append(_fewer(start, 2 * n))
+            changes += [_fewer(start, slices), _fewer(start, slices, **EARLY)]
+    changes += [{"block_n": 128}, {"block_n": 128, "expand_stages": None}, _fewer(start, 2 * n)]
     changes += [_fewer(start, n // 8)] if n >= 8 else []
     changes += [{"slices": 0, "out_slices": 1, "rows": 1, "expand_stages": 3}] if n <= 8 else []
-    return [*changes, {"block_n": 128}, {"warps": 4}]
+    return [*changes, {"warps": 4}]
 
 
 def _of_tiles(start: Config) -> list[Change]:
     """Large T, up to 128 columns: more loads in flight, and weights read half as often from L2."""
     wide: Change = {"block_t": 128, "stages": 3}
-    changes: list[Change] = [{"expand_stages": 3}, {**wide, "expand_stages": 3}, {**wide, "stages": 4}]
-    changes += [{**wide, "warps": 16, "expand_stages": 3}, {"expand_stages": 2}, {"block_n": 128, "expand_stages": 2}]
-    changes += [_fewer(start, 2), _fewer(start, 2, expand_stages=3), _fewer(start, 2, **wide), {"stages": 4}]
+    changes: list[Change] = [{"expand_stages": 3}, {"expand_stages": None}, {**wide, "expand_stages": 3}]
+    changes += [{**wide, "stages": 4}, {**wide, "warps": 16, "expand_stages": 3}, {"expand_stages": 2}]
+    changes += [{"block_n": 128, "expand_stages": 2}, _fewer(start, 2), _fewer(start, 2, expand_stages=3)]
+    changes += [_fewer(start, 2, **wide), {"stages": 4}]
     return changes
 
 
 def _of_wide_tiles(start: Config, backward: bool) -> list[Change]:
     """More than 128 columns: units that fill all processors, and 128 tokens where they do not spill."""
-    changes: list[Change] = [_fewer(start, 4), {"expand_stages": 3}, _fewer(start, 4, expand_stages=2)]
-    changes += [_fewer(start, 4, block_t=128), _fewer(start, 3), _fewer(start, 2)]
-    changes += [_fewer(start, 4, block_t=128, warps=16, block_k=32, block_n=32), _fewer(start, 4, early=True)]
-    changes += [{"block_t": 32}, {"expand_stages": 2} if backward else {"block_t": 128}]
+    plain: Change = {"expand_stages": None}
+    changes: list[Change] = [_fewer(start, 4), plain, {"expand_stages": 3}, _fewer(start, 4, expand_stages=2)]
+    changes += [_fewer(start, 4, block_t=128, **plain), _fewer(start, 3), _fewer(start, 2)]
+    changes += [_fewer(start, 4, block_t=128, warps=16, block_k=32, block_n=32, **plain), _fewer(start, 4, **EARLY)]
+    changes += [{"block_t": 32}, {"expand_stages": 2} if backward else {"block_t": 128, **plain}]
     return changes
 
 

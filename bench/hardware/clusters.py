@@ -26,9 +26,11 @@ from nsc_kernels.bench.shapes import Shape
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 from nsc_kernels.contract import BackwardCall, ForwardCall
 
-from .layers import SHAPES
+from .layers import FAMILIES, LARGE, MLP
 
 ALL = [*cuda.VARIANTS, *cuda.WARPGROUP_VARIANTS]
+RANKS = [Shape(f"{R} columns", T, 4096, 4096, R // 16, 16) for R in (16, 64, 128, 256, 512) for T in (256, 1536)]
+SHAPES = [*RANKS, *FAMILIES, *LARGE, *MLP]
 SAMPLES = 15
 
 

@@ -39,6 +39,7 @@ from nsc_kernels.triton.kernels import merged_lora_kernel
 from nsc_kernels.verified_hardware import triton_source
 
 from .candidates import MOST, candidates
+from .triton_buffers import overwritten
 
 # Processor counts of the A100, RTX 4090, H100/H200 and B200: they decide between the schedules.
 MACHINES = {
@@ -167,6 +168,7 @@ def compile_case(case: Case, config: Config) -> dict[str, Any]:
         "cp_async": len(re.findall(r"\bLDGSTS\b", code)),
         "ldg": len(re.findall(r"\bLDG\b", code)),
         "tma": len(re.findall(r"\bUTMALDG\b", code)),
+        "overwritten": overwritten(compiled.asm["ttgir"]),
         "seconds": round(seconds, 2),
         "triton": triton.__version__,
         "source": triton_source(),
@@ -186,6 +188,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, limit {row['shared_limit']}")
     if row["shared"] > row["shared_estimate"]:
         found.append(f"{row['shared']} bytes of shared memory, estimated {row['shared_estimate']}")
+    if row["overwritten"]:
+        found.append(f"copies into what a product still reads: {', '.join(row['overwritten'])}")
     if row["precision"] != "ieee" or row["dtype"] != "fp32":
         wanted = "mma" if row["arch"] in ("sm_80", "sm_89") else "wgmma" if row["arch"] == "sm_90" else "tcgen05"
         # float32 products in three TF32 parts and tiles of 32 tokens may stay on mma.sync on every architecture.

@@ -155,7 +155,7 @@ struct Variant {
   X(32, 128) X(64, 128) X(96, 128) X(128, 128) X(192, 128) X(256, 128)
 #define NSC_VARIANT_ENTRY(ranks, tokens) {ranks, tokens},
 constexpr Variant kVariants[] = {NSC_VARIANTS(NSC_VARIANT_ENTRY)};
-// Those of warpgroup.inl. The automatic choice does not take them; they are numbered from kVariantCount on.
+// Those of warpgroup.inl, numbered from kVariantCount on.
 #define NSC_WARPGROUP_VARIANTS(X)                                              \
   X(64, 64) X(128, 64) X(192, 64) X(256, 64) X(320, 64) X(384, 64) X(512, 64) \
   X(32, 128) X(64, 128) X(96, 128) X(128, 128) X(192, 128) X(256, 128)
@@ -180,6 +180,19 @@ constexpr int choose_variant(int64_t T, int R, int processors) {
   const int narrow = find_variant(R, 64), wide = find_variant(R, 128);
   if (narrow < 0 || wide < 0 || kVariants[wide].ranks > kVariants[narrow].ranks) return narrow;
   return 4 * ceil_div(T, 128) >= 3 * int64_t(processors) ? wide : narrow;
+}
+
+// What to run in place of `variant`, which choose_variant() gave, where there is wgmma. On an H100 it takes 4 to 18 % less
+// time than mma.sync on tiles of 128 tokens and with more than 96 padded ranks, and up to 8 % more on the others.
+constexpr int with_warpgroups(int variant, int R) {
+  if (variant < 0 || (kVariants[variant].tokens == 64 && kVariants[variant].ranks <= 96)) return variant;
+  int found = -1, i = 0;
+  for (const Variant& v : kWarpgroupVariants) {
+    const bool serves = v.tokens == kVariants[variant].tokens && v.ranks >= R;
+    if (serves && (found < 0 || v.ranks < kWarpgroupVariants[found].ranks)) found = i;
+    ++i;
+  }
+  return found < 0 ? variant : kVariantCount + found;
 }
 
 // Blocks per cluster, given how many clusters of 1, 2, 4, 8 and 16 blocks the device runs at a time (0: cannot).

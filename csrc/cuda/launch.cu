@@ -74,11 +74,12 @@ Encoder encoder() {
 }
 
 // wgmma is an instruction of compute capability 9.0 only, in code built for 9.0a; elsewhere those kernels are empty.
-void require_warpgroups() {
+bool has_warpgroups([[maybe_unused]] int device) {
 #ifdef NSC_SM90A
-  if (compute_capability(current_device()) == std::make_pair(9, 0)) return;
+  return compute_capability(device) == std::make_pair(9, 0);
+#else
+  return false;
 #endif
-  throw std::runtime_error("the variants with wgmma run on compute capability 9.0, built for 9.0a");
 }
 
 // Maps as the kernels of warpgroup.inl take them (struct Maps there). One that is not there is never used.
@@ -182,7 +183,8 @@ std::string unsupported() {
   }
   check(status, "cudaFuncGetAttributes");
   int needed = 0;
-  for (int variant = 0; variant < kVariantCount; ++variant)
+  const int count = kVariantCount + (has_warpgroups(device) ? kWarpgroupCount : 0);
+  for (int variant = 0; variant < count; ++variant)
     for (const bool backward : {false, true})
       needed = std::max(needed, kernel_of(Element::bf16, backward, variant).shared);
   const int limit = shared_limit(device);
@@ -200,6 +202,7 @@ Choice choose(const Problem& p, Element element, bool backward, int variant, int
     int processors;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
     choice.variant = choose_variant(p.T, p.R, processors);
+    if (has_warpgroups(device)) choice.variant = with_warpgroups(choice.variant, p.R);
   }
   if (choice.variant < 0) throw std::runtime_error("the ranks add up to more than " + std::to_string(kMostRank));
   choice.tiles = ceil_div(p.T, variant_of(choice.variant).tokens);
@@ -216,7 +219,8 @@ void launch(const Problem& p, Element element, bool backward, const Choice& choi
   const Configuration launch(kernel, choice.tiles * choice.cluster, choice.cluster, static_cast<cudaStream_t>(stream));
   TensorMaps maps;
   if (is_warpgroup(choice.variant)) {
-    require_warpgroups();
+    if (!has_warpgroups(current_device()))
+      throw std::runtime_error("the variants with wgmma run on compute capability 9.0, built for 9.0a");
     maps = tensor_maps(p, element, variant);
   }
   void* arguments[] = {const_cast<Problem*>(&p), &maps};

@@ -20,7 +20,7 @@ MAX_ADAPTERS = 64
 MULTIPLE = 8  # of d, in elements: rows are copied in pieces of 16 bytes
 LEAST_TILE = 64  # tokens: bounds the number of tiles, and with it the workspace
 DTYPES = (torch.bfloat16, torch.float16)
-AUTOMATIC = -1  # variant: chosen by the launcher, among those of the first family
+AUTOMATIC = -1  # variant: chosen by the launcher
 # Variants by number, as csrc/cuda/geometry.h has them: padded ranks and tokens per tile. First those with mma.sync and
 # cp.async, then those with wgmma and TMA.
 VARIANTS = [(r, 64) for r in (32, 64, 96, 128, 192, 256, 320, 384, 512)] + [

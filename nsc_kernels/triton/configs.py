@@ -154,11 +154,20 @@ def _tile(on: Machine, problem: Problem) -> Config:
     else:
         registers = 255 if on.arch >= 100 else None
         config = Config(chunk, 64, 64, 64, warps=8, stages=3 if small else 2, registers=registers)
+        if _measured(on, problem):
+            config = replace(config, expand_stages=3)
     return config
+
+
+def _measured(on: Machine, problem: Problem) -> bool:
+    """Whether the choice rests on measurements, on an H100 (docs/triton_variants.md), and not on what compiles well."""
+    return on.arch // 10 == 9 and problem.mode == "half"
 
 
 def _shrunk(config: Config) -> Config | None:
     """The next smaller variant in shared memory."""
+    if config.expand_stages:
+        return replace(config, expand_stages=None)
     if config.stages > 2:
         return replace(config, stages=config.stages - 1)
     if config.block_k > 16 and config.block_k >= config.block_n:
@@ -181,18 +190,19 @@ def formula(on: Machine, problem: Problem) -> Config | None:
     if found is None:
         return None
     tiles = problem.T // found.block_t
+    resident = 2 if 2 * shared_bytes(on, problem, found) <= on.shared else 1
+    # Tiles for three quarters of the programs that can run at a time, or a third less time in slices.
+    enough = on.processors * (resident if _measured(on, problem) else 1) * 3 // 4
     # One program holding a whole tile needs accumulators and c at once: from 321 columns on that spills.
-    if tiles >= on.processors * 3 // 4 and problem.R <= 320:
-        if problem.mode == "half" and problem.R <= 128 and on.arch >= 90 and tiles >= 2 * on.processors:
-            # Twice the tokens per read of the weights from L2, whose bandwidth bounds large T.
-            # In chunks of 64 on sm_100, where 128 columns of unequal ranks spill.
-            chunk = min(found.chunk, 64) if on.arch >= 100 else found.chunk
-            wide = replace(found, chunk=chunk, block_t=128, stages=4)
+    if tiles >= enough and problem.R <= 320:
+        if problem.mode == "half" and problem.R <= 128 and on.arch >= 100 and tiles >= 2 * on.processors:
+            # Twice the tokens per read of the weights from L2. On sm_90 that was 2 to 8 % slower.
+            # In chunks of 64, since 128 columns of unequal ranks spill.
+            wide = replace(found, chunk=min(found.chunk, 64), block_t=128, stages=4)
             if shared_bytes(on, problem, wide) <= on.shared:
                 return wide
         return found
     # Units enough for two programs per processor where two fit, so that one loads while the other waits.
-    resident = 2 if 2 * shared_bytes(on, problem, found) <= on.shared else 1
     per_tile = max(resident * on.processors // max(tiles, 1), 1)
 
     most = 32 if on.arch >= 90 else 16  # a mid unit has all its partials in flight; more spill

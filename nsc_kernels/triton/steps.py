@@ -258,6 +258,6 @@ def expand(
         # addition into the product.
         acc = tl.fma(acc, 1.0, now[0].to(tl.float32))
         if z is not None:
-            acc += scale[:, None] * now[1].to(tl.float32)
+            acc = tl.fma(scale[:, None], now[1].to(tl.float32), acc)
         inside = (t < T)[:, None] & (n < D)[None, :]
         tl.store(out + rows * stride_out + n[None, :], acc.to(out.dtype.element_ty), mask=inside)

@@ -195,8 +195,12 @@ void test_owners_and_choices() {
       for (int processors : {1, 114, 132}) {
         const int v = choose_variant(T, R, processors);
         expect(v >= 0 && kVariants[v].ranks >= R, "choose_variant" + text({T, R, processors}));
+        const int w = with_warpgroups(v, R);
+        const Variant& taken = w < kVariantCount ? kVariants[w] : kWarpgroupVariants[w - kVariantCount];
+        expect(taken.ranks >= R && taken.tokens == kVariants[v].tokens, "with_warpgroups" + text({v, R}));
+        expect((w == v) == (taken.tokens == 64 && R <= 96), "wgmma where it is faster" + text({v, R}));
       }
-  expect(choose_variant(1, kMostRank + 1, 132) < 0, "no variant");
+  expect(choose_variant(1, kMostRank + 1, 132) < 0 && with_warpgroups(-1, kMostRank + 1) < 0, "no variant");
   // No cluster that the device cannot run, none of more blocks than there are steps, and one block where tiles abound.
   for (int64_t tiles : {1, 2, 8, 33, 99, 132, 500, 100000})
     for (int64_t d : {8, 64, 72, 768, 4096, 14336})

@@ -48,7 +48,7 @@ def test_few_variants_serve_every_T():
 
 
 def test_small_T_is_sliced_and_large_T_is_not():
-    for T, sliced in ((1, True), (256, True), (3840, True), (8192, False), (65536, False)):
+    for T, sliced in ((1, True), (256, True), (3840, True), (8192, True), (16384, False), (65536, False)):
         config = choose(H200, Problem(T, 4096, 4096, 96, "half"))
         assert (config.slices > 0) is sliced, T
         if sliced:
