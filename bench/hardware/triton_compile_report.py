@@ -203,7 +203,7 @@ def grid(archs: list[int], quick: bool) -> Iterator[Case]:
     """The cases: every tile of the formula, both schedules, both directions."""
     for arch, backward in itertools.product(archs, (False, True)):
         if quick:
-            for T, R in ((256, 96), (8192, 96), (8192, 512)):
+            for T, R in ((256, 96), (16384, 96), (8192, 512)):
                 yield Case(arch, backward, T, 4096, R, "bf16", "ieee")
             continue
         for T, R in itertools.product((256, 2048, 8192, 65536), (16, 96, 256, 320, 512)):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .measuring import read_rows
 from .tables import is_timed
 from .trials import results
 
@@ -40,6 +41,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; a report is what --out FILE.jsonl wrote")
     try:
-        return results(path)
+        # What the GPU stages measure of the machine is of no trial.
+        return [row for row in read_rows(path) if "what" in row and "trial" not in row] + results(path)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a report of python -m nsc_kernels.bench: {error}") from error

@@ -10,7 +10,7 @@ from .costs import Ceilings, roofline
 
 Row = dict[str, Any]
 NOISY = 0.1  # of the median, between the 20th and the 80th percentile
-CONFIGURATION = ("set", "dtype", "threads", "how", "cache")
+CONFIGURATION = ("set", "backend", "dtype", "threads", "how", "cache")
 
 
 class Key(NamedTuple):
@@ -66,10 +66,15 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
     ceilings = of_rows(rows, row["dtype"], row["threads"])
     where = next((one["device"] for one in rows if one.get("what") == "environment"), "")
     threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)} of" if row["threads"] else " on"
-    text = f"{row['set']}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
+    text = f"{row['set']}{by(row, rows)}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
     if ceilings:
         text += f"; it copies {ceilings.copy / 1e9:.0f} GB/s and multiplies {ceilings.products / 1e9:.0f} GFLOP/s"
     return text
+
+
+def by(row: Row, rows: Sequence[Row]) -> str:
+    """Our backend, where the rows are of several."""
+    return f" by {row['backend']}" if len({one["backend"] for one in rows if is_timed(one)}) > 1 else ""
 
 
 def title(row: Row) -> str:
@@ -100,7 +105,7 @@ def line(
     shape: tuple[str, str], rows: dict[str, Row], first: str, others: Sequence[tuple[str, int]], on: Ceilings | None
 ) -> str:
     what, direction = shape
-    text = f"{what:<41}{direction:<9}"
+    text = f"{what:<41} {direction:<8}"
     if first in rows:
         row = rows[first]
         part = share(row, on)

@@ -2,7 +2,7 @@
 // warpgroup.inl, else that of kernel.inl.
 #include "emulator_async.h"
 #include "kernel.inl"
-#include "mirror.h"
+#include "step_norms.h"
 #include "warpgroup.inl"
 
 namespace nsc::cuda {
@@ -69,6 +69,10 @@ int nsc_emulate(const Problem* p, int element, int backward, int ranks, int toke
 void nsc_mirror(const Problem* p, int element, int backward, int ranks, int tokens, int cluster, int unit) {
   const auto run = element == int(Element::bf16) ? mirror<Bf16> : mirror<F16>;
   run(*p, backward != 0, ranks, tokens, cluster, kWarpgroup, Unit(unit));
+  if (!backward && p->x && p->sqnorm) {
+    const auto add = element == int(Element::bf16) ? step_norms<Bf16> : step_norms<F16>;
+    add(*p, ranks, tokens, cluster, kWarpgroup, Unit(unit));
+  }
 }
 
 // [variants, 2]: ranks and tokens.
