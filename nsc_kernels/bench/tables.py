@@ -10,7 +10,6 @@ from .costs import Ceilings, roofline
 
 Row = dict[str, Any]
 NOISY = 0.1  # of the median, between the 20th and the 80th percentile
-CONFIGURATION = ("set", "backend", "dtype", "threads", "how", "cache")
 
 
 class Key(NamedTuple):
@@ -74,7 +73,12 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
 
 def by(row: Row, rows: Sequence[Row]) -> str:
     """Our backend, where the rows are of several."""
-    return f" by {row['backend']}" if len({one["backend"] for one in rows if is_timed(one)}) > 1 else ""
+    return f" by {row['backend']}" if len({one.get("backend") for one in rows if is_timed(one)}) > 1 else ""
+
+
+def configuration_of(row: Row) -> tuple[Any, ...]:
+    """What rows of one table share. A row has its backend from the file that it was written to."""
+    return (*(row[name] for name in ("set", "dtype", "threads", "how", "cache")), row.get("backend"))
 
 
 def title(row: Row) -> str:
@@ -87,8 +91,8 @@ def table(rows: Sequence[Row], about: Sequence[Row]) -> Iterator[str]:
     ``about``: rows with the environment and the ceilings.
     """
     found = [row for row in rows if is_timed(row)]
-    for configuration in dict.fromkeys(tuple(row[name] for name in CONFIGURATION) for row in found):
-        here = [row for row in found if tuple(row[name] for name in CONFIGURATION) == configuration]
+    for configuration in dict.fromkeys(configuration_of(row) for row in found):
+        here = [row for row in found if configuration_of(row) == configuration]
         yield heading(here[0], [*rows, *about])
         ceilings = of_rows([*rows, *about], here[0]["dtype"], here[0]["threads"])
         names = list(dict.fromkeys(row["contender"] for row in here))
