@@ -27,7 +27,7 @@ from .fused import why_not
 CHANGES: dict[str, dict[str, Any]] = {
     "stages2": {"expand_stages": 2},
     "stages3": {"expand_stages": 3},
-    "early": {"early": True},
+    "early": {"early": True, "expand_stages": None},
 }
 
 
