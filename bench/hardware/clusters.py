@@ -26,11 +26,10 @@ from nsc_kernels.bench.shapes import Shape
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 from nsc_kernels.contract import BackwardCall, ForwardCall
 
-from .layers import FAMILIES, LARGE, MLP
+from .layers import SHAPES
 
 ALL = [*cuda.VARIANTS, *cuda.WARPGROUP_VARIANTS]
 RANKS = [Shape(f"{R} columns", T, 4096, 4096, R // 16, 16) for R in (16, 64, 128, 256, 512) for T in (256, 1536)]
-SHAPES = [*RANKS, *FAMILIES, *LARGE, *MLP]
 SAMPLES = 15
 
 
@@ -97,7 +96,7 @@ def main() -> int:
         f"{shape.name} T={shape.T} R={shape.R} {'backward' if backward else 'forward'}": Trial(
             "cuda", (shape, backward)
         )
-        for shape, backward in itertools.product(SHAPES, (False, True))
+        for shape, backward in itertools.product([*RANKS, *SHAPES], (False, True))
     }
     outcome = supervise(args, trials, sweep)
     print(outcome)

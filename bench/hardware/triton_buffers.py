@@ -29,14 +29,12 @@ def overwritten(ttgir: str) -> list[str]:
     copied: set[str] = set()
     pending = 0
     for line in ttgir.splitlines():
-        indentation = line[: len(line) - len(line.lstrip())]
         if "scf.for" in line:
-            loops.append(indentation)
+            loops.append(line[: len(line) - len(line.lstrip())])
             read, copied, pending = set(), set(), 0
         elif loops and line.startswith(loops[-1] + "}"):
             loops.pop()
-            late = {name for name in read & copied if pending and buffers[name] <= ahead[name]}
-            found += sorted(late)
+            found += sorted(name for name in read & copied if pending and buffers[name] <= ahead[name])
             read, copied, ahead = set(), set(), Counter()
         if match := ALLOCATED.search(line):
             buffers[match[1]] = int(match[2])

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from .ceilings import of_rows
 from .report import add_reports, asked_for
-from .tables import Row, by, heading, is_timed
+from .tables import Row, heading, is_timed, of_several
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first contender is always the first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8B6914", "#555555", "#000000")
@@ -40,11 +40,11 @@ def configurations(rows: Sequence[Row]) -> Iterator[tuple[tuple[Any, ...], list[
     """Timed rows of one set, dtype, number of threads and way of measuring, and of one backend of ours where the report
     has several; a picture each.
     """
+    fields = ("set", *(("backend",) if of_several(rows) else ()), "dtype", "threads", "how", "cache")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if is_timed(row):
-            named = (row["set"], by(row, rows).rpartition(" ")[2], row["dtype"], row["threads"])
-            groups.setdefault((*named, row["how"], row["cache"]), []).append(row)
+            groups.setdefault(tuple(row[name] for name in fields), []).append(row)
     yield from groups.items()
 
 

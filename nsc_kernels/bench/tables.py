@@ -65,15 +65,16 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
     ceilings = of_rows(rows, row["dtype"], row["threads"])
     where = next((one["device"] for one in rows if one.get("what") == "environment"), "")
     threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)} of" if row["threads"] else " on"
-    text = f"{row['set']}{by(row, rows)}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
+    backend = f" by {row['backend']}" if of_several(rows) else ""
+    text = f"{row['set']}{backend}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
     if ceilings:
         text += f"; it copies {ceilings.copy / 1e9:.0f} GB/s and multiplies {ceilings.products / 1e9:.0f} GFLOP/s"
     return text
 
 
-def by(row: Row, rows: Sequence[Row]) -> str:
-    """Our backend, where the rows are of several."""
-    return f" by {row['backend']}" if len({one.get("backend") for one in rows if is_timed(one)}) > 1 else ""
+def of_several(rows: Iterable[Row]) -> bool:
+    """Whether figures of several backends of ours are among the rows."""
+    return len({row.get("backend") for row in rows if is_timed(row)}) > 1
 
 
 def configuration_of(row: Row) -> tuple[Any, ...]:

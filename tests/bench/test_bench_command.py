@@ -224,6 +224,25 @@ def test_the_tables_of_a_report(tmp_path, capsys):
     assert "peft" not in capsys.readouterr().out
 
 
+def test_backends_have_tables_and_pictures_of_their_own(tmp_path, capsys):
+    """As the GPU stages measure them, whose ceilings belong to no trial."""
+    rows = [
+        {**one, "backend": backend}
+        for backend, us in (("cuda", 400.0), ("triton", 500.0))
+        for one in (row("fused", [us] * 5, 1.0), row("peft", [800.0] * 5, 800 / us))
+    ]
+    bench, machine = write(tmp_path / "bench.jsonl", rows), tmp_path / "environment.jsonl"
+    machine.write_text("".join(json.dumps(one) + "\n" for one in MACHINE))
+    assert command.main(["table", str(machine), bench]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    assert first.startswith("operator by cuda, fp32, 1 thread of a processor: eager calls, cold cache; it copies 10")
+    assert second.startswith("operator by triton")
+    assert ("400 us" in first, "500 us" in second, "500 us" in first) == (True, True, False)
+    assert command.main(["plot", str(machine), bench, "--out", str(tmp_path)]) == 0
+    for backend in ("cuda", "triton"):
+        assert (tmp_path / f"speedups-operator-{backend}-fp32-1-eager-cold.png").is_file()
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("".join(json.dumps({"trial": "one", **row}) + "\n" for row in rows))
     return str(path)

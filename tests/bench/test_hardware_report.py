@@ -152,3 +152,18 @@ def test_the_command_prints_and_exits_by_it(
     right = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert right.returncode == 0, right.stdout + right.stderr
     assert "cuda: shown correct on sm_90" in right.stdout.splitlines()[-1]
+
+
+def test_each_failure_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A refused result and a trial that came to no result both leave a row that says how the trial ended."""
+    rows = passing("triton")
+    refused, died = rows[1], rows[4]
+    refused |= {"passed": False, "why": "y is wrong"}
+    rows[2] |= {"ended": "failed", "why": "y is wrong"}
+    rows[5] |= {"ended": "died", "why": "code -11"}
+    rows.remove(died)
+    write(tmp_path, "triton", rows)
+    assert report.print_correctness(tmp_path) == ["triton"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert told == [f"FAILED {refused['trial']}: y is wrong", f"FAILED {died['trial']}: code -11"]
+    assert "2 trials did not pass" in "; ".join(report.shortcomings(tmp_path, "triton"))
