@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nsc_merge.adapters import Adapter, Factor, load_adapter
     from nsc_merge.api import merge
     from nsc_merge.calibration.raw.reading import calibration_data
+    from nsc_merge.factors import merge_factors
     from nsc_merge.models.attachment import attach
     from nsc_merge.models.families import Family
     from nsc_merge.recipes.saved_result import load_result
@@ -27,6 +28,7 @@ _HOME = {
     "load_adapter": "adapters",
     "load_result": "recipes.saved_result",
     "merge": "api",
+    "merge_factors": "factors",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_result",
     "merge",
+    "merge_factors",
 ]
 
 

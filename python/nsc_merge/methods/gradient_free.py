@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ def gradient_free(
     *,
     averages: Averages | Callable[[Any], Averages] = False,
     gives: Gives = "low rank",
+    of_entries: bool = False,
     low_rank_with: Mapping[str, Any] | None = None,
     tuned: str | None = "scale",
 ) -> Method:
@@ -37,9 +38,7 @@ def gradient_free(
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
             adapters hold low-rank factors only; a path is touched by one task at least.
-        gives, low_rank_with, tuned: see :class:`Method`.
-        averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
-            where the sum is divided by the weights; or a function of the options that says so.
+        gives, of_entries, low_rank_with, tuned, averages: see :class:`Method`.
     """
 
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -48,10 +47,10 @@ def gradient_free(
         merged = dict(updates(low_rank, paths, chosen))
         scale = float(getattr(chosen, "scale", 1.0))
         weights = getattr(chosen, "weights", None)
-        divided = averages(chosen) if callable(averages) else averages
+        divided = method.averages_with(chosen)
         factors = {
             path: with_the_rest(
-                path, linear, merged.get(path), problem.adapters, scale, averages=divided, weights=weights
+                path, merged.get(path) or empty(linear), problem.adapters, scale, averages=divided, weights=weights
             )
             for path, linear in linears.items()
         }
@@ -66,7 +65,7 @@ def gradient_free(
             factors=factors,
         )
 
-    return Method(
+    method = Method(
         name,
         summary,
         paper,
@@ -75,8 +74,11 @@ def gradient_free(
         gives=gives,
         tuned=tuned,
         updates=updates,
+        averages=averages,
+        of_entries=of_entries,
         low_rank_with=low_rank_with or {},
     )
+    return method
 
 
 def low_rank_part(problem: Problem) -> tuple[dict[str, Linear], dict[str, Adapter], list[str]]:
@@ -110,21 +112,19 @@ def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
 
 def with_the_rest(
     path: str,
-    linear: Linear,
-    merged: Factor | None,
+    merged: Factor,
     adapters: Mapping[str, Adapter],
     scale: float,
     *,
     averages: Averages,
     weights: Mapping[str, float] | None = None,
 ) -> Factor:
-    """A method's update of one linear, none if there is none, with the biases and gains of the adapters and their
+    """A method's update of one linear with the biases and gains of the adapters and their
     updates of the whole weight added as :func:`gradient_free` says.
 
     Raises:
         ValueError: naming the module, if the update is not finite.
     """
-    merged = merged or empty(linear)
     factors = present(adapters, path)
     parts: dict[str, Tensor | None] = {}
     for part in ("bias", "dense", "gain"):
@@ -156,17 +156,19 @@ def with_the_rest(
     return whole
 
 
-def check_equal_ranks(what: str, path: str, factors: Mapping[str, Factor]) -> None:
-    """Refuse adapters whose factors cannot be added.
+def check_equal_ranks(what: str, adapters: Mapping[str, Adapter], paths: Sequence[str]) -> None:
+    """Refuse adapters whose factors cannot be added, before any module is merged.
 
     Args:
         what: adds them, for the message.
-        path: of the module.
-        factors: task -> update.
+        adapters, paths: that are merged.
 
     Raises:
         ValueError: naming the module and the ranks.
     """
-    ranks = {task: factor.rank for task, factor in factors.items()}
-    if len(set(ranks.values())) > 1:
-        raise ValueError(f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}")
+    for path in paths:
+        ranks = {task: factor.rank for task, factor in present(adapters, path).items()}
+        if len(set(ranks.values())) > 1:
+            raise ValueError(
+                f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}"
+            )

@@ -57,8 +57,12 @@ class Method:
             them) and ``"labels"``.
         gives: what the result holds for each module.
         tuned: the option that papers choose on validation data, if any; see :mod:`nsc_merge.methods.scale_tuning`.
-        updates: of methods made by :func:`gradient_free`, what computes one module's update after another, for whoever
-            does not want to hold them all.
+        updates: of methods that look at the adapters alone, what computes one module's update after another, for
+            whoever does not want to hold them all.
+        averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
+            where the sum is divided by the weights; or a function of the options that says so.
+        of_entries: whether ``updates`` takes updates that are matrices and no products as well, where its own are of
+            full rank.
         about: how the update was found, in a paragraph for the model card; made of name and paper if empty.
         recipes: name -> defaults that take the place of those of ``options``, for methods with an option ``recipe``.
         resolve: makes the options of those given by name, where that takes the tasks and the model (None for any).
@@ -76,6 +80,8 @@ class Method:
     gives: Gives = "low rank"
     tuned: str | None = None
     updates: Updates | None = None
+    averages: Averages | Callable[[Any], Averages] = False
+    of_entries: bool = False
     about: str = ""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resolve: Resolve | None = None
@@ -116,6 +122,10 @@ class Method:
         if any(given.get(name) == value for name, value in self.low_rank_with.items()):
             return "low rank"
         return self.gives
+
+    def averages_with(self, options: Any) -> Averages:
+        """:attr:`averages`, with these options."""
+        return self.averages(options) if callable(self.averages) else self.averages
 
     def check_names(self, given: Collection[str]) -> None:
         """Refuse options that the method does not have.

@@ -14,7 +14,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
-from nsc_merge.methods.gradient_free import low_rank_part, with_the_rest
+from nsc_merge.methods.gradient_free import empty, low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
@@ -281,11 +281,11 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             below[path] = weight if path not in below else below[path] + weight
     factors: dict[str, Factor] = {}
     for path, linear in linears.items():
-        merged = None
+        merged = empty(linear)
         if path in above:
             total = below.pop(path)
             merged = dense_factor(options.scale * above.pop(path) / torch.where(total > 0, total, 1.0))
-        factors[path] = with_the_rest(path, linear, merged, problem.adapters, options.scale, averages=True)
+        factors[path] = with_the_rest(path, merged, problem.adapters, options.scale, averages=True)
     return MergeResult(
         "fisher", {}, [], problem.adapters, plain_options(options), {}, problem.model, factors=factors
     )

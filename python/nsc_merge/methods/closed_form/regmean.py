@@ -14,7 +14,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
-from nsc_merge.methods.gradient_free import low_rank_part, present, with_the_rest
+from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.stored_weights import input_device
@@ -145,7 +145,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         for path in group:
             merged[path] = solve(present(low_rank, path), held.pop(path), options)
     factors = {
-        path: with_the_rest(path, linear, merged.get(path), problem.adapters, options.scale, averages=True)
+        path: with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, options.scale, averages=True)
         for path, linear in linears.items()
     }
     return MergeResult(

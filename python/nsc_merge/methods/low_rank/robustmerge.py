@@ -57,9 +57,9 @@ def robustmerge(
     the magnitude that trimming took from each row of A and is raised to the 80th percentile of the task's rows. The
     product has cross terms between tasks and depends on how the updates are factored.
     """
+    check_equal_ranks("method 'robustmerge'", adapters, paths)
     for path in paths:
         factors = present(adapters, path)
-        check_equal_ranks("method 'robustmerge'", path, factors)
         parts = [_pruned(factor, options.density) for factor in factors.values()]
         shares = torch.stack([share for _, _, share in parts])
         least = shares.sort(dim=1).values[:, int(PERCENTILE * shares.shape[1]), None]

@@ -79,9 +79,9 @@ def linear(
     depends on how the updates are factored.
     """
     weights = weights_of(options.weights, list(adapters))
+    check_equal_ranks("method 'linear'", adapters, paths)
     for path in paths:
         factors = present(adapters, path)
-        check_equal_ranks("method 'linear'", path, factors)
         shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
         roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
         into_A, into_B = dict.fromkeys(shares, 1.0), shares

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,9 @@ class Ties:
 
 
 def dense_update(factor: Factor) -> Tensor:
-    """``s B A`` as a float32 matrix ``[d_out, d_in]``."""
+    """``s B A`` as a float32 matrix ``[d_out, d_in]``, or the matrix that it is."""
+    if factor.dense is not None:
+        return factor.scaling * factor.dense.float()
     return (factor.scaling * factor.B.float()) @ factor.A.float()
 
 
@@ -56,6 +58,20 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total += tensor
     return total
+
+
+def weighted(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, Adapter]:
+    """Adapters with a weight in their scalings."""
+    return {
+        task: replace(
+            adapter,
+            factors={
+                path: replace(factor, scaling=weights[task] * factor.scaling)
+                for path, factor in adapter.factors.items()
+            },
+        )
+        for task, adapter in adapters.items()
+    }
 
 
 def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, list[str]]:

@@ -187,5 +187,6 @@ METHODS = (
         emr_unified,
         averages=True,
         gives="full rank",
+        of_entries=True,
     ),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nsc_merge.methods.gradient_free import empty
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.algebra.low_rank import concatenated
+from nsc_merge.methods.gradient_free import empty, present
 from nsc_merge.methods.method import Method, NoOptions, Problem
 from nsc_merge.models.attachment import adapted_linears, merged_linears
 from nsc_merge.results.result import MergeResult
@@ -35,11 +37,7 @@ class TaskArithmeticOptions:
 def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     """``sum_k scale_k s_k B_k A_k``, exact."""
     chosen = TaskArithmeticOptions(**given)
-    if isinstance(chosen.scale, Mapping) and set(chosen.scale) != set(problem.tasks):
-        raise ValueError(
-            f"scale: expected one value for each of {problem.tasks}, found {sorted(chosen.scale, key=str)}"
-        )
-    scales = chosen.scale if isinstance(chosen.scale, Mapping) else dict.fromkeys(problem.tasks, chosen.scale)
+    scales = _scales(chosen, problem.tasks)
     coefficients = {
         path: {
             task: float(scales[task]) if path in adapter.factors else 0.0
@@ -48,6 +46,26 @@ def task_arithmetic(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         for path in adapted_linears(problem.model, problem.adapters)
     }
     return _result("task_arithmetic", problem, asdict(chosen), coefficients=coefficients)
+
+
+def sums(
+    adapters: Mapping[str, Adapter], paths: Sequence[str], options: TaskArithmeticOptions
+) -> Iterator[tuple[str, Factor]]:
+    """Path and the same sum as one update, of the rank that the adapters' ranks add up to."""
+    scales = _scales(options, list(adapters))
+    for path in paths:
+        A, B = concatenated((scales[task], factor) for task, factor in present(adapters, path).items())
+        yield path, Factor(A.float(), B.float(), 1.0)
+
+
+def _scales(options: TaskArithmeticOptions, tasks: Sequence[str]) -> Mapping[str, float]:
+    if not isinstance(options.scale, Mapping):
+        return dict.fromkeys(tasks, float(options.scale))
+    if set(options.scale) != set(tasks):
+        raise ValueError(
+            f"scale: expected one value for each of {list(tasks)}, found {sorted(options.scale, key=str)}"
+        )
+    return options.scale
 
 
 def _zero_shot(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -87,6 +105,7 @@ METHODS = (
         task_arithmetic,
         gives="coefficients",
         tuned="scale",
+        updates=sums,
         weighted="scale",
     ),
     Method(

@@ -28,9 +28,10 @@ Layers = Callable[[str], Entries]
 
 
 def serves(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> bool:
-    """Whether the library is there and the factors of these modules are on the CPU."""
+    """Whether the library is there and these modules' updates are products of factors on the CPU."""
     factors = [factor for path in paths for factor in present(adapters, path).values()]
-    return entries.unavailable() is None and all(one.device.type == "cpu" for f in factors for one in (f.A, f.B))
+    on_cpu = all(f.dense is None and f.A.device.type == f.B.device.type == "cpu" for f in factors)
+    return on_cpu and entries.unavailable() is None
 
 
 def layers_of(adapters: Mapping[str, Adapter]) -> Layers:

@@ -1,0 +1,248 @@
+"""Merging without a model: every method that needs none gives what it gives with one, and dense deltas are factored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import nsc_merge
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.algebra.factoring import as_product, factored
+from nsc_merge.methods import METHODS
+
+WITHOUT_DATA = [name for name, method in METHODS.items() if method.updates]
+# A and B are merged, not their product, so that equal ranks are needed and the factorisation matters.
+ON_FACTORS = {"linear", "lora_lego", "robustmerge", "robustmerge_alg1", "core_space"}
+SHAPES = {"q": (20, 30), "v": (13, 30), "o": (30, 20)}
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def triples(rank=4, tasks="abc"):
+    return {
+        task: {
+            path: (normal(rank, d_in, seed=7 * k + n), normal(d_out, rank, seed=90 + 7 * k + n), 0.5 + k)
+            for n, (path, (d_out, d_in)) in enumerate(SHAPES.items())
+            if (task, path) != ("b", "o")
+        }
+        for k, task in enumerate(tasks)
+    }
+
+
+def deltas(adapters):
+    return {
+        task: {path: scaling * (B.double() @ A.double()).float() for path, (A, B, scaling) in updates.items()}
+        for task, updates in adapters.items()
+    }
+
+
+def distance(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_every_method_gives_what_it_gives_with_a_model(name):
+    adapters = triples()
+    model = nn.ModuleDict({path: nn.Linear(d_in, d_out, bias=False) for path, (d_out, d_in) in SHAPES.items()})
+    loaded = {
+        task: Adapter(task, {path: Factor(*update) for path, update in updates.items()})
+        for task, updates in adapters.items()
+    }
+    result = nsc_merge.merge(model, loaded, method=name)
+    merged = dict(nsc_merge.merge_factors(adapters, name))
+    assert list(merged) == list(SHAPES)
+    for path, factor in merged.items():
+        assert factor.scaling == 1.0
+        torch.testing.assert_close(factor.delta(), result.delta(path), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(WITHOUT_DATA) - ON_FACTORS))
+def test_dense_deltas_merge_as_their_factors_do(name):
+    # Entries that only rounding tells apart may be trimmed in one and not in the other; with density 1 none are.
+    options = {"density": 1.0} if "density" in METHODS[name].option_names else {}
+    by_factors = dict(nsc_merge.merge_factors(triples(), name, **options))
+    by_deltas = dict(nsc_merge.merge_factors(deltas(triples()), name, **options))
+    for path, factor in by_deltas.items():
+        assert distance(factor.delta(), by_factors[path].delta()) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(set(WITHOUT_DATA) - ON_FACTORS))
+def test_deltas_of_full_rank_are_merged_whole(name):
+    """The definitions on matrices, against the same matrices as products with an identity."""
+    options = {"density": 1.0} if "density" in METHODS[name].option_names else {}
+    dense = {
+        task: {path: normal(*shape, seed=31 * k + n) for n, (path, shape) in enumerate(SHAPES.items())}
+        for k, task in enumerate("ab")
+    }
+    as_products = {
+        task: {path: as_product(factored(delta)) for path, delta in updates.items()} for task, updates in dense.items()
+    }
+    assert {factor.rank for factor in as_products["a"].values()} == {20, 13}
+    expected = dict(nsc_merge.merge_factors(as_products, name, **options))
+    for path, factor in nsc_merge.merge_factors(dense, name, **options):
+        assert distance(factor.delta(), expected[path].delta()) < 1e-5
+    if name == "task_arithmetic":
+        torch.testing.assert_close(expected["q"].delta(), 0.4 * (dense["a"]["q"] + dense["b"]["q"]).double())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d_out=st.integers(1, 300), d_in=st.integers(1, 300), rank=st.integers(0, 40), exponent=st.integers(-20, 15),
+    dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_delta_is_factored_to_rounding_or_kept_whole(d_out, d_in, rank, exponent, dtype, seed):
+    wide = torch.float64
+    product = normal(d_out, rank, seed=seed, dtype=wide) @ normal(rank, d_in, seed=seed + 1, dtype=wide)
+    delta = (10.0**exponent * product).to(dtype)
+    found = factored(delta)
+    if found.dense is not None:
+        assert found.dense is delta
+        assert rank > d_out * d_in // (d_out + d_in)
+    elif delta.any():
+        assert found.rank <= rank
+        assert distance(found.delta(), delta.double()) < 64 * torch.finfo(dtype).eps
+        # float32 holds no more than its own rounding of the product.
+        assert found.A.dtype == dtype
+    else:
+        assert found.rank == 0
+
+
+def test_a_wide_delta_of_low_rank_is_found_and_the_same_each_time():
+    delta = normal(700, 24, seed=1) @ normal(24, 1500, seed=2)
+    once, again = factored(delta), factored(delta.clone())
+    assert once.rank == 24
+    assert torch.equal(once.A, again.A)
+    assert torch.equal(once.B, again.B)
+    assert factored(delta.t().contiguous()).rank == 24
+
+
+def test_differences_of_checkpoints_have_the_rank_that_was_trained():
+    """Weights as large as the update, or more, leave rounding that has all ranks."""
+    update = 0.01 * normal(512, 8, seed=1) @ normal(8, 512, seed=2)
+    base = normal(512, 512, seed=3)
+    assert factored((base + update) - base).rank == 8
+    small = (base + 0.01 * update) - base
+    assert factored(small).dense is not None
+    assert factored(small, tolerance=1e-3).rank == 8
+    half = (base + update).bfloat16().float() - base.bfloat16().float()
+    assert factored(half).dense is not None
+    assert factored(update.bfloat16()).dense is not None
+    rough = factored(update.bfloat16(), tolerance=0.005)
+    assert rough.rank == 8
+    assert distance(rough.delta(), update.bfloat16().double()) < 0.005
+
+
+def test_rank_truncates_to_the_best_approximation():
+    for path, factor in nsc_merge.merge_factors(triples(), "ties", rank=5):
+        whole = dict(nsc_merge.merge_factors(triples(), "ties"))[path].delta()
+        sigma = torch.linalg.svdvals(whole)
+        assert factor.rank == 5
+        assert float((factor.delta() - whole).norm()) == pytest.approx(float(sigma[5:].norm()), rel=1e-4)
+    (_, exact), *_ = nsc_merge.merge_factors(triples(), "task_arithmetic", rank=100)
+    assert exact.rank == 12
+
+
+def test_updates_are_read_once_and_merged_ones_computed_when_asked_for():
+    asked = []
+
+    class Lazy(Mapping):
+        def __init__(self, updates):
+            self.updates = updates
+
+        def __getitem__(self, path):
+            asked.append(path)
+            return self.updates[path]
+
+        def __iter__(self):
+            return iter(self.updates)
+
+        def __len__(self):
+            return len(self.updates)
+
+    merged = nsc_merge.merge_factors({task: Lazy(held) for task, held in deltas(triples()).items()}, "svd", rank=2)
+    assert len(asked) == 8
+    path, factor = next(merged)
+    assert (path, factor.rank) == ("q", 2)
+    assert [path for path, _ in merged] == ["v", "o"]
+    assert len(asked) == 8
+
+
+def test_factors_of_a_folder_and_what_is_zero(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 9))
+    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=12, target_modules=["0", "1"], lora_bias=True))
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    adapter = nsc_merge.load_adapter(peft, "t")
+    merged = dict(nsc_merge.merge_factors({"t": adapter.factors, "u": {"0": torch.zeros(9, 12)}}, scale=0.5))
+    for path, factor in merged.items():
+        own = adapter.factors[path]
+        torch.testing.assert_close(factor.delta(), 0.5 * own.delta(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(factor.bias.double(), 0.5 * own.bias_delta(), rtol=1e-6, atol=1e-6)
+    (path, nothing), = nsc_merge.merge_factors({"u": {"0": torch.zeros(9, 12)}}, "ties")
+    assert (path, nothing.rank, nothing.delta().shape) == ("0", 0, (9, 12))
+
+
+A, B = torch.ones(2, 5), torch.ones(3, 2)
+ONE = {"a": {"q": (A, B, 1.0)}}
+BAD = {
+    "no mapping": ([("a", {})], {}, TypeError, "adapters: expected a mapping from task"),
+    "nothing": ({}, {}, TypeError, "with at least one entry"),
+    "no updates": ({"a": {}}, {}, ValueError, r"found none in any of \['a'\]"),
+    "an adapter": ({"a": Adapter("a", {})}, {}, TypeError, "of an adapter, give its .factors"),
+    "two of three": ({"a": {"q": (A, B)}}, {}, TypeError, r"\['q'\]: expected \(A .* found tuple of 2"),
+    "text": ({"a": {"q": "folder"}}, {}, TypeError, "found 'folder'"),
+    "no tensor": ({"a": {"q": (A, [1.0], 1.0)}}, {}, TypeError, "expected B to be a tensor, found list"),
+    "ranks": ({"a": {"q": (A, B.t(), 1.0)}}, {}, ValueError, r"of one rank, found A \[2, 5\] and B \[2, 3\]"),
+    "scaling": ({"a": {"q": (A, B, float("nan"))}}, {}, ValueError, "scaling: expected a finite number"),
+    "not finite": ({"a": {"q": (A * torch.inf, B, 1.0)}}, {}, ValueError, "A: expected finite numbers"),
+    "whole numbers": ({"a": {"q": A.int()}}, {}, ValueError, r"floating point, found \[2, 5\] of torch.int32"),
+    "a vector": ({"a": {"q": A[0]}}, {}, ValueError, "flatten a convolution"),
+    "shapes": (
+        {"a": {"q": (A, B, 1.0)}, "b": {"q": torch.ones(5, 3)}}, {}, ValueError,
+        r"adapters\['b'\]\['q'\]: expected an update of \[3, 5\] as 'a' has, found one of \[5, 3\]",
+    ),
+    "DoRA": ({"a": {"q": Factor(A, B, 1.0, magnitude=torch.ones(3))}}, {}, ValueError, "is DoRA"),
+    "both": ({"a": {"q": Factor(A, B, 1.0, dense=torch.ones(3, 5))}}, {}, ValueError, "found both; add them up"),
+    "data": (ONE, {"method": "nsc"}, ValueError, "'nsc' needs data and gradients: nsc_merge.merge"),
+    "per task": (ONE, {"method": "emr"}, ValueError, "'emr' gives no update for all tasks"),
+    "unknown": (ONE, {"method": "tie"}, ValueError, "did you mean ties"),
+    "option": (ONE, {"densty": 1}, ValueError, "densty: not an option of method"),
+    "rank": (ONE, {"rank": 0}, ValueError, "rank: expected a whole number of at least 1"),
+    "tolerance": (ONE, {"tolerance": -1}, ValueError, "tolerance: expected a finite number"),
+    "weights": (
+        ONE, {"method": "ties", "weights": {"b": 1.0}}, ValueError, r"weights: .*\['a'\], found \['b'\]"
+    ),
+    "scales": (ONE, {"scale": {"b": 1.0}}, ValueError, r"scale: .*\['a'\], found \['b'\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_iterated(case):
+    adapters, options, kind, words = BAD[case]
+    with pytest.raises(kind, match=words):
+        nsc_merge.merge_factors(adapters, **options)
+
+
+@pytest.mark.parametrize("method", ["linear", "robustmerge"])
+def test_unequal_ranks_are_refused_before_the_first_update(method):
+    unequal = {"a": {"q": (A, B, 1.0), "v": (A, B, 1.0)}, "b": {"q": (A, B, 1.0), "v": (A[:1], B[:, :1], 1.0)}}
+    with pytest.raises(ValueError, match=r"needs equal ranks in a module, found {'a': 2, 'b': 1} at v"):
+        next(nsc_merge.merge_factors(unequal, method))
+
+
+def test_updates_too_large_for_float32_are_refused():
+    huge = {"a": {"q": (A * 1e30, B * 1e30, 1.0)}}
+    with pytest.raises(ValueError, match="not finite"):
+        list(nsc_merge.merge_factors(huge, "ties"))
