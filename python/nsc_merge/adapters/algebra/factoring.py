@@ -11,24 +11,27 @@ from nsc_merge.adapters.adapter import Factor
 
 # How wide the first guess at a range is.
 _FIRST = 32
-# Up to this width ranks are looked for as long as factors are smaller than the matrix, above up to a quarter of it, as
-# decompositions of more take longer than they save.
-_NARROW, _SHARE = 512, 4
+# Ranks are looked for as long as factors are smaller than the matrix, but no further than the greater of these: a
+# number, and a part of the narrow side.
+_MOST, _SHARE = 256, 16
 # Rows of the residual that are formed at a time.
 _ROWS = 1024
 # In units of float32's or float64's rounding: products of factors leave less than that, and so do differences of
 # weights up to a hundred times as large.
 _ROUNDINGS = 64
+# Random products more than the rank, so that they are sure to span the range.
+_OVERSAMPLING = 8
 
 
 def factored(delta: Tensor, tolerance: float | None = None) -> Factor:
     """``delta`` as a product of factors, of the least rank found that leaves out no more than ``tolerance``; or as the
-    matrix that it is, where factors would be no smaller, or need more than a quarter of a
-    narrow side above 512.
+    matrix that it is, where factors would be no smaller, or their rank would be above 256 and above a sixteenth of the
+    narrow side.
 
-    The range is found from products with random vectors, seeded and so the same each time (Halko, Martinsson and Tropp
-    2011, arXiv 0909.4061, algorithm 4.1), twice as many until the residual, which is computed, is small enough. A
-    product rounded to half precision has no low rank at the default tolerance, and comes back whole.
+    A part of the matrix tells how large the rank is at least, so that those of full rank cost little. The range is then
+    found from products with random vectors, seeded and so the same each time (Halko, Martinsson and Tropp 2011, arXiv
+    0909.4061, algorithm 4.1), twice as many until the residual, which is computed, is small enough. A product rounded
+    to half precision has no low rank at the default tolerance, and comes back whole.
 
     Args:
         delta: ``[d_out, d_in]``, floating point and finite.
@@ -46,9 +49,9 @@ def factored(delta: Tensor, tolerance: float | None = None) -> Factor:
     if norm == 0:
         return Factor(*_no_factors(delta), 1.0)
     generator = torch.Generator().manual_seed(0)
-    narrow = min(d_out, d_in)
-    most = d_out * d_in // (d_out + d_in) if narrow <= _NARROW else narrow // _SHARE
-    columns = min(_FIRST, most)
+    most = min(d_out * d_in // (d_out + d_in), max(_MOST, min(d_out, d_in) // _SHARE))
+    needed = _least_rank(delta, 2 * most, generator, float(norm), bound)
+    columns = min(max(_FIRST, 1 << (needed + _OVERSAMPLING).bit_length()), most) if needed <= most else 0
     while columns:
         found = _in_range(delta, columns, generator, float(norm), bound)
         if found is not None:
@@ -72,6 +75,20 @@ def _no_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
     return delta.new_empty(0, delta.shape[1]), delta.new_empty(delta.shape[0], 0)
 
 
+def _least_rank(delta: Tensor, side: int, generator: torch.Generator, norm: float, bound: float) -> int:
+    """What rank it takes at least to leave out no more than ``bound * norm``, by a part of ``side`` rows and columns:
+    no rank leaves out less of the whole than of a part.
+    """
+    rows, columns = (torch.randperm(width, generator=generator)[:side].to(delta.device) for width in delta.shape)
+    sigma = torch.linalg.svdvals(delta[rows][:, columns].double())
+    return int((_behind(sigma) > (bound * norm) ** 2).sum())
+
+
+def _behind(sigma: Tensor) -> Tensor:
+    """For each singular value, the squares of it and all smaller ones added up."""
+    return sigma.square().flip(0).cumsum(0).flip(0)
+
+
 def _in_range(
     delta: Tensor, columns: int, generator: torch.Generator, norm: float, bound: float
 ) -> tuple[Tensor, Tensor] | None:
@@ -91,8 +108,6 @@ def _in_range(
         return None
     q, r = torch.linalg.qr(inside.t())
     left, sigma, right = torch.linalg.svd(r.t(), full_matrices=False)
-    # What the smallest singular values add up to, each with all behind it.
-    behind = sigma.square().flip(0).cumsum(0).flip(0)
-    rank = int((behind > room).sum())
+    rank = int((_behind(sigma) > room).sum())
     roots = sigma[:rank].sqrt()
     return roots[:, None] * (right[:rank] @ q.t()), basis @ (left[:, :rank] * roots)
