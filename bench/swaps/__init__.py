@@ -1,0 +1,1 @@
+"""Other merge codebases, and ours in their place: agreement, seconds, memory."""
