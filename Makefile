@@ -1,6 +1,7 @@
 # make demo   merge real LoRA adapters on real images, about a minute after the installation
 # make test   linters, type checks and every test
 # make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better
+# make hf-kernel   the kernels as a folder for Hugging Face kernels: dist/nsc-kernel
 # make sanitize   the CPU kernels' tests and random trials under AddressSanitizer and UndefinedBehaviorSanitizer
 # All create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Where bytecode must not be written, each process that a test starts compiles torch and transformers anew: 10 s of it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit sanitize lint bench info wheel clean
+.PHONY: demo test unit sanitize lint bench info wheel hf-kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
@@ -57,6 +58,9 @@ info: $(INSTALLED)
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+hf-kernel: $(INSTALLED)
+	$(BIN)/python -m nsc_kernels.integrations.hf_kernels dist/nsc-kernel
 
 # torch comes first: the native library is compiled against its headers. Python compiles a module when it is first
 # imported; pip would compile all of them, most of which are never used here.
