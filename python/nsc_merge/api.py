@@ -12,6 +12,7 @@ from nsc_merge.adapters import AdapterSource, load_adapter
 from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
+from nsc_merge.models.bases.adapted import without_adapters
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
 from nsc_merge.models.vocabulary import with_vocabulary
@@ -36,10 +37,12 @@ def merge(
     Args:
         model: a transformers model, the base on which the adapters were trained. It is used and left
             unchanged. Where adapters change one of its tied weights, the result's model is a copy that shares all other
-            tensors with it; see :func:`nsc_merge.models.own_base.own_base`.
+            tensors with it; see :func:`nsc_merge.models.own_base.own_base`. A ``PeftModel``, or a model with adapters
+            in it, stands for its base without them, which the result's model then is; it keeps its adapters, and
+            shares its weights. See :func:`nsc_merge.models.bases.adapted.without_adapters`.
         adapters: task -> PEFT folder, ``"owner/name"`` or ``"owner/name@revision"`` on the hub, :class:`Adapter`,
-            ``PeftModel`` or other model with an adapter in it (not the one that wraps ``model``), or mapping with
-            ``config`` and ``weights``.
+            ``PeftModel`` or other model with an adapter in it (also ``model`` itself), or mapping with ``config`` and
+            ``weights``.
         calibration: task -> iterable of batches, each a dictionary of model inputs (no labels). Every step
             takes the next batch of every task, in order, and starts again when an iterable ends. Methods that
             need no data do not look at it. :func:`nsc_merge.calibration_data` makes batches of raw data.
@@ -80,9 +83,10 @@ def merge(
     for task in adapters:
         if not isinstance(task, str):
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
+    bare = without_adapters(model)
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     with together(process_group):
-        base, loaded = own_base(*with_vocabulary(model, loaded, added_tokens))
+        base, loaded = own_base(*with_vocabulary(bare, loaded, added_tokens))
         problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
     inputs = {"shared_modules": shared_modules, "dora": dora}

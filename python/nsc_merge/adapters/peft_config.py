@@ -24,7 +24,7 @@ _REFUSED = {
     "layer_replication": "replicated layers are not in the base model",
 }
 # Initialisations that move a part of the base weights into the factors.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
 
@@ -57,7 +57,7 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
             "release does not know; expected plain LoRA"
         )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise ValueError(
             f"adapters[{name!r}]: init_lora_weights={start!r:.60} is refused: training started by changing the "
             "base weights. PEFT writes an equivalent plain adapter with "

@@ -12,34 +12,23 @@ The second form takes what ``add_weighted_adapter`` takes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.calibration.batches import Calibration
+from nsc_merge.integrations.combinations import translated
 from nsc_merge.methods import method_of
 from nsc_merge.results.result import MergeResult
 
 OUTPUTS = ("cat", "svd")
-# PEFT's name for a way of combining -> our method, the form that PEFT gives the result, and the method's options.
-_COMBINATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "cat": ("task_arithmetic", "cat", {}),
-    "svd": ("task_arithmetic", "svd", {}),
-    "linear": ("linear", "cat", {"preset": "peft"}),
-    "ties": ("ties", "cat", {"preset": "peft", "trim_scope": "factors"}),
-    "ties_svd": ("ties", "svd", {"preset": "peft"}),
-    "dare_ties_svd": ("dare_ties", "svd", {"preset": "peft"}),
-}
-_SIGNS = {"total": "sum", "frequency": "count"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +75,11 @@ def merge(
         weights: one for each adapter: the coefficients of task arithmetic, where NSC starts from, or the weights of
             methods that have them.
         adapter_name: of the new adapter.
-        combination_type: ``add_weighted_adapter``'s name for a method and an output: ``"cat"`` and ``"svd"`` (task
-            arithmetic), ``"linear"``, ``"ties"``, ``"ties_svd"`` or ``"dare_ties_svd"``, with its ``density`` and
-            ``majority_sign_method`` among the options.
-        svd_rank: ``add_weighted_adapter``'s name for ``rank``.
+        combination_type: ``add_weighted_adapter``'s name for a method and an output, each that it takes
+            (:data:`nsc_merge.integrations.combinations.COMBINATIONS`), with its ``density`` and
+            ``majority_sign_method`` among the options. ``svd_full_matrices`` changes nothing; ``svd_clamp`` and
+            ``svd_driver`` are refused.
+        svd_rank: ``add_weighted_adapter``'s name for ``rank``; as there, it plays no role where nothing is truncated.
         data: adapter name -> batches; see :func:`nsc_merge.merge`.
         method: as in :func:`nsc_merge.merge`, ``"nsc"`` by default.
         output: ``"cat"`` is exact, of rank sum of the ranks in every module; ``"svd"`` truncates every module to
@@ -105,7 +95,7 @@ def merge(
     """
     _check(model, adapters, adapter_name)
     if combination_type is not None:
-        method, output, options = _translated(combination_type, method, output, options)
+        method, output, options = translated(combination_type, method, output, options)
         svd_rank = svd_rank if output == "svd" else None
     method, output, rank = _form(method, output, svd_rank, rank)
     if weights is not None:
@@ -113,9 +103,7 @@ def merge(
     sources = {name: nsc_merge.load_adapter(model, name, dora="refuse") for name in adapters}
     if output == "svd" and rank is None:
         rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
-    base = _base(model)
-    with _bare(base):
-        result = nsc_merge.merge(base, sources, data, method=method, **options)
+    result = nsc_merge.merge(model, sources, data, method=method, **options)
     errors = _register(model, result, adapter_name, adapters[0], rank)
     return Merged(adapter_name, result.coefficients, errors, result)
 
@@ -142,7 +130,7 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
     if merged:
         raise ValueError(
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
-            "unmerge_adapter() first"
+            "unmerge_adapter() first (of a pipeline, unfuse_lora())"
         )
     for setting in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         trained = [name for name in adapters if getattr(held[name], setting, None)]
@@ -157,33 +145,6 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
             f"adapters: {dora} are DoRA (use_dora), expected plain LoRA: what is registered here holds no magnitudes; "
             "nsc_merge.merge takes them from their folders, and writes a DoRA adapter for load_adapter"
         )
-
-
-def _translated(
-    combination_type: str, method: str | None, output: str | None, options: Mapping[str, Any]
-) -> tuple[str, str, dict[str, Any]]:
-    """Method, output and options that ``add_weighted_adapter``'s arguments stand for."""
-    if method is not None or output is not None:
-        raise ValueError(
-            "combination_type: expected it, or method and output, which it stands for; found "
-            f"combination_type={combination_type!r}, method={method!r}, output={output!r}"
-        )
-    if combination_type not in _COMBINATIONS:
-        raise ValueError(
-            f"combination_type: expected one of {list(_COMBINATIONS)}, found {combination_type!r}; for other ways "
-            "choose a method, as nsc-merge methods lists them"
-        )
-    method, output, preset = _COMBINATIONS[combination_type]
-    translated = {**preset, **options}
-    if "majority_sign_method" in translated:
-        given = translated.pop("majority_sign_method")
-        if given not in _SIGNS:
-            raise ValueError(f"majority_sign_method: expected one of {list(_SIGNS)}, found {given!r}")
-        translated["sign"] = _SIGNS[given]
-    if method == "dare_ties" and "density" in translated:
-        # PEFT's density is what DARE keeps, and there is no trimming after it.
-        translated["drop"] = 1 - translated.pop("density")
-    return method, output, translated
 
 
 def _form(
@@ -232,32 +193,6 @@ def _add(model: Any, adapter_name: str, config: LoraConfig) -> None:
         layer.set_adapter(names)
     for parameter, before in trained.items():
         parameter.requires_grad_(before)
-
-
-@contextmanager
-def _bare(base: nn.Module) -> Iterator[None]:
-    """PEFT's layers, and its copies of modules that adapters train in full, replaced by what they wrap."""
-    wrapped: dict[str, Any] = {
-        path: module
-        for path, module in base.named_modules()
-        if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper)
-    }
-
-    def put(modules: Mapping[str, nn.Module]) -> None:
-        for path, module in modules.items():
-            parent, _, name = path.rpartition(".")
-            setattr(base.get_submodule(parent), name, module)
-
-    put(
-        {
-            path: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer.original_module
-            for path, layer in wrapped.items()
-        }
-    )
-    try:
-        yield
-    finally:
-        put(wrapped)
 
 
 def _register(
@@ -314,8 +249,8 @@ def _register(
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         bias = biases[path]
         with torch.no_grad():
-            down.weight.copy_(A)
-            up.weight.copy_(B)
+            down.weight.copy_(A.view_as(down.weight))
+            up.weight.copy_(B.view_as(up.weight))
             if biased:
                 up.bias.copy_(torch.zeros(len(up.bias)) if bias is None else bias)
         for parameter in (*down.parameters(), *up.parameters()):

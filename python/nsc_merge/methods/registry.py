@@ -10,7 +10,7 @@ from nsc_merge.methods.closed_form import fisher, regmean
 from nsc_merge.methods.gradient import adamerging, distillation, feature_matching, nsc
 from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
 from nsc_merge.methods.method import Method
-from nsc_merge.methods.task_vectors import dare, emr, fr_merging, task_arithmetic, ties
+from nsc_merge.methods.task_vectors import dare, emr, fr_merging, pruning, task_arithmetic, ties
 from nsc_merge.models.families import FAMILIES
 from nsc_merge.utils.option_checks import did_you_mean
 
@@ -19,6 +19,7 @@ _FILES = (
     task_arithmetic,
     ties,
     dare,
+    pruning,
     svd_and_linear,
     knots,
     core_space,

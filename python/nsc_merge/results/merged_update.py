@@ -14,6 +14,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.algebra.low_rank import Rows, dense, low_rank
 from nsc_merge.adapters.algebra.row_spaces import signal_notes
 from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.adapted import without_adapters
 from nsc_merge.models.bases.quantised import is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import Stored, check_in_memory, is_finite, sharing, stored
 from nsc_merge.models.merged.matrices import Matrix
@@ -290,11 +291,13 @@ class MergedUpdate:
 
         Calling it twice adds twice. :attr:`model` itself is then no longer the base, so that saving can no longer write
         what needs it; a copy can be changed freely. Of weights that accelerate offloads to disk, the files stay as they
-        are, and the merged ones are held in memory in their stead.
+        are, and the merged ones are held in memory in their stead. Of a model with adapters in it, a ``PeftModel`` say,
+        the base's weights change, and what is returned is the base without them, as by PEFT's ``merge_and_unload``.
 
         Raises:
             TypeError, ValueError: as :meth:`merged`, before any weight changes.
         """
+        model = without_adapters(model)
         check_in_memory(model)
         merged = self.merged(model)
         setattr(original_of(model), _APPLICATIONS, _applications(model) + 1)

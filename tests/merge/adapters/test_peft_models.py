@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
-from zoo import DECODER, build, outputs, text, write_adapter
+from zoo import DECODER, build, outputs, text
 
 import nsc_merge
 from nsc_merge.integrations.peft import merge as merge_loaded
@@ -157,18 +157,6 @@ def test_a_compiled_peft_model_is_read():
     model = wrapped()
     compiled = nsc_merge.load_adapter(torch.compile(model), "a")
     assert set(compiled.factors) == set(nsc_merge.load_adapter(model, "a").factors)
-
-
-@pytest.mark.parametrize("put", ["PeftModel", "inject_adapter_in_model", "get_base_model", "modules_to_save"])
-def test_a_base_with_adapters_is_refused(put, tmp_path):
-    folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
-    whole = ["lm_head"] if put == "modules_to_save" else None
-    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=whole))
-    model = {"PeftModel": model, "modules_to_save": model}.get(put, model.get_base_model())
-    with pytest.raises(ValueError, match=r"expected the base model without adapters, .*unload\(\).*get_base_model"):
-        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
-    clean = wrapped().unload()
-    assert nsc_merge.merge(clean, {"a": folder}, method="task_arithmetic").paths
 
 
 def test_merging_beside_an_adapter_with_a_module_of_its_own_uses_the_base_s():

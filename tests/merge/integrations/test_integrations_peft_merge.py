@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
+import typing
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora import Linear
 
+import nsc_merge
+from nsc_merge.integrations.combinations import COMBINATIONS
 from nsc_merge.integrations.peft import merge
 from peft_cases import NAMES, build, inputs, lora_layers
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "integrations" / "peft_adapters.py"
+# Of equal ranks, which merges of A and B apart need.
+ALIKE = {"r": 4, "lora_alpha": 6, "use_rslora": False, "rank_pattern": {}}
 
 
 @pytest.fixture
@@ -62,6 +76,10 @@ def test_merge_of_a_subset_ignores_the_others_and_can_be_saved(batch, tmp_path):
         model.load_adapter(tmp_path / "sum", "again")
         model.set_adapter("again")
         assert torch.equal(model(**batch).logits, expected)
+
+
+def lora_paths(model):
+    return [(path, one) for path, one in model.get_base_model().named_modules() if isinstance(one, Linear)]
 
 
 def test_merge_refuses_wrong_names():
@@ -128,19 +146,153 @@ def test_what_add_weighted_adapter_takes_gives_what_it_gives(combination_type):
         ("ties", {"density": 0.5, "majority_sign_method": "frequency"}),
         ("ties_svd", {"density": 0.3, "svd_rank": 7}),
         ("ties_svd", {"density": 0.4, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.3}),
+        ("magnitude_prune_svd", {"density": 0.3, "svd_rank": 7, "svd_full_matrices": False}),
+        # Without what is random.
+        ("dare_linear", {"density": 1.0}),
+        ("dare_linear_svd", {"density": 1.0}),
+        ("dare_ties", {"density": 1.0, "majority_sign_method": "total"}),
+        ("dare_ties", {"density": 1.0, "majority_sign_method": "frequency"}),
+        ("dare_ties_svd", {"density": 1.0, "svd_rank": 3}),
     ],
 )
-def test_pefts_other_ways_give_what_it_gives(combination_type, options):
-    model = build(r=4, lora_alpha=6, use_rslora=False, rank_pattern={})
-    arguments = (NAMES, [0.7, 0.2, 0.5])
-    model.add_weighted_adapter(*arguments, "theirs", combination_type, **options)
-    merged = merge(model, *arguments, "ours", combination_type, **options)
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.5], [0.7, -0.2, 0.0]])
+def test_pefts_other_ways_give_what_it_gives(combination_type, options, weights):
+    model = build(**ALIKE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The density 1.0 is greater than or equal to 1")
+        model.add_weighted_adapter(NAMES, weights, "theirs", combination_type, **options)
+    merged = merge(model, NAMES, weights, "ours", combination_type, **options)
     assert not merged.coefficients
-    assert merged.errors
+    assert set(merged.errors) == {path for path, layer in lora_paths(model)}
+    ranks = {layer.r["ours"] for _, layer in lora_paths(model)}
+    assert ranks == {layer.r["theirs"] for _, layer in lora_paths(model)}
     for path in merged.errors:
         torch.testing.assert_close(
             update_of(model, path, "ours"), update_of(model, path, "theirs"), rtol=1e-4, atol=1e-5
         )
+
+
+def test_every_way_of_peft_is_taken_and_no_other():
+    signature = inspect.signature(LoraModel.add_weighted_adapter)
+    theirs = signature.parameters["combination_type"].annotation
+    kinds = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"] or theirs)
+    assert set(COMBINATIONS) == set(kinds)
+    own = {"self", "adapters", "weights", "adapter_name", "combination_type", "svd_rank"}
+    translated = {"svd_clamp", "svd_full_matrices", "svd_driver", "density", "majority_sign_method"}
+    assert set(signature.parameters) == own | translated
+
+
+def one_linear():
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(32, 32)), config, NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, config)
+    return model
+
+
+def kept(model, name):
+    """The factors of a merged adapter in the first layer, and the share of their entries that are not zero."""
+    layer = next(one for _, one in lora_paths(model) if all(adapter in one.lora_A for adapter in NAMES))
+    factors = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    return factors, sum(int((factor != 0).sum()) for factor in factors) / sum(factor.numel() for factor in factors)
+
+
+@pytest.mark.parametrize(("combination_type", "whole"), [("dare_linear", "linear"), ("dare_ties", None)])
+def test_random_ways_drop_as_many_entries_as_peft_and_expect_the_same(combination_type, whole):
+    """PEFT draws from the global generator and ours from one of its own, so that only shares and means compare."""
+    model, draws, density = one_linear(), 60, 0.25
+    weights = [0.7, 0.2, 0.5]
+    found = {"ours": [], "theirs": []}
+    for seed in range(draws):
+        merge(model, NAMES, weights, "ours", combination_type, density=density, seed=seed)
+        model.add_weighted_adapter(NAMES, weights, "theirs", combination_type, density=density)
+        for who, all_of in found.items():
+            all_of.append(kept(model, who))
+            model.delete_adapter(who)
+    shares = {who: [share for _, share in all_of] for who, all_of in found.items()}
+    # An entry is zero where all three dropped it; 256 entries in 60 draws.
+    expected = 1 - (1 - density) ** 3
+    for values in shares.values():
+        assert sum(values) / draws == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 256 / draws) ** 0.5)
+    means = {
+        who: [torch.stack(one) for one in zip(*(factors for factors, _ in all_of), strict=True)]
+        for who, all_of in found.items()
+    }
+    for ours, theirs in zip(means["ours"], means["theirs"], strict=True):
+        error = ((ours.var(0) + theirs.var(0)) / draws).sqrt()
+        assert float(((ours.mean(0) - theirs.mean(0)).abs() / error).max()) < 5
+    if whole is not None:
+        model.add_weighted_adapter(NAMES, weights, "whole", whole)
+        for ours, exact in zip(means["ours"], kept(model, "whole")[0], strict=True):
+            assert float(((ours.mean(0) - exact).abs() / (ours.std(0) / draws**0.5)).max()) < 5
+
+
+@pytest.mark.parametrize("combination_type", ["dare_linear", "dare_linear_svd"])
+def test_what_dare_keeps_is_scaled_up(combination_type):
+    model = build()
+    merge(model, ["a"], [0.7], "ours", combination_type, 32, density=0.25)
+    path = "model.layers.0.self_attn.q_proj"
+    if combination_type == "dare_linear":
+        layer = model.get_base_model().get_submodule(path)
+        root = (0.7 * layer.scaling["a"]) ** 0.5
+        pairs = [(root * factors["a"].weight, factors["ours"].weight) for factors in (layer.lora_A, layer.lora_B)]
+    else:
+        pairs = [(0.7 * update_of(model, path, "a"), update_of(model, path, "ours"))]
+    for all_of_them, left in pairs:
+        stays = left.abs() > 1e-5 * all_of_them.abs().max()
+        assert 0.1 < float(stays.double().mean()) < 0.4
+        torch.testing.assert_close(left[stays], 4 * all_of_them[stays], rtol=1e-4, atol=1e-5)
+
+
+def test_where_peft_is_wrong_ours_is_right():
+    """What add_weighted_adapter adds up to with rsLoRA, with biases, and of one adapter alone."""
+    path, weights = "model.layers.0.self_attn.v_proj", [0.7, 0.2, 0.5]
+    model = build(use_rslora=True)
+    exact = sum(weight * update_of(model, path, name) for name, weight in zip(NAMES, weights, strict=True))
+    merge(model, NAMES, weights, "ours", "cat")
+    model.add_weighted_adapter(NAMES, weights, "theirs", "cat")
+    torch.testing.assert_close(update_of(model, path, "ours"), exact, rtol=1e-4, atol=1e-5)
+    # The new adapter is rsLoRA of alpha = r.
+    rank = model.peft_config["theirs"].r
+    torch.testing.assert_close(update_of(model, path, "theirs"), rank**0.5 * exact, rtol=1e-4, atol=1e-5)
+
+    model = build(lora_bias=True)
+    merge(model, NAMES, weights, "ours", "cat")
+    model.add_weighted_adapter(NAMES, weights, "theirs", "cat")
+    layer = model.get_base_model().get_submodule(path)
+    shares = [weight * layer.scaling[name] for name, weight in zip(NAMES, weights, strict=True)]
+    biases = [share * layer.lora_B[name].bias for name, share in zip(NAMES, shares, strict=True)]
+    torch.testing.assert_close(layer.lora_B["ours"].bias, sum(biases))
+    assert not layer.lora_B["theirs"].bias.any()
+
+    # One adapter is not trimmed by PEFT, nor truncated.
+    model = one_linear()
+    model.add_weighted_adapter(["a"], [1.0], "theirs", "magnitude_prune", density=0.25)
+    merge(model, ["a"], [1.0], "ours", "magnitude_prune", density=0.25)
+    assert kept(model, "theirs")[1] == 1
+    assert kept(model, "ours")[1] == 0.25
+
+
+def test_convolutions_are_registered_in_their_shapes():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(base, config, "a")
+    model.add_adapter("b", config)
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    half = {"density": 0.5}
+    for combination_type, options in (("cat", {}), ("ties", half), ("magnitude_prune_svd", half)):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.4], "theirs", combination_type, **options)
+        merge(model, ["a", "b"], [0.5, 0.4], "ours", combination_type, **options)
+        with torch.no_grad():
+            model.set_adapter("ours")
+            found = model(x)
+            model.set_adapter("theirs")
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+        for name in ("ours", "theirs"):
+            model.delete_adapter(name)
 
 
 def test_dare_keeps_the_density_that_peft_calls_so():
@@ -227,6 +379,13 @@ def test_results_without_coefficients():
     [
         ({"combination_type": "dare"}, r"combination_type: expected one of \['cat', 'svd', .*\], found 'dare'"),
         ({"combination_type": "ties", "majority_sign_method": "x"}, "majority_sign_method: expected one of"),
+        ({"combination_type": "cat", "density": 0.5}, "density: combination_type 'cat' has none; expected it with one"),
+        ({"combination_type": "dare_linear", "density": 0}, "density: expected the share of entries to keep, above 0"),
+        ({"combination_type": "svd", "majority_sign_method": "total"}, "majority_sign_method: combination_type 'svd'"),
+        ({"combination_type": "svd", "svd_clamp": 0.99}, "svd_clamp: expected None: it bounds"),
+        ({"combination_type": "svd", "svd_driver": "gesvd"}, "svd_driver: expected None"),
+        ({"combination_type": "svd", "svd_full_matrices": "x"}, "svd_full_matrices: expected True or False"),
+        ({"combination_type": "magnitude_prune"}, r"adapters: trim_scope='factors' adds factors and needs equal ranks"),
         ({"combination_type": "cat", "method": "nsc"}, "combination_type: expected it, or method and output"),
         ({"method": "task_arithmetic", "output": "full"}, r"output: expected one of \['cat', 'svd'\], found 'full'"),
         ({"method": "task_arithmetic", "output": "cat", "rank": 2}, "rank: output 'cat' has the sum of the ranks"),
@@ -243,3 +402,20 @@ def test_merge_refuses_what_it_cannot_do(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge(model, NAMES, **arguments)
     assert list(model.peft_config) == NAMES
+
+
+def test_the_example_merges_folders_in_place_and_by_another_method(tmp_path, monkeypatch, capsys):
+    model = build(**ALIKE)
+    model.save_pretrained(tmp_path / "adapters", selected_adapters=["a", "b"])
+    model.unload().save_pretrained(tmp_path / "base")
+    folders = [f"{name}={tmp_path / 'adapters' / name}" for name in ("a", "b")]
+    options = ["--type", "ties", "--density", "0.5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["peft_adapters.py", str(tmp_path / "base"), *folders, *options])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert f"{tmp_path / 'out' / 'both'}: 8 modules, relative error 0" in capsys.readouterr().out
+    merged = nsc_merge.load_adapter(tmp_path / "out" / "both", "both")
+    model = build(**ALIKE)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "theirs", "ties", density=0.5)
+    for path, factor in merged.factors.items():
+        torch.testing.assert_close(factor.delta().float(), update_of(model, path, "theirs"), rtol=1e-4, atol=1e-5)
+    assert len(nsc_merge.load_adapter(tmp_path / "out" / "knots", "knots").factors) == len(merged.factors)

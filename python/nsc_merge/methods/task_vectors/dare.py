@@ -24,12 +24,15 @@ from nsc_merge.methods.task_vectors.elementwise import (
     tasks_by_path,
     ties_merge,
     trimmed,
+    weighted,
 )
+from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.methods.task_vectors.ties import averages, check_ties, steps_of
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 RESCALES = ("inverse", "l1", "none")
 ORDERS = ("drop_first", "trim_first")
+DROP_SCOPES = ("update", "factors")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "canonical": {
@@ -69,16 +72,23 @@ class DareOptions:
         rescale: of what is left: ``"inverse"`` by 1 / (1 - drop), so that the expectation is the update itself;
             ``"l1"`` so that the sum of magnitudes is (mergekit); or ``"none"``.
         seed: each task and module draws from a generator of its own, made from this, its name and its path.
+        drop_scope: drops entries of the ``"update"``, or of A and B separately (``"factors"``, PEFT's ``dare_linear``;
+            see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`).
+        weights: task -> weight of its update, 1 each when None.
     """
 
     scale: float = 1.0
     drop: float = 0.9
     rescale: str = "inverse"
     seed: int = 0
+    drop_scope: str = "update"
+    weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale)
         check_drop(self)
+        check_choice("drop_scope", self.drop_scope, DROP_SCOPES)
+        check_weights(self.weights)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class DareTiesOptions:
         order: ``"drop_first"``, or ``"trim_first"`` as NSC's public code.
         density: as ``trim_scope``, ``keep``, ``sign``, ``zero``, ``aggregate`` and ``weights``, of TIES;
             see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
-        trim_scope: of TIES.
+        trim_scope: of TIES. ``"factors"`` also drops in A and B separately (PEFT's ``dare_ties``).
         keep: of TIES.
         sign: of TIES.
         zero: of TIES.
@@ -124,7 +134,7 @@ class DareTiesOptions:
         fill(self, self.presets)
         check_drop(self)
         check_choice("order", self.order, ORDERS)
-        check_ties(self, TRIM_SCOPES)
+        check_ties(self, (*TRIM_SCOPES, "factors"))
         check_weights(self.weights)
 
 
@@ -152,8 +162,18 @@ def sparsify(tensor: Tensor, drop: float, rescale: str, seed: int, *names: str) 
 def dare(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareOptions
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and the sum of all tasks' thinned updates."""
+    """Path and the sum of all tasks' thinned updates; with ``drop_scope="factors"`` of low rank, else dense."""
     tasks = tasks_by_path(adapters, paths)
+    weights = weights_of(options.weights, list(adapters))
+    if options.drop_scope == "factors":
+
+        def one(name: str, tensors: Mapping[str, Tensor], into: Mapping[str, float]) -> Tensor:
+            source = _dropping(lambda path, task: tensors[task], options)
+            return added([into[task] * source(name, task) for task in tensors])
+
+        yield from merged_in_factors("drop_scope='factors'", adapters, paths, weights, options.scale, one)
+        return
+    adapters = weighted(adapters, weights)
     if tiles.serves(adapters, paths):
         layers = tiles.thinned(tiles.layers_of(adapters), options, tasks)
         for path in tasks:
@@ -167,11 +187,20 @@ def dare(
 def dare_ties(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: DareTiesOptions
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and merged update."""
+    """Path and merged update; with ``trim_scope="factors"`` of low rank, else dense."""
     assert options.scale is not None
     tasks = tasks_by_path(adapters, paths)
     weights = weights_of(options.weights, list(adapters))
     steps = steps_after(options)
+    if options.trim_scope == "factors":
+
+        def one(name: str, tensors: Mapping[str, Tensor], into: Mapping[str, float]) -> Tensor:
+            row = {name: list(tensors)}
+            source = thinned(lambda path, task: tensors[task], options, row)
+            return dict(ties_merge(source, row, steps, into))[name]
+
+        yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
+        return
     if tiles.serves(adapters, paths):
         layers = tiles.layers_of(adapters)
         if options.order == "trim_first":
@@ -215,6 +244,8 @@ METHODS = (
         DareOptions,
         dare,
         gives="full rank",
+        of_entries=True,
+        low_rank_with={"drop_scope": "factors"},
     ),
     gradient_free(
         "dare_ties",
@@ -224,5 +255,7 @@ METHODS = (
         dare_ties,
         averages=averages,
         gives="full rank",
+        of_entries=True,
+        low_rank_with={"trim_scope": "factors"},
     ),
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
+from nsc_merge.methods.gradient_free import gradient_free
 from nsc_merge.methods.method import Averages
 from nsc_merge.methods.shared_options import check_weights, fill, weights_of
 from nsc_merge.methods.task_vectors import tiles
@@ -26,6 +26,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     tasks_by_path,
     ties_merge,
 )
+from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 _STEPS = ("density", "trim_scope", "keep", "sign", "zero", "aggregate", "scale")
@@ -119,7 +120,8 @@ def ties(
     assert options.scale is not None
     weights = weights_of(options.weights, list(adapters))
     if options.trim_scope == "factors":
-        yield from _in_factors(adapters, paths, options, weights)
+        one = functools.partial(_one, steps_of(options))
+        yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
         return
 
     def source(path: str, task: str) -> Tensor:
@@ -134,24 +136,8 @@ def ties(
         yield path, dense_factor(update.mul_(options.scale))
 
 
-def _in_factors(
-    adapters: Mapping[str, Adapter], paths: Sequence[str], options: TiesOptions, weights: Mapping[str, float]
-) -> Iterator[tuple[str, Factor]]:
-    assert options.scale is not None
-    steps = replace(steps_of(options), trim_scope="tensor")
-    for path in paths:
-        factors = present(adapters, path)
-        check_equal_ranks("trim_scope='factors'", path, factors)
-        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
-        into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
-        into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
-        A = _one({task: factor.A.float() for task, factor in factors.items()}, steps, into_A)
-        B = _one({task: factor.B.float() for task, factor in factors.items()}, steps, into_B)
-        yield path, Factor(A, options.scale * B, 1.0)
-
-
-def _one(tensors: Mapping[str, Tensor], steps: Ties, weights: Mapping[str, float]) -> Tensor:
-    return dict(ties_merge(lambda path, task: tensors[task], {"": list(tensors)}, steps, weights))[""]
+def _one(steps: Ties, name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return dict(ties_merge(lambda path, task: tensors[task], {name: list(tensors)}, steps, weights))[name]
 
 
 METHODS = (
@@ -163,6 +149,7 @@ METHODS = (
         ties,
         averages=averages,
         gives="full rank",
+        of_entries=True,
         low_rank_with={"trim_scope": "factors"},
     ),
 )

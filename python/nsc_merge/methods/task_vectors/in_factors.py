@@ -1,0 +1,50 @@
+"""Merges of A and of B apart, as PEFT does it where the new adapter is to have the rank of the old ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import check_equal_ranks, present
+
+# (name of the factor, task -> its values, task -> its weight) -> merged. The name is the module's path with ".lora_A"
+# or ".lora_B" behind it, so that what is drawn at random differs between the two.
+MergeOne = Callable[[str, Mapping[str, Tensor], Mapping[str, float]], Tensor]
+
+
+def merged_in_factors(
+    what: str,
+    adapters: Mapping[str, Adapter],
+    paths: Sequence[str],
+    weights: Mapping[str, float],
+    scale: float,
+    merge_one: MergeOne,
+) -> Iterator[tuple[str, Factor]]:
+    """Path and the product of merged factors, which has cross terms between tasks and depends on how their updates are
+    factored.
+
+    Both factors of a task are weighted by the root of weight times scaling; the sign of that goes to A.
+
+    Args:
+        what: asks for it, for the message.
+        adapters: of equal ranks in each module.
+        paths: of the modules.
+        weights: task -> weight.
+        scale: multiplies the merged update.
+        merge_one: merges tensors of one shape, float32.
+
+    Raises:
+        ValueError: naming the module, if ranks differ there.
+    """
+    check_equal_ranks(what, adapters, paths)
+    for path in paths:
+        factors = present(adapters, path)
+        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
+        into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+        into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
+        A = merge_one(f"{path}.lora_A", {task: factor.A.float() for task, factor in factors.items()}, into_A)
+        B = merge_one(f"{path}.lora_B", {task: factor.B.float() for task, factor in factors.items()}, into_B)
+        yield path, Factor(A, scale * B, 1.0)

@@ -1,0 +1,256 @@
+"""Pipelines of diffusers with several LoRA adapters: fused, and merged into one, against diffusers' own output."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from nsc_merge.integrations.diffusers import accelerate, merge
+
+diffusers = pytest.importorskip("diffusers")
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "integrations" / "diffusers_loras.py"
+NAMES = ["a", "b", "c"]
+BLOCKS = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+SIZE = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
+
+
+def decoder():
+    return diffusers.AutoencoderKL(
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, shift_factor=0.0,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+
+
+def add(model, names, targets):
+    for seed, name in enumerate(names):
+        config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                nn.init.normal_(parameter, std=0.2, generator=generator)
+
+
+def unet_pipeline():
+    """Stable Diffusion's, with LoRA on convolutions as well, and in its text encoder of some adapters."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, **BLOCKS, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8,
+    )
+    config = CLIPTextConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+    )
+    add(unet, NAMES, ["to_q", "to_v", "conv1"])
+    text = CLIPTextModel(config)
+    add(text, NAMES[:2], ["q_proj", "v_proj"])
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=decoder(), text_encoder=text, tokenizer=None, unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def dit_pipeline():
+    """Flux's, of a transformer alone."""
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=[4, 4, 8],
+    )
+    add(transformer, NAMES, ["to_q", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "proj_out", "linear"])
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=decoder(), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe, **arguments):
+    generator = torch.Generator().manual_seed(2)
+    if isinstance(pipe, diffusers.FluxPipeline):
+        text = {"prompt_embeds": torch.randn(1, 4, 8, generator=generator)}
+        text["pooled_prompt_embeds"] = text["prompt_embeds"][:, 0]
+    else:
+        tokens = torch.randint(2, 16, (1, 8), generator=generator)
+        with torch.no_grad():
+            embeds = pipe.text_encoder(tokens).last_hidden_state
+        text = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
+    return torch.from_numpy(pipe(**text, **SIZE, generator=generator, **arguments).images)
+
+
+def alike(found, wanted):
+    """To float32's rounding, in pixels from 0 to 1."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6)
+
+
+BLOCKWISE = {"unet": {"down": 0.5, "mid": 0.2, "up": {"block_0": [0.9, 0.1]}}, "text_encoder": 0.3}
+WEIGHTS = {
+    unet_pipeline: [None, 0.6, [0.7, 0.5, -0.4], [BLOCKWISE, 0.5, {"unet": 0.0}]],
+    dit_pipeline: [None, 0.6, [0.7, 0.5, -0.4], [{"transformer": 0.3}, 0.5, None]],
+}
+CASES = [(make, weights) for make, every in WEIGHTS.items() for weights in every]
+
+
+@pytest.mark.parametrize(("make", "weights"), CASES)
+def test_images_are_those_of_set_adapters(make, weights):
+    pipe = make()
+    pipe.set_adapters("b", 0.9)
+    alone = image(pipe)
+    pipe.set_adapters(NAMES, weights)
+    wanted = image(pipe)
+    assert (wanted - alone).abs().max() > 1e-3
+    with accelerate(pipe) as running:
+        alike(image(pipe), wanted)
+        pipe.set_adapters("b", 0.9)
+        alike(image(pipe), alone)
+        assert set(running.layers) == set(pipe.get_list_adapters())
+    assert not any("forward" in vars(module) for model in pipe.components.values() if isinstance(model, nn.Module)
+                   for module in model.modules())
+    required = {one: one.requires_grad for model in adapted(pipe) for one in model.parameters()}
+    merged = merge(pipe, NAMES, weights)
+    assert set(merged) == set(running.layers)
+    assert all(set(one.errors.values()) == {0.0} for one in merged.values())
+    # Beside the others, of which none changed.
+    assert torch.equal(image(pipe), alone)
+    assert all(one.requires_grad == before for one, before in required.items())
+    pipe.set_adapters("merged")
+    alike(image(pipe), wanted)
+    with accelerate(pipe):
+        alike(image(pipe), wanted)
+    pipe.set_adapters(NAMES, weights)
+    alike(image(pipe), wanted)
+    pipe.set_adapters("merged")
+    pipe.fuse_lora(components=list(merged), adapter_names=["merged"])
+    alike(image(pipe), wanted)
+
+
+def adapted(pipe):
+    return [getattr(pipe, component) for component in pipe.get_list_adapters()]
+
+
+@pytest.mark.parametrize("make", [unet_pipeline, dit_pipeline])
+def test_accelerated_layers_call_the_operator_once_each(make, monkeypatch):
+    """Three adapters of a linear are one call, also under a scale of the call and while fused by diffusers."""
+    from nsc_kernels.integrations import peft as fused
+
+    pipe, calls = make(), []
+    wanted_calls = fused.merged_lora
+    monkeypatch.setattr(fused, "merged_lora", lambda *arguments: calls.append(1) or wanted_calls(*arguments))
+    pipe.set_adapters(NAMES, [0.7, 0.5, -0.4])
+    scaled = {"joint_attention_kwargs" if make is dit_pipeline else "cross_attention_kwargs": {"scale": 0.5}}
+    wanted = image(pipe, **scaled)
+    model = pipe.transformer if make is dit_pipeline else pipe.unet
+    with accelerate(pipe) as running:
+        fits = next(iter(running.layers.values()))
+        layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+        assert fits == sum(isinstance(one.base_layer, nn.Linear) for one in layers)
+        alike(image(pipe, **scaled), wanted)
+        assert len(calls) == fits * SIZE["num_inference_steps"] + running.layers.get("text_encoder", 0)
+        calls.clear()
+        plain = image(pipe)
+        pipe.fuse_lora(components=list(running.layers))
+        calls.clear()
+        alike(image(pipe), plain)
+        assert not calls
+        pipe.unfuse_lora(components=list(running.layers))
+    running.remove()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ties", {"rank": 4, "density": 0.5}),
+        ("knots_ties", {}),
+        ("core_space", {"merge": "ties"}),
+        ("magnitude_prune", {"rank": 3, "density": 0.5}),
+        ("svd", {"rank": 2}),
+    ],
+)
+@pytest.mark.parametrize("make", [dit_pipeline, unet_pipeline])
+def test_other_methods_merge_what_the_weights_make_of_the_adapters(make, method, options):
+    pipe = make()
+    pipe.set_adapters(NAMES)
+    before = image(pipe)
+    merged = merge(pipe, NAMES, [0.5, 0.4, 0.3], "mine", method=method, **options)
+    assert torch.equal(image(pipe), before)
+    for component, one in merged.items():
+        weights = [0.5, 0.4, 0.3][: len(one.result.adapters)]
+        for number, (weight, adapter) in enumerate(zip(weights, one.result.adapters.values(), strict=True)):
+            assert {factor.scaling for factor in adapter.factors.values()} == {weight * 4 / (2 + number)}
+        layer = next(part for part in getattr(pipe, component).modules() if isinstance(part, LoraLayer))
+        assert layer.scaling["mine"] == 1
+        most = options.get("rank") or sum(2 + number for number in range(len(weights)))
+        assert layer.r["mine"] == min(most, *layer.base_layer.weight.flatten(1).shape)
+    pipe.set_adapters("mine")
+    assert (image(pipe) - before).abs().max() > 1e-3
+
+
+def test_bad_input_is_refused_before_anything_changes(monkeypatch):
+    pipe = unet_pipeline()
+    pipe.set_adapters("a", 0.3)
+    before, loaded = image(pipe), pipe.get_list_adapters()
+    for arguments, message in (
+        ((["a", "x"],), r"adapters: expected different names among \['a', 'b', 'c'\], found \['a', 'x'\]"),
+        (([],), "adapters: expected different names"),
+        ((NAMES, None, "b"), "adapter_name: 'b' is already loaded"),
+        ((NAMES, None, "x.y"), "adapter_name: expected a name that PEFT takes"),
+        ((["a", "b"], {"unet": 0.5}), "weights: expected a list with an entry for each adapter"),
+        ((NAMES, [0.5]), "Length of adapter names 3"),
+        ((NAMES, None, "new", "nsc"), r"method: 'nsc' needs data and gradients; nsc_merge.integrations.peft.merge"),
+        ((NAMES, None, "new", "finetuned"), "method: 'finetuned' gives every task"),
+        ((NAMES, None, "new", "ties"), "output: the update of method 'ties' is of full rank"),
+        ((NAMES, None, "new", "mean"), "method: expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(pipe, *arguments)
+        assert pipe.get_list_adapters() == loaded
+        assert torch.equal(image(pipe), before)
+    with pytest.raises(TypeError, match="pipe: expected a pipeline of diffusers that loads LoRA, found UNet2DCond"):
+        merge(pipe.unet, ["a"])
+    pipe.fuse_lora(components=["unet"])
+    with pytest.raises(ValueError, match=r"\['a'\] are merged into its weights.*unfuse_lora\(\)"):
+        merge(pipe, NAMES)
+    pipe.unfuse_lora(components=["unet"])
+    # What fails in the second model leaves nothing in the first.
+    with torch.no_grad():
+        next(value for key, value in pipe.text_encoder.named_parameters() if "lora_B.b" in key).fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite"):
+        merge(pipe, NAMES, method="knots_ties")
+    assert pipe.get_list_adapters() == loaded
+    assert not any("merged" in layer.lora_A for layer in pipe.unet.modules() if isinstance(layer, LoraLayer))
+
+
+def test_a_dictionary_for_several_adapters_is_the_first_ones_alone_in_diffusers():
+    """Why such weights are refused."""
+    pipe = unet_pipeline()
+    pipe.set_adapters(["a", "b"], {"unet": 0.5})
+    layer = next(one for one in pipe.unet.modules() if isinstance(one, LoraLayer))
+    assert [layer.scaling[name] for name in ("a", "b")] == [0.5 * 4 / 2, 4 / 3]
+
+
+def test_pipelines_without_adapters_are_refused():
+    pipe = unet_pipeline()
+    pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match="pipe: expected LoRA on linears, found no adapters"):
+        accelerate(pipe)
+    with pytest.raises(ValueError, match=r"adapters: expected different names among \[\], found \['a'\]"):
+        merge(pipe, ["a"])
+
+
+def test_the_example_runs_both_ways(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["diffusers_loras.py", "--steps", "1"])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    said = capsys.readouterr().out
+    for way in ("accelerated", "merged"):
+        assert float(said.split(f"{way}: differs by ")[1].split()[0]) < 1e-5
