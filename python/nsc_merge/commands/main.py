@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nsc_merge.commands import analyse, demo, evaluate, export, init, inspect, methods, run
+from nsc_merge.commands import analyse, demo, evaluate, export, importing, init, inspect, methods, run
 from nsc_merge.commands.terminal import EXAMPLES
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (init, run, inspect, export, evaluate, analyse, methods, demo):
+    for part in (init, importing, run, inspect, export, evaluate, analyse, methods, demo):
         part.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -9,6 +9,7 @@ import sys
 EXAMPLES = """\
 examples:
   nsc-merge init adapters/* --base base --data prompts.jsonl     write recipe.yaml, with what was found
+  nsc-merge import mergekit.yaml                  write recipe.yaml for a configuration of mergekit
   nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
   nsc-merge run recipe.yaml options.steps=200     merge; with method nsc, Ctrl-C and --resume at any time
   nsc-merge inspect adapters/* --model base --inputs depth.safetensors

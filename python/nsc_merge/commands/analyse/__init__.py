@@ -126,19 +126,19 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _tracking(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse_actions import tracking
+    from nsc_merge.commands.analyse.actions import tracking
 
     return tracking(arguments)
 
 
 def _quartiles(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse_actions import quartiles
+    from nsc_merge.commands.analyse.actions import quartiles
 
     return quartiles(arguments)
 
 
 def _bound(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse_actions import bound
+    from nsc_merge.commands.analyse.actions import bound
 
     return bound(arguments)
 

@@ -1,0 +1,245 @@
+"""``nsc-merge import``: what a configuration of mergekit becomes, and what is refused; mergekit need not be there.
+
+That the recipes compute what mergekit does is tested in tests/merge/integrations/test_mergekit.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mergekit_cases
+import pytest
+import yaml
+from mergekit_cases import config
+
+from nsc_merge.commands.main import main
+from nsc_merge.recipes.first.from_mergekit import from_mergekit
+from nsc_merge.recipes.first.mergekit_methods import FAMILIES, WITHOUT_COUNTERPART
+from nsc_merge.recipes.merge_recipe import load_recipe
+from nsc_merge.recipes.yaml_keys import RecipeError
+
+THREE = {"french": 0.7, "legal": 0.3, "medical": 0.5}
+WAY_OUT = "python -m nsc_merge.integrations.mergekit"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return mergekit_cases.write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(autouse=True)
+def at(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def imported(document: dict[str, Any], tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return from_mergekit(file)
+
+
+def scales(total: float) -> dict[str, Any]:
+    return {"scale": pytest.approx({task: weight / total for task, weight in THREE.items()})}
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "shared", "expected", "options"),
+    [
+        ("linear", {}, {}, "task_arithmetic", scales(1.5)),
+        ("task_arithmetic", {}, {}, "task_arithmetic", scales(1)),
+        ("task_arithmetic", {}, {"normalize": True, "lambda": "5e-1"}, "task_arithmetic", scales(3)),
+        ("breadcrumbs", {}, {"normalize": 1}, "task_arithmetic", scales(1.5)),
+        ("dare_linear", {"weight": 0.4, "density": 0.25}, {}, "dare",
+         {"drop": 0.75, "rescale": "l1", "weights": dict.fromkeys(THREE, 0.4)}),
+        ("dare_linear", {"density": 0.9}, {"rescale": False, "normalize": True, "lambda": 1.5}, "dare",
+         {"drop": 0.1, "rescale": "none", "weights": pytest.approx(THREE)}),
+        ("ties", {"density": 0.4}, {}, "ties",
+         {"preset": "mergekit", "aggregate": "weight", "density": 0.4, "scale": 1.0, "weights": THREE}),
+        ("ties", {"density": 2.0}, {"normalize": False, "lambda": 0.7, "rescale": True}, "ties",
+         {"preset": "mergekit", "aggregate": "sum", "density": 1.0, "scale": 0.7, "weights": THREE}),
+        ("della", {}, {}, "ties",
+         {"preset": "mergekit", "aggregate": "weight", "density": 1.0, "scale": 1.0, "weights": THREE}),
+        ("dare_ties", {"density": 0.5}, {}, "dare_ties",
+         {"preset": "mergekit", "aggregate": "sum", "drop": 0.5, "rescale": "l1", "scale": 1.0, "weights": THREE}),
+        ("nsc_core_space", {"weight": 1}, {"scale": "1e-1", "merge": "sum"}, "core_space",
+         {"scale": 0.1, "merge": "sum"}),
+        ("nsc_knots_ties", {}, {"density": 0.3}, "knots_ties",
+         {"density": 0.3, "trim_scope": "tensor", "weights": THREE}),
+        ("nsc_task_arithmetic", {}, {"scale": 2}, "task_arithmetic", scales(0.5)),
+    ],
+)  # fmt: skip
+def test_methods_and_their_parameters(method, own, shared, expected, options, tmp_path) -> None:
+    document = config(method, own=own, **shared)
+    if method == "linear":
+        del document["base_model"]
+    found = imported(document, tmp_path)
+    assert (found.method.name, found.options) == (expected, options)
+    assert [task.name for task in found.tasks] == list(THREE)
+    assert found.base == str(Path("base").resolve())
+
+
+def test_every_family_translates_where_nothing_is_dropped(tmp_path) -> None:
+    found = {method: imported(config(method), tmp_path).method.name for method in FAMILIES}
+    assert {method: name == "ties" for method, name in found.items()} == {
+        method: family.elects for method, family in FAMILIES.items()
+    }
+
+
+def test_linear_counts_the_base(tmp_path) -> None:
+    document = config("linear", ("french", "legal"))
+    document["models"].insert(1, {"model": "base", "parameters": {"weight": 1.0}})
+    assert imported(document, tmp_path).options == {"scale": pytest.approx({"french": 0.35, "legal": 0.15})}
+    del document["models"][1]
+    with pytest.raises(RecipeError, match=r"parameters\.weight: linear takes base_model for one of the models"):
+        imported(document, tmp_path)
+    document["parameters"] = {"weight": 4}
+    assert imported(document, tmp_path).options == {"scale": pytest.approx({"french": 0.14, "legal": 0.06})}
+    document["parameters"] = {"weight": 0, "normalize": False}
+    assert imported(document, tmp_path).options == {"scale": pytest.approx({"french": 0.7, "legal": 0.3})}
+
+
+def test_the_ways_to_write_a_model(tmp_path) -> None:
+    document = config("task_arithmetic", ("french",))
+    weight = {"parameters": {"weight": [{"value": 0.2}, {"filter": "q_proj", "value": 0.9}]}}
+    document["models"] = [
+        {"model": f"{Path('base').resolve()}+{Path('adapters/french').resolve()}", **weight},
+        {"model": {"model": {"path": "base"}, "lora": "adapters/legal"}, **weight},
+        {"model": "adapters/medical", "parameters": {"weight": {"value": [0.2, 0.2]}}},
+        # The base has no difference to itself.
+        {"model": "base", "parameters": {"weight": 3}},
+    ]
+    assert imported(document, tmp_path).options == {"scale": dict.fromkeys(THREE, 0.2)}
+
+
+def test_places_on_the_hub_keep_their_revisions(tmp_path) -> None:
+    document = config("task_arithmetic", ("french",))
+    document["base_model"] = "owner/base@v1"
+    document["models"][0]["model"] = "owner/base@v1+adapters/french"
+    found = imported(document, tmp_path)
+    assert (found.base, found.revision) == ("owner/base", "v1")
+    document["models"][0]["model"] = {"model": {"path": "owner/base", "revision": "v2"}, "lora": "adapters/french"}
+    with pytest.raises(RecipeError, match=r"one base, found owner/base@v1 and owner/base@v2"):
+        imported(document, tmp_path)
+
+
+def test_the_recipe_that_is_written(tmp_path, capsys) -> None:
+    document = {**config("dare_ties", own={"density": 0.5}, int8_mask=True), "out_dtype": "bfloat16", "extra": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    out = tmp_path / "to" / "recipe.yaml"
+    out.parent.mkdir()
+    command = ["import", str(tmp_path / "config.yaml"), "--out", str(out)]
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    recipe = load_recipe(out)
+    assert recipe.model == said["base"] == str(Path("base").resolve())
+    assert recipe.adapters == {task: Path("adapters", task).resolve() for task in THREE}
+    assert (recipe.method, recipe.options) == ("dare_ties", said["options"])
+    assert (recipe.dtype, recipe.formats) == ("bfloat16", ("model",))
+    text = out.read_text()
+    assert "config.yaml" in text
+    assert "rank 2" in text
+    flat = " ".join(text.replace("#", "").split())
+    assert [note for note in said["notes"] if note not in flat] == []
+    assert [note.split()[0] for note in said["notes"]] == ["mergekit", "int8_mask:", "mergekit"]
+    assert main(command) == 2
+    assert main([*command, "--force"]) == 0
+    assert f"written   {out}" in capsys.readouterr().out
+    assert main([*command[:2], "--out", "-"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"] == "dare_ties"
+
+
+def test_paths_beside_the_recipe_are_relative_and_low_rank_is_an_adapter_too(tmp_path, monkeypatch) -> None:
+    mergekit_cases.write_place(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(config("task_arithmetic")))
+    assert main(["import", "config.yaml"]) == 0
+    written = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert written["model"] == "base"
+    assert written["adapters"]["legal"] == os.path.join("adapters", "legal")
+    assert written["output"] == {"dir": "merged", "formats": ["lora", "model"]}
+    assert main(["run", "recipe.yaml", "--dry-run"]) == 0
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return {**config("ties", own={"density": 0.5}), **keys}
+
+
+def with_own(**parameters: Any) -> dict[str, Any]:
+    document = copy.deepcopy(changed())
+    document["models"][1]["parameters"] |= parameters
+    return document
+
+
+@pytest.mark.parametrize(
+    ("document", "words", "elsewhere"),
+    [
+        *((changed(merge_method=name), rf"method: {name} has no counterpart", True) for name in WITHOUT_COUNTERPART),
+        (changed(merge_method="tie"), r"found 'tie'; did you mean ties\?", True),
+        (changed(merge_method="nsc_nsc"), r"merge_method: expected nsc_ and one of", False),
+        (changed(merge_method="breadcrumbs"), r"density: breadcrumbs drops entries outliers", True),
+        (changed(merge_method="della"), r"density: della drops entries by chance", True),
+        (changed(slices=[{"sources": []}]), r"slices: picks layers", True),
+        (changed(modules={"text": {}}), r"modules: merges the parts", True),
+        (changed(chat_template="auto"), r"chat_template: changes the tokenizer", True),
+        (changed(tokenizer_source="union"), r"tokenizer: a recipe keeps the base's.*found 'union'", True),
+        (changed(tokenizer={"source": "base", "tokens": {"a": 1}}), r"tokenizer: .*found 'tokens'", True),
+        (changed(dtype="int64"), r"dtype: expected one of .* found 'int64'", False),
+        (changed(base_model=None), r"base_model: ties adds differences", False),
+        (changed(base_model="base+adapters/legal"), r"base_model: .*found one with an adapter", True),
+        (changed(models=[]), r"models: expected a list", False),
+        (changed(models=[{"model": "base"}]), r"models: .*found the base alone", False),
+        (changed(models=[{"model": "base+gone"}]), r"models\[0\]\.model: .*'gone', which is no folder here", False),
+        (changed(models=[{"model": "base+a+b"}]), r"models\[0\]\.model: .*found 'base\+a\+b'", False),
+        (changed(models=changed()["models"][:1] * 2), r"models: expected every adapter once", False),
+        (changed(models=[*changed()["models"], {"model": "adapters"}]), r"models: expected adapters on one base", True),
+        (changed(parameters={"rescale": True}), r"rescale: no method here scales up", True),
+        (changed(parameters={"normalize": "maybe"}), r"normalize: expected true or false", False),
+        (with_own(density=0.4), r"density: a method here has one density", True),
+        (with_own(density=-1), r"density: expected more than 0", False),
+        (with_own(density=[1, 0.5]), r"models\[1\]\.parameters\.density: changes from layer to layer", True),
+        (with_own(weight=[{"filter": "mlp", "value": 1}, {"value": 0}]), r"weight: is of tensors called 'mlp'", True),
+        (with_own(weight="much"), r"weight: expected a number, found 'much'", False),
+        (with_own(weight=None), r"weight: expected a number for every model, found none for legal", False),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_by_name(document, words, elsewhere, tmp_path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    out = tmp_path / "recipe.yaml"
+    assert main(["import", str(tmp_path / "config.yaml"), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(RecipeError, match=words):
+        from_mergekit(tmp_path / "config.yaml")
+    assert said.count("\n") == 1
+    assert (WAY_OUT in said) == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "shared", "words"),
+    [
+        ("nsc_fr", {}, {}, r"weight: nsc_fr has no weights"),
+        ("nsc_ties", {"density": 0.3}, {}, r"density: nsc_ties has one for all, found 0\.3 for french"),
+        ("nsc_ties", {}, {"desnity": 0.3}, r"parameters\.desnity: not an option of method 'ties'"),
+        ("nsc_ties", {}, {"density": 3}, r"parameters\.density: expected"),
+        ("linear", {}, {"normalize": False, "weight": 0}, r"normalize: false multiplies the base by .* 1\.5"),
+        ("linear", {"weight": 0}, {"weight": 0}, r"weight: expected weights with a sum other than 0"),
+    ],
+)
+def test_parameters_that_are_refused(method, own, shared, words, tmp_path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        imported(config(method, own=own, **shared), tmp_path)
+
+
+def test_files_that_are_none(tmp_path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text("- a list")
+    assert main(["import", str(tmp_path / "gone.yaml")]) == 2
+    assert main(["import", str(tmp_path / "config.yaml")]) == 2
+    assert main(["import", str(tmp_path / "config.yaml"), "--force", "--out", str(tmp_path / "config.yaml")]) == 2
+    assert main(["import", str(tmp_path / "config.yaml"), "--out", "-", "--json"]) == 2
+    assert (tmp_path / "config.yaml").read_text() == "- a list"
+    assert capsys.readouterr().err.count("\n") == 4
