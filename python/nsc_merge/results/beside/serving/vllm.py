@@ -1,0 +1,107 @@
+"""What vLLM (0.33) takes, as its ``vllm/config/lora.py`` and ``vllm/lora`` have it.
+
+Rank and scaling of every module are PEFT's, patterns included. The parts of what it packs (``qkv_proj``,
+``gate_up_proj``) may have different ranks, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nsc_merge.results.beside.serving.outline import (
+    AS_A_MODEL,
+    LANGUAGE_MODEL,
+    LEFT_OUT,
+    REFUSED,
+    UNSURE,
+    Outline,
+    Problem,
+    beyond,
+    changed_bases,
+    first_of,
+    part_of,
+)
+
+# What --max-lora-rank takes.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+HEADS = ("classifier", "score")
+# Decoders for which it has no LoRA on embeddings and head: it refuses the whole adapter.
+_WITHOUT_EMBEDDINGS = ("mistral", "qwen2")
+
+
+def flag_for(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` that holds a rank, None if there is none."""
+    return next((allowed for allowed in RANKS if allowed >= rank), None)
+
+
+def flags(outline: Outline) -> str:
+    """That serve the adapter; empty if none do."""
+    rank = flag_for(max(outline.ranks, default=1))
+    return "" if rank is None else f"--enable-lora --max-lora-rank {rank}"
+
+
+def parts_refused(*, dora: bool, whole: Iterable[str], biased: bool) -> dict[str, str]:
+    """What of an adapter PEFT loads and vLLM does not -> the way out.
+
+    Args:
+        dora: it has magnitudes.
+        whole: paths of modules trained in full that are no head of a classifier.
+        biased: there are biases beside factors.
+    """
+    named = ", ".join(whole)
+    parts = {
+        "is DoRA": (dora, f"{AS_A_MODEL}, or merge with dora='convert'"),
+        f"has modules_to_save ({named})": (bool(named), AS_A_MODEL),
+        "has biases (lora_bias)": (biased, AS_A_MODEL),
+    }
+    return {part: cure for part, (found, cure) in parts.items() if found}
+
+
+def embeddings_refused(kind: str, paths: Iterable[str]) -> list[str]:
+    """Of the paths with LoRA, embeddings and heads for which vLLM has none in models of this ``model_type``."""
+    ends = ("lm_head", "embed_tokens") if kind in _WITHOUT_EMBEDDINGS else ()
+    return [path for path in paths if part_of(path) in ends]
+
+
+def left_out(paths: Iterable[str]) -> list[str]:
+    """Of the linears with LoRA in a model with images, those that it passes over without a word."""
+    return [path for path in paths if not {LANGUAGE_MODEL, "lm_head"} & set(path.split("."))]
+
+
+def problems(outline: Outline, max_rank: int | None = None) -> list[Problem]:
+    """What vLLM makes of an adapter.
+
+    Args:
+        outline: of the adapter.
+        max_rank: the server's ``--max-lora-rank``; by default the smallest that holds the adapter.
+    """
+    config, base = outline.config, outline.base
+    saved = [name for name in config.get("modules_to_save") or () if name not in HEADS]
+    refused = parts_refused(dora=bool(config.get("use_dora")), whole=saved, biased=bool(config.get("lora_bias")))
+    found = [Problem(REFUSED, f"the adapter {part}", cure) for part, cure in refused.items()]
+    largest = max(outline.ranks, default=0)
+    held = RANKS[-1] if max_rank is None else max_rank
+    if largest > held:
+        flag = flag_for(largest)
+        other = f"--max-lora-rank {flag}" if flag else AS_A_MODEL
+        cure = f"save with a rank of at most {held}, or {other}"
+        found.append(Problem(REFUSED, f"rank {largest} is more than {held}", cure))
+    if changed := changed_bases(outline):
+        found.append(Problem(REFUSED, changed, "convert to plain LoRA with PEFT"))
+    if config.get("bias", "none") != "none":
+        found.append(Problem(REFUSED, f"bias={config['bias']!r}", AS_A_MODEL))
+    heads = [name for name in outline.whole if len(parts := name.split(".")) < 2 or parts[-2] not in HEADS]
+    if heads and not saved:
+        found.append(Problem(REFUSED, f"{first_of(heads)} is no tensor of LoRA", AS_A_MODEL))
+    paths = [*outline.modules, *outline.embeddings]
+    if without := embeddings_refused(base.kind, paths):
+        what = f"the adapter has LoRA on {without[0]}, which vLLM does not load for {base.kind} models"
+        found.append(Problem(REFUSED, what, AS_A_MODEL))
+    if outline.parameters:
+        found.append(Problem(UNSURE, "LoRA on parameters (target_parameters)", f"{AS_A_MODEL} to serve it anywhere"))
+    if base.shows and (outside := left_out(paths)):
+        cure = f"--enable-tower-connector-lora, where the model has it, or {AS_A_MODEL}"
+        found.append(Problem(LEFT_OUT, f"{first_of(outside)}, outside the language model", cure))
+    if not base.shows and (over := beyond(outline)):
+        found.append(Problem(LEFT_OUT, f"{first_of(over)}: the base has {base.layers} layers", "serve its own base"))
+    return found
