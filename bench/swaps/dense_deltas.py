@@ -6,7 +6,8 @@
 median of three; "svd" is torch.linalg.svd of the same, which would tell the rank as well. "streamed" rows: six tasks,
 each a safetensors file of 16 dense deltas [2048, 2048], merged by nsc_merge.merge_factors from a mapping that reads a
 matrix when it is asked for it, each method in a process of its own; "peak" is the highest resident set over that
-before, "all" what the deltas take together.
+before, "all" what the deltas take together. Each once as it is, and once with MALLOC_MMAP_THRESHOLD_=1048576, by which
+glibc gives freed memory back: without, holes between what is kept stay in the resident set.
 """
 
 from __future__ import annotations
@@ -116,9 +117,13 @@ def main() -> None:
                 {f"layers.{n}": product(WIDTH, 100 * task + n) for n in range(LAYERS)},
                 Path(place) / f"{task}.safetensors",
             )
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone:
-            methods = ("task_arithmetic", "knots_ties", "ties")
-            rows += list(alone.map(streamed, methods, [Path(place)] * len(methods)))
+        for threshold in (None, "1048576"):
+            if threshold is not None:
+                os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as alone:
+                methods = ("task_arithmetic", "knots_ties", "ties")
+                found = alone.map(streamed, methods, [Path(place)] * len(methods))
+                rows += [{**row, "mmap_threshold": threshold} for row in found]
     for row in rows:
         print(row)
     if options.out:
