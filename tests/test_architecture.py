@@ -23,11 +23,12 @@ MERGE["results"] = {"utils", "processes", "adapters", "models"}
 MERGE["descent"] = {"utils", "processes", "adapters", "models", "calibration"}
 MERGE["methods"] = {*MERGE["descent"], "results", "descent"}
 MERGE["api"] = {"processes", "adapters", "models", "calibration", "results", "methods"}
+MERGE["factors"] = {"utils", "adapters", "methods"}
 MERGE["recipes"] = {*MERGE["api"], "utils", "api"}
 MERGE["evaluation"] = {*MERGE["recipes"], "recipes"}
 MERGE["analysis"] = MERGE["demo"] = {*MERGE["api"], "utils", "api", "evaluation"}
 MERGE["commands"] = {*MERGE["evaluation"], "evaluation", "analysis", "demo"}
-MERGE["__init__"] = {"adapters", "models", "calibration", "results", "api", "recipes"}
+MERGE["__init__"] = {"adapters", "models", "calibration", "results", "api", "factors", "recipes"}
 MERGE["integrations"] = {"__init__", "adapters", "calibration", "results", "methods"}
 MERGE["__main__"] = {"commands"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import nsc_merge
@@ -20,6 +22,7 @@ from nsc_merge.methods import METHODS
 WITHOUT_DATA = [name for name, method in METHODS.items() if method.updates]
 # A and B are merged, not their product, so that equal ranks are needed and the factorisation matters.
 ON_FACTORS = {"linear", "lora_lego", "robustmerge", "robustmerge_alg1", "core_space"}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "integrations" / "merge_factors.py"
 SHAPES = {"q": (20, 30), "v": (13, 30), "o": (30, 20)}
 
 
@@ -192,6 +195,32 @@ def test_factors_of_a_folder_and_what_is_zero(tmp_path: Path):
         torch.testing.assert_close(factor.bias.double(), 0.5 * own.bias_delta(), rtol=1e-6, atol=1e-6)
     (path, nothing), = nsc_merge.merge_factors({"u": {"0": torch.zeros(9, 12)}}, "ties")
     assert (path, nothing.rank, nothing.delta().shape) == ("0", 0, (9, 12))
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the source tree")
+@pytest.mark.parametrize(
+    ("chosen", "keys"),
+    [(["ties", "density=0.5"], {"delta"}), (["svd"], {"A", "B"}), (["ties", "--rank", "2"], {"A", "B"})],
+)
+def test_the_example_writes_what_is_merged(chosen, keys, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    folders = []
+    for task in "ab":
+        peft = get_peft_model(nn.Sequential(nn.Linear(12, 9)), LoraConfig(r=3, target_modules=["0"]))
+        nn.init.normal_(peft.base_model.model[0].lora_B["default"].weight)
+        peft.save_pretrained(tmp_path / task)
+        folders.append(f"{task}={tmp_path / task}")
+    out = tmp_path / "merged.safetensors"
+    monkeypatch.setattr("sys.argv", ["merge_factors", *folders, "--out", str(out), "--method", *chosen])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    found = load_file(out)
+    assert {key.rsplit(".", 1)[-1] for key in found} == keys
+    assert f"{len(found)} tensors by {chosen[0]}" in capsys.readouterr().out
+    tasks = {task: nsc_merge.load_adapter(tmp_path / task, task).factors for task in "ab"}
+    options = {"density": 0.5} if "density=0.5" in chosen else {}
+    ((_, expected),) = nsc_merge.merge_factors(tasks, chosen[0], rank=2 if "--rank" in chosen else None, **options)
+    delta = found["0.delta"] if keys == {"delta"} else found["0.B"] @ found["0.A"]
+    torch.testing.assert_close(delta.double(), expected.delta(), rtol=1e-5, atol=1e-6)
 
 
 A, B = torch.ones(2, 5), torch.ones(3, 2)

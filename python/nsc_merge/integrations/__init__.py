@@ -1,1 +1,3 @@
-"""NSC merging from inside other libraries, one module each; importing one imports that library."""
+"""Merging from inside other codebases, one module or folder each; importing one imports that library where it needs
+something of it.
+"""
