@@ -1,6 +1,6 @@
 """FusionBench's layer-wise AdaMerging and merge methods, by its own code and by ours, on the same adapters.
 
-    python -m bench.swaps.fusion_bench --out bench/results/swaps            tables, and fusion_bench.jsonl
+    python -m bench.swaps.fusion_bench --out bench/results/cpu/swaps            tables, and fusion_bench.jsonl
     python -m bench.swaps.fusion_bench --layers 2 --tasks 3 --repeats 2     quicker
 
 A CLIP vision model of ViT-B/32's sizes with random weights, float32, and rank-16 adapters with random factors on q and

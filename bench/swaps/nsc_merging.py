@@ -1,6 +1,6 @@
 """NSC's public code (wonyoung01/nsc_merging) beside ours: seconds of a step, memory, and how far apart the results are.
 
-    NSC_MERGING_REPO=nsc_merging python -m bench.swaps.nsc_merging --out bench/results/swaps
+    NSC_MERGING_REPO=nsc_merging python -m bench.swaps.nsc_merging --out bench/results/cpu/swaps
     ... --width 256 --rounds 1                                                                          quicker
 
 Its ``LinearTrainable`` needs peft below 0.19. A CLIP vision model of 32 blocks with random weights (its code measures

@@ -1,6 +1,6 @@
 """The merge handlers of KnOTS and Core Space beside ours: seconds, memory, and how far apart the results are.
 
-    KNOTS_REPO=KnOTS CORE_SPACE_REPO=core-space-merging python -m bench.swaps.task_mergers --out bench/results/swaps
+    KNOTS_REPO=KnOTS CORE_SPACE_REPO=core-space-merging python -m bench.swaps.task_mergers --out bench/results/cpu/swaps
     ... --widths 768 --tasks 6                                                                          quicker
 
 Each checkout's own ``get_merge_handler`` and ours merge the same adapters of rank 16 of one square layer, float32, one
