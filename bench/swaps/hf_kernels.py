@@ -1,6 +1,6 @@
 """What loading the operator through Hugging Face ``kernels`` costs: time to import, and per call.
 
-    python -m bench.swaps.hf_kernels --out bench/results/cpu/swaps        a table, and hf_kernels.jsonl; about two minutes
+    python -m bench.swaps.hf_kernels --out bench/results/cpu/swaps       a table, and hf_kernels.jsonl; two minutes
 
 "import" is the median time in fresh processes, after torch, to have the operator: the installed package, a build as
 ``get_local_kernel`` loads it once ``kernels`` is imported, and ``kernels`` itself. A call is timed on the CPU, one
