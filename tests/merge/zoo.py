@@ -127,6 +127,16 @@ def write_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> P
     return folder
 
 
+def filled(model: nn.Module, seed: int = 1) -> nn.Module:
+    """The model with random factors in its adapters, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "lora_" in key:
+                value.copy_(0.15 * torch.randn(value.shape, generator=generator))
+    return model.double()
+
+
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits, or hidden states where there is no head; at real tokens only."""
     with torch.no_grad():

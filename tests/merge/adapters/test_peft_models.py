@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
-from zoo import DECODER, build, outputs, text
+from zoo import DECODER, build, filled, outputs, text
 
 import nsc_merge
 from nsc_merge.integrations.peft import merge as merge_loaded
@@ -25,15 +25,6 @@ TARGETS = ["q_proj", "v_proj"]
 
 def base():
     return build("llama").double()
-
-
-def filled(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if "lora_" in key:
-                value.copy_(0.15 * torch.randn(value.shape, generator=generator))
-    return model.double()
 
 
 def wrapped(**config):

@@ -10,7 +10,7 @@ import transformers as tf
 from accelerate import cpu_offload
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from zoo import build, outputs, text, write_adapter
+from zoo import build, filled, outputs, text, write_adapter
 
 import nsc_merge
 
@@ -19,15 +19,6 @@ TARGETS = ["q_proj", "v_proj"]
 
 def base():
     return build("llama").double()
-
-
-def filled(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if "lora_" in key:
-                value.copy_(0.15 * torch.randn(value.shape, generator=generator))
-    return model.double()
 
 
 def wrapped():
