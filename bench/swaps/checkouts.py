@@ -40,6 +40,13 @@ def _is_there(name: str) -> bool:
         return False
 
 
+def _inside(module: ModuleType, roots: Sequence[str]) -> bool:
+    spec = vars(module).get("__spec__")
+    # A folder without an __init__ has places, and no origin.
+    places = [spec.origin or "", *(spec.submodule_search_locations or [])] if spec is not None else []
+    return any(Path(place).is_relative_to(root) for place in places for root in roots)
+
+
 @contextmanager
 def imported_from(folders: Sequence[Path], absent: Sequence[str] = ()) -> Iterator[None]:
     """Import from ``folders`` inside of the block; what was imported is forgotten after it, as checkouts have modules
@@ -49,7 +56,7 @@ def imported_from(folders: Sequence[Path], absent: Sequence[str] = ()) -> Iterat
         folders: put in front of the path.
         absent: modules that may be lacking here, as what they do plays no role: empty ones stand in for them.
     """
-    before, places = dict(sys.modules), list(sys.path)
+    before, path = dict(sys.modules), list(sys.path)
     sys.path[:0] = [str(folder) for folder in folders]
     for name in absent:
         if not _is_there(name):
@@ -59,10 +66,10 @@ def imported_from(folders: Sequence[Path], absent: Sequence[str] = ()) -> Iterat
     try:
         yield
     finally:
-        sys.path[:] = places
         roots = [str(folder) for folder in folders]
         for name, module in list(sys.modules.items()):
-            file = str(getattr(module, "__file__", None) or "")
-            if name not in before and (isinstance(module, _Anything) or any(file.startswith(root) for root in roots)):
+            if name not in before and (isinstance(module, _Anything) or _inside(module, roots)):
                 del sys.modules[name]
+        # After that: a folder without an __init__ loses its places with the path.
+        sys.path[:] = path
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
