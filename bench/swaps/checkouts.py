@@ -66,10 +66,11 @@ def imported_from(folders: Sequence[Path], absent: Sequence[str] = ()) -> Iterat
     try:
         yield
     finally:
+        # While path and parents are there: a folder without an __init__ asks them for its places.
         roots = [str(folder) for folder in folders]
-        for name, module in list(sys.modules.items()):
-            if name not in before and (isinstance(module, _Anything) or _inside(module, roots)):
-                del sys.modules[name]
-        # After that: a folder without an __init__ loses its places with the path.
+        new = [name for name in sys.modules if name not in before]
+        gone = [name for name in new if isinstance(sys.modules[name], _Anything) or _inside(sys.modules[name], roots)]
+        for name in gone:
+            del sys.modules[name]
         sys.path[:] = path
         sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
