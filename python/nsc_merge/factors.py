@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -47,7 +48,7 @@ def merge_factors(
             (:func:`nsc_merge.adapters.algebra.factoring.factored`); or a :class:`Factor`, as
             ``load_adapter(folder).factors`` has them. Floating point, finite, of unequal ranks if need be; a task may
             lack paths. Methods that look at factors and not at their product, such as ``linear`` and ``lora_lego``,
-            see what was given, or what factoring found.
+            see what was given, or what factoring found, with a warning.
         method: as ``nsc-merge methods`` lists them, of those that need no data and give one update for all tasks.
         rank: of the merged updates at most, the best approximation of that rank; None leaves them as the method gives
             them, factors or a matrix.
@@ -71,11 +72,19 @@ def merge_factors(
         check_count("rank", rank)
     if tolerance is not None:
         check_number("tolerance", tolerance, 0, 1)
-    held = _read(adapters, tolerance)
+    held, matrix = _read(adapters, tolerance)
     weights = getattr(resolved, chosen.weighted, None)
     if isinstance(weights, Mapping) and set(weights) != set(held):
         raise ValueError(
             f"{chosen.weighted}: expected one value for each of {list(held)}, found {sorted(weights, key=str)}"
+        )
+    if matrix is not None and chosen.of_factors_with(resolved):
+        option = chosen.factors_option(resolved)
+        warnings.warn(
+            f"method: {method!r} depends on how an update is factored, which {matrix} does not say: it is merged by "
+            "the factors that were found for it; give the adapter's own"
+            + (f", or {option} other than 'factors'" if option else ""),
+            stacklevel=2,
         )
     return _merged(chosen, held, rank, resolved, full_rank=chosen.gives_with(options) == "full rank")
 
@@ -92,7 +101,8 @@ def _method(name: str) -> Method:
     raise ValueError(f"method: {name!r} {reason}; without a model, expected one of {known}")
 
 
-def _read(adapters: Any, tolerance: float | None) -> dict[str, Adapter]:
+def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], str | None]:
+    """The updates, and the name of one that was given without factors, if there is one."""
     if not isinstance(adapters, Mapping) or not adapters:
         raise TypeError(
             f"adapters: expected a mapping from task to a mapping from path to update, with at least one entry, found "
@@ -100,6 +110,7 @@ def _read(adapters: Any, tolerance: float | None) -> dict[str, Adapter]:
         )
     held: dict[str, Adapter] = {}
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    matrix = None
     for task, updates in adapters.items():
         if not isinstance(task, str) or not isinstance(updates, Mapping):
             raise TypeError(
@@ -107,19 +118,22 @@ def _read(adapters: Any, tolerance: float | None) -> dict[str, Adapter]:
                 f"{type(updates).__name__}"
                 + ("; of an adapter, give its .factors" if isinstance(updates, Adapter) else "")
             )
-        factors = {path: _factor(f"adapters[{task!r}][{path!r}]", updates[path], tolerance) for path in updates}
-        for path, factor in factors.items():
+        factors = {}
+        for path in updates:
+            name, update = f"adapters[{task!r}][{path!r}]", updates[path]
+            factors[path] = factor = _factor(name, update, tolerance)
+            if isinstance(update, Tensor) or (isinstance(update, Factor) and update.dense is not None):
+                matrix = matrix or name
             shape = factor.B.shape[0], factor.A.shape[1]
             other, expected = shapes.setdefault(path, (task, shape))
             if shape != expected:
                 raise ValueError(
-                    f"adapters[{task!r}][{path!r}]: expected an update of {list(expected)} as {other!r} has, found "
-                    f"one of {list(shape)}"
+                    f"{name}: expected an update of {list(expected)} as {other!r} has, found one of {list(shape)}"
                 )
         held[task] = Adapter(task, factors)
     if not shapes:
         raise ValueError(f"adapters: expected at least one update, found none in any of {list(held)}")
-    return held
+    return held, matrix
 
 
 def _factor(name: str, update: Any, tolerance: float | None) -> Factor:

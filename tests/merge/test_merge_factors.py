@@ -97,6 +97,39 @@ def test_deltas_of_full_rank_are_merged_whole(name):
         torch.testing.assert_close(expected["q"].delta(), 0.4 * (dense["a"]["q"] + dense["b"]["q"]).double())
 
 
+IN_FACTORS = [(name, dict([option])) for name in WITHOUT_DATA for option in METHODS[name].low_rank_with.items()]
+OTHER_OPTIONS = [*IN_FACTORS, ("core_space", {"bases": "updates"}), ("core_space", {"merge": "sum"})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in WITHOUT_DATA), *OTHER_OPTIONS])
+def test_a_method_says_whether_it_depends_on_the_factors(name, options):
+    """The same products by other factors."""
+
+    def mixed(task, A, B, scaling):
+        mixing = normal(len(A), len(A), seed=ord(task), dtype=torch.float64) + 3 * torch.eye(len(A)).double()
+        return torch.linalg.solve(mixing, A.double()), B.double() @ mixing, scaling
+
+    adapters = triples()
+    other = {task: {path: mixed(task, *one) for path, one in updates.items()} for task, updates in adapters.items()}
+    first, second = (dict(nsc_merge.merge_factors(one, name, **options)) for one in (adapters, other))
+    apart = max(distance(second[path].delta(), first[path].delta()) for path in SHAPES)
+    depends = METHODS[name].of_factors_with(METHODS[name].resolved(options, list(adapters)))
+    assert depends == ((name in ON_FACTORS and not options) or (name, options) in IN_FACTORS)
+    # Rounding may move single entries across a threshold.
+    assert (apart > 0.1) if depends else (apart < 0.02)
+
+
+def test_a_delta_that_is_merged_by_its_factors_is_named():
+    held = deltas(triples())
+    with pytest.warns(UserWarning, match=r"'lora_lego' depends on how .* which adapters\['a'\]\['q'\] does not say"):
+        merged = nsc_merge.merge_factors({"d": triples()["c"], **held}, "lora_lego")
+    assert list(dict(merged)) == list(SHAPES)
+    whole = {path: Factor(torch.empty(0, 30), torch.empty(len(one), 0), 1.0, dense=one)
+             for path, one in held["a"].items() if path != "o"}  # fmt: skip
+    with pytest.warns(UserWarning, match=r"; give the adapter's own, or trim_scope other than 'factors'"):
+        nsc_merge.merge_factors({"a": whole}, "ties", trim_scope="factors")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     d_out=st.integers(1, 300), d_in=st.integers(1, 300), rank=st.integers(0, 40), exponent=st.integers(-20, 15),

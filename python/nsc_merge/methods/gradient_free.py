@@ -26,6 +26,7 @@ def gradient_free(
     averages: Averages | Callable[[Any], Averages] = False,
     gives: Gives = "low rank",
     of_entries: bool = False,
+    of_factors: bool | Callable[[Any], bool] = False,
     low_rank_with: Mapping[str, Any] | None = None,
     tuned: str | None = "scale",
 ) -> Method:
@@ -38,7 +39,7 @@ def gradient_free(
     Args:
         updates: given task -> adapter, the paths to merge and the options, yields path and merged update. The
             adapters hold low-rank factors only; a path is touched by one task at least.
-        gives, of_entries, low_rank_with, tuned, averages: see :class:`Method`.
+        gives, of_entries, of_factors, low_rank_with, tuned, averages: see :class:`Method`.
     """
 
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -76,6 +77,7 @@ def gradient_free(
         updates=updates,
         averages=averages,
         of_entries=of_entries,
+        of_factors=of_factors,
         low_rank_with=low_rank_with or {},
     )
     return method

@@ -63,11 +63,13 @@ class Method:
             where the sum is divided by the weights; or a function of the options that says so.
         of_entries: whether ``updates`` takes updates that are matrices and no products as well, where its own are of
             full rank.
+        of_factors: whether the result depends on which factors a product is given by, and not on the product alone:
+            True, or a function of the options that says so. It does with ``low_rank_with``, too.
         about: how the update was found, in a paragraph for the model card; made of name and paper if empty.
         recipes: name -> defaults that take the place of those of ``options``, for methods with an option ``recipe``.
         resolve: makes the options of those given by name, where that takes the tasks and the model (None for any).
         weighted: the option that takes one number for each task, if the method has it.
-        low_rank_with: options by which an update of full rank becomes one of low rank.
+        low_rank_with: options by which an update of full rank becomes one of low rank, as it is merged in its factors.
         averages_outputs: the models of all tasks serve together, by the mean of their outputs.
     """
 
@@ -82,6 +84,7 @@ class Method:
     updates: Updates | None = None
     averages: Averages | Callable[[Any], Averages] = False
     of_entries: bool = False
+    of_factors: bool | Callable[[Any], bool] = False
     about: str = ""
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     resolve: Resolve | None = None
@@ -126,6 +129,16 @@ class Method:
     def averages_with(self, options: Any) -> Averages:
         """:attr:`averages`, with these options."""
         return self.averages(options) if callable(self.averages) else self.averages
+
+    def of_factors_with(self, options: Any) -> bool:
+        """:attr:`of_factors`, with these options."""
+        if any(getattr(options, name) == value for name, value in self.low_rank_with.items()):
+            return True
+        return self.of_factors(options) if callable(self.of_factors) else self.of_factors
+
+    def factors_option(self, options: Any) -> str | None:
+        """The option with another value of which the result would not depend on the factors, if there is one."""
+        return next((name for name in self.option_names if getattr(options, name) == "factors"), None)
 
     def check_names(self, given: Collection[str]) -> None:
         """Refuse options that the method does not have.

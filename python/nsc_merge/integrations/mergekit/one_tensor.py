@@ -19,8 +19,6 @@ PREFIX = "nsc_"
 # rank.
 TOLERANCE = "tolerance"
 WEIGHT = "weight"
-# Those whose result depends on which factors a product is given by, which a difference of checkpoints does not say.
-_OF_FACTORS = ("linear", "lora_lego", "robustmerge", "robustmerge_alg1")
 _RECIPE = "nsc-merge import makes a recipe for nsc-merge run, which merges all modules at once"
 
 
@@ -146,15 +144,12 @@ class OneTensor:
         return float(scale) * total / (divisor or 1)
 
     def _check_factors(self, name: str, options: Any, deltas: Mapping[str, Tensor | Factor]) -> None:
-        scopes = ("trim_scope", "drop_scope", "bases")
-        scope = next((one for one in scopes if getattr(options, one, None) == "factors"), None)
-        if scope == "bases" and getattr(options, "merge", None) == "sum":
-            scope = None
-        if scope is None and self.method.name not in _OF_FACTORS:
+        if not self.method.of_factors_with(options):
             return
         task = next((task for task, delta in deltas.items() if isinstance(delta, Tensor)), None)
         if task is not None:
-            other = {"bases": ", or bases: updates", None: ""}.get(scope, f", or another {scope}")
+            option = self.method.factors_option(options)
+            other = f", or {option} other than factors" if option else ""
             raise ValueError(
                 f"merge_method: {self.name} depends on how an update is factored, which {task} does not say at "
                 f"{name}; expected models base+adapter and python -m nsc_merge.integrations.mergekit{other}"

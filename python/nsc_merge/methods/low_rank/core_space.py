@@ -127,5 +127,6 @@ METHODS = (
         CoreSpaceOptions,
         in_float32(core_space),
         averages=_averages,
+        of_factors=lambda options: options.bases == "factors" and options.merge != "sum",
     ),
 )

@@ -113,5 +113,6 @@ METHODS = (
         LegoOptions,
         in_float32(lora_lego),
         averages=True,
+        of_factors=True,
     ),
 )

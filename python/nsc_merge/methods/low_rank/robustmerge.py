@@ -101,6 +101,7 @@ METHODS = (
         RobustMergeOptions,
         in_float32(robustmerge),
         averages=True,
+        of_factors=True,
     ),
     gradient_free(
         "robustmerge_alg1",
@@ -109,5 +110,6 @@ METHODS = (
         RobustMerge1Options,
         in_float32(robustmerge_alg1),
         averages=True,
+        of_factors=True,
     ),
 )

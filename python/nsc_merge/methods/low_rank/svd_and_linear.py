@@ -106,5 +106,6 @@ METHODS = (
         "PEFT's combination_type 'linear'; a baseline of arXiv 2603.26317",
         LinearOptions,
         in_float32(linear),
+        of_factors=True,
     ),
 )
