@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -9,8 +11,14 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import jinja2
 import pytest
 import torch
+
+# The libraries keep half a million objects, which Python would look through every few hundred new ones.
+gc.set_threshold(50_000, 20, 20)
+# PEFT writes a card with every adapter, from one template, which is compiled anew each time.
+jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)  # type: ignore[method-assign]
 
 if not torch.cuda.is_available():
     # Triton decides when it is first imported, which torch may do for any test, whether its kernels are interpreted.

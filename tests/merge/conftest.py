@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import written
 from data_cases import heads, pooled
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -47,19 +46,18 @@ def write_adapter(model: ViTModel, tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, seed: int, **config) -> Path:
         settings = {"r": 4, "lora_alpha": 6, "target_modules": PROJECTIONS, **config}
-        peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, value in peft_model.named_parameters():
-                if "lora_" in key:
-                    value.copy_(0.15 * torch.randn(value.shape, generator=generator))
-                elif value.requires_grad:
-                    value.add_(0.05 * torch.randn(value.shape, generator=generator))
-        folder = tmp_path / name
-        peft_model.save_pretrained(folder)
-        return folder
+        return written.write(model, tmp_path / name, seed, _fill, settings)
 
     return write
+
+
+def _fill(peft_model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in peft_model.named_parameters():
+        if "lora_" in key:
+            value.copy_(0.15 * torch.randn(value.shape, generator=generator))
+        elif value.requires_grad:
+            value.add_(0.05 * torch.randn(value.shape, generator=generator))
 
 
 @pytest.fixture

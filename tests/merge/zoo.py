@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+import written
 from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2
 
@@ -113,18 +112,18 @@ def build(kind: str) -> nn.Module:
 
 def write_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> Path:
     """A PEFT folder with random values in everything that peft would train."""
-    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**config))
+    return written.write(model, folder, seed, _fill, config, save_embedding_layers=False)
+
+
+def _fill(peft_model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in peft_model.named_parameters():
-            if "lora_magnitude" in name:
-                value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator))
-            elif "lora_" in name:
-                value.copy_(0.15 * torch.randn(value.shape, generator=generator))
-            elif value.requires_grad:
-                value.add_(0.05 * torch.randn(value.shape, generator=generator))
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    for name, value in peft_model.named_parameters():
+        if "lora_magnitude" in name:
+            value.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator))
+        elif "lora_" in name:
+            value.copy_(0.15 * torch.randn(value.shape, generator=generator))
+        elif value.requires_grad:
+            value.add_(0.05 * torch.randn(value.shape, generator=generator))
 
 
 def filled(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -7,6 +7,7 @@ Triton 3.6 and 3.9. Also lets a run-time scalar be a loop bound on Triton 3.6 wi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,36 @@ def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(package, name, value, builder, scope)
 
 
+class _LanguagePatchedOnce:
+    """As Triton's own ``_patch_lang``, which patches the language anew for every function that a kernel calls."""
+
+    def __init__(self) -> None:
+        self._patch, self._modules, self._patched = interpreter._patch_lang, {}, set()
+
+    def __call__(self, function: Any) -> Any:
+        if function not in self._modules:
+            self._modules[function] = frozenset(
+                id(value) for value in function.__globals__.values() if value is tl or value is tl.core
+            )
+        if self._modules[function] in self._patched:
+            return None  # of a function that is called, which undoes nothing
+        scope = self._patch(function)
+        if not self._patched:
+            undo = scope.restore
+            scope.restore = lambda: (self._patched.clear(), undo())
+        self._patched.add(self._modules[function])
+        return scope
+
+
+_scalar_dtype = functools.lru_cache(interpreter._get_np_dtype)
+
+
+def _numpy_dtype(dtype: Any) -> Any:
+    """As Triton's own, which makes its table anew at every call."""
+    scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _scalar_dtype(scalar)
+
+
 def apply() -> None:
     """Patch the interpreter once; other types keep their own code."""
     builder = interpreter.InterpreterBuilder
@@ -135,4 +166,6 @@ def apply() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor_with_index
     interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _LanguagePatchedOnce()
+    interpreter._get_np_dtype = _numpy_dtype
     builder.corrected_bfloat16 = True

@@ -177,6 +177,7 @@ def test_flags_of_vllm_are_told_for_what_vllm_serves(kind, tmp_path):
     told = kind in ("llama-cls", "llama", "llava")
     full, cut = serving_notes(result), serving_notes(result, 3)
     assert full == ["the adapter has rank 8" + "; vLLM: --enable-lora --max-lora-rank 8" * told]
-    assert cut == ["the adapter has rank 3" + "; vLLM: --enable-lora --max-lora-rank 8" * told]
+    assert cut[0] == "the adapter has rank 3" + "; vLLM: --enable-lora --max-lora-rank 8" * told
+    assert [note.partition(" needs ")[0] for note in cut[1:]] == ["LoRAX"] * (told and kind != "llava")
     card = (result.save(tmp_path / "out", "lora") / "README.md").read_text(encoding="utf-8")
     assert ("vLLM" in card) == told

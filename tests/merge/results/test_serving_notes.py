@@ -11,6 +11,7 @@ import zoo
 from safetensors.torch import load_file
 
 import nsc_merge
+from nsc_merge.integrations.serving import check, write_uniform
 from nsc_merge.results.beside.serving_notes import serving_notes
 
 # What --max-lora-rank takes.
@@ -47,7 +48,8 @@ def test_an_adapter_is_what_vllm_takes(kind, tmp_path):
     flag = int(re.search(r"--enable-lora --max-lora-rank (\d+)$", serving_notes(result)[0])[1])
     assert flag in RANKS
     assert RANKS[RANKS.index(flag) - 1] < config["r"] <= flag
-    assert len(serving_notes(result)) == 1
+    others = [note.partition(" one rank in all modules, ")[0] for note in serving_notes(result)[1:]]
+    assert others == ([] if kind == "llava" else ["SGLang and LoRAX need"])
     for path in result.paths:
         A, B = (tensors.pop(f"base_model.model.{path}.lora_{part}.weight").double() for part in "AB")
         matching = [rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path)]
@@ -95,7 +97,8 @@ def test_what_vllm_refuses_or_passes_over_is_said_with_the_way_out(case, tmp_pat
 @pytest.mark.parametrize("kind", ["llama", "llava"])
 def test_a_head_with_lora_is_loaded_where_vllm_has_lora_for_it(kind, tmp_path):
     pattern = ["q_proj", "lm_head"] if kind == "llama" else r".*language_model.*\.q_proj|lm_head"
-    assert len(serving_notes(merge(kind, tmp_path, target_modules=pattern))) == 1
+    others = [note.partition(" needs ")[0] for note in serving_notes(merge(kind, tmp_path, target_modules=pattern))[1:]]
+    assert others == (["LoRAX"] if kind == "llama" else [])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,34 @@ def test_a_head_with_lora_is_loaded_where_vllm_has_lora_for_it(kind, tmp_path):
     ],
 )
 def test_the_flag_is_the_smallest_that_holds_the_rank(ranks, rank, note, tmp_path):
-    assert serving_notes(merge("llama", tmp_path, ranks), rank) == [f"the adapter has {note}"]
+    found, *others = serving_notes(merge("llama", tmp_path, ranks), rank)
+    assert found == f"the adapter has {note}"
+    held = int(re.search(r"rank (\d+)", note)[1])
+    assert [other.partition(": write it")[0] for other in others] == (
+        [] if held in (8, 320, 512) else [f"LoRAX needs a rank of 8, 16, 32, 48, ..., found {held}"]
+    )
+
+
+def test_what_other_servers_need_is_what_their_rules_say(tmp_path):
+    """Ranks that differ, ranks that are padded, and what is left once the adapter is written as the note says."""
+    uneven = {"rank_pattern": {r"layers\.1\.self_attn\.v_proj": 6}}
+    of_text = {"rank_pattern": {r"language_model\.layers\.1\..*v_proj": 6}}
+    for name, (kind, ranks, settings, servers) in {
+        "uneven": ("llama", (3, 4), uneven, {"sglang": "refused", "lorax": "refused"}),
+        "padded": ("llama", (3, 4), {}, {"lorax": "wrong"}),
+        "one": ("llama", (4, 4), {}, {}),
+        "images": ("llava", (3, 4), of_text, {"sglang": "refused"}),
+    }.items():
+        result = merge(kind, tmp_path / name, ranks, **settings)
+        out, notes = result.save(tmp_path / name / "out", "lora"), serving_notes(result)[1:]
+        base = result.model.config.to_dict()
+        for server in ("sglang", "lorax") if kind == "llama" else ("sglang",):
+            effects = {problem.effect for problem in check(out, server, base=base).problems}
+            assert effects == ({servers[server]} if server in servers else set()), (name, server)
+            told = [note for note in notes if {"sglang": "SGLang", "lorax": "LoRAX"}[server] in note]
+            assert len(told) == (server in servers), (name, server)
+            if told:
+                assert write_uniform(out, tmp_path / name / server, server, base=base).problems == ()
 
 
 @pytest.mark.parametrize(

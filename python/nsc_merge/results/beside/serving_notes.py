@@ -9,7 +9,7 @@ from torch import nn
 from nsc_merge.adapters import Factor
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import matrix_at
-from nsc_merge.results.beside.serving import vllm
+from nsc_merge.results.beside.serving import lorax, sglang, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, LANGUAGE_MODEL
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
@@ -26,15 +26,17 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         result: the merged update.
         rank: that the adapter is truncated to.
     """
-    full, biased, dora = 0, False, False
+    ranks: dict[str, int] = {}
+    biased, dora = False, False
     for _, one in by_task(result):
         for path in one.paths:
             # Some methods compute a module's factors as they are asked for.
             factors = [factor for _, factor in one.terms(path)]
-            full = max(full, 0 if one.is_whole(path) else sum(map(_rank, factors)))
+            own = 0 if one.is_whole(path) else sum(map(_rank, factors))
+            ranks[path] = max(ranks.get(path, 0), own if rank is None else min(rank, own))
             biased = biased or any(factor.bias is not None for factor in factors)
             dora = dora or any(factor.gain is not None for factor in factors)
-    largest = full if rank is None else min(rank, full)
+    largest = max(ranks.values(), default=0)
     note, decoder = f"the adapter has rank {largest}", _is_decoder(result.model)
     whole = [path for path in result.paths if result.is_whole(path)]
     refused = [path for path in whole if not decoder or path.rsplit(".", 1)[-1] not in vllm.HEADS]
@@ -56,7 +58,8 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         note += f", more than vLLM's {vllm.RANKS[-1]}: save with a smaller rank, or as a model"
     elif not notes:
         note += f"; vLLM: --enable-lora --max-lora-rank {flag}"
-    return [note, *notes, *experts, *_left_out(result, paths)]
+    others = [] if notes or experts else _of_other_servers(result, {ranks[path] for path in paths} - {0})
+    return [note, *notes, *experts, *others, *_left_out(result, paths)]
 
 
 def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
@@ -66,6 +69,17 @@ def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
     if not heads:
         return []
     return [f"the adapter has LoRA on {heads[0]}, which vLLM does not load for {kind} models: {AS_A_MODEL}"]
+
+
+def _of_other_servers(result: MergedUpdate, ranks: set[int]) -> list[str]:
+    """What vLLM takes and others do not, of an adapter that they would take otherwise."""
+    of_text = all(name.rsplit(".", 1)[-1] != LANGUAGE_MODEL for name, _ in result.model.named_modules())
+    if len(ranks) > 1:
+        servers = "SGLang and LoRAX need" if of_text else "SGLang needs"
+        return [f"{servers} one rank in all modules, found {min(ranks)} to {max(ranks)}: {sglang.PAD}"]
+    if of_text and any(lorax.padded(rank) != rank for rank in ranks):
+        return [f"LoRAX needs a rank of 8, 16, 32, 48, ..., found {max(ranks)}: {lorax.PAD}"]
+    return []
 
 
 def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
