@@ -164,6 +164,33 @@ def test_pefts_layers_around_their_linears_run_fused(kind, tmp_path):
         torch.testing.assert_close(mine, peft, rtol=0, atol=1e-5 * float(peft.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"])
+def test_a_quantised_base_with_adapters_unwraps_itself(kind, tmp_path):
+    """A QLoRA model, merged with its own adapter: as the base that was quantised alike, without it."""
+    pytest.importorskip(KINDS[kind].library)
+    place = Placement(dtype="float32", device="cpu", quantization=kind)
+    folder = base(tmp_path / "base")
+    clean, under = (load_model(folder, local=True, placement=place) for _ in range(2))
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(under, config, "own").eval()
+    inputs = text_batches(1)["a"][0]
+    with torch.no_grad():
+        adapted, plain = model(**inputs).logits, clean(**inputs).logits
+    given = {"own": nsc_merge.load_adapter(model, "own"), "b": adapters()["b"]}
+    data = {"own": text_batches()["a"], "b": text_batches()["b"]}
+    found = trajectory(model, {**given, "own": model}, data, steps=2)
+    expected = trajectory(clean, given, data, steps=2)
+    assert (values(found) - 0.4).abs().max() > 1e-2
+    assert torch.equal(values(found), values(expected))
+    with torch.no_grad():
+        assert torch.equal(found.model(**inputs).logits, plain)
+        assert torch.equal(model(**inputs).logits, adapted)
+    saved = nsc_merge.load_adapter(found.save(tmp_path / "out", "lora"), "merged")
+    for path in found.paths:
+        torch.testing.assert_close(saved.factors[path].delta(), found.delta(path), rtol=1e-5, atol=1e-6)
+
+
 def test_a_4_bit_base_that_bitsandbytes_laid_out_for_inference_is_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     if not bitsandbytes.functional.has_avx512bf16():
