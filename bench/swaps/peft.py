@@ -7,7 +7,7 @@ Six rank-16 adapters with random factors on q (2048 x 2048) and v (512 x 2048) o
 density 0.5, weights from 0.2 to 0.7, and rank 16 after truncation. Seconds are medians of processor time of rounds in
 which both take turns in one process; "ratio" is theirs by ours. "differs" is how far apart both updates are (Frobenius,
 relative, over all modules); where entries are dropped at random, with density 1. "error" is that of either's
-truncation: PEFT decomposes exactly, ours a wide update of full rank by subspace iterations. "peak" is the highest
+truncation: PEFT decomposes whole, ours a wide update of full rank by block Krylov iteration. "peak" is the highest
 resident set of a process that does nothing else, over that before.
 """
 

@@ -16,9 +16,12 @@ Term: TypeAlias = tuple[float, Factor]
 # Of an update: its rows from one number up to another, in float64 and memory of their own.
 Rows: TypeAlias = Callable[[int, int], Tensor]
 
-# Up to this width an exact SVD of a dense update takes about a second; a wide one would take minutes.
-_EXACT_WIDTH = 1024
-_OVERSAMPLING, _ITERATIONS = 16, 4
+# Up to this width an SVD of a dense update takes about a second; a wide one would take minutes.
+_SVD_WIDTH = 1024
+_OVERSAMPLING = 16
+# Share of the squares of the leading singular values, all of them together, that one more step may add once they count
+# as found; and of a step's own, below which it has found no further direction.
+_SETTLED = 1e-12
 
 
 def concatenated(terms: Iterable[Term]) -> tuple[Tensor, Tensor]:
@@ -72,8 +75,7 @@ def dense(terms: Iterable[Term], base: Rows | None = None) -> Tensor:
 def low_rank(terms: Iterable[Term], rank: int) -> tuple[Tensor, Tensor, float]:
     """``A [r, d_in]``, ``B [d_out, r]`` with r <= ``rank`` next to the sum, and their relative Frobenius error.
 
-    The best of that rank; of a wide update that has no factors, as good as a few subspace iterations find it. Gains
-    (:func:`total_gain`) are no part of it.
+    The best of that rank. Gains (:func:`total_gain`) are no part of it.
     """
     held = list(terms)
     if any(factor.dense is not None for _, factor in held):
@@ -91,17 +93,46 @@ def low_rank(terms: Iterable[Term], rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _low_rank_of_dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    narrow = min(delta.shape)
-    if narrow <= max(_EXACT_WIDTH, 4 * rank):
+    if min(delta.shape) <= max(_SVD_WIDTH, 4 * rank):
         left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
+    elif delta.shape[0] <= delta.shape[1]:
+        left, sigma, right = _leading(delta, rank)
     else:
-        # Seeded here, so that the same merge gives the same file.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            left, sigma, columns = torch.svd_lowrank(delta, q=min(narrow, rank + _OVERSAMPLING), niter=_ITERATIONS)
-        right = columns.t()
+        left, sigma, right = (part.t() for part in reversed(_leading(delta.t(), rank)))
     kept = int((sigma[:rank] > 0).sum())
     roots = sigma[:kept].sqrt()
     A, B = roots[:, None] * right[:kept], left[:, :kept] * roots
     norm = delta.norm()
     return A, B, float((delta - B @ A).norm() / norm) if norm > 0 else 0.0
+
+
+def _leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular vectors and values of a matrix that is not tall, as an SVD gives them.
+
+    Block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477), orthogonalised in full, until a step adds nothing.
+    Subspace iteration, which keeps its last block alone, would stop short where singular values lie close together, as
+    those of trimmed updates do.
+    """
+    # Seeded here, so that the same merge gives the same file.
+    generator = torch.Generator(delta.device).manual_seed(0)
+    start = torch.empty(len(delta), rank + _OVERSAMPLING, dtype=delta.dtype, device=delta.device)
+    block = torch.linalg.qr(start.normal_(generator=generator)).Q
+    size = delta.abs().max().clamp(min=torch.finfo(delta.dtype).tiny)  # whose squares a number would not hold
+    basis, rows, before = block, block.t() @ delta / size, 0.0
+    while True:
+        found = float(torch.linalg.eigvalsh(rows @ rows.t())[-rank:].sum())
+        if found - before <= _SETTLED * found:
+            break
+        before = found
+        block = delta @ rows[-block.shape[1] :].t() / size
+        least = _SETTLED * block.norm()
+        for _ in range(2):  # once leaves what rounding left
+            block = block - basis @ (basis.t() @ block)
+        block, triangle = torch.linalg.qr(block)
+        block = block[:, triangle.diagonal().abs() > least][:, : len(delta) - basis.shape[1]]
+        if not block.shape[1]:
+            break
+        basis, rows = torch.cat([basis, block], 1), torch.cat([rows, block.t() @ delta / size])
+    across, triangle = torch.linalg.qr(rows.t())
+    left, sigma, right = torch.linalg.svd(triangle.t(), full_matrices=False)
+    return basis @ left[:, :rank], size * sigma[:rank], right[:rank] @ across.t()
