@@ -73,7 +73,7 @@ def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
 
 def _of_other_servers(result: MergedUpdate, ranks: set[int]) -> list[str]:
     """What vLLM takes and others do not, of an adapter that they would take otherwise."""
-    of_text = all(name.rsplit(".", 1)[-1] != LANGUAGE_MODEL for name, _ in result.model.named_modules())
+    of_text = _is_of_text(result.model)
     if len(ranks) > 1:
         servers = "SGLang and LoRAX need" if of_text else "SGLang needs"
         return [f"{servers} one rank in all modules, found {min(ranks)} to {max(ranks)}: {sglang.PAD}"]
@@ -84,7 +84,7 @@ def _of_other_servers(result: MergedUpdate, ranks: set[int]) -> list[str]:
 
 def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
     """Of the linears with low-rank updates, those that vLLM passes over."""
-    if all(path.rsplit(".", 1)[-1] != LANGUAGE_MODEL for path, _ in result.model.named_modules()):
+    if _is_of_text(result.model):
         return []
     outside = vllm.left_out(paths)
     if not outside:
@@ -93,6 +93,11 @@ def _left_out(result: MergedUpdate, paths: list[str]) -> list[str]:
         f"vLLM leaves out, without a word, the {len(outside)} modules outside the language model, such as "
         f"{outside[0]}: save as a model to serve them, too"
     ]
+
+
+def _is_of_text(model: nn.Module) -> bool:
+    """Whether no part of the model is a language model, beside others for images."""
+    return all(path.rsplit(".", 1)[-1] != LANGUAGE_MODEL for path, _ in model.named_modules())
 
 
 def _is_decoder(model: nn.Module) -> bool:
