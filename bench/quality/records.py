@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SUITES = ("vit", "siglip", "llama", "llava")
+SUITES = ("vit", "siglip", "llama", "llava", "smollm2")
 WORK = Path(__file__).parent / "work"
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 

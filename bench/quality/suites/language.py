@@ -84,20 +84,21 @@ def fit_head(features: Tensor, labels: Tensor, head: nn.Linear, loss: Loss, *, s
 
 def permute(examples: Examples) -> Examples:
     """The same inputs with the labels in another order, from torch's global generator."""
-    return Examples(examples.inputs, examples.labels[torch.randperm(len(examples))])
+    return type(examples)(examples.inputs, examples.labels[torch.randperm(len(examples))])
 
 
-def with_lora(model: nn.Module, target_modules: list[str] | str, **others: Any) -> PeftModel:
-    """``model`` with an untrained LoRA, of the rank of every suite.
+def with_lora(model: nn.Module, target_modules: list[str] | str, *, rank: int = RANK, **others: Any) -> PeftModel:
+    """``model`` with an untrained LoRA.
 
     Args:
         model: to be adapted; it becomes part of what is returned.
         target_modules: the linears, as PEFT understands it.
+        rank: of the updates, and their ``lora_alpha``.
         others: of PEFT's configuration.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=target_modules, bias="none", **others)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=target_modules, bias="none", **others)
     return get_peft_model(model, config)
 
 
@@ -114,6 +115,7 @@ def train_adapter(
     settings: Settings,
     progress: bool | None,
     head: nn.Module | None = None,
+    drawn: Callable[[], Tensor] | None = None,
 ) -> str:
     """Train a PEFT model and save its adapter.
 
@@ -129,6 +131,7 @@ def train_adapter(
         settings: steps, batch, learning rate and how many adapters are kept.
         progress: as in :class:`nsc_merge.utils.progress.Progress`.
         head: trained together with the adapter, if the task has one.
+        drawn: gives the rows of a step, from torch's global generator; any, as often as others, when None.
 
     Returns:
         What came of it, in words.
@@ -137,7 +140,8 @@ def train_adapter(
     save = partial(save_adapter, model)
 
     def step() -> Tensor:
-        inputs, label = examples.rows(torch.randint(len(examples), (settings.batch,)))
+        rows = torch.randint(len(examples), (settings.batch,)) if drawn is None else drawn()
+        inputs, label = examples.rows(rows)
         return loss(output(inputs), label)
 
     def measured() -> tuple[float, float]:

@@ -7,15 +7,18 @@ import torch
 from own_cases import merge, merged, problem_of
 
 from nsc_merge.methods import Problem
-from nsc_merge.methods.gradient.distillation import Variance
+from nsc_merge.methods.gradient.distillation import DistillOptions, Predictions, Variance
 
 
-@pytest.mark.parametrize("normalise", ["none", "task", "variance"])
+@pytest.mark.parametrize(
+    ("normalise", "bounded"), [("none", False), ("task", False), ("variance", False), ("variance", True)]
+)
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 @pytest.mark.parametrize("positions", [None, "last", "all"])
-def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalise, likelihood, positions):
+def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalise, bounded, likelihood, positions):
     problem = problem_of("llama", tmp_path)
-    result = merge(problem, "distill", steps=1, normalise=normalise, likelihood=likelihood, positions=positions)
+    options = {"normalise": normalise, "likelihood": likelihood, "positions": positions}
+    result = merge(problem, "distill", steps=1, distance="bounded" if bounded else "divergence", **options)
 
     def outputs(model, batch):
         with torch.no_grad():
@@ -24,9 +27,15 @@ def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalis
         return logits[mask] if positions == "all" else logits[torch.arange(3), mask.sum(1) - 1]
 
     def distance(found, own):
+        p, q = own.softmax(-1), found.softmax(-1)
+        if bounded and likelihood == "gaussian":
+            square = (found - own).square().mean(-1) / own.var(0, correction=0).mean()
+            return (1 - 1 / (1 + square)).mean()
+        if bounded:
+            # What both have in common is 1 less their total variation.
+            return 1 - torch.minimum(p, q).sum(-1).mean()
         if likelihood == "gaussian":
             return (found - own).square().mean()
-        p, q = own.softmax(-1), found.softmax(-1)
         return (p * (p.log() - q.log())).sum(-1).mean()
 
     both = merged(problem, {"a": 0.4, "b": 0.4})
@@ -36,7 +45,7 @@ def test_distillation_is_the_explicit_distance_of_predictions(tmp_path, normalis
         expected = distance(outputs(both, batch), own)
         if normalise == "task":
             expected = expected / distance(outputs(problem.model, batch), own)
-        if normalise == "variance" and likelihood == "gaussian":
+        if normalise == "variance" and likelihood == "gaussian" and not bounded:
             expected = expected / own.var(0, correction=0).mean()
         assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=2e-4)
 
@@ -45,8 +54,10 @@ def scaled(factor):
     return lambda model, batch: factor * model(**batch).logits
 
 
-@pytest.mark.parametrize("normalise", ["variance", "none"])
-def test_the_unit_of_values_matters_only_without_their_variance(tmp_path, normalise):
+@pytest.mark.parametrize(
+    ("normalise", "distance"), [("variance", "divergence"), ("variance", "bounded"), ("none", "divergence")]
+)
+def test_the_unit_of_values_matters_only_without_their_variance(tmp_path, normalise, distance):
     problem = problem_of("vit", tmp_path, count=2)
     metres, millimetres = (
         merge(
@@ -54,6 +65,7 @@ def test_the_unit_of_values_matters_only_without_their_variance(tmp_path, normal
             "distill",
             steps=4,
             normalise=normalise,
+            distance=distance,
             likelihood={"a": "gaussian", "b": "categorical"},
             outputs={"a": scaled(factor)},
         )
@@ -113,6 +125,22 @@ def test_distillation_of_one_adapter_goes_to_one(tmp_path):
     assert result.history[-1]["objective"] < 1e-3 * result.history[0]["objective"]
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 5, 2)])
+def test_what_cannot_be_kept_counts_once(tmp_path, shape):
+    """Values with and without components: one position of all is lost, whatever the distance."""
+    problem = problem_of("vit", tmp_path)
+    predictions = Predictions(problem, DistillOptions(distance="bounded", likelihood="gaussian"))
+    own = torch.zeros(shape)
+    found = own.clone()
+    found[(0,) * own.dim()] = 1e9
+    positions = own.numel() if own.dim() == 1 else own[..., 0].numel()
+    assert predictions.distance(0, found, own, 2.0) == pytest.approx(1 / positions)
+    classes = Predictions(problem, DistillOptions(distance="bounded"))
+    certain = torch.tensor([[1e4, 0.0], [0.0, 1e4], [0.0, 1e4]])
+    assert classes.distance(0, certain.flip(-1), certain) == 1
+    assert classes.distance(0, torch.cat([certain[:1].flip(-1), certain[1:]]), certain) == pytest.approx(1 / 3)
+
+
 def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path):
     problem = problem_of("vit", tmp_path)
     shared = problem.calibration["a"]
@@ -142,6 +170,8 @@ def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path)
         ({"seed": 1.5}, "seed: expected a whole number"),
         ({"progress": "x"}, "progress: expected one of"),
         ({"positions": "first"}, "positions: expected one of"),
+        ({"distance": "unbounded"}, "distance: expected one of"),
+        ({"distance": "bounded", "normalise": "task"}, "normalise: expected 'variance' with distance='bounded'"),
         ({"normalise": "scale"}, "normalise: expected one of"),
         ({"outputs": {"c": len}}, "outputs: expected functions for some of"),
     ],

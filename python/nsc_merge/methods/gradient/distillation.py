@@ -4,6 +4,10 @@ Free of labels, but not of the tasks' outputs: task k's batches run through the 
 with adapter k alone, both with the task's head; minimised is ``sum_k D(f_k(x) || f_merged(x))``. Not from the NSC
 paper; knowledge distillation (arXiv 1503.02531) into a model that has nothing but merge coefficients to learn.
 docs/results.md has its figures next to those of the others.
+
+``D`` is a divergence, or bounded: then predictions that no merge can keep cost a fixed price, as in robust regression
+(Geman and McClure, Statistical methods for tomographic image reconstruction, 1987), and do not outweigh those that one
+can.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice
 
 NORMALISATIONS = ("none", "task", "variance")
+DISTANCES = ("divergence", "bounded")
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,11 @@ class DistillOptions(SharedDescentOptions):
         progress: see there.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
             without one have the model's own logits.
-        likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes, whose
-            distance is the Kullback-Leibler divergence in nats) or ``"gaussian"`` (values, whose distance is the mean
-            squared difference).
+        likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
+            ``"gaussian"`` (values).
+        distance: ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared difference for
+            values; or ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for
+            classes, and ``d / (1 + d)`` of the squared difference ``d``, over the variance, for values.
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
@@ -79,6 +86,7 @@ class DistillOptions(SharedDescentOptions):
     lr: float = 1e-2
     outputs: Outputs | None = None
     likelihood: str | Mapping[str, str] = "categorical"
+    distance: str = "divergence"
     positions: str | None = None
     normalise: str = "variance"
     family: Family | Mapping[str, Any] | None = None
@@ -89,7 +97,13 @@ class DistillOptions(SharedDescentOptions):
         check_likelihood(self.likelihood)
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
+        check_choice("distance", self.distance, DISTANCES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
+        if self.distance == "bounded" and self.normalise != "variance":
+            raise ValueError(
+                "normalise: expected 'variance' with distance='bounded', which needs the spread of a task's values; "
+                f"found {self.normalise!r}"
+            )
         check_family(self.family)
 
 
@@ -123,6 +137,7 @@ class Predictions:
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None
+        self._bounded = options.distance == "bounded"
         answers = self._mask and family and family.causal
         usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
@@ -140,10 +155,17 @@ class Predictions:
             return last_token(output, real), one.share
         return output if real is None else output[real], share_of(one, real, self._mask)
 
-    def distance(self, number: int, output: Tensor, own: Tensor) -> Tensor:
-        """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position."""
+    def distance(self, number: int, output: Tensor, own: Tensor, variance: Tensor | float = 1.0) -> Tensor:
+        """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position. Squared differences
+        of values are divided by ``variance``.
+        """
         if self.predicts_values(number):
-            each = (output - own).square()
+            each = (output - own).square() / variance
+            if self._bounded:
+                each = each if each.dim() < 2 else each.mean(-1)
+                each = each / (1 + each)
+        elif self._bounded:
+            each = (output.softmax(-1) - own.softmax(-1)).abs().sum(-1) / 2
         else:
             each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True).sum(-1)
         return each.mean() if each.numel() else each.sum()
@@ -254,8 +276,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             with shared_forward(problem.model):
                 for number in numbers:
                     output, share = predictions.of(number, one)
-                    value = predictions.distance(number, output, targets[number].output) / targets[number].base
-                    found.append(share * value / (divisors[number] if number in variances else 1.0))
+                    wanted = targets[number]
+                    value = predictions.distance(number, output, wanted.output, divisors.get(number, 1.0))
+                    found.append(share * value / wanted.base)
             total = torch.stack(found)
             if torch.is_grad_enabled():
                 (total.sum() / count).backward()
