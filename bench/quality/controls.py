@@ -1,75 +1,31 @@
 """Rows that no merge method is: what shows whether a method's gains come from where it says they do.
 
 Those in :data:`CONTROLS` take a suite, its adapters as fitted to the model, and calibration batches. All return a
-:class:`nsc_merge.MergeResult` as a method would.
+:class:`nsc_merge.MergeResult` as a method would. :mod:`.descents` has the rest of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import nsc_merge
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.batches import Batch, Calibration, streams
+from nsc_merge.calibration.batches import Calibration
 from nsc_merge.descent.coefficients import Coefficients, by_path
-from nsc_merge.descent.null_space_objective import Objective
-from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.evaluation.normalise import Scores
-from nsc_merge.methods.gradient.nsc import objective_of
-from nsc_merge.methods.gradient.nsc_options import resolve_options
-from nsc_merge.models.attachment import adapted_linears, attach, presence
-from nsc_merge.models.families import family_of, scored_paths
+from nsc_merge.models.attachment import attach
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.progress import Progress
 
+from .descents import descended_nsc
 from .suite import Suite, evaluate
-
-
-class _Negated:
-    """An objective that whoever minimises it maximises."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._objective, self.coefficients = objective, objective.coefficients
-
-    @property
-    def batch_tasks(self) -> bool | None:
-        return self._objective.batch_tasks
-
-    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
-        omega = self._objective.accumulate(drawn)
-        assert self.coefficients.flat.grad is not None
-        self.coefficients.flat.grad.neg_()
-        return omega
-
-
-def anti_nsc(suite: Suite, adapters: dict[str, Adapter], calibration: Calibration, **options: Any) -> MergeResult:
-    """NSC with the sign of its objective reversed; the history still shows the objective itself."""
-    model, tasks = suite.model, list(adapters)
-    family = family_of(model)
-    chosen = resolve_options(family, tasks, options)
-    paths = list(adapted_linears(model, adapters))
-    scored = scored_paths(family, model, paths, chosen.score_modules, chosen.score_blocks)
-    present = presence(paths, adapters)
-    drawn = list(streams(calibration, tasks).values())
-    settings = Settings(**{name: getattr(chosen, name) for name in Settings.__dataclass_fields__})
-    with objective_of(model, adapters, family, scored, chosen) as objective:
-        loop = Optimisation(_Negated(objective), tasks, present, drawn, settings, {})
-        loop.run(lambda: None)
-        lam = objective.coefficients.flat.detach().clone()
-    found = _result(
-        "anti_nsc", suite, adapters, by_path(lam, paths, tasks), {**options, "init": chosen.init}, loop.history
-    )
-    dead = {
-        path: [task for task, is_dead in zip(tasks, row, strict=True) if is_dead]
-        for path, row in zip(paths, loop.dead.tolist(), strict=True)
-    }
-    return replace(found, dead={path: named for path, named in dead.items() if named})
 
 
 def shuffled(found: MergeResult, shuffle: int, seed: int) -> MergeResult:
@@ -127,10 +83,14 @@ def oracle(
         lam = coefficients.flat.detach().clone()
         paths = list(attached)
     options = {"lr": lr, "steps": steps, "init": init, "batch": batch, "weight_decay": weight_decay}
-    return _result("oracle", suite, adapters, by_path(lam, paths, tasks), options, history)
+    return MergeResult("oracle", by_path(lam, paths, tasks), history, adapters, options, {}, model)
 
 
-CONTROLS = {"anti_nsc": anti_nsc, "oracle": oracle}
+CONTROLS = {
+    "anti_nsc": partial(descended_nsc, climb=True),
+    "nsc_descended": descended_nsc,
+    "oracle": oracle,
+}
 
 
 def finetuned_scores(suite: Suite, adapters: dict[str, Adapter], split: str) -> Scores:
@@ -151,15 +111,3 @@ def _subsample(
         some, rows = known[id(inputs)]
         smaller[task] = some, label[rows]
     return smaller
-
-
-def _result(
-    method: str,
-    suite: Suite,
-    adapters: dict[str, Adapter],
-    coefficients: dict[str, dict[str, float]],
-    options: dict[str, Any],
-    history: list[dict[str, Any]],
-) -> MergeResult:
-    model: nn.Module = suite.model
-    return MergeResult(method, coefficients, history, adapters, options, {}, model)

@@ -12,25 +12,21 @@ import nsc_merge
 from nsc_merge.adapters import Adapter, load_adapter
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.methods import METHODS, Method
-from nsc_merge.methods.scale_tuning import COARSE, tune_scale
+from nsc_merge.methods.scale_tuning import tune_scale
 from nsc_merge.models.fitting import fit
 from nsc_merge.results.result import MergeResult
 
 from .controls import CONTROLS, finetuned_scores, shuffled
 from .records import versions
-from .rows import BATCH, GRADIENT_STEPS, SHUFFLED, Row
+from .rows import EXTENTS, GRADIENT_STEPS, SHUFFLED, Row
 from .suite import Suite, average, evaluate, normalised
-
-# Scales beyond the papers' grid, tried where its last is the best; then finer steps around the best.
-BEYOND = tuple(round(1 + 0.2 * step, 1) for step in range(1, 11))
-FINE_STEP, FINE_STEPS = 0.02, 4
 
 
 class Bench:
     """A suite at one seed, and what every row needs of it."""
 
     def __init__(self, suite: Suite, progress: bool | None) -> None:
-        self.suite, self.progress = suite, progress
+        self.suite, self.progress, self.extent = suite, progress, EXTENTS[suite.name]
         loaded = {task: load_adapter(folder, task) for task, folder in suite.adapters.items()}
         self.adapters: dict[str, Adapter] = fit(loaded, suite.model)
         self._known: dict[str, MergeResult] = {}
@@ -50,7 +46,7 @@ class Bench:
             "tasks": list(self.suite.tasks),
             "row": row.name,
             "method": row.method,
-            "options": row.resolved(len(self.suite.tasks)),
+            "options": self._options(row),
             "init": result.options.get("init"),
             "tuned": tuning,
             "metrics": test.metrics,
@@ -65,9 +61,11 @@ class Bench:
             "versions": versions(),
         }
 
+    def _options(self, row: Row) -> dict[str, Any]:
+        return row.resolved(len(self.suite.tasks), self.extent.rank)
+
     def _merged(self, row: Row) -> tuple[MergeResult, dict[str, Any] | None]:
-        options = row.resolved(len(self.suite.tasks))
-        batch = row.batch or BATCH[self.suite.name]
+        options, batch = self._options(row), row.batch or self.extent.batch
         if row.method == SHUFFLED:
             shuffle = options.pop("shuffle")
             return shuffled(self._learnt("nsc", options, batch, row.batches), shuffle, self.suite.seed), None
@@ -112,13 +110,16 @@ class Bench:
         def quality(result: MergeResult) -> float:
             return self._quality(evaluate(self.suite, result, "val"), by)
 
-        found = tune_scale(unscaled, quality, coarse=COARSE, fine_step=None)
+        extent = self.extent
+        found = tune_scale(unscaled, quality, coarse=extent.coarse, fine_step=None)
         trail = list(found.trail)
-        if found.scale == COARSE[-1]:
-            beyond = tune_scale(unscaled, quality, coarse=BEYOND, fine_step=None)
+        if found.scale == extent.coarse[-1]:
+            beyond = tune_scale(unscaled, quality, coarse=extent.beyond, fine_step=None)
             trail += beyond.trail
             found = max(found, beyond, key=lambda tuned: tuned.score)
-        fine = tune_scale(unscaled, quality, coarse=(found.scale,), fine_step=FINE_STEP, fine_steps=FINE_STEPS)
+        fine = tune_scale(
+            unscaled, quality, coarse=(found.scale,), fine_step=extent.fine_step, fine_steps=extent.fine_steps
+        )
         trail += fine.trail[1:]
         note = {
             "by": "normalised average on labelled validation data" if by == "metric" else "summed raw validation loss",

@@ -7,11 +7,43 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nsc_merge.methods import METHODS
+from nsc_merge.methods.scale_tuning import COARSE
 
 from .controls import CONTROLS
 
-# Rows of a batch: the ViT study's, and per task 8 for language (the paper's two are the rows "LLM").
-BATCH = {"vit": 32, "siglip": 32, "llama": 8, "llava": 8}
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured on a suite.
+
+    Attributes:
+        batch: rows of a calibration batch: the ViT study's, and fewer for language (the paper's are two, row "LLM").
+        rank: of the suite's adapters.
+        coarse: scales that are tried.
+        beyond: scales that are tried where the last of them is the best.
+        fine_step: between scales around the best, in the end;
+        fine_steps: how many of those to each side.
+    """
+
+    batch: int
+    rank: int = 8
+    coarse: tuple[float, ...] = COARSE
+    beyond: tuple[float, ...] = tuple(round(1 + 0.2 * step, 1) for step in range(1, 11))
+    fine_step: float = 0.02
+    fine_steps: int = 4
+
+
+EXTENTS = {
+    "vit": Extent(32),
+    "siglip": Extent(32),
+    "llama": Extent(8),
+    "llava": Extent(8),
+    # A forward takes a hundred times as long as those of the others.
+    "smollm2": Extent(
+        4, rank=16, coarse=(0.2, 0.4, 0.6, 0.8, 1.0), beyond=(1.4, 1.8, 2.2), fine_step=0.1, fine_steps=1
+    ),
+}
+LANGUAGE = ("llama", "llava", "smollm2")
 GRADIENT_STEPS = 100
 # The merge of method "nsc" with its changes of the coefficients permuted.
 SHUFFLED = "shuffled_nsc"
@@ -35,7 +67,7 @@ class Row:
         name: of the row.
         group: one of :data:`GROUPS`, the part of the table that it stands in.
         method: of :data:`nsc_merge.methods.METHODS`, or of :data:`controls.CONTROLS`.
-        options: of the method; ``"1/K"`` stands for one over the number of tasks.
+        options: of the method; ``"1/K"`` stands for one over the number of tasks, ``"r"`` for the adapters' rank.
         tuned: how the scale is chosen on labelled validation data: ``"metric"``, the normalised average;
             ``"loss"``, the sum of the raw losses; None keeps the options.
         batch: rows of a calibration batch; the suite's own when None.
@@ -56,8 +88,11 @@ class Row:
     def available(self) -> bool:
         return self.method in METHODS or self.method in CONTROLS or self.method == SHUFFLED
 
-    def resolved(self, tasks: int) -> dict[str, Any]:
-        return {name: 1 / tasks if value == "1/K" else value for name, value in self.options.items()}
+    def resolved(self, tasks: int, rank: int) -> dict[str, Any]:
+        known = {"1/K": 1 / tasks, "r": rank}
+        return {
+            name: known.get(value, value) if isinstance(value, str) else value for name, value in self.options.items()
+        }
 
 
 _START = {"lr": 1e-3, "steps": GRADIENT_STEPS, "optimizer": "adamw", "weight_decay": 0.01, "init": 0.4}
@@ -78,8 +113,7 @@ ROWS = (
     Row("EMR unified", GRADIENT_FREE, "emr_unified", {"scale": 1.0}, tuned="metric"),
     Row("FR", GRADIENT_FREE, "fr", {"scale": 1.0}, tuned="metric"),
     Row("FR (NSC's)", GRADIENT_FREE, "fr", {"preset": "nsc", "scale": 1.0}, tuned="metric"),
-    # Of rank 8, as the adapters of every suite are.
-    Row("SVD", GRADIENT_FREE, "svd", {"scale": 1.0, "rank": 8}, tuned="metric"),
+    Row("SVD", GRADIENT_FREE, "svd", {"scale": 1.0, "rank": "r"}, tuned="metric"),
     Row("linear", GRADIENT_FREE, "linear", {"scale": 1.0}, tuned="metric"),
     Row("KnOTS-TIES", GRADIENT_FREE, "knots_ties", {"scale": 1.0}, tuned="metric"),
     Row("KnOTS-DARE-TIES", GRADIENT_FREE, "knots_dare_ties", {"scale": 1.0}, tuned="metric"),
@@ -106,8 +140,18 @@ ROWS = (
         "nsc",
         {**_START, "lr": 3e-4, "steps": 500},
         batch=2,
-        suites=("llama", "llava"),
+        suites=LANGUAGE,
     ),
+    *(
+        Row(f"NSC {name}", LEARNT, "nsc_descended", {**_START, **options}, suites=("smollm2",))
+        for name, options in (
+            ("by block", {"share": "block"}),
+            ("by task", {"share": "task"}),
+            ("plain descent", {"descent": "plain"}),
+            ("bounded", {"descent": "bounded"}),
+        )
+    ),
+    Row("NSC more data", LEARNT, "nsc", _START, batch=16, suites=("smollm2",)),
     # The single models' features are kept per batch, so batches come again: eight are all of ViT's validation scenes.
     Row("match", LEARNT, "match", _MATCH, batches=8),
     Row("match lr1e-3", LEARNT, "match", {**_MATCH, "lr": 1e-3}, batches=8),
@@ -116,16 +160,17 @@ ROWS = (
     Row("match by scale", LEARNT, "match", {**_MATCH, "normalise": "scale"}, batches=8),
     Row("match by task", LEARNT, "match", {**_MATCH, "normalise": "task"}, batches=8),
     Row("match, one per task", LEARNT, "match", {**_MATCH, "share": "task"}, batches=8),
-    Row("match last", LEARNT, "match", {**_MATCH, "positions": "last"}, batches=8, suites=("llama", "llava")),
+    Row("match last", LEARNT, "match", {**_MATCH, "positions": "last"}, batches=8, suites=LANGUAGE),
     Row(
         "match last by task",
         LEARNT,
         "match",
         {**_MATCH, "positions": "last", "normalise": "task"},
         batches=8,
-        suites=("llama", "llava"),
+        suites=LANGUAGE,
     ),
     Row("distill", LEARNT, "distill", _DISTILL, batches=8),
+    Row("distill bounded", LEARNT, "distill", {**_DISTILL, "distance": "bounded"}, batches=8),
     Row("distill init1/K", LEARNT, "distill", {**_DISTILL, "init": "1/K"}, batches=8),
     Row("distill by task", LEARNT, "distill", {**_DISTILL, "normalise": "task"}, batches=8),
     # The same as "distill" where no task predicts values.
@@ -135,7 +180,7 @@ ROWS = (
         "distill",
         {**_DISTILL, "normalise": "none"},
         batches=8,
-        suites=("vit", "siglip", "llama"),
+        suites=("vit", "siglip", "llama", "smollm2"),
     ),
     Row("anti-NSC", CONTROL, "anti_nsc", _START),
     *(Row(f"shuffled NSC#{n}", CONTROL, SHUFFLED, {**_START, "shuffle": n}) for n in range(3)),

@@ -11,7 +11,7 @@ import torch
 
 import nsc_merge
 from bench.quality import measuring, run
-from bench.quality.controls import anti_nsc, oracle, shuffled
+from bench.quality.controls import CONTROLS, oracle, shuffled
 from bench.quality.records import read_records
 from bench.quality.rows import GRADIENT_FREE, ROWS, Row
 from bench.quality.suite import Subset, average, evaluate, normalised
@@ -91,7 +91,7 @@ def test_a_failing_row_does_not_stop_the_others(trained, tmp_path):
 def test_rows_have_options_that_their_methods_take(row):
     method = METHODS[row.method]
     method.check_names(row.options)
-    method.options(**row.resolved(4))
+    method.options(**row.resolved(4, 8))
     if row.tuned:
         assert (method.tuned, row.options["scale"]) == ("scale", 1.0)
 
@@ -125,7 +125,7 @@ def test_anti_nsc_mirrors_nsc(bench):
     }
     calibration = bench.suite.calibration(8, 1)
     down = nsc_merge.merge(bench.suite.model, bench.adapters, calibration, method="nsc", **options)
-    up = anti_nsc(bench.suite, bench.adapters, calibration, **options)
+    up = CONTROLS["anti_nsc"](bench.suite, bench.adapters, calibration, **options)
     assert up.history[0]["objective"] == down.history[0]["objective"]
     assert up.dead == down.dead != {}
     for path, row in down.coefficients.items():

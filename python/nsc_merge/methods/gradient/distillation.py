@@ -70,9 +70,9 @@ class DistillOptions(SharedDescentOptions):
             without one have the model's own logits.
         likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
             ``"gaussian"`` (values).
-        distance: ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared difference for
-            values; or ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for
-            classes, and ``d / (1 + d)`` of the squared difference ``d``, over the variance, for values.
+        distance: ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared difference
+            for values; or ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|``
+            for classes, and ``d / (1 + d)`` of the squared difference ``d``, over the variance, for values.
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
@@ -156,8 +156,8 @@ class Predictions:
         return output if real is None else output[real], share_of(one, real, self._mask)
 
     def distance(self, number: int, output: Tensor, own: Tensor, variance: Tensor | float = 1.0) -> Tensor:
-        """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position. Squared differences
-        of values are divided by ``variance``.
+        """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position. Squared
+        differences of values are divided by ``variance``.
         """
         if self.predicts_values(number):
             each = (output - own).square() / variance
