@@ -62,7 +62,8 @@ class Bench:
         }
 
     def _options(self, row: Row) -> dict[str, Any]:
-        return row.resolved(len(self.suite.tasks), self.extent.rank)
+        options = row.resolved(len(self.suite.tasks), self.extent.rank)
+        return {**options, **self.extent.oracle} if row.method == "oracle" else options
 
     def _merged(self, row: Row) -> tuple[MergeResult, dict[str, Any] | None]:
         options, batch = self._options(row), row.batch or self.extent.batch

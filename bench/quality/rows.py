@@ -23,6 +23,7 @@ class Extent:
         beyond: scales that are tried where the last of them is the best.
         fine_step: between scales around the best, in the end;
         fine_steps: how many of those to each side.
+        oracle: options of the row of that name, besides its own.
     """
 
     batch: int
@@ -31,6 +32,7 @@ class Extent:
     beyond: tuple[float, ...] = tuple(round(1 + 0.2 * step, 1) for step in range(1, 11))
     fine_step: float = 0.02
     fine_steps: int = 4
+    oracle: Mapping[str, Any] = field(default_factory=dict)
 
 
 EXTENTS = {
@@ -40,7 +42,13 @@ EXTENTS = {
     "llava": Extent(8),
     # A forward takes a hundred times as long as those of the others.
     "smollm2": Extent(
-        4, rank=16, coarse=(0.2, 0.4, 0.6, 0.8, 1.0), beyond=(1.4, 1.8, 2.2), fine_step=0.1, fine_steps=1
+        4,
+        rank=16,
+        coarse=(0.2, 0.4, 0.6, 0.8, 1.0),
+        beyond=(1.4, 1.8, 2.2),
+        fine_step=0.1,
+        fine_steps=1,
+        oracle={"batch": 4, "steps": 100},
     ),
 }
 LANGUAGE = ("llama", "llava", "smollm2")

@@ -253,7 +253,8 @@ def test_an_answer_is_right_where_greedy_decoding_writes_it(trained, work, task)
     with torch.no_grad():
         outputs = trained.output(task, trained.model, inputs)
         whole = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    for row, prompt in enumerate(inputs["prompt"].tolist()):
+    prompts = (trained.read[task].places(inputs) + 1).tolist()
+    for row, prompt in enumerate(prompts):
         count = int((labels[row] != IGNORE).sum())
         torch.testing.assert_close(outputs[row, :count], whole[row, prompt - 1 : prompt - 1 + count])
         # What was given before each token of the answer is the answer up to there.
@@ -265,10 +266,7 @@ def test_an_answer_is_right_where_greedy_decoding_writes_it(trained, work, task)
     assert trained.measure(task, outputs, perfect) == 1
     perfect[0, 0] += 1
     assert trained.measure(task, outputs, perfect) == pytest.approx(1 - 1 / len(labels))
-    asked = {
-        "input_ids": inputs["input_ids"][:1, : inputs["prompt"][0]],
-        "attention_mask": inputs["attention_mask"][:1, : inputs["prompt"][0]],
-    }
+    asked = {name: value[:1, : prompts[0]] for name, value in inputs.items()}
     with torch.no_grad():
         torch.testing.assert_close(trained.output(task, trained.model, asked)[0], outputs[0, 0])
 
@@ -277,8 +275,8 @@ def test_adapters_are_peft_folders_of_rank_16_on_q_and_v(trained):
     for folder in trained.adapters.values():
         written = json.loads((folder / "adapter_config.json").read_text())
         assert written["r"] == written["lora_alpha"] == 16
-    assert set(trained.heads) == {"relation", "topic", "language", "sentiment"}
-    assert trained.heads["sentiment"].weight.shape == (1, 32)
+    assert trained.read["sentiment"].weight.shape == (1, 32)
+    assert trained.read["number"].end == 2 + ALPHABET.index("=")
 
 
 @pytest.mark.parametrize("name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "Fisher", "oracle"])

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 RANK = 16
 PERMUTED = ("relation", "sentiment", "lemma")
-_LONGEST = 48
+# Tokens of a question, and of an answer.
+_LONGEST, _LONGEST_ANSWER = 48, 8
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,23 @@ class Settings(language.Settings):
 
 
 class Questions(Examples):
-    """Examples in order of their length, whose batches are as wide as their longest row.
-
-    Where words are to be written, ``inputs`` has ``prompt``, the number of tokens before them, besides what the model
-    takes, and ``labels`` are tokens ``[N, A]``.
-    """
+    """Examples in order of their length, whose batches are as wide as their longest row."""
 
     def rows(self, chosen: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
         inputs, labels = super().rows(chosen)
         width = int(inputs["attention_mask"].sum(1).max())
-        wide = ("input_ids", "attention_mask")
-        return {name: value[:, :width] if name in wide else value for name, value in inputs.items()}, labels
+        return {name: value[:, :width] for name, value in inputs.items()}, labels
+
+
+@dataclass(frozen=True)
+class Written:
+    """How an answer is read that the model writes, after the only token ``end`` of a row."""
+
+    end: int
+
+    def places(self, inputs: Inputs) -> Tensor:
+        """Of ``end``, ``[N]``."""
+        return (inputs["input_ids"] == self.end).int().argmax(1)
 
 
 class SmolLM2Suite(TextSuite):
@@ -83,23 +90,29 @@ class SmolLM2Suite(TextSuite):
 
     def __init__(self, folder: Path, sets: dict[str, dict[str, Examples]], seed: int) -> None:
         super().__init__(folder, load_base(folder.parent / "base"), TASKS, sets, seed)
-        self.heads = {name: load_head(folder / "adapters" / name) for name in TASKS if has_head(name)}
+        self.read = {
+            name: load_head(folder / "adapters" / name) if has_head(name) else written(sets["val"][name])
+            for name in TASKS
+        }
 
     def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
         """Questions alone: an answer is a label."""
-        return {task: [_asked(one) for one in batches] for task, batches in super().calibration(batch, steps).items()}
+        return {
+            task: batches if has_head(task) else [_asked(one, self.read[task]) for one in batches]
+            for task, batches in super().calibration(batch, steps).items()
+        }
 
     def output(self, task: str, model: nn.Module, batch: Inputs) -> Tensor:
         """``[N, C]`` or ``[N, 1]`` of a head, or logits of tokens: ``[N, A, V]`` of the whole answer, each given those
         before it, or ``[N, V]`` of its first, where there are questions alone.
         """
-        return output_of(model, self.heads.get(task), batch)
+        return output_of(model, self.read[task], batch)
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor:
         return answer_loss(output, label) if not has_head(task) else super().loss(task, output, label)
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
-        return written(outputs, labels) if not has_head(task) else super().measure(task, outputs, labels)
+        return share_right(outputs, labels) if not has_head(task) else super().measure(task, outputs, labels)
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         return right(outputs, labels) if not has_head(task) else super().quality(task, outputs, labels)
@@ -110,19 +123,28 @@ def has_head(task: str) -> bool:
     return TASKS[task].kind != "generation"
 
 
-def output_of(model: nn.Module, head: nn.Module | None, batch: Inputs) -> Tensor:
+def output_of(model: nn.Module, read: nn.Module | Written, batch: Inputs) -> Tensor:
     """See :meth:`SmolLM2Suite.output`."""
     mask = batch["attention_mask"]
     hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    rows = torch.arange(len(mask))
-    if head is not None:
-        return head(hidden[rows, mask.sum(1) - 1])
+    rows, last = torch.arange(len(mask)), mask.sum(1) - 1
+    if isinstance(read, nn.Module):
+        return read(hidden[rows, last])
     embedding = model.get_input_embeddings().weight
-    if "prompt" not in batch:
-        return F.linear(hidden[rows, mask.sum(1) - 1], embedding)
-    places = batch["prompt"][:, None] - 1 + torch.arange(int(batch["answer"][0]))
+    ends = read.places(batch)
+    if torch.equal(ends, last):
+        return F.linear(hidden[rows, last], embedding)
     # Beyond the end of a row there is nothing to be written: labels are IGNORE there.
-    return F.linear(hidden[rows[:, None], places.clamp(max=hidden.shape[1] - 1)], embedding)
+    places = (ends[:, None] + torch.arange(_LONGEST_ANSWER)).clamp(max=hidden.shape[1] - 1)
+    return F.linear(hidden[rows[:, None], places], embedding)
+
+
+def written(examples: Examples) -> Written:
+    """How the answers of examples are read."""
+    ids, mask, labels = examples.inputs["input_ids"], examples.inputs["attention_mask"], examples.labels
+    # An answer's last token is not among the inputs.
+    end = ids[0, mask[0].sum() - (labels[0] != IGNORE).sum()]
+    return Written(int(end))
 
 
 def answer_loss(output: Tensor, label: Tensor) -> Tensor:
@@ -135,7 +157,7 @@ def right(outputs: Tensor, labels: Tensor) -> Tensor:
     return ((outputs.argmax(-1) == labels) | (labels == IGNORE)).all(1).float()
 
 
-def written(outputs: Tensor, labels: Tensor) -> float:
+def share_right(outputs: Tensor, labels: Tensor) -> float:
     """The share of answers that are right."""
     return right(outputs, labels).mean().item()
 
@@ -221,7 +243,8 @@ def tokenised(task: str, texts: Sequence[Text], tokeniser: PreTrainedTokenizerBa
     for text in texts:
         prompt = tokeniser(text.question)["input_ids"][:_LONGEST]
         answer = [] if has_head(task) else [*tokeniser(str(text.answer))["input_ids"], tokeniser.eos_token_id]
-        rows.append((prompt, answer, text.answer))
+        if len(answer) <= _LONGEST_ANSWER:
+            rows.append((prompt, answer, text.answer))
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
     ids = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer, _ in rows]
     lengths = torch.tensor([len(one) for one in ids])
@@ -231,20 +254,15 @@ def tokenised(task: str, texts: Sequence[Text], tokeniser: PreTrainedTokenizerBa
     }
     if has_head(task):
         return Questions(inputs, torch.tensor([answer for _, _, answer in rows]))
-    answers = [torch.tensor(answer) for _, answer, _ in rows]
-    labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORE)
-    inputs["prompt"] = torch.tensor([len(prompt) for prompt, _, _ in rows])
-    inputs["answer"] = torch.full_like(inputs["prompt"], labels.shape[1])
-    return Questions(inputs, labels)
+    answers = [answer + [IGNORE] * (_LONGEST_ANSWER - len(answer)) for _, answer, _ in rows]
+    return Questions(inputs, torch.tensor(answers))
 
 
-def _asked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes of a batch, without the answers."""
-    if "prompt" not in inputs:
-        return inputs
-    width = int(inputs["prompt"].max())
-    mask = masks(inputs["prompt"], width)
-    return {"input_ids": inputs["input_ids"][:, :width] * mask, "attention_mask": mask}
+def _asked(inputs: dict[str, Tensor], read: Written) -> dict[str, Tensor]:
+    """A batch without the answers."""
+    lengths = read.places(inputs) + 1
+    mask = masks(lengths, int(lengths.max()))
+    return {"input_ids": inputs["input_ids"][:, : mask.shape[1]] * mask, "attention_mask": mask}
 
 
 def _train_adapter(
@@ -262,16 +280,18 @@ def _train_adapter(
 
     model = load_base(base)
     loss: Callable[[Tensor, Tensor], Tensor] = answer_loss
-    measure = written
+    measure = share_right
     head: nn.Linear | None = None
-    if has_head(task):
-        head = nn.Linear(model.config.hidden_size, CLASSES.get(task, 1))
+    if not has_head(task):
+        read: nn.Module | Written = written(examples)
+    else:
+        read = head = nn.Linear(model.config.hidden_size, CLASSES.get(task, 1))
         loss, measure = (F.cross_entropy, accuracy) if task in CLASSES else (regression_loss, absolute_error)
     peft_model = with_lora(model, ["q_proj", "v_proj"], rank=RANK)
     line = train_adapter(
         folder,
         peft_model,
-        lambda inputs: output_of(peft_model, head, inputs),
+        lambda inputs: output_of(peft_model, read, inputs),
         loss,
         measure,
         examples,
