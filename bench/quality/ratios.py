@@ -10,6 +10,7 @@ others. Two sets of modules are averaged over: "all" adapted ones, and the "targ
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,8 @@ import torch
 from torch import nn
 
 import nsc_merge
+from nsc_merge.adapters import load_adapter
+from nsc_merge.analysis.adapter_overlap import describe
 from nsc_merge.analysis.quartiles import sample_study
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.analysis.tracking import track
@@ -45,7 +48,9 @@ def sets_of_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, list[st
 
 
 def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str, Any]:
-    """Ratio of an adapter in its own model, on validation inputs, at every step that was kept."""
+    """Ratio of an adapter in its own model, on validation inputs, at every step that was kept; and the Frobenius norm
+    of its final update, over all modules.
+    """
     inputs = [batch for batch, _ in suite.labelled(task, "val")]
     kept = kept_adapters(work, suite.name, suite.seed, task, kind)
     tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
@@ -60,6 +65,8 @@ def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str,
         "task": task,
         "labels": "permuted" if kind == "permuted" else "true",
         "random": tracking.random,
+        "norm": describe(load_adapter(kept[-1][1], task))["norm"],
+        "sha256": hashlib.sha256((kept[-1][1] / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "rho": {name: _or_none(rank_correlation(losses, curve)) for name, curve in curves.items()},
         "steps": [
             {**entry, **{name: curve[number] for name, curve in curves.items()}}

@@ -16,7 +16,7 @@ from .records import RESULTS, SUITES, read_records
 from .report import mean_and_spread, sets_of_tasks
 from .rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
 
-NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA"}
+NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA", "smollm2": "SmolLM2"}
 START = "TA@0.4"
 COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", "match", "distill")
 

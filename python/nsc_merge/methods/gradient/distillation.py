@@ -72,7 +72,8 @@ class DistillOptions(SharedDescentOptions):
             ``"gaussian"`` (values).
         distance: ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared difference
             for values; or ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|``
-            for classes, and ``d / (1 + d)`` of the squared difference ``d``, over the variance, for values.
+            for classes, and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by
+            their variance.
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
@@ -80,7 +81,8 @@ class DistillOptions(SharedDescentOptions):
             when None, is found from the model.
         normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
             predicts, over all batches so far, so that their unit does not matter; ``"none"`` does not, and tasks weigh
-            as their losses do; ``"task"`` divides every distance by that of the base model, so that tasks weigh alike.
+            as their distances do; ``"task"`` divides every distance by that of the base model, so that tasks weigh
+            alike.
     """
 
     lr: float = 1e-2
@@ -99,11 +101,6 @@ class DistillOptions(SharedDescentOptions):
             check_choice("positions", self.positions, POSITIONS)
         check_choice("distance", self.distance, DISTANCES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
-        if self.distance == "bounded" and self.normalise != "variance":
-            raise ValueError(
-                "normalise: expected 'variance' with distance='bounded', which needs the spread of a task's values; "
-                f"found {self.normalise!r}"
-            )
         check_family(self.family)
 
 

@@ -1,0 +1,82 @@
+"""Draws what methods gain over task arithmetic whose scale was tuned with labels, a panel for each suite and K.
+
+    python -m bench.quality.picture                     bench/results/quality/gains.png
+
+A dot is a seed. Methods that see no labels are filled, others are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
+
+from .records import RESULTS
+from .summary import Averages, columns
+
+REFERENCE = "TA"
+# Row -> whether it uses labels.
+SHOWN = {
+    "oracle": True,
+    "distill bounded": False,
+    "distill": False,
+    "match": False,
+    "RegMean": False,
+    "anti-NSC": False,
+    "NSC": False,
+    "TA@0.4": False,
+    "TIES": True,
+}
+_ACROSS = 5
+
+
+def draw(found: dict[str, Averages], path: Path) -> None:
+    """Write the picture of the columns of :func:`summary.columns` that have a tuned row."""
+    panels = {title: averages for title, averages in found.items() if REFERENCE in averages}
+    names = [name for name in SHOWN if any(name in averages for averages in panels.values())]
+    rows = math.ceil(len(panels) / _ACROSS)
+    across = min(len(panels), _ACROSS)
+    with pyplot_in_style() as pyplot:
+        size = (2.4 * across + 1.2, (0.26 * len(names) + 0.8) * rows)
+        figure, axes = pyplot.subplots(rows, across, sharey=True, squeeze=False, figsize=size)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, averages) in zip(axes.flat, panels.items(), strict=False):
+            axis.axvline(0, color="#999999", linewidth=1)
+            axis.set_title(title)
+            for place, name in enumerate(names):
+                gains = [value - averages[REFERENCE][seed] for seed, value in averages.get(name, {}).items()
+                         if seed in averages[REFERENCE]]  # fmt: skip
+                colour = COLOURS[place % len(COLOURS)]
+                face = "none" if SHOWN[name] else colour
+                axis.scatter(gains, [place] * len(gains), s=26, edgecolors=colour, facecolors=face, zorder=3)
+            axis.set_yticks(range(len(names)), names)
+            axis.grid(axis="y", color="#eeeeee")
+        axes[0, 0].invert_yaxis()
+        figure.supxlabel("points over task arithmetic tuned with labels")
+        figure.tight_layout()
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="the picture (default: gains.png next to the results)")
+    given = parser.parse_args(arguments)
+    found = columns(given.results)
+    if not any(REFERENCE in averages for averages in found.values()):
+        print(f"{given.results} holds no row {REFERENCE!r}; run.py makes it", file=sys.stderr)
+        return 1
+    path = given.out or given.results / "gains.png"
+    draw(found, path)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
