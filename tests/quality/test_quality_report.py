@@ -7,8 +7,9 @@ import runpy
 import sys
 
 import pytest
+from matplotlib.axes import Axes
 
-from bench.quality import acceptance_ranges, ratios, report, run, summary
+from bench.quality import acceptance_ranges, picture, ratios, report, run, summary
 from bench.quality.records import read_records
 from bench.quality.rows import ROWS
 from bench.quality.suite import Subset
@@ -56,18 +57,39 @@ def test_report_holds_what_was_measured(trained, tmp_path, capsys):
     assert report.main(["--results", str(tmp_path / "nowhere")]) == 1
 
 
-def test_the_summary_sets_suites_side_by_side(tmp_path, capsys):
-    def write(suite, tasks, averages):
-        lines = [
-            json.dumps({"suite": suite, "seed": seed, "tasks": tasks, "row": row, "average": average})
-            for row, values in averages.items()
-            for seed, average in enumerate(values)
-        ]
-        (tmp_path / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
+def write(folder, suite, tasks, averages):
+    lines = [
+        json.dumps({"suite": suite, "seed": seed, "tasks": tasks, "row": row, "average": average})
+        for row, values in averages.items()
+        for seed, average in enumerate(values)
+    ]
+    (folder / f"{suite}.jsonl").write_text("\n".join(lines) + "\n")
 
+
+def test_the_picture_shows_what_every_seed_gains(tmp_path, capsys, monkeypatch):
+    assert picture.main(["--results", str(tmp_path)]) == 1
+    write(tmp_path, "llava", ["d", "e"], {"NSC": [39, 38]})
+    assert picture.main(["--results", str(tmp_path)]) == 1
+    assert "holds no row 'TA'; run.py makes it" in capsys.readouterr().err
+    write(tmp_path, "vit", ["a", "b", "c"], {"TA": [70, 72], "oracle": [75, 79], "NSC": [71, 70, 90], "svd": [1]})
+    drawn = {}
+    scatter = Axes.scatter
+
+    def watched(axis, x, y, **options):
+        drawn[axis.get_title(), y[0]] = x, options["facecolors"] == "none"
+        return scatter(axis, x, y, **options)
+
+    monkeypatch.setattr(Axes, "scatter", watched)
+    assert picture.main(["--results", str(tmp_path)]) == 0
+    # A seed without its reference is not shown, nor a suite without any.
+    assert drawn == {("ViT, K = 3", 0): ([5, 7], True), ("ViT, K = 3", 1): ([1, -2], False)}
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_sets_suites_side_by_side(tmp_path, capsys):
     assert summary.main(["--results", str(tmp_path)]) == 1
-    write("vit", ["a", "b", "c"], {"TA@0.4": [70, 72], "TIES": [75, 71], "NSC": [71, 70]})
-    write("llava", ["d", "e"], {"TA@0.4": [40], "NSC": [39, 38]})
+    write(tmp_path, "vit", ["a", "b", "c"], {"TA@0.4": [70, 72], "TIES": [75, 71], "NSC": [71, 70]})
+    write(tmp_path, "llava", ["d", "e"], {"TA@0.4": [40], "NSC": [39, 38]})
     capsys.readouterr()
     assert summary.main(["--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
