@@ -39,6 +39,8 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("match", {**LEARNING, "steps": 2, "features": ["model.layers.2.mlp.down_proj"], "ratio_weight": 0.5}),
         ("distill", {**LEARNING, "positions": "all", "normalise": "task"}),
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "share": "task"}),
+        ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "distance": "bounded"}),
+        ("distill", {**LEARNING, "distance": "bounded"}),
         ("adamerging", {**LEARNING, "steps": 8}),
         ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
         ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),
