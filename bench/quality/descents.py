@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.attachment import adapted_linears, presence
 from nsc_merge.models.families import family_of, scored_paths
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_choice
 
 from .suite import Suite
 
-SHARES = ("module", "block", "task")
 DESCENTS = ("adamw", "plain", "bounded")
 
 
@@ -78,6 +77,7 @@ def descended_nsc(
         radius: see there.
         options: of ``method="nsc"``.
     """
+    check_choice("descent", descent, DESCENTS)
     model, tasks = suite.model, list(adapters)
     family = family_of(model)
     chosen = resolve_options(family, tasks, options)
@@ -105,8 +105,7 @@ def descended_nsc(
             history = _plain(steered, drawn, present, chosen.steps, chosen.lr, bound)
         lam = objective.coefficients.flat.detach().clone()
     said = {"climb": climb, "share": share, "descent": descent, **options, "init": chosen.init}
-    found = MergeResult("descended_nsc", by_path(lam, paths, tasks), history, adapters, said, {}, model)
-    return replace(found, dead=dead)
+    return MergeResult("nsc_descended", by_path(lam, paths, tasks), history, adapters, said, dead, model)
 
 
 def _plain(

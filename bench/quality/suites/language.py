@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nsc_merge.demo.train import RANK, save_adapter
 from nsc_merge.evaluation.heads import Inputs
+from nsc_merge.evaluation.metrics import IGNORE
 
 from ..suite import TaskInfo
 from .kept_adapters import keep, kept_entries
@@ -187,6 +188,21 @@ def absolute_error(outputs: Tensor, labels: Tensor) -> float:
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     return (outputs.argmax(-1) == labels).float().mean().item()
+
+
+def answer_loss(output: Tensor, label: Tensor) -> Tensor:
+    """Of tokens that were to be written, the mean over those that are not IGNORE."""
+    return nn.functional.cross_entropy(output.flatten(0, -2), label.flatten(), ignore_index=IGNORE)
+
+
+def right(outputs: Tensor, labels: Tensor) -> Tensor:
+    """1 where every token of an answer is right, which greedy decoding then writes as well."""
+    return ((outputs.argmax(-1) == labels) | (labels == IGNORE)).view(len(labels), -1).all(1).float()
+
+
+def share_right(outputs: Tensor, labels: Tensor) -> float:
+    """The share of answers that are right."""
+    return right(outputs, labels).mean().item()
 
 
 class TextSuite:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.demo.data import digit_images, digit_split
@@ -29,7 +28,7 @@ from nsc_merge.evaluation.heads import Inputs
 
 from ..suite import Log, TaskInfo
 from . import language
-from .language import Examples, TextSuite, permute, train_adapter, with_lora
+from .language import Examples, TextSuite, answer_loss, permute, right, share_right, train_adapter, with_lora
 from .training import new_folder, scale_initial_weights, train, train_missing
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class LlavaSuite(TextSuite):
         return answer_loss(output, label)
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
-        return self.quality(task, outputs, labels).mean().item()
+        return share_right(outputs, labels)
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         return right(outputs, labels)
@@ -102,15 +101,6 @@ def answer_logits(model: nn.Module, batch: Inputs) -> Tensor:
     """
     logits = model(**batch).logits[:, _PROMPT - 1 :]
     return logits if logits.shape[1] > 1 else logits[:, 0]
-
-
-def right(outputs: Tensor, labels: Tensor) -> Tensor:
-    """1 where every token is right, which greedy decoding then writes as well."""
-    return (outputs.argmax(-1) == labels).view(len(labels), -1).all(1).float()
-
-
-def answer_loss(output: Tensor, label: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, -2), label.flatten())
 
 
 def load(
@@ -281,7 +271,7 @@ def _train_adapter(
         model,
         lambda inputs: answer_logits(model, inputs),
         answer_loss,
-        lambda outputs, labels: right(outputs, labels).mean().item(),
+        share_right,
         examples,
         held_out,
         task=task,

@@ -32,9 +32,12 @@ from ..language import (
     TextSuite,
     absolute_error,
     accuracy,
+    answer_loss,
     masks,
     permute,
     regression_loss,
+    right,
+    share_right,
     train_adapter,
     with_lora,
 )
@@ -145,21 +148,6 @@ def written(examples: Examples) -> Written:
     # An answer's last token is not among the inputs.
     end = ids[0, mask[0].sum() - (labels[0] != IGNORE).sum()]
     return Written(int(end))
-
-
-def answer_loss(output: Tensor, label: Tensor) -> Tensor:
-    """Mean over the tokens of the answers."""
-    return F.cross_entropy(output.flatten(0, -2), label.flatten(), ignore_index=IGNORE)
-
-
-def right(outputs: Tensor, labels: Tensor) -> Tensor:
-    """1 where every token of an answer is right, which greedy decoding then writes as well."""
-    return ((outputs.argmax(-1) == labels) | (labels == IGNORE)).all(1).float()
-
-
-def share_right(outputs: Tensor, labels: Tensor) -> float:
-    """The share of answers that are right."""
-    return right(outputs, labels).mean().item()
 
 
 def load(

