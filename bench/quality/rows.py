@@ -105,7 +105,7 @@ class Row:
 
 _START = {"lr": 1e-3, "steps": GRADIENT_STEPS, "optimizer": "adamw", "weight_decay": 0.01, "init": 0.4}
 _MATCH = {"lr": 1e-2, "steps": GRADIENT_STEPS, "init": 0.4, "normalise": "none", "positions": "all"}
-_DISTILL = {"lr": 1e-2, "init": 0.4, "normalise": "variance"}
+_DISTILL = {"lr": 1e-2, "init": 0.4, "normalise": "variance", "distance": "divergence"}
 
 ROWS = (
     Row("zero_shot", REFERENCE, "zero_shot"),

@@ -65,8 +65,9 @@ def loss(result, model, task, batch):
     if result.method == "match":
         features = [one.model(**batch).last_hidden_state[:, -1] for one in (model, own)]
         return (features[0] - features[1]).square().mean()
-    teacher = own(**batch).logits[:, -1].log_softmax(-1)
-    return (teacher.exp() * (teacher - last.log_softmax(-1))).sum(-1).mean()
+    teacher = own(**batch).logits[:, -1].softmax(-1)
+    # What both have in common is 1 less their total variation.
+    return 1 - torch.minimum(teacher, last.softmax(-1)).sum(-1).mean()
 
 
 @torch.no_grad()

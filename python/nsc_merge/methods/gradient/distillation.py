@@ -5,9 +5,9 @@ with adapter k alone, both with the task's head; minimised is ``sum_k D(f_k(x) |
 paper; knowledge distillation (arXiv 1503.02531) into a model that has nothing but merge coefficients to learn.
 docs/results.md has its figures next to those of the others.
 
-``D`` is a divergence, or bounded: then predictions that no merge can keep cost a fixed price, as in robust regression
-(Geman and McClure, Statistical methods for tomographic image reconstruction, 1987), and do not outweigh those that one
-can.
+``D`` is bounded, so that predictions that no merge can keep cost a fixed price, as in robust regression (Geman and
+McClure, Statistical methods for tomographic image reconstruction, 1987), and do not outweigh those that one can; or a
+divergence.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice
 
 NORMALISATIONS = ("none", "task", "variance")
-DISTANCES = ("divergence", "bounded")
+DISTANCES = ("bounded", "divergence")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class DistillOptions(SharedDescentOptions):
             without one have the model's own logits.
         likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
             ``"gaussian"`` (values).
-        distance: ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared difference
-            for values; or ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|``
-            for classes, and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by
-            their variance.
+        distance: ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for classes,
+            and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by their
+            variance; or ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared
+            difference for values.
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
@@ -82,13 +82,13 @@ class DistillOptions(SharedDescentOptions):
         normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
             predicts, over all batches so far, so that their unit does not matter; ``"none"`` does not, and tasks weigh
             as their distances do; ``"task"`` divides every distance by that of the base model, so that tasks weigh
-            alike.
+            alike, and is not for values with a bounded distance.
     """
 
     lr: float = 1e-2
     outputs: Outputs | None = None
     likelihood: str | Mapping[str, str] = "categorical"
-    distance: str = "divergence"
+    distance: str = "bounded"
     positions: str | None = None
     normalise: str = "variance"
     family: Family | Mapping[str, Any] | None = None
@@ -135,6 +135,12 @@ class Predictions:
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None
         self._bounded = options.distance == "bounded"
+        values = [task for number, task in enumerate(problem.tasks) if self.predicts_values(number)]
+        if self._bounded and options.normalise == "task" and values:
+            raise ValueError(
+                f"normalise: 'task' comes after the bound, and differences of the values of {values} would reach it by "
+                "their unit; expected 'variance', or distance='divergence'"
+            )
         answers = self._mask and family and family.causal
         usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
