@@ -6,6 +6,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import nsc_merge
@@ -86,14 +87,15 @@ class Bench:
                     self.adapters,
                     calibration,
                     method=method,
-                    **options,
-                    **self._implied(METHODS[method]),
+                    **{**options, **self._implied(METHODS[method], options)},
                 )
             self._known[key] = result
         return self._known[key]
 
-    def _implied(self, method: Method) -> dict[str, Any]:
-        """Options that follow from the suite: the tasks' heads, for methods that look at outputs."""
+    def _implied(self, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that follow from the suite and those ``given``: the tasks' heads, for methods that look at outputs,
+        and which tasks write answers.
+        """
         options: dict[str, Any] = {}
         if "progress" in method.option_names:
             options["progress"] = self.progress
@@ -101,6 +103,12 @@ class Bench:
         if "outputs" in method.needs and any(info.kind != "generation" for info in tasks):
             counted = [info for info in tasks if method.name != "adamerging" or info.has_classes]
             options["outputs"] = {info.name: functools.partial(self.suite.output, info.name) for info in counted}
+            if "new_tokens" in given:
+                written = [info.name for info in counted if info.kind == "generation"]
+                options["new_tokens"] = dict.fromkeys(written, given["new_tokens"])
+                # Of suites with such tasks alone.
+                suite: Any = self.suite
+                options["outputs"].update((task, suite.next_tokens) for task in written)
         if "likelihood" in method.option_names:
             options["likelihood"] = {info.name: "categorical" if info.has_classes else "gaussian" for info in tasks}
         return options

@@ -179,6 +179,14 @@ ROWS = (
     ),
     Row("distill", LEARNT, "distill", _DISTILL, batches=8),
     Row("distill bounded", LEARNT, "distill", {**_DISTILL, "distance": "bounded"}, batches=8),
+    Row(
+        "distill answers",
+        LEARNT,
+        "distill",
+        {**_DISTILL, "distance": "bounded", "new_tokens": 8},
+        batches=8,
+        suites=("llava", "smollm2"),
+    ),
     Row("distill init1/K", LEARNT, "distill", {**_DISTILL, "init": "1/K"}, batches=8),
     Row("distill by task", LEARNT, "distill", {**_DISTILL, "normalise": "task"}, batches=8),
     # The same as "distill" where no task predicts values.

@@ -253,6 +253,7 @@ def test_an_answer_is_right_where_greedy_decoding_writes_it(trained, work, task)
     with torch.no_grad():
         outputs = trained.output(task, trained.model, inputs)
         whole = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        torch.testing.assert_close(trained.next_tokens(trained.model, inputs), whole)
     prompts = (trained.read[task].places(inputs) + 1).tolist()
     for row, prompt in enumerate(prompts):
         count = int((labels[row] != IGNORE).sum())
@@ -279,7 +280,7 @@ def test_adapters_are_peft_folders_of_rank_16_on_q_and_v(trained):
     assert trained.read["number"].end == 2 + ALPHABET.index("=")
 
 
-@pytest.mark.parametrize("name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "Fisher", "oracle"])
+@pytest.mark.parametrize("name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "distill answers", "Fisher", "oracle"])
 def test_rows_are_measured(trained, name, monkeypatch):
     # Untrained, it gets nothing right, which nothing can be divided by.
     monkeypatch.setattr(SmolLM2Suite, "measure", lambda self, task, outputs, labels: outputs.std().item())
@@ -288,5 +289,10 @@ def test_rows_are_measured(trained, name, monkeypatch):
     bench = measuring.Bench(trained, progress=False)
     record = bench.record(row)
     assert set(record["normalised"]) == set(TASKS)
+    if name == "distill answers":
+        # Of those that write, the loss is another; what the others predict is the same.
+        first = bench.record(replace(row, options={**row.options, "new_tokens": 1}))
+        losses = [one["objective"]["first"] for one in (record, first)]
+        assert losses[0] != losses[1]
     if row.tuned:
         assert {scale for scale, _ in record["tuned"]["trail"]} >= set(bench.extent.coarse)

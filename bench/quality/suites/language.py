@@ -246,6 +246,10 @@ class TextSuite:
     def output(self, task: str, model: nn.Module, batch: Inputs) -> Tensor:
         raise NotImplementedError
 
+    def next_tokens(self, model: nn.Module, batch: Inputs) -> Tensor:
+        """Logits ``[N, T, V]`` of what follows every token, where tasks write."""
+        return model(**batch).logits
+
 
 def masks(lengths: Sequence[int] | Tensor, width: int) -> Tensor:
     """``[N, width]``, 1 at the first tokens of every row."""

@@ -41,6 +41,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "share": "task"}),
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "distance": "bounded"}),
         ("distill", {**LEARNING, "distance": "bounded"}),
+        ("distill", {**LEARNING, "steps": 8, "new_tokens": {"a": 4, "c": 2}, "normalise": "task"}),
         ("adamerging", {**LEARNING, "steps": 8}),
         ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
         ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),

@@ -111,6 +111,11 @@ class SmolLM2Suite(TextSuite):
         """
         return output_of(model, self.read[task], batch)
 
+    def next_tokens(self, model: nn.Module, batch: Inputs) -> Tensor:
+        """As :meth:`TextSuite.next_tokens`."""
+        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        return F.linear(hidden, model.get_input_embeddings().weight)
+
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor:
         return answer_loss(output, label) if not has_head(task) else super().loss(task, output, label)
 

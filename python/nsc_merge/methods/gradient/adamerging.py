@@ -16,6 +16,7 @@ from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
+from nsc_merge.methods.gradient.own_answers import end_tokens
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import Outputs, check_outputs, last_token, output_of, real_positions, share_of
@@ -183,8 +184,7 @@ def _decoded(
     holds one forward; none where gradients are off.
     """
     inputs = left_padded(batch, tokens, mask)
-    ends = getattr(getattr(model, "config", None), "eos_token_id", None)
-    ends = torch.tensor(ends if isinstance(ends, list) else [ends]) if ends is not None else torch.tensor([])
+    ends = torch.tensor(end_tokens(model), dtype=torch.long)
     going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
     total = 0.0
     for _ in range(most):

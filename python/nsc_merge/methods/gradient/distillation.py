@@ -12,7 +12,7 @@ divergence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,9 @@ from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend, presence
+from nsc_merge.methods.gradient.own_answers import Answered, NewTokens, check_new_tokens, writing_of
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
+from nsc_merge.methods.gradient.variance import Variance, variance_of
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import (
     POSITIONS,
@@ -77,6 +79,10 @@ class DistillOptions(SharedDescentOptions):
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
             real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
             for ``outputs``.
+        new_tokens: how many tokens of an answer count, where the model writes one: the task's own model writes it once
+            for every batch, greedily and to its end if that comes sooner, and predictions are compared at each of its
+            tokens, given those before it. 1 is the first token alone. A number is for all tasks without ``outputs``; a
+            mapping is for some of all tasks, whose functions give logits ``[N, T, V]`` of what follows every token.
         family: what is known of the model, a :class:`nsc_merge.Family` or some of its fields by name; the rest, and all
             when None, is found from the model.
         normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
@@ -90,6 +96,7 @@ class DistillOptions(SharedDescentOptions):
     likelihood: str | Mapping[str, str] = "categorical"
     distance: str = "bounded"
     positions: str | None = None
+    new_tokens: NewTokens = 1
     normalise: str = "variance"
     family: Family | Mapping[str, Any] | None = None
 
@@ -99,6 +106,7 @@ class DistillOptions(SharedDescentOptions):
         check_likelihood(self.likelihood)
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
+        check_new_tokens(self.new_tokens)
         check_choice("distance", self.distance, DISTANCES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
         check_family(self.family)
@@ -112,11 +120,13 @@ class Target:
         output: at the positions that count.
         base: distance of the base model's output; 1 where it is not asked for.
         counts: False where a process runs the batch only because others run theirs meanwhile.
+        answered: what it wrote, where predictions are compared along that.
     """
 
     output: Tensor
     base: Tensor
     counts: bool
+    answered: Answered | None = None
 
 
 class Predictions:
@@ -144,13 +154,45 @@ class Predictions:
         answers = self._mask and family and family.causal
         usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
+        self._writing = writing_of(problem.model, family, options.new_tokens)
+        self._most = [self._answer_of(task, number, options) for number, task in enumerate(problem.tasks)]
+        if self._writing is not None and max(self._most) == 1:
+            raise ValueError(
+                f"new_tokens: {options.new_tokens} is for tasks that are compared by the model's own logits, and there "
+                "are none; expected a mapping of tasks to numbers, or 1"
+            )
 
-    def of(self, number: int, one: Pass) -> tuple[Tensor, float]:
+    def _answer_of(self, task: str, number: int, options: DistillOptions) -> int:
+        """How many tokens its answer has at most."""
+        given = options.new_tokens
+        own = task not in (options.outputs or {}) and not self.predicts_values(number)
+        most = given.get(task, 1) if isinstance(given, Mapping) else given if own else 1
+        if most > 1 and self.predicts_values(number):
+            raise ValueError(f"new_tokens: the output of task {task!r} is values; expected 1, found {most}")
+        if most > 1 and options.positions == "all":
+            raise ValueError(f"positions: along an answer expected None or 'last', found 'all' for task {task!r}")
+        return most
+
+    def written(self, number: int, one: Pass) -> Answered | None:
+        """What the attached model answers to a pass of task ``number``; None where that does not matter."""
+        if self._writing is None:
+            return None
+
+        def predict(inputs: Mapping[str, Any]) -> Tensor:
+            return output_of(self._outputs, self._tasks[number], self._model, inputs)
+
+        answered = self._writing(predict, one, self._most[number])
+        return answered if self._most[number] > 1 else None
+
+    def of(self, number: int, one: Pass, answered: Answered | None = None) -> tuple[Tensor, float]:
         """The output of task ``number`` at the positions of a pass that count, float32 or wider, and what part of those
-        of the whole pass they are.
+        of the whole pass they are. Of an ``answered`` one it is the part of its rows, whose weights it has.
         """
-        output = output_of(self._outputs, self._tasks[number], self._model, one.inputs)
+        inputs = {**one.inputs, **answered.inputs} if answered else one.inputs
+        output = output_of(self._outputs, self._tasks[number], self._model, inputs)
         output = output if output.dtype == torch.float64 else output.float()
+        if answered is not None:
+            return output[answered.predicts], one.share
         if output.dim() < 3:
             return output, one.share
         real = real_positions(output, one.inputs.get(self._mask) if self._mask else None)
@@ -158,7 +200,14 @@ class Predictions:
             return last_token(output, real), one.share
         return output if real is None else output[real], share_of(one, real, self._mask)
 
-    def distance(self, number: int, output: Tensor, own: Tensor, variance: Tensor | float = 1.0) -> Tensor:
+    def distance(
+        self,
+        number: int,
+        output: Tensor,
+        own: Tensor,
+        variance: Tensor | float = 1.0,
+        answered: Answered | None = None,
+    ) -> Tensor:
         """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position. Squared
         differences of values are divided by ``variance``.
         """
@@ -171,6 +220,8 @@ class Predictions:
             each = (output.softmax(-1) - own.softmax(-1)).abs().sum(-1) / 2
         else:
             each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        if answered is not None:
+            return (each * answered.weights).sum()
         return each.mean() if each.numel() else each.sum()
 
     def predicts_values(self, number: int) -> bool:
@@ -178,55 +229,10 @@ class Predictions:
         return self._likelihoods[number] == "gaussian"
 
 
-class Variance:
-    """Of values ``[..., C]`` around the mean of their component, over all that were added."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._origin: Tensor | None = None
-        self._sums: list[Tensor] = []
-
-    def add(self, values: Tensor) -> None:
-        rows = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[:, None]
-        if not len(rows):
-            return
-        if self._origin is None:
-            # Sums of squares far from zero would cancel, and values that are all alike not give 0.
-            self._origin = rows[0]
-            self._sums = [torch.zeros_like(rows[0]), torch.zeros_like(rows[0])]
-        rows = rows - self._origin
-        self._count += len(rows)
-        self._sums = [self._sums[0] + rows.sum(0), self._sums[1] + rows.square().sum(0)]
-
-    def __call__(self) -> Tensor:
-        """Mean over the components, a float64 scalar, of what was added in this process."""
-        return variance_of([self.moments])
-
-    @property
-    def moments(self) -> tuple[int, Tensor, Tensor]:
-        """How many rows there are, their mean, and their variance around it, by component, on the host."""
-        if self._origin is None:
-            return 0, torch.zeros(()), torch.zeros(())
-        mean, square = (total / self._count for total in self._sums)
-        return self._count, (self._origin + mean).cpu(), (square - mean.square()).cpu()
-
-
-def variance_of(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Mean over the components of the variance of all rows that several were made of; of each its
-    :attr:`Variance.moments`.
-    """
-    counts, means, inside = zip(*parts, strict=True)
-    # From the first, for the reason that each of them has an origin.
-    shifts = [mean - means[0] for mean in means]
-    total = sum(counts)
-    shift = sum((count * one for count, one in zip(counts, shifts, strict=True)), torch.zeros_like(means[0])) / total
-    squares = [v + (one - shift).square() for v, one in zip(inside, shifts, strict=True)]
-    return (sum(count * square for count, square in zip(counts, squares, strict=True)) / total).mean()
-
-
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = DistillOptions(**given)
     check_outputs(options.outputs, problem.tasks)
+    check_new_tokens(options.new_tokens, problem.tasks)
     predictions, present = Predictions(problem, options), presence(problem)
     count = len(problem.tasks)
 
@@ -246,13 +252,15 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def target(number: int | None, one: Pass) -> Target:
             assert number is not None
             with own.of(number):
-                output, share = predictions.of(number, one)
+                answered = predictions.written(number, one)
+                output, share = predictions.of(number, one, answered)
             base = output.new_ones(())
             if options.normalise == "task":
                 with own.of(None):
-                    base = predictions.distance(number, predictions.of(number, one)[0], output)
+                    of_base = predictions.of(number, one, answered)[0]
+                base = predictions.distance(number, of_base, output, answered=answered)
                 base = of_the_whole(one, base * (share or 1.0))
-            return Target(output, base.clamp(min=1e-12), share > 0)
+            return Target(output, base.clamp(min=1e-12), share > 0, answered)
 
         def settle() -> None:
             """Find what squared distances of values are divided by, over all that the processes have seen."""
@@ -278,9 +286,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             found = []
             with shared_forward(problem.model):
                 for number in numbers:
-                    output, share = predictions.of(number, one)
                     wanted = targets[number]
-                    value = predictions.distance(number, output, wanted.output, divisors.get(number, 1.0))
+                    output, share = predictions.of(number, one, wanted.answered)
+                    divisor = divisors.get(number, 1.0)
+                    value = predictions.distance(number, output, wanted.output, divisor, wanted.answered)
                     found.append(share * value / wanted.base)
             total = torch.stack(found)
             if torch.is_grad_enabled():

@@ -1,0 +1,152 @@
+"""Answers that tasks' own models write, greedily, along which a merged model is then compared with them.
+
+Sequence-level knowledge distillation (Kim and Rush, arXiv 1606.07947) with a teacher's most likely answer; theirs is
+found by beam search, and learnt as a label, where here all that the teacher predicts along it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.families import Family
+from nsc_merge.processes.group import current
+from nsc_merge.utils.option_checks import check_count
+
+NewTokens = int | Mapping[str, int]
+
+
+def check_new_tokens(new_tokens: Any, tasks: Sequence[str] | None = None) -> None:
+    """Refuse what is no count, nor a mapping to some, and counts for other than ``tasks``, where they are known.
+
+    Raises:
+        ValueError: naming the task, what was found and what was expected.
+    """
+    if not isinstance(new_tokens, Mapping):
+        check_count("new_tokens", new_tokens)
+        return
+    for task, count in new_tokens.items():
+        if tasks is not None and task not in tasks:
+            raise ValueError(f"new_tokens: expected counts for some of {list(tasks)}, found one for {task!r}")
+        check_count(f"new_tokens[{task!r}]", count)
+
+
+def end_tokens(model: nn.Module) -> list[int]:
+    """Numbers of the tokens that end an answer, as the model's generation config has them, or else its config; none
+    where neither says.
+    """
+    config = getattr(model, "config", None)
+    # Of a model of text and images, the text's config.
+    configs = [getattr(model, "generation_config", None), config, getattr(config, "text_config", None)]
+    ends = [getattr(one, "eos_token_id", None) for one in configs]
+    found: int | Sequence[int] = next((one for one in ends if one is not None), [])
+    return [found] if isinstance(found, int) else list(found)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers after the last tokens of a pass's rows.
+
+    Attributes:
+        inputs: tokens and mask of the rows with their answers, but for an answer's last token, which nothing is
+            predicted from. They take the place of those of the pass.
+        predicts: ``[rows, tokens]`` bool, where a token of the answer is predicted.
+        weights: of those places, in order: all rows weigh alike, and so do the tokens of one. They add up to 1.
+    """
+
+    inputs: dict[str, Tensor]
+    predicts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How answers are written.
+
+    Attributes:
+        tokens: name of the input ``[rows, tokens]`` of token numbers.
+        mask: name of the input of the same shape that is 0 at padding.
+        ends: numbers of the tokens that end an answer, which are its last.
+    """
+
+    tokens: str
+    mask: str
+    ends: Sequence[int]
+
+    def __call__(self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int) -> Answered:
+        """Append to every row what is most likely to follow. Without gradients.
+
+        Args:
+            predict: gives logits ``[rows, tokens, V]`` of a model's inputs.
+            one: the pass; tokens after a row's last real one are padding.
+            most: how many tokens an answer has at most, its end among them. Of 1 nothing is appended.
+
+        Processes that share the work run ``predict`` equally often, until the answers of all have ended.
+
+        Raises:
+            ValueError: if another input has a value for every token, which those of an answer would not have.
+        """
+        ids, real = self._read(one, most > 1)
+        width = ids.shape[1]
+        last = torch.where(real.bool(), torch.arange(width, device=ids.device), 0).amax(1)
+        rows = torch.arange(len(ids), device=ids.device)
+        ids, real = (pad(value, (0, most - 1)) for value in (ids, real))
+        length = torch.ones_like(last)
+        going = torch.full_like(last, most > 1, dtype=torch.bool)
+        with torch.no_grad():
+            while current().any(bool(going.any())):
+                seen = max(width, int((last + length).max()))
+                logits = predict({**one.inputs, self.tokens: ids[:, :seen], self.mask: real[:, :seen]})
+                if not going.any():
+                    continue
+                if logits.dim() != 3 or logits.shape[1] != seen:
+                    raise ValueError(
+                        "new_tokens: answers are written from logits [N, T, V] at every token, here "
+                        f"[{len(ids)}, {seen}, V], found {list(logits.shape)}"
+                    )
+                token = logits[rows, last + length - 1].argmax(-1)
+                going = going & ~torch.isin(token, torch.tensor(self.ends, dtype=token.dtype, device=token.device))
+                at = (rows[going], (last + length)[going])
+                ids[at], real[at] = token[going].to(ids), 1
+                length = length + going
+                going = going & (length < most)
+        seen = max(width, int((last + length).max()))
+        ids, real = ids[:, :seen], real[:, :seen]
+        places = torch.arange(seen, device=ids.device) - last[:, None]
+        predicts = (places >= 0) & (places < length[:, None])
+        weights = (1.0 / (length * len(ids)))[:, None].expand_as(predicts)[predicts]
+        return Answered({self.tokens: ids, self.mask: real}, predicts, weights)
+
+    def _read(self, one: Pass, grows: bool) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of a pass, of which nothing else speaks if it ``grows``."""
+        ids = one.inputs.get(self.tokens)
+        if ids is None:
+            raise ValueError(f"calibration: answers are written after {self.tokens}, found only {sorted(one.inputs)}")
+        real = one.inputs.get(self.mask)
+        for name, value in one.inputs.items() if grows else []:
+            if name not in (self.tokens, self.mask) and getattr(value, "shape", ())[:2] == ids.shape:
+                raise ValueError(
+                    f"calibration: answers are written after {self.tokens} and {self.mask} alone, found {name!r} with "
+                    f"a value for every token, {list(value.shape)}; expected batches without it"
+                )
+        return ids, torch.ones_like(ids) if real is None else real
+
+
+def writing_of(model: nn.Module, family: Family | None, new_tokens: NewTokens) -> Writing | None:
+    """How a model's answers are written; None where only their first tokens are asked for.
+
+    Raises:
+        ValueError: if the model does not answer from its last token.
+    """
+    counts = new_tokens.values() if isinstance(new_tokens, Mapping) else [new_tokens]
+    if max(counts, default=1) == 1:
+        return None
+    if not (family and family.causal and family.tokens and family.mask):
+        raise ValueError(f"new_tokens: {type(model).__name__} writes no answers; expected 1, found {new_tokens}")
+    return Writing(family.tokens, family.mask, end_tokens(model))
