@@ -1,6 +1,7 @@
 # make demo   merge real LoRA adapters on real images, about a minute after the installation
 # make test   linters, type checks and every test
 # make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better
+# make docs   the documentation's site: build/docs/index.html
 # make hf-kernel   the kernels as a folder for Hugging Face kernels: dist/nsc-kernel
 # make sanitize   the CPU kernels' tests and random trials under AddressSanitizer and UndefinedBehaviorSanitizer
 # All create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Where bytecode must not be written, each process that a test starts compiles torch and transformers anew: 10 s of it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit sanitize lint bench info wheel hf-kernel clean
+.PHONY: demo test unit sanitize lint bench docs info wheel hf-kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
@@ -52,6 +53,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/test_operator.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+docs: $(INSTALLED)
+	$(BIN)/python tools/docs/build.py build/docs
 
 info: $(INSTALLED)
 	$(BIN)/python -m nsc_kernels.info

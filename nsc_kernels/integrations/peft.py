@@ -1,4 +1,4 @@
-"""PEFT's forward with several active adapters as one fused call per layer.
+"""PEFT's forward with several active adapters as one fused call per layer::
 
     from nsc_kernels.integrations.peft import accelerate
 

@@ -280,7 +280,9 @@ def test_adapters_are_peft_folders_of_rank_16_on_q_and_v(trained):
     assert trained.read["number"].end == 2 + ALPHABET.index("=")
 
 
-@pytest.mark.parametrize("name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "distill answers", "Fisher", "oracle"])
+@pytest.mark.parametrize(
+    "name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "distill answers", "Fisher", "oracle"]
+)
 def test_rows_are_measured(trained, name, monkeypatch):
     # Untrained, it gets nothing right, which nothing can be divided by.
     monkeypatch.setattr(SmolLM2Suite, "measure", lambda self, task, outputs, labels: outputs.std().item())
