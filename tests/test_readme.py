@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import nsc_kernels
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -34,6 +36,19 @@ def test_it_opens_with_the_commands_that_the_guide_carries_out() -> None:
 
 @pytest.mark.skipif(not README.exists(), reason="needs the source tree")
 def test_links_lead_somewhere() -> None:
-    for file in (README, *(README.parent / "docs" / "guides").glob("*.md")):
+    for file in (README, *README.parent.glob("C*.md"), *(README.parent / "docs" / "guides").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", file.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+@pytest.mark.skipif(not README.exists(), reason="needs the source tree")
+def test_versions_that_stand_in_two_places_agree() -> None:
+    root = README.parent
+    cited = re.search(r"^version: (.*)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.M)
+    assert cited is not None
+    assert cited[1] == nsc_kernels.__version__
+    hooks = root / ".pre-commit-config.yaml"
+    if hooks.exists():
+        pinned = re.search(r"^ruff==(.*)$", (root / "constraints.txt").read_text(encoding="utf-8"), re.M)
+        assert pinned is not None
+        assert f"ruff=={pinned[1]}]" in hooks.read_text(encoding="utf-8")

@@ -19,6 +19,8 @@ DOCS = ROOT / "docs"
 ELSEWHERE = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
     "quality/suites.md": "bench/quality/README.md",
     "quality/tables.md": "bench/results/quality/report.md",
 }
