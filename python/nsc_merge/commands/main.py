@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nsc_merge.commands import analyse, demo, evaluate, export, importing, init, inspect, methods, run
+from nsc_merge.commands import analyse, completion, demo, evaluate, export, importing, init, inspect, methods, run
 from nsc_merge.commands.terminal import EXAMPLES
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for part in (init, importing, run, inspect, export, evaluate, analyse, methods, demo):
         part.add(commands)
+    completion.add(commands, parser)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -35,9 +36,10 @@ class _Version(argparse.Action):
     """Prints the version, which is not looked up before."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from nsc_kernels import __version__
+        # As it is installed: the package itself would import torch, which takes seconds.
+        from importlib.metadata import version
 
-        print(f"nsc-merge {__version__}")
+        print(f"nsc-merge {version('nsc-kernels')}")
         parser.exit()
 
 

@@ -9,6 +9,8 @@ from nsc_merge.methods import listing
 
 ASKED = (
     ["--help"],
+    ["--version"],
+    ["completion", "bash"],
     ["methods"],
     ["methods", "--json"],
     *([command, "--help"] for command in ("init", "run", "inspect", "export", "eval", "analyse", "methods", "demo")),
