@@ -67,6 +67,17 @@ def test_a_method_has_a_page_that_explains_every_option(pages, name):
         assert not referred, f"{option} is explained by {told[option]!r}"
 
 
+def test_the_errors_that_are_explained_are_raised():
+    sources = [path for folder in ("nsc_kernels", "python/nsc_merge") for path in (ROOT / folder).rglob("*.py")]
+    # Messages stand in several literals, one after the other.
+    raised = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    explained = re.findall(r"^\*\*(.*?)\*\*", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(explained) > 15
+    for code in (one for bold in explained for one in re.findall(r"`([^`]+)`", bold)):
+        for words in re.split(r"\.\.\.|'x'", code):
+            assert words.strip(" :[]'") in raised, words
+
+
 def test_measured_rows_are_on_the_page_of_their_method(pages):
     lines = (ROOT / "bench" / "results" / "quality" / "vit.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
