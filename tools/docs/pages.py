@@ -21,6 +21,7 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
+    "conduct.md": "CODE_OF_CONDUCT.md",
     "quality/suites.md": "bench/quality/README.md",
     "quality/tables.md": "bench/results/quality/report.md",
 }
