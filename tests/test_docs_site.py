@@ -83,7 +83,7 @@ def test_measured_rows_are_on_the_page_of_their_method(pages):
     rows = [json.loads(line) for line in lines]
     mean = {row["row"]: row["average"] for row in rows if row["method"] == "match" and len(row["tasks"]) == 8}
     page = (pages / "methods" / "match.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| ([^|`]+) \| (\d+\.\d) \((\d)\) \|", page, re.M)
+    shown = re.findall(r"^\| ([^|`]+) \| (\d+\.\d)\u00a0\((\d)\) \|", page, re.M)
     assert {row for row, _, _ in shown} >= set(mean)
     values = [row["average"] for row in rows if row["row"] == "match" and len(row["tasks"]) == 8]
     assert ("match", f"{sum(values) / len(values):.1f}", str(len(values))) in shown

@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Builds the documentation's site.")
     parser.add_argument("out", type=Path, help="folder of the site")
     out = parser.parse_args(argv).out.resolve()
-    # Sphinx reads what has changed since the last build alone.
     laid_out = out.with_name(f"{out.name}-pages")
     pages.lay_out(laid_out)
     # Modules are imported for their docstrings, and need no cores for that.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return sphinx_build(["-q", "-W", "--keep-going", "-c", str(Path(__file__).parent), str(laid_out), str(out)])
+    # All pages anew: the column at their side is of the home page.
+    settings = ["-q", "-E", "-a", "-W", "--keep-going", "-c", str(Path(__file__).parent)]
+    return sphinx_build([*settings, str(laid_out), str(out)])
 
 
 if __name__ == "__main__":

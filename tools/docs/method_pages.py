@@ -194,7 +194,7 @@ def _measured(name: str, records: list[dict[str, Any]]) -> list[str]:
                 for one in records
                 if one["row"] == row and one["suite"] == suite and len(one["tasks"]) == count
             ]
-            cells.append(f"{statistics.mean(values):.1f} ({len(values)})" if values else "")
+            cells.append(f"{statistics.mean(values):.1f}\u00a0({len(values)})" if values else "")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     seconds = [one["seconds"] for one in mine if one["suite"] == "vit" and one["tuned"] is None]
     if seconds and statistics.median(seconds) > 1:

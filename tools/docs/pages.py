@@ -87,7 +87,9 @@ def _linked(place: str, path: Path) -> tuple[str, set[Path]]:
         led_to.add(found)
         return f"]({'../' * place.count('/')}{_place(found)}{sign}{anchor})"
 
-    return _LINK.sub(link, path.read_text(encoding="utf-8")), led_to
+    # Figures stay in one line with their spread.
+    text = path.read_text(encoding="utf-8").replace(" ± ", "\u00a0±\u00a0")
+    return _LINK.sub(link, text), led_to
 
 
 def _place(target: Path) -> str:
