@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A machine without a GPU is spared the gigabytes of CUDA's libraries; where that index is not reached, torch is PyPI's.
+CPU_TORCH := --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 20
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle OpenMP threads that spin slow everything down on shared cores.
@@ -70,6 +72,7 @@ hf-kernel: $(INSTALLED)
 # imported; pip would compile all of them, most of which are never used here.
 $(INSTALLED): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --quiet --no-compile torch $(CPU_TORCH) || true
 	$(BIN)/python -m pip install --quiet --no-compile torch numpy setuptools wheel packaging cmake ninja
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[all]'
 	touch $@

@@ -5,8 +5,8 @@ Environment:
                                     1: build or fail; 0: do not build
     CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as PyTorch extensions use them; the CUDA kernels need 9.0 or newer
 
-torch must be importable when building (its headers are compiled against), so install with --no-build-isolation: an
-isolated build environment has no torch, and pip would download a second one.
+torch has to be there before (its headers are compiled against), and is no requirement of the build: pip would download
+a second one, of gigabytes, for an isolated build. That finds the torch of the environment that it installs into.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -44,9 +45,17 @@ def build_mode(variable: str) -> str:
 def torch_dir() -> Path:
     """Where torch is installed; found without importing it, which works where libtorch cannot load."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("torch is not importable at build time: install it, then use --no-build-isolation")
-    return Path(next(iter(spec.submodule_search_locations)))
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    # pip hides the packages of the environment from an isolated build, and not where they are.
+    for scheme in ("platlib", "purelib"):
+        found = Path(sysconfig.get_path(scheme)) / "torch"
+        if (found / "version.py").is_file():
+            return found
+    raise RuntimeError(
+        "torch is not there: install it first (pip install torch), and where the build is isolated in an environment "
+        "of its own, as uv's is, use --no-build-isolation"
+    )
 
 
 def required_tool(name: str) -> str:

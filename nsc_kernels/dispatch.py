@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import warnings
 from functools import cache, lru_cache
 
 from .contract import Backend, Call
@@ -108,9 +109,19 @@ def select(name: str, call: Call) -> Backend:
         if backend is not None and reason is None:
             return backend
         _log_once(f"{call.device.type} {call.dtype}: backend {candidate!r} passed over: {reason}")
+        if backend is not None and candidate == "cpu" and load(candidate)[1] is not None:
+            _warn_once(
+                f"nsc_kernels has no CPU kernels here ({reason}), so that PyTorch's operators compute it, slower; "
+                "NSC_BACKEND=reference says that this is wanted"
+            )
     raise RuntimeError(f"no backend serves tensors on {call.device}: available_backends() lists what there is")
 
 
 @cache
 def _log_once(message: str) -> None:
     logger.info(message)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

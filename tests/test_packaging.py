@@ -144,6 +144,27 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(source: Path) -> No
     assert not any(name.endswith(".so") for name in files)
 
 
+def test_an_isolated_build_finds_the_torch_of_the_environment(source: Path) -> None:
+    """pip's hides the packages of the environment: then only where they lie tells."""
+    code = "import setup; print(setup.torch_dir())"
+    # setup.py, without what it does when it is run.
+    module = source / "isolated" / "setup.py"
+    module.parent.mkdir()
+    text = (source / "setup.py").read_text(encoding="utf-8")
+    module.write_text(text[: text.index("\nsetup(")])
+    hidden = "import importlib.util; importlib.util.find_spec = lambda name: None; "
+    for start in ("", hidden):
+        done = subprocess.run(
+            [sys.executable, "-c", start + code], cwd=module.parent, capture_output=True, text=True, check=False
+        )
+        assert Path(done.stdout.strip()) == Path(torch.__file__).parent, done.stderr
+    elsewhere = f"{hidden}import sysconfig; sysconfig.get_path = lambda scheme: '/nowhere'; "
+    done = subprocess.run(
+        [sys.executable, "-c", elsewhere + code], cwd=module.parent, capture_output=True, text=True, check=False
+    )
+    assert "torch is not there: install it first (pip install torch)" in done.stderr
+
+
 @pytest.mark.parametrize(("variable", "value"), [("NSC_BUILD_CPU", "1"), ("NSC_BUILD_CPU", "maybe")])
 def test_a_demand_that_cannot_be_met_fails_loudly(source: Path, variable: str, value: str) -> None:
     result = build(source, "wheel", CXX="/bin/false", **{"NSC_BUILD_CUDA": "0", variable: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import subprocess
@@ -83,6 +84,23 @@ def test_what_was_passed_over_is_logged_once(monkeypatch: pytest.MonkeyPatch, ca
     dispatch.select.cache_clear()
     messages = [record.message for record in caplog.records]
     assert messages == ["cpu torch.float32: backend 'cpu' passed over: it is a test"]
+
+
+def test_missing_cpu_kernels_are_said_aloud_once() -> None:
+    code = """if True:
+        import warnings, torch, nsc_kernels as nk
+        from nsc_kernels import native
+        native.load = lambda name: "libnsc_cpu was not built"
+        bank = nk.AdapterBank.from_factors([torch.ones(1, 4)], [torch.ones(3, 1)])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for T in (2, 3):
+                nk.merged_lora(torch.ones(T, 4), bank, torch.ones(1))
+        print([str(one.message) for one in said])
+    """
+    (said,) = ast.literal_eval(python(code, NSC_BACKEND="auto").stdout)
+    assert said.startswith("nsc_kernels has no CPU kernels here (libnsc_cpu was not built), so that PyTorch")
+    assert python(code, NSC_BACKEND="reference").stdout == "[]\n"
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
