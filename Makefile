@@ -2,6 +2,7 @@
 # make test   linters, type checks and every test
 # make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better
 # make docs   the documentation's site: build/docs/index.html
+# make release   dist/release: the source and a manylinux wheel; needs nvcc, or NSC_BUILD_CUDA=0
 # make hf-kernel   the kernels as a folder for Hugging Face kernels: dist/nsc-kernel
 # make sanitize   the CPU kernels' tests and random trials under AddressSanitizer and UndefinedBehaviorSanitizer
 # All create .venv and install everything into it. PYTHON=python3.12 picks the interpreter.
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Where bytecode must not be written, each process that a test starts compiles torch and transformers anew: 10 s of it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit sanitize lint bench docs info wheel hf-kernel clean
+.PHONY: demo test unit sanitize lint bench docs release info wheel hf-kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
@@ -64,6 +65,18 @@ info: $(INSTALLED)
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+# The source, and of it a wheel with both libraries, for every Python and torch there is a build for, on systems as old as
+# this one. Torch's and CUDA's own libraries stay outside.
+release: export NSC_BUILD_CPU ?= 1
+release: export NSC_BUILD_CUDA ?= 1
+release: $(INSTALLED)
+	rm -rf dist/release
+	$(BIN)/python -m build --no-isolation --outdir dist/release/plain
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  --wheel-dir dist/release dist/release/plain/*.whl
+	mv dist/release/plain/*.tar.gz dist/release
+	rm -r dist/release/plain
 
 hf-kernel: $(INSTALLED)
 	$(BIN)/python -m nsc_kernels.integrations.hf_kernels dist/nsc-kernel
