@@ -115,6 +115,21 @@ def test_tasks_with_functions_write_where_a_mapping_names_them(tmp_path):
     assert losses[2]["b"] == losses[0]["b"] != losses[3]["b"]
 
 
+def test_tasks_that_write_nothing_need_no_tokens(tmp_path):
+    problem = problem_of("llama", tmp_path)
+    expected = merge(problem, "distill", steps=1, new_tokens={"a": 3})
+    embed = problem.model.get_input_embeddings()
+    batches = {
+        "a": problem.calibration["a"],
+        "b": [
+            {"inputs_embeds": embed(batch["input_ids"]).detach(), "attention_mask": batch["attention_mask"]}
+            for batch in problem.calibration["b"]
+        ],
+    }
+    found = merge(Problem(problem.model, problem.adapters, batches), "distill", steps=1, new_tokens={"a": 3})
+    assert found.history[0]["loss"] == pytest.approx(expected.history[0]["loss"], rel=1e-5)
+
+
 def test_an_answer_is_written_once_for_every_batch(tmp_path):
     problem = problem_of("llama", tmp_path, count=2)
     problem.model.generation_config.eos_token_id = None

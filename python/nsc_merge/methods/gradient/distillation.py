@@ -181,8 +181,7 @@ class Predictions:
         def predict(inputs: Mapping[str, Any]) -> Tensor:
             return output_of(self._outputs, self._tasks[number], self._model, inputs)
 
-        answered = self._writing(predict, one, self._most[number])
-        return answered if self._most[number] > 1 else None
+        return self._writing(predict, one, self._most[number])
 
     def of(self, number: int, one: Pass, answered: Answered | None = None) -> tuple[Tensor, float]:
         """The output of task ``number`` at the positions of a pass that count, float32 or wider, and what part of those

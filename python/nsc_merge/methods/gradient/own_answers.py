@@ -79,26 +79,32 @@ class Writing:
     mask: str
     ends: Sequence[int]
 
-    def __call__(self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int) -> Answered:
+    def __call__(self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int) -> Answered | None:
         """Append to every row what is most likely to follow. Without gradients.
 
         Args:
             predict: gives logits ``[rows, tokens, V]`` of a model's inputs.
             one: the pass; tokens after a row's last real one are padding.
-            most: how many tokens an answer has at most, its end among them. Of 1 nothing is appended.
+            most: how many tokens an answer has at most, its end among them. Of 1 nothing is appended, and None is
+                returned.
 
         Processes that share the work run ``predict`` equally often, until the answers of all have ended.
 
         Raises:
             ValueError: if another input has a value for every token, which those of an answer would not have.
         """
-        ids, real = self._read(one, most > 1)
+        if most == 1:
+            with torch.no_grad():
+                while current().any(False):
+                    predict(one.inputs)
+            return None
+        ids, real = self._read(one)
         width = ids.shape[1]
         last = torch.where(real.bool(), torch.arange(width, device=ids.device), 0).amax(1)
         rows = torch.arange(len(ids), device=ids.device)
         ids, real = (pad(value, (0, most - 1)) for value in (ids, real))
         length = torch.ones_like(last)
-        going = torch.full_like(last, most > 1, dtype=torch.bool)
+        going = torch.ones_like(last, dtype=torch.bool)
         with torch.no_grad():
             while current().any(bool(going.any())):
                 seen = max(width, int((last + length).max()))
@@ -123,13 +129,13 @@ class Writing:
         weights = (1.0 / (length * len(ids)))[:, None].expand_as(predicts)[predicts]
         return Answered({self.tokens: ids, self.mask: real}, predicts, weights)
 
-    def _read(self, one: Pass, grows: bool) -> tuple[Tensor, Tensor]:
-        """Tokens and mask of a pass, of which nothing else speaks if it ``grows``."""
+    def _read(self, one: Pass) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of a pass, which has nothing else for every token."""
         ids = one.inputs.get(self.tokens)
         if ids is None:
             raise ValueError(f"calibration: answers are written after {self.tokens}, found only {sorted(one.inputs)}")
         real = one.inputs.get(self.mask)
-        for name, value in one.inputs.items() if grows else []:
+        for name, value in one.inputs.items():
             if name not in (self.tokens, self.mask) and getattr(value, "shape", ())[:2] == ids.shape:
                 raise ValueError(
                     f"calibration: answers are written after {self.tokens} and {self.mask} alone, found {name!r} with "
