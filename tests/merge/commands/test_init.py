@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -174,6 +176,19 @@ def test_a_question_and_its_answer_are_the_text(at, capsys):
     # The recipe's own words mean the same in a run.
     recipe = load_recipe("recipe.yaml")
     assert recipe.calibration["one"].settings.text == "{question}\n{answer}"
+
+
+@pytest.mark.parametrize(("kind", "data", "writes"), [("llama", "prompts.jsonl", True), ("vit", "photos", False)])
+def test_what_is_advised_can_be_run(at, capsys, kind, data, writes):
+    at(kind)
+    assert main(["init", *ADAPTERS, "--data", data]) == 0
+    advised = re.findall(r"^#   nsc-merge (run .* method=.*)$", Path("recipe.yaml").read_text(encoding="utf-8"), re.M)
+    assert any("method=distill options.new_tokens=16" in line for line in advised) == writes
+    assert len(advised) == 2 + writes
+    for line in advised:
+        short = ["options.steps=1"] if "task_arithmetic" not in line else []
+        assert main([*shlex.split(line), *short, "--dry-run"]) == 0, line
+    capsys.readouterr()
 
 
 def test_another_text_is_taken_where_it_is_named(at):

@@ -149,6 +149,10 @@ def _advice(yaml: Yaml, found: Findings, name: str) -> None:
         yaml.remark("A lower ratio is not always a better model (docs/results.md). With the same data, and without:")
         run = shown(shlex.join(["nsc-merge", "run", name]))
         yaml.verbatim(*(f"#   {run} method={one} output.dir=merged-{one}" for one in _OTHERS))
+        can_generate = getattr(found.base.model, "can_generate", None)
+        if can_generate is not None and can_generate():
+            yaml.remark("With samples that end where an answer begins, along what each task's own model answers:")
+            yaml.verbatim(f"#   {run} method=distill options.new_tokens=16 output.dir=merged-distill")
     elif found.method.tuned is not None:
         tuned = found.method.tuned
         yaml.remark(f"Its {tuned} decides much: try a few on labelled data (nsc-merge eval), if there is some.")
