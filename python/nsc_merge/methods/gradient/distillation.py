@@ -155,16 +155,16 @@ class Predictions:
         usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
         self._writing = writing_of(problem.model, family, options.new_tokens)
-        self._most = [self._answer_of(task, number, options) for number, task in enumerate(problem.tasks)]
+        self._most = [self._answer_of(number, options) for number in range(len(problem.tasks))]
         if self._writing is not None and max(self._most) == 1:
             raise ValueError(
                 f"new_tokens: {options.new_tokens} is for tasks that are compared by the model's own logits, and there "
                 "are none; expected a mapping of tasks to numbers, or 1"
             )
 
-    def _answer_of(self, task: str, number: int, options: DistillOptions) -> int:
-        """How many tokens its answer has at most."""
-        given = options.new_tokens
+    def _answer_of(self, number: int, options: DistillOptions) -> int:
+        """How many tokens the answer of a task has at most."""
+        task, given = self._tasks[number], options.new_tokens
         own = task not in (options.outputs or {}) and not self.predicts_values(number)
         most = given.get(task, 1) if isinstance(given, Mapping) else given if own else 1
         if most > 1 and self.predicts_values(number):
