@@ -34,8 +34,9 @@ MERGE["__main__"] = {"commands"}
 
 METHODS: dict[str, set[str]] = {"method": set(), "task_outputs": set(), "shared_options": set(), "scale_tuning": set()}
 METHODS["gradient_free"] = {"method"}
-METHODS["task_vectors"] = METHODS["gradient"] = {"method", "gradient_free", "task_outputs", "shared_options"}
-METHODS["low_rank"] = METHODS["closed_form"] = {*METHODS["gradient"], "task_vectors"}
+METHODS["task_vectors"] = {"method", "gradient_free", "task_outputs", "shared_options"}
+METHODS["low_rank"] = METHODS["closed_form"] = {*METHODS["task_vectors"], "task_vectors"}
+METHODS["gradient"] = {*METHODS["task_vectors"], "closed_form"}
 METHODS["registry"] = {"method", "task_vectors", "low_rank", "closed_form", "gradient"}
 METHODS["__init__"] = {"method", "registry"}
 METHODS["listing"] = {"registry"}

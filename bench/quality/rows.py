@@ -187,6 +187,22 @@ ROWS = (
         batches=8,
         suites=("llava", "smollm2"),
     ),
+    Row(
+        "distill regmean",
+        LEARNT,
+        "distill",
+        {**_DISTILL, "distance": "bounded", "regmean": True},
+        batches=8,
+        suites=("vit", "siglip", "llama"),
+    ),
+    Row(
+        "distill answers regmean",
+        LEARNT,
+        "distill",
+        {**_DISTILL, "distance": "bounded", "new_tokens": 8, "regmean": True},
+        batches=8,
+        suites=("llava", "smollm2"),
+    ),
     Row("distill init1/K", LEARNT, "distill", {**_DISTILL, "init": "1/K"}, batches=8),
     Row("distill by task", LEARNT, "distill", {**_DISTILL, "normalise": "task"}, batches=8),
     # The same as "distill" where no task predicts values.

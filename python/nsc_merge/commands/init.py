@@ -19,6 +19,7 @@ Looks at adapters, base and data, and writes a recipe with comments, which nsc-m
   nsc-merge run recipe.yaml --dry-run
 
 Weights are not read: the base's configuration and the headers of the adapters' files are.
+Without --base it is the one that the adapters' configurations name.
 Tasks are called like their adapters' folders, unless TASK=FOLDER calls them otherwise.
 
 --data is a file (.jsonl, .json, .csv, .parquet, .txt, or .safetensors of ready inputs), a
@@ -46,7 +47,9 @@ def add(commands: Any) -> None:
         metavar="[TASK=]ADAPTER",
         help="PEFT folder, or owner/name[@revision] on the hub",
     )
-    init.add_argument("--base", metavar="DIR|ID", help="base model: folder, or hub id (owner/name)")
+    init.add_argument(
+        "--base", metavar="DIR|ID", help="base model: folder, or hub id (owner/name); by default what the adapters name"
+    )
     init.add_argument(
         "--data", action="append", default=[], metavar="[TASK=]FILE", help="unlabelled inputs; may be repeated"
     )
@@ -65,8 +68,6 @@ def _init(arguments: argparse.Namespace) -> int:
         return _write_schema(None if arguments.schema is _BESIDE else Path(arguments.schema))
     if not arguments.adapters:
         raise UsageError("ADAPTER: expected one or more folders of adapters, found none")
-    if arguments.base is None:
-        raise UsageError("--base: expected the base model of the adapters, found none")
     out, shown = arguments.out, str(arguments.out) == "-"
     if not shown and out.exists() and not arguments.force:
         raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
@@ -74,8 +75,10 @@ def _init(arguments: argparse.Namespace) -> int:
         raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
     from nsc_merge.utils.option_checks import is_hub_id
 
-    places = [one.partition("=")[2] or one for one in (*arguments.adapters, arguments.base, *arguments.data)]
-    prepare(local=not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
+    base = [] if arguments.base is None else [arguments.base]
+    places = [one.partition("=")[2] or one for one in (*arguments.adapters, *base, *arguments.data)]
+    # The adapters may name a base on the hub.
+    prepare(local=bool(base) and not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
     from nsc_merge.recipes.first.findings import find
     from nsc_merge.recipes.first.summary import render, summary
     from nsc_merge.recipes.first.text import recipe_text

@@ -80,7 +80,7 @@ class Losses:
 
     def _run(self, drawn: Sequence[Batch]) -> Tensor:
         flat = self.coefficients.flat
-        total = flat.new_zeros(flat.shape[1])
+        total = flat.new_zeros(len(drawn))
         for one in parts_of(one_by_one(drawn, flat.device), alike=self.alike):
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.backward(one).to(total)

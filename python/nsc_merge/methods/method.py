@@ -70,6 +70,7 @@ class Method:
         resolve: makes the options of those given by name, where that takes the tasks and the model (None for any).
         weighted: the option that takes one number for each task, if the method has it.
         low_rank_with: options by which an update of full rank becomes one of low rank, as it is merged in its factors.
+        factors_with: the option with which, given anything but False, a method of coefficients gives factors.
         averages_outputs: the models of all tasks serve together, by the mean of their outputs.
     """
 
@@ -90,6 +91,7 @@ class Method:
     resolve: Resolve | None = None
     weighted: str = "weights"
     low_rank_with: Mapping[str, Any] = field(default_factory=dict)
+    factors_with: str = ""
     averages_outputs: bool = False
 
     @property
@@ -123,6 +125,8 @@ class Method:
     def gives_with(self, given: Mapping[str, Any]) -> Gives:
         """What the result holds for each module, with these options."""
         if any(given.get(name) == value for name, value in self.low_rank_with.items()):
+            return "low rank"
+        if given.get(self.factors_with, False) is not False:
             return "low rank"
         return self.gives
 

@@ -117,15 +117,12 @@ class MergedUpdate:
         quantity = "null-space ratio" if "omega" in self.history[0] else "loss"
         count = self.objective["batches"]
         on = "the same batch" if count == 1 else f"the same {count} batches"
-        values = [
-            row[task]
-            for path, row in self.coefficients.items()
-            for task, adapter in self.adapters.items()
-            if path in adapter.factors
-        ]
+        rows = self.coefficients.items()
+        values = [row[task] for path, row in rows for task, one in self.adapters.items() if path in one.factors]
+        span = f", coefficients {min(values):.3f} to {max(values):.3f}" if values else ""
         return (
             f"{steps} step{'s' * (steps > 1)}: mean {quantity} {self.objective['before']:#.4g} -> "
-            f"{self.objective['after']:#.4g} on {on} of every task, coefficients {min(values):.3f} to {max(values):.3f}"
+            f"{self.objective['after']:#.4g} on {on} of every task{span}"
         )
 
     def for_task(self: Update, task: str) -> Update:

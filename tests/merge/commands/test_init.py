@@ -367,7 +367,6 @@ def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
     ("arguments", "message"),
     [
         (["--base", "base"], "ADAPTER: expected one or more folders of adapters, found none"),
-        (["adapters/one"], "--base: expected the base model of the adapters, found none"),
         (["adapters/three", "--base", "base"], "adapters/three is missing; expected a folder with adapter_config.json"),
         (["./prompts.jsonl", "--base", "base"], "prompts.jsonl is a file"),
         (["base", "--base", "base"], "adapter_config.json is missing"),
@@ -392,6 +391,59 @@ def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
 def test_what_cannot_be_written_is_one_line(at, capsys, arguments, message):
     at("llama")
     assert message in refused(capsys, *arguments)
+
+
+def naming(folder: Path, base: str | None, revision: str | None = None) -> str:
+    """A copy of an adapter that names a base."""
+    shutil.copytree("adapters/one", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_without_a_base_the_adapters_own_is_taken(at, tmp_path, capsys):
+    place = at("llama")
+    # A folder has no revisions, though trainers write one.
+    adapters = [naming(tmp_path / task, str(place / "base"), "main") for task in ("three", "four")]
+    assert main(["init", *adapters, "--out", str(place / "recipe.yaml")]) == 0
+    assert written()["model"] == "base"
+    assert "revision" not in written()
+    assert "trained on" not in capsys.readouterr().err
+
+
+def test_of_a_base_on_the_hub_the_adapters_revision_is_taken(at, tmp_path, monkeypatch):
+    at("llama")
+    asked = {}
+
+    def looked_up(source, *, local, revision):
+        asked.update(source=source, local=local, revision=revision)
+        raise OSError("offline")
+
+    monkeypatch.setattr("nsc_merge.recipes.first.findings.architecture_of", looked_up)
+    adapters = [naming(tmp_path / task, "owner/name", "v2") for task in ("three", "four")]
+    assert main(["init", *adapters]) != 0
+    assert asked == {"source": "owner/name", "local": False, "revision": "v2"}
+    assert main(["init", *adapters, "--revision", "v3"]) != 0
+    assert asked["revision"] == "v3"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((None,), (None,), "do not all name one (three: none; four: none)"),
+        (("owner/name",), (None,), "do not all name one (three: owner/name; four: none)"),
+        (("owner/name",), ("owner/other",), "(three: owner/name; four: owner/other)"),
+        (("owner/name", "v1"), ("owner/name", "v2"), "(three: owner/name at v1; four: owner/name at v2)"),
+        (("/moved/base",), ("/moved/base",), "trained on /moved/base, which is not here; expected where it is now"),
+    ],
+)
+def test_a_base_that_the_adapters_do_not_say_is_asked_for(at, tmp_path, capsys, first, second, message):
+    at("llama")
+    adapters = [naming(tmp_path / "three", *first), naming(tmp_path / "four", *second)]
+    found = refused(capsys, *adapters)
+    assert "--base: " in found
+    assert message in found
 
 
 def test_adapters_of_another_model_are_refused(at, places, capsys):

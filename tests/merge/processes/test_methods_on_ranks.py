@@ -42,6 +42,7 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "distance": "bounded"}),
         ("distill", {**LEARNING, "distance": "bounded"}),
         ("distill", {**LEARNING, "steps": 8, "new_tokens": {"a": 4, "c": 2}, "normalise": "task"}),
+        ("distill", {**LEARNING, "steps": 4, "regmean": {"batches": 3}}),
         ("adamerging", {**LEARNING, "steps": 8}),
         ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
         ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.adapters import Factor
+from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
@@ -100,9 +100,29 @@ def grams(
     return {path: sums[path] / counts[path] for path in paths}
 
 
-def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: RegMeanOptions) -> Factor:
-    """``dW = (sum_k dW_k G_k) (sum_k G_k)^-1``, as factors: the base weight cancels, and with ``dW_k = B_k A_k`` the
-    rows ``A_k G_k (sum_j G_j)^-1`` take the place of A_k.
+def filtered_rows(
+    problem: Problem, adapters: Mapping[str, Adapter], paths: Sequence[str], options: RegMeanOptions
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Path, and task -> the rows ``A_k G_k (sum_j G_j)^-1 [r_k, d_in]`` in float64 on the CPU, of the tasks of
+    ``adapters`` that touch it. Those hold low-rank updates of linears alone.
+    """
+    batches = draw(problem, options.batches)
+    size = options.modules_at_once or len(paths)
+    for start in range(0, len(paths), size):
+        group = paths[start : start + size]
+        held: dict[str, dict[str, Tensor]] = {path: {} for path in group}
+        for task in problem.tasks:
+            # A task's inputs count where it has no adapter, too: there its own weight is the base's.
+            for path, gram in grams(problem, task, group, batches[task]).items():
+                held[path][task] = gram
+        for path in group:
+            yield path, _filtered(present(adapters, path), held.pop(path), options)
+
+
+def _filtered(
+    factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: RegMeanOptions
+) -> dict[str, Tensor]:
+    """The rows of one linear.
 
     Args:
         factors: task -> update, of the tasks that have one.
@@ -120,8 +140,15 @@ def solve(factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: Re
             f"expected more batches or a larger ridge, found batches={options.batches}, ridge={options.ridge:g}"
         )
     rows = torch.cholesky_solve(right, factor).t().cpu()
+    return dict(zip(factors, rows.split([one.rank for one in factors.values()]), strict=True))
+
+
+def _update(factors: Mapping[str, Factor], rows: Mapping[str, Tensor], scale: float) -> Factor:
+    """``dW = (sum_k dW_k G_k) (sum_k G_k)^-1``, as factors: the base weight cancels, and with ``dW_k = B_k A_k`` the
+    filtered rows take the place of A_k.
+    """
     B = torch.cat([factor.scaling * factor.B.double() for factor in factors.values()], 1)
-    return Factor(rows.float(), (options.scale * B).float(), 1.0)
+    return Factor(torch.cat(list(rows.values())).float(), (scale * B).float(), 1.0)
 
 
 def _shrunk(gram: Tensor, factor: float) -> Tensor:
@@ -132,18 +159,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = RegMeanOptions(**given)
     linears, low_rank, paths = low_rank_part(problem)
     only_linears("regmean", linears, paths)
-    batches = draw(problem, options.batches)
-    size = options.modules_at_once or len(paths)
-    merged: dict[str, Factor] = {}
-    for start in range(0, len(paths), size):
-        group = paths[start : start + size]
-        held: dict[str, dict[str, Tensor]] = {path: {} for path in group}
-        for task in problem.tasks:
-            # A task's inputs count where it has no adapter, too: there its own weight is the base's.
-            for path, gram in grams(problem, task, group, batches[task]).items():
-                held[path][task] = gram
-        for path in group:
-            merged[path] = solve(present(low_rank, path), held.pop(path), options)
+    merged = {
+        path: _update(present(low_rank, path), rows, options.scale)
+        for path, rows in filtered_rows(problem, low_rank, paths, options)
+    }
     factors = {
         path: with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, options.scale, averages=True)
         for path, linear in linears.items()

@@ -26,6 +26,7 @@ from nsc_merge.descent.mean_loss import Backward
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend, presence
 from nsc_merge.methods.gradient.own_answers import Answered, NewTokens, check_new_tokens, writing_of
+from nsc_merge.methods.gradient.regmean_terms import check_regmean, folded, with_terms
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.gradient.variance import Variance, variance_of
 from nsc_merge.methods.method import Method, Problem
@@ -83,6 +84,10 @@ class DistillOptions(SharedDescentOptions):
             for every batch, greedily and to its end if that comes sooner, and predictions are compared at each of its
             tokens, given those before it. 1 is the first token alone. A number is for all tasks without ``outputs``; a
             mapping is for some of all tasks, whose functions give logits ``[N, T, V]`` of what follows every token.
+        regmean: learn two coefficients for every task and module, that of its update and that of its term in RegMean's
+            sum (:mod:`nsc_merge.methods.gradient.regmean_terms`), from the mean of task arithmetic at ``init`` and
+            RegMean's merge on. The result holds one update for each module, of rank ``sum_k r_k``, and no coefficients.
+            A mapping gives options of method ``"regmean"`` by name, all but ``scale``.
         family: what is known of the model, a :class:`nsc_merge.Family` or some of its fields by name; the rest, and all
             when None, is found from the model.
         normalise: ``"variance"`` divides squared differences of values by the variance of what the task's own model
@@ -98,6 +103,7 @@ class DistillOptions(SharedDescentOptions):
     positions: str | None = None
     new_tokens: NewTokens = 1
     normalise: str = "variance"
+    regmean: bool | Mapping[str, Any] = False
     family: Family | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +115,7 @@ class DistillOptions(SharedDescentOptions):
         check_new_tokens(self.new_tokens)
         check_choice("distance", self.distance, DISTANCES)
         check_choice("normalise", self.normalise, NORMALISATIONS)
+        check_regmean(self.regmean)
         check_family(self.family)
 
 
@@ -232,11 +239,16 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = DistillOptions(**given)
     check_outputs(options.outputs, problem.tasks)
     check_new_tokens(options.new_tokens, problem.tasks)
-    predictions, present = Predictions(problem, options), presence(problem)
+    predictions = Predictions(problem, options)
     count = len(problem.tasks)
+    filtered, every, init = check_regmean(options.regmean), problem, None
+    if filtered is not None:
+        options.check_tasks(problem.tasks)
+        every, init = with_terms(problem, filtered, options.init)
+    present = presence(every)
 
     def losses(coefficients: BoundedCoefficients) -> Backward:
-        own = OwnModels(problem, coefficients, present)
+        own = OwnModels(every, coefficients, present)
         scaled = [n for n in range(count) if options.normalise == "variance" and predictions.predicts_values(n)]
         variances = {number: Variance() for number in scaled}
         divisors: dict[int, Tensor] = {}
@@ -297,7 +309,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
         return backward
 
-    return descend("distill", problem, options, losses, label="distillation")
+    result = descend("distill", every, options, losses, label="distillation", tasks=problem.tasks, init=init)
+    return result if filtered is None else folded(result, problem)
 
 
 METHODS = (
@@ -309,5 +322,6 @@ METHODS = (
         _run,
         needs=frozenset({"data", "gradients", "outputs"}),
         gives="coefficients",
+        factors_with="regmean",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -26,16 +26,25 @@ from nsc_merge.results.result import MergeResult
 
 
 @contextmanager
-def attached(problem: Problem, options: SharedDescentOptions) -> Iterator[BoundedCoefficients]:
+def attached(
+    problem: Problem, options: SharedDescentOptions, init: float | Mapping[str, float] | None = None
+) -> Iterator[BoundedCoefficients]:
     """The coefficients of the attached model, in evaluation mode, for the duration of a ``with`` block.
 
+    Args:
+        problem: the model and the adapters.
+        options: of the descent.
+        init: initial coefficients; those of the options when None.
+
     Raises:
-        ValueError: if ``init`` does not have one value for each task.
+        ValueError: if the options' ``init`` does not have one value for each task.
     """
-    options.check_tasks(problem.tasks)
+    if init is None:
+        options.check_tasks(problem.tasks)
+        init = options.init
     with (
         evaluating(problem.model),
-        attach(problem.model, problem.adapters, options.init) as merged,
+        attach(problem.model, problem.adapters, init) as merged,
         recomputed(problem.model),
     ):
         check_gradients(problem.model)
@@ -56,6 +65,8 @@ def descend(
     label: str,
     counted: Collection[str] | None = None,
     held_out: Callable[[BoundedCoefficients], Callable[[], float]] | None = None,
+    tasks: Sequence[str] | None = None,
+    init: Mapping[str, float] | None = None,
 ) -> MergeResult:
     """Learn coefficients.
 
@@ -67,8 +78,10 @@ def descend(
         label: of the progress bar.
         counted: the tasks that have a loss; all when None. That of the others is not a number.
         held_out: given the same, makes what measures data that is held out, at the coefficients that the modules have.
+        tasks: those that batches are drawn of, which come first among the adapters; all of these when None.
+        init: initial coefficients of all adapters; those of the options when None.
     """
-    tasks = problem.tasks
+    tasks = problem.tasks if tasks is None else tasks
     drawn = list(streams(problem.calibration, tasks).values())
     present = presence(problem)
     paths = list(adapted_linears(problem.model, problem.adapters))
@@ -77,7 +90,7 @@ def descend(
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        attached(problem, options) as coefficients,
+        attached(problem, options, init) as coefficients,
     ):
         torch.manual_seed(options.seed)
         objective = Losses(
@@ -101,11 +114,11 @@ def descend(
         dead = loop.dead.cpu() & present
     return MergeResult(
         method=method,
-        coefficients=by_path(lam, paths, tasks),
+        coefficients=by_path(lam, paths, problem.tasks),
         history=loop.history,
         adapters=problem.adapters,
         options=plain_options(options),
-        dead=tasks_where(dead, paths, tasks),
+        dead=tasks_where(dead, paths, problem.tasks),
         model=problem.model,
         objective=moved,
     )

@@ -111,7 +111,7 @@ class Findings:
 
 def find(
     adapters: Sequence[str],
-    base: str,
+    base: str | None = None,
     data: Sequence[str] = (),
     method: str | None = None,
     text: str | None = None,
@@ -121,7 +121,7 @@ def find(
 
     Args:
         adapters: folders, or ``TASK=FOLDER``.
-        base: folder or hub id.
+        base: folder or hub id; the one that all adapters name when None, at the revision that they name.
         data: arguments of ``--data``.
         method: name; one that suits what there is when None.
         text: column or template that holds the text of raw data; found when None.
@@ -132,6 +132,9 @@ def find(
         ValueError, TypeError, OSError: if adapters, base or data cannot be merged, or not together.
     """
     tasks = find_tasks(adapters)
+    if base is None:
+        base, named = _base_named_by(tasks)
+        revision = revision or named
     found = _base(base, revision)
     fitted = fit({task.name: _low_rank(task.outline) for task in tasks}, found.model)
     linears = merged_linears(found.model, fitted)
@@ -171,6 +174,22 @@ def find(
         count,
         warnings,
     )
+
+
+def _base_named_by(tasks: Sequence[Task]) -> tuple[str, str | None]:
+    """Name and revision of the base that all adapters were trained on, by their own word."""
+    named = {task.name: (task.outline.base_model, task.config.get("revision")) for task in tasks}
+    first, revision = named[tasks[0].name]
+    if first is None or len(set(named.values())) > 1:
+        said = "; ".join(
+            f"{task}: {base or 'none'}{f' at {revision}' if revision else ''}"
+            for task, (base, revision) in named.items()
+        )
+        raise RecipeError(f"--base: expected the base model of the adapters, which do not all name one ({said})")
+    if not Path(first).expanduser().is_dir() and not is_hub_id(first, Path.cwd()):
+        raise RecipeError(f"--base: the adapters were trained on {first}, which is not here; expected where it is now")
+    # Of a folder there are no revisions, whatever the adapter says.
+    return first, revision if is_hub_id(first, Path.cwd()) else None
 
 
 def _base(name: str, revision: str | None) -> Base:
