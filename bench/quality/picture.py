@@ -22,6 +22,7 @@ REFERENCE = "TA"
 # Row -> whether it uses labels.
 SHOWN = {
     "oracle": True,
+    "distill answers regmean": False,
     "distill answers": False,
     "distill bounded": False,
     "distill": False,

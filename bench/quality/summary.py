@@ -18,7 +18,7 @@ from .rows import CONTROL, GRADIENT_FREE, GROUPS, ROWS
 
 NAMES = {"vit": "ViT", "siglip": "SigLIP", "llama": "LLaMA", "llava": "LLaVA", "smollm2": "SmolLM2"}
 START = "TA@0.4"
-MATCHING = ("match", "distill", "distill bounded", "distill answers")
+MATCHING = ("match", "distill", "distill bounded", "distill answers", "distill answers regmean")
 COMPARED = ("NSC", *(row.name for row in ROWS if row.group == CONTROL), "AdaMerging", *MATCHING)
 
 # Row -> seed -> average.

@@ -178,12 +178,16 @@ def test_a_question_and_its_answer_are_the_text(at, capsys):
     assert recipe.calibration["one"].settings.text == "{question}\n{answer}"
 
 
-@pytest.mark.parametrize(("kind", "data", "writes"), [("llama", "prompts.jsonl", True), ("vit", "photos", False)])
+@pytest.mark.parametrize(
+    ("kind", "data", "writes"), [("llama", "prompts.jsonl", True), ("llama", "chats", True), ("vit", "photos", False)]
+)
 def test_what_is_advised_can_be_run(at, capsys, kind, data, writes):
     at(kind)
     assert main(["init", *ADAPTERS, "--data", data]) == 0
     advised = re.findall(r"^#   nsc-merge (run .* method=.*)$", Path("recipe.yaml").read_text(encoding="utf-8"), re.M)
     assert any("method=distill options.new_tokens=16" in line for line in advised) == writes
+    # Only inputs of a task's own have a Gram matrix of its own.
+    assert any("options.regmean=true" in line for line in advised) == (data == "chats")
     assert len(advised) == 2 + writes
     for line in advised:
         short = ["options.steps=1"] if "task_arithmetic" not in line else []

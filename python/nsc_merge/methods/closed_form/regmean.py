@@ -33,8 +33,8 @@ class RegMeanOptions:
         batches: how many batches of every task are run.
         off_diagonal: factor on the off-diagonal entries of the Gram matrices; the authors take 0.9 to 1.
         ridge: added to the diagonal of the summed Gram matrix, as a share of its mean.
-        modules_at_once: how many modules' Gram matrices ``[d_in, d_in]`` are held at a time; the data is run again for
-            every group. None holds all.
+        modules_at_once: of how many modules Gram matrices ``[d_in, d_in]`` are held at a time, two of each in float64;
+            the data is run again for every group. None holds those of all.
     """
 
     scale: float = 1.0
@@ -110,37 +110,38 @@ def filtered_rows(
     size = options.modules_at_once or len(paths)
     for start in range(0, len(paths), size):
         group = paths[start : start + size]
-        held: dict[str, dict[str, Tensor]] = {path: {} for path in group}
+        # One sum for each module, and not the matrix of every task.
+        totals: dict[str, Tensor] = {}
+        products: dict[str, dict[str, Tensor]] = {path: {} for path in group}
         for task in problem.tasks:
             # A task's inputs count where it has no adapter, too: there its own weight is the base's.
             for path, gram in grams(problem, task, group, batches[task]).items():
-                held[path][task] = gram
+                shrunk = _shrunk(gram, options.off_diagonal)
+                factor = adapters[task].factors.get(path)
+                if factor is not None:
+                    products[path][task] = shrunk @ factor.A.double().t().to(shrunk.device)
+                totals[path] = shrunk if path not in totals else totals[path].add_(shrunk)
         for path in group:
-            yield path, _filtered(present(adapters, path), held.pop(path), options)
+            yield path, _filtered(products.pop(path), totals.pop(path), options)
 
 
-def _filtered(
-    factors: Mapping[str, Factor], gram: Mapping[str, Tensor], options: RegMeanOptions
-) -> dict[str, Tensor]:
+def _filtered(products: Mapping[str, Tensor], total: Tensor, options: RegMeanOptions) -> dict[str, Tensor]:
     """The rows of one linear.
 
     Args:
-        factors: task -> update, of the tasks that have one.
-        gram: task -> ``G_k``, of all tasks.
+        products: task -> ``G_k A_k^T``, of the tasks that have an update.
+        total: ``sum_j G_j``, of all tasks.
         options: of the method.
     """
-    shrunk = {task: _shrunk(value, options.off_diagonal) for task, value in gram.items()}
-    total = torch.stack(list(shrunk.values())).sum(0)
     total.diagonal().add_(options.ridge * total.diagonal().mean().clamp(min=1e-30))
-    right = torch.cat([shrunk[task] @ factor.A.double().t().to(total.device) for task, factor in factors.items()], 1)
     factor, failed = torch.linalg.cholesky_ex(total)
     if failed:
         raise ValueError(
             f"ridge: the Gram matrix [{total.shape[0]}, {total.shape[0]}] is singular; "
             f"expected more batches or a larger ridge, found batches={options.batches}, ridge={options.ridge:g}"
         )
-    rows = torch.cholesky_solve(right, factor).t().cpu()
-    return dict(zip(factors, rows.split([one.rank for one in factors.values()]), strict=True))
+    rows = torch.cholesky_solve(torch.cat(list(products.values()), 1), factor).t().cpu()
+    return dict(zip(products, rows.split([one.shape[1] for one in products.values()]), strict=True))
 
 
 def _update(factors: Mapping[str, Factor], rows: Mapping[str, Tensor], scale: float) -> Factor:

@@ -152,7 +152,10 @@ def _advice(yaml: Yaml, found: Findings, name: str) -> None:
         can_generate = getattr(found.base.model, "can_generate", None)
         if can_generate is not None and can_generate():
             yaml.remark("With samples that end where an answer begins, along what each task's own model answers:")
-            yaml.verbatim(f"#   {run} method=distill options.new_tokens=16 output.dir=merged-distill")
+            # What tells inputs of tasks apart is nothing where they are the same.
+            apart = len({one.source for one in found.data.values()}) == len(found.tasks) > 1
+            terms = " options.regmean=true" * apart
+            yaml.verbatim(f"#   {run} method=distill options.new_tokens=16{terms} output.dir=merged-distill")
     elif found.method.tuned is not None:
         tuned = found.method.tuned
         yaml.remark(f"Its {tuned} decides much: try a few on labelled data (nsc-merge eval), if there is some.")
