@@ -1,5 +1,6 @@
 # make demo   merge real LoRA adapters on real images, about a minute after the installation
 # make test   linters, type checks and every test
+# make coverage   what of both packages the tests run, by line and branch; build/coverage/html shows it
 # make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better
 # make docs   the documentation's site: build/docs/index.html
 # make release   dist/release: the source and a manylinux wheel; needs nvcc, or NSC_BUILD_CUDA=0
@@ -19,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Where bytecode must not be written, each process that a test starts compiles torch and transformers anew: 10 s of it.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit sanitize lint bench docs release info wheel hf-kernel clean
+.PHONY: demo test unit coverage sanitize lint bench docs release info wheel hf-kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/nsc-merge demo --out demo-output
@@ -30,6 +31,11 @@ test: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+coverage: $(INSTALLED)
+	mkdir -p build/coverage
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term \
+	  --cov-report=html:build/coverage/html
 
 # A copy of the package with a library of its own, found before the installed one. The sanitizer must be loaded before
 # everything else, with the library whose exceptions it follows, and see Python's allocations; of those that are never
