@@ -103,6 +103,15 @@ def test_one_coefficient_for_every_task_and_kind(tmp_path):
     assert ((found[0] - torch.tensor([0.2, 0.2, 0.5, 0.5])).abs() > 1e-3).all()
 
 
+def test_dora_begins_at_the_same_mean(tmp_path):
+    problem = problem_of("llama", tmp_path, count=2, use_dora=True)
+    result = merge(problem, "distill", regmean=GRAMS, **STILL)
+    sum_, closed = summed(problem, 0.4), regmean(problem)
+    for path in result.paths:
+        expected = (sum_.delta(path).double() + closed.delta(path).double()) / 2
+        torch.testing.assert_close(result.delta(path).double(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_biases_begin_at_the_same_mean(tmp_path):
     problem = problem_of("llama", tmp_path, count=2, lora_bias=True)
     result = merge(problem, "distill", regmean=GRAMS, **STILL)
