@@ -281,7 +281,17 @@ def test_adapters_are_peft_folders_of_rank_16_on_q_and_v(trained):
 
 
 @pytest.mark.parametrize(
-    "name", ["TA", "NSC by block", "NSC bounded", "distill bounded", "distill answers", "Fisher", "oracle"]
+    "name",
+    [
+        "TA",
+        "NSC by block",
+        "NSC bounded",
+        "distill bounded",
+        "distill answers",
+        "distill answers regmean",
+        "Fisher",
+        "oracle",
+    ],
 )
 def test_rows_are_measured(trained, name, monkeypatch):
     # Untrained, it gets nothing right, which nothing can be divided by.
