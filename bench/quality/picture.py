@@ -2,7 +2,8 @@
 
     python -m bench.quality.picture                     bench/results/quality/gains.png
 
-A dot is a seed. Methods that see no labels are filled, others are not.
+A dot is a seed. Methods that see no labels are filled, others are not. Rows that were measured on adapters trained anew
+(the folder `bounded` of the results) stand in the same panels, over the task arithmetic of those.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
@@ -19,27 +20,42 @@ from .records import RESULTS
 from .summary import Averages, columns
 
 REFERENCE = "TA"
-# Row -> whether it uses labels.
+# Label -> rows, of which a suite has one.
 SHOWN = {
-    "oracle": True,
-    "distill answers regmean": False,
-    "distill answers": False,
-    "distill bounded": False,
-    "distill": False,
-    "match": False,
-    "RegMean": False,
-    "anti-NSC": False,
-    "NSC": False,
-    "TA@0.4": False,
-    "TIES": True,
+    "oracle": ("oracle",),
+    "distill, RegMean's terms": ("distill answers regmean", "distill regmean"),
+    "distill along answers": ("distill answers",),
+    "distill, bounded": ("distill bounded",),
+    "distill, divergence": ("distill",),
+    "match": ("match",),
+    "RegMean": ("RegMean",),
+    "anti-NSC": ("anti-NSC",),
+    "NSC": ("NSC",),
+    "TA@0.4": ("TA@0.4",),
+    "TIES": ("TIES",),
 }
+LABELLED = ("oracle", "TIES")
 _ACROSS = 5
 
 
-def draw(found: dict[str, Averages], path: Path) -> None:
-    """Write the picture of the columns of :func:`summary.columns` that have a tuned row."""
-    panels = {title: averages for title, averages in found.items() if REFERENCE in averages}
-    names = [name for name in SHOWN if any(name in averages for averages in panels.values())]
+def gains(rows: Sequence[str], *measured: Averages) -> list[float]:
+    """Of the first of ``measured`` that has one of some rows, over task arithmetic of the same seed and measurement."""
+    for averages in measured:
+        reference = averages.get(REFERENCE, {})
+        found = [value - reference[seed] for row in rows for seed, value in averages.get(row, {}).items()
+                 if seed in reference]  # fmt: skip
+        if found:
+            return found
+    return []
+
+
+def draw(found: dict[str, Averages], path: Path, anew: Mapping[str, Averages] | None = None) -> None:
+    """Write the picture of the columns of :func:`summary.columns` that have a tuned row; rows that one lacks are taken
+    from ``anew``.
+    """
+    panels = {title: (averages, (anew or {}).get(title, {})) for title, averages in found.items()
+              if REFERENCE in averages}  # fmt: skip
+    names = [name for name, rows in SHOWN.items() if any(gains(rows, *panel) for panel in panels.values())]
     rows = math.ceil(len(panels) / _ACROSS)
     across = min(len(panels), _ACROSS)
     with pyplot_in_style() as pyplot:
@@ -47,15 +63,14 @@ def draw(found: dict[str, Averages], path: Path) -> None:
         figure, axes = pyplot.subplots(rows, across, sharey=True, squeeze=False, figsize=size)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        for axis, (title, averages) in zip(axes.flat, panels.items(), strict=False):
+        for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
             axis.axvline(0, color="#999999", linewidth=1)
             axis.set_title(title)
             for place, name in enumerate(names):
-                gains = [value - averages[REFERENCE][seed] for seed, value in averages.get(name, {}).items()
-                         if seed in averages[REFERENCE]]  # fmt: skip
+                values = gains(SHOWN[name], *panel)
                 colour = COLOURS[place % len(COLOURS)]
-                face = "none" if SHOWN[name] else colour
-                axis.scatter(gains, [place] * len(gains), s=26, edgecolors=colour, facecolors=face, zorder=3)
+                face = "none" if name in LABELLED else colour
+                axis.scatter(values, [place] * len(values), s=26, edgecolors=colour, facecolors=face, zorder=3)
             axis.set_yticks(range(len(names)), names)
             axis.grid(axis="y", color="#eeeeee")
         axes[0, 0].invert_yaxis()
@@ -75,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.results} holds no row {REFERENCE!r}; run.py makes it", file=sys.stderr)
         return 1
     path = given.out or given.results / "gains.png"
-    draw(found, path)
+    draw(found, path, columns(given.results / "bounded"))
     print(path)
     return 0
 

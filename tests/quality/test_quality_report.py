@@ -84,6 +84,12 @@ def test_the_picture_shows_what_every_seed_gains(tmp_path, capsys, monkeypatch):
     # A seed without its reference is not shown, nor a suite without any.
     assert drawn == {("ViT, K = 3", 0): ([5, 7], True), ("ViT, K = 3", 1): ([1, -2], False)}
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
+    # What is measured on adapters trained anew is over their own reference, and takes the place of nothing.
+    (tmp_path / "bounded").mkdir()
+    write(tmp_path / "bounded", "vit", ["a", "b", "c"], {"TA": [60, 61], "distill regmean": [65, 67], "NSC": [0]})
+    drawn.clear()
+    assert picture.main(["--results", str(tmp_path)]) == 0
+    assert [gains for gains, _ in drawn.values()] == [[5, 7], [5, 6], [1, -2]]
 
 
 def test_the_summary_sets_suites_side_by_side(tmp_path, capsys):
