@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,9 @@ def _init(arguments: argparse.Namespace) -> int:
         raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
     from nsc_merge.utils.option_checks import is_hub_id
 
-    base = [] if arguments.base is None else [arguments.base]
-    places = [one.partition("=")[2] or one for one in (*arguments.adapters, *base, *arguments.data)]
-    # The adapters may name a base on the hub.
-    prepare(local=bool(base) and not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
+    places = [one.partition("=")[2] or one for one in (*arguments.adapters, *arguments.data)]
+    places += _named(arguments.adapters) if arguments.base is None else [arguments.base]
+    prepare(local=not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
     from nsc_merge.recipes.first.findings import find
     from nsc_merge.recipes.first.summary import render, summary
     from nsc_merge.recipes.first.text import recipe_text
@@ -103,6 +103,19 @@ def _init(arguments: argparse.Namespace) -> int:
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
     print(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
     return 0
+
+
+def _named(adapters: Sequence[str]) -> list[str]:
+    """The bases that adapters in folders name. What is wrong with their configurations is said later."""
+    found = []
+    for adapter in adapters:
+        folder = Path(adapter if Path(adapter).exists() else adapter.partition("=")[2])
+        try:
+            named = json.loads((folder.expanduser() / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        found += [named] if isinstance(named, str) else []
+    return found
 
 
 def _schema_path(asked: Any, folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -406,11 +407,14 @@ def naming(folder: Path, base: str | None, revision: str | None = None) -> str:
     return str(folder)
 
 
-def test_without_a_base_the_adapters_own_is_taken(at, tmp_path, capsys):
+def test_without_a_base_the_adapters_own_is_taken(at, tmp_path, capsys, monkeypatch):
     place = at("llama")
     # A folder has no revisions, though trainers write one.
     adapters = [naming(tmp_path / task, str(place / "base"), "main") for task in ("three", "four")]
-    assert main(["init", *adapters, "--out", str(place / "recipe.yaml")]) == 0
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert main(["init", adapters[0], f"four={adapters[1]}", "--out", str(place / "recipe.yaml")]) == 0
+    # Nobody asked for the hub.
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert written()["model"] == "base"
     assert "revision" not in written()
     assert "trained on" not in capsys.readouterr().err
@@ -426,7 +430,9 @@ def test_of_a_base_on_the_hub_the_adapters_revision_is_taken(at, tmp_path, monke
 
     monkeypatch.setattr("nsc_merge.recipes.first.findings.architecture_of", looked_up)
     adapters = [naming(tmp_path / task, "owner/name", "v2") for task in ("three", "four")]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     assert main(["init", *adapters]) != 0
+    assert "HF_HUB_OFFLINE" not in os.environ
     assert asked == {"source": "owner/name", "local": False, "revision": "v2"}
     assert main(["init", *adapters, "--revision", "v3"]) != 0
     assert asked["revision"] == "v3"

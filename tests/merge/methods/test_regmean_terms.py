@@ -167,7 +167,7 @@ def test_modules_trained_in_full_begin_at_the_same_mean_and_shared_ones_stay_as_
     [
         ({"regmean": 1}, r"regmean: expected True, False or options of method 'regmean' by name, found 1"),
         ({"regmean": {"scale": 2.0}}, r"regmean: expected some of batches, off_diagonal, .*, found 'scale'"),
-        ({"regmean": {"batches": 0}}, r"batches"),
+        ({"regmean": {"batches": 0}}, r"regmean: batches: expected .*, found 0"),
         ({"regmean": True, "init": {"a": 0.4}}, r"init: expected one value for each of \['a', 'b'\]"),
     ],
 )

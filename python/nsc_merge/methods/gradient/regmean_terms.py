@@ -49,7 +49,10 @@ def check_regmean(given: Any) -> RegMeanOptions | None:
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise ValueError(f"regmean: expected some of {', '.join(known)}, found {unknown!r}")
-    return RegMeanOptions(**given)
+    try:
+        return RegMeanOptions(**given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"regmean: {error}") from None
 
 
 def with_terms(
