@@ -186,10 +186,11 @@ def _base_named_by(tasks: Sequence[Task]) -> tuple[str, str | None]:
             for task, (base, revision) in named.items()
         )
         raise RecipeError(f"--base: expected the base model of the adapters, which do not all name one ({said})")
-    if not Path(first).expanduser().is_dir() and not is_hub_id(first, Path.cwd()):
+    on_hub = is_hub_id(first, Path.cwd())
+    if not on_hub and not Path(first).expanduser().is_dir():
         raise RecipeError(f"--base: the adapters were trained on {first}, which is not here; expected where it is now")
     # Of a folder there are no revisions, whatever the adapter says.
-    return first, revision if is_hub_id(first, Path.cwd()) else None
+    return first, revision if on_hub else None
 
 
 def _base(name: str, revision: str | None) -> Base:
