@@ -161,6 +161,16 @@ def test_a_wide_delta_of_low_rank_is_found_and_the_same_each_time():
     assert factored(delta.t().contiguous()).rank == 24
 
 
+def test_a_rank_that_no_part_shows_is_found_with_more_columns():
+    delta = torch.zeros(900, 900)
+    for seed, place in enumerate(range(0, 900, 75)):
+        rows = slice(place, place + 75)
+        delta[rows, rows] = normal(75, 12, seed=seed) @ normal(12, 75, seed=seed + 50)
+    found = factored(delta)
+    assert found.rank == 144
+    assert distance(found.delta(), delta.double()) < 1e-6
+
+
 def test_differences_of_checkpoints_have_the_rank_that_was_trained():
     """Weights as large as the update, or more, leave rounding that has all ranks."""
     update = 0.01 * normal(512, 8, seed=1) @ normal(8, 512, seed=2)
@@ -210,6 +220,18 @@ def test_updates_are_read_once_and_merged_ones_computed_when_asked_for():
     assert (path, factor.rank) == ("q", 2)
     assert [path for path, _ in merged] == ["v", "o"]
     assert len(asked) == 8
+
+
+def test_a_scaling_may_be_a_tensor_of_one_number():
+    """As some packages keep it beside the factors."""
+    plain = triples()
+    kept = {
+        task: {path: (A, B, torch.tensor([scaling])) for path, (A, B, scaling) in updates.items()}
+        for task, updates in plain.items()
+    }
+    found, wanted = (dict(nsc_merge.merge_factors(one, "ties")) for one in (kept, plain))
+    for path, factor in wanted.items():
+        assert torch.equal(found[path].delta(), factor.delta())
 
 
 def test_factors_of_a_folder_and_what_is_zero(tmp_path: Path):

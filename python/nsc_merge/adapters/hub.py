@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def fetch(repo: str, name: str, *, revision: str | None = None, subfolder: str |
         FileNotFoundError: if there is no adapter.
         OSError: if the hub does not give it, with what to do.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
     argument = f"adapters[{name!r}]"
@@ -73,7 +74,7 @@ def fetch(repo: str, name: str, *, revision: str | None = None, subfolder: str |
             _check_there(argument, f"{repo}@{commit}", within, files)
         wanted = [f"{glob.escape(within)}{file}" for file in READ]
         # By the name that was asked for, under which the cache knows it later, too.
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        snapshot = snapshot_of(repo, revision, wanted)
     except (HTTPError, OSError) as error:
         problem = hub_problem(error, argument, repo, revision)
         if problem is None:
@@ -83,6 +84,27 @@ def fetch(repo: str, name: str, *, revision: str | None = None, subfolder: str |
     if commit not in (None, snapshot.name):
         raise OSError(f"{argument}: {repo} changed on the hub while it was fetched: try again")
     return Fetched(snapshot / within, f"{repo}@{snapshot.name}", names)
+
+
+def snapshot_of(repo: str, revision: str | None, wanted: Iterable[str]) -> Path:
+    """The folder of the hub's cache with a repository's files of those patterns; what is missing is fetched, if the hub
+    is reached.
+
+    Raises:
+        OSError, huggingface_hub.errors.HTTPError: if the hub is not reached and the cache has no such revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    def found(local: bool) -> Path:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), local_files_only=local))
+
+    try:
+        return found(local=False)
+    except Exception:
+        # Of a commit, huggingface_hub 1, which Python 3.10 has, does not look into the cache by itself.
+        with contextlib.suppress(Exception):
+            return found(local=True)
+        raise
 
 
 def source_of(adapter: Adapter) -> str | dict[str, str] | None:

@@ -272,7 +272,7 @@ def _merged_linear(
         module = MeasuredLoRALinear(linear, bank, own)
     module.path = path
     module.biases = _stacked([factor.bias_delta() for factor in factors], bank.A)
-    module.denses = _stacked([factor.dense for factor in factors], bank.A)
+    module.denses = _stacked([None if one.dense is None else one.scaling * one.dense for one in factors], bank.A)
     # As wide as the coefficients, small as they are.
     gains = _stacked([None if one.gain is None else one.scaling * one.gain for one in factors], lam)
     if gains is not None:

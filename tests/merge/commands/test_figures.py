@@ -112,6 +112,20 @@ def test_progress_counts_all_that_was_done_when_it_is_shown(capsys, monkeypatch)
     ]
 
 
+@pytest.mark.parametrize("asked", [True, None])
+def test_a_terminal_gets_a_bar_and_a_closed_eye_nothing(asked, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: asked is None)
+    with Progress("steps", 20, asked) as bar:
+        bar.update(20, objective=0.5)
+    drawn = capsys.readouterr().err
+    assert "steps: 100%" in drawn
+    assert "20/20" in drawn
+    assert "objective=0.5" in drawn
+    with Progress("steps", 20, False) as bar:
+        bar.update(20)
+    assert capsys.readouterr().err == ""
+
+
 def test_another_method_does_not_take_the_options_of_the_recipes_own(place, capsys):
     overrides = ["method=task_arithmetic", "output.formats=coefficients"]
     assert main(["run", "recipe.yaml", *overrides]) == 0

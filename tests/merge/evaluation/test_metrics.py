@@ -76,6 +76,13 @@ def test_edge_f_by_hand():
     assert metrics.edge_f_per_sample(*blank).tolist() == pytest.approx([1.0, 0.0])
 
 
+def test_the_loss_of_edges_is_of_known_pixels():
+    outputs, labels = torch.tensor([[[2.0, -1.0], [0.5, 3.0]]]), torch.tensor([[[1.0, 0.0], [math.nan, 1.0]]])
+    found = METRICS["edge_f"].with_options(logits=True).loss(outputs, labels)
+    assert float(found) == pytest.approx(sum(math.log1p(math.exp(-x)) for x in (2, 1, 3)) / 3)
+    assert float(METRICS["edge_f"].loss(outputs, labels)) == pytest.approx((1 + 1 + 2) / 3)
+
+
 def test_exact_match_by_hand():
     labels = torch.tensor([[1, 2, metrics.IGNORE], [1, 2, 0]])
     tokens = torch.tensor([[1, 2, 7], [1, 0, 0]])
@@ -250,6 +257,14 @@ def test_linear_heads_pool_as_they_say():
     for pool, pooled in expected.items():
         with torch.no_grad():
             output = heads.LinearHead(weight, bias, pool)(model, inputs)
+        torch.testing.assert_close(output, pooled @ weight.t() + 1)
+    # Where nothing says which tokens are padding, none is.
+    everywhere = {"input_ids": inputs["input_ids"]}
+    for pool in ("last", "mean"):
+        with torch.no_grad():
+            features = model.model(**everywhere).last_hidden_state
+            output = heads.LinearHead(weight, bias, pool)(model, everywhere)
+        pooled = features[:, -1] if pool == "last" else features.mean(1)
         torch.testing.assert_close(output, pooled @ weight.t() + 1)
     with pytest.raises(ValueError, match="expected a model of images"):
         heads.LinearHead(weight, bias, "patches")(model, inputs)

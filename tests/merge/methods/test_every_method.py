@@ -99,6 +99,8 @@ def test_scaled_multiplies_coefficients_factors_and_tasks_alike(model, folders, 
     alone = nsc_merge.merge(model, folders, method="finetuned")
     scaled = alone.scaled(2.0).for_task("mixed").delta(path)
     torch.testing.assert_close(scaled, 2.0 * alone.for_task("mixed").delta(path))
+    by_task = dataclasses.replace(alone, options={"scale": {"plain": 0.5, "mixed": -1.0}})
+    assert by_task.scaled(2.0).options["scale"] == {"plain": 1.0, "mixed": -2.0}
     with pytest.raises(ValueError, match="scale: expected a finite number, found inf"):
         summed.scaled(float("inf"))
 
@@ -283,6 +285,26 @@ def test_a_part_that_is_not_finite_is_refused(model, part):
     getattr(adapters["b"].factors[WHOLE], part).fill_(3e38)
     with pytest.raises(ValueError, match=f"scale: the merged update of {WHOLE} is not finite with scale=2"):
         METHODS["svd"].run(gradient_free.Problem(model, adapters), {"scale": 2.0})
+
+
+@pytest.mark.parametrize("method", ["ties", "svd"])
+def test_a_linear_that_one_task_trained_in_full_and_others_did_not_has_both(model, method):
+    adapters = with_the_rest(model, {"a": 1, "b": 2, "c": 3})
+    for task in "bc":
+        adapters[task].factors[WHOLE] = Factor(torch.randn(4, 32), torch.randn(*_rows(model), 4), 1.5)
+    # Of the first task nothing else, as entries are trimmed over all modules of a task.
+    adapters["a"] = Adapter("a", {WHOLE: adapters["a"].factors[WHOLE]})
+    factors = {task: adapters[task] for task in "bc"}
+    found, without = (
+        METHODS[method].run(gradient_free.Problem(model, given), {"scale": 0.5}) for given in (adapters, factors)
+    )
+    assert without.delta(WHOLE).norm() > 0
+    wanted = without.delta(WHOLE) + 0.5 * adapters["a"].factors[WHOLE].delta()
+    torch.testing.assert_close(found.delta(WHOLE), wanted, rtol=1e-5, atol=1e-5)
+
+
+def _rows(model):
+    return model.get_submodule(WHOLE).weight.shape[:1]
 
 
 def test_robustmerge_takes_the_mean_of_whole_linears(model):

@@ -8,11 +8,12 @@ import zoo
 from torch.func import functional_call
 
 import nsc_merge
+from nsc_merge.calibration.forward_passes import Part, Pass
 from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import fisher
 from nsc_merge.methods.gradient import adamerging
-from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions
+from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions, share_of
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 
@@ -71,6 +72,16 @@ def test_a_mask_fits_every_position_or_every_next_token():
     for shape in ((2, 2, 5), (1, 4, 5), (2, 4), (2, 4, 4, 5)):
         assert real_positions(torch.zeros(shape), mask) is None
     assert real_positions(torch.zeros(2, 4, 5), None) is None
+
+
+def test_the_share_of_a_part_is_that_of_its_real_positions():
+    """Of three rows with 3, 2 and 4 real tokens, this process has the first two."""
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
+    whole = {"mask": mask}
+    part = Pass({"mask": mask[:2]}, (whole,), ((0,),), part=Part(whole, slice(0, 2), 3))
+    for positions, share in ((4, 5 / 9), (3, 3 / 6)):
+        real = real_positions(torch.zeros(2, positions, 7), mask[:2])
+        assert share_of(part, real, "mask") == pytest.approx(share)
 
 
 def test_single_is_the_default_also_without_a_mask(problem):

@@ -9,7 +9,7 @@ import torch
 from architectures import ARCHITECTURES
 from peft import PeftModel
 from torch import nn
-from zoo import build, outputs, text, write_adapter
+from zoo import build, outputs, pixels, text, write_adapter
 
 import nsc_merge
 from nsc_merge.integrations import peft as integrations
@@ -56,6 +56,21 @@ def test_every_task_alone_is_what_peft_runs_and_gradients_are_right(task, merged
         for module, lam in zip(whole.values(), lams, strict=True):
             del module.lam
             module.lam = nn.Parameter(lam.detach())
+
+
+def test_a_norm_trained_with_its_bias_is_what_peft_runs(tmp_path):
+    model = build("vit")
+    folders = {
+        task: write_adapter(model, tmp_path / task, seed, target_modules=["q_proj"], modules_to_save=["layernorm"])
+        for seed, task in enumerate("ab", 1)
+    }
+    result = nsc_merge.merge(model, folders, method="task_arithmetic")
+    images = pixels(1)
+    for task in folders:
+        wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folders[task]), images)
+        with attach(model, result.adapters, {name: float(name == task) for name in folders}) as modules:
+            assert any(path.endswith("layernorm") and one.biases is not None for path, one in modules.items())
+            torch.testing.assert_close(outputs(model, images), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["model", "lora"])

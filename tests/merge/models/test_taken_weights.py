@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -68,6 +69,9 @@ def case(request):
         task: Adapter(task, {path: factor(linear, rank) for path, linear in linears.items()})
         for task, rank in (("a", 2), ("b", 3))
     }
+    whole = list(linears)[-1]
+    dense = 0.1 * torch.randn(linears[whole].weight.shape)
+    adapters["c"] = Adapter("c", {whole: dataclasses.replace(factor(linears[whole], 0), dense=dense)})
     return model, adapters, inputs, lambda model, batch: output(model(**batch))
 
 
@@ -80,15 +84,19 @@ def test_outputs_and_gradients_are_those_of_the_dense_merge(case):
         out = output(model, batch)
         out.square().sum().backward()
         gradients = {path: module.lam.grad for path, module in merged.items()}
-    lams = {path: torch.full((2,), 0.4, requires_grad=True) for path in merged}
+    lams = {path: torch.full((3,), 0.4, requires_grad=True) for path in merged}
     dense = {}
     for path, lam in lams.items():
-        factors = [adapter.factors[path] for adapter in adapters.values()]
+        # Where task c has nothing.
+        absent = Factor(torch.zeros(0, 1), torch.zeros(1, 0), 1.0, bias=torch.zeros(1))
+        factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
         linear = model.get_submodule(path)
-        deltas = torch.stack([factor.delta().float() for factor in factors])
+        deltas = torch.stack([factor.delta().float().expand_as(linear.weight) for factor in factors])
         dense[f"{path}.weight"] = linear.weight.detach() + torch.tensordot(lam, deltas, 1)
         if linear.bias is not None:
-            dense[f"{path}.bias"] = linear.bias.detach() + lam @ torch.stack([f.bias_delta().float() for f in factors])
+            dense[f"{path}.bias"] = linear.bias.detach() + lam @ torch.stack(
+                [factor.bias_delta().float().expand_as(linear.bias) for factor in factors]
+            )
     expected = output(lambda **batch: functional_call(model, dense, (), batch), batch)
     expected.square().sum().backward()
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)

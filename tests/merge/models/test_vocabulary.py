@@ -95,3 +95,28 @@ def test_the_tokenizer_with_most_tokens_follows_and_others_must_agree(base, tmp_
     tokenizer(folders["b"], ["other", "newer"])
     with pytest.raises(ValueError, match=r"token 64 is 'new' of adapters\['a'\] and 'other' of adapters\['b'\]"):
         nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="first")
+
+
+def test_low_rank_updates_of_a_grown_table_have_its_rows(tmp_path):
+    """What two adapters of unequal size add to the embedding of the larger one is what each says of its own tokens."""
+    torch.manual_seed(0)
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1})).eval()
+    wider = copy.deepcopy(base)
+    wider.resize_token_embeddings(67, mean_resizing=False)
+    deltas = {}
+    for seed, (task, model) in enumerate({"a": base, "b": wider}.items(), 1):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
+        wrapped = get_peft_model(copy.deepcopy(model), config)
+        with torch.no_grad():
+            for value in wrapped.parameters():
+                if value.requires_grad:
+                    value.add_(0.1 * torch.randn(value.shape))
+        wrapped.save_pretrained(tmp_path / task, save_embedding_layers=task == "b")
+        deltas[task] = wrapped.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
+    folders = {task: tmp_path / task for task in deltas}
+    result = nsc_merge.merge(base, folders, method="task_arithmetic", scale=1.0, added_tokens="first")
+    found = result.delta("model.embed_tokens").float()
+    wanted = deltas["b"].clone()
+    wanted[:64] += deltas["a"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

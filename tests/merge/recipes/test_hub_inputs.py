@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -146,10 +147,28 @@ def test_offline_the_cache_is_enough_and_nothing_is_asked(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert nsc_merge.load_adapter("me/nli", "nli").about.hub == online.about.hub
+    assert nsc_merge.load_adapter(online.about.hub, "nli").sha256 == online.sha256
     for load in (lambda: nsc_merge.load_adapter("me/new", "x"), lambda: load_model("me/new", local=False)):
         with pytest.raises(OSError, match=r"me/new is not in the cache \(.*\), and HF_HUB_OFFLINE forbids"):
             load()
     assert hub.requests == []
+
+
+def test_a_commit_is_looked_for_in_the_cache_where_the_library_does_not(hub, monkeypatch):
+    """huggingface_hub 1.33, the last for Python 3.10, asks the hub for the files of a commit and gives up."""
+    online = nsc_merge.load_adapter("me/nli", "nli")
+    fetch = huggingface_hub.snapshot_download
+
+    def older(*names, local_files_only=False, **settings):
+        if not local_files_only:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach the hub")
+        return fetch(*names, local_files_only=True, **settings)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", older)
+    assert nsc_merge.load_adapter(online.about.hub, "nli").sha256 == online.sha256
+    with pytest.raises(OSError, match=r"me/new is not in the cache \(.*\), and HF_HUB_OFFLINE forbids"):
+        nsc_merge.load_adapter("me/new", "x")
 
 
 def test_a_folder_is_no_id(hub, place, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nsc_merge.adapters.hub import snapshot_of
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
@@ -182,10 +183,8 @@ def _named(model: nn.Module) -> str:
 @functools.lru_cache
 def _fetched(name: str, commit: str) -> Path | None:
     """A base's folder in the hub's cache: what is missing there of its tokenizer and processor is fetched."""
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(PREPROCESSING)))
+        return snapshot_of(name, commit, PREPROCESSING)
     except Exception as error:
         # A merge is not lost for them, whatever goes wrong on the way.
         logger.warning("model: no tokenizer or processor of %s was fetched: %s", name, " ".join(str(error).split()))
