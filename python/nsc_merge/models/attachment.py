@@ -272,7 +272,7 @@ def _merged_linear(
         module = MeasuredLoRALinear(linear, bank, own)
     module.path = path
     module.biases = _stacked([factor.bias_delta() for factor in factors], bank.A)
-    module.denses = _stacked([None if one.dense is None else one.scaling * one.dense for one in factors], bank.A)
+    module.denses = _stacked([_scaled_dense(factor) for factor in factors], bank.A)
     # As wide as the coefficients, small as they are.
     gains = _stacked([None if one.gain is None else one.scaling * one.gain for one in factors], lam)
     if gains is not None:
@@ -288,6 +288,11 @@ def _offset(
     if getattr(linear, "bias", None) is None or all(factor.gain is None for factor in held):
         return None
     return stored_or_dequantised(model, f"{path}.bias").whole().to(device)
+
+
+def _scaled_dense(factor: Factor) -> Tensor | None:
+    """The update of a whole weight; as it is, and no copy, where nothing scales it: an embedding is large."""
+    return factor.dense if factor.dense is None or factor.scaling == 1.0 else factor.scaling * factor.dense
 
 
 def _stacked(updates: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
