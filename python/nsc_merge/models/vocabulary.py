@@ -72,8 +72,8 @@ def with_vocabulary(
             if not held:
                 raise ValueError(
                     f"added_tokens: no adapter has a row of {name} for token {row}; expected adapters saved with "
-                    "save_embedding_layers=True (of which PEFT leaves out lm_head where LoRA is on the embedding alone), "
-                    "or added_tokens='base'"
+                    "save_embedding_layers=True (PEFT leaves out lm_head where LoRA is on the embedding alone), or "
+                    "added_tokens='base'"
                 )
             chosen = held[:1] if added_tokens == "first" else held
             weight[row] = torch.stack([one.double() for one in chosen]).mean(0).to(weight)
