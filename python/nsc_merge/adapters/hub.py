@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -87,24 +86,24 @@ def fetch(repo: str, name: str, *, revision: str | None = None, subfolder: str |
 
 
 def snapshot_of(repo: str, revision: str | None, wanted: Iterable[str]) -> Path:
-    """The folder of the hub's cache with a repository's files of those patterns; what is missing is fetched, if the hub
-    is reached.
+    """The folder of the hub's cache with a repository's files of those patterns; what is missing there is fetched,
+    unless ``HF_HUB_OFFLINE`` forbids it.
 
     Raises:
-        OSError, huggingface_hub.errors.HTTPError: if the hub is not reached and the cache has no such revision.
+        OSError, huggingface_hub.errors.HTTPError: if something is missing and cannot be fetched.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     def found(local: bool) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted), local_files_only=local))
 
     try:
         return found(local=False)
-    except Exception:
-        # Of a commit, huggingface_hub 1, which Python 3.10 has, does not look into the cache by itself.
-        with contextlib.suppress(Exception):
-            return found(local=True)
-        raise
+    except OfflineModeIsEnabled:
+        # Of a commit, huggingface_hub 1, which Python 3.10 has, does not look into the cache by itself. After any other
+        # error the cache may hold a part of what is wanted.
+        return found(local=True)
 
 
 def source_of(adapter: Adapter) -> str | dict[str, str] | None:
