@@ -113,7 +113,7 @@ def test_progress_counts_all_that_was_done_when_it_is_shown(capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("asked", [True, None])
-def test_a_terminal_gets_a_bar_and_a_closed_eye_nothing(asked, capsys, monkeypatch):
+def test_a_terminal_gets_a_bar_and_progress_false_shows_nothing(asked, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: asked is None)
     with Progress("steps", 20, asked) as bar:
         bar.update(20, objective=0.5)

@@ -290,8 +290,9 @@ def test_a_part_that_is_not_finite_is_refused(model, part):
 @pytest.mark.parametrize("method", ["ties", "svd"])
 def test_a_linear_that_one_task_trained_in_full_and_others_did_not_has_both(model, method):
     adapters = with_the_rest(model, {"a": 1, "b": 2, "c": 3})
+    rows = len(model.get_submodule(WHOLE).weight)
     for task in "bc":
-        adapters[task].factors[WHOLE] = Factor(torch.randn(4, 32), torch.randn(*_rows(model), 4), 1.5)
+        adapters[task].factors[WHOLE] = Factor(torch.randn(4, 32), torch.randn(rows, 4), 1.5)
     # Of the first task nothing else, as entries are trimmed over all modules of a task.
     adapters["a"] = Adapter("a", {WHOLE: adapters["a"].factors[WHOLE]})
     factors = {task: adapters[task] for task in "bc"}
@@ -301,10 +302,6 @@ def test_a_linear_that_one_task_trained_in_full_and_others_did_not_has_both(mode
     assert without.delta(WHOLE).norm() > 0
     wanted = without.delta(WHOLE) + 0.5 * adapters["a"].factors[WHOLE].delta()
     torch.testing.assert_close(found.delta(WHOLE), wanted, rtol=1e-5, atol=1e-5)
-
-
-def _rows(model):
-    return model.get_submodule(WHOLE).weight.shape[:1]
 
 
 def test_robustmerge_takes_the_mean_of_whole_linears(model):

@@ -31,11 +31,15 @@ def with_added_tokens(model, folder, size, seed, **config):
     return wrapped.eval()
 
 
+def llama(*, tied):
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1}, tie_word_embeddings=tied)
+    return tf.LlamaForCausalLM(config).eval()
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(request):
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1}, tie_word_embeddings=request.param)
-    return tf.LlamaForCausalLM(config).eval()
+    return llama(tied=request.param)
 
 
 def test_one_adapter_with_added_tokens_is_what_peft_runs(base, tmp_path):
@@ -99,20 +103,10 @@ def test_the_tokenizer_with_most_tokens_follows_and_others_must_agree(base, tmp_
 
 def test_low_rank_updates_of_a_grown_table_have_its_rows(tmp_path):
     """What two adapters of unequal size add to the embedding of the larger one is what each says of its own tokens."""
-    torch.manual_seed(0)
-    base = tf.LlamaForCausalLM(tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1})).eval()
-    wider = copy.deepcopy(base)
-    wider.resize_token_embeddings(67, mean_resizing=False)
-    deltas = {}
-    for seed, (task, model) in enumerate({"a": base, "b": wider}.items(), 1):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])
-        wrapped = get_peft_model(copy.deepcopy(model), config)
-        with torch.no_grad():
-            for value in wrapped.parameters():
-                if value.requires_grad:
-                    value.add_(0.1 * torch.randn(value.shape))
-        wrapped.save_pretrained(tmp_path / task, save_embedding_layers=task == "b")
+    base, deltas = llama(tied=False), {}
+    for seed, (task, size) in enumerate({"a": 64, "b": 67}.items(), 1):
+        targets = ["q_proj", "embed_tokens", "lm_head"]
+        wrapped = with_added_tokens(base, tmp_path / task, size, seed, target_modules=targets)
         deltas[task] = wrapped.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
     folders = {task: tmp_path / task for task in deltas}
     result = nsc_merge.merge(base, folders, method="task_arithmetic", scale=1.0, added_tokens="first")
@@ -123,8 +117,7 @@ def test_low_rank_updates_of_a_grown_table_have_its_rows(tmp_path):
 
 
 def test_a_head_that_peft_leaves_out_is_named(tmp_path):
-    torch.manual_seed(0)
-    base = tf.LlamaForCausalLM(tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1})).eval()
+    base = llama(tied=False)
     with_added_tokens(base, tmp_path / "a", 66, 1, target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ValueError, match=r"a row of lm_head\.weight for token 64; .*PEFT leaves out lm_head"):
         nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", added_tokens="mean")
