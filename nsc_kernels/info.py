@@ -15,6 +15,7 @@ import torch
 from . import native, verified_hardware
 from ._version import __version__
 from .dispatch import available_backends, chosen
+from .printing import exit_status
 
 
 def collect() -> dict[str, Any]:
@@ -100,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status(main))

@@ -23,6 +23,7 @@ from typing import Any
 from nsc_kernels import verified_hardware
 from nsc_kernels.bench.measuring import read_rows
 from nsc_kernels.bench.trials import results, under_way
+from nsc_kernels.printing import exit_status
 
 from ..merging.merge_step_tables import print_merge_step
 from .check import trials
@@ -140,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

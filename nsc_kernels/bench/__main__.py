@@ -19,6 +19,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from ..printing import exit_status
 from .timing import wait_passively
 
 # Loaded when they are asked for: a step needs transformers, pictures need matplotlib.
@@ -49,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     wait_passively()
-    raise SystemExit(main())
+    raise SystemExit(exit_status(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -27,3 +28,15 @@ def test_text_names_every_backend_and_its_reason() -> None:
         words = "yes" if reason is True else reason
         assert any(line.split()[:1] == [name] and words in line for line in result.stdout.splitlines()), name
     assert "RuntimeWarning" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.bench list"])
+def test_a_reader_that_has_left_is_no_error(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", *command.split()]
+    try:
+        done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
