@@ -77,8 +77,8 @@ resuming and exporting then compare; digests are kept in ~/.cache/nsc_merge. Wha
 the hub is recorded with its commit, raw data with all settings and the hash of the samples:
 the recipe.yaml beside a merge leads to the same one.
 
-Method nsc keeps the state of a run beside the output folder, from which --resume goes
-on with the same recipe and files.
+Methods that take steps (nsc, distill, match, adamerging) keep the state of a run beside the
+output folder, from which --resume goes on with the same recipe and files.
 
 Several GPUs, or machines that see the same files, share a merge and hold a part of the base
 each:  torchrun --nproc-per-node 8 -m nsc_merge run recipe.yaml
@@ -97,7 +97,7 @@ def add(commands: Any) -> None:
     run.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="changes to the recipe")
     run.add_argument("--dry-run", action="store_true", help="load, check, estimate; write nothing")
     run.add_argument(
-        "--resume", action="store_true", help="go on from the state of an interrupted run (method nsc)"
+        "--resume", action="store_true", help="go on from the state of an interrupted run (methods that take steps)"
     )
     run.add_argument("--full-hash", action="store_true", help="record SHA-256 of all bytes of the base")
     run.add_argument("--push-to-hub", metavar="REPO", help="upload the result to owner/name, as output.push_to_hub")

@@ -11,7 +11,7 @@ examples:
   nsc-merge init adapters/* --base base --data prompts.jsonl     write recipe.yaml, with what was found
   nsc-merge import mergekit.yaml                  write recipe.yaml for a configuration of mergekit
   nsc-merge run recipe.yaml --dry-run             load, check, and estimate time and memory
-  nsc-merge run recipe.yaml options.steps=200     merge; with method nsc, Ctrl-C and --resume at any time
+  nsc-merge run recipe.yaml options.steps=200     merge; methods that take steps go on after Ctrl-C with --resume
   nsc-merge inspect adapters/* --model base --inputs depth.safetensors
   nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
   nsc-merge analyse quartiles evaluation.yaml     null-space ratio of every sample against its quality

@@ -24,7 +24,11 @@ FORMAT = "nsc_merge.state"
 VERSION = "1"
 # Tensors of the shape of the coefficients.
 _OF_COEFFICIENTS = ("lam", "start", "dead")
-_OF_A_STEP = {"step", "objective", "omega", "lambda_min", "lambda_mean", "lambda_max", "seconds"}
+_OF_A_STEP = {"step", "objective", "lambda_min", "lambda_mean", "lambda_max", "seconds"}
+# In front of the names of what an objective remembers.
+OF_THE_OBJECTIVE = "objective."
+# Name -> shape and dtype, None for that of the coefficients.
+Shapes = Mapping[str, tuple[list[int], torch.dtype | None]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class State:
 
     Attributes:
         step: how many steps are done.
-        tensors: coefficients, moments of the optimizer and states of the random generators.
+        tensors: coefficients, moments of the optimizer, what the objective remembers, and states of the random
+            generators.
         history: one entry per step done.
         problem: what the state belongs to; see :func:`problem_of`.
         batch_tasks: what the first step decided on running tasks together.
@@ -59,8 +64,15 @@ class State:
             os.fsync(file.fileno())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], problem: Mapping[str, Any]) -> State:
+    def load(
+        cls, path: str | os.PathLike[str], problem: Mapping[str, Any], remembered: Shapes | None = None
+    ) -> State:
         """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            problem: of :func:`problem_of`.
+            remembered: what the objective remembers once it has made a step.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -84,8 +96,9 @@ class State:
         wrong = _wrong_document(document)
         if wrong is not None:
             raise _damaged(path, wrong)
-        for name, value in problem.items():
-            saved = document["problem"].get(name)
+        # First of all: other methods have other options.
+        for name, value in {"method": problem.get("method", "nsc"), **problem}.items():
+            saved = document["problem"].get(name, "nsc" if name == "method" else None)
             if saved != value:
                 name, saved, value = _first_difference(name, saved, value)
                 # Sources have the names that whoever gave them knows.
@@ -94,25 +107,30 @@ class State:
                     f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
                     f"{name}={_short(value)}"
                 )
+        wrong = _wrong_history(document, problem)
+        if wrong is not None:
+            raise _damaged(path, wrong)
         state = cls(tensors=read.tensors, **document)
-        wrong = state._wrong_tensors([len(problem["modules"]), len(problem["tasks"])])
+        wrong = state._wrong_tensors([len(problem["modules"]), len(problem["tasks"])], remembered or {})
         if wrong is not None:
             raise _damaged(path, wrong)
         return state
 
-    def _wrong_tensors(self, shape: list[int]) -> str | None:
+    def _wrong_tensors(self, shape: list[int], remembered: Shapes) -> str | None:
         """What is wrong with the tensors, if anything, of coefficients of a shape."""
-        # The optimizer has no moments before its first step.
+        # The optimizer has no moments before its first step, and the objective nothing to remember.
         moments = ["optimizer.exp_avg", "optimizer.exp_avg_sq"] if self.step else []
         counts = ["optimizer.step"] if self.step else []
-        expected = {*_OF_COEFFICIENTS, *moments, *counts, "rng"}
+        beside = {f"{OF_THE_OBJECTIVE}{name}": one for name, one in remembered.items()} if self.step else {}
+        expected = {*_OF_COEFFICIENTS, *moments, *counts, *beside, "rng"}
         if not expected <= set(self.tensors) <= {*expected, "rng_cuda"}:
             return f"expected tensors {sorted(expected)}, found {sorted(self.tensors)}"
         kind = self.tensors["lam"].dtype
-        for name in (*_OF_COEFFICIENTS, *moments):
-            value, wanted = self.tensors[name], torch.bool if name == "dead" else kind
-            if list(value.shape) != shape or value.dtype is not wanted or kind not in (torch.float32, torch.float64):
-                return f"{name}: expected {wanted} {shape}, found {value.dtype} {list(value.shape)}"
+        own: Shapes = {name: (shape, torch.bool if name == "dead" else None) for name in (*_OF_COEFFICIENTS, *moments)}
+        for name, (size, given) in {**own, **beside}.items():
+            value, wanted = self.tensors[name], given or kind
+            if list(value.shape) != size or value.dtype is not wanted or kind not in (torch.float32, torch.float64):
+                return f"{name}: expected {wanted} {size}, found {value.dtype} {list(value.shape)}"
             if not value.isfinite().all():
                 return f"{name}: expected finite numbers, found some that are not"
         if self.step and self.tensors["optimizer.step"].tolist() != self.step:
@@ -171,15 +189,23 @@ def _wrong_document(document: Any) -> str | None:
     for name, kind in kinds.items():
         if type(document[name]) is not kind:
             return f"{name}: expected {kind.__name__}, found {_short(document[name])}"
+    return None
+
+
+def _wrong_history(document: Mapping[str, Any], problem: Mapping[str, Any]) -> str | None:
+    """What is wrong with the entries of the steps, if anything."""
+    quantity, tasks = problem.get("quantity", "omega"), problem.get("counted", problem["tasks"])
+    expected = {*_OF_A_STEP, quantity}
     entries = document["history"]
     if len(entries) != document["step"]:
         return f"history: expected one entry for each of {document['step']} steps, found {len(entries)}"
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not entry.keys() >= _OF_A_STEP or entry["step"] != number:
-            return f"history: expected {sorted(_OF_A_STEP)} of step {number}, found {_short(entry)}"
-        if not isinstance(entry["omega"], dict) or list(entry["omega"]) != document["problem"].get("tasks"):
-            return f"history: expected a ratio of every task at step {number}, found {_short(entry['omega'])}"
-        values = [*entry["omega"].values(), *(value for name, value in entry.items() if name != "omega")]
+        if not isinstance(entry, dict) or not entry.keys() >= expected or entry["step"] != number:
+            return f"history: expected {sorted(expected)} of step {number}, found {_short(entry)}"
+        of_tasks = entry[quantity]
+        if not isinstance(of_tasks, dict) or list(of_tasks) != tasks:
+            return f"history: expected {quantity} of every task at step {number}, found {_short(of_tasks)}"
+        values = [*of_tasks.values(), *(value for name, value in entry.items() if name != quantity)]
         if not all(is_number(value) and math.isfinite(value) for value in values):
             return f"history: expected finite numbers of step {number}, found {_short(entry)}"
     return None

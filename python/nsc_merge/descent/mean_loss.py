@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass, one_by_one, split
+from nsc_merge.descent.checkpoint import Shapes
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.processes.group import current
 
@@ -20,6 +22,18 @@ HELD_OUT_EVERY = 10
 # of all tasks, unless gradients are off, and returns the losses, one per task of the pass and detached. Of a pass that
 # is a process's part of one, both are weighted so that they add up over the processes to those of the whole.
 Backward = Callable[[Pass], Tensor]
+
+
+class Loss(NamedTuple):
+    """What is descended on.
+
+    Attributes:
+        backward: runs a pass.
+        meet: keeps of a pass what ``backward`` would, for later passes, and nothing else; None if that is nothing.
+    """
+
+    backward: Backward
+    meet: Callable[[Pass], None] | None = None
 
 
 def parts_of(passes: Sequence[Pass], *, alike: bool = True) -> list[Pass]:
@@ -36,17 +50,17 @@ class Losses:
 
     Attributes:
         coefficients: of the attached model.
-        backward: of one pass.
+        loss: of one pass.
         present: ``[modules, K]``, where an adapter touches a module.
         warm_up: steps in which coefficients are shared per task, as in :class:`DescentOptions`.
         held_out: the loss on data that is not descended on, if there is any, measured every :data:`HELD_OUT_EVERY`
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
-        alike: whether ``backward`` runs something for every task.
+        alike: whether the loss runs something for every task.
     """
 
     coefficients: BoundedCoefficients
-    backward: Backward
+    loss: Loss
     present: Tensor
     warm_up: float
     held_out: Callable[[], float] | None = None
@@ -56,7 +70,7 @@ class Losses:
     _best: tuple[float, Tensor] | None = None
 
     def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
-        """See :class:`nsc_merge.descent.optimisation.Objective`."""
+        """See :class:`nsc_merge.descent.objective.Objective`."""
         flat = self.coefficients.flat
         if self._steps % HELD_OUT_EVERY == 0:
             self.look()
@@ -83,7 +97,7 @@ class Losses:
         total = flat.new_zeros(len(drawn))
         for one in parts_of(one_by_one(drawn, flat.device), alike=self.alike):
             self.coefficients.spread()
-            total[list(one.tasks[0])] = self.backward(one).to(total)
+            total[list(one.tasks[0])] = self.loss.backward(one).to(total)
         return total
 
     @torch.no_grad()
@@ -107,3 +121,27 @@ class Losses:
         if self._best is not None:
             with torch.no_grad():
                 self.coefficients.flat.copy_(self._best[1])
+
+    def remembered(self) -> dict[str, Tensor]:
+        """See :class:`nsc_merge.descent.objective.Objective`; of the shapes of :meth:`shapes`."""
+        if self._best is None:
+            return {}
+        least, best = self._best
+        return {"best": best, "best_loss": torch.tensor(least, dtype=torch.float64)}
+
+    @staticmethod
+    def shapes(present: Tensor, *, held_out: bool) -> Shapes:
+        """Of what is remembered after a step, of coefficients where ``present``; with data that is held out or not."""
+        return {"best": (list(present.shape), None), "best_loss": ([], torch.float64)} if held_out else {}
+
+    def replay(self, drawn: Sequence[Batch]) -> None:
+        """See :class:`nsc_merge.descent.objective.Objective`."""
+        self._steps += 1
+        if self.loss.meet is not None:
+            for one in parts_of(one_by_one(drawn, self.coefficients.flat.device), alike=self.alike):
+                self.loss.meet(one)
+
+    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :class:`nsc_merge.descent.objective.Objective`."""
+        if "best" in tensors:
+            self._best = (float(tensors["best_loss"]), tensors["best"])

@@ -272,6 +272,16 @@ class Objective:
             self._missing.discard(path)
             self._latest = path
 
+    def remembered(self) -> dict[str, Tensor]:
+        """See :class:`nsc_merge.descent.objective.Objective`."""
+        return {}
+
+    def replay(self, drawn: Sequence[Batch]) -> None:
+        """See :class:`nsc_merge.descent.objective.Objective`."""
+
+    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :class:`nsc_merge.descent.objective.Objective`."""
+
     def _fits_as_one(self, passes: Sequence[Pass]) -> bool:
         """Whether the graph of all batches at once fits into half of the free memory, and what is measured has rows
         that tell tasks apart, unlike the windows of Swin.

@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.descent.checkpoint import State, random_states, restore_random_states
+from nsc_merge.descent.checkpoint import OF_THE_OBJECTIVE, State, random_states, restore_random_states
+from nsc_merge.descent.objective import Objective
 from nsc_merge.processes.group import current
 from nsc_merge.processes.launch import undisturbed
 from nsc_merge.utils.progress import Progress
@@ -28,30 +29,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
 }
-
-
-class Parameters(Protocol):
-    """The coefficients ``flat [modules, K]``, one leaf tensor."""
-
-    @property
-    def flat(self) -> Tensor: ...
-
-
-class Objective(Protocol):
-    """What can be minimised; see :class:`nsc_merge.descent.null_space_objective.Objective`."""
-
-    batch_tasks: bool | None
-
-    @property
-    def coefficients(self) -> Parameters: ...
-
-    def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
-        """Add the gradient on one batch per task to ``coefficients.flat.grad``; returns the objective per task."""
-        ...
-
-    def measure(self, drawn: Sequence[Batch]) -> Tensor:
-        """What :meth:`accumulate` returns, and no gradient."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -301,6 +278,7 @@ class Optimisation:
             "start": self._start,
             "dead": self.dead,
             **{f"optimizer.{name}": value for name, value in moments.items()},
+            **{f"{OF_THE_OBJECTIVE}{name}": value for name, value in self._objective.remembered().items()},
         }
         copies = {name: value.detach().clone() for name, value in tensors.items()}
         return {**copies, **random_states(self._lam.device)}
@@ -321,22 +299,25 @@ class Optimisation:
         # Drawing anew brings the iterables to where they were, whatever they are; the generators come last,
         # since iterables may draw from them.
         for _ in range(state.step):
-            self._draw()
+            self._objective.replay(self._draw())
         device = self._lam.device
         tensors = {name: value.to(device) for name, value in state.tensors.items()}
         with torch.no_grad():
             self._lam.copy_(tensors["lam"])
         self._start, self.dead = tensors["start"], tensors["dead"]
         # The count of steps lies where the fused optimizer keeps it: beside the moments.
-        prefix = "optimizer."
-        self._optimiser.state[self._lam] = {
-            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-        }
+        self._optimiser.state[self._lam] = _named(tensors, "optimizer.")
+        self._objective.recall(_named(tensors, OF_THE_OBJECTIVE))
         self.history = list(state.history)
         self._begin = state.step
         if state.step:
             self._objective.batch_tasks = state.batch_tasks
         restore_random_states(state.tensors, device)
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _mean(values: Mapping[str, float]) -> float:

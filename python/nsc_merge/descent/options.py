@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nsc_merge.descent.optimisation import SCHEDULES
-from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_seed
+from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_plain, check_seed
 
 SHARES = ("module", "task")
+# Options that say how a run is kept, and how it is watched, and nothing about its outcome.
+OF_THE_STATE = ("state_to", "state_every", "state_of", "resume_from")
+BESIDE_THE_PROBLEM = ("progress", *OF_THE_STATE)
 # Coefficients are float32 at least.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -30,6 +35,13 @@ class DescentOptions:
         init: initial coefficient, one for all tasks or one per task.
         seed: of torch's global generator while batches are drawn; restored afterwards.
         progress: True draws a bar and False shows nothing; None draws it on a terminal and prints lines elsewhere.
+        state_to: file that the state of the optimisation is saved to, every ``state_every`` steps, at the end
+            and on Ctrl-C.
+        state_every: steps between two saved states.
+        state_of: what a saved state belongs to besides the adapters and options, such as hashes of the base model and
+            of the calibration data: names to values that JSON can hold. Resuming with others, or without, is refused.
+        resume_from: file written through ``state_to``. The run goes on from there as if it had never stopped,
+            to the bit, if the iterables of ``calibration`` give the same batches again.
     """
 
     optimizer: str = "adamw"
@@ -41,6 +53,10 @@ class DescentOptions:
     init: float | Mapping[str, float] = 0.4
     seed: int = 0
     progress: bool | None = None
+    state_to: str | os.PathLike[str] | None = None
+    state_every: int = 50
+    state_of: Mapping[str, Any] | None = None
+    resume_from: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, ("adamw", "adam"))
@@ -53,6 +69,9 @@ class DescentOptions:
         self.check_init()
         check_seed(self.seed)
         check_choice("progress", self.progress, (True, False, None))
+        check_count("state_every", self.state_every)
+        if self.state_of is not None:
+            check_plain("state_of", self.state_of)
 
     def check_init(self) -> None:
         """Refuse initial coefficients that are no finite numbers."""
@@ -74,7 +93,7 @@ class SharedDescentOptions(DescentOptions):
     """Options of the methods whose coefficients may be shared between modules, and bounded.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`DescentOptions`.
+        optimizer: as all that follow up to ``resume_from``, in :class:`DescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.
@@ -83,6 +102,10 @@ class SharedDescentOptions(DescentOptions):
         init: see there.
         seed: see there.
         progress: see there.
+        state_to: see there.
+        state_every: see there.
+        state_of: see there.
+        resume_from: see there.
         share: one coefficient per task and ``"module"``, or one per ``"task"``.
         warm_up: steps at the start in which coefficients are shared per task, whatever ``share`` says.
         clamp: bounds that coefficients are held to in the forward, or None.

@@ -134,20 +134,24 @@ def test_a_dry_run_times_whatever_takes_steps(place, capsys, method):
     assert "measured " not in shown
 
 
-def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch, capsys):
+@pytest.mark.parametrize("method", ["nsc", "distill", "match", "adamerging"])
+def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch, capsys, method):
     on_cpu(place)
-    assert main(["run", str(place / "recipe.yaml"), "output.dir=" + str(place / "whole")]) == 0
+    command = ["run", str(place / "recipe.yaml"), f"method={method}", "options.steps=4", "options.lr=0.01"]
+    assert main([*command, "output.dir=" + str(place / "whole")]) == 0
     recipe = load_recipe(place / "recipe.yaml")
     with interrupted(monkeypatch):
-        assert main(["run", str(place / "recipe.yaml")]) == 130
+        assert main(command) == 130
     assert "go on with: nsc-merge run" in capsys.readouterr().err
     assert run.state_file(recipe).is_file()
     assert not recipe.out.exists()
-    assert main(["run", str(place / "recipe.yaml"), "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().err
     assert not run.state_file(recipe).exists()
     documents = [json.loads((place / out / "coefficients.json").read_text()) for out in ("whole", "merged")]
     assert documents[0]["coefficients"] == documents[1]["coefficients"]
+    kept = load_recipe(place / "merged" / "recipe.yaml").options
+    assert not any(name.startswith(("state", "resume")) for name in kept)
 
 
 def test_inspect(place, capsys):

@@ -65,7 +65,7 @@ DOCUMENTS = {
     "text": (lambda text: entries(text, seconds="1"), "history: expected finite numbers of step 2"),
     "huge": (lambda text: entries(text, seconds=10**400), "metadata is not valid JSON: expected numbers of at most 40"),
     "infinite": (lambda text: entries(text, omega={"a": 1, "b": 1, "c": math.inf}), "expected finite numbers of step"),
-    "another task": (lambda text: entries(text, omega={"a": 1, "x": 1}), "history: expected a ratio of every task"),
+    "another task": (lambda text: entries(text, omega={"a": 1, "x": 1}), "history: expected omega of every task"),
 }
 
 

@@ -113,14 +113,14 @@ def test_what_is_held_out_is_never_descended_on(tmp_path, monkeypatch, kind):
 
     def spy(method, problem, options, losses, **rest):
         def noting(coefficients):
-            backward = losses(coefficients)
+            loss = losses(coefficients)
 
             def run(one):
                 if torch.is_grad_enabled():
                     drawn.append(numbers.get(id(one.sources[0])))
-                return backward(one)
+                return loss.backward(one)
 
-            return run
+            return loss._replace(backward=run)
 
         return descend(method, problem, options, noting, **rest)
 

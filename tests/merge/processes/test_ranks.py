@@ -101,6 +101,7 @@ def share(rank: int, folder: Path) -> None:
                 with together(two) as pair:
                     found = merge(plain, adapters, batches(kind), **OPTIONS)
                 check_same(pair, found, plain, adapters, kind, {})
+        check_resumed(folder)
         check_lost(rank, folder)
     finally:
         dist.destroy_process_group()
@@ -145,6 +146,47 @@ def check_same(group, found, plain, adapters, kind: str, options) -> None:
     assert found.objective["after"] == pytest.approx(alone.objective["after"], abs=1e-6)
     assert found.dead == alone.dead
     assert (values(alone) - 0.4).abs().max() > 1e-2
+
+
+class Stopped(Exception):
+    """What the machines say as they go down."""
+
+
+class Down:
+    """Batches of a machine that goes down when the third is asked for in a turn."""
+
+    def __init__(self, given) -> None:
+        self.given = given
+
+    def __iter__(self):
+        yield from self.given
+        raise Stopped
+
+
+def first_logits(model, batch):
+    """Values, whose variance over all processes matters."""
+    return model(**batch).logits[:, -1, :3]
+
+
+def check_resumed(folder: Path) -> None:
+    """All processes go down, and all go on from the state that the first saved, or one does alone."""
+    plain = load_model(str(folder / "llama"), local=True)
+    adapters, state = adapters_for(plain), folder / "stopped.safetensors"
+    # A variance takes more than the one row that the batches of the last task have.
+    kinds = dict(zip(TASKS, ("gaussian", "gaussian", "categorical"), strict=True))
+    outputs = {"outputs": dict.fromkeys(TASKS, first_logits), "likelihood": kinds}
+    options = {"steps": 8, "lr": 1e-2, "progress": False, "method": "distill", **outputs}
+    shared = {**options, "process_group": dist.group.WORLD}
+    whole = merge(plain, adapters, batches("llama"), **shared)
+    with pytest.raises(Stopped):
+        stopping = {task: Down(given) for task, given in batches("llama").items()}
+        merge(plain, adapters, stopping, **shared, state_to=state, state_every=1)
+    dist.barrier()
+    resumed = merge(plain, adapters, batches("llama"), **shared, resume_from=state)
+    assert (resumed.coefficients, resumed.objective) == (whole.coefficients, whole.objective)
+    alone = merge(plain, adapters, batches("llama"), **options, resume_from=state)
+    torch.testing.assert_close(values(alone), values(whole), rtol=0, atol=1e-6)
+    assert len(alone.history) == len(resumed.history) == 8
 
 
 def check_lost(rank: int, folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Backward
+from nsc_merge.descent.mean_loss import Loss
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
 from nsc_merge.methods.gradient.own_answers import end_tokens
@@ -53,6 +53,10 @@ class AdaMergingOptions(SharedDescentOptions):
         clamp: see there; ``()`` for none.
         seed: see there.
         progress: see there.
+        state_to: see there.
+        state_every: see there.
+        state_of: see there.
+        resume_from: see there.
         outputs: task -> function of model and batch that gives its logits ``[N, C]``, or ``[N, ..., C]`` with classes
             last; the model's own logits for every task when None. A task without logits, such as a regression, is left
             out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
@@ -126,7 +130,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if not counted:
         raise ValueError("outputs: expected a function for at least one task, found none")
 
-    def losses(coefficients: BoundedCoefficients) -> Backward:
+    def losses(coefficients: BoundedCoefficients) -> Loss:
         def backward(one: Pass) -> Tensor:
             batch, numbers = one.inputs, one.tasks[0]
             # Tasks that do not count have no loss, rather than one of 0.
@@ -150,7 +154,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 found[here] = torch.stack(values).detach().float().cpu()
             return found
 
-        return backward
+        return Loss(backward)
 
     return descend("adamerging", problem, options, losses, label="AdaMerging", counted=counted)
 

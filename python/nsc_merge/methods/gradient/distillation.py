@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Backward
+from nsc_merge.descent.mean_loss import Loss
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend, presence
 from nsc_merge.methods.gradient.own_answers import Answered, NewTokens, check_new_tokens, writing_of
@@ -57,7 +57,7 @@ class DistillOptions(SharedDescentOptions):
     """Options of ``method="distill"``.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
+        optimizer: as all that follow up to ``resume_from``, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.
@@ -69,6 +69,10 @@ class DistillOptions(SharedDescentOptions):
         clamp: see there.
         seed: see there.
         progress: see there.
+        state_to: see there.
+        state_every: see there.
+        state_of: see there.
+        resume_from: see there.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
             without one have the model's own logits.
         likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
@@ -247,7 +251,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         every, init = with_terms(problem, filtered, options.init)
     present = presence(every)
 
-    def losses(coefficients: BoundedCoefficients) -> Backward:
+    def losses(coefficients: BoundedCoefficients) -> Loss:
         own = OwnModels(every, coefficients, present)
         scaled = [n for n in range(count) if options.normalise == "variance" and predictions.predicts_values(n)]
         variances = {number: Variance() for number in scaled}
@@ -287,12 +291,19 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                         f"{problem.tasks[number]!r} in its own model are all alike; 'none' takes them"
                     )
 
+        def targets_of(one: Pass) -> dict[int | None, Target]:
+            targets = kept(one.sources[0], one.tasks[0], lambda number: target(number, one))
+            if kept.fresh and variances and torch.is_grad_enabled():
+                settle()
+            return targets
+
+        def meet(one: Pass) -> None:
+            targets_of(one)
+
         def backward(one: Pass) -> Tensor:
             numbers = one.tasks[0]
             # The single models run first: the merged one's graph must not see their coefficients.
-            targets = kept(one.sources[0], numbers, lambda number: target(number, one))
-            if kept.fresh and variances and torch.is_grad_enabled():
-                settle()
+            targets = targets_of(one)
             coefficients.spread()
             found = []
             with shared_forward(problem.model):
@@ -307,7 +318,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 (total.sum() / count).backward()
             return total.detach()
 
-        return backward
+        # Variances are of all batches so far.
+        return Loss(backward, meet if variances else None)
 
     result = descend("distill", every, options, losses, label="distillation", tasks=problem.tasks, init=init)
     return result if filtered is None else folded(result, problem)

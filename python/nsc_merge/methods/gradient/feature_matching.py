@@ -18,7 +18,7 @@ from torch import Tensor
 from nsc_merge.calibration.batches import Batch, held_out, restartable, streams
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole, one_by_one
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Backward, parts_of
+from nsc_merge.descent.mean_loss import Loss, parts_of
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.feature_watcher import Seen, Watcher
 from nsc_merge.methods.gradient.learned_coefficients import attached, descend, presence
@@ -41,7 +41,7 @@ class MatchOptions(SharedDescentOptions):
     """Options of ``method="match"``.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
+        optimizer: as all that follow up to ``resume_from``, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.
@@ -54,6 +54,10 @@ class MatchOptions(SharedDescentOptions):
         clamp: see there.
         seed: see there.
         progress: see there.
+        state_to: see there.
+        state_every: see there.
+        state_of: see there.
+        resume_from: see there.
         features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are
             matched, with equal weight.
         positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers, where an
@@ -227,7 +231,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         held = [[first[task][number] for task in problem.tasks] for number in range(options.hold_out)]
         problem = replace(problem, calibration=rest)
 
-    def losses(coefficients: BoundedCoefficients) -> Backward:
+    def losses(coefficients: BoundedCoefficients) -> Loss:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         start = coefficients.flat.detach().clone()
 
@@ -257,7 +261,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 (total.sum() / count).backward()
             return total.detach()
 
-        return backward
+        return Loss(backward)
 
     def unseen(coefficients: BoundedCoefficients) -> Callable[[], float]:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)

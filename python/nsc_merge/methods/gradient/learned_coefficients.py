@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import streams
+from nsc_merge.descent.checkpoint import State, problem_of
 from nsc_merge.descent.coefficients import BoundedCoefficients, by_path, tasks_where
-from nsc_merge.descent.mean_loss import Backward, Losses
+from nsc_merge.descent.mean_loss import Loss, Losses
 from nsc_merge.descent.optimisation import Optimisation, Settings
-from nsc_merge.descent.options import SharedDescentOptions
+from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE, SharedDescentOptions
 from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models import attachment
@@ -23,6 +25,9 @@ from nsc_merge.models.bases.quantised import check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.forward_contexts import evaluating, recomputed
 from nsc_merge.results.result import MergeResult
+
+# What the objective of a task is called in the history.
+QUANTITY = "loss"
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def descend(
     method: str,
     problem: Problem,
     options: SharedDescentOptions,
-    losses: Callable[[BoundedCoefficients], Backward],
+    losses: Callable[[BoundedCoefficients], Loss],
     *,
     label: str,
     counted: Collection[str] | None = None,
@@ -74,7 +79,7 @@ def descend(
         method: for the result.
         problem: with calibration batches for every task.
         options: of the descent.
-        losses: given the coefficients of the attached model, makes what runs a pass.
+        losses: given the coefficients of the attached model, makes what is descended on.
         label: of the progress bar.
         counted: the tasks that have a loss; all when None. That of the others is not a number.
         held_out: given the same, makes what measures data that is held out, at the coefficients that the modules have.
@@ -82,10 +87,16 @@ def descend(
         init: initial coefficients of all adapters; those of the options when None.
     """
     tasks = problem.tasks if tasks is None else tasks
+    counted = [task for task in tasks if counted is None or task in counted]
     drawn = list(streams(problem.calibration, tasks).values())
     present = presence(problem)
     paths = list(adapted_linears(problem.model, problem.adapters))
     device = input_device(problem.model)
+    kept, resumed = {}, None
+    if options.state_to is not None or options.resume_from is not None:
+        kept = _kept_of(method, problem, options, paths, tasks, counted)
+    if options.resume_from is not None:
+        resumed = State.load(options.resume_from, kept, Losses.shapes(present, held_out=held_out is not None))
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -99,13 +110,20 @@ def descend(
             present.to(coefficients.flat.device),
             math.inf if options.share == "task" else options.warm_up,
             None if held_out is None else held_out(coefficients),
-            alike=counted is None or len(counted) == len(tasks),
+            alike=len(counted) == len(tasks),
         )
-        names = {one.name for one in fields(options)}
-        known = {one.name: getattr(options, one.name) for one in fields(Settings) if one.name in names}
-        settings = Settings(**{"state_to": None, "state_every": 1, **known})
         loop = Optimisation(
-            objective, tasks, present, drawn, settings, {}, label=label, quantity="loss", shown="loss", counted=counted
+            objective,
+            tasks,
+            present,
+            drawn,
+            Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)}),
+            kept,
+            resumed,
+            label=label,
+            quantity=QUANTITY,
+            shown=QUANTITY,
+            counted=counted,
         )
         loop.run(lambda: None)
         objective.keep_best()
@@ -117,8 +135,30 @@ def descend(
         coefficients=by_path(lam, paths, problem.tasks),
         history=loop.history,
         adapters=problem.adapters,
-        options=plain_options(options),
+        options={name: value for name, value in plain_options(options).items() if name not in OF_THE_STATE},
         dead=tasks_where(dead, paths, problem.tasks),
         model=problem.model,
         objective=moved,
     )
+
+
+def _kept_of(
+    method: str,
+    problem: Problem,
+    options: SharedDescentOptions,
+    paths: list[str],
+    tasks: Sequence[str],
+    counted: Sequence[str],
+) -> dict[str, Any]:
+    """What a saved state of a method belongs to. Functions of tasks' outputs are taken on trust, and so is what
+    follows from batches alone.
+    """
+    chosen = {name: value for name, value in plain_options(options).items() if name not in BESIDE_THE_PROBLEM}
+    of_tasks = {task: problem.adapters[task] for task in tasks}
+    return {
+        "method": method,
+        **problem_of(of_tasks, chosen, paths, [], options.state_of or {}),
+        "tasks": problem.tasks,
+        "quantity": QUANTITY,
+        "counted": list(counted),
+    }

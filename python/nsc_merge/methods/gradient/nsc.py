@@ -21,6 +21,7 @@ from nsc_merge.descent.checkpoint import State, problem_of
 from nsc_merge.descent.coefficients import by_path, tasks_where
 from nsc_merge.descent.null_space_objective import Objective
 from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import adapted_linears, attach, presence
@@ -33,10 +34,6 @@ from nsc_merge.models.merged.whole import Site
 from nsc_merge.results.result import MergeResult
 
 logger = logging.getLogger("nsc_merge")
-
-# Options that say how a run is watched and kept, and nothing about its outcome.
-_OF_THE_STATE = ("state_to", "state_every", "state_of", "resume_from")
-_BESIDE_THE_PROBLEM = ("progress", *_OF_THE_STATE)
 
 
 def merge_nsc(
@@ -64,7 +61,7 @@ def merge_nsc(
         logger.warning(note)
     problem, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
-        kept = {name: value for name, value in _plain(chosen).items() if name not in _BESIDE_THE_PROBLEM}
+        kept = {name: value for name, value in _plain(chosen).items() if name not in BESIDE_THE_PROBLEM}
         if kept["family"] is None:
             # States of releases without the option go on.
             del kept["family"]
@@ -103,7 +100,7 @@ def merge_nsc(
         coefficients=by_path(lam, paths, tasks),
         history=loop.history,
         adapters=dict(adapters),
-        options={**{k: v for k, v in _plain(chosen).items() if k not in _OF_THE_STATE}, "scored": scored},
+        options={**{k: v for k, v in _plain(chosen).items() if k not in OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
         objective=moved,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from nsc_merge.calibration.modality import MODALITIES
 from nsc_merge.descent.options import DescentOptions
 from nsc_merge.models.families import Family, check_family
-from nsc_merge.utils.option_checks import check_choice, check_count, check_plain
+from nsc_merge.utils.option_checks import check_choice
 
 # The paper contradicts itself on vision: Section 4 says AdamW at 1e-3, Section A.3 of the supplement Adam at
 # 1e-4.
@@ -30,7 +29,7 @@ class NSCOptions(DescentOptions):
     """Options of ``method="nsc"``.
 
     Attributes:
-        optimizer: as all that follow up to ``progress``, in :class:`nsc_merge.descent.options.DescentOptions`.
+        optimizer: as all that follow up to ``resume_from``, in :class:`nsc_merge.descent.options.DescentOptions`.
         lr: see there.
         weight_decay: see there.
         steps: see there.
@@ -39,6 +38,10 @@ class NSCOptions(DescentOptions):
         init: see there. Eq. 5 is not convex: the result depends on it.
         seed: see there.
         progress: see there.
+        state_to: see there.
+        state_every: see there.
+        state_of: see there.
+        resume_from: see there.
         recipe: named defaults for optimizer, lr, weight_decay and steps; the family's own when None.
         dead: what becomes of coefficients that nothing measured depends on: ``"init"`` keeps their initial
             value, ``"tie_previous"`` takes the task's value in the nearest earlier live module of the same
@@ -65,13 +68,6 @@ class NSCOptions(DescentOptions):
             step takes a minute or so longer.
         early_exit: end the forward at the last measured input. Off only to measure what it saves.
         cache_prefix: keep the outputs of a frozen vision tower per batch, up to 2 GiB.
-        state_to: file that the state of the optimisation is saved to, every ``state_every`` steps, at the end
-            and on Ctrl-C.
-        state_every: steps between two saved states.
-        state_of: what a saved state belongs to besides the adapters and options, such as hashes of the base model and
-            of the calibration data: names to values that JSON can hold. Resuming with others, or without, is refused.
-        resume_from: file written through ``state_to``. The run goes on from there as if it had never stopped,
-            to the bit, if the iterables of ``calibration`` give the same batches again.
     """
 
     recipe: str | None = None
@@ -87,10 +83,6 @@ class NSCOptions(DescentOptions):
     compile: bool | str = False
     early_exit: bool = True
     cache_prefix: bool = True
-    state_to: str | os.PathLike[str] | None = None
-    state_every: int = 50
-    state_of: Mapping[str, Any] | None = None
-    resume_from: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,9 +101,6 @@ class NSCOptions(DescentOptions):
             usual = torch.compiler.list_backends()
             raise ValueError(f"compile: expected True, False or one of {usual}, found {self.compile!r}")
         check_family(self.family)
-        check_count("state_every", self.state_every)
-        if self.state_of is not None:
-            check_plain("state_of", self.state_of)
 
 
 def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, Any]) -> NSCOptions:
