@@ -73,9 +73,11 @@ def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
     of low rank, is divided by how many tasks have it.
     """
     linears, low_rank, paths = low_rank_part(problem)
-    filtered = dict(
-        filtered_rows(problem, low_rank, [path for path in paths if not isinstance(linears[path], Site)], options)
-    )
+    measured = [path for path in paths if not isinstance(linears[path], Site)]
+    try:
+        filtered = dict(filtered_rows(problem, low_rank, measured, options))
+    except ValueError as error:
+        raise ValueError(f"regmean: {error}") from None
     found: dict[str, dict[str, Factor]] = {task: {} for task in problem.tasks}
     for path in adapted_linears(problem.model, problem.adapters):
         own = present(problem.adapters, path)
