@@ -181,9 +181,8 @@ struct Block {
       } else {
         xk = x + k0, xk_stride = p.x_stride;
       }
-      if (with_norm)
-        for (int64_t i = 0; i < rows; ++i) norm[i] += dot<Acc>(xk + i * xk_stride, xk + i * xk_stride, k);
-      for (int64_t r0 = 0; r0 < p.R; r0 += kPanelRows) {
+      // Once without adapters, for the norms.
+      for (int64_t r0 = 0; r0 == 0 || r0 < p.R; r0 += kPanelRows) {
         const int64_t panel = min(kPanelRows, p.R - r0);
         const Operand* wk;
         int64_t wk_stride;
@@ -197,11 +196,14 @@ struct Block {
           // Past the last row and column the tile repeats them; what it writes there is never read.
           const Operand* xi[tile.rows];
           for (int a = 0; a < tile.rows; ++a) xi[a] = xk + min(i + a, rows - 1) * xk_stride;
+          if (with_norm && r0 == 0) add_norms<tile.rows>(xi, k, norm + i);
           for (int64_t j = 0; j < panel; j += kDotCols) {
             if (!kWiden && r0 == 0)
               prefetch_piece(xk + (i + tile.rows) * xk_stride, xk_stride, rows - i - tile.rows, k, j, panel);
             const Operand* wj[kDotCols];
             for (int b = 0; b < kDotCols; ++b) wj[b] = wk + min(j + b, panel - 1) * wk_stride;
+            // The first tile reads the weights from memory, the others from the L2 cache.
+            if (!kWiden && i == 0) prefetch_next(wk + (j + kDotCols) * wk_stride, wk_stride, panel - j - kDotCols, k);
             dot_tile<tile.rows>(xi, wj, k, u + i * stride + r0 + j, stride, k0 > 0);
           }
         });
@@ -227,8 +229,11 @@ struct Block {
           if (there == tile.rows) xi = from, xi_stride = p.x_stride;
         }
         if (xi == x_wide) widen_rows(from, p.x_stride, there, k, x_wide, piece);
-        if (with_norm)
-          for (int64_t m = 0; m < there; ++m) norm[i + m] += dot<Acc>(xi + m * xi_stride, xi + m * xi_stride, k);
+        if (with_norm) {
+          const Acc* row[tile.rows];
+          for (int64_t m = 0; m < tile.rows; ++m) row[m] = xi + min(m, there - 1) * xi_stride;
+          add_norms<tile.rows>(row, k, norm + i);
+        }
         for (int64_t j = 0; j < p.R; j += kStripColumns) {
           Vec<Acc> acc[tile.rows][kExpandVectors];
           expand_tile<tile.rows>(xi, xi_stride, w_wide + j * piece, kStripColumns, k, acc);
@@ -447,6 +452,13 @@ struct Block {
     for (int64_t m = 0; m < min(kDotRows, left); ++m)
       for (int64_t byte = begin; byte < end; byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + m * stride) + byte, 0, 2);
+  }
+
+  // The next rows of weights, which the processor sees no more pattern in.
+  static void prefetch_next(const Operand* w, int64_t stride, int64_t left, int64_t k) {
+    for (int64_t m = 0; m < min(kDotCols, left); ++m)
+      for (int64_t byte = 0; byte < k * int64_t(sizeof(Operand)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(w + m * stride) + byte, 0, 2);
   }
 
   // What write_row will touch, while the tile is computed: too short a run of lines for the processor to see a pattern.

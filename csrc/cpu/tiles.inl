@@ -88,6 +88,20 @@ inline void finish_dots(Vec<Acc> (&sum)[M][kDotCols], Acc* u, int64_t u_stride, 
     }
 }
 
+// norm[m] += x_m . x_m over k elements, of all rows of a tile at a time: one sum waits for itself in every turn.
+template <int M, class E, class Acc>
+inline void add_norms(const E* const* x, int64_t k, Acc* norm) {
+  Vec<Acc> sum[M] = {};
+  for_vectors<Acc>(k, [&](int64_t c, int64_t n) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec<Acc> value = load_n(x[m] + c, n);
+      sum[m] += value * value;
+    }
+  });
+  for (int m = 0; m < M; ++m) norm[m] += sum_lanes<Acc>(sum[m]);
+}
+
 template <int M, class Acc>
 inline void dot_tile(const Acc* const* x, const Acc* const* w, int64_t k, Acc* u, int64_t u_stride, bool add) {
   Vec<Acc> sum[M][kDotCols] = {};
