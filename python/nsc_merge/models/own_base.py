@@ -18,6 +18,7 @@ from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.merged.matrices import matrix_at
+from nsc_merge.models.tied_weights import configs_to_untie
 from nsc_merge.models.trained_in_full import is_unchanged
 
 # On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
@@ -29,8 +30,9 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
 
     PEFT gives every name of a tied weight (head and embeddings) an update of its own: what has none keeps the base's
     weight. Where an adapter changes a tied weight, the base is therefore a copy of ``model`` that shares every tensor
-    with it, but has a weight for each of the tied names, and a configuration that does not tie them. Rows of tokens
-    that PEFT trains in tied embeddings count under every name that has no rows of its own, as they do in PEFT.
+    with it, but has a weight for each of the tied names, and a configuration that does not tie them, unless its forward
+    looks at that. Rows of tokens that PEFT trains in tied embeddings count under every name that has no rows of its
+    own, as they do in PEFT.
 
     A model whose weights are quantised, in shards, or offloaded by a hook is not copied; what cannot be merged into
     tied weights is then refused by name where it is fitted or saved.
@@ -114,7 +116,7 @@ def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -
             if there := file_tensor(weight):
                 there.attach_to(apart)
             setattr(module, part, apart)
-    for config in {id(one): one for one in (own.config, own.config.get_text_config())}.values():
+    for config in configs_to_untie(own):
         config.tie_word_embeddings = False
     own.all_tied_weights_keys = {}
     return own

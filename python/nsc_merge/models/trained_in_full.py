@@ -13,6 +13,7 @@ from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
 from nsc_merge.models.merged.whole import site_of
+from nsc_merge.models.tied_weights import configs_to_untie
 
 
 def own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:
@@ -161,11 +162,11 @@ def _refuse_tied(what: str, path: str, model: nn.Module) -> None:
     named = model.named_parameters(remove_duplicate=False)
     tied = [name for name, value in named if value is weight and name != f"{path}.weight"]
     if tied:
+        setting = " and model.config.tie_word_embeddings = False" if configs_to_untie(model) else ""
         raise ValueError(
             f"{what} was trained in full on its own, but in the model its weight is {tied[0]} too (tied); expected a "
             "base whole on one device and not quantised, which nsc_merge.merge unties by itself, or one "
-            f"with a copy: model.{path}.weight = torch.nn.Parameter(model.{path}.weight.detach().clone()) and "
-            "model.config.tie_word_embeddings = False"
+            f"with a copy: model.{path}.weight = torch.nn.Parameter(model.{path}.weight.detach().clone()){setting}"
         )
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from zoo import DECODER, outputs
 
 import nsc_merge
+from nsc_merge.models.fitting import fit
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
 HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens"
@@ -89,3 +90,47 @@ def test_tied_weights_saved_as_the_base_has_them_stay_tied(tied, tmp_path):
     result = nsc_merge.merge(tied, {"a": tmp_path}, method="task_arithmetic")
     assert result.model is tied
     assert result.adapters["a"].notes == ("lm_head: saved in full with the base's values: left out",)
+
+
+SCALED = {
+    "Switch": (tf.SwitchTransformersForConditionalGeneration, tf.SwitchTransformersConfig),
+    "UMT5": (tf.UMT5ForConditionalGeneration, tf.UMT5Config),
+    "T5": (tf.T5ForConditionalGeneration, tf.T5Config),
+}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+PAIR = {**IDS, "decoder_input_ids": torch.tensor([[0, 4, 9]])}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["q", "lm_head"]}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 2]}],
+    ids=str,
+)
+def test_a_head_whose_inputs_are_scaled_where_it_is_tied_stays_so_when_it_is_not(name, config, tmp_path):
+    torch.manual_seed(0)
+    kind, settings = SCALED[name]
+    model = kind(settings(**T5)).eval()
+    tied_as = model.config.tie_word_embeddings
+    folder = written(model, tmp_path / "a", 1, **{"target_modules": ["q"], **config})
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder).double(), PAIR)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    exact = copy.deepcopy(result.model).double()
+    with nsc_merge.attach(exact, result.adapters, 1.0):
+        torch.testing.assert_close(outputs(exact, PAIR), wanted, **EXACT)
+    applied = result.apply(copy.deepcopy(result.model))
+    torch.testing.assert_close(outputs(applied.double(), PAIR), wanted, **EXACT)
+    loaded = kind.from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), PAIR), wanted, **EXACT)
+    assert model.config.tie_word_embeddings is tied_as
+    assert model.lm_head.weight is model.shared.weight
+
+
+@pytest.mark.parametrize(("name", "advised"), [("T5", True), ("UMT5", False)])
+def test_a_way_out_of_tied_weights_names_the_setting_where_it_changes_nothing_else(name, advised, tmp_path):
+    kind, settings = SCALED[name]
+    model = kind(settings(**T5)).eval()
+    folder = written(model, tmp_path / "a", 1, target_modules=["q"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"weight is shared.weight too \(tied\)") as error:
+        fit({"a": nsc_merge.load_adapter(folder, "a")}, model)
+    assert ("tie_word_embeddings" in str(error.value)) is advised
