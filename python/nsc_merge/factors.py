@@ -50,7 +50,8 @@ def merge_factors(
             lack paths. Methods that look at factors and not at their product, such as ``linear`` and ``lora_lego``,
             see what was given, or what factoring found, with a warning.
         method: as ``nsc-merge methods`` lists them, of those that need no data and give one update for all tasks.
-        rank: of the merged updates at most, the best approximation of that rank; None leaves them as the method gives
+        rank: of the merged updates at most. It is the option of methods that have one of that name (``svd``,
+            ``lora_lego``); of others the best approximation of that rank, and None leaves them as the method gives
             them, factors or a matrix.
         tolerance: relative error (Frobenius) up to which a dense delta counts as of low rank; None is rounding.
             Products rounded to half precision need some 0.005, differences of float32 weights a thousand times as large
@@ -67,6 +68,9 @@ def merge_factors(
         TypeError, ValueError: naming the argument, what was found and what was expected.
     """
     chosen = _method(method)
+    if "rank" in chosen.option_names:
+        # The method's own, which says more than a truncation: how many clusters, for example.
+        options, rank = {**options, "rank": rank}, None
     resolved = chosen.resolved(options, list(adapters) if isinstance(adapters, Mapping) else [])
     if rank is not None:
         check_count("rank", rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,29 @@ def test_every_method_gives_what_it_gives_with_a_model(name):
     for path, factor in merged.items():
         assert factor.scaling == 1.0
         torch.testing.assert_close(factor.delta(), result.delta(path), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_DATA if "rank" in METHODS[name].option_names])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_rank_is_the_method_s_own_where_it_has_one(name, rank):
+    """Less and more than the adapters' own, which is 4."""
+    adapters = triples()
+    model = nn.ModuleDict({path: nn.Linear(d_in, d_out, bias=False) for path, (d_out, d_in) in SHAPES.items()})
+    loaded = {
+        task: Adapter(task, {path: Factor(*update) for path, update in updates.items()})
+        for task, updates in adapters.items()
+    }
+    result = nsc_merge.merge(model, loaded, method=name, rank=rank)
+    for path, factor in nsc_merge.merge_factors(adapters, name, rank=rank):
+        assert factor.rank == result.factors[path].rank == rank
+        torch.testing.assert_close(factor.delta(), result.delta(path), rtol=1e-6, atol=1e-6)
+
+
+def test_no_option_of_a_method_is_hidden_by_an_argument():
+    """``rank`` is handed on."""
+    arguments = set(inspect.signature(nsc_merge.merge_factors).parameters) - {"options", "rank"}
+    for name in WITHOUT_DATA:
+        assert not arguments & set(METHODS[name].option_names)
 
 
 @pytest.mark.parametrize("name", sorted(set(WITHOUT_DATA) - ON_FACTORS))

@@ -124,3 +124,14 @@ def test_merging_whole_models_is_merging_their_adapters():
         moved = max(moved, float((expected.get_parameter(name) - value).abs().max()))
     assert moved > 0.01
     assert list(updates) == TASKS
+
+
+@pytest.mark.parametrize("method", ["svd", "lora_lego"])
+def test_a_rank_is_the_methods_own(method):
+    base = clip()
+    adapters = peft_models(base, ["q_proj", "v_proj"])
+    updates = {task: updates_of(base, model, task) for task, model in adapters.items()}
+    found = merged_into(deepcopy(base), updates, method, {"rank": 1})
+    expected = nsc_merge.merge(base, dict(adapters), method=method, rank=1).apply(deepcopy(base))
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), value, rtol=1e-4, atol=1e-5)
