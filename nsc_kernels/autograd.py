@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .contract import Backend, BackwardCall, ForwardCall
+from .modes import AS_IT_IS, results_watched, without_autocast
 from .ops import run_backward, run_forward
-
-_AS_IT_IS = nullcontext()  # made once: it holds nothing
 
 
 class MergedLoRAFunction(torch.autograd.Function):
     """The eager route: one forward kernel, one backward kernel, on the backend chosen in the forward.
 
     ``base`` is given, or made here by a frozen linear layer (``weight``, ``bias``). Saves u (bank dtype, ``[T, R]``)
-    if it is needed, and z only where ``sqnorm`` may have a gradient.
+    if it is needed, and z only where ``sqnorm`` may have a gradient. Returns y, with ``stats`` quad and sqnorm, and u.
     """
 
     @staticmethod
@@ -39,31 +37,39 @@ class MergedLoRAFunction(torch.autograd.Function):
         save_u = need_dlam or need_dz
         if weight is not None:
             base = nn.functional.linear(z, weight, bias)
-        call = ForwardCall(z, A, Bt, offsets, lam, base, stats, save_u, weight is not None)
+        reuse_base = weight is not None and not results_watched()
+        call = ForwardCall(z, A, Bt, offsets, lam, base, stats, save_u, reuse_base)
         y, quad, sqnorm, u = run_forward(backend, call)
         if save_u:
             ctx.save_for_backward(u, lam, A, Bt, weight if need_dz else None, z if stats and need_dz else None)
         ctx.offsets, ctx.backend = offsets, backend
         ctx.set_materialize_grads(False)
-        return (y, quad, sqnorm) if stats else y
+        if stats and not need_dz:
+            ctx.mark_non_differentiable(quad, sqnorm)
+        # As a result u leads to z: dlam depends on z through it, and z itself is not always kept.
+        return (y, quad, sqnorm, u) if stats else (y, u)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dquad: Tensor | None = None, dsqnorm: Tensor | None = None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> Any:
         need_dz, need_dlam, need_dbase = ctx.needs_input_grad[:3]
+        dquad, dsqnorm = others[:2] if len(others) == 3 else (None, None)
         dz = dlam = None
         if need_dz or need_dlam:
             u, lam, A, Bt, weight, z = ctx.saved_tensors
             create_graph = torch.is_grad_enabled()
-            with torch.no_grad() if create_graph else _AS_IT_IS:
+            with torch.no_grad() if create_graph else AS_IT_IS, without_autocast(u.device.type):
                 dz_base = None if weight is None or dy is None else dy @ weight
+                reuse_base = not results_watched()
                 call = BackwardCall(
-                    dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, True
+                    dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, reuse_base
                 )
                 dz, dlam = run_backward(ctx.backend, call)
             if create_graph:
                 dz, dlam = OnceDifferentiable.apply(
-                    dz if need_dz else None, dlam if need_dlam else None, u, lam, z, dy, dquad, dsqnorm
+                    dz if need_dz else None, dlam if need_dlam else None, lam, z, dy, dquad, dsqnorm
                 )
+                if need_dz and need_dlam and z is None:
+                    _, dlam = OnceDifferentiable.apply(None, dlam, u)
         return (
             dz if need_dz else None,
             dlam if need_dlam else None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bank_file import read_bank, write_bank
+from .modes import dispatch_watched, functorch_active
 from .reference import accumulation_dtype
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,13 +69,16 @@ class AdapterBank(nn.Module):
 
     def __init__(self, A: Tensor, Bt: Tensor, offsets: Sequence[int]):
         super().__init__()
-        self.offsets = _checked_offsets(offsets, A.shape[0])
+        for name, t in (("A", A), ("Bt", Bt)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
         if A.dim() != 2 or Bt.dim() != 2 or A.shape[0] != Bt.shape[0] or 0 in (A.shape[1], Bt.shape[1]):
             raise ValueError(f"A and Bt must be [R, d_in] and [R, d_out], found {tuple(A.shape)} and {tuple(Bt.shape)}")
         if A.dtype is not Bt.dtype or A.device != Bt.device:
             raise ValueError(f"A is {A.dtype} on {A.device} but Bt is {Bt.dtype} on {Bt.device}")
         if A.dtype not in FLOAT_DTYPES:
             raise TypeError(f"A and Bt must be one of {_names(FLOAT_DTYPES)}, found {A.dtype}")
+        self.offsets = _checked_offsets(offsets, A.shape[0])
         self.register_buffer("A", A.contiguous())
         self.register_buffer("Bt", Bt.contiguous())
         self._autocast_copies: dict[torch.dtype, tuple[tuple[Tensor, int, Tensor, int], AdapterBank]] = {}
@@ -172,12 +177,13 @@ class AdapterBank(nn.Module):
         """This bank in ``dtype``: itself, or a copy that is kept until the buffers are replaced or written to.
 
         What is written through ``.data`` is not noticed. Nothing is kept of buffers made under
-        ``torch.inference_mode``, which do not tell that they were written to.
+        ``torch.inference_mode``, which do not tell that they were written to, nor of copies that a mode or a transform
+        may make something else of.
         """
         if dtype is self.dtype:
             return self
         A, Bt, offsets = self.packed
-        tracked = not (A.is_inference() or Bt.is_inference())
+        tracked = not (A.is_inference() or Bt.is_inference() or dispatch_watched() or functorch_active())
         if tracked and dtype in self._autocast_copies:
             (kept_A, version_A, kept_Bt, version_Bt), copy = self._autocast_copies[dtype]
             # The tensors and not their ids: that of a freed tensor is given to the next.
@@ -211,7 +217,7 @@ class AdapterBank(nn.Module):
         return bank
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.offsets, dtype=torch.int64)
+        return torch.tensor(self.offsets, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, Tensor) or state.dtype is not torch.int64 or state.dim() != 1:
@@ -229,6 +235,8 @@ class AdapterBank(nn.Module):
 
 
 def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:
+    if not isinstance(offsets, Iterable):
+        raise TypeError(f"offsets must be ints that rise from 0 to R={rows}, found {offsets!r}")
     offsets = tuple(offsets)
     try:
         offsets = tuple(operator.index(o) for o in offsets)  # int() would take 1.5 for 1
@@ -283,11 +291,13 @@ def _check_factors(
 def _check_scaling(scaling: Sequence[float] | None, K: int) -> list[float]:
     if scaling is None:
         return [1.0] * K
+    if not isinstance(scaling, Iterable):
+        raise TypeError(f"scaling must hold one float per adapter ({K}), found {scaling!r}")
     scales = [float(s) for s in scaling]
     if len(scales) != K:
         raise ValueError(f"scaling must hold one float per adapter ({K}), found {len(scales)}")
     for k, s in enumerate(scales):
-        if not torch.isfinite(torch.tensor(s)):
+        if not math.isfinite(s):
             raise ValueError(f"scaling[{k}] must be finite, found {s}")
     return scales
 

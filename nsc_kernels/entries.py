@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16
 ALL = (1 << 63) - 1
 
 _WORKS = ("upper_counts", "lower_counts", "equals", "sums", "add", "elect", "unify", "mask")
+# Whatever torch's default device is, which may be another; nor is any dtype the default one.
+_empty, _zeros, _tensor = (partial(make, device="cpu") for make in (torch.empty, torch.zeros, torch.tensor))
 VOTES = ("sum", "weighted", "count")
 DIVISORS = ("mean", "sum", "weight")
 
@@ -189,7 +192,7 @@ def upper_counts(entries: Entries) -> Tensor:
     """How many magnitudes of each task have which upper 16 bits: ``[K, UPPER_BINS + 1]`` int64; entries that are zero
     are in the last column and not in the first.
     """
-    counts = torch.zeros(entries.tasks, UPPER_BINS + 1, dtype=torch.int64)
+    counts = _zeros(entries.tasks, UPPER_BINS + 1, dtype=torch.int64)
     _run(entries, "upper_counts", counts=counts)
     return counts
 
@@ -199,15 +202,15 @@ def lower_counts(entries: Entries, sought: Sequence[int]) -> Tensor:
     have which lower 16 bits: ``[K, LOWER_BINS]`` int64.
     """
     _check_one_each(entries, "sought", sought)
-    counts = torch.zeros(entries.tasks, LOWER_BINS, dtype=torch.int64)
-    _run(entries, "lower_counts", counts=counts, sought=torch.tensor(sought, dtype=torch.int32))
+    counts = _zeros(entries.tasks, LOWER_BINS, dtype=torch.int64)
+    _run(entries, "lower_counts", counts=counts, sought=_tensor(sought, dtype=torch.int32))
     return counts
 
 
 def equals(entries: Entries, magnitudes: Sequence[float]) -> Tensor:
     """How many entries of each row have the task's one of ``magnitudes``: ``[K, d_out]`` int64. Nothing is trimmed."""
     _check_one_each(entries, "magnitudes", magnitudes)
-    found = torch.zeros(entries.tasks, entries.shape[0], dtype=torch.int64)
+    found = _zeros(entries.tasks, entries.shape[0], dtype=torch.int64)
     asked = replace(entries, trimming=Trimming(tuple(magnitudes), (ALL,) * entries.tasks))
     _run(asked, "equals", equal=found)
     return found
@@ -217,14 +220,14 @@ def sums(entries: Entries) -> Tensor:
     """The sums of each task's magnitudes before and after dropping (and trimming, where that comes first, or last):
     ``[K, 2]`` float64.
     """
-    found = torch.zeros(entries.tasks, 2, dtype=torch.float64)
+    found = _zeros(entries.tasks, 2, dtype=torch.float64)
     _run(entries, "sums", sums=found)
     return found
 
 
 def added(entries: Entries) -> Tensor:
     """The sum over tasks, in their order, ``[d_out, d_in]`` float32."""
-    out = torch.empty(entries.shape)
+    out = _empty(entries.shape, dtype=torch.float32)
     _run(entries, "add", out=out)
     return out
 
@@ -258,15 +261,15 @@ def elected(
         votes_only: form no update.
     """
     _check_one_each(entries, "weights", weights)
-    out = None if votes_only else torch.empty(entries.shape)
-    found = torch.zeros(2, dtype=torch.float64)
+    out = None if votes_only else _empty(entries.shape, dtype=torch.float32)
+    found = _zeros(2, dtype=torch.float64)
     _run(
         entries,
         "elect",
         vote=VOTES.index(sign),
         divide=DIVISORS.index(aggregate),
         tie=tie,
-        weights=torch.tensor(weights, dtype=torch.float32),
+        weights=_tensor(weights, dtype=torch.float32),
         sums=found,
         out=out,
     )
@@ -275,8 +278,8 @@ def elected(
 
 def unified(entries: Entries) -> Tensor:
     """EMR's unified update, ``[d_out, d_in]`` float32."""
-    out = torch.empty(entries.shape)
-    _run(entries, "unify", out=out, sums=torch.zeros(entries.tasks, 2, dtype=torch.float64))
+    out = _empty(entries.shape, dtype=torch.float32)
+    _run(entries, "unify", out=out, sums=_zeros(entries.tasks, 2, dtype=torch.float64))
     return out
 
 
@@ -284,7 +287,7 @@ def unified_sums(entries: Entries) -> Tensor:
     """The sums of magnitudes of each task's own update, and of the unified one where their signs agree: ``[K, 2]``
     float64.
     """
-    found = torch.zeros(entries.tasks, 2, dtype=torch.float64)
+    found = _zeros(entries.tasks, 2, dtype=torch.float64)
     _run(entries, "unify", sums=found)
     return found
 
@@ -297,14 +300,14 @@ def masked(entries: Entries, unified: Tensor, scale: float) -> Tensor:
         raise ValueError(
             f"unified: expected a contiguous float32 {list(entries.shape)}, found {unified.dtype} {list(unified.shape)}"
         )
-    out = torch.empty(entries.shape)
+    out = _empty(entries.shape, dtype=torch.float32)
     _run(entries, "mask", unified=unified, scale=scale, out=out)
     return out
 
 
 def drawn(rows: int, columns: int, key: int, threshold: int) -> Tensor:
     """Which entries a generator keeps, ``[rows, columns]`` bool; see :class:`Dropping`."""
-    kept = torch.empty(rows, columns, dtype=torch.bool)
+    kept = _empty(rows, columns, dtype=torch.bool)
     _checked(_library().nsc_cpu_draw(key, threshold, rows, columns, kept.data_ptr()))
     return kept
 
@@ -322,14 +325,14 @@ def _library() -> ctypes.CDLL:
 
 
 def _run(entries: Entries, work: str, **given: Any) -> None:
-    held: dict[str, Any] = {"offsets": torch.tensor(entries.offsets, dtype=torch.int64), "A": entries.A, "B": entries.B}
+    held: dict[str, Any] = {"offsets": _tensor(entries.offsets, dtype=torch.int64), "A": entries.A, "B": entries.B}
     if entries.dropping is not None:
-        held["keys"] = torch.tensor(entries.dropping.keys, dtype=torch.int64)
+        held["keys"] = _tensor(entries.dropping.keys, dtype=torch.int64)
         held["threshold"] = entries.dropping.threshold
-        held["multipliers"] = torch.tensor(entries.dropping.multipliers, dtype=torch.float32)
+        held["multipliers"] = _tensor(entries.dropping.multipliers, dtype=torch.float32)
     if entries.trimming is not None:
-        held["least"] = torch.tensor(entries.trimming.least, dtype=torch.float32)
-        held["last"] = torch.tensor(entries.trimming.last, dtype=torch.int64)
+        held["least"] = _tensor(entries.trimming.least, dtype=torch.float32)
+        held["last"] = _tensor(entries.trimming.last, dtype=torch.int64)
         held["trim_first"] = entries.trimming.first
     held |= given
     rows, columns = entries.shape

@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from . import reference
 from .autograd import MergedLoRAFunction
 from .bank import AdapterBank
 from .contract import ForwardCall
 from .dispatch import AUTO, chosen
+from .modes import any_autocast, autocast_enabled, dispatch_watched, functorch_active, results_watched
 from .ops import run_forward, select_backend
 from .reference import accumulation_dtype
 
-# Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
-AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
-# Asked first in every call: the question about one device type takes three times as long.
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# By autocast, to its own dtype.
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def merged_lora(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None = None) -> Tensor:
@@ -76,7 +75,7 @@ def merged_linear(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, 
 
 def output_dtype(z: Tensor) -> torch.dtype:
     """The dtype of ``y`` for this input: its own or, where autocast applies to it, autocast's."""
-    return torch.get_autocast_dtype(z.device.type) if _any_autocast() and _autocast_applies(z) else z.dtype
+    return torch.get_autocast_dtype(z.device.type) if any_autocast() and _autocast_applies(z) else z.dtype
 
 
 def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Module | None, stats: bool) -> Any:
@@ -87,10 +86,14 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         and (base is None or isinstance(base, Tensor))
     ):
         _refuse_types(z, bank, lam, base)
-    if _any_autocast() and _autocast_applies(z):
+    if any_autocast() and _autocast_applies(z):
         kind = z.device.type
         narrow = torch.get_autocast_dtype(kind)
         base = base if linear is None else _output_of(linear, z)
+        for name, t in (("z", z), ("base", base), ("bank", bank)):
+            # What autocast would not round for torch's own products, either.
+            if t is not None and t.dtype not in _ROUNDED:
+                raise TypeError(f"{name} is {t.dtype}, which autocast does not round to {narrow}; convert it")
         base = base if base is None else base.to(narrow)
         with torch.autocast(kind, enabled=False):
             return _call(z.to(narrow), _autocast_bank(bank, narrow), lam, base, None, stats)
@@ -178,12 +181,16 @@ def _route(
 ) -> Any:
     """``z [T, d_in]`` by the cheapest route that is right in this context; ``linear`` is plain."""
     compiling = torch.compiler.is_compiling()
-    transformed = _functorch_active() or forward_ad._current_level >= 0
-    grad = torch.is_grad_enabled() and (
-        z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad)
-    )
+    transformed = functorch_active() or forward_ad._current_level >= 0
+    # Modes see the operator, as they see torch's own, and what they see of it is enough to trace it or run it again.
+    as_op = compiling or dispatch_watched()
+    grad = torch.is_grad_enabled()
+    if grad and not (transformed or as_op) and (A.requires_grad or Bt.requires_grad):
+        name = "A" if A.requires_grad else "Bt"
+        raise RuntimeError(f"bank.{name} requires a gradient, but the factors are frozen here; detach it")
+    grad = grad and (z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad))
     # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
-    own_base = linear is not None and (compiling or transformed or not grad)
+    own_base = linear is not None and (as_op or transformed or not grad)
     if own_base:
         base, linear = linear(z), None
     if transformed:
@@ -193,20 +200,22 @@ def _route(
                 f"are served by 'reference' only"
             )
         y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
-    elif compiling:
+    elif as_op:
         y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)
     else:
         backend = select_backend(z, A, Bt, offsets)
         if grad:
             weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
-            return MergedLoRAFunction.apply(z, lam, base, weight, bias, A, Bt, offsets, stats, backend)
-        y, quad, sqnorm, _ = run_forward(backend, ForwardCall(z, A, Bt, offsets, lam, base, stats, False, own_base))
+            found = MergedLoRAFunction.apply(z, lam, base, weight, bias, A, Bt, offsets, stats, backend)
+            return found[:3] if stats else found[0]
+        reuse_base = own_base and not results_watched()
+        y, quad, sqnorm, _ = run_forward(backend, ForwardCall(z, A, Bt, offsets, lam, base, stats, False, reuse_base))
     return (y, quad, sqnorm) if stats else y
 
 
 def _is_plain(linear: Any) -> bool:
     """Whether calling ``linear`` is F.linear with frozen parameters and nothing else: no subclass, of the layer or of
-    its weight, no hook and no wrapper.
+    its weight, no hook, of its own or of all modules, and no wrapper.
     """
     return (
         type(linear) is nn.Linear
@@ -214,14 +223,14 @@ def _is_plain(linear: Any) -> bool:
         and "forward" not in linear.__dict__
         and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
         and not linear._backward_pre_hooks
+        and not has_any_global_hook()
         and not linear.weight.requires_grad
         and (linear.bias is None or not linear.bias.requires_grad)
     )
 
 
 def _autocast_applies(z: Tensor) -> bool:
-    kind = z.device.type
-    return kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and z.dtype is not torch.float64
+    return autocast_enabled(z.device.type) and z.dtype is not torch.float64
 
 
 def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class MergedLoRALinear(nn.Module):
                 "linear must be an nn.Linear, or a module with in_features and out_features, found "
                 f"{type(linear).__name__}"
             )
+        if not isinstance(bank, AdapterBank):
+            raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
         if shape != (bank.d_in, bank.d_out):
             raise ValueError(f"bank adapts a {bank.d_in} -> {bank.d_out} layer, but linear is {shape[0]} -> {shape[1]}")
         held = next(itertools.chain(linear.parameters(), linear.buffers()), None)
@@ -56,7 +58,11 @@ class MergedLoRALinear(nn.Module):
         if held is not None and held.device != bank.device and not hasattr(linear, "_hf_hook"):
             raise ValueError(f"linear is on {held.device}, but the bank is on {bank.device}")
         if not isinstance(lam, Tensor):
+            if not isinstance(lam, Iterable):
+                raise TypeError(f"lam must be a tensor or a list of floats, one per adapter, found {lam!r}")
             lam = torch.tensor(list(lam), dtype=torch.float32, device=bank.device)
+        if not lam.is_floating_point():
+            raise TypeError(f"lam must be of a floating dtype, found {lam.dtype}")
         if lam.shape != (bank.K,):
             raise ValueError(f"lam must have shape ({bank.K},), one per adapter, found {tuple(lam.shape)}")
         self.linear = linear.requires_grad_(False)
@@ -94,7 +100,7 @@ class MergedLoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_wide(t: Tensor) -> Tensor:
             applied = fn(t)
-            return applied if applied.dtype.itemsize >= 4 else t.to(applied.device)
+            return applied if applied.dtype.itemsize >= 4 else t.to(applied.device, torch.float32)
 
         if recurse:
             for child in self.children():

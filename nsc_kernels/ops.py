@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .contract import Backend, BackwardCall, Call, ForwardCall
 from .dispatch import chosen, select
+from .modes import without_autocast
 from .reference import accumulation_dtype
 
 NAMESPACE = "nsc"
@@ -126,7 +127,8 @@ def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = BackwardCall(*arguments)
-    dz, dlam = run_backward(select_backend(call.u, call.A, call.Bt, call.offsets), call)
+    with without_autocast(call.u.device.type):
+        dz, dlam = run_backward(select_backend(call.u, call.A, call.Bt, call.offsets), call)
     return _tensor(dz, call.u, call.A.dtype), _tensor(dlam, call.u, call.lam.dtype)
 
 

@@ -24,6 +24,9 @@ def null_space_ratio(quad: Tensor, sqnorm: Tensor) -> Tensor:
     a NaN statistic gives a NaN ratio.
     Differentiable any number of times, in forward and reverse mode.
     """
+    for name, t in (("quad", quad), ("sqnorm", sqnorm)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
     if quad.dim() == 0 or quad.shape[:-1] != sqnorm.shape:
         raise ValueError(
             f"quad must have shape sqnorm.shape + (K,): found quad {tuple(quad.shape)} and sqnorm {tuple(sqnorm.shape)}"

@@ -17,7 +17,6 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +25,8 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
 
 from ..bank import AdapterBank
-from ..functional import AUTOCAST_DEVICES, merged_lora, output_dtype
+from ..functional import merged_lora, output_dtype
+from ..modes import without_autocast
 from ..reference import accumulation_dtype
 
 logger = logging.getLogger("nsc_kernels")
@@ -140,10 +140,8 @@ def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
     packing, and make the host wait for a GPU.
     """
     offsets = list(itertools.accumulate((A.shape[0] for A in down), initial=0))
-    kind = down[0].device.type
     # Autocast's torch.cat refuses float64, and each narrow dtype but autocast's own.
-    plain = torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
-    with torch.no_grad(), plain:
+    with torch.no_grad(), without_autocast(down[0].device.type):
         # Not whitened: only the null-space statistics, which PEFT's forward does not have, would need that.
         return AdapterBank(torch.cat(down), torch.cat([B.t() for B in up]), offsets)
 

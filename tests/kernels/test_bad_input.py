@@ -116,3 +116,37 @@ def test_the_native_op_checks_for_itself(change: dict[str, Any], words: str) -> 
     require("cpu")
     with pytest.raises(RuntimeError, match=words):
         torch.ops.nsc.cpu_forward(**{**FORWARD, **change})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: nk.AdapterBank.from_factors([torch.ones(1, 2)], [torch.ones(3, 1)], 2.0), "scaling must hold one"),
+        (lambda: nk.AdapterBank(torch.ones(1, 2), torch.ones(1, 3), 1), "offsets must be ints"),
+        (lambda: nk.AdapterBank([1.0], torch.ones(1, 3), (0, 1)), "A must be a tensor, found list"),
+        (lambda: nk.MergedLoRALinear(torch.nn.Linear(6, 4), "x", [1.0]), "bank must be an AdapterBank, found str"),
+        (lambda: nk.MergedLoRALinear(torch.nn.Linear(6, 4), BANK, 0.3), "lam must be a tensor or a list of floats"),
+        (lambda: nk.MergedLoRALinear(torch.nn.Linear(6, 4), BANK, torch.ones(2).int()), "lam must be of a floating"),
+        (lambda: nk.null_space_ratio([1.0], torch.ones(1)), "quad must be a tensor, found list"),
+        (lambda: nk.null_space_ratio(torch.ones(1, 1), 1.0), "sqnorm must be a tensor, found float"),
+    ],
+)
+def test_what_is_of_another_type_is_named(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_factor_without_dimensions_is_named() -> None:
+    with pytest.raises(ValueError, match=r"A and Bt must be \[R, d_in\] and \[R, d_out\], found \(\)"):
+        nk.AdapterBank(torch.tensor(1.0), torch.ones(1, 3), (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_large_scaling_is_finite_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        A, B = torch.ones(1, 2, dtype=torch.float32), torch.ones(3, 1, dtype=torch.float32)
+        assert nk.AdapterBank.from_factors([A], [B], [1e5]).delta([1.0]).max() == 1e5
+    finally:
+        torch.set_default_dtype(before)

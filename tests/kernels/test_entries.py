@@ -106,3 +106,37 @@ def test_arguments_that_do_not_belong_are_refused() -> None:
         entries.masked(one, torch.ones(200, 700), 1.0)
     with pytest.raises(ValueError, match=r"unified: expected a contiguous float32 \[200, 700\], found .* \[200, 1\]"):
         entries.masked(one.only(0), torch.ones(200, 1), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_no_default_dtype_or_device_matters(dtype: torch.dtype) -> None:
+    dropping = Dropping((1, 2, 3), 1 << 30, (1.5,) * 3)
+    one = replace(normal(), trimming=Trimming((0.5,) * 3, (ALL,) * 3), dropping=dropping)
+
+    def all_of_it() -> list[torch.Tensor]:
+        unified = entries.unified(one)
+        elected = entries.elected(one, [1.0, 2.0, 0.5], "sum", "mean", 1.0).merged
+        assert elected is not None
+        return [
+            entries.added(one),
+            entries.upper_counts(one),
+            entries.lower_counts(one, [0x3F00, -1, 0x3E00]),
+            entries.equals(one, [0.5] * 3),
+            entries.sums(one),
+            elected,
+            unified,
+            entries.unified_sums(one),
+            entries.masked(one.only(1), unified, 0.5),
+            entries.drawn(20, 30, 5, 1 << 31),
+        ]
+
+    expected = all_of_it()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            found = all_of_it()
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

@@ -198,7 +198,7 @@ def test_what_a_kernel_must_not_import_is_refused(tmp_path: Path) -> None:
     package = copied(tmp_path)
     with (package / "ratio.py").open("a") as file:
         file.write("\nimport numpy\n")
-    with pytest.raises(ValueError, match="itself alone: ratio.py, line 47: numpy"):
+    with pytest.raises(ValueError, match="itself alone: ratio.py, line 50: numpy"):
         modules(package)
 
 

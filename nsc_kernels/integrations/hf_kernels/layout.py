@@ -31,8 +31,8 @@ WRITTEN = "written.json"
 # it is not part of this release, and the reference serves the CPU.
 TAKEN = (
     *("__init__.py", "_version.py", "autograd.py", "bank.py", "contract.py", "counters.py", "dispatch.py"),
-    *("functional.py", "module.py", "native.py", "ops.py", "ratio.py", "reference.py", "verified_hardware.py"),
-    *("backends/__init__.py", "backends/reference.py", "backends/triton.py"),
+    *("functional.py", "modes.py", "module.py", "native.py", "ops.py", "ratio.py", "reference.py"),
+    *("verified_hardware.py", "backends/__init__.py", "backends/reference.py", "backends/triton.py"),
     *("triton/*.py", "triton/*.json", "triton/tables/*.json"),
 )
 MOVED = {"integrations/hf_kernels/layers.py": "layers.py"}
