@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods import METHODS
 from nsc_merge.methods.low_rank import core_space, knots, svd_and_linear, svd_cur
 from nsc_merge.methods.low_rank.common_bases import cores
 
@@ -224,6 +225,30 @@ def test_core_space_is_its_definition(bases, isotropise):
     assert relative(found.delta(), left @ core @ right) < 1e-8
 
 
+def doubled(adapters):
+    """The same updates by factors of twice the rank."""
+    return {
+        task: Adapter(
+            task,
+            {
+                path: Factor(torch.cat([factor.A, factor.A]), torch.cat([factor.B, factor.B], 1) / 2, factor.scaling)
+                for path, factor in adapter.factors.items()
+            },
+        )
+        for task, adapter in adapters.items()
+    }
+
+
+def test_a_sum_of_cores_depends_on_the_factors_only_where_null_directions_are_isotropised():
+    adapters = random_adapters()
+    for isotropise, null in ((True, True), (True, False), (False, True)):
+        options = {"merge": "sum", "isotropise": isotropise, "null_directions": null}
+        first, second = (merged("core_space", one, **options)["x"] for one in (adapters, doubled(adapters)))
+        depends = METHODS["core_space"].of_factors_with(core_space.CoreSpaceOptions(**options))
+        assert depends == (isotropise and null)
+        assert (relative(second, first) > 0.1) if depends else (relative(second, first) < 1e-9)
+
+
 def test_isotropising_adds_no_directions():
     """An adapter of deficient rank keeps that rank."""
     adapters = random_adapters((4,), (1.0,))
@@ -271,6 +296,38 @@ def test_cur_keeps_as_many_columns_as_the_ranks_add_up_to():
     assert svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions()).C.shape[1] == 12
     narrow = random_adapters(d_in=3)
     assert svd_cur.decompose(of_x(narrow), svd_cur.SVDCUROptions()).C.shape[1] == 9
+
+
+@pytest.mark.parametrize("options", [{}, {"choice": "pivoted"}, {"choice": "pivoted", "rows": 3}, {"alpha": 0.0}])
+def test_cur_counts_the_ranks_of_updates_and_not_of_their_factors(options):
+    """The same updates of rank 4 by factors of rank 8, twice the same ones and mixed ones that float32 rounds."""
+    adapters = {
+        task: Adapter(task, {p: Factor(f.A.float(), f.B.float(), f.scaling) for p, f in adapter.factors.items()})
+        for task, adapter in random_adapters().items()
+    }
+    generator = torch.Generator().manual_seed(1)
+    mixed = {}
+    for task, adapter in adapters.items():
+        mixed[task] = Adapter(task, {})
+        for path, f in adapter.factors.items():
+            mixing = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+            A, B = mixing @ f.A.double(), f.B.double() @ torch.linalg.pinv(mixing)
+            mixed[task].factors[path] = Factor(A.float(), B.float(), f.scaling)
+    expected = merged("svd_cur", adapters, **options)
+    for other in (doubled(adapters), mixed):
+        for path, update in merged("svd_cur", other, **options).items():
+            assert relative(update, expected[path]) < 1e-5
+
+
+def test_pivoted_columns_are_no_more_than_span_the_updates():
+    """Two tasks of one update: beyond its rank, columns would be chosen by the rounding of another factorisation."""
+    adapters = random_adapters((4, 4), (1.0, 1.0))
+    adapters["1"] = Adapter("1", adapters["0"].factors)
+    assert svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions(choice="pivoted")).C.shape[1] == 4
+    assert svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions(choice="pivoted", columns=6)).C.shape[1] == 4
+    assert svd_cur.decompose(of_x(adapters), svd_cur.SVDCUROptions()).C.shape[1] == 8
+    first, second = (merged("svd_cur", one, choice="pivoted")["x"] for one in (adapters, refactored(adapters)))
+    assert relative(second, first) < 1e-9
 
 
 def test_svd_cur_blends_by_magnitude():

@@ -89,6 +89,14 @@ def singular(matrix: Tensor, null: bool = False) -> tuple[Tensor, Tensor]:
     return left[:, kept], sigma[kept, None] * right[kept]
 
 
+def numerical_rank(core: Tensor) -> int:
+    """How many singular values of a product of adapters' factors are more than rounding, in the sense of
+    :func:`without_rounding`: those that come of factors which float32 keeps are the product of two such errors.
+    """
+    sigma = torch.linalg.svdvals(core)
+    return int((sigma > _ROUNDING * sigma.max()).sum()) if len(sigma) else 0
+
+
 def without_rounding(part: Tensor) -> Tensor:
     """``part`` with zeros where it holds nothing but rounding, which must not vote in TIES: adapters are kept in
     float32, of which :data:`_ROUNDING` of the largest entry is far less than the last bit.

@@ -31,7 +31,8 @@ class CoreSpaceOptions:
             arithmetic), ``"ties"`` (which keeps as many entries of a core as the code of TIES' authors does),
             ``"dare"`` or ``"dare_ties"``.
         bases: singular vectors of the ``"factors"`` next to one another (the authors'), so that the result depends on
-            how an update is factored unless cores are summed, or of the ``"updates"``, with which it does not.
+            how an update is factored unless cores are summed (and not isotropised with ``null_directions``), or of the
+            ``"updates"``, with which it does not.
         isotropise: give all singular values of the merged core that are not zero their mean.
         null_directions: as the authors' code, keep what belongs to singular values of zero. Where factors are of
             deficient rank, a core then still has as many rows and columns as the ranks add up to (no more than the
@@ -115,6 +116,12 @@ def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -
     return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
 
 
+def _of_factors(options: CoreSpaceOptions) -> bool:
+    # A mean over all singular values is one over as many as the factors have directions.
+    every_value = options.isotropise and options.null_directions
+    return options.bases == "factors" and (options.merge != "sum" or every_value)
+
+
 def _averages(options: CoreSpaceOptions) -> Averages:
     return options.merge in ("ties", "dare_ties") and averages(options)
 
@@ -127,6 +134,6 @@ METHODS = (
         CoreSpaceOptions,
         in_float32(core_space),
         averages=_averages,
-        of_factors=lambda options: options.bases == "factors" and options.merge != "sum",
+        of_factors=_of_factors,
     ),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32, without_rounding
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, numerical_rank, without_rounding
 from nsc_merge.methods.low_rank.knots import KnotsTiesOptions, knots_ties
 from nsc_merge.methods.task_vectors.elementwise import Ties, tasks_by_path, ties_merge
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
@@ -38,11 +38,12 @@ class SVDCUROptions:
         cur_density: of its TIES, on the coefficients U R (Eq. 29). Both branches trim as the code of TIES' authors
             does; that of this paper could not be had.
         columns: how many columns C keeps of all tasks' updates next to one another; None keeps as many as the ranks
-            of a module's adapters add up to. (The paper does not say how many; its energy tables cannot come from
-            fewer.)
+            of a module's updates add up to, which are those of its adapters but where factors are of deficient rank.
+            (The paper does not say how many; its energy tables cannot come from fewer.)
         choice: of the columns: the largest by ``"norm"``, as the paper says, or ``"pivoted"`` QR, which does not take
             two that are nearly parallel. By norm one adapter with large updates can take all columns, whereas as many
-            pivoted ones as the ranks add up to span every adapter.
+            pivoted ones as the ranks add up to span every adapter. Of pivoted columns there are no more than span all
+            updates, beyond which only rounding chooses.
         rows: how many rows, the largest by norm, R keeps; 0 takes the best coefficients of C instead, which needs no
             rows. (The paper does not define U.)
     """
@@ -94,7 +95,11 @@ def decompose(factors: Mapping[str, Factor], options: SVDCUROptions) -> CUR:
     common = cores(factors)
     # Columns of U M_k V have the norms of those of M_k V.
     side = torch.cat([part @ common.V for part in common.M.values()], 1)
-    count = min(options.columns or sum(factor.rank for factor in factors.values()), side.shape[1])
+    # Of the updates, and not of their factors, which may be of more than the update's own rank.
+    count = options.columns or max(1, sum(numerical_rank(part) for part in common.M.values()))
+    if options.choice == "pivoted":
+        count = min(count, max(1, numerical_rank(torch.cat(list(common.M.values()), 1))))
+    count = min(count, side.shape[1])
     chosen = side[:, _columns(side, count, options.choice)]
     backward = torch.linalg.pinv(chosen)
     if not options.rows:
