@@ -15,7 +15,8 @@ def exit_status(command: Callable[[], int]) -> int:
     """
     try:
         status = command()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed before Python began
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # What is still in the buffer would be written, and fail, at Python's end.

@@ -114,6 +114,18 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         load(text)
     if not chosen(a.of, a.contenders, a.device, a.quick):
         raise ValueError(f"contenders: none of {a.of} is in {', '.join(a.contenders)}")
+    # What could not be written at the end is not measured in the first place.
+    try:
+        if a.plot is not None:
+            a.plot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"plot: expected a folder, found {a.plot}: {error.strerror}") from None
+    try:
+        if a.out is not None:
+            a.out.parent.mkdir(parents=True, exist_ok=True)
+            a.out.open("a").close()
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, found {a.out}: {error.strerror}") from None
     return a
 
 

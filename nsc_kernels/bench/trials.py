@@ -246,6 +246,7 @@ class _Supervisor:
         self.waiting = [key for key in trials if key not in self.ends]
         self.waiting.sort(key=lambda key: key in cut_off)  # stable: the rest stays in order
         self.failed_starts: dict[str, int] = {}
+        self.stopped_by: BaseException | None = None
         self.rows = Rows(args.out, keep=True)
 
     def run(self) -> Outcome:
@@ -254,6 +255,8 @@ class _Supervisor:
             slot.start()
         for slot in slots:
             slot.join()
+        if self.stopped_by is not None:
+            raise self.stopped_by
         ends = list(self.ends.values())
         failed = sum(end in (FAILED, HUNG, DIED) for end in ends)
         return Outcome(ends.count(DONE), failed, len(self.trials) - ends.count(DONE) - failed)
@@ -275,6 +278,13 @@ class _Supervisor:
             return key
 
     def _slot(self, slot: int) -> None:
+        try:
+            self._work(slot)
+        except BaseException as error:  # of the report or of who says it, as where nobody reads that any more
+            with self.lock:
+                self.stopped_by, self.waiting = self.stopped_by or error, []
+
+    def _work(self, slot: int) -> None:
         worker: _Worker | None = None
         while (key := self._next(worker.group if worker else None, slot)) is not None:
             group = self.trials[key].group

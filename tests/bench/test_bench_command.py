@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,32 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
             measure.main("operator", ["--device", "cpu", *arguments])
         assert caught.value.code == 2
         assert why in capsys.readouterr().err, arguments
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for option, place, words in (
+        ("--plot", tmp_path / "file", "plot: expected a folder, found"),
+        ("--out", tmp_path, "out: expected a file that can be written, found"),
+        ("--out", tmp_path / "file" / "r.jsonl", "out: expected a file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main([*SMALL, option, str(place)])
+        assert ended.value.code == 2
+        line = capsys.readouterr().err.strip()
+        assert words in line
+        assert "\n" not in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_reader_that_has_left_ends_it_quietly(tmp_path, words):
+    read, write = os.pipe()
+    os.close(read)
+    asked = [sys.executable, "-m", "nsc_kernels.bench", *SMALL, "--tokens", "5,7", "--contenders", "fused", *words]
+    done = subprocess.run(asked, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
