@@ -108,9 +108,10 @@ def measured(
 
 
 def of_rows(rows: Sequence[dict[str, Any]], dtype: str, threads: int) -> Ceilings | None:
-    """The ceilings among rows of :func:`measured`; None where they are not there.
+    """The ceilings among rows of :func:`measured` and :func:`multiply_add`; None where they are not there.
 
-    On a CPU also float32's: where there is no instruction for a narrow type, PyTorch multiplies it at a tenth of that.
+    On a CPU the rate of products is the larger of PyTorch's own, which need not be good ones, and of multiply-adds that
+    load nothing, in as many cores as threads; of float32, too, where there is no instruction for a narrow type.
     """
     here = [row for row in rows if row.get("threads") == threads]
     copies = [row["p50"] for row in here if row.get("what") == "copy"]
@@ -119,4 +120,8 @@ def of_rows(rows: Sequence[dict[str, Any]], dtype: str, threads: int) -> Ceiling
         if row.get("what") == "matrix" and (row["dtype"] == dtype or (threads and row["dtype"] == "fp32")):
             products.setdefault(row["dtype"], []).append(row["p50"])
     rates = [statistics.median(found) for found in products.values()]
+    for row in rows if threads else ():
+        if row.get("what") == "multiply_add":
+            of_type = row.get("bfloat16", row["float32"]) if dtype == "bf16" else row["float32"]
+            rates.append(1e-3 * threads * of_type)
     return Ceilings(1e12 * statistics.median(copies), 1e12 * max(rates)) if copies and rates else None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nsc_kernels.bench import __main__ as command
-from nsc_kernels.bench import compare, measure, registry, report, tables
+from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
 from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
 
@@ -273,6 +273,18 @@ def test_backends_have_tables_and_pictures_of_their_own(tmp_path, capsys):
 def write(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("".join(json.dumps({"trial": "one", **row}) + "\n" for row in rows))
     return str(path)
+
+
+def test_a_processor_multiplies_at_the_better_of_two_rates():
+    of = ceilings.of_rows
+    assert of(MACHINE, "fp32", 1) == Ceilings(1e10, 5e10)
+    bare = {"what": "multiply_add", "float32": 90.0}
+    assert of([*MACHINE, bare], "fp32", 1) == Ceilings(1e10, 9e10)
+    assert of([*MACHINE, bare], "bf16", 1) == Ceilings(1e10, 9e10)
+    assert of([*MACHINE, {**bare, "bfloat16": 200.0}], "bf16", 1) == Ceilings(1e10, 2e11)
+    assert of([*MACHINE, {**bare, "float32": 30.0}], "fp32", 1) == Ceilings(1e10, 5e10)
+    assert of([*MACHINE, {"what": "copy", "threads": 2, "p50": 0.02}, bare], "fp32", 2) == Ceilings(2e10, 1.8e11)
+    assert of([bare], "fp32", 1) is None
 
 
 def test_what_changed_beyond_the_spread(tmp_path, capsys):
