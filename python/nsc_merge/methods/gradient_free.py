@@ -15,6 +15,9 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import Linear
 from nsc_merge.results.result import MergeResult
 
+# Of the sum of their magnitudes, below which weights add up to zero.
+_CANCELS = 1e-8
+
 
 def gradient_free(
     name: str,
@@ -112,6 +115,20 @@ def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
     return {task: adapter.factors[path] for task, adapter in adapters.items() if path in adapter.factors}
 
 
+def divisor_of(averages: Averages, shares: Sequence[float]) -> float:
+    """What a sum over tasks is divided by.
+
+    Args:
+        averages: see :class:`Method`.
+        shares: the weights of the tasks that are added up.
+    """
+    if averages != "weight":
+        return len(shares) or 1 if averages else 1
+    total = sum(shares)
+    # Weights that cancel are divided by nothing, as in mergekit, also where rounding keeps them from being zero.
+    return total if abs(total) > _CANCELS * sum(map(abs, shares)) else 1
+
+
 def with_the_rest(
     path: str,
     merged: Factor,
@@ -132,7 +149,7 @@ def with_the_rest(
     for part in ("bias", "dense", "gain"):
         held = {task: factor for task, factor in factors.items() if getattr(factor, part) is not None}
         shares = {task: 1.0 if weights is None else weights[task] for task in held}
-        divisor = {False: 1, True: len(held), "weight": sum(shares.values())}[averages] or 1
+        divisor = divisor_of(averages, list(shares.values()))
         terms = [
             (scale * shares[task] / divisor if factor.fixed is None else factor.fixed)
             * factor.scaling

@@ -46,3 +46,14 @@ def test_a_rank_under_parameters_is_the_method_s_own(one_tensor, name, rank):
     adapters = {task: Adapter(task, {"q": factor}) for task, factor in held.items()}
     ((_, expected),) = method.updates(adapters, ["q"], method.options(rank=rank))
     torch.testing.assert_close(merged.double(), expected.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_cancel_divide_by_nothing(one_tensor):
+    """Of a vector, by a method that does not look at single entries and averages by weight."""
+    weights = dict(zip("abc", (0.1, 0.2, -0.3), strict=True))
+    generator = torch.Generator().manual_seed(0)
+    models = {name: torch.randn(12, generator=generator) for name in weights}
+    merged = one_tensor.OneTensor(METHODS["knots_ties"]).merge(
+        "norm", torch.zeros(12), models, {"aggregate": "weight", "scale": 1.0}, weights, {}
+    )
+    torch.testing.assert_close(merged, sum(weights[name] * value for name, value in models.items()))

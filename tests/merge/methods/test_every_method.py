@@ -337,6 +337,29 @@ def test_weights_count_for_biases_and_whole_linears(model, method, options, shar
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(0.1, 0.2, -0.3), (0.5, 0.5, -1.0), (1e-9, 2e-9, -3e-9)])
+def test_weights_that_cancel_divide_by_nothing(model, weights):
+    """0.1 + 0.2 - 0.3 is 6e-17, not 0."""
+    adapters = with_the_rest(model, {"a": 1, "b": 2, "c": 3})
+    given = dict(zip("abc", weights, strict=True))
+    result = METHODS["ties"].run(gradient_free.Problem(model, adapters), {"preset": "mergekit", "weights": given})
+    own = {task: adapter.factors[WHOLE] for task, adapter in adapters.items()}
+    for found, part in ((result.delta(WHOLE), Factor.delta), (result.bias_delta(WHOLE), Factor.bias_delta)):
+        expected = sum(given[task] * part(factor) for task, factor in own.items())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * max(map(abs, weights)))
+
+
+def test_small_weights_that_do_not_cancel_average_as_large_ones_do(model):
+    adapters = with_the_rest(model, {"a": 1, "b": 2})
+    found, expected = (
+        METHODS["ties"].run(
+            gradient_free.Problem(model, adapters), {"preset": "mergekit", "weights": {"a": size, "b": 3 * size}}
+        )
+        for size in (1e-12, 1.0)
+    )
+    torch.testing.assert_close(found.bias_delta(WHOLE), expected.bias_delta(WHOLE))
+
+
 def test_scores_that_are_nan_are_never_chosen(summed):
     tuned = tune_scale(summed, lambda result: float("nan") if result.options["scale"] < 0.45 else 1.0)
     assert (tuned.scale, tuned.score) == (pytest.approx(0.5), 1.0)

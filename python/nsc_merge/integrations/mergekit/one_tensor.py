@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsc_merge import Factor, merge_factors
 from nsc_merge.methods import METHODS, Method
+from nsc_merge.methods.gradient_free import divisor_of
 
 PREFIX = "nsc_"
 # Of every method, beside its own options: up to which relative error a difference of two checkpoints counts as of low
@@ -139,9 +140,9 @@ class OneTensor:
         if isinstance(scale, Mapping):
             scale, weights = 1.0, scale
         shares = {task: 1.0 if weights is None else float(weights[task]) for task in deltas}
-        divisor = {False: 1, True: len(deltas), "weight": sum(shares.values())}[self.method.averages_with(options)]
+        divisor = divisor_of(self.method.averages_with(options), list(shares.values()))
         total = torch.stack([shares[task] * delta for task, delta in deltas.items()]).sum(0)
-        return float(scale) * total / (divisor or 1)
+        return float(scale) * total / divisor
 
     def _check_factors(self, name: str, options: Any, deltas: Mapping[str, Tensor | Factor]) -> None:
         if not self.method.of_factors_with(options):
