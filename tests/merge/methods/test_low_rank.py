@@ -362,6 +362,16 @@ def test_lego_puts_equal_units_together():
         assert relative(update, base.factors[path].delta()) < 1e-6
 
 
+@pytest.mark.parametrize("rank", [None, 2, 3, 4, 6])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_lego_reweights_by_the_clusters_that_it_finds(copies, rank):
+    """Copies of one adapter of rank 2 have two different units, however many are asked for, and merge to it."""
+    one = random_adapters((2,), (0.7,))["0"]
+    found = factor("lora_lego", {str(k): Adapter(str(k), one.factors) for k in range(copies)}, rank=rank)
+    assert found.rank == 2
+    assert relative(found.delta(), one.factors["x"].delta()) < 1e-6
+
+
 def test_lego_by_hand():
     """Two clear clusters, of the units 1 and 3 and of unit 2 alone."""
     A = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]]).double()

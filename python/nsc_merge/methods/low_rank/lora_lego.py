@@ -28,7 +28,8 @@ class LegoOptions:
 
     Attributes:
         scale: multiplies the merged update.
-        rank: how many clusters, which is the merged rank; None takes the largest rank among the adapters of a module.
+        rank: how many clusters, which is the merged rank, or as many as there are different units where these are
+            fewer; None takes the largest rank among the adapters of a module.
         rescale: bring a cluster's centre, which averaging shrinks, to the mean magnitude of its members (by the
             largest entry).
         seed: of the clusters' start (k-means++).
@@ -66,8 +67,9 @@ def lora_lego(
         labels = _clusters(features, wanted, options.seed)
         centres = _centres(torch.cat([downs, ups], 1), labels, options.rescale)
         A, Bt = centres.split([downs.shape[1], ups.shape[1]], 1)
-        # The output reweighting: fewer units than an adapter has are scaled up by the root of the ratio.
-        output = math.sqrt(sum(ranks) / len(ranks) / wanted)
+        # The output reweighting: fewer units than an adapter has are scaled up by the root of the ratio. Of units that
+        # are found, as there are fewer clusters than wanted where units are the same.
+        output = math.sqrt(sum(ranks) / len(ranks) / len(centres))
         yield path, Factor(A, options.scale * output * Bt.t(), 1.0)
 
 
