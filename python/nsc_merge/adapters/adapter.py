@@ -27,6 +27,8 @@ class Factor:
         fixed: coefficient that no method may change, for layers trained in full and merged by rule.
         magnitude: DoRA's row norms ``[d_out]``, before :func:`nsc_merge.models.fitting.fit` knows the base's weight.
         gain: of DoRA, by what the rows of the base's weight grow, ``[d_out]``.
+        transposed: an embedding's, whose first factor is ``B`` in PEFT, which keeps both transposed; methods that merge
+            factors apart take them as PEFT does.
     """
 
     A: Tensor
@@ -37,6 +39,7 @@ class Factor:
     fixed: float | None = None
     magnitude: Tensor | None = None
     gain: Tensor | None = None
+    transposed: bool = False
 
     @property
     def rank(self) -> int:
@@ -166,8 +169,8 @@ def factors_digest(factors: Mapping[str, Factor]) -> str:
     for path, factor in sorted(factors.items()):
         digest.update(path.encode())
         for name, value in vars(factor).items():
-            if name == "gain" and value is None:
-                # Digests that were written down before there were gains stay the same.
+            if name == "transposed" or (name == "gain" and value is None):
+                # Digests that were written down before there were these stay the same; where the one is, paths say.
                 continue
             if isinstance(value, Tensor):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -22,6 +22,7 @@ class Held(NamedTuple):
         trained: parameter path -> value, of the modules in ``modules_to_save``.
         token_rows: path of an embedding or head -> rows of tokens that were trained alone.
         stacks: module path, with a ``base_layer`` for each wrapper inside of others -> LoRA on one of its parameters.
+        embeddings: paths among ``parts`` of which PEFT has the factors transposed.
     """
 
     parts: dict[str, dict[str, Tensor]]
@@ -29,6 +30,7 @@ class Held(NamedTuple):
     trained: dict[str, Tensor]
     token_rows: dict[str, TokenRows]
     stacks: dict[str, Stack]
+    embeddings: set[str]
 
 
 def config_of(model: nn.Module, name: str) -> tuple[str, dict[str, Any]]:
@@ -65,7 +67,7 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
 
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    held = Held({}, {}, {}, {}, {})
+    held = Held({}, {}, {}, {}, {}, set())
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
         if isinstance(module, ModulesToSaveWrapper) and held_as in module.modules_to_save:
@@ -82,6 +84,8 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
         elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
             held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
             held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
+            if held_as in module.lora_embedding_A:
+                held.embeddings.add(path)
     return held
 
 

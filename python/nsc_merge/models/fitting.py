@@ -17,7 +17,7 @@ from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import is_matrix_alone, module_at
 from nsc_merge.models.merged.stacks import updates_of_experts, updates_of_stacks
 from nsc_merge.models.renaming import name_today, rules_of
-from nsc_merge.models.trained_in_full import by_policy, check_base, own_parameters, update_of_rows, updates_of_whole
+from nsc_merge.models.trained_in_full import by_policy, check_base, own_tensors, update_of_rows, updates_of_whole
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -65,7 +65,7 @@ def fit(
     modules = dict(model.named_modules())
     _refuse_adapted(model, modules)
     trunk, prefix = _trunk(model, modules)
-    own = own_parameters(model, trunk)
+    own = own_tensors(model, trunk)
     fitted = {}
     for task, adapter in renamed(adapters, model).items():
         factors, trained, notes = dict(adapter.factors), adapter.trained, list(adapter.notes)

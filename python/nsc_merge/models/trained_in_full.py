@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,32 @@ from nsc_merge.models.bases.stored_weights import numbers_of
 from nsc_merge.models.merged.whole import site_of
 from nsc_merge.models.tied_weights import configs_to_untie
 
+# Embeddings and heads as PEFT knows them by name.
+_SAVED = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
-def own_parameters(model: nn.Module, trunk: nn.Module) -> set[str]:
-    """Names of the parameters that are the base's own, and no task's head."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+
+def own_tensors(model: nn.Module, trunk: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that are the base's own, and no task's head."""
+    named = _tensors(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         return set(named)
-    inside = {id(parameter) for parameter in trunk.parameters()}
+    inside = {id(value) for value in _tensors(trunk).values()}
     return {name for name, value in named.items() if id(value) in inside}
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
 def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse an adapter of another base, as far as weights of the base were saved with it."""
+    """Refuse an adapter of another base, as far as weights of the base were saved with it.
+
+    Where they are the model's, they change nothing, whatever module they are of.
+    """
     held = dict(model.named_parameters(remove_duplicate=False))
     for name, value in saved.items():
         base = held.get(name)
@@ -48,10 +62,28 @@ def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None
         # One of the two may have been rounded to the other's dtype.
         mine = numbers_of(model, name, base).detach().cpu()
         if not (torch.equal(mine.to(value.dtype), value) or torch.equal(mine, value.to(mine.dtype))):
+            if not _is_saved_along(model, name, owner):
+                raise ValueError(
+                    f"adapters[{task!r}]: {name} is in the adapter's file, differs from the model's and is neither "
+                    f"LoRA nor of modules_to_save, nor of an embedding or head of {type(model).__name__}, whose "
+                    "weights PEFT saves along; expected modules_to_save to name what was trained in full, or a file "
+                    "without it"
+                )
             raise ValueError(
                 f"adapters[{task!r}]: {name} of the base was saved with the adapter and differs from the model's; "
                 "expected the base that it was trained on, with these values in it"
             )
+
+
+def _is_saved_along(model: Any, name: str, owner: nn.Module | None) -> bool:
+    """Whether a weight is of an embedding or head, which PEFT saves without being told to."""
+    if name.endswith(_SAVED):
+        return True
+    try:
+        return owner in (model.get_input_embeddings(), model.get_output_embeddings())
+    except (AttributeError, NotImplementedError):
+        # No model of transformers, or one without tokens.
+        return False
 
 
 def is_unchanged(model: nn.Module, name: str, value: Tensor) -> bool:
@@ -61,11 +93,13 @@ def is_unchanged(model: nn.Module, name: str, value: Tensor) -> bool:
 
 
 def base_value(model: nn.Module, name: str) -> Tensor:
-    """The base's numbers of a parameter, on the CPU; of a quantised linear, those that it computes with."""
+    """The base's numbers of a parameter or buffer, on the CPU; of a quantised linear, those that it computes with."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if is_linear(owner):
         return stored_or_dequantised(model, name).whole().detach().cpu()
-    return numbers_of(model, name, model.get_parameter(name)).detach().cpu()
+    parameter = name.rpartition(".")[2]
+    held = owner._buffers.get(parameter)
+    return numbers_of(model, name, model.get_parameter(name) if held is None else held).detach().cpu()
 
 
 def updates_of_whole(
@@ -83,14 +117,26 @@ def updates_of_whole(
     factors, notes = {}, {}
     for path, tensors in values.items():
         what = f"adapters[{task!r}]: {path}"
-        _check_kind(what, path, model)
         changed = {part: value for part, value in tensors.items() if not is_unchanged(model, f"{path}.{part}", value)}
         if not changed:
             notes[path] = "saved in full with the base's values: left out"
             continue
+        _refuse_buffers(what, changed, model.get_submodule(path))
+        _check_kind(what, path, model)
         factors[path] = _dense(what, path, changed, model)
         notes[path] = "trained in full, the base's own: shared and merged (shared_modules)"
     return factors, notes
+
+
+def _refuse_buffers(what: str, changed: Iterable[str], module: nn.Module) -> None:
+    """Refuse statistics that training moved, as of a BatchNorm: between tasks they are not linear."""
+    buffers = sorted(set(changed) & module._buffers.keys())
+    if buffers:
+        raise ValueError(
+            f"{what} was trained in full (modules_to_save) and all tasks share it, but its {buffers[0]} is a buffer "
+            f"that differs from the base's, and only parameters can be merged, found {type(module).__name__}; expected "
+            "an adapter trained with this module in eval mode, or without it in modules_to_save"
+        )
 
 
 def _check_kind(what: str, path: str, model: nn.Module) -> None:
@@ -124,7 +170,8 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         weight = deltas["weight"] if "weight" in deltas else torch.zeros(linear.out_features, linear.in_features)
     else:
         weight = deltas["weight"] if "weight" in deltas else torch.zeros(module.get_parameter("weight").shape)
-        weight = weight[:, None] if weight.dim() == 1 else weight
+        # Of a convolution, the kernel belongs to the inputs of an output.
+        weight = weight[:, None] if weight.dim() == 1 else weight.flatten(1)
     no_rank = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
     return Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=weight)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.task_vectors import dare, pruning, tiles
 from nsc_merge.methods.task_vectors.elementwise import dense_update
+from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 0.0}
 
@@ -123,3 +126,24 @@ def test_unequal_ranks_have_no_common_factors(method, options):
 def test_options_of_pruning_are_checked(options, message):
     with pytest.raises(ValueError, match=f"{message}.*expected"):
         pruning.MagnitudePruneOptions(**options)
+
+
+def test_factors_of_an_embedding_are_called_and_signed_as_peft_has_them():
+    held = adapters()
+    called = {}
+
+    def record(name, values, weights):
+        called[name] = {task: (value.shape, weights[task]) for task, value in values.items()}
+        return sum(weights[task] * value for task, value in values.items())
+
+    embedding = {
+        task: Adapter(task, {"x": replace(adapter.factors["x"], transposed=True)}) for task, adapter in held.items()
+    }
+    ((_, found),) = merged_in_factors("it", embedding, ["x"], WEIGHTS, 1.0, record)
+    root = (1.5 * 0.4) ** 0.5
+    assert called["x.lora_A"]["b"] == (torch.Size([7, 3]), pytest.approx(-root))
+    assert called["x.lora_B"]["b"] == (torch.Size([3, 9]), pytest.approx(root))
+    shares = {task: abs(1.5 * weight) ** 0.5 for task, weight in WEIGHTS.items()}
+    A = sum(shares[task] * adapter.factors["x"].A for task, adapter in held.items())
+    B = sum(shares[task] * (1 if WEIGHTS[task] >= 0 else -1) * held[task].factors["x"].B for task in held)
+    torch.testing.assert_close(found.delta(), B.double() @ A.double(), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import zoo
 from factor_cases import FUNCTIONS, NEED_EQUAL_RANKS, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -102,3 +103,35 @@ def test_pefts_own_merges(model, kind, weights):
 def test_bad_options_are_named(model, folders, method, options, message):
     with pytest.raises(ValueError, match=message):
         nsc_merge.merge(model, folders, method=method, **options)
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.7, "b": -0.4}, {"a": -0.7, "b": -0.4}, {"a": 0.7, "b": 0.4}])
+@pytest.mark.parametrize(
+    ("kind", "method", "options", "density"),
+    [
+        ("linear", "linear", {}, None),
+        ("ties", "ties", {"preset": "peft", "trim_scope": "factors", "density": 0.5}, 0.5),
+        ("magnitude_prune", "magnitude_prune", {"trim_scope": "factors", "density": 0.5}, 0.5),
+        ("dare_linear", "dare", {"drop_scope": "factors", "drop": 0.0}, 1.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pefts_own_merges_of_embeddings(kind, method, options, density, weights):
+    """The sign of a weight goes into PEFT's first factor, which is the other one of an embedding."""
+    clean = zoo.build("llama")
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"])
+    peft_model = get_peft_model(copy.deepcopy(clean), config, adapter_name="a")
+    peft_model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "embed_tokens"]))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    given = (list(weights), list(weights.values()), "m")
+    peft_model.add_weighted_adapter(*given, combination_type=kind, density=density)
+    adapters = {name: nsc_merge.load_adapter(peft_model, name) for name in weights}
+    result = nsc_merge.merge(clean, adapters, method=method, weights=weights, **options)
+    expected = nsc_merge.load_adapter(peft_model, "m")
+    assert "model.embed_tokens" in result.paths
+    for path, update in expected.factors.items():
+        assert relative(result.delta(path), update.delta()) < 1e-5

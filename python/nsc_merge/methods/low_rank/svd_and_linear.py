@@ -12,6 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, in_float32, truncated
 from nsc_merge.methods.shared_options import check_weights, weights_of
+from nsc_merge.methods.task_vectors.in_factors import is_transposed
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 PRESETS = ("peft", "nsc")
@@ -46,8 +47,8 @@ class LinearOptions:
         scale: multiplies the merged update.
         weights: task -> weight, 1 each when None.
         preset: where weight and scaling of a task go: ``"peft"`` puts the square root of their product into both
-            factors and its sign into A; ``"nsc"`` adds the A as they are and puts both into B (NSC's public code, which
-            has neither).
+            factors and its sign into PEFT's first, which is A, of embeddings B; ``"nsc"`` adds the A as they are and
+            puts both into B (NSC's public code, which has neither).
     """
 
     scale: float = 1.0
@@ -87,6 +88,8 @@ def linear(
         into_A, into_B = dict.fromkeys(shares, 1.0), shares
         if options.preset == "peft":
             into_A, into_B = {task: math.copysign(roots[task], share) for task, share in shares.items()}, roots
+            if is_transposed(factors):
+                into_A, into_B = into_B, into_A
         A = torch.stack([into_A[task] * factor.A.double() for task, factor in factors.items()]).sum(0)
         B = torch.stack([into_B[task] * factor.B.double() for task, factor in factors.items()]).sum(0)
         yield path, Factor(A, options.scale * B, 1.0)

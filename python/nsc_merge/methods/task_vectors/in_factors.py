@@ -11,7 +11,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import check_equal_ranks, present
 
 # (name of the factor, task -> its values, task -> its weight) -> merged. The name is the module's path with ".lora_A"
-# or ".lora_B" behind it, so that what is drawn at random differs between the two.
+# or ".lora_B" behind it, as PEFT has the factor, so that what is drawn at random differs between the two.
 MergeOne = Callable[[str, Mapping[str, Tensor], Mapping[str, float]], Tensor]
 
 
@@ -26,7 +26,8 @@ def merged_in_factors(
     """Path and the product of merged factors, which has cross terms between tasks and depends on how their updates are
     factored.
 
-    Both factors of a task are weighted by the root of weight times scaling; the sign of that goes to A.
+    Both factors of a task are weighted by the root of weight times scaling; the sign of that goes to PEFT's first
+    factor, which is A, of embeddings B.
 
     Args:
         what: asks for it, for the message.
@@ -43,8 +44,16 @@ def merged_in_factors(
     for path in paths:
         factors = present(adapters, path)
         shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
-        into_B = {task: math.sqrt(abs(share)) for task, share in shares.items()}
-        into_A = {task: math.copysign(into_B[task], share) for task, share in shares.items()}
-        A = merge_one(f"{path}.lora_A", {task: factor.A.float() for task, factor in factors.items()}, into_A)
-        B = merge_one(f"{path}.lora_B", {task: factor.B.float() for task, factor in factors.items()}, into_B)
+        roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+        signed = {task: math.copysign(roots[task], share) for task, share in shares.items()}
+        of_A, of_B = ("lora_A", signed), ("lora_B", roots)
+        if is_transposed(factors):
+            of_A, of_B = of_B, of_A
+        A = merge_one(f"{path}.{of_A[0]}", {task: factor.A.float() for task, factor in factors.items()}, of_A[1])
+        B = merge_one(f"{path}.{of_B[0]}", {task: factor.B.float() for task, factor in factors.items()}, of_B[1])
         yield path, Factor(A, scale * B, 1.0)
+
+
+def is_transposed(factors: Mapping[str, Factor]) -> bool:
+    """Whether the first factor is B in PEFT, as it is of an embedding."""
+    return any(factor.transposed for factor in factors.values())

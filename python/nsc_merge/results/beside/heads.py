@@ -41,7 +41,7 @@ class Head:
     """One task's head.
 
     Attributes:
-        tensors: parameter path in a model of class ``kind`` -> value.
+        tensors: path of a parameter or buffer in a model of class ``kind`` -> value.
         kind: class of transformers that has a place for it; None if there is none.
         layer: the weight with one output per class, if it is a classifier.
         labels: names of the classes in order; empty if it is no classifier.
@@ -93,7 +93,7 @@ def _placed(result: MergedUpdate, task: str, tensors: Mapping[str, Tensor]) -> H
     """A head, with the class that has a place for it and its last layer there."""
     model: Any = result.model
     config = getattr(model, "config", None)
-    held = dict(model.named_parameters(remove_duplicate=False))
+    held = _state(model, remove_duplicate=False)
     if held.keys() >= tensors.keys():
         count = getattr(config, "num_labels", None)
         last = [name for name in held if name in tensors and held[name].dim() > 1 and held[name].shape[0] == count]
@@ -108,7 +108,7 @@ def _placed(result: MergedUpdate, task: str, tensors: Mapping[str, Tensor]) -> H
                 # A class may want more of a configuration than the base's says, in any way that it likes.
                 break
             prefix = f"{twin.base_model_prefix}."
-            places = {name: value for name, value in twin.named_parameters() if not name.startswith(prefix)}
+            places = {name: value for name, value in _state(twin).items() if not name.startswith(prefix)}
             if {name: value.shape for name, value in places.items()} == {n: v.shape for n, v in tensors.items()}:
                 layer = [name for name, value in places.items() if value.dim() > 1 and value.shape[0] == count][-1]
                 return Head(tensors, kind.__name__, layer)
@@ -203,26 +203,35 @@ def with_head(result: Update, task: str, head: Head) -> Update:
             _share(child, trunk)
         elif name in own and not any(path.startswith(f"{name}.") for path in head.tensors):
             setattr(twin, name, model.get_submodule(name))
-    held = dict(model.named_parameters(remove_duplicate=False))
+    held = _state(model, remove_duplicate=False)
     shared = {id(value) for value in held.values()}
-    for path, value in list(twin.named_parameters(remove_duplicate=False)):
+    for path, value in _state(twin, remove_duplicate=False).items():
         if id(value) in shared:
             continue
         number = head.tensors.get(path, held.get(path))
         if number is None or number.shape != value.shape:
             raise ValueError(
                 f"head: {head.kind} has {path} {list(value.shape)}, and task {task!r} and the base bring no such "
-                "parameter; expected a head with all that belongs to it"
+                "tensor; expected a head with all that belongs to it"
             )
         owner, _, name = path.rpartition(".")
         if path in head.tensors:
-            number = nn.Parameter(number.to(trunk.dtype).contiguous(), requires_grad=False)
+            number = number.to(trunk.dtype if number.is_floating_point() else number.dtype).contiguous()
+            number = nn.Parameter(number, requires_grad=False) if isinstance(value, nn.Parameter) else number
         setattr(twin.get_submodule(owner), name, number)
     for name in _HELD:
         if name in vars(model):
             setattr(twin, name, getattr(model, name))
     moved = trunk is model and not same
     return _renamed(result, twin.eval(), f"{prefix}." if moved else "")
+
+
+def _state(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
+    """Parameters, and the buffers that are saved with them, such as the statistics of a BatchNorm."""
+    buffers = dict(model.named_buffers(remove_duplicate=remove_duplicate))
+    saved = model.state_dict(keep_vars=True).keys() if buffers else ()
+    kept = {name: value for name, value in buffers.items() if name in saved}
+    return {**dict(model.named_parameters(remove_duplicate=remove_duplicate)), **kept}
 
 
 def _empty(kind: Any, model: Any, settings: Mapping[str, Any]) -> Any:
