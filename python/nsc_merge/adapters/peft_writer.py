@@ -79,7 +79,7 @@ def write_adapter(
     adapted = {target: stack.settings(target)[0] for stack in (stacks or {}).values() for target in stack.targets}
     ranks |= adapted
     largest = max(ranks.values(), default=1)
-    other = {re.escape(path): value for path, value in ranks.items() if value != largest}
+    other = rank_patterns(ranks, largest)
     config = LoraConfig(
         r=largest,
         lora_alpha=largest,
@@ -97,3 +97,17 @@ def write_adapter(
     config.target_modules = modules
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def rank_patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """PEFT's ``rank_pattern`` for modules, or parameters, of which all have the ranks that are not the default.
+
+    PEFT takes a pattern for the end of a path, from a dot on: ``proj_out`` is ``blocks.0.proj_out`` as well. It stands
+    at the beginning only where another would be taken for it.
+    """
+
+    def pattern(path: str) -> str:
+        others = (rank for name, rank in ranks.items() if name.endswith(f".{path}"))
+        return ("^" if any(rank != ranks[path] for rank in others) else "") + re.escape(path)
+
+    return {pattern(path): rank for path, rank in ranks.items() if rank != default}

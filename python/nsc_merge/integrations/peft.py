@@ -11,18 +11,19 @@ The second form takes what ``add_weighted_adapter`` takes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.functional import delete_adapter
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
+from nsc_merge.adapters.peft_writer import rank_patterns
 from nsc_merge.calibration.batches import Calibration
 from nsc_merge.integrations.combinations import translated
 from nsc_merge.methods import method_of
@@ -225,7 +226,7 @@ def _register(
     ranks = {path: A.shape[0] for path, (A, _) in updates.items()}
     most = max(ranks.values())
     # alpha = r everywhere, so that the scaling that PEFT applies is exactly 1.
-    fewer = {re.escape(path): own for path, own in ranks.items() if own != most}
+    fewer = rank_patterns(ranks, most)
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -238,7 +239,21 @@ def _register(
         inference_mode=True,
     )
     _add(model, adapter_name, config)
-    base = _base(model)
+    try:
+        _fill(_base(model), adapter_name, updates, biases if biased else None)
+    except BaseException:
+        _remove(model, adapter_name)
+        raise
+    return errors
+
+
+def _fill(
+    base: nn.Module,
+    adapter_name: str,
+    updates: Mapping[str, tuple[Tensor, Tensor]],
+    biases: Mapping[str, Tensor | None] | None,
+) -> None:
+    """Put factors, and biases where the new adapter has some, into the layers of an adapter, and freeze it."""
     for path, (A, B) in updates.items():
         layer: Any = base.get_submodule(path)
         if adapter_name in layer.lora_embedding_A:
@@ -247,12 +262,20 @@ def _register(
                     own[adapter_name].copy_(value.t()).requires_grad_(False)
             continue
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        bias = biases[path]
         with torch.no_grad():
             down.weight.copy_(A.view_as(down.weight))
             up.weight.copy_(B.view_as(up.weight))
-            if biased:
+            if biases is not None:
+                bias = biases[path]
                 up.bias.copy_(torch.zeros(len(up.bias)) if bias is None else bias)
         for parameter in (*down.parameters(), *up.parameters()):
             parameter.requires_grad_(False)
-    return errors
+
+
+def _remove(model: Any, adapter_name: str) -> None:
+    """Take an adapter off that was added and is not active."""
+    if isinstance(model, PeftModel):
+        model.delete_adapter(adapter_name)
+        return
+    delete_adapter(model, adapter_name, prefix="lora_")
+    del model.peft_config[adapter_name]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
 import torch
 import zoo
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 import nsc_merge
 from nsc_merge.integrations.serving import check, write_uniform
@@ -154,3 +157,28 @@ def test_what_other_servers_need_is_what_their_rules_say(tmp_path):
 def test_a_model_that_vllm_does_not_serve_with_adapters_gets_no_word_of_it(config, note, tmp_path):
     notes = serving_notes(merge("vit", tmp_path, **config))
     assert notes == ["the adapter has rank 7", *([note] if note else [])]
+
+
+class Blocks(nn.Module):
+    """A module that is none of transformers, without a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_plain_module_has_an_adapter_as_well(tmp_path):
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(2, 8)
+    folder = zoo.write_adapter(model, tmp_path / "a", 1, r=3, target_modules=["0.0", "1.0"])
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=0.5)
+    assert serving_notes(result) == ["the adapter has rank 3"]
+    out = result.save(tmp_path / "out", "lora")
+    with torch.no_grad():
+        wanted = result.apply(copy.deepcopy(model))(x)
+        torch.testing.assert_close(PeftModel.from_pretrained(model, out)(x), wanted, rtol=1e-5, atol=1e-6)

@@ -63,8 +63,9 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
 
 
 def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
-    config: Any = result.model.config
-    kind = config.get_text_config().model_type
+    config: Any = getattr(result.model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    kind = getattr(text, "model_type", "")
     heads = vllm.embeddings_refused(kind, paths)
     if not heads:
         return []
@@ -102,9 +103,10 @@ def _is_of_text(model: nn.Module) -> bool:
 
 def _is_decoder(model: nn.Module) -> bool:
     """Whether it is a language model without an encoder, with or without images, as vLLM serves with adapters."""
+    # A plain module has no configuration, and its family may be found all the same.
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     family = find_family(model)
     if family is not None:
-        encodes = getattr(model.config, "is_encoder_decoder", False)
         return family.tokens is not None and family.causal and not encodes
     generates = getattr(model, "can_generate", None)
-    return generates is not None and generates() and not getattr(model.config, "is_encoder_decoder", False)
+    return generates is not None and generates() and not encodes
