@@ -31,7 +31,7 @@ from nsc_merge.models.forward_contexts import eager, wrapper_of
 from nsc_merge.models.merged.matrices import Matrix, matrix_at
 from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 from nsc_merge.models.merged.parameters import MergedMatrix, around
-from nsc_merge.models.merged.whole import MergedWhole, Site, instead, is_part, merged_at
+from nsc_merge.models.merged.whole import MergedWhole, Site, instead, is_part, merged_at, why_no_rows
 
 
 def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
@@ -95,6 +95,8 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
                     f"adapters[{name!r}]: {path}: expected a linear, embedding, norm or convolution, found "
                     f"{type(linear).__module__}.{type(linear).__name__}{instead(modules[path])}"
                 )
+            if factor.dense is None and path in modules and (reason := why_no_rows(modules[path])):
+                raise TypeError(f"adapters[{name!r}]: {path}: {reason}")
             if isinstance(linear, Matrix) and factor.dense is not None:
                 raise ValueError(f"adapters[{name!r}]: {path}: expected a low-rank update, found a dense one")
             if factor.A.shape[1] != linear.in_features or factor.B.shape[0] != linear.out_features:

@@ -148,3 +148,58 @@ def test_norms_of_a_card_count_embeddings_and_norms(merged):
     assert kept.own == pytest.approx({task: float(delta.norm()) for task, delta in deltas.items()}, rel=1e-5)
     total = torch.cat([result.delta(path).flatten() for path in result.paths])
     assert kept.merged == pytest.approx(float(total.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("OPT", {"target_modules": ["q_proj", "embed_positions"]}),
+        ("OPT", {"trainable_token_indices": {"embed_positions": [3, 4]}}),
+        ("BART", {"target_modules": ["q_proj", "embed_positions"]}),
+        ("Whisper", {"target_modules": ["q_proj", "decoder.embed_positions"]}),
+    ],
+    ids=str,
+)
+def test_embeddings_that_count_positions_themselves_are_refused_where_peft_looks_rows_up(name, config, tmp_path):
+    """PEFT adds rows by the first argument, which is a mask or the tokens there."""
+    model = ARCHITECTURES[name].build()
+    folder = write_adapter(model, tmp_path / "a", 1, **{"target_modules": ["q_proj"], **config})
+    with pytest.raises(TypeError, match=r"embed_positions: the forward of \w+PositionalEmbedding is its own"):
+        nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
+
+
+def test_positions_trained_in_full_are_merged(tmp_path):
+    model, inputs = ARCHITECTURES["OPT"].build(), ARCHITECTURES["OPT"].inputs()
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_positions"]}
+    folder = write_adapter(model, tmp_path / "a", 1, **config)
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), inputs)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    with attach(model, result.adapters, 1.0):
+        torch.testing.assert_close(outputs(model, inputs), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(result.apply(model), inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+class OwnEmbedding(nn.Embedding):
+    """As bitsandbytes', with a forward of its own that looks rows up like any other."""
+
+    def forward(self, ids):
+        return nn.functional.embedding(ids, self.weight)
+
+
+class NormedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+@pytest.mark.parametrize(("kind", "merged"), [(OwnEmbedding, True), (NormedEmbedding, False)])
+def test_an_embedding_with_a_forward_of_its_own_is_merged_where_it_looks_rows_up(kind, merged):
+    model = nn.Sequential(kind(9, 4))
+    factor = nsc_merge.Factor(torch.ones(1, 4), torch.ones(9, 1), 1.0)
+    adapters = {"a": nsc_merge.Adapter("a", {"0": factor})}
+    if not merged:
+        with pytest.raises(TypeError, match="0: the forward of NormedEmbedding is its own"):
+            nsc_merge.merge(model, adapters, method="task_arithmetic")
+        return
+    before = model[0].weight.detach().clone()
+    nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.5).apply(model)
+    torch.testing.assert_close(model[0].weight.detach(), before + 0.5)

@@ -65,6 +65,35 @@ def why_not(module: nn.Module) -> str:
     return ""
 
 
+def why_no_rows(module: nn.Module) -> str:
+    """The reason for which PEFT's LoRA on an embedding, or its rows of tokens, are none of its weight; mostly nothing.
+
+    PEFT looks rows up by the first argument, times ``embed_scale`` where there is one, beside whatever the module does:
+    positions that are counted within, or rows that are normalised, are others.
+    """
+    kind: Any = type(module)
+    if not isinstance(module, nn.Embedding) or kind.forward is nn.Embedding.forward:
+        return ""
+    alone = not list(module.children()) and set(module._parameters) == {"weight"}
+    if (alone and hasattr(module, "embed_scale")) or _looks_up(module):
+        return ""
+    return (
+        f"the forward of {kind.__name__} is its own, and other than rows of its weight by its first argument, to which "
+        "PEFT's LoRA adds; expected adapters that leave it out, or that have it in modules_to_save"
+    )
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    ids = torch.tensor([[min(1, module.num_embeddings - 1), 0]], device=module.weight.device)
+    try:
+        with torch.no_grad():
+            found: Any = type(module).forward(module, ids)
+            return found.shape == (1, 2, module.embedding_dim) and torch.equal(found, module.weight[ids])
+    except Exception:
+        # It takes something else, such as the shape of the tokens, or has no numbers here.
+        return False
+
+
 def merged_at(module: nn.Module) -> Any:
     """What an update is merged into at a module: the linear itself, one in place of a Conv1D, or a :class:`Site`."""
     return as_linear(module) if is_transposed(module) else site_of(module) or module
