@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 
@@ -94,6 +94,8 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
         # The update of the weight [V, d] is their product, transposed.
         embedded = {"lora_A.weight": layer.lora_embedding_B, "lora_B.weight": layer.lora_embedding_A}
         return {part: copied(factors[held_as]).t().contiguous() for part, factors in embedded.items()}
+    if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        refuse_attention(what)
     both = [factors[held_as] for factors in (layer.lora_A, layer.lora_B) if held_as in factors]
     if len(both) < 2 or not all(isinstance(factor, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) for factor in both):
         kind = type(layer)
@@ -109,6 +111,13 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
     elif variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         raise ValueError(f"{what}: expected plain LoRA, found PEFT's {type(variant).__name__}")
     return {part: copied(value) for part, value in parts.items()}
+
+
+def refuse_attention(what: str) -> NoReturn:
+    raise ValueError(
+        f"{what}: LoRA on nn.MultiheadAttention is not merged, whose in_proj_weight is a parameter of its own and no "
+        "module's; expected an adapter that leaves it out (exclude_modules), or use PEFT's merge_and_unload"
+    )
 
 
 def _stack(layer: Any, held_as: str, path: str, what: str) -> Stack:

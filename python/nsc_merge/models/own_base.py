@@ -23,6 +23,8 @@ from nsc_merge.models.trained_in_full import is_unchanged
 
 # On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
 _COPY_OF = "_nsc_merge_copy_of"
+# Paths of modules that were another under a second name, and have one of their own on the copy.
+_SPLIT = "_nsc_merge_split"
 
 
 def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Module, dict[str, Adapter]]:
@@ -104,13 +106,28 @@ def original_of(model: nn.Module) -> nn.Module:
     return model if original is None else original
 
 
+def split_modules(model: nn.Module) -> tuple[str, ...]:
+    """Paths at which :func:`own_base` put a module of their own, and the base as given has one that it has elsewhere,
+    too: PEFT adapts such a module under its first name alone.
+    """
+    return getattr(model, _SPLIT, ())
+
+
 def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
     own: Any = sharing_tensors(model)
+    split: list[str] = []
     for group in groups:
         # The first name keeps the tensor.
+        seen = {own.get_submodule(group[0].rpartition(".")[0])}
         for name in group[1:]:
             path, _, part = name.rpartition(".")
             module = own.get_submodule(path)
+            if module in seen:
+                # One module under several names, as T5 has its embeddings once they were resized.
+                module = sharing_tensors(module)
+                own.set_submodule(path, module)
+                split.append(path)
+            seen.add(module)
             weight = module.get_parameter(part)
             apart = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             if there := file_tensor(weight):
@@ -119,6 +136,7 @@ def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -
     for config in configs_to_untie(own):
         config.tie_word_embeddings = False
     own.all_tied_weights_keys = {}
+    setattr(own, _SPLIT, tuple(split))
     return own
 
 

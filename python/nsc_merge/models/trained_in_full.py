@@ -140,15 +140,15 @@ def _refuse_buffers(what: str, changed: Iterable[str], module: nn.Module) -> Non
 
 
 def _check_kind(what: str, path: str, model: nn.Module) -> None:
-    """Refuse what is neither a linear, nor an embedding, nor a norm with one number per channel."""
+    """Refuse what is no linear, embedding or convolution in one group, nor a norm with one number per channel."""
     module = model.get_submodule(path)
     if is_linear(module) or site_of(module) is not None:
         return
     own = dict(module.named_parameters(recurse=False))
     raise ValueError(
-        f"{what} was trained in full (modules_to_save) and all tasks share it, but only linears, embeddings and "
-        f"norms can be merged, found {type(module).__name__} with parameters {sorted(own)}; expected an adapter "
-        "that leaves it as the base has it: train without it in modules_to_save"
+        f"{what} was trained in full (modules_to_save) and all tasks share it, but only linears, embeddings, norms and "
+        f"convolutions in one group can be merged, found {type(module).__name__} with parameters {sorted(own)}; "
+        "expected an adapter that leaves it as the base has it: train without it in modules_to_save"
     )
 
 

@@ -20,6 +20,7 @@ from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.models.merged.stacks import stacks_of_updates
+from nsc_merge.models.own_base import split_modules
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
@@ -89,6 +90,7 @@ def save(
     if "lora" in wanted:
         check_as_adapter(result)
         _refuse_biases_beside_experts(result)
+        _refuse_second_names(result)
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
         raise ValueError(f"head: expected a task that brought a head, of {list(heads)}, found {head!r}")
@@ -173,6 +175,17 @@ def _refuse_biases_beside_experts(result: MergedUpdate) -> None:
         raise ValueError(
             f"format 'lora': {experts} is one of several matrices in a parameter, for which PEFT has no adapter with "
             "biases (lora_bias), expected no biases; use format 'model'"
+        )
+
+
+def _refuse_second_names(result: MergedUpdate) -> None:
+    second = next((path for path in result.paths if path in split_modules(result.model)), None)
+    if second is not None:
+        raise ValueError(
+            f"format 'lora': {second} is merged on its own, but the base has one module there and under another name, "
+            "and PEFT adapts it under one name alone, expected modules of their own; use format 'model', or merge on "
+            "the base saved and loaded anew (save_pretrained, from_pretrained), which resize_token_embeddings did not "
+            "put together"
         )
 
 

@@ -10,6 +10,7 @@ import transformers as tf
 from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from zoo import outputs
 
 import nsc_merge
@@ -150,3 +151,21 @@ def test_a_tied_head_of_another_name_is_trained_as_one_with_the_embeddings(confi
     result = agrees(model, saved(model, tmp_path / "a", **config), inputs)
     assert {"model.decoder.embed_tokens", "proj_out"} <= set(result.paths)
     assert isinstance(model, tf.WhisperForConditionalGeneration)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_lora_on_an_attention_of_torch_is_refused_from_folder_and_memory(tmp_path):
+    torch.manual_seed(0)
+    held = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attention", "head"]))
+    held.save_pretrained(tmp_path / "a")
+    for source in (held, tmp_path / "a"):
+        with pytest.raises(ValueError, match=r"\['a'\]: attention: LoRA on nn.MultiheadAttention is not merged"):
+            nsc_merge.load_adapter(source, "a")

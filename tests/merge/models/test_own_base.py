@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from zoo import DECODER, outputs
 
@@ -134,3 +135,44 @@ def test_a_way_out_of_tied_weights_names_the_setting_where_it_changes_nothing_el
     with pytest.raises(ValueError, match=r"weight is shared.weight too \(tied\)") as error:
         fit({"a": nsc_merge.load_adapter(folder, "a")}, model)
     assert ("tie_word_embeddings" in str(error.value)) is advised
+
+
+def resized(name):
+    """A model whose embeddings, resized, are one module under the names of encoder and decoder as well."""
+    model = ARCHITECTURES[name].build()
+    model.resize_token_embeddings(100, mean_resizing=False)
+    assert model.get_input_embeddings() is model.get_encoder().embed_tokens
+    return model, "q" if name == "T5" else "q_proj"
+
+
+SHARED = {
+    "LoRA": {"target_modules": ["shared"]},
+    "whole": {"modules_to_save": ["shared"]},
+    "as one": {"modules_to_save": ["shared"], "ensure_weight_tying": True},
+    "rows": {"trainable_token_indices": {"shared": [3, 9]}},
+}
+
+
+@pytest.mark.parametrize("name", ["T5", "BART"])
+@pytest.mark.parametrize("case", SHARED)
+def test_one_module_under_several_names_is_merged_under_each_as_peft_runs_it(name, case, tmp_path):
+    model, linear = resized(name)
+    targets = [linear, *SHARED[case].get("target_modules", [])]
+    folder = written(model, tmp_path / "a", 1, **{**SHARED[case], "target_modules": targets})
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder).double(), PAIR)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    assert model.get_input_embeddings() is model.get_encoder().embed_tokens
+    exact = copy.deepcopy(result.model).double()
+    with nsc_merge.attach(exact, result.adapters, 1.0):
+        torch.testing.assert_close(outputs(exact, PAIR), wanted, **EXACT)
+    torch.testing.assert_close(outputs(result.apply(copy.deepcopy(result.model)).double(), PAIR), wanted, **EXACT)
+    loaded = type(model).from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), PAIR), wanted, **EXACT)
+    if case == "rows":
+        with pytest.raises(ValueError, match=r"encoder.embed_tokens is merged .*saved and loaded anew"):
+            result.save(tmp_path / "lora", "lora")
+        model.save_pretrained(tmp_path / "base")
+        model = type(model).from_pretrained(tmp_path / "base")
+        result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    lora = PeftModel.from_pretrained(copy.deepcopy(model), result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), PAIR), wanted, **EXACT)

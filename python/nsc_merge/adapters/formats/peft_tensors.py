@@ -20,7 +20,7 @@ from nsc_merge.adapters.peft_config import (
     token_indices,
 )
 from nsc_merge.adapters.peft_keys import PREFIX
-from nsc_merge.adapters.peft_models import Held
+from nsc_merge.adapters.peft_models import Held, refuse_attention
 
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 # LoRA on an embedding, whose weight [V, d] it is the update of: transposed, and of no ".weight".
@@ -32,6 +32,8 @@ _COPY = re.compile(r"(?P<path>.+)\.(?P<kind>modules_to_save|original_module)\.(?
 # What PEFT saves of the base beside LoRA, or rows of tokens, on embeddings or a language model's head, or where these
 # were resized.
 _BASE_LAYER = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.base_layer\.(?P<parameter>weight|bias)")
+# LoRA on what nn.MultiheadAttention has as a module, under PEFT's wrapper of it all.
+_OUT_PROJ = ".base_layer.out_proj"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 
 
@@ -94,6 +96,11 @@ def sorted_tensors(
             base_weights[path] = value
         else:
             left_over.append(key)
+    for path in held.parts:
+        # Beside LoRA on the module, which is that on its in_proj_weight.
+        owner = path.removesuffix(_OUT_PROJ)
+        if owner != path and owner in held.parts:
+            refuse_attention(f"adapters[{name!r}]: {owner}")
     tied: set[str] = set()
     if config.get("ensure_weight_tying"):
         # PEFT saves what it trained as one with an embedding under every name, and adds those names as it loads.
