@@ -25,6 +25,7 @@ namespace NSC_NAMESPACE {
 namespace {
 
 #include "vectors.inl"
+#include "ahead.inl"
 #include "tiles.inl"
 #if defined(NSC_AMX)
 #include "tiles_amx.inl"
@@ -167,6 +168,18 @@ struct Block {
     return min(min(kPanelStrips, fit < 1 ? 1 : fit), (p.d_out + kStripColumns - 1) / kStripColumns);
   }
 
+  // What is read after rows [r0, r0 + most) of a piece of w_in. Few rows of x read weights as they lie in memory, which
+  // nobody has to foresee.
+  Ahead after_panel(int64_t k0, int64_t r0, int64_t most, int64_t parts) const {
+    const E* w = static_cast<const E*>(p.w_in);
+    const int64_t k1 = k0 + piece, r1 = r0 + most;
+    if (few<E>(p)) return Ahead();
+    if (r1 < p.R) return Ahead(w + r1 * p.d_in + k0, p.d_in, min(most, p.R - r1), min(piece, p.d_in - k0), parts);
+    if (k1 < p.d_in) return Ahead(w + k1, p.d_in, min(most, p.R), min(piece, p.d_in - k1), parts);
+    if (!p.out) return Ahead();
+    return Ahead(static_cast<const E*>(p.w_out), p.d_out, p.R, min(panel_strips() * kStripColumns, p.d_out), parts);
+  }
+
   void shrink(bool with_norm) {
     const E* x = static_cast<const E*>(p.x) + first * p.x_stride;
     const E* w = static_cast<const E*>(p.w_in);
@@ -184,6 +197,7 @@ struct Block {
       // Once without adapters, for the norms.
       for (int64_t r0 = 0; r0 == 0 || r0 < p.R; r0 += kPanelRows) {
         const int64_t panel = min(kPanelRows, p.R - r0);
+        Ahead ahead = after_panel(k0, r0, kPanelRows, ceil_div(rows, kDotRows) * ceil_div(panel, kDotCols));
         const Operand* wk;
         int64_t wk_stride;
         if constexpr (kWiden) {
@@ -202,8 +216,7 @@ struct Block {
               prefetch_piece(xk + (i + tile.rows) * xk_stride, xk_stride, rows - i - tile.rows, k, j, panel);
             const Operand* wj[kDotCols];
             for (int b = 0; b < kDotCols; ++b) wj[b] = wk + min(j + b, panel - 1) * wk_stride;
-            // The first tile reads the weights from memory, the others from the L2 cache.
-            if (!kWiden && i == 0) prefetch_next(wk + (j + kDotCols) * wk_stride, wk_stride, panel - j - kDotCols, k);
+            ahead.fetch();
             dot_tile<tile.rows>(xi, wj, k, u + i * stride + r0 + j, stride, k0 > 0);
           }
         });
@@ -218,6 +231,7 @@ struct Block {
     if (with_norm) std::memset(norm, 0, padded_rows * sizeof(Acc));
     for (int64_t k0 = 0; k0 < p.d_in; k0 += piece) {
       const int64_t k = min(piece, p.d_in - k0);
+      Ahead ahead = after_panel(k0, 0, p.R, ceil_div(rows, kExpandRows) * ceil_div(p.R, kStripColumns));
       for (int64_t j = 0; j < p.R; j += kStripColumns)
         pack_transposed(w + j * p.d_in + k0, p.d_in, min(kStripColumns, p.R - j), k, w_wide + j * piece);
       for_tiles<kExpandRows>(rows, [&](int64_t i, auto tile) {
@@ -236,6 +250,7 @@ struct Block {
         }
         for (int64_t j = 0; j < p.R; j += kStripColumns) {
           Vec<Acc> acc[tile.rows][kExpandVectors];
+          ahead.fetch();
           expand_tile<tile.rows>(xi, xi_stride, w_wide + j * piece, kStripColumns, k, acc);
           for (int m = 0; m < tile.rows; ++m)
             for (int v = 0; v < kExpandVectors; ++v) {
@@ -337,10 +352,13 @@ struct Block {
       const int64_t end = min(start + width, p.d_out);
       for (int64_t column = start; column < end; column += kStripColumns)
         pack_strip(w, p.d_out, p.R, column, min(kStripColumns, end - column), strip_at(column - start));
+      Ahead ahead(w + end, p.d_out, p.R, min(width, p.d_out - end),
+                  ceil_div(rows, kExpandRows) * ceil_div(end - start, kStripColumns));
       for_tiles<kExpandRows>(rows, [&](int64_t i, auto tile) {
         for (int64_t column = start; column < end; column += kStripColumns) {
           const int64_t columns = min(kStripColumns, end - column);
           prefetch_rows(first + i, column, columns);
+          ahead.fetch();
           Vec<Acc> acc[tile.rows][kExpandVectors];
           expand_tile<tile.rows>(c + i * stride, stride, strip_at(column - start), kStripColumns, p.R, acc);
           for (int m = 0; m < tile.rows && i + m < rows; ++m) write_row(first + i + m, column, columns, acc[m]);
@@ -362,7 +380,8 @@ struct Block {
         for (int64_t m = 0; m < rows; ++m) {
           Acc* sum = sums + m * kFewColumns;
           Vec<Acc> factor[kFewTogether];
-          for (int64_t j = 0; j < kFewTogether; ++j) factor[j] = r + j < p.R ? broadcast(c + m * stride + r + j) : Vec<Acc>{};
+          for (int64_t j = 0; j < kFewTogether; ++j)
+            factor[j] = r + j < p.R ? broadcast(c + m * stride + r + j) : Vec<Acc>{};
           for_vectors<Acc>(columns, [&](int64_t v, int64_t n) {
             Vec<Acc> total = load(sum + v);
             for (int64_t j = 0; j < kFewTogether; ++j) total += factor[j] * load_n(wr[j] + v, n);
@@ -452,13 +471,6 @@ struct Block {
     for (int64_t m = 0; m < min(kDotRows, left); ++m)
       for (int64_t byte = begin; byte < end; byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + m * stride) + byte, 0, 2);
-  }
-
-  // The next rows of weights, which the processor sees no more pattern in.
-  static void prefetch_next(const Operand* w, int64_t stride, int64_t left, int64_t k) {
-    for (int64_t m = 0; m < min(kDotCols, left); ++m)
-      for (int64_t byte = 0; byte < k * int64_t(sizeof(Operand)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w + m * stride) + byte, 0, 2);
   }
 
   // What write_row will touch, while the tile is computed: too short a run of lines for the processor to see a pattern.

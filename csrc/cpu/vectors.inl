@@ -39,7 +39,8 @@ struct AccOf<double> {
 };
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const Vector<float>::memory*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const Vector<double>::memory*>(p); }
