@@ -53,7 +53,7 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
     touched = any(_touches(adapter, group, model) for group in groups for adapter in found.values())
     if not touched or not can_be_copied(model):
         return model, dict(adapters)
-    own = _with_weights_apart(model, groups)
+    own = with_weights_apart(model, groups)
     return own, {task: _with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
 
 
@@ -113,7 +113,8 @@ def split_modules(model: nn.Module) -> tuple[str, ...]:
     return getattr(model, _SPLIT, ())
 
 
-def _with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
+def with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) -> nn.Module:
+    """A copy of a model that shares every tensor with it but those of ``groups``, each of names of one tensor."""
     own: Any = sharing_tensors(model)
     split: list[str] = []
     for group in groups:

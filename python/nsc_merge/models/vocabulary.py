@@ -10,18 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
+from nsc_merge.models.bases.stored_weights import sharing
 from nsc_merge.models.fitting import renamed
-from nsc_merge.models.own_base import can_be_copied, sharing_tensors
+from nsc_merge.models.own_base import can_be_copied, sharing_tensors, with_weights_apart
 from nsc_merge.models.trained_in_full import base_value
 
 ADDED_TOKENS = ("refuse", "mean", "first", "base")
 # On the base: paths of the embedding and head that have more rows than the model that was handed over.
 _GROWN = "_nsc_merge_grown"
+# And of what is tied to them under names that are neither.
+_ELSEWHERE = "_nsc_merge_grown_elsewhere"
 
 
 def grown_modules(model: nn.Module) -> tuple[str, ...]:
     """Paths of embedding and head, where :func:`with_vocabulary` gave a base more tokens."""
     return getattr(model, _GROWN, ())
+
+
+def grown_elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Paths of other modules that got the same new rows, such as the embeddings of T5's encoder and decoder."""
+    return getattr(model, _ELSEWHERE, ())
 
 
 def with_vocabulary(
@@ -65,18 +73,11 @@ def with_vocabulary(
     _check_texts(found)
     size = max(sizes.values())
     own = _grown(model, tables, size)
-    for name in tables:
+    rows = {name: _new_rows(found, name, old, size, added_tokens) for name in tables}
+    own = _untied(own, found, rows)
+    for name, values in rows.items():
         weight = own.get_parameter(name).detach()
-        for row in range(old, size):
-            held = [values[row] for adapter in found.values() if (values := _rows(adapter, name, row)) is not None]
-            if not held:
-                raise ValueError(
-                    f"added_tokens: no adapter has a row of {name} for token {row}; expected adapters saved with "
-                    "save_embedding_layers=True (PEFT leaves out lm_head where LoRA is on the embedding alone), or "
-                    "added_tokens='base'"
-                )
-            chosen = held[:1] if added_tokens == "first" else held
-            weight[row] = torch.stack([one.double() for one in chosen]).mean(0).to(weight)
+        weight[old:] = values.to(weight)
     note = (
         f"merged on a base whose vocabulary has grown from {old} tokens to {size}: resize what a saved adapter is "
         f"loaded on with resize_token_embeddings({size})"
@@ -114,6 +115,47 @@ def _check_texts(adapters: Mapping[str, Adapter]) -> None:
                 )
 
 
+def _new_rows(adapters: Mapping[str, Adapter], name: str, old: int, size: int, added_tokens: str) -> Tensor:
+    """The base's rows of a weight for the tokens from ``old`` on, in float64."""
+    rows = []
+    for row in range(old, size):
+        held = [values[row] for adapter in adapters.values() if (values := _rows(adapter, name, row)) is not None]
+        if not held:
+            raise ValueError(
+                f"added_tokens: no adapter has a row of {name} for token {row}; expected adapters saved with "
+                "save_embedding_layers=True (PEFT leaves out lm_head where LoRA is on the embedding alone), or "
+                "added_tokens='base'"
+            )
+        chosen = held[:1] if added_tokens == "first" else held
+        rows.append(torch.stack([one.double() for one in chosen]).mean(0))
+    return torch.stack(rows)
+
+
+def _untied(own: Any, adapters: Mapping[str, Adapter], rows: Mapping[str, Tensor]) -> Any:
+    """The base with weights of their own where it ties some for which adapters have different new rows: those that
+    trained the embedding alone, whose head kept what the base had.
+    """
+    unlike = []
+    for group in {tuple(names) for names in sharing(own).values() if len(names) > 1}:
+        held = [name for name in group if name in rows]
+        if all(torch.equal(rows[held[0]], rows[name]) for name in held):
+            continue
+        unlike.append(group)
+        what = f"added_tokens: adapters have new rows of {held[0]} and {held[1]} that differ"
+        if others := [name for name in group if name not in rows]:
+            raise ValueError(
+                f"{what}, which the base ties to {others[0]} as well, whose rows no adapter has; expected a base "
+                "resized as theirs were (resize_token_embeddings), or added_tokens='base'"
+            )
+        for task, adapter in adapters.items():
+            if tied := [path for path in adapter.token_rows if f"{path}.weight" in group]:
+                raise ValueError(
+                    f"{what}, while adapters[{task!r}] trained rows of {tied[0]} (trainable_token_indices) on a base "
+                    "that ties the two; expected adapters that have them alike, or added_tokens='base'"
+                )
+    return with_weights_apart(own, unlike) if unlike else own
+
+
 def _rows(adapter: Adapter, name: str, row: int) -> Tensor | None:
     """The values of a weight, where the adapter has that row."""
     values = adapter.trained.get(name, adapter.base_weights.get(name))
@@ -147,4 +189,7 @@ def _grown(model: Any, tables: list[str], size: int) -> Any:
         setattr(own.get_submodule(path), part, copied)
     own.resize_token_embeddings(size, mean_resizing=False)
     setattr(own, _GROWN, tuple(name.rpartition(".")[0] for name in tables))
+    shared = sharing(own)
+    names = dict.fromkeys(name for table in tables for name in shared[table] if name not in tables)
+    setattr(own, _ELSEWHERE, tuple(name.rpartition(".")[0] for name in names))
     return own

@@ -21,7 +21,7 @@ from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.models.merged.stacks import stacks_of_updates
 from nsc_merge.models.own_base import split_modules
-from nsc_merge.models.vocabulary import grown_modules
+from nsc_merge.models.vocabulary import grown_elsewhere, grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
 from nsc_merge.results.beside.model_card import model_card
@@ -179,6 +179,12 @@ def _refuse_biases_beside_experts(result: MergedUpdate) -> None:
 
 
 def _refuse_second_names(result: MergedUpdate) -> None:
+    if elsewhere := grown_elsewhere(result.model):
+        raise ValueError(
+            f"format 'lora': {elsewhere[0]} has the rows of new tokens, too (added_tokens), and PEFT's modules_to_save "
+            f"hold those of {grown_modules(result.model)[0]} alone, expected no more tokens than the base has "
+            "(added_tokens='base'); use format 'model'"
+        )
     second = next((path for path in result.paths if path in split_modules(result.model)), None)
     if second is not None:
         raise ValueError(

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from zoo import DECODER, outputs
@@ -123,3 +124,54 @@ def test_a_head_that_peft_leaves_out_is_named(tmp_path):
         nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", added_tokens="mean")
     kept = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", added_tokens="base")
     assert kept.delta("model.embed_tokens").shape == (64, 32)
+
+
+WHOLE = {
+    "the embeddings": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "the head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_new_rows_that_were_trained_under_one_name_leave_the_other_as_it_was(base, case, tmp_path):
+    """A base that ties the two has them apart then, as PEFT does."""
+    inputs = {"input_ids": torch.tensor([[3, 64, 9, 66]])}
+    wanted = outputs(with_added_tokens(base, tmp_path / "a", 67, 1, **WHOLE[case]).double(), inputs)
+    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, added_tokens="mean")
+    exact = copy.deepcopy(result.model).double()
+    with nsc_merge.attach(exact, result.adapters, 1.0):
+        torch.testing.assert_close(outputs(exact, inputs), wanted, **EXACT)
+    loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), inputs), wanted, **EXACT)
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(67)
+    lora = PeftModel.from_pretrained(resized, result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), inputs), wanted, **EXACT)
+
+
+def test_rows_of_tied_tokens_beside_new_ones_that_differ_are_refused(tmp_path):
+    base = llama(tied=True)
+    with_added_tokens(base, tmp_path / "a", 66, 1, **WHOLE["the embeddings"])
+    with_added_tokens(base, tmp_path / "b", 66, 2, trainable_token_indices=[3])
+    folders = {task: tmp_path / task for task in "ab"}
+    with pytest.raises(ValueError, match=r"that differ, while adapters\['b'\] trained rows of"):
+        nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="mean")
+
+
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_new_rows_of_an_encoder_and_a_decoder_are_written_as_a_model(name, tmp_path):
+    kind = ARCHITECTURES[name]
+    base, inputs = kind.build(), kind.inputs()
+    del inputs["attention_mask"]
+    inputs["input_ids"][0, 1] = 97
+    target = "q" if name == "T5" else "q_proj"
+    wanted = outputs(with_added_tokens(base, tmp_path / "a", 100, 1, target_modules=[target]).double(), inputs)
+    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, added_tokens="mean")
+    loaded = type(base).from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), inputs), wanted, **EXACT)
+    with pytest.raises(ValueError, match=r"encoder.embed_tokens has the rows of new tokens, too .*use format 'model'"):
+        result.save(tmp_path / "lora", "lora")
+    with_added_tokens(base, tmp_path / "b", 100, 2, target_modules=[target], modules_to_save=["shared"])
+    with pytest.raises(ValueError, match=r"that differ, which the base ties to .*embed_tokens.weight as well"):
+        nsc_merge.merge(base, {"b": tmp_path / "b"}, method="task_arithmetic", added_tokens="mean")
