@@ -115,13 +115,16 @@ def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
     return {task: adapter.factors[path] for task, adapter in adapters.items() if path in adapter.factors}
 
 
-def divisor_of(averages: Averages, shares: Sequence[float]) -> float:
+def divisor_of(averages: Averages, shares: Sequence[float], tasks: int) -> float:
     """What a sum over tasks is divided by.
 
     Args:
-        averages: see :class:`Method`.
+        averages: see :data:`nsc_merge.methods.method.Averages`.
         shares: the weights of the tasks that are added up.
+        tasks: how many are merged.
     """
+    if averages == "tasks":
+        return tasks
     if averages != "weight":
         return len(shares) or 1 if averages else 1
     total = sum(shares)
@@ -149,7 +152,7 @@ def with_the_rest(
     for part in ("bias", "dense", "gain"):
         held = {task: factor for task, factor in factors.items() if getattr(factor, part) is not None}
         shares = {task: 1.0 if weights is None else weights[task] for task in held}
-        divisor = divisor_of(averages, list(shares.values()))
+        divisor = divisor_of(averages, list(shares.values()), len(adapters))
         terms = [
             (scale * shares[task] / divisor if factor.fixed is None else factor.fixed)
             * factor.scaling

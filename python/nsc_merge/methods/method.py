@@ -39,8 +39,9 @@ Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[s
 # What a result holds for each module: a coefficient per adapter; an update as two factors, or as a matrix, which an
 # adapter holds only after truncation; or no update.
 Gives = Literal["coefficients", "low rank", "full rank", "nothing"]
-# Whether a sum over tasks is divided by how many there are, or by the sum of their weights.
-Averages = bool | Literal["weight"]
+# Whether a sum over tasks is divided by how many there are in it, by the sum of their weights, or by how many are
+# merged, also those that have nothing to add.
+Averages = bool | Literal["weight", "tasks"]
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,22 @@ def test_fisher_merge_is_the_dense_average(model, folders, calibration, outputs)
     torch.testing.assert_close(result.delta(path).float(), expected.detach(), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_a_bias_of_one_task_is_averaged_over_all(model, folders, calibration, outputs, method):
+    """Also over a task without the module, whose inputs count in its weight, too."""
+    options = {"outputs": outputs} if method == "fisher" else {}
+    adapters = {task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}
+    path = "layers.0.attention.q_proj"
+    held = adapters["plain"].factors[path]
+    bias = torch.arange(len(held.B)) + 1.0
+    adapters["plain"].factors[path] = replace(held, bias=bias)
+    assert len(adapters) == 3
+    assert path not in adapters["partial"].factors
+    result = nsc_merge.merge(model, adapters, calibration, method, batches=2, scale=0.5, **options)
+    expected = 0.5 * adapters["plain"].factors[path].bias_delta() / 3
+    torch.testing.assert_close(result.bias_delta(path), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_regmean_names_the_ridge_where_inputs_are_too_few(model, folders, calibration):
     with pytest.raises(ValueError, match="ridge: the Gram matrix .* is singular; expected more batches"):
         few = {task: [{"pixel_values": torch.zeros(1, 1, 8, 8)}] for task in folders}

@@ -121,6 +121,18 @@ def test_biases_begin_at_the_same_mean(tmp_path):
         torch.testing.assert_close(result.bias_delta(path), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_a_bias_of_one_task_begins_at_the_same_mean(tmp_path):
+    """RegMean divides it by all tasks."""
+    problem = problem_of("llama", tmp_path, count=2, lora_bias=True)
+    path = next(iter(problem.adapters["b"].factors))
+    held = problem.adapters["b"].factors[path]
+    problem.adapters["b"].factors[path] = dataclasses.replace(held, bias=None)
+    result = merge(problem, "distill", regmean=GRAMS, **STILL)
+    own = problem.adapters["a"].factors[path].bias_delta()
+    torch.testing.assert_close(regmean(problem).bias_delta(path), own / 2, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(result.bias_delta(path), (0.2 + 0.25) * own, rtol=1e-5, atol=1e-8)
+
+
 def test_a_result_is_saved_as_one_adapter_and_not_as_coefficients(tmp_path):
     problem = problem_of("llama", tmp_path, count=2)
     result = nsc_merge.merge(

@@ -140,7 +140,7 @@ class OneTensor:
         if isinstance(scale, Mapping):
             scale, weights = 1.0, scale
         shares = {task: 1.0 if weights is None else float(weights[task]) for task in deltas}
-        divisor = divisor_of(self.method.averages_with(options), list(shares.values()))
+        divisor = divisor_of(self.method.averages_with(options), list(shares.values()), len(tasks))
         total = torch.stack([shares[task] * delta for task, delta in deltas.items()]).sum(0)
         return float(scale) * total / divisor
 

@@ -52,6 +52,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class FisherOptions:
     """Options of ``method="fisher"``; those that are None are the preset's.
 
+    Biases, gains of DoRA and what was trained in full are averaged over all tasks, as the weights are: a task without
+    one counts with the base's.
+
     Attributes:
         preset: ``"canonical"``, the authors' Fisher information (github.com/mmatena/model_merging; its default leaves
             the floor to the first model, here every task has it), or ``"mergelm"``, what MergeLM's code computes
@@ -285,7 +288,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         if path in above:
             total = below.pop(path)
             merged = dense_factor(options.scale * above.pop(path) / torch.where(total > 0, total, 1.0))
-        factors[path] = with_the_rest(path, merged, problem.adapters, options.scale, averages=True)
+        factors[path] = with_the_rest(path, merged, problem.adapters, options.scale, averages="tasks")
     return MergeResult(
         "fisher", {}, [], problem.adapters, plain_options(options), {}, problem.model, factors=factors
     )

@@ -28,6 +28,9 @@ from nsc_merge.utils.option_checks import check_count, check_number
 class RegMeanOptions:
     """Options of ``method="regmean"``.
 
+    Biases, gains of DoRA and what was trained in full are averaged over all tasks, as the weights are: a task without
+    one counts with the base's.
+
     Attributes:
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
@@ -165,7 +168,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         for path, rows in filtered_rows(problem, low_rank, paths, options)
     }
     factors = {
-        path: with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, options.scale, averages=True)
+        path: with_the_rest(path, merged.get(path) or empty(linear), problem.adapters, options.scale, averages="tasks")
         for path, linear in linears.items()
     }
     return MergeResult(

@@ -70,7 +70,7 @@ def with_terms(
 
 def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
     """Updates with ``A_k G_k (sum_j G_j)^-1`` in the place of A_k. What has no such rows, as embeddings and what is not
-    of low rank, is divided by how many tasks have it.
+    of low rank, is divided by how many tasks there are, as RegMean divides it.
     """
     linears, low_rank, paths = low_rank_part(problem)
     measured = [path for path in paths if not isinstance(linears[path], Site)]
@@ -80,18 +80,13 @@ def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
         raise ValueError(f"regmean: {error}") from None
     found: dict[str, dict[str, Factor]] = {task: {} for task in problem.tasks}
     for path in adapted_linears(problem.model, problem.adapters):
-        own = present(problem.adapters, path)
-        for task, factor in own.items():
-            rows = filtered[path][task].float() if factor.rank and path in filtered else _mean(own, factor, "A")
-            rest = {part: _mean(own, factor, part) for part in ("bias", "dense", "gain")}
-            found[task][path] = replace(factor, A=rows, **rest)
+        for task, factor in present(problem.adapters, path).items():
+            rows = filtered[path][task].float() if factor.rank and path in filtered else factor.A / len(found)
+            bias, dense, gain = (
+                None if part is None else part / len(found) for part in (factor.bias, factor.dense, factor.gain)
+            )
+            found[task][path] = replace(factor, A=rows, bias=bias, dense=dense, gain=gain)
     return {term_of(task): Adapter(term_of(task), factors, None) for task, factors in found.items()}
-
-
-def _mean(factors: Mapping[str, Factor], factor: Factor, part: str) -> Any:
-    """A part of one of some updates, divided by how many have it."""
-    value = getattr(factor, part)
-    return None if value is None else value / sum(getattr(one, part) is not None for one in factors.values())
 
 
 def folded(result: MergeResult, problem: Problem) -> MergeResult:
