@@ -60,16 +60,16 @@ def magnitude_prune(
         yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
         return
     tasks = elementwise.tasks_by_path(adapters, paths)
-    # A weight changes which entries of its task are the largest as little as a scaling does.
-    weighted = elementwise.weighted(adapters, weights)
+    # What is kept is weighted, and not what is trimmed: which of equal entries stays is decided by rounding otherwise.
     if tiles.serves(adapters, paths):
-        layers = tiles.trimmed(tiles.layers_of(weighted), tasks, steps)
+        layers = tiles.weighted(tiles.trimmed(tiles.layers_of(adapters), tasks, steps), tasks, weights)
         for path in tasks:
             yield path, dense_factor(entries.added(layers(path)).mul_(options.scale))
         return
-    source: Source = elementwise.trimmed(lambda path, task: dense_update(weighted[task].factors[path]), tasks, steps)
+    source: Source = elementwise.trimmed(lambda path, task: dense_update(adapters[task].factors[path]), tasks, steps)
     for path, row in tasks.items():
-        yield path, dense_factor(elementwise.added([source(path, task) for task in row]).mul_(options.scale))
+        kept = elementwise.added([weights[task] * source(path, task) for task in row])
+        yield path, dense_factor(kept.mul_(options.scale))
 
 
 METHODS = (

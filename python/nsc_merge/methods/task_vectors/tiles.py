@@ -61,6 +61,19 @@ def thinned(layers: Layers, options: Any, tasks: Mapping[str, Sequence[str]]) ->
     return lambda path: replace(layers(path), dropping=rule(path))
 
 
+def weighted(layers: Layers, tasks: Mapping[str, Sequence[str]], weights: Mapping[str, float]) -> Layers:
+    """``layers`` with every update times its task's weight, after it was trimmed."""
+    if all(weight == 1 for weight in weights.values()):
+        return layers
+
+    def one(path: str) -> Entries:
+        shares = tuple(weights[task] for task in tasks[path])
+        # Nothing is dropped; what of that follows trimming are the multipliers.
+        return replace(layers(path), dropping=Dropping((0,) * len(shares), threshold_of(0.0), shares))
+
+    return one
+
+
 def trimmed(layers: Layers, tasks: Mapping[str, Sequence[str]], settings: Ties) -> Layers:
     """``layers`` with every update trimmed, after what is done to them already."""
     if settings.density >= 1:
