@@ -8,6 +8,7 @@ from data_cases import Dense, dense_weights, llama, problem_of
 from torch.func import functional_call
 
 import nsc_merge
+from nsc_merge.methods import METHODS
 from nsc_merge.methods.gradient.learned_coefficients import presence
 
 
@@ -122,3 +123,15 @@ def test_tasks_without_logits_have_no_entropy(model, folders, calibration, outpu
     entry = result.history[0]
     assert set(entry["loss"]) == set(some)
     assert entry["objective"] == pytest.approx(sum(entry["loss"].values()) / 2)
+
+
+@pytest.mark.parametrize("clamp", [2, True, float("nan"), "", {}, (1.0,), (1.0, 0.0), (0.0, float("nan"))])
+def test_bounds_that_are_none_are_refused_by_name(clamp):
+    with pytest.raises(ValueError, match="clamp: expected a lower and a higher bound, found"):
+        METHODS["adamerging"].resolved({"clamp": clamp}, ["a"])
+
+
+@pytest.mark.parametrize("clamp", [(), []])
+def test_empty_bounds_are_none(clamp):
+    assert METHODS["adamerging"].resolved({"preset": "original"}, ["a"]).clamp == (0.0, 1.0)
+    assert METHODS["adamerging"].resolved({"preset": "original", "clamp": clamp}, ["a"]).clamp is None

@@ -341,6 +341,12 @@ def test_svd_cur_blends_by_magnitude():
     assert factor("svd_cur", adapters).rank == 12
 
 
+@pytest.mark.parametrize("name", ["svd_scale", "cur_scale"])
+def test_a_scale_of_a_branch_is_refused_by_its_own_name(name):
+    with pytest.raises(ValueError, match=rf"{name}: the branch of x is not finite with {name}=1e\+300; expected"):
+        merged("svd_cur", random_adapters(), **{name: 1e300})
+
+
 def test_cur_branch_is_ties_on_the_coefficients():
     adapters = random_adapters()
     updates = [adapter.factors["x"].delta() for adapter in adapters.values()]

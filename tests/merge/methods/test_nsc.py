@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nsc_merge
+from nsc_merge.methods import METHODS
 
 BLOCKS = 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -190,3 +191,10 @@ def test_bad_calibration_and_models_are_refused(model, folders, calibration):
         run(torch.nn.Sequential(), folders, calibration)
     with pytest.raises(ValueError, match="adapters: expected a mapping"):
         nsc_merge.merge(model, {}, calibration)
+
+
+@pytest.mark.parametrize("recipe", [0, False, "", [], {}])
+def test_recipes_that_are_none_are_refused_by_name(recipe):
+    with pytest.raises(ValueError, match="recipe: expected one of"):
+        METHODS["nsc"].resolved({"recipe": recipe}, ["a"])
+    assert METHODS["nsc"].resolved({"recipe": None}, ["a"]).recipe == "vision"

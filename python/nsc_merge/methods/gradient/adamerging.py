@@ -78,7 +78,8 @@ class AdaMergingOptions(SharedDescentOptions):
 
     def __post_init__(self) -> None:
         fill(self, PRESETS)
-        if self.clamp is not None and len(self.clamp) == 0:
+        # What else is no pair of bounds is refused with the other options.
+        if isinstance(self.clamp, tuple | list) and not self.clamp:
             object.__setattr__(self, "clamp", None)
         super().__post_init__()
         check_outputs(self.outputs)
@@ -134,7 +135,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def backward(one: Pass) -> Tensor:
             batch, numbers = one.inputs, one.tasks[0]
             # Tasks that do not count have no loss, rather than one of 0.
-            found = torch.full((len(numbers),), math.nan)
+            found = torch.full((len(numbers),), math.nan, dtype=torch.float32)
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
             if here and options.tokens == "full":
                 assert names is not None

@@ -109,7 +109,8 @@ def resolve_options(family: Family, tasks: Sequence[str], options: Mapping[str, 
     Raises:
         ValueError: naming the option, what was found and what was expected.
     """
-    recipe = options.get("recipe") or family.recipe
+    recipe = options.get("recipe")
+    recipe = family.recipe if recipe is None else recipe
     check_choice("recipe", recipe, sorted(RECIPES))
     chosen = NSCOptions(**{**RECIPES[recipe], **options, "recipe": recipe})
     chosen.check_tasks(tasks)

@@ -142,11 +142,21 @@ def svd_cur(
         # Both branches lie in the span of U, which is the rank that the blend needs.
         left = (found.U.t() @ first.B) @ first.A
         right = options.cur_scale * (found.C @ coefficients)
+        _check_finite("svd_scale", options.svd_scale, path, left)
+        _check_finite("cur_scale", options.cur_scale, path, right)
         alpha = options.alpha
         if isinstance(alpha, str):
             norms = [float(side.norm()) for side in (left, right)]
             alpha = norms[0] / sum(norms) if sum(norms) else 0.5
         yield path, Factor(alpha * left + (1 - alpha) * right, options.scale * found.U, 1.0)
+
+
+def _check_finite(name: str, scale: float, path: str, branch: Tensor) -> None:
+    if not torch.isfinite(branch.float()).all():
+        raise ValueError(
+            f"{name}: the branch of {path} is not finite with {name}={scale:g}; expected a {name}, and adapters, whose "
+            "products float32 holds"
+        )
 
 
 METHODS = (
