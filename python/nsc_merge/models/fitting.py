@@ -53,10 +53,10 @@ def fit(
 
     Raises:
         ValueError: naming the adapter and the module, if two paths become one, if a shared module is no linear,
-            embedding or norm, or not in the model, or if its weight is another's too (tied), if a shape
-            does not fit, if weights of the base that were saved along are not the model's, or if a module that some
-            task trained in full has LoRA for another and ``shared_modules`` is not ``"lambda"``; and if the model holds
-            adapters itself.
+            embedding, norm or convolution, or not in the model, if its weight is another's too (tied), or a buffer of
+            it was changed, if a shape does not fit, if weights of the base that were saved along are not the model's,
+            or if a module that some task trained in full has LoRA for another and ``shared_modules`` is not
+            ``"lambda"``; and if the model holds adapters itself.
     """
     if shared_modules not in SHARED_POLICIES:
         raise ValueError(

@@ -54,7 +54,7 @@ def own_base(model: nn.Module, adapters: Mapping[str, Adapter]) -> tuple[nn.Modu
     if not touched or not can_be_copied(model):
         return model, dict(adapters)
     own = with_weights_apart(model, groups)
-    return own, {task: _with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
+    return own, {task: with_rows_everywhere(adapter, groups, model) for task, adapter in found.items()}
 
 
 def linears_of(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -141,7 +141,8 @@ def with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) ->
     return own
 
 
-def _with_rows_everywhere(adapter: Adapter, groups: Collection[tuple[str, ...]], model: Any) -> Adapter:
+def with_rows_everywhere(adapter: Adapter, groups: Collection[tuple[str, ...]], model: Any) -> Adapter:
+    """An adapter whose rows of tokens in the embeddings are those of all that ``groups`` tie to these."""
     embeddings = model.get_input_embeddings()
     source = next((path for path in adapter.token_rows if model.get_submodule(path) is embeddings), None)
     if source is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.stored_weights import sharing
 from nsc_merge.models.fitting import renamed
-from nsc_merge.models.own_base import can_be_copied, sharing_tensors, with_weights_apart
+from nsc_merge.models.own_base import can_be_copied, sharing_tensors, with_rows_everywhere, with_weights_apart
 from nsc_merge.models.trained_in_full import base_value
 
 ADDED_TOKENS = ("refuse", "mean", "first", "base")
@@ -74,7 +74,7 @@ def with_vocabulary(
     size = max(sizes.values())
     own = _grown(model, tables, size)
     rows = {name: _new_rows(found, name, old, size, added_tokens) for name in tables}
-    own = _untied(own, found, rows)
+    own, found = _untied(own, found, rows)
     for name, values in rows.items():
         weight = own.get_parameter(name).detach()
         weight[old:] = values.to(weight)
@@ -131,9 +131,12 @@ def _new_rows(adapters: Mapping[str, Adapter], name: str, old: int, size: int, a
     return torch.stack(rows)
 
 
-def _untied(own: Any, adapters: Mapping[str, Adapter], rows: Mapping[str, Tensor]) -> Any:
+def _untied(
+    own: Any, adapters: dict[str, Adapter], rows: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Adapter]]:
     """The base with weights of their own where it ties some for which adapters have different new rows: those that
-    trained the embedding alone, whose head kept what the base had.
+    trained the embedding alone, whose head kept what the base had. Rows of tokens that were trained while the two were
+    one count for each then.
     """
     unlike = []
     for group in {tuple(names) for names in sharing(own).values() if len(names) > 1}:
@@ -141,19 +144,17 @@ def _untied(own: Any, adapters: Mapping[str, Adapter], rows: Mapping[str, Tensor
         if all(torch.equal(rows[held[0]], rows[name]) for name in held):
             continue
         unlike.append(group)
-        what = f"added_tokens: adapters have new rows of {held[0]} and {held[1]} that differ"
         if others := [name for name in group if name not in rows]:
             raise ValueError(
-                f"{what}, which the base ties to {others[0]} as well, whose rows no adapter has; expected a base "
-                "resized as theirs were (resize_token_embeddings), or added_tokens='base'"
+                f"added_tokens: adapters have new rows of {held[0]} and {held[1]} that differ, which the base ties to "
+                f"{others[0]} as well, whose rows no adapter has; expected a base resized as theirs were "
+                "(resize_token_embeddings), or added_tokens='base'"
             )
-        for task, adapter in adapters.items():
-            if tied := [path for path in adapter.token_rows if f"{path}.weight" in group]:
-                raise ValueError(
-                    f"{what}, while adapters[{task!r}] trained rows of {tied[0]} (trainable_token_indices) on a base "
-                    "that ties the two; expected adapters that have them alike, or added_tokens='base'"
-                )
-    return with_weights_apart(own, unlike) if unlike else own
+    if not unlike:
+        return own, adapters
+    return with_weights_apart(own, unlike), {
+        task: with_rows_everywhere(adapter, unlike, own) for task, adapter in adapters.items()
+    }
 
 
 def _rows(adapter: Adapter, name: str, row: int) -> Tensor | None:

@@ -150,13 +150,17 @@ def test_new_rows_that_were_trained_under_one_name_leave_the_other_as_it_was(bas
     torch.testing.assert_close(outputs(lora.double(), inputs), wanted, **EXACT)
 
 
-def test_rows_of_tied_tokens_beside_new_ones_that_differ_are_refused(tmp_path):
-    base = llama(tied=True)
+def test_rows_of_tokens_count_for_both_of_two_weights_that_new_rows_took_apart(tmp_path):
+    base, inputs = llama(tied=True), {"input_ids": torch.tensor([[3, 9, 5]])}
     with_added_tokens(base, tmp_path / "a", 66, 1, **WHOLE["the embeddings"])
-    with_added_tokens(base, tmp_path / "b", 66, 2, trainable_token_indices=[3])
+    rows = with_added_tokens(base, tmp_path / "b", 66, 2, trainable_token_indices=[3])
+    wanted = outputs(rows.double(), inputs)[..., :64]
     folders = {task: tmp_path / task for task in "ab"}
-    with pytest.raises(ValueError, match=r"that differ, while adapters\['b'\] trained rows of"):
-        nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="mean")
+    result = nsc_merge.merge(base, folders, method="task_arithmetic", added_tokens="mean")
+    assert result.model.lm_head.weight is not result.model.model.embed_tokens.weight
+    exact = copy.deepcopy(result.model).double()
+    with nsc_merge.attach(exact, result.adapters, {"a": 0.0, "b": 1.0}):
+        torch.testing.assert_close(outputs(exact, inputs)[..., :64], wanted, **EXACT)
 
 
 @pytest.mark.parametrize("name", ["T5", "BART"])
