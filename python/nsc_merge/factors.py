@@ -238,4 +238,5 @@ def _merged(
         if path in paths:
             yield whole(*next(computed))
         else:
-            yield whole(path, Factor(torch.empty(0, d_in), torch.empty(d_out, 0), 1.0))
+            A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, d_in), (d_out, 0)))
+            yield whole(path, Factor(A, B, 1.0))

@@ -126,7 +126,8 @@ class LayerWiseFactors(nn.Module):
                 self.register_buffer(f"update_{column}_{k}", delta.to(value), persistent=False)
         self.pretrained_model = pretrained_model.requires_grad_(False)
         for path, bank in banks.items():
-            linear, lam = pretrained_model.get_submodule(path), torch.zeros(len(updates), device=bank.device)
+            linear = pretrained_model.get_submodule(path)
+            lam = torch.zeros(len(updates), dtype=torch.float32, device=bank.device)
             _replace(pretrained_model, path, MergedLoRALinear(linear, bank, lam))
 
     @property
@@ -259,7 +260,8 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def _bank(weight: Tensor, found: Mapping[int, Factor | Tensor], count: int) -> AdapterBank:
-    absent = Factor(torch.empty(0, weight.shape[1]), torch.empty(weight.shape[0], 0), 1.0)
+    A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, weight.shape[1]), (weight.shape[0], 0)))
+    absent = Factor(A, B, 1.0)
     factors = [one if isinstance(one := found.get(k), Factor) else absent for k in range(count)]
     return AdapterBank.from_factors(
         [one.A for one in factors],

@@ -126,7 +126,8 @@ def as_factors(updates: Mapping[str, Factor | Tensor], base: nn.Module, task: st
         if one is None:
             weight = base.get_parameter(f"{path}.weight")
             rows, columns = _matrix(weight, base, path).shape
-            one = Factor(torch.empty(0, columns), torch.empty(rows, 0), 1.0)
+            A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, columns), (rows, 0)))
+            one = Factor(A, B, 1.0)
         factors[path] = Factor(one.A, one.B, one.scaling, biases.get(path), one.dense)
     return factors
 

@@ -43,7 +43,7 @@ class MergedModels:
         return {
             path: torch.cat(
                 [
-                    torch.full((self.result.adapters[task].factors[path].rank,), value)
+                    torch.full((self.result.adapters[task].factors[path].rank,), value, dtype=torch.float32)
                     for task, value in row.items()
                     if path in self.result.adapters[task].factors
                 ]

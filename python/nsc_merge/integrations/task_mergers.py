@@ -79,7 +79,7 @@ class TaskMerger:
         self.pretrained_model = pretrained_model
         self.param_handler = param_handler
         self.device, self.merge_config = device, merge_config
-        self.scaling_coeffs = torch.ones(len(self.finetuned_models))
+        self.scaling_coeffs = torch.ones(len(self.finetuned_models), dtype=torch.float32)
         self._kept: tuple[Plan, list[tuple[str, Factor]]] | None = None
 
     def transform(self, merge_config: Config) -> None:

@@ -199,7 +199,7 @@ def information(
 
 
 def _zeros(linear: Linear, device: torch.device) -> Tensor:
-    return torch.zeros(linear.out_features, linear.in_features, device=device)
+    return torch.zeros(linear.out_features, linear.in_features, dtype=torch.float32, device=device)
 
 
 def _labels(
@@ -208,10 +208,10 @@ def _labels(
     """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn; over the positions that are
     ``real`` if given.
     """
-    ones = torch.ones(len(output), device=output.device)
+    ones = torch.ones(len(output), dtype=torch.float32, device=output.device)
     output = output.float()
     if likelihood == "gaussian":
-        noise = torch.randn(output.shape, generator=generator).to(output)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
         # The gradient of -(y - f)^2 / 2 with y = f + noise.
         terms = output * noise if real is None else output * noise * real[..., None]
         return [(ones, terms.reshape(len(terms), -1).sum(1))]

@@ -110,7 +110,7 @@ def unify(updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     The sign is that of the mean, negative where the mean is zero; the magnitude is the largest among the updates that
     agree with it.
     """
-    signs = torch.where(added(updates) > 0, 1.0, -1.0)
+    signs = torch.where(added(updates) > 0, 1.0, -1.0).float()
     largest = torch.zeros_like(signs)
     for update in updates:
         torch.maximum(largest, update * signs, out=largest)
