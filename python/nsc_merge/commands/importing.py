@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.commands.init import check_out, write_argument
 from nsc_merge.commands.terminal import log, prepare
 from nsc_merge.utils.errors import UsageError
 
@@ -56,17 +57,16 @@ def add(commands: Any) -> None:
 
 def _import(arguments: argparse.Namespace) -> int:
     out, printed = arguments.out, str(arguments.out) == "-"
-    if not printed and out.exists() and not arguments.force:
-        raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
     if not printed and out.resolve() == arguments.config.resolve():
         raise UsageError(f"--out: {out} is the configuration itself; expected another file")
+    if not printed:
+        check_out(out, arguments.force, ())
     if printed and arguments.json:
         raise UsageError("--out: - prints the recipe alone; expected a file with --json")
     # Of adapters on the hub the headers are read.
     prepare(local=False)
     from nsc_merge.recipes.first.from_mergekit import from_mergekit
     from nsc_merge.recipes.first.imported_text import import_said, import_summary, imported_text
-    from nsc_merge.utils.atomic_file import write_text
 
     found = from_mergekit(arguments.config)
     written = imported_text(found, Path.cwd() if printed else out.resolve().parent, out.name)
@@ -75,7 +75,7 @@ def _import(arguments: argparse.Namespace) -> int:
         for note in found.notes:
             log(f"note: {note}")
         return 0
-    write_text(out, written)
+    write_argument("--out", out, written)
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
     say = import_summary(found, str(out), command) if arguments.json else import_said(found, str(out), command)
     print(json.dumps(say) if isinstance(say, dict) else say)

@@ -70,36 +70,41 @@ def _init(arguments: argparse.Namespace) -> int:
     if not arguments.adapters:
         raise UsageError("ADAPTER: expected one or more folders of adapters, found none")
     out, shown = arguments.out, str(arguments.out) == "-"
-    if not shown and out.exists() and not arguments.force:
-        raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
     if shown and (arguments.json or arguments.schema is not None):
         raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
+    if arguments.text is not None and not arguments.data:
+        raise UsageError("--text: is of raw data, but no --data is given; expected --data FILE beside it, or no --text")
     from nsc_merge.utils.option_checks import is_hub_id
 
     places = [one.partition("=")[2] or one for one in (*arguments.adapters, *arguments.data)]
     places += _named(arguments.adapters) if arguments.base is None else [arguments.base]
+    if not shown:
+        check_out(out, arguments.force, places)
+    folder = Path.cwd() if shown else out.resolve().parent
+    schema = _schema_path(arguments.schema, folder)
+    beside = out.parent / SCHEMA_FILE if arguments.schema is _BESIDE else Path(arguments.schema or "")
+    if schema is not None:
+        _check_schema(beside, out, places)
     prepare(local=not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
     from nsc_merge.recipes.first.findings import find
     from nsc_merge.recipes.first.summary import render, summary
     from nsc_merge.recipes.first.text import recipe_text
-    from nsc_merge.utils.atomic_file import write_text
 
     # No shell makes a line break of \n in quotes.
     text = None if arguments.text is None else arguments.text.replace(r"\n", "\n")
     found = find(
         arguments.adapters, arguments.base, arguments.data, arguments.method, text=text, revision=arguments.revision
     )
-    folder = Path.cwd() if shown else out.resolve().parent
-    schema = _schema_path(arguments.schema, folder)
     written = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
         print(written, end="")
         for warning in found.warnings:
             log(f"warning: {warning}")
         return 0
-    write_text(out, written)
+    # In front of the recipe, which names it.
     if schema is not None:
-        _write_schema(folder / schema)
+        _write_schema(beside)
+    write_argument("--out", out, written)
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
     print(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
     return 0
@@ -128,14 +133,85 @@ def _schema_path(asked: Any, folder: Path) -> str | None:
 
 
 def _write_schema(file: Path | None) -> int:
-    if file is not None and file.is_dir():
-        raise UsageError(f"--schema: expected a file to write, found the folder {file}; adapters stand before --schema")
+    if file is not None:
+        _check_schema(file)
     from nsc_merge.recipes.schema import schema
-    from nsc_merge.utils.atomic_file import write_text
 
     text = json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
     if file is None:
         print(text, end="")
     else:
-        write_text(file, text)
+        write_argument("--schema", file, text)
     return 0
+
+
+def check_out(out: Path, force: bool, given: Sequence[str]) -> None:
+    """Refuse a recipe in the place of what is not one, or among what it is written from.
+
+    Args:
+        out: file to write.
+        force: whether a recipe there is to be replaced.
+        given: the folders and files that the command takes; what is none is on the hub.
+
+    Raises:
+        UsageError: naming ``--out``.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out: expected a file to write, found the folder {out}; --out {out / 'recipe.yaml'} is one")
+    _refuse_among("--out", out, given)
+    if not out.exists():
+        return
+    if not force:
+        raise UsageError(f"--out: {out} is there already; --force replaces it, --out FILE writes another")
+    from nsc_merge.utils.yaml_text import read_yaml
+
+    # What reads as one has the keys that no recipe lacks. Nothing is lost with an empty file.
+    try:
+        is_recipe = out.stat().st_size == 0 or {"model", "adapters"} <= set(read_yaml(out))
+    except Exception:
+        is_recipe = False
+    if not is_recipe:
+        raise UsageError(
+            f"--out: {out} is there and reads as no recipe (keys model and adapters), which alone --force replaces; "
+            "--out FILE writes another"
+        )
+
+
+def write_argument(argument: str, file: Path, text: str) -> None:
+    """Write a file that an argument names.
+
+    Raises:
+        UsageError: naming the argument, if it cannot be written.
+    """
+    from nsc_merge.utils.atomic_file import write_text
+
+    try:
+        write_text(file, text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"{argument}: {file} cannot be written: {reason}; expected a place that can be") from None
+
+
+def _refuse_among(argument: str, file: Path, given: Sequence[str]) -> None:
+    for text in given:
+        place = Path(text).expanduser()
+        if place.exists() and file.resolve().is_relative_to(place.resolve()):
+            how = "is" if place.resolve() == file.resolve() else "lies in"
+            raise UsageError(f"{argument}: {file} {how} {text}, which the recipe is about; expected a place outside")
+
+
+def _check_schema(file: Path, out: Path | None = None, given: Sequence[str] = ()) -> None:
+    """Refuse a schema in the place of what is not one."""
+    if file.is_dir():
+        raise UsageError(f"--schema: expected a file to write, found the folder {file}; adapters stand before --schema")
+    if out is not None and file.resolve() == out.resolve():
+        raise UsageError(f"--schema: {file} is the recipe itself (--out); expected another file")
+    _refuse_among("--schema", file, given)
+    if not file.exists():
+        return
+    try:
+        is_schema = file.stat().st_size == 0 or "$schema" in json.loads(file.read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_schema = False
+    if not is_schema:
+        raise UsageError(f"--schema: {file} is there and reads as no JSON schema; expected another file")

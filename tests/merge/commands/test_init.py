@@ -360,6 +360,31 @@ def test_a_recipe_that_is_there_stays(at, capsys):
     assert Path("recipe.yaml").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "file", "message"),
+    [
+        ((*ADAPTERS, "--data", "prompts.jsonl"), "prompts.jsonl", "--out: prompts.jsonl is prompts.jsonl"),
+        (ADAPTERS, "prompts.jsonl", "--out: prompts.jsonl is there and reads as no recipe"),
+        (ADAPTERS, "base/config.json", "--out: base/config.json lies in base"),
+        (("x=adapters/one", "--base", "base"), "adapters/one/adapter_config.json", "lies in adapters/one"),
+        (("adapters/one", "--base", "base"), "adapters/two/adapter_config.json", "reads as no recipe"),
+    ],
+)
+def test_what_is_no_recipe_is_not_replaced(at, capsys, arguments, file, message):
+    at("llama")
+    before = Path(file).read_bytes()
+    assert message in refused(capsys, *arguments, "--force", "--out", file)
+    assert Path(file).read_bytes() == before
+
+
+def test_an_empty_file_and_a_recipe_are_replaced(at):
+    at("llama")
+    Path("recipe.yaml").touch()
+    assert main(["init", *ADAPTERS, "--force"]) == 0
+    assert main(["init", "adapters/one", "--base", "base", "--force"]) == 0
+    assert list(written()["adapters"]) == ["one"]
+
+
 def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
     place = at("llama")
     out = tmp_path / "far" / "recipe.yaml"
@@ -391,6 +416,18 @@ def test_paths_far_from_the_recipe_stay_absolute(at, tmp_path):
         ([*ADAPTERS, "--revision", "main"], "--revision: is of a base on the hub"),
         ([*ADAPTERS, "--out", "-", "--json"], "--out: - prints the recipe alone"),
         (["--schema", "base"], "--schema: expected a file to write, found the folder base"),
+        (["adapters/one", "--base", "base", "--schema", "adapters/two"], "adapters stand before --schema"),
+        ([*ADAPTERS, "--schema", "base/config.json"], "--schema: base/config.json lies in base"),
+        ([*ADAPTERS, "--schema", "recipe.yaml"], "--schema: recipe.yaml is the recipe itself"),
+        ([*ADAPTERS, "--schema", "prompts.jsonl"], "--schema: prompts.jsonl is there and reads as no JSON schema"),
+        ([*ADAPTERS, "--schema", "/proc/nowhere/s.json"], "--schema: /proc/nowhere/s.json cannot be written"),
+        (["--schema", "/proc/nowhere/s.json"], "--schema: /proc/nowhere/s.json cannot be written"),
+        ([*ADAPTERS, "--out", "/proc/nowhere/r.yaml"], "--out: /proc/nowhere/r.yaml cannot be written"),
+        ([*ADAPTERS, "--out", "base"], "--out: expected a file to write, found the folder base"),
+        ([*ADAPTERS, "--out", "base", "--force"], "--out: expected a file to write, found the folder base"),
+        ([*ADAPTERS, "--out", "base/recipe.yaml"], "--out: base/recipe.yaml lies in base"),
+        ([*ADAPTERS, "--out", "adapters/two/r.yaml"], "--out: adapters/two/r.yaml lies in adapters/two"),
+        ([*ADAPTERS, "--text", "nocol"], "--text: is of raw data, but no --data is given"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(at, capsys, arguments, message):
