@@ -1,7 +1,7 @@
 """The tables of reports, as they were printed when they were measured, or in Markdown.
 
     python -m nsc_kernels.bench table report.jsonl
-    python -m nsc_kernels.bench table report.jsonl --contenders concat,peft --markdown
+    python -m nsc_kernels.bench table report.jsonl --contenders fused,concat,peft --markdown
 """
 
 from __future__ import annotations

@@ -154,11 +154,11 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
             _check_matrix(name, update.dense)
             whole = factored(update.dense.detach(), tolerance)
             return replace(whole, scaling=update.scaling, bias=update.bias)
-        A, B, scaling, bias = update.A, update.B, update.scaling, update.bias
+        A, B, scaling, bias, transposed = update.A, update.B, update.scaling, update.bias, update.transposed
         if update.dense is not None:
             raise ValueError(f"{name}: expected factors or a dense delta, found both; add them up")
     elif isinstance(update, tuple | list) and len(update) == 3:
-        (A, B, scaling), bias = update, None
+        (A, B, scaling), bias, transposed = update, None, False
     else:
         found = f"{type(update).__name__} of {len(update)}" if isinstance(update, tuple | list) else f"{update!r:.60}"
         raise TypeError(
@@ -178,7 +178,8 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
     check_number(f"{name}: scaling", scaling)
     if bias is not None and not torch.isfinite(bias).all():
         raise ValueError(f"{name}: expected a finite bias, found infinity or NaN in it")
-    return Factor(A.detach(), B.detach(), float(scaling), None if bias is None else bias.detach())
+    bias = None if bias is None else bias.detach()
+    return Factor(A.detach(), B.detach(), float(scaling), bias, transposed=transposed)
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:

@@ -167,9 +167,11 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         deltas[parameter] = (value.double().cpu() - base.double()).float()
     if is_linear(module):
         linear: Linear = module
-        weight = deltas["weight"] if "weight" in deltas else torch.zeros(linear.out_features, linear.in_features)
+        shape = torch.Size((linear.out_features, linear.in_features))
     else:
-        weight = deltas["weight"] if "weight" in deltas else torch.zeros(module.get_parameter("weight").shape)
+        shape = module.get_parameter("weight").shape
+    weight = deltas["weight"] if "weight" in deltas else torch.zeros(shape, dtype=torch.float32)
+    if not is_linear(module):
         # Of a convolution, the kernel belongs to the inputs of an output.
         weight = weight[:, None] if weight.dim() == 1 else weight.flatten(1)
     no_rank = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
@@ -199,7 +201,7 @@ def update_of_rows(task: str, path: str, rows: TokenRows, model: nn.Module) -> F
         )
     chosen = torch.tensor(rows.indices)
     change = (rows.values.double().cpu() - base[chosen].double()).float()
-    picks = torch.zeros(base.shape[0], len(chosen))
+    picks = torch.zeros(base.shape[0], len(chosen), dtype=torch.float32)
     picks[chosen, torch.arange(len(chosen))] = 1.0
     return Factor(change, picks, 1.0)
 

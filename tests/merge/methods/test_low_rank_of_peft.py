@@ -133,5 +133,8 @@ def test_pefts_own_merges_of_embeddings(kind, method, options, density, weights)
     result = nsc_merge.merge(clean, adapters, method=method, weights=weights, **options)
     expected = nsc_merge.load_adapter(peft_model, "m")
     assert "model.embed_tokens" in result.paths
+    by_factors = {name: adapter.factors for name, adapter in adapters.items()}
+    without_a_model = dict(nsc_merge.merge_factors(by_factors, method, weights=weights, **options))
     for path, update in expected.factors.items():
         assert relative(result.delta(path), update.delta()) < 1e-5
+        assert relative(without_a_model[path].delta(), update.delta()) < 1e-5

@@ -109,8 +109,8 @@ def stacks_of_updates(updates: Mapping[str, Factor], model: nn.Module) -> dict[s
 def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:
     matrix = held[0][0]
     rank, experts = max(factor.rank for _, factor in held), 1 if matrix.number is None else len(matrix.weight)
-    A = torch.zeros(experts, rank, matrix.in_features)
-    B = torch.zeros(matrix.out_features, rank, experts)
+    A = torch.zeros(experts, rank, matrix.in_features, dtype=torch.float32)
+    B = torch.zeros(matrix.out_features, rank, experts, dtype=torch.float32)
     for one, factor in held:
         A[one.number or 0, : factor.rank] = factor.A
         B[:, : factor.rank, one.number or 0] = factor.B

@@ -51,7 +51,7 @@ def write_uniform(
     held = load_adapter(folder, folder.name).factors
     factors = {}
     for path, (rows, columns) in shapes.items():
-        A, B = torch.zeros(rank, columns), torch.zeros(rows, rank)
+        A, B = (torch.zeros(shape, dtype=torch.float32) for shape in ((rank, columns), (rows, rank)))
         if path in held:
             one = held[path]
             A[: one.rank] = one.A.float()
