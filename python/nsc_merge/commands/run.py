@@ -143,9 +143,11 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
         return 0
     try:
         summary = run(recipe, resume=arguments.resume, log=tell)
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, OSError) as error:
         state = state_file(recipe)
-        ended = isinstance(error, KeyboardInterrupt) or group.size > 1
+        # A run that another one keeps from starting has no state of its own.
+        ended = isinstance(error, (KeyboardInterrupt, OSError)) and not isinstance(error, BlockingIOError)
+        ended = ended or (isinstance(error, RuntimeError) and group.size > 1)
         if ended and method_of(recipe.method).resumable and state.is_file():
             again = shlex.join(["nsc-merge", "run", str(arguments.recipe), *arguments.overrides, "--resume"])
             tell(f"the state is in {state}; go on with: {again}" + _by_the_launcher(group))

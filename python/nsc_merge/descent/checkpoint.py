@@ -103,9 +103,11 @@ class State:
                 name, saved, value = _first_difference(name, saved, value)
                 # Sources have the names that whoever gave them knows.
                 name = name.removeprefix("sources.")
+                written = " (the file was written to since)" if name.endswith(".mtime_ns") else ""
                 raise ValueError(
                     f"resume_from: {os.fspath(path)} was saved with {name}={_short(saved)}, and this is "
-                    f"{name}={_short(value)}"
+                    f"{name}={_short(value)}{written}; expected the same settings and files: take those, or remove "
+                    "the state to start anew"
                 )
         wrong = _wrong_history(document, problem)
         if wrong is not None:

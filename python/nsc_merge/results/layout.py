@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 FORMATS = ("coefficients", "lora", "model")
@@ -86,6 +87,33 @@ def marked(name: str) -> str:
     """``<what is simple in it>+<digest>``; no simple name has a ``+``."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:40]}+{digest}"
+
+
+def refuse_inputs(inputs: Mapping[str, Path], folders: Iterable[Path]) -> None:
+    """Refuse to write into a folder that something was merged of: what is there would be replaced by what follows from
+    it.
+
+    Args:
+        inputs: what each is called -> its folder.
+        folders: that files will be written to.
+    """
+    resolved = {folder.resolve(): folder for folder in folders}
+    for name, place in inputs.items():
+        folder = resolved.get(place.resolve())
+        if folder is not None:
+            raise ValueError(
+                f"out: {folder} is the folder of {name}, whose files would be replaced; expected a folder that nothing "
+                "was merged of"
+            )
+
+
+def refuse_mixture(out: Path, places: Iterable[str], formats: Sequence[str], *, nested: bool) -> None:
+    """transformers adds an adapter that lies beside a model's weights to them: it would count twice."""
+    for folder, name in ((out / place / (name if nested else ""), name) for place in places for name in formats):
+        if name == "model" and os.path.lexists(folder / "adapter_config.json"):
+            raise ValueError(f"out: {folder} holds an adapter (adapter_config.json); expected a folder without one")
+        if name == "lora" and os.path.lexists(folder / "config.json"):
+            raise ValueError(f"out: {folder} holds a model (config.json); expected a folder without one")
 
 
 def found_as(folder: Path, name: str, ending: str = "") -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from torch import nn
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank, total_gain
+from nsc_merge.adapters.hub import source_of
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
@@ -39,6 +40,8 @@ from nsc_merge.results.layout import (
     RECORD,
     TRUNCATION_FILE,
     is_ours,
+    refuse_inputs,
+    refuse_mixture,
     task_folders,
 )
 from nsc_merge.results.merged_model import write_model
@@ -102,6 +105,9 @@ def save(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {out}")
     nested = not isinstance(format, str)
+    places = list(task_folders(result.tasks).values()) if result.per_task else [""]
+    folders = [out, *(out / place / (name if nested else "") for place in places for name in wanted)]
+    refuse_inputs(_inputs(result), folders)
     digest = merge_digest(result)
     gone: set[str] = set()
 
@@ -110,8 +116,8 @@ def save(
 
     with _disk_errors(out), replacing_folder(out, obsolete) as staging:
         # Nobody else writes there from here on, and what somebody just wrote counts.
-        _refuse_mixture(result, out, wanted, nested=nested)
-        earlier, files = _earlier(out)
+        refuse_mixture(out, places, wanted, nested=nested)
+        earlier, files = earlier_merge(out)
         kept = files if earlier == digest else set()
         gone |= files - kept
         errors: dict[str, float] = {}
@@ -134,8 +140,8 @@ def save(
         card = model_card(result, shown, staging, rank, errors, nested=nested, heads=heads, head=head)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
         written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
-        places = {Path(path) for path in written}
-        left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), places)}
+        paths = {Path(path) for path in written}
+        left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), paths)}
         named = {"labels": {task: list(names) for task, names in labels.items()}} if labels else {}
         told = replace(result, inputs={**result.inputs, **named})
         document = recipe_of(told, digest, sorted(written | left))
@@ -143,18 +149,33 @@ def save(
     return sorted(written)
 
 
+def _inputs(result: MergedUpdate) -> dict[str, Path]:
+    """The folders that a merge was made of, by what they are called."""
+    base = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
+    sources = {"the base": base, **{f"adapters[{task!r}]": source_of(one) for task, one in result.adapters.items()}}
+    found = {name: Path(place) for name, place in sources.items() if isinstance(place, str) and place}
+    return {name: place for name, place in found.items() if place.is_dir()}
+
+
 @contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
-    """What safetensors says of a full disk, as the error that everyone else says it with."""
+    """What safetensors says of a full disk, as the error that everyone else says it with, and where it is full."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"out: {out} cannot be written: {error}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"out: {out} cannot be written: {error.strerror}; expected room for it in {out.resolve().parent}: make "
+            "some, or save elsewhere"
+        ) from None
 
 
-def _earlier(out: Path) -> tuple[str | None, set[str]]:
+def earlier_merge(out: Path) -> tuple[str | None, set[str]]:
     """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
     import yaml
 
@@ -203,16 +224,6 @@ def _refuse_full_rank(result: MergedUpdate) -> None:
                     f"rank: the update of method {result.method!r} is of full rank, so that no small adapter holds it "
                     "exactly: expected a rank to truncate to, or format 'model'; found format 'lora' without a rank"
                 )
-
-
-def _refuse_mixture(result: MergedUpdate, out: Path, formats: Sequence[str], *, nested: bool) -> None:
-    """transformers adds an adapter that lies beside a model's weights to them: it would count twice."""
-    places = task_folders(result.tasks).values() if result.per_task else [""]
-    for folder, name in ((out / place / (name if nested else ""), name) for place in places for name in formats):
-        if name == "model" and os.path.lexists(folder / CONFIG_FILE):
-            raise ValueError(f"out: {folder} holds an adapter ({CONFIG_FILE}); expected a folder without one")
-        if name == "lora" and os.path.lexists(folder / "config.json"):
-            raise ValueError(f"out: {folder} holds a model (config.json); expected a folder without one")
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,8 @@ def test_a_run_of_something_else_is_not_resumed(unfinished, capsys, kind):
     overrides, named = change_of(place, kind)
     line, _ = refusal(capsys, "run", "recipe.yaml", *overrides, "--resume", status=1)
     assert f"was saved with {named}" in line
+    assert "take those, or remove the state to start anew" in line
+    assert ("the file was written to since" in line) == (kind == "base")
     assert state.read_bytes() == content
     assert not (place / "merged").exists()
 
@@ -289,12 +292,20 @@ def test_the_package_runs_as_a_module_and_tells_its_version():
     assert done.stdout.split()[1][0].isdigit()
 
 
-def test_a_closed_output_is_no_error():
+@pytest.mark.parametrize("arguments", [["methods"], ["--version"]])
+def test_a_closed_output_is_no_error(arguments):
     read, write = os.pipe()
     os.close(read)
-    done = module("methods", stdout=write, stderr=subprocess.PIPE)
+    done = module(*arguments, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("arguments", ["methods", "--version"])
+def test_no_output_at_all_is_no_error(arguments):
+    command = shlex.join([sys.executable, "-m", "nsc_merge", arguments])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_overrides_are_not_required(capsys):

@@ -1,0 +1,66 @@
+"""A merge is not saved over what it was made of; a full disk is named with its place."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from cli_cases import contents, make_place
+from zoo import build
+
+import nsc_merge
+from nsc_merge.commands.main import main
+from nsc_merge.utils.atomic_file import write_text
+
+SHORT = ["run", "recipe.yaml", "method=task_arithmetic", "options=", "output.formats=coefficients"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return make_place(build("llama-cls"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "named"), [("model", "base", "the base"), ("lora", "adapters/nli", "adapters['nli']")]
+)
+def test_an_export_over_an_input_is_refused(place, capsys, format, out, named):
+    assert main(SHORT) == 0
+    before = contents(place)
+    (place / "link").symlink_to(place / out)
+    capsys.readouterr()
+    for folder in (out, "link"):
+        assert main(["export", "merged", "--format", format, "--out", folder]) != 0
+        assert f"is the folder of {named}, whose files would be replaced" in capsys.readouterr().err
+    (place / "link").unlink()
+    assert contents(place) == before
+
+
+def test_a_format_of_several_is_not_saved_over_an_input(place):
+    (place / "out").mkdir()
+    (place / "adapters" / "nli").rename(place / "out" / "lora")
+    before = contents(place)
+    adapters = {"nli": place / "out" / "lora", "topic": place / "adapters" / "topic"}
+    result = nsc_merge.merge(build("llama-cls"), adapters, method="task_arithmetic")
+    with pytest.raises(ValueError, match=r"out: .*lora is the folder of adapters\['nli'\]"):
+        result.save(place / "out", ["lora"])
+    assert contents(place) == before
+    # What lies beside it is nobody's input.
+    result.save(place / "out", ["model"])
+
+
+def test_a_full_disk_is_named_with_its_place(place, monkeypatch):
+    adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
+    result = nsc_merge.merge(build("llama-cls"), adapters, method="task_arithmetic")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nsc_merge.results.saving.write_heads", full)
+        with pytest.raises(OSError, match=r"out: .*full cannot be written: No space left on device; expected room"):
+            result.save(place / "full", "lora")
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match=r"some\.json cannot be written: No space left on device; expected room"):
+        write_text(place / "some.json", "{}")
