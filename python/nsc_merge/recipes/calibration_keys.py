@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,28 @@ def source_in(key: str, value: Any, data: Mapping[str, Any], *, trust_remote_cod
     if local and given.get("revision") is not None:
         raise RecipeError(f"{key}.revision: is of a dataset on the hub, but {source} is a path; expected none")
     return CalibrationSource(source, local, settings, tuple(given))
+
+
+def refuse_without_effect(overrides: Sequence[str], document: Mapping[str, Any]) -> None:
+    """Refuse overrides of ``data`` that no task would notice, as where a saved merge's recipe has every key of each.
+
+    Args:
+        overrides: ``"key.sub=value"``.
+        document: what they have made of a recipe.
+
+    Raises:
+        RecipeError: naming the key, and the one to change.
+    """
+    given = [value if isinstance(value, dict) else {} for _, value in by_task(document, "calibration")]
+    for override in overrides:
+        parts = override.partition("=")[0].split(".")
+        if len(parts) != 2 or parts[0] != "data" or not given:
+            continue
+        if all(parts[1] in own for own in given):
+            raise RecipeError(
+                f"{'.'.join(parts)}: has no effect, since every task sets {parts[1]} itself; expected "
+                f"calibration.TASK.{parts[1]}=... for each (tasks: {', '.join(document['calibration'])})"
+            )
 
 
 def check_there(key: str, source: CalibrationSource) -> None:

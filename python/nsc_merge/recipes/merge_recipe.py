@@ -21,6 +21,7 @@ from nsc_merge.recipes.calibration_keys import (
     absolute_data,
     absolute_source,
     calibration_in,
+    refuse_without_effect,
 )
 from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, Placed, placement_keys
 from nsc_merge.recipes.yaml_keys import (
@@ -154,6 +155,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read_document(Path(path), overrides, _absolute, _SHORT)
     own = read_document(Path(path), (), _absolute, _SHORT)
+    refuse_without_effect(overrides, document)
     options = own.get("options")
     same = document.get("method", Recipe.method) == own.get("method", Recipe.method)
     if same or not isinstance(options, dict):

@@ -63,7 +63,7 @@ def data(place, task="nli"):
     return nsc_merge.calibration_data(source, str(place / "base"), batch_size=2, text=text, samples=4, seed=5)
 
 
-def test_a_merge_on_raw_data_is_that_of_the_same_batches_and_leads_to_itself(place, tmp_path, monkeypatch):
+def test_a_merge_on_raw_data_is_that_of_the_same_batches_and_leads_to_itself(place, tmp_path, monkeypatch, capsys):
     out = tmp_path / "merged"
     assert main(["run", str(place / "recipe.yaml"), f"output.dir={out}"]) == 0
     batches = {task: data(place, task) for task in ("nli", "topic")}
@@ -88,6 +88,12 @@ def test_a_merge_on_raw_data_is_that_of_the_same_batches_and_leads_to_itself(pla
     assert main(["run", "merged/recipe.yaml", "output.dir=again"]) == 0
     assert coefficients(tmp_path / "again") == coefficients(out)
     assert document(tmp_path / "again")["calibration"] == written["calibration"]
+    # Its keys are each task's own.
+    capsys.readouterr()
+    assert main(["run", "merged/recipe.yaml", "output.dir=shorter", "data.max_length=3"]) == 2
+    said = "data.max_length: has no effect, since every task sets max_length itself; expected calibration.TASK.max_len"
+    assert said in capsys.readouterr().err
+    assert main(["run", "merged/recipe.yaml", "--dry-run", "--json", "calibration.nli.max_length=3"]) == 0
     # Exported, it is still of these samples.
     nsc_merge.load_result(out).save(tmp_path / "copy", "coefficients")
     assert document(tmp_path / "copy")["record"]["sha256"] == written["record"]["sha256"]
