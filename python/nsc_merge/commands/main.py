@@ -43,11 +43,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    # Idle OpenMP threads spin by default, which makes steps several times slower when other programs want the
-    # cores. Read when torch is imported, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def _flush() -> None:
+    # It may have been closed before Python began.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes a list of positionals in one place only; overrides may stand among the options.
@@ -55,9 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    # Idle OpenMP threads spin by default, which makes steps several times slower when other programs want the
+    # cores. Read when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = False
     try:
+        try:
+            arguments = _parsed(argv)
+        except SystemExit:
+            # Parsing prints the version and help: that a reader has left is to show here, not at the end of Python.
+            _flush()
+            raise
+        debug = arguments.debug
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        _flush()
         return status
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is left of it must not be written at the end, either.
@@ -67,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("nsc-merge: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if arguments.debug:
+        if debug:
             raise
         what = str(error)
         if isinstance(error, UnicodeEncodeError):
@@ -76,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nsc-merge: error: {' '.join(what.split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
     except Exception as error:
-        if arguments.debug:
+        if debug:
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"nsc-merge: unexpected error: {what} (--debug shows where)", file=sys.stderr)
