@@ -121,3 +121,36 @@ def test_what_lies_beside_the_weights_is_checked_before_anything_is_loaded(folde
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter"):
         load(folder)
+
+
+def sharded(folder):
+    build("vit").save_pretrained(folder, max_shard_size="40KB")
+    (folder / FILE).unlink()
+    index = folder / f"{FILE}.index.json"
+    return index, json.loads(index.read_text())
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
+    def refused(error, message):
+        with pytest.raises(error, match=message) as found:
+            load_model(str(folder), local=True, placement=Placement(device="cpu", numbers=numbers))
+        assert "\n" not in str(found.value)
+
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", hidden_size=2 * config["hidden_size"])
+    refused(ValueError, r"model: .* tensors of another shape .*classifier\.weight: expected \[2, 64\], found \[2, 32\]")
+    edit(folder / "config.json", hidden_size=config["hidden_size"])
+    index, fields = sharded(folder)
+    index.write_text(json.dumps({"weight_map": fields["weight_map"]}))
+    refused(ValueError, r'model: .*index\.json lacks "metadata", .*add "metadata": \{\}')
+    edit(index, metadata={})
+    load(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    refused(FileNotFoundError, r"model: .*base lacks 1 of 3 files that .* names: model-00002-of-00003\.safetensors")
+    index.unlink()
+    refused(FileNotFoundError, r"model: .*base holds no weights: expected model\.safetensors")
+    torch.save(build("vit").state_dict(), folder / "pytorch_model.bin")
+    refused(FileNotFoundError, r"model: .*base holds its weights in pytorch_model\.bin, which is pickled")
+    (folder / FILE).write_bytes(b"short")
+    refused(ValueError, r"^model: .*model\.safetensors")

@@ -129,8 +129,11 @@ def _check_folder(folder: Path) -> None:
         for shard in set(shards.values()) if file.name.endswith(".index.json") and isinstance(shards, dict) else ():
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
-    for file in sorted(folder.glob("*.safetensors")):
-        check_safetensors(file)
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            check_safetensors(file)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
 
 
 def _class_of(name: str, config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -113,10 +114,17 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     """transformers' ``from_pretrained`` with nothing missing.
 
     Raises:
-        ValueError: naming a tensor that the files lack.
+        ValueError: naming a tensor that the files lack, or have in another shape than the configuration says.
+        OSError: if there are no such files.
     """
     known = {**architecture.settings, "use_safetensors": True, "output_loading_info": True, **settings}
-    model, info = architecture.kind.from_pretrained(architecture.name, **known)
+    try:
+        model, info = architecture.kind.from_pretrained(architecture.name, **known)
+    except (KeyError, OSError, RuntimeError) as error:
+        problem = _other_shapes(architecture, known, error) or _lacking(architecture)
+        if problem is None:
+            raise
+        raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(problem) from None
     missing = sorted(info["missing_keys"])
     if missing and all(key.startswith("pooler.") for key in missing):
         model, info = architecture.kind.from_pretrained(architecture.name, add_pooling_layer=False, **known)
@@ -124,6 +132,46 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     if missing:
         raise ValueError(f"model: {architecture.name} lacks {len(missing)} tensors, for example {missing[0]}")
     return model.eval()
+
+
+def _other_shapes(architecture: Architecture, known: Mapping[str, Any], error: Exception) -> str | None:
+    """What transformers says in a report alone, which commands do not show."""
+    if "ignore_mismatched_sizes" not in str(error):
+        return None
+    _, info = architecture.kind.from_pretrained(architecture.name, **known, ignore_mismatched_sizes=True)
+    name, found, expected = min(info["mismatched_keys"])
+    return (
+        f"model: {architecture.name} has {len(info['mismatched_keys'])} tensors of another shape than its config.json "
+        f"says, for example {name}: expected {list(expected)}, found {list(found)}; take weights and config.json of "
+        "one model"
+    )
+
+
+def _lacking(architecture: Architecture) -> str | None:
+    """What a folder lacks of the files of weights, if anything."""
+    folder = Path(architecture.name)
+    index = folder / "model.safetensors.index.json"
+    if not architecture.local or (folder / "model.safetensors").exists():
+        return None
+    if index.is_file():
+        fields = json.loads(index.read_bytes())
+        if "metadata" not in fields:
+            return f'model: {index} lacks "metadata", which transformers reads; add "metadata": {{}} to it'
+        named = fields.get("weight_map")
+        shards = sorted(set(named.values())) if isinstance(named, dict) else []
+        gone = [shard for shard in shards if not (folder / shard).exists()]
+        if not gone:
+            return None
+        count = f"{len(gone)} of {len(shards)} files"
+        return f"model: {folder} lacks {count} that {index.name} names: {', '.join(gone):.200}; fetch them, too"
+    pickled = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    if not pickled:
+        return f"model: {folder} holds no weights: expected model.safetensors, or its shards and {index.name}"
+    return (
+        f"model: {folder} holds its weights in {pickled[0]}, which is pickled: loading it can run code; expected "
+        "model.safetensors. If you trust it: python -c 'import transformers as t; m = "
+        f'"{folder}"; t.{architecture.kind.__name__}.from_pretrained(m, use_safetensors=False).save_pretrained(m)\''
+    )
 
 
 def _on_device(architecture: Architecture, placement: Placement, device: torch.device) -> nn.Module:
