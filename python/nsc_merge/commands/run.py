@@ -131,7 +131,8 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
     """This process's part; the first of a group speaks for all."""
     from nsc_merge.methods import method_of
     from nsc_merge.recipes.dry_run import plan, render_plan
-    from nsc_merge.recipes.run import run, state_file
+    from nsc_merge.recipes.preflight import state_file
+    from nsc_merge.recipes.run import run
 
     if not group.is_main:
         logging.getLogger("nsc_merge").setLevel(logging.ERROR)

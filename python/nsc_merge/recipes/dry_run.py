@@ -20,8 +20,8 @@ from nsc_merge.models.merged.matrices import Matrix
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.inputs import read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
-from nsc_merge.recipes.preflight import check, options_at_fault
-from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on, state_file
+from nsc_merge.recipes.preflight import check, options_at_fault, state_file
+from nsc_merge.recipes.run import Log, load, merge_loaded, remarks_on
 from nsc_merge.utils.memory import peak_bytes, reset_peak, size_said
 
 # The first step warms caches up and finds out which coefficients are dead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,20 @@ from nsc_merge.models.bases.placement import device_of
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.placement_keys import Placed
+from nsc_merge.results.layout import (
+    CARD_FILE,
+    COEFFICIENTS_FILE,
+    HEADS_FOLDER,
+    HISTORY_FILE,
+    RECIPE_FILE,
+    refuse_mixture,
+)
+from nsc_merge.results.saving import earlier_merge
+from nsc_merge.utils.atomic_folder import check_replaceable
 from nsc_merge.utils.json_text import from_json
+
+# One file of each format, which is written in any case.
+_FIRST = {"lora": "adapter_config.json", "model": "config.json"}
 
 
 def check(recipe: Recipe, *, resume: bool) -> None:
@@ -51,7 +65,7 @@ def check(recipe: Recipe, *, resume: bool) -> None:
             f"output.formats: a model of plain numbers takes a plain base, found one quantised as {stored_as}; "
             "expected output.dequantize: true, or format lora"
         )
-    _check_place(recipe.out)
+    _check_place(recipe, method)
     if recipe.push_to_hub is not None:
         check_push("output.push_to_hub")
 
@@ -104,15 +118,79 @@ def _check_formats(recipe: Recipe, method: Method) -> None:
         )
 
 
-def _check_place(out: Path) -> None:
-    """Refuse an output folder whose parent cannot be made or written to."""
-    # The results come together beside the folder.
-    parent = next(folder for folder in out.resolve().parents if folder.exists())
+def state_file(recipe: Recipe) -> Path:
+    """Where an interrupted run keeps its state: beside the output folder, which stays untouched until the end."""
+    return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
+
+
+def _check_place(recipe: Recipe, method: Method) -> None:
+    """Refuse an output folder that cannot be written in the end, or whose writing would replace what is not a merge's:
+    inputs, and a recipe or a page of the user's own.
+    """
     try:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}."):
+        out = recipe.out.resolve()
+        if out.name:
+            # Says so if the name is too long for a file.
+            state_file(recipe).is_file()
+    except (OSError, RuntimeError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(
+            f"output.dir: expected a folder that can be made, found {str(recipe.out)!r:.80}: {said}"
+        ) from None
+    written = _written(recipe, method)
+    formats = [name for name in recipe.formats if name != "coefficients"]
+    try:
+        check_replaceable(out, written)
+        refuse_mixture(out, [""], formats, nested=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"output.dir{str(error).removeprefix('out')}") from None
+    # The results come together beside the folder.
+    parent = next(folder for folder in out.parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name[:40]}."):
             pass
     except OSError as error:
         raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
+    merge, earlier = earlier_merge(out)
+    # What an earlier merge left goes, whether this one writes the same files or not.
+    changed = {out / path for path in {*written, *map(Path, earlier)}} | {out / name for name in formats}
+    changed |= {state_file(recipe).resolve(), out / HEADS_FOLDER}
+    for name, place in _inputs(recipe):
+        if any(place.is_relative_to(path) or path.is_relative_to(place) for path in changed):
+            raise RecipeError(
+                f"output.dir: {name} is {place}, in the way of what is written to {out}, which would replace it; "
+                "expected a folder beside all inputs"
+            )
+    left = merge is not None and any((out / path).is_file() for path in earlier - {RECIPE_FILE, CARD_FILE})
+    for name in (RECIPE_FILE, CARD_FILE):
+        if os.path.lexists(out / name) and not (left and name in earlier):
+            raise RecipeError(
+                f"output.dir: {out / name} is there and no earlier merge's, and would be replaced; expected a folder "
+                "without it: choose another, or move the file"
+            )
+
+
+def _written(recipe: Recipe, method: Method) -> set[Path]:
+    """Files that are written whatever the merge finds, by their paths within the output folder."""
+    names = {CARD_FILE, RECIPE_FILE}
+    if method.gives_with(recipe.options) == "coefficients":
+        names.add(COEFFICIENTS_FILE)
+    if "steps" in method.option_names:
+        names.add(HISTORY_FILE)
+    names |= {f"{name}/{_FIRST[name]}" for name in recipe.formats if name in _FIRST}
+    return {Path(name) for name in names}
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The files and folders that a recipe reads, by key."""
+    if recipe.local:
+        yield "model", Path(recipe.model).resolve()
+    for task, place in recipe.adapters.items():
+        if isinstance(place, Path):
+            yield f"adapters.{task}", place.resolve()
+    for task, source in recipe.calibration.items():
+        if source.local:
+            yield f"calibration.{task}", Path(source.source).resolve()
 
 
 def check_placement(placed: Placed, folder: str | None) -> str | None:

@@ -6,6 +6,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.inputs import Inputs, read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
-from nsc_merge.recipes.preflight import check, options_at_fault
+from nsc_merge.recipes.preflight import check, options_at_fault, state_file
 from nsc_merge.results.beside.heads import heads_of, with_head
 from nsc_merge.results.beside.next_commands import next_commands
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
@@ -34,14 +35,10 @@ from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
+from nsc_merge.utils.atomic_folder import only_run
 from nsc_merge.utils.provenance import Digest, modified, quick, whole
 
 Log = Callable[[str], None]
-
-
-def state_file(recipe: Recipe) -> Path:
-    """Where an interrupted run keeps its state: beside the output folder, which stays untouched until the end."""
-    return recipe.out.with_name(f"{recipe.out.name}.state.safetensors")
 
 
 def shares_work(recipe: Recipe) -> bool:
@@ -59,13 +56,25 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
     Raises:
         RecipeError: if the recipe is at fault, if there is a state and no ``resume``, or if the method has no state to
             resume from.
+        BlockingIOError: if another run into the same folder is at work, with the state of which this one's would mix.
         TypeError, ValueError, RuntimeError, OSError: if what the recipe names is.
     """
-    started = time.perf_counter()
-    state, group = state_file(recipe), current()
-    options: dict[str, Any] = {}
+    started, group = time.perf_counter(), current()
     with group.agreeing():
         check(recipe, resume=resume)
+    with ExitStack() as held:
+        with group.agreeing():
+            if group.is_main and method_of(recipe.method).resumable:
+                try:
+                    held.enter_context(only_run(recipe.out))
+                except OSError as error:
+                    raise type(error)(f"output.dir{str(error).removeprefix('out')}") from None
+        return _run(recipe, started, resume=resume, log=log)
+
+
+def _run(recipe: Recipe, started: float, *, resume: bool, log: Log) -> dict[str, Any] | None:
+    state, group = state_file(recipe), current()
+    options: dict[str, Any] = {}
     unfinished = group.share([state.is_file()])
     if len(set(unfinished)) > 1:
         raise OSError(f"output.dir: expected a folder that all processes see, found {state} in some of them only")

@@ -32,11 +32,8 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
     Raises:
         OSError: if someone else is writing ``out``, or if it cannot be replaced, which is then as it was.
     """
+    check_replaceable(out)
     out = out.resolve()
-    if os.path.ismount(out):
-        raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
-    if out.exists() and not os.access(out, os.W_OK | os.X_OK):
-        raise PermissionError(f"out: {out} is read-only; expected a folder that can be written to")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _only_writer(out) as work:
         staging = work / "new"
@@ -63,6 +60,26 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
         _move(staging, out, late)
 
 
+def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
+    """Refuse what :func:`replacing_folder` would: a folder that cannot be replaced, or has folders where files are to
+    be ``written``, by their paths within, or files where folders are.
+
+    Raises:
+        OSError: naming the place.
+    """
+    out, written = out.resolve(), set(written)
+    if os.path.ismount(out):
+        raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
+    if out.exists() and not os.access(out, os.W_OK | os.X_OK):
+        raise PermissionError(f"out: {out} is read-only; expected a folder that can be written to")
+    folders = {parent for path in written for parent in path.parents[:-1]}
+    _refuse_clash(out, [path for path in folders if _is_no_folder(out / path)], written)
+
+
+def _is_no_folder(path: Path) -> bool:
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
+
+
 def files_in(folder: Path) -> list[Path]:
     """Everything in a folder that is no folder, by its path within."""
     return sorted(
@@ -75,22 +92,51 @@ def files_in(folder: Path) -> list[Path]:
 @contextmanager
 def _only_writer(out: Path) -> Iterator[Path]:
     """An empty folder beside ``out`` to work in, for one process at a time; what a dead one left there goes."""
+    work = _beside(out, "unfinished")
+    busy = f"out: another writer is at work on {out}; expected one at a time: save again when it is done"
+    with _holding(_beside(out, "lock"), out, busy):
+        try:
+            _recover(work, out)
+            work.mkdir(0o700)
+            yield work
+        finally:
+            _remove(work)
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Keep every other process that asks for the same from working towards ``out``, until the block ends or the
+    process does.
+
+    Raises:
+        BlockingIOError: if another one is at work.
+        OSError: if that cannot be told there.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"out: another run into {out} is at work; expected one at a time: wait for its end, or choose another folder"
+    with _holding(_beside(out, "run.lock"), out, busy):
+        yield
+
+
+def _beside(out: Path, ending: str) -> Path:
     name = out.name if len(os.fsencode(out.name)) < 200 else hashlib.sha256(os.fsencode(out.name)).hexdigest()
-    work, lock = (out.with_name(f".{name}.{ending}") for ending in ("unfinished", "lock"))
-    handle = _locked(lock, out)
+    return out.with_name(f".{name}.{ending}")
+
+
+@contextmanager
+def _holding(lock: Path, out: Path, busy: str) -> Iterator[None]:
+    handle = _locked(lock, out, busy)
     try:
-        _recover(work, out)
-        work.mkdir(0o700)
-        yield work
+        yield
     finally:
-        _remove(work)
         # While it is still ours: whoever opened it meanwhile finds it gone, and makes another.
         lock.unlink(missing_ok=True)
         fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
-def _locked(lock: Path, out: Path) -> int:
+def _locked(lock: Path, out: Path, busy: str) -> int:
     """An open file that this process alone has locked, until it closes it or ends."""
     while True:
         try:
@@ -105,9 +151,7 @@ def _locked(lock: Path, out: Path) -> int:
             os.close(handle)
         except BlockingIOError:
             os.close(handle)
-            raise BlockingIOError(
-                f"out: another writer is at work on {out}; expected one at a time: save again when it is done"
-            ) from None
+            raise BlockingIOError(busy) from None
         except OSError as error:
             os.close(handle)
             raise OSError(
