@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -74,6 +75,7 @@ def run_demo(
     Raises:
         ValueError: for unknown or too few tasks, and for ``steps`` or a ``seed`` that are no such numbers.
         NotADirectoryError: if ``out`` is, or lies in, a file.
+        OSError: if ``out`` cannot be written to.
         FileNotFoundError: if ``assets`` is incomplete.
     """
     unknown = [name for name in tasks if name not in TASKS]
@@ -84,6 +86,12 @@ def run_demo(
     there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {there}")
+    try:
+        # Before the work, and with a file in it: a folder that is there may be read-only.
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise type(error)(f"out: {out} cannot be written to: {error.strerror}; expected a place that can be") from None
     started = time.perf_counter()
     bundle = ev.load_bundle(assets or shipped_assets(), tasks)
     parameters = sum(parameter.numel() for parameter in bundle.backbone.parameters())

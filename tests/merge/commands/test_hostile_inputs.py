@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cli_cases import contents, make_place
 from loop_cases import adapters_for, llama, text_batches
@@ -120,6 +122,8 @@ def test_the_demo_does_nothing_in_vain(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="out: expected a folder, found the file .*file$"):
         run_demo(tmp_path / "file" / "deep" / "out", log=said.append)
+    with pytest.raises(OSError, match="out: /proc/nowhere/out cannot be written to: No such file"):
+        run_demo(Path("/proc/nowhere/out"), log=said.append)
     for bad in ({"steps": 0}, {"steps": 2.5}, {"seed": -1}, {"seed": True}, {"seed": 2**70}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected a whole number"):
             run_demo(tmp_path / "out", **bad, log=said.append)
