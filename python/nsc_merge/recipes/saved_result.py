@@ -18,6 +18,7 @@ from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
+from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.results.beside.record import digests_in
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
@@ -100,7 +101,13 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
     folder = Path(folder)
     document, history = read_document(folder)
     # A merge that was saved from Python has no output of its own; JSON's quotes are YAML's.
-    recipe = load_recipe(folder / RECIPE_FILE, [f"output.dir={json.dumps(str(folder))}"])
+    try:
+        recipe = load_recipe(folder / RECIPE_FILE, [f"output.dir={json.dumps(str(folder))}"])
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error} (so it stands in {folder / RECIPE_FILE}: where base, adapters or data were moved, change their "
+            "paths there)"
+        ) from None
     written = from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     if document["method"] != recipe.method:
         raise ValueError(

@@ -282,6 +282,17 @@ def test_bytes_that_the_locale_does_not_know_are_read_as_utf8(place):
         load_recipe(place / "recipe.yaml", ["output.dir=\udcff"])
 
 
+def test_a_merge_whose_base_was_moved_says_where_its_path_stands(place, capsys):
+    assert main(["run", str(place / "recipe.yaml"), "options.steps=1"]) == 0
+    (place / "base").rename(place / "elsewhere")
+    out = load_recipe(place / "recipe.yaml", [f"model={place / 'elsewhere'}"]).out
+    capsys.readouterr()
+    assert main(["export", str(out), "--format", "lora", "--out", "copy"]) != 0
+    said = capsys.readouterr().err
+    assert "model: expected a folder or a hub id" in said
+    assert f"(so it stands in {out / 'recipe.yaml'}: where base, adapters or data were moved, change" in said
+
+
 def module(*arguments, **settings):
     return subprocess.run([sys.executable, "-m", "nsc_merge", *arguments], timeout=120, **settings)
 
