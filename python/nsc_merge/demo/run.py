@@ -86,14 +86,14 @@ def run_demo(
     there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {there}")
+    started = time.perf_counter()
+    bundle = ev.load_bundle(assets or shipped_assets(), tasks)
     try:
         # Before the work, and with a file in it: a folder that is there may be read-only.
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise type(error)(f"out: {out} cannot be written to: {error.strerror}; expected a place that can be") from None
-    started = time.perf_counter()
-    bundle = ev.load_bundle(assets or shipped_assets(), tasks)
     parameters = sum(parameter.numel() for parameter in bundle.backbone.parameters())
     log(f"base: ViT, {parameters / 1e6:.2f} M parameters; {len(tasks)} adapters: {', '.join(tasks)}")
     validation = ev.scene_sets(bundle.tasks, "val", ev.VALIDATION_SCENES)
