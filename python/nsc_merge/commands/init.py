@@ -195,6 +195,9 @@ def write_argument(argument: str, file: Path, text: str) -> None:
 def _refuse_among(argument: str, file: Path, given: Sequence[str]) -> None:
     for text in given:
         place = Path(text).expanduser()
+        # Whoever works in the folder of a base or of data wants the recipe there.
+        if place.is_dir() and place.resolve() == Path.cwd():
+            continue
         if place.exists() and file.resolve().is_relative_to(place.resolve()):
             how = "is" if place.resolve() == file.resolve() else "lies in"
             raise UsageError(f"{argument}: {file} {how} {text}, which the recipe is about; expected a place outside")

@@ -156,7 +156,9 @@ def _check_place(recipe: Recipe, method: Method) -> None:
     changed = {out / path for path in {*written, *map(Path, earlier)}} | {out / name for name in formats}
     changed |= {state_file(recipe).resolve(), out / HEADS_FOLDER}
     for name, place in _inputs(recipe):
-        if any(place.is_relative_to(path) or path.is_relative_to(place) for path in changed):
+        # In the folder of a base or an adapter there is room for another; one of data would be read with the results.
+        room = place in out.parents and not name.startswith("calibration.")
+        if any(place.is_relative_to(path) or (not room and path.is_relative_to(place)) for path in changed):
             raise RecipeError(
                 f"output.dir: {name} is {place}, in the way of what is written to {out}, which would replace it; "
                 "expected a folder beside all inputs"

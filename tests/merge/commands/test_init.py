@@ -377,6 +377,13 @@ def test_what_is_no_recipe_is_not_replaced(at, capsys, arguments, file, message)
     assert Path(file).read_bytes() == before
 
 
+def test_a_recipe_stands_in_the_folder_of_the_base_that_one_works_in(at, monkeypatch):
+    place = at("llama")
+    monkeypatch.chdir("base")
+    assert main(["init", "../adapters/one", "../adapters/two", "--base", "."]) == 0
+    assert load_recipe(place / "base" / "recipe.yaml").model == str(place / "base")
+
+
 def test_an_empty_file_and_a_recipe_are_replaced(at):
     at("llama")
     Path("recipe.yaml").touch()

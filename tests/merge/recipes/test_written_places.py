@@ -58,6 +58,7 @@ def test_inputs_in_the_folder_are_refused_only_where_files_come(place, capsys):
     shutil.copytree(place / "base", project / "plain")
     command = ["run", "recipe.yaml", *SHORT, "output.dir=project/out", "model=project/plain"]
     assert main(command) == 0
+    assert main(["run", "recipe.yaml", *SHORT, "output.dir=project/plain/out", "model=project/plain"]) == 0
     shutil.rmtree(project / "model")
     shutil.rmtree(project / "lora")
     assert main(["run", "recipe.yaml", *SHORT, "output.dir=project", "model=project/plain"]) == 0
