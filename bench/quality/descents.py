@@ -8,7 +8,7 @@ bound, and with coefficients that modules share.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,15 @@ class _Steered:
 
     def measure(self, drawn: Sequence[Batch]) -> Tensor:
         return self._objective.measure(drawn)
+
+    def remembered(self) -> dict[str, Tensor]:
+        return self._objective.remembered()
+
+    def replay(self, drawn: Sequence[Batch]) -> None:
+        self._objective.replay(drawn)
+
+    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+        self._objective.recall(tensors)
 
 
 def descended_nsc(
