@@ -239,5 +239,4 @@ def _merged(
         if path in paths:
             yield whole(*next(computed))
         else:
-            A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, d_in), (d_out, 0)))
-            yield whole(path, Factor(A, B, 1.0))
+            yield whole(path, Factor.empty(d_out, d_in))

@@ -41,6 +41,11 @@ class Factor:
     gain: Tensor | None = None
     transposed: bool = False
 
+    @classmethod
+    def empty(cls, d_out: int, d_in: int) -> Factor:
+        """An update that changes nothing, of rank 0; float32, whatever torch's default dtype is."""
+        return cls(torch.empty(0, d_in, dtype=torch.float32), torch.empty(d_out, 0, dtype=torch.float32), 1.0)
+
     @property
     def rank(self) -> int:
         return self.A.shape[0]

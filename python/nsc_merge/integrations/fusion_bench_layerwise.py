@@ -260,8 +260,7 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def _bank(weight: Tensor, found: Mapping[int, Factor | Tensor], count: int) -> AdapterBank:
-    A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, weight.shape[1]), (weight.shape[0], 0)))
-    absent = Factor(A, B, 1.0)
+    absent = Factor.empty(weight.shape[0], weight.shape[1])
     factors = [one if isinstance(one := found.get(k), Factor) else absent for k in range(count)]
     return AdapterBank.from_factors(
         [one.A for one in factors],

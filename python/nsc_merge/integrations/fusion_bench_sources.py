@@ -125,9 +125,7 @@ def as_factors(updates: Mapping[str, Factor | Tensor], base: nn.Module, task: st
         one = weights.get(path)
         if one is None:
             weight = base.get_parameter(f"{path}.weight")
-            rows, columns = _matrix(weight, base, path).shape
-            A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, columns), (rows, 0)))
-            one = Factor(A, B, 1.0)
+            one = Factor.empty(*_matrix(weight, base, path).shape)
         factors[path] = Factor(one.A, one.B, one.scaling, biases.get(path), one.dense)
     return factors
 

@@ -107,8 +107,7 @@ def low_rank_part(problem: Problem) -> tuple[dict[str, Linear], dict[str, Adapte
 
 def empty(linear: Linear) -> Factor:
     """The update of a linear that changes nothing, of rank 0."""
-    A, B = (torch.empty(*shape, dtype=torch.float32) for shape in ((0, linear.in_features), (linear.out_features, 0)))
-    return Factor(A, B, 1.0)
+    return Factor.empty(linear.out_features, linear.in_features)
 
 
 def present(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:

@@ -235,8 +235,7 @@ def _merged_linear(
     offset: Tensor | None,
     empty: dict[tuple[Any, ...], AdapterBank],
 ) -> MeasuredLoRALinear | MergedWhole | MergedMatrix:
-    A, B = (torch.empty(s, dtype=torch.float32) for s in ((0, linear.in_features), (linear.out_features, 0)))
-    absent = Factor(A, B, 1.0)
+    absent = Factor.empty(linear.out_features, linear.in_features)
     factors = [adapter.factors.get(path, absent) for adapter in adapters.values()]
     whole = isinstance(linear, Site)
     # The bank is of what linears compute with: an embedding looks rows up, and thousands of experts share an empty one.

@@ -14,6 +14,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import nsc_merge
 
 
+def with_two_adapters(model, modules):
+    """A copy with random adapters a and b, whose scalings are 1.5 and 0.5."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=modules)
+    peft_model = get_peft_model(copy.deepcopy(model), config, adapter_name="a")
+    peft_model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=modules))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    return peft_model
+
+
 def test_the_registry_rounds_once_at_the_end(model, folders):
     """Task arithmetic by way of SVD and of Core Space, through ``merge``, to the precision of float32."""
     expected = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.7)
@@ -51,14 +64,7 @@ def test_unequal_ranks_are_refused_where_factors_are_added(model, folders, metho
 @pytest.mark.parametrize("weights", [{"a": 0.5, "b": 1.5}, {"a": -0.5, "b": 2.0}])
 @pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
 def test_pefts_own_merges(model, kind, weights):
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
-    peft_model = get_peft_model(copy.deepcopy(model), config, adapter_name="a")
-    peft_model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in peft_model.named_parameters():
-            if "lora_" in name:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    peft_model = with_two_adapters(model, ["q_proj", "v_proj"])
     extra = {"svd_rank": 3} if kind == "svd" else {}
     peft_model.add_weighted_adapter(list(weights), list(weights.values()), "m", combination_type=kind, **extra)
     adapters = {name: nsc_merge.load_adapter(peft_model, name) for name in weights}
@@ -119,14 +125,7 @@ def test_bad_options_are_named(model, folders, method, options, message):
 def test_pefts_own_merges_of_embeddings(kind, method, options, density, weights):
     """The sign of a weight goes into PEFT's first factor, which is the other one of an embedding."""
     clean = zoo.build("llama")
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens"])
-    peft_model = get_peft_model(copy.deepcopy(clean), config, adapter_name="a")
-    peft_model.add_adapter("b", LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "embed_tokens"]))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in peft_model.named_parameters():
-            if "lora_" in name:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    peft_model = with_two_adapters(clean, ["q_proj", "embed_tokens"])
     given = (list(weights), list(weights.values()), "m")
     peft_model.add_weighted_adapter(*given, combination_type=kind, density=density)
     adapters = {name: nsc_merge.load_adapter(peft_model, name) for name in weights}
