@@ -27,9 +27,11 @@ OPTIONS_OF_RUN = ("state_to", "state_of", "resume_from")
 PASSING_OPTIONS = ("progress", *OPTIONS_OF_RUN, "state_every", "scored")
 
 
-_FILE = r"""(?x:
+# What transformers and diffusers call a model's files of weights, and the index of several.
+_WEIGHTS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_FILE = rf"""(?x:
     adapter_config\.json | adapter_model\.safetensors | truncation\.json
-    | config\.json | model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
+    | config\.json | {_WEIGHTS}
     | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
 )"""
 # What transformers' tokenizers, processors and generation read from a model's folder, of this release and of earlier
@@ -52,6 +54,11 @@ _OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?({_FILE}|{_PREPROCESSING})|
 def is_preprocessing(path: str) -> bool:
     """Whether a file of a model's folder is of its tokenizer, processor or generation, by its path within."""
     return re.fullmatch(_PREPROCESSING, path) is not None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a model's folder is of its weights, or their index, by its name."""
+    return re.fullmatch(_WEIGHTS, name) is not None
 
 
 def is_ours(path: str) -> bool:

@@ -70,7 +70,7 @@ def write_model(
             raise ValueError(
                 f"{name}: expected a whole tensor, found a DTensor; gather the model first, or use format 'lora'"
             )
-    if _is_of_diffusers(model):
+    if is_of_diffusers(model):
         model.save_config(folder)
         size = _SHARD_SIZE if max_shard_size is None else max_shard_size
         _write(_divided(model, _planned(result, {name: name for name in state}), size, folder, _DIFFUSERS), folder)
@@ -94,7 +94,7 @@ def write_model(
     _write(files, folder)
 
 
-def _is_of_diffusers(model: nn.Module) -> bool:
+def is_of_diffusers(model: nn.Module) -> bool:
     """Told by the names of its classes: diffusers may not be installed."""
     return any(f"{one.__module__}.".startswith("diffusers.") for one in type(model).__mro__)
 

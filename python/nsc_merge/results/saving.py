@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +39,7 @@ from nsc_merge.results.layout import (
     RECORD,
     TRUNCATION_FILE,
     is_ours,
+    is_weights,
     refuse_inputs,
     refuse_mixture,
     task_folders,
@@ -49,8 +49,6 @@ from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.yaml_text import read_yaml, to_yaml
-
-_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def save(
@@ -329,4 +327,4 @@ def _is_outdated(path: Path, written: set[Path]) -> bool:
     """
     if path.name == TRUNCATION_FILE:
         return path not in written and path.with_name(CONFIG_FILE) in written
-    return _SHARD.fullmatch(path.name) is not None and path.with_name("config.json") in written
+    return is_weights(path.name) and path.with_name("config.json") in written

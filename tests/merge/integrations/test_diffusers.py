@@ -12,6 +12,7 @@ import nsc_merge
 from nsc_merge.adapters import outline_of
 from nsc_merge.adapters.formats.diffusers_file import FILE
 from nsc_merge.integrations.peft import merge
+from nsc_merge.results.hub import pushed_files
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -76,6 +77,25 @@ def test_models_of_diffusers_are_merged_saved_and_loaded_again(tmp_path, make):
     again = nsc_merge.merge(make(), {"m": tmp_path / "lora"}, method="task_arithmetic", scale=1.0)
     # The factors are written in float32.
     torch.testing.assert_close(output(again.apply(again.model)), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_merge_saved_over_another_is_the_one_that_is_loaded_and_pushed(tmp_path):
+    both = adapted(unet, "a", "b")
+    first, second = (nsc_merge.merge(unet(), {"a": both, "b": both}, method="task_arithmetic", scale=scale)
+                     for scale in (0.5, 0.1))  # fmt: skip
+    first.save(tmp_path, "model", max_shard_size=10_000)
+    shards = {file.name for file in tmp_path.iterdir()}
+    assert set(pushed_files(tmp_path, "owner/name")) == shards
+    # diffusers reads the shards of an index rather than the file beside it.
+    second.save(tmp_path, "model")
+    whole = {file.name for file in tmp_path.iterdir()}
+    assert whole == {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "recipe.yaml"}
+    assert set(pushed_files(tmp_path, "owner/name")) == whole
+    read = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    torch.testing.assert_close(output(read), output(second.apply(unet())), rtol=1e-10, atol=1e-10)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: diffusers\n" in card
+    assert "tokenizer" not in card
 
 
 def test_adapters_in_a_model_are_merged_beside_each_other():

@@ -16,6 +16,7 @@ from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of,
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
+from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.yaml_text import to_yaml
@@ -94,7 +95,7 @@ def _metadata(
     return {
         **({"base_model": known if len(known) > 1 else known[0]} if known else {}),
         **({"base_model_relation": "merge" if whole else "adapter"} if known else {}),
-        "library_name": "transformers" if whole else "peft",
+        "library_name": ("diffusers" if is_of_diffusers(result.model) else "transformers") if whole else "peft",
         **({"pipeline_tag": tag} if tag else {}),
         **_license(set(licenses.values())),
         "tags": ["merge", "lora"],

@@ -18,6 +18,7 @@ from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
+from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
@@ -51,7 +52,11 @@ def write_preprocessing(result: MergedUpdate, folder: Path) -> list[str]:
 
 
 def preprocessing_notes(result: MergedUpdate) -> list[str]:
-    """What a person should know of the tokenizer and processor beside a merge, one line each."""
+    """What a person should know of the tokenizer and processor beside a merge, one line each; nothing of a model of
+    diffusers, whose pipeline has them.
+    """
+    if is_of_diffusers(result.model):
+        return []
     found = _files(result)
     if not found.keys() - {_GENERATION}:
         return [_absence(result.model)]
