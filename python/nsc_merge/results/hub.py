@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-from nsc_merge.results.layout import CARD_FILE, COEFFICIENTS_FILE, RECIPE_FILE, RECORD, is_ours
+from nsc_merge.results.layout import CARD_FILE, COEFFICIENTS_FILE, RECIPE_FILE, RECORD, recorded
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.yaml_text import read_yaml, to_yaml
 
@@ -139,8 +139,7 @@ def _written(folder: Path) -> list[str]:
     import yaml
 
     try:
-        files = read_yaml(folder / RECIPE_FILE)[RECORD]["files"]
-        named = [path for path in files if isinstance(path, str) and is_ours(path)]
+        named = recorded(folder, read_yaml(folder / RECIPE_FILE)[RECORD])
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         raise ValueError(
             f"push_to_hub: {folder} holds no merge ({RECIPE_FILE} with a record of its files): expected a folder that "
@@ -148,7 +147,7 @@ def _written(folder: Path) -> list[str]:
         ) from None
     inside = folder.resolve()
     # A link that somebody put in the place of a file would give away what it leads to.
-    return [path for path in named if (inside / path).is_file() and (inside / path).resolve() == inside / path]
+    return [path for path in sorted(named) if (inside / path).is_file() and (inside / path).resolve() == inside / path]
 
 
 def _names(recipe: Any) -> dict[str, str]:
@@ -190,6 +189,9 @@ def _rewriting(
 def _recipe(recipe: Any, places: Mapping[str, str]) -> str:
     shown = _named(copy.deepcopy(recipe), lambda _: True)
     shown[RECORD]["files"] = sorted(places.values())
+    if "code" in shown[RECORD]:
+        code = shown[RECORD]["code"].items()
+        shown[RECORD]["code"] = {places[path]: digest for path, digest in code if path in places}
     return to_yaml(shown)
 
 

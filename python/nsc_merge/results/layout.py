@@ -9,6 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from nsc_merge.utils.provenance import sha256
 
 FORMATS = ("coefficients", "lora", "model")
 # What a finished merge keeps of its circumstances; ignored when the file is run again.
@@ -48,7 +51,9 @@ PREPROCESSING = (
     *("word_shape.json", "word_pronunciation.json"),
 )
 _PREPROCESSING = "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in PREPROCESSING)
-_OURS = re.compile(rf"(tasks/[^/]+/)?((lora|model)/)?({_FILE}|{_PREPROCESSING})|heads/[^/]+\.(safetensors|json)")
+_MODEL = "(tasks/[^/]+/)?((lora|model)/)?"
+_OURS = re.compile(rf"{_MODEL}({_FILE}|{_PREPROCESSING})|heads/[^/]+\.(safetensors|json)")
+_CODE = re.compile(rf"{_MODEL}[\w-][\w.-]*\.py")
 
 
 def is_preprocessing(path: str) -> bool:
@@ -66,6 +71,21 @@ def is_ours(path: str) -> bool:
     was written there, is nobody's word: what it names beside these is a user's own.
     """
     return _OURS.fullmatch(path) is not None
+
+
+def code_in(folder: Path, written: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files of code among those ``written``, as a record keeps them."""
+    return {path: sha256(folder / path) for path in sorted(written) if _CODE.fullmatch(path)}
+
+
+def recorded(folder: Path, record: Mapping[str, Any]) -> set[str]:
+    """Of the files that a record names, those that a save wrote: by their names, and code by its SHA-256, too, as it
+    may be called anything.
+    """
+    named, code = {path for path in record["files"] if isinstance(path, str)}, record.get("code")
+    known = code if isinstance(code, dict) else {}
+    there = code_in(folder, (path for path in named & known.keys() if (folder / path).is_file()))
+    return {path for path in named if is_ours(path) or (path in there and there[path] == known[path])}
 
 
 # What every file system takes for a name and can be told apart there, case aside: no dot in front or at the end, no

@@ -38,8 +38,9 @@ from nsc_merge.results.layout import (
     RECIPE_FILE,
     RECORD,
     TRUNCATION_FILE,
-    is_ours,
+    code_in,
     is_weights,
+    recorded,
     refuse_inputs,
     refuse_mixture,
     task_folders,
@@ -142,7 +143,8 @@ def save(
         left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), paths)}
         named = {"labels": {task: list(names) for task, names in labels.items()}} if labels else {}
         told = replace(result, inputs={**result.inputs, **named})
-        document = recipe_of(told, digest, sorted(written | left))
+        code = {**code_in(out, left), **code_in(staging, written - {RECIPE_FILE})}
+        document = recipe_of(told, digest, sorted(written | left), code)
         (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
     return sorted(written)
 
@@ -180,8 +182,7 @@ def earlier_merge(out: Path) -> tuple[str | None, set[str]]:
     try:
         record = read_yaml(out / RECIPE_FILE)[RECORD]
         # The pictures may have been drawn later.
-        files = {*record["files"], COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
-        return record["merge"], {path for path in files if isinstance(path, str) and is_ours(path)}
+        return record["merge"], {*recorded(out, record), COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
         return None, set()
 

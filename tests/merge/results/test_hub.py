@@ -246,6 +246,35 @@ def test_offline_is_told(saved, hub, monkeypatch):
     assert hub.asked == []
 
 
+def test_code_that_came_with_the_base_goes_up_with_what_needs_it(tmp_path):
+    base = served_cases.write_base("llama", tmp_path / "base")
+    fields = json.loads((base / "tokenizer_config.json").read_text())
+    fields["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps(fields))
+    (base / "tokenization_own.py").write_text("mark = 1")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama")
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic", scale=0.5)
+    result.inputs["trust_remote_code"] = True
+    out = result.save(tmp_path / "out", ["model"])
+    # Of the same merge, what an earlier save wrote still counts.
+    result.save(out, ["lora"])
+    (out / "model" / "mine.py").write_text("mine")
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe["record"]["files"] += ["model/mine.py", "../base/tokenization_own.py"]
+    recipe["record"]["code"]["model/mine.py"] = "0" * 64
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    files = pushed_files(out, REPO)
+    assert files["tokenization_own.py"].read_text() == files["lora/tokenization_own.py"].read_text() == "mark = 1"
+    assert {file for file in files if file.endswith(".py")} == {"tokenization_own.py", "lora/tokenization_own.py"}
+    told = yaml.safe_load(files["recipe.yaml"])["record"]
+    assert set(told["files"]) == set(files)
+    assert set(told["code"]) == {"tokenization_own.py", "lora/tokenization_own.py"}
+    # Another merge leaves none of it behind, and all that is a user's own.
+    other = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic", scale=0.1)
+    other.save(out, ["model"])
+    assert {file.name for file in out.rglob("*.py")} == {"mine.py"}
+
+
 def test_a_link_in_the_place_of_a_file_is_not_followed(saved, hub, tmp_path):
     (tmp_path / "victim").write_text("private")
     (saved / "heads" / "two.json").unlink()

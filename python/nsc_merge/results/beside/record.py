@@ -17,7 +17,7 @@ from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.provenance import Digest, digests, quick, versions
 
 
-def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[str, Any]:
+def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str], code: Mapping[str, str]) -> dict[str, Any]:
     """The recipe that leads to ``result``, with a record of versions and of the inputs: ``sha256`` is of the bytes that
     were read when they were read. Of a base's weights it holds, unless SHA-256 was asked for or is known,
     ``headers``: SHA-256 of each file's header, and its size, which stay the same where only numbers change.
@@ -29,6 +29,7 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
     Args:
         digest: :func:`merge_digest` of the result.
         files: that were written beside it, for whoever writes another merge to their place.
+        code: SHA-256 of those among them that are code which came with the base.
     """
     name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
     model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
@@ -46,6 +47,8 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str]) -> dict[s
         "calibration": told.get("sha256", {}).get("calibration", {}),
     }
     record: dict[str, Any] = {"versions": versions(), "sha256": hashed, "merge": digest, "files": list(files)}
+    if code:
+        record["code"] = dict(code)
     if headers:
         record["headers"] = {"model": headers}
     if commit or fetched:
