@@ -44,6 +44,21 @@ def test_mean_iou_by_hand():
     assert metrics.mean_iou(outputs, ignored) == 1.0
 
 
+def test_a_prediction_that_is_no_number_is_wrong():
+    """argmax takes NaN for the highest: a broken model would have the share of the first class."""
+    broken, labels = torch.full((1, 4, 3), math.nan), torch.tensor([[0, 0, 1, 0]])
+    for name in ("accuracy", "miou", "exact_match"):
+        assert METRICS[name].measure(broken, labels) == 0
+        assert METRICS[name].quality(broken, labels).tolist() == [0]
+    # One logit is enough, of whichever class.
+    outputs = logits([[0, 0, 1, 0]], 3)
+    outputs[0, 0, 2] = math.nan
+    assert metrics.accuracy(outputs, labels) == 3 / 4
+    # Class 0: 2 of 3 pixels, the third is missed; class 1 in full; class 2 is not predicted.
+    assert metrics.mean_iou(outputs, labels) == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics.exact_match(outputs, labels) == 0
+
+
 def test_errors_by_hand():
     outputs, labels = torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([[2.0, 2.0], [2.0, math.nan]])
     assert metrics.rmse(outputs, labels) == pytest.approx(math.sqrt(10 / 3))

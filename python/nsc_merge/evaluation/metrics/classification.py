@@ -10,7 +10,7 @@ from nsc_merge.evaluation.metrics.labels import IGNORE, compared
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Share of known labels that are predicted: torchmetrics' micro average.
+    """Share of known labels that are predicted: torchmetrics' micro average. Where some logit is NaN, nothing is.
 
     Args:
         outputs: logits ``[N, ..., C]``.
@@ -19,14 +19,8 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     Raises:
         TypeError, ValueError: for other dtypes, shapes or labels, or if no label is known.
     """
-    from torchmetrics.functional.classification import multiclass_accuracy
-
-    predicted, classes = _predicted(outputs, labels), outputs.shape[-1]
-    # What torchmetrics would check is checked.
-    share = multiclass_accuracy(
-        predicted, labels, classes, average="micro", ignore_index=IGNORE, validate_args=False
-    )
-    return share.item()
+    right, known = hits(outputs, labels)
+    return right.sum().item() / known.sum().item()
 
 
 def accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -39,12 +33,10 @@ def mean_iou(outputs: Tensor, labels: Tensor) -> float:
     """Mean over classes of intersection over union, pixels of all samples together: torchmetrics' macro average of the
     Jaccard index, which leaves out classes that neither occur nor are predicted.
 
-    Arguments and errors as in :func:`accuracy`.
+    Arguments and errors as in :func:`accuracy`; a pixel of which some logit is NaN is missed.
     """
-    from torchmetrics.functional.classification import multiclass_jaccard_index
-
-    predicted, classes = _predicted(outputs, labels), outputs.shape[-1]
-    return multiclass_jaccard_index(predicted, labels, classes, ignore_index=IGNORE, validate_args=False).item()
+    _check_classes(outputs, labels)
+    return _iou(_confusion(outputs.flatten(0, -2)[None], labels.flatten()[None])).item()
 
 
 def mean_iou_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -75,26 +67,28 @@ def _check_classes(outputs: Tensor, labels: Tensor) -> None:
         )
 
 
-def _predicted(outputs: Tensor, labels: Tensor) -> Tensor:
-    hits(outputs, labels)
-    return outputs.argmax(-1)
-
-
 def hits(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where known labels are predicted, and where labels are known; errors as in :func:`accuracy`."""
     _check_classes(outputs, labels)
-    return compared(outputs.argmax(-1), labels)
+    return compared(_predicted(outputs), labels)
+
+
+def _predicted(outputs: Tensor) -> Tensor:
+    """The class of the highest logit; C, which no label is, where some logit is NaN, as argmax takes that for it."""
+    return outputs.argmax(-1).masked_fill(outputs.isnan().any(-1), outputs.shape[-1])
 
 
 def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:
-    """``[N, C, C]``: pixels by true and predicted class."""
+    """``[N, C, C + 1]``: pixels by true and predicted class, and of the latter none."""
     _, known = hits(outputs, labels)
     classes = outputs.shape[-1]
-    cells = (labels.clamp(min=0) * classes + outputs.argmax(-1)).reshape(len(labels), -1)
-    counts = torch.zeros(len(labels), classes * classes, dtype=torch.float64, device=labels.device)
-    return counts.scatter_add_(1, cells, known.reshape(len(labels), -1).double()).view(-1, classes, classes)
+    cells = (labels.long().clamp(min=0) * (classes + 1) + _predicted(outputs)).reshape(len(labels), -1)
+    counts = torch.zeros(len(labels), classes * (classes + 1), dtype=torch.float64, device=labels.device)
+    counts.scatter_add_(1, cells, known.reshape(len(labels), -1).double())
+    return counts.view(-1, classes, classes + 1)
 
 
 def _iou(confusion: Tensor) -> Tensor:
     both = confusion.diagonal(dim1=1, dim2=2)
-    either = confusion.sum(1) + confusion.sum(2) - both
+    either = confusion.sum(1)[:, :-1] + confusion.sum(2) - both
     return torch.where(either > 0, both / either, torch.nan).nanmean(1)
