@@ -35,20 +35,22 @@ def about_adapter(result: MergedUpdate, whole: Collection[str]) -> dict[str, Any
 
 
 def _base(result: MergedUpdate) -> tuple[str | None, str | None]:
-    """What to load the adapter on, and its revision on the hub: what all adapters say where that can be loaded, or else
-    what they were merged on. A folder is named by its full path.
+    """What to load the adapter on, and its revision on the hub: what it was merged on, by its full path if that is a
+    folder. A hub id that all adapters say stands for a folder, which others do not have, and for a model in memory.
     """
     told = {adapter.base_model for adapter in result.adapters.values()}
     revisions = {adapter.about.base_revision for adapter in result.adapters.values()}
+    agreed = told.pop() if len(told) == 1 else None
     config: Any = getattr(result.model, "config", None)
     merged_on = str(getattr(config, "_name_or_path", "") or "")
-    for name in (*(told if len(told) == 1 else ()), merged_on):
+    is_named = is_hub_id(agreed or "", Path.cwd()) and not is_hub_id(merged_on, Path.cwd())
+    for name in (agreed, merged_on) if is_named else (merged_on, agreed):
         if name and Path(name).is_dir():
             return str(Path(name).resolve()), None
         if name and is_hub_id(name, Path.cwd()):
-            agreed = revisions.pop() if name in told and len(revisions) == 1 else None
-            return name, agreed or (getattr(config, "_commit_hash", None) if name == merged_on else None)
-    return (told.pop() if len(told) == 1 else None), None
+            commit = getattr(config, "_commit_hash", None) if name == merged_on else None
+            return name, commit or (revisions.pop() if name == agreed and len(revisions) == 1 else None)
+    return agreed, None
 
 
 def _task_type(result: MergedUpdate, whole: Collection[str]) -> str | None:

@@ -257,10 +257,10 @@ def test_the_task_type_of_a_classifier_needs_its_head(tmp_path, with_head):
         (["owner/name", "owner/other"], ["v1", "v1"], ("merged on", None)),
         (["no such folder", "no such folder"], [None, None], ("merged on", None)),
         ([None, None], [None, None], ("merged on", None)),
-        (["elsewhere", "elsewhere"], ["v1", "v1"], ("elsewhere", None)),
+        (["elsewhere", "elsewhere"], ["v1", "v1"], ("merged on", None)),
     ],
 )
-def test_the_base_is_what_the_adapters_agree_on_if_that_can_be_loaded(
+def test_the_base_is_what_was_merged_on_or_the_hub_id_that_the_adapters_agree_on(
     llama, tmp_path, monkeypatch, told, revisions, expected
 ):
     base, adapters = llama
@@ -275,6 +275,34 @@ def test_the_base_is_what_the_adapters_agree_on_if_that_can_be_loaded(
     folders = {"merged on": str(base.resolve()), "elsewhere": str(tmp_path / "elsewhere")}
     assert said["base_model_name_or_path"] == folders.get(expected[0], expected[0])
     assert said["revision"] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "merged_on", "expected"),
+    [
+        ("owner/other", ("owner/name", COMMIT), ("owner/name", COMMIT)),
+        ("owner/name", ("owner/name", COMMIT), ("owner/name", COMMIT)),
+        ("owner/name", ("owner/name", None), ("owner/name", "v1")),
+        ("elsewhere", ("owner/name", COMMIT), ("owner/name", COMMIT)),
+        ("elsewhere", ("", None), ("elsewhere", None)),
+        ("owner/name", ("", None), ("owner/name", "v1")),
+        ("no such folder", ("", None), ("no such folder", None)),
+    ],
+)
+def test_a_base_of_the_hub_is_the_one_that_was_merged_on(llama, tmp_path, monkeypatch, told, merged_on, expected):
+    base, adapters = llama
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = served_cases.load(base)
+    model.config._name_or_path, model.config._commit_hash = merged_on
+    result = merge(model, adapters)
+    held = {
+        task: replace(adapter, base_model=told, about=replace(adapter.about, base_revision="v1"))
+        for task, adapter in result.adapters.items()
+    }
+    said = about_adapter(replace(result, adapters=held), [])
+    wanted = str(tmp_path / "elsewhere") if expected[0] == "elsewhere" else expected[0]
+    assert (said["base_model_name_or_path"], said["revision"]) == (wanted, expected[1])
 
 
 def test_a_revision_is_read_and_written(llama, tmp_path):
