@@ -40,6 +40,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.models.bases.loading import load_model
     from nsc_merge.models.fitting import fit
     from nsc_merge.models.own_base import linears_of, own_base
+    from nsc_merge.utils.json_text import finite_or_none
 
     called = [Path(place).name for place in arguments.adapters]
     if len(set(called)) != len(called):
@@ -66,5 +67,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
         adapters = {name: replace(one, factors=updates_of(one)) for name, one in adapters.items()}
     document["adapters"] = {name: adapter_overlap.describe(adapter) for name, adapter in adapters.items()}
     document["overlaps"] = adapter_overlap.overlaps(adapters)
-    print(json.dumps(document) if arguments.json else adapter_overlap.render(document))
+    print(json.dumps(finite_or_none(document)) if arguments.json else adapter_overlap.render(document))
     return 0

@@ -24,7 +24,7 @@ from nsc_merge.results.beside.plots import draw as draw_merge
 from nsc_merge.results.layout import file_names
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
-from nsc_merge.utils.json_text import from_json, plain, without_nan
+from nsc_merge.utils.json_text import finite_or_none, from_json, plain
 from nsc_merge.utils.progress import Progress
 from nsc_merge.utils.provenance import versions
 
@@ -87,15 +87,15 @@ def run(
                 del record["fingerprint"]
                 records.append(record)
                 bar.update(row=row.name, average=f"{record['average']:.2f} %")
-    document = _document(recipe, records)
+    # JSON has no NaN and no infinity; what is not defined, or out of range, is null there.
+    document = finite_or_none(_document(recipe, records))
     write(document, recipe.out, plots=recipe.plots)
     return document, list(dict.fromkeys(failed))
 
 
 def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
     """Tables, and pictures if wanted."""
-    # JSON has no NaN; what is not defined is null there.
-    text = json.dumps(without_nan(document), indent=1, allow_nan=False)
+    text = json.dumps(document, indent=1, allow_nan=False)
     write_text(out / RESULTS_FILE, text + "\n")
     write_text(out / TABLE_FILE, as_markdown(document))
     write_text(out / CSV_FILE, as_csv(document))

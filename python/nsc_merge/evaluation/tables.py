@@ -77,9 +77,9 @@ def as_csv(document: Mapping[str, Any]) -> str:
                         task,
                         document["tasks"][task]["metric"],
                         value,
-                        "" if percent is None or math.isnan(percent) else percent,
-                        "" if loss is None else loss,
-                        "" if error is None else error,
+                        percent,
+                        loss,
+                        error,
                     )
                 )
     return text.getvalue()
@@ -132,7 +132,7 @@ def _metrics(document: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "-"
     spread = over_seeds(known)
@@ -148,7 +148,7 @@ def _best(document: Mapping[str, Any]) -> set[tuple[str, int]]:
         means = {}
         for row in rows:
             values = [run["average"] if task is None else run["normalised"][task] for run in row["runs"]]
-            if values and all(value is not None and not math.isnan(value) for value in values):
+            if values and None not in values:
                 means[_named(row)] = over_seeds(values).mean
         if means:
             found.add((max(means, key=lambda name: means[name]), column))

@@ -96,10 +96,10 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def without_nan(value: Any) -> Any:
-    """``value`` with None in place of NaN, which JSON does not know."""
+def finite_or_none(value: Any) -> Any:
+    """``value`` with None in place of NaN and infinities, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

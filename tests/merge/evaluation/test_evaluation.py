@@ -375,6 +375,35 @@ def test_a_row_that_fails_costs_no_other(place, capsys):
     assert list(found) == ["zero_shot", "finetuned", "task_arithmetic"]
 
 
+def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsys):
+    """A fine-tuned score of 0 has no percentage, and the squares of large errors have no float32."""
+    suite = RecipeSuite(load_eval_recipe(place / "eval.yaml").at(0))
+    finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
+    file = place / "data" / "nli-test.safetensors"
+    wrong = (predict(suite, finetuned, "test")["nli"][0].argmax(-1) + 1) % 3
+    save_file({**load_file(file), "labels": wrong}, file)
+    file = place / "data" / "topic-test.safetensors"
+    save_file({**load_file(file), "labels": torch.full((12,), 1e25)}, file)
+    save_file({"weight": torch.ones(1, 32)}, place / "value.safetensors")
+    head = [f"tasks.topic.head={place / 'value.safetensors'}", "tasks.topic.pool=mean", "tasks.topic.metric=rmse"]
+    overrides = [*head, "joint=false", "methods=[task_arithmetic]"]
+    assert main(["eval", str(place / "eval.yaml"), *overrides, "--json"]) == 0
+
+    def refused(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for text in (capsys.readouterr().out, (place / "out" / "results.json").read_text()):
+        (run,) = rows(json.loads(text, parse_constant=refused))["task_arithmetic"]
+        assert run["metrics"]["topic"] is None
+        assert run["normalised"]["nli"] is None
+        assert run["average"] is None
+    lines = list(csv.DictReader((place / "out" / "results.csv").open()))
+    assert {(line["task"], line["value"], line["normalised"]) for line in lines if line["row"] == "finetuned"} == {
+        ("nli", "0.0", ""),
+        ("topic", "", ""),
+    }
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -31,7 +31,7 @@ from nsc_merge.results.layout import COEFFICIENTS_FILE
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.errors import UsageError
-from nsc_merge.utils.json_text import without_nan
+from nsc_merge.utils.json_text import finite_or_none
 from nsc_merge.utils.option_checks import is_hub_id
 
 
@@ -228,7 +228,7 @@ def _finish(
     arguments: argparse.Namespace, name: str, document: Mapping[str, Any], lines: list[str], pictures: Any
 ) -> int:
 
-    text = json.dumps(without_nan(document), indent=None if arguments.out is None else 1, allow_nan=False)
+    text = json.dumps(finite_or_none(document), indent=None if arguments.out is None else 1, allow_nan=False)
     if arguments.out is not None:
         write_text(arguments.out / f"{name}.json", text + "\n")
         written = [arguments.out / f"{name}.json", *pictures(arguments.out)]
