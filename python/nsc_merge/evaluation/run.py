@@ -16,6 +16,7 @@ from nsc_merge.evaluation.harness.measuring import Harness, HarnessScore
 from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.evaluation.plots import draw as draw_scores
 from nsc_merge.evaluation.rows.fingerprint import fingerprint, measuring_versions
+from nsc_merge.evaluation.rows.tuning_data import check_tuning_data
 from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.evaluation.tables import as_csv, as_markdown
@@ -54,7 +55,7 @@ def run(
 
     Raises:
         FileNotFoundError, TypeError, ValueError: if the recipe's files do not fit together, before anything is
-            written; or if the fine-tuned models cannot be measured.
+            written; if a scale would be chosen on the test data; or if the fine-tuned models cannot be measured.
     """
     seeds = recipe.seeds or (0,)
     known = {} if redo else _known(recipe.out / ROWS_FILE)
@@ -120,6 +121,8 @@ class _Bench:
         self._suite = RecipeSuite(self._recipe, shuffle=seed if recipe.seeds else None)
         self._harness = Harness(self._recipe, self._suite) if self._recipe.harness else None
         self._references: dict[str, _Measured] = {}
+        if any(row.tune is not None for row in self._recipe.rows):
+            check_tuning_data(self._suite, list(self._recipe.labelled), log)
 
     def measured(self, row: Row) -> dict[str, Any]:
         # A folder or an option may carry the seed.

@@ -375,6 +375,32 @@ def test_a_row_that_fails_costs_no_other(place, capsys):
     assert list(found) == ["zero_shot", "finetuned", "task_arithmetic"]
 
 
+@pytest.mark.parametrize("kind", ["same file", "copy in another order", "part"])
+def test_a_scale_is_not_chosen_on_the_data_that_are_reported(place, capsys, kind):
+    test = load_file(place / "data" / "nli-test.safetensors")
+    if kind == "same file":
+        overrides = [f"tasks.nli.validation={place / 'data' / 'nli-test.safetensors'}"]
+    else:
+        order = torch.arange(12).flip(0) if kind == "copy in another order" else torch.arange(0, 12, 3)
+        save_file({name: value[order] for name, value in test.items()}, place / "leak.safetensors")
+        overrides = [f"tasks.nli.validation={place / 'leak.safetensors'}"]
+    assert main(["eval", str(place / "eval.yaml"), *overrides]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "tasks.nli.validation: tune needs data beside those that are measured" in line
+    assert not (place / "out").exists()
+    # Inputs without their labels are no tuning.
+    assert main(["eval", str(place / "eval.yaml"), *overrides, "methods=[{method: nsc, options: {steps: 1}}]"]) == 0
+    assert "test samples" not in capsys.readouterr().err
+
+
+def test_samples_of_both_splits_are_told(place, capsys):
+    test, val = (load_file(place / "data" / f"nli-{split}.safetensors") for split in ("test", "val"))
+    both = {name: torch.cat([val[name][:6], test[name][:5]]) for name in test}
+    save_file(both, place / "data" / "nli-val.safetensors")
+    assert main(["eval", str(place / "eval.yaml"), "methods=[{method: task_arithmetic, tune: loss}]"]) == 0
+    assert "tasks.nli: 5 of 12 test samples are in validation, too" in capsys.readouterr().err
+
+
 def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsys):
     """A fine-tuned score of 0 has no percentage, and the squares of large errors have no float32."""
     suite = RecipeSuite(load_eval_recipe(place / "eval.yaml").at(0))

@@ -1,0 +1,47 @@
+"""Whether the data that a scale is chosen on are others than those that are reported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from nsc_merge.evaluation.suite import Labelled, Suite
+
+
+def check_tuning_data(suite: Suite, tasks: Sequence[str], log: Callable[[str], None]) -> None:
+    """Compare the inputs of validation and test data, sample by sample.
+
+    Args:
+        suite: with the data.
+        tasks: that are measured on them.
+        log: receives a line about tasks of which some test samples are among the validation data.
+
+    Raises:
+        ValueError: if all samples of one split are in the other.
+    """
+    for task in tasks:
+        validation = set(_digests(suite.labelled(task, "val")))
+        test = list(_digests(suite.labelled(task, "test")))
+        shared = sum(one in validation for one in test)
+        if shared and (shared == len(test) or validation <= set(test)):
+            raise ValueError(
+                f"tasks.{task}.validation: tune needs data beside those that are measured, and {shared} of the "
+                f"{len(test)} samples of test are the {len(validation)} of validation; expected others, or the scale "
+                "as options.scale"
+            )
+        if shared:
+            log(f"tasks.{task}: {shared} of {len(test)} test samples are in validation, too, where scales are chosen")
+
+
+def _digests(batches: Labelled) -> Iterator[bytes]:
+    """Of the inputs of every sample."""
+    for inputs, _ in batches:
+        for row in range(len(next(iter(inputs.values())))):
+            digest = hashlib.blake2b(digest_size=16)
+            for name in sorted(inputs):
+                value = inputs[name][row].contiguous()
+                digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+                digest.update(value.flatten().view(torch.uint8).numpy().data)
+            yield digest.digest()
