@@ -6,7 +6,16 @@ import torch
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS
-from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
+from nsc_merge.methods.low_rank import (
+    core_space,
+    knots,
+    lora_lego,
+    robustmerge,
+    spectral,
+    svd_and_linear,
+    svd_cur,
+    wudi,
+)
 
 FUNCTIONS = {
     "svd": svd_and_linear.svd,
@@ -18,10 +27,16 @@ FUNCTIONS = {
     "lora_lego": lora_lego.lora_lego,
     "robustmerge": robustmerge.robustmerge,
     "robustmerge_alg1": robustmerge.robustmerge_alg1,
+    "tsv": spectral.tsv,
+    "iso_c": spectral.iso_c,
+    "iso_cts": spectral.iso_cts,
+    "wudi": wudi.wudi,
 }
 NEED_EQUAL_RANKS = ("linear", "robustmerge")
 # Methods that see the updates only, and not how they are factored.
-INVARIANT = ("svd", "knots_ties", "knots_dare_ties", "svd_cur")
+INVARIANT = ("svd", "knots_ties", "knots_dare_ties", "svd_cur", "tsv", "iso_c", "iso_cts", "wudi")
+# Methods that make singular values alike, also those of one task.
+FLATTENING = ("iso_c", "iso_cts")
 
 
 def random_adapters(ranks=(4, 4, 4), scalings=(0.7, 2.0, 1.0), d_in=30, d_out=20, paths="xy", seed=0):

@@ -203,11 +203,11 @@ def _found(handler: Any) -> dict[str, Any]:
     return {name: value for name, value in handler.get_ft_parameters().items() if value.is_floating_point()}
 
 
-def _choice(config: Config, name: str, known: Sequence[str], default: str | None = None, theirs: str = "") -> str:
+def _choice(config: Config, name: str, known: Sequence[Any], default: str | None = None, theirs: str = "") -> str:
     """The entry of a configuration, one of ``known``; ``theirs`` are what only their code has."""
     value = config.get(name, default)
     if value not in known:
-        way_out = f"; {_THEIRS}" if value in theirs.split() else ""
+        way_out = f"; {_THEIRS}" if str(value) in theirs.split() else ""
         raise ValueError(f"task_merge_config: {name}: expected one of {list(known)}, found {value!r}{way_out}")
     return str(value)
 
@@ -279,8 +279,11 @@ def _svd(config: Config, tasks: int) -> Plan:
 
 def _per_layer(config: Config, tasks: int) -> Plan:
     space = _choice(config, "merge_space", ("full", "knots", "core"))
-    known = ("mean", "sum", "tv", "ties", "dare", "dare-ties")
+    known = ("mean", "sum", "tv", "ties", "dare", "dare-ties", *(["tsv"] if space == "core" else []))
     method = _choice(config, "merge_method", known, theirs="tsv cart")
+    if method == "tsv":
+        _choice(config, "isotropize", (False, None), theirs="True")
+        return Plan("tsv", {"room": "core", "scale": 1.0})
     ties = {"density": _density(config, 10)}
     dare = _dropping(config, 0.3) if method in ("dare", "dare-ties") else {}
     scale = {"scale": 1 / tasks if method == "mean" else 1.0}
@@ -301,8 +304,8 @@ def _per_layer(config: Config, tasks: int) -> Plan:
             "task_merge_config: merge_method: expected 'dare-ties' with merge_space='knots', found 'dare': dropping of "
             "aligned vectors without an election of signs is no method here; merge_space 'full' and 'core' have it"
         )
-    steps["vectors"] = "plain"
-    return Plan("knots_ties", steps) if method == "ties" else Plan("knots_dare_ties", {**steps, **dare})
+    steps = {**steps, "vectors": "plain", **dare}
+    return Plan("knots_ties" if method == "ties" else "knots_dare_ties", steps)
 
 
 class VectorMerger(TaskMerger):
@@ -322,9 +325,7 @@ class SVDMerger(TaskMerger):
 
 
 class MatrixPerLayerMerger(TaskMerger):
-    """Representation ``"matrix_per_layer"`` (Core Space): each layer by itself, in ``merge_space`` ``"full"``,
-    ``"knots"`` or ``"core"``.
-    """
+    """Representation ``"matrix_per_layer"`` (Core Space): each layer by itself, in any of the three ``merge_space``."""
 
     _plan = staticmethod(_per_layer)
 

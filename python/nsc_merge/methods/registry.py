@@ -8,7 +8,16 @@ from typing import Any
 
 from nsc_merge.methods.closed_form import fisher, regmean
 from nsc_merge.methods.gradient import adamerging, distillation, feature_matching, nsc
-from nsc_merge.methods.low_rank import core_space, knots, lora_lego, robustmerge, svd_and_linear, svd_cur
+from nsc_merge.methods.low_rank import (
+    core_space,
+    knots,
+    lora_lego,
+    robustmerge,
+    spectral,
+    svd_and_linear,
+    svd_cur,
+    wudi,
+)
 from nsc_merge.methods.method import Method
 from nsc_merge.methods.task_vectors import dare, emr, fr_merging, pruning, task_arithmetic, ties
 from nsc_merge.models.families import FAMILIES
@@ -25,6 +34,8 @@ _FILES = (
     core_space,
     svd_cur,
     lora_lego,
+    spectral,
+    wudi,
     emr,
     fr_merging,
     robustmerge,

@@ -104,6 +104,7 @@ PER_LAYER = [
 ] + [
     {"merge_space": "core", "merge_method": "sum", "isotropize": True},
     {"merge_space": "core", "merge_method": "ties", "topK": 100, "isotropize": True},
+    {"merge_space": "core", "merge_method": "tsv"},
 ]
 
 
@@ -294,6 +295,8 @@ def test_what_was_trained_in_full_is_merged_less_the_base():
         ("svd", {"merge_method": "tv", "merging_type": "sum", "topK": 20}, "found 'tv': trimming and dropping"),
         ("svd", {"merge_method": "ties", "merging_type": "mean", "merge_other_params": True}, "merge_other_params"),
         ("matrix_per_layer", {"merge_space": "core", "merge_method": "cart"}, "found 'cart'; task_merger's own"),
+        ("matrix_per_layer", {"merge_space": "full", "merge_method": "tsv"}, "found 'tsv'; task_merger's own"),
+        ("matrix_per_layer", {"merge_space": "core", "merge_method": "tsv", "isotropize": True}, "isotropize.*own"),
         ("matrix_per_layer", {"merge_space": "core-vector", "merge_method": "sum"}, "merge_space: .*'core-vector'"),
         ("matrix_per_layer", {"merge_space": "knots", "merge_method": "dare"}, "merge_space 'full' and 'core' have it"),
     ],

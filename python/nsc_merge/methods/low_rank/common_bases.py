@@ -89,6 +89,29 @@ def singular(matrix: Tensor, null: bool = False) -> tuple[Tensor, Tensor]:
     return left[:, kept], sigma[kept, None] * right[kept]
 
 
+def decomposed(core: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors ``[p, r]``, values ``[r]`` and right vectors ``[r, q]`` of the singular values of a core that
+    factors in float32 can vouch for. What makes values alike would make one that is rounding a direction like others.
+
+    Args:
+        core: ``[p, q]``.
+        largest: the singular value that the others are held against; the core's own when None.
+    """
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
+    if largest is None:
+        largest = float(sigma.max()) if len(sigma) else 0.0
+    kept = sigma > torch.finfo(torch.float32).eps * largest
+    return left[:, kept], sigma[kept], right[kept]
+
+
+def orthogonalised(columns: Tensor) -> Tensor:
+    """The matrix with orthonormal columns nearest to ``columns [p, n]`` (orthogonal Procrustes); where the columns span
+    fewer than n directions, the nearest partial isometry, which has no direction that they do not have.
+    """
+    left, _, right = decomposed(columns)
+    return left @ right
+
+
 def numerical_rank(core: Tensor) -> int:
     """How many singular values of a product of adapters' factors are more than rounding, in the sense of
     :func:`without_rounding`: those that come of factors which float32 keeps are the product of two such errors.
