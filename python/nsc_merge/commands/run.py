@@ -33,7 +33,8 @@ Merges as a YAML recipe says:
     text: null                      # column, or template over columns
     messages: null                  # column with chats, for the tokenizer's chat template
     image: null                     # column with images, or with their paths
-    split: null                     # of a dataset that has several; on the hub also revision, config
+    split: null                     # of a dataset, or train, validation, test by names
+                                    #   of files in a folder; on the hub also revision, config
     tokenizer: null                 # folder or hub id, where it is not beside the base
     processor: null                 # the same, of processor or image processor
     max_length: 512                 # tokens of a sample

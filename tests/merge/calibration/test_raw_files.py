@@ -218,3 +218,61 @@ def test_settings_that_are_none_are_refused(name):
 def test_text_and_chat_are_not_both_taken():
     with pytest.raises(ValueError, match="^text, messages: expected one of them, found 'a' and 'b'"):
         DataSettings(text="a", messages="b")
+
+
+def write_splits(folder, *names):
+    folder.mkdir()
+    for name in names:
+        write_rows(folder / f"{name}.jsonl", [{"text": name}])
+    return folder
+
+
+def test_files_of_other_splits_in_a_folder_are_not_drawn_from(tmp_path):
+    """What is held out stays so: the splits that datasets' load_dataset tells by names of files."""
+    names = ("Train", "a_train-00001", "val", "test-00000-of-00001")
+    folder = write_splits(tmp_path / "all", *names)
+    assert rows_in(folder) == [{"text": "Train"}, {"text": "a_train-00001"}]
+    assert rows_in(folder, DataSettings(split="test")) == [{"text": "test-00000-of-00001"}]
+    found = open_source(folder, DataSettings(split="validation"), "data")
+    assert (found.name, set(found.sha256)) == (f"{folder}, split validation", {"val.jsonl"})
+    with pytest.raises(ValueError, match=r"^data: split: expected one of \['train', 'test', 'validation'\] of .*'dev'"):
+        rows_in(folder, DataSettings(split="dev"))
+    held_out = write_splits(tmp_path / "held out", "test", "dev")
+    with pytest.raises(ValueError, match=r"^data: split: expected one of .*, none is named$"):
+        rows_in(held_out)
+    alone = write_splits(tmp_path / "alone", "test", "testing-2")
+    assert rows_in(alone) == [{"text": "test"}, {"text": "testing-2"}]
+
+
+def test_files_of_no_split_beside_some_to_be_held_out_are_refused(tmp_path):
+    folder = write_splits(tmp_path / "one", "train", "contest", "trainer")
+    assert len(rows_in(folder)) == 3
+    assert rows_in(folder, DataSettings(split="train")) == [{"text": "train"}]
+    folder = write_splits(tmp_path / "other", "french", "french_test")
+    with pytest.raises(ValueError, match=r"^data: .*other holds french.jsonl, of no split, beside test; expected"):
+        rows_in(folder)
+    assert rows_in(folder, DataSettings(split="test")) == [{"text": "french_test"}]
+    with pytest.raises(ValueError, match=r"^data: split: .*plain has no splits, found 'test'; expected none"):
+        rows_in(write_splits(tmp_path / "plain", "a", "b"), DataSettings(split="test"))
+
+
+def test_images_of_other_splits_in_a_folder_are_not_drawn_from(tmp_path):
+    for split, count in (("train", 3), ("Test", 2)):
+        for name in ("cats", "dev"):
+            write_pictures(tmp_path / "photos" / split / name, count)
+    assert [row["image"] for row in rows_in(tmp_path / "photos")] == [
+        f"train/{name}/{number}.png" for name in ("cats", "dev") for number in range(3)
+    ]
+    assert len(rows_in(tmp_path / "photos", DataSettings(split="test"))) == 4
+    assert len(rows_in(tmp_path / "photos" / "Test" / "cats")) == 2
+    write_rows(tmp_path / "photos" / "Test" / "metadata.jsonl", [{"file_name": "cats/1.png", "text": "a"}])
+    found = open_source(tmp_path / "photos", DataSettings(split="test"), "data")
+    assert found.rows([0]) == [{"file_name": "cats/1.png", "text": "a"}]
+    assert found.folder == tmp_path / "photos" / "Test"
+    # A table of all of them says which are meant; a name of a class, or of a photo, holds nothing out.
+    write_rows(tmp_path / "photos" / "metadata.jsonl", [{"file_name": "train/cats/1.png", "text": "a"}])
+    assert len(rows_in(tmp_path / "photos")) == 1
+    for name in ("car", "train"):
+        write_pictures(tmp_path / "vehicles" / name, 2)
+    (tmp_path / "vehicles" / "car" / "0.png").rename(tmp_path / "vehicles" / "car" / "test.png")
+    assert len(rows_in(tmp_path / "vehicles")) == 4

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,15 @@ from nsc_merge.calibration.raw.preprocessors import (
     tokenizer_of,
 )
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.tables import dataset, hub_dataset, is_dataset, is_saved_dataset, parquet, saved_dataset
+from nsc_merge.calibration.raw.tables import (
+    dataset,
+    hub_dataset,
+    is_dataset,
+    is_saved_dataset,
+    parquet,
+    saved_dataset,
+    split_of,
+)
 from nsc_merge.calibration.raw.text_files import READERS, rows_of_text
 from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
@@ -33,6 +43,12 @@ logger = logging.getLogger("nsc_merge")
 _INPUTS, _PARQUET = ".safetensors", ".parquet"
 # Beside images, what datasets' imagefolder calls a table of them.
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Words in names of files and folders that say of which split they are, as for datasets' load_dataset.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 # Rows that are looked at to tell what is in the columns.
 _LOOKED_AT = 256
 # Characters of the first sample that are kept to be shown.
@@ -220,17 +236,58 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         raise refused_folder(folder, argument)
     if images := image_files(folder):
-        table = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
-        found = image_folder(folder, images) if table is None else _files([table], str(table), folder, argument)
-        return _without_splits(found, settings, argument)
+        if (table := _table_in(folder)) is not None:
+            return _without_splits(_files([table], str(table), folder, argument), settings, argument)
+        # Names of photos say what is on them.
+        folders = {file: file.relative_to(folder).parts[:-1] for file in images}
+        split, images = _of_split(folders, folder, settings, argument)
+        above = Path(os.path.commonpath([file.parent for file in images]))
+        table = _table_in(above)
+        found = image_folder(folder, images) if table is None else _files([table], str(table), above, argument)
+        return _named(found, split, settings, argument)
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
     data = [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
-    kinds = sorted({file.suffix.lower() for file in data})
     if not data:
         raise refused_folder(folder, argument)
+    split, data = _of_split({file: (file.stem,) for file in data}, folder, settings, argument)
+    kinds = sorted({file.suffix.lower() for file in data})
     if len(kinds) > 1:
         raise ValueError(f"{argument}: {folder} holds files of several kinds, {kinds}; name the one that is meant")
-    return _without_splits(_files(data, str(folder), folder, argument), settings, argument)
+    return _named(_files(data, str(folder), folder, argument), split, settings, argument)
+
+
+def _table_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+
+
+def _of_split(
+    names: Mapping[Path, Sequence[str]], folder: Path, settings: DataSettings, argument: str
+) -> tuple[str, list[Path]]:
+    """The split whose files are taken, and these; all files, of none, where their names tell no splits apart.
+
+    Args:
+        names: file -> the names, the outermost first, of which the first that has a word for a split says its own.
+
+    Raises:
+        ValueError: if the split that is asked for is not there, or if files of none lie beside some to be held out.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file, parts in names.items():
+        words = (word for part in parts for word in re.split(r"[-._\s0-9]+", part.lower()))
+        splits.setdefault(next((_SPLITS[word] for word in words if word in _SPLITS), ""), []).append(file)
+    others = splits.pop("", [])
+    if settings.split is None and (not splits or (others and list(splits) == ["train"])):
+        return "", list(names)
+    if settings.split is None and others:
+        raise ValueError(
+            f"{argument}: {folder} holds {others[0].relative_to(folder)}, of no split, beside {' and '.join(splits)}; "
+            "expected split: NAME, which takes that one alone, or the file, folder or table of rows that is meant"
+        )
+    return split_of(splits, settings, argument, str(folder)) if splits else ("", list(names))
+
+
+def _named(found: Source, split: str, settings: DataSettings, argument: str) -> Source:
+    return replace(found, name=f"{found.name}, split {split}") if split else _without_splits(found, settings, argument)
 
 
 def _without_splits(found: Source, settings: DataSettings, argument: str) -> Source:

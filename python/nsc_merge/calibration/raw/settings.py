@@ -20,7 +20,8 @@ class DataSettings:
             tokenizer's chat template; None takes ``messages`` or ``conversations`` where there is one and no ``text``
             is named.
         image: name of the column that holds an image or its path, relative to the file; None takes ``image``.
-        split: of a dataset that has several; None takes ``"train"``, or the only one.
+        split: of a dataset that has several, or of a folder whose files, or folders of images, are called by them
+            (``train-0.parquet``, ``test/``); None takes ``"train"``, or the only one.
         config: of a dataset from the hub that has several.
         tokenizer: folder or hub id, where it does not lie beside the base.
         processor: folder or hub id of the processor or image processor, where it does not lie beside the base.

@@ -81,7 +81,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
     except Exception as error:
         # A damaged file raises what pyarrow, json or datasets raise.
         raise _damaged(folder, error, argument) from None
-    split, chosen = _split_of(found, settings, argument, str(folder))
+    split, chosen = split_of(found, settings, argument, str(folder))
     state = folder / split / "state.json" if split else folder / "state.json"
     digest = {state.relative_to(folder.parent).as_posix(): hashlib.sha256(state.read_bytes()).hexdigest()}
     return _mapped(chosen, str(folder), argument, digest, folder)
@@ -90,7 +90,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
 def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     """A source of an object of ``datasets``; one that can only be gone through is, once and whole."""
     datasets = _needed("datasets", argument)
-    _, chosen = _split_of(value, settings, argument, type(value).__name__)
+    _, chosen = split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
         return _drawn_at_once(_undecoded(chosen), settings, argument)
     return _mapped(chosen, type(chosen).__name__, argument, {}, None)
@@ -106,7 +106,7 @@ def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
         problem = hub_problem(error, argument, f"datasets/{name}", settings.revision)
         reason = f"{argument}: the dataset {name} cannot be loaded: {' '.join(str(error).split()):.300}"
         raise ValueError(problem or f"{reason} (split, config and revision are keys beside it)") from None
-    _, chosen = _split_of(found, settings, argument, name)
+    _, chosen = split_of(found, settings, argument, name)
     return _mapped(chosen, name, argument, {}, None)
 
 
@@ -141,7 +141,7 @@ def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -
     )
 
 
-def _split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tuple[str, Any]:
+def split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tuple[str, Any]:
     """The name of a split, empty where there are none, and its rows."""
     wanted = settings.split
     if not isinstance(value, dict):
