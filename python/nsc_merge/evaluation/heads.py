@@ -111,25 +111,41 @@ class LinearHead:
 class GeneratingHead:
     """Greedy generation: ``[N, length]`` new tokens, :data:`IGNORE` after the end of each.
 
-    Prompts of different lengths must be padded in front.
+    Prompts of different lengths must be padded in front, but for models whose encoder reads them.
     """
 
     length: int
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        from transformers import StoppingCriteriaList
+
         mask = inputs.get("attention_mask")
-        if mask is not None and not bool((mask[:, -1] != 0).all()):
+        if not encodes(model) and mask is not None and not bool((mask[:, -1] != 0).all()):
             raise ValueError("generate: expected prompts padded in front (left), found padding at their end")
         anyone: Any = model
-        tokens = anyone.generate(**inputs, max_new_tokens=self.length, do_sample=False)
-        # Models that are given embeddings or images return new tokens only if the prompt had no token numbers.
-        new = tokens[:, inputs["input_ids"].shape[1] :]
+        steps = 0
+
+        def counted(tokens: Tensor, _scores: Any, **_others: Any) -> Tensor:
+            nonlocal steps
+            steps += 1
+            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+        # A base may ask for beams by itself.
+        settings = {"max_new_tokens": self.length, "do_sample": False, "num_beams": 1}
+        tokens = anyone.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([counted]))
+        # What stands in front of the new tokens differs: the prompt, what a decoder starts with, or nothing.
+        new = tokens[:, max(0, tokens.shape[1] - steps) :]
         end = anyone.generation_config.eos_token_id
         if end is not None:
             ends = torch.isin(new, torch.tensor(end, device=new.device))
             after = ends.cumsum(1) - ends.long() > 0
             new = new.masked_fill(after, IGNORE)
         return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
+
+
+def encodes(model: nn.Module) -> bool:
+    """Whether an encoder reads the inputs, and a decoder writes from a start of its own (T5, BART, Whisper)."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def read_head(file: Path, model: nn.Module, pool: str | None, argument: str) -> Head:

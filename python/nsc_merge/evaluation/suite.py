@@ -16,7 +16,7 @@ from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
-from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, head_of, read_head
+from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
@@ -208,8 +208,15 @@ class RecipeSuite:
         inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
         check_names(Batches(inputs), self.model, argument)
         labels = [batch[task.labels] for batch in batches]
-        if self._shifted(task):
-            labels = [label[:, 1:] for label in labels]
+        if self._writes(task):
+            if not encodes(self.model):
+                labels = [label[:, 1:] for label in labels]
+            elif not any(name.startswith("decoder_input") for name in batches.names):
+                raise ValueError(
+                    f"{argument}: expected decoder_input_ids in {place} beside the labels, as the logits of "
+                    f"{type(self.model).__name__} are for these: the labels moved one to the right, behind "
+                    f"decoder_start_token_id; or tasks.{task.name}.generate: true"
+                )
         return [
             (dict(one), label.float() if label.is_floating_point() else label.long())
             for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
@@ -221,11 +228,10 @@ class RecipeSuite:
             return {}
         return {"decode": partial(self.tokenizer(f"tasks.{task.name}.metric").decode, skip_special_tokens=True)}
 
-    def _shifted(self, task: TaskRecipe) -> bool:
-        """Whether logits say the next token: those of a causal language model's own head."""
-        own = not task.generate and task.pool is None
+    def _writes(self, task: TaskRecipe) -> bool:
+        """Whether outputs are the logits of tokens, by the own head of a model that generates."""
         can_generate: Any = getattr(self.model, "can_generate", bool)
-        return own and bool(can_generate())
+        return not task.generate and task.pool is None and bool(can_generate())
 
     def _longest(self, task: TaskRecipe) -> int:
         """Tokens of the longest labels among all that are generated for."""
@@ -250,7 +256,7 @@ class RecipeSuite:
         else:
             head = read_head(Path(str(task.head)), self.model, task.pool, key)
         if isinstance(head, ModelHead):
-            return ModelHead(head.parameters, shifted=self._shifted(task))
+            return ModelHead(head.parameters, shifted=self._writes(task) and not encodes(self.model))
         return head
 
 

@@ -1,13 +1,19 @@
-"""Tasks whose answers are generated: as long as the longest label of any batch."""
+"""Tasks whose answers are generated: as long as the longest label of any batch, by models of every build."""
 
 from __future__ import annotations
+
+import copy
+import json
 
 import pytest
 import torch
 import yaml
+from architectures import ARCHITECTURES
+from peft import PeftModel
 from safetensors.torch import save_file
 from zoo import KINDS, build, write_adapter
 
+from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.scoring import predict, score
@@ -39,3 +45,66 @@ def test_answers_are_as_long_as_the_longest_label(tmp_path, monkeypatch, test, v
         assert outputs.shape[1] == max(*test, *(validation or ()))
         assert torch.equal(outputs[: len(written)], written[:, : outputs.shape[1]])
         assert score(suite, predicted).metrics["caption"] == 1
+
+
+@pytest.mark.parametrize("name", ["T5", "BART", "Whisper"])
+def test_what_an_encoder_read_is_no_part_of_the_answer(name):
+    architecture = ARCHITECTURES[name]
+    model, inputs = architecture.build(), dict(architecture.inputs())
+    inputs.pop("decoder_input_ids")
+    if "attention_mask" in inputs:
+        # Encoders read their texts padded behind.
+        inputs["attention_mask"][0, 5:] = 0
+    model.generation_config.decoder_start_token_id = start = 4
+    model.generation_config.eos_token_id = None
+    written = torch.full((2, 1), start)
+    with torch.no_grad():
+        for _ in range(3):
+            logits = model(**inputs, decoder_input_ids=written).logits
+            written = torch.cat([written, logits[:, -1:].argmax(-1)], 1)
+    # A base that asks for beams, as those for summaries do, is decoded greedily all the same.
+    model.generation_config.num_beams = 4
+    assert torch.equal(heads.GeneratingHead(3)(model, inputs), written[:, 1:])
+
+
+def test_prompts_given_as_embeddings_are_no_part_of_the_answer():
+    model, inputs = build("llama"), KINDS["llama"].inputs(0)
+    prompts = {name: value.flip(1) for name, value in inputs.items()}
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(prompts["input_ids"]).detach(),
+        "attention_mask": prompts["attention_mask"],
+    }
+    expected = heads.GeneratingHead(4)(model, prompts)
+    assert torch.equal(heads.GeneratingHead(4)(model, embedded), expected)
+
+
+def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand(tmp_path, monkeypatch, capsys):
+    """transformers moves the labels of T5 into the decoder's inputs, where those of LLaMA say the next token."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = ARCHITECTURES["T5"].build()
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=["q"])
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(3, 80, (4, length), generator=generator) for length in (7, 5))
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "adapter")).eval()
+        # Half of the labels are what the model says, which is said of those in front.
+        for place in (1, 3):
+            labels[:, place] = tuned(input_ids=ids, labels=labels).logits[:, place].argmax(-1)
+        expected = tuned(input_ids=ids, labels=labels)
+    share = (expected.logits.argmax(-1) == labels).float().mean().item()
+    assert share >= 0.4
+    data = {"input_ids": ids, "labels": labels}
+    save_file(data, tmp_path / "bare.safetensors")
+    moved = model.prepare_decoder_input_ids_from_labels(labels)
+    save_file({**data, "decoder_input_ids": moved}, tmp_path / "test.safetensors")
+    task = {"adapter": "adapter", "test": "test.safetensors", "metric": "accuracy"}
+    recipe = {"model": "base", "tasks": {"t": task}, "methods": ["finetuned"], "output": {"dir": "out"}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["eval", str(tmp_path / "eval.yaml"), "--json"]) == 0
+    found = {row["row"]: row["runs"][0] for row in json.loads(capsys.readouterr().out)["rows"]}["finetuned"]
+    assert found["metrics"]["t"] == pytest.approx(share)
+    assert found["losses"]["t"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert main(["eval", str(tmp_path / "eval.yaml"), f"tasks.t.test={tmp_path / 'bare.safetensors'}"]) == 1
+    assert "tasks.t.test: expected decoder_input_ids in" in capsys.readouterr().err.splitlines()[-1]
