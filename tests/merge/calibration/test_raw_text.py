@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
 from raw_cases import CHAT, PARTS, WORDS, llama_config, text_base, tokenizer, write_rows
 from safetensors.torch import save_file
 from tokenizers import normalizers, processors
-from transformers import T5Config
+from transformers import LlamaForCausalLM, T5Config
 
 import nsc_merge
 from nsc_merge.calibration.batch_files import Batches
@@ -92,6 +93,24 @@ def test_without_a_pad_token_the_last_token_pads_and_none_is_added(tmp_path, fil
     assert_equal(batches, by_hand(TEXTS, 3, pad=False))
     padded = torch.cat([batch["input_ids"][batch["attention_mask"] == 0] for batch in batches])
     assert set(padded.tolist()) == {WORDS.index("</s>")}
+
+
+def test_padding_is_masked_where_the_tokenizer_makes_no_mask(tmp_path, base, file):
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "model_input_names": ["input_ids"]}))
+    batches = made(file, base, tokenizer=str(tmp_path))
+    assert_equal(batches, by_hand(TEXTS, 3))
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+
+
+def test_samples_of_a_model_without_a_mask_are_not_padded(base, file, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, input_ids: None)
+    batches = list(made(file, base))
+    assert all(set(batch) == {"input_ids"} for batch in batches)
+    found = [row.tolist() for batch in batches for row in batch["input_ids"]]
+    assert sorted(found) == sorted(tokenizer()(TEXTS)["input_ids"])
+    assert max(len(batch["input_ids"]) for batch in batches) > 1
 
 
 def test_only_inputs_of_the_model_are_kept(base, file, monkeypatch):

@@ -54,6 +54,7 @@ def encode_text(
         for place, number in enumerate(numbers):
             found[number] = {name: torch.tensor(encoded[name][place], dtype=torch.long) for name in names}
     for sample, one in zip(samples, found, strict=True):
+        _add_mask(one, base)
         _check_tokens(one[TOKENS], len(one[TOKENS]), most, sample.where, base)
         if base.image_token is not None and (one[TOKENS] == base.image_token).any():
             raise ValueError(f"{sample.where}: its text has a place for an image, and there is no column of images")
@@ -122,6 +123,7 @@ def _pair(
     one = {
         name: value[0] if value.shape == shape else value for name, value in encoded.items() if name in base.takes
     }
+    _add_mask(one, base)
     _check_tokens(one[TOKENS], len(one[TOKENS]) - of_images, room, sample.where, base)
     return one
 
@@ -197,6 +199,12 @@ def _longest(base: Base, settings: DataSettings) -> int:
     return min(settings.max_length, base.positions or settings.max_length)
 
 
+def _add_mask(one: Encoded, base: Base) -> None:
+    """What tells padding from text, where the tokenizer makes none (``model_input_names``) and the model takes one."""
+    if MASK in base.takes and MASK not in one:
+        one[MASK] = torch.ones_like(one[TOKENS])
+
+
 def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Base) -> None:
     if not len(tokens):
         raise ValueError(f"{where}: holds no token; expected text")
@@ -230,7 +238,9 @@ def batched(
     if not fillers:
         rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
     else:
-        kinds = [tuple((name, one[name].shape) for name in one if name not in fillers) for one in encoded]
+        # Of a model that takes no mask, samples of one length stand together, unpadded.
+        whole = fillers.keys() if MASK in fillers else set()
+        kinds = [tuple((name, one[name].shape) for name in one if name not in whole) for one in encoded]
         rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, settings.seed)
     batches = []
     for some in rows:
