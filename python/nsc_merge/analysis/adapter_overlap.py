@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsc_kernels import AdapterBank, null_space_ratio
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import name_of
 from nsc_merge.models.attachment import attach
@@ -45,7 +46,7 @@ def overlaps(adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
     * ``modules``: how many there are, and ``union``: how many either touches;
     * ``inputs``: mean share of the smaller row space of A that lies in the other's, 0 to 1. 1 means that
       both read the same directions (also if A is shared, as in LoRA-FA, where the null-space ratio cannot
-      tell the adapters apart);
+      tell the adapters apart). None where no A that both touch has a row space;
     * ``cosine``: of the two updates, all modules together.
     """
     found = []
@@ -62,14 +63,13 @@ def overlaps(adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
         ]
         norms = [math.sqrt(sum(_inner(side[path], side[path]) for path in both)) for side in (first, second)]
         product = sum(_inner(first[path], second[path]) for path in both)
+        shares = [share for path in both if (share := _row_overlap(first[path], second[path])) is not None]
         found.append(
             {
                 "tasks": [one, two],
                 "modules": len(both),
                 "union": len(set(first) | set(second)),
-                "inputs": statistics.mean(_row_overlap(first[path].A, second[path].A) for path in both)
-                if both
-                else None,
+                "inputs": statistics.mean(shares) if shares else None,
                 "cosine": product / (norms[0] * norms[1]) if all(norms) else None,
             }
         )
@@ -83,16 +83,21 @@ def _inner(one: Factor, two: Factor) -> float:
     return float(one.scaling * two.scaling * (inputs * outputs.t()).sum())
 
 
-def _row_overlap(A: Tensor, other: Tensor) -> float:
-    first, second = (torch.linalg.qr(value.double().t()).Q for value in (A, other))
-    return float((first.t() @ second).square().sum()) / min(first.shape[1], second.shape[1])
+def _row_overlap(one: Factor, two: Factor) -> float | None:
+    # The bank's rows are orthonormal and as many as the numerical rank: rows of 0, or twice the same, add no direction.
+    first, second = (
+        AdapterBank.from_factors([factor.A], [factor.B], dtype=torch.float64, device="cpu").A for factor in (one, two)
+    )
+    least = min(len(first), len(second))
+    return float((first @ second.t()).square().sum()) / least if least else None
 
 
 @torch.no_grad()
 def null_space_ratios(
     model: nn.Module, adapters: Mapping[str, Adapter], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """Mean null-space ratio (Eq. 4) of every adapter on inputs of the base model, over all its modules.
+    """Mean null-space ratio (Eq. 4) of every adapter on inputs of the base model: over the tokens of all batches, then
+    over all its modules.
 
     Padding is left out where the family of the model knows a mask and the batch holds it.
 
@@ -107,24 +112,16 @@ def null_space_ratios(
     Raises:
         RuntimeError: if the forward reaches no module of an adapter.
     """
-    from nsc_kernels import null_space_ratio
-
-    tasks = list(adapters)
-    sums: dict[str, list[float]] = {task: [] for task in tasks}
-
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
     family = find_family(model)
     mask: Tensor | None = None
 
     def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
         ratio = null_space_ratio(quad, sqnorm)
-        if mask is not None and mask.shape == sqnorm.shape:
-            means = ratio[mask.bool()].mean(0).tolist()
-        else:
-            means = ratio.flatten(0, -2).mean(0).tolist()
-        for task, mean in zip(tasks, means, strict=True):
-            factor = adapters[task].factors.get(path)
-            if factor is not None and factor.rank:
-                sums[task].append(mean)
+        kept = ratio[mask != 0] if mask is not None and mask.shape == sqnorm.shape else ratio.flatten(0, -2)
+        sums[path] = sums.get(path, 0.0) + kept.double().sum(0).cpu()
+        tokens[path] = tokens.get(path, 0) + len(kept)
 
     device = input_device(model)
     with attach(model, adapters, 0.0) as merged:
@@ -135,19 +132,23 @@ def null_space_ratios(
             inputs = {name: value.to(device) for name, value in batch.items()}
             mask = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
-    silent = [task for task, values in sums.items() if not values]
+    reached = {
+        task: [path for path, factor in adapter.factors.items() if factor.rank and tokens.get(path)]
+        for task, adapter in adapters.items()
+    }
+    silent = [task for task, paths in reached.items() if not paths]
     if silent:
         raise RuntimeError(f"inputs: the forward reaches no module of {silent}")
     return {
         task: {
-            "measured": statistics.mean(values),
+            "measured": statistics.mean(float(sums[path][column]) / tokens[path] for path in paths),
             "random": statistics.mean(
                 math.sqrt(max(0.0, 1 - factor.rank / factor.A.shape[1]))
                 for factor in adapters[task].factors.values()
                 if factor.rank
             ),
         }
-        for task, values in sums.items()
+        for column, (task, paths) in enumerate(reached.items())
     }
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, write_adapter
 
 import nsc_merge
-from nsc_merge.adapters import load_adapter
+from nsc_merge.adapters import Adapter, Factor, load_adapter
 from nsc_merge.analysis import (
     by_quantile,
     check_bound,
@@ -25,7 +25,7 @@ from nsc_merge.analysis import (
     sample_study,
     track,
 )
-from nsc_merge.analysis.adapter_overlap import null_space_ratios
+from nsc_merge.analysis.adapter_overlap import null_space_ratios, overlaps
 from nsc_merge.analysis.bound import summary
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
@@ -148,6 +148,46 @@ def test_inspection_measures_the_same(tmp_path):
     batches = [KINDS["vit"].inputs(0)]
     mean = per_sample_ratios(model, adapters, batches).of("a").mean().item()
     assert null_space_ratios(model, adapters, batches)["a"]["measured"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_inspected_ratios_are_means_over_tokens_however_these_are_batched(llama, tmp_path, capsys):
+    model, folders, batches = llama
+    adapters = {name: load_adapter(folder, name) for name, folder in folders.items()}
+    mask = torch.cat([batch["attention_mask"] for batch in batches]).bool()
+    expected = []
+    for path, factor in adapters["a"].factors.items():
+        z = torch.cat(seen(model, path, batches))[mask].double()
+        A = factor.A.double()
+        inside = (z @ torch.linalg.pinv(A) @ A).square().sum(-1)
+        expected.append((1 - inside / z.square().sum(-1)).clamp(min=0).sqrt().mean().item())
+    together = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for size in (1, 2, 4, 6):
+        cut = [{name: value[start : start + size] for name, value in together.items()} for start in range(0, 6, size)]
+        found = null_space_ratios(model, adapters, cut)["a"]["measured"]
+        assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+    # The files of nsc-merge eval hold labels, too.
+    model.save_pretrained(tmp_path / "base")
+    save_file({**together, "labels": torch.rand(6)}, tmp_path / "test.safetensors")
+    named = ["--model", str(tmp_path / "base"), "--inputs", str(tmp_path / "test.safetensors"), "--batch-size", "4"]
+    assert main(["inspect", str(folders["a"]), *named, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["null_space_ratio"]["a"]["measured"]
+    assert shown == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows of 0", "rows twice"])
+def test_overlaps_of_row_spaces_are_of_directions_that_are_there(kind):
+    generator = torch.Generator().manual_seed(0)
+    A, other = torch.randn(2, 4, 32, generator=generator)
+    A[2:] = 0 if kind == "rows of 0" else A[:2]
+    one, two = ({"q": Factor(rows, torch.randn(8, 4, generator=generator), 1.0)} for rows in (A, other))
+    pair = {name: Adapter(name, factors) for name, factors in (("one", one), ("two", two))}
+    rows = [torch.linalg.svd(value.double(), full_matrices=False).Vh for value in (A, other)]
+    # Of two directions the mean squared cosine of the angles to the other's four.
+    expected = (rows[0][:2] @ rows[1].t()).square().sum().item() / 2
+    assert overlaps(pair)[0]["inputs"] == pytest.approx(expected)
+    nothing = {"q": Factor(torch.zeros(4, 32), two["q"].B, 1.0)}
+    assert overlaps({"none": Adapter("none", nothing), "two": pair["two"]})[0]["inputs"] is None
 
 
 # Over training
