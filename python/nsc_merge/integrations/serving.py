@@ -1,4 +1,4 @@
-"""Whether vLLM, SGLang and LoRAX serve an adapter as it is, by their own rules, without them and without a GPU.
+"""Whether vLLM, SGLang, LoRAX and llama.cpp serve an adapter as it is, by their own rules, without them or a GPU.
 
     from nsc_merge.integrations.serving import check
 
@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.results.beside.serving import lorax, sglang, uniform, vllm
+from nsc_merge.results.beside.serving import llama_cpp, lorax, sglang, uniform, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, REFUSED, Outline, Problem, read_outline
 
-SERVERS = ("vllm", "sglang", "lorax")
+SERVERS = ("vllm", "sglang", "lorax", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Check:
     Attributes:
         server: its name.
         problems: what keeps it from serving the update as it is; empty if nothing does.
-        flags: what it must be told to serve the adapter (LoRAX: in a request), where it is not refused.
+        flags: what it must be told to serve the adapter (LoRAX: in a request; llama.cpp: and what converts it), where
+            it is not refused.
     """
 
     server: str
@@ -53,14 +54,15 @@ def check(
 ) -> Check:
     """Hold an adapter against a server's rules; only its configuration and the header of its tensors are read.
 
-    The rules are those of vLLM 0.33, SGLang 0.5.23 and LoRAX of May 2026.
+    The rules are those of vLLM 0.33, SGLang 0.5.23, LoRAX of May 2026 and llama.cpp at 0b03adaa.
 
     Args:
         folder: of the adapter, in PEFT's format.
-        server: ``"vllm"``, ``"sglang"`` or ``"lorax"``.
+        server: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``.
         base: the base model's folder, or its configuration as a mapping; by default the folder that the adapter names,
             if it is there. Without one, what depends on it (number of layers, kind of model) is not checked.
-        max_rank: the server's ``--max-lora-rank``; by default what holds the adapter. LoRAX has none.
+        max_rank: the server's ``--max-lora-rank``; by default what holds the adapter. LoRAX and
+            llama.cpp have none.
         shards: GPUs that serve one model (LoRAX pads ranks by it).
 
     Raises:
@@ -77,6 +79,8 @@ def check(
 def _flags(outline: Outline, server: str, folder: Path) -> str:
     if server == "lorax":
         return lorax.flags(folder)
+    if server == "llama.cpp":
+        return llama_cpp.flags(folder)
     return (vllm if server == "vllm" else sglang).flags(outline)
 
 
@@ -86,6 +90,8 @@ def _problems(outline: Outline, server: str, max_rank: int | None, shards: int) 
         return [Problem(REFUSED, what, AS_A_MODEL)]
     if server == "lorax":
         return lorax.problems(outline, shards)
+    if server == "llama.cpp":
+        return llama_cpp.problems(outline)
     return (vllm if server == "vllm" else sglang).problems(outline, max_rank)
 
 

@@ -1,4 +1,4 @@
-"""Exports against the rules of vLLM, SGLang and LoRAX, and against what their own loading code makes of them."""
+"""Exports against the rules of vLLM, SGLang, LoRAX and llama.cpp, and against what their loading code makes of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     rank: int | None = None
 
 
-TAKEN = {"vllm": set(), "sglang": set(), "lorax": set()}
+TAKEN = {"vllm": set(), "sglang": set(), "lorax": set(), "llama.cpp": set()}
 CASES = {
     "one rank of 8": Case("llama", ({"r": 4, **QV}, {"r": 4, **QV}), TAKEN),
     "one rank of 7": Case("llama", ({"r": 3, **QV}, {"r": 4, **QV}), {**TAKEN, "lorax": {"wrong"}}),
@@ -42,44 +42,46 @@ CASES = {
     "all linears, truncated to 5": Case("qwen2", ({"r": 8, **ALL}, {"r": 4, **ALL}), {**TAKEN, "lorax": {"wrong"}}, 5),
     "rsLoRA, merged": Case("mistral", ({"r": 8, "use_rslora": True, **ALL}, {"r": 8, **ALL}), TAKEN),
     "rsLoRA, unmerged": Case(
-        "llama", ({"r": 8, "use_rslora": True, **QV},), {"vllm": set(), "sglang": {"wrong"}, "lorax": {"unsure"}}
+        "llama",
+        ({"r": 8, "use_rslora": True, **QV},),
+        {**TAKEN, "sglang": {"wrong"}, "lorax": {"unsure"}, "llama.cpp": {"wrong"}},
     ),
     "patterns, unmerged": Case(
         "llama",
         ({"r": 8, "alpha_pattern": {"v_proj": 24}, **QV},),
-        {"vllm": set(), "sglang": {"wrong"}, "lorax": {"wrong"}},
+        {**TAKEN, "sglang": {"wrong"}, "lorax": {"wrong"}, "llama.cpp": {"wrong"}},
     ),
     "different ranks in a stack": Case(
         "llama",
         ({"r": 16, **QV}, {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj"], "rank_pattern": {"k_proj": 4}}),
-        {"vllm": set(), "sglang": {"refused"}, "lorax": {"wrong"}},
+        {**TAKEN, "sglang": {"refused"}, "lorax": {"wrong"}, "llama.cpp": {"wrong"}},
     ),
     "different ranks in a layer": Case(
         "llama",
         ({"r": 8, **QV}, {"r": 8, "target_modules": ["q_proj", "v_proj", "o_proj"], "lora_alpha": 6}),
-        {"vllm": set(), "sglang": {"refused"}, "lorax": {"wrong"}},
+        {**TAKEN, "sglang": {"refused"}, "lorax": {"wrong"}, "llama.cpp": {"wrong"}},
     ),
     "different ranks in layers": Case(
         "qwen2",
         ({"r": 16, **QV}, {"r": 16, "layers_to_transform": [0, 1], **QV}),
-        {"vllm": set(), "sglang": {"refused"}, "lorax": {"refused"}},
+        {**TAKEN, "sglang": {"refused"}, "lorax": {"refused"}, "llama.cpp": {"wrong"}},
     ),
     "no LoRA in a layer": Case(
         "llama",
         ({"r": 4, "layers_to_transform": [0, 2], **QV}, {"r": 4, "layers_to_transform": [0, 2], **QV}),
-        {"vllm": set(), "sglang": set(), "lorax": {"left out"}},
+        {**TAKEN, "lorax": {"left out"}},
     ),
     "query and key alone": Case(
         "llama",
         ({"r": 8, "target_modules": ["q_proj", "k_proj"]},),
-        {"vllm": set(), "sglang": {"refused"}, "lorax": set()},
+        {**TAKEN, "sglang": {"refused"}},
     ),
     "value alone": Case(
-        "mistral", ({"r": 8, "target_modules": ["v_proj"]},), {"vllm": set(), "sglang": {"refused"}, "lorax": set()}
+        "mistral", ({"r": 8, "target_modules": ["v_proj"]},), {**TAKEN, "sglang": {"refused"}}
     ),
     "gate alone": Case("llama", ({"r": 8, "target_modules": ["gate_proj"]},), TAKEN),
     "up alone": Case(
-        "llama", ({"r": 8, "target_modules": ["up_proj"]},), {"vllm": set(), "sglang": {"refused"}, "lorax": set()}
+        "llama", ({"r": 8, "target_modules": ["up_proj"]},), {**TAKEN, "sglang": {"refused"}}
     ),
     "expression, unmerged": Case(
         "llama", ({"r": 8, "target_modules": r".*\.(q_proj|v_proj)"},), {**TAKEN, "sglang": {"refused"}}
@@ -87,28 +89,32 @@ CASES = {
     "DoRA": Case(
         "llama",
         ({"r": 8, "use_dora": True, **QV},),
-        {"vllm": {"refused"}, "sglang": {"refused"}, "lorax": {"wrong"}},
+        {"vllm": {"refused"}, "sglang": {"refused"}, "lorax": {"wrong"}, "llama.cpp": {"refused"}},
     ),
     "biases": Case(
         "llama",
         ({"r": 8, "lora_bias": True, **QV},),
-        {"vllm": {"refused"}, "sglang": {"left out"}, "lorax": {"left out"}},
+        {"vllm": {"refused"}, "sglang": {"left out"}, "lorax": {"left out"}, "llama.cpp": {"refused"}},
     ),
     "head in full": Case(
         "llama",
         ({"r": 8, "modules_to_save": ["lm_head"], **QV},),
-        {"vllm": {"refused"}, "sglang": {"left out"}, "lorax": {"left out"}},
+        {"vllm": {"refused"}, "sglang": {"left out"}, "lorax": {"left out"}, "llama.cpp": {"refused"}},
     ),
-    "images": Case("llava", ({"r": 4, **LANGUAGE}, {"r": 4, **LANGUAGE}), {**TAKEN, "lorax": {"refused"}}),
+    "images": Case(
+        "llava",
+        ({"r": 4, **LANGUAGE}, {"r": 4, **LANGUAGE}),
+        {**TAKEN, "lorax": {"refused"}, "llama.cpp": {"unsure"}},
+    ),
     "images, connector too": Case(
         "llava",
         ({"r": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj)|.*linear_1"},) * 2,
-        {"vllm": {"left out"}, "sglang": {"left out"}, "lorax": {"refused"}},
+        {"vllm": {"left out"}, "sglang": {"left out"}, "lorax": {"refused"}, "llama.cpp": {"unsure"}},
     ),
     "images, towers too": Case(
         "llava",
         ({"r": 8, "target_modules": ["q_proj", "v_proj"]},) * 2,
-        {"vllm": {"left out"}, "sglang": {"refused"}, "lorax": {"refused"}},
+        {"vllm": {"left out"}, "sglang": {"refused"}, "lorax": {"refused"}, "llama.cpp": {"unsure"}},
     ),
 }
 # What zeros cannot cure: what is there beside updates of linears, and linears that are not served.
@@ -168,9 +174,27 @@ def test_the_rules_say_what_a_server_makes_of_an_export(name, server, made):
 
 # The server's own code, which is run where it is: 20 seconds and more to import.
 def installed(server: str) -> bool:
+    if server == "llama.cpp":
+        return True
     if server == "lorax":
         return "LORAX_REPO" in os.environ and importlib.util.find_spec("loguru") is not None
     return importlib.util.find_spec(server) is not None
+
+
+def by_llama_cpp(folder: Path) -> dict[str, torch.Tensor] | str:
+    """By the formulas of its converter and of ``llama_adapter_lora_weight::get_scale``: it is no Python package."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in tensors:
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            return f"Unexpected name {name!r}: Not a lora_A or lora_B tensor"
+    found = {}
+    for name, A in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            B = tensors[name.replace(".lora_A.", ".lora_B.")].double()
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[path] = alpha / B.shape[1] * (B @ A.double())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +222,9 @@ def served(made, tmp_path_factory):
                 write_uniform(one.folder, folder / f"{number}p", server, base=one.config)
                 padded = {"folder": str(folder / f"{number}p"), "out": str(folder / f"{number}q")}
                 jobs[f"{name}, padded"] = {**jobs[name], **padded}
+        if server == "llama.cpp":
+            done[server] = {name: by_llama_cpp(Path(job["folder"])) for name, job in jobs.items()}
+            return done[server]
         (folder / "jobs").write_text(json.dumps(list(jobs.values())))
         # LoRAX's kernels, which nobody calls here, cannot be made for Triton's interpreter.
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -245,7 +272,7 @@ def test_a_server_does_what_its_rules_say(name, server, made, served):
         # B A of the linears is loaded as it is, and nothing else.
         assert gap < 1e-6
     elif effects == {"unsure"}:
-        # LoRAX reads use_rslora with the PEFT of this environment.
+        # LoRAX reads use_rslora with the PEFT of this environment; whether llama.cpp finds such names is not tried.
         assert gap < 1e-6
     elif effects:
         assert gap > 0.05
@@ -279,16 +306,19 @@ BESIDE = {
         ("refused", "the adapter has modules_to_save (lm_head)"),
         ("left out", "lm_head.weight, trained in full (modules_to_save)"),
         ("left out", "lm_head.weight, trained in full (modules_to_save)"),
+        ("refused", "lm_head.weight, trained in full (modules_to_save)"),
     ),
     "biases": (
         {"lora_bias": True},
         ("refused", "the adapter has biases (lora_bias)"),
         ("left out", "biases (lora_bias)"),
         ("left out", "biases (lora_bias)"),
+        ("refused", "biases (lora_bias)"),
     ),
     "base changed": (
         {"init_lora_weights": "pissa"},
         ("refused", "init_lora_weights='pissa'"),
+        ("wrong", "init_lora_weights='pissa' is not read"),
         ("wrong", "init_lora_weights='pissa' is not read"),
         ("wrong", "init_lora_weights='pissa' is not read"),
     ),
@@ -315,10 +345,26 @@ def test_embeddings_and_heads_are_held_against_the_model(tmp_path):
     assert effects(folder, "lorax", base=llama) == [
         ("left out", "model.embed_tokens, not among the linears that it knows")
     ]
+    assert effects(folder, "llama.cpp", base=llama) == [
+        ("unsure", "LoRA on 2 modules, such as lm_head, which its converter does not take of every model")
+    ]
     folder, mistral = write(tmp_path / "two", "mistral", **settings)
     assert effects(folder, "vllm", base=mistral) == [
         ("refused", "the adapter has LoRA on lm_head, which vLLM does not load for mistral models")
     ]
+
+
+def test_llama_cpp_passes_over_norms_and_is_told_how_it_is_converted(tmp_path):
+    folder, config = write(tmp_path / "with a norm", modules_to_save=["norm"])
+    found = check(folder, "llama.cpp", base=config)
+    assert [(problem.effect, problem.what) for problem in found.problems] == [
+        ("left out", "7 modules, such as model.layers.0.input_layernorm.weight, trained in full (modules_to_save)")
+    ]
+    made = f"convert_lora_to_gguf.py '{folder}' --base BASE --outfile adapter.gguf"
+    assert found.flags == f"--lora adapter.gguf, made by {made}"
+    beyond = [("refused", "2 modules, such as model.layers.2.self_attn.q_proj: the base has 2 layers")]
+    folder, config = write(tmp_path / "one")
+    assert effects(folder, "llama.cpp", base={**config, "num_hidden_layers": 2}) == beyond
 
 
 @pytest.mark.parametrize("rank", [None, 8, 4])
@@ -387,7 +433,7 @@ def test_the_base_is_found_where_the_adapter_says(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"server": "tgi"}, r"server: expected one of \['vllm', 'sglang', 'lorax'\], found 'tgi'"),
+        ({"server": "tgi"}, r"server: expected one of \['vllm', 'sglang', 'lorax', 'llama.cpp'\], found 'tgi'"),
         ({"max_rank": 0}, "max_rank: expected a whole number of at least 1, found 0"),
         ({"shards": True}, "shards: expected a whole number of at least 1, found True"),
     ],
@@ -422,7 +468,7 @@ def test_the_command_line_prints_and_exits_by_what_it_finds(tmp_path, capsys):
     ]
     assert main([str(folder), "--json", *base]) == 1
     found = {one["server"]: one["problems"] for one in json.loads(capsys.readouterr().out)}
-    assert [len(found[server]) for server in SERVERS] == [0, 0, 1]
+    assert [len(found[server]) for server in SERVERS] == [0, 0, 1, 0]
     assert found["lorax"][0]["effect"] == "wrong"
     assert main([str(folder), "--server", "lorax", "--write", str(tmp_path / "out"), *base]) == 0
     assert main([str(tmp_path / "out"), *base]) == 0

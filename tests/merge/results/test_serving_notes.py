@@ -52,7 +52,7 @@ def test_an_adapter_is_what_vllm_takes(kind, tmp_path):
     assert flag in RANKS
     assert RANKS[RANKS.index(flag) - 1] < config["r"] <= flag
     others = [note.partition(" one rank in all modules, ")[0] for note in serving_notes(result)[1:]]
-    assert others == ([] if kind == "llava" else ["SGLang and LoRAX need"])
+    assert others == ([] if kind == "llava" else ["SGLang, LoRAX and llama.cpp need"])
     for path in result.paths:
         A, B = (tensors.pop(f"base_model.model.{path}.lora_{part}.weight").double() for part in "AB")
         matching = [rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path)]
@@ -130,7 +130,7 @@ def test_what_other_servers_need_is_what_their_rules_say(tmp_path):
     uneven = {"rank_pattern": {r"layers\.1\.self_attn\.v_proj": 6}}
     of_text = {"rank_pattern": {r"language_model\.layers\.1\..*v_proj": 6}}
     for name, (kind, ranks, settings, servers) in {
-        "uneven": ("llama", (3, 4), uneven, {"sglang": "refused", "lorax": "refused"}),
+        "uneven": ("llama", (3, 4), uneven, {"sglang": "refused", "lorax": "refused", "llama.cpp": "wrong"}),
         "padded": ("llama", (3, 4), {}, {"lorax": "wrong"}),
         "one": ("llama", (4, 4), {}, {}),
         "images": ("llava", (3, 4), of_text, {"sglang": "refused"}),
@@ -138,10 +138,10 @@ def test_what_other_servers_need_is_what_their_rules_say(tmp_path):
         result = merge(kind, tmp_path / name, ranks, **settings)
         out, notes = result.save(tmp_path / name / "out", "lora"), serving_notes(result)[1:]
         base = result.model.config.to_dict()
-        for server in ("sglang", "lorax") if kind == "llama" else ("sglang",):
+        for server in ("sglang", "lorax", "llama.cpp") if kind == "llama" else ("sglang",):
             effects = {problem.effect for problem in check(out, server, base=base).problems}
             assert effects == ({servers[server]} if server in servers else set()), (name, server)
-            told = [note for note in notes if {"sglang": "SGLang", "lorax": "LoRAX"}[server] in note]
+            told = [note for note in notes if {"sglang": "SGLang", "lorax": "LoRAX"}.get(server, server) in note]
             assert len(told) == (server in servers), (name, server)
             if told:
                 assert write_uniform(out, tmp_path / name / server, server, base=base).problems == ()

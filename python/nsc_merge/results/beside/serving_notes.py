@@ -76,8 +76,8 @@ def _of_other_servers(result: MergedUpdate, ranks: set[int]) -> list[str]:
     """What vLLM takes and others do not, of an adapter that they would take otherwise."""
     of_text = _is_of_text(result.model)
     if len(ranks) > 1:
-        servers = "SGLang and LoRAX need" if of_text else "SGLang needs"
-        return [f"{servers} one rank in all modules, found {min(ranks)} to {max(ranks)}: {sglang.PAD}"]
+        servers = "SGLang, LoRAX and llama.cpp" if of_text else "SGLang and llama.cpp"
+        return [f"{servers} need one rank in all modules, found {min(ranks)} to {max(ranks)}: {sglang.PAD}"]
     if of_text and any(lorax.padded(rank) != rank for rank in ranks):
         return [f"LoRAX needs a rank of 8, 16, 32, 48, ..., found {max(ranks)}: {lorax.PAD}"]
     return []

@@ -22,13 +22,14 @@ def write_uniform(
 ) -> None:
     """Write an adapter with the same updates, one rank and a scaling of 1, in float32.
 
-    Ranks are filled up with zeros, to the largest (SGLang, vLLM) or to what LoRAX's kernels take; linears without LoRA
-    get one of zeros where the server wants all of a stack (SGLang) or of all layers (LoRAX). Scalings go into B.
+    Ranks are filled up with zeros, to the largest (SGLang, vLLM, llama.cpp) or to what LoRAX's kernels take; linears
+    without LoRA get one of zeros where the server wants all of a stack (SGLang) or of all layers (LoRAX). Scalings go
+    into B.
 
     Args:
         folder: of the adapter.
         out: the folder to write, which must be another.
-        server: ``"vllm"``, ``"sglang"`` or ``"lorax"``.
+        server: ``"vllm"``, ``"sglang"``, ``"lorax"`` or ``"llama.cpp"``.
         base: of the base model; see :func:`.outline.read_outline`. It is needed for linears none of whose kind has
             LoRA anywhere.
         shards: GPUs that serve one model, of LoRAX.
