@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,6 +160,20 @@ def test_both_forms_of_chats_are_one():
 def test_what_is_no_chat_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         messages_of(value, "row")
+
+
+def test_a_chat_that_a_table_holds_as_text_is_one():
+    """As in a .csv, or in a column of JSON of a .parquet; it is never encoded with its brackets and names."""
+    for chat in (CHAT, SHARED):
+        text = json.dumps(chat, indent=1)
+        assert messages_of(text, "row") == CHAT
+        assert chosen({"messages": text}) == Columns(messages="messages")
+    with pytest.raises(ValueError, match="no column of text; 'turns' holds chats: write messages: turns"):
+        chosen({"turns": json.dumps(CHAT)})
+    with pytest.raises(ValueError, match=r"^row: the chat, which is text and .* is not valid JSON"):
+        chosen({"messages": str(CHAT)}).sample({"messages": str(CHAT)}, "row")
+    assert chosen({"text": "[x] [{a}]"}) == Columns(text="text")
+    assert chosen({"turns": json.dumps(CHAT)}, text="turns") == Columns(text="turns")
 
 
 def test_parts_of_messages():

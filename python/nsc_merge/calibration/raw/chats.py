@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nsc_merge.utils.json_text import from_json
+
 Message = dict[str, Any]
 
 # As ShareGPT calls them.
@@ -13,8 +15,14 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
+# How messages begin that a table holds as text: of JSON, or as Python shows them.
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+
+
 def is_chat(value: Any) -> bool:
-    """Whether a value of a row is a list of messages."""
+    """Whether a value of a row is a list of messages, or such a list as text."""
+    if isinstance(value, str):
+        return _WRITTEN.match(value) is not None
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
@@ -28,7 +36,9 @@ def messages_of(value: Any, where: str) -> list[Message]:
     Raises:
         ValueError: naming the row, what was found and what was expected.
     """
-    if not is_chat(value):
+    if isinstance(value, str) and is_chat(value):
+        value = from_json(value, f"{where}: the chat, which is text and expected to be JSON,")
+    if isinstance(value, str) or not is_chat(value):
         raise ValueError(
             f"{where}: expected a list of messages {{role, content}} or {{from, value}}, found {value!r:.80}"
         )

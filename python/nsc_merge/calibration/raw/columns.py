@@ -209,7 +209,7 @@ def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, 
     of_text = [
         name
         for name, held in values.items()
-        if held and name not in of_images and all(isinstance(value, str) for value in held)
+        if held and name not in of_images and all(isinstance(value, str) and not is_chat(value) for value in held)
     ]
     found = next((name for name in TEXT_COLUMNS if name in of_text), None)
     if found is None and len(of_text) == 1:
