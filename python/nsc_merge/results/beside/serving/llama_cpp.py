@@ -1,9 +1,9 @@
 """What llama.cpp takes, as its ``convert_lora_to_gguf.py`` and ``src/llama-adapter.{h,cpp}`` have it.
 
 There is one ``lora_alpha`` for the whole adapter, and every linear is scaled by it over the rank of its own factors:
-``rank_pattern``, ``alpha_pattern`` and ``use_rslora`` are not read. Where ranks differ, an update of the largest
-rank is added as it is, and one of half that rank twice. The converter ends at any tensor that is no factor, but for those
-of norms, which the server then passes over.
+``rank_pattern``, ``alpha_pattern`` and ``use_rslora`` are not read. Where ranks differ, an update of the largest rank
+is added as it is, and one of half that rank twice. The converter ends at any tensor that is no factor, but for those of
+norms, which the server then passes over.
 """
 
 from __future__ import annotations
