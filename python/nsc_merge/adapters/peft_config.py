@@ -25,6 +25,17 @@ _REFUSED = {
 }
 # Initialisations that move a part of the base weights into the factors.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What LoraConfig of PEFT 0.21 and earlier ones holds beside, of which none changes what trained factors mean.
+_HARMLESS = frozenset(
+    (
+        *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
+        *("target_parameters", "trainable_token_indices", "init_lora_weights", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "velora_config", "megatron_config", "megatron_core", "runtime_config"),
+        *("qalora_group_size", "merge_weights", "enable_lora"),
+    )
+)
 _SWITCHES = ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
 
@@ -41,8 +52,12 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
     """
     _check_types(name, config)
     kind = config.get("peft_type")
-    if getattr(kind, "value", kind) != "LORA":
-        raise ValueError(f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}")
+    kind = getattr(kind, "value", kind)
+    if kind != "LORA":
+        cure = "; PEFT makes LoRA of most other kinds: peft.save_as_lora(FOLDER, peft_model, rank=RANK)"
+        raise ValueError(
+            f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}{cure * isinstance(kind, str)}"
+        )
     for setting, reason in _REFUSED.items():
         if config.get(setting) and not (setting == "use_dora" and dora != "refuse"):
             raise ValueError(
@@ -68,6 +83,22 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
             f"adapters[{name!r}]: bias: expected 'none', found {config['bias']!r:.60}: the base's biases were "
             "trained; train with bias='none' (lora_bias=True gives LoRA its own), or leave this task out of the merge"
         )
+
+
+def unknown_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note on settings that have a value and are none that this release knows, as of a newer PEFT; none if there is
+    nothing to note.
+    """
+    known = {*_HARMLESS, *_SWITCHES, *_REFUSED}
+    found = sorted(str(key) for key, value in config.items() if value and key not in known)
+    if not found:
+        return ()
+    made = config.get("peft_version")
+    by = f", which PEFT {made!s:.20} wrote" if made else ""
+    return (
+        f"{', '.join(found):.200} of the configuration{by}: not known here and without effect; where that is another "
+        "kind of LoRA than A and B by alpha / r, the merge is of something else",
+    )
 
 
 def _check_types(name: str, config: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_hea
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.formats.peft_tensors import refuse_dora_on, sorted_tensors
 from nsc_merge.adapters.hub import fetch
-from nsc_merge.adapters.peft_config import check_config
+from nsc_merge.adapters.peft_config import check_config, unknown_settings
 from nsc_merge.adapters.peft_keys import as_peft_writes
 from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
@@ -83,7 +83,8 @@ def _loaded(source: AdapterSource, name: str, dora: str) -> Adapter:
         config, given = _of_mapping(source, name)
         check_config(name, config, dora)
         weights, notes = as_peft_writes(given)
-        return replace(_made(name, config, *sorted_tensors(name, config, weights)), notes=notes)
+        made = _made(name, config, *sorted_tensors(name, config, weights))
+        return replace(made, notes=(*unknown_settings(config), *notes))
     raise TypeError(
         f"adapters[{name!r}]: expected a PEFT folder, an Adapter, a PeftModel or a mapping with 'config' "
         f"and 'weights', found {type(source).__name__}"
@@ -128,7 +129,8 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
     adapter = _made(name, files.config, held, base_weights)
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
-    return replace(adapter, source=folder, notes=(*notes, *files.notes, *beside.notes), sha256=sha256, about=about)
+    notes = (*unknown_settings(files.config), *notes, *files.notes, *beside.notes)
+    return replace(adapter, source=folder, notes=notes, sha256=sha256, about=about)
 
 
 def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:

@@ -6,13 +6,16 @@ import random
 import re
 import time
 
+import peft
 import pytest
 import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 
 from nsc_merge import load_adapter
 from nsc_merge.adapters import module_patterns
 from nsc_merge.adapters.module_patterns import ModulePatterns
+from nsc_merge.adapters.peft_config import unknown_settings
 
 PATHS = [
     *(f"model.layers.{block}.{name}" for block in (0, 1, 11) for name in ("attn.q_proj", "mlp.up_proj", "o")),
@@ -163,3 +166,26 @@ def test_values_that_peft_lets_be_are_read():
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": None, "rank_pattern": None, "use_dora": False}
     config |= {"init_lora_weights": "gaussian", "modules_to_save": None, "bias": "none", "use_bdlora": None}
     assert load_adapter({"config": config, "weights": WEIGHTS}, "x").factors["q"].scaling == 1.5
+
+
+def test_settings_of_a_newer_peft_are_noted():
+    """PEFT itself warns of them; they may say that the factors mean something else."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "peft_version": "9.1"}
+    newer = {"twist_config": {"angle": 1}, "spectral": True, "off_config": None, "other": False}
+    (note,) = load_adapter({"config": {**config, **newer}, "weights": WEIGHTS}, "x").notes
+    assert note.startswith("spectral, twist_config of the configuration, which PEFT 9.1 wrote: not known here")
+    assert load_adapter({"config": {**LoraConfig(r=2).to_dict(), **config}, "weights": WEIGHTS}, "x").notes == ()
+    every = dict.fromkeys(LoraConfig.__dataclass_fields__, 1)
+    assert unknown_settings(every) == ()
+
+
+def test_another_kind_of_adapter_becomes_lora_as_the_message_says(tmp_path):
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    made = get_peft_model(base, LoHaConfig(r=1, alpha=2, target_modules=["0"], init_weights=False))
+    made.save_pretrained(tmp_path / "loha")
+    with pytest.raises(ValueError, match=r"found 'LOHA'; PEFT makes LoRA of most .* peft.save_as_lora\(FOLDER, peft_m"):
+        load_adapter(tmp_path / "loha", "x")
+    peft.save_as_lora(tmp_path / "lora", made, rank=4)
+    layer = made.base_model.model[0]
+    update = load_adapter(tmp_path / "lora", "x").factors["0"].delta()
+    assert torch.allclose(update.float(), layer.get_delta_weight("default"), atol=1e-5)
