@@ -79,6 +79,15 @@ def test_parquet_files_that_are_damaged_or_empty_are_refused(tmp_path, base):
         made(file, base)
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path, base):
+    """Rows would hold the last of them."""
+    write_parquet(tmp_path / "a.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="^calibration.a: .* expected a name of its own for every column, found 'text'"):
+        made(tmp_path, base)
+
+
 def test_datasets_of_all_kinds_give_the_same_samples(tmp_path, base, expected):
     held = datasets.Dataset.from_list(ROWS)
     assert_same(made(held, base), expected)

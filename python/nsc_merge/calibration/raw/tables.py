@@ -54,10 +54,17 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
                 found |= dict(zip(some, part.to_pylist(), strict=True))
         return [found[number] for number in numbers]
 
+    twice = next((one for table in opened if (one := _twice(table.schema_arrow.names)) is not None), None)
+    if twice is not None:
+        raise ValueError(f"{argument}: {name}: expected a name of its own for every column, found {twice!r} twice")
     if not ends or not ends[-1]:
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
     columns = dict.fromkeys(column for table in opened for column in table.schema_arrow.names)
     return Source(name, ends[-1], tuple(columns), rows, sha256, folder)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def is_dataset(value: Any) -> bool:
