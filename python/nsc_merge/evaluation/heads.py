@@ -135,12 +135,15 @@ class GeneratingHead:
         tokens = anyone.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([counted]))
         # What stands in front of the new tokens differs: the prompt, what a decoder starts with, or nothing.
         new = tokens[:, max(0, tokens.shape[1] - steps) :]
-        end = anyone.generation_config.eos_token_id
-        if end is not None:
-            ends = torch.isin(new, torch.tensor(end, device=new.device))
-            after = ends.cumsum(1) - ends.long() > 0
-            new = new.masked_fill(after, IGNORE)
+        ends = torch.isin(new, torch.tensor(ends_of(model), dtype=new.dtype, device=new.device))
+        new = new.masked_fill(ends.cumsum(1) - ends.long() > 0, IGNORE)
         return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
+
+
+def ends_of(model: nn.Module) -> tuple[int, ...]:
+    """The tokens by which a model ends what it generates."""
+    end: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return () if end is None else tuple(end) if isinstance(end, list) else (int(end),)
 
 
 def encodes(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
-from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, head_of, read_head
+from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, ends_of, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
@@ -115,7 +115,7 @@ class RecipeSuite:
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
         # Before anything is measured: a tokenizer that is missing is told at once.
-        self._text = {name: self._decoding(task) for name, task in recipe.labelled.items()}
+        self._further_of = {name: self._further(task) for name, task in recipe.labelled.items()}
         self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
         for name in self.tasks:
             self.labelled(name, "test")
@@ -178,10 +178,10 @@ class RecipeSuite:
         )
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
-        return self.metric(task).measure(outputs, labels, **self._text[task])
+        return self.metric(task).measure(outputs, labels, **self._further_of[task])
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.metric(task).quality(outputs, labels, **self._text[task])
+        return self.metric(task).quality(outputs, labels, **self._further_of[task])
 
     def _source(self, source: CalibrationSource, argument: str) -> Batches:
         recipe = self._recipe
@@ -222,16 +222,24 @@ class RecipeSuite:
             for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
         ]
 
-    def _decoding(self, task: TaskRecipe) -> dict[str, Any]:
-        """Further arguments of the metric: what makes text of tokens, where it is about text."""
-        if not task.metric.decodes:
-            return {}
-        return {"decode": partial(self.tokenizer(f"tasks.{task.name}.metric").decode, skip_special_tokens=True)}
+    def _further(self, task: TaskRecipe) -> dict[str, Any]:
+        """Further arguments of the metric: the tokens that end a text, and what makes text of tokens."""
+        further: dict[str, Any] = {}
+        if task.metric.writes:
+            further["ends"] = ends_of(self.model)
+        if task.metric.decodes:
+            decode = self.tokenizer(f"tasks.{task.name}.metric").decode
+            further["decode"] = partial(decode, skip_special_tokens=True)
+        return further
 
     def _writes(self, task: TaskRecipe) -> bool:
         """Whether outputs are the logits of tokens, by the own head of a model that generates."""
+        return not task.generate and task.pool is None and self._generates
+
+    @property
+    def _generates(self) -> bool:
         can_generate: Any = getattr(self.model, "can_generate", bool)
-        return not task.generate and task.pool is None and bool(can_generate())
+        return bool(can_generate())
 
     def _longest(self, task: TaskRecipe) -> int:
         """Tokens of the longest labels among all that are generated for."""
@@ -242,6 +250,9 @@ class RecipeSuite:
         key = f"tasks.{task.name}.head"
         trained = self.adapters[task.name].trained
         if task.generate:
+            if not self._generates:
+                found = type(self.model).__name__
+                raise ValueError(f"tasks.{task.name}.generate: expected a base that generates text, found {found}")
             return GeneratingHead(self._longest(task))
         if task.head == "adapter" or (task.head is None and trained):
             if not trained:

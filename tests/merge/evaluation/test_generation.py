@@ -16,6 +16,7 @@ from zoo import KINDS, build, write_adapter
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.metrics import METRICS
 from nsc_merge.evaluation.scoring import predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 
@@ -76,6 +77,28 @@ def test_prompts_given_as_embeddings_are_no_part_of_the_answer():
     }
     expected = heads.GeneratingHead(4)(model, prompts)
     assert torch.equal(heads.GeneratingHead(4)(model, embedded), expected)
+
+
+def test_captions_that_end_are_those_of_labels_without_an_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = build("llama")
+    prompts = {name: value.flip(1) for name, value in KINDS["llama"].inputs(0).items()}
+    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = end = int(heads.GeneratingHead(6)(model, prompts)[0, 4])
+    model.save_pretrained(tmp_path / "base")
+    written = heads.GeneratingHead(6)(model, prompts)
+    ends = written == end
+    assert ends[0, 4]
+    labels = written.masked_fill(ends, heads.IGNORE)
+    save_file({**prompts, "labels": labels}, tmp_path / "test.safetensors")
+    write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=["q_proj"])
+    task = {"adapter": "adapter", "test": "test.safetensors", "metric": "cider", "generate": True}
+    recipe = {"model": "base", "tasks": {"t": task}, "methods": ["finetuned"], "output": {"dir": "out"}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["eval", str(tmp_path / "eval.yaml"), "--json"]) == 0
+    found = {row["row"]: row["runs"][0] for row in json.loads(capsys.readouterr().out)["rows"]}["zero_shot"]
+    shared = METRICS["cider"].measure(labels, labels)
+    assert found["metrics"]["t"] == pytest.approx(shared)
 
 
 def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand(tmp_path, monkeypatch, capsys):

@@ -151,6 +151,23 @@ def test_cider_of_tokens_is_that_of_words():
     assert METRICS["cider"].measure(outputs, several) == pytest.approx(sum(words) / 2)
 
 
+def test_the_end_of_a_caption_is_no_word_of_it():
+    """A model that ends its captions is no worse for references without the token of the end."""
+    references, end = [[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15]], 2
+    bare, ended = (
+        torch.tensor([[*row, *more, *[metrics.IGNORE] * (5 - len(row) - len(more))] for row in references])
+        for more in ([], [end])
+    )
+    # A text of three words has no sequence of four.
+    expected = (1 + 1 + 3 / 4) / 3
+    for outputs in (bare, ended):
+        for labels in (bare, ended):
+            assert METRICS["cider"].measure(outputs, labels, ends=(end,)) == pytest.approx(expected)
+            assert METRICS["cider"].quality(outputs, labels, ends=(end,))[2] == pytest.approx(3 / 4)
+    # Without ends a token is a token.
+    assert METRICS["cider"].measure(ended, bare) < 0.8
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_quality_and_metric_agree_in_direction(name):
     """A perfect prediction is the best there is, overall and for every sample."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,14 @@ def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     return matched.masked_fill(~known.reshape(len(labels), -1).any(1), torch.nan)
 
 
-def cider(outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode | None = None) -> float:
+def cider(
+    outputs: Tensor,
+    labels: Tensor,
+    *,
+    program: str = OWN,
+    decode: Decode | None = None,
+    ends: Collection[int] = (),
+) -> float:
     """Mean CIDEr of generated captions: from 0 to 1 as :func:`nsc_merge.evaluation.metrics.cider_score.cider` has it,
     or pycocoevalcap's figure from 0 to 10, a CIDEr-D over what stands between spaces.
 
@@ -55,15 +62,21 @@ def cider(outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode
             :data:`IGNORE`.
         program: one of :data:`PROGRAMS`.
         decode: tokens -> text, for pycocoevalcap.
+        ends: tokens that end a text and are no words of it, on either side.
 
     Raises:
         TypeError, ValueError: for other dtypes or shapes, or fewer than two samples.
     """
-    return cider_per_sample(outputs, labels, program=program, decode=decode).mean().item()
+    return cider_per_sample(outputs, labels, program=program, decode=decode, ends=ends).mean().item()
 
 
 def cider_per_sample(
-    outputs: Tensor, labels: Tensor, *, program: str = OWN, decode: Decode | None = None
+    outputs: Tensor,
+    labels: Tensor,
+    *,
+    program: str = OWN,
+    decode: Decode | None = None,
+    ends: Collection[int] = (),
 ) -> Tensor:
     """CIDEr of every caption, ``[N]``."""
     for name, value in (("outputs", outputs), ("labels", labels)):
@@ -75,9 +88,9 @@ def cider_per_sample(
             f"{list(outputs.shape)}"
         )
     several = labels[:, None] if labels.dim() == 2 else labels
-    references = [[_tokens(caption) for caption in sample] for sample in several]
+    references = [[_tokens(caption, ends) for caption in sample] for sample in several]
     known = [[caption for caption in sample if caption] for sample in references]
-    candidates = [_tokens(caption) for caption in outputs]
+    candidates = [_tokens(caption, ends) for caption in outputs]
     cider_score.check(candidates, known)
     if program == OWN:
         return torch.tensor(cider_score.cider_per_sample(candidates, known), dtype=torch.float64)
@@ -92,5 +105,5 @@ def cider_per_sample(
     return torch.from_numpy(scores)
 
 
-def _tokens(caption: Tensor) -> list[int]:
-    return caption[caption != IGNORE].tolist()
+def _tokens(caption: Tensor, ends: Collection[int]) -> list[int]:
+    return [token for token in caption.tolist() if token != IGNORE and token not in ends]

@@ -57,7 +57,8 @@ class Metric:
         options: names of further arguments of all three.
         choices: option -> what it may be, where that is one of a few words.
         settings: those that :meth:`with_options` set.
-        decodes: whether measure and quality want ``decode``, which makes text of a sequence of tokens.
+        writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
+        decodes: whether they want ``decode``, which makes text of a sequence of tokens.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Metric:
     loss: Callable[..., Tensor] | None = None
     options: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    writes: bool = False
     decodes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -152,6 +154,7 @@ METRICS: dict[str, Metric] = {
             cider_per_sample,
             options=("program",),
             choices={"program": PROGRAMS},
+            writes=True,
         ),
     )
 }
