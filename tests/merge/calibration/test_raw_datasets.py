@@ -84,7 +84,7 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path, base):
     write_parquet(tmp_path / "a.parquet")
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="^calibration.a: .* expected a name of its own for every column, found 'text'"):
+    with pytest.raises(ValueError, match="^calibration.a: .* expected a name of its own for every column, found"):
         made(tmp_path, base)
 
 
