@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,16 @@ def test_lines_of_text_are_samples_but_blank_ones(tmp_path):
     assert rows_in(tmp_path / "a.txt") == [{"text": "one"}, {"text": "  two\x0c"}, {"text": "three\u2028still three"}]
     (tmp_path / "a.jsonl").write_text('"one"\n"two"\n')
     assert rows_in(tmp_path / "a.jsonl") == [{"text": "one"}, {"text": "two"}]
+
+
+def test_lines_end_as_on_any_system(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r\r\n three\n")
+    assert rows_in(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two"}, {"text": " three"}]
+
+
+def test_numbers_of_rows_as_pandas_writes_them_are_no_column(tmp_path):
+    pd.DataFrame([{"text": "a, b", "label": 1}, {"text": "c", "label": 2}]).to_csv(tmp_path / "a.csv")
+    assert rows_in(tmp_path / "a.csv") == [{"text": "a, b", "label": "1"}, {"text": "c", "label": "2"}]
 
 
 def test_files_of_one_kind_in_a_folder_are_read_in_the_order_of_their_names(tmp_path):
@@ -126,6 +137,7 @@ WRONG = {
     "open.csv": (b'text\na\n"b\n', "line 3: unexpected end of data"),
     "same.csv": (b"text,text\na,b\n", "line 1: expected a name of its own for every column, found 'text' twice"),
     "unnamed.csv": (b"text,\na,b\n", "found a column without one"),
+    "numbered.csv": (b",text\n0,a\nb\n", "line 3: expected 2 fields as in the header, found 1"),
     "wide.csv": (b"text\n" + b"a" * 140_000 + b"\n", "line 2: field larger than .*; write the rows as .jsonl"),
     "header.csv": (b"text\n", "holds no row"),
     "a.pt": (pickle.dumps({"a": 1}), "looks like a pickle, .* which is never opened"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,18 +133,20 @@ def _separated(separator: str) -> Callable[[str, str], list[Row]]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         rows: list[Row] = []
         columns: list[str] = []
-        line = 1
+        line, numbered = 1, False
         try:
             for fields in reader:
                 if not columns:
-                    columns = _header(fields, separator, f"{place}, line {line}")
+                    # As pandas writes the numbers of its rows.
+                    numbered = len(fields) > 1 and not fields[0]
+                    columns = _header(fields[numbered:], separator, f"{place}, line {line}")
                 elif fields:
-                    if len(fields) != len(columns):
+                    if len(fields) != len(columns) + numbered:
                         raise ValueError(
-                            f"expected {len(columns)} fields as in the header, found {len(fields)} "
+                            f"expected {len(columns) + numbered} fields as in the header, found {len(fields)} "
                             "(fields with separators, quotes or line breaks in them stand in quotes)"
                         )
-                    rows.append(dict(zip(columns, fields, strict=True)))
+                    rows.append(dict(zip(columns, fields[numbered:], strict=True)))
                 line = reader.line_num + 1
         except (csv.Error, ValueError) as error:
             if str(error).startswith(place):
@@ -168,7 +171,7 @@ def _header(fields: list[str], separator: str, where: str) -> list[str]:
 
 
 def _lines(text: str, place: str) -> list[Row]:
-    return [{TEXT: stripped} for line in text.split("\n") if (stripped := line.rstrip("\r")).strip()]
+    return [{TEXT: line} for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
 READERS: dict[str, Callable[[str, str], list[Row]]] = {
