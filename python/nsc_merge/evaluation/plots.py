@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.evaluation.tables import named
 from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.plot_style import pyplot_in_style
 
@@ -58,7 +59,7 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         axis.set_xticks(
             range(len(tasks) + 1), [*tasks, "average"], rotation=30, ha="left", rotation_mode="anchor"
         )
-        axis.set_yticks(range(len(rows)), [row["row"] for row in rows])
+        axis.set_yticks(range(len(rows)), [named(row, document) for row in rows])
         axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
         for spine in axis.spines.values():
             spine.set_visible(False)

@@ -39,12 +39,12 @@ def as_markdown(document: Mapping[str, Any]) -> str:
     head = [head[0], *tasks, *head[1 + len(tasks) :]]
     best = _best(document)
     marked = [
-        [f"**{cell}**" if (row[0], number) in best else cell for number, cell in enumerate(row)]
-        for row in rows
+        [f"**{cell}**" if (line, column) in best else cell for column, cell in enumerate(row)]
+        for line, row in enumerate(rows)
     ]
     own = [
         [
-            row["row"],
+            named(row, document),
             *(_spread([run["metrics"][task] for run in row["runs"]], 4) for task in document["tasks"]),
         ]
         for row in document["rows"]
@@ -100,24 +100,30 @@ def _cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]], lis
         runs = row["runs"]
         if any(run["method"] == _REFERENCE for run in runs):
             values = [_spread([run["metrics"][task] for run in runs], 4) for task in document["tasks"]]
-            absolute.append([f"{row['row']} (score)", *values, "100", *["-"] * len(hits)])
+            absolute.append([f"{named(row, document)} (score)", *values, "100", *["-"] * len(hits)])
             continue
         values = [_spread([run["normalised"][task] for run in runs], 1) for task in document["tasks"]]
         joint = [
             _spread([100 * run["hits"]["all"][count] for run in runs if run["hits"]], 1) for count in counts
         ]
-        rows.append([_named(row), *values, _spread([run["average"] for run in runs], 2), *joint])
+        rows.append([_with_scale(row, document), *values, _spread([run["average"] for run in runs], 2), *joint])
     return head, absolute, rows
 
 
-def _named(row: Mapping[str, Any]) -> str:
+def named(row: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """What a row is called; with how many seeds it is of where it failed in some."""
+    there, asked = len(row["runs"]), len(document["seeds"])
+    return str(row["row"]) if there == asked else f"{row['row']} ({there} of {asked} seeds)"
+
+
+def _with_scale(row: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     chosen = list(dict.fromkeys(label(run) for run in row["runs"]))
     if chosen == [""]:
-        return str(row["row"])
+        return named(row, document)
     if len(chosen) > 1:
         scales = [run["tuned"]["value"] for run in row["runs"]]
         chosen = [f"{min(scales):g} to {max(scales):g}, by {row['runs'][0]['tuned']['by']}"]
-    return f"{row['row']} (scale {chosen[0]})"
+    return f"{named(row, document)} (scale {chosen[0]})"
 
 
 def _hit_counts(document: Mapping[str, Any]) -> list[str]:
@@ -140,18 +146,19 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     return mean if math.isnan(spread.std) else f"{mean} ± {spread.std:.{digits}f}"
 
 
-def _best(document: Mapping[str, Any]) -> set[tuple[str, int]]:
-    """Name of the row and number of the column of the best of every column of percentages."""
+def _best(document: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Numbers of row and column of the best of every column of percentages, and of those that are as good; rows of
+    fewer seeds than others stand aside.
+    """
     found = set()
     rows = [row for row in document["rows"] if all(run["method"] != _REFERENCE for run in row["runs"])]
     for column, task in enumerate([*document["tasks"], None], 1):
         means = {}
-        for row in rows:
+        for number, row in enumerate(rows):
             values = [run["average"] if task is None else run["normalised"][task] for run in row["runs"]]
-            if values and None not in values:
-                means[_named(row)] = over_seeds(values).mean
-        if means:
-            found.add((max(means, key=lambda name: means[name]), column))
+            if len(values) == len(document["seeds"]) and None not in values:
+                means[number] = over_seeds(values).mean
+        found |= {(number, column) for number, mean in means.items() if mean == max(means.values())}
     return found
 
 

@@ -307,6 +307,26 @@ def test_seeds_repeat_what_depends_on_them(place, capsys):
     assert losses[0] == pytest.approx(nn.functional.cross_entropy(own, labels).item(), rel=1e-4)
 
 
+def test_a_row_that_fails_for_some_seeds_says_so_and_equals_are_marked_alike(place, capsys):
+    for seed in (3, 5):
+        shutil.copytree(place / "adapters" / "nli", place / f"saved-{seed}")
+    (place / "saved-4").mkdir()
+    same = {"method": "task_arithmetic", "options": {"scale": 0.0}}
+    change(place, methods=[{**same, "name": "one"}, {**same, "name": "other"}, {"folder": "saved-{seed}", "name": "s"}])
+    assert main(["eval", str(place / "eval.yaml"), "seeds=[3, 4, 5]", "joint=false"]) == 1
+    shown = capsys.readouterr()
+    assert "s, seed 4: folder: " in shown.err
+    assert "s (2 of 3 seeds) " in shown.out
+    table = (place / "out" / "results.md").read_text()
+    assert table.count("| s (2 of 3 seeds) |") == 2
+    percents = [line.split("|") for line in table.split("## Scores")[0].splitlines() if "|" in line]
+    cells = {line[1].strip(): line[2:-1] for line in percents}
+    for task in (0, 1, 2):
+        marked = {name for name, row in cells.items() if "**" in row[task]}
+        # The base is what a scale of 0 leaves, and a row of fewer seeds is not compared.
+        assert marked == {"zero_shot", "one", "other"}
+
+
 def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys):
     """AdaMerging only those with classes; Fisher all, with a likelihood each."""
     file = place / "data" / "topic-test.safetensors"
