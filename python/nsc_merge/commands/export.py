@@ -56,8 +56,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse arguments that do not go together."""
-    from nsc_merge.recipes.merge_recipe import is_size
-    from nsc_merge.utils.option_checks import is_repo
+    from nsc_merge.utils.option_checks import is_repo, is_size
 
     if (arguments.format is None) != (arguments.out is None) or (
         arguments.format is None and arguments.push_to_hub is None

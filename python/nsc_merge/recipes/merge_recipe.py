@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from nsc_merge.recipes.yaml_keys import (
     text_or_none,
 )
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN, RECORD
-from nsc_merge.utils.option_checks import is_repo
+from nsc_merge.utils.option_checks import is_repo, is_size
 
 _KEYS = (
     "model",
@@ -73,7 +72,6 @@ _OUTPUT_KEYS = (
 # What the text of a task stands for where it could be keys and values.
 _SHORT = {"adapters": "adapter", "calibration": "source"}
 # As transformers reads it.
-_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return _checked(document)
     checked = _checked(read_document(Path(path), ["options=", *overrides], _absolute, _SHORT))
     return replace(checked, dropped=tuple(map(str, options)))
-
-
-def is_size(text: str) -> bool:
-    """Whether a text is a number of bytes as transformers reads it, such as 5GB."""
-    return _SIZE.fullmatch(text) is not None
 
 
 _BY_TASK = {"adapters": absolute_adapter, "calibration": absolute_source, "labels": absolute_labels}

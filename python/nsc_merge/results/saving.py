@@ -49,6 +49,7 @@ from nsc_merge.results.merged_model import write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
+from nsc_merge.utils.option_checks import is_size
 from nsc_merge.utils.yaml_text import read_yaml, to_yaml
 
 
@@ -75,6 +76,9 @@ def save(
         raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
     if rank is not None and "lora" not in wanted:
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
+    size = max_shard_size
+    if size is not None and not (is_size(size) if isinstance(size, str) else type(size) is int and size > 0):
+        raise ValueError(f"max_shard_size: expected bytes, or a size such as '5GB', found {size!r:.60}")
     if dequantize and "model" not in wanted:
         raise ValueError(f"dequantize: only format 'model' can be dequantised, found format {format!r}")
     if head is not None and not {"lora", "model"} & set(wanted):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -133,6 +134,11 @@ def did_you_mean(name: Any, known: Iterable[str], prefix: str = "") -> str:
 def is_repo(name: str) -> bool:
     """Whether it is ``owner/name``, as repositories on the hub are called."""
     return _REPO.fullmatch(name) is not None
+
+
+def is_size(text: str) -> bool:
+    """Whether it is a number of bytes as transformers reads it, such as 5GB."""
+    return _SIZE.fullmatch(text) is not None
 
 
 def is_hub_id(name: str, base: Path) -> bool:

@@ -155,6 +155,13 @@ def test_shards_of_an_earlier_save_go(model, result, expected, images, tmp_path)
     torch.testing.assert_close(outputs(reloaded, images), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "0.5", "abc", "5GiB", ""])
+def test_a_size_that_is_none_is_refused_before_anything_is_written(result, tmp_path, size):
+    with pytest.raises(ValueError, match=f"^max_shard_size: expected bytes, or a size such as '5GB', found {size!r}$"):
+        result.save(tmp_path / "model", "model", max_shard_size=size)
+    assert not list(tmp_path.glob("model*"))
+
+
 def test_truncation_is_the_best_of_its_rank_and_exact_at_full_rank(model, result, images, tmp_path):
     assert set(result.rank_errors(11).values()) == {0.0}
     for path, error in result.rank_errors(2).items():
