@@ -15,10 +15,10 @@ from dataclasses import dataclass
 def normalised(value: float, reference: float, lower_is_better: bool) -> float:
     """Percent of ``reference``, the fine-tuned model's score; higher is better in both directions.
 
-    NaN where the quotient means nothing: a divisor of 0.
+    NaN where the quotient means nothing: where the fine-tuned score, or the divisor, is 0 or below.
     """
     above, below = (reference, value) if lower_is_better else (value, reference)
-    return 100.0 * above / below if below else math.nan
+    return 100.0 * above / below if reference > 0 and below > 0 else math.nan
 
 
 def average(percents: Mapping[str, float]) -> float:

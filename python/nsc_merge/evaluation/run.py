@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -173,9 +174,9 @@ class _Bench:
     def _tuned(self, unscaled: MergeResult, row: Row) -> tuple[MergeResult, dict[str, Any]]:
         assert row.tune is not None
         by = row.tune.by
-        if by == "metric" and any(not value for value in self._reference("val").scores.metrics.values()):
+        if by == "metric" and not all(value > 0 for value in self._reference("val").scores.metrics.values()):
             raise ValueError(
-                "tune: a fine-tuned model scores 0 on its validation data, so that no average exists"
+                "tune: a fine-tuned model scores 0 or less on its validation data, so that no average exists"
             )
 
         def quality(result: MergeResult) -> float:
@@ -191,6 +192,8 @@ class _Bench:
             fine_step=row.tune.fine_step,
             fine_steps=row.tune.fine_steps,
         )
+        if math.isnan(found.score):
+            raise ValueError(f"tune: at no scale does a {'loss' if by == 'loss' else 'score'} exist on validation data")
         trail = [[scale, value] for scale, value in sorted(found.trail)]
         return found.result, {"by": by, "option": "scale", "value": found.scale, "trail": trail}
 

@@ -307,6 +307,22 @@ def test_seeds_repeat_what_depends_on_them(place, capsys):
     assert losses[0] == pytest.approx(nn.functional.cross_entropy(own, labels).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("by", "word"), [("loss", "loss"), ("metric", "scores 0 or less")])
+def test_a_scale_is_not_chosen_where_there_is_nothing_to_choose_by(place, capsys, by, word):
+    """A head whose outputs overflow has no loss at any scale."""
+    for split in ("test", "val"):
+        file = place / "data" / f"topic-{split}.safetensors"
+        save_file({**load_file(file), "labels": torch.rand(12)}, file)
+    save_file({"weight": torch.full((1, 32), 3e38)}, place / "value.safetensors")
+    head = [f"tasks.topic.head={place / 'value.safetensors'}", "tasks.topic.pool=mean", "tasks.topic.metric=rmse"]
+    change(place, methods=["task_arithmetic", {"method": "ties", "tune": by}], joint=False)
+    assert main(["eval", str(place / "eval.yaml"), *head]) == 1
+    shown = capsys.readouterr()
+    assert "ties, seed 0: tune: " in shown.err
+    assert word in shown.err
+    assert "ties" not in shown.out
+
+
 def test_a_row_that_fails_for_some_seeds_says_so_and_equals_are_marked_alike(place, capsys):
     for seed in (3, 5):
         shutil.copytree(place / "adapters" / "nli", place / f"saved-{seed}")

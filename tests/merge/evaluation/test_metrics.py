@@ -76,6 +76,23 @@ def test_mean_angle_by_hand():
     assert float(metrics.cosine_loss(outputs, labels)) == pytest.approx((0 + 1 - math.sqrt(0.5) + 2) / 3)
 
 
+def test_angles_are_of_directions_and_exact_where_they_are_small():
+    """Of labels that are longer than 1, as normals read from pictures may be, and of none without a direction."""
+    outputs, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    for length in (0.3, 1.0, 2.0):
+        assert metrics.mean_angle(outputs, length * labels) == pytest.approx(45)
+        assert METRICS["mean_angle"].quality(outputs, length * labels).item() == pytest.approx(-45)
+        assert float(metrics.cosine_loss(outputs, length * labels)) == pytest.approx(1 - math.sqrt(0.5))
+    with pytest.raises(ValueError, match="labels: expected vectors with a direction, found one of length 0"):
+        metrics.mean_angle(outputs, torch.zeros(1, 2))
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(1000, 3, generator=generator)
+    second = first + 1e-4 * torch.randn(1000, 3, generator=generator)
+    sine = torch.linalg.cross(first.double(), second.double()).norm(dim=-1)
+    angles = torch.atan2(sine, (first.double() * second.double()).sum(-1))
+    assert metrics.mean_angle(first, second) == pytest.approx(angles.rad2deg().mean().item(), rel=1e-4)
+
+
 def test_edge_f_by_hand():
     truth = torch.zeros(1, 5, 5)
     truth[0, :, 2] = 1
@@ -243,7 +260,12 @@ def test_metrics_take_only_their_own_options():
 def test_normalised_by_hand():
     assert normalised(0.4, 0.5, False) == pytest.approx(80)
     assert normalised(0.5, 0.4, True) == pytest.approx(80)
-    assert math.isnan(normalised(0.4, 0.0, False))
+    # Against a score of 0, or one below 0, as a correlation may have, nothing is a percentage.
+    for value, reference in ((0.4, 0.0), (-0.1, -0.2), (0.3, -0.2)):
+        assert math.isnan(normalised(value, reference, False))
+    for value, reference in ((0.4, 0.0), (0.0, 0.4), (0.0, 0.0)):
+        assert math.isnan(normalised(value, reference, True))
+    assert normalised(-0.1, 0.5, False) == pytest.approx(-20)
     assert average({"a": 80.0, "b": 120.0}) == 100
     spread = over_seeds([79.0, 80.0, 81.0])
     assert (spread.mean, spread.std, spread.count, str(spread)) == (80, 1, 3, "80.00 ± 1.00")

@@ -118,7 +118,7 @@ METRICS: dict[str, Metric] = {
             "deg",
             "degrees",
             True,
-            "outputs: [N, ..., D]; labels: unit vectors [N, ..., D], NaN where unknown",
+            "outputs: vectors [N, ..., D]; labels: vectors [N, ..., D], NaN where unknown",
             mean_angle,
             negative_angle_per_sample,
             cosine_loss,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,10 +36,10 @@ def mean_angle(outputs: Tensor, labels: Tensor) -> float:
 
     Args:
         outputs: ``[N, ..., D]``, of any length but 0.
-        labels: ``[N, ..., D]``, unit vectors, NaN where unknown.
+        labels: ``[N, ..., D]``, NaN where unknown; of any length but 0, too.
 
     Raises:
-        TypeError, ValueError: as :func:`rmse`.
+        TypeError, ValueError: as :func:`rmse`; or if a label has length 0.
     """
     angle, known = _angles(outputs, labels)
     return math.degrees(angle[known].mean().item())
@@ -101,7 +102,11 @@ def _cosines(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     errors(outputs, labels)
     if outputs.dim() < 2 or outputs.shape != labels.shape:
         raise ValueError(f"outputs: expected vectors [N, ..., D], found {list(outputs.shape)}")
-    return cosine(outputs, labels), ~labels.isnan().any(-1)
+    # Half of the digits of a cosine are lost in an angle that is small.
+    directions, known = F.normalize(labels.double(), dim=-1, eps=1e-30), ~labels.isnan().any(-1)
+    if bool((labels == 0).all(-1).any()):
+        raise ValueError("labels: expected vectors with a direction, found one of length 0; expected NaN where unknown")
+    return cosine(outputs.double(), directions), known
 
 
 def _angles(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
