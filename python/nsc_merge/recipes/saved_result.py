@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.results.beside.record import digests_in
 from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
 from nsc_merge.results.result import MergeResult
+from nsc_merge.results.saving import earlier_merge
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.provenance import Digest, in_form_of, whole
@@ -36,7 +38,13 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     file = folder / COEFFICIENTS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"result: {file} is missing; expected a folder written by nsc-merge run")
+        if earlier_merge(folder)[0] is None:
+            raise FileNotFoundError(f"result: {file} is missing; expected a folder written by nsc-merge run")
+        again = shlex.join(["nsc-merge", "run", str(folder / RECIPE_FILE), "output.dir=DIR", "output.formats=[lora]"])
+        raise FileNotFoundError(
+            f"result: {file} is missing, so that nothing can be made of this merge anew: its method gives no "
+            f"coefficients, or they were not saved; {again} merges again, and writes what is asked for"
+        )
     document = from_json(file.read_bytes(), f"result: {file}", not_finite=True)
     kind = document.get("format") if isinstance(document, dict) else None
     if kind != COEFFICIENTS_FORMAT or document.get("version") != 1:

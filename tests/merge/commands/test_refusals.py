@@ -265,7 +265,12 @@ def test_the_summary_lists_what_was_written(place, capsys):
     assert main(["run", "recipe.yaml", *plain(method="svd")]) == 0
     assert "coefficients.json" not in capsys.readouterr().out
     assert not {"coefficients.json", "history.jsonl"} & set(contents(place / "merged"))
-    assert "coefficients.json is missing" in refusal(capsys, "plot", "merged", status=1)[0]
+    for command in (["plot", "merged"], ["export", "merged", "--format", "lora", "--out", "small"]):
+        said = refusal(capsys, *command, status=1)[0]
+        assert "coefficients.json is missing, so that nothing can be made of this merge anew" in said
+    again = said.partition("saved; nsc-merge ")[2].partition(" merges again")[0]
+    assert main(shlex.split(again.replace("=DIR", f"={place / 'again'}"))) == 0
+    assert (place / "again" / "lora" / "adapter_config.json").is_file()
 
 
 def test_an_export_beside_the_merge_that_it_is_of_takes_nothing_away(place, capsys):
