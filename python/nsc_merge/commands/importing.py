@@ -20,8 +20,8 @@ Makes a recipe of a configuration of mergekit whose models are LoRA adapters on 
   nsc-merge run recipe.yaml
 
   merge_method: ties                            # linear, task_arithmetic, ties, dare_linear, dare_ties;
-  base_model: owner/base                        #   breadcrumbs and della at density 1; nsc_ and any
-  models:                                       #   method of nsc-merge methods that needs no data
+  base_model: owner/base                        #   breadcrumbs, della; nsc_ and any method of
+  models:                                       #   nsc-merge methods that needs no data
     - model: owner/base+owner/french            # base+adapter, as mergekit has it, or a PEFT folder
       parameters: {weight: 0.6, density: 0.5}
     - model: owner/base+owner/legal

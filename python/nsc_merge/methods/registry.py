@@ -19,7 +19,7 @@ from nsc_merge.methods.low_rank import (
     wudi,
 )
 from nsc_merge.methods.method import Method
-from nsc_merge.methods.task_vectors import dare, emr, fr_merging, pruning, task_arithmetic, ties
+from nsc_merge.methods.task_vectors import dare, emr, fr_merging, masks, pruning, task_arithmetic, ties
 from nsc_merge.models.families import FAMILIES
 from nsc_merge.utils.option_checks import did_you_mean
 
@@ -29,6 +29,7 @@ _FILES = (
     ties,
     dare,
     pruning,
+    masks,
     svd_and_linear,
     knots,
     core_space,

@@ -200,7 +200,9 @@ def copied(folder: Path, tensors: Tensors) -> None:
         ("ties", {"density": 0.3, "weight": -0.4}, {"normalize": False, "lambda": 0.7, "int8_mask": True}),
         ("dare_ties", {}, {"normalize": True}),
         ("breadcrumbs", {"density": 1.0}, {}),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.1}, {"normalize": True}),
         ("breadcrumbs_ties", {}, {}),
+        ("breadcrumbs_ties", {"density": 0.95, "gamma": 0.1}, {"rescale": True, "lambda": 0.6}),
         ("della", {}, {}),
         ("nsc_knots_ties", {}, {"density": 0.4}),
         ("nsc_ties", {}, {}),
@@ -224,7 +226,7 @@ def by_recipe(document: dict, folder: Path) -> Tensors:
     return load_file(out / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_what_is_dropped_at_random_agrees_in_its_statistics(method, tmp_path) -> None:
     """One adapter of weight 1: what is left of each module has the same sum of magnitudes as before, and as many
     entries as the density says, up to four standard deviations.

@@ -41,6 +41,29 @@ FAMILIES = {
     "della": Family(True, "by chance and magnitude", normalize=True, rescale=True),
     "della_linear": Family(False, "by chance and magnitude", rescale=True),
 }
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A method of ours for what a :class:`Family` drops.
+
+    Attributes:
+        method: its name.
+        option: of it, the number that says so beside the density.
+        parameter: the same of mergekit's.
+        default: of that.
+    """
+
+    method: str
+    option: str
+    parameter: str
+    default: float
+
+
+MASKS = {
+    "outliers": Masks("breadcrumbs", "outliers", "gamma", 0.01),
+    "by chance and magnitude": Masks("della", "epsilon", "epsilon", 0.15),
+}
 # mergekit's other methods, most of which mix the weights of whole models.
 WITHOUT_COUNTERPART = (
     *("arcee_fusion", "karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram"),
@@ -131,16 +154,24 @@ def _of_differences(method: str, family: Family, parameters: Parameters) -> Tran
     if parameters.flag("int8_mask", False):
         notes.append("int8_mask: left out, it only makes mergekit's masks smaller.")
     drops = family.drops if density < 1 else None
-    if drops not in (None, "smallest", "random"):
-        _refuse("density", f"{method} drops entries {drops} at a density of {density:g}, which no method here does")
-    if drops == "random":
+    if drops in ("random", "by chance and magnitude"):
         notes.append("mergekit draws what is dropped in another order: the same chances, other entries.")
     elif family.drops == "random":
         notes.append("At a density of 1 nothing is dropped.")
+    if drops in MASKS:
+        masks = MASKS[drops]
+        beside = _one_number(parameters, masks.parameter, masks.default)
+        masked: dict[str, Any] = {"density": density, masks.option: beside}
+        masked |= {"rescale": "l1" if rescale else "none", "elect": family.elects}
+        masked |= {"aggregate": "weight" if normalize else "sum", "scale": factor, "weights": weights}
+        if masked.get("outliers") == 0:
+            _refuse("gamma", "mergekit keeps nothing with 0")
+        if normalize and not family.elects:
+            masked |= {"aggregate": "sum", "weights": {task: w / _divisor(weights) for task, w in weights.items()}}
+        return Translation(masks.method, masked, notes)
     if not family.elects:
-        total = sum(weights.values()) if normalize else 1.0
-        # As mergekit: weights that add up to nothing divide by 1.
-        shares = {task: factor * weight / (total if abs(total) >= 1e-8 else 1.0) for task, weight in weights.items()}
+        total = _divisor(weights) if normalize else 1.0
+        shares = {task: factor * weight / total for task, weight in weights.items()}
         if drops is None:
             return Translation("task_arithmetic", {"scale": shares}, notes)
         rescaled = "l1" if rescale else "none"
@@ -154,6 +185,19 @@ def _of_differences(method: str, family: Family, parameters: Parameters) -> Tran
         options["density"] = density
     options |= {"scale": factor, "weights": weights}
     return Translation("dare_ties" if drops == "random" else "ties", options, notes)
+
+
+def _divisor(weights: Mapping[str, float]) -> float:
+    total = sum(weights.values())
+    # As mergekit: weights that add up to nothing divide by 1.
+    return total if abs(total) >= 1e-8 else 1.0
+
+
+def _one_number(parameters: Parameters, name: str, default: float) -> float:
+    found = {task: parameters.number(name, task, default) for task in parameters.of_tasks}
+    if len(set(found.values())) > 1:
+        _refuse(name, f"a method here has one {name} for all models, found {found}")
+    return next(iter(found.values()))
 
 
 def _one_density(parameters: Parameters, tasks: Sequence[str]) -> float:
