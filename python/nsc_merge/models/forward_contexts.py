@@ -206,18 +206,19 @@ def _computed_twice(forward: Callable[..., Any], early_stop: bool, /, *args: Any
             ended = True
 
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": early_stop}
-    output = checkpoint(run, *args, context_fn=lambda: (nullcontext(), _again()), **settings, **inputs)
+    output = checkpoint(run, *args, context_fn=lambda: (nullcontext(), _Again()), **settings, **inputs)
     if ended:
         raise Ended
     return output
 
 
-@contextmanager
-def _again() -> Iterator[None]:
-    _here.recomputing = True
-    try:
-        yield
-    finally:
+class _Again:
+    """Entered with every backward through a block, of which one forward may have several."""
+
+    def __enter__(self) -> None:
+        _here.recomputing = True
+
+    def __exit__(self, *_: object) -> None:
         _here.recomputing = False
 
 

@@ -136,6 +136,10 @@ def test_the_course_on_offloaded_weights_is_that_of_the_plain_model():
     assert (values(one) - 0.4).abs().max() > 1e-2
 
 
+def three_classes(model, batch):
+    return model(**batch).logits[:, -1, :3]
+
+
 METHODS = {
     "match": {"steps": 2, "ratio_weight": 0.5, "ratio_target": "own", "normalise": "task", "hold_out": 1},
     "match of modules": {"steps": 2, "features": ["model.layers.1", "model.layers.3.mlp"]},
@@ -144,6 +148,7 @@ METHODS = {
     "adamerging of tokens": {"steps": 1, "tokens": "full", "new_tokens": 2},
     "regmean": {"batches": 1},
     "fisher": {"batches": 1},
+    "fisher of classes": {"batches": 1, "outputs": dict.fromkeys(TASKS, three_classes)},
 }
 
 
