@@ -14,6 +14,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
+from nsc_merge.methods.closed_form.squared_gradients import SquaredGradients, Term
 from nsc_merge.methods.gradient_free import empty, low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
@@ -36,9 +37,6 @@ from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
-
-# Of per-example gradients [N, d_out, d_in] held at once.
-_ENTRIES = 1 << 24
 
 GRADIENTS = ("example", "batch")
 FLOORS = ("least", "added")
@@ -66,7 +64,8 @@ class FisherOptions:
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
-            it gives at padding does not count. Tasks without one have the model's own logits.
+            it gives at padding does not count. Tasks without one have the model's own logits, of a model that predicts
+            the next token those at the last real one.
         likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
@@ -121,6 +120,8 @@ def information(
     model = problem.model
     family = find_family(model)
     masked = family.mask if family and family.tokens else None
+    # One that labels every token, as BERT does, says something at each of them.
+    answers = masked and family and family.causal
     likelihood = likelihoods_of(options.likelihood, problem.tasks)[problem.tasks.index(task)]
     # A module that runs more than once in a forward has as many of each.
     inputs: dict[str, list[Tensor]] = {}
@@ -136,7 +137,7 @@ def information(
             outputs.setdefault(path, []).append(y)
         return y
 
-    generator = torch.Generator()
+    generator, gradients = torch.Generator(), SquaredGradients()
     with alone(problem, task), ExitStack() as stack, torch.enable_grad():
         check_gradients(model)
         for path in paths:
@@ -157,7 +158,7 @@ def information(
                     "cannot be seen; expected adapters without these modules, or another method"
                 )
             mask = held.get(masked) if masked else None
-            if masked and task not in (options.outputs or {}) and output.dim() == 3:
+            if answers and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)
             if likelihood == "categorical" and output.shape[-1] == 1:
                 raise ValueError(
@@ -175,18 +176,10 @@ def information(
                 terms = _all_labels(output, task)
             else:
                 terms = _labels(output, real, likelihood, options.exact, generator)
-            for weights, likelihoods in terms:
-                uses = [(path, z, y) for path in outputs for z, y in zip(inputs[path], outputs[path], strict=True)]
-                found = torch.autograd.grad(
-                    likelihoods.sum(), [y for _, _, y in uses], retain_graph=True, allow_unused=True
-                )
-                pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-                for (path, z, _), dy in zip(uses, found, strict=True):
-                    if dy is not None:
-                        pairs.setdefault(path, []).append((z, dy))
-                for path, held_pairs in pairs.items():
-                    squares = _squares(held_pairs, weights) * float(counts)
-                    sums[path] = squares if path not in sums else sums[path] + squares
+            uses = {path: list(zip(inputs[path], outputs[path], strict=True)) for path in outputs}
+            for path, squares in gradients.of(uses, terms).items():
+                squares = squares * float(counts)
+                sums[path] = squares if path not in sums else sums[path] + squares
             inputs.clear()
             outputs.clear()
     total = torch.tensor([examples], device=device)
@@ -204,7 +197,7 @@ def _zeros(linear: Linear, device: torch.device) -> Tensor:
 
 def _labels(
     output: Tensor, real: Tensor | None, likelihood: str, exact: int, generator: torch.Generator
-) -> list[tuple[Tensor | None, Tensor]]:
+) -> list[Term]:
     """Weights ``[N]`` and log-likelihoods ``[N]``, of every label or of one that is drawn; over the positions that are
     ``real`` if given.
     """
@@ -226,7 +219,7 @@ def _labels(
     return [(ones, terms.reshape(len(terms), -1).sum(1))]
 
 
-def _all_labels(output: Tensor, task: str) -> list[tuple[Tensor | None, Tensor]]:
+def _all_labels(output: Tensor, task: str) -> list[Term]:
     """No weights and, of every example, ``sqrt(p) log p`` summed over labels ``[N]``, which squares to the expectation
     but for products of different labels (MergeLM, github.com/yule-BUAA/MergeLM).
     """
@@ -237,26 +230,6 @@ def _all_labels(output: Tensor, task: str) -> list[tuple[Tensor | None, Tensor]]
         )
     log_p = output.float().log_softmax(-1)
     return [(None, (log_p.detach().exp().sqrt() * log_p).sum(-1))]
-
-
-def _squares(pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None) -> Tensor:
-    """``sum_n w_n (sum_t dy[n, t] z[n, t]^T)^2``, ``[d_out, d_in]`` in float32, t over the positions of all pairs; the
-    square of the sum over all n without weights.
-    """
-    count = 1 if weights is None else len(weights)
-    z, dy = (
-        torch.cat([side.reshape(count, -1, side.shape[-1]).float() for side in sides], 1)
-        for sides in zip(*pairs, strict=True)
-    )
-    if weights is None:
-        return (dy[0].t() @ z[0]).square()
-    size = max(1, _ENTRIES // (z.shape[-1] * dy.shape[-1]))
-    total = z.new_zeros(dy.shape[-1], z.shape[-1])
-    for start in range(0, count, size):
-        part = slice(start, start + size)
-        gradients = torch.einsum("nto,nti->noi", dy[part], z[part])
-        total += torch.einsum("n,noi->oi", weights[part].to(gradients), gradients.square())
-    return total
 
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
