@@ -20,6 +20,8 @@ import nsc_merge
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside import preprocessing
+from nsc_merge.results.beside.next_commands import next_commands
+from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.layout import is_ours, is_preprocessing
 
 CLASSES = {
@@ -316,6 +318,23 @@ def test_a_revision_is_read_and_written(llama, tmp_path):
     assert [one.about.task_type for one in result.adapters.values()] == [None, None]
     found = config_of(result.save(tmp_path / "out", "lora"))
     assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v2")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_command_that_tries_an_adapter_is_one_that_runs_it(llama, tmp_path, dora):
+    base = llama[0]
+    adapters = served_cases.write_adapters(base, tmp_path, "llama", use_dora=dora)
+    result = merge(base, adapters)
+    out = result.save(tmp_path / "out", "lora")
+    files = [file.name for file in out.iterdir()]
+    commands = next_commands(result, out, files, pushed=True)
+    found = tf.AutoModelForCausalLM.from_pretrained(out)
+    inputs = {"input_ids": torch.arange(1, 9)[None]}
+    with torch.no_grad():
+        wanted = result.apply(served_cases.load(base)).eval()(**inputs).logits
+        gap = float((found.eval()(**inputs).logits - wanted).abs().max())
+    assert len(commands) == (gap < 1e-4)
+    assert any("leave DoRA's magnitudes out" in note for note in serving_notes(result)) is (gap > 1e-4)
 
 
 @pytest.mark.parametrize("setting", ["revision", "task_type"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.results.beside.loading_code import quoted, use_of
+from nsc_merge.results.dora_adapter import has_gains
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
 
@@ -44,8 +45,10 @@ def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, push
             kind = from_json((out / place / config).read_bytes(), config).get("architectures", [kind])[0]
         use = use_of(kind)
         needed, example = _TRIED.get(use.tag if use else "", ("", ""))
-        # An adapter goes onto the base as it is: a head of its own needs more than a pipeline.
-        if use is None or f"{place}{needed}" not in files or (format == "lora" and use.tag != "text-generation"):
+        if use is None or f"{place}{needed}" not in files:
+            continue
+        # An adapter goes onto the base as it is: a head of its own needs more than a pipeline, and so does DoRA.
+        if format == "lora" and (use.tag != "text-generation" or has_gains(result)):
             continue
         if use.tag == "text-generation" and f"{place}chat_template.jinja" in files:
             told: str | list[dict[str, str]] = [{"role": "user", "content": "Hello!"}]

@@ -13,6 +13,9 @@ from nsc_merge.results.beside.serving import lorax, sglang, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, LANGUAGE_MODEL
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 
+# Its load_adapter looks for other names than those that PEFT writes (5.23).
+_DORA = "transformers' own from_pretrained, load_adapter and pipeline leave DoRA's magnitudes out: load it with PEFT"
+
 
 def _rank(factor: Factor) -> int:
     """Of the exact adapter of one update."""
@@ -49,7 +52,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
             f"{AS_A_MODEL} to serve it anywhere"
         )
     if not decoder:
-        return [note, *(f"{part} not every server does" for part in held), *experts]
+        return [note, *(f"{part} not every server does" for part in held), *experts, *([_DORA] if dora else [])]
     notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
     paths = [path for path in result.paths if path not in whole]
     notes += _head_refused(result, paths)
@@ -59,7 +62,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     elif not notes:
         note += f"; vLLM: --enable-lora --max-lora-rank {flag}"
     others = [] if notes or experts else _of_other_servers(result, {ranks[path] for path in paths} - {0})
-    return [note, *notes, *experts, *others, *_left_out(result, paths)]
+    return [note, *notes, *experts, *others, *_left_out(result, paths), *([_DORA] if dora else [])]
 
 
 def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
