@@ -15,6 +15,7 @@ from nsc_merge.adapters import CONFIG_FILE, Adapter, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row
 from nsc_merge.evaluation.metrics import cross_entropy
+from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
@@ -55,13 +56,25 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     )
 
 
+def _is_model(folder: Path) -> bool:
+    """Whether :func:`open_saved` finds a whole model first."""
+    adapter = any((folder / name / CONFIG_FILE).is_file() for name in ("", "lora"))
+    return not adapter and any((folder / name / "config.json").is_file() for name in ("", "model"))
+
+
 def _whole(model: nn.Module, adapters: dict[str, Adapter]) -> MergeResult:
     return merge(model, adapters, method="task_arithmetic", scale=1.0)
 
 
 def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) -> Candidate:
-    """What a row measures, before any tuning."""
+    """What a row measures, before any tuning.
+
+    Raises:
+        ValueError: of a saved update of another base than the recipe's, and whatever the merge raises.
+    """
     if row.folder is not None:
+        if not _is_model(row.folder):
+            check_base(row.folder, recipe.model)
         return open_saved(row.folder, suite)
     assert row.method is not None
     method = METHODS[row.method]

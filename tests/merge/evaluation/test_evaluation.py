@@ -198,6 +198,41 @@ def test_saved_merges_of_every_kind_measure_alike(place, capsys):
         assert found[name][0]["folder"] == str(place / name)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_update_of_another_base_is_refused_where_its_record_tells(place, capsys, moved):
+    """Of the same shapes, as tuned models of one family are; a copy of the base is the base."""
+    kind = type(build("llama-cls"))
+    other = kind.from_pretrained(place / "base")
+    if moved:
+        other = kind(type(other.config)(**{**other.config.to_dict(), "vocab_size": 120}))
+    else:
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    other.save_pretrained(place / "other")
+    shutil.copytree(place / "base", place / "copy")
+    adapters = {name: place / "adapters" / name for name in ("nli", "topic")}
+    for base in ("other", "copy"):
+        model = kind.from_pretrained(place / base)
+        result = nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.4)
+        for form in ("lora", "model", "coefficients"):
+            result.save(place / base / form, form)
+        result.save(place / base / "several", ["lora", "model"])
+        nsc_merge.merge(model, adapters, method="finetuned").save(place / base / "each", ["lora"])
+    saved = [f"{base}/{form}" for base in ("other", "copy") for form in ("lora", "several", "several/lora", "each")]
+    saved += ["other/coefficients"] * (not moved) + ["other/model", "copy/coefficients", "copy/model"]
+    if moved:
+        for file in (place / "other").glob("*.*"):
+            file.unlink()
+    capsys.readouterr()
+    change(place, methods=[{"folder": one, "name": one} for one in saved], joint=False)
+    assert main(["eval", str(place / "eval.yaml"), "output.plots=false"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    refused = {line.split(",")[0] for line in lines if f"is an update of {place / 'other'}, and model is" in line}
+    assert refused == {one for one in saved if one.startswith("other") and one != "other/model"}
+    found = rows(json.loads((place / "out" / "results.json").read_text()))
+    assert set(found) == {"zero_shot", "finetuned", *saved} - refused
+
+
 def change(place, **values):
     recipe = yaml.safe_load((place / "eval.yaml").read_text())
     (place / "eval.yaml").write_text(yaml.safe_dump({**recipe, **values}))

@@ -22,6 +22,7 @@ from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
 from nsc_merge.commands.terminal import log, prepare
 from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS
@@ -125,6 +126,7 @@ def quartiles(arguments: argparse.Namespace) -> int:
     row = next(row for row in here.rows if row.name == arguments.row)
     if row.folder is not None and (row.folder / COEFFICIENTS_FILE).is_file():
         # What else lies there no longer says which adapters it was made of.
+        check_base(row.folder, here.model)
         merged: Candidate = load_result(row.folder, numbers=False)
     else:
         merged = candidate_of(suite, here, row, seed)
