@@ -63,7 +63,7 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
         for spine in axis.spines.values():
             spine.set_visible(False)
-        bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
+        bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, extend=_beyond(grid, 1.2 * reach))
         bar.set_label("% of the fine-tuned model")
         bar.outline.set_visible(False)
         figure.savefig(temporary)
@@ -75,6 +75,13 @@ def _reach(grid: list[list[float]]) -> float:
     """Distance from 100 at which colours end: that of all but the most extreme values, at least 5."""
     distances = sorted(abs(value - 100) for row in grid for value in row if not math.isnan(value))
     return max(5.0, distances[int(0.95 * (len(distances) - 1))]) if distances else 5.0
+
+
+def _beyond(grid: list[list[float]], reach: float) -> str:
+    """At which ends of the colours values lie further out, for the colour bar's arrows."""
+    values = [value for row in grid for value in row if not math.isnan(value)]
+    low, high = min(values, default=100) < 100 - reach, max(values, default=100) > 100 + reach
+    return "both" if low and high else "min" if low else "max" if high else "neither"
 
 
 def _mean(values: list[float | None]) -> float:

@@ -16,6 +16,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "savefig.bbox": "tight",
     "savefig.dpi": 130,
+    # Names of tasks and methods are what they are, with a $ in them, too.
+    "text.parse_math": False,
 }
 
 
