@@ -38,7 +38,8 @@ _FILE = rf"""(?x:
     | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
 )"""
 # What transformers' tokenizers, processors and generation read from a model's folder, of this release and of earlier
-# ones: configurations, chat templates, vocabularies, as patterns of the hub. No weights, and no code.
+# ones: configurations, chat templates, vocabularies, as patterns of the hub. No code, and no weights but those of the
+# layer that sentence-transformers puts behind a model. Without its modules.json it takes the mean over all tokens.
 PREPROCESSING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -49,6 +50,8 @@ PREPROCESSING = (
     *("vocab.json", "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json"),
     *("target_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json"),
     *("word_shape.json", "word_pronunciation.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*_Pooling/config.json"),
+    *("*_Dense/config.json", "*_Dense/model.safetensors"),
 )
 _PREPROCESSING = "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in PREPROCESSING)
 _MODEL = "(tasks/[^/]+/)?((lora|model)/)?"

@@ -22,6 +22,7 @@ from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside import preprocessing
 from nsc_merge.results.beside.next_commands import next_commands
 from nsc_merge.results.beside.serving_notes import serving_notes
+from nsc_merge.results.hub import pushed_files
 from nsc_merge.results.layout import is_ours, is_preprocessing
 
 CLASSES = {
@@ -415,6 +416,30 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
             *("README.md", "recipe.yaml", "adapter_config.json", "adapter_model.safetensors"),
         }
         assert "put it there with its save_pretrained" in (out / "README.md").read_text()
+
+
+def test_what_makes_an_embedding_of_the_outputs_comes_along(llama, tmp_path):
+    """Without modules.json sentence-transformers takes the mean over all tokens, whatever the base takes."""
+    base, adapters = llama
+    place = tmp_path / "base"
+    shutil.copytree(base, place)
+    held = {
+        "modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]',
+        "config_sentence_transformers.json": '{"prompts": {"query": "search: "}}',
+        "sentence_bert_config.json": '{"max_seq_length": 8}',
+        "1_Pooling/config.json": '{"pooling_mode_lasttoken": true}',
+        "2_Dense/config.json": '{"in_features": 32, "out_features": 8}',
+        "2_Dense/model.safetensors": "weights",
+    }
+    others = ["2_Dense/run.py", "2_Dense/pytorch_model.bin", "1_Pooling/notes.txt", "onnx/config.json"]
+    for name, text in {**held, **dict.fromkeys(others, "")}.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(text)
+    out = merge(place, adapters).save(tmp_path / "out", ["lora", "model"])
+    for format in ("lora", "model"):
+        assert {name: (out / format / name).read_text() for name in held} == held
+        assert not any((out / format / name).exists() for name in others)
+    assert {*held, *(f"lora/{name}" for name in held)} <= pushed_files(out, "owner/name").keys()
 
 
 def test_the_files_go_with_the_merge_that_brought_them(llama, tmp_path):

@@ -1,5 +1,5 @@
-"""What turns raw data into a model's inputs and guides its generation, copied from the base: its tokenizer, chat
-templates, processors and generation configuration.
+"""What turns raw data into a model's inputs, guides its generation and makes embeddings of its outputs, copied from the
+base: its tokenizer, chat templates, processors, generation configuration and sentence-transformers' modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 _NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Larger than any vocabulary: what is beyond it is none.
 LARGEST = 256 << 20
-_MOST_TEMPLATES = 100
+# Files of a folder within the base's that are looked at.
+_MOST_INSIDE = 100
 # transformers makes the modules of code that came with a model below this name.
 _CODE_OF_MODELS = "transformers_modules."
 
@@ -160,8 +161,8 @@ def _beside(result: MergedUpdate) -> Iterator[tuple[str, Path]]:
     if source is None:
         return
     places = [*source.iterdir()]
-    if (source / _TEMPLATES).is_dir():
-        places += sorted((source / _TEMPLATES).iterdir())[:_MOST_TEMPLATES]
+    for folder in [source / _TEMPLATES, *source.glob("*_Pooling"), *source.glob("*_Dense")]:
+        places += sorted(folder.iterdir())[:_MOST_INSIDE] if folder.is_dir() else []
     for place in sorted(places):
         name = place.relative_to(source).as_posix()
         wanted = is_preprocessing(name) or (trusted and place.suffix == ".py" and place.parent == source)
