@@ -52,8 +52,8 @@ class LinearHead:
     Attributes:
         weight: ``[C, d]``; for pool ``"image"`` ``[C * p * p, d]``, channels first, for patches of p x p pixels.
         bias: ``[C]``, or ``[C * p * p]``.
-        pool: ``"mean"`` of all tokens that the mask keeps, ``"first"`` token, ``"last"`` token that the mask keeps,
-            mean of the ``"patches"`` without class tokens, every token (``"tokens"``: ``[N, T, C]``), or patches laid
+        pool: ``"mean"`` of all tokens that the mask keeps, ``"first"`` or ``"last"`` token that it keeps, mean
+            of the ``"patches"`` without class tokens, every token (``"tokens"``: ``[N, T, C]``), or patches laid
             out as an ``"image"``: ``[N, H, W, C]``.
     """
 
@@ -81,8 +81,6 @@ class LinearHead:
         return self._image(output, model, inputs) if self.pool == "image" else output
 
     def _pooled(self, features: Tensor, mask: Tensor | None, model: nn.Module, inputs: Inputs) -> Tensor:
-        if self.pool == "first":
-            return features[:, 0]
         if self.pool in ("patches", "image"):
             rows, columns, _ = _grid(model, inputs)
             patches = features[:, features.shape[1] - rows * columns :]
@@ -91,6 +89,8 @@ class LinearHead:
             return features
         if mask is None or mask.shape != features.shape[:2]:
             mask = features.new_ones(features.shape[:2])
+        if self.pool == "first":
+            return features[torch.arange(len(features), device=features.device), (mask != 0).int().argmax(1)]
         if self.pool == "last":
             places = torch.arange(features.shape[1], device=features.device) * (mask != 0)
             return features[torch.arange(len(features), device=features.device), places.argmax(1)]

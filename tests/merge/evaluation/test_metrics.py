@@ -320,6 +320,13 @@ def test_linear_heads_pool_as_they_say():
             output = heads.LinearHead(weight, bias, pool)(model, everywhere)
         pooled = features[:, -1] if pool == "last" else features.mean(1)
         torch.testing.assert_close(output, pooled @ weight.t() + 1)
+    # On which side padding is makes no difference.
+    front = {name: torch.stack([value[0], value[1].roll(2), value[2]]) for name, value in inputs.items()}
+    assert front["attention_mask"][1].tolist() == [0, 0, 1, 1, 1, 1, 1]
+    for pool in ("first", "last", "mean"):
+        with torch.no_grad():
+            output = heads.LinearHead(weight, bias, pool)(model, front)
+        torch.testing.assert_close(output, expected[pool] @ weight.t() + 1)
     with pytest.raises(ValueError, match="expected a model of images"):
         heads.LinearHead(weight, bias, "patches")(model, inputs)
     with pytest.raises(ValueError, match=r"expected weight \[C, 32\].*found \[3, 8\]"):
