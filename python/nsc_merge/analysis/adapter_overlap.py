@@ -17,6 +17,7 @@ from nsc_merge.adapters.adapter import name_of
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
+from nsc_merge.models.real_tokens import RealTokens
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
@@ -114,12 +115,13 @@ def null_space_ratios(
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    family = find_family(model)
-    mask: Tensor | None = None
+    real_tokens = RealTokens(model, find_family(model))
+    inputs: dict[str, Tensor] = {}
 
     def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
         ratio = null_space_ratio(quad, sqnorm)
-        kept = ratio[mask != 0] if mask is not None and mask.shape == sqnorm.shape else ratio.flatten(0, -2)
+        real = real_tokens.of(path, sqnorm, inputs)
+        kept = ratio.flatten(0, -2) if real is None else ratio[real]
         sums[path] = sums.get(path, 0.0) + kept.double().sum(0).cpu()
         tokens[path] = tokens.get(path, 0) + len(kept)
 
@@ -130,7 +132,6 @@ def null_space_ratios(
             module.measure = record if module.bank.R else None
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            mask = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
     reached = {
         task: [path for path, factor in adapter.factors.items() if factor.rank and tokens.get(path)]

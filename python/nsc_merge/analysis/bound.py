@@ -18,6 +18,7 @@ from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import eager, evaluating
+from nsc_merge.models.real_tokens import RealTokens
 from nsc_merge.results.result import MergeResult
 
 # Rounding of float64 products over a few thousand terms stays well below.
@@ -65,12 +66,12 @@ def check_bound(
         for task, adapter in chosen.items()
         for path, factor in adapter.factors.items()
     ]
-    family = find_family(model)
-    mask: Tensor | None = None
+    tokens = RealTokens(model, find_family(model))
+    inputs: dict[str, Tensor] = {}
 
     def see(check: _Check, z: Tensor) -> None:
-        whole = mask is None or mask.shape != z.shape[:-1]
-        check.add(z.flatten(0, -2) if whole or mask is None else z[mask != 0])
+        real = tokens.of(check.path, z[..., 0], inputs)
+        check.add(z.flatten(0, -2) if real is None else z[real])
 
     device = input_device(model)
     with ExitStack() as stack:
@@ -84,7 +85,6 @@ def check_bound(
             stack.callback(hook.remove)
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            mask = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
     silent = [check.path for check in checks if not check.inputs]
     if silent:

@@ -18,6 +18,7 @@ from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.models.own_base import linears_of, own_base
+from nsc_merge.models.real_tokens import RealTokens
 from nsc_merge.results.result import MergeResult
 
 
@@ -137,15 +138,14 @@ def per_sample_ratios(
     adapters = source.adapters if isinstance(source, MergeResult) else source
     chosen = low_rank_part(model, adapters, modules, blocks)
     tasks = list(chosen)
-    family = find_family(model)
+    real_tokens = RealTokens(model, find_family(model))
     found: dict[str, Tensor] = {}
-    mask: Tensor | None = None
+    inputs: dict[str, Tensor] = {}
 
     def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
         ratio = null_space_ratio(quad, sqnorm)
-        weight = (
-            torch.ones_like(sqnorm) if mask is None or mask.shape != sqnorm.shape else (mask != 0).to(sqnorm)
-        )
+        real = real_tokens.of(path, sqnorm, inputs)
+        weight = torch.ones_like(sqnorm) if real is None else real.to(sqnorm)
         tokens = tuple(range(1, sqnorm.dim()))
         if tokens:
             ratio = (ratio * weight[..., None]).sum(tokens) / weight.sum(tokens)[:, None].clamp(min=1)
@@ -164,7 +164,6 @@ def per_sample_ratios(
         for batch in batches:
             found.clear()
             inputs = {name: value.to(device) for name, value in batch.items()}
-            mask = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
             silent = [path for path in paths if path not in found]
             if silent:

@@ -19,6 +19,7 @@ from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
+from nsc_merge.models.real_tokens import RealTokens
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_count, check_number
@@ -63,30 +64,28 @@ def grams(
     """
     model = problem.model
     linears = merged_linears(model, problem.adapters)
-    family = find_family(model)
+    tokens = RealTokens(model, find_family(model))
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(paths, 0)
-    mask: list[Tensor | None] = [None]
+    inputs: dict[str, Any] = {}
     counted = [True]
 
     def record(path: str, z: Tensor) -> None:
         if not counted[0]:
             return
-        real = None if mask[0] is None else mask[0].bool().to(z.device)
-        flat = z[real] if real is not None and real.shape == z.shape[:-1] else z.reshape(-1, z.shape[-1])
-        flat = flat.double()
+        real = tokens.of(path, z[..., 0], inputs)
+        flat = (z.reshape(-1, z.shape[-1]) if real is None else z[real]).double()
         sums[path] = flat.t() @ flat if path not in sums else sums[path].addmm_(flat.t(), flat)
         counts[path] += len(flat)
 
     with alone(problem, task), ExitStack() as stack, torch.no_grad():
         for path in paths:
             module = model.get_submodule(path)
-            hook = module.register_forward_pre_hook(lambda _, inputs, path=path: record(path, inputs[0]))
+            hook = module.register_forward_pre_hook(lambda _, given, path=path: record(path, given[0]))
             stack.callback(hook.remove)
         device = input_device(model)
         for _, batch, counted[0] in in_turn(batches):
             inputs = one_by_one([batch], device)[0].inputs
-            mask[0] = inputs.get(family.mask) if family and family.mask else None
             model(**inputs)
     sizes = torch.tensor([counts[path] for path in paths], device=device)
     current().add([sizes])

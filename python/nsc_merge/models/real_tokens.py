@@ -1,0 +1,55 @@
+"""Which rows of a linear's input are of tokens, and which of padding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nsc_merge.models.families import Family
+
+_SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
+# Keys and values of an attention to another sequence: T5, BART and those like it, ProphetNet, BERT as a decoder.
+_OF_ENCODER = re.compile(r"(?:cross\w*|encoder_attn\w*|EncDecAttention)\.(?:\w+\.)*(?:k|v|key|value)(?:_proj)?$")
+
+
+class RealTokens:
+    """Tells tokens from padding by the masks among a model's inputs, which is one for each side of an encoder-decoder.
+
+    Args:
+        model: that is run.
+        family: what is known of it; without one ``attention_mask`` is what transformers calls it.
+    """
+
+    def __init__(self, model: nn.Module, family: Family | None) -> None:
+        self._two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._mask = family.mask if family else "attention_mask"
+        self._unmasked = f"{family.unmasked}." if family and family.unmasked else None
+
+    def of(self, path: str, z: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Bool of the shape of ``z``, False at padding; None where no mask speaks of it, and all rows count.
+
+        Args:
+            path: of the linear.
+            z: something that it has of every row of its input: ``[rows, tokens]``, ``[tokens, rows]`` or
+                ``[rows * tokens]``.
+            inputs: of the model.
+        """
+        mask = inputs.get(self._name(path) or "")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        real = mask.bool().to(z.device)
+        # A router or an expert that all tokens go through sees the rows of all examples in one.
+        views = (real, real.t(), real.flatten())
+        return next((view for view in views if view.shape == z.shape), None)
+
+    def _name(self, path: str) -> str | None:
+        if self._unmasked is not None and path.startswith(self._unmasked):
+            return None
+        if not self._two_sided:
+            return self._mask
+        side = _SIDE.search(path)
+        of_encoder = side is not None and (side[1] == "encoder" or _OF_ENCODER.search(path) is not None)
+        return "attention_mask" if of_encoder else "decoder_attention_mask"

@@ -1,0 +1,106 @@
+"""Padding counts nowhere, whichever mask speaks of it and however a linear sees the rows of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from zoo import write_adapter
+
+import nsc_merge
+from nsc_merge.analysis.adapter_overlap import null_space_ratios
+from nsc_merge.analysis.bound import check_bound
+from nsc_merge.models.families import find_family
+from nsc_merge.models.fitting import fit
+from nsc_merge.models.real_tokens import RealTokens
+
+SIDES = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+WIDTHS = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 16}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+PARTS = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2}
+
+
+def t5():
+    config = tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **TOKENS)
+    return tf.T5ForConditionalGeneration(config)
+
+
+def bart():
+    config = tf.BartConfig(vocab_size=64, d_model=16, **SIDES, **WIDTHS, **TOKENS, forced_eos_token_id=None)
+    return tf.BartForConditionalGeneration(config)
+
+
+def two_berts():
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(tf.BertConfig(**PARTS), tf.BertConfig(**PARTS))
+    return tf.EncoderDecoderModel(config=config)
+
+
+def experts():
+    return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**PARTS, **TOKENS, **EXPERTS, shared_expert_intermediate_size=24))
+
+
+def positions_first():
+    config = tf.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=24, pad_token_id=0)
+    return tf.XLNetForSequenceClassification(config)
+
+
+TARGETS = {
+    t5: ["q", "k", "v", "o", "wi", "wo"],
+    bart: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    two_berts: ["query", "key", "value", "attention.output.dense"],
+    experts: ["q_proj", "shared_expert_gate"],
+    positions_first: ["layer_1", "layer_2"],
+}
+
+
+def batch(filler: int, *, length: int, two_sided: bool) -> dict[str, Tensor]:
+    """Rows with ``filler`` as padding at different places of both sides."""
+    generator = torch.Generator().manual_seed(4)
+    found = {}
+    for side, many, ends in (("", 8, (5, 8, 3, 8)), ("decoder_", length, (8, 6, 8, 8)))[: 1 + two_sided]:
+        ids = torch.randint(3, 60, (4, many), generator=generator)
+        mask = (torch.arange(many) < torch.tensor(ends)[:, None]).long()
+        found |= {f"{side}input_ids": torch.where(mask > 0, ids, filler), f"{side}attention_mask": mask}
+    return found
+
+
+@pytest.mark.parametrize("length", [8, 7])
+@pytest.mark.parametrize("build", TARGETS)
+def test_regmean_does_not_see_what_padding_holds(build, length, tmp_path):
+    torch.manual_seed(0)
+    model = build().eval()
+    folders = {task: write_adapter(model, tmp_path / task, n, r=2, target_modules=TARGETS[build])
+               for n, task in enumerate("ab")}
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
+    merged = []
+    for filler in (7, 50):
+        data = {task: [batch(filler, length=length, two_sided=two_sided)] for task in folders}
+        merged.append(nsc_merge.merge(model, folders, data, "regmean", batches=1, ridge=1e-2))
+    for path in merged[0].paths:
+        torch.testing.assert_close(merged[0].delta(path), merged[1].delta(path), rtol=1e-4, atol=1e-6)
+
+
+def test_analyses_do_not_see_what_padding_holds(tmp_path):
+    torch.manual_seed(0)
+    model = t5().eval()
+    folders = {task: write_adapter(model, tmp_path / task, n, r=2, target_modules=["v"]) for n, task in enumerate("ab")}
+    adapters = fit({task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}, model)
+    data = [[batch(filler, length=8, two_sided=True)] for filler in (7, 50)]
+    ratios, inputs = ([call(model, adapters, one) for one in data] for call in (null_space_ratios, check_bound))
+    assert ratios[0] == ratios[1]
+    assert inputs[0] == inputs[1]
+    found = {check["path"]: check["inputs"] for check in inputs[0]}
+    assert found["encoder.block.0.layer.0.SelfAttention.v"] == int(data[0][0]["attention_mask"].sum())
+
+
+def test_no_mask_speaks_of_images_beside_texts():
+    towers = {"text_config": {**PARTS, "max_position_embeddings": 8}, "vision_config": {**PARTS, "image_size": 8}}
+    towers["vision_config"] |= {"patch_size": 4}
+    model = tf.CLIPModel(tf.CLIPConfig(**towers))
+    tokens, mask = RealTokens(model, find_family(model)), torch.tensor([[1, 1, 1, 0, 0]])
+    of = {tower: tokens.of(f"{tower}_model.encoder.layers.0.mlp.fc1", torch.zeros(1, 5), {"attention_mask": mask})
+          for tower in ("text", "vision")}
+    assert of["vision"] is None
+    assert torch.equal(of["text"], mask.bool())
