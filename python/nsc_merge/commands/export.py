@@ -24,6 +24,9 @@ def add(commands: Any) -> None:
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
     export.add_argument("--rank", type=positive, metavar="R", help="truncate lora to this rank")
     export.add_argument("--max-shard-size", metavar="SIZE", help="of model (default: files like the base's)")
+    export.add_argument(
+        "--dequantize", action="store_true", help="of a quantised base: write model in plain numbers, without it"
+    )
     export.add_argument("--head", metavar="TASK", help="put the head of this task into lora or model")
     export.add_argument("--push-to-hub", metavar="REPO", help="upload to owner/name")
     export.add_argument("--private", action="store_true", help="make a repository that there is not yet a private one")
@@ -71,6 +74,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--private: expected --push-to-hub owner/name beside it, found none")
     if arguments.rank is not None and arguments.format != "lora":
         raise UsageError("--rank: only --format lora can be truncated")
+    for name in ("dequantize", "max_shard_size"):
+        if getattr(arguments, name) and arguments.format != "model":
+            raise UsageError(f"--{name.replace('_', '-')}: only --format model holds the base's weights")
     if arguments.head is not None and arguments.format not in ("lora", "model"):
         raise UsageError("--head: only --format lora and --format model have a head")
     if arguments.max_shard_size is not None and not is_size(arguments.max_shard_size):
@@ -101,6 +107,7 @@ def _write(arguments: argparse.Namespace) -> None:
         arguments.format,
         rank=arguments.rank,
         max_shard_size=arguments.max_shard_size,
+        dequantize=arguments.dequantize,
         head=arguments.head,
         labels=result.inputs.get("labels"),
     )

@@ -60,8 +60,8 @@ def write_model(
         return
     if getattr(model, "is_quantized", False):
         raise ValueError(
-            "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True, which "
-            "writes a model without quantisation"
+            "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True "
+            "(--dequantize), which writes a model without quantisation"
         )
     merged = set(result.merged_names(model))
     state = model.state_dict(keep_vars=True)

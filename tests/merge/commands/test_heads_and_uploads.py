@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from cli_cases import contents, make_place
-from zoo import build
+from packed_linear import packed, unpacked
+from safetensors.torch import load_file
+from zoo import build, write_adapter
 
+import nsc_merge
 from nsc_merge.commands.main import main
 
 SHORT = ["method=task_arithmetic", "options={scale: 0.5}", "output.formats=model"]
@@ -120,6 +124,22 @@ def test_an_export_uploads_what_it_writes_or_the_merge_as_it_is(place, tmp_path,
     assert "adapter_model.safetensors" in pushed[1][3]
 
 
+def test_a_merge_of_a_quantised_base_is_exported_as_a_model_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    model, plain = packed(build("llama")), unpacked(packed(build("llama")))
+    model.is_quantized = True
+    source = write_adapter(plain, tmp_path / "a", 1, r=4, target_modules=["q_proj", "v_proj"])
+    found, wanted = (nsc_merge.merge(one, {"a": source}, method="task_arithmetic", scale=0.5) for one in (model, plain))
+    monkeypatch.setattr("nsc_merge.recipes.saved_result.load_result", lambda *_, **__: found)
+    export = ["export", str(tmp_path), "--format", "model", "--out", str(tmp_path / "out")]
+    assert main(export) == 1
+    assert "use format 'lora', or dequantize=True (--dequantize), which writes" in capsys.readouterr().err
+    assert main([*export, "--dequantize"]) == 0
+    wanted.save(tmp_path / "wanted", "model")
+    mine, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wanted"))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in mine.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +148,8 @@ def test_an_export_uploads_what_it_writes_or_the_merge_as_it_is(place, tmp_path,
         (["--out", "x", "--push-to-hub", "me/x"], "--format, --out: expected both"),
         (["--push-to-hub", "merged"], "--push-to-hub: expected owner/name, found 'merged'"),
         (["--format", "lora", "--out", "x", "--private"], "--private: expected --push-to-hub owner/name"),
+        (["--format", "lora", "--out", "x", "--dequantize"], "--dequantize: only --format model"),
+        (["--format", "lora", "--out", "x", "--max-shard-size", "5GB"], "--max-shard-size: only --format model"),
         (["--format", "coefficients", "--out", "x", "--head", "nli"], "--head: only --format lora and --format model"),
     ],
 )
