@@ -266,8 +266,9 @@ class Objective:
         self._rows = sqnorm.shape[0]
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
         part = means.to(self._device) * self._shares[path]
-        # A block that is recomputed has to make the same graph, and must not count twice.
-        if not recomputing():
+        # A block that is recomputed has to make the same graph, and must not count twice. Of a linear that runs several
+        # times, as in a block that is looped, the first counts: the forward may end there.
+        if not recomputing() and path in self._missing:
             self._omega = self._omega + part
             self._missing.discard(path)
             self._latest = path

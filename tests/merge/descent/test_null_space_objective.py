@@ -40,6 +40,17 @@ def same_course(first, second):
     assert (values(first) - 0.4).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"batch_tasks": True}])
+def test_of_a_block_that_is_looped_the_first_run_counts_wherever_the_forward_ends(options):
+    model = llama()
+    model.model.layers[3] = model.model.layers[2]
+    adapters, batches = adapters_for(model), text_batches()
+    settings = {"score_blocks": [2], **options}
+    whole, ended = (trajectory(model, adapters, batches, early_exit=early, **settings) for early in (False, True))
+    same_course(whole, ended)
+    assert all(0 <= value <= 1 for step in whole.history for value in step["omega"].values())
+
+
 @pytest.mark.parametrize(
     "options",
     [
