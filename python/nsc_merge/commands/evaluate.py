@@ -20,7 +20,8 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       test: data/count-test.safetensors        # inputs and labels, stacked by name; or a folder of batches
       validation: data/count-val.safetensors   # for tune, and for methods that need data
       labels: labels                   # which tensor holds the labels
-      metric: accuracy                 # or miou, rmse, l1, mean_angle, edge_f, exact_match, cider;
+      metric: accuracy                 # or miou, f1, f1_binary, matthews, perplexity, pearson, spearman, rmse, l1,
+      #                                # mean_angle, edge_f, exact_match, cider;
       #                                # or {name: cider, program: pycocoevalcap}, that package's figure over words
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
       # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,

@@ -1,11 +1,14 @@
-"""Metrics against the programs that people know: torchmetrics, and pycocoevalcap's CIDEr."""
+"""Metrics against the programs that people know: torchmetrics, scikit-learn, scipy, and pycocoevalcap's CIDEr."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 
 import pytest
+import scipy.stats
+import sklearn.metrics as sk
 import torch
 import torchmetrics.functional as tm
 import yaml
@@ -54,6 +57,54 @@ def test_shares_and_overlaps_of_classes_are_those_of_torchmetrics(seed, classes,
     known = (labels != metrics.IGNORE).any(1)
     own = [metrics.mean_iou(logits[n : n + 1], labels[n : n + 1]) for n in range(samples) if known[n]]
     assert metrics.mean_iou_per_sample(logits, labels)[known].tolist() == pytest.approx(own, rel=1e-6)
+
+
+@quick
+@given(seeds, st.integers(2, 5), st.integers(1, 12), st.floats(0, 0.9), st.floats(0, 3))
+def test_measures_of_classes_are_those_of_scikit_learn(seed, classes, samples, unknown, sharpness):
+    """Also where classes occur nowhere, or one alone does."""
+    generator = torch.Generator().manual_seed(seed)
+    occurring = int(torch.randint(1, classes + 1, (1,), generator=generator))
+    labels = torch.randint(0, occurring, (samples, 3), generator=generator)
+    right = nn.functional.one_hot(labels, classes).float()
+    logits = torch.randn(samples, 3, classes, generator=generator) + sharpness * right
+    labels[torch.rand(labels.shape, generator=generator) < unknown] = metrics.IGNORE
+    labels[0, 0] = 0
+    known = labels != metrics.IGNORE
+    predicted, true = logits.argmax(-1)[known], labels[known]
+    assert metrics.f1(logits, labels) == pytest.approx(sk.f1_score(true, predicted, average="macro", zero_division=0))
+    assert metrics.matthews(logits, labels) == pytest.approx(sk.matthews_corrcoef(true, predicted))
+    if classes == 2:
+        expected = sk.f1_score(true, predicted, pos_label=1, zero_division=0)
+        assert metrics.f1_binary(logits, labels) == pytest.approx(expected)
+    entropy = sk.log_loss(true, logits[known].double().softmax(-1), labels=range(classes))
+    assert metrics.perplexity(logits, labels) == pytest.approx(math.exp(entropy), rel=1e-4)
+    own = METRICS["perplexity"].quality(logits, labels)
+    for row, value in enumerate(own.tolist()):
+        if known[row].any():
+            alone = metrics.perplexity(logits[row : row + 1], labels[row : row + 1])
+            assert -value == pytest.approx(math.log(alone), rel=1e-4, abs=1e-6)
+        else:
+            assert math.isnan(value)
+
+
+@quick
+@given(seeds, st.integers(3, 9), st.floats(0, 0.5))
+def test_correlations_are_those_of_scipy_over_what_is_known(seed, samples, unknown):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 6, (samples,), generator=generator).float()
+    outputs = labels[:, None] + torch.randn(samples, 1, generator=generator)
+    labels[torch.rand(samples, generator=generator) < unknown] = torch.nan
+    known = ~labels.isnan()
+    if len(labels[known].unique()) < 2:
+        labels[:2], known[:2] = torch.tensor([0.0, 1.0]), True
+    pairs = outputs[known, 0].double().numpy(), labels[known].double().numpy()
+    assert metrics.pearson(outputs, labels) == pytest.approx(scipy.stats.pearsonr(*pairs).statistic)
+    assert metrics.spearman(outputs, labels) == pytest.approx(scipy.stats.spearmanr(*pairs).statistic)
+    # Nothing correlates with what is always the same, or no number.
+    for broken in (torch.ones(samples, 1), outputs * math.nan, outputs * math.inf):
+        assert math.isnan(metrics.pearson(broken, labels))
+        assert math.isnan(metrics.spearman(broken, labels))
 
 
 @quick

@@ -47,7 +47,7 @@ def test_mean_iou_by_hand():
 def test_a_prediction_that_is_no_number_is_wrong():
     """argmax takes NaN for the highest: a broken model would have the share of the first class."""
     broken, labels = torch.full((1, 4, 3), math.nan), torch.tensor([[0, 0, 1, 0]])
-    for name in ("accuracy", "miou", "exact_match"):
+    for name in ("accuracy", "miou", "f1", "matthews", "exact_match"):
         assert METRICS[name].measure(broken, labels) == 0
         assert METRICS[name].quality(broken, labels).tolist() == [0]
     # One logit is enough, of whichever class.
@@ -190,9 +190,10 @@ def test_quality_and_metric_agree_in_direction(name):
     """A perfect prediction is the best there is, overall and for every sample."""
     metric = METRICS[name]
     generator = torch.Generator().manual_seed(0)
-    if name in ("accuracy", "miou"):
-        labels = torch.randint(0, 3, (4, 6), generator=generator)
-        good, bad = logits(labels.tolist(), 3), logits(((labels + 1) % 3).tolist(), 3)
+    if name in ("accuracy", "miou", "f1", "f1_binary", "matthews", "perplexity"):
+        classes = 2 if name == "f1_binary" else 3
+        labels = torch.randint(0, classes, (4, 6), generator=generator)
+        good, bad = logits(labels.tolist(), classes), logits(((labels + 1) % classes).tolist(), classes)
     elif name in ("exact_match", "cider"):
         labels = torch.randint(0, 30, (4, 6), generator=generator)
         good, bad = labels, labels + 1
@@ -232,6 +233,8 @@ def test_quality_and_metric_agree_in_direction(name):
             ValueError,
             r"expected \[2\] or \[2, 1\].*found \[2, 3\]",
         ),
+        ("f1_binary", torch.zeros(2, 3), torch.zeros(2).long(), ValueError, "logits of two classes, found 3"),
+        ("pearson", torch.zeros(2, 3), torch.zeros(2), ValueError, r"expected \[2\] or \[2, 1\]"),
         ("l1", torch.zeros(2), torch.zeros(2).long(), TypeError, "labels: expected floating point"),
         ("l1", torch.zeros(2), torch.full((2,), math.nan), ValueError, "at least one known label"),
         ("mean_angle", torch.zeros(2), torch.zeros(2), ValueError, r"expected vectors \[N, ..., D\]"),

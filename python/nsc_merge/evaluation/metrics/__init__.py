@@ -12,8 +12,12 @@ from nsc_merge.evaluation.metrics.classification import (
     accuracy,
     accuracy_per_sample,
     cross_entropy,
+    f1,
+    f1_binary,
+    matthews,
     mean_iou,
     mean_iou_per_sample,
+    perplexity,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
 from nsc_merge.evaluation.metrics.generation import OWN, cider, cider_per_sample, exact_match, exact_match_per_sample
@@ -25,7 +29,9 @@ from nsc_merge.evaluation.metrics.regression import (
     cosine_loss,
     l1,
     mean_angle,
+    pearson,
     rmse,
+    spearman,
     squared_error,
 )
 
@@ -46,10 +52,16 @@ __all__ = [
     "edge_f_per_sample",
     "exact_match",
     "exact_match_per_sample",
+    "f1",
+    "f1_binary",
     "l1",
+    "matthews",
     "mean_angle",
     "mean_iou",
     "mean_iou_per_sample",
+    "pearson",
+    "perplexity",
     "rmse",
+    "spearman",
     "squared_error",
 ]

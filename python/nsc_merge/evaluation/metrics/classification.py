@@ -35,13 +35,67 @@ def mean_iou(outputs: Tensor, labels: Tensor) -> float:
 
     Arguments and errors as in :func:`accuracy`; a pixel of which some logit is NaN is missed.
     """
-    _check_classes(outputs, labels)
-    return _iou(_confusion(outputs.flatten(0, -2)[None], labels.flatten()[None])).item()
+    return _iou(_whole_confusion(outputs, labels)).item()
 
 
 def mean_iou_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
     """:func:`mean_iou` within every sample, ``[N]``, which torchmetrics has no average over classes for."""
     return _iou(_confusion(outputs, labels))
+
+
+def f1(outputs: Tensor, labels: Tensor) -> float:
+    """Mean F-measure over the classes that occur or are predicted, all known labels together: scikit-learn's macro
+    average.
+
+    Arguments and errors as in :func:`accuracy`; what predicts nothing is missed.
+    """
+    both, either = _f_parts(outputs, labels)
+    return (2 * both / either)[either > 0].mean().item()
+
+
+def f1_binary(outputs: Tensor, labels: Tensor) -> float:
+    """F-measure of class 1 of two; 0 where it neither occurs nor is predicted. As :func:`f1`.
+
+    Raises:
+        ValueError: for more classes, too.
+    """
+    both, either = _f_parts(outputs, labels)
+    if len(both) != 2:
+        raise ValueError(f"outputs: expected logits of two classes, found {len(both)}; f1 is of any number of them")
+    return (2 * both[1] / either[1].clamp(min=1)).item()
+
+
+def _f_parts(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``[C]`` each: true positives, and how often a class occurs plus how often it is predicted."""
+    (confusion,) = _whole_confusion(outputs, labels)
+    return confusion.diagonal(), confusion.sum(0)[:-1] + confusion.sum(1)
+
+
+def matthews(outputs: Tensor, labels: Tensor) -> float:
+    """Matthews' correlation of known and predicted classes, from -1 to 1, of any number of them (Gorodkin 2004); 0
+    where there is one class alone on a side, as scikit-learn has it.
+
+    Arguments and errors as in :func:`accuracy`; what predicts nothing is one more class.
+    """
+    (confusion,) = _whole_confusion(outputs, labels)
+    true, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
+    covariance = total * confusion.diagonal().sum() - (true * predicted[:-1]).sum()
+    spread = (total**2 - true.square().sum()) * (total**2 - predicted.square().sum())
+    return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
+
+
+def perplexity(outputs: Tensor, labels: Tensor) -> float:
+    """Exponential of the mean cross entropy over known labels; arguments and errors as in :func:`accuracy`."""
+    return cross_entropy(outputs, labels).double().exp().item()
+
+
+def negative_entropy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Minus the mean :func:`cross_entropy` of every sample, ``[N]``; NaN where no label is known."""
+    _, known = hits(outputs, labels)
+    flat = F.cross_entropy(
+        outputs.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORE, reduction="none"
+    )
+    return -flat.reshape(len(labels), -1).sum(1) / known.reshape(len(labels), -1).sum(1)
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -76,6 +130,12 @@ def hits(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _predicted(outputs: Tensor) -> Tensor:
     """The class of the highest logit; C, which no label is, where some logit is NaN, as argmax takes that for it."""
     return outputs.argmax(-1).masked_fill(outputs.isnan().any(-1), outputs.shape[-1])
+
+
+def _whole_confusion(outputs: Tensor, labels: Tensor) -> Tensor:
+    """``[1, C, C + 1]``, of all samples together; see :func:`_confusion`."""
+    _check_classes(outputs, labels)
+    return _confusion(outputs.flatten(0, -2)[None], labels.flatten()[None])
 
 
 def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:

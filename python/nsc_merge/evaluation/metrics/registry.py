@@ -13,8 +13,13 @@ from nsc_merge.evaluation.metrics.classification import (
     accuracy,
     accuracy_per_sample,
     cross_entropy,
+    f1,
+    f1_binary,
+    matthews,
     mean_iou,
     mean_iou_per_sample,
+    negative_entropy_per_sample,
+    perplexity,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample, edge_loss
 from nsc_merge.evaluation.metrics.generation import (
@@ -32,7 +37,9 @@ from nsc_merge.evaluation.metrics.regression import (
     mean_angle,
     negative_angle_per_sample,
     negative_error_per_sample,
+    pearson,
     rmse,
+    spearman,
     squared_error,
 )
 from nsc_merge.utils.option_checks import check_choice
@@ -109,6 +116,16 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", "acc", "", False, _CLASSES, accuracy, accuracy_per_sample, cross_entropy),
         Metric("miou", "mIoU", "", False, _CLASSES, mean_iou, mean_iou_per_sample, cross_entropy),
+        Metric("f1", "F1", "", False, _CLASSES, f1, accuracy_per_sample, cross_entropy),
+        Metric("f1_binary", "F1", "", False, _CLASSES, f1_binary, accuracy_per_sample, cross_entropy),
+        Metric("matthews", "MCC", "", False, _CLASSES, matthews, accuracy_per_sample, cross_entropy),
+        Metric("perplexity", "ppl", "", True, _CLASSES, perplexity, negative_entropy_per_sample, cross_entropy),
+        *(
+            Metric(
+                name, label, "", False, _VALUES, measure, functools.partial(negative_error_per_sample, 1), squared_error
+            )
+            for name, label, measure in (("pearson", "r", pearson), ("spearman", "rho", spearman))
+        ),
         Metric(
             "rmse", "RMSE", "", True, _VALUES, rmse, functools.partial(negative_error_per_sample, 2), squared_error
         ),

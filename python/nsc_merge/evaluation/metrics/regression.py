@@ -31,6 +31,19 @@ def l1(outputs: Tensor, labels: Tensor) -> float:
     return mean_absolute_error(*_pairs(outputs, labels)).item()
 
 
+def pearson(outputs: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation over all known labels, by scipy; NaN where a side does not vary, or is no number.
+
+    Arguments and errors as in :func:`rmse`.
+    """
+    return _correlation("pearsonr", outputs, labels)
+
+
+def spearman(outputs: Tensor, labels: Tensor) -> float:
+    """Spearman's correlation of ranks, as :func:`pearson`."""
+    return _correlation("spearmanr", outputs, labels)
+
+
 def mean_angle(outputs: Tensor, labels: Tensor) -> float:
     """Mean angle in degrees between vectors, as for surface normals.
 
@@ -84,6 +97,16 @@ def errors(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(known.any()):
         raise ValueError("labels: expected at least one known label, found none")
     return outputs - labels, known
+
+
+def _correlation(name: str, outputs: Tensor, labels: Tensor) -> float:
+    from scipy import stats
+
+    first, second = (values.double() for values in _pairs(outputs, labels))
+    # scipy warns of these.
+    if not bool(first.isfinite().all()) or any(len(values.unique()) < 2 for values in (first, second)):
+        return math.nan
+    return float(getattr(stats, name)(first.numpy(), second.numpy()).statistic)
 
 
 def _pairs(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
