@@ -314,8 +314,9 @@ def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, 
     assert torch.equal(next(b["input_ids"] for b in batches if "pixel_values" not in b), expected)
 
 
-def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava):
+def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava, caplog):
     batches = made(pairs, llava, 1, max_length=5)
+    assert "longer than 5 tokens, as are" in caplog.text
     for batch in batches:
         ids = batch["input_ids"][0]
         assert (ids == IMAGE).sum() == IMAGE_TOKENS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_long_samples_are_cut_as_the_tokenizer_cuts_them(base, file, side):
     assert max(map(len, found)) == 4
     with pytest.raises(ValueError, match=r"^calibration.a: .*row \d+: expected at most 4 tokens, found \d;"):
         made(file, base, max_length=4, truncation=False)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_it_is_said_how_many_samples_are_cut(base, file, caplog, side):
+    longer = sum(len(tokenizer()(text)["input_ids"]) > 4 for text in TEXTS)
+    assert 0 < longer < len(TEXTS)
+    made(file, base, max_length=4, truncation_side=side)
+    (said,) = caplog.messages
+    end = {"right": "end", "left": "beginning"}[side]
+    wanted = rf"longer than 4 tokens, as are {longer} of the {len(TEXTS)} samples; cut at the {end} "
+    assert re.match(rf"calibration.a: .*, row \d+: {wanted}", said)
+    caplog.clear()
+    made(file, base, max_length=9)
+    assert not caplog.messages
 
 
 def test_samples_are_no_longer_than_the_model_has_positions(tmp_path, file):

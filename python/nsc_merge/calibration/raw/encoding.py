@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from nsc_merge.calibration.raw.drawing import batches_by_length
 from nsc_merge.calibration.raw.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
+
+logger = logging.getLogger("nsc_merge")
 
 TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 Encoded = dict[str, Tensor]
@@ -58,6 +61,12 @@ def encode_text(
         _check_tokens(one[TOKENS], len(one[TOKENS]), most, sample.where, base)
         if base.image_token is not None and (one[TOKENS] == base.image_token).any():
             raise ValueError(f"{sample.where}: its text has a place for an image, and there is no column of images")
+    if settings.truncation:
+        # Of those that are as long as may be, how many were longer.
+        full = [number for number, one in enumerate(found) if len(one[TOKENS]) == most]
+        whole = (tokenizer(texts[n][0], add_special_tokens=texts[n][1], verbose=False)[TOKENS] for n in full)
+        cut = [samples[number] for number, ids in zip(full, whole, strict=True) if len(ids) > most]
+        _say_cut(cut, len(samples), most, settings)
     return found
 
 
@@ -92,12 +101,22 @@ def encode_pairs(
     """
     processor.tokenizer.truncation_side = settings.truncation_side
     most = _longest(base, settings)
-    return [_pair(sample, processor, base, settings, reader, most) for sample in samples]
+    cut: list[Sample] = []
+    found = [_pair(sample, processor, base, settings, reader, most, cut) for sample in samples]
+    _say_cut(cut, len(samples), most, settings)
+    return found
 
 
 def _pair(
-    sample: Sample, processor: Any, base: Base, settings: DataSettings, reader: ImageReader, most: int
+    sample: Sample,
+    processor: Any,
+    base: Base,
+    settings: DataSettings,
+    reader: ImageReader,
+    most: int,
+    cut: list[Sample],
 ) -> Encoded:
+    """What the processor makes of one sample, which is added to ``cut`` where that is not all of its text."""
     text, references = _image_text(sample, processor)
     images = [reader.open(one, sample.where) for one in references]
     bos = processor.tokenizer.bos_token
@@ -112,6 +131,7 @@ def _pair(
     if room < 1:
         raise ValueError(f"{sample.where}: its images are {of_images} tokens, the model has {base.positions} positions")
     if settings.truncation and encoded[TOKENS].shape[1] > of_images + room:
+        cut.append(sample)
         try:
             encoded = processor(**given, truncation=True, max_length=of_images + room)
         except ValueError:
@@ -193,6 +213,14 @@ def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
             f"{text.count(token)} times {token!r}"
         )
     return text, references
+
+
+def _say_cut(cut: Sequence[Sample], count: int, most: int, settings: DataSettings) -> None:
+    if cut:
+        logger.warning(
+            "%s: longer than %d tokens, as are %d of the %d samples; cut at the %s (max_length, truncation_side)",
+            cut[0].where, most, len(cut), count, {"right": "end", "left": "beginning"}[settings.truncation_side],
+        )  # fmt: skip
 
 
 def _longest(base: Base, settings: DataSettings) -> int:
