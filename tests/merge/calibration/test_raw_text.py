@@ -11,7 +11,7 @@ import torch
 from raw_cases import CHAT, PARTS, WORDS, llama_config, text_base, tokenizer, write_rows
 from safetensors.torch import save_file
 from tokenizers import normalizers, processors
-from transformers import LlamaForCausalLM, T5Config
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM, T5Config
 
 import nsc_merge
 from nsc_merge.calibration.batch_files import Batches
@@ -100,6 +100,20 @@ def test_samples_are_no_longer_than_the_model_has_positions(tmp_path, file):
     base = text_base(tmp_path / "base")
     llama_config(max_position_embeddings=5).save_pretrained(base)
     assert max(batch["input_ids"].shape[1] for batch in made(file, base)) == 5
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "mpnet", "bert"])
+def test_a_base_whose_positions_begin_behind_its_padding_runs_on_the_longest_samples(tmp_path, file, kind):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(WORDS), max_position_embeddings=8, pad_token_id=1, bos_token_id=2, eos_token_id=2, **sizes
+    )
+    model = AutoModel.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (batch,) = made(file, tmp_path / "base", len(TEXTS))
+    assert batch["input_ids"].shape[1] == (8 if kind == "bert" else 6)
+    model(**batch)
 
 
 def test_without_a_pad_token_the_last_token_pads_and_none_is_added(tmp_path, file):

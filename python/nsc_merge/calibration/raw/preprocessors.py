@@ -14,6 +14,13 @@ from nsc_merge.utils.option_checks import is_hub_id
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# RoBERTa and its kin, as fairseq had them: the first token's position is the one behind the padding token's number.
+_BEHIND_PADDING = frozenset(
+    (
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod", "esm", "ibert"),
+        *("data2vec-text", "longformer", "mpnet", "luke", "lilt", "markuplm"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,11 @@ class Base:
     @property
     def positions(self) -> int | None:
         """Tokens that it has positions for."""
-        found = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        config = self.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        if not isinstance(found, int) or found <= 0:
+            return None
+        return found - (config.pad_token_id or 0) - 1 if config.model_type in _BEHIND_PADDING else found
 
     @property
     def image_token(self) -> int | None:
