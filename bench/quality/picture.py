@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style
 
 from .records import RESULTS
@@ -58,7 +59,7 @@ def draw(found: dict[str, Averages], path: Path, anew: Mapping[str, Averages] | 
     names = [name for name, rows in SHOWN.items() if any(gains(rows, *panel) for panel in panels.values())]
     rows = math.ceil(len(panels) / _ACROSS)
     across = min(len(panels), _ACROSS)
-    with pyplot_in_style() as pyplot:
+    with pyplot_in_style() as pyplot, replacing(path) as temporary:
         size = (2.4 * across + 1.2, (0.26 * len(names) + 0.8) * rows)
         figure, axes = pyplot.subplots(rows, across, sharey=True, squeeze=False, figsize=size)
         for axis in axes.flat[len(panels) :]:
@@ -76,7 +77,7 @@ def draw(found: dict[str, Averages], path: Path, anew: Mapping[str, Averages] | 
         axes[0, 0].invert_yaxis()
         figure.supxlabel("points over task arithmetic tuned with labels")
         figure.tight_layout()
-        figure.savefig(path)
+        figure.savefig(temporary)
         pyplot.close(figure)
 
 

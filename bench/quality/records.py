@@ -24,14 +24,26 @@ def versions() -> dict[str, str]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a result file; of those about the same suite, seed, tasks and row the last counts."""
+    """Lines of a result file; of those about the same suite, seed, tasks and row the last counts. A line that an
+    interruption cut short is passed over.
+    """
     if not path.is_file():
         return []
     records = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         records[key_of(record)] = record
     return list(records.values())
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """One more line of a result file; one cut short by an interruption is ended first."""
+    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(("\n" if torn else "") + json.dumps(record) + "\n")
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .measuring import Bench
-from .records import RESULTS, SUITES, WORK, key_of, read_records, suite_module
+from .records import RESULTS, SUITES, WORK, append_record, key_of, read_records, suite_module
 from .rows import ROWS, Row
 from .suite import Subset, Suite
 
@@ -57,8 +57,7 @@ def run(
             failed.append(row.name)
             log(f"{label}: {row.name} failed\n{traceback.format_exc()}")
             continue
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(path, record)
         added.append(record)
         scale = f" (scale {record['tuned']['value']:g})" if record["tuned"] else ""
         log(f"{label}: {row.name}{scale}: {record['average']:.2f} %, {record['seconds']:.1f} s")

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from bench.quality import acceptance_ranges, picture, ratios, report, run, summary
-from bench.quality.records import read_records
+from bench.quality.records import append_record, read_records
 from bench.quality.rows import ROWS
 from bench.quality.suite import Subset
 from bench.quality.suites import vit
@@ -29,6 +29,19 @@ def test_a_seed_measured_again_replaces_its_own_lines_only(tmp_path):
     ratios.replace_seeds(path, [{"seed": 0, "rho": 4}], [0])
     assert [json.loads(line)["rho"] for line in path.read_text().splitlines()] == [4, 2, 3]
     assert [file.name for file in tmp_path.iterdir()] == ["ratios.jsonl"]
+
+
+def test_a_line_cut_short_costs_itself_alone(tmp_path):
+    """An interrupted run goes on where it was."""
+    path = tmp_path / "vit.jsonl"
+    record = {"suite": "vit", "seed": 0, "tasks": ["a"], "average": 1.0}
+    for row in ("first", "second"):
+        append_record(path, {**record, "row": row})
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [found["row"] for found in read_records(path)] == ["first"]
+    for row in ("second", "third"):
+        append_record(path, {**record, "row": row})
+    assert [found["row"] for found in read_records(path)] == ["first", "second", "third"]
 
 
 def test_samples_are_related_to_their_quality(trained):
