@@ -225,6 +225,31 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_question_is_tuned_on_with_its_own_answer_in_front(place, training):
+    """Without training data the examples in front of a question are of the validation split, as the questions are."""
+    file = place / "my_tasks" / "quiz.yaml"
+    config = yaml.safe_load(file.read_text())
+    if not training:
+        del config["training_split"]
+    file.write_text(yaml.safe_dump(config))
+    quiz = {"adapter": "adapters/quiz", "lm_eval": "quiz", "num_fewshot": 4}
+    change(place, tasks={"quiz": quiz}, methods=[{"method": "task_arithmetic", "tune": "metric"}])
+    recipe = load_eval_recipe(place / "eval.yaml").at(0)
+    harness = measuring.Harness(recipe, RecipeSuite(recipe))
+    examples = {one["question"] for one in questions(*((1, 4) if training else (2, 6)))}
+    for split, asked in (("val", questions(2, 6)), ("test", questions(3, 12))):
+        task = harness._task("quiz", split)
+        assert [doc["question"] for doc in task.eval_docs] == [one["question"] for one in asked]
+        task.set_fewshot_seed(1234)
+        for doc in task.eval_docs:
+            *shown, last = task.fewshot_context(doc, 4).split("\n\n")
+            assert last == doc["question"]
+            assert len(shown) == 4
+            assert doc["question"] not in [one[: len(doc["question"])] for one in shown]
+            assert all(any(one.startswith(example) for example in examples) for one in shown)
+
+
 def test_an_output_layer_that_was_trained_is_measured_with_its_adapter(place, capsys):
     write_adapter(
         build("llama"), place / "adapters" / "text", 5, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]

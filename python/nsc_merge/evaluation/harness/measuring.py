@@ -148,6 +148,7 @@ class Harness:
             for leaf in _leaves(loaded):
                 if split == "val":
                     leaf.set_config("test_split", leaf.get_config("validation_split"))
+                    _leave_out_the_question(leaf)
             self._tasks[task, split] = loaded
         return self._tasks[task, split]
 
@@ -199,6 +200,15 @@ def _with_builtin(include_path: Path | None) -> Any:
 
 def _leaves(task: Any) -> list[Any]:
     return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
+
+
+def _leave_out_the_question(leaf: Any) -> None:
+    """Where the examples in front of a question are of the split that is measured, have the harness leave out the
+    question itself, which it does as long as it is told that split by name.
+    """
+    examples = getattr(leaf, "fewshot_cfg", None)
+    if examples is not None and examples.split is None and examples.samples is None and not leaf.has_training_docs():
+        examples.split = leaf.get_config("test_split")
 
 
 def _score(results: Mapping[str, Any], task: HarnessTask) -> HarnessScore:
