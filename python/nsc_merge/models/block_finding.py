@@ -23,10 +23,11 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[str, Any] | None:
     """Fields of a family by name; None if no list of blocks holds a linear that counts.
 
-    The blocks are the longest ``nn.ModuleList`` of modules of one class that holds adapted linears and is in no other
-    such list: the stages of Swin rather than the blocks within, the blocks of Mixtral rather than their experts. Lists
-    of what the model calls its decoder (``get_decoder()``) go first, so that a vision tower or an encoder is measured
-    where nothing behind it is adapted. Of two towers side by side, as in CLIP, both are, if they are equally deep.
+    The blocks are the longest ``nn.ModuleList`` of modules of one class, or of layers as transformers has them, which in
+    Jamba are of two, that holds adapted linears and is in no other such list: the stages of Swin rather than the blocks
+    within, the blocks of Mixtral rather than their experts. Lists of what the model calls its decoder
+    (``get_decoder()``) go first, so that a vision tower or an encoder is measured where nothing behind it is adapted.
+    Of two towers side by side, as in CLIP, both are, if they are equally deep.
 
     Measured is, by its path within a block, the last projection of values in it that does not attend to another
     sequence (:data:`VALUES`); else one of queries, keys and values (:data:`PACKED`), the output of the attention
@@ -76,13 +77,20 @@ def _block_lists(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
     """Path of every outermost list of blocks that holds a linear that counts -> how many blocks it has."""
     found: dict[str, int] = {}
     for path, module in model.named_modules():
-        alike = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(one) for one in module}) == 1
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        alike = len({type(one) for one in module}) == 1 or all(map(_is_layer, module))
         if not alike or any(path.startswith(f"{outer}.") for outer in found):
             continue
         # A linear in the list itself is no block.
         if any(re.match(rf"{re.escape(path)}\.\d+\.", name) for name in counted):
             found[path] = len(module)
     return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether transformers takes it for a layer, whatever is in it."""
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
 
 
 def _scored(block: str, counted: Collection[str]) -> tuple[str, ...]:
