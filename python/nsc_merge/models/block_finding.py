@@ -23,11 +23,11 @@ _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[str, Any] | None:
     """Fields of a family by name; None if no list of blocks holds a linear that counts.
 
-    The blocks are the longest ``nn.ModuleList`` of modules of one class, or of layers as transformers has them, which in
-    Jamba are of two, that holds adapted linears and is in no other such list: the stages of Swin rather than the blocks
-    within, the blocks of Mixtral rather than their experts. Lists of what the model calls its decoder
-    (``get_decoder()``) go first, so that a vision tower or an encoder is measured where nothing behind it is adapted.
-    Of two towers side by side, as in CLIP, both are, if they are equally deep.
+    The blocks are the longest ``nn.ModuleList`` of modules of one class, or of transformers' layers, which in Jamba are
+    of two, that holds adapted linears and is in no other such list: the stages of Swin rather than the blocks within,
+    the blocks of Mixtral rather than their experts. Lists of what the model calls its decoder (``get_decoder()``) go
+    first, so that a vision tower or an encoder is measured where nothing behind it is adapted. Of two towers side by
+    side, as in CLIP, both are, if they are equally deep.
 
     Measured is, by its path within a block, the last projection of values in it that does not attend to another
     sequence (:data:`VALUES`); else one of queries, keys and values (:data:`PACKED`), the output of the attention
