@@ -225,6 +225,18 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("kind", ["same file", "part of it"])
+def test_a_scale_is_not_tuned_on_the_questions_under_another_name(place, capsys, kind):
+    lines = (place / "my_tasks" / "test.jsonl").read_text().splitlines(keepends=True)
+    (place / "my_tasks" / "validation.jsonl").write_text("".join(lines if kind == "same file" else lines[3:7]))
+    change(place, tasks={"quiz": {"adapter": "adapters/quiz", "lm_eval": "quiz"}})
+    tuned = "methods=[{method: task_arithmetic, tune: metric}]"
+    assert main(["eval", str(place / "eval.yaml"), tuned]) == 1
+    assert "test and validation of quiz of the harness (tasks.quiz) hold the same" in capsys.readouterr().err
+    assert not (place / "out").exists()
+    assert main(["eval", str(place / "eval.yaml")]) == 0
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_no_question_is_tuned_on_with_its_own_answer_in_front(place, training):
     """Without training data the examples in front of a question are of the validation split, as the questions are."""

@@ -179,6 +179,13 @@ class Harness:
                     f"(tasks.{task.name}) has test_split {test!r} and validation_split {validation!r}; give the scale "
                     "as options.scale"
                 )
+            questions = [{repr(doc) for doc in leaf.dataset[split]} for split in (test, validation)]
+            if questions[0] <= questions[1] or questions[1] <= questions[0]:
+                raise ValueError(
+                    f"methods: tune needs data beside those that are measured, and {test} and {validation} of "
+                    f"{leaf.task_name} of the harness (tasks.{task.name}) hold the same; give the scale as "
+                    "options.scale"
+                )
 
 
 def _manager(include_path: Path | None, builtin: bool) -> Any:
