@@ -123,7 +123,8 @@ def _cure(folder: Path) -> str:
             f"save_file({{k: v for p in parts for k, v in load_file(p).items()}}, {out!r})"
         )
     else:
-        return ""
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        return f"; expected the folder of one adapter, such as {folder / inside[-1]}" if inside else ""
     return f"; pickles are never opened, and parts not put together; to convert: python -c {shlex.quote(code)}"
 
 

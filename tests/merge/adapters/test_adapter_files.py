@@ -78,3 +78,12 @@ def test_what_is_no_file_is_named(folders):
     for name, what in said.items():
         with pytest.raises((FileNotFoundError, ValueError), match=rf"adapters\['{name}'\]: .*{what}"):
             load_adapter(folders[name], name)
+
+
+def test_a_folder_of_adapters_names_one(folders):
+    parent = folders["plain"].parent
+    with pytest.raises(FileNotFoundError, match=rf"{CONFIG} is missing .*; expected the folder of one adapter, such"):
+        load_adapter(parent, "x")
+    (parent / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is missing \(found: \[\]\)$"):
+        load_adapter(parent / "empty", "x")
