@@ -204,6 +204,15 @@ def test_another_text_is_taken_where_it_is_named(at):
     assert written()["data"]["text"] == "answer"
 
 
+def test_the_split_that_is_taken_of_a_folder_is_said(at, capsys):
+    at("llama")
+    Path("split").mkdir()
+    for name, count in (("train", 3), ("test", 2)):
+        write_lines(Path(f"split/{name}.jsonl"), [{"text": WORDS[3]}] * count)
+    assert main(["init", *ADAPTERS, "--data", "split"]) == 0
+    assert "3 rows of text in split train; column 'text'" in capsys.readouterr().out
+
+
 def test_entries_of_a_folder_go_to_the_tasks_they_are_called_like(at, capsys):
     at("llama")
     assert main(["init", *ADAPTERS, "--data", "chats"]) == 0

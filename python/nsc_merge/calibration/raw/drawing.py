@@ -26,6 +26,7 @@ class Source:
         sha256: name of a file -> SHA-256 of the bytes that the rows were made of.
         folder: that paths of images are relative to; None where there is none.
         order: numbers of the rows, where they are drawn already.
+        split: that the rows are of; empty where there are none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     sha256: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     order: tuple[int, ...] | None = None
+    split: str = ""
 
 
 def listed(name: str, rows: Sequence[Row], sha256: Mapping[str, str], folder: Path | None) -> Source:

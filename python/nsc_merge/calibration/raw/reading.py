@@ -287,7 +287,9 @@ def _of_split(
 
 
 def _named(found: Source, split: str, settings: DataSettings, argument: str) -> Source:
-    return replace(found, name=f"{found.name}, split {split}") if split else _without_splits(found, settings, argument)
+    if not split:
+        return _without_splits(found, settings, argument)
+    return replace(found, name=f"{found.name}, split {split}", split=split)
 
 
 def _without_splits(found: Source, settings: DataSettings, argument: str) -> Source:

@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
     split, chosen = split_of(found, settings, argument, str(folder))
     state = folder / split / "state.json" if split else folder / "state.json"
     digest = {state.relative_to(folder.parent).as_posix(): hashlib.sha256(state.read_bytes()).hexdigest()}
-    return _mapped(chosen, str(folder), argument, digest, folder)
+    return replace(_mapped(chosen, str(folder), argument, digest, folder), split=split)
 
 
 def dataset(value: Any, settings: DataSettings, argument: str) -> Source:

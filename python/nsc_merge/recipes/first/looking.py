@@ -73,8 +73,9 @@ def _raw(
     # Each by itself, so that padding says nothing of the lengths.
     batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
-    table = f"{found.count} rows of {', '.join(found.columns)}; {columns.said()}"
-    said = [f"{found.count} images" if set(found.columns) == {"image"} else table]
+    where = f" in split {found.split}" if found.split else ""
+    table = f"{found.count} rows of {', '.join(found.columns)}{where}; {columns.said()}"
+    said = [f"{found.count} images{where}" if set(found.columns) == {"image"} else table]
     if counted.tokens:
         said.append(f"about {counted.tokens:.0f} tokens each")
     if batches.first:
