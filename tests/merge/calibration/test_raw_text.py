@@ -100,6 +100,8 @@ def test_samples_are_no_longer_than_the_model_has_positions(tmp_path, file):
     base = text_base(tmp_path / "base")
     llama_config(max_position_embeddings=5).save_pretrained(base)
     assert max(batch["input_ids"].shape[1] for batch in made(file, base)) == 5
+    with pytest.raises(ValueError, match=r"expected at most 5 tokens, found \d; give truncation: true$"):
+        made(file, base, truncation=False)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "mpnet", "bert"])

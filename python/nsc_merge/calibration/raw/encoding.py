@@ -237,9 +237,8 @@ def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Bas
     if not len(tokens):
         raise ValueError(f"{where}: holds no token; expected text")
     if counted > most:
-        raise ValueError(
-            f"{where}: expected at most {most} tokens, found {counted}; give a larger max_length, or truncation: true"
-        )
+        cure = "truncation: true" if base.positions == most else "a larger max_length, or truncation: true"
+        raise ValueError(f"{where}: expected at most {most} tokens, found {counted}; give {cure}")
     highest = int(tokens.max())
     if base.vocabulary is not None and highest >= base.vocabulary:
         raise ValueError(
