@@ -6,14 +6,16 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-from nsc_merge.results.layout import CARD_FILE, COEFFICIENTS_FILE, RECIPE_FILE, RECORD, recorded
+from nsc_merge.adapters import CONFIG_FILE
+from nsc_merge.results.layout import CARD_FILE, COEFFICIENTS_FILE, RECIPE_FILE, RECORD, is_ours, is_weights, recorded
 from nsc_merge.utils.json_text import from_json
-from nsc_merge.utils.yaml_text import read_yaml, to_yaml
+from nsc_merge.utils.yaml_text import from_yaml, read_yaml, to_yaml
 
 # Configurations that name the folder which a model or a tokenizer was read from.
 _NAMING = ("adapter_config.json", "config.json", "tokenizer_config.json", "processor_config.json")
@@ -40,7 +42,9 @@ def push(
     Only what the folder's ``recipe.yaml`` says was written goes up, never other files that lie there. In the copy that
     goes up, absolute paths of this machine are their last part: in ``recipe.yaml``, in ``coefficients.json``, in the
     configurations, which name where a model was read from, and on the card; the folder itself stays as it is. A format
-    that lies in a folder of its own goes to the top, where hubs look for it: the model, or else the adapter.
+    that lies in a folder of its own goes to the top, where hubs look for it: the model, or else the adapter. What an
+    earlier push of another merge left there goes in the same commit, as in a folder that is saved to again; other files
+    stay.
 
     Args:
         folder: of the merge.
@@ -50,10 +54,11 @@ def push(
         token: by default that of ``HF_TOKEN``, or of ``hf auth login``.
 
     Raises:
-        ValueError: if the folder holds no merge, if ``repo`` is no name of one, or if there is no token.
+        ValueError: if the folder holds no merge, if ``repo`` is no name of one, if there is no token, or if a model and
+            an adapter would lie beside each other, which would be loaded together.
         OSError: if the hub cannot be reached or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -80,13 +85,63 @@ def push(
             )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        there = {one.rfilename for one in api.model_info(repo, revision=revision).siblings or ()}
+        gone = _left_behind(api, repo, revision, there, files) if there else []
+        _refuse_mixture(repo, there - {*gone}, files)
         api.create_commit(
             repo,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+            [
+                *(CommitOperationDelete(path_in_repo=name) for name in gone),
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+            ],
             commit_message="Upload a merge",
             revision=revision,
         )
     return url if revision is None else f"{url}/tree/{revision}"
+
+
+def _left_behind(
+    api: Any, repo: str, revision: str | None, there: Collection[str], files: Mapping[str, Path | bytes]
+) -> list[str]:
+    """What is in a repository of an earlier push that would be taken for a part of this one."""
+    import yaml
+
+    earlier: Collection[str] = ()
+    if RECIPE_FILE in there:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = api.hf_hub_download(repo, RECIPE_FILE, revision=revision, local_dir=scratch)
+            try:
+                record = read_yaml(Path(found))[RECORD]
+                if record["merge"] != _digest(files[RECIPE_FILE]):
+                    earlier = {path for path in record["files"] if isinstance(path, str) and is_ours(path)}
+            except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+                # Not ours, and replaced.
+                pass
+    shards = {name for name in there if is_weights(PurePath(name).name) and _beside(name, "config.json") in files}
+    return sorted((shards | (set(there) & set(earlier))) - files.keys())
+
+
+def _digest(recipe: Path | bytes) -> Any:
+    """Of the merge that goes up, as its record has it."""
+    assert isinstance(recipe, bytes), "a recipe is rewritten"
+    return from_yaml(recipe.decode("utf-8"))[RECORD]["merge"]
+
+
+def _beside(name: str, other: str) -> str:
+    return PurePath(name).with_name(other).as_posix()
+
+
+def _refuse_mixture(repo: str, there: Collection[str], files: Collection[str]) -> None:
+    """As :func:`nsc_merge.results.layout.refuse_mixture`, of what stays in a repository and what comes."""
+    pairs = ((CONFIG_FILE, "config.json"), ("config.json", CONFIG_FILE))
+    for own, other in pairs:
+        mixed = [name for name in files if PurePath(name).name == own and _beside(name, other) in there]
+        if mixed:
+            raise ValueError(
+                f"push_to_hub: {repo} would hold a model and an adapter in one place ({min(mixed)} comes and {other} is "
+                "there), which are loaded together; expected a repository without the other: push to another, or "
+                "remove it there"
+            )
 
 
 @contextmanager
@@ -108,7 +163,7 @@ def _told(repo: str) -> Iterator[None]:
             404: "there is no such owner or repository for this token",
         }.get(status, " ".join(str(error.server_message or error).split())[:300])
         raise OSError(f"push_to_hub: the hub refused {repo} ({status}): {out}") from None
-    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         what = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"push_to_hub: the hub cannot be reached for {repo}: {what:.200}; push again later") from None
 

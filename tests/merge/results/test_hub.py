@@ -31,12 +31,28 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            name, _, place = self.path[1:].partition("/resolve/")
+            content = self.server.repos[name]["files"][place.split("/", 1)[1]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"etag"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            self.wfile.write(content if self.command == "GET" else b"")
+            return
         name = self.path.removeprefix("/api/models/").split("/revision/")[0]
         if name not in self.server.repos:
             self._answer(404, {"error": "Repository not found"})
             return
-        self._answer(200, {"id": name, "private": self.server.repos[name]["private"], "sha": "0" * 40, "tags": []})
+        repo = self.server.repos[name]
+        held = [{"rfilename": file} for file in repo["files"]]
+        known = {"id": name, "private": repo["private"], "sha": "0" * 40, "tags": [], "siblings": held}
+        self._answer(200, known)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -68,6 +84,9 @@ class Hub(BaseHTTPRequestHandler):
         self.server.repos[name]["files"] |= {
             one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in sent if one["key"] == "file"
         }
+        for one in sent:
+            if one["key"] == "deletedFile":
+                del self.server.repos[name]["files"][one["value"]["path"]]
         self.server.commits.append((name, revision, sent[0]["value"]["summary"]))
         self._answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/1", "commitOid": "1"})
 
@@ -92,6 +111,8 @@ def hub(server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url)
+    files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setenv("HF_TOKEN", "hf_writes")
     return server
 
@@ -194,6 +215,36 @@ def test_words_that_look_like_a_path_are_none(merged, tmp_path):
     out = result.save(tmp_path / "out", "lora", head="one", labels={"one": ["/r/cats", "/r/dogs"]})
     told = yaml.safe_load(pushed_files(out, REPO)["recipe.yaml"])
     assert (told["labels"], told["data"]) == (inputs["labels"], {"text": "/{question}", "tokenizer": "words"})
+
+
+def test_what_another_merge_left_in_a_repository_goes_with_the_next_push(merged, saved, hub, tmp_path):
+    place, result = merged
+    sharded = result.save(tmp_path / "sharded", ["model"], max_shard_size="10KB")
+    push(sharded, REPO)
+    hub.repos[REPO]["files"]["mine.safetensors"] = b"mine"
+    # The same merge, with an adapter beside it: shards that no index names any more go.
+    push(saved, REPO)
+    assert set(hub.repos[REPO]["files"]) == {"mine.safetensors", *pushed_files(saved, REPO)}
+    # An adapter at the top would be loaded with the model that is there.
+    lora = result.save(tmp_path / "lora", "lora")
+    before = dict(hub.repos[REPO]["files"])
+    with pytest.raises(ValueError, match=f"push_to_hub: {REPO} would hold a model and an adapter in one place"):
+        push(lora, REPO)
+    assert hub.repos[REPO]["files"] == before
+    # Of another merge, nothing is left.
+    adapters = {task: place / task for task in ("one", "two")}
+    other = nsc_merge.merge(served_cases.load(place / "base"), adapters, method="task_arithmetic", scale=0.1)
+    other = other.save(tmp_path / "other", "lora")
+    push(other, REPO)
+    assert set(hub.repos[REPO]["files"]) == {"mine.safetensors", *pushed_files(other, REPO)}
+
+
+@pytest.mark.parametrize("recipe", [b"[", b"record: 3", b"record: {merge: a, files: [notes.txt, ../x, {}]}"])
+def test_a_repository_of_someone_else_keeps_its_files(merged, hub, tmp_path, recipe):
+    hub.repos[REPO] = {"private": False, "files": {"recipe.yaml": recipe, "notes.txt": b"mine"}}
+    out = merged[1].save(tmp_path / "out", "lora")
+    push(out, REPO)
+    assert set(hub.repos[REPO]["files"]) == {"notes.txt", *pushed_files(out, REPO)}
 
 
 def test_private_and_a_branch(saved, hub):
