@@ -138,8 +138,8 @@ def _refuse_mixture(repo: str, there: Collection[str], files: Collection[str]) -
         mixed = [name for name in files if PurePath(name).name == own and _beside(name, other) in there]
         if mixed:
             raise ValueError(
-                f"push_to_hub: {repo} would hold a model and an adapter in one place ({min(mixed)} comes and {other} is "
-                "there), which are loaded together; expected a repository without the other: push to another, or "
+                f"push_to_hub: {repo} would hold a model and an adapter in one place ({min(mixed)} comes, and {other} "
+                "is there), which are loaded together; expected a repository without the other: push to another, or "
                 "remove it there"
             )
 
