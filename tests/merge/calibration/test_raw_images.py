@@ -88,6 +88,22 @@ def test_images_of_classes_are_one_set_and_hidden_ones_are_none(tmp_path, vit):
     )
 
 
+def test_no_image_of_a_folder_is_passed_over(tmp_path, vit):
+    """Folders that are links, as to classes that lie elsewhere, and formats beside the usual ones."""
+    write_pictures(tmp_path / "elsewhere" / "cats", 2)
+    (tmp_path / "elsewhere" / "cats" / "back").symlink_to(tmp_path / "elsewhere")
+    photos = tmp_path / "photos"
+    write_pictures(photos / "dogs", 1)
+    (photos / "cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    (photos / "all").symlink_to(photos)
+    assert len(stacked(made(photos, vit))) == 3
+    picture(3).save(photos / "a.avif")
+    assert len(stacked(made(photos, vit))) == 4
+    (photos / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"b\.HEIC cannot be opened as an image: no image that Pillow knows"):
+        made(photos, vit)
+
+
 def test_the_digest_of_a_folder_is_over_names_and_bytes_of_what_is_drawn(tmp_path, vit):
     files = write_pictures(tmp_path / "photos", 6)
     first = made(tmp_path / "photos", vit, samples=4)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +15,29 @@ from typing import Any
 from nsc_merge.calibration.raw.drawing import Row, Source
 
 IMAGE = "image"
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+# Those that Pillow opens, and HEIF, which it says it does not know, so that no photo of a telephone is passed over.
+SUFFIXES = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".heic", ".heif"),
+    )
+)
 # 8 bits a colour: what converting keeps. Others would be cut off at 255.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images in a folder and the folders in it, but hidden ones, in the order of their names."""
-    found = [
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in file.relative_to(folder).parts)
-    ]
+    """All images in a folder and the folders in it, linked ones too, but hidden ones, in the order of their names."""
+    found = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder around it has no end.
+        folders[:] = [name for name in folders if name[0] != "." and not _is_around(Path(at, name), Path(at))]
+        found += [Path(at, name) for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
     return sorted((file for file in found if file.is_file()), key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _is_around(folder: Path, inner: Path) -> bool:
+    return folder.is_symlink() and inner.resolve().is_relative_to(folder.resolve())
 
 
 def image_folder(folder: Path, files: Sequence[Path]) -> Source:
