@@ -150,6 +150,7 @@ WRONG = {
     "a.gz": (gzip.compress(b"a"), "looks compressed by gzip"),
     "zipped.jsonl": (gzip.compress(b'{"text": "a"}'), "looks compressed by gzip"),
     "table.csv": (b"PAR1\0\0", "looks like a Parquet file: call it .parquet"),
+    "a.arrow": (b"\xff\xff\xff\xff\x80\0\0\0", "looks like an Arrow stream; .* the folder of datasets' save_to_disk"),
     "a.pdf": (b"%PDF-1.7", "looks like a PDF"),
     "a.dat": (b"\x01\0\x02", "is binary data of no kind that is known"),
     "rows.log": (b'{"text": "a"}\n{"text": "b"}', "looks like one JSON object a line: call it .jsonl"),
@@ -254,6 +255,14 @@ def test_files_of_other_splits_in_a_folder_are_not_drawn_from(tmp_path):
         rows_in(held_out)
     alone = write_splits(tmp_path / "alone", "test", "testing-2")
     assert rows_in(alone) == [{"text": "test"}, {"text": "testing-2"}]
+
+
+def test_a_repository_of_a_dataset_has_its_files_in_data(tmp_path):
+    """As ``hf download --repo-type dataset`` leaves it."""
+    write_splits(tmp_path / "data", "train-00000-of-00001", "test-00000-of-00001")
+    (tmp_path / "README.md").write_text("of these")
+    assert rows_in(tmp_path) == [{"text": "train-00000-of-00001"}]
+    assert rows_in(tmp_path, DataSettings(split="test")) == [{"text": "test-00000-of-00001"}]
 
 
 def test_files_of_no_split_beside_some_to_be_held_out_are_refused(tmp_path):

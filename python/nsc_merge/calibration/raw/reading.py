@@ -41,6 +41,8 @@ from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 logger = logging.getLogger("nsc_merge")
 
 _INPUTS, _PARQUET = ".safetensors", ".parquet"
+# Where repositories of datasets on the hub have their files.
+_DATA = "data"
 # Beside images, what datasets' imagefolder calls a table of them.
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Words in names of files and folders that say of which split they are, as for datasets' load_dataset.
@@ -247,6 +249,8 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
         return _named(found, split, settings, argument)
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
     data = [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
+    if not data and (folder / _DATA).is_dir():
+        return _folder(folder / _DATA, settings, argument)
     if not data:
         raise refused_folder(folder, argument)
     split, data = _of_split({file: (file.stem,) for file in data}, folder, settings, argument)

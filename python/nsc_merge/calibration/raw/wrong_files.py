@@ -18,6 +18,7 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "looks like a NumPy array; write model inputs with safetensors.torch.save_file"),
     (b"PAR1", "looks like a Parquet file: call it .parquet"),
     (b"ARROW1", "looks like an Arrow file; write it as .parquet, or give the folder of datasets' save_to_disk"),
+    (b"\xff\xff\xff\xff", "looks like an Arrow stream; write .parquet, or give the folder of datasets' save_to_disk"),
     (b"\x1f\x8b", "looks compressed by gzip: unpack it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "looks compressed by zstd: unpack it with unzstd"),
     (b"BZh", "looks compressed by bzip2: unpack it with bunzip2"),
