@@ -249,6 +249,13 @@ def test_wrong_outputs_are_refused_by_name(name, outputs, labels, error, words):
         METRICS[name].measure(outputs, labels)
 
 
+def test_what_a_sample_is_judged_by_is_called_what_it_is():
+    """No sample has a correlation or an F-measure of its own."""
+    found = {name: metric.quality_label for name, metric in METRICS.items()}
+    assert [found[name] for name in ("accuracy", "rmse", "mean_angle")] == ["acc", "-RMSE", "-deg"]
+    assert [found[name] for name in ("f1", "matthews", "spearman", "perplexity")] == ["acc", "acc", "-L1", "-log ppl"]
+
+
 def test_metrics_take_only_their_own_options():
     with pytest.raises(ValueError, match=r"tolerance: not an option of metric 'rmse' \(options: none\)"):
         METRICS["rmse"].with_options(tolerance=2)

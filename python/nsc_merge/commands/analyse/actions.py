@@ -146,10 +146,7 @@ def quartiles(arguments: argparse.Namespace) -> int:
     document = {"row": row.name, "seed": seed, "bins": arguments.bins, "tasks": studies}
 
     def pictures(folder: Path) -> Iterator[Path]:
-        labels = {
-            name: f"-{task.metric}" if task.lower_is_better else task.metric
-            for name, task in suite.tasks.items()
-        }
+        labels = {name: suite.metric(name).quality_label for name in suite.tasks}
         yield draw_quartiles(studies, labels, f"in the model of {row.name}", folder / "quartiles.png")
 
     width = max(len("task"), *(len(task) for task in studies))

@@ -60,6 +60,8 @@ class Metric:
         shapes: what outputs and labels must be.
         measure: ``(outputs, labels) -> float`` over a whole set.
         quality: ``(outputs, labels) -> [N]``, per sample, higher is better.
+        per_sample: label of ``quality`` where a single sample has no such figure; else it is the metric's, with a minus
+            where that is lower for the better.
         loss: ``(outputs, labels) -> scalar``, the usual training loss of such a task; None where there is none.
         options: names of further arguments of all three.
         choices: option -> what it may be, where that is one of a few words.
@@ -78,9 +80,15 @@ class Metric:
     loss: Callable[..., Tensor] | None = None
     options: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    per_sample: str = ""
     writes: bool = False
     decodes: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quality_label(self) -> str:
+        """What ``quality`` is, for axes."""
+        return self.per_sample or (f"-{self.label}" if self.lower_is_better else self.label)
 
     def with_options(self, **given: Any) -> Metric:
         """The same metric with its options set.
@@ -116,13 +124,31 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", "acc", "", False, _CLASSES, accuracy, accuracy_per_sample, cross_entropy),
         Metric("miou", "mIoU", "", False, _CLASSES, mean_iou, mean_iou_per_sample, cross_entropy),
-        Metric("f1", "F1", "", False, _CLASSES, f1, accuracy_per_sample, cross_entropy),
-        Metric("f1_binary", "F1", "", False, _CLASSES, f1_binary, accuracy_per_sample, cross_entropy),
-        Metric("matthews", "MCC", "", False, _CLASSES, matthews, accuracy_per_sample, cross_entropy),
-        Metric("perplexity", "ppl", "", True, _CLASSES, perplexity, negative_entropy_per_sample, cross_entropy),
+        Metric("f1", "F1", "", False, _CLASSES, f1, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("f1_binary", "F1", "", False, _CLASSES, f1_binary, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("matthews", "MCC", "", False, _CLASSES, matthews, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric(
+            "perplexity",
+            "ppl",
+            "",
+            True,
+            _CLASSES,
+            perplexity,
+            negative_entropy_per_sample,
+            cross_entropy,
+            per_sample="-log ppl",
+        ),
         *(
             Metric(
-                name, label, "", False, _VALUES, measure, functools.partial(negative_error_per_sample, 1), squared_error
+                name,
+                label,
+                "",
+                False,
+                _VALUES,
+                measure,
+                functools.partial(negative_error_per_sample, 1),
+                squared_error,
+                per_sample="-L1",
             )
             for name, label, measure in (("pearson", "r", pearson), ("spearman", "rho", spearman))
         ),
