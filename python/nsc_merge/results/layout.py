@@ -33,7 +33,7 @@ PASSING_OPTIONS = ("progress", *OPTIONS_OF_RUN, "state_every", "scored")
 # What transformers and diffusers call a model's files of weights, and the index of several.
 _WEIGHTS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 _FILE = rf"""(?x:
-    adapter_config\.json | adapter_model\.safetensors | truncation\.json
+    adapter_config\.json | adapter_model\.safetensors | pytorch_lora_weights\.safetensors | truncation\.json
     | config\.json | {_WEIGHTS}
     | coefficients\.json | history\.jsonl | recipe\.yaml | README\.md | (coefficients|ratios|losses)\.png
 )"""

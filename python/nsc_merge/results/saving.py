@@ -14,6 +14,7 @@ from torch import nn
 
 from nsc_merge.adapters import CONFIG_FILE, Factor
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank, total_gain
+from nsc_merge.adapters.formats import diffusers_file
 from nsc_merge.adapters.hub import source_of
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
@@ -45,7 +46,7 @@ from nsc_merge.results.layout import (
     refuse_mixture,
     task_folders,
 )
-from nsc_merge.results.merged_model import write_model
+from nsc_merge.results.merged_model import is_of_diffusers, write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
@@ -312,6 +313,8 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         stacks=stacks_of_updates(matrices, result.model),
         fan_in_fan_out=any(map(is_transposed, modules.values())),
     )
+    if is_of_diffusers(result.model) and not kept:
+        diffusers_file.write_beside(folder, "unet" if type(result.model).__name__.startswith("UNet") else "transformer")
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -98,6 +98,31 @@ def test_a_merge_saved_over_another_is_the_one_that_is_loaded_and_pushed(tmp_pat
     assert "tokenizer" not in card
 
 
+@pytest.mark.parametrize("make", [unet, transformer])
+@pytest.mark.parametrize("targets", [("to_q", "to_v"), ("to_q", "to_k", "conv1", "proj_out")])
+def test_pipelines_load_a_merged_adapter_from_its_folder(tmp_path, make, targets):
+    """Of unequal ranks, and in the place of PEFT's file beside it, in which they find no key that is theirs."""
+    first, second = adapted(make, "a", targets=targets), adapted(make, "b", targets=("to_q",))
+    result = nsc_merge.merge(make(), {"a": first, "b": second}, method="task_arithmetic", scale=0.5)
+    out = result.save(tmp_path / "out", "lora")
+    found = make()
+    if make is unet:
+        pipeline = diffusers.StableDiffusionPipeline
+        state, alphas, metadata = pipeline.lora_state_dict(out, return_lora_metadata=True, use_safetensors=True)
+        pipeline.load_lora_into_unet(state, alphas, found, metadata=metadata)
+    else:
+        pipeline = diffusers.StableDiffusion3Pipeline
+        state, metadata = pipeline.lora_state_dict(out, return_lora_metadata=True, use_safetensors=True)
+        pipeline.load_lora_into_transformer(state, found, metadata=metadata)
+    wanted = output(result.apply(make()))
+    assert (output(make()) - wanted).abs().max() > 1e-4
+    torch.testing.assert_close(output(found.double()), wanted, rtol=1e-5, atol=1e-7)
+    assert "`pipe.load_lora_weights`" in (out / "README.md").read_text()
+    assert "pytorch_lora_weights.safetensors" in pushed_files(out, "owner/name")
+    again = nsc_merge.merge(make(), {"m": out}, method="task_arithmetic", scale=1.0)
+    torch.testing.assert_close(output(again.apply(again.model)), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_adapters_in_a_model_are_merged_beside_each_other():
     model = adapted(unet, "a", "b")
     model.set_adapters(["a", "b"], [0.5, 0.5])

@@ -99,6 +99,24 @@ def read(folder: Path) -> DiffusersFile:
     return DiffusersFile(config, {f"{PREFIX}{key}": value for key, value in weights.items()}, file.sha256, notes)
 
 
+def write_beside(folder: Path, part: str) -> None:
+    """Write the adapter in a folder of PEFT's once more, as pipelines load it: in PEFT's file they find no key that is
+    theirs, and go on without it.
+
+    Args:
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA alone.
+        part: what pipelines call the model, ``"unet"`` or ``"transformer"``.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config = from_json((folder / "adapter_config.json").read_bytes(), str(folder))
+    # Without them the ranks are taken from the shapes, and one scaling for all.
+    settings = json.dumps({f"{part}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
+    save_file(named, folder / FILE, metadata={"format": "pt", _SETTINGS: settings})
+
+
 def _settings(folder: Path, metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
     if _SETTINGS not in metadata:
         return None

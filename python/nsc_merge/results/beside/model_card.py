@@ -236,6 +236,8 @@ def _remarks(
     head: str | None,
 ) -> list[str]:
     remarks = serving_notes(result, rank) if "lora" in formats else []
+    if "lora" in formats and is_of_diffusers(result.model) and not any(map(result.is_whole, result.paths)):
+        remarks.append("pipelines of diffusers load it as well, from its folder: `pipe.load_lora_weights`")
     if "lora" in formats and head is not None:
         remarks.append(f"the adapter holds the head of {cell(head)} (modules_to_save), which not every server loads")
         count, own = len(heads[head].labels), getattr(getattr(result.model, "config", None), "num_labels", None)
