@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.adapters.adapter import About, Adapter, Factor
+from nsc_merge.adapters.adapter import About, Adapter, Factor, Stack
 from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import labels_beside, license_beside
 from nsc_merge.adapters.formats.peft_tensors import refuse_dora_on, sorted_tensors
@@ -23,6 +23,7 @@ from nsc_merge.adapters.peft_models import Held, config_of, copied, read_layers
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.option_checks import is_hub_id
 
+_IDLE = "every update is zero, as before training: the task adds nothing to the merge; expected trained weights"
 DORA = ("exact", "convert", "refuse")
 
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
@@ -54,7 +55,16 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "exact") -> Ad
     if dora not in DORA:
         raise ValueError(f"dora: expected one of {list(DORA)}, found {dora!r}")
     adapter = _loaded(source, name, dora)
+    if not isinstance(source, Adapter) and _is_idle(adapter):
+        adapter = replace(adapter, notes=(*adapter.notes, _IDLE))
     return replace(adapter, dora=dora) if dora == "convert" else adapter
+
+
+def _is_idle(adapter: Adapter) -> bool:
+    """Whether one factor of every update is zero, and nothing beside these was trained."""
+    updates: list[Factor | Stack] = [*adapter.factors.values(), *adapter.stacks.values()]
+    scaled = any(factor.magnitude is not None or factor.bias is not None for factor in adapter.factors.values())
+    return not (scaled or adapter.trained or adapter.token_rows or any(one.A.any() and one.B.any() for one in updates))
 
 
 def _loaded(source: AdapterSource, name: str, dora: str) -> Adapter:

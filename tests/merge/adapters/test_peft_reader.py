@@ -145,3 +145,16 @@ def test_missing_and_corrupt_files_are_named(folders, tmp_path):
         load_adapter(folders["partial"], "partial")
     with pytest.raises(TypeError, match="expected a PEFT folder"):
         load_adapter(3, "x")
+
+
+def test_an_adapter_that_was_not_trained_is_noted(folders):
+    """As a checkpoint of the first step is, or one that was saved before the weights were gathered."""
+    assert not load_adapter(folders["plain"], "plain").notes
+    path = folders["plain"] / WEIGHTS
+    weights = load_file(path)
+    save_file({key: value * (0 if "lora_B" in key else 1) for key, value in weights.items()}, path)
+    (note,) = load_adapter(folders["plain"], "plain").notes
+    assert note.startswith("every update is zero, as before training")
+    last = [key for key in weights if "lora_B" in key][-1]
+    save_file({key: value * (0 if "lora_B" in key and key != last else 1) for key, value in weights.items()}, path)
+    assert not load_adapter(folders["plain"], "plain").notes
