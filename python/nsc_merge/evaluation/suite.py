@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,12 +174,14 @@ class RecipeSuite:
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
         """None where the metric has none, or where the outputs are generated tokens."""
         loss = self.metric(task).loss
-        return (
-            None if loss is None or not output.is_floating_point() else loss(output, label.to(output.device))
-        )
+        if loss is None or not output.is_floating_point():
+            return None
+        with _naming(task):
+            return loss(output, label.to(output.device))
 
     def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
-        return self.metric(task).measure(outputs, labels, **self._further_of[task])
+        with _naming(task):
+            return self.metric(task).measure(outputs, labels, **self._further_of[task])
 
     def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
         return self.metric(task).quality(outputs, labels, **self._further_of[task])
@@ -270,6 +273,14 @@ class RecipeSuite:
             return ModelHead(head.parameters, shifted=self._writes(task) and not encodes(self.model))
         return head
 
+
+@contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Errors of a metric say of which task's data they are."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"tasks.{task}: {error}") from error
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:

@@ -278,6 +278,16 @@ def test_rows_are_measured_once_and_again_only_if_something_changed(place, capsy
     capsys.readouterr()
 
 
+def test_rows_of_another_way_to_measure_are_measured_again(place, monkeypatch):
+    from nsc_merge.evaluation.rows import fingerprint as module
+
+    recipe = load_eval_recipe(place / "eval.yaml")
+    before = [module.fingerprint(recipe, row, 0) for row in recipe.rows]
+    assert before == [module.fingerprint(recipe, row, 0) for row in recipe.rows]
+    monkeypatch.setattr(module, "_MEASURES", module._MEASURES + 1)
+    assert not set(before) & {module.fingerprint(recipe, row, 0) for row in recipe.rows}
+
+
 def test_a_row_whose_files_changed_while_it_was_measured_is_not_kept(place, capsys, monkeypatch):
     """The suite is read once: a later row would be measured on the old file and kept under the hash of the new."""
     from nsc_merge.evaluation import run as module
@@ -566,7 +576,8 @@ def test_wrong_recipes_give_one_line_and_status_2(place, monkeypatch, capsys, ov
     [
         ("no labels", "tasks.nli.test: expected a tensor 'labels'"),
         ("wrong input", "tasks.nli.test: LlamaForSequenceClassification takes no input ['pixels']"),
-        ("float labels", "labels: expected class indices as integers, found torch.float32"),
+        ("float labels", "tasks.nli: labels: expected class indices as integers, found torch.float32"),
+        ("unknown labels", "tasks.nli: labels: expected at least one known label, found none"),
         ("no head", "tasks.nli.head: the adapter brought no head"),
         ("head of another width", "no pool"),
     ],
@@ -581,6 +592,8 @@ def test_data_that_do_not_fit_give_one_line_and_write_nothing(place, capsys, kin
         data["pixels"] = data.pop("attention_mask")
     elif kind == "float labels":
         data["labels"] = data["labels"].float()
+    elif kind == "unknown labels":
+        data["labels"] = torch.full((12,), -100)
     elif kind == "no head":
         write_adapter(build("llama-cls"), place / "adapters" / "bare", 1, r=2, target_modules=["q_proj"])
         overrides = [f"tasks.nli.adapter={place / 'adapters' / 'bare'}", "tasks.nli.head=adapter"]

@@ -18,6 +18,9 @@ from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE
 from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.provenance import hashes, versions, whole
 
+# One more whenever the same outputs come to another figure, so that rows of before are measured again.
+_MEASURES = 2
+
 # How text becomes tokens, as transformers saves it beside a model.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "chat_template*")
 
@@ -43,6 +46,7 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
         "settings": [here.batch_size, here.shared_modules, here.dora, here.dtype, here.joint, *unusual],
         "seed": [seed if seeded or drawn else None, bool(recipe.seeds) and drawn],
         "versions": versions(),
+        "measures": _MEASURES,
     }
     if any(_takes_text(task) for task in here.tasks.values()):
         known["tokenizer"] = _tokenizer(here)
