@@ -430,6 +430,15 @@ def test_the_base_is_found_where_the_adapter_says(tmp_path):
     assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"].shape == (32, 8)
 
 
+def test_no_form_is_written_into_the_folder_of_a_model(tmp_path):
+    folder, config = write(tmp_path / "one", r=4)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"out: .*base holds a model \(config\.json\); expected a folder without one"):
+        write_uniform(folder, tmp_path / "base", "lorax", base=tmp_path / "base")
+    assert [file.name for file in (tmp_path / "base").iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -12,6 +12,7 @@ from nsc_merge.adapters import Factor, load_adapter
 from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.results.beside.serving import lorax, sglang
 from nsc_merge.results.beside.serving.outline import Base, Outline, part_of, place_of, read_outline
+from nsc_merge.results.layout import refuse_mixture
 from nsc_merge.utils.atomic_folder import replacing_folder
 
 _TWINS = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
@@ -35,11 +36,12 @@ def write_uniform(
         shards: GPUs that serve one model, of LoRAX.
 
     Raises:
-        ValueError: if the adapter is more than LoRA on linears, if the size of a linear is not known, or as
+        ValueError: if ``out`` holds a model, if the adapter is more than LoRA on linears, if the size of a linear is not known, or as
             :func:`nsc_merge.load_adapter`.
     """
     if out.resolve() == folder.resolve():
         raise ValueError(f"out: expected another folder than the adapter's own, found {out}")
+    refuse_mixture(out, [""], ["lora"], nested=False)
     outline = read_outline(folder, base)
     kinds = {"DoRA": outline.gained, "biases": outline.biased, "modules_to_save": outline.whole,
              "LoRA on embeddings": outline.embeddings, "LoRA on parameters": outline.parameters}  # fmt: skip
