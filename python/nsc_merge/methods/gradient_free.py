@@ -16,7 +16,7 @@ from nsc_merge.models.bases.quantised import Linear
 from nsc_merge.results.result import MergeResult
 
 # Of the sum of their magnitudes, below which weights add up to zero.
-_CANCELS = 1e-8
+CANCELS = 1e-8
 
 
 def gradient_free(
@@ -129,7 +129,7 @@ def divisor_of(averages: Averages, shares: Sequence[float], tasks: int) -> float
         return len(shares) or 1 if averages else 1
     total = sum(shares)
     # Weights that cancel are divided by nothing, as in mergekit, also where rounding keeps them from being zero.
-    return total if abs(total) > _CANCELS * sum(map(abs, shares)) else 1
+    return total if abs(total) > CANCELS * sum(map(abs, shares)) else 1
 
 
 def with_the_rest(

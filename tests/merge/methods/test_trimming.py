@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import magnitude_based_pruning
 
+import nsc_merge
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.low_rank.robustmerge import robustmerge_alg1
@@ -186,3 +187,22 @@ def test_robustmerge_trims_as_its_code(density, rows):
         chosen = METHODS["robustmerge_alg1"].options(density=density)
         update = dict(robustmerge_alg1(adapters, ["x"], chosen))["x"].delta()
         assert int((update != 0).sum()) == count
+
+
+@pytest.mark.parametrize("weights", [(0.7, -0.1, -0.6), (0.3, -0.1, -0.2), (0.8, 0.1, -0.9)])
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_weights_that_cancel_but_for_rounding_divide_no_entry(method, weights):
+    """What float32 leaves of 0.3 - 0.1 - 0.2 made entries of 1e8."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        task: (torch.randn(2, 50, generator=generator), torch.randn(40, 2, generator=generator), 1.0) for task in "abc"
+    }
+    shares = dict(zip("abc", weights, strict=True))
+    options = {"drop": 0.0, "aggregate": "weight"} if method == "dare_ties" else {}
+    tasks = {task: {"x": one} for task, one in factors.items()}
+    found = dict(nsc_merge.merge_factors(tasks, method, preset="mergekit", weights=shares, **options))["x"].delta()
+    votes = torch.stack([shares[task] * B.double() @ A.double() for task, (A, B, _) in factors.items()])
+    agrees = votes.sign() == torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    divisor = (agrees * torch.tensor(weights, dtype=torch.float64)[:, None, None]).sum(0)
+    expected = (votes * agrees).sum(0) / torch.where(divisor.abs() < 1e-9, 1.0, divisor)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -21,6 +21,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     added,
     dense_factor,
     dense_update,
+    may_cancel,
     tasks_by_path,
     ties_merge,
     trimmed,
@@ -201,7 +202,7 @@ def dare_ties(
 
         yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
         return
-    if tiles.serves(adapters, paths):
+    if tiles.serves(adapters, paths) and not may_cancel(steps.aggregate, weights.values()):
         layers = tiles.layers_of(adapters)
         if options.order == "trim_first":
             layers = tiles.trimmed(layers, tasks, steps_of(options))

@@ -7,13 +7,14 @@ Names of the steps: arXiv 2306.01708 (TIES-Merging).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.gradient_free import CANCELS
 
 # (path, task) -> the tensor to merge. Called anew in every pass, so that no pass holds all modules.
 Source = Callable[[str, str], Tensor]
@@ -200,13 +201,25 @@ def trimmed(source: Source, tasks: Mapping[str, Sequence[str]], settings: Ties) 
 
 def disjoint(values: Sequence[Tensor], agrees: Sequence[Tensor], weights: Sequence[float], aggregate: str) -> Tensor:
     """The weighted sum of ``values`` where they agree with the elected sign, divided by how many do (``"mean"``), by
-    their weights (``"weight"``) or not at all (``"sum"``).
+    their weights (``"weight"``) or not at all (``"sum"``). Weights that cancel divide by nothing.
     """
-    total, divisor = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+    total = torch.zeros_like(values[0])
+    # What float32 leaves of a sum of 0 is some 1e-8, by which nothing must be divided.
+    kind = torch.float64 if may_cancel(aggregate, weights) else total.dtype
+    divisor, size = torch.zeros_like(total, dtype=kind), torch.zeros_like(total, dtype=kind)
     for value, agree, weight in zip(values, agrees, weights, strict=True):
         total.add_(value * agree, alpha=weight)
-        divisor.add_(agree, alpha=1.0 if aggregate == "mean" else weight)
-    return total if aggregate == "sum" else total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+        share = 1.0 if aggregate == "mean" else weight
+        divisor.add_(agree, alpha=share)
+        size.add_(agree, alpha=abs(share))
+    if aggregate == "sum":
+        return total
+    return total.div_(divisor.masked_fill_(divisor.abs() <= CANCELS * size, 1.0).to(total.dtype))
+
+
+def may_cancel(aggregate: str, weights: Iterable[float]) -> bool:
+    """Whether weights that values are divided by have both signs: their sum needs more than the values' own dtype."""
+    return aggregate == "weight" and len({weight > 0 for weight in weights if weight}) > 1
 
 
 def ties_merge(

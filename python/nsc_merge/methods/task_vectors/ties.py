@@ -23,6 +23,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     Ties,
     dense_factor,
     dense_update,
+    may_cancel,
     tasks_by_path,
     ties_merge,
 )
@@ -128,7 +129,7 @@ def ties(
         return dense_update(adapters[task].factors[path])
 
     tasks, steps = tasks_by_path(adapters, paths), steps_of(options)
-    if tiles.serves(adapters, paths):
+    if tiles.serves(adapters, paths) and not may_cancel(steps.aggregate, weights.values()):
         merged = tiles.ties_merge(tiles.layers_of(adapters), tasks, steps, weights)
     else:
         merged = ties_merge(source, tasks, steps, weights)
