@@ -36,8 +36,8 @@ def write_uniform(
         shards: GPUs that serve one model, of LoRAX.
 
     Raises:
-        ValueError: if ``out`` holds a model, if the adapter is more than LoRA on linears, if the size of a linear is not known, or as
-            :func:`nsc_merge.load_adapter`.
+        ValueError: if ``out`` holds a model, if the adapter is more than LoRA on linears, if the size of a linear is
+            not known, or as :func:`nsc_merge.load_adapter`.
     """
     if out.resolve() == folder.resolve():
         raise ValueError(f"out: expected another folder than the adapter's own, found {out}")
