@@ -103,8 +103,13 @@ def test_a_merge_saved_over_another_is_the_one_that_is_loaded_and_pushed(tmp_pat
 def test_pipelines_load_a_merged_adapter_from_its_folder(tmp_path, make, targets):
     """Of unequal ranks, and in the place of PEFT's file beside it, in which they find no key that is theirs."""
     first, second = adapted(make, "a", targets=targets), adapted(make, "b", targets=("to_q",))
-    result = nsc_merge.merge(make(), {"a": first, "b": second}, method="task_arithmetic", scale=0.5)
+    make().save_pretrained(tmp_path / "base")
+    base = type(first).from_pretrained(tmp_path / "base", torch_dtype=torch.float64)
+    result = nsc_merge.merge(base, {"a": first, "b": second}, method="task_arithmetic", scale=0.5)
     out = result.save(tmp_path / "out", "lora")
+    # It goes to the hub as it is.
+    assert str(tmp_path).encode() in (out / "adapter_config.json").read_bytes()
+    assert str(tmp_path).encode() not in (out / FILE).read_bytes()
     found = make()
     if make is unet:
         pipeline = diffusers.StableDiffusionPipeline

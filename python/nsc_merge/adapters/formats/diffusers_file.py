@@ -26,6 +26,8 @@ CURE = (
     "such as pipe.unet or pipe.transformer, as adapter"
 )
 _SETTINGS = "lora_adapter_metadata"
+# What a configuration says the adapter is for: a folder of this machine, for example.
+_ABOUT = ("base_model_name_or_path", "revision", "auto_mapping", "task_type")
 # As pipelines call what denoises, of which a file has one, and what reads the prompt.
 _DENOISERS = ("unet", "transformer")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -111,7 +113,8 @@ def write_beside(folder: Path, part: str) -> None:
 
     config = from_json((folder / "adapter_config.json").read_bytes(), str(folder))
     # Without them the ranks are taken from the shapes, and one scaling for all.
-    settings = json.dumps({f"{part}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    meant = {f"{part}.{key}": value for key, value in config.items() if key not in _ABOUT}
+    settings = json.dumps(meant, indent=2, sort_keys=True)
     tensors = load_file(folder / "adapter_model.safetensors")
     named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
     save_file(named, folder / FILE, metadata={"format": "pt", _SETTINGS: settings})
