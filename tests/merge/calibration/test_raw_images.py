@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from raw_cases import (
     IMAGE_TOKENS,
+    PARTS,
     SIZE,
     WORDS,
     llava_base,
@@ -328,6 +329,11 @@ def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, 
     tool = processor().tokenizer
     expected = tool(["c", "e f"], padding=True, return_tensors="pt")["input_ids"]
     assert torch.equal(next(b["input_ids"] for b in batches if "pixel_values" not in b), expected)
+
+
+def test_a_prompt_with_an_image_ends_with_the_prompt_for_an_answer(tmp_path, pairs):
+    asking = PARTS + "{% if add_generation_prompt %}assistant :{% endif %}"
+    assert made(pairs, llava_base(tmp_path, chat=asking), 1).first.endswith("assistant :")
 
 
 def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava, caplog):

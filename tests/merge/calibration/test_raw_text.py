@@ -191,6 +191,17 @@ def test_chats_are_encoded_as_the_chat_template_has_it(tmp_path, base, form):
     assert all(ids.count(WORDS.index("<s>")) == 1 for ids in found)
 
 
+def test_a_chat_that_the_user_ends_ends_with_the_prompt_for_an_answer(tmp_path):
+    """As the model sees it in use, and ``distill`` where it has the model answer; an answer that is there gets none."""
+    asking = CHAT + "{% if add_generation_prompt %}assistant :{% endif %}"
+    base = text_base(tmp_path / "base", chat=asking)
+    asked = [{"role": "user", "content": "a"}]
+    called = [*asked, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}]
+    for chat, end in ((asked, "a assistant :"), (called, "c assistant :"), (called[:2], "assistant : b")):
+        batches = made(write_rows(tmp_path / "x.jsonl", [{"messages": chat}]), base)
+        assert batches.first.endswith(end)
+
+
 def test_a_chat_template_that_reads_parts_gets_parts(tmp_path):
     base = text_base(tmp_path / "base", chat=PARTS)
     batches = made(write_rows(tmp_path / "x.jsonl", [{"messages": CHATS[1]}]), base)

@@ -167,8 +167,10 @@ def _rendered(sample: Sample, template: Any, messages: Any = None) -> str:
         messages = plain_text(sample.messages or [], sample.where)
         # No text holds the byte 0, so that none becomes an image.
         messages = in_parts(messages, "\0") if _takes_parts(template) else messages
+    # Where the model is to answer, it sees in use what its answer begins with.
+    asks = messages[-1]["role"] in ("user", "tool")
     try:
-        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     except Exception as error:
         # Templates are programs that raise what they like, such as on roles that do not alternate.
         raise ValueError(
