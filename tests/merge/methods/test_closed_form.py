@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_cases import Dense, alone, llama, problem_of
 from torch.func import functional_call
-from zoo import build, write_adapter
+from zoo import build, images_and_text, write_adapter
 
 import nsc_merge
 from nsc_merge.methods import Problem
@@ -189,3 +189,20 @@ def test_fisher_of_modules_that_do_not_run_is_refused(tmp_path):
     words = {"input_ids": torch.randint(6, 60, (2, 5))}
     with pytest.raises(ValueError, match=r"calibration\['a'\]: none of the adapted modules runs on these inputs"):
         nsc_merge.merge(model, folders, {task: [words] for task in folders}, "fisher")
+
+
+def test_regmean_takes_texts_beside_images_where_the_vision_tower_is_adapted(tmp_path):
+    model = build("llava")
+    both = r".*(vision_tower|language_model).*q_proj"
+    folders = {
+        "images": write_adapter(model, tmp_path / "images", 1, r=2, target_modules=both),
+        "texts": write_adapter(model, tmp_path / "texts", 2, r=2, target_modules=r".*language_model.*q_proj"),
+    }
+    images, words = images_and_text(3), {"input_ids": torch.randint(6, 60, (2, 5))}
+    result = nsc_merge.merge(model, folders, {"images": [images], "texts": [words]}, "regmean", batches=1, ridge=1e-9)
+    for path in result.paths:
+        if "vision_tower" in path:
+            alone = result.adapters["images"].factors[path].delta()
+            torch.testing.assert_close(result.delta(path).double(), alone, rtol=1e-3, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"calibration\['images'\]: the forward never reached .*vision_tower"):
+        nsc_merge.merge(model, folders, {"images": [words], "texts": [words]}, "regmean", batches=1)

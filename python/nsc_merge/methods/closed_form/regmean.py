@@ -60,7 +60,7 @@ def grams(
     problem: Problem, task: str, paths: Sequence[str], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
     """Path -> ``X^T X / N [d_in, d_in]`` in float64, of the inputs that a module has in the task's own model, without
-    those at padding. Processes that share the work run batches in turn.
+    those at padding; of the modules that the task's inputs reach. Processes that share the work run batches in turn.
     """
     model = problem.model
     linears = merged_linears(model, problem.adapters)
@@ -90,16 +90,14 @@ def grams(
     sizes = torch.tensor([counts[path] for path in paths], device=device)
     current().add([sizes])
     counts = dict(zip(paths, sizes.tolist(), strict=True))
-    silent = [path for path in paths if not counts[path]]
-    if silent:
-        raise RuntimeError(f"calibration: the forward never reached {silent}, whose inputs are needed")
-    for path in paths:
+    reached = [path for path in paths if counts[path]]
+    for path in reached:
         if path not in sums:
             # Its batches all ran in other processes.
             width = linears[path].in_features
             sums[path] = torch.zeros(width, width, dtype=torch.float64, device=device)
         current().add([sums[path]])
-    return {path: sums[path] / counts[path] for path in paths}
+    return {path: sums[path] / counts[path] for path in reached}
 
 
 def filtered_rows(
@@ -116,8 +114,14 @@ def filtered_rows(
         totals: dict[str, Tensor] = {}
         products: dict[str, dict[str, Tensor]] = {path: {} for path in group}
         for task in problem.tasks:
+            found = grams(problem, task, group, batches[task])
+            if silent := [path for path in group if path in adapters[task].factors and path not in found]:
+                raise RuntimeError(
+                    f"calibration[{task!r}]: the forward never reached {silent}, which the task's adapter touches; "
+                    "expected inputs that do, such as images for a vision tower"
+                )
             # A task's inputs count where it has no adapter, too: there its own weight is the base's.
-            for path, gram in grams(problem, task, group, batches[task]).items():
+            for path, gram in found.items():
                 shrunk = _shrunk(gram, options.off_diagonal)
                 factor = adapters[task].factors.get(path)
                 if factor is not None:
