@@ -197,6 +197,12 @@ def test_objects_that_are_no_rows_are_refused():
         with pytest.raises(ValueError, match=f"^data: expected a .*{message}"):
             open_source(wrong, SETTINGS, "data")
     assert rows_in([{"text": "a"}]) == [{"text": "a"}]
+    with pytest.raises(ValueError, match="^data: split: row list has no splits, found 'test'"):
+        rows_in([{"text": "a"}], DataSettings(split="test"))
+    assert rows_in(["a", "b"]) == [{"text": "a"}, {"text": "b"}]
+    assert rows_in(pd.DataFrame({"text": ["a"], "n": [1]})) == [{"text": "a", "n": 1}]
+    with pytest.raises(ValueError, match="^data: expected a list of texts, or of rows"):
+        rows_in(pd.DataFrame({"text": []}))
 
 
 def test_what_is_raw(tmp_path):

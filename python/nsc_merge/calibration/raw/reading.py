@@ -34,7 +34,7 @@ from nsc_merge.calibration.raw.tables import (
     saved_dataset,
     split_of,
 )
-from nsc_merge.calibration.raw.text_files import READERS, rows_of_text
+from nsc_merge.calibration.raw.text_files import READERS, TEXT, rows_of_text
 from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 
@@ -133,7 +133,8 @@ def calibration_data(
 
     Args:
         source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
-            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a list of rows, or the hub id
+            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table of pandas, a list of rows or texts,
+            or the hub id
             ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
@@ -162,10 +163,13 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     """
     if is_dataset(source):
         return dataset(source, settings, argument)
+    if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "to_dict"):
+        source = source.to_dict("records")
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
-        if not source or not all(isinstance(row, dict) for row in source):
-            raise ValueError(f"{argument}: expected a list of rows, each a dictionary, found {source!r:.60}")
-        return listed("row list", source, {}, None)
+        rows = [{TEXT: row} if isinstance(row, str) else row for row in source]
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{argument}: expected a list of texts, or of rows as dictionaries, found {source!r:.60}")
+        return _without_splits(listed("row list", rows, {}, None), settings, argument)
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {source!r:.60}")
     if not local:
