@@ -23,7 +23,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def t5():
-    config = tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **TOKENS)
+    config = tf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, **TOKENS)
     return tf.T5ForConditionalGeneration(config)
 
 
@@ -80,6 +80,20 @@ def test_regmean_does_not_see_what_padding_holds(build, length, tmp_path):
         merged.append(nsc_merge.merge(model, folders, data, "regmean", batches=1, ridge=1e-2))
     for path in merged[0].paths:
         torch.testing.assert_close(merged[0].delta(path), merged[1].delta(path), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "options"), [("distill", {}), ("match", {"warm_up": 0, "ratio_weight": 1.0})])
+def test_a_decoder_after_adapted_encoders_is_compared_at_its_own_tokens(method, options, tmp_path):
+    torch.manual_seed(0)
+    model = t5().eval()
+    in_encoder = {"r": 2, "target_modules": r"encoder.*\.(q|v)"}
+    folders = {task: write_adapter(model, tmp_path / task, n, **in_encoder) for n, task in enumerate("ab")}
+    options = {**options, "steps": 2, "positions": "all", "progress": False}
+    found = []
+    for filler in (7, 50):
+        data = {task: [batch(filler, length=8, two_sided=True)] for task in folders}
+        found.append(nsc_merge.merge(model, folders, data, method, **options).coefficients)
+    assert found[0] == found[1]
 
 
 def test_analyses_do_not_see_what_padding_holds(tmp_path):

@@ -41,7 +41,6 @@ from nsc_merge.methods.task_outputs import (
     real_positions,
     share_of,
 )
-from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.families import Family, check_family, family_of, find_family
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.processes.group import current
@@ -149,9 +148,9 @@ class Predictions:
     """
 
     def __init__(self, problem: Problem, options: DistillOptions) -> None:
-        paths = adapted_linears(problem.model, problem.adapters)
         given = options.family
-        family = find_family(problem.model, paths) if given is None else family_of(problem.model, paths, given)
+        # Of the outputs, whatever is adapted: of an encoder-decoder that is the decoder.
+        family = find_family(problem.model) if given is None else family_of(problem.model, None, given)
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = family.mask if family and family.tokens else None

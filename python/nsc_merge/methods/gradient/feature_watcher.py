@@ -63,8 +63,11 @@ class Watcher:
         paths = list(adapted_linears(problem.model, problem.adapters))
         known = needed or given is not None
         family = family_of(problem.model, paths, given) if known else find_family(problem.model, paths)
-        self._model, self._mask = problem.model, family.mask if family else None
-        of_tokens = isinstance(features, str) and family is not None and family.tokens is not None and family.causal
+        # What is adapted may be the encoder; what is matched is of the decoder after it.
+        last = family_of(problem.model, None, given) if needed else family
+        self._model, self._mask = problem.model, last.mask if last else None
+        self._measured_mask = family.mask if family else None
+        of_tokens = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
         self._last = (positions or ("last" if of_tokens else "all")) == "last"
         self._trunk: nn.Module = problem.model
         if family is not None:
@@ -79,19 +82,19 @@ class Watcher:
         self._touched = dict(zip(self._scored, touched, strict=True))
 
     def mask(self, batch: Batch) -> Tensor | None:
-        """``[rows, tokens]`` bool where tokens are real, if the batch says so."""
-        mask = batch.get(self._mask) if self._mask else None
-        return None if mask is None else mask.bool()
+        """``[rows, tokens]`` bool where tokens of what is matched are real, if the batch says so."""
+        return _bool(batch, self._mask)
 
     def see(self, one: Pass) -> Seen:
         """One forward at the coefficients that the modules have now."""
         kept: dict[str, Tensor] = {}
         ratios: dict[str, Tensor] = {}
-        mask, whole = self.mask(one.inputs), self.mask(one.whole)
+        mask = self.mask(one.inputs)
+        part, whole = (_bool(batch, self._measured_mask) for batch in (one.inputs, one.whole))
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
-            if mask is not None and whole is not None and mask.shape == sqnorm.shape:
+            if part is not None and whole is not None and part.shape == sqnorm.shape:
                 real = one.mine(whole).to(ratio)[..., None]
                 found = (ratio * real).flatten(0, -2).sum(0) / whole.sum().clamp(min=1).to(ratio)
             else:
@@ -131,6 +134,11 @@ class Watcher:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
         touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
         return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
+
+
+def _bool(batch: Batch, name: str | None) -> Tensor | None:
+    mask = batch.get(name) if name else None
+    return None if mask is None else mask.bool()
 
 
 def _tensor(output: Any) -> Tensor:
