@@ -201,7 +201,7 @@ def test_objects_that_are_no_rows_are_refused():
         rows_in([{"text": "a"}], DataSettings(split="test"))
     assert rows_in(["a", "b"]) == [{"text": "a"}, {"text": "b"}]
     assert rows_in(pd.DataFrame({"text": ["a"], "n": [1]})) == [{"text": "a", "n": 1}]
-    with pytest.raises(ValueError, match="^data: expected a list of texts, or of rows"):
+    with pytest.raises(ValueError, match="^data: expected a list of texts, images or dict"):
         rows_in(pd.DataFrame({"text": []}))
 
 

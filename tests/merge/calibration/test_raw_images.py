@@ -89,6 +89,11 @@ def test_images_of_classes_are_one_set_and_hidden_ones_are_none(tmp_path, vit):
     )
 
 
+def test_images_in_a_list_are_rows(vit):
+    images = [picture(number) for number in range(3)]
+    assert torch.equal(stacked(made(images, vit)), pixels([images[number] for number in order(3)]))
+
+
 def test_no_image_of_a_folder_is_passed_over(tmp_path, vit):
     """Folders that are links, as to classes that lie elsewhere, and formats beside the usual ones."""
     write_pictures(tmp_path / "elsewhere" / "cats", 2)

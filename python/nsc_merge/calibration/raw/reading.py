@@ -16,7 +16,7 @@ from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import Source, in_order, listed
-from nsc_merge.calibration.raw.images import ImageReader, image_files, image_folder
+from nsc_merge.calibration.raw.images import IMAGE, ImageReader, image_files, image_folder, is_image
 from nsc_merge.calibration.raw.preprocessors import (
     Base,
     base_of,
@@ -133,8 +133,8 @@ def calibration_data(
 
     Args:
         source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
-            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table of pandas, a list of rows or texts,
-            or the hub id
+            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table of pandas, a list of rows, texts
+            or images, or the hub id
             ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
@@ -166,9 +166,9 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "to_dict"):
         source = source.to_dict("records")
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
-        rows = [{TEXT: row} if isinstance(row, str) else row for row in source]
+        rows = [{TEXT: row} if isinstance(row, str) else {IMAGE: row} if is_image(row) else row for row in source]
         if not rows or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{argument}: expected a list of texts, or of rows as dictionaries, found {source!r:.60}")
+            raise ValueError(f"{argument}: expected a list of texts, images or dictionaries, found {source!r:.60}")
         return _without_splits(listed("row list", rows, {}, None), settings, argument)
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {source!r:.60}")
