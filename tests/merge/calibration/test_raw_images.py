@@ -89,6 +89,14 @@ def test_images_of_classes_are_one_set_and_hidden_ones_are_none(tmp_path, vit):
     )
 
 
+def test_a_table_beside_images_is_named_where_images_alone_do_not_do(tmp_path, llava):
+    write_pictures(tmp_path / "images", 2)
+    write_rows(tmp_path / "data.jsonl", [{"image": "images/0.png", "prompt": "a"}])
+    with pytest.raises(ValueError, match=r"\(its images, data.jsonl is not read\): holds images alone"):
+        made(tmp_path, llava)
+    assert len(made(tmp_path / "data.jsonl", llava)) == 1
+
+
 def test_images_in_a_list_are_rows(vit):
     images = [picture(number) for number in range(3)]
     assert torch.equal(stacked(made(images, vit)), pixels([images[number] for number in order(3)]))

@@ -250,9 +250,10 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
         above = Path(os.path.commonpath([file.parent for file in images]))
         table = _table_in(above)
         found = image_folder(folder, images) if table is None else _files([table], str(table), above, argument)
+        if table is None and (data := _data_in(folder)):
+            found = replace(found, name=f"{folder} (its images, {data[0].name} is not read)")
         return _named(found, split, settings, argument)
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-    data = [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
+    data = _data_in(folder)
     if not data and (folder / _DATA).is_dir():
         return _folder(folder / _DATA, settings, argument)
     if not data:
@@ -262,6 +263,11 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
     if len(kinds) > 1:
         raise ValueError(f"{argument}: {folder} holds files of several kinds, {kinds}; name the one that is meant")
     return _named(_files(data, str(folder), folder, argument), split, settings, argument)
+
+
+def _data_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    return [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
 
 
 def _table_in(folder: Path) -> Path | None:
