@@ -14,9 +14,10 @@ from nsc_merge.api import merge
 from nsc_merge.evaluation.candidates import candidate_of, coefficient_range
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row, TaskRecipe
 from nsc_merge.evaluation.harness.measuring import Harness, HarnessScore
-from nsc_merge.evaluation.normalise import Scores, average
+from nsc_merge.evaluation.normalise import Scores, average, normalised
 from nsc_merge.evaluation.plots import draw as draw_scores
 from nsc_merge.evaluation.rows.fingerprint import fingerprint, measuring_versions
+from nsc_merge.evaluation.rows.standard_errors import GROUPS, standard_error, without_each
 from nsc_merge.evaluation.rows.tuning_data import check_tuning_data
 from nsc_merge.evaluation.scoring import Candidate, joint_hits, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
@@ -107,10 +108,13 @@ def write(document: dict[str, Any], out: Path, *, plots: bool) -> None:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Scores of all tasks, with what the harness says of its own."""
+    """Scores of all tasks, with what the harness says of its own; of test data also those without each group of
+    samples, by task.
+    """
 
     scores: Scores
     harness: dict[str, HarnessScore]
+    rests: dict[str, list[float]]
 
 
 class _Bench:
@@ -148,6 +152,9 @@ class _Bench:
             "losses": found.scores.losses,
             "normalised": percents,
             "average": average(percents),
+            "stderr": {name: standard_error(rests) for name, rests in found.rests.items()},
+            "average_stderr": standard_error(rests := self._averages_of_rests(found)),
+            "average_without_each": rests,
             "hits": self._hits(candidate),
             "coefficients": coefficient_range(candidate),
             "seconds": round(seconds, 2),
@@ -155,16 +162,34 @@ class _Bench:
         }
 
     def _scores(self, candidate: Candidate, split: str) -> _Measured:
-        own = score(self._suite, predict(self._suite, candidate, split))
+        predicted = predict(self._suite, candidate, split)
+        own = score(self._suite, predicted)
+        rests = {}
+        if split == "test":
+            rests = {name: without_each(self._suite, name, *pair) for name, pair in predicted.items()}
         harness = self._harness.scores(candidate, split) if self._harness else {}
         metrics = own.metrics | {name: one.value for name, one in harness.items()}
-        return _Measured(Scores({name: metrics[name] for name in self._recipe.tasks}, own.losses), harness)
+        return _Measured(Scores({name: metrics[name] for name in self._recipe.tasks}, own.losses), harness, rests)
 
     def _reference(self, split: str) -> _Measured:
         if split not in self._references:
             alone = merge(self._suite.model, self._suite.adapters, method="finetuned")
             self._references[split] = self._scores(alone, split)
         return self._references[split]
+
+    def _averages_of_rests(self, found: _Measured) -> list[float]:
+        """The normalised average without each group of samples, of row and fine-tuned models alike; empty where some
+        task has no such figures.
+        """
+        theirs, tasks = self._reference("test").rests, self._recipe.tasks
+        if not all(found.rests.get(name) and theirs.get(name) for name in tasks):
+            return []
+        lower = {name: task.lower_is_better for name, task in self._suite.tasks.items()}
+        rests = [
+            average({name: normalised(found.rests[name][group], theirs[name][group], lower[name]) for name in tasks})
+            for group in range(GROUPS)
+        ]
+        return rests if all(map(math.isfinite, rests)) else []
 
     def _normalised(self, found: _Measured, split: str) -> dict[str, float]:
         lower = {name: task.lower_is_better for name, task in self._suite.tasks.items()}

@@ -60,7 +60,9 @@ def as_markdown(document: Mapping[str, Any]) -> str:
 
 
 def as_csv(document: Mapping[str, Any]) -> str:
-    """One line per row, seed and task: ``row, method, seed, task, metric, value, normalised, loss, stderr``."""
+    """One line per row, seed and task: ``row, method, seed, task, metric, value, normalised, loss, stderr``: the
+    standard error of the value over the test samples.
+    """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("row", "method", "seed", "task", "metric", "value", "normalised", "loss", "stderr"))
@@ -68,7 +70,7 @@ def as_csv(document: Mapping[str, Any]) -> str:
         for run in row["runs"]:
             for task, value in run["metrics"].items():
                 percent, loss = run["normalised"][task], run["losses"].get(task)
-                error = run.get("lm_eval", {}).get(task, {}).get("stderr")
+                error = run.get("lm_eval", {}).get(task, {}).get("stderr", run.get("stderr", {}).get(task))
                 lines.writerow(
                     (
                         row["row"],
@@ -106,8 +108,15 @@ def _cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]], lis
         joint = [
             _spread([100 * run["hits"]["all"][count] for run in runs if run["hits"]], 1) for count in counts
         ]
-        rows.append([_with_scale(row, document), *values, _spread([run["average"] for run in runs], 2), *joint])
+        rows.append([_with_scale(row, document), *values, _average(runs, document), *joint])
     return head, absolute, rows
+
+
+def _average(runs: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
+    """With the standard error over the test samples where there is no deviation over seeds."""
+    shown = _spread([run["average"] for run in runs], 2)
+    error = runs[0].get("average_stderr") if len(document["seeds"]) == 1 else None
+    return shown if error is None or shown == "-" else f"{shown} ± {error:.2f}"
 
 
 def named(row: Mapping[str, Any], document: Mapping[str, Any]) -> str:
@@ -170,6 +179,11 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
     count = len(document["seeds"])
     if count > 1:
         notes.append(f"mean ± standard deviation over {count} seeds")
+    elif any(run.get("average_stderr") is not None for row in document["rows"] for run in row["runs"]):
+        notes.append(
+            "average ± standard error over test samples, of a row by itself; all rows are of the same samples, so that "
+            "a gap between two may be surer"
+        )
     if _hit_counts(document):
         notes.append(f"Hits@k in %: over the classes of all tasks together, by {document['joint']}")
     return notes

@@ -1,1 +1,1 @@
-"""Rows of an evaluation as they are kept, so that none is measured twice."""
+"""Rows of an evaluation as they are kept, so that none is measured twice, and what makes them honest ones."""
