@@ -204,6 +204,17 @@ def test_another_text_is_taken_where_it_is_named(at):
     assert written()["data"]["text"] == "answer"
 
 
+@pytest.mark.parametrize(
+    "names", [("instruction", "input", "output"), ("instruction", "context", "response"), ("instruction", "output")]
+)
+def test_what_a_question_is_about_is_of_the_text(at, names):
+    """Alpaca's columns, and Dolly's."""
+    at("llama")
+    write_lines(Path("rows.jsonl"), [dict(zip(names, words, strict=False)) for words in (WORDS[3:6], WORDS[4:7])])
+    assert main(["init", *ADAPTERS, "--data", "rows.jsonl"]) == 0
+    assert written()["data"]["text"] == "\n".join(f"{{{name}}}" for name in names)
+
+
 def test_the_split_that_is_taken_of_a_folder_is_said(at, capsys):
     at("llama")
     Path("split").mkdir()

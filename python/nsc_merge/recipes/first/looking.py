@@ -20,8 +20,12 @@ from nsc_merge.recipes.first.data import Data, stored_inputs
 # Samples that are encoded, and rows that are looked at for it.
 _SAMPLES, _ROWS = 16, 256
 _SHOWN = 60
-# Columns of a question and its answer, as public data sets call them: both are taken, as when the adapter was trained.
-_PAIRS = (
+# Columns of a question, what it is about and its answer, as public data sets call them: all are taken, as when the
+# adapter was trained.
+_TOGETHER = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("context", "question", "answer"),
     ("question", "answer"),
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -67,7 +71,7 @@ def _raw(
     found = open_source(source, settings, argument)
     rows = found.rows(range(min(found.count, _ROWS)))
     if takes.text and settings.text is None:
-        settings = replace(settings, text=_pair(rows, found.columns))
+        settings = replace(settings, text=_template(rows, found.columns))
     place = f"{argument}: {Path(source).name}"
     columns = choose(rows, settings, place, text=takes.text, images=takes.images, columns=found.columns)
     # Each by itself, so that padding says nothing of the lengths.
@@ -94,12 +98,14 @@ def _raw(
     )
 
 
-def _pair(rows: Sequence[Row], columns: Sequence[str]) -> str | None:
+def _template(rows: Sequence[Row], columns: Sequence[str]) -> str | None:
     """A template over question and answer, where these are what the rows hold."""
     if set(columns) & {TEXT_COLUMNS[0], *CHAT_COLUMNS}:
         return None
-    pair = next((pair for pair in _PAIRS if all(isinstance(row.get(name), str) for row in rows for name in pair)), None)
-    return None if pair is None else "{" + "}\n{".join(pair) + "}"
+    for names in _TOGETHER:
+        if all(isinstance(row.get(name), str) for row in rows for name in names):
+            return "{" + "}\n{".join(names) + "}"
+    return None
 
 
 def _rows(value: Tensor, count: int) -> Tensor:
