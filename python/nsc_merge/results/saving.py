@@ -20,7 +20,7 @@ from nsc_merge.adapters.peft_writer import write_adapter
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.merged.matrices import matrix_at
-from nsc_merge.models.merged.stacks import stacks_of_updates
+from nsc_merge.models.merged.stacks import stacks_of_linears, stacks_of_updates
 from nsc_merge.models.own_base import split_modules
 from nsc_merge.models.vocabulary import grown_elsewhere, grown_modules
 from nsc_merge.results.about_adapter import about_adapter
@@ -302,6 +302,8 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
     for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
         kept[path] = state_of(result.model.get_submodule(path))
     matrices = {path: factors.pop(path) for path in list(factors) if matrix_at(result.model, path) is not None}
+    stacks = stacks_of_linears(factors, result.model)
+    factors = {path: factor for path, factor in factors.items() if path not in stacks}
     modules: dict[str, Any] = {path: result.model.get_submodule(path) for path in factors}
     write_adapter(
         folder,
@@ -310,7 +312,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         about_adapter(result, kept),
         embeddings=[path for path, module in modules.items() if isinstance(module, nn.Embedding)],
         kernels={path: tuple(one.weight.shape[2:]) for path, one in modules.items() if hasattr(one, "kernel_size")},
-        stacks=stacks_of_updates(matrices, result.model),
+        stacks={**stacks, **stacks_of_updates(matrices, result.model)},
         fan_in_fan_out=any(map(is_transposed, modules.values())),
     )
     if is_of_diffusers(result.model) and not kept:

@@ -333,3 +333,41 @@ def test_offloaded_experts_are_merged_without_data_and_refused_with(
         torch.testing.assert_close(saved.get_parameter(name), value, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="expected experts in memory, found them offloaded; load the model without"):
         nsc_merge.merge(offloaded, {"a": adapter}, {"a": [tokens()]}, steps=1)
+
+
+def shared_experts() -> nn.Module:
+    """A dense block, and one of experts that have a shared one beside them."""
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12}
+    others = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    config = tf.DeepseekV3Config(**others, **sizes, **experts, n_shared_experts=1, first_k_dense_replace=1)
+    return tf.DeepseekV3ForCausalLM(config)
+
+
+def router_that_is_linear() -> nn.Module:
+    config = tf.AfmoeConfig(**SIZES, num_experts=EXPERTS, moe_intermediate_size=12, num_dense_layers=1)
+    return tf.AfmoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [shared_experts, router_that_is_linear])
+def test_linears_with_names_of_experts_are_saved_so_that_peft_loads_them(build: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build().double().eval()
+    model.set_experts_implementation("eager")
+    ends = ("mlp.gate_proj", "mlp.down_proj", "shared_experts.up_proj", "router.gate", "q_a_proj", "q_proj")
+    linears = {path: one for path, one in model.named_modules() if isinstance(one, nn.Linear) and path.endswith(ends)}
+    adapters = {}
+    for rank, task in ((2, "a"), (3, "b")):
+        factors = {
+            path: nsc_merge.Factor(torch.randn(rank, one.in_features), torch.randn(one.out_features, rank), 0.5)
+            for path, one in list(linears.items())[rank - 2 :]
+        }
+        adapters[task] = nsc_merge.Adapter(task, factors)
+    result = nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.5)
+    wanted = outputs(result.apply(copy.deepcopy(model)), tokens())
+    assert (wanted - outputs(model, tokens())).abs().max() > 0.1
+    folder = result.save(tmp_path / "lora", "lora")
+    peft = PeftModel.from_pretrained(copy.deepcopy(model), folder).double().eval()
+    torch.testing.assert_close(outputs(peft, tokens()), wanted, rtol=0, atol=1e-5)
+    again = nsc_merge.merge(model, {"merged": folder}, method="task_arithmetic", scale=1.0)
+    torch.testing.assert_close(outputs(again.apply(copy.deepcopy(model)), tokens()), wanted, rtol=0, atol=1e-5)

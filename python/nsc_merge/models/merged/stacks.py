@@ -4,6 +4,7 @@ those of experts that were modules in transformers 4.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -104,6 +105,36 @@ def stacks_of_updates(updates: Mapping[str, Factor], model: nn.Module) -> dict[s
         for depth, name in enumerate(reversed(names)):
             stacks[owner + depth * WRAPPER] = _stacked(parameters[name])
     return stacks
+
+
+def stacks_of_linears(factors: Mapping[str, Factor], model: nn.Module) -> dict[str, Stack]:
+    """Path of a linear -> LoRA on its weight as a parameter, of those of ``factors`` that PEFT, as it loads an adapter,
+    takes for the experts of transformers 4 by their names, and loses: the ``gate_proj`` of DeepSeek's shared experts.
+    Parameters it takes as they are called. None where an update has a bias or DoRA, which PEFT has on modules alone.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    @functools.cache
+    def is_taken(name: str) -> bool:
+        config = LoraConfig(target_modules=[f"of.{name}"])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:
+            # Half of a matrix that was fused.
+            return True
+        return not config.target_modules
+
+    def whole(path: str, factor: Factor) -> Stack:
+        return Stack(factor.A, factor.B, (f"{path}.weight",), lambda _: (factor.rank, 1.0))
+
+    if any(factor.bias is not None or factor.magnitude is not None for factor in factors.values()):
+        return {}
+    return {
+        path: whole(path, factor)
+        for path, factor in factors.items()
+        if isinstance(model.get_submodule(path), nn.Linear) and is_taken(path.rpartition(".")[2])
+    }
 
 
 def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:
