@@ -13,10 +13,15 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
     ViTConfig,
     ViTImageProcessor,
 )
@@ -34,14 +39,19 @@ SIZE, PATCH = 8, 4
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 
 
-def tokenizer(*, pad: bool = True, chat: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """One token a word, with a first token in front."""
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+def tokenizer(
+    *, pad: bool = True, chat: str | None = CHAT, extra: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a word, with a first token in front, and ``extra`` special ones behind all others."""
+    extra = dict(extra or {})
+    words = [*WORDS, *extra.values()]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    special = [*SPECIAL, *extra.values()]
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=extra, **names)
     wrapped.chat_template = chat
     return wrapped
 
@@ -89,6 +99,27 @@ def llava_base(folder: Path, chat: str | None = PARTS) -> Path:
     )  # fmt: skip
     config.save_pretrained(folder)
     processor(chat).save_pretrained(folder)
+    return folder
+
+
+def gemma_base(folder: Path) -> Path:
+    """Where an image is another token in the text than what it becomes."""
+    extra = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = Gemma3TextConfig(
+        vocab_size=len(WORDS) + 3, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, **sizes
+    )
+    Gemma3Config(
+        text_config=text, vision_config=SiglipVisionConfig(image_size=SIZE, patch_size=PATCH, **sizes),
+        mm_tokens_per_image=IMAGE_TOKENS, image_token_index=len(WORDS) + 1, image_token_id=len(WORDS) + 1,
+        architectures=["Gemma3ForConditionalGeneration"],
+    ).save_pretrained(folder)  # fmt: skip
+    images = Gemma3ImageProcessor(size={"height": SIZE, "width": SIZE})
+    chat = PARTS.replace("<image>", extra["boi_token"])
+    tool = Gemma3Processor(
+        images, tokenizer(chat=None, extra=extra), chat_template=chat, image_seq_length=IMAGE_TOKENS
+    )
+    tool.save_pretrained(folder)
     return folder
 
 

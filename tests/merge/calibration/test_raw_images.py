@@ -16,6 +16,7 @@ from raw_cases import (
     PARTS,
     SIZE,
     WORDS,
+    gemma_base,
     llava_base,
     picture,
     processor,
@@ -24,7 +25,7 @@ from raw_cases import (
     write_pictures,
     write_rows,
 )
-from transformers import ViTImageProcessor
+from transformers import Gemma3Processor, ViTImageProcessor
 
 from nsc_merge.calibration.raw.drawing import place_of
 from nsc_merge.calibration.raw.reading import raw_batches
@@ -342,6 +343,21 @@ def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, 
     tool = processor().tokenizer
     expected = tool(["c", "e f"], padding=True, return_tensors="pt")["input_ids"]
     assert torch.equal(next(b["input_ids"] for b in batches if "pixel_values" not in b), expected)
+
+
+def test_what_an_image_becomes_is_no_text_where_it_is_another_token(tmp_path):
+    base = gemma_base(tmp_path)
+    tool = Gemma3Processor.from_pretrained(base)
+    rows = [{"image": picture(0), "prompt": "a b c d e f g h"}]
+    (whole,) = made(rows, base)
+    expected = tool(text=["user : <start_of_image> a b c d e f g h "], images=[picture(0)], return_tensors="pt")
+    assert set(whole) == set(expected)
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    count = IMAGE_TOKENS + 1
+    for most in (12, 5):
+        (cut,) = made(rows, base, max_length=most)
+        assert torch.equal(cut["input_ids"], expected["input_ids"][:, : count + most])
+        assert torch.equal(cut["pixel_values"], expected["pixel_values"])
 
 
 def test_a_prompt_with_an_image_ends_with_the_prompt_for_an_answer(tmp_path, pairs):

@@ -124,8 +124,9 @@ def _pair(
     if bos and text.startswith(bos):
         given["add_special_tokens"] = False
     encoded = processor(**given)
-    token = processor.image_token_id
-    of_images = int((encoded[TOKENS] == token).sum())
+    # What stands in the text, and what it becomes, which is another in Gemma 3.
+    of_an_image = [one for one in (processor.image_token_id, base.image_token) if one is not None]
+    of_images = int(torch.isin(encoded[TOKENS], torch.tensor(of_an_image)).sum())
     # The model's positions are for both; what is asked for is of text.
     room = min(most, (base.positions or most + of_images) - of_images)
     if room < 1:
