@@ -13,6 +13,7 @@ from nsc_merge.demo.data import Scene, SceneSet
 from nsc_merge.demo.model import BLOCKS
 from nsc_merge.demo.tasks import Task
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.atomic_file import replacing
 from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style, running_mean
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -20,7 +21,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def plot_coefficients(result: MergeResult, path: Path) -> None:
     """Every coefficient: a panel per task, blocks by projections, coloured by distance from the start."""
-    with pyplot_in_style() as plt:
+    with pyplot_in_style() as plt, replacing(path) as temporary:
         start = float(result.options["init"])
         values = {
             task: torch.tensor(
@@ -52,7 +53,7 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
         bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
         bar.set_label(f"coefficient λ (white: start, {start:g})")
         figure.suptitle("Merge coefficients found by NSC", y=1.0)
-        figure.savefig(path)
+        figure.savefig(temporary)
         plt.close(figure)
 
 
@@ -60,7 +61,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
     """Null-space ratio of every task over the steps, and their mean: averages over as many steps as the objective was
     compared on, and faint what each step measured on its own batches.
     """
-    with pyplot_in_style() as plt:
+    with pyplot_in_style() as plt, replacing(path) as temporary:
         figure, axis = plt.subplots(figsize=(7, 4))
         steps = [entry["step"] for entry in result.history]
         window = result.objective["batches"]
@@ -93,7 +94,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
         axis.set_ylabel("null-space ratio ω")
         axis.set_title(f"What NSC minimises (mean over {window} steps; faint: each, on its own batches)", loc="left")
         axis.grid(axis="y", color="0.9")
-        figure.savefig(path)
+        figure.savefig(temporary)
         plt.close(figure)
 
 
@@ -107,12 +108,11 @@ def plot_predictions(
     """Test scene ``index``: input, truth and every method's prediction, one row per dense task.
 
     Args:
+        tasks: of which at least one is dense.
         predictions: method -> task -> output ``[N, C, 24, 24]``.
     """
     dense = [task for task in tasks if task.dense]
-    if not dense:
-        return
-    with pyplot_in_style() as plt:
+    with pyplot_in_style() as plt, replacing(path) as temporary:
         columns = ["input", "truth", *predictions]
         figure, axes = plt.subplots(
             len(dense), len(columns), figsize=(1.5 * len(columns), 1.5 * len(dense) + 0.4), squeeze=False
@@ -139,7 +139,7 @@ def plot_predictions(
             for spine in axis.spines.values():
                 spine.set_visible(False)
         figure.tight_layout(pad=0.4)
-        figure.savefig(path)
+        figure.savefig(temporary)
         plt.close(figure)
 
 

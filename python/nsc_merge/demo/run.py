@@ -133,8 +133,9 @@ def run_demo(
 
     result.save(out, format="coefficients")
     result.save(out / "merged-adapter", format="lora")
-    plots.plot_coefficients(result, out / "coefficients.png")
-    plots.plot_ratios(result, out / "ratios.png")
+    pictures = [out / "coefficients.png", out / "ratios.png"]
+    plots.plot_coefficients(result, pictures[0])
+    plots.plot_ratios(result, pictures[1])
     columns = {
         "alone": ALONE,
         f"TA {start:g} (start)": START,
@@ -142,7 +143,9 @@ def run_demo(
         **{labels[method]: method for method in LEARNT},
     }
     shown = {title: outputs[method] for title, method in columns.items()}
-    plots.plot_predictions(bundle.tasks, test, shown, _PICTURED_SCENE, out / "predictions.png")
+    if any(task.dense for task in bundle.tasks):
+        pictures.append(out / "predictions.png")
+        plots.plot_predictions(bundle.tasks, test, shown, _PICTURED_SCENE, pictures[-1])
 
     def gap(ours: str, theirs: str) -> tuple[float, float]:
         points = scores[ours].average(reference) - scores[theirs].average(reference)
@@ -179,7 +182,7 @@ def run_demo(
             "coefficients": str(out / "coefficients.json"),
             "history": str(out / "history.jsonl"),
             "merged adapter": str(out / "merged-adapter"),
-            "plots": [str(out / f"{name}.png") for name in ("coefficients", "ratios", "predictions")],
+            "plots": [str(path) for path in pictures],
             "summary": str(out / "summary.json"),
         },
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from nsc_merge.demo.data import SCENES, SPLITS, digit_images, digit_split, make_
 from nsc_merge.demo.evaluate import distilled_outputs, load_bundle
 from nsc_merge.demo.model import patch_features
 from nsc_merge.demo.report import advice, render, verdict
-from nsc_merge.demo.run import shipped_assets
+from nsc_merge.demo.run import run_demo, shipped_assets
 from nsc_merge.demo.tasks import TASKS
 
 
@@ -124,6 +125,28 @@ def test_demo_command(tmp_path, monkeypatch, capsys):
     assert summary["verdict"].split()[0] in table
     for words in summary["advice"].values():
         assert " ".join(words.split()) in " ".join(table.split())
+
+
+def test_the_summary_names_the_pictures_that_are_there(tmp_path, monkeypatch):
+    """Of tasks without maps there is none of predictions, and one that is cut short takes no other's place."""
+    monkeypatch.setattr(evaluate, "VALIDATION_SCENES", 32)
+    monkeypatch.setattr(evaluate, "TEST_SCENES", 64)
+    monkeypatch.setattr(evaluate, "COARSE_SCALES", (0.3,))
+    settings = {"tasks": ["count", "angle"], "steps": 1, "progress": False, "log": lambda line: None}
+    files = run_demo(tmp_path, **settings)["files"]["plots"]
+    assert [Path(file).name for file in files] == ["coefficients.png", "ratios.png"]
+    assert sorted(map(str, tmp_path.glob("*.png"))) == files
+
+    def full(figure, path, **_options):
+        Path(path).write_bytes(b"half")
+        raise OSError("no room")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    before = {file: Path(file).read_bytes() for file in files}
+    with pytest.raises(OSError, match="no room"):
+        run_demo(tmp_path, **settings)
+    assert {file: Path(file).read_bytes() for file in files} == before
+    assert sorted(map(str, tmp_path.glob("*.png"))) == files
 
 
 def test_retrain_writes_parts_that_the_demo_can_load(tmp_path, monkeypatch):
