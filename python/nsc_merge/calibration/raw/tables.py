@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -46,7 +47,7 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
         found: dict[int, Row] = {}
         wanted = sorted(numbers)
         for (table, group), start, end in zip(groups, [0, *ends], ends, strict=False):
-            some = [number for number in wanted if start <= number < end]
+            some = wanted[bisect_left(wanted, start) : bisect_left(wanted, end)]
             if some:
                 try:
                     part = table.read_row_group(group).take([number - start for number in some])
