@@ -63,6 +63,11 @@ class Tracking:
             groups.setdefault(key(path), []).append(values)
         return {name: _mean(group) for name, group in groups.items()}
 
+    def shared(self, column: str) -> list[int]:
+        """Numbers of the steps at which a column has a value, too; NaN, as of a loss that overflowed, is none."""
+        values = self.columns[column]
+        return [number for number, step in enumerate(self.steps) if not math.isnan(values.get(step, math.nan))]
+
     def correlations(self, column: str) -> dict[str, Any]:
         """Spearman's rho between a column and the ratio over the steps that have both.
 
@@ -77,7 +82,7 @@ class Tracking:
         """
         if column not in self.columns:
             raise ValueError(f"column: expected one of {list(self.columns)}, found {column!r}")
-        shared = [number for number, step in enumerate(self.steps) if step in self.columns[column]]
+        shared = self.shared(column)
         if len(shared) < 3:
             raise ValueError(
                 f"column: expected at least 3 steps with {column!r} and a ratio, found {len(shared)}"

@@ -17,6 +17,7 @@ from zoo import KINDS, build, write_adapter
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor, load_adapter
 from nsc_merge.analysis import (
+    Tracking,
     by_quantile,
     check_bound,
     find_checkpoints,
@@ -292,6 +293,25 @@ def test_logs_are_read_and_wrong_ones_refused(tmp_path):
         (tmp_path / "log.jsonl").write_text(text)
         with pytest.raises(ValueError, match="log: .*expected"):
             read_log(tmp_path / "log.jsonl")
+
+
+def test_a_step_whose_loss_is_no_number_is_a_gap(training, tmp_path, capsys):
+    """One overflow in a log of many steps leaves a correlation of the others, and a constant column has none."""
+    steps, omega = [0, 5, 10, 15], [0.9, 0.7, 0.8, 0.6]
+    columns = {"loss": {0: 4.0, 5: math.nan, 10: 3.0, 15: 2.0}, "lr": dict.fromkeys(steps, 1.0)}
+    found = Tracking(steps, {"layers.0.q": omega}, 0.9, columns).correlations("loss")
+    assert (found["all"], found["steps"]) == (pytest.approx(1), 3)
+    model, folder, batches = training
+    model.save_pretrained(tmp_path / "base")
+    save_file(batches[0], tmp_path / "inputs.safetensors")
+    entries = [{"step": step, "loss": loss, "lr": 1.0} for step, loss in ((0, 4.0), (5, math.nan), (10, 2), (20, 1))]
+    (folder / "steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    arguments = ["--model", str(tmp_path / "base"), "--inputs", str(tmp_path / "inputs.safetensors")]
+    assert main(["analyse", "tracking", str(folder), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "rho with loss over 3 steps  all +1.00" in shown
+    assert "rho with lr over 4 steps  all -  changes -" in shown
+    assert "nan" not in shown
 
 
 def test_checkpoints_of_one_step_or_of_different_modules_are_refused(training, llama):

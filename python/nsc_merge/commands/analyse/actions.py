@@ -70,7 +70,7 @@ def tracking(arguments: argparse.Namespace) -> int:
             blocks=arguments.blocks,
             dora=arguments.dora,
         )
-    usable = [name for name, column in columns.items() if len(set(column) & set(found_ratios.steps)) > 2]
+    usable = [name for name in columns if len(found_ratios.shared(name)) > 2]
     document = {**found_ratios.document(), "correlations": {name: found_ratios.correlations(name) for name in usable}}
 
     def pictures(folder: Path) -> Iterator[Path]:
@@ -86,11 +86,11 @@ def tracking(arguments: argparse.Namespace) -> int:
     ]
     for name, found_rho in document["correlations"].items():
         lines += [
-            f"rho with {name} over {found_rho['steps']} steps  all {found_rho['all']:+.2f}  "
-            f"changes {found_rho['changes']:+.2f}",
+            f"rho with {name} over {found_rho['steps']} steps  all {_signed(found_rho['all'])}  "
+            f"changes {_signed(found_rho['changes'])}",
             *(
                 f"  by {group[:-1]}  "
-                + "  ".join(f"{key} {rho:+.2f}" for key, rho in found_rho[group].items())
+                + "  ".join(f"{key} {_signed(rho)}" for key, rho in found_rho[group].items())
                 for group in ("blocks", "names")
             ),
         ]
@@ -153,7 +153,7 @@ def quartiles(arguments: argparse.Namespace) -> int:
     lines = [
         f"{'task':<{width}}  {'rho':>6}  {'others':>6}  quality by share, lowest ratio first",
         *(
-            f"{task:<{width}}  {study['rho']:>+6.2f}  {_signed(study['rho_others']):>6}  "
+            f"{task:<{width}}  {_signed(study['rho']):>6}  {_signed(study['rho_others']):>6}  "
             + "  ".join(f"{mean:.4g}" for mean in study["mean"])
             for task, study in studies.items()
         ),
