@@ -215,6 +215,11 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
             f"{list(weight.shape)}); merge before the model is distributed, or distribute it by "
             "FSDP2's fully_shard, which gathers whole weights where they are computed with"
         )
+    if linear is not model.get_submodule(path) and offloading(model.get_submodule(path)) is not None:
+        raise ValueError(
+            f"{path}: expected a Conv1D in memory, found it offloaded; load the model without device_map, or merge "
+            "without data (method 'task_arithmetic' and others)"
+        )
     if hook is None and weight.device.type == "meta":
         raise ValueError(
             f"{path}: expected a weight on a device, or offloaded by a hook of its own, found the meta device; "

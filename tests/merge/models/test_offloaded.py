@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from architectures import ARCHITECTURES
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from safetensors.torch import load_file
 
@@ -170,3 +171,16 @@ def test_accelerate_is_asked_for(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     with pytest.raises(RuntimeError, match="device_map needs accelerate, .*pip install accelerate"):
         load(folder, device_map="auto")
+
+
+def test_conv1d_that_is_offloaded_is_named_with_the_way_out():
+    model = ARCHITECTURES["GPT-2"].build()
+    path = "transformer.h.0.attn.c_attn"
+    factors = {path: nsc_merge.Factor(torch.randn(2, 32), torch.randn(96, 2), 1.0)}
+    adapters = {task: nsc_merge.Adapter(task, factors) for task in "ab"}
+    wanted = nsc_merge.merge(model, adapters, method="ties").delta(path)
+    cpu_offload(model)
+    assert torch.equal(nsc_merge.merge(model, adapters, method="ties").delta(path), wanted)
+    match = f"{path}: expected a Conv1D in memory, found it offloaded; load the model without device_map"
+    with pytest.raises(ValueError, match=match), nsc_merge.attach(model, adapters, 0.4):
+        pass
