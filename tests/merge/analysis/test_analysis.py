@@ -26,6 +26,7 @@ from nsc_merge.analysis import (
     sample_study,
     track,
 )
+from nsc_merge.analysis import bound as bound_module
 from nsc_merge.analysis.adapter_overlap import null_space_ratios, overlaps
 from nsc_merge.analysis.bound import summary
 from nsc_merge.analysis.rank_correlation import rank_correlation
@@ -501,6 +502,32 @@ def test_a_violation_would_be_seen(llama, monkeypatch):
     whole = summary(check_bound(model, adapters, batches))
     assert whole["violations"] == whole["inputs"]
     assert not whole["held"]
+
+
+def test_the_bound_of_many_inputs_is_judged_by_some_of_all(monkeypatch):
+    """Not by those that come first: here these are easy, and the tightest and the trend come late."""
+    generator = torch.Generator().manual_seed(0)
+    factor = Factor(*(torch.randn(shape, generator=generator) for shape in ((4, 16), (12, 4))), 1.5)
+    inputs = torch.randn(5000, 16, generator=generator)
+    inputs[:1000] = torch.linalg.qr(factor.A.t()).Q[:, 0] + 0.05 * inputs[:1000]
+    A, B = factor.A.double(), 1.5 * factor.B.double()
+    constant = (torch.linalg.svdvals(A)[-1] * torch.linalg.svdvals(B)[-1]).item()
+    z = inputs.double()
+    effect = (z @ A.t() @ B.t()).norm(dim=1)
+    inside = (z @ torch.linalg.pinv(A) @ A).norm(dim=1)
+    ratio = (1 - (inside / z.norm(dim=1)).square()).clamp(min=0).sqrt()
+    expected = rank_correlation(ratio.tolist(), (effect / z.norm(dim=1)).tolist())
+    times = effect / (constant * inside)
+    for most, size, error in ((10**6, 5000, 1e-6), (400, 170, 0.1), (400, 5000, 0.1)):
+        monkeypatch.setattr(bound_module, "_KEPT", most)
+        check = bound_module._Check("t", "q", factor)
+        for part in inputs.split(size):
+            check.add(part)
+        found = check.document()
+        assert found["inputs"] == 5000
+        assert found["least"] == pytest.approx(times.min().item(), rel=1e-9)
+        assert found["tightness"] == pytest.approx(times.median().item(), rel=error)
+        assert found["rho"] == pytest.approx(expected, abs=error)
 
 
 def test_deficient_factors_make_the_bound_trivial_or_exact(llama):
