@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nsc_merge.calibration.raw.chats import in_parts, messages_of, plain_text
-from nsc_merge.calibration.raw.columns import Columns, Template, choose
+from nsc_merge.calibration.raw.columns import Columns, Template, choose, text_of
 from nsc_merge.calibration.raw.settings import DataSettings
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -193,3 +195,10 @@ def test_parts_of_messages():
     assert in_parts([{"role": "user", "content": "x <image>\ny<image>"}], "<image>")[0]["content"] == [
         {"type": "text", "text": "x"}, {"type": "image"}, {"type": "text", "text": "y"}, {"type": "image"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [3, 2.5, True, np.int64(3), np.float32(2.5), Decimal("2.50")])
+def test_numbers_are_text_in_a_template(value):
+    assert text_of({"a": value}, "a", "row") == str(value)
+    with pytest.raises(ValueError, match="^row: holds nothing in column 'a'"):
+        text_of({"a": type(value)("nan") if isinstance(value, float | np.floating | Decimal) else None}, "a", "row")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
@@ -187,7 +188,8 @@ def text_of(row: Row, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
     nothing = value is None or value != value
-    if isinstance(value, (bool, int, float)) and not nothing:
+    # Of numpy, too, and Decimal, as Parquet has it.
+    if isinstance(value, Number) and not nothing:
         return str(value)
     if nothing:
         raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
