@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,6 +211,7 @@ class RecipeSuite:
             )
         inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
         check_names(Batches(inputs), self.model, argument)
+        self._check_tokens(inputs, argument)
         labels = [batch[task.labels] for batch in batches]
         if self._writes(task):
             if not encodes(self.model):
@@ -224,6 +226,22 @@ class RecipeSuite:
             (dict(one), label.float() if label.is_floating_point() else label.long())
             for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
         ]
+
+    def _check_tokens(self, inputs: Sequence[Mapping[str, Tensor]], argument: str) -> None:
+        """Refuse text of more tokens than the model has; beside images, some stand for these and are in no table."""
+        anyone: Any = self.model
+        if any("input_ids" not in batch or any(v.is_floating_point() for v in batch.values()) for batch in inputs):
+            return
+        try:
+            known = getattr(anyone.get_input_embeddings(), "num_embeddings", math.inf)
+        except (AttributeError, NotImplementedError):
+            return
+        last = max(int(batch["input_ids"].max()) for batch in inputs)
+        if last >= known:
+            raise ValueError(
+                f"{argument}: expected tokens below {known} in input_ids, as many as {type(anyone).__name__} has, "
+                f"found {last}; expected text encoded by the tokenizer of the base"
+            )
 
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
         """Further arguments of the metric: the tokens that end a text, and what makes text of tokens."""

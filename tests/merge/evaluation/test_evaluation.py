@@ -577,6 +577,7 @@ def test_wrong_recipes_give_one_line_and_status_2(place, monkeypatch, capsys, ov
         ("no labels", "tasks.nli.test: expected a tensor 'labels'"),
         ("wrong input", "tasks.nli.test: LlamaForSequenceClassification takes no input ['pixels']"),
         ("float labels", "tasks.nli: labels: expected class indices as integers, found torch.float32"),
+        ("other tokenizer", "tasks.nli.test: expected tokens below 64 in input_ids"),
         ("unknown labels", "tasks.nli: labels: expected at least one known label, found none"),
         ("no head", "tasks.nli.head: the adapter brought no head"),
         ("head of another width", "no pool"),
@@ -592,6 +593,8 @@ def test_data_that_do_not_fit_give_one_line_and_write_nothing(place, capsys, kin
         data["pixels"] = data.pop("attention_mask")
     elif kind == "float labels":
         data["labels"] = data["labels"].float()
+    elif kind == "other tokenizer":
+        data["input_ids"][3, 1] = 64
     elif kind == "unknown labels":
         data["labels"] = torch.full((12,), -100)
     elif kind == "no head":
