@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
@@ -209,6 +210,8 @@ class RecipeSuite:
             raise ValueError(
                 f"{argument}: expected a tensor {task.labels!r} in {place}, found {batches.names}"
             )
+        if self._generates and not encodes(self.model) and not task.generate:
+            batches = Batches([_padded_behind(batch) for batch in batches])
         inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
         check_names(Batches(inputs), self.model, argument)
         self._check_tokens(inputs, argument)
@@ -299,6 +302,18 @@ def _naming(task: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"tasks.{task}: {error}") from error
+
+
+def _padded_behind(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same texts, their tokens and labels, with padding at the end: in front, padding would be asked for the first
+    token, and models of absolute positions (GPT-2) would count it.
+    """
+    mask = batch.get(MASK)
+    if mask is None or mask.dim() != 2 or "position_ids" in batch or bool((mask[:, 0] != 0).all()):
+        return batch
+    first = (mask != 0).int().argmax(1)
+    places = (torch.arange(mask.shape[1]) + first[:, None]) % mask.shape[1]
+    return {name: value.gather(1, places) if value.shape == mask.shape else value for name, value in batch.items()}
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:

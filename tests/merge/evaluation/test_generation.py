@@ -101,6 +101,40 @@ def test_captions_that_end_are_those_of_labels_without_an_end(tmp_path, monkeypa
     assert found["metrics"]["t"] == pytest.approx(shared)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_on_which_side_texts_are_padded_changes_no_score(tmp_path, monkeypatch, capsys, name):
+    """Padding is not asked for a text's first token, and no position of a model that counts them is its."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = ARCHITECTURES[name].build() if name == "GPT-2" else build("llama")
+    model.save_pretrained(tmp_path / "base")
+    modules = ["c_attn"] if name == "GPT-2" else ["q_proj"]
+    write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=modules)
+    generator = torch.Generator().manual_seed(0)
+    ids, lengths = torch.randint(6, 60, (6, 8), generator=generator), torch.tensor([8, 3, 5, 8, 2, 7])
+    mask = (torch.arange(8) < lengths[:, None]).long()
+    behind = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, heads.IGNORE)}
+    front = {
+        key: torch.stack([row.roll(8 - int(length)) for row, length in zip(value, lengths, strict=True)])
+        for key, value in behind.items()
+    }
+    assert front["attention_mask"][1].tolist() == [0] * 5 + [1] * 3
+    losses = {}
+    for side, data in (("behind", behind), ("front", front)):
+        save_file(data, tmp_path / f"{side}.safetensors")
+        task = {"adapter": "adapter", "test": f"{side}.safetensors", "metric": "perplexity"}
+        recipe = {"model": "base", "tasks": {"t": task}, "methods": ["finetuned"], "output": {"dir": side}}
+        (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+        assert main(["eval", str(tmp_path / "eval.yaml"), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["rows"]
+        losses[side] = {row["row"]: row["runs"][0]["losses"]["t"] for row in found}
+    with torch.no_grad():
+        logits = [model(input_ids=row[None, :length]).logits[0, :-1] for row, length in zip(ids, lengths, strict=True)]
+    told = torch.cat([row[1:length] for row, length in zip(ids, lengths, strict=True)])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), told).item()
+    assert losses["front"] == pytest.approx(losses["behind"], rel=1e-5)
+    assert losses["front"]["zero_shot"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand(tmp_path, monkeypatch, capsys):
     """transformers moves the labels of T5 into the decoder's inputs, where those of LLaMA say the next token."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
