@@ -8,7 +8,8 @@
 
 ``operator``: the adapters, the layer's own output being given; ``linear``: the frozen layer and its adapters. Everyone
 is first held to float64 at the very size: one that is wrong is named and not timed. Each shape is measured in a process
-of its own, which a crash costs and nothing else. Run again with the same --out it goes on where it stopped.
+of its own, which a crash costs and nothing else. Run again with the same --out it goes on where it stopped, and
+measures again what a changed contender, or other samples, would make other rows.
 docs/benchmarking.md has the rules.
 
 Exits with 0 if all was measured, with 1 if a contender was wrong or a shape failed, with 2 for arguments that cannot
@@ -18,6 +19,7 @@ be, with 3 if shapes are left to another run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -41,6 +43,8 @@ from .trials import Trial, supervise
 QUICK_SHAPES, SHAPES = "vit-b.q,llama3-8b.kv", "vit-b,llama3-8b"
 TRIAL_LIMIT = 900.0  # seconds: a contender may compile
 MACHINE = "machine"
+# Of a report's environment: figures under other ones are of another report.
+ONE_MACHINE = ("device", "torch", "cuda", "triton", "cpu_isa")
 
 
 def comma(text: str) -> list[str]:
@@ -126,7 +130,21 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
             a.out.open("a").close()
     except OSError as error:
         raise ValueError(f"out: expected a file that can be written, found {a.out}: {error.strerror}") from None
+    check_machine(a.out, torch.device(a.device))
     return a
+
+
+def check_machine(out: Path | None, on: torch.device) -> None:
+    """Refuse to go on with a report of another machine or torch, under whose name this one's figures would stand."""
+    found = [row for row in read_rows(out) if row.get("what") == "environment"] if out is not None else []
+    here = environment.facts(on) if found else {}
+    for row in found:
+        for name in ONE_MACHINE:
+            if row.get(name) != here[name]:
+                raise ValueError(
+                    f"out: {out} was measured with {name} {row.get(name)}, here it is {here[name]}; give another file, "
+                    "and compare the two by python -m nsc_kernels.bench compare"
+                )
 
 
 def hows(arguments: argparse.Namespace) -> tuple[tuple[str, str], ...]:
@@ -156,8 +174,19 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
                 clocks = a.out.with_suffix(".clocks.jsonl") if group == "gpu" else None
                 key = f"{a.of} {shape} {dtype}" + (f" {threads} threads" if threads else "")
                 key += f" {','.join(names)} {','.join('-'.join(how) for how in cell.hows)}"
-                found[key] = Trial(group, cell._replace(clocks=clocks), TRIAL_LIMIT)
+                found[key] = Trial(group, cell._replace(clocks=clocks), TRIAL_LIMIT, settings(a))
     return found
+
+
+def settings(arguments: argparse.Namespace) -> str:
+    """What a shape's rows depend on besides its name: how it is sampled, and the contenders that were given."""
+    a = arguments
+    text = f"{a.samples} samples of {a.sample_ms:g} ms{', quick' * a.quick}"
+    for given in a.contender:
+        where = given.partition(":")[0]
+        source = Path(where if where.endswith(".py") else str(sys.modules[where].__file__))
+        text += f", {given} {hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ''}"
+    return text
 
 
 class Runner:
@@ -187,22 +216,26 @@ class Talker:
     """Says what a trial found when it ends: on a terminal also how far it all is."""
 
     def __init__(self, count: int, as_json: bool):
-        self.count, self.as_json, self.done = count, as_json, 0
+        self.count, self.as_json = count, as_json
+        self.told: set[str] = set()
         self.machine: list[dict[str, Any]] = []
         self.headed: list[str] = []
 
     def say(self, key: str, last: dict[str, Any], seconds: float, rows: list[dict[str, Any]]) -> None:
-        self.done += 1
+        self.told.add(key)
         if key.startswith(MACHINE):
             self.machine = rows
         if last["ended"] != "done":
             print(f"{key}: {last['ended']}: {last.get('why', '')}", file=sys.stderr, flush=True)
+        self.show(rows)
+        if sys.stderr.isatty():
+            print(f"\r\033[K{len(self.told)}/{self.count} measured", end="\r", file=sys.stderr, flush=True)
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
         if self.as_json:
             print("".join(json.dumps(row) + "\n" for row in rows), end="", flush=True)
         else:
             self._print(list(tables.table(rows, self.machine)))
-        if sys.stderr.isatty():
-            print(f"\r\033[K{self.done}/{self.count} measured", end="\r", file=sys.stderr, flush=True)
 
     def _print(self, lines: list[str]) -> None:
         """A heading is not said again while it stays the same."""
@@ -221,6 +254,8 @@ def run(arguments: argparse.Namespace) -> int:
     talker.machine = [row for row in read_rows(arguments.out) if row.get("trial", "").startswith(MACHINE)]
     outcome = supervise(arguments, found, runner.run, runner.meet, talker.say, ["--out", str(arguments.out)])
     rows = [row for row in report.read(arguments.out) if row.get("trial") in found]
+    # What the report had already is as much of what was asked for.
+    talker.show([row for row in rows if row["trial"] not in talker.told])
     where = sys.stderr if arguments.json else sys.stdout
     print("\n".join(["", *tables.closing(rows)]), file=where)
     if outcome.code:

@@ -7,8 +7,8 @@ A script names its trials in the order of their worth and says how one is run; :
   when the machine goes away, the file names the trial that was under way and holds everything before.
 * A trial over its limit is killed (``hung``); a worker that ends by itself is replaced (``died``). So is one whose
   device no longer answers after a trial that failed: an illegal address stays with the process.
-* Run again with the same file, it goes on: what has ended at the same source is not repeated (``--again`` repeats what
-  did not end well), and what was under way when everything stopped comes last.
+* Run again with the same file, it goes on: what has ended at the same source and settings is not repeated (``--again``
+  repeats what did not end well), and what was under way when everything stopped comes last.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ LAST = "\x1e"  # begins the line that ends a trial
 
 
 class Trial(NamedTuple):
-    """``group``: a worker serves one; its first word is the backend. ``limit``: seconds."""
+    """``group``: a worker serves one; its first word is the backend. ``limit``: seconds.
+
+    ``settings``: what else its rows depend on, so that it is repeated where that has changed.
+    """
 
     group: str
     payload: Any
     limit: float = 60.0
+    settings: str | None = None
 
     @property
     def backend(self) -> str:
@@ -237,6 +241,8 @@ class _Supervisor:
             trial = trials.get(row.get("trial", ""))
             if trial is None or row["source"] != trial.source or row.get("dry_run") != args.dry_run:
                 continue
+            if row.get("settings", trial.settings) != trial.settings:
+                continue
             if "started" in row:
                 cut_off.append(row["trial"])
             elif "ended" in row:
@@ -262,8 +268,10 @@ class _Supervisor:
         return Outcome(ends.count(DONE), failed, len(self.trials) - ends.count(DONE) - failed)
 
     def _write(self, key: str, row: dict[str, Any]) -> None:
+        trial = self.trials[key]
+        settings = {} if trial.settings is None else {"settings": trial.settings}
         with self.lock:
-            self.rows.write({"trial": key, "backend": self.trials[key].backend, **row, "dry_run": self.args.dry_run})
+            self.rows.write({"trial": key, "backend": trial.backend, **row, **settings, "dry_run": self.args.dry_run})
 
     def _next(self, group: str | None, slot: int) -> str | None:
         """The next trial of the group at hand, else of one that other slots leave alone as far as possible."""

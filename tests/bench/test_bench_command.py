@@ -59,8 +59,37 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     assert pictures == {f"{name}{end}" for name in ("roofline", "speedups", "growth-T") for end in (".png", ".svg")}
     before = (tmp_path / "r.jsonl").read_text()
     again = run(*asked, "--json", cwd=tmp_path)  # goes on where it stopped: nothing is left to do
-    assert (again.returncode, again.stdout) == (1, "")
+    assert again.returncode == 1
+    assert list(map(json.loads, again.stdout.splitlines())) == rows  # what was asked for, measured now or before
     assert (tmp_path / "r.jsonl").read_text() == before
+
+
+def test_a_report_goes_on_by_the_contenders_and_samples_of_now(tmp_path):
+    """Not with the times, or the error, of what my_kernel.py was at the time."""
+    source = documented()
+    asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5", "--out", "r.jsonl"]
+    asked += ["--contender", "my_kernel.py", "--contenders", "fused,wrong"]
+    (tmp_path / "my_kernel.py").write_text(source)
+    assert run(*asked, cwd=tmp_path).returncode == 1
+    first = [row for row in report.read(tmp_path / "r.jsonl") if tables.is_timed(row)]
+    (tmp_path / "my_kernel.py").write_text(source.replace("p.lam.mean()", "p.lam.repeat_interleave(p.shape.r)"))
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not timed" not in done.stdout
+    second = report.read(tmp_path / "r.jsonl")
+    assert {row["contender"] for row in second if tables.is_timed(row)} == {"fused", "wrong"}
+    assert not any(row in first for row in second if tables.is_timed(row))
+    assert run(*asked, "--samples", "4", cwd=tmp_path).returncode == 0
+    third = report.read(tmp_path / "r.jsonl")
+    assert {len(row["us"]) for row in third if tables.is_timed(row)} == {4}
+    # The machine was measured once, by another torch now.
+    before = (tmp_path / "r.jsonl").read_text()
+    other = before.replace(f'"torch": "{torch.__version__}"', '"torch": "2.11.0"')
+    (tmp_path / "r.jsonl").write_text(other)
+    refused = run(*asked, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"was measured with torch 2.11.0, here it is {torch.__version__}; give another file" in refused.stderr
+    assert (tmp_path / "r.jsonl").read_text() == other
 
 
 def test_a_whole_layer_without_a_report(tmp_path):
