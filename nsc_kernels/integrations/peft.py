@@ -52,14 +52,21 @@ class Accelerated:
         layers: how many layers run fused.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: dict[nn.Module, functools.partial[Tensor]]) -> None:
         self._layers = layers
         self.layers = len(layers)
 
     def remove(self) -> None:
-        """Give the layers PEFT's own forward back. A second call does nothing."""
+        """Give the layers PEFT's own forward back. A second call does nothing.
+
+        A forward that somebody else put around this one since, such as a hook of ``accelerate``, stays, and calls
+        PEFT's own from then on.
+        """
         while self._layers:
-            delattr(self._layers.pop(), "forward")
+            layer, forward = self._layers.popitem()
+            forward.keywords["fused"].clear()
+            if vars(layer).get("forward") is forward:
+                del layer.forward
 
     def __enter__(self) -> Accelerated:
         return self
@@ -113,9 +120,10 @@ def accelerate(model: nn.Module) -> Accelerated:
     for reason, count in Counter(filter(None, reasons.values())).items():
         first = next(name for name in reasons if reasons[name] == reason)
         logger.warning("%d of %d LoRA layers are not accelerated, %r first: %s", count, len(adapted), first, reason)
-    for layer in fused:
-        setattr(layer, "forward", functools.partial(_forward, layer, layer.forward))  # noqa: B010
-    return Accelerated(fused)
+    forwards = {layer: functools.partial(_forward, layer, layer.forward, fused=[True]) for layer in fused}
+    for layer, forward in forwards.items():
+        setattr(layer, "forward", forward)  # noqa: B010
+    return Accelerated(forwards)
 
 
 def _unfusible(layer: Any) -> str | None:
@@ -146,10 +154,12 @@ def _packed(down: list[Tensor], up: list[Tensor]) -> AdapterBank:
         return AdapterBank(torch.cat(down), torch.cat([B.t() for B in up]), offsets)
 
 
-def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's forward, fused where it can be."""
+def _forward(
+    layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any, fused: list[bool], **kwargs: Any
+) -> Tensor:
+    """The layer's forward, fused where it can be; PEFT's own once ``remove`` has emptied ``fused``."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
+    if not fused or layer.disable_adapters or layer.merged or not names:
         return original(x, *args, **kwargs)
     reason = _inexpressible(layer, names, x, kwargs)
     if reason is not None:

@@ -297,3 +297,37 @@ def test_a_copy_of_an_accelerated_model_is_its_own(batch):
         for layer in lora_layers(model):
             layer.lora_B["a"].weight.zero_()
         assert torch.equal(twin(**batch).logits, before)
+
+
+def test_a_hook_put_around_an_accelerated_layer_outlives_it(batch, monkeypatch):
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    model = build(torch.float64)
+    layers = list(lora_layers(model))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        handle = accelerate(model)
+        hooks.add_hook_to_module(layers[0], Counting())
+        handle.remove()
+        monkeypatch.setattr(integration, "merged_lora", None)  # nothing is fused any more
+        assert torch.equal(model(**batch).logits, expected)
+        assert calls == [layers[0]]
+        hooks.remove_hook_from_module(layers[0])
+        assert torch.equal(model(**batch).logits, expected)
+        assert calls == [layers[0]]
+    assert not any("forward" in vars(layer) for layer in layers[1:])
+
+
+def test_a_layer_whose_forward_was_taken_off_by_somebody_else_does_not_stop_the_others(batch):
+    model = build(torch.float64)
+    layers = list(lora_layers(model))
+    handle = accelerate(model)
+    del layers[0].forward
+    handle.remove()
+    assert not any("forward" in vars(layer) for layer in layers)
