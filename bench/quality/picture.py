@@ -33,9 +33,10 @@ SHOWN = {
     "anti-NSC": ("anti-NSC",),
     "NSC": ("NSC",),
     "TA@0.4": ("TA@0.4",),
+    "TSV": ("TSV",),
     "TIES": ("TIES",),
 }
-LABELLED = ("oracle", "TIES")
+LABELLED = ("oracle", "TSV", "TIES")
 _ACROSS = 5
 
 
