@@ -10,6 +10,8 @@ from pathlib import Path
 
 from nsc_merge.integrations.serving import SERVERS, check, write_uniform
 
+if len(sys.argv) != 3:
+    sys.exit(f"usage: {sys.argv[0]} ADAPTER OUT")
 adapter, out = Path(sys.argv[1]), Path(sys.argv[2])
 for server in SERVERS:
     found = check(adapter, server)
