@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from nsc_kernels import entries
@@ -26,6 +25,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     ties_merge,
     trimmed,
     weighted,
+    with_sum_of,
 )
 from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.methods.task_vectors.ties import averages, check_ties, steps_of
@@ -154,10 +154,7 @@ def sparsify(tensor: Tensor, drop: float, rescale: str, seed: int, *names: str) 
     kept = tensor * stays.to(tensor.device)
     if rescale == "inverse":
         return kept * (1 / (1 - drop))
-    if rescale == "l1":
-        left = kept.abs().sum()
-        return kept * torch.where(left > 0, tensor.abs().sum() / left, 1.0)
-    return kept
+    return with_sum_of(tensor, kept) if rescale == "l1" else kept
 
 
 def dare(

@@ -61,6 +61,12 @@ def added(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def with_sum_of(update: Tensor, kept: Tensor) -> Tensor:
+    """What is ``kept`` of an update, scaled so that the sum of magnitudes is the update's (mergekit's rescaling)."""
+    left = kept.abs().sum()
+    return kept * torch.where(left > 0, update.abs().sum() / left, 1.0)
+
+
 def weighted(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, Adapter]:
     """Adapters with a weight in their scalings."""
     return {

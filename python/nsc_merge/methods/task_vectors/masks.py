@@ -25,11 +25,12 @@ from nsc_merge.methods.task_vectors.elementwise import (
     dense_update,
     tasks_by_path,
     ties_merge,
+    with_sum_of,
 )
 from nsc_merge.methods.task_vectors.ties import averages
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
-# (update, task, path) -> what is left of the update.
+# (update, task, path) -> what is left of the update, before any rescaling to its sum of magnitudes.
 Masking = Callable[[Tensor, str, str], Tensor]
 
 
@@ -152,10 +153,7 @@ def breadcrumbs(
     """Path and merged update, dense."""
 
     def masked(update: Tensor, task: str, path: str) -> Tensor:
-        if options.density >= 1:
-            return update
-        kept = update * between(update, options.density, options.outliers)
-        return kept if options.rescale == "none" else _with_sum_of(update, kept)
+        return update * between(update, options.density, options.outliers)
 
     return _merged(adapters, paths, options, masked)
 
@@ -166,22 +164,13 @@ def della(
     """Path and merged update, dense."""
 
     def masked(update: Tensor, task: str, path: str) -> Tensor:
-        if options.density >= 1:
-            return update
         generator = torch.Generator().manual_seed(key_of(options.seed, task, path))
         likely = probabilities(update, options.density, options.epsilon)
         drawn = torch.rand(update.shape, generator=generator, dtype=torch.float32).to(update.device)
         kept = torch.where(drawn < likely, update, 0.0)
-        if options.rescale == "inverse":
-            return kept / likely
-        return kept if options.rescale == "none" else _with_sum_of(update, kept)
+        return kept / likely if options.rescale == "inverse" else kept
 
     return _merged(adapters, paths, options, masked)
-
-
-def _with_sum_of(update: Tensor, kept: Tensor) -> Tensor:
-    left = kept.abs().sum()
-    return kept * torch.where(left > 0, update.abs().sum() / left, 1.0)
 
 
 def _merged(
@@ -191,7 +180,11 @@ def _merged(
     tasks = tasks_by_path(adapters, paths)
 
     def source(path: str, task: str) -> Tensor:
-        return masked(dense_update(adapters[task].factors[path]), task, path)
+        update = dense_update(adapters[task].factors[path])
+        if options.density >= 1:
+            return update
+        kept = masked(update, task, path)
+        return with_sum_of(update, kept) if options.rescale == "l1" else kept
 
     if options.elect:
         # Trims nothing, and elects as mergekit does.
