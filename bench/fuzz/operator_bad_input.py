@@ -55,8 +55,8 @@ def _other(rng: np.random.Generator, t: Tensor) -> Tensor:
 def _argument(name: str) -> Callable[[np.random.Generator], Any]:
     def call(rng: np.random.Generator) -> Any:
         good = _good(rng)
-        wrong = (_other(rng, good[name]),) if isinstance(good[name], Tensor) else ()
-        wrong += ([1.0], 0.5, "z", *([None] if name != "base" else []))
+        wrong: list[Any] = [_other(rng, good[name])] if isinstance(good[name], Tensor) else []
+        wrong += [[1.0], 0.5, "z", *([None] if name != "base" else [])]
         good[name] = wrong[0] if rng.random() < 0.7 else wrong[int(rng.integers(len(wrong)))]
         return (nk.merged_lora, nk.merged_lora_nsc)[int(rng.integers(2))](**good)
 
@@ -86,14 +86,20 @@ def _not_finite(rng: np.random.Generator, t: Tensor) -> None:
     t.view(-1)[int(rng.integers(t.numel()))] = float(rng.choice([np.nan, np.inf, -np.inf]))
 
 
+def _none(rng: np.random.Generator, A: list[Any], B: list[Any], options: dict[str, Any]) -> None:
+    A.clear()
+    B.clear()
+
+
 def _offsets(rng: np.random.Generator) -> Any:
-    wrong = [(0,), (), (1, 5), (0, 6), (0, 4, 2, 5), (0, 2.5, 5), (0, np.nan, 5), ("0", "5"), (-1, 5), (0, 5, 5, 4)]
+    wrong: list[Any] = [(0,), (), (1, 5), (0, 6), (0, 4, 2, 5), (0, 2.5, 5), (0, np.nan, 5), ("0", "5")]
+    wrong += [(-1, 5), (0, 5, 5, 4)]
     return nk.AdapterBank(torch.ones(5, 11), torch.ones(5, 13), wrong[int(rng.integers(len(wrong)))])
 
 
 BAD: tuple[tuple[str, Callable[[np.random.Generator], Any]], ...] = (
     *((name, _argument(name)) for name in ("z", "lam", "base", "bank")),
-    ("no adapters", _factor(lambda rng, A, B, o: (A.clear(), B.clear()))),
+    ("no adapters", _factor(_none)),
     ("one B missing", _factor(lambda rng, A, B, o: B.__delitem__(1))),
     ("A of another shape, dtype, device", _factor(lambda rng, A, B, o: A.__setitem__(1, _other(rng, A[1])))),
     ("B of another shape, dtype, device", _factor(lambda rng, A, B, o: B.__setitem__(1, _other(rng, B[1])))),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,9 @@ class Numbers:
     dsqnorm: Array | None
 
     def map(self, change: Callable[[Array], Array]) -> Numbers:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Numbers(**{name: change(x) if isinstance(x, np.ndarray) else x for name, x in parts.items()})
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts |= {name: change(x) for name, x in parts.items() if isinstance(x, np.ndarray)}
+        return Numbers(**parts)
 
 
 def per_adapter(columns: Array, offsets: tuple[int, ...]) -> Array:

@@ -47,20 +47,20 @@ class Run:
     def name(self) -> str:
         return self.backend.__name__.rpartition(".")[2]
 
-    def _forward_inputs(self) -> tuple[Any, ...]:
-        p = self.p
-        return p.z, p.A, p.Bt, p.offsets, p.lam, p.base if self.case.base else None
+    def _forward_call(self) -> ForwardCall:
+        p, given = self.p, self.case.given
+        return ForwardCall(p.z, p.A, p.Bt, p.offsets, p.lam, p.base if self.case.base else None, given != "y", True)
 
-    def _backward_inputs(self, u: Tensor) -> tuple[Any, ...]:
+    def _backward_call(self, u: Tensor) -> BackwardCall:
         p, given = self.p, self.case.given
         dy = p.dy if given != "statistics" else None
         dquad, dsqnorm = (p.dquad, p.dsqnorm) if given != "y" else (None, None)
-        return dy, dquad, dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam, None
+        return BackwardCall(dy, dquad, dsqnorm, u, p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True)
 
     def __call__(self) -> dict[str, Tensor]:
         """Forward, and backward from the forward's own u."""
-        forward = self.backend.forward(ForwardCall(*self._forward_inputs(), self.case.given != "y", True))
-        backward = self.backend.backward(BackwardCall(*self._backward_inputs(forward[3]), True, True))
+        forward = self.backend.forward(self._forward_call())
+        backward = self.backend.backward(self._backward_call(forward[3]))
         names = (*problems.FORWARD, *problems.BACKWARD)
         return {name: t for name, t in zip(names, (*forward, *backward), strict=True) if t is not None}
 
@@ -68,8 +68,8 @@ class Run:
         """Error and bound of every result. The backward is judged from this backend's u."""
         found = self()
         forward, backward = ([found.get(name) for name in names] for names in (problems.FORWARD, problems.BACKWARD))
-        judged = problems.judge_forward(forward, *self._forward_inputs())
-        return judged | problems.judge_backward(backward, *self._backward_inputs(found["u"]))
+        judged = problems.judge_forward(forward, *self._forward_call()[:6])
+        return judged | problems.judge_backward(backward, *self._backward_call(found["u"])[:10])
 
 
 def beyond_int32(backend: ModuleType, on: torch.device) -> dict[str, tuple[float, float]]:
@@ -89,7 +89,8 @@ def beyond_int32(backend: ModuleType, on: torch.device) -> dict[str, tuple[float
 
 def clusters(run: Run, on: torch.device) -> dict[str, tuple[float, float]]:
     """Every variant of the CUDA C++ kernel with every size of cluster; 16 blocks only where the device can run them."""
-    backend, found = run.backend, {}
+    backend = run.backend
+    found: dict[str, tuple[float, float]] = {}
     for variant, size in itertools.product(backend.variants_of(run.p.offsets[-1]), (1, 2, 4, 8, 16)):
         how = {"variant": variant, "cluster": size}
         run.backend = SimpleNamespace(

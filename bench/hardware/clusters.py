@@ -44,13 +44,15 @@ class How(NamedTuple):
         return "{} {} x {} in clusters of {}".format(family, *ALL[self.variant], self.cluster)
 
 
-def call(data: Problem, backward: bool, u: Tensor, how: How) -> Callable[[], Any]:
+def call(data: Problem, backward: bool, u: Tensor | None, how: How) -> Callable[[], Any]:
     z, lam = data.z.detach(), data.lam.detach()
     factors = (data.bank.A, data.bank.Bt, data.bank.offsets, lam)
     if not backward:
         forward = ForwardCall(z, *factors, data.base, True, True)
         return lambda: cuda.forward(forward, **how._asdict())
-    gradients = BackwardCall(*data.grads, u, z, *factors, None, True, True)
+    assert u is not None  # a forward that had to save it did
+    dy, dquad, dsqnorm = data.grads
+    gradients = BackwardCall(dy, dquad, dsqnorm, u, z, *factors, None, True, True)
     return lambda: cuda.backward(gradients, **how._asdict())
 
 

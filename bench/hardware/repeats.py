@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -82,6 +83,10 @@ def replays(run: Run, on: torch.device) -> bool:
     return _replayed(expected, found, graph, on)
 
 
+def _into(found: Results, call: Callable[[], Results]) -> None:
+    found.update(call())
+
+
 def unwarmed(run: Run, on: torch.device) -> bool:
     """Captured before anything has run: CUDA loads a kernel when it is first used."""
     found: Results = {}
@@ -114,9 +119,10 @@ def captures(run: Run, on: torch.device) -> bool:
     with nk.use_backend(run.name):
         expected = {name: t.detach().clone() for name, t in both().items()}
         outputs = forward()
-        for call in (forward, lambda: backward(outputs), both):
+        calls: tuple[Callable[[], Results], ...] = (forward, lambda: backward(outputs), both)
+        for call in calls:
             found: Results = {}
-            graph = captured([lambda call=call, found=found: found.update(call())], on)
+            graph = captured([partial(_into, found, call)], on)
             if not _replayed({name: expected[name] for name in found}, found, graph, on):
                 return False
     return True
@@ -142,8 +148,10 @@ def streams(run: Run, on: torch.device) -> bool:
 
 def two_graphs(run: Run, on: torch.device) -> bool:
     """Two graphs captured on one stream, replayed on two, with eager launches on a third."""
-    expected, first, second = run(), {}, {}
-    graphs = [captured([lambda into=into: into.update(run())], on) for into in (first, second)]
+    expected = run()
+    first: Results = {}
+    second: Results = {}
+    graphs = [captured([partial(_into, found, run)], on) for found in (first, second)]
     for t in (*first.values(), *second.values()):
         t.fill_(NAN)
     _overlapping([graphs[0], graphs[1], run], 20)

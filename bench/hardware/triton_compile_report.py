@@ -111,7 +111,9 @@ def signature(case: Case, config: Config) -> tuple[dict[str, str], dict[tuple[in
         "WARPGROUPS": case.mode == "half" and case.arch // 10 == 9,
     }
     constants |= {name: None for name, missing in absent.items() if missing}
-    types, constexprs, attributes = {}, {}, {}
+    types: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, name in enumerate(merged_lora_kernel.arg_names):
         if name in constants:
             types[name] = "constexpr"

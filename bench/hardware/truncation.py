@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsc_kernels import reference
 from nsc_kernels.bench.measuring import Rows, arguments, own_stream
@@ -45,7 +46,7 @@ def layers(on: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:
         p = problems.problem(T, d, d, (16,) * K, torch.bfloat16, on)
         inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
         sums = {"eager float32": reference.shrink(p.z, p.A), "cuBLAS, tensor cores": product(p.z, p.A)}
-        quads = {name: reference.gather(u * u, p.offsets) for name, u in sums.items()}
+        quads: dict[str, Tensor | None] = {name: reference.gather(u * u, p.offsets) for name, u in sums.items()}
         quads["triton"] = launch.forward(ForwardCall(*inputs, True, False))[1]
         for name, quad in quads.items():
             error, bound = problems.judge_forward((None, quad, None, None), *inputs)["quad"]

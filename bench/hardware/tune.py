@@ -49,14 +49,18 @@ DRY_RUNS = [Shape("dry run", T, 256, 72, K, 16) for T, K in ((5, 1), (130, 1), (
 SAME_ORDER = {"expand_stages", "early"}  # fields that change when something is loaded and not what is added when
 
 
-def call(data: inputs.Problem, backward: bool, u: Tensor, config: Config) -> Callable[[], tuple[Tensor | None, ...]]:
+def call(
+    data: inputs.Problem, backward: bool, u: Tensor | None, config: Config
+) -> Callable[[], tuple[Tensor | None, ...]]:
     """One direction as the operator runs it, with everything switched on."""
     bank, z = data.bank, data.z.detach()
     factors = (bank.A, bank.Bt, bank.offsets, data.lam.detach())
     if not backward:
         forward = ForwardCall(z, *factors, data.base, True, True)
         return lambda: launch.forward(forward, config=config)
-    gradients = BackwardCall(*data.grads, u, z, *factors, None, True, True)
+    assert u is not None  # a forward that had to save it did
+    dy, dquad, dsqnorm = data.grads
+    gradients = BackwardCall(dy, dquad, dsqnorm, u, z, *factors, None, True, True)
     return lambda: launch.backward(gradients, config=config)
 
 

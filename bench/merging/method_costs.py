@@ -69,8 +69,9 @@ def adapters_of(layers: int) -> dict[str, Adapter]:
 def model_of(layers: int) -> nn.Module:
     """The linears that the adapters are for, without weights."""
     model = nn.Module()
+    meta: dict[str, Any] = {"bias": False, "device": "meta"}
     model.layers = nn.ModuleList(
-        nn.ModuleDict({name: nn.Linear(*reversed(shape), bias=False, device="meta") for name, shape in SHAPES.items()})
+        nn.ModuleDict({name: nn.Linear(d_in, d_out, **meta) for name, (d_out, d_in) in SHAPES.items()})
         for _ in range(layers)
     )
     return model
@@ -155,11 +156,12 @@ def measure_dense(name: str, module: str) -> dict[str, Any]:
     path = f"layers.0.{module}"
     adapters = {task: Adapter(task, {path: adapter.factors[path]}) for task, adapter in adapters_of(1).items()}
     options = METHODS[name].options(**OPTIONS.get(name, {}))
-    assert METHODS[name].updates is not None
-    ours, taken = None, []
+    updates_of = METHODS[name].updates
+    assert updates_of is not None
+    taken = []
     for _ in range(4):
         start = time.process_time()
-        ((_, ours),) = METHODS[name].updates(adapters, [path], options)
+        ((_, ours),) = updates_of(adapters, [path], options)
         taken.append(time.process_time() - start)
     reset_peak()
     wall, processor = time.perf_counter(), time.process_time()

@@ -95,7 +95,8 @@ def write_base(folder: Path, dtype: torch.dtype) -> None:
         hidden_size=WIDTH, intermediate_size=2816, num_hidden_layers=LAYERS, num_attention_heads=16, vocab_size=32000
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    base: Any = LlamaForCausalLM(config)
+    base.to(dtype).save_pretrained(folder)
 
 
 def adapters() -> dict[str, Adapter]:

@@ -6,7 +6,7 @@ Those in :data:`CONTROLS` take a suite, its adapters as fitted to the model, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,7 +86,7 @@ def oracle(
     return MergeResult("oracle", by_path(lam, paths, tasks), history, adapters, options, {}, model)
 
 
-CONTROLS = {
+CONTROLS: dict[str, Callable[..., MergeResult]] = {
     "anti_nsc": partial(descended_nsc, climb=True),
     "nsc_descended": descended_nsc,
     "oracle": oracle,

@@ -41,6 +41,10 @@ class _Steered:
     def batch_tasks(self) -> bool | None:
         return self._objective.batch_tasks
 
+    @batch_tasks.setter
+    def batch_tasks(self, value: bool | None) -> None:
+        self._objective.batch_tasks = value
+
     def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
         omega = self._objective.accumulate(drawn)
         grad = self.coefficients.flat.grad
@@ -137,9 +141,10 @@ def _plain(
     for step in range(steps):
         flat.grad = torch.zeros_like(flat)
         omega = objective.accumulate([next(stream) for stream in drawn])
-        first = first or size(flat.grad)
+        grad = flat.grad
+        first = first or size(grad)
         with torch.no_grad():
-            flat -= lr / (first if radius is None else size(flat.grad)) * flat.grad
+            flat.sub_(lr / (first if radius is None else size(grad)) * grad)
             if radius is not None:
                 away = flat - start
                 flat.copy_(start + away * min(1.0, radius / max(size(away), 1e-30)))

@@ -53,7 +53,7 @@ def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str,
     """
     inputs = [batch for batch, _ in suite.labelled(task, "val")]
     kept = kept_adapters(work, suite.name, suite.seed, task, kind)
-    tracking = track(suite.model, [(entry["step"], folder) for entry, folder in kept], inputs, progress=False)
+    tracking = track(suite.model, [(int(entry["step"]), folder) for entry, folder in kept], inputs, progress=False)
     curves = {
         name: [statistics.mean(values) for values in zip(*(tracking.omega[path] for path in paths), strict=True)]
         for name, paths in sets_of_modules(suite.model, list(tracking.omega)).items()
@@ -79,10 +79,11 @@ def training_record(suite: Suite, work: Path, task: str, kind: str) -> dict[str,
 def sample_records(suite: Suite) -> list[dict[str, Any]]:
     """Ratio against quality over test samples, with each adapter alone and with all merged at :data:`START`."""
     records = []
-    for name, method, options in (
+    rows: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("finetuned", "finetuned", {}),
         (f"TA@{START:g}", "task_arithmetic", {"scale": START}),
-    ):
+    )
+    for name, method, options in rows:
         result = nsc_merge.merge(suite.model, suite.adapters, method=method, **options)
         # A shared module that is trained in full has no A, and so no ratio.
         low_rank = [

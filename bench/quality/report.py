@@ -95,8 +95,9 @@ def gains_table(records: Sequence[dict[str, Any]], tasks: tuple[str, ...]) -> li
             by_seed.setdefault(record["seed"], {})[record["row"]] = record["average"]
             starts[record["row"]] = record.get("init") or record["options"].get("init")
     lines = ["| row | start | gain per seed | mean |", "|---|---|---|---|"]
+    names: dict[Any, str] = {0.4: "TA@0.4", 1 / len(tasks): "TA@1/K"}
     for row in ROWS:
-        start = {0.4: "TA@0.4", 1 / len(tasks): "TA@1/K"}.get(starts.get(row.name))
+        start = names.get(starts.get(row.name))
         gains = [
             found[row.name] - found[start]
             for _, found in sorted(by_seed.items())

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def write_adapters(folder: Path, base: nn.Module, tasks: int) -> dict[str, str]:
         tensors = {}
         for path, module in base.named_modules():
             if path.rpartition(".")[2] in TARGETS:
-                d_out, d_in = module.weight.shape  # type: ignore[misc]
+                d_out, d_in = module.weight.shape
                 key = f"base_model.model.{path}"
                 tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, d_in, generator=generator) / d_in**0.5
                 tensors[f"{key}.lora_B.weight"] = 0.02 * torch.randn(d_out, RANK, generator=generator)
@@ -146,7 +147,7 @@ def merges(base: nn.Module, tasks: int) -> dict[str, tuple[Callable[[], Any], st
     }
 
 
-def merger(side: str, name: str, base: nn.Module, folders: dict[str, str]) -> Callable[[], nn.Module]:
+def merger(side: str, name: str, base: nn.Module, folders: dict[str, str]) -> Callable[[], Any]:
     """One run; pools are made anew each time, as runs change the models."""
     from fusion_bench.modelpool import BaseModelPool
 
@@ -202,7 +203,7 @@ def measure_step(base: nn.Module, folders: dict[str, str], batch: int, repeats: 
 
         return run
 
-    row, _ = in_turns({side: lambda side=side: one(side) for side in SIDES}, repeats)  # type: ignore[misc]
+    row, _ = in_turns({side: partial(one, side) for side in SIDES}, repeats)
     (ours, ours_gradient), (theirs, theirs_gradient) = kept["ours"], kept["theirs"]
     return {
         "op": "step", **row, "output_differs": differs(ours, theirs),
@@ -212,7 +213,7 @@ def measure_step(base: nn.Module, folders: dict[str, str], batch: int, repeats: 
 
 def measure_merge(name: str, base: nn.Module, folders: dict[str, str], repeats: int) -> dict[str, Any]:
     row, first = in_turns(
-        {side: lambda side=side: merger(side, name, base, folders) for side in SIDES},  # type: ignore[misc]
+        {side: partial(merger, side, name, base, folders) for side in SIDES},
         repeats,
     )
     found = differs(updates(first["ours"], base), updates(first["theirs"], base))

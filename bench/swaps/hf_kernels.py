@@ -154,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for width in WIDTHS:
             for grad in (False, True):
                 for kind, calls in calls_of(kernel, folder, width, grad).items():
-                    taken = interleaved(calls, arguments.rounds)
-                    own, found = taken["build"], calls["build"]()
-                    for name, seconds in taken.items():
+                    times = interleaved(calls, arguments.rounds)
+                    own, found = times["build"], calls["build"]()
+                    for name, seconds in times.items():
                         rows.append(
                             {
                                 "op": "call",

@@ -76,7 +76,7 @@ def write_place(folder: Path, dtype: str, width: int, layers: int) -> None:
                 if "lora_" in name:
                     size = width**-0.5 if "lora_A" in name else 0.002
                     value.copy_(size * torch.randn(value.shape, generator=generator))
-        tuned.save_pretrained(folder / f"task{seed}")
+        tuned.save_pretrained(str(folder / f"task{seed}"))
     for method, own in METHODS.items():
         models = [
             {"model": f"{folder / 'base'}+{folder / f'task{k}'}", "parameters": {"weight": 0.2 + 0.1 * k, **own}}

@@ -72,7 +72,7 @@ def write_inputs(
         for key, value in model.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(value, std=0.8 / width**0.5)
-        model.save_pretrained(folder / name)
+        model.save_pretrained(str(folder / name))
         torch.save(torch.randn(10, 32), folder / f"{name}.pt")
         adapters[f"{name}-classification"] = str(folder / name)
         cfgs.append(
@@ -113,6 +113,8 @@ def their_merge(repository: Path) -> Iterator[Any]:
 
 class Classifier(nn.Module):
     """Stands for the codebase's own: a backbone and the vectors of its classes."""
+
+    head: Tensor
 
     def __init__(self, base: str, head: Path) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class Run:
         self.theirs, self.inputs, self.tasks = theirs, inputs, tasks
         self.own = theirs.KernelMergeModel
 
-        class Fused(theirs.KernelMergeModel):  # type: ignore[misc]
+        class Fused(theirs.KernelMergeModel):
             def to(self, *args: Any, **named: Any) -> Any:
                 moved = super().to(*args, **named)
                 accelerate(moved)
@@ -75,7 +75,7 @@ class Run:
         """Coefficients, seconds of every step between the first and the last, and of the whole call."""
         self.theirs.KernelMergeModel = self.fused if way == "layers" else self.own
         merge = train_merged_model if way == "merge" else self.theirs.train_merged_model
-        more = {"progress": False} if way == "merge" else {}
+        more: dict[str, Any] = {"progress": False} if way == "merge" else {}
         first, *others = self.inputs["val_loaders"]
         drawn = Drawn(first)
         inputs = {**self.inputs, "val_loaders": [drawn, *others]}

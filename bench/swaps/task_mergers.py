@@ -63,13 +63,13 @@ class Layer(nn.Linear):
     def __init__(self, width: int, number: int) -> None:
         super().__init__(width, width, bias=False)
         generator = torch.Generator().manual_seed(number)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(width, RANK, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(RANK, width, bias=False)})
+        down, up = nn.Linear(width, RANK, bias=False), nn.Linear(RANK, width, bias=False)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": down}), nn.ModuleDict({"default": up})
         with torch.no_grad():
             self.weight.copy_(0.02 * torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
-            self.lora_A["default"].weight.copy_(torch.randn(RANK, width, generator=generator) / width**0.5)
-            up = 0.02 * torch.randn(width, RANK, generator=generator)
-            self.lora_B["default"].weight.copy_(up if number else 0 * up)
+            down.weight.copy_(torch.randn(RANK, width, generator=generator) / width**0.5)
+            drawn = 0.02 * torch.randn(width, RANK, generator=generator)
+            up.weight.copy_(drawn if number else 0 * drawn)
 
 
 def model(width: int, number: int) -> nn.Module:
@@ -146,7 +146,7 @@ def measure(variable: str, width: int, tasks: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def memory(variable: str, case: int, width: int, tasks: int, whose: str) -> dict[str, Any]:
+def memory(whose: str, variable: str, case: int, width: int, tasks: int) -> dict[str, Any]:
     """One merge in this process."""
     _, representation, config = CASES[variable][case]
     with prepared(variable, width, tasks) as run:
@@ -184,7 +184,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.child:
         kind, variable, *rest = options.child
         numbers = list(map(int, rest))
-        for row in measure(variable, *numbers) if kind == "time" else [memory(variable, *numbers, whose=kind)]:
+        for row in measure(variable, *numbers) if kind == "time" else [memory(kind, variable, *numbers)]:
             print(json.dumps(row), flush=True)
         return
     known = [variable for variable in CASES if checkout(variable) is not None]

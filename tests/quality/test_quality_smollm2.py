@@ -254,7 +254,7 @@ def test_an_answer_is_right_where_greedy_decoding_writes_it(trained, work, task)
         outputs = trained.output(task, trained.model, inputs)
         whole = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         torch.testing.assert_close(trained.next_tokens(trained.model, inputs), whole)
-    prompts = (trained.read[task].places(inputs) + 1).tolist()
+    prompts = (trained.written[task].places(inputs) + 1).tolist()
     for row, prompt in enumerate(prompts):
         count = int((labels[row] != IGNORE).sum())
         torch.testing.assert_close(outputs[row, :count], whole[row, prompt - 1 : prompt - 1 + count])
@@ -276,8 +276,8 @@ def test_adapters_are_peft_folders_of_rank_16_on_q_and_v(trained):
     for folder in trained.adapters.values():
         written = json.loads((folder / "adapter_config.json").read_text())
         assert written["r"] == written["lora_alpha"] == 16
-    assert trained.read["sentiment"].weight.shape == (1, 32)
-    assert trained.read["number"].end == 2 + ALPHABET.index("=")
+    assert trained.heads["sentiment"].weight.shape == (1, 32)
+    assert trained.written["number"].end == 2 + ALPHABET.index("=")
 
 
 @pytest.mark.parametrize(

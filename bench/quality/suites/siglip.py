@@ -60,7 +60,7 @@ def masked_features(model: SiglipVisionModel, pixels: Tensor, bool_masked_pos: T
 
     def replace(projection: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
         masked = bool_masked_pos.view(len(patches), 1, *patches.shape[2:])
-        return torch.where(masked, model.embeddings.mask_token.view(1, -1, 1, 1), patches)
+        return torch.where(masked, model.embeddings.get_parameter("mask_token").view(1, -1, 1, 1), patches)
 
     handle = model.embeddings.patch_embedding.register_forward_hook(replace)
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from .sources import Raw
 from .texts import CLASSES, SPLITS, TASKS, Text, make_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANK = 16
 PERMUTED = ("relation", "sentiment", "lemma")
@@ -93,15 +93,13 @@ class SmolLM2Suite(TextSuite):
 
     def __init__(self, folder: Path, sets: dict[str, dict[str, Examples]], seed: int) -> None:
         super().__init__(folder, load_base(folder.parent / "base"), TASKS, sets, seed)
-        self.read = {
-            name: load_head(folder / "adapters" / name) if has_head(name) else written(sets["val"][name])
-            for name in TASKS
-        }
+        self.heads = {name: load_head(folder / "adapters" / name) for name in TASKS if has_head(name)}
+        self.written = {name: written(sets["val"][name]) for name in TASKS if not has_head(name)}
 
     def calibration(self, batch: int, steps: int) -> dict[str, list[dict[str, Tensor]]]:
         """Questions alone: an answer is a label."""
         return {
-            task: batches if has_head(task) else [_asked(one, self.read[task]) for one in batches]
+            task: batches if has_head(task) else [_asked(one, self.written[task]) for one in batches]
             for task, batches in super().calibration(batch, steps).items()
         }
 
@@ -109,12 +107,12 @@ class SmolLM2Suite(TextSuite):
         """``[N, C]`` or ``[N, 1]`` of a head, or logits of tokens: ``[N, A, V]`` of the whole answer, each given those
         before it, or ``[N, V]`` of its first, where there are questions alone.
         """
-        return output_of(model, self.read[task], batch)
+        return output_of(model, self.heads[task] if has_head(task) else self.written[task], batch)
 
     def next_tokens(self, model: nn.Module, batch: Inputs) -> Tensor:
         """As :meth:`TextSuite.next_tokens`."""
         hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        return F.linear(hidden, model.get_input_embeddings().weight)
+        return F.linear(hidden, _embedding(model))
 
     def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor:
         return answer_loss(output, label) if not has_head(task) else super().loss(task, output, label)
@@ -138,13 +136,18 @@ def output_of(model: nn.Module, read: nn.Module | Written, batch: Inputs) -> Ten
     rows, last = torch.arange(len(mask)), mask.sum(1) - 1
     if isinstance(read, nn.Module):
         return read(hidden[rows, last])
-    embedding = model.get_input_embeddings().weight
+    embedding = _embedding(model)
     ends = read.places(batch)
     if torch.equal(ends, last):
         return F.linear(hidden[rows, last], embedding)
     # Beyond the end of a row there is nothing to be written: labels are IGNORE there.
     places = (ends[:, None] + torch.arange(_LONGEST_ANSWER)).clamp(max=hidden.shape[1] - 1)
     return F.linear(hidden[rows[:, None], places], embedding)
+
+
+def _embedding(model: Any) -> Tensor:
+    """Of a transformers model, or one of PEFT's: ``[V, d]``."""
+    return model.get_input_embeddings().weight
 
 
 def written(examples: Examples) -> Written:
@@ -176,12 +179,12 @@ def load(
     tokeniser = AutoTokenizer.from_pretrained(root / "base")
     counts = {"train": settings.train, "val": settings.val, "test": settings.test}
     texts = {name: make_texts(name, raw, counts) for name in TASKS}
-    sets = {
+    sets: dict[str, dict[str, Examples]] = {
         split: {name: tokenised(name, texts[name][split], tokeniser) for name in TASKS} for split in SPLITS
     }
 
     def train_one(part: Path, task: str, permuted: bool) -> str:
-        examples = sets["train"][task]
+        examples: Examples = sets["train"][task]
         if permuted:
             examples = permute(examples)
         return _train_adapter(part, root / "base", task, examples, sets["val"][task], settings, progress=progress)
@@ -212,7 +215,7 @@ def convert(raw: Raw, folder: Path) -> None:
     (folder / name).unlink()
 
 
-def load_base(folder: Path) -> nn.Module:
+def load_base(folder: Path) -> PreTrainedModel:
     """The model, without its head, in float32 and evaluation mode."""
     from transformers import LlamaModel
 

@@ -102,13 +102,14 @@ def _relation(raw: Raw, rng: random.Random) -> list[Text]:
             for first in range(1, 1 + 4 * int(rest[0]), 4):
                 symbol, other, part = rest[first : first + 3]
                 pointers.append((symbol, kind + place, part.replace("s", "a") + other))
-    found = []
+    found: list[tuple[str, str, int]] = []
     for label, symbols in enumerate(_POINTERS.values()):
-        pairs = [pair for symbol, *pair in pointers if symbol in symbols and pair[1] in synsets]
-        found += [(*pair, label) for pair in rng.sample(pairs, min(len(pairs), _PAIRS))]
+        pairs = [(a, b) for symbol, a, b in pointers if symbol in symbols and b in synsets]
+        found += [(a, b, label) for a, b in rng.sample(pairs, min(len(pairs), _PAIRS))]
     for kind in "na":
         names = sorted(name for name in synsets if name[0] == kind)
-        found += [(*rng.sample(names, 2), RELATIONS.index("none")) for _ in range(_PAIRS // 2)]
+        drawn = (rng.sample(names, 2) for _ in range(_PAIRS // 2))
+        found += [(a, b, RELATIONS.index("none")) for a, b in drawn]
     return [Text("\n".join(": ".join(synsets[one]) for one in (a, b)), label, min(a, b)) for a, b, label in found]
 
 
