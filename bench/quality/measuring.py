@@ -22,6 +22,9 @@ from .records import versions
 from .rows import EXTENTS, GRADIENT_STEPS, SHUFFLED, Row
 from .suite import Suite, average, evaluate, normalised
 
+# From here on the search for a scale goes no further.
+HIGHEST = 10.0
+
 
 class Bench:
     """A suite at one seed, and what every row needs of it."""
@@ -122,10 +125,12 @@ class Bench:
         extent = self.extent
         found = tune_scale(unscaled, quality, coarse=extent.coarse, fine_step=None)
         trail = list(found.trail)
-        if found.scale == extent.coarse[-1]:
-            beyond = tune_scale(unscaled, quality, coarse=extent.beyond, fine_step=None)
-            trail += beyond.trail
-            found = max(found, beyond, key=lambda tuned: tuned.score)
+        last, beyond = extent.coarse[-1], extent.beyond
+        while found.scale == last and last < HIGHEST:
+            further = tune_scale(unscaled, quality, coarse=beyond, fine_step=None)
+            trail += further.trail
+            found = max(found, further, key=lambda tuned: tuned.score)
+            last, beyond = beyond[-1], tuple(round(beyond[-1] * factor, 2) for factor in (1.25, 1.5, 1.75, 2.0))
         fine = tune_scale(
             unscaled, quality, coarse=(found.scale,), fine_step=extent.fine_step, fine_steps=extent.fine_steps
         )

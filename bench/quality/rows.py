@@ -20,7 +20,8 @@ class Extent:
         batch: rows of a calibration batch: the ViT study's, and fewer for language (the paper's are two, row "LLM").
         rank: of the suite's adapters.
         coarse: scales that are tried.
-        beyond: scales that are tried where the last of them is the best.
+        beyond: scales that are tried where the last of them is the best; from there on up to twice the last, as often
+            as that is the best.
         fine_step: between scales around the best, in the end;
         fine_steps: how many of those to each side.
         oracle: options of the row of that name, besides its own.

@@ -96,13 +96,14 @@ def test_rows_have_options_that_their_methods_take(row):
         assert (method.tuned, row.options["scale"]) == ("scale", 1.0)
 
 
-def test_tuning_goes_on_beyond_the_grid(bench, monkeypatch):
+@pytest.mark.parametrize("best", [1.58, 3.04, 7.5])
+def test_tuning_goes_on_beyond_the_grid(bench, monkeypatch, best):
     unscaled = nsc_merge.merge(bench.suite.model, bench.adapters, method="task_arithmetic", scale=1.0)
     monkeypatch.setattr(measuring, "evaluate", lambda suite, result, split: result.options["scale"])
-    monkeypatch.setattr(bench, "_quality", lambda scale, by: -abs(scale - 1.58))
+    monkeypatch.setattr(bench, "_quality", lambda scale, by: -abs(scale - best))
     result, note = bench._tuned(unscaled, "metric")
-    assert note["value"] == pytest.approx(1.58)
-    assert result.options["scale"] == pytest.approx(1.58)
+    assert note["value"] == pytest.approx(best)
+    assert result.options["scale"] == pytest.approx(best)
 
 
 def test_subset_of_tasks(trained):
