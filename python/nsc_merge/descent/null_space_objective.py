@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import AdapterBank, merged_lora_nsc, null_space_ratio
+from nsc_merge.adapters.adapter import name_of
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Padding, Pass, concatenated, one_by_one, split
 from nsc_merge.descent.coefficients import Coefficients
 from nsc_merge.descent.position_weights import PositionWeights
 from nsc_merge.descent.tower_cache import TowerCache
+from nsc_merge.models.attachment import is_computed_with, refuse_unseen
 from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.sharded import gather_for_backward, has_units_inside, is_unit, reshard
 from nsc_merge.models.forward_contexts import (
@@ -228,10 +230,17 @@ class Objective:
         with suppress(Ended):
             self._model(**one.inputs)
         if self._missing:
+            refuse_unseen(self._model, self._missing, self._others())
             raise RuntimeError(
                 f"calibration: the forward never reached {sorted(self._missing)}, which are to be measured"
             )
         return self._omega
+
+    def _others(self) -> str:
+        """What to measure in the place of linears that the model does not call."""
+        adapted = [path for path, one in self._model.named_modules() if isinstance(one, MeasuredLoRALinear)]
+        names = sorted({name_of(path) for path in adapted if not is_computed_with(self._model, path)})
+        return f"score_modules of others that are adapted, such as {names}" if names else "adapters of other modules"
 
     def _before(self, path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Before a measured linear or one beside it runs: if only that input is missing, measure it and stop."""

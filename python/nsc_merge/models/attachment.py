@@ -116,10 +116,29 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     return {path: places[path] for path in sorted(places, key=position)}
 
 
-def is_computed_with(model: nn.Module, path: str) -> bool:
-    """Whether a model takes the weight of an adapted linear that it does not call, as nn.MultiheadAttention does: the
+def refuse_unseen(model: nn.Module, silent: Iterable[str], expected: str = "adapters without these modules") -> None:
+    """Refuse adapted linears that the model did not call but whose weights it took, as nn.MultiheadAttention does: the
     update counts there, but nobody sees an input.
+
+    Args:
+        model: with adapters attached, after a forward.
+        silent: paths of linears that were not called.
+        expected: the way out, for the message.
+
+    Raises:
+        RuntimeError: naming them.
     """
+    hidden = sorted(path for path in silent if is_computed_with(model, path))
+    if hidden:
+        which = hidden[0] if len(hidden) == 1 else f"{len(hidden)} adapted modules, such as {hidden[0]},"
+        raise RuntimeError(
+            f"calibration: the model computes with the weights of {which} by itself, so that their inputs cannot be "
+            f"seen; expected {expected}, or another method"
+        )
+
+
+def is_computed_with(model: nn.Module, path: str) -> bool:
+    """Whether a model with adapters takes the weight of an adapted linear that it does not call."""
     linear, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     return isinstance(parent, nn.MultiheadAttention) or getattr(linear, "weight_taken", False)
 

@@ -130,8 +130,37 @@ def test_methods_that_must_see_inputs_refuse_weights_taken_without_a_call(method
     adapters = {task: Adapter(task, factors) for task in ("a", "b")}
     batches = {task: [{"z": torch.randn(2, 3, 8)}] for task in adapters}
     options = {"outputs": {task: lambda model, batch: model(**batch).mean(1) for task in adapters}}
-    with pytest.raises(RuntimeError, match=r"'head\.out_proj'"):
+    with pytest.raises(RuntimeError, match=r"with the weights of head\.out_proj by itself, .* adapters without these"):
         nsc_merge.merge(model, adapters, batches, method, batches=1, **(options if method == "fisher" else {}))
+
+
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [(["out_proj"], "adapters of other modules"), (["out_proj", "dense"], r"score_modules of others .*\['dense'\]")],
+)
+def test_nsc_says_what_to_measure_where_weights_are_taken_without_a_call(names, way_out):
+    """As in WavLM, whose attention takes the weights of all its projections."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.dense = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, z):
+            return self.dense(self.attention(z, z, z)[0])
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])})
+    model.forward = lambda z: model["blocks"][1](model["blocks"][0](z))
+    paths = [path for path, module in model.named_modules() if path.rpartition(".")[2] in names]
+    factors = {path: Factor(torch.randn(2, 8), torch.randn(8, 2), 1.0) for path in paths}
+    adapters = {task: Adapter(task, factors) for task in ("a", "b")}
+    batches = {task: [{"z": torch.randn(2, 3, 8)}] for task in adapters}
+    options = {"score_modules": ["out_proj"], "steps": 1, "progress": False}
+    with pytest.raises(RuntimeError, match=rf"weights of blocks\.1\.attention\.out_proj by itself, .*{way_out}"):
+        nsc_merge.merge(model, adapters, batches, **options)
+    if "dense" in names:
+        found = nsc_merge.merge(model, adapters, batches, **{**options, "score_modules": ["dense"]})
+        assert found.objective["batches"] == 1
 
 
 def test_computing_with_a_weight_that_is_not_at_hand_is_refused():

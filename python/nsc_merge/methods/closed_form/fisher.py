@@ -29,7 +29,7 @@ from nsc_merge.methods.task_outputs import (
     real_positions,
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
-from nsc_merge.models.attachment import is_computed_with
+from nsc_merge.models.attachment import refuse_unseen
 from nsc_merge.models.bases.quantised import Linear, check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
@@ -151,12 +151,7 @@ def information(
             generator.manual_seed(options.seed + 1_000_003 * number)
             held = one_by_one([batch], device)[0].inputs
             output = output_of(options.outputs, task, model, held)
-            hidden = [path for path in paths if path not in inputs and is_computed_with(model, path)]
-            if hidden:
-                raise RuntimeError(
-                    f"calibration: the model computes with the weights of {hidden} by itself, so that their inputs "
-                    "cannot be seen; expected adapters without these modules, or another method"
-                )
+            refuse_unseen(model, [path for path in paths if path not in inputs])
             mask = held.get(masked) if masked else None
             if answers and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)

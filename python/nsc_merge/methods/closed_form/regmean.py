@@ -16,7 +16,7 @@ from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
 from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
-from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.attachment import merged_linears, refuse_unseen
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
 from nsc_merge.models.real_tokens import RealTokens
@@ -69,8 +69,10 @@ def grams(
     counts = dict.fromkeys(paths, 0)
     inputs: dict[str, Any] = {}
     counted = [True]
+    called: set[str] = set()
 
     def record(path: str, z: Tensor) -> None:
+        called.add(path)
         if not counted[0]:
             return
         real = tokens.of(path, z[..., 0], inputs)
@@ -87,6 +89,7 @@ def grams(
         for _, batch, counted[0] in in_turn(batches):
             inputs = one_by_one([batch], device)[0].inputs
             model(**inputs)
+            refuse_unseen(model, set(paths) - called)
     sizes = torch.tensor([counts[path] for path in paths], device=device)
     current().add([sizes])
     counts = dict(zip(paths, sizes.tolist(), strict=True))
