@@ -59,6 +59,7 @@ def with_vocabulary(
     if not tables:
         raise ValueError(f"added_tokens: {type(model).__name__} has no token embeddings; expected a language model")
     old = min(len(model.get_parameter(name)) for name in tables)
+    found = {task: _with_tied(adapter, tables, model) for task, adapter in found.items()}
     sizes = {task: _size(adapter, tables, old) for task, adapter in found.items()}
     if max(sizes.values()) == old:
         return model, dict(adapters)
@@ -90,6 +91,19 @@ def _tables(model: Any) -> list[str]:
     """Names of the weights that have a row for each token."""
     parts = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
     return [f"{path}.weight" for path, module in model.named_modules() if any(module is part for part in parts)]
+
+
+def _with_tied(adapter: Adapter, tables: list[str], model: nn.Module) -> Adapter:
+    """An adapter that knows the base's rows of a weight under all names that the base ties to it: with LoRA on one of
+    them, PEFT saves them under that alone.
+    """
+    saved = dict(adapter.base_weights)
+    shared = sharing(model)
+    for name in tables:
+        known = next((saved[other] for other in shared[name] if other in saved), None)
+        if known is not None and name not in adapter.trained:
+            saved.setdefault(name, known)
+    return replace(adapter, base_weights=saved)
 
 
 def _size(adapter: Adapter, tables: list[str], old: int) -> int:

@@ -126,6 +126,20 @@ def test_a_head_that_peft_leaves_out_is_named(tmp_path):
     assert kept.delta("model.embed_tokens").shape == (64, 32)
 
 
+@pytest.mark.parametrize("adapted", ["embed_tokens", "lm_head"])
+def test_rows_that_peft_saves_under_one_of_two_tied_names_are_those_of_both(adapted, tmp_path):
+    base, inputs = llama(tied=True), {"input_ids": torch.tensor([[3, 64, 9, 66]])}
+    config = {"target_modules": ["q_proj", adapted]}
+    wanted = outputs(with_added_tokens(base, tmp_path / "a", 67, 1, **config).double(), inputs)
+    result = nsc_merge.merge(base, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0, added_tokens="mean")
+    loaded = tf.LlamaForCausalLM.from_pretrained(result.save(tmp_path / "model", "model"))
+    torch.testing.assert_close(outputs(loaded.double(), inputs), wanted, **EXACT)
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(67)
+    lora = PeftModel.from_pretrained(resized, result.save(tmp_path / "lora", "lora"))
+    torch.testing.assert_close(outputs(lora.double(), inputs), wanted, **EXACT)
+
+
 WHOLE = {
     "the embeddings": {"modules_to_save": ["embed_tokens"]},
     "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
