@@ -6,6 +6,7 @@ import pytest
 import torch
 from factor_cases import factor, merged, random_adapters, relative, total
 
+from nsc_merge import Adapter, Factor
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.low_rank.wudi import least_interference
 
@@ -92,6 +93,21 @@ def test_iso_c_flattens_the_values_that_there_are():
     assert torch.allclose(values[:12], own[:12].mean(), rtol=1e-10)
     assert float(values[12:].max()) < 1e-10 * float(values[0])
     assert relative(found, merged("core_space", adapters, merge="sum", isotropise=True)["x"]) < 1e-10
+
+
+@pytest.mark.parametrize(("method", "options"), [("iso_c", {}), ("core_space", {"merge": "sum", "isotropise": True})])
+def test_a_direction_that_cancels_but_for_rounding_is_not_made_like_others(method, options):
+    """One adapter has the third of 1.1 in its scaling, the other in its factor, rounded to float32."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(width, 4, generator=generator)).Q for width in (24, 32))
+    factors = [
+        Factor(v[:, :3].t(), torch.cat([1.1 * u[:, :1], 3 * u[:, 1:3]], 1), 1 / 3),
+        Factor(v[:, [0, 3]].t(), torch.cat([-u[:, :1] * (1.1 / 3), u[:, 3:]], 1), 1.0),
+    ]
+    adapters = {str(k): Adapter(str(k), {"x": one}) for k, one in enumerate(factors)}
+    found = factor(method, adapters, **options).delta()
+    expected = u[:, 1:] @ v[:, 1:].t()
+    assert relative(found, expected.double()) < 1e-5
 
 
 @pytest.mark.parametrize("common", [0.0, 0.5, 0.8, 1.0])

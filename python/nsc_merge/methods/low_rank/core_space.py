@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32, singular, without_rounding
+from nsc_merge.methods.low_rank.common_bases import cores, decomposed, in_float32, without_rounding
 from nsc_merge.methods.method import Averages
 from nsc_merge.methods.task_vectors.dare import check_drop, sparsify
 from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
@@ -98,9 +98,8 @@ def isotropised(core: Tensor, null: bool) -> Tensor:
     if null:
         left, sigma, right = torch.linalg.svd(core, full_matrices=False)
         return sigma.mean() * left @ right
-    left, right = singular(core)
-    sigma = right.norm(dim=1, keepdim=True)
-    return sigma.mean() * left @ (right / sigma) if len(sigma) else core
+    left, sigma, right = decomposed(core)
+    return sigma.mean() * left @ right if len(sigma) else core
 
 
 def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -> Tensor:
