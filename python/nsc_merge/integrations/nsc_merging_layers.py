@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,19 +27,18 @@ class Accelerated:
         layers: how many layers run fused.
     """
 
-    def __init__(self, layers: Mapping[str, _Fused], model: nn.Module) -> None:
-        self._placed = [layer.theirs for layer in layers.values()]
-        self._model: nn.Module | None = model
-        self.layers = len(layers)
+    def __init__(self, placed: Sequence[_Placed], layers: int) -> None:
+        self._placed = list(placed)
+        self.layers = layers
 
     def remove(self) -> None:
-        """Give the model its own forwards back. A second call does nothing."""
+        """Give the model its own forwards back. A second call does nothing.
+
+        What somebody else put around ours since, such as a hook of ``accelerate``, stays, and calls the codebase's own
+        from then on.
+        """
         while self._placed:
-            delattr(self._placed.pop(), "forward")
-        if self._model is not None:
-            if "activate_projectors" in vars(self._model):
-                delattr(self._model, "activate_projectors")
-            self._model = None
+            self._placed.pop().remove()
 
     def __enter__(self) -> Accelerated:
         return self
@@ -70,7 +69,7 @@ def accelerate(merged_model: nn.Module) -> Accelerated:
 
     Raises:
         TypeError: if ``merged_model`` is neither of them.
-        ValueError: naming the setting that the kernel has no form for.
+        ValueError: naming the setting that the kernel has no form for, or a layer whose forward somebody has replaced.
     """
     if not all(hasattr(merged_model, name) for name in ("vit", "lora_dicts", "scaled_name")):
         raise TypeError(
@@ -87,19 +86,42 @@ def accelerate(merged_model: nn.Module) -> Accelerated:
     }
     if not layers:
         raise ValueError(f"merged_model: expected LinearTrainable layers, found none in {type(model.vit).__name__}")
-    for layer in layers.values():
-        # Set on the layer itself: its class stays as it is.
-        setattr(layer.theirs, "forward", functools.partial(layer.forward, layer.theirs.forward))  # noqa: B010
-    if hasattr(model, "projector_cluster"):
-        own = inspect.signature(model.activate_projectors).parameters
-        model.activate_projectors = functools.partial(
-            _activate,
-            model,
-            layers,
-            block_candidates=own["block_candidates"].default,
-            layer_candidates=own["layer_candidates"].default,
+    changed = next((path for path, layer in layers.items() if "forward" in vars(layer.theirs)), None)
+    if changed is not None:
+        raise ValueError(
+            f"merged_model: expected layers with the codebase's forward, found another one put on {changed}, by an "
+            "earlier accelerate or by a hook; remove it first, and put a hook there afterwards"
         )
-    return Accelerated(layers, model)
+    placed = [
+        _Placed(layer.theirs, "forward", functools.partial(layer.forward, layer.theirs.forward))
+        for layer in layers.values()
+    ]
+    if hasattr(model, "projector_cluster"):
+        placed.append(_Placed(model, "activate_projectors", functools.partial(_activate, layers, model)))
+    return Accelerated(placed, len(layers))
+
+
+class _Placed:
+    """A method of one object, in the place of its class's, which stays as it is.
+
+    Args:
+        owner: the object.
+        name: of the method.
+        ours: what is called until :meth:`remove`.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, ours: Callable[..., Any]) -> None:
+        self.owner, self.name = owner, name
+        self.theirs, self.called = getattr(owner, name), ours
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called(*args, **kwargs)
+
+    def remove(self) -> None:
+        self.called = self.theirs
+        if vars(self.owner).get(self.name) is self:
+            delattr(self.owner, self.name)
 
 
 class _Fused:
@@ -126,8 +148,10 @@ class _Fused:
         plain = not args and not kwargs and not layer.disable_adapters and not layer.merged
         if not plain or list(layer.active_adapters) != [self.name]:
             return original(x, *args, **kwargs)
-        if self.fused.bank.device != x.device:
-            self.fused.to(x.device)
+        # The model may have been moved or converted since.
+        dtype = layer.lora_A[self.name][0].weight.dtype
+        if (self.fused.bank.device, self.fused.bank.dtype) != (x.device, dtype):
+            self.fused.bank.to(x.device, dtype)
         if self.measured is None:
             found: Tensor = self.fused(x)
             return found
@@ -173,14 +197,11 @@ class _IfUsed(torch.autograd.Function):
         return dlam if ctx.used else None, None
 
 
-def _activate(
-    model: Any,
-    layers: Mapping[str, _Fused],
-    curr_adapter: str,
-    block_candidates: str,
-    layer_candidates: str,
-) -> None:
+def _activate(layers: Mapping[str, _Fused], model: Any, *args: Any, **kwargs: Any) -> None:
     """Measure the inputs of the layers whose paths hold a candidate of both, as the codebase decides it."""
+    given = inspect.signature(type(model).activate_projectors).bind(model, *args, **kwargs)
+    given.apply_defaults()
+    _, curr_adapter, block_candidates, layer_candidates = given.args
     model.hook_manager.clear()
     tasks = list(model.lora_dicts)
     if curr_adapter not in tasks:

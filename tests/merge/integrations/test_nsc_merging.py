@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from transformers import CLIPVisionModelWithProjection, LlamaConfig, LlamaModel
 
 import nsc_merge
@@ -357,6 +358,64 @@ def test_disabled_layers_and_what_has_no_form_go_their_own_way():
     wrong.vit.model["block0-v_proj"].lora_A["scaled"][1].adapter_wise_rank = [4, 5]
     with pytest.raises(ValueError, match=r"block0-v_proj: expected adapters of ranks \[4, 5\] .* found 8 rows"):
         accelerate(wrong)
+
+
+class Counting(ModelHook):
+    def __init__(self):
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_undoing_leaves_the_hook_that_somebody_else_put_around_a_layer():
+    model, x, hook = Merged(), torch.randn(4, 12), Counting()
+    layer = model.vit.model["block0-v_proj"]
+    expected = model.run(x)
+    handle = accelerate(model)
+    add_hook_to_module(layer, hook)
+    assert not torch.equal(model.run(x), expected)
+    handle.remove()
+    assert torch.equal(model.run(x), expected)
+    assert hook.calls == 2
+    remove_hook_from_module(layer)
+    assert torch.equal(model.run(x), expected)
+    others = [layer for name, layer in model.vit.model.items() if name != "block0-v_proj"]
+    assert not any("forward" in vars(layer) for layer in others)
+    assert "activate_projectors" not in vars(model)
+
+
+def test_a_forward_that_somebody_else_put_there_before_is_refused_and_one_taken_off_does_not_stop_undoing():
+    model, x, hook = Merged(), torch.randn(4, 12), Counting()
+    layer = model.vit.model["block0-v_proj"]
+    add_hook_to_module(layer, hook)
+    with pytest.raises(ValueError, match="expected layers with the codebase's forward, found .* on block0-v_proj"):
+        accelerate(model)
+    model.run(x)
+    assert hook.calls == 1
+    remove_hook_from_module(layer)
+    del layer.forward  # accelerate leaves the class's there
+    expected = model.run(x)
+    handle = accelerate(model)
+    with pytest.raises(ValueError, match="by an earlier accelerate"):
+        accelerate(model)
+    del layer.forward
+    handle.remove()
+    assert torch.equal(model.run(x), expected)
+    assert not any("forward" in vars(one) for one in model.vit.model.values())
+    assert "activate_projectors" not in vars(model)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_model_converted_after_it_was_accelerated_is_computed_in_its_dtype(dtype, tolerance):
+    model, x = Merged(), torch.randn(4, 12, dtype=dtype)
+    handle = accelerate(model)
+    model.to(dtype)
+    found = model.run(x)
+    handle.remove()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, model.run(x), rtol=tolerance, atol=tolerance)
 
 
 def test_the_example_runs(capsys):
