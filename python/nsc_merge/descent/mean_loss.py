@@ -67,6 +67,7 @@ class Losses:
     batch_tasks: bool | None = False
     alike: bool = True
     _steps: int = 0
+    _met: Tensor | bool = False
     _best: tuple[float, Tensor] | None = None
 
     def accumulate(self, drawn: Sequence[Batch]) -> Tensor:
@@ -77,11 +78,13 @@ class Losses:
         total = self.coefficients.add_up(self._run(drawn))
         if self._steps < self.warm_up:
             assert flat.grad is not None
-            if self._steps == 0 and math.isfinite(self.warm_up):
-                # Coefficients of their own, later on: those that nothing depends on stay where they are.
-                self.present = self.present & (flat.grad != 0)
+            shared = self.present
+            if math.isfinite(self.warm_up):
+                # Coefficients of their own, later on: those that nothing has depended on stay where they are.
+                self._met = self._met | (flat.grad != 0)
+                shared = shared & self._met
             # Equal gradients keep the modules' coefficients equal under Adam, which takes each by itself.
-            flat.grad.copy_(flat.grad.sum(0, keepdim=True) * self.present)
+            flat.grad.copy_(flat.grad.sum(0, keepdim=True) * shared)
         self._steps += 1
         return total
 
@@ -141,7 +144,8 @@ class Losses:
             for one in parts_of(one_by_one(drawn, self.coefficients.flat.device), alike=self.alike):
                 self.loss.meet(one)
 
-    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+    def recall(self, tensors: Mapping[str, Tensor], dead: Tensor) -> None:
         """See :class:`nsc_merge.descent.objective.Objective`."""
+        self._met = ~dead
         if "best" in tensors:
             self._best = (float(tensors["best_loss"]), tensors["best"])

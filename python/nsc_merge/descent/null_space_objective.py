@@ -289,7 +289,7 @@ class Objective:
     def replay(self, drawn: Sequence[Batch]) -> None:
         """See :class:`nsc_merge.descent.objective.Objective`."""
 
-    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+    def recall(self, tensors: Mapping[str, Tensor], dead: Tensor) -> None:
         """See :class:`nsc_merge.descent.objective.Objective`."""
 
     def _fits_as_one(self, passes: Sequence[Pass]) -> bool:

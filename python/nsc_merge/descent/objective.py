@@ -42,6 +42,7 @@ class Objective(Protocol):
         """A step before the one that is gone on from: what is kept of its batches, without its gradient."""
         ...
 
-    def recall(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what was :meth:`remembered`, after all steps before were replayed."""
+    def recall(self, tensors: Mapping[str, Tensor], dead: Tensor) -> None:
+        """Take back what was :meth:`remembered`, after all steps before were replayed, in which nothing depended on
+        the coefficients ``dead [modules, K]``."""
         ...

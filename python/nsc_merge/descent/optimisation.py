@@ -56,8 +56,9 @@ class Optimisation:
 
     Attributes:
         history: one entry per step done, each on the batches of its own step.
-        dead: ``[modules, K]`` bool: coefficients with a gradient of exactly zero on the first batches. Nothing
-            measured depends on them, and they keep their initial value, which weight decay would change.
+        dead: ``[modules, K]`` bool: coefficients with a gradient of exactly zero on all batches so far. Nothing
+            measured there depends on them, and they keep their initial value, which weight decay would change. Later
+            batches may: those that send tokens to another expert, or have images.
 
     Args:
         objective: to be minimised.
@@ -154,8 +155,9 @@ class Optimisation:
         assert lam.grad is not None
         lam.grad.zero_()
         omega = self._objective.accumulate(self._draw())
+        still = lam.grad == 0
+        self.dead = self.dead & still if step else still
         if step == 0:
-            self.dead = lam.grad == 0
             on_first()
         with torch.no_grad():
             live = lam.detach().flatten()[self._present]
@@ -307,7 +309,7 @@ class Optimisation:
         self._start, self.dead = tensors["start"], tensors["dead"]
         # The count of steps lies where the fused optimizer keeps it: beside the moments.
         self._optimiser.state[self._lam] = _named(tensors, "optimizer.")
-        self._objective.recall(_named(tensors, OF_THE_OBJECTIVE))
+        self._objective.recall(_named(tensors, OF_THE_OBJECTIVE), self.dead)
         self.history = list(state.history)
         self._begin = state.step
         if state.step:

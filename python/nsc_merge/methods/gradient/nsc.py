@@ -84,7 +84,7 @@ def merge_nsc(
             dead = tasks_where(loop.dead & present.to(loop.dead.device), paths, tasks)
             if dead:
                 logger.info(
-                    "coefficients that nothing measured depends on, in %d of %d modules: %s (dead=%r)",
+                    "coefficients that nothing measured depends on, in %d of %d modules: %s (so far; dead=%r)",
                     len(dead),
                     len(paths),
                     ", ".join(dead),
