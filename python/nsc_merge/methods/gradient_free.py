@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.methods.full_rank import kept
 from nsc_merge.methods.method import Averages, Gives, Method, Problem, Updates
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.quantised import Linear
@@ -48,7 +49,7 @@ def gradient_free(
     def run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         chosen = options(**given)
         linears, low_rank, paths = low_rank_part(problem)
-        merged = dict(updates(low_rank, paths, chosen))
+        merged = dict(kept(updates(low_rank, paths, chosen)))
         scale = float(getattr(chosen, "scale", 1.0))
         weights = getattr(chosen, "weights", None)
         divided = method.averages_with(chosen)
