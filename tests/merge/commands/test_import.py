@@ -15,6 +15,8 @@ import mergekit_cases
 import pytest
 import yaml
 from mergekit_cases import config
+from transformers import LlamaForCausalLM
+from zoo import write_adapter
 
 from nsc_merge.commands.main import main
 from nsc_merge.recipes.first.from_mergekit import from_mergekit
@@ -163,6 +165,39 @@ def test_the_recipe_that_is_written(tmp_path, capsys) -> None:
     assert f"written   {out}" in capsys.readouterr().out
     assert main([*command[:2], "--out", "-"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["method"] == "dare_ties"
+
+
+def test_what_mergekit_merges_otherwise_than_a_recipe_is_noted(place, tmp_path) -> None:
+    base = LlamaForCausalLM.from_pretrained("base")
+    settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    head = write_adapter(base, tmp_path / "head", 1, modules_to_save=["lm_head"], **settings)
+    bias = write_adapter(base, tmp_path / "bias", 2, lora_bias=True, **settings)
+
+    def notes(method: str, *others: Path) -> list[str]:
+        document = config(method, own={"density": 0.5} if method == "ties" else {})
+        own = {"parameters": {"weight": 1, **document["models"][0]["parameters"]}}
+        document["models"] += [{"model": f"base+{other}", **own} for other in others]
+        return [note for note in imported(document, tmp_path).notes if "no update of low rank" in note]
+
+    assert notes("ties") == notes("task_arithmetic", head, bias) == []
+    (note,) = notes("ties", head)
+    assert note.startswith("lm_head: no update of low rank, which a recipe adds up, where mergekit runs ties")
+    (note,) = notes("ties", bias)
+    assert "biases of model.layers.0.self_attn.q_proj and 1 more: " in note
+    assert WAY_OUT in note
+
+
+def test_parameters_that_mergekit_looks_over_are_noted(tmp_path) -> None:
+    own = {"density": 0.5, "lambda": 2, "normalize": True}
+    found = imported(config("ties", own=own, densty=0.2, epsilon=0.1, normalize=True), tmp_path)
+    assert found.options["scale"] == 1
+    assert [note.removeprefix("mergekit has no parameter ") for note in found.notes] == [
+        "densty in ties, either: left out.",
+        "epsilon in ties, either: left out.",
+        "lambda for one model in ties, either: left out.",
+    ]
+    assert imported(config("della", own={"density": 0.5, "epsilon": 0.1}, **{"lambda": 2}), tmp_path).notes[1:] == []
+    assert "parameter density in linear" in imported(config("linear", own={"density": 1}, weight=1), tmp_path).notes[0]
 
 
 def test_paths_beside_the_recipe_are_relative_and_low_rank_is_an_adapter_too(tmp_path, monkeypatch) -> None:

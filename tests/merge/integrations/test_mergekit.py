@@ -317,6 +317,22 @@ def test_biases_and_modules_trained_in_full(tmp_path) -> None:
     assert not torch.equal(found["lm_head.weight"], base()["lm_head.weight"])
 
 
+def test_what_the_base_s_files_have_no_place_for_is_refused_with_a_way_that_merges_it(tmp_path, monkeypatch) -> None:
+    from transformers import LlamaForCausalLM
+    from zoo import write_adapter
+
+    model = LlamaForCausalLM.from_pretrained("base")
+    other = write_adapter(model, tmp_path / "other", 9, r=2, target_modules=["q_proj"], lora_bias=True)
+    document = config("task_arithmetic", ("french",))
+    document["models"].append({"model": f"base+{other}", "parameters": {"weight": 0.5}})
+    with pytest.raises(ValueError, match=r"changes \S+q_proj\.bias, .* nsc-merge import .*formats: \[lora\]"):
+        ours(document, tmp_path)
+    (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(document))
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "by-recipe"
+    assert main(["import", str(tmp_path / "mergekit.yaml"), "--out", str(recipe)]) == 0
+    assert main(["run", str(recipe), f"output.dir={json.dumps(str(out))}", "output.formats=[lora]"]) == 0
+
+
 def test_half_precision_is_rounded_as_mergekit_rounds_it(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(mergekit_cases.write_place(tmp_path, torch.bfloat16))
     document = {**config("task_arithmetic"), "dtype": "bfloat16"}

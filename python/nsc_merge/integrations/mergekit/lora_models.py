@@ -48,7 +48,12 @@ class LoraModel:
                 raise self._refusal(f"has {what}, at {found[0]}")
         missing = [key for key in (*self.factors, *self.biases, *self.trained) if key not in self.index.tensor_paths]
         if missing:
-            raise self._refusal(f"changes {missing[0]}, which is not in the base's files")
+            # Densely, PEFT changes the weight that it is tied to, too, and merges no bias where the base has none.
+            raise ValueError(
+                f"{name}: the adapter changes {missing[0]}, which is not in the base's files; expected LoRA on modules "
+                "of the base that are; nsc-merge import makes a recipe of the file that merges such an adapter, as an "
+                "adapter (output.formats: [lora]) where the base has no place for what it changes"
+            )
         for key, saved in adapter.base_weights.items():
             if key in self.index.tensor_paths and not torch.equal(base.get_tensor(key).to(saved.dtype), saved):
                 raise self._refusal(f"holds another {key} than the base, such as one with tokens added")

@@ -112,10 +112,23 @@ def from_mergekit(file: Path) -> Imported:
     _check_base(merge_method, document)
     found = translated(merge_method, Parameters(top, by_task, of_base))
     method = _checked(found, tasks)
-    dtype = _dtype(document)
+    notes += [*found.notes, *_beside(merge_method, method.gives_with(found.options), tasks)]
     return Imported(
-        file, merge_method, base, revision, tasks, method, found.options, dtype, [*notes, *found.notes]
+        file, merge_method, base, revision, tasks, method, found.options, _dtype(document), notes
     )
+
+
+def _beside(merge_method: str, gives: str, tasks: list[Task]) -> list[str]:
+    """What a method of more than a sum leaves to a sum here, where mergekit's merges every tensor alike."""
+    held = {path: None for task in tasks for path in task.whole}
+    held |= {f"biases of {path}": None for task in tasks for path, one in task.updates.items() if one.bias is not None}
+    if gives == "coefficients" or not held:
+        return []
+    first, more = next(iter(held)), len(held) - 1
+    return [
+        f"{first}{f' and {more} more' if more else ''}: no update of low rank, which a recipe adds up, where mergekit "
+        f"runs {merge_method} over all tensors; {IN_MERGEKIT}."
+    ]
 
 
 def _checked(found: Translation, tasks: list[Task]) -> Method:

@@ -123,9 +123,12 @@ def translated(method: str, parameters: Parameters) -> Translation:
         RecipeError: naming the method or the parameter that has no counterpart, with why and what there is instead.
     """
     if method in FAMILIES:
-        return _of_differences(method, FAMILIES[method], parameters)
+        found = _of_differences(method, FAMILIES[method], parameters)
+        masks = MASKS.get(FAMILIES[method].drops or "")
+        own = ("weight", "density", *((masks.parameter,) if masks else ()))
+        return _with_unknown(method, found, parameters, own, ("int8_mask", "normalize", "rescale", "lambda"))
     if method == "linear":
-        return _linear(parameters)
+        return _with_unknown(method, _linear(parameters), parameters, ("weight",), ("normalize",))
     if method.startswith(PREFIX):
         return _own(method.removeprefix(PREFIX), parameters)
     if method in WITHOUT_COUNTERPART:
@@ -137,6 +140,21 @@ def translated(method: str, parameters: Parameters) -> Translation:
     raise RecipeError(
         f"merge_method: expected one of {_known()}, found {method!r:.60}{did_you_mean(method, known)}; {IN_MERGEKIT}"
     )
+
+
+def _with_unknown(
+    method: str, found: Translation, parameters: Parameters, own: Sequence[str], shared: Sequence[str]
+) -> Translation:
+    """With a note on every parameter that the method does not have, or not for one model; mergekit looks over both."""
+    unknown = {name: "" for name in parameters.shared if name not in (*own, *shared)}
+    for values in parameters.of_tasks.values():
+        for name, value in values.items():
+            if name not in own and (name not in parameters.shared or parameters.shared[name] != value):
+                unknown.setdefault(name, " for one model" if name in shared else "")
+    found.notes += [
+        f"mergekit has no parameter {name}{of} in {method}, either: left out." for name, of in unknown.items()
+    ]
+    return found
 
 
 def _known() -> str:
