@@ -40,6 +40,8 @@ def encode_text(
         ValueError: naming a sample that has no token, or too many where none may be cut.
     """
     texts = [_text(sample, template or tokenizer) for sample in samples]
+    for sample, (text, _) in zip(samples, texts, strict=True):
+        _check_unicode(text, sample.where)
     tokenizer.truncation_side = settings.truncation_side
     most = _longest(base, settings)
     found: list[Encoded] = [{}] * len(samples)
@@ -118,6 +120,7 @@ def _pair(
 ) -> Encoded:
     """What the processor makes of one sample, which is added to ``cut`` where that is not all of its text."""
     text, references = _image_text(sample, processor)
+    _check_unicode(text, sample.where)
     images = [reader.open(one, sample.where) for one in references]
     bos = processor.tokenizer.bos_token
     given: dict[str, Any] = {"text": [text], "images": images or None, "return_tensors": "pt"}
@@ -147,6 +150,17 @@ def _pair(
     _add_mask(one, base)
     _check_tokens(one[TOKENS], len(one[TOKENS]) - of_images, room, sample.where, base)
     return one
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which strings of Python may hold and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: holds {text[error.start]!r}, half of a character, which is no text; expected text that UTF-8 "
+            "can write: text.encode('utf-8', 'replace').decode() has a question mark in its place"
+        ) from None
 
 
 def _text(sample: Sample, template: Any) -> tuple[str, bool]:

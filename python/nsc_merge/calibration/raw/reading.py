@@ -28,6 +28,7 @@ from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.tables import (
     dataset,
     hub_dataset,
+    in_plain_rows,
     is_dataset,
     is_saved_dataset,
     parquet,
@@ -133,9 +134,9 @@ def calibration_data(
 
     Args:
         source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
-            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table of pandas, a list of rows, texts
-            or images, or the hub id
-            ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
+            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table or column of pandas, polars or
+            pyarrow, a list of rows, texts or images, or the hub id ``owner/name`` of a dataset where there is no such
+            folder; ``.safetensors`` of inputs as they are.
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
         base_revision: of a base from the hub.
@@ -163,8 +164,7 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     """
     if is_dataset(source):
         return dataset(source, settings, argument)
-    if type(source).__module__.partition(".")[0] == "pandas" and hasattr(source, "to_dict"):
-        source = source.to_dict("records")
+    source = in_plain_rows(source)
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
         rows = [{TEXT: row} if isinstance(row, str) else {IMAGE: row} if is_image(row) else row for row in source]
         if not rows or not all(isinstance(row, dict) for row in rows):

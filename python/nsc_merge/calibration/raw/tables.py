@@ -15,10 +15,14 @@ from typing import Any
 from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.errors import hub_problem
+from nsc_merge.utils.json_text import from_json
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28
 _SPLIT = "train"
+
+# Column -> the names of its classes.
+_Classes = dict[str, list[str]]
 
 
 def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> Source:
@@ -43,6 +47,8 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
     groups = [(table, group) for table in opened for group in range(table.num_row_groups)]
     ends = list(accumulate(table.metadata.row_group(group).num_rows for table, group in groups))
 
+    classes = {column: names for table in opened for column, names in _classes_in(table).items()}
+
     def rows(numbers: Sequence[int]) -> list[Row]:
         found: dict[int, Row] = {}
         wanted = sorted(numbers)
@@ -53,7 +59,8 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
                     part = table.read_row_group(group).take([number - start for number in some])
                 except (ValueError, OSError) as error:
                     raise _damaged(Path(name), error, argument) from None
-                found |= dict(zip(some, part.to_pylist(), strict=True))
+                named = (_with_names(row, classes) for row in part.to_pylist())
+                found |= dict(zip(some, named, strict=True))
         return [found[number] for number in numbers]
 
     twice = next((one for table in opened if (one := _twice(table.schema_arrow.names)) is not None), None)
@@ -72,6 +79,23 @@ def _twice(names: Sequence[str]) -> str | None:
 def is_dataset(value: Any) -> bool:
     """Whether it is an object of ``datasets``."""
     return type(value).__module__.partition(".")[0] == "datasets"
+
+
+def in_plain_rows(value: Any) -> Any:
+    """The rows of a table of pandas, polars or pyarrow, the values of a column of one or of an array of texts, None
+    where they hold nothing; anything else as it is.
+    """
+    package = type(value).__module__.partition(".")[0]
+    if package == "pandas" and hasattr(value, "notna"):
+        # Missing texts are NaN there.
+        held = value.astype(object).where(value.notna(), None)
+        return held.to_dict("records") if held.ndim == 2 else held.tolist()
+    for module, rows in (("polars", "to_dicts"), ("polars", "to_list"), ("pyarrow", "to_pylist")):
+        if package == module and hasattr(value, rows):
+            return getattr(value, rows)()
+    if package == "numpy" and getattr(value, "ndim", 0) == 1:
+        return value.tolist()
+    return value
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -101,7 +125,8 @@ def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     datasets = _needed("datasets", argument)
     _, chosen = split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
-        return _drawn_at_once(_undecoded(chosen), settings, argument)
+        stored, classes = _as_stored(chosen)
+        return _drawn_at_once((_with_names(row, classes) for row in stored), settings, argument)
     return _mapped(chosen, type(chosen).__name__, argument, {}, None)
 
 
@@ -122,19 +147,58 @@ def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
 def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folder: Path | None) -> Source:
     if not len(chosen):
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
-    stored = _undecoded(chosen)
-    columns = tuple(stored.column_names)
-    return Source(name, len(stored), columns, lambda numbers: [stored[number] for number in numbers], sha256, folder)
+    if chosen.format["type"] == "custom":
+        # What a function of the user's own makes of the rows, which may have other columns.
+        stored, classes, columns = chosen, {}, tuple(chosen[0])
+    else:
+        stored, classes = _as_stored(chosen)
+        columns = tuple(stored.column_names)
+
+    def rows(numbers: Sequence[int]) -> list[Row]:
+        return [_with_names(stored[number], classes) for number in numbers]
+
+    return Source(name, len(stored), columns, rows, sha256, folder)
 
 
-def _undecoded(chosen: Any) -> Any:
-    """A dataset whose images stay bytes until they are opened."""
-    from datasets import Image
+def _as_stored(chosen: Any) -> tuple[Any, _Classes]:
+    """A dataset whose values are as they are stored, not tensors or tables of them (``set_format``), and whose images
+    stay bytes until they are opened; and its columns of classes.
+    """
+    from datasets import ClassLabel, Image
 
+    shown = getattr(chosen, "format", {}).get("columns")
+    chosen = chosen.with_format(None)
+    if shown is not None and list(shown) != chosen.column_names:
+        chosen = chosen.select_columns(list(shown))
+    classes = {}
     for column, kind in (chosen.features or {}).items():
         if isinstance(kind, Image):
             chosen = chosen.cast_column(column, Image(decode=False))
-    return chosen
+        elif isinstance(kind, ClassLabel):
+            classes[column] = list(kind.names)
+    return chosen, classes
+
+
+def _classes_in(table: Any) -> _Classes:
+    """The columns of classes of a Parquet file that ``datasets`` wrote."""
+    written = (table.schema_arrow.metadata or {}).get(b"huggingface")
+    if written is None:
+        return {}
+    try:
+        features = from_json(written, "")["info"]["features"]
+        found = {column: kind["names"] for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _with_names(row: Row, classes: _Classes) -> Row:
+    """A row with the names of classes in the place of their numbers; None where the number is of none, as -1 is."""
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int):
+            row = {**row, column: names[number] if 0 <= number < len(names) else None}
+    return row
 
 
 def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -> Source:
