@@ -53,6 +53,10 @@ REFUSED = {
 }
 # Rows whose outcome other tests show: file below tests/merge, and test.
 ELSEWHERE = {
+    "LoHa, LoKr, VeRA, MiSS, FourierFT and other kinds of PEFT": (
+        "adapters/test_peft_config.py",
+        "test_another_kind_of_adapter_becomes_lora_as_the_message_says",
+    ),
     "LoRA on Conv1D (GPT-2)": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
     "LoRA on convolutions": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
     "a larger vocabulary": ("models/test_vocabulary.py", "test_one_adapter_with_added_tokens_is_what_peft_runs"),

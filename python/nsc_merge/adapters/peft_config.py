@@ -25,6 +25,9 @@ _REFUSED = {
 }
 # Initialisations that move a part of the base weights into the factors.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Other kinds of adapters: those that are tokens in front of the input, and those that PEFT's save_as_lora refuses.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+_NOT_CONVERTED = ("ADALORA", "BOFT", "HRA", "IA3", "LN_TUNING", "OFT", "SHIRA", "TRAINABLE_TOKENS")
 # What LoraConfig of PEFT 0.21 and earlier ones holds beside, of which none changes what trained factors mean.
 _HARMLESS = frozenset(
     (
@@ -54,10 +57,7 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
     kind = config.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind != "LORA":
-        cure = "; PEFT makes LoRA of most other kinds: peft.save_as_lora(FOLDER, peft_model, rank=RANK)"
-        raise ValueError(
-            f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}{cure * isinstance(kind, str)}"
-        )
+        raise ValueError(f"adapters[{name!r}]: peft_type: expected 'LORA', found {kind!r:.60}{_cure(kind)}")
     for setting, reason in _REFUSED.items():
         if config.get(setting) and not (setting == "use_dora" and dora != "refuse"):
             raise ValueError(
@@ -83,6 +83,20 @@ def check_config(name: str, config: Mapping[str, Any], dora: str) -> None:
             f"adapters[{name!r}]: bias: expected 'none', found {config['bias']!r:.60}: the base's biases were "
             "trained; train with bias='none' (lora_bias=True gives LoRA its own), or leave this task out of the merge"
         )
+
+
+def _cure(kind: Any) -> str:
+    """The way from an adapter of another kind to LoRA."""
+    if not isinstance(kind, str):
+        return ""
+    if kind.endswith(_PROMPTS):
+        return ", which changes what the model reads and no weight; leave this task out of the merge"
+    if kind in _NOT_CONVERTED:
+        return (
+            ", of which PEFT makes no LoRA; peft_model.merge_and_unload() makes a whole model of it, of which "
+            "mergekit-extract-lora takes the difference from the base as LoRA"
+        )
+    return "; PEFT makes LoRA of most other kinds: peft.save_as_lora(FOLDER, peft_model, rank=RANK)"
 
 
 def unknown_settings(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -189,3 +189,21 @@ def test_another_kind_of_adapter_becomes_lora_as_the_message_says(tmp_path):
     layer = made.base_model.model[0]
     update = load_adapter(tmp_path / "lora", "x").factors["0"].delta()
     assert torch.allclose(update.float(), layer.get_delta_weight("default"), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "ADALORA", "HRA", "SHIRA"])
+def test_of_kinds_that_peft_makes_no_lora_of_the_message_says_so(kind, tmp_path):
+    settings = {"IA3": {"feedforward_modules": []}, "OFT": {"r": 0, "oft_block_size": 2}, "SHIRA": {"r": 1}}
+    settings["ADALORA"] = {"total_step": 9}
+    config = peft.get_peft_config({"peft_type": kind, "target_modules": ["0"], **settings.get(kind, {})})
+    made = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 6)), config)
+    made.save_pretrained(tmp_path / "made")
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.save_as_lora(tmp_path / "lora", made, rank=4)
+    with pytest.raises(ValueError, match=rf"found '{kind}', of which PEFT makes no LoRA; .*merge_and_unload\(\)"):
+        load_adapter(tmp_path / "made", "x")
+
+
+def test_of_prompts_there_is_no_weight_to_merge():
+    with pytest.raises(ValueError, match="found 'PROMPT_TUNING', which changes what the model reads and no weight"):
+        load_adapter({"config": {"peft_type": "PROMPT_TUNING"}, "weights": {}}, "x")
