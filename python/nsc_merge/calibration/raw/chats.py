@@ -1,17 +1,22 @@
-"""Chats as OpenAI's and ShareGPT's formats have them, made messages of one form."""
+"""Chats as OpenAI's and ShareGPT's formats have them, with calls of tools, made messages of one form."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from nsc_merge.utils.json_text import from_json
 
 Message = dict[str, Any]
 
-# As ShareGPT calls them.
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+# As ShareGPT calls them, and those who write calls of tools in it.
+_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "function_call": "assistant", "observation": "tool",
+}
+_CALL = "function_call"
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -51,6 +56,8 @@ def _message(one: dict[str, Any], where: str) -> Message:
         others = {name: held for name, held in one.items() if name not in ("role", "content") and held is not None}
     else:
         role, content, others = _ROLES.get(str(one["from"]), one["from"]), one["value"], {}
+        if one["from"] == _CALL:
+            others, content = {"tool_calls": _calls(content, where)}, None
     if role not in _KNOWN:
         raise ValueError(f"{where}: expected a role of {[*_KNOWN, *_ROLES]}, found {role!r:.40}")
     if isinstance(content, list):
@@ -60,7 +67,60 @@ def _message(one: dict[str, Any], where: str) -> Message:
         content = ""
     elif not isinstance(content, str):
         raise ValueError(f"{where}: expected text or a list of parts as content, found {content!r:.60}")
+    if isinstance(others.get("tool_calls"), list):
+        others["tool_calls"] = [_called(call) for call in others["tool_calls"]]
     return {"role": role, "content": content, **others}
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls that a ShareGPT message ``function_call`` holds: one, or a list of them, mostly as JSON in a text."""
+    found = from_json(value, f"{where}: the call of a tool") if isinstance(value, str) else value
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or not {"name", "arguments"} <= set(call):
+            raise ValueError(f"{where}: expected a call of a tool {{name, arguments}}, found {call!r:.60}")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _called(call: Any) -> Any:
+    """A call whose arguments are an object, as chat templates expect them, and not the JSON that OpenAI's format has:
+    a template would quote it once more. What a model wrote that is no JSON stays as it is.
+    """
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        with suppress(ValueError):
+            arguments = from_json(arguments, "")
+    return without_nulls({**call, "function": {**function, "arguments": arguments or {}}})
+
+
+def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """The tools that a chat may call, as chat templates take them; None where there are none.
+
+    Raises:
+        ValueError: naming the row, what was found and what was expected.
+    """
+    if isinstance(value, str) and value.strip():
+        with suppress(ValueError):
+            value = from_json(value, "")
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ValueError(
+            f"{where}: tools: expected a list of functions that the chat may call, found {value!r:.60}; a column of "
+            "other things needs another name"
+        )
+    whole = ({"type": "function", "function": one} if "name" in one else one for one in value)
+    return [without_nulls(one) for one in whole]
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the keys that hold nothing there, with which Arrow makes all objects alike."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:

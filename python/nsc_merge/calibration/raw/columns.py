@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
-from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of
+from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of, tools_of
 from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -17,6 +17,8 @@ from nsc_merge.utils.option_checks import did_you_mean
 # Where none is named, the first of these that there is, else the only column of texts.
 TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
 CHAT_COLUMNS = ("messages", "conversations")
+# Beside a chat, the functions that it may call.
+TOOLS = "tools"
 IMAGE_COLUMNS = ("image", "images", "image_path", "file_name")
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -31,12 +33,14 @@ class Sample:
         text: as it is; None where there is a chat, or images alone.
         messages: of a chat.
         images: what the row holds of them; they are not open yet.
+        tools: that the chat may call.
     """
 
     where: str
     text: str | None = None
     messages: list[Message] | None = None
     images: list[Any] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ class Columns:
         if self.messages is not None:
             if self.messages not in row:
                 raise ValueError(f"{where}: lacks the column {self.messages!r}")
-            return Sample(where, messages=messages_of(row[self.messages], where), images=images)
+            messages = messages_of(row[self.messages], where)
+            return Sample(where, messages=messages, images=images, tools=tools_of(row.get(TOOLS), where))
         if self.text is None:
             if not images:
                 raise ValueError(f"{where}: holds no image in column {self.image!r}")

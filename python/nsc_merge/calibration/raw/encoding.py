@@ -185,7 +185,7 @@ def _rendered(sample: Sample, template: Any, messages: Any = None) -> str:
     # Where the model is to answer, it sees in use what its answer begins with.
     asks = messages[-1]["role"] in ("user", "tool")
     try:
-        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return template.apply_chat_template(messages, tools=sample.tools, tokenize=False, add_generation_prompt=asks)
     except Exception as error:
         # Templates are programs that raise what they like, such as on roles that do not alternate.
         raise ValueError(

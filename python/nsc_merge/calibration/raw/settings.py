@@ -17,8 +17,9 @@ class DataSettings:
         text: name of the column that holds the text, or a template over columns such as ``"{question}\\n{answer}"``;
             None takes the one column that can only be it.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the
-            tokenizer's chat template, with the prompt for an answer where the last turn is the user's; None takes
-            ``messages`` or ``conversations`` where there is one and no ``text`` is named.
+            tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
+            functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where
+            there is one and no ``text`` is named.
         image: name of the column that holds an image or its path, relative to the file; None takes ``image``.
         split: of a dataset that has several, or of a folder whose files, or folders of images, are called by them
             (``train-0.parquet``, ``test/``); None takes ``"train"``, or the only one.

@@ -149,7 +149,7 @@ def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folde
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
     if chosen.format["type"] == "custom":
         # What a function of the user's own makes of the rows, which may have other columns.
-        stored, classes, columns = chosen, {}, tuple(chosen[0])
+        stored, columns, classes = chosen, tuple(chosen[0]), _Classes()
     else:
         stored, classes = _as_stored(chosen)
         columns = tuple(stored.column_names)
