@@ -29,12 +29,12 @@ def module(path: str) -> ModuleType:
 
 def problems() -> ModuleType:
     """The checks here draw the same problems as the tests and hold to the same criterion."""
-    return module("triton/problems.py")
+    return module("triton_kernels/problems.py")
 
 
 def device(dry_run: bool) -> torch.device:
     """The GPU, or the CPU for a dry run, for which Triton's interpreter is taught bfloat16 first."""
     if dry_run:
-        module("triton/interpreter_bf16.py").apply()
+        module("triton_kernels/interpreter_bf16.py").apply()
         compiled.options = {"backend": "aot_eager"}  # traced and not compiled, which takes half a minute on a CPU
     return measuring.device(dry_run)

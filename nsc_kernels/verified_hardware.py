@@ -16,7 +16,7 @@ the binding refuses tensors that do not fit.
 
 What withdraws none: edits and moves of anything else, such as which backend a call goes to, what a backend rejects, the
 reference, the operators, autograd. Files in ``SOURCES`` import nothing of the project but each other, so that no move
-elsewhere is an edit here; tests/triton/test_triton_backend.py holds them to it.
+elsewhere is an edit here; tests/triton_kernels/test_triton_backend.py holds them to it.
 """
 
 from __future__ import annotations

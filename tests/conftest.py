@@ -33,7 +33,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*_places, *filter(None, [os.environ.
 
 
 # Of few tests, some of which take a minute: begun first, they leave no core idle at the end.
-_LONG = ("test_packaging.py", "test_guides.py", "triton", "cuda", "quality", "bench", "merge/processes")
+_LONG = ("test_packaging.py", "test_guides.py", "triton_kernels", "cuda", "quality", "bench", "merge/processes")
 # Files that measure what is trained or compiled once per session, which two workers would each do anew.
 _TOGETHER = {
     f"tests/{folder}/test_{folder}_{name}.py": f"{folder}, {shared}"

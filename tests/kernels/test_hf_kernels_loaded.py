@@ -111,7 +111,7 @@ def test_alone_its_triton_kernels_run(alone: Any) -> None:
     """In Triton's interpreter, float32."""
     pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on a machine with a GPU, tests/triton runs the same files on it")
+        pytest.skip("on a machine with a GPU, tests/triton_kernels runs the same files on it")
     found, expected = alone
     for name in oc.OUTPUTS:
         ours = found[f"triton.{name}"]
