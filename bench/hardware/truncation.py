@@ -4,8 +4,8 @@
 
 First the unit alone: 1 + 15 x 2^-e in one product of 16 columns, for e = 24 .. 27. Rounded to nearest, or cut off after
 how many more bits? Then the error of quad on two layers, by eager float32, by cuBLAS on tensor cores and by the Triton
-kernel, each over the bound of tests/triton_kernels/problems.py. If cuBLAS, which nobody doubts, is far below it and a faulty
-kernel (tests/cuda/test_cuda_criterion.py: 18 times and more) far above, the criterion decides.
+kernel, each over the bound of tests/triton_kernels/problems.py. If cuBLAS, which nobody doubts, is far below it and a
+faulty kernel (tests/cuda/test_cuda_criterion.py: 18 times and more) far above, the criterion decides.
 """
 
 from __future__ import annotations
