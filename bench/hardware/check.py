@@ -5,8 +5,8 @@
 
 Every case runs forward and backward against float64 on the GPU, with memory poisoned by NaN, and is held to the
 criterion of tests/triton_kernels/problems.py: twice the error of eager torch in the same dtype with the same rounding
-points, and what matrix units that cut off may lose. Then the same inputs again, which must give the same bits, in every way of
-calling (repeats.py). Trials run in processes of their own (trials.py). Exits with 1 if any trial fails, with 3
+points, and what matrix units that cut off may lose. Then the same inputs again, which must give the same bits, in every
+way of calling (repeats.py). Trials run in processes of their own (trials.py). Exits with 1 if any trial fails, with 3
 if some are left to another run.
 """
 

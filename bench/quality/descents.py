@@ -61,8 +61,8 @@ class _Steered:
     def replay(self, drawn: Sequence[Batch]) -> None:
         self._objective.replay(drawn)
 
-    def recall(self, tensors: Mapping[str, Tensor]) -> None:
-        self._objective.recall(tensors)
+    def recall(self, tensors: Mapping[str, Tensor], dead: Tensor) -> None:
+        self._objective.recall(tensors, dead)
 
 
 def descended_nsc(
