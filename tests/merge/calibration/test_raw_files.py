@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import pickle
 import zipfile
 from pathlib import Path
@@ -159,8 +161,26 @@ WRONG = {
     "nothing.md": (b"", "is empty; expected .jsonl"),
     "one.png": (b"\x89PNG\r\n\x1a\n", "is one image; give the folder"),
     "weights": ((2).to_bytes(8, "little") + b"{}", "looks like safetensors: call it .safetensors if"),
+    "a.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "a.jsonl.gz is damaged"),
+    "a.csv.xz": (b"text\na\n", "a.csv.xz is damaged"),
+    "a.md.gz": (gzip.compress(b"a"), "looks compressed by gzip: unpack it with gunzip, or call it by what is in it"),
+    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd", "looks compressed by zstd: unpack it with unzstd"),
     "torn.parquet": (b"PAR1 and no more", "torn.parquet is damaged"),
 }
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("BZ2", bz2.compress), ("xz", lzma.compress)])
+def test_packed_files_give_the_rows_that_are_in_them(tmp_path, suffix, pack):
+    for name in ("lines.jsonl", "list.json", "commas.csv", "tabs.tsv"):
+        file = tmp_path / f"{name}.{suffix}"
+        file.write_bytes(pack(FORMATS[name].encode()))
+        assert rows_in(file) == ROWS
+    # As repositories on the hub have their splits.
+    for split, row in zip(("test", "train"), ROWS, strict=True):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl.{suffix}").write_bytes(pack(json.dumps(row).encode()))
+    assert rows_in(tmp_path / "data") == [ROWS[1]]
+    assert rows_in(tmp_path / "data", DataSettings(split="test")) == [ROWS[0]]
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -218,6 +218,28 @@ def test_a_table_beside_images_names_them(tmp_path, vit):
     assert set(batches.sha256) == {"metadata.jsonl", "images", "samples"}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_table_above_folders_of_splits_is_read_for_the_split_that_is_taken(tmp_path, vit, kind):
+    """Of the samples to be held out none is seen."""
+    rows = []
+    for number, split in enumerate(("test", "train")):
+        picture_of = tmp_path / "photos" / split / "deep"
+        picture_of.mkdir(parents=True)
+        picture(number).save(picture_of / "0.png")
+        rows.append({"file_name": f"{split}/deep/0.png", "label": "a"})
+    table = tmp_path / "photos" / f"metadata.{kind}"
+    if kind == "csv":
+        table.write_text("file_name,label\n" + "".join(f"{row['file_name']},a\n" for row in rows))
+    else:
+        write_rows(table, rows)
+    assert torch.equal(stacked(made(tmp_path / "photos", vit)), pixels([picture(1)]))
+    assert torch.equal(stacked(made(tmp_path / "photos", vit, split="test")), pixels([picture(0)]))
+    assert len(stacked(made(table, vit))) == 2
+    table.write_text(table.read_text().replace("train/", "gone/"))
+    with pytest.raises(ValueError, match=f"metadata.{kind} names none of the 1 images of the split that is taken"):
+        made(tmp_path / "photos", vit)
+
+
 def test_a_processor_is_needed_and_can_be_named(tmp_path, vit):
     bare = vision_base(tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()

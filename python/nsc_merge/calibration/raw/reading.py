@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.columns import Sample, choose
-from nsc_merge.calibration.raw.drawing import Source, in_order, listed
+from nsc_merge.calibration.raw.drawing import Row, Source, in_order, listed
 from nsc_merge.calibration.raw.images import IMAGE, ImageReader, image_files, image_folder, is_image
 from nsc_merge.calibration.raw.preprocessors import (
     Base,
@@ -35,7 +35,7 @@ from nsc_merge.calibration.raw.tables import (
     saved_dataset,
     split_of,
 )
-from nsc_merge.calibration.raw.text_files import READERS, TEXT, rows_of_text
+from nsc_merge.calibration.raw.text_files import READERS, TEXT, kind_of, rows_of_text
 from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 
@@ -133,10 +133,10 @@ def calibration_data(
     >>> french = nsc_merge.calibration_data("french.jsonl", model, text="{question}\\n{answer}", samples=512)
 
     Args:
-        source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.txt``), a folder of them or of
-            images, a folder of ``save_to_disk``, a dataset of ``datasets``, a table or column of pandas, polars or
-            pyarrow, a list of rows, texts or images, or the hub id ``owner/name`` of a dataset where there is no such
-            folder; ``.safetensors`` of inputs as they are.
+        source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, each also packed as ``.gz``, ``.bz2`` or
+            ``.xz``; ``.parquet``), a folder of them or of images, a folder of ``save_to_disk``, a dataset of
+            ``datasets``, a table or column of pandas, polars or pyarrow, a list of rows, texts or images, or the hub
+            id ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
         base_revision: of a base from the hub.
@@ -150,7 +150,7 @@ def calibration_data(
             hint = did_you_mean(name, DataSettings.__dataclass_fields__)
             raise ValueError(f"calibration_data: {name}: no such setting{hint}")
     named = isinstance(source, str) and not Path(source).exists() and is_hub_id(source, Path.cwd())
-    local = not named or Path(str(source)).suffix.lower() in (*READERS, _PARQUET, _INPUTS)
+    local = not named or kind_of(Path(str(source))) in (*READERS, _PARQUET, _INPUTS)
     return batches_of(
         source, base, DataSettings(**settings), batch_size, "source", local=local, base_revision=base_revision
     )
@@ -242,14 +242,17 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         raise refused_folder(folder, argument)
     if images := image_files(folder):
-        if (table := _table_in(folder)) is not None:
-            return _without_splits(_files([table], str(table), folder, argument), settings, argument)
         # Names of photos say what is on them.
         folders = {file: file.relative_to(folder).parts[:-1] for file in images}
         split, images = _of_split(folders, folder, settings, argument)
         above = Path(os.path.commonpath([file.parent for file in images]))
-        table = _table_in(above)
-        found = image_folder(folder, images) if table is None else _files([table], str(table), above, argument)
+        around = (place for place in (above, *above.parents) if place.is_relative_to(folder))
+        table = next((table for place in around if (table := _table_in(place)) is not None), None)
+        if table is None:
+            found = image_folder(folder, images)
+        else:
+            found = _files([table], str(table), table.parent, argument)
+            found = _rows_of_images(found, table.parent, set(images), argument) if split else found
         if table is None and (data := _data_in(folder)):
             found = replace(found, name=f"{folder} (its images, {data[0].name} is not read)")
         return _named(found, split, settings, argument)
@@ -259,7 +262,7 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
     if not data:
         raise refused_folder(folder, argument)
     split, data = _of_split({file: (file.stem,) for file in data}, folder, settings, argument)
-    kinds = sorted({file.suffix.lower() for file in data})
+    kinds = sorted({kind_of(file) for file in data})
     if len(kinds) > 1:
         raise ValueError(f"{argument}: {folder} holds files of several kinds, {kinds}; name the one that is meant")
     return _named(_files(data, str(folder), folder, argument), split, settings, argument)
@@ -267,7 +270,20 @@ def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
 
 def _data_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-    return [file for file in files if file.suffix.lower() in (*READERS, _PARQUET)]
+    return [file for file in files if kind_of(file) in (*READERS, _PARQUET)]
+
+
+def _rows_of_images(found: Source, folder: Path, images: Set[Path], argument: str) -> Source:
+    """The rows of a table, beside folders of splits, that name some of the images."""
+
+    def is_meant(row: Row) -> bool:
+        held = chain.from_iterable(value if isinstance(value, list) else [value] for value in row.values())
+        return any(isinstance(one, str) and folder / one in images for one in held)
+
+    rows = [row for row in found.rows(range(found.count)) if is_meant(row)]
+    if not rows:
+        raise ValueError(f"{argument}: {found.name} names none of the {len(images)} images of the split that is taken")
+    return listed(found.name, rows, found.sha256, folder)
 
 
 def _table_in(folder: Path) -> Path | None:
@@ -314,10 +330,10 @@ def _without_splits(found: Source, settings: DataSettings, argument: str) -> Sou
 
 def _files(files: Sequence[Path], name: str, folder: Path, argument: str) -> Source:
     """A source of files of one kind."""
-    suffix = files[0].suffix.lower()
-    if suffix == _PARQUET:
+    kind = kind_of(files[0])
+    if kind == _PARQUET:
         return parquet(files, name, folder, argument)
-    if suffix not in READERS:
+    if kind not in READERS:
         raise refused_file(files[0], argument)
     rows, sha256 = [], {}
     for file in files:

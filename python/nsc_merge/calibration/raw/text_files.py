@@ -1,10 +1,14 @@
-"""Rows of files of text: JSON, one value or one a line; CSV; plain lines."""
+"""Rows of files of text: JSON, one value or one a line; CSV; plain lines; each also packed."""
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
+import lzma
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,14 @@ from nsc_merge.utils.json_text import from_json
 TEXT = "text"
 # The key of an object that holds the rows.
 _DATA = "data"
+# Suffix of a packed file -> what unpacks it.
+_PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 # Data are long where configurations are not; what a machine holds.
 _MOST_VALUES = 200_000_000
 
 
 def rows_of_text(file: Path, raw: bytes, argument: str) -> list[Row]:
-    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.txt`` file.
+    """The rows of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.txt`` file, or of such a one that is packed.
 
     Args:
         file: for its suffix, and for messages.
@@ -33,11 +39,23 @@ def rows_of_text(file: Path, raw: bytes, argument: str) -> list[Row]:
         ValueError: naming file and line, what was found and what was expected.
     """
     place = f"{argument}: {file}"
+    if (unpack := _PACKED.get(file.suffix.lower())) is not None:
+        try:
+            raw = unpack(raw)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{place} is damaged: {error}") from None
     text = _decoded(raw, file, place)
-    rows = READERS[file.suffix.lower()](text, place)
+    rows = READERS[kind_of(file)](text, place)
     if not rows:
         raise ValueError(f"{place} holds no row; expected at least one")
     return rows
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says how a file is read, in lower case: of a packed one, that of what is in it."""
+    suffix = file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return inner if suffix in _PACKED and inner in READERS else suffix
 
 
 def _decoded(raw: bytes, file: Path, place: str) -> str:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 ACCEPTED = (
-    ".jsonl, .json, .csv, .tsv, .parquet or .txt, a folder of them or of images, a folder written by "
-    "datasets' save_to_disk, or .safetensors of model inputs"
+    ".jsonl, .json, .csv, .tsv, .txt (each also packed as .gz, .bz2 or .xz) or .parquet, a folder of them or of images, "
+    "a folder written by datasets' save_to_disk, or .safetensors of model inputs"
 )
 _PICKLE = (
     "looks like a pickle, as torch.save and pickle write it, which is never opened; expected text or images, or model "
@@ -19,10 +19,10 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"PAR1", "looks like a Parquet file: call it .parquet"),
     (b"ARROW1", "looks like an Arrow file; write it as .parquet, or give the folder of datasets' save_to_disk"),
     (b"\xff\xff\xff\xff", "looks like an Arrow stream; write .parquet, or give the folder of datasets' save_to_disk"),
-    (b"\x1f\x8b", "looks compressed by gzip: unpack it with gunzip"),
+    (b"\x1f\x8b", "looks compressed by gzip: unpack it with gunzip, or call it by what is in it, such as .jsonl.gz"),
     (b"\x28\xb5\x2f\xfd", "looks compressed by zstd: unpack it with unzstd"),
-    (b"BZh", "looks compressed by bzip2: unpack it with bunzip2"),
-    (b"\xfd7zXZ", "looks compressed by xz: unpack it with unxz"),
+    (b"BZh", "looks compressed by bzip2: unpack it with bunzip2, or call it by what is in it, such as .jsonl.bz2"),
+    (b"\xfd7zXZ", "looks compressed by xz: unpack it with unxz, or call it by what is in it, such as .jsonl.xz"),
     (b"%PDF", "looks like a PDF; write its text as .txt, one sample a line, or as .jsonl"),
     (b"\xd0\xcf\x11\xe0", "looks like a spreadsheet or document of an office program: save it as CSV in UTF-8"),
     (b"\x89PNG", "is one image; give the folder of images"),
