@@ -31,8 +31,9 @@ import nsc_merge
 from nsc_merge.adapters import Adapter
 from nsc_merge.integrations.fusion_bench_layerwise import LayerWiseFactors
 from nsc_merge.integrations.fusion_bench_sources import as_factors, batches_of, is_dense, merged_into, updates_of
-from nsc_merge.methods import method_of
+from nsc_merge.methods import Method, method_of
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.option_checks import check_count
 
 PRETRAINED = "_pretrained_"
 # FusionBench's functions that load a model with an adapter, and their argument that says where the adapter is.
@@ -57,7 +58,9 @@ class NSCMerging(BaseAlgorithm):
         batch_size: of them.
         tolerance: relative error (Frobenius) up to which a difference of models counts as of low rank; None is
             rounding.
-        adapter_save_path: folder to which the merge is also written as a PEFT adapter, where it has one.
+        adapter_save_path: folder to which the merge is also written as a PEFT adapter.
+        adapter_rank: to which that is truncated; None writes the whole update, which methods of full rank have no
+            adapter for.
 
     Attributes:
         result: the last merge; None where models were compared instead of adapters.
@@ -74,6 +77,7 @@ class NSCMerging(BaseAlgorithm):
         batch_size: int = 16,
         tolerance: float | None = None,
         adapter_save_path: str | None = None,
+        adapter_rank: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -91,6 +95,9 @@ class NSCMerging(BaseAlgorithm):
         given: Any = self
         chosen, options = method_of(given.method), _plain(given.options) or {}
         chosen.check_names(options)
+        check_count("samples", given.samples)
+        check_count("batch_size", given.batch_size)
+        _check_adapter(chosen, options, given.adapter_save_path, given.adapter_rank)
         modelpool = BaseModelPool(modelpool) if isinstance(modelpool, Mapping) else modelpool
         if not modelpool.has_pretrained:
             raise ValueError(f"modelpool: expected a model called {PRETRAINED!r}, found {list(modelpool.model_names)}")
@@ -116,7 +123,7 @@ class NSCMerging(BaseAlgorithm):
         )
         self.result = result = nsc_merge.merge(base, adapters, data, method=chosen.name, **options)
         if given.adapter_save_path is not None:
-            result.save(given.adapter_save_path, format="lora")
+            result.save(given.adapter_save_path, format="lora", rank=given.adapter_rank)
         if result.per_task:
             return {name: result.for_task(name).apply(deepcopy(base)) for name in names}
         return result.apply(base)
@@ -222,6 +229,19 @@ class OnFactors(BaseAlgorithm):
                 setattr(inner, name, getattr(self, name))
         with on_factors():
             return inner.run(modelpool)
+
+
+def _check_adapter(method: Method, options: Mapping[str, Any], path: str | None, rank: int | None) -> None:
+    """Refuse what could not be written once everything is merged."""
+    if rank is not None:
+        check_count("adapter_rank", rank)
+        if path is None:
+            raise ValueError(f"adapter_rank: expected it with adapter_save_path, found {rank} and no path")
+    elif path is not None and method.gives_with(options) == "full rank":
+        raise ValueError(
+            f"adapter_save_path: the update of method {method.name!r} is of full rank, so that no small adapter holds "
+            "it exactly; expected an adapter_rank to truncate to, or no adapter_save_path"
+        )
 
 
 def source_of(modelpool: Any, name: str) -> Any:

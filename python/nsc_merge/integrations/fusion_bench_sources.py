@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -184,6 +185,11 @@ def _whole(delta: Tensor) -> Factor:
     return Factor(delta.new_empty(0, delta.shape[1]), delta.new_empty(delta.shape[0], 0), 1.0, dense=delta)
 
 
+def _tensor(value: Any) -> Tensor:
+    """By NumPy, which makes wide numbers of a list's whatever torch's default dtype is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+
+
 def batches_of(
     modelpool: Any, task: str, model: nn.Module, split: str | None, samples: int, batch_size: int
 ) -> list[dict[str, Tensor]]:
@@ -215,11 +221,16 @@ def batches_of(
         row = dataset[number]
         image = row[0] if isinstance(row, tuple | list) else row.get("image", row.get("img"))
         if image is None:
-            inputs = {name: torch.as_tensor(value) for name, value in row.items() if name in taken}
+            inputs = {name: _tensor(value) for name, value in row.items() if name in taken}
         elif isinstance(image, Tensor):
             inputs = {"pixel_values": image}
         else:
             if processor is None:
+                if not hasattr(modelpool, "load_processor"):
+                    raise ValueError(
+                        f"dataset: expected a pool with a processor for the images of {task!r}, such as "
+                        f"CLIPVisionLoRAPool, or rows with pixel_values, found a {type(modelpool).__name__}"
+                    )
                 processor = modelpool.load_processor()
             inputs = {"pixel_values": processor(images=[image], return_tensors="pt")["pixel_values"][0]}
         if not inputs:

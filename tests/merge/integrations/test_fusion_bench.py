@@ -183,6 +183,28 @@ def test_nsc_takes_unlabelled_data_of_the_pool(suite, tmp_path):
         NSCMerging(options=steps).run(LoRAPool({"_pretrained_": deepcopy(base), **folders}))
 
 
+def test_an_adapter_of_full_rank_is_truncated_or_refused_before_anything_is_merged(suite, tmp_path, monkeypatch):
+    base, _, folders = suite
+
+    def pool():
+        return LoRAPool({"_pretrained_": deepcopy(base), **folders})
+
+    algorithm = NSCMerging("ties", adapter_save_path=str(tmp_path / "merged"), adapter_rank=5)
+    algorithm.run(pool())
+    assert {factor.rank for factor in nsc_merge.load_adapter(tmp_path / "merged", "merged").factors.values()} == {5}
+    monkeypatch.setattr(ours.nsc_merge, "merge", None)
+    for settings, words in (
+        ({"adapter_save_path": str(tmp_path / "other")}, "adapter_save_path: .*'ties' is of full rank.*adapter_rank"),
+        ({"adapter_save_path": str(tmp_path / "other"), "adapter_rank": 0}, "adapter_rank: expected a whole number"),
+        ({"adapter_rank": 4}, "adapter_rank: expected it with adapter_save_path, found 4"),
+        ({"samples": -1}, "samples: expected a whole number of at least 1, found -1"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, found 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            NSCMerging("ties", **settings).run(pool())
+    assert not (tmp_path / "other").exists()
+
+
 def test_pools_of_theirs_whose_configuration_names_adapters(suite):
     base, _, folders = suite
     loader = "fusion_bench.modelpool.seq2seq_lm.modelpool.load_lora_model"

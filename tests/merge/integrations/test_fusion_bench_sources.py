@@ -57,6 +57,23 @@ def test_pictures_go_through_the_pools_processor():
     assert sorted(batch["pixel_values"][:, 0, 0, 0].tolist()) == [3, 5]
 
 
+def test_lists_of_numbers_are_not_rounded_to_the_default_dtype():
+    pixels = [image.tolist() for image, _ in images(0)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (batch,) = batches_of(Pool(test=[{"pixel_values": one} for one in pixels]), "task", clip(), None, 8, 8)
+    finally:
+        torch.set_default_dtype(before)
+    assert sorted(batch["pixel_values"].flatten().tolist()) == sorted(torch.tensor(pixels).flatten().tolist())
+
+
+def test_pictures_need_a_pool_with_a_processor(monkeypatch):
+    monkeypatch.delattr(Pool, "load_processor")
+    with pytest.raises(ValueError, match="expected a pool with a processor for the images of 'task'.*found a Pool"):
+        batches_of(Pool(test=[{"image": 3}]), "task", clip(), None, samples=1, batch_size=1)
+
+
 def test_rows_of_inputs_lose_their_labels_and_get_a_start_token():
     base = t5()
     (batch,) = batches_of(Pool(test=texts(0)), "task", base, None, samples=3, batch_size=4)
