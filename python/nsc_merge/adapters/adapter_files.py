@@ -124,7 +124,19 @@ def _cure(folder: Path) -> str:
         )
     else:
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
-        return f"; expected the folder of one adapter, such as {folder / inside[-1]}" if inside else ""
+        if inside:
+            return f"; expected the folder of one adapter, such as {folder / inside[-1]}"
+        if (folder / "adapters.safetensors").is_file():
+            return (
+                f"; adapters.safetensors is of MLX; in {WEIGHTS_FILE} lora_A.weight and lora_B.weight are its lora_a "
+                f"and lora_b transposed, and in {CONFIG_FILE} lora_alpha is its scale times r"
+            )
+        if any(folder.glob("model*.safetensors")):
+            return (
+                "; a whole model is no adapter: where it was trained from the base, mergekit-extract-lora makes an "
+                "adapter of what it changed"
+            )
+        return ""
     return f"; pickles are never opened, and parts not put together; to convert: python -c {shlex.quote(code)}"
 
 

@@ -87,3 +87,19 @@ def test_a_folder_of_adapters_names_one(folders):
     (parent / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"is missing \(found: \[\]\)$"):
         load_adapter(parent / "empty", "x")
+
+
+@pytest.mark.parametrize(
+    ("file", "way_out"),
+    [("adapters.safetensors", "is of MLX; .* lora_a and lora_b transposed"), ("model.safetensors", "a whole model")],
+)
+def test_files_of_something_else_are_named(tmp_path, file, way_out):
+    save_file({"weight": torch.zeros(2)}, tmp_path / file)
+    with pytest.raises(FileNotFoundError, match=rf"{CONFIG} is missing \(found: \['{file}'\]\); .*{way_out}"):
+        load_adapter(tmp_path, "x")
+
+
+def test_a_rank_other_than_the_configurations_is_no_matter_of_convolutions(folders, tmp_path):
+    config = {**json.loads((folders["plain"] / CONFIG).read_text()), "r": 7, "rank_pattern": {}}
+    with pytest.raises(ValueError, match=r"expected lora_A \[7, d_in\] .*by the configuration \(r, rank_.*\]$"):
+        load_adapter({"config": config, "weights": load_file(folders["plain"] / WEIGHTS)}, "x")

@@ -170,10 +170,10 @@ def _scaled(name: str, config: Mapping[str, Any], held: Mapping[str, Mapping[str
         rank, scalings[path] = settings.of(path)
         A, B = parts["lora_A.weight"], parts["lora_B.weight"]
         if A.shape[:1] != (rank,) or B.shape[1:] != (rank,):
+            groups = "; LoRA on a convolution in several groups is not merged, nor by PEFT" if len(A) == rank else ""
             raise ValueError(
                 f"adapters[{name!r}]: {path}: expected lora_A [{rank}, d_in] and lora_B [d_out, {rank}] by the "
-                f"configuration, found {list(A.shape)} and {list(B.shape)}; LoRA on a convolution in several groups is "
-                "not merged, nor by PEFT"
+                f"configuration (r, rank_pattern), found {list(A.shape)} and {list(B.shape)}{groups}"
             )
     return scalings
 
