@@ -21,12 +21,12 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       validation: data/count-val.safetensors   # for tune, and for methods that need data
       labels: labels                   # which tensor holds the labels
       metric: accuracy                 # or miou, f1, f1_binary, matthews, perplexity, pearson, spearman, rmse, l1,
-      #                                # mean_angle, edge_f, exact_match, cider;
+      #                                # mean_angle, edge_f, exact_match, cider, rouge1, rouge2, rougeL, bleu, vqa;
       #                                # or {name: cider, program: pycocoevalcap}, that package's figure over words
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
       # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,
       #                                # last, patches, tokens or image
-      # generate: true                 # generate as many tokens as labels have (exact_match, cider)
+      # generate: true                 # generate as many tokens as labels have (exact_match, cider and behind it)
       # calibration: prompts.jsonl     # unlabelled inputs instead of those of validation: raw data, or safetensors, as
       #                                # in nsc-merge run --help, with defaults for all tasks under data
     depth: {adapter: ..., test: ..., metric: rmse, head: heads/depth.safetensors, pool: image}

@@ -180,11 +180,12 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
     pool = choice(value, "pool", POOLS, prefix) if value.get("pool") is not None else None
     generate = flag(value, "generate", prefix, False)
     metric = _metric(prefix, value.get("metric"))
-    if metric.name == "cider" and not generate:
-        raise RecipeError(f"{prefix}generate: metric cider needs true, found false")
-    if generate and metric.name not in ("exact_match", "cider"):
+    written = [one.name for one in METRICS.values() if one.writes]
+    if metric.writes and not generate:
+        raise RecipeError(f"{prefix}generate: metric {metric.name} needs true, found false")
+    if generate and metric.name not in ("exact_match", *written):
         raise RecipeError(
-            f"{prefix}metric: a task that generates has exact_match or cider, found {metric.name}"
+            f"{prefix}metric: a task that generates has exact_match or one of {written}, found {metric.name}"
         )
     if generate and (pool is not None or value.get("head") not in (None, "model")):
         raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")

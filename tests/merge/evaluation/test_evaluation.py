@@ -520,7 +520,7 @@ def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsy
         (["tasks.nli.metric=bleu"], "tasks.nli.metric: expected one of ['accuracy', 'miou', 'f1'"),
         (["tasks.nli.metric={name: accuracy, tolerance: 2}"], "tasks.nli.metric.tolerance: not an option"),
         (["tasks.nli.metric=cider"], "tasks.nli.generate: metric cider needs true, found false"),
-        (["tasks.nli.generate=true"], "tasks.nli.metric: a task that generates has exact_match or cider"),
+        (["tasks.nli.generate=true"], "tasks.nli.metric: a task that generates has exact_match or one of ['cider'"),
         (["tasks.nli.adapter=nowhere"], "tasks.nli.adapter: expected a PEFT folder"),
         (["tasks.nli.test=nowhere"], "tasks.nli.test: expected a safetensors file or a folder of them"),
         (["tasks.nli.head=nowhere"], "tasks.nli.head: expected a safetensors file"),

@@ -194,7 +194,7 @@ def test_quality_and_metric_agree_in_direction(name):
         classes = 2 if name == "f1_binary" else 3
         labels = torch.randint(0, classes, (4, 6), generator=generator)
         good, bad = logits(labels.tolist(), classes), logits(((labels + 1) % classes).tolist(), classes)
-    elif name in ("exact_match", "cider"):
+    elif name == "exact_match" or metric.writes:
         labels = torch.randint(0, 30, (4, 6), generator=generator)
         good, bad = labels, labels + 1
     elif name == "mean_angle":
@@ -203,8 +203,10 @@ def test_quality_and_metric_agree_in_direction(name):
     else:
         labels = (torch.rand(4, 6, 6, generator=generator) > 0.7).float()
         good, bad = labels, 1 - labels
-    assert (metric.measure(good, labels) < metric.measure(bad, labels)) == metric.lower_is_better
-    quality, worse = metric.quality(good, labels), metric.quality(bad, labels)
+    decode = {"decode": lambda tokens: " ".join(f"w{token}" for token in tokens)} if metric.decodes else {}
+    best, worst = (metric.measure(outputs, labels, **decode) for outputs in (good, bad))
+    assert (best < worst) == metric.lower_is_better
+    quality, worse = metric.quality(good, labels, **decode), metric.quality(bad, labels, **decode)
     assert quality.shape == (4,)
     assert (quality >= worse).all()
     assert quality.mean() > worse.mean()

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 ACCEPTED = (
-    ".jsonl, .json, .csv, .tsv, .txt (each also packed as .gz, .bz2 or .xz) or .parquet, a folder of them or of images, "
-    "a folder written by datasets' save_to_disk, or .safetensors of model inputs"
+    ".jsonl, .json, .csv, .tsv, .txt (each also packed as .gz, .bz2 or .xz) or .parquet, a folder of them or of images,"
+    " a folder written by datasets' save_to_disk, or .safetensors of model inputs"
 )
 _PICKLE = (
     "looks like a pickle, as torch.save and pickle write it, which is never opened; expected text or images, or model "

@@ -79,18 +79,7 @@ def cider_per_sample(
     ends: Collection[int] = (),
 ) -> Tensor:
     """CIDEr of every caption, ``[N]``."""
-    for name, value in (("outputs", outputs), ("labels", labels)):
-        if value.is_floating_point():
-            raise TypeError(f"{name}: expected tokens as integers, found {value.dtype}")
-    if outputs.dim() != 2 or labels.dim() not in (2, 3) or len(outputs) != len(labels):
-        raise ValueError(
-            f"labels: expected captions [N, T'] or [N, R, T'] for outputs [N, T], found {list(labels.shape)} and "
-            f"{list(outputs.shape)}"
-        )
-    several = labels[:, None] if labels.dim() == 2 else labels
-    references = [[_tokens(caption, ends) for caption in sample] for sample in several]
-    known = [[caption for caption in sample if caption] for sample in references]
-    candidates = [_tokens(caption, ends) for caption in outputs]
+    candidates, known = captions_of(outputs, labels, ends)
     cider_score.check(candidates, known)
     if program == OWN:
         return torch.tensor(cider_score.cider_per_sample(candidates, known), dtype=torch.float64)
@@ -103,6 +92,28 @@ def cider_per_sample(
         {number: [decode(caption)] for number, caption in enumerate(candidates)},
     )
     return torch.from_numpy(scores)
+
+
+def captions_of(
+    outputs: Tensor, labels: Tensor, ends: Collection[int]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The tokens of every generated text, and of the references that a sample has.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes.
+    """
+    for name, value in (("outputs", outputs), ("labels", labels)):
+        if value.is_floating_point():
+            raise TypeError(f"{name}: expected tokens as integers, found {value.dtype}")
+    if outputs.dim() != 2 or labels.dim() not in (2, 3) or len(outputs) != len(labels):
+        raise ValueError(
+            f"labels: expected texts [N, T'] or [N, R, T'] for outputs [N, T], found {list(labels.shape)} and "
+            f"{list(outputs.shape)}"
+        )
+    several = labels[:, None] if labels.dim() == 2 else labels
+    references = [[_tokens(caption, ends) for caption in sample] for sample in several]
+    known = [[caption for caption in sample if caption] for sample in references]
+    return [_tokens(caption, ends) for caption in outputs], known
 
 
 def _tokens(caption: Tensor, ends: Collection[int]) -> list[int]:

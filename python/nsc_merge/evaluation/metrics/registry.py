@@ -42,6 +42,14 @@ from nsc_merge.evaluation.metrics.regression import (
     spearman,
     squared_error,
 )
+from nsc_merge.evaluation.metrics.texts import (
+    bleu,
+    bleu_per_sample,
+    rouge,
+    rouge_per_sample,
+    vqa,
+    vqa_per_sample,
+)
 from nsc_merge.utils.option_checks import check_choice
 
 Measure = Callable[..., float]
@@ -68,6 +76,8 @@ class Metric:
         settings: those that :meth:`with_options` set.
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
         decodes: whether they want ``decode``, which makes text of a sequence of tokens.
+        averages: whether ``measure`` is the mean of ``quality``, which may take long.
+        package: that alone says what the figure is, by its name; empty for none.
     """
 
     name: str
@@ -83,6 +93,8 @@ class Metric:
     per_sample: str = ""
     writes: bool = False
     decodes: bool = False
+    averages: bool = False
+    package: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -104,11 +116,13 @@ class Metric:
                 check_choice(name, given[name], self.choices[name])
         if not given:
             return self
-        named = given.get("program", OWN) != OWN
+        program = str(given.get("program", OWN))
+        named = program != OWN
         return replace(
             self,
-            label=f"{self.label} ({given['program']})" if named else self.label,
-            decodes=named,
+            label=f"{self.label} ({program})" if named else self.label,
+            decodes=named or self.decodes,
+            package=program if named else self.package,
             measure=functools.partial(self.measure, **given),
             quality=functools.partial(self.quality, **given),
             loss=functools.partial(self.loss, **given) if self.loss is not None else None,
@@ -118,6 +132,7 @@ class Metric:
 
 _CLASSES = "outputs: logits [N, ..., C]; labels: integers [N, ...], -100 where unknown"
 _VALUES = "outputs: [N, ...] or [N, ..., 1]; labels: [N, ...], NaN where unknown"
+_TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100"
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -192,12 +207,44 @@ METRICS: dict[str, Metric] = {
             "CIDEr",
             "",
             False,
-            "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100",
+            _TEXTS,
             cider,
             cider_per_sample,
             options=("program",),
             choices={"program": PROGRAMS},
             writes=True,
+        ),
+        *(
+            Metric(
+                kind,
+                f"ROUGE-{kind[-1]}",
+                "",
+                False,
+                _TEXTS,
+                functools.partial(rouge, kind),
+                functools.partial(rouge_per_sample, kind),
+                writes=True,
+                decodes=True,
+                averages=True,
+                package="torchmetrics",
+            )
+            for kind in ("rouge1", "rouge2", "rougeL")
+        ),
+        Metric(
+            "bleu",
+            "BLEU",
+            "",
+            False,
+            _TEXTS,
+            bleu,
+            bleu_per_sample,
+            per_sample="sentence BLEU",
+            writes=True,
+            decodes=True,
+            package="torchmetrics",
+        ),
+        Metric(
+            "vqa", "VQA acc", "", False, _TEXTS, vqa, vqa_per_sample, writes=True, decodes=True, averages=True
         ),
     )
 }

@@ -62,8 +62,8 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
 
 def measuring_versions(recipe: EvalRecipe) -> dict[str, str]:
     """Of the packages that alone say what some figure of a recipe is."""
-    named = any(task.metric.decodes for task in recipe.labelled.values())
-    needed = [*(["lm-eval", "datasets"] if recipe.harness else []), *(["pycocoevalcap"] if named else [])]
+    named = sorted({task.metric.package for task in recipe.labelled.values()} - {""})
+    needed = [*(["lm-eval", "datasets"] if recipe.harness else []), *named]
     return {name: version(name) for name in needed}
 
 

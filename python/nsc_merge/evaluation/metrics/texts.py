@@ -1,0 +1,139 @@
+"""Generated texts against texts that people wrote: ROUGE and BLEU of torchmetrics, and the accuracy of VQA.
+
+Outputs are generated tokens ``[N, T]``, :data:`IGNORE` after the end of each; labels are reference texts as tokens,
+``[N, T']``, or several of each sample ``[N, R, T']``, filled up by :data:`IGNORE`. ``decode`` makes text of tokens;
+what is in ``ends`` ends a text and is no part of it. All figures are shares from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.evaluation.metrics.generation import Decode, captions_of
+
+# The human answers of a question of VQA that have to agree with one for a full score.
+_ENOUGH = 3
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
+_ARTICLES = frozenset(("a", "an", "the"))
+# Words that lose nothing but an apostrophe: no word of their own is among them, as "were" and "its" would be.
+_NOT = (
+    "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn oughtn shan shouldn wasn weren won "
+    "wouldn"
+)
+_CONTRACTED = (
+    "I'm I've you're you've he's she's it'd it'll they're they've they'll they'd we've that's that'll what's what're "
+    "where's who's who'd there's here's how's when's why's let's could've would've should've might've must've y'all "
+    "o'clock"
+)
+_APOSTROPHES = {
+    **{f"{word}t": f"{word}'t" for word in _NOT.split()},
+    **{word.lower().replace("'", ""): word.lower() for word in _CONTRACTED.split()},
+}
+
+
+def rouge(kind: str, outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """Mean of :func:`rouge_per_sample`."""
+    return rouge_per_sample(kind, outputs, labels, decode=decode, ends=ends).mean().item()
+
+
+def rouge_per_sample(
+    kind: str, outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()
+) -> Tensor:
+    """F-measure of ``rouge1``, ``rouge2`` or ``rougeL`` with the reference that it is highest for (Lin 2004), ``[N]``:
+    over words of the letters a to z and digits in lower case, without stemming, as the package ``rouge-score`` has it.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes, or references of which none has such a word.
+    """
+    from torchmetrics.functional.text import rouge_score
+
+    candidates, references = texts_of(outputs, labels, decode, ends)
+    if not any(re.search("[a-z0-9]", text.lower()) for texts in references for text in texts):
+        raise ValueError(
+            f"labels: ROUGE is of words of the letters a to z, and there are none, as in {references[0][0]!r:.60}; "
+            "expected another metric, such as cider, which is of tokens"
+        )
+    scores = [
+        rouge_score(candidate, [texts], rouge_keys=kind)[f"{kind}_fmeasure"]
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return torch.stack(scores).double()
+
+
+def bleu(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """BLEU of all texts together (Papineni et al. 2002), words as in ``13a`` and not in lower case: a hundredth of
+    what sacrebleu prints, and 0 where no four words in a row are right.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes.
+    """
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    return float(sacre_bleu_score(*texts_of(outputs, labels, decode, ends)))
+
+
+def bleu_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> Tensor:
+    """BLEU of every sentence by itself, ``[N]``, smoothed, as few have all lengths of matches."""
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    pairs = zip(*texts_of(outputs, labels, decode, ends), strict=True)
+    scores = [float(sacre_bleu_score([candidate], [texts], smooth=True)) for candidate, texts in pairs]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def vqa(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """Mean of :func:`vqa_per_sample`."""
+    return vqa_per_sample(outputs, labels, decode=decode, ends=ends).mean().item()
+
+
+def vqa_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> Tensor:
+    """Accuracy of VQA (Antol et al. 2015), ``[N]``: min(1, how many people gave this answer / 3), averaged over leaving
+    out each of the ten people in turn. Where one answer alone is known, whether it is given.
+
+    Answers are compared by :func:`as_answer`, on both sides.
+    """
+    candidates, references = texts_of(outputs, labels, decode, ends)
+    scores = []
+    for candidate, texts in zip(candidates, references, strict=True):
+        answer, known = as_answer(candidate), [as_answer(text) for text in texts]
+        same = [one == answer for one in known]
+        shares = [min(1.0, (sum(same) - left_out) / _ENOUGH) for left_out in same]
+        scores.append(float(same[0]) if len(known) == 1 else sum(shares) / len(shares))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def as_answer(text: str) -> str:
+    """An answer as VQA's evaluation compares it (https://visualqa.org/evaluation.html): in lower case; without commas
+    in numbers and periods that are no decimal points; spaces for all other punctuation but apostrophes and colons;
+    digits for numbers to ten; without articles; with the apostrophes of contractions.
+    """
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())
+    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"[^\w\s.':]|_", " ", text)
+    words = [_DIGITS.get(word, word) for word in text.split()]
+    return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def texts_of(
+    outputs: Tensor, labels: Tensor, decode: Decode, ends: Collection[int]
+) -> tuple[list[str], list[list[str]]]:
+    """The generated text, and the references, of every sample.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes, or a sample without a reference.
+    """
+    candidates, references = captions_of(outputs, labels, ends)
+    for number, known in enumerate(references):
+        if not known:
+            raise ValueError(f"labels: expected a reference of every sample, found none of sample {number}")
+
+    def written(tokens: Any) -> str:
+        return decode(tokens).strip()
+
+    return [written(one) for one in candidates], [[written(one) for one in known] for known in references]

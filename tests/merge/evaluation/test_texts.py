@@ -1,0 +1,203 @@
+"""Texts against texts: the packages rouge-score and sacrebleu, and VQA's formula carried out person by person."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+import sys
+
+import pytest
+import sacrebleu
+import torch
+import yaml
+from harness_cases import tokenizer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from safetensors.torch import save_file
+from zoo import KINDS, build, write_adapter
+
+import nsc_merge
+from nsc_merge.commands.main import main
+from nsc_merge.evaluation import heads
+from nsc_merge.evaluation.metrics import IGNORE, METRICS
+from nsc_merge.evaluation.metrics.texts import as_answer
+from nsc_merge.evaluation.rows.standard_errors import GROUPS
+from nsc_merge.evaluation.scoring import applied
+from nsc_merge.evaluation.suite import RecipeSuite
+
+WORDS = ["the", "cat", "Cat-like", "sat", "on", "a", "mat,", "it's", "no", "3.5", "dogs", "and", "two", "über", "end"]
+END = len(WORDS)
+quick = settings(max_examples=40, deadline=None)
+texts = st.lists(st.integers(0, len(WORDS) - 1), min_size=1, max_size=9)
+some = st.lists(st.tuples(st.just([]) | texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=5)
+
+
+def decode(tokens):
+    return " ".join(WORDS[token] for token in tokens)
+
+
+def tensors(samples):
+    """Generated tokens, and references ``[N, R, T']``."""
+
+    def row(tokens, length):
+        return [*tokens, END, *[IGNORE] * (length - len(tokens))]
+
+    outputs = torch.tensor([row(candidate, 9) for candidate, _ in samples])
+    labels = [[row(one, 9) for one in known] + [[IGNORE] * 10] * (3 - len(known)) for _, known in samples]
+    return outputs, torch.tensor(labels)
+
+
+def spoken(samples):
+    return [decode(one) for one, _ in samples], [[decode(one) for one in known] for _, known in samples]
+
+
+@quick
+@given(some, st.sampled_from(["rouge1", "rouge2", "rougeL"]))
+def test_rouge_is_that_of_rouge_score(samples, kind):
+    candidates, references = spoken(samples)
+    assume(any(word != "über" for known in references for text in known for word in text.split()))
+    scorer = RougeScorer([kind])
+    pairs = zip(candidates, references, strict=True)
+    expected = [scorer.score_multi(known, one)[kind].fmeasure for one, known in pairs]
+    given = {"decode": decode, "ends": (END,)}
+    assert METRICS[kind].quality(*tensors(samples), **given).tolist() == pytest.approx(expected, abs=1e-6)
+    assert METRICS[kind].measure(*tensors(samples), **given) == pytest.approx(statistics.fmean(expected), abs=1e-6)
+
+
+@quick
+@given(some)
+def test_bleu_is_that_of_sacrebleu(samples):
+    candidates, references = spoken(samples)
+    # Its lists are of the first reference of every sample, of the second, and so on.
+    streams = [[known[n] if n < len(known) else None for known in references] for n in range(3)]
+    whole = sacrebleu.corpus_bleu(candidates, streams, smooth_method="none").score
+    given = {"decode": decode, "ends": (END,)}
+    assert METRICS["bleu"].measure(*tensors(samples), **given) == pytest.approx(whole / 100, abs=1e-5)
+    assert METRICS["bleu"].quality(*tensors(samples), **given).shape == (len(samples),)
+
+
+def test_rouge_needs_nothing_that_would_have_to_be_downloaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    outputs, labels = tensors([([0, 1, 3], [[0, 1, 3, 4, 5]])])
+    assert METRICS["rougeL"].measure(outputs, labels, decode=decode, ends=(END,)) == pytest.approx(3 / 4)
+
+
+def test_rouge_of_another_script_is_refused():
+    outputs, labels = tensors([([0], [[0]])])
+    with pytest.raises(ValueError, match="labels: ROUGE is of words of the letters a to z, .* as in '猫が座った'"):
+        METRICS["rouge1"].measure(outputs, labels, decode=lambda tokens: "猫が座った")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The Dog.", "dog"),
+        ("a dog, an owl", "dog owl"),
+        ("two", "2"),
+        ("none", "0"),
+        ("1,000.", "1000"),
+        ("3.5 m", "3.5 m"),
+        ("2:50 pm!", "2:50 pm"),
+        ("dont know", "don't know"),
+        ("girl's", "girl's"),
+        ("were", "were"),
+        ("black/white", "black white"),
+        ("snake_case", "snake case"),
+        ("  Yes\n", "yes"),
+        ("Größe", "größe"),
+    ],
+)
+def test_answers_are_compared_as_vqa_compares_them(text, answer):
+    assert as_answer(text) == answer
+
+
+@quick
+@given(st.integers(0, 3), st.lists(st.integers(0, 3), min_size=2, max_size=10))
+def test_accuracy_of_vqa_is_the_mean_over_leaving_out_each_person(answer, people):
+    """Every person's answer against those of all others, as the paper has it."""
+    names = ["Yes", "the yes", "no", "two"]
+    labels = torch.tensor([[[one] for one in people]])
+    meant = [as_answer(names[one]) for one in people]
+    expected = statistics.fmean(
+        min(1, sum(one == as_answer(names[answer]) for n, one in enumerate(meant) if n != left) / 3)
+        for left in range(len(people))
+    )
+    found = METRICS["vqa"].measure(torch.tensor([[answer]]), labels, decode=lambda tokens: names[tokens[0]])
+    assert found == pytest.approx(expected)
+    # Ten people of whom four agree are a full score, of three nine tenths.
+    if len(people) == 10 and meant.count(as_answer(names[answer])) == 3:
+        assert found == pytest.approx(0.9)
+
+
+def test_one_answer_is_given_or_not():
+    labels = torch.tensor([[0, END], [1, END], [2, END]])
+    found = METRICS["vqa"].quality(labels[[0, 2, 2]], labels, decode=decode, ends=(END,))
+    assert found.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["rouge1", "bleu", "vqa"])
+def test_what_has_no_reference_or_is_no_token_is_refused(name):
+    tokens = torch.zeros(2, 3).long()
+    metric = METRICS[name]
+    with pytest.raises(ValueError, match="labels: expected a reference of every sample, found none of sample 1"):
+        metric.measure(tokens, torch.tensor([[1, 2], [IGNORE, IGNORE]]), decode=decode)
+    with pytest.raises(TypeError, match="outputs: expected tokens as integers"):
+        metric.measure(tokens.float(), tokens, decode=decode)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A language model that writes, with a tokenizer, and what it is asked to write."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = build("llama")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "caption", 1, r=2, target_modules=["q_proj"])
+    inputs = [{name: value.flip(1) for name, value in KINDS["llama"].inputs(seed).items()} for seed in range(20)]
+    prompts = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
+    merged = nsc_merge.merge(model, {"caption": tmp_path / "caption"}, method="task_arithmetic", scale=1.0)
+    with applied(model, merged):
+        labels = heads.GeneratingHead(5)(model, prompts)
+    labels[::3, 2:] = torch.tensor([7, 8, 9])
+    # Some are empty: the first token ends them.
+    labels[labels[:, 0] < 3, 0] = 7
+    save_file({**prompts, "labels": labels}, tmp_path / "test.safetensors")
+    task = {"adapter": "caption", "test": "test.safetensors", "generate": True}
+    tasks = {name: {**task, "metric": name} for name in ("rouge1", "rougeL", "bleu", "vqa")}
+    recipe = {"model": "base", "tasks": tasks, "methods": ["task_arithmetic"], "output": {"dir": "out", "plots": False}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_texts_from_end_to_end(place, capsys, monkeypatch):
+    from nsc_merge.evaluation import run as module
+
+    kept = {}
+    original = module.without_each
+
+    def watched(suite, task, outputs, labels):
+        found = original(suite, task, outputs, labels)
+        kept.setdefault(task, (suite, outputs, labels, found))
+        return found
+
+    monkeypatch.setattr(module, "without_each", watched)
+    assert main(["eval", str(place / "eval.yaml")]) == 0
+    assert "ROUGE-L ↑" in capsys.readouterr().out
+    document = json.loads((place / "out" / "results.json").read_text())
+    assert document["versions"]["torchmetrics"] == importlib.metadata.version("torchmetrics")
+    runs = {row["row"]: row["runs"][0] for row in document["rows"]}
+    assert all(0 < value < 1 for value in runs["finetuned"]["metrics"].values())
+    for task, (suite, outputs, labels, found) in kept.items():
+        assert isinstance(suite, RecipeSuite)
+        assert len(found) == GROUPS
+        # Means of samples are not measured twenty times, and are the same.
+        gone = torch.arange(len(labels)) % GROUPS == 3
+        assert suite.measure(task, outputs[~gone], labels[~gone]) == pytest.approx(found[3])
+    assert runs["finetuned"]["stderr"]["vqa"] > 0
+
+
+def test_what_is_not_generated_is_no_text(place, capsys):
+    assert main(["eval", str(place / "eval.yaml"), "tasks.bleu.generate=false"]) == 2
+    assert "tasks.bleu.generate: metric bleu needs true, found false" in capsys.readouterr().err
