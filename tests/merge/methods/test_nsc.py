@@ -157,7 +157,7 @@ def test_initial_coefficients_per_task(model, folders, calibration):
         ({"score_modules": ["fc1"]}, r"score_modules: no adapter touches \['fc1'\]"),
         (
             {"score_modules": ["q_proj"]},
-            r"score_modules: the adapters of \['partial'\] touch none .* all .* touch, found \['o_proj', 'v_proj'\]",
+            r"score_modules: the adapters of \['partial'\] touch none .* touch somewhere: \['o_proj', 'v_proj'\]",
         ),
         ({"score_modules": 3}, "score_modules: expected a list of names, found 3"),
         ({"recipe": [1]}, r"recipe: expected one of .*, found \[1\]"),
@@ -175,6 +175,18 @@ def test_initial_coefficients_per_task(model, folders, calibration):
 def test_bad_options_are_refused_by_name(model, folders, calibration, options, message):
     with pytest.raises(ValueError, match=message):
         nsc_merge.merge(model, folders, calibration, **{"steps": 3, **options})
+
+
+def test_adapters_of_other_blocks_are_measured_in_the_blocks_that_the_message_asks_for(
+    model, calibration, write_adapter
+):
+    targets = {"early": r".*\b0\..*_proj", "late": r".*\b3\..*_proj"}
+    folders = {task: write_adapter(task, 1, target_modules=pattern) for task, pattern in targets.items()}
+    drawn = {"early": calibration["plain"], "late": calibration["mixed"]}
+    with pytest.raises(ValueError, match=r"of \['early'\] touch none .* blocks \(score_blocks\) of which every"):
+        nsc_merge.merge(model, folders, drawn, steps=1)
+    found = nsc_merge.merge(model, folders, drawn, steps=1, progress=False, score_blocks=[0, 3])
+    assert {path.split(".")[1] for path in found.options["scored"]} == {"0", "3"}
 
 
 def test_bad_calibration_and_models_are_refused(model, folders, calibration):

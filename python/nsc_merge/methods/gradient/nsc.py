@@ -130,7 +130,8 @@ def objective_of(
         names = [{path.rsplit(".", 1)[-1] for path in adapter.factors} for adapter in adapters.values()]
         raise ValueError(
             f"score_modules: the adapters of {unscored} touch none of the measured modules {list(scored)}; expected "
-            f"modules that all adapters touch, found {sorted(set.intersection(*names)) or 'none'}"
+            "names (score_modules) and blocks (score_blocks) of which every adapter touches some, found names that all "
+            f"adapters touch somewhere: {sorted(set.intersection(*names)) or 'none'}"
         )
     shares = {
         path: [is_in / count for is_in, count in zip(row, counts, strict=True)]
