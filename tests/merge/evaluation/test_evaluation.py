@@ -517,7 +517,7 @@ def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsy
         (["task=1"], "task: no such key; did you mean tasks?"),
         (["tasks=null"], "tasks: expected at least one task"),
         (["tasks.nli=3"], "tasks.nli: expected keys and values, found 3"),
-        (["tasks.nli.metric=bleu"], "tasks.nli.metric: expected one of ['accuracy', 'miou', 'f1'"),
+        (["tasks.nli.metric=meteor"], "tasks.nli.metric: expected one of ['accuracy', 'miou', 'f1'"),
         (["tasks.nli.metric={name: accuracy, tolerance: 2}"], "tasks.nli.metric.tolerance: not an option"),
         (["tasks.nli.metric=cider"], "tasks.nli.generate: metric cider needs true, found false"),
         (["tasks.nli.generate=true"], "tasks.nli.metric: a task that generates has exact_match or one of ['cider'"),
