@@ -70,7 +70,7 @@ def run(
             prints = {row.name: fingerprint(recipe, row, seed) for row in recipe.rows}
             for row in recipe.rows:
                 mark = prints[row.name]
-                if mark not in known:
+                if mark not in known or (recipe.plots and known[mark].get("drawn") is False):
                     bench = bench or _Bench(recipe, seed, log)
                     try:
                         found = bench.measured(row)
@@ -87,7 +87,6 @@ def run(
                     known[mark] = {**found, "fingerprint": mark}
                     _append(recipe.out / ROWS_FILE, known[mark])
                 record = {**known[mark], "row": row.name, "seed": seed}
-                del record["fingerprint"]
                 records.append(record)
                 bar.update(row=row.name, average=f"{record['average']:.2f} %")
     # JSON has no NaN and no infinity; what is not defined, or out of range, is null there.
@@ -141,7 +140,6 @@ class _Bench:
         seconds = time.perf_counter() - started
         found = self._reference("test") if row.method == "finetuned" else self._scores(candidate, "test")
         percents = self._normalised(found, "test")
-        self._draw(row, candidate)
         by_harness = {"lm_eval": {name: one.record() for name, one in found.harness.items()}} if self._harness else {}
         return {
             "method": row.method,
@@ -157,6 +155,7 @@ class _Bench:
             "average_without_each": rests,
             "hits": self._hits(candidate),
             "coefficients": coefficient_range(candidate),
+            "drawn": self._drawn(row, candidate),
             "seconds": round(seconds, 2),
             **by_harness,
         }
@@ -232,15 +231,18 @@ class _Bench:
             return None
         return {task: {str(count): share for count, share in hits.items()} for task, hits in found.items()}
 
-    def _draw(self, row: Row, candidate: Candidate) -> None:
-        if not self._recipe.plots or not isinstance(candidate, MergeResult) or not candidate.coefficients:
-            return
+    def _drawn(self, row: Row, candidate: Candidate) -> bool | None:
+        """Whether pictures of the coefficients are wanted, and there then; None where there is nothing to be seen."""
+        if not isinstance(candidate, MergeResult) or not candidate.coefficients:
+            return None
         if len({value for values in candidate.coefficients.values() for value in values.values()}) < 3:
-            return
-        name = file_names(row.name for row in self._recipe.rows)[row.name]
-        folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{name}-seed{self._seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_merge(candidate.coefficients, candidate.dead, candidate.history, folder)
+            return None
+        if self._recipe.plots:
+            name = file_names(row.name for row in self._recipe.rows)[row.name]
+            folder = self._recipe.out / COEFFICIENTS_FOLDER / f"{name}-seed{self._seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_merge(candidate.coefficients, candidate.dead, candidate.history, folder)
+        return self._recipe.plots
 
 
 def _document(recipe: EvalRecipe, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -289,6 +291,7 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # A line cut short by an interruption is ended first.
     torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(("\n" if torn else "") + json.dumps(record) + "\n")
+    # In one piece, so that lines of another evaluation into the same folder do not come between.
+    with file.open("ab", buffering=0) as lines:
+        lines.write((("\n" if torn else "") + json.dumps(record) + "\n").encode())
 

@@ -45,7 +45,7 @@ def as_markdown(document: Mapping[str, Any]) -> str:
     own = [
         [
             named(row, document),
-            *(_spread([run["metrics"][task] for run in row["runs"]], 4) for task in document["tasks"]),
+            *(_spread([run["metrics"][task] for run in _different(row)], 4) for task in document["tasks"]),
         ]
         for row in document["rows"]
     ]
@@ -99,7 +99,7 @@ def _cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]], lis
     head = ["method", *document["tasks"], "average %", *hits]
     absolute, rows = [], []
     for row in document["rows"]:
-        runs = row["runs"]
+        runs = _different(row)
         if any(run["method"] == _REFERENCE for run in runs):
             values = [_spread([run["metrics"][task] for run in runs], 4) for task in document["tasks"]]
             absolute.append([f"{named(row, document)} (score)", *values, "100", *["-"] * len(hits)])
@@ -110,6 +110,11 @@ def _cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]], lis
         ]
         rows.append([_with_scale(row, document), *values, _average(runs, document), *joint])
     return head, absolute, rows
+
+
+def _different(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The runs of a row that were measured: what depends on no seed was once, and has no deviation."""
+    return list({run.get("fingerprint", number): run for number, run in enumerate(row["runs"])}.values())
 
 
 def _average(runs: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
@@ -178,7 +183,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
     ]
     count = len(document["seeds"])
     if count > 1:
-        notes.append(f"mean ± standard deviation over {count} seeds")
+        notes.append(f"mean ± standard deviation over {count} seeds; what has none depends on no seed")
     elif any(run.get("average_stderr") is not None for row in document["rows"] for run in row["runs"]):
         notes.append(
             "average ± standard error over test samples, of a row by itself; all rows are of the same samples, so that "
