@@ -291,7 +291,6 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # A line cut short by an interruption is ended first.
     torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-    # In one piece, so that lines of another evaluation into the same folder do not come between.
-    with file.open("ab", buffering=0) as lines:
-        lines.write((("\n" if torn else "") + json.dumps(record) + "\n").encode())
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(("\n" if torn else "") + json.dumps(record) + "\n")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 
 import pytest
 from eval_cases import change, reference, rows, two_tasks
@@ -189,21 +188,3 @@ def test_pictures_that_are_asked_for_later_are_drawn(place, capsys):
     assert (place / "out" / "rows.jsonl").read_bytes() == kept
     assert [path.name for path in (place / "out" / "coefficients").iterdir()] == ["nsc-seed0"]
     capsys.readouterr()
-
-
-def test_lines_of_several_evaluations_into_one_folder_stay_whole(tmp_path):
-    """Each is written in one piece, however long it is."""
-    from nsc_merge.evaluation import run as module
-
-    file = tmp_path / "out" / "rows.jsonl"
-
-    def append(number):
-        for place in range(20):
-            module._append(file, {"fingerprint": f"{number} {place}", "values": [number] * 20_000})
-
-    threads = [threading.Thread(target=append, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(module._known(file)) == 80
