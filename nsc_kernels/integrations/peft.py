@@ -2,12 +2,13 @@
 
     from nsc_kernels.integrations.peft import accelerate
 
-    model.base_model.set_adapter(["a", "b", "c"])
+    model.base_model.set_adapter(["a", "b", "c"], inference_mode=True)
     with accelerate(model):
         model(**inputs)
 
 ``scaling[name]`` of a layer may be a tensor, such as a learnable coefficient times LoRA's own scaling; gradients flow
-to it and to the layer's input. The adapters themselves are taken as frozen.
+to it and to the layer's input. The adapters themselves are taken as frozen: without ``inference_mode=True``
+``set_adapter`` makes them trainable, and calls are then fused under ``torch.no_grad()`` only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Linear, LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..bank import AdapterBank
 from ..functional import merged_lora, output_dtype
@@ -93,8 +96,12 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     A call that the kernel cannot express goes through PEFT's own forward, and the first one of each kind is logged as a
     warning with the reason: dropout in training mode, DoRA and other variants, batches with ``adapter_names``, adapters
-    that are being trained, adapters of several dtypes or devices, hooks on the modules in ``lora_A``, ``lora_B`` and
-    ``lora_dropout`` or other modules than PEFT's in their place.
+    that are being trained, adapters of several dtypes or devices, nested tensors, DTensors and other inputs or factors
+    that are no plain dense tensors, hooks on the modules in ``lora_A``, ``lora_B`` and ``lora_dropout`` or on all
+    modules, or other modules than PEFT's in their place.
+
+    What is fused is differentiable once: a second derivative raises a RuntimeError, where PEFT's forward has one.
+    ``torch.func`` transforms have theirs.
 
     Under ``torch.compile`` a layer is the operator ``nsc::merged_lora`` in the graph, which it does not break
     (``fullgraph=True`` and dynamic shapes work); what goes to PEFT's own forward is traced as that is.
@@ -200,11 +207,14 @@ def _inexpressible(layer: Any, names: list[str], x: Tensor, kwargs: dict[str, An
     if any(dropout.training and getattr(dropout, "p", 0) for dropout in dropouts):
         return "dropout in training mode gives every adapter an input of its own"
     products = [factors[name] for factors in (layer.lora_A, layer.lora_B) for name in names]
-    if not all(_is_plain(module) for module in (*products, *dropouts)):
-        return "the modules of an adapter have hooks, or are not PEFT's own"
+    biased = any(getattr(layer.lora_A[name], "bias", None) is not None for name in names)
+    if biased or has_any_global_hook() or not all(_is_plain(module) for module in (*products, *dropouts)):
+        return "the modules of an adapter, or all modules, have hooks, or are not PEFT's own"
     weights = [product.weight for product in products]
+    if not all(_is_dense(tensor) for tensor in (x, *weights)):
+        return "the input or the adapters are no plain dense tensors"
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-        return "the adapters are being trained"
+        return "the adapters are being trained (frozen are those of set_adapter(..., inference_mode=True))"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device != x.device:
         return "the adapters have several dtypes or devices"
     if not layer.cast_input_dtype_enabled and x.dtype is not weights[0].dtype:
@@ -222,6 +232,11 @@ def _is_plain(module: nn.Module) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the numbers are the tensor's own, one after another: not nested, sparse, nor held by a wrapper."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not is_traceable_wrapper_subclass(tensor)
 
 
 @functools.cache

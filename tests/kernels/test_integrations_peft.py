@@ -251,6 +251,91 @@ def test_hooks_and_other_modules_in_an_adapter_have_their_effect(batch, fallback
     assert "hooks" in fallbacks.text
 
 
+def test_hooks_of_all_modules_have_their_effect(batch, fallbacks):
+    model = build()
+
+    def double(module, args, output):
+        return 2 * output if module is lora_layers(model)[3].lora_B["b"] else None
+
+    plain = model(**batch).logits
+    with torch.nn.modules.module.register_module_forward_hook(double):
+        expected = model(**batch).logits
+        with accelerate(model):
+            found = model(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (plain - expected).abs().max() > 1e-3
+    assert "all modules" in fallbacks.text
+
+
+def test_a_bias_in_a_down_projection_is_not_lost(batch, fallbacks):
+    model = build()
+    down = lora_layers(model)[3].lora_A["b"]
+    down.bias = torch.nn.Parameter(torch.linspace(-1, 1, down.out_features), requires_grad=False)
+    expected = model(**batch).logits
+    with accelerate(model):
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=2e-5, atol=2e-5)
+    assert "not PEFT's own" in fallbacks.text
+
+
+def ragged(x):
+    return torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+
+
+def padded_rows(x):
+    return torch.nested.nested_tensor([x[0], x[1, :3]])
+
+
+def wrapped(x):
+    return two_tensor().TwoTensor(x, x)
+
+
+def two_tensor():
+    return pytest.importorskip("torch.testing._internal.two_tensor")
+
+
+@pytest.mark.parametrize("make", [ragged, padded_rows, wrapped])
+def test_inputs_that_are_no_plain_tensors_are_pefts(fallbacks, make):
+    layer = lora_layers(build())[3]
+    x = make(torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(4)))
+
+    def run():
+        y = layer(x)
+        return torch.cat(y.unbind()) if y.is_nested else y.a
+
+    expected = run()
+    with accelerate(layer):
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+    assert "no plain dense tensors" in fallbacks.text
+
+
+def test_a_factor_that_is_a_wrapper_is_pefts(fallbacks):
+    layer = lora_layers(build())[3]
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(4))
+    plain, weight = layer(x), layer.lora_B["b"].weight.data
+    # Of the two tensors of which it is made, autograd and kernels see the first.
+    layer.lora_B["b"].weight = torch.nn.Parameter(two_tensor().TwoTensor(weight, weight), requires_grad=False)
+    with accelerate(layer):
+        torch.testing.assert_close(layer(x).a, plain, rtol=0, atol=0)
+    assert "no plain dense tensors" in fallbacks.text
+
+
+def test_adapters_frozen_by_set_adapter_are_fused_where_a_gradient_flows(batch, fallbacks):
+    model = build(torch.float64)
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    with accelerate(model):
+        model.base_model.set_adapter(NAMES)
+        model(inputs_embeds=embedded)
+        assert "inference_mode=True" in fallbacks.text
+        fallbacks.clear()
+        integration._say_once.cache_clear()
+        model.base_model.set_adapter(NAMES, inference_mode=True)
+        fused = model(inputs_embeds=embedded).logits
+        assert not fallbacks.records
+        (once,) = torch.autograd.grad(fused.square().sum(), embedded, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(once.sum(), embedded)
+
+
 def test_what_it_cannot_express_goes_to_peft_and_is_said_once(batch, fallbacks):
     model = build(lora_dropout=0.5)
     with accelerate(model):

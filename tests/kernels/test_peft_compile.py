@@ -107,5 +107,6 @@ def test_what_goes_to_peft_breaks_no_graph_and_is_said(said):
         found = torch.compile(model, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
     assert [record.message for record in said.records] == [
-        "PEFT's own forward serves some calls: the adapters are being trained"
+        "PEFT's own forward serves some calls: the adapters are being trained (frozen are those of "
+        "set_adapter(..., inference_mode=True))"
     ]
