@@ -18,4 +18,7 @@ for server in SERVERS:
     print(found)
     if found.problems:
         # One rank for all linears, filled up with zeros; refused where that is not the cure.
-        print(write_uniform(adapter, out / server, server))
+        try:
+            print(write_uniform(adapter, out / server, server))
+        except ValueError as error:
+            print(f"{server}: {error}")

@@ -496,3 +496,12 @@ def test_the_example_runs(tmp_path, capsys, monkeypatch):
     assert "lorax: wrong" in capsys.readouterr().out
     assert not check(tmp_path / "served" / "lorax", "lorax").problems
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == ["lorax"]
+
+
+def test_the_example_says_of_every_server_what_no_zeros_cure(tmp_path, capsys, monkeypatch):
+    folder, _ = write(tmp_path / "one", r=4, use_dora=True)
+    monkeypatch.setattr(sys, "argv", ["serving.py", str(folder), str(tmp_path / "served")])
+    runpy.run_path(str(ROOT / "examples" / "integrations" / "serving.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(f"{server}: {folder} has DoRA; expected LoRA on linears alone" in said for server in SERVERS)
+    assert not (tmp_path / "served").exists()
