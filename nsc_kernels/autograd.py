@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import Backend, BackwardCall, ForwardCall
-from .modes import AS_IT_IS, results_watched, without_autocast
+from .modes import AS_IT_IS, gradients_batched, results_watched, without_autocast
 from .ops import run_backward, run_forward
 
 
@@ -63,7 +63,11 @@ class MergedLoRAFunction(torch.autograd.Function):
                 call = BackwardCall(
                     dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, reuse_base
                 )
-                dz, dlam = run_backward(ctx.backend, call)
+                if gradients_batched(dy, dquad, dsqnorm):
+                    # As arguments of an operator they arrive one at a time.
+                    dz, dlam = torch.ops.nsc.merged_lora_backward(*call[:12])
+                else:
+                    dz, dlam = run_backward(ctx.backend, call)
             if create_graph:
                 dz, dlam = OnceDifferentiable.apply(
                     dz if need_dz else None, dlam if need_dlam else None, lam, z, dy, dquad, dsqnorm

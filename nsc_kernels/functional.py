@@ -108,6 +108,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         dtype is A.dtype
         and lam.dtype is acc
         and device == A.device == lam.device
+        and z.layout is torch.strided
         and z.dim() > 0
         and z.shape[-1] == A.shape[1]
         and ((lam.dim() == 1 and lam.shape[0] == K) or lam.shape == (*z.shape[:-1], K))
@@ -252,6 +253,8 @@ def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc:
     """Raise for what the kernels would misread; return where ``lam`` is only narrower than they want it."""
     if z.dtype is not bank.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {bank.dtype}; convert one of them (bank.to(dtype=...))")
+    if z.layout is not torch.strided:
+        raise TypeError(f"z must be dense (torch.strided), found {z.layout}; of a nested tensor take z.values()")
     if z.device != bank.device:
         raise ValueError(f"z is on {z.device}, but the bank is on {bank.device}; move one of them (bank.to(device))")
     if lam.device != z.device:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 # Asked once: torch.is_autocast_enabled raises for other devices, and not every torch.compile can trace the question.
 AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
 # Asked first in every call: the question about one device type takes three times as long.
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# What is_grads_batched makes of gradients is older than torch.func, which does not count it among its transforms.
+_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 AS_IT_IS: AbstractContextManager[None] = nullcontext()  # made once: it holds nothing
@@ -26,6 +29,18 @@ def without_autocast(kind: str) -> AbstractContextManager[None]:
     under autocast, wherever it is called from.
     """
     return torch.autocast(kind, enabled=False) if any_autocast() and autocast_enabled(kind) else AS_IT_IS
+
+
+def gradients_batched(dy: Tensor | None, dquad: Tensor | None, dsqnorm: Tensor | None) -> bool:
+    """Whether torch.vmap runs a backward over many gradients at a time, as ``is_grads_batched`` and
+    ``torch.autograd.functional.jacobian(vectorize=True)`` have it: no kernel can be handed the address of one then.
+    """
+    return (
+        functorch_active()
+        or (dy is not None and _legacy_batched(dy))
+        or (dquad is not None and _legacy_batched(dquad))
+        or (dsqnorm is not None and _legacy_batched(dsqnorm))
+    )
 
 
 def dispatch_watched() -> bool:
