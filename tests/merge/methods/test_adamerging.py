@@ -6,6 +6,7 @@ import pytest
 import torch
 from data_cases import Dense, dense_weights, llama, problem_of
 from torch.func import functional_call
+from transformers import BertConfig, BertForTokenClassification
 
 import nsc_merge
 from nsc_merge.methods import METHODS
@@ -115,6 +116,26 @@ def test_class_entropy_leaves_out_padding(tmp_path):
         batches[0]["input_ids"][1, 5:] = 40
     second = nsc_merge.merge(model, folders, calibration, "adamerging", **options)
     assert second.history[0]["loss"] == pytest.approx(first.history[0]["loss"], rel=1e-5)
+
+
+def test_padding_has_no_entropy_where_every_token_is_labelled():
+    """In models that predict no next token, such as BERT."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**sizes, vocab_size=96)).eval()
+    path = "bert.encoder.layer.0.attention.self.value"
+    adapters = {
+        task: nsc_merge.Adapter(task, {path: nsc_merge.Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)})
+        for task in ("a", "b")
+    }
+    ids = torch.randint(3, 96, (2, 6))
+    mask = torch.ones_like(ids)
+    padded = {"input_ids": torch.cat([ids, 0 * ids], 1), "attention_mask": torch.cat([mask, 0 * mask], 1)}
+    padded, plain = (
+        nsc_merge.merge(model, adapters, {"a": [batch], "b": [batch]}, "adamerging", steps=1, progress=False)
+        for batch in (padded, {"input_ids": ids, "attention_mask": mask})
+    )
+    assert padded.objective["before"] == pytest.approx(plain.objective["before"], rel=1e-6)
 
 
 def test_tasks_without_logits_have_no_entropy(model, folders, calibration, outputs):

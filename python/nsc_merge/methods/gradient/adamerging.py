@@ -117,7 +117,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     model, tasks = problem.model, problem.tasks
     check_outputs(options.outputs, tasks)
     family = find_family(model)
-    names = (family.tokens, family.mask) if family and family.causal and family.tokens and family.mask else None
+    # Padding is told wherever there are tokens, also where every one of them is labelled, as in BERT.
+    padding = family.mask if family and family.tokens else None
+    names = (family.tokens, padding) if family and family.causal and family.tokens and padding else None
     if options.tokens in ("single", "full") and names is None:
         raise ValueError(
             f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {options.tokens!r}"
@@ -142,12 +144,11 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 weight, most = len(here) / len(tasks), options.new_tokens
                 found[here] = one.share * _decoded(model, batch, *names, most, coefficients, weight * one.share)
             elif here:
-                mask = names[1] if names else None
                 values = []
                 with shared_forward(model):
                     for place in here if options.outputs is not None else here[:1]:
                         output = output_of(options.outputs, tasks[numbers[place]], model, batch)
-                        values.append(_mean_entropy(output, one, mask, tokens))
+                        values.append(_mean_entropy(output, one, padding, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)
                 if torch.is_grad_enabled():
