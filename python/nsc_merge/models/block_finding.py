@@ -39,7 +39,8 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     """
     counted = [path for path, module in model.named_modules() if _is_linear(module)]
     counted = counted if adapted is None else [path for path in counted if path in set(adapted)]
-    lists = _block_lists(model, counted)
+    # A list of one is some other part where there are longer ones; ALBERT has all its blocks in one.
+    lists = _block_lists(model, counted, 2) or _block_lists(model, counted, 1)
     if not lists:
         return None
     config: Any = getattr(model, "config", None)
@@ -73,11 +74,11 @@ def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or (hasattr(module, "nx") and hasattr(module, "nf"))
 
 
-def _block_lists(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
-    """Path of every outermost list of blocks that holds a linear that counts -> how many blocks it has."""
+def _block_lists(model: nn.Module, counted: Collection[str], least: int) -> dict[str, int]:
+    """Path of every outermost list of ``least`` blocks or more that holds a linear that counts -> how many it has."""
     found: dict[str, int] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        if not isinstance(module, nn.ModuleList) or len(module) < least:
             continue
         alike = len({type(one) for one in module}) == 1 or all(map(_is_layer, module))
         if not alike or any(path.startswith(f"{outer}.") for outer in found):

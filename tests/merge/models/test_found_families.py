@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, write_adapter
 from torch import nn
+from transformers import AlbertConfig, AlbertForTokenClassification
 
 import nsc_merge
 from nsc_merge.models.families import family_of, find_family, scored_paths
@@ -166,6 +167,32 @@ def test_a_model_without_blocks_is_refused_with_the_way_out():
         family_of(model)
     given = family_of(model, ["0"], {"block": r"^(\d+)\.", "score_modules": ["0"]})
     assert (given.block, given.score_modules, given.tokens) == (r"^(\d+)\.", ("0",), None)
+
+
+def test_of_a_model_with_one_block_tokens_are_told_from_padding():
+    """ALBERT, which runs it several times: no list of blocks is longer."""
+    sizes = {"hidden_size": 32, "embedding_size": 16, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = AlbertForTokenClassification(AlbertConfig(**sizes, num_hidden_layers=3, vocab_size=96)).eval()
+    family = find_family(model)
+    assert (family.block, family.mask) == (r"^(?:albert\.encoder\.albert_layer_groups)\.(\d+)\.", "attention_mask")
+    path = "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.value"
+    adapters = {
+        task: nsc_merge.Adapter(task, {path: nsc_merge.Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)})
+        for task in ("a", "b")
+    }
+    ids = torch.randint(3, 96, (2, 6))
+    longer = {
+        "input_ids": torch.cat([ids, torch.zeros_like(ids)], 1),
+        "attention_mask": torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1),
+    }
+    shorter = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for method in ("match", "distill", "adamerging"):
+        found, wanted = (
+            nsc_merge.merge(model, adapters, {task: [batch] for task in adapters}, method, steps=1, progress=False)
+            for batch in (longer, shorter)
+        )
+        assert found.objective["before"] == pytest.approx(wanted.objective["before"], rel=1e-4), method
 
 
 @pytest.fixture(scope="module")
