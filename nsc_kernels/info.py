@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         # torch's own word: a package index may leave out of its version which build (+cpu, +cu130) it is.
         "versions": {"torch": torch.__version__, **{n: _version(n) for n in ("triton", "numpy", "safetensors")}},
-        "backends": available_backends(),
+        "backends": _backends(),
         "backend_choice": chosen(),
         "cpu": {
             "instruction_sets": list(native.cpu_instruction_sets()),
@@ -40,6 +41,15 @@ def collect() -> dict[str, Any]:
         **{f"{name}_kernel": _kernel(name) for name in verified_hardware.BACKENDS},
         "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
     }
+
+
+def _backends() -> dict[str, bool | str]:
+    """As of ``available_backends``, and what every call of the CPU library would end with."""
+    found = available_backends()
+    forced, known = os.environ.get("NSC_CPU_ISA"), native.cpu_instruction_sets()
+    if forced and known and forced not in known:
+        found["cpu"] = f"NSC_CPU_ISA={forced}: expected one of {', '.join(known)}, or unset; every call on a CPU raises"
+    return found
 
 
 def _kernel(backend: str) -> dict[str, Any]:

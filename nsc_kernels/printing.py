@@ -1,17 +1,18 @@
-"""Commands whose output is read by a program that may stop reading, as ``head`` and a pager do."""
+"""Commands whose output is read by a program that may stop reading, as ``head`` and a pager do, or fills a disk."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs ``command`` and returns its exit status, or 141, as of SIGPIPE, if whoever read its output has left.
+    """Runs ``command`` and returns its exit status; or 141, as of SIGPIPE, if whoever read its output has left, and 1,
+    with a line on standard error, if the disk that it goes to is full.
 
-    What is printed is written out before this returns, so that a reader that left shows up here and not when
-    Python ends.
+    What is printed is written out before this returns, so that either shows up here and not when Python ends.
     """
     try:
         status = command()
@@ -19,6 +20,13 @@ def exit_status(command: Callable[[], int]) -> int:
             sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # What is still in the buffer would be written, and fail, at Python's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        status = 141
+    except OSError as error:
+        # Files that the command writes name themselves.
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        status = 1
+    # What is still in the buffer would be written, and fail, at Python's end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import nsc_kernels as nk
-from nsc_kernels import info
+from nsc_kernels import info, native
 
 
 def test_json_says_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +40,22 @@ def test_a_reader_that_has_left_is_no_error(command: str) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
+@pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.bench list"])
+def test_a_full_disk_is_one_line(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", *command.split()]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_forced_instruction_set_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.cpu_instruction_sets():
+        pytest.skip("the CPU library is not built")
+    monkeypatch.setenv("NSC_CPU_ISA", "sse9")
+    assert "NSC_CPU_ISA=sse9: expected one of" in info.collect()["backends"]["cpu"]
+    for name in ("", native.cpu_instruction_sets()[-1]):
+        monkeypatch.setenv("NSC_CPU_ISA", name)
+        assert info.collect()["backends"] == nk.available_backends()
