@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank_file import read_bank, write_bank
+from .devices import with_float64
 from .modes import dispatch_watched, functorch_active
 from .reference import accumulation_dtype
 
@@ -115,13 +116,14 @@ class AdapterBank(nn.Module):
         if rtol is not None and not 0 <= rtol < 1:
             raise ValueError(f"rtol must lie in [0, 1), found {rtol}")
         rows, columns, offsets = [], [], [0]
+        place = with_float64(device)
         for k, (a, b) in enumerate(zip(A, B, strict=True)):
-            lower, white = whiten(a.detach().to(device), default_rtol(a) if rtol is None else rtol)
-            up = scales[k] * (b.detach().to(device, torch.float64) @ lower)
+            lower, white = whiten(a.detach().to(place), default_rtol(a) if rtol is None else rtol)
+            up = scales[k] * (b.detach().to(place, torch.float64) @ lower)
             if not torch.isfinite(up.to(dtype)).all():
                 raise ValueError(f"B[{k}] (scaled by {scales[k]:g} and by A[{k}]) overflows {dtype}")
-            rows.append(white.to(dtype))
-            columns.append(up.t().to(dtype))
+            rows.append(white.to(device, dtype))
+            columns.append(up.t().to(device, dtype))
             offsets.append(offsets[-1] + white.shape[0])
         return cls(torch.cat(rows), torch.cat(columns), offsets)
 

@@ -22,12 +22,12 @@ from .contract import Backend, Call
 
 logger = logging.getLogger("nsc_kernels")
 
-# name -> device types it is considered for automatically, best first.
-PREFERENCE: dict[str, tuple[str, ...]] = {
+# name -> device types it is considered for automatically, None for all of them; best first.
+PREFERENCE: dict[str, tuple[str, ...] | None] = {
     "cuda": ("cuda",),
     "triton": ("cuda",),
     "cpu": ("cpu",),
-    "reference": ("cpu", "cuda", "mps", "xpu", "meta"),
+    "reference": None,
 }
 AUTO = "auto"
 
@@ -101,7 +101,7 @@ def select(name: str, call: Call) -> Backend:
             raise RuntimeError(f"backend {name!r} was asked for and cannot serve this call: {reason}")
         return backend
     for candidate, devices in PREFERENCE.items():
-        if call.device.type not in devices:
+        if devices is not None and call.device.type not in devices:
             continue
         backend, reason = load(candidate)
         if backend is not None and reason is None:

@@ -44,7 +44,7 @@ METHODS["listing"] = {"registry"}
 
 # The operator's floors: a part may import all that is on a floor below its own.
 FLOORS = (
-    ("_version", "bank_file", "contract", "reference", "ratio", "native", "counters", "modes", "printing"),
+    ("_version", "bank_file", "contract", "reference", "ratio", "native", "counters", "devices", "modes", "printing"),
     ("bank", "dispatch", "verified_hardware", "entries"),
     ("ops", "triton"),
     ("backends", "autograd"),

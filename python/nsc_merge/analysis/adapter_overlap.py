@@ -122,7 +122,7 @@ def null_space_ratios(
         ratio = null_space_ratio(quad, sqnorm)
         real = real_tokens.of(path, sqnorm, inputs)
         kept = ratio.flatten(0, -2) if real is None else ratio[real]
-        sums[path] = sums.get(path, 0.0) + kept.double().sum(0).cpu()
+        sums[path] = sums.get(path, 0.0) + kept.cpu().double().sum(0)
         tokens[path] = tokens.get(path, 0) + len(kept)
 
     device = input_device(model)

@@ -130,7 +130,7 @@ class _Check:
         self._least = math.inf
 
     def add(self, z: Tensor) -> None:
-        z = z.double().cpu()
+        z = z.cpu().double()
         norm = z.norm(dim=-1)
         z, norm = z[norm > 0], norm[norm > 0]
         inside = (z @ self._rows.t()).norm(dim=-1)

@@ -50,7 +50,7 @@ Merges as a YAML recipe says:
   dora: exact                       # or convert: to LoRA of the same rank; or refuse
   added_tokens: refuse              # or mean, first, base: what the base gets of tokens that adapters added
   dtype: auto                       # or float32, bfloat16, ...
-  device: auto                      # or cpu, cuda, cuda:1
+  device: auto                      # or cpu, cuda, cuda:1, mps
   device_map: null                  # instead of device, over several and the disk: auto, balanced,
                                     #   balanced_low_0, sequential, or module path: 0, cpu or disk
   max_memory: null                  # of device_map: {0: 20GiB, cpu: 60GiB}

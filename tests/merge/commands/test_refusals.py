@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from cli_cases import contents, interrupted, make_place
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from nsc_merge.recipes import run
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.recipes.yaml_keys import read_document
+
+ELSEWHERE = pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is there")
 
 
 @pytest.fixture
@@ -134,7 +137,8 @@ def test_merged_keys_may_still_be_overridden(place):
         (plain(method="svd", **{"output.formats": "coefficients"}), "output.formats: method 'svd' gives no"),
         (["output.max_shard_size=abc"], "output.max_shard_size: expected a size such as 5GB"),
         (["output.dir=recipe.yaml/out"], "output.dir: no folder can be made in"),
-        (["device=cdua"], "device: expected auto, cpu, cuda or cuda:N, found 'cdua'"),
+        pytest.param(["device=mps"], "finds, found mps, which it does not", marks=ELSEWHERE),
+        (["device=cdua"], "device: expected auto, cpu, cuda, cuda:N or mps, found 'cdua'"),
         (["device=cuda:99"], "device: expected cpu or one of the"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels.devices import to_float64, with_float64
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import one_by_one
@@ -76,7 +77,7 @@ def grams(
         if not counted[0]:
             return
         real = tokens.of(path, z[..., 0], inputs)
-        flat = (z.reshape(-1, z.shape[-1]) if real is None else z[real]).double()
+        flat = to_float64(z.reshape(-1, z.shape[-1]) if real is None else z[real])
         sums[path] = flat.t() @ flat if path not in sums else sums[path].addmm_(flat.t(), flat)
         counts[path] += len(flat)
 
@@ -98,7 +99,7 @@ def grams(
         if path not in sums:
             # Its batches all ran in other processes.
             width = linears[path].in_features
-            sums[path] = torch.zeros(width, width, dtype=torch.float64, device=device)
+            sums[path] = torch.zeros(width, width, dtype=torch.float64, device=with_float64(device))
         current().add([sums[path]])
     return {path: sums[path] / counts[path] for path in reached}
 

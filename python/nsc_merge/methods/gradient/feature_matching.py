@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels.devices import with_float64
 from nsc_merge.calibration.batches import Batch, held_out, restartable, streams
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole, one_by_one
 from nsc_merge.descent.coefficients import BoundedCoefficients
@@ -194,14 +195,14 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
     with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         present = present.to(coefficients.flat)
-        sums = torch.zeros(len(SCALES), dtype=torch.float64, device=coefficients.flat.device)
+        sums = torch.zeros(len(SCALES), dtype=torch.float64, device=with_float64(coefficients.flat.device))
         for one in parts_of(one_by_one(drawn, coefficients.flat.device)):
             wanted = targets.of(one)
             for place, scale in enumerate(SCALES):
                 coefficients.give(scale * present)
                 found = watcher.see(one).features
                 for number in one.tasks[0]:
-                    sums[place] += targets.distance(wanted[number], one, found)
+                    sums[place] += targets.distance(wanted[number], one, found).to(sums.device)
         current().add([sums])
     totals = dict(zip(SCALES, sums.tolist(), strict=True))
     for scale, total in totals.items():
@@ -267,13 +268,13 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
 
         def measure() -> float:
-            total = torch.zeros((), dtype=torch.float64, device=coefficients.flat.device)
+            total = torch.zeros((), dtype=torch.float64, device=with_float64(coefficients.flat.device))
             for one in parts_of([one for batches in held for one in one_by_one(batches, device)]):
                 wanted = targets.of(one)
                 coefficients.spread()
                 found = watcher.see(one).features
                 for number in one.tasks[0]:
-                    total += targets.distance(wanted[number], one, found)
+                    total += targets.distance(wanted[number], one, found).to(total.device)
             current().add([total])
             return float(total)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsc_kernels.devices import to_float64
+
 
 class Variance:
     """Of values ``[..., C]`` around the mean of their component, over all that were added."""
@@ -17,7 +19,7 @@ class Variance:
         self._sums: list[Tensor] = []
 
     def add(self, values: Tensor) -> None:
-        rows = values.double().flatten(0, -2) if values.dim() > 1 else values.double()[:, None]
+        rows = to_float64(values.flatten(0, -2) if values.dim() > 1 else values[:, None])
         if not len(rows):
             return
         if self._origin is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels.devices import with_float64
 from nsc_merge.adapters.algebra.low_rank import Rows
 from nsc_merge.utils.provenance import mark_of
 
@@ -90,7 +91,7 @@ class Stored:
     @property
     def device(self) -> torch.device:
         """Where sums with them are formed."""
-        return self.values.device
+        return with_float64(self.values.device)
 
     def whole(self) -> Tensor:
         """All of them as one plain tensor."""
@@ -108,7 +109,7 @@ class Stored:
         step = max(tile // (8 * max(math.prod(width), 1)), 16 if len(width) < 2 else 1)
         for begin in range(0, count, step):
             end = min(begin + step, count)
-            yield update(begin, end).add_(self.rows(begin, end))
+            yield update(begin, end).add_(self.rows(begin, end).to(self.device))
 
     def tiles(self, update: Rows) -> Iterator[Tensor]:
         """All of :meth:`sums`, rounded once."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import MergedLoRALinear
+from nsc_kernels.devices import to_float64
 from nsc_merge.adapters.algebra.low_rank import Rows
 from nsc_merge.models.bases.numbers import Stored
 from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
@@ -314,13 +315,13 @@ def check_gradients(model: nn.Module) -> None:
         with torch.enable_grad():
             z = torch.cat([z, torch.zeros_like(z)]).requires_grad_()
             y = module(z)
-            given = y.detach().double()
+            given = to_float64(y.detach())
             given = given - given[1]
             found = None
             if y.requires_grad:
-                (found,) = torch.autograd.grad(y, z, given.to(y.dtype), allow_unused=True)
+                (found,) = torch.autograd.grad(y, z, given.to(y), allow_unused=True)
         size = float(given.square().sum())
-        promised = 0.0 if found is None else float((found.double() * z.detach().double()).sum())
+        promised = 0.0 if found is None else float((to_float64(found) * to_float64(z.detach())).sum())
         if abs(promised - size) > _TOLERANCE * size:
             raise ValueError(
                 f"{place}: expected a linear whose output has a gradient for its input, found a "

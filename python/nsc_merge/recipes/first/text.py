@@ -140,7 +140,7 @@ def _merging(yaml: Yaml, found: Findings, name: str) -> None:
         yaml.remark(memory_said(found))
     yaml.section()
     dtype = f"that of the base's files ({found.base.dtype}); or float32, bfloat16, float16"
-    yaml.entries({"dtype": ("auto", dtype), "device": ("auto", "a GPU if there is one; or cpu, cuda, cuda:1")})
+    yaml.entries({"dtype": ("auto", dtype), "device": ("auto", "a GPU if there is one; or cpu, cuda, cuda:1, mps")})
 
 
 def _advice(yaml: Yaml, found: Findings, name: str) -> None:

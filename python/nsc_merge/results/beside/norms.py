@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsc_kernels.devices import with_float64
 from nsc_merge.adapters import Factor
 from nsc_merge.adapters.algebra.low_rank import Rows
 from nsc_merge.models.bases.quantised import stored_or_dequantised
@@ -79,7 +80,7 @@ def inner_products(factors: Sequence[Factor], base: Rows | None = None) -> Tenso
     Of low-rank updates they follow from products of the factors, no larger than the sum of the ranks: ``<B A, D C>`` is
     the sum of the entries of ``(B^T D) * (A C^T)``.
     """
-    place = factors[0].A.device
+    place = with_float64(factors[0].A.device)
     A = torch.cat([factor.A.to(place, torch.float64) for factor in factors])
     B = torch.cat([factor.scaling * factor.B.to(place, torch.float64) for factor in factors], 1)
     owner = torch.repeat_interleave(torch.tensor([factor.rank for factor in factors]))
