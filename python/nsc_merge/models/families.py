@@ -312,4 +312,7 @@ def scored_paths(
             return chosen
     wanted = [name for names in choices for name in names]
     carried, tried = sorted({name_of(path) for path in adapted}), sorted(set().union(*blocks.values()))
-    raise ValueError(f"score_modules: no adapter touches {wanted} in blocks {tried}; adapted modules: {carried}")
+    raise ValueError(
+        f"score_modules: no adapter touches {wanted} in blocks {tried}; adapted modules: {carried}; expected some of "
+        "these, or other blocks by score_blocks"
+    )
