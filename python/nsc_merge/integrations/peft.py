@@ -12,7 +12,7 @@ The second form takes what ``add_weighted_adapter`` takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Merged:
     adapter_name: str
     coefficients: dict[str, dict[str, float]]
     errors: dict[str, float]
-    result: MergeResult
+    result: MergeResult = field(repr=False)
 
 
 def merge(

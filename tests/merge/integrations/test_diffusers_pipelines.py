@@ -196,6 +196,12 @@ def test_other_methods_merge_what_the_weights_make_of_the_adapters(make, method,
     assert (image(pipe) - before).abs().max() > 1e-3
 
 
+def test_what_a_merge_gives_is_shown_without_its_tensors():
+    shown = repr(merge(dit_pipeline(), NAMES))
+    assert "adapter_name='merged'" in shown
+    assert "tensor(" not in shown
+
+
 def test_bad_input_is_refused_before_anything_changes(monkeypatch):
     pipe = unet_pipeline()
     pipe.set_adapters("a", 0.3)
