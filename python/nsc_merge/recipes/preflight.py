@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from nsc_merge.results.layout import (
     HEADS_FOLDER,
     HISTORY_FILE,
     RECIPE_FILE,
+    earlier_merge,
     refuse_mixture,
+    refuse_pages,
 )
-from nsc_merge.results.saving import earlier_merge
 from nsc_merge.utils.atomic_folder import check_replaceable
 from nsc_merge.utils.json_text import from_json
 
@@ -163,13 +163,10 @@ def _check_place(recipe: Recipe, method: Method) -> None:
                 f"output.dir: {name} is {place}, in the way of what is written to {out}, which would replace it; "
                 "expected a folder beside all inputs"
             )
-    left = merge is not None and any((out / path).is_file() for path in earlier - {RECIPE_FILE, CARD_FILE})
-    for name in (RECIPE_FILE, CARD_FILE):
-        if os.path.lexists(out / name) and not (left and name in earlier):
-            raise RecipeError(
-                f"output.dir: {out / name} is there and no earlier merge's, and would be replaced; expected a folder "
-                "without it: choose another, or move the file"
-            )
+    try:
+        refuse_pages(out, merge, earlier)
+    except ValueError as error:
+        raise RecipeError(f"output.dir{str(error).removeprefix('out')}") from None
 
 
 def _written(recipe: Recipe, method: Method) -> set[Path]:

@@ -21,9 +21,15 @@ from nsc_merge.recipes.inputs import read_adapter
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.results.beside.record import digests_in
-from nsc_merge.results.layout import COEFFICIENTS_FILE, COEFFICIENTS_FORMAT, HISTORY_FILE, RECIPE_FILE, RECORD
+from nsc_merge.results.layout import (
+    COEFFICIENTS_FILE,
+    COEFFICIENTS_FORMAT,
+    HISTORY_FILE,
+    RECIPE_FILE,
+    RECORD,
+    earlier_merge,
+)
 from nsc_merge.results.result import MergeResult
-from nsc_merge.results.saving import earlier_merge
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.provenance import Digest, in_form_of, whole

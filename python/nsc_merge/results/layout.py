@@ -7,11 +7,13 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT
 from nsc_merge.utils.provenance import sha256
+from nsc_merge.utils.yaml_text import read_yaml
 
 FORMATS = ("coefficients", "lora", "model")
 # What a finished merge keeps of its circumstances; ignored when the file is run again.
@@ -91,6 +93,18 @@ def recorded(folder: Path, record: Mapping[str, Any]) -> set[str]:
     return {path for path in named if is_ours(path) or (path in there and there[path] == known[path])}
 
 
+def earlier_merge(out: Path) -> tuple[str | None, set[str]]:
+    """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
+    import yaml
+
+    try:
+        record = read_yaml(out / RECIPE_FILE)[RECORD]
+        # The pictures may have been drawn later.
+        return record["merge"], {*recorded(out, record), COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return None, set()
+
+
 # What every file system takes for a name and can be told apart there, case aside: no dot in front or at the end, no
 # name of a device of Windows, room for an ending.
 _SIMPLE = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w-]([\w.-]*[\w-])?")
@@ -144,6 +158,22 @@ def refuse_mixture(out: Path, places: Iterable[str], formats: Sequence[str], *, 
             raise ValueError(f"out: {folder} holds an adapter (adapter_config.json); expected a folder without one")
         if name == "lora" and os.path.lexists(folder / "config.json"):
             raise ValueError(f"out: {folder} holds a model (config.json); expected a folder without one")
+
+
+def refuse_pages(out: Path, merge: str | None, earlier: Set[str]) -> None:
+    """Refuse to replace a recipe or a page that no save wrote.
+
+    Args:
+        out: the folder that is written to.
+        merge: with ``earlier``, what :func:`earlier_merge` finds there.
+    """
+    left = merge is not None and any((out / path).is_file() for path in earlier - {RECIPE_FILE, CARD_FILE})
+    for name in (RECIPE_FILE, CARD_FILE):
+        if os.path.lexists(out / name) and not (left and name in earlier):
+            raise ValueError(
+                f"out: {out / name} is there and no earlier merge's, and would be replaced; expected a folder without "
+                "it: choose another, or move the file"
+            )
 
 
 def found_as(folder: Path, name: str, ending: str = "") -> Path:

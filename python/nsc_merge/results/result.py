@@ -37,8 +37,9 @@ class MergeResult(MergedUpdate):
         ``"lora"`` and ``"model"`` go the base's tokenizer, chat templates, processors and generation configuration.
 
         Args:
-            out: a folder; made if needed. Files of the same names are replaced, and what an earlier save of another
-                merge left there goes; other files stay.
+            out: a folder; made if needed. Files of the same names are replaced, but for a ``recipe.yaml`` and a
+                ``README.md`` that no save wrote, which are refused; what an earlier save of another merge left there
+                goes; other files stay.
             format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
                 of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
                 ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method

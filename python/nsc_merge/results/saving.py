@@ -26,7 +26,7 @@ from nsc_merge.models.vocabulary import grown_elsewhere, grown_modules
 from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
 from nsc_merge.results.beside.model_card import model_card
-from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT, draw
+from nsc_merge.results.beside.plots import draw
 from nsc_merge.results.beside.preprocessing import write_preprocessing
 from nsc_merge.results.beside.record import merge_digest, recipe_of
 from nsc_merge.results.dora_adapter import as_dora, check_as_adapter, has_gains
@@ -37,13 +37,13 @@ from nsc_merge.results.layout import (
     FORMATS,
     HISTORY_FILE,
     RECIPE_FILE,
-    RECORD,
     TRUNCATION_FILE,
     code_in,
+    earlier_merge,
     is_weights,
-    recorded,
     refuse_inputs,
     refuse_mixture,
+    refuse_pages,
     task_folders,
 )
 from nsc_merge.results.merged_model import is_of_diffusers, write_model
@@ -51,7 +51,7 @@ from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.option_checks import is_size
-from nsc_merge.utils.yaml_text import read_yaml, to_yaml
+from nsc_merge.utils.yaml_text import to_yaml
 
 
 def save(
@@ -122,6 +122,7 @@ def save(
         # Nobody else writes there from here on, and what somebody just wrote counts.
         refuse_mixture(out, places, wanted, nested=nested)
         earlier, files = earlier_merge(out)
+        refuse_pages(out, earlier, files)
         kept = files if earlier == digest else set()
         gone |= files - kept
         errors: dict[str, float] = {}
@@ -178,18 +179,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
             f"out: {out} cannot be written: {error.strerror}; expected room for it in {out.resolve().parent}: make "
             "some, or save elsewhere"
         ) from None
-
-
-def earlier_merge(out: Path) -> tuple[str | None, set[str]]:
-    """Digest of the merge that an earlier save left in a folder, and what is its; nothing if there is none."""
-    import yaml
-
-    try:
-        record = read_yaml(out / RECIPE_FILE)[RECORD]
-        # The pictures may have been drawn later.
-        return record["merge"], {*recorded(out, record), COEFFICIENTS_PLOT, RATIOS_PLOT, LOSSES_PLOT}
-    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
-        return None, set()
 
 
 def _refuse_biases_beside_experts(result: MergedUpdate) -> None:

@@ -50,6 +50,24 @@ def test_a_format_of_several_is_not_saved_over_an_input(place):
     result.save(place / "out", ["model"])
 
 
+@pytest.mark.parametrize("name", ["README.md", "recipe.yaml"])
+def test_a_page_and_a_recipe_of_the_users_own_are_not_replaced(place, capsys, name):
+    assert main(SHORT) == 0
+    (place / "mine").mkdir()
+    (place / "mine" / name).write_text("mine: 1\n")
+    adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
+    result = nsc_merge.merge(build("llama-cls"), adapters, method="task_arithmetic")
+    before = contents(place)
+    with pytest.raises(ValueError, match=f"out: .*mine/{name} is there and no earlier merge's"):
+        result.save(place / "mine", "lora")
+    assert main(["export", "merged", "--format", "lora", "--out", "mine"]) == 1
+    assert f"{name} is there and no earlier merge's" in capsys.readouterr().err
+    assert contents(place) == before
+    (place / "mine" / name).unlink()
+    for format in ("lora", "coefficients", "lora"):
+        result.save(place / "mine", format)
+
+
 def test_a_full_disk_is_named_with_its_place(place, monkeypatch):
     adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
     result = nsc_merge.merge(build("llama-cls"), adapters, method="task_arithmetic")

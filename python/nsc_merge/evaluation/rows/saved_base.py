@@ -8,8 +8,7 @@ from typing import Any
 
 from nsc_merge.recipes.yaml_keys import absolute_model
 from nsc_merge.results.beside.record import digests_in
-from nsc_merge.results.layout import RECIPE_FILE, RECORD
-from nsc_merge.results.saving import earlier_merge
+from nsc_merge.results.layout import RECIPE_FILE, RECORD, earlier_merge
 from nsc_merge.utils.provenance import Digest, digests, hashes, in_form_of
 from nsc_merge.utils.yaml_text import read_yaml
 
