@@ -142,8 +142,7 @@ def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], s
 
 def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
     if isinstance(update, Tensor):
-        _check_matrix(name, update)
-        return factored(update.detach(), tolerance)
+        return factored(_checked(name, update), tolerance)
     if isinstance(update, Factor):
         if update.gain is not None or update.magnitude is not None:
             raise ValueError(
@@ -151,8 +150,7 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
                 "merges it; expected plain LoRA or a dense delta"
             )
         if update.dense is not None and not update.rank:
-            _check_matrix(name, update.dense)
-            whole = factored(update.dense.detach(), tolerance)
+            whole = factored(_checked(name, update.dense), tolerance)
             return replace(whole, scaling=update.scaling, bias=update.bias)
         A, B, scaling, bias, transposed = update.A, update.B, update.scaling, update.bias, update.transposed
         if update.dense is not None:
@@ -168,7 +166,7 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
     for part, matrix in (("A", A), ("B", B)):
         if not isinstance(matrix, Tensor):
             raise TypeError(f"{name}: expected {part} to be a tensor, found {type(matrix).__name__}")
-        _check_matrix(f"{name}: {part}", matrix)
+    A, B = _checked(f"{name}: A", A), _checked(f"{name}: B", B)
     if A.shape[0] != B.shape[1]:
         raise ValueError(
             f"{name}: expected A [r, d_in] and B [d_out, r] of one rank, found A {list(A.shape)} and B {list(B.shape)}"
@@ -179,17 +177,24 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
     if bias is not None and not torch.isfinite(bias).all():
         raise ValueError(f"{name}: expected a finite bias, found infinity or NaN in it")
     bias = None if bias is None else bias.detach()
-    return Factor(A.detach(), B.detach(), float(scaling), bias, transposed=transposed)
+    return Factor(A, B, float(scaling), bias, transposed=transposed)
 
 
-def _check_matrix(name: str, matrix: Tensor) -> None:
+def _checked(name: str, matrix: Tensor) -> Tensor:
+    """The matrix without its history, in a dtype that can be computed with."""
     if matrix.ndim != 2 or not matrix.is_floating_point():
         raise ValueError(
             f"{name}: expected a matrix of floating point, found {list(matrix.shape)} of {matrix.dtype}; flatten a "
             "convolution to [d_out, the rest]"
         )
+    if matrix.is_meta or matrix.layout is not torch.strided:
+        found = "one on the meta device, of a shape alone" if matrix.is_meta else f"one of layout {matrix.layout}"
+        raise ValueError(f"{name}: expected a matrix with all its numbers, found {found}")
+    # In float8 numbers can be kept, and little else.
+    matrix = matrix.detach().float() if matrix.itemsize == 1 else matrix.detach()
     if not torch.isfinite(matrix).all():
         raise ValueError(f"{name}: expected finite numbers, found infinity or NaN")
+    return matrix
 
 
 def _merged(

@@ -258,6 +258,17 @@ def test_a_scaling_may_be_a_tensor_of_one_number():
         assert torch.equal(found[path].delta(), factor.delta())
 
 
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "knots_ties"])
+def test_numbers_kept_in_float8_are_computed_with_in_float32(name):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6), (5, 2), (5, 6))
+    A, B, delta = (torch.randn(shape, generator=generator).to(torch.float8_e4m3fn) for shape in shapes)
+    kept = {"a": {"q": (A, B, 2.0)}, "b": {"q": delta}}
+    wide = {"a": {"q": (A.float(), B.float(), 2.0)}, "b": {"q": delta.float()}}
+    ((_, found),), ((_, expected),) = (nsc_merge.merge_factors(tasks, name) for tasks in (kept, wide))
+    assert torch.equal(found.delta(), expected.delta())
+
+
 def test_factors_of_a_folder_and_what_is_zero(tmp_path: Path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 9))
@@ -316,6 +327,8 @@ BAD = {
     "scaling": ({"a": {"q": (A, B, float("nan"))}}, {}, ValueError, "scaling: expected a finite number"),
     "not finite": ({"a": {"q": (A * torch.inf, B, 1.0)}}, {}, ValueError, "A: expected finite numbers"),
     "whole numbers": ({"a": {"q": A.int()}}, {}, ValueError, r"floating point, found \[2, 5\] of torch.int32"),
+    "a shape alone": ({"a": {"q": (A.to("meta"), B, 1.0)}}, {}, ValueError, r"A: .*all its numbers, .* meta device"),
+    "sparse": ({"a": {"q": A.to_sparse()}}, {}, ValueError, r"\['q'\]: .*all its numbers, .*torch.sparse_coo"),
     "a vector": ({"a": {"q": A[0]}}, {}, ValueError, "flatten a convolution"),
     "shapes": (
         {"a": {"q": (A, B, 1.0)}, "b": {"q": torch.ones(5, 3)}}, {}, ValueError,
