@@ -70,8 +70,8 @@ def merge(
 
     Args:
         model: with the adapters loaded: a ``PeftModel``, or a model of transformers or diffusers with adapters put in
-            it (``add_adapter``, a pipeline's ``load_lora_weights``). Which adapters are active, and whether they are
-            enabled, plays no role and does not change.
+            it (``add_adapter``, a pipeline's ``load_lora_weights``), or what ``torch.compile`` made of one. Which
+            adapters are active, and whether they are enabled, plays no role and does not change.
         adapters: names of the adapters to merge.
         weights: one for each adapter: the coefficients of task arithmetic, where NSC starts from, or the weights of
             methods that have them.
@@ -94,6 +94,8 @@ def merge(
             no exact adapter or is not one for all tasks; and as :func:`nsc_merge.merge`.
         TypeError: if ``model`` holds no adapters of PEFT.
     """
+    # In torch.compile's wrapper; what was compiled is traced anew for the new adapter.
+    model = getattr(model, "_orig_mod", model)
     _check(model, adapters, adapter_name)
     if combination_type is not None:
         method, output, options = translated(combination_type, method, output, options)
@@ -140,7 +142,7 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
                 f"adapters: {trained} have {setting}, which is not merged in place; "
                 "nsc_merge.merge takes them from their folders"
             )
-    dora = [name for name in adapters if held[name].use_dora]
+    dora = [name for name in adapters if getattr(held[name], "use_dora", False)]
     if dora:
         raise ValueError(
             f"adapters: {dora} are DoRA (use_dora), expected plain LoRA: what is registered here holds no magnitudes; "
@@ -171,8 +173,10 @@ def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) ->
     option = chosen.weighted
     if option not in chosen.option_names:
         raise ValueError(f"weights: method {method!r} takes none")
-    if len(weights) != len(adapters):
-        raise ValueError(f"weights: expected one for each of {list(adapters)}, found {list(weights)}")
+    # Of a mapping the names would be taken, which may be numbers.
+    if isinstance(weights, Mapping | str) or len(weights) != len(adapters):
+        found = weights if isinstance(weights, Mapping | str) else list(weights)
+        raise ValueError(f"weights: expected a list, with one for each of {list(adapters)} in turn, found {found!r}")
     return {option: dict(zip(adapters, map(float, weights), strict=True))}
 
 

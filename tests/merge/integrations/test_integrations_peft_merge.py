@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import LoraConfig, LoraModel, get_peft_model
+from peft import IA3Config, LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora import Linear
 
 import nsc_merge
@@ -98,6 +98,21 @@ def test_merge_refuses_wrong_names():
     with pytest.raises(ValueError, match="DoRA"):
         merge(dora, NAMES, data=data(), adapter_name="merged")
     assert list(dora.peft_config) == NAMES
+    other = get_peft_model(build().unload(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "a")
+    with pytest.raises(ValueError, match=r"adapters\['a'\]: peft_type: expected 'LORA', found 'IA3'"):
+        merge(other, ["a"], method="task_arithmetic")
+
+
+def test_a_model_that_torch_compile_wrapped_gets_the_adapter(batch):
+    model, plain = build(), build()
+    compiled = torch.compile(model, backend="eager")
+    merge(plain, NAMES, data=data(), steps=2, progress=False)
+    with torch.no_grad():
+        compiled(**batch)
+        merge(compiled, NAMES, data=data(), steps=2, progress=False)
+        for one in (plain, model):
+            one.set_adapter("merged")
+        torch.testing.assert_close(compiled(**batch).logits, plain(**batch).logits)
 
 
 def test_merge_refuses_a_model_with_adapters_in_its_weights():
@@ -391,7 +406,9 @@ def test_results_without_coefficients():
         ({"method": "task_arithmetic", "output": "cat", "rank": 2}, "rank: output 'cat' has the sum of the ranks"),
         ({"method": "task_arithmetic", "rank": 0}, "rank: expected a whole number of at least 1, found 0"),
         ({"method": "task_arithmetic", "rank": 2, "svd_rank": 2}, "svd_rank: expected it or rank"),
-        ({"method": "task_arithmetic", "weights": [1.0]}, r"weights: expected one for each of .* found \[1\.0\]"),
+        ({"method": "task_arithmetic", "weights": [1.0]}, r"weights: expected a list, .* found \[1\.0\]"),
+        ({"method": "task_arithmetic", "weights": dict.fromkeys(NAMES, 1.0)}, r"weights: expected .* found \{'a'"),
+        ({"method": "task_arithmetic", "weights": "123"}, "weights: expected a list, .* found '123'"),
         ({"method": "zero_shot", "weights": [1.0, 1.0, 1.0]}, "weights: method 'zero_shot' takes none"),
         ({"method": "finetuned"}, "method: 'finetuned' gives every task an update of its own"),
         ({"method": "zero_shot"}, "method: the update of 'zero_shot' is zero"),
