@@ -30,8 +30,8 @@ WRITTEN = "written.json"
 # The native backends are left out, and with them what only they need: dispatch says of a backend that is not there that
 # it is not part of this release, and the reference serves the CPU.
 TAKEN = (
-    *("__init__.py", "_version.py", "autograd.py", "bank.py", "contract.py", "counters.py", "dispatch.py"),
-    *("functional.py", "modes.py", "module.py", "native.py", "ops.py", "ratio.py", "reference.py"),
+    *("__init__.py", "_version.py", "autograd.py", "bank.py", "contract.py", "counters.py", "devices.py"),
+    *("dispatch.py", "functional.py", "modes.py", "module.py", "native.py", "ops.py", "ratio.py", "reference.py"),
     *("verified_hardware.py", "backends/__init__.py", "backends/reference.py", "backends/triton.py"),
     *("triton/*.py", "triton/*.json", "triton/tables/*.json"),
 )
