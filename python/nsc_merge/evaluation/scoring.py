@@ -46,26 +46,26 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
 def predict(
     suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None, *, share: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all.
+    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all. Of sequences only the
+    places are kept whose label is known, as logits over a vocabulary are large.
 
     Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
     over the models of all tasks. With ``share``, tasks whose batches hold the very same tensors share the forwards of
     a model that serves them all; it is not for heads that generate, which need more than one forward of a batch.
     """
     found: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
     wanted = list(suite.tasks) if tasks is None else list(tasks)
-    labels = {
-        task: _joined([label for _, label in suite.labelled(task, split)], torch.nan) for task in wanted
-    }
     for served, models in models_of(suite, candidate, wanted):
         for number, enter in enumerate(models, 1):
             with enter() as model:
                 for together in [served] if share else [[task] for task in served]:
-                    for task, output in _outputs(suite, model, together, split).items():
+                    for task, (output, label) in _outputs(suite, model, together, split).items():
                         if len(models) > 1 and not output.is_floating_point():
                             raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
                         # A running mean, so that one set of outputs is held.
                         found[task] = output if number == 1 else found[task] + (output - found[task]) / number
+                        labels[task] = label
     return {task: (found[task], labels[task]) for task in wanted}
 
 
@@ -143,16 +143,34 @@ def models_of(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tupl
     return [([task], [model]) for task, model in models.items()]
 
 
-def _outputs(suite: Suite, model: nn.Module, tasks: list[str], split: str) -> dict[str, Tensor]:
-    """Task -> outputs of ``model`` over a whole split; several tasks share its forwards."""
-    parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+def _outputs(suite: Suite, model: nn.Module, tasks: list[str], split: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Task -> outputs of ``model`` and labels over a whole split; several tasks share its forwards."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {task: [] for task in tasks}
     labelled = [suite.labelled(task, split) for task in tasks]
     for batches in zip_longest(*labelled):
         with shared_forward(model) if len(tasks) > 1 else nullcontext():
             for task, batch in zip(tasks, batches, strict=True):
                 if batch is not None:
-                    parts[task].append(suite.output(task, model, batch[0]))
-    return {task: _joined(parts.pop(task)) for task in tasks}
+                    inputs, label = batch
+                    parts[task].append(_of_known_labels(suite.output(task, model, inputs), label))
+    found = {}
+    for task in tasks:
+        outputs, labels = zip(*parts.pop(task), strict=True)
+        found[task] = _joined(outputs), _joined(labels, torch.nan)
+    return found
+
+
+def _of_known_labels(output: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``[N, T, C]`` and labels ``[N, T]`` without the places that are asked for in no sample, the known ones of
+    each in front; others as they are.
+    """
+    if output.dim() != 3 or label.is_floating_point() or output.shape[:2] != label.shape:
+        return output, label
+    known = label != IGNORE
+    longest = max(1, int(known.sum(1).max()))
+    places = known.int().sort(dim=1, descending=True, stable=True).indices[:, :longest]
+    there = places.to(output.device)[..., None].expand(-1, -1, output.shape[-1])
+    return output.gather(1, there), label.gather(1, places)
 
 
 def _joined(parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:

@@ -165,3 +165,36 @@ def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand
     assert found["losses"]["t"] == pytest.approx(expected.loss.item(), rel=1e-5)
     assert main(["eval", str(tmp_path / "eval.yaml"), f"tasks.t.test={tmp_path / 'bare.safetensors'}"]) == 1
     assert "tasks.t.test: expected decoder_input_ids in" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "perplexity", "exact_match", "f1"])
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, batch_size):
+    """Logits over a vocabulary are large: of 3 answers among 12 tokens, not 4 times as many are held."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = build("llama")
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (9, 12), generator=generator)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    # Some of them are what the model says, so that no figure is 0.
+    labels = ids.clone()
+    labels[::2, 1:] = logits[::2, :-1].argmax(-1)
+    labels[:, :-3] = -100
+    labels[3, 2], labels[3, -2:] = ids[3, 2], -100
+    labels[5] = -100
+    save_file({"input_ids": ids, "labels": labels}, tmp_path / "test.safetensors")
+    task = {"adapter": "a", "test": "test.safetensors", "metric": metric}
+    recipe = {"model": "base", "tasks": {"a": task}, "methods": ["task_arithmetic"], "output": {"dir": "out"}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({**recipe, "batch_size": batch_size}))
+    suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml").at(0))
+    predicted = predict(suite, suite.model, "test")
+    assert predicted["a"][0].shape == (9, 3, model.config.vocab_size)
+    expected = METRICS[metric].measure(logits[:, :-1], labels[:, 1:])
+    assert expected > 0
+    found = score(suite, predicted)
+    assert found.metrics["a"] == pytest.approx(expected, rel=1e-5)
+    loss = METRICS[metric].loss(logits[:, :-1], labels[:, 1:])
+    assert found.losses["a"] == pytest.approx(loss.item(), rel=1e-5)

@@ -24,7 +24,11 @@ from nsc_merge.evaluation.suite import RecipeSuite
 
 def suite_of(name):
     metric = METRICS[name]
-    return SimpleNamespace(metric=lambda task: metric, measure=lambda task, *pair: metric.measure(*pair))
+    return SimpleNamespace(
+        metric=lambda task: metric,
+        measure=lambda task, *pair: metric.measure(*pair),
+        quality=lambda task, *pair: metric.quality(*pair),
+    )
 
 
 def draw(name, count, seed):
@@ -43,6 +47,25 @@ def test_that_of_a_mean_is_what_everybody_knows(name):
     own = METRICS[name].quality(outputs, labels)
     expected = own.double().std().item() / math.sqrt(GROUPS)
     assert standard_error(without_each(suite_of(name), "t", outputs, labels)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.of_samples is not None])
+def test_figures_of_samples_are_those_that_are_measured(name):
+    """Of sequences of which not everything is asked, of some nothing."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (50, 4), generator=generator)
+    outputs = torch.randn(50, 4, 3, generator=generator)
+    if METRICS[name].writes:
+        outputs = torch.randint(0, 3, (50, 4), generator=generator)
+        given = {"decode": lambda tokens: " ".join(f"w{token}" for token in tokens)}
+    else:
+        labels[torch.rand(50, 4, generator=generator) < 0.5] = IGNORE
+        labels[7] = IGNORE
+        outputs += 2 * torch.nn.functional.one_hot(labels.clamp(min=0), 3)
+        given = {}
+    metric, counts = METRICS[name], (labels != IGNORE).sum(1)
+    found = metric.of_samples(metric.quality(outputs, labels, **given), counts)
+    assert found == pytest.approx(metric.measure(outputs, labels, **given), rel=1e-5)
 
 
 @pytest.mark.parametrize(

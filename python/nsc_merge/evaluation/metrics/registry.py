@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,7 +77,8 @@ class Metric:
         settings: those that :meth:`with_options` set.
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
         decodes: whether they want ``decode``, which makes text of a sequence of tokens.
-        averages: whether ``measure`` is the mean of ``quality``, which may take long.
+        of_samples: ``(quality, counts) -> float``, both ``[N]``: what ``measure`` is, of the quality of every sample
+            and of how many labels are known of it; None where it takes more.
         package: that alone says what the figure is, by its name; empty for none.
     """
 
@@ -93,7 +95,7 @@ class Metric:
     per_sample: str = ""
     writes: bool = False
     decodes: bool = False
-    averages: bool = False
+    of_samples: Callable[[Tensor, Tensor], float] | None = None
     package: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,6 +132,14 @@ class Metric:
         )
 
 
+def _mean_of_samples(quality: Tensor, counts: Tensor) -> float:
+    return quality.nanmean().item()
+
+
+def _mean_of_labels(quality: Tensor, counts: Tensor) -> float:
+    return ((quality * counts).nansum() / counts.sum()).item()
+
+
 _CLASSES = "outputs: logits [N, ..., C]; labels: integers [N, ...], -100 where unknown"
 _VALUES = "outputs: [N, ...] or [N, ..., 1]; labels: [N, ...], NaN where unknown"
 _TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100"
@@ -137,7 +147,17 @@ _TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled u
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", "acc", "", False, _CLASSES, accuracy, accuracy_per_sample, cross_entropy),
+        Metric(
+            "accuracy",
+            "acc",
+            "",
+            False,
+            _CLASSES,
+            accuracy,
+            accuracy_per_sample,
+            cross_entropy,
+            of_samples=_mean_of_labels,
+        ),
         Metric("miou", "mIoU", "", False, _CLASSES, mean_iou, mean_iou_per_sample, cross_entropy),
         Metric("f1", "F1", "", False, _CLASSES, f1, accuracy_per_sample, cross_entropy, per_sample="acc"),
         Metric("f1_binary", "F1", "", False, _CLASSES, f1_binary, accuracy_per_sample, cross_entropy, per_sample="acc"),
@@ -151,6 +171,7 @@ METRICS: dict[str, Metric] = {
             perplexity,
             negative_entropy_per_sample,
             cross_entropy,
+            of_samples=lambda quality, counts: math.exp(-_mean_of_labels(quality, counts)),
             per_sample="-log ppl",
         ),
         *(
@@ -201,6 +222,7 @@ METRICS: dict[str, Metric] = {
             exact_match,
             exact_match_per_sample,
             cross_entropy,
+            of_samples=_mean_of_samples,
         ),
         Metric(
             "cider",
@@ -225,7 +247,7 @@ METRICS: dict[str, Metric] = {
                 functools.partial(rouge_per_sample, kind),
                 writes=True,
                 decodes=True,
-                averages=True,
+                of_samples=_mean_of_samples,
                 package="torchmetrics",
             )
             for kind in ("rouge1", "rouge2", "rougeL")
@@ -244,7 +266,16 @@ METRICS: dict[str, Metric] = {
             package="torchmetrics",
         ),
         Metric(
-            "vqa", "VQA acc", "", False, _TEXTS, vqa, vqa_per_sample, writes=True, decodes=True, averages=True
+            "vqa",
+            "VQA acc",
+            "",
+            False,
+            _TEXTS,
+            vqa,
+            vqa_per_sample,
+            writes=True,
+            decodes=True,
+            of_samples=_mean_of_samples,
         ),
     )
 }

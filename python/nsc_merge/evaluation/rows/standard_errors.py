@@ -31,10 +31,12 @@ def without_each(suite: RecipeSuite, task: str, outputs: Tensor, labels: Tensor)
     if len(labels) < GROUPS:
         return []
     dealt = torch.arange(len(labels)) % GROUPS
-    if suite.metric(task).averages:
-        each = suite.quality(task, outputs, labels)
-        return [each[dealt != number].mean().item() for number in range(GROUPS)]
     found: list[float] = []
+    if (of_samples := suite.metric(task).of_samples) is not None:
+        quality = suite.quality(task, outputs, labels).double()
+        counts = (labels != IGNORE).reshape(len(labels), -1).sum(1).double()
+        found = [of_samples(quality[dealt != number], counts[dealt != number]) for number in range(GROUPS)]
+        return found if all(map(math.isfinite, found)) else []
     for number in range(GROUPS):
         gone = dealt == number
         try:
