@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,13 +14,13 @@ import torch
 from nsc_merge.adapters import Factor
 from nsc_merge.utils.memory import free_memory, size_said
 
+logger = logging.getLogger("nsc_merge")
+
 
 def kept(updates: Iterable[tuple[str, Factor]]) -> Iterator[tuple[str, Factor]]:
     """The same updates. Matrices on the CPU are in memory up to half of what is free, and no more than 2 GiB; beyond,
-    they are parts of a temporary file without a name (in ``TMPDIR``), which the system reads when they are asked for.
-
-    Raises:
-        OSError: if that file finds no room.
+    they are parts of a temporary file without a name (in ``TMPDIR``), which the system reads when they are asked for,
+    as long as that finds room.
     """
     room, write = free_memory(torch.device("cpu")) / 2, None
     for path, factor in updates:
@@ -33,24 +34,28 @@ def kept(updates: Iterable[tuple[str, Factor]]) -> Iterator[tuple[str, Factor]]:
 
 
 def _writer() -> Callable[[torch.Tensor], torch.Tensor]:
-    # Open as long as the updates live, which are mapped from it.
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    written = 0
+    file: IO[bytes] | None = None
+    written, full = 0, False
 
     def write(matrix: torch.Tensor) -> torch.Tensor:
-        nonlocal written
+        nonlocal file, written, full
+        if full:
+            return matrix
         values = matrix.contiguous().numpy()
         try:
+            # Open as long as the updates live, which are mapped from it.
+            file = file or tempfile.TemporaryFile()  # noqa: SIM115
+            file.seek(written)
             file.write(values.data)
             file.flush()
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno or 0)} for the merged update, of full rank and so far "
-                f"{size_said(written + matrix.nbytes)}; expected TMPDIR to name a folder with room for four bytes for "
-                "every entry of the adapted weights, or a method of low rank",
-                tempfile.gettempdir(),
-            ) from error
+            full = True
+            logger.warning(
+                "what is more than %s of the merged update is held in memory (%s); TMPDIR may name another folder",
+                size_said(written),
+                error,
+            )
+            return matrix
         mapped = np.memmap(file, values.dtype, "c", offset=written, shape=values.shape)
         written += matrix.nbytes
         return torch.from_numpy(mapped)

@@ -43,8 +43,12 @@ def test_what_is_more_than_half_of_the_free_memory_is_in_a_file(monkeypatch, met
     assert torch.equal(found.factors["3"].dense, wanted.factors["3"].dense)
 
 
-def test_a_full_disk_says_where_there_must_be_room(monkeypatch):
+def test_where_the_disk_is_full_the_rest_is_in_memory(monkeypatch, caplog):
+    wanted = nsc_merge.merge(*problem(), method="ties")
     monkeypatch.setattr(full_rank, "free_memory", lambda device: 0.0)
     monkeypatch.setattr(full_rank.tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))  # noqa: SIM115
-    with pytest.raises(OSError, match=r"No space left .* merged update, .*2 KB; expected TMPDIR to name"):
-        nsc_merge.merge(*problem(), method="ties")
+    found = nsc_merge.merge(*problem(), method="ties")
+    for path in wanted.paths:
+        assert torch.equal(found.factors[path].dense, wanted.factors[path].dense)
+    (said,) = caplog.messages
+    assert "is held in memory ([Errno 28] No space left on device); TMPDIR" in said
