@@ -26,6 +26,7 @@ from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, Placed, placement_k
 from nsc_merge.recipes.yaml_keys import (
     RecipeError,
     absolute_model,
+    by_task,
     choice,
     count,
     flag,
@@ -94,6 +95,7 @@ class Recipe(Placed):
         added_tokens: as in :func:`nsc_merge.merge`.
         full_hash: whether the base's files are read once more for the SHA-256 of all their bytes.
         labels: task -> names of the classes of its head.
+        label_files: task -> the file that they are read from, where they are.
         out: output folder.
         formats: what to write into it.
         rank: truncation of format ``"lora"``.
@@ -121,6 +123,7 @@ class Recipe(Placed):
     added_tokens: str = "refuse"
     full_hash: bool = False
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    label_files: dict[str, Path] = field(default_factory=dict)
     formats: tuple[str, ...] = ("coefficients", "lora")
     rank: int | None = None
     max_shard_size: str | None = None
@@ -209,6 +212,7 @@ def _checked(document: dict[str, Any]) -> Recipe:
         added_tokens=choice(document, "added_tokens", ("refuse", "mean", "first", "base")),
         full_hash=flag(document, "full_hash", "", False),
         labels=labels_in(document, adapters),
+        label_files={task: Path(one) for task, one in by_task(document, "labels") if isinstance(one, str)},
         **placement_keys(document),
         **_output(mapping(document, "output"), adapters),
     )

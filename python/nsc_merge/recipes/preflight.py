@@ -190,6 +190,8 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for task, source in recipe.calibration.items():
         if source.local:
             yield f"calibration.{task}", Path(source.source).resolve()
+    for task, file in recipe.label_files.items():
+        yield f"labels.{task}", file.resolve()
 
 
 def check_placement(placed: Placed, folder: str | None) -> str | None:

@@ -70,6 +70,16 @@ def test_calibration_that_the_history_would_replace_is_refused(place, capsys):
     refused(place, capsys, "output.dir: calibration.nli is", "calibration.nli=merged/history.jsonl")
 
 
+def test_names_of_classes_that_the_model_would_replace_are_refused(place, capsys):
+    """As of an earlier merge, whose configuration has them."""
+    assert main(["run", "recipe.yaml", *SHORT]) == 0
+    named = "labels.nli=merged/model/config.json"
+    refused(place, capsys, f"output.dir: labels.nli is {place / 'merged' / 'model' / 'config.json'}", *SHORT, named)
+    assert main(["run", "recipe.yaml", *SHORT, named, "output.dir=other"]) == 0
+    (place / "names.txt").write_text("a\nb\nc\n")
+    assert main(["run", "recipe.yaml", *SHORT, "labels.nli=names.txt"]) == 0
+
+
 def test_a_recipe_and_a_page_of_the_users_own_stay(place, capsys):
     refused(place, capsys, f"output.dir: {place / 'recipe.yaml'} is there", *SHORT, "output.dir=.")
     (place / "mine").mkdir()
