@@ -181,6 +181,25 @@ def test_some_experts_and_halves_of_a_matrix_that_peft_refuses_are_merged_as_the
         torch.testing.assert_close(changed, wanted, rtol=0, atol=1e-12)
 
 
+def test_halves_of_a_matrix_with_scalings_of_their_own_are_not_rounded_to_the_files_dtype(
+    models: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    model = models["mixtral"]
+    folder = of_single_experts(tmp_path / "a", "mixtral", range(1), ["w1", "w3"])
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = {key: value.bfloat16() for key, value in load_file(file).items()}
+    save_file(tensors, file)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "alpha_pattern": {"w3": 5}}))
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    halves = []
+    for name, scaling in (("w1", 1.5), ("w3", 2.5)):
+        begin = f"base_model.model.model.layers.0.block_sparse_moe.experts.0.{name}"
+        A, B = (tensors[f"{begin}.lora_{part}.weight"].double() for part in "AB")
+        halves.append(scaling * B @ A)
+    found = result.delta("model.layers.0.mlp.experts.gate_up_proj.0")
+    torch.testing.assert_close(found, torch.cat(halves), rtol=1e-6, atol=1e-7)
+
+
 def test_two_names_of_one_expert_are_refused(models: dict[str, nn.Module], tmp_path: Path) -> None:
     folder = of_single_experts(tmp_path / "a", "mixtral", range(1), ["w2"])
     file = folder / "adapter_model.safetensors"

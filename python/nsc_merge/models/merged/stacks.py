@@ -218,7 +218,9 @@ def _above_each_other(parts: Mapping[int, Factor], count: int, rows: int) -> Fac
     ordered = sorted(parts.items())
     # PEFT scales all modules alike, unless patterns say otherwise.
     scaling = ordered[0][1].scaling
-    B = torch.zeros(count * rows, sum(factor.rank for _, factor in ordered), dtype=ordered[0][1].B.dtype)
+    kinds = [factor.B.dtype if factor.scaling == scaling else torch.float32 for _, factor in ordered]
+    kind = functools.reduce(torch.promote_types, kinds)
+    B = torch.zeros(count * rows, sum(factor.rank for _, factor in ordered), dtype=kind)
     begin = 0
     for place, factor in ordered:
         block = factor.B if factor.scaling == scaling else factor.B.double() * (factor.scaling / scaling)
