@@ -66,7 +66,11 @@ def add(commands: Any) -> None:
 
 def _init(arguments: argparse.Namespace) -> int:
     if not arguments.adapters and arguments.schema is not None:
-        return _write_schema(None if arguments.schema is _BESIDE else Path(arguments.schema))
+        file = None if arguments.schema is _BESIDE else Path(arguments.schema)
+        if file is not None:
+            _check_schema(file)
+        _write_schema(file)
+        return 0
     if not arguments.adapters:
         raise UsageError("ADAPTER: expected one or more folders of adapters, found none")
     out, shown = arguments.out, str(arguments.out) == "-"
@@ -132,9 +136,7 @@ def _schema_path(asked: Any, folder: Path) -> str | None:
     return SCHEMA_FILE if asked is _BESIDE else Path(os.path.relpath(asked, folder)).as_posix()
 
 
-def _write_schema(file: Path | None) -> int:
-    if file is not None:
-        _check_schema(file)
+def _write_schema(file: Path | None) -> None:
     from nsc_merge.recipes.schema import schema
 
     text = json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
@@ -142,7 +144,6 @@ def _write_schema(file: Path | None) -> int:
         print(text, end="")
     else:
         write_argument("--schema", file, text)
-    return 0
 
 
 def check_out(out: Path, force: bool, given: Sequence[str]) -> None:
