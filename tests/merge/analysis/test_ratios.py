@@ -1,0 +1,152 @@
+"""Null-space ratios of adapters in a model, and how their row spaces overlap."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from analysis_cases import decoder, projected, seen
+from safetensors.torch import save_file
+from zoo import KINDS, build, write_adapter
+
+import nsc_merge
+from nsc_merge.adapters import Adapter, Factor, load_adapter
+from nsc_merge.analysis import per_sample_ratios
+from nsc_merge.analysis.adapter_overlap import null_space_ratios, overlaps
+from nsc_merge.commands.main import main
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return decoder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["coefficients", "factors", "base"])
+def test_ratios_are_those_of_the_merged_model_by_an_explicit_projector(llama, kind):
+    model, adapters, batches = llama
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if kind == "base":
+        found, merged = per_sample_ratios(model, adapters, batches), model
+    else:
+        method = "task_arithmetic" if kind == "coefficients" else "ties"
+        result = nsc_merge.merge(model, adapters, method=method, scale=0.6)
+        found, merged = per_sample_ratios(model, result, batches), result.apply(copy.deepcopy(model))
+    assert (found.values.shape, found.tasks) == ((6, 6, 2), ["a", "b"])
+    for task, folder in adapters.items():
+        factors = load_adapter(folder, task).factors
+        means = []
+        for path in found.paths:
+            values = found.values[:, found.paths.index(path), found.tasks.index(task)]
+            if path not in factors:
+                assert values.isnan().all()
+                continue
+            expected = []
+            for batch, z in zip(batches, seen(merged, path, batches), strict=True):
+                ratio, mask = projected(factors[path], z), batch["attention_mask"]
+                expected += [row[kept].mean() for row, kept in zip(ratio, mask.bool(), strict=True)]
+            torch.testing.assert_close(values.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+            means.append(values)
+        torch.testing.assert_close(found.of(task), torch.stack(means).mean(0))
+        assert set(found.by_module(task)) == set(factors)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_modules_and_blocks_are_chosen(llama):
+    model, adapters, batches = llama
+    some = per_sample_ratios(model, adapters, batches, modules=["v_proj"])
+    assert [path.rpartition(".")[2] for path in some.paths] == ["v_proj"] * 3
+    last = per_sample_ratios(model, {"a": adapters["a"]}, batches, blocks="last_quarter")
+    assert last.paths == ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
+    one = per_sample_ratios(model, {"a": adapters["a"]}, batches, modules=["v_proj"], blocks=[1])
+    assert one.paths == ["model.layers.1.self_attn.v_proj"]
+    every = per_sample_ratios(model, {"a": adapters["a"]}, batches)
+    torch.testing.assert_close(every.of("a", ["model.layers.1.self_attn.v_proj"]), one.of("a"))
+    with pytest.raises(
+        ValueError, match=r"modules: expected paths or some of \['q_proj', 'v_proj'\], found 'o_proj'"
+    ):
+        per_sample_ratios(model, adapters, batches, modules=["o_proj"])
+    with pytest.raises(ValueError, match="score_blocks: expected block numbers from 0 to 2"):
+        per_sample_ratios(model, adapters, batches, blocks=[7])
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        per_sample_ratios(model, adapters, [])
+    with pytest.raises(ValueError, match="gives every task its own update"):
+        per_sample_ratios(model, nsc_merge.merge(model, adapters, method="finetuned"), batches)
+
+
+def test_modules_trained_in_full_count_once_and_are_not_measured(tmp_path):
+    model = build("llava")
+    settings = {
+        "r": 2,
+        "target_modules": KINDS["llava"].targets,
+        "modules_to_save": ["multi_modal_projector"],
+    }
+    folder = write_adapter(model, tmp_path / "a", 1, **settings)
+    batches = [KINDS["llava"].inputs(0)]
+    for policy in ("lambda", "mean"):
+        result = nsc_merge.merge(
+            model, {"a": folder}, method="task_arithmetic", scale=1.0, shared_modules=policy
+        )
+        found = per_sample_ratios(model, result, batches)
+        assert not any("projector" in path for path in found.paths)
+        whole = result.apply(copy.deepcopy(model))
+        path = found.paths[-1]
+        ratio = projected(result.adapters["a"].factors[path], seen(whole, path, batches)[0])
+        mask = batches[0]["attention_mask"].bool()
+        expected = torch.stack([row[kept].mean() for row, kept in zip(ratio, mask, strict=True)])
+        torch.testing.assert_close(found.values[:, -1, 0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_inspection_measures_the_same(tmp_path):
+    model = build("vit")
+    folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "o_proj"])
+    adapters = {"a": load_adapter(folder, "a")}
+    batches = [KINDS["vit"].inputs(0)]
+    mean = per_sample_ratios(model, adapters, batches).of("a").mean().item()
+    assert null_space_ratios(model, adapters, batches)["a"]["measured"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_inspected_ratios_are_means_over_tokens_however_these_are_batched(llama, tmp_path, capsys):
+    model, folders, batches = llama
+    adapters = {name: load_adapter(folder, name) for name, folder in folders.items()}
+    mask = torch.cat([batch["attention_mask"] for batch in batches]).bool()
+    expected = []
+    for path, factor in adapters["a"].factors.items():
+        z = torch.cat(seen(model, path, batches))[mask].double()
+        A = factor.A.double()
+        inside = (z @ torch.linalg.pinv(A) @ A).square().sum(-1)
+        expected.append((1 - inside / z.square().sum(-1)).clamp(min=0).sqrt().mean().item())
+    together = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for size in (1, 2, 4, 6):
+        cut = [{name: value[start : start + size] for name, value in together.items()} for start in range(0, 6, size)]
+        found = null_space_ratios(model, adapters, cut)["a"]["measured"]
+        assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+    # The files of nsc-merge eval hold labels, too.
+    model.save_pretrained(tmp_path / "base")
+    save_file({**together, "labels": torch.rand(6)}, tmp_path / "test.safetensors")
+    named = ["--model", str(tmp_path / "base"), "--inputs", str(tmp_path / "test.safetensors"), "--batch-size", "4"]
+    assert main(["inspect", str(folders["a"]), *named, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["null_space_ratio"]["a"]["measured"]
+    assert shown == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows of 0", "rows twice"])
+def test_overlaps_of_row_spaces_are_of_directions_that_are_there(kind):
+    generator = torch.Generator().manual_seed(0)
+    A, other = torch.randn(2, 4, 32, generator=generator)
+    A[2:] = 0 if kind == "rows of 0" else A[:2]
+    one, two = ({"q": Factor(rows, torch.randn(8, 4, generator=generator), 1.0)} for rows in (A, other))
+    pair = {name: Adapter(name, factors) for name, factors in (("one", one), ("two", two))}
+    rows = [torch.linalg.svd(value.double(), full_matrices=False).Vh for value in (A, other)]
+    # Of two directions the mean squared cosine of the angles to the other's four.
+    expected = (rows[0][:2] @ rows[1].t()).square().sum().item() / 2
+    assert overlaps(pair)[0]["inputs"] == pytest.approx(expected)
+    nothing = {"q": Factor(torch.zeros(4, 32), two["q"].B, 1.0)}
+    assert overlaps({"none": Adapter("none", nothing), "two": pair["two"]})[0]["inputs"] is None
