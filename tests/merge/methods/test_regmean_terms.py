@@ -164,6 +164,27 @@ def test_of_an_embedding_the_term_is_a_share_of_the_mean(tmp_path):
     torch.testing.assert_close(result.delta(embedding).double(), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_shares_of_adapters_in_half_precision_are_not_rounded_to_it(tmp_path):
+    """A third is none of bfloat16's numbers."""
+    problem = problem_of("llama", tmp_path, count=2, target_modules=["q_proj", "embed_tokens"])
+
+    def half(adapter):
+        rounded = {
+            path: dataclasses.replace(factor, A=factor.A.bfloat16(), B=factor.B.bfloat16())
+            for path, factor in adapter.factors.items()
+        }
+        return dataclasses.replace(adapter, factors=rounded)
+
+    tasks = {"a": "a", "b": "b", "c": "a"}
+    adapters = {task: half(problem.adapters[other]) for task, other in tasks.items()}
+    batches = {task: problem.calibration[other] for task, other in tasks.items()}
+    problem = dataclasses.replace(problem, adapters=adapters, calibration=batches)
+    result = merge(problem, "distill", regmean=GRAMS, **STILL)
+    (embedding,) = (path for path in result.paths if path.endswith("embed_tokens"))
+    expected = sum((0.2 + 0.5 / 3) * one.factors[embedding].delta() for one in adapters.values())
+    torch.testing.assert_close(result.delta(embedding).double(), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_modules_trained_in_full_begin_at_the_same_mean_and_shared_ones_stay_as_merged_by_rule(tmp_path):
     for shared in ("lambda", "mean"):
         problem = problem_of("llama", tmp_path / shared, shared, count=2, modules_to_save=["lm_head"])

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batches import restartable
@@ -81,12 +82,17 @@ def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
     found: dict[str, dict[str, Factor]] = {task: {} for task in problem.tasks}
     for path in adapted_linears(problem.model, problem.adapters):
         for task, factor in present(problem.adapters, path).items():
-            rows = filtered[path][task].float() if factor.rank and path in filtered else factor.A / len(found)
+            rows = filtered[path][task].float() if factor.rank and path in filtered else _share(factor.A, len(found))
             bias, dense, gain = (
-                None if part is None else part / len(found) for part in (factor.bias, factor.dense, factor.gain)
+                None if part is None else _share(part, len(found)) for part in (factor.bias, factor.dense, factor.gain)
             )
             found[task][path] = replace(factor, A=rows, bias=bias, dense=dense, gain=gain)
     return {term_of(task): Adapter(term_of(task), factors, None) for task, factors in found.items()}
+
+
+def _share(part: Tensor, count: int) -> Tensor:
+    """One in ``count`` parts, not rounded to half precision."""
+    return part.to(torch.promote_types(part.dtype, torch.float32)) / count
 
 
 def folded(result: MergeResult, problem: Problem) -> MergeResult:
