@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from nsc_merge.calibration.batches import MASK, rows_without_tokens
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
+# Beside text, these have a row for every image, or for every piece of one.
+_OF_IMAGES = ("pixel_", "image_", "video_")
+
 
 class Batches:
     """Batches of model inputs, restartable.
@@ -65,7 +68,8 @@ class Batches:
 
 
 def read_batches(place: str | Path, batch_size: int, argument: str) -> Batches:
-    """Read a safetensors file of stacked inputs, or a folder whose files are one batch each.
+    """Read a safetensors file of stacked inputs, or a folder whose files are one batch each: there samples of text may
+    have several images each, or none.
 
     Args:
         place: file or folder.
@@ -80,12 +84,12 @@ def read_batches(place: str | Path, batch_size: int, argument: str) -> Batches:
         files = sorted(place.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{argument}: {place} holds no .safetensors file")
-        read = {file.name: _read(file, argument) for file in files}
+        read = {file.name: _read(file, argument, whole=True) for file in files}
         sha256 = {name: one.sha256 for name, one in read.items()}
         return Batches([one.tensors for one in read.values()], sha256=sha256)
     if not place.exists():
         raise FileNotFoundError(f"{argument}: {place} is missing")
-    stacked = _read(place, argument)
+    stacked = _read(place, argument, whole=False)
     return Batches(stacked.tensors, batch_size, {place.name: stacked.sha256})
 
 
@@ -102,16 +106,19 @@ def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
         raise ValueError(f"{argument}: {type(model).__name__} takes no input {unknown}; it takes {takes}")
 
 
-def _read(file: Path, argument: str) -> CheckedFile:
+def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
+    """What a file holds: ``whole`` if it is one batch, and not to be cut into several."""
     try:
         read = read_checked(file)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
     tensors = read.tensors
     rows = {name: value.shape[0] if value.dim() else None for name, value in tensors.items()}
-    if len(set(rows.values())) != 1 or None in rows.values() or 0 in rows.values():
+    own = {name: count for name, count in rows.items() if not (whole and name.startswith(_OF_IMAGES))} or rows
+    if len(set(own.values())) != 1 or None in rows.values() or 0 in rows.values():
+        way = "" if whole else "; a batch whose samples have several images each is a file of its own in a folder"
         raise ValueError(
-            f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}"
+            f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}{way}"
         )
     empty = rows_without_tokens(tensors)
     if empty:

@@ -317,10 +317,12 @@ def _padded_behind(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:
-    """All rows in random order, cut into batches of the same sizes; only the batches where shapes differ."""
+    """All rows in random order, cut into batches of the same sizes; only the batches where shapes differ, or where
+    samples have several images each.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in batches}
-    if len(shapes) > 1:
+    if len(shapes) > 1 or any(len({len(value) for value in batch.values()}) > 1 for batch in batches):
         return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
     sizes = [len(next(iter(batch.values()))) for batch in batches]
     order = torch.randperm(sum(sizes), generator=generator).split(sizes)

@@ -11,7 +11,7 @@ import yaml
 from architectures import ARCHITECTURES
 from peft import PeftModel
 from safetensors.torch import save_file
-from zoo import KINDS, build, write_adapter
+from zoo import IMAGE_TOKEN, KINDS, LANGUAGE, build, images_and_text, write_adapter
 
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
@@ -198,3 +198,58 @@ def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, 
     assert found.metrics["a"] == pytest.approx(expected, rel=1e-5)
     loss = METRICS[metric].loss(logits[:, :-1], labels[:, 1:])
     assert found.losses["a"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Samples of two images each, a batch a file, and one with a single image; and what the model says of them."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    model = build("llava")
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "a", 1, r=2, target_modules=LANGUAGE)
+    said = []
+    for split, seeds in (("test", (1, 2, 3)), ("val", (4, 5, 6))):
+        (tmp_path / split).mkdir()
+        for number, (seed, images) in enumerate(zip(seeds, (2, 2, 1), strict=True)):
+            one = images_and_text(seed)
+            one["attention_mask"] = torch.ones_like(one["attention_mask"])
+            # Four tokens an image.
+            words = one["input_ids"][:, 4:].clamp(min=6)
+            places = torch.full((3, 4 * images), IMAGE_TOKEN)
+            ids = torch.cat([places, words], 1)
+            pixels = torch.randn(3 * images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+            with torch.no_grad():
+                logits = model(**inputs).logits
+            labels = torch.full_like(ids, -100)
+            labels[:, -1] = logits[:, -2].argmax(-1)
+            labels[0, -1] = 7
+            said.append((split, logits[:, :-1], labels[:, 1:]))
+            save_file({**inputs, "labels": labels}, tmp_path / split / f"{number}.safetensors")
+    task = {"adapter": "a", "test": "test", "validation": "val", "metric": "accuracy"}
+    methods = [{"method": "task_arithmetic", "tune": "loss"}, {"method": "nsc", "options": {"steps": 2}}]
+    recipe = {"model": "base", "tasks": {"a": task}, "methods": methods, "output": {"dir": "out", "plots": False}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path, said
+
+
+def test_samples_of_several_images_are_measured(pictures, capsys):
+    place, said = pictures
+    assert main(["eval", str(place / "eval.yaml"), "seeds=[0, 1]"]) == 0
+    document = json.loads((place / "out" / "results.json").read_text())
+    runs = {row["row"]: row["runs"][0] for row in document["rows"]}
+    right = [(o.argmax(-1) == y)[y != -100] for split, o, y in said if split == "test"]
+    assert runs["zero_shot"]["metrics"]["a"] == pytest.approx(torch.cat(right).double().mean().item())
+    assert set(runs) == {"zero_shot", "finetuned", "task_arithmetic", "nsc"}
+    # The same samples in another split are found, whatever their images.
+    assert main(["eval", str(place / "eval.yaml"), "tasks.a.validation=test"]) == 1
+    assert "tasks.a.validation: tune needs data beside those that are measured" in capsys.readouterr().err
+
+
+def test_samples_of_several_images_are_not_cut_out_of_one_file(pictures, capsys):
+    place, _ = pictures
+    assert main(["eval", str(place / "eval.yaml"), "tasks.a.test=test/0.safetensors"]) == 1
+    shown = capsys.readouterr().err
+    assert "expected tensors with one and the same number of rows" in shown
+    assert "a batch whose samples have several images each is a file of its own in a folder" in shown

@@ -36,12 +36,13 @@ def check_tuning_data(suite: Suite, tasks: Sequence[str], log: Callable[[str], N
 
 
 def _digests(batches: Labelled) -> Iterator[bytes]:
-    """Of the inputs of every sample."""
-    for inputs, _ in batches:
-        for row in range(len(next(iter(inputs.values())))):
+    """Of the inputs of every sample; images of a batch that are not one for each are part of all of its samples."""
+    for inputs, labels in batches:
+        for row in range(len(labels)):
             digest = hashlib.blake2b(digest_size=16)
             for name in sorted(inputs):
-                value = inputs[name][row].contiguous()
+                value = inputs[name]
+                value = (value[row] if len(value) == len(labels) else value).contiguous()
                 digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
                 digest.update(value.flatten().view(torch.uint8).numpy().data)
             yield digest.digest()
