@@ -42,7 +42,8 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
   seeds: [0, 1, 2]                     # {seed} in a path stands for each; also orders data and seeds methods
   joint: logits                        # Hits@1/3/5 over the classes of all accuracy tasks; or probabilities
   batch_size: 32
-  lm_eval: {include_path: my_tasks, batch_size: 8, apply_chat_template: false}   # your own task files; how it measures
+  lm_eval: {include_path: my_tasks, batch_size: 8, apply_chat_template: false, system_instruction: null}   # your own
+  #                                      task files; how it measures
   output: {dir: evaluation, plots: true}
 
 Of a task with lm_eval, metric, limit and num_fewshot may be left out; the harness says which figures there are, and

@@ -105,6 +105,7 @@ class HarnessSettings:
         include_path: folder of task files of one's own, which come before those of the harness.
         batch_size: requests per batch, or ``"auto"``; that of the recipe when None.
         apply_chat_template: whether prompts are put as the tokenizer's chat template has them.
+        system_instruction: what stands in front of every prompt, in a chat as the system's message; None for nothing.
         builtin: whether some task is one of the harness's own.
         needs_network: whether some task's data are on the hub.
         data: files that tasks of one's own read.
@@ -113,6 +114,7 @@ class HarnessSettings:
     include_path: Path | None = None
     batch_size: int | str | None = None
     apply_chat_template: bool = False
+    system_instruction: str | None = None
     builtin: bool = False
     needs_network: bool = False
     data: tuple[Path, ...] = ()

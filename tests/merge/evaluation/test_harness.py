@@ -121,6 +121,27 @@ def rows(place):
     return {row["row"]: row["runs"][0] for row in document["rows"]}
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_system_instruction_stands_in_front_of_every_question(place, capsys, chat):
+    """In a chat it is the system's message; another one measures the rows again."""
+    said, tool = "w7 w8 w9", tokenizer()
+    roles = "{{ {'system': 'w10', 'user': 'w11'}.get(m['role'], 'w12') }}"
+    tool.chat_template = f"{{% for m in messages %}}{roles} {{{{ m['content'] }}}} {{% endfor %}}"
+    tool.save_pretrained(place / "base")
+    recipe = [str(place / "eval.yaml"), f"lm_eval.apply_chat_template={str(chat).lower()}"]
+    assert main(["eval", *recipe]) == 0
+    before = rows(place)
+    assert main(["eval", *recipe, f'lm_eval.system_instruction="{said}\\n"']) == 0
+    asked = questions(3, 12)[:10]
+    front = f"w10 {said} w11" if chat else said
+    asked = [{**one, "question": f"{front} {one['question']}"} for one in asked]
+    for name, adapters in (("zero_shot", ()), ("finetuned", ["quiz"])):
+        expected = accuracy(model_of(place, adapters), asked)
+        assert rows(place)[name]["metrics"]["quiz"] == pytest.approx(expected)
+    assert rows(place)["zero_shot"]["metrics"] != before["zero_shot"]["metrics"]
+    capsys.readouterr()
+
+
 def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys, monkeypatch):
     own = {**KINDS["llama"].inputs(0), "labels": KINDS["llama"].inputs(1)["input_ids"]}
     with torch.no_grad():
@@ -313,7 +334,7 @@ def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
         (["tasks.quiz.adapter=null"], "tasks.quiz.adapter: expected a path, found none"),
         (["lm_eval.include_path=nowhere"], "lm_eval.include_path: expected a folder of task files"),
         (["lm_eval.batch_size=many"], "lm_eval.batch_size: expected a whole number of at least 1, found 'many'"),
-        (["lm_eval.tasks=quiz"], "lm_eval.tasks: no such key (keys: include_path, batch_size, apply_chat_template)"),
+        (["lm_eval.tasks=quiz"], "lm_eval.tasks: no such key (keys: include_path, batch_size, apply_chat_template, "),
         (["methods=[ensemble]"], "methods[0]: ensemble is the mean of the outputs of several models, and task quiz"),
         (["methods=[nsc]"], "tasks.quiz.calibration: methods[0] (nsc) needs inputs of every task"),
         (

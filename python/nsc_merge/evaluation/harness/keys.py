@@ -9,10 +9,10 @@ from typing import Any
 
 from nsc_merge.evaluation.eval_recipe import HarnessSettings, HarnessTask
 from nsc_merge.evaluation.harness.task_files import Reads, read_task_files, reads
-from nsc_merge.recipes.yaml_keys import RecipeError, count, flag, mapping, refuse_unknown, text, text_path
+from nsc_merge.recipes.yaml_keys import RecipeError, count, flag, mapping, refuse_unknown, text, text_or_none, text_path
 
 HARNESS_KEYS = ("adapter", "lm_eval", "metric", "limit", "num_fewshot", "calibration")
-_KEYS = ("include_path", "batch_size", "apply_chat_template")
+_KEYS = ("include_path", "batch_size", "apply_chat_template", "system_instruction")
 
 
 def harness_task(value: Mapping[str, Any], common: Mapping[str, Any]) -> HarnessTask:
@@ -63,6 +63,7 @@ def harness_settings(document: Mapping[str, Any], tasks: Mapping[str, HarnessTas
         include_path=folder,
         batch_size=size if size in (None, "auto") else count(size, "lm_eval.batch_size"),
         apply_chat_template=flag(settings, "apply_chat_template", "lm_eval.", False),
+        system_instruction=text_or_none(settings, "system_instruction", "lm_eval."),
         builtin=found.builtin,
         needs_network=found.hub,
         data=tuple(dict.fromkeys(found.files)),

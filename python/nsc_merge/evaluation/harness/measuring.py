@@ -111,6 +111,7 @@ class Harness:
                     limit=one.limit,
                     log_samples=False,
                     apply_chat_template=settings.apply_chat_template,
+                    system_instruction=settings.system_instruction,
                     task_manager=self._manager,
                 )
                 for name in together:

@@ -54,7 +54,8 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
         settings = here.lm_eval
         places = [*settings.data, *([settings.include_path] if settings.include_path else [])]
         files = {str(place): _whole(place) for place in places}
-        known["lm_eval"] = [files, settings.batch_size, settings.apply_chat_template]
+        said = [] if settings.system_instruction is None else [settings.system_instruction]
+        known["lm_eval"] = [files, settings.batch_size, settings.apply_chat_template, *said]
     if measuring := measuring_versions(here):
         known["measuring"] = measuring
     return hashlib.sha256(json.dumps(plain(known), sort_keys=True).encode()).hexdigest()
