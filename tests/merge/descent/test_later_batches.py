@@ -88,3 +88,33 @@ def test_a_run_goes_on_from_before_and_after_that_to_the_bit(name, tmp_path):
             )
         resumed = run(name, resume_from=state)
         assert (resumed.coefficients, resumed.dead) == (whole.coefficients, whole.dead)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(1, 2)
+
+    def forward(self, z):
+        return self.score(z)
+
+
+def test_distances_that_cancel_at_first_are_no_reason_to_refuse():
+    """Between what two tasks predict, the sum of total variations is flat: it is lower where later inputs say so."""
+    torch.manual_seed(0)
+    model = Classifier()
+    ways = {"a": 1.0, "b": -0.5}
+    adapters = {
+        task: Adapter(task, {"score": Factor(torch.ones(1, 1), torch.tensor([[way], [-way]]), 1.0)})
+        for task, way in ways.items()
+    }
+    outputs = {task: lambda model, batch: model(**batch) for task in ways}
+    same = {"z": torch.ones(3, 1)}
+    later = {"a": [same, same, {"z": torch.ones(3, 1)}], "b": [same, same, {"z": torch.zeros(3, 1)}]}
+    options = {"outputs": outputs, **SETTINGS, "steps": 2}
+    still = merge(model, adapters, later, "distill", **options)
+    assert still.dead == {"score": list(ways)}
+    assert still.coefficients["score"] == pytest.approx(dict.fromkeys(ways, 0.4))
+    moved = merge(model, adapters, later, "distill", **{**options, "steps": 3})
+    assert moved.dead == {}
+    assert moved.coefficients["score"]["a"] > 0.405
