@@ -198,7 +198,7 @@ def test_rows_hold_images_in_many_ways(tmp_path, vit):
         ("https://a.org/b.png", "https://a.org/b.png is not here; download it and write its path: nothing is fetched$"),
         ("b.png", ".*b.png is missing; paths of images are relative to the file they are in$"),
         ("data:image/png;base64,%", "the image in the row is not base64"),
-        (3, "expected an image or the path of one, found 3$"),
+        (3, r"expected an image, its path, or pixels as a numpy array uint8 \[H, W, 3\], found 3$"),
         (["photos/0.png"] * 2, "expected one image, found 2$"),
         (None, "holds no image in column 'image'$"),
     ],

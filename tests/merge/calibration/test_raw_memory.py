@@ -8,7 +8,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_cases import text_base
+import torch
+from PIL import Image
+from raw_cases import llava_base, text_base, vision_base
 
 import nsc_merge
 from nsc_merge.calibration.raw.drawing import in_order
@@ -111,3 +113,40 @@ def test_missing_texts_of_pandas_are_left_out(base):
 def test_half_a_character_is_refused(base, row):
     with pytest.raises(ValueError, match=r"^source: row list, row 1: holds '\\ud800', half of a character"):
         nsc_merge.calibration_data([row], base)
+
+
+def test_pixels_are_images(tmp_path):
+    """As datasets and cameras have them in memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    for base, row in ((vision_base(tmp_path / "vit"), {}), (llava_base(tmp_path / "llava"), {"text": "a"})):
+        one, other = (
+            nsc_merge.calibration_data([{"image": image, **row}], base) for image in (pixels, Image.fromarray(pixels))
+        )
+        assert one.sha256["samples"] == other.sha256["samples"]
+    bare, named = (nsc_merge.calibration_data(rows, tmp_path / "vit") for rows in ([pixels], [{"image": pixels}]))
+    assert bare.sha256["samples"] == named.sha256["samples"]
+    with pytest.raises(ValueError, match=r"row 1: expected an image, its path, or pixels .*, found array\(\[\[\["):
+        nsc_merge.calibration_data([{"image": pixels / 255}], tmp_path / "vit")
+
+
+def test_arrays_of_one_number_are_numbers_and_others_no_text(base):
+    rows = [{"text": "a", "n": np.array(3)}, {"text": "a", "n": torch.tensor(3)}]
+    assert samples(rows, base, "{text} {n}") == samples([{"text": "a", "n": 3}] * 2, base, "{text} {n}")
+    for value in (np.zeros(3), torch.zeros(3)):
+        with pytest.raises(ValueError, match="row 1: column 'n': expected text, found (array|tensor)"):
+            samples([{"text": "a", "n": value}], base, "{text} {n}")
+
+
+def test_rows_without_a_chat_are_left_out_as_those_of_blank_text_are(base, caplog):
+    chat = [{"role": "user", "content": "a"}]
+    found = nsc_merge.calibration_data([{"messages": chat}, {"messages": None}, {"messages": []}], base)
+    assert found.sha256["samples"] == nsc_merge.calibration_data([{"messages": chat}], base).sha256["samples"]
+    assert "source: 2 rows of row list are left out: their text is blank" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, {"en": "a", "de": "b"}, ["a", "b"]])
+def test_no_template_is_advised_over_what_is_no_text(base, value):
+    with pytest.raises(ValueError, match=r"no column of text: said \(.*\); write a column of texts$"):
+        nsc_merge.calibration_data([{"said": value}], base)
+    with pytest.raises(ValueError, match=r'such as text: "\{n\}"$'):
+        nsc_merge.calibration_data([{"said": value, "n": 3}], base)

@@ -123,6 +123,10 @@ class Columns:
         if self.messages is not None:
             if self.messages not in row:
                 raise ValueError(f"{where}: lacks the column {self.messages!r}")
+            if row[self.messages] is None or row[self.messages] == []:
+                if images:
+                    raise ValueError(f"{where}: holds an image and no message in {self.said()}")
+                return None
             messages = messages_of(row[self.messages], where)
             return Sample(where, messages=messages, images=images, tools=tools_of(row.get(TOOLS), where))
         if self.text is None:
@@ -189,14 +193,17 @@ def text_of(row: Row, column: str, where: str) -> str:
     Raises:
         ValueError: if it holds none, or something else than text or a number.
     """
-    value = row.get(column)
+    value: Any = row.get(column)
     if isinstance(value, str):
         return value
-    nothing = value is None or value != value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        # An array or a tensor of one number.
+        value = value.item()
     # Of numpy, too, and Decimal, as Parquet has it.
-    if isinstance(value, Number) and not nothing:
+    number = isinstance(value, Number)
+    if number and value == value:
         return str(value)
-    if nothing:
+    if value is None or number:
         raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
     hint = f"; write messages: {column}" if is_chat(value) else ""
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
@@ -234,10 +241,11 @@ def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, 
     if chat is not None and not of_text:
         raise ValueError(f"{argument}: no column of text; {chat!r} holds chats: write messages: {chat}")
     what = "several columns of text and none is named" if of_text else "no column of text"
-    example = "{" + "}\\n{".join((of_text or list(columns) or ["question", "answer"])[:2]) + "}"
-    raise ValueError(
-        f"{argument}: {what}: {_shown(rows, columns)}; write text: NAME, or a template such as text: \"{example}\""
-    )
+    # Numbers can be in a template, too.
+    usable = of_text or [name for name, held in values.items() if held and all(isinstance(v, Number) for v in held)]
+    example = "{" + "}\\n{".join(usable[:2]) + "}"
+    way = f'write text: NAME, or a template such as text: "{example}"' if usable else "write a column of texts"
+    raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; {way}")
 
 
 def _image_column(

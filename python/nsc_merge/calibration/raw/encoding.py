@@ -224,7 +224,7 @@ def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
             left = iter(references)
             references = [part["image"] if "image" in part else next(left, None) for part in parts]
         text = _rendered(sample, processor, messages)
-    if text.count(token) != len(references) or None in references:
+    if text.count(token) != len(references) or any(one is None for one in references):
         raise ValueError(
             f"{sample.where}: expected as many images as places for them, found {len(references)} images and "
             f"{text.count(token)} times {token!r}"

@@ -56,7 +56,15 @@ def is_image(value: Any) -> bool:
 
     if isinstance(value, str):
         return value.startswith("data:image/") or Path(value).suffix.lower() in SUFFIXES
-    return isinstance(value, Image.Image) or (isinstance(value, dict) and {"bytes", "path"} == set(value))
+    if isinstance(value, dict):
+        return {"bytes", "path"} == set(value)
+    return isinstance(value, Image.Image) or _is_pixels(value)
+
+
+def _is_pixels(value: Any) -> bool:
+    """Whether it is a numpy array of an image, ``[H, W]`` or ``[H, W, C]`` of 8 bits a colour."""
+    shape = getattr(value, "shape", ())
+    return type(value).__module__ == "numpy" and value.dtype == "uint8" and len(shape) in (2, 3)
 
 
 class ImageReader:
@@ -114,6 +122,8 @@ class ImageReader:
 
         if isinstance(value, Image.Image):
             return "the image", value
+        if _is_pixels(value):
+            return "the image", Image.fromarray(value)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return self._read(str(value.get("path") or "the image"), value["bytes"])
         if isinstance(value, dict):
@@ -124,7 +134,10 @@ class ImageReader:
             except binascii.Error as error:
                 raise ValueError(f"{where}: the image in the row is not base64: {error}") from None
         if not isinstance(value, (str, Path)) or not str(value):
-            raise ValueError(f"{where}: expected an image or the path of one, found {value!r:.60}")
+            found = " ".join(repr(value).split())
+            raise ValueError(
+                f"{where}: expected an image, its path, or pixels as a numpy array uint8 [H, W, 3], found {found:.60}"
+            )
         if "://" in str(value):
             raise ValueError(f"{where}: {value} is not here; download it and write its path: nothing is fetched")
         file = (self._folder or Path()) / value

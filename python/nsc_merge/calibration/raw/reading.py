@@ -168,7 +168,8 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
         rows = [{TEXT: row} if isinstance(row, str) else {IMAGE: row} if is_image(row) else row for row in source]
         if not rows or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{argument}: expected a list of texts, images or dictionaries, found {source!r:.60}")
+            found = " ".join(repr(source).split())
+            raise ValueError(f"{argument}: expected a list of texts, images or dictionaries, found {found:.60}")
         return _without_splits(listed("row list", rows, {}, None), settings, argument)
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {source!r:.60}")
