@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from data_cases import Dense, dense_weights, llama, problem_of
 from torch.func import functional_call
 from transformers import BertConfig, BertForTokenClassification
@@ -87,6 +88,28 @@ def test_full_is_the_entropy_along_greedy_decoding(tmp_path):
                 if ids[-1] == 2:
                     break
         assert result.history[0]["loss"][task] == pytest.approx(total, rel=1e-4)
+
+
+def test_full_decodes_from_prompts_of_unequal_lengths_of_whisper():
+    """Its decoder takes positions under a name of its own."""
+    whisper = ARCHITECTURES["Whisper"]
+    model = whisper.build()
+    path = "model.decoder.layers.0.self_attn.v_proj"
+    adapters = {
+        task: nsc_merge.Adapter(task, {path: nsc_merge.Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)})
+        for task in ("a", "b")
+    }
+    sound, prompts = whisper.inputs()["input_features"], torch.randint(3, 80, (2, 5))
+
+    def loss(features, ids, mask):
+        batch = {"input_features": features, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+        batches = {task: [batch] for task in adapters}
+        options = {"tokens": "full", "new_tokens": 3, "steps": 1, "progress": False}
+        return nsc_merge.merge(model, adapters, batches, "adamerging", **options).history[0]["objective"]
+
+    short = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    alone = [loss(sound[n : n + 1], prompts[n : n + 1, :size], short[n : n + 1, :size]) for n, size in ((0, 5), (1, 3))]
+    assert loss(sound, prompts, short) == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
 def test_adamerging_on_a_decoder_with_a_classification_head(tmp_path):

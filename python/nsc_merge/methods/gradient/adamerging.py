@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,8 +94,8 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def left_padded(batch: Batch, tokens: str, mask: str) -> dict[str, Any]:
-    """The batch with all padding in front and positions to match, so that every prompt ends where the next token
+def left_padded(batch: Batch, tokens: str, mask: str, positions: str = "position_ids") -> dict[str, Any]:
+    """The batch with all padding in front and ``positions`` to match, so that every prompt ends where the next token
     goes.
 
     Raises:
@@ -108,8 +109,8 @@ def left_padded(batch: Batch, tokens: str, mask: str) -> dict[str, Any]:
     # Stable, so that real tokens keep their order.
     order = real.long().sort(dim=1, stable=True).indices
     held = real.gather(1, order).long()
-    positions = (held.cumsum(1) - 1).clamp(min=0)
-    return {**batch, tokens: ids.gather(1, order), mask: held, "position_ids": positions}
+    places = (held.cumsum(1) - 1).clamp(min=0)
+    return {**batch, tokens: ids.gather(1, order), mask: held, positions: places}
 
 
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
@@ -189,7 +190,10 @@ def _decoded(
     """Mean entropy per prompt, summed over greedily decoded tokens; adds the gradients token by token, so that memory
     holds one forward; none where gradients are off.
     """
-    inputs = left_padded(batch, tokens, mask)
+    # A decoder's, as in Whisper, have a name of their own.
+    own = "decoder_position_ids" in inspect.signature(type(model).forward).parameters
+    positions = "decoder_position_ids" if own else "position_ids"
+    inputs = left_padded(batch, tokens, mask, positions)
     ends = torch.tensor(end_tokens(model), dtype=torch.long)
     going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
     total = 0.0
@@ -209,7 +213,7 @@ def _decoded(
             **inputs,
             tokens: torch.cat([inputs[tokens], following], 1),
             mask: torch.cat([inputs[mask], torch.ones_like(following)], 1),
-            "position_ids": torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + 1], 1),
+            positions: torch.cat([inputs[positions], inputs[positions][:, -1:] + 1], 1),
         }
     return total
 
