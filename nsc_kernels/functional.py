@@ -14,7 +14,7 @@ from .autograd import MergedLoRAFunction
 from .bank import AdapterBank
 from .contract import ForwardCall
 from .dispatch import AUTO, chosen
-from .modes import any_autocast, autocast_enabled, dispatch_watched, functorch_active, results_watched
+from .modes import any_autocast, autocast_enabled, dispatch_watched, functorch_active, jit_tracing, results_watched
 from .ops import run_forward, select_backend
 from .reference import accumulation_dtype
 
@@ -184,12 +184,15 @@ def _route(
     compiling = torch.compiler.is_compiling()
     transformed = functorch_active() or forward_ad._current_level >= 0
     # Modes see the operator, as they see torch's own, and what they see of it is enough to trace it or run it again.
-    as_op = compiling or dispatch_watched()
+    tracing = not compiling and jit_tracing()
+    as_op = compiling or tracing or dispatch_watched()
     grad = torch.is_grad_enabled()
     if grad and not (transformed or as_op) and (A.requires_grad or Bt.requires_grad):
         name = "A" if A.requires_grad else "Bt"
         raise RuntimeError(f"bank.{name} requires a gradient, but the factors are frozen here; detach it")
     grad = grad and (z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad))
+    # Runs with other inputs later on, which may require a gradient. torch.jit.trace checks a trace under no_grad.
+    grad = grad or tracing or (compiling and torch.is_grad_enabled() and torch.compiler.is_exporting())
     # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
     own_base = linear is not None and (as_op or transformed or not grad)
     if own_base:

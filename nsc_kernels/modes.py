@@ -14,6 +14,8 @@ any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 # What is_grads_batched makes of gradients is older than torch.func, which does not count it among its transforms.
 _legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+# Inside torch.jit.trace, which records the operators that are called and none of autograd's functions.
+jit_tracing = getattr(torch._C, "_is_tracing", lambda: False)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 AS_IT_IS: AbstractContextManager[None] = nullcontext()  # made once: it holds nothing

@@ -169,7 +169,10 @@ LIBRARY.impl("merged_lora_backward", _backward_impl, "CompositeExplicitAutograd"
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, A, Bt, offsets, lam, _, stats, save_u = inputs
     if not save_u:
-        raise RuntimeError("nsc::merged_lora needs save_u=True where a gradient is required")
+        raise RuntimeError(
+            "nsc::merged_lora needs save_u=True where a gradient is required; of what was traced or exported, make it "
+            "with gradients enabled and an example input that requires one"
+        )
     ctx.save_for_backward(output[3], A, Bt, lam, z if stats else None)
     ctx.offsets, ctx.stats = offsets, stats
     ctx.set_materialize_grads(False)

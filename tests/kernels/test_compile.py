@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_operator import require
@@ -119,6 +121,30 @@ def test_export_with_a_dynamic_dimension() -> None:
     assert any("nsc.merged_lora" in str(node.target) for node in program.graph.nodes)
     longer = torch.randn(9, 48)
     assert torch.allclose(program.module()(longer), module(longer), atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("make", ["trace", "export"])
+def test_what_was_traced_or_exported_has_the_gradient_of_other_inputs(make: str, grad: bool) -> None:
+    linear = torch.nn.Linear(48, 40).requires_grad_(False)
+    module = nk.MergedLoRALinear(linear, oc.make_bank(oc.Case("traced"), torch.float32), [0.3, 0.6])
+    example, z = torch.randn(5, 48), torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
+    with torch.set_grad_enabled(grad):
+        trace, export = torch.jit.trace, torch.export.export
+        traced = trace(module, example) if make == "trace" else export(module, (example,)).module()
+
+    def run(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        given = z.clone().requires_grad_()
+        # With a way around the layer: a gradient that does not come through it leaves no other trace.
+        y = function(given).square().sum() + given.square().sum()
+        return y, torch.autograd.grad(y, given)[0]
+
+    if make == "export" and not grad:
+        with pytest.raises(RuntimeError, match="an example input that requires one"):
+            run(traced)
+    else:
+        torch.testing.assert_close(run(traced), run(module), rtol=1e-5, atol=1e-4)
+
 
 
 def test_meta_tensors_have_shapes() -> None:
