@@ -317,6 +317,24 @@ def test_biases_and_modules_trained_in_full(tmp_path) -> None:
     assert not torch.equal(found["lm_head.weight"], base()["lm_head.weight"])
 
 
+@pytest.mark.parametrize("case", ["an adapter on the base", "another base", "a model on another base"])
+def test_an_update_counts_from_the_base_of_the_merge_whatever_the_adapter_is_on(case, tmp_path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    other = {key: value + 0.05 * torch.randn(value.shape, generator=generator) for key, value in base().items()}
+    copied(tmp_path / "other", other)
+    document = config("task_arithmetic", ("french", "legal"))
+    if case == "an adapter on the base":
+        document["base_model"] = "base+adapters/medical"
+    elif case == "another base":
+        document["base_model"] = str(tmp_path / "other")
+    else:
+        document["models"][0]["model"] = f"{tmp_path / 'other'}+adapters/french"
+    expected = theirs(document, tmp_path, str(tmp_path / "cache"))
+    document |= {"merge_method": "nsc_task_arithmetic", "parameters": {"scale": 1.0}}
+    start = other if case == "another base" else base()
+    assert distance(ours(document, tmp_path), expected, start) < 1e-6
+
+
 def test_what_the_base_s_files_have_no_place_for_is_refused_with_a_way_that_merges_it(tmp_path, monkeypatch) -> None:
     from transformers import LlamaForCausalLM
     from zoo import write_adapter

@@ -62,6 +62,12 @@ class LoraModel:
         """Whether the adapter has an update of a tensor, or leaves it alone; it may also replace it, or a bias."""
         return key not in self.trained and key not in self.biases
 
+    def is_on(self, key: str, tensor: Tensor) -> bool:
+        """Whether the adapter's base has this tensor, of that name in its files."""
+        if key not in self.index.tensor_paths:
+            return False
+        return torch.equal(self.base.get_tensor(key).to(tensor.device, tensor.dtype), tensor)
+
     def update(self, key: str) -> Factor | None:
         """The update of a tensor, None if there is none."""
         return self.factors.get(key)

@@ -7,22 +7,30 @@ from typing import Any
 
 from mergekit import merge_methods
 from mergekit.io.tasks import LoaderCache
+from torch import Tensor
 
 from nsc_merge import Factor
 from nsc_merge.integrations.mergekit.lora_models import LoraModel
 from nsc_merge.integrations.mergekit.one_tensor import WEIGHT, OneTensor, checked, methods
 
 
-def known_updates(models: Any, name: str) -> dict[Any, Factor | None]:
+def known_updates(models: Any, name: str, base: Tensor) -> dict[Any, Factor | None]:
     """Model -> what its adapter does to a tensor, of the models that are read from factors; without those that were
-    trained in full.
+    trained in full, and those whose adapter is on another tensor than the merge's ``base`` is: of another model, of one
+    with an adapter itself, of a vocabulary that was put in another order.
     """
-    loaders = {model: LoaderCache().loaders.get(model) for model in models}
-    return {
-        model: loader.update(name)
-        for model, loader in loaders.items()
-        if isinstance(loader, LoraModel) and loader.is_update(name)
-    }
+    found: dict[Any, Factor | None] = {}
+    alike: dict[int, bool] = {}
+    for model in models:
+        loader = LoaderCache().loaders.get(model)
+        if not isinstance(loader, LoraModel) or not loader.is_update(name):
+            continue
+        # Adapters on one base share its loader.
+        if id(loader.base) not in alike:
+            alike[id(loader.base)] = loader.is_on(name, base)
+        if alike[id(loader.base)]:
+            found[model] = loader.update(name)
+    return found
 
 
 def register_methods() -> list[str]:
@@ -70,7 +78,12 @@ def _register(found: list[OneTensor]) -> None:
             models = {entry.id: entry.tensor for entry in group.non_base}
             name = group.metadata.name or "the tensor"
             return self.one.merge(
-                name, group.base.tensor, models, parameters, weights, known_updates(models, name)
+                name,
+                group.base.tensor,
+                models,
+                parameters,
+                weights,
+                known_updates(models, name, group.base.tensor),
             )
 
     there = {method.spec.name for method in merge_methods.registered_methods()}
@@ -111,7 +124,7 @@ def _register_as_before(found: list[OneTensor]) -> None:
                 models,
                 dict(self.parameters.items()),
                 {model: self.weights[model] for model in models},
-                known_updates(models, self.weight_name),
+                known_updates(models, self.weight_name, tensors[self.base_model]),
             )
 
     Merge.model_rebuild(_types_namespace={**locals(), "Any": Any})
