@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,12 @@ class Factor:
     magnitude: Tensor | None = None
     gain: Tensor | None = None
     transposed: bool = False
+
+    def __repr__(self) -> str:
+        """What it has, of tensors shape and dtype."""
+        held = {part.name: getattr(self, part.name) for part in fields(self)}
+        said = {name: f"{list(v.shape)} {v.dtype}" if isinstance(v, Tensor) else v for name, v in held.items()}
+        return f"Factor({', '.join(f'{name}: {v}' for name, v in said.items() if v is not None and v is not False)})"
 
     @classmethod
     def empty(cls, d_out: int, d_in: int) -> Factor:
@@ -147,16 +153,16 @@ class Adapter:
     """
 
     name: str
-    factors: dict[str, Factor]
+    factors: dict[str, Factor] = field(repr=False)
     base_model: str | None = None
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict, repr=False)
     source: Path | None = None
     notes: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
-    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     about: About = field(default_factory=About)
-    token_rows: dict[str, TokenRows] = field(default_factory=dict)
-    stacks: dict[str, Stack] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict, repr=False)
+    stacks: dict[str, Stack] = field(default_factory=dict, repr=False)
     dora: str = "exact"
 
 

@@ -55,11 +55,11 @@ class MergedUpdate:
     """
 
     method: str
-    coefficients: dict[str, dict[str, float]]
-    history: list[dict[str, Any]]
-    adapters: dict[str, Adapter]
+    coefficients: dict[str, dict[str, float]] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
+    adapters: dict[str, Adapter] = field(repr=False)
     options: dict[str, Any]
-    dead: dict[str, list[str]]
+    dead: dict[str, list[str]] = field(repr=False)
     model: nn.Module = field(repr=False)
     inputs: dict[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Factor] = field(default_factory=dict, repr=False)

@@ -34,6 +34,15 @@ def outputs(model, images):
         return model.eval()(pixel_values=images).last_hidden_state
 
 
+def test_it_prints_as_what_it_is_and_not_as_its_numbers(result):
+    adapter = next(iter(result.adapters.values()))
+    factor = nsc_merge.Factor(torch.zeros(2, 8), torch.zeros(4, 2, dtype=torch.bfloat16), 0.5)
+    assert repr(result).startswith("MergeResult(method='nsc', options={")
+    assert repr(adapter).startswith("Adapter(name=")
+    assert max(len(repr(result)), len(repr(adapter))) < 2500
+    assert repr(factor) == "Factor(A: [2, 8] torch.float32, B: [4, 2] torch.bfloat16, scaling: 0.5)"
+
+
 def test_apply(model, result, expected, images):
     torch.testing.assert_close(
         outputs(result.apply(copy.deepcopy(model)), images), expected, rtol=2e-5, atol=2e-5
