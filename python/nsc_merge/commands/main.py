@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands import analyse, completion, demo, evaluate, export, importing, init, inspect, methods, run
 from nsc_merge.commands.terminal import EXAMPLES
+from nsc_merge.utils.atomic_file import no_room
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
 
@@ -88,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         what = str(error)
+        if isinstance(error, OSError) and error.filename is None and no_room(error, Path()):
+            # Every file that is written is named where it is.
+            what = f"the output cannot be written: {error.strerror}"
         if isinstance(error, UnicodeEncodeError):
             what = f"the locale's encoding {error.encoding} has no form of {error.object!r}; expected LC_ALL=C.UTF-8"
         # One line, whatever the library that raised it wrote.

@@ -48,6 +48,7 @@ from nsc_merge.results.layout import (
 )
 from nsc_merge.results.merged_model import is_of_diffusers, write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
+from nsc_merge.utils.atomic_file import no_room
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
 from nsc_merge.utils.option_checks import is_size
@@ -173,12 +174,10 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"out: {out} cannot be written: {error}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (cure := no_room(error, out.resolve().parent)) is None:
             raise
-        raise OSError(
-            f"out: {out} cannot be written: {error.strerror}; expected room for it in {out.resolve().parent}: make "
-            "some, or save elsewhere"
-        ) from None
+        other = "a smaller max_shard_size" if error.errno == errno.EFBIG else "save elsewhere"
+        raise OSError(f"out: {out} cannot be written: {error.strerror}; expected {cure}, or {other}") from None
 
 
 def _refuse_biases_beside_experts(result: MergedUpdate) -> None:

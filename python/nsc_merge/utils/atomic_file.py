@@ -21,13 +21,20 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (cure := no_room(error, path.parent)) is None:
             raise
-        raise OSError(
-            f"{path} cannot be written: {error.strerror}; expected room for it in {path.parent}: make some"
-        ) from None
+        raise OSError(f"{path} cannot be written: {error.strerror}; expected {cure}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def no_room(error: OSError, folder: Path) -> str | None:
+    """What to expect where a disk is full, or its files (of FAT, or by ``ulimit -f``) grow no larger; None of other
+    errors. None of these names a file by itself.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"room for it in {folder}: make some"
+    return f"files as large to be allowed in {folder}" if error.errno == errno.EFBIG else None
 
 
 def write_text(path: Path, text: str) -> None:

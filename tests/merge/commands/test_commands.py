@@ -331,6 +331,15 @@ def test_errors_of_a_whole_process(place):
     assert contents(place) == before
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
+def test_a_full_disk_behind_the_output_is_no_other_failure():
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "nsc_merge.commands.main", "methods"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "nsc-merge: error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_debug_shows_the_traceback(place):
     with pytest.raises(RecipeError):
         main(["run", str(place / "missing.yaml"), "--debug"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 
 import pytest
 from cli_cases import contents, make_place
@@ -77,8 +78,24 @@ def test_a_full_disk_is_named_with_its_place(place, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("nsc_merge.results.saving.write_heads", full)
-        with pytest.raises(OSError, match=r"out: .*full cannot be written: No space left on device; expected room"):
+        with pytest.raises(OSError, match=r"out: .*full cannot be written: No space .*; expected room .*, or save"):
             result.save(place / "full", "lora")
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with pytest.raises(OSError, match=r"some\.json cannot be written: No space left on device; expected room"):
         write_text(place / "some.json", "{}")
+
+
+def test_a_limit_of_a_files_size_is_named_with_its_place(place):
+    adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
+    result = nsc_merge.merge(build("llama-cls"), adapters, method="task_arithmetic")
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = contents(place)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, size[1]))
+    try:
+        with pytest.raises(OSError, match=r"out: .*large cannot be written: File too large; .* smaller max_shard_size"):
+            result.save(place / "large", "model")
+        with pytest.raises(OSError, match=r"some\.json cannot be written: File too large; expected files as large"):
+            write_text(place / "some.json", "x" * 30_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+    assert contents(place) == before
