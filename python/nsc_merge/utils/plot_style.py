@@ -40,12 +40,18 @@ def pyplot_in_style() -> Iterator[Any]:
         yield pyplot
 
 
+# The blocks by their usual names, in front of numbers within them: T5 has block.3.layer.0.
+_BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.(.+)$")
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
 def place(path: str) -> tuple[int, str]:
-    """Block number and name within the block of a module; block -1 outside the blocks. Numbers at the end, such as of
-    experts in one parameter, are no part of the name.
+    """Block number and name within the block of a module; block -1 outside the blocks, which are the first that has a
+    number where none has a usual name. Numbers at the end, such as of experts in one parameter, are no part of the
+    name.
     """
     named = re.sub(r"(\.\d+)+$", "", path)
-    match = re.search(r"(?:^|\.)layers?\.(\d+)\.(.+)$", named)
+    match = _BLOCK.search(named) or _NUMBERED.search(named)
     return (int(match[1]), match[2].rsplit(".", 1)[-1]) if match else (-1, named.rsplit(".", 1)[-1])
 
 

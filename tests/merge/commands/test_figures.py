@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from nsc_merge.recipes import run
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.beside.plots import draw
+from nsc_merge.utils import plot_style
 from nsc_merge.utils.plot_style import running_mean
 from nsc_merge.utils.progress import Progress
 
@@ -96,6 +99,41 @@ def test_curves_are_means_over_the_batches_compared(tmp_path, monkeypatch, windo
     assert list(raw[1]) == pytest.approx([entry["objective"] for entry in history])
     assert list(means[0]) == list(range(window - 1, 6))
     assert list(means[1]) == pytest.approx(running_mean(list(raw[1]), window))
+
+
+@pytest.mark.parametrize(
+    ("path", "block", "name"),
+    [
+        ("model.layers.11.self_attn.q_proj", 11, "q_proj"),
+        ("vit.encoder.layer.3.attention.attention.query", 3, "query"),
+        ("transformer.h.7.attn.c_attn", 7, "c_attn"),
+        ("encoder.block.5.layer.0.SelfAttention.q", 5, "q"),
+        ("visual.blocks.9.attn.qkv", 9, "qkv"),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", 1, "to_out"),
+        ("model.layers.2.mlp.experts.gate_up_proj.4", 2, "gate_up_proj"),
+        ("lm_head", -1, "lm_head"),
+    ],
+)
+def test_modules_stand_in_their_blocks(path, block, name):
+    assert plot_style.place(path) == (block, name)
+
+
+def test_long_names_of_tasks_do_not_run_into_each_other(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    tasks = ["winogrande-large", "arc_challenge", "glue_mnli_matched", "hellaswag"]
+    draw({f"h.{n}.attn.c_attn": dict.fromkeys(tasks, 0.1 * n) for n in range(3)}, {}, [], tmp_path)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    axes = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in axes] == tasks
+    corners = [axis.title.get_transform().transform(axis.title.get_position())[0] for axis in axes]
+    # Slanted names overlap as boxes, not as lines: they are as high as the letters, and begin apart.
+    assert all(axis.title.get_rotation() == 30 for axis in axes)
+    apart = [math.sin(math.radians(30)) * (right - left) for left, right in itertools.pairwise(corners)]
+    assert min(apart) > 1.2 * axes[0].title.get_size() * figure.dpi / 72
 
 
 def test_progress_counts_all_that_was_done_when_it_is_shown(capsys, monkeypatch):

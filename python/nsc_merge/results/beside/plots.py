@@ -59,10 +59,13 @@ def _draw_coefficients(
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.01, high + 0.01
+    width = 0.5 + 0.32 * len(names)
+    # In inches; longer names would run into each other.
+    slanted = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if max(map(len, tasks)) * 0.1 > width else {}
     figure, axes = pyplot.subplots(
         1,
         len(tasks),
-        figsize=(1 + (0.5 + 0.32 * len(names)) * len(tasks), 1.6 + 0.24 * len(blocks)),
+        figsize=(1 + width * len(tasks), 1.6 + 0.24 * len(blocks)),
         sharey=True,
         squeeze=False,
     )
@@ -72,9 +75,10 @@ def _draw_coefficients(
             row, column = blocks.index(block), names.index(name)
             grid[row][column] = sum(coefficients[path][task] for path in paths) / len(paths)
             if any(task in dead.get(path, ()) for path in paths):
-                axis.plot(column, row, marker="x", color="white", markersize=6)
+                light = grid[row][column] > (low + 3 * high) / 4
+                axis.plot(column, row, marker="x", color="black" if light else "white", markersize=6)
         image = axis.imshow(grid, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        axis.set_title(task)
+        axis.set_title(task, **slanted)
         labels = [name if most[name] == 1 else f"{name} (mean of {most[name]})" for name in names]
         axis.set_xticks(range(len(names)), labels, rotation=90)
         axis.tick_params(length=0)
