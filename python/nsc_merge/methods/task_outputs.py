@@ -52,7 +52,8 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str] | None = None) -
 
 
 def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
-    """A task's output: of its own function, or the model's logits. On the device of the batch.
+    """A task's output: of its own function, or the model's logits, those of pixels with classes last. On the device of
+    the batch.
 
     Raises:
         ValueError: if there is neither.
@@ -64,7 +65,8 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
         )
-    return beside(batch, found)
+    # transformers has logits of pixels, as of segmentation, [N, C, H, W].
+    return beside(batch, found.movedim(1, -1) if found.dim() == 4 else found)
 
 
 def beside(batch: Batch, value: Tensor) -> Tensor:

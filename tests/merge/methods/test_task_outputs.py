@@ -6,8 +6,10 @@ import pytest
 import torch
 import zoo
 from torch.func import functional_call
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import nsc_merge
+from nsc_merge import Factor
 from nsc_merge.calibration.forward_passes import Part, Pass
 from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
@@ -167,3 +169,39 @@ def test_outputs_are_a_mapping(method, outputs):
     """Said before anything is loaded."""
     with pytest.raises(TypeError, match="outputs: expected a mapping of tasks to functions of model and batch, found"):
         METHODS[method].resolved({"outputs": outputs}, ["a"])
+
+
+def segformer():
+    """Three classes of pixels, in images wider than high."""
+    sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_attention_heads": [1, 2], "decoder_hidden_size": 16}
+    stages = {"num_encoder_blocks": 2, "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2]}
+    torch.manual_seed(0)
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes, **stages, mlp_ratios=[2, 2], num_labels=3)).eval()
+
+
+def test_classes_of_pixels_are_the_second_dimension_of_logits():
+    model = segformer()
+    (path,) = (name for name, _ in model.named_modules() if name.endswith("stages.0.blocks.0.attention.v_proj"))
+    generator = torch.Generator().manual_seed(1)
+    adapters = {
+        task: nsc_merge.Adapter(
+            task,
+            {path: Factor(torch.randn(2, 16, generator=generator), 9 * torch.randn(16, 2, generator=generator), 1.0)},
+        )
+        for task in TASKS
+    }
+    batches = {task: [{"pixel_values": torch.randn(2, 3, 16, 24, generator=generator)}] for task in TASKS}
+
+    def predicted(scales, batch):
+        deltas = [scale * adapters[task].factors[path].delta().float() for task, scale in scales.items()]
+        weights = {f"{path}.weight": model.get_parameter(f"{path}.weight") + sum(deltas)}
+        return functional_call(model, weights, (), batch).logits.softmax(1)
+
+    options = {"steps": 1, "progress": False}
+    entropy = nsc_merge.merge(model, adapters, batches, "adamerging", **options).history[0]["loss"]
+    distance = nsc_merge.merge(model, adapters, batches, "distill", **options).history[0]["loss"]
+    for task in TASKS:
+        merged = predicted(dict.fromkeys(TASKS, 0.4), batches[task][0])
+        own = predicted({task: 1.0}, batches[task][0])
+        assert entropy[task] == pytest.approx(float(-(merged * merged.log()).sum(1).mean()), rel=1e-5)
+        assert distance[task] == pytest.approx(float((merged - own).abs().sum(1).mean()) / 2, rel=1e-4)
