@@ -13,6 +13,7 @@ from PIL import Image
 from raw_cases import llava_base, text_base, vision_base
 
 import nsc_merge
+from nsc_merge.calibration.raw import tables
 from nsc_merge.calibration.raw.drawing import in_order
 from nsc_merge.calibration.raw.reading import open_source
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -150,3 +151,16 @@ def test_no_template_is_advised_over_what_is_no_text(base, value):
         nsc_merge.calibration_data([{"said": value}], base)
     with pytest.raises(ValueError, match=r'such as text: "\{n\}"$'):
         nsc_merge.calibration_data([{"said": value, "n": 3}], base)
+
+
+def test_a_long_stream_says_that_it_is_gone_through_whole(base, caplog, monkeypatch):
+    """Of one without an end nobody would know what is waited for."""
+    stream = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}] * 3).to_iterable_dataset()
+    monkeypatch.setattr(tables, "_LONG", 6)
+    nsc_merge.calibration_data(stream, base)
+    assert caplog.text == ""
+    monkeypatch.setattr(tables, "_LONG", 5)
+    found = nsc_merge.calibration_data(stream, base)
+    assert sum(len(batch["input_ids"]) for batch in found) == 6
+    assert "source: the dataset is gone through whole" in caplog.text
+    assert "after 5 of them; dataset.take(5) has the first alone" in caplog.text

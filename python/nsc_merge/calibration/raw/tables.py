@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import logging
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,9 +18,13 @@ from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.json_text import from_json
 
+logger = logging.getLogger("nsc_merge")
+
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28
 _SPLIT = "train"
+# Rows after which it is said that a stream is gone through whole: some may have no end.
+_LONG = 100_000
 
 # Column -> the names of its classes.
 _Classes = dict[str, list[str]]
@@ -203,7 +208,17 @@ def _with_names(row: Row, classes: _Classes) -> Row:
 
 def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -> Source:
     """The rows that come first in the order of the draw, of rows that there is no going back to."""
-    keyed = ((place_of(settings.seed, number), number, row) for number, row in enumerate(rows))
+
+    def keyed_rows() -> Iterator[tuple[bytes, int, Row]]:
+        for number, row in enumerate(rows):
+            if number == _LONG:
+                logger.warning(
+                    "%s: the dataset is gone through whole, as its samples are drawn of all rows, and goes on after "
+                    "%d of them; dataset.take(%d) has the first alone", argument, _LONG, _LONG,
+                )  # fmt: skip
+            yield place_of(settings.seed, number), number, row
+
+    keyed = keyed_rows()
     kept = sorted(keyed) if settings.samples is None else heapq.nsmallest(settings.samples, keyed)
     found = {number: row for _, number, row in kept}
     if not found:
