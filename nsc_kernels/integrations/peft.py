@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..bank import AdapterBank
+from ..bank import FLOAT_DTYPES, AdapterBank
 from ..functional import merged_lora, output_dtype
 from ..modes import without_autocast
 from ..reference import accumulation_dtype
@@ -96,9 +96,9 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     A call that the kernel cannot express goes through PEFT's own forward, and the first one of each kind is logged as a
     warning with the reason: dropout in training mode, DoRA and other variants, batches with ``adapter_names``, adapters
-    that are being trained, adapters of several dtypes or devices, nested tensors, DTensors and other inputs or factors
-    that are no plain dense tensors, hooks on the modules in ``lora_A``, ``lora_B`` and ``lora_dropout`` or on all
-    modules, or other modules than PEFT's in their place.
+    that are being trained, adapters of several dtypes or devices or of complex numbers, nested tensors, DTensors and
+    other inputs or factors that are no plain dense tensors, hooks on the modules in ``lora_A``, ``lora_B`` and
+    ``lora_dropout`` or on all modules, or other modules than PEFT's in their place.
 
     What is fused is differentiable once: a second derivative raises a RuntimeError, where PEFT's forward has one.
     ``torch.func`` transforms have theirs.
@@ -106,8 +106,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     Under ``torch.compile`` a layer is the operator ``nsc::merged_lora`` in the graph, which it does not break
     (``fullgraph=True`` and dynamic shapes work); what goes to PEFT's own forward is traced as that is.
 
-    Layers that PEFT creates later, and other kinds (embeddings, convolutions, a forward of their own), are not touched;
-    a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is accelerated as well, and
+    Layers that PEFT creates later, for an adapter on further modules, are not touched, nor are other kinds (embeddings,
+    convolutions, a forward of their own), of which a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is accelerated as well, and
     no handle undoes that: copy the model first.
 
     Args:
@@ -217,6 +217,8 @@ def _inexpressible(layer: Any, names: list[str], x: Tensor, kwargs: dict[str, An
         return "the adapters are being trained (frozen are those of set_adapter(..., inference_mode=True))"
     if len({(weight.dtype, weight.device) for weight in weights}) > 1 or weights[0].device != x.device:
         return "the adapters have several dtypes or devices"
+    if weights[0].dtype not in FLOAT_DTYPES:
+        return f"the adapters are of {weights[0].dtype}, which the kernel does not compute in"
     if not layer.cast_input_dtype_enabled and x.dtype is not weights[0].dtype:
         return "casting of the input is disabled, and input and adapters have different dtypes"
     if any(isinstance(s, Tensor) and s.numel() != 1 for s in (layer.scaling[name] for name in names)):

@@ -319,6 +319,15 @@ def test_a_factor_that_is_a_wrapper_is_pefts(fallbacks):
     assert "no plain dense tensors" in fallbacks.text
 
 
+def test_complex_numbers_are_pefts(fallbacks):
+    layer = lora_layers(build())[3].to(torch.complex64)
+    x = torch.randn(7, 32, dtype=torch.complex64, generator=torch.Generator().manual_seed(4))
+    expected = layer(x)
+    with accelerate(layer):
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert "torch.complex64" in fallbacks.text
+
+
 def test_adapters_frozen_by_set_adapter_are_fused_where_a_gradient_flows(batch, fallbacks):
     model = build(torch.float64)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
