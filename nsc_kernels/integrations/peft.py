@@ -107,8 +107,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     (``fullgraph=True`` and dynamic shapes work); what goes to PEFT's own forward is traced as that is.
 
     Layers that PEFT creates later, for an adapter on further modules, are not touched, nor are other kinds (embeddings,
-    convolutions, a forward of their own), of which a warning says which and why. A copy of an accelerated model (``copy.deepcopy``, pickle) is accelerated as well, and
-    no handle undoes that: copy the model first.
+    convolutions, a forward of their own), of which a warning says which and why. A copy of an accelerated model
+    (``copy.deepcopy``, pickle) is accelerated as well, and no handle undoes that: copy the model first.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
