@@ -97,6 +97,23 @@ def likelihoods_of(likelihood: str | Mapping[str, str], tasks: Sequence[str]) ->
     return [likelihood[task] for task in tasks]
 
 
+def check_classes(output: Tensor, task: str, argument: str, expected: str) -> None:
+    """Refuse logits of one class, as heads of regressions have: it is certain, whatever the model says.
+
+    Args:
+        output: ``[..., C]``.
+        task, argument, expected: for the message.
+
+    Raises:
+        ValueError: naming the task and its output.
+    """
+    if output.shape[-1] == 1:
+        raise ValueError(
+            f"{argument}: the output {list(output.shape)} of {task!r} has one class, which is certain; "
+            f"expected {expected}"
+        )
+
+
 def last_token(output: Tensor, mask: Tensor | None) -> Tensor:
     """Of ``output [N, T, ...]``, what is at the last real token of every row, ``[N, ...]``."""
     if mask is None:

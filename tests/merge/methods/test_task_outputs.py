@@ -6,7 +6,12 @@ import pytest
 import torch
 import zoo
 from torch.func import functional_call
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
 import nsc_merge
 from nsc_merge import Factor
@@ -205,3 +210,26 @@ def test_classes_of_pixels_are_the_second_dimension_of_logits():
         own = predicted({task: 1.0}, batches[task][0])
         assert entropy[task] == pytest.approx(float(-(merged * merged.log()).sum(1).mean()), rel=1e-5)
         assert distance[task] == pytest.approx(float((merged - own).abs().sum(1).mean()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "way_out"),
+    [("distill", "likelihood: .* 'gaussian'"), ("adamerging", "outputs: .* functions for tasks with classes")],
+)
+def test_a_head_of_one_class_is_refused_where_classes_are_compared(method, way_out):
+    """As of a regression: it was certain, so that nothing was learnt, without a word."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=96, num_labels=1)).eval()
+    path = "bert.encoder.layer.0.attention.self.value"
+    adapters = {
+        task: nsc_merge.Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)}) for task in TASKS
+    }
+    batches = {task: [{"input_ids": torch.randint(3, 96, (4, 6))}] for task in TASKS}
+    options = {"steps": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"the output \[4, 1\] of '1' has one class") as refused:
+        nsc_merge.merge(model, adapters, batches, method, **options)
+    refused.match(way_out)
+    if method == "distill":
+        found = nsc_merge.merge(model, adapters, batches, method, likelihood="gaussian", **options)
+        assert found.objective["before"] > 0

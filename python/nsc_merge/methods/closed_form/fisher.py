@@ -20,6 +20,7 @@ from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
     Outputs,
+    check_classes,
     check_likelihood,
     check_outputs,
     last_token,
@@ -155,11 +156,8 @@ def information(
             mask = held.get(masked) if masked else None
             if answers and task not in (options.outputs or {}) and output.dim() == 3:
                 output = last_token(output, mask)
-            if likelihood == "categorical" and output.shape[-1] == 1:
-                raise ValueError(
-                    f"likelihood: the output {list(output.shape)} of {task!r} has one class, which is certain; "
-                    "expected 'gaussian' for values"
-                )
+            if likelihood == "categorical":
+                check_classes(output, task, "likelihood", "'gaussian' for values")
             if not any(outputs.values()):
                 raise ValueError(
                     f"calibration[{task!r}]: none of the adapted modules runs on these inputs, so that they have no "

@@ -20,7 +20,15 @@ from nsc_merge.methods.gradient.learned_coefficients import descend
 from nsc_merge.methods.gradient.own_answers import end_tokens
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
-from nsc_merge.methods.task_outputs import Outputs, check_outputs, last_token, output_of, real_positions, share_of
+from nsc_merge.methods.task_outputs import (
+    Outputs,
+    check_classes,
+    check_outputs,
+    last_token,
+    output_of,
+    real_positions,
+    share_of,
+)
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
 from nsc_merge.processes.group import current
@@ -148,7 +156,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 values = []
                 with shared_forward(model):
                     for place in here if options.outputs is not None else here[:1]:
-                        output = output_of(options.outputs, tasks[numbers[place]], model, batch)
+                        task = tasks[numbers[place]]
+                        output = output_of(options.outputs, task, model, batch)
+                        check_classes(output, task, "outputs", "functions for tasks with classes, and none for others")
                         values.append(_mean_entropy(output, one, padding, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)

@@ -33,6 +33,7 @@ from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import (
     POSITIONS,
     Outputs,
+    check_classes,
     check_likelihood,
     check_outputs,
     last_token,
@@ -200,6 +201,8 @@ class Predictions:
         inputs = {**one.inputs, **answered.inputs} if answered else one.inputs
         output = output_of(self._outputs, self._tasks[number], self._model, inputs)
         output = output if output.dtype == torch.float64 else output.float()
+        if not self.predicts_values(number):
+            check_classes(output, self._tasks[number], "likelihood", "'gaussian' for values")
         if answered is not None:
             return output[answered.predicts], one.share
         if output.dim() < 3:
