@@ -20,6 +20,8 @@ from .problem import Problem
 from .registry import Contender
 
 NAMES = ("y", "quad", "sqnorm", "dz", "dlam")
+INPUTS = ("z", "A", "Bt", "lam", "base", "dy", "dquad", "dsqnorm", "dz_base", "W")
+IN_PLACE = {"base", "dz_base"}  # what a contender registered as such may write over
 UNIT = torch.finfo(torch.float32).eps
 DEVIATIONS = 4  # of a sum over tokens, whose error may be small by luck
 
@@ -141,10 +143,12 @@ class Judge:
         """Of every result of the contender.
 
         Raises:
-            ValueError: for a result that is missing, has another shape, or is not the contender's to compute.
+            ValueError: for a result that is missing, has another shape, or is not the contender's to compute, and for
+                an input that it has written over, which the others are given as well.
         """
         truths, bounds = self._answers(contender)
-        kept = (self.p.base.clone(), self.p.dz_base.clone()) if contender.inplace else None
+        given = {name: value.detach() for name in INPUTS if (value := getattr(self.p, name)) is not None}
+        kept = {name: value.clone() for name, value in given.items()}
         self._poison()
         try:
             with torch.set_grad_enabled(contender.autograd):
@@ -154,9 +158,12 @@ class Judge:
                 values = [one if one is None else one.detach().clone() for one in (y, quad, sqnorm)]
                 values += [one if one is None else one.detach().clone() for one in backward(saved)]
         finally:
-            if kept is not None:
-                self.p.base.copy_(kept[0])
-                self.p.dz_base.copy_(kept[1])
+            changed = [name for name, value in given.items() if not torch.equal(value, kept[name])]
+            for name in changed:
+                given[name].copy_(kept[name])
+        if wrongly := [name for name in changed if not (contender.inplace and name in IN_PLACE)]:
+            more = "" if contender.inplace else ", or register it with inplace=True if it is to be base or dz_base"
+            raise ValueError(f"it writes over {', '.join(wrongly)}, which all are given: write to a copy{more}")
         compared: dict[str, Error] = {}
         for name, value in zip(NAMES, values, strict=True):
             if name not in truths:

@@ -23,7 +23,8 @@ from .measuring import quantiles
 from .report import read
 from .tables import Key, Row, is_timed, key_of
 
-SAME = ("device", "torch", "cuda", "triton", "sources", "cores")  # of the environment, said where it differs
+# Of the environment, said where it differs.
+SAME = ("device", "torch", "cuda", "triton", "float32_products", "sources", "cores")
 
 
 class Change(NamedTuple):

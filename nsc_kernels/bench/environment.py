@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,43 @@ def processor() -> str:
     return f"{fields.get('model name')} family {fields.get('cpu family')} model {fields.get('model')}"
 
 
+# What torch calls the precisions that float32 products may be rounded to, in its older words.
+_OLDER = {"none": "highest", "ieee": "highest", "tf32": "high", "bf16": "medium"}
+
+
+def float32_products() -> str:
+    """``ieee``, or what torch was told that products of float32 may be: on GPUs/on CPUs where they differ."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return "/".join(dict.fromkeys(one.fp32_precision.replace("none", "ieee") for one in backends))
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """What the block sets of torch is set for everyone who comes after: put it back.
+
+    Raises:
+        RuntimeError: if the block has set something.
+    """
+    products, dtype, threads = float32_products(), torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        changed = []
+        if float32_products() != products:
+            changed.append(f"the precision of float32 products to {float32_products()}")
+            # In torch's older words, which set both: the newer ones would leave these without an answer.
+            torch.set_float32_matmul_precision(_OLDER[products.rpartition("/")[2]])
+            torch.backends.cuda.matmul.fp32_precision = products.partition("/")[0]
+        if torch.get_default_dtype() != dtype:
+            changed.append(f"the default dtype to {torch.get_default_dtype()}")
+            torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            changed.append(f"the number of threads to {torch.get_num_threads()}")
+            torch.set_num_threads(threads)
+    if changed:
+        raise RuntimeError(f"it sets {' and '.join(changed)}, for all contenders: put it back before returning")
+
+
 def packages() -> dict[str, str]:
     """Those that are installed, and their versions."""
     return {name: found.version for name in PACKAGES for found in distributions(name=name)}
@@ -82,6 +121,7 @@ def facts(on: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instruction_set": [*native.cpu_instruction_sets()[:1]],
         "cpu_isa": os.environ.get("NSC_CPU_ISA"),
+        "float32_products": float32_products(),
         "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
         "device": processor(),

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ import nsc_kernels as nk
 from . import ceilings, environment, report, tables
 from .measuring import device, read_rows, slug, synchronize
 from .problem import DTYPES
-from .registry import LINEAR, OPERATOR, chosen, load
+from .registry import LINEAR, OPERATOR, chosen, load, registered
 from .rounds import EAGER, GRAPH, WARM, Cell, run_cell
 from .shapes import grid
 from .timing import keep_freed_memory
@@ -44,7 +45,7 @@ QUICK_SHAPES, SHAPES = "vit-b.q,llama3-8b.kv", "vit-b,llama3-8b"
 TRIAL_LIMIT = 900.0  # seconds: a contender may compile
 MACHINE = "machine"
 # Of a report's environment: figures under other ones are of another report.
-ONE_MACHINE = ("device", "torch", "cuda", "triton", "cpu_isa")
+ONE_MACHINE = ("device", "torch", "cuda", "triton", "cpu_isa", "float32_products")
 
 
 def comma(text: str) -> list[str]:
@@ -114,8 +115,14 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("cache: on a GPU warm is of graphs; give --calls graph, or --cache cold")
     if (not gpu and min(a.threads) < 1) or a.samples < 1:
         raise ValueError("threads, samples: expected at least 1")
+    if not 0 < a.sample_ms < math.inf:
+        raise ValueError(f"sample-ms: expected milliseconds above 0, found {a.sample_ms:g}")
+    before = registered(a.of)
     for text in a.contender:
         load(text)
+    if a.contender and registered(a.of) == before:
+        other = LINEAR if a.of == OPERATOR else OPERATOR
+        raise ValueError(f"contender: {', '.join(a.contender)} registers none of {a.of}; see the command {other}")
     if not chosen(a.of, a.contenders, a.device, a.quick):
         raise ValueError(f"contenders: none of {a.of} is in {', '.join(a.contenders)}")
     # What could not be written at the end is not measured in the first place.
@@ -136,11 +143,14 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def check_machine(out: Path | None, on: torch.device) -> None:
     """Refuse to go on with a report of another machine or torch, under whose name this one's figures would stand."""
-    found = [row for row in read_rows(out) if row.get("what") == "environment"] if out is not None else []
+    rows = read_rows(out) if out is not None else []
+    if out is not None and not rows and out.stat().st_size:
+        raise ValueError(f"out: {out} is no report, and would be written to; give another file")
+    found = [row for row in rows if row.get("what") == "environment"]
     here = environment.facts(on) if found else {}
     for row in found:
         for name in ONE_MACHINE:
-            if row.get(name) != here[name]:
+            if row.get(name, here[name]) != here[name]:
                 raise ValueError(
                     f"out: {out} was measured with {name} {row.get(name)}, here it is {here[name]}; give another file, "
                     "and compare the two by python -m nsc_kernels.bench compare"
@@ -207,7 +217,7 @@ class Runner:
         for threads in self.arguments.threads:
             dtypes = dict.fromkeys([*self.arguments.dtype, *(["fp32"] if on.type == "cpu" else [])])
             yield from ceilings.measured(on, list(dtypes), threads)
-        if on.type == "cpu" and not self.arguments.quick and (row := ceilings.multiply_add()):
+        if on.type == "cpu" and (row := ceilings.multiply_add()):
             yield row
         synchronize(on)
 

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -160,14 +161,18 @@ def load(text: str) -> None:
     ``stats``, ``inplace`` and ``autograd`` are as :func:`contender` has them.
 
     Raises:
-        ValueError: if there is no such module, file or name, or it registers nothing.
+        ValueError: if there is no such module, file or name, it cannot be run, or it registers nothing.
     """
     before = len(_registered)
     where, _, attribute = text.partition(":")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ValueError(f"contender: there is no file {where}")
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except ModuleNotFoundError as error:
         raise ValueError(f"contender: {text!r} cannot be imported: {error}; give a module or a file.py") from error
+    except Exception as error:
+        raise ValueError(f"contender: {text!r} cannot be imported: {where_and_why(error)}") from error
     if attribute:
         found = getattr(module, attribute, None)
         if not callable(found):
@@ -198,12 +203,21 @@ def _register_object(found: Callable[[Problem], Any]) -> None:
     contender(name, **given)(made)
 
 
+def where_and_why(error: Exception) -> str:
+    """An error of somebody's file, with the line that it is of."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    last = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__][-1]
+    return f"{last.filename}, line {last.lineno}: {type(error).__name__}: {error}"
+
+
 def _from_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"contender: there is no file {path}")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.resolve().parent))  # as of a script: what lies beside it can be imported
     spec.loader.exec_module(module)
     return module
 

@@ -27,6 +27,7 @@ import nsc_kernels as nk
 from .accuracy import Judge, faults
 from .clocks import Clocks
 from .costs import least_bytes, operations, rotation
+from .environment import settings_kept
 from .measuring import captured, microseconds, quantiles, synchronize
 from .problem import DTYPES, Problem
 from .registry import Contender, chosen
@@ -148,7 +149,7 @@ def sampler(
 def attempt(contender: Contender, on: torch.device, prepare: Callable[[], Any]) -> Any:
     """What ``prepare`` returns, or in words why it cannot: one that fails does not stop the others."""
     try:
-        with torch.set_grad_enabled(contender.autograd):
+        with torch.set_grad_enabled(contender.autograd), settings_kept():
             return prepare()
     except Exception as error:
         synchronize(on)  # raises where the device is lost, and with it everything that follows in this process

@@ -77,9 +77,22 @@ def of_several(rows: Iterable[Row]) -> bool:
     return len({row.get("backend") for row in rows if is_timed(row)}) > 1
 
 
-def configuration_of(row: Row) -> tuple[Any, ...]:
-    """What rows of one table share. A row has its backend from the file that it was written to."""
-    return (*(row[name] for name in ("set", "dtype", "threads", "how", "cache")), row.get("backend"))
+def configurations(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The timed rows of one table each: of one set, dtype, number of threads and way of measuring, and of trials whose
+    ratios are to the same contender. A row has its backend from the file that it was written to.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    firsts: dict[str | None, str] = {}  # of a trial's own; what works in place is beside others that do
+    for row in filter(is_timed, rows):
+        first = firsts.setdefault(row.get("trial"), row["over"])
+        shared = (*(row[name] for name in ("set", "dtype", "threads", "how", "cache")), row.get("backend"), first)
+        groups.setdefault(shared, []).append(row)
+    yield from groups.values()
+
+
+def without_statistics(name: str, rows: Iterable[Row]) -> str:
+    """The contender's name; with a word on it where it does less than the others."""
+    return name if all(row["stats"] for row in rows if row["contender"] == name) else f"{name} (no statistics)"
 
 
 def title(row: Row) -> str:
@@ -91,9 +104,7 @@ def table(rows: Sequence[Row], about: Sequence[Row]) -> Iterator[str]:
 
     ``about``: rows with the environment and the ceilings.
     """
-    found = [row for row in rows if is_timed(row)]
-    for configuration in dict.fromkeys(configuration_of(row) for row in found):
-        here = [row for row in found if configuration_of(row) == configuration]
+    for here in configurations(rows):
         yield heading(here[0], [*rows, *about])
         ceilings = of_rows([*rows, *about], here[0]["dtype"], here[0]["threads"])
         names = list(dict.fromkeys(row["contender"] for row in here))
@@ -145,6 +156,8 @@ def closing(rows: Iterable[Row]) -> Iterator[str]:
         yield f"left out: {name}: {why}"
     if not found:
         return
+    for products in {row["float32_products"] for row in rows if "float32_products" in row} - {"ieee"}:
+        yield f"products of float32 were computed in {products}, eager PyTorch's, which errors are held to, as well"
     firsts = " or ".join(sorted({one["over"] for one in found}))
     yield f"x: times the time of {firsts} in the same round, median (above 1: slower)"
     if any(not row["stats"] for row in found):
