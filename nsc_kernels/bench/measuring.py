@@ -27,16 +27,26 @@ class Rows:
         self._file.write("\n" if cut_off else "")
         self.count = 0
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({**row, "source": source_of(row.get("backend"))}) + "\n")
+    def write(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row as it is in the file."""
+        written = {**row, "source": source_of(row.get("backend"))}
+        self._file.write(json.dumps(written) + "\n")
         self._file.flush()
         self.count += 1
+        return written
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none if it is not there. A line that was cut off is left out."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The rows of a JSONL file; none if it is not there. A line that was cut off is left out, wherever it was."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

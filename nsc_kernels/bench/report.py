@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,5 +42,5 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         # What the GPU stages measure of the machine is of no trial.
         return [row for row in read_rows(path) if "what" in row and "trial" not in row] + results(path)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a report of python -m nsc_kernels.bench: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from .ceilings import of_rows
 from .report import add_reports, asked_for
-from .tables import Row, closing, configuration_of, duration, heading, is_noisy, is_timed, share, table
+from .tables import Row, closing, configurations, duration, heading, is_noisy, share, table, without_statistics
 
 DIRECTIONS = ("forward", "backward")
 
@@ -27,14 +27,13 @@ def marked(row: Row) -> str:
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
     """A table for each way of measuring: the first contender's time and share, then ratios, forward / backward."""
-    timed = [row for row in rows if is_timed(row) and row["direction"] in DIRECTIONS]
-    for configuration in dict.fromkeys(configuration_of(row) for row in timed):
-        here = [row for row in timed if configuration_of(row) == configuration]
+    for here in configurations(row for row in rows if row.get("direction") in DIRECTIONS):
         ceilings, first = of_rows(rows, here[0]["dtype"], here[0]["threads"]), here[0]["over"]
         others = [name for name in dict.fromkeys(row["contender"] for row in here) if name != first]
+        headed = [without_statistics(name, here) for name in others]
         yield f"{heading(here[0], rows)}."
         yield ""
-        yield f"| layer | K × r | T | {first} | of the roofline | " + " | ".join(others) + " |"
+        yield f"| layer | K × r | T | {first} | of the roofline | " + " | ".join(headed) + " |"
         yield "|" + "---|" * (5 + len(others))
         cells: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = {}
         for row in here:

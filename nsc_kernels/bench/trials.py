@@ -267,11 +267,13 @@ class _Supervisor:
         failed = sum(end in (FAILED, HUNG, DIED) for end in ends)
         return Outcome(ends.count(DONE), failed, len(self.trials) - ends.count(DONE) - failed)
 
-    def _write(self, key: str, row: dict[str, Any]) -> None:
+    def _write(self, key: str, row: dict[str, Any]) -> dict[str, Any]:
         trial = self.trials[key]
         settings = {} if trial.settings is None else {"settings": trial.settings}
         with self.lock:
-            self.rows.write({"trial": key, "backend": trial.backend, **row, **settings, "dry_run": self.args.dry_run})
+            return self.rows.write(
+                {"trial": key, "backend": trial.backend, **row, **settings, "dry_run": self.args.dry_run}
+            )
 
     def _next(self, group: str | None, slot: int) -> str | None:
         """The next trial of the group at hand, else of one that other slots leave alone as far as possible."""
@@ -327,8 +329,7 @@ class _Supervisor:
         yielded: list[dict[str, Any]] = []
 
         def keep(row: dict[str, Any]) -> None:
-            yielded.append(row)
-            self._write(key, row)
+            yielded.append(self._write(key, row))
 
         last = worker.answer(key, min(limit, left), keep)
         if last["ended"] == HUNG and left < limit:

@@ -16,6 +16,7 @@ import torch
 from nsc_kernels.bench import __main__ as command
 from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
+from nsc_kernels.bench.measuring import read_rows
 from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +102,9 @@ def test_a_whole_layer_without_a_report(tmp_path):
     timed = {row["contender"] for row in rows if tables.is_timed(row)}
     assert {"fused", "concat", "product_copied", "product_ready", "merged", "peft", "linear"} <= timed
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.jsonl").write_text(done.stdout)  # it is a report
+    assert report.read(tmp_path / "r.jsonl") == rows
+    assert "multiply_add" in {row.get("what") for row in rows} or ceilings.multiply_add() is None
 
 
 def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
@@ -115,6 +119,7 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
         (["--dtype", "int8"], "dtype: expected some of fp32, bf16, fp16, found 'int8'"),
         (["--calls", "graph"], "a CPU has no graphs"),
         (["--threads", "0"], "threads, samples: expected at least 1"),
+        (["--sample-ms", "0"], "sample-ms: expected milliseconds above 0, found 0"),
         (["--contenders", "fast"], "'fast' is not one of operator: fused, "),
         (["--contender", "nowhere"], "'nowhere' cannot be imported"),
         (["--contender", "nowhere.py"], "there is no file nowhere.py"),
@@ -133,6 +138,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path,
         ("--plot", tmp_path / "file", "plot: expected a folder, found"),
         ("--out", tmp_path, "out: expected a file that can be written, found"),
         ("--out", tmp_path / "file" / "r.jsonl", "out: expected a file"),
+        ("--out", tmp_path / "file", "file is no report, and would be written to"),
     ):
         with pytest.raises(SystemExit) as ended:
             command.main([*SMALL, option, str(place)])
@@ -278,8 +284,35 @@ def test_the_tables_of_a_report(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| layer | K × r | T | fused | of the roofline | peft |\n|---|---|---|---|---|---|\n" in said
     assert "| vit-b.q 768 → 768 | 6 × 16 | 32 | 400 us / 90 us | 50% / 222% | 2.00× / 2.00× |" in said
+    write(tmp_path / "less.jsonl", [{**one, "stats": one.get("contender") != "peft"} for one in rows])
+    assert command.main(["table", str(tmp_path / "less.jsonl"), "--markdown"]) == 0
+    assert "| T | fused | of the roofline | peft (no statistics) |" in capsys.readouterr().out
     assert command.main(["table", str(tmp_path / "r.jsonl"), "--contenders", "fused"]) == 0
     assert "peft" not in capsys.readouterr().out
+
+
+def test_ratios_to_one_contender_have_a_table_of_their_own(tmp_path, capsys):
+    """Of a report that was gone on with under another first contender, whose own ratio is 1 there."""
+    one = [row("fused", [100.0] * 5, 1.0), row("mine", [200.0] * 5, 2.0)]
+    other = [row("mine", [300.0] * 5, 1.0), row("fused", [150.0] * 5, 0.5)]
+    rows = [*MACHINE, *({**figure, "trial": "a"} for figure in one)]
+    rows += [{**figure, "trial": "b", "over": "mine"} for figure in other]
+    assert command.main(["table", write(tmp_path / "r.jsonl", rows)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "768->768" in line or "spread" in line]
+    assert [line[0] for line in lines] == ["fused", "vit-b.q", "mine", "vit-b.q"]
+    assert [(line[5], line[-1]) for line in lines[1::2]] == [("100", "2.00x"), ("300", "0.50x")]
+    assert command.main(["table", str(tmp_path / "r.jsonl"), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "| fused | of the roofline | mine |" in said
+    assert "| mine | of the roofline | fused |" in said
+
+
+def test_a_line_that_was_cut_off_anywhere_is_left_out(tmp_path):
+    """Also within an object, behind a brace."""
+    whole = json.dumps({"trial": "one", "accuracy": {"y": [0.1, 0.2]}, "contender": "fused"})
+    cut = whole[: whole.index("}") + 1]
+    (tmp_path / "r.jsonl").write_text(f"{whole}\n{cut}\n{whole}\n{whole[:9]}")
+    assert read_rows(tmp_path / "r.jsonl") == [json.loads(whole)] * 2
 
 
 def test_backends_have_tables_and_pictures_of_their_own(tmp_path, capsys):
