@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -160,6 +161,24 @@ def test_entries_of_a_folder_go_to_the_tasks_they_are_called_like(at, capsys):
     Path("some/two.jsonl").unlink()
     Path("recipe.yaml").unlink()
     assert "expected one for task 'two', found none" in refused(capsys, *ADAPTERS, "--data", "some")
+
+
+def test_packed_entries_of_a_folder_are_called_without_both_suffixes(at, tmp_path):
+    at("llama")
+    for task in ("one", "two"):
+        packed = gzip.compress(Path(f"chats/{task}.jsonl").read_bytes())
+        (tmp_path / f"{task}.JSONL.gz").write_bytes(packed)
+    assert main(["init", *ADAPTERS, "--data", str(tmp_path)]) == 0
+    assert {task: Path(file).name for task, file in written()["calibration"].items()} == {
+        "one": "one.JSONL.gz",
+        "two": "two.JSONL.gz",
+    }
+
+
+@pytest.mark.parametrize("file", ["a/b.jsonl.xz", "a/b.ndjson", "a/b.csv.bz2", "a/b.jsonl.zst"])
+def test_a_mistyped_file_is_no_dataset_on_the_hub(at, capsys, file):
+    at("llama")
+    assert f"--data: {file} is missing" in refused(capsys, *ADAPTERS, "--data", file)
 
 
 def test_each_task_may_have_data_of_its_own(at):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.calibration.raw.text_files import kind_of
 from nsc_merge.recipes.calibration_keys import absolute_source
 from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.utils.option_checks import did_you_mean
@@ -80,7 +81,9 @@ def _by_name(folder: Path, tasks: Sequence[str]) -> dict[str, str]:
     entries = [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
     called: dict[str, list[Path]] = {}
     for entry in sorted(entries):
-        for name in {entry.name, entry.stem} if entry.is_file() else {entry.name}:
+        # Of a packed file without both of its suffixes.
+        bare = entry.stem if kind_of(entry) == entry.suffix.lower() else Path(entry.stem).stem
+        for name in {entry.name, entry.stem, bare} if entry.is_file() else {entry.name}:
             called.setdefault(name, []).append(entry)
     if not any(task in called for task in tasks):
         return {}
