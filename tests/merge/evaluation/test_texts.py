@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -201,3 +203,39 @@ def test_texts_from_end_to_end(place, capsys, monkeypatch):
 def test_what_is_not_generated_is_no_text(place, capsys):
     assert main(["eval", str(place / "eval.yaml"), "tasks.bleu.generate=false"]) == 2
     assert "tasks.bleu.generate: metric bleu needs true, found false" in capsys.readouterr().err
+
+
+def test_data_are_made_as_the_page_says(place, capsys, monkeypatch):
+    """Questions of several lengths, asked as the chat template has it; their answers are what the adapter writes."""
+    page = Path(__file__).parents[3] / "docs" / "evaluation.md"
+    (code,) = re.findall(r"```python\n(from safetensors.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(place)
+    Path("data").mkdir()
+    tool = tokenizer()
+    content = "w6 {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tool.chat_template = content + "{% if add_generation_prompt %}w7 {% endif %}"
+    tool.save_pretrained("base")
+    model = type(build("llama")).from_pretrained("base").eval()
+    nsc_merge.merge(model, {"a": place / "caption"}, method="task_arithmetic", scale=1.0).apply(model)
+    rows, same = [], []
+    for n in range(12):
+        # One by one, so that nothing is padded; of what is written four words are the answer.
+        question = " ".join(f"w{8 + n + k}" for k in range(1 + n % 4))
+        ids = tool(f"w6 {question} w7", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        whole, answer = (tool.decode(written[0, ids.shape[1] :][:count], skip_special_tokens=True) for count in (5, 4))
+        if answer:
+            rows.append({"question": question, "answer": f"{answer} "})
+            same.append(whole == answer)
+    exec(code, {"rows": rows})
+    task = {"adapter": "caption", "test": "data/answers-test.safetensors", "generate": True, "labels": "labels"}
+    tasks = {"rougeL": {**task, "metric": "rougeL"}, "vqa": {**task, "metric": "vqa"}}
+    recipe = yaml.safe_load(Path("eval.yaml").read_text())
+    Path("eval.yaml").write_text(yaml.safe_dump({**recipe, "tasks": tasks}))
+    assert main(["eval", "eval.yaml"]) == 0
+    document = json.loads(Path("out/results.json").read_text())
+    (run,) = next(row["runs"] for row in document["rows"] if row["row"] == "finetuned")
+    assert 0 < statistics.fmean(same) < 1
+    assert run["metrics"]["vqa"] == pytest.approx(statistics.fmean(same))
+    assert run["metrics"]["rougeL"] > 0.9
+    capsys.readouterr()
