@@ -108,7 +108,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     Layers that PEFT creates later, for an adapter on further modules, are not touched, nor are other kinds (embeddings,
     convolutions, a forward of their own), of which a warning says which and why. A copy of an accelerated model
-    (``copy.deepcopy``, pickle) is accelerated as well, and no handle undoes that: copy the model first.
+    (``copy.deepcopy``, pickle) is accelerated as well, and no handle undoes that: copy the model first. The replicas
+    of ``torch.nn.DataParallel`` call the layers of the first device; ``DistributedDataParallel`` makes none.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
@@ -137,8 +138,11 @@ def _unfusible(layer: Any) -> str | None:
     """Why a layer keeps the forward that it has, or None."""
     if not _is_known(layer):
         return f"{type(layer).__module__}.{type(layer).__qualname__} has another forward than peft.tuners.lora.Linear"
-    # A forward of the instance's own is someone else's hook, or this one, put there before.
-    return "a forward was put on the layer itself" if "forward" in vars(layer) else None
+    forward = vars(layer).get("forward")
+    if isinstance(forward, functools.partial) and forward.func is _forward:
+        # What was undone comes back with the hook that it was under.
+        return "they run fused already" if forward.keywords["fused"] else None
+    return None if forward is None else "a forward was put on the layer itself, such as a hook of accelerate's"
 
 
 def _is_known(layer: Any) -> bool:

@@ -416,6 +416,16 @@ def test_a_hook_put_around_an_accelerated_layer_outlives_it(batch, monkeypatch):
         assert torch.equal(model(**batch).logits, expected)
         assert calls == [layers[0]]
     assert not any("forward" in vars(layer) for layer in layers[1:])
+    with accelerate(model) as handle:
+        assert handle.layers == len(layers)  # the first has the forward that the hook brought back
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_what_is_accelerated_already_is_said(fallbacks):
+    model = build()
+    with accelerate(model):
+        assert accelerate(copy.deepcopy(model)).layers == 0
+    assert "'base_model.model.model.layers.0.self_attn.q_proj' first: they run fused already" in fallbacks.text
 
 
 def test_a_layer_whose_forward_was_taken_off_by_somebody_else_does_not_stop_the_others(batch):

@@ -122,4 +122,9 @@ def test_what_is_not_accelerated_is_said(caplog):
     assert "Conv1d has another forward" in said[1]
     caplog.clear()
     assert accelerate(model).layers == 0
+    assert "'base_model.model.proj' first: they run fused already" in caplog.text
+    handle.remove()
+    model.base_model.model.proj.forward = lambda x: x
+    caplog.clear()
+    assert accelerate(model).layers == 0
     assert "'base_model.model.proj' first: a forward was put on the layer itself" in caplog.text
