@@ -281,6 +281,28 @@ def test_parameters_that_are_refused(method, own, shared, words, tmp_path) -> No
         imported(config(method, own=own, **shared), tmp_path)
 
 
+def test_what_is_at_out_stays_unless_force_says_otherwise(tmp_path, capsys) -> None:
+    file, there, link = tmp_path / "config.yaml", tmp_path / "there.yaml", tmp_path / "link.yaml"
+    file.write_text(yaml.safe_dump(config("task_arithmetic")))
+    there.write_text("mine")
+    link.symlink_to(file)
+    before = file.read_text()
+    for out, words in (
+        (tmp_path, f"found the folder {tmp_path}; --out {tmp_path / 'recipe.yaml'} is one"),
+        (there, f"{there} is there already; --force replaces it"),
+        (link, f"{link} is the configuration itself"),
+    ):
+        assert main(["import", str(file), "--out", str(out)]) == 2
+        assert words in capsys.readouterr().err
+    for out in (link, there):
+        assert main(["import", str(file), "--out", str(out), "--force"]) == 2
+    assert "there.yaml is there and reads as no recipe" in capsys.readouterr().err
+    assert (there.read_text(), file.read_text(), link.is_symlink()) == ("mine", before, True)
+    there.write_text("model: base\nadapters: {}\n")
+    assert main(["import", str(file), "--out", str(there), "--force"]) == 0
+    assert load_recipe(there).method == "task_arithmetic"
+
+
 def test_files_that_are_none(tmp_path, capsys) -> None:
     (tmp_path / "config.yaml").write_text("- a list")
     assert main(["import", str(tmp_path / "gone.yaml")]) == 2
