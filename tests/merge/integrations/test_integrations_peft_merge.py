@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import runpy
 import typing
@@ -15,7 +16,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import IA3Config, LoraConfig, LoraModel, get_peft_model
+from peft import IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
 import nsc_merge
@@ -308,6 +309,32 @@ def test_convolutions_are_registered_in_their_shapes():
             torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
         for name in ("ours", "theirs"):
             model.delete_adapter(name)
+
+
+class Ends(nn.Module):
+    """Whose adapted module is called as others end: another linear, and what PEFT puts no LoRA around."""
+
+    def __init__(self, other: nn.Module):
+        super().__init__()
+        self.proj, self.block = nn.Linear(8, 8), nn.ModuleDict({"proj": other})
+
+    def forward(self, x):
+        return self.block["proj"](self.proj(x))
+
+
+@pytest.mark.parametrize("other", [nn.Linear(8, 8), nn.LayerNorm(8)], ids=["linear", "norm"])
+def test_modules_that_end_alike_are_left_alone(other, tmp_path):
+    base = Ends(other)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules="^proj$"), "a")
+    nn.init.normal_(model.get_base_model().proj.lora_B["a"].weight)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    merge(model, ["a"], [1.0], method="task_arithmetic")
+    assert not any("merged" in key and "block" in key for key in model.state_dict())
+    model.set_adapter("merged")
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["merged"])
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "merged")(x), expected)
 
 
 def test_dare_keeps_the_density_that_peft_calls_so():
