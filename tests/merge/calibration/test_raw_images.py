@@ -474,3 +474,25 @@ def test_a_package_that_an_image_processor_lacks_is_named(monkeypatch, vit):
     expected = "the processor of .* cannot be loaded: AutoImageProcessor requires the Torchvision library"
     with pytest.raises(ValueError, match=f"beside the base: {expected}"):
         made([{"image": picture(1)}], vit)
+
+
+def test_the_place_of_an_image_in_data_for_llava_is_one_for_every_model(tmp_path):
+    """It is no word of a model that calls it otherwise, such as Gemma 3."""
+    base = gemma_base(tmp_path)
+    rows = [
+        {"image": picture(0), "text": "<image> a b"},
+        {"image": picture(0), "messages": [{"role": "user", "content": "<image>\na b"}]},
+        {"image": picture(0), "conversations": [{"from": "human", "value": "<image>\na b"}]},
+    ]
+    expected = raw_batches([{"image": picture(0), "text": "a b"}], str(base), DataSettings(), 1, "a")
+    for row in rows:
+        assert raw_batches([row], str(base), DataSettings(), 1, "a").sha256["samples"] == expected.sha256["samples"]
+    # In its place.
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    chat = [{"role": "user", "content": content}]
+    behind = [{"image": picture(0), "messages": chat}, {"image": picture(0), "text": "a <image> b"}]
+    parts, said = (raw_batches([row], str(base), DataSettings(), 1, "a").sha256["samples"] for row in behind)
+    assert parts == said
+    # Without an image it is what it says.
+    (batch,) = raw_batches(["<image> a"], str(base), DataSettings(), 1, "a")
+    assert IMAGE in batch["input_ids"]

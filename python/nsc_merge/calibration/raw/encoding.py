@@ -26,6 +26,8 @@ Encoded = dict[str, Tensor]
 # Images that are open at the same time.
 _AT_ONCE = 32
 _PROBE = "probe"
+# What stands for an image in texts that are made for no certain model.
+_PLACE = "<image>"
 
 
 def encode_text(
@@ -209,13 +211,19 @@ def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
     """Text with a token in the place of every image, and the images in their order."""
     token = processor.image_token
     references = list(sample.images)
-    text = str(sample.text)
-    plain = not references or token in text or not getattr(processor, "chat_template", None)
+
+    def placed(said: str) -> str:
+        # As data for LLaVA say it, whatever the model calls the place of an image.
+        return said.replace(_PLACE, token) if references else said
+
+    text = placed(str(sample.text))
+    plain = not references or token in str(sample.text) or not getattr(processor, "chat_template", None)
     if sample.messages is None and plain:
         text = text if token in text else token * len(references) + ("\n" if references else "") + text
     else:
         turns = sample.messages or [{"role": "user", "content": text}]
-        messages = in_parts(turns, token)
+        said = (placed(one["content"]) if isinstance(one["content"], str) else one["content"] for one in turns)
+        messages = in_parts([{**one, "content": what} for one, what in zip(turns, said, strict=True)], token)
         parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
         if not parts and references:
             first = next((one for one in messages if one["role"] == "user"), messages[0])
