@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import sys
@@ -126,6 +127,8 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
     if not chosen(a.of, a.contenders, a.device, a.quick):
         raise ValueError(f"contenders: none of {a.of} is in {', '.join(a.contenders)}")
     # What could not be written at the end is not measured in the first place.
+    if a.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plot: pictures need matplotlib, which is not installed: pip install matplotlib")
     try:
         if a.plot is not None:
             a.plot.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ All figures are medians; whiskers are the 20th and 80th percentile of the sample
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,14 +25,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .ceilings import of_rows
 from .report import add_reports, asked_for
-from .tables import Row, heading, is_timed, of_several
+from .tables import Row, heading, is_timed, of_several, without_statistics
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first contender is always the first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8B6914", "#555555", "#000000")
-MARKERS = "osD^vPX*h"
+MARKERS = "osD^vPX*hp"  # one more than colours: a pair of both is met again after 90
+HATCHES = ("", "///", "...", "xxx")
 LEAST_POINTS = 3
 STYLE: Any = {"svg.hashsalt": "nsc_kernels", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -52,12 +55,10 @@ def directions(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["direction"] for row in rows))
 
 
-def panels(rows: Sequence[Row], down: bool = False, width: float = 9.5) -> tuple[Figure, list[tuple[Axes, str]]]:
-    """A panel for each direction that there is."""
+def panels(rows: Sequence[Row], size: tuple[float, float] = (6.4, 3.4)) -> tuple[Figure, list[tuple[Axes, str]]]:
+    """A panel for each direction that there is, side by side; together narrow enough to be read on a phone."""
     found = directions(rows)
-    count = (len(found), 1) if down else (1, len(found))
-    size = (width, 1.2 + 2.1 * len(found)) if down else (width, 4.0)
-    figure, axes = plt.subplots(*count, figsize=size, sharex=down, sharey=not down, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(found), figsize=size, sharey=True, layout="constrained", squeeze=False)
     return figure, list(zip(axes.flat, found, strict=True))
 
 
@@ -67,6 +68,18 @@ def contenders(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
 
 
+def logarithmic(axis: Axes, what: str) -> None:
+    """Both axes, once all is drawn on them, with plain numbers: so many that some are there, and none over another."""
+    axis.set(xscale="log", yscale="log", xlabel=what)
+    for one in (axis.xaxis, axis.yaxis):
+        low, high = one.get_view_interval()
+        decades = math.log10(high / low)
+        steps = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+        one.set_major_locator(LogLocator(10, steps, numticks=100))
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        one.set_minor_formatter(NullFormatter())
+
+
 def roofline(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
     found = of_rows(rows, here[0]["dtype"], here[0]["threads"])
     if found is None or "operations" not in here[0]:
@@ -74,18 +87,20 @@ def roofline(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
     figure, axes = panels(here)
     intensities = [row["operations"] / row["least_bytes"] for row in here]
     ridge = found.products / found.copy
+    unit, size = ("TFLOP/s", 1e12) if found.products >= 1e12 else ("GFLOP/s", 1e9)
     ends = min([*intensities, ridge]) / 1.6, max([*intensities, ridge]) * 1.6
     for axis, direction in axes:
         at = [ends[0], ridge, ends[1]]
-        axis.plot(at, [min(found.copy * x, found.products) / 1e12 for x in at], color="#999999", lw=1.2, zorder=1)
+        axis.plot(at, [min(found.copy * x, found.products) / size for x in at], color="#999999", lw=1.2, zorder=1)
         for name, (colour, marker) in contenders(here).items():
             mine = [row for row in here if (row["contender"], row["direction"]) == (name, direction)]
             x = [row["operations"] / row["least_bytes"] for row in mine]
-            y = [row["operations"] / row["us_p50"] / 1e6 for row in mine]
-            star = "" if all(row["stats"] for row in mine) else " (no statistics)"
-            axis.scatter(x, y, s=20, color=colour, marker=marker, label=name + star, alpha=0.85, lw=0, zorder=2)
-        axis.set(xscale="log", yscale="log", xlabel="operations per byte, at least moved", title=direction)
-    axes[0][0].set_ylabel("TFLOP/s")
+            y = [row["operations"] / row["us_p50"] * 1e6 / size for row in mine]
+            said = without_statistics(name, here)
+            axis.scatter(x, y, s=20, color=colour, marker=marker, label=said, alpha=0.85, lw=0, zorder=2)
+        logarithmic(axis, "operations per byte, at least moved")
+        axis.set_title(direction)
+    axes[0][0].set_ylabel(unit)
     axes[-1][0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -98,7 +113,7 @@ def whiskers(row: Row, first: Row) -> tuple[float, float, float]:
 
 
 def label(row: Row) -> str:
-    return f"{row['name']}\n{row['K']}x{row['r']} T={row['T']}"
+    return f"{row['name']}\n{row['K']}x{row['r']}, T={row['T']}"
 
 
 def speedups(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
@@ -109,28 +124,33 @@ def speedups(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
     shapes = list(dict.fromkeys(label(row) for row in here))
     if not firsts or not others:
         return None
-    width = min(max(6.0, 0.35 * len(shapes) * (len(others) + 1)), 18.0)
-    figure, axes = panels(here, down=True, width=width)
+    # Bars lie, one shape below the other: their names would be wider than they are.
+    figure, axes = panels(here, size=(5.6, 1.3 + len(shapes) * max(0.36, 0.14 * len(others))))
     colours = contenders(here)
+    hatches = {name: HATCHES[i // len(COLOURS) % len(HATCHES)] for i, name in enumerate(colours)}
     for axis, direction in axes:
         for i, name in enumerate(others):
             mine = {label(row): row for row in here if (row["contender"], row["direction"]) == (name, direction)}
-            at, heights, errors = [], [], []
+            at, lengths, errors = [], [], []
             for j, shape in enumerate(shapes):
                 one = firsts.get((mine[shape]["trial"], direction)) if shape in mine else None
                 if one is not None and mine[shape]["over"] == first:
                     middle, down, up = whiskers(mine[shape], one)
                     at.append(j + (i - (len(others) - 1) / 2) * 0.8 / len(others))
-                    heights.append(middle)
+                    lengths.append(middle)
                     errors.append((down, up))
             if at:
                 bounds = [[error[k] for error in errors] for k in (0, 1)]
-                bars: Any = {"width": 0.8 / len(others), "color": colours[name][0], "label": name}
-                axis.bar(at, heights, yerr=bounds, error_kw={"lw": 0.7}, **bars)
-        axis.axhline(1, color="#333333", lw=0.9)
-        axis.set(ylabel=f"{direction}\ntime over {first}'s")
-    axes[0][0].legend(frameon=False, fontsize=8, ncols=min(len(others), 6))
-    axes[-1][0].set_xticks(range(len(shapes)), shapes, rotation=90 if len(shapes) > 12 else 0, fontsize=7)
+                look: Any = {"color": colours[name][0], "hatch": hatches[name], "edgecolor": "white", "lw": 0}
+                said = without_statistics(name, here)
+                axis.barh(at, lengths, 0.8 / len(others), xerr=bounds, error_kw={"lw": 0.7}, label=said, **look)
+        axis.axvline(1, color="#333333", lw=0.9)
+        axis.set(title=direction, xlabel=f"time over {first}'s")
+    # Of axes that are shared: for all panels.
+    axes[0][0].set_yticks(range(len(shapes)), shapes, fontsize=8)
+    axes[0][0].invert_yaxis()
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=min(len(others), 4))
     return figure
 
 
@@ -159,8 +179,9 @@ def growth(axis_name: str) -> Callable[[Sequence[Row], Sequence[Row]], Figure | 
                 x, y = [value(row) for row in mine], [row["us_p50"] / 1e3 for row in mine]
                 low, high = ([row[name] / 1e3 for row in mine] for name in ("us_p20", "us_p80"))
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-                axis.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2, label=name)
-            axis.set(xscale="log", yscale="log", xlabel=what, title=direction)
+                axis.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2, label=without_statistics(name, here))
+            logarithmic(axis, what)
+            axis.set_title(direction)
         axes[0][0].set_ylabel("milliseconds")
         axes[0][0].legend(frameon=False, fontsize=8)
         rest = " ".join(f"{key}={part}" if i else str(part) for i, (key, part) in enumerate(_rest(axis_name, longest)))

@@ -149,6 +149,15 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path,
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    with pytest.raises(SystemExit) as ended:
+        command.main([*SMALL, "--plot", str(tmp_path / "pictures")])
+    assert ended.value.code == 2
+    assert "plot: pictures need matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_a_reader_that_has_left_ends_it_quietly(tmp_path, words):
     read, write = os.pipe()
