@@ -98,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # One line, whatever the library that raised it wrote.
         print(f"nsc-merge: error: {' '.join(what.split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(f"nsc-merge: error: {error.name} is not installed: pip install 'nsc-kernels[merge]'", file=sys.stderr)
+        return 1
     except Exception as error:
         if debug:
             raise

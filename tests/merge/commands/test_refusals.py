@@ -156,6 +156,13 @@ def test_options_that_only_the_model_can_tell_to_be_wrong_are_wrong_usage_too(pl
     assert "options.score_blocks: expected 1 to 3 last blocks, found 99" in line
 
 
+def test_an_install_without_the_extra_is_told_of_it():
+    without = "import sys; sys.modules['yaml'] = None; import nsc_merge.commands.main as of; exit(of.main(['run', '.']))"
+    run = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "nsc-merge: error: yaml is not installed: pip install 'nsc-kernels[merge]'\n"
+
+
 def test_a_method_that_is_misspelt_gets_the_nearest(place, capsys):
     line, _ = refusal(capsys, "run", "recipe.yaml", "method=task_arithmatic")
     assert line.endswith("did you mean task_arithmetic?")
