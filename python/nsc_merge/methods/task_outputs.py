@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.families import plain_family
+from nsc_merge.models.families import Family, plain_family
 from nsc_merge.utils.option_checks import check_choice
 
 LIKELIHOODS = ("categorical", "gaussian")
@@ -95,6 +95,14 @@ def likelihoods_of(likelihood: str | Mapping[str, str], tasks: Sequence[str]) ->
     if set(likelihood) != set(tasks):
         raise ValueError(f"likelihood: expected one for each of {list(tasks)}, found {sorted(likelihood)}")
     return [likelihood[task] for task in tasks]
+
+
+def predicts_next(model: nn.Module, family: Family | None) -> bool:
+    """Whether a model's own logits are of the next token, so that those at the last one are its answer. One that labels
+    every token, be it a decoder, has none that counts more than others.
+    """
+    writes = getattr(model, "can_generate", lambda: True)
+    return bool(family and family.causal and family.tokens and family.mask and writes())
 
 
 def check_classes(output: Tensor, task: str, argument: str, expected: str) -> None:

@@ -9,6 +9,8 @@ from torch.func import functional_call
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForTokenClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
 )
@@ -233,3 +235,31 @@ def test_a_head_of_one_class_is_refused_where_classes_are_compared(method, way_o
     if method == "distill":
         found = nsc_merge.merge(model, adapters, batches, method, likelihood="gaussian", **options)
         assert found.objective["before"] > 0
+
+
+def test_a_decoder_that_labels_every_token_is_compared_at_each():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = LlamaForTokenClassification(LlamaConfig(**sizes, vocab_size=96, num_labels=5)).eval()
+    path = "model.layers.0.self_attn.v_proj"
+    adapters = {
+        task: nsc_merge.Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)}) for task in TASKS
+    }
+    ids, mask = torch.randint(3, 96, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+
+    def predicted(scales):
+        deltas = [scale * adapters[task].factors[path].delta().float() for task, scale in scales.items()]
+        weights = {f"{path}.weight": model.get_parameter(f"{path}.weight").detach() + sum(deltas)}
+        return functional_call(model, weights, (), batch).logits.detach().softmax(-1)[mask.bool()]
+
+    merged = predicted(dict.fromkeys(TASKS, 0.4))
+    options = {"steps": 1, "progress": False}
+    batches = {task: [batch] for task in TASKS}
+    distance = nsc_merge.merge(model, adapters, batches, "distill", **options).history[0]["loss"]
+    entropy = nsc_merge.merge(model, adapters, batches, "adamerging", **options).history[0]["loss"]
+    for task in TASKS:
+        apart = (merged - predicted({task: 1.0})).abs().sum(-1)
+        assert distance[task] == pytest.approx(float(apart.mean()) / 2, rel=1e-4)
+        assert entropy[task] == pytest.approx(float(-(merged * merged.log()).sum(-1).mean()), rel=1e-5)

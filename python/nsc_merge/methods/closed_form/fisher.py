@@ -27,6 +27,7 @@ from nsc_merge.methods.task_outputs import (
     likelihoods_of,
     output_of,
     plain_options,
+    predicts_next,
     real_positions,
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
@@ -121,8 +122,7 @@ def information(
     model = problem.model
     family = find_family(model)
     masked = family.mask if family and family.tokens else None
-    # One that labels every token, as BERT does, says something at each of them.
-    answers = masked and family and family.causal
+    answers = predicts_next(model, family)
     likelihood = likelihoods_of(options.likelihood, problem.tasks)[problem.tasks.index(task)]
     # A module that runs more than once in a forward has as many of each.
     inputs: dict[str, list[Tensor]] = {}

@@ -26,6 +26,7 @@ from nsc_merge.methods.task_outputs import (
     check_outputs,
     last_token,
     output_of,
+    predicts_next,
     real_positions,
     share_of,
 )
@@ -71,7 +72,7 @@ class AdaMergingOptions(SharedDescentOptions):
             out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
         tokens: which predictions count: all that the output holds but those at padding (``"class"``), the next token
             after the prompt (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where
-            the model predicts every token and no ``outputs`` were given, and ``"class"`` otherwise.
+            the model predicts the next token and no ``outputs`` were given, and ``"class"`` otherwise.
         new_tokens: how many tokens ``"full"`` decodes at most. Each is a forward and a backward of its own.
     """
 
@@ -136,7 +137,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if options.tokens == "full" and options.outputs is not None:
         raise ValueError("tokens: 'full' decodes with the model's own logits; expected no outputs beside it")
     tokens = options.tokens
-    if tokens is None and (names is None or options.outputs is not None):
+    if tokens is None and (options.outputs is not None or not predicts_next(model, family)):
         tokens = "class"
     counted = [task for task in tasks if options.outputs is None or task in options.outputs]
     if not counted:
@@ -173,7 +174,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
 
 def _mean_entropy(output: Tensor, one: Pass, name: str | None, tokens: str | None) -> Tensor:
-    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every token. Of a
+    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every next one. Of a
     process's part of a pass, what adds up to the mean over the whole. ``name`` is the mask's.
     """
     mask = one.inputs.get(name) if name else None

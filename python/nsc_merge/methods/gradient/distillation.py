@@ -39,6 +39,7 @@ from nsc_merge.methods.task_outputs import (
     last_token,
     likelihoods_of,
     output_of,
+    predicts_next,
     real_positions,
     share_of,
 )
@@ -82,7 +83,7 @@ class DistillOptions(SharedDescentOptions):
             variance; or ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared
             difference for values.
         positions: which of an output ``[N, T, C]`` count: ``"all"`` but those at padding; or ``"last"``, at the last
-            real token. None takes ``"last"`` for the own logits of a model that predicts every token, and ``"all"``
+            real token. None takes ``"last"`` for the own logits of a model that predicts the next token, and ``"all"``
             for ``outputs``.
         new_tokens: how many tokens of an answer count, where the model writes one: the task's own model writes it once
             for every batch, greedily and to its end if that comes sooner, and predictions are compared at each of its
@@ -162,7 +163,7 @@ class Predictions:
                 f"normalise: 'task' comes after the bound, and differences of the values of {values} would reach it by "
                 "their unit; expected 'variance', or distance='divergence'"
             )
-        answers = self._mask and family and family.causal
+        answers = predicts_next(problem.model, family)
         usual = ["last" if answers and task not in (options.outputs or {}) else "all" for task in problem.tasks]
         self._last = [(options.positions or one) == "last" for one in usual]
         self._writing = writing_of(problem.model, family, options.new_tokens)
