@@ -174,8 +174,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
 
 
 def _mean_entropy(output: Tensor, one: Pass, name: str | None, tokens: str | None) -> Tensor:
-    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every next one. Of a
-    process's part of a pass, what adds up to the mean over the whole. ``name`` is the mask's.
+    """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every next
+    one. Of a process's part of a pass, what adds up to the mean over the whole. ``name`` is the mask's.
     """
     mask = one.inputs.get(name) if name else None
     real = real_positions(output, mask)
