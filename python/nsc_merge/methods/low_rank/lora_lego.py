@@ -59,7 +59,7 @@ def lora_lego(
     for path in paths:
         factors = list(present(adapters, path).values())
         ranks = [factor.rank for factor in factors]
-        # A unit is as large in A as in B, whichever way the scaling was stored.
+        # Both halves of a unit take the root of the scaling, and B its sign.
         downs = torch.cat([math.sqrt(abs(factor.scaling)) * factor.A.double() for factor in factors])
         ups = torch.cat([_signed_root(factor.scaling) * factor.B.double().t() for factor in factors])
         features = torch.cat([_normalised(downs), _normalised(ups)], 1)
