@@ -157,7 +157,8 @@ def test_options_that_only_the_model_can_tell_to_be_wrong_are_wrong_usage_too(pl
 
 
 def test_an_install_without_the_extra_is_told_of_it():
-    without = "import sys; sys.modules['yaml'] = None; import nsc_merge.commands.main as of; exit(of.main(['run', '.']))"
+    run_it = "from nsc_merge.commands import main; exit(main.main(['run', 'recipe.yaml']))"
+    without = f"import sys; sys.modules['yaml'] = None; {run_it}"
     run = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == "nsc-merge: error: yaml is not installed: pip install 'nsc-kernels[merge]'\n"
