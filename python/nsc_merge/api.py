@@ -13,6 +13,7 @@ from nsc_merge.calibration.batches import Calibration
 from nsc_merge.methods import Problem
 from nsc_merge.methods.registry import method_of
 from nsc_merge.models.bases.adapted import without_adapters
+from nsc_merge.models.bases.loading import keep_folder
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
 from nsc_merge.models.vocabulary import with_vocabulary
@@ -87,6 +88,7 @@ def merge(
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
     with together(process_group):
         base, loaded = own_base(*with_vocabulary(bare, loaded, added_tokens))
+        keep_folder(base)
         problem = Problem(base, fit(loaded, base, shared_modules), calibration)
         result = chosen.run(problem, options)
     inputs = {"shared_modules": shared_modules, "dora": dora}

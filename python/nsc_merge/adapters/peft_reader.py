@@ -140,7 +140,7 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
     notes = (*unknown_settings(files.config), *notes, *files.notes, *beside.notes)
-    return replace(adapter, source=folder, notes=notes, sha256=sha256, about=about)
+    return replace(adapter, source=folder.absolute(), notes=notes, sha256=sha256, about=about)
 
 
 def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
@@ -168,7 +168,7 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
         for path, parts in held.parts.items()
     }
     base = files.config.get("base_model_name_or_path")
-    return Adapter(name, factors, base, held.trained, source=folder, stacks=held.stacks), files.config
+    return Adapter(name, factors, base, held.trained, source=folder.absolute(), stacks=held.stacks), files.config
 
 
 def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
@@ -42,7 +43,7 @@ def _base(result: MergedUpdate) -> tuple[str | None, str | None]:
     revisions = {adapter.about.base_revision for adapter in result.adapters.values()}
     agreed = told.pop() if len(told) == 1 else None
     config: Any = getattr(result.model, "config", None)
-    merged_on = str(getattr(config, "_name_or_path", "") or "")
+    merged_on = base_name(result.model)
     is_named = is_hub_id(agreed or "", Path.cwd()) and not is_hub_id(merged_on, Path.cwd())
     for name in (agreed, merged_on) if is_named else (merged_on, agreed):
         if name and Path(name).is_dir():

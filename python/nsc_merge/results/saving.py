@@ -17,6 +17,7 @@ from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank, total_ga
 from nsc_merge.adapters.formats import diffusers_file
 from nsc_merge.adapters.hub import source_of
 from nsc_merge.adapters.peft_writer import write_adapter
+from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.merged.matrices import matrix_at
@@ -158,7 +159,7 @@ def save(
 
 def _inputs(result: MergedUpdate) -> dict[str, Path]:
     """The folders that a merge was made of, by what they are called."""
-    base = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
+    base = base_name(result.model)
     sources = {"the base": base, **{f"adapters[{task!r}]": source_of(one) for task, one in result.adapters.items()}}
     found = {name: Path(place) for name, place in sources.items() if isinstance(place, str) and place}
     return {name: place for name, place in found.items() if place.is_dir()}

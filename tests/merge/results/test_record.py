@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import yaml
-from cli_cases import make_place
+from cli_cases import contents, make_place
 from safetensors.torch import load_file, save_file
-from zoo import build
+from zoo import build, write_adapter
 
 import nsc_merge
 from nsc_merge.commands.main import main
@@ -152,3 +152,24 @@ def test_documents_that_do_not_hold_together_are_refused(tmp_path, change, messa
     (tmp_path / "coefficients.json").write_text(json.dumps(good)[:-1] + ', "method": "dare"}')
     with pytest.raises(ValueError, match="the key 'method' is given twice"):
         load_result(tmp_path)
+
+
+def test_a_merge_of_relative_paths_is_saved_alike_from_another_folder(tmp_path, monkeypatch):
+    model = build("llama-cls")
+    model.save_pretrained(tmp_path / "there" / "models" / "base")
+    (tmp_path / "there" / "models" / "base" / "tokenizer.json").write_text("{}")
+    write_adapter(model, tmp_path / "there" / "adapters" / "a", seed=1, target_modules=["q_proj"], r=2)
+    # Another base and another adapter by the same names, where the save is made.
+    (tmp_path / "here" / "models" / "base").mkdir(parents=True)
+    (tmp_path / "here" / "models" / "base" / "tokenizer.json").write_text('{"other": 1}')
+    (tmp_path / "here" / "adapters" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    result = nsc_merge.merge(type(model).from_pretrained("models/base"), {"a": "adapters/a"}, method="task_arithmetic")
+    one = result.save(tmp_path / "one", "lora")
+    monkeypatch.chdir(tmp_path / "here")
+    other = result.save(tmp_path / "other", "lora")
+    assert contents(one) == contents(other)
+    assert (other / "tokenizer.json").read_text() == "{}"
+    told = yaml.safe_load((other / "recipe.yaml").read_text())
+    assert told["model"] == str(tmp_path / "there" / "models" / "base")
+    assert told["adapters"] == {"a": str(tmp_path / "there" / "adapters" / "a")}

@@ -42,6 +42,7 @@ class BaseFiles:
 
 # Loaded model -> its files; beside the models, whose copies may be changed.
 _READ: WeakKeyDictionary[nn.Module, BaseFiles] = WeakKeyDictionary()
+_FOLDERS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
 def load_model(
@@ -95,6 +96,26 @@ def keep_files(copy: nn.Module, model: nn.Module) -> None:
     """Let a copy be known as made of the same files as ``model``."""
     if model in _READ:
         _READ[copy] = _READ[model]
+
+
+def keep_folder(model: nn.Module) -> None:
+    """Remember where the folder is that a model was read from by a relative path: a later save may be made from within
+    another folder.
+    """
+    name = _named(model)
+    if name and Path(name).is_dir():
+        _FOLDERS[model] = name, str(Path(name).absolute())
+
+
+def base_name(model: nn.Module) -> str:
+    """The folder or hub id that a model was read from, by its configuration; empty if that is not known."""
+    name = _named(model)
+    known, folder = _FOLDERS.get(model, (name, name))
+    return folder if known == name else name
+
+
+def _named(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def files_of(model: nn.Module) -> Mapping[str, Digest]:

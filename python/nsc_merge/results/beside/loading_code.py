@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.utils.option_checks import is_hub_id
 
@@ -67,7 +68,7 @@ class Base:
 
     @staticmethod
     def of(model: nn.Module, revision: Any = None) -> Base:
-        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        name = base_name(model)
         if name and Path(name).is_dir():
             return Base(str(Path(name).resolve()))
         if not is_hub_id(name, Path.cwd()):

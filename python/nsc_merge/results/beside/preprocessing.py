@@ -9,12 +9,12 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from nsc_merge.adapters.hub import snapshot_of
-from nsc_merge.models.bases.loading import base_files
+from nsc_merge.models.bases.loading import base_files, base_name
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
@@ -87,6 +87,8 @@ def _absence(model: nn.Module) -> str:
         where = "the base was handed over in memory, and no folder is known in which its tokenizer or processor lies"
     elif is_hub_id(name, Path.cwd()):
         where = f"no tokenizer or processor of {name} was found, or none could be fetched, at the base's commit"
+    elif not Path(name).is_dir():
+        where = f"the base was read from {name}, which is no folder here, so that no tokenizer or processor was found"
     else:
         where = "the base's folder holds no tokenizer and no processor"
     return f"{where}: pipelines and servers need one beside the merge, so put it there with its save_pretrained"
@@ -182,8 +184,7 @@ def base_folder(model: nn.Module) -> Path | None:
 def _named(model: nn.Module) -> str:
     """The folder or hub id that a model was read from, empty if that is not known."""
     read = base_files(model)
-    config: Any = getattr(model, "config", None)
-    return str(read.folder if read else getattr(config, "_name_or_path", "") or "")
+    return str(read.folder) if read else base_name(model)
 
 
 @functools.lru_cache

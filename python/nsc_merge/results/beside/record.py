@@ -10,7 +10,7 @@ from typing import Any
 
 from nsc_merge.adapters.adapter import factors_digest
 from nsc_merge.adapters.hub import source_of
-from nsc_merge.models.bases.loading import commit_of, files_of
+from nsc_merge.models.bases.loading import base_name, commit_of, files_of
 from nsc_merge.results.layout import PASSING_OPTIONS, RECORD
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import plain
@@ -31,7 +31,7 @@ def recipe_of(result: MergedUpdate, digest: str, files: Sequence[str], code: Map
         files: that were written beside it, for whoever writes another merge to their place.
         code: SHA-256 of those among them that are code which came with the base.
     """
-    name = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
+    name = base_name(result.model)
     model = str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
     commit = commit_of(result.model)
     adapters = {task: source_of(adapter) for task, adapter in result.adapters.items()}
