@@ -102,6 +102,8 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
         found = f"{kind.__module__}.{kind.__name__}"
         raise ValueError(f"{what}: expected LoRA on a linear, embedding or convolution, found {found}")
     down, up = both
+    if down.bias is not None:
+        raise ValueError(f"{what}: expected lora_A without a bias, as PEFT makes it, found one, which no update holds")
     parts = {"lora_A.weight": down.weight.flatten(1), "lora_B.weight": up.weight.flatten(1)}
     if up.bias is not None:
         parts["lora_B.bias"] = up.bias

@@ -173,6 +173,10 @@ def test_layers_that_run_something_else_are_refused():
     with pytest.raises(ValueError, match=r"embed_tokens: expected LoRA on .*, found peft.*Embedding"):
         nsc_merge.load_adapter(embedding, "a", dora="convert")
     model = wrapped()
+    layers(model)[0].lora_A["default"].bias = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="q_proj: expected lora_A without a bias, as PEFT makes it, found one"):
+        nsc_merge.load_adapter(model, "a")
+    model = wrapped()
     layers(model)[0].scaling["default"] = torch.ones(2)
     with pytest.raises(ValueError, match=r"q_proj: expected a scaling of one number, found one of shape \[2\]"):
         nsc_merge.load_adapter(model, "a")
