@@ -317,12 +317,15 @@ def test_one_merge_can_be_saved_to_one_folder_in_turns(model, folders, result, t
     }
 
 
-def test_files_beside_a_recipe_that_is_no_record_of_ours_stay(result, tmp_path):
+def test_a_recipe_that_is_no_record_of_ours_and_files_beside_it_stay(result, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("config.json", "model.safetensors", "truncation.json"):
         (out / name).write_text("mine")
     (out / "recipe.yaml").write_text("model: .\nrecord: {files: [config.json]}\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml is there and no earlier merge's"):
+        result.save(out, ["lora"])
+    (out / "recipe.yaml").unlink()
     result.save(out, ["lora"])
     assert {(out / name).read_text() for name in ("config.json", "model.safetensors", "truncation.json")} == {"mine"}
 
