@@ -33,7 +33,6 @@ from nsc_merge.integrations.fusion_bench_layerwise import LayerWiseFactors
 from nsc_merge.integrations.fusion_bench_sources import as_factors, batches_of, is_dense, merged_into, updates_of
 from nsc_merge.methods import Method, method_of
 from nsc_merge.results.result import MergeResult
-from nsc_merge.utils.option_checks import check_count
 
 PRETRAINED = "_pretrained_"
 # FusionBench's functions that load a model with an adapter, and their argument that says where the adapter is.
@@ -95,8 +94,8 @@ class NSCMerging(BaseAlgorithm):
         given: Any = self
         chosen, options = method_of(given.method), _plain(given.options) or {}
         chosen.check_names(options)
-        check_count("samples", given.samples)
-        check_count("batch_size", given.batch_size)
+        for name in ("samples", "batch_size", "adapter_rank"):
+            _check_count(name, getattr(given, name))
         _check_adapter(chosen, options, given.adapter_save_path, given.adapter_rank)
         modelpool = BaseModelPool(modelpool) if isinstance(modelpool, Mapping) else modelpool
         if not modelpool.has_pretrained:
@@ -231,13 +230,17 @@ class OnFactors(BaseAlgorithm):
             return inner.run(modelpool)
 
 
+def _check_count(name: str, value: Any) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
+    if wrong and not (value is None and name == "adapter_rank"):
+        raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r:.60}")
+
+
 def _check_adapter(method: Method, options: Mapping[str, Any], path: str | None, rank: int | None) -> None:
     """Refuse what could not be written once everything is merged."""
-    if rank is not None:
-        check_count("adapter_rank", rank)
-        if path is None:
-            raise ValueError(f"adapter_rank: expected it with adapter_save_path, found {rank} and no path")
-    elif path is not None and method.gives_with(options) == "full rank":
+    if path is None and rank is not None:
+        raise ValueError(f"adapter_rank: expected it with adapter_save_path, found {rank} and no path")
+    if path is not None and rank is None and method.gives_with(options) == "full rank":
         raise ValueError(
             f"adapter_save_path: the update of method {method.name!r} is of full rank, so that no small adapter holds "
             "it exactly; expected an adapter_rank to truncate to, or no adapter_save_path"
