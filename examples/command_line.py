@@ -8,8 +8,16 @@ from typing import Any
 import nsc_merge
 
 
-def pairs(items: list[str]) -> dict[str, str]:
-    return dict(item.split("=", 1) for item in items)
+def pairs(parser: argparse.ArgumentParser, what: str, items: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        task, _, source = item.partition("=")
+        if not (task and source):
+            parser.error(f"{what}: expected TASK=FOLDER or the like, found {item!r}")
+        if task in found:
+            parser.error(f"{what}: task {task!r} is named twice; give each a name of its own")
+        found[task] = source
+    return found
 
 
 def run(description: str | None, model_class: Any, *, batch_size: int, steps: int, out: str) -> None:
@@ -28,12 +36,15 @@ def run(description: str | None, model_class: Any, *, batch_size: int, steps: in
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--out", default=out)
     arguments = parser.parse_args()
+    adapters, data = (pairs(parser, name, getattr(arguments, name)) for name in ("adapters", "data"))
+    if adapters.keys() != data.keys():
+        parser.error(f"data: expected some of each task, {', '.join(adapters)}, found that of {', '.join(data)}")
     model = model_class.from_pretrained(arguments.model, dtype="auto", device_map="auto")
     read: dict[str, Any] = {}
-    for source in pairs(arguments.data).values():
+    for source in data.values():
         if source not in read:  # tasks that are given the same batches share their forward passes
             read[source] = nsc_merge.calibration_data(source, model, batch_size=batch_size, text=arguments.text)
-    batches = {task: read[source] for task, source in pairs(arguments.data).items()}
-    result = nsc_merge.merge(model, pairs(arguments.adapters), batches, steps=arguments.steps)
+    batches = {task: read[source] for task, source in data.items()}
+    result = nsc_merge.merge(model, adapters, batches, steps=arguments.steps)
     print(f"null-space ratio {result.objective['before']:.4f} -> {result.objective['after']:.4f}")
     print(f"one adapter with everything merged: {result.save(arguments.out, format='lora')}")
