@@ -35,11 +35,13 @@ def started() -> Iterator[Group]:
     """The processes that a launcher started, sharing the work within a ``with`` block: NCCL between GPUs, gloo between
     CPUs. A process that was started by itself is alone.
 
-    A launcher asks the others to end when it lost one: the first such request raises a KeyboardInterrupt, as Ctrl-C
-    does, and later ones are not heard. Nor is any after an error, so that the process can still say what it was.
+    A launcher asks the others to end when it lost one, as a batch system asks whom it stops: the first such request
+    raises a KeyboardInterrupt, as Ctrl-C does, and later ones are not heard. Of several processes, nor is any after an
+    error, so that the process can still say what it was.
     """
     if not launched():
-        yield Group()
+        with _asked_to_end():
+            yield Group()
         return
     before = {request: signal.signal(request, _end) for request in _REQUESTS}
     try:
@@ -65,6 +67,20 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     before = {request: signal.signal(request, signal.SIG_IGN) for request in _REQUESTS}
+    try:
+        yield
+    finally:
+        for request, handler in before.items():
+            signal.signal(request, handler)
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {request: signal.getsignal(request) for request in _REQUESTS}
+    signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:

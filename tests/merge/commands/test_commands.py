@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.recipes import run
 from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
 from nsc_merge.recipes.saved_result import load_result
+from nsc_merge.utils.progress import Progress
 
 TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
 
@@ -152,6 +154,24 @@ def test_an_interrupted_run_resumes_to_the_same_coefficients(place, monkeypatch,
     assert documents[0]["coefficients"] == documents[1]["coefficients"]
     kept = load_recipe(place / "merged" / "recipe.yaml").options
     assert not any(name.startswith(("state", "resume")) for name in kept)
+
+
+def test_a_run_that_a_batch_system_ends_says_how_to_go_on(place, monkeypatch, capsys):
+    on_cpu(place)
+    calls = []
+
+    def ended(self, count=1, **values):
+        calls.append(values)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", ended)
+        assert main(["run", str(place / "recipe.yaml"), "options.steps=4"]) == 130
+    assert "go on with: nsc-merge run" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert main(["run", str(place / "recipe.yaml"), "options.steps=4", "--resume"]) == 0
 
 
 def test_inspect(place, capsys):
