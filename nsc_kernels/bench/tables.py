@@ -108,12 +108,13 @@ def table(rows: Sequence[Row], about: Sequence[Row]) -> Iterator[str]:
         yield heading(here[0], [*rows, *about])
         ceilings = of_rows([*rows, *about], here[0]["dtype"], here[0]["threads"])
         names = list(dict.fromkeys(row["contender"] for row in here))
-        others = [(name, max(len(name) + 1, 7) + 2) for name in names if name != here[0]["contender"]]
+        first = here[0]["over"] if here[0]["over"] in names else names[0]  # of a step that is the floor, which is last
+        others = [(name, max(len(name) + 1, 7) + 2) for name in names if name != first]
         columns = "".join(f"{name:>{width}}" for name, width in others)
-        yield f"{'':<50}{here[0]['contender']:>12} spread roofline{columns}"
+        yield f"{'':<50}{first:>12} spread roofline{columns}"
         for shape in dict.fromkeys((title(row), row["direction"]) for row in here):
             mine = {row["contender"]: row for row in here if (title(row), row["direction"]) == shape}
-            yield line(shape, mine, names[0], others, ceilings)
+            yield line(shape, mine, first, others, ceilings)
         yield ""
 
 

@@ -316,6 +316,24 @@ def test_ratios_to_one_contender_have_a_table_of_their_own(tmp_path, capsys):
     assert "| mine | of the roofline | fused |" in said
 
 
+def test_a_step_is_shown_over_what_its_ratios_are_to(tmp_path, capsys):
+    """The floor, which is measured last."""
+    step = {"set": "step", "direction": "step", "over": "floor"}
+    rows = [{**row("loop", [300.0] * 5, 1.5), **step}, {**row("floor", [200.0] * 5, 1.0), **step}, *MACHINE]
+    assert command.main(["table", write(tmp_path / "r.jsonl", rows)]) == 0
+    heading, line = capsys.readouterr().out.splitlines()[1:3]
+    assert heading.split() == ["floor", "spread", "roofline", "loop"]
+    assert (line.split()[5], line.split()[-1]) == ("200", "1.50x")
+
+
+@pytest.mark.parametrize("option", ["rounds", "threads", "layers", "tasks"])
+def test_a_step_of_nothing_is_refused(capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["step", "--only", "loop", "--no-memory", f"--{option}", "0"])
+    assert ended.value.code == 2
+    assert f"--{option}: expected at least 1, found 0" in capsys.readouterr().err
+
+
 def test_a_line_that_was_cut_off_anywhere_is_left_out(tmp_path):
     """Also within an object, behind a brace."""
     whole = json.dumps({"trial": "one", "accuracy": {"y": [0.1, 0.2]}, "contender": "fused"})

@@ -63,6 +63,7 @@ from .problem import Problem, Shape, defaults
 
 BLOCKS = 4  # of a named model, on a CPU
 SHAPE_HELP = {"layers": "blocks"}
+MAY_BE_ZERO = ("vision_layers", "all_linears", "classes")
 QUICK = ("loop", "concatenated", "peft", "floor")
 Taken = dict[str, list[tuple[float, float]]]  # wall and processor seconds of every step
 
@@ -212,6 +213,9 @@ def parser_of() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of()
     a = parser.parse_args(argv)
+    for name, value in ("rounds", a.rounds), ("threads", a.threads), *((n, getattr(a, n)) for n in asdict(Shape())):
+        if value is not None and value < (0 if name in MAY_BE_ZERO else 1):
+            parser.error(f"--{name}: expected at least 1, found {value}")
     a.dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
     shape = replace(MODELS[a.model], **{n: v for n in asdict(Shape()) if (v := getattr(a, n)) is not None})
     if a.device == "cpu" and a.layers is None and a.model != "small-llama" and shape.layers > BLOCKS:
