@@ -21,6 +21,11 @@ def both(found: dict[str, Row], text: str) -> str:
     return " / ".join(text.format(**found[direction]) if direction in found else "-" for direction in DIRECTIONS)
 
 
+def percent(part: float | None) -> str:
+    """``-`` where no ceilings were measured."""
+    return "-" if part is None else f"{part:.0%}"
+
+
 def marked(row: Row) -> str:
     return f"{row['over_ours']:.2f}×{'~' if is_noisy(row) else ''}" if row["over_ours"] else "-"
 
@@ -42,14 +47,14 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
         for key, found in cells.items():
             said = {
                 name: {
-                    direction: {"time": duration(row["us_p50"]), "ratio": marked(row), "share": share(row, ceilings)}
+                    direction: {"time": duration(row["us_p50"]), "ratio": marked(row), "share": percent(share(row, ceilings))}
                     for direction, row in each.items()
                 }
                 for name, each in found.items()
             }
             ours = said.get(first, {})
             ratios = [both(said.get(name, {}), "{ratio}") for name in others]
-            yield "| " + " | ".join([*key, both(ours, "{time}"), both(ours, "{share:.0%}"), *ratios]) + " |"
+            yield "| " + " | ".join([*key, both(ours, "{time}"), both(ours, "{share}"), *ratios]) + " |"
         yield ""
 
 

@@ -293,6 +293,8 @@ def test_the_tables_of_a_report(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| layer | K × r | T | fused | of the roofline | peft |\n|---|---|---|---|---|---|\n" in said
     assert "| vit-b.q 768 → 768 | 6 × 16 | 32 | 400 us / 90 us | 50% / 222% | 2.00× / 2.00× |" in said
+    assert command.main(["table", write(tmp_path / "bare.jsonl", rows[:4]), "--markdown"]) == 0  # no ceilings
+    assert "| 400 us / 90 us | - / - | 2.00× / 2.00× |" in capsys.readouterr().out
     write(tmp_path / "less.jsonl", [{**one, "stats": one.get("contender") != "peft"} for one in rows])
     assert command.main(["table", str(tmp_path / "less.jsonl"), "--markdown"]) == 0
     assert "| T | fused | of the roofline | peft (no statistics) |" in capsys.readouterr().out
