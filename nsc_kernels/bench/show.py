@@ -47,7 +47,11 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
         for key, found in cells.items():
             said = {
                 name: {
-                    direction: {"time": duration(row["us_p50"]), "ratio": marked(row), "share": percent(share(row, ceilings))}
+                    direction: {
+                        "time": duration(row["us_p50"]),
+                        "ratio": marked(row),
+                        "share": percent(share(row, ceilings)),
+                    }
                     for direction, row in each.items()
                 }
                 for name, each in found.items()
