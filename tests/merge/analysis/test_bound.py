@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from analysis_cases import decoder, projected, seen
+from analysis_cases import projected, seen
 from safetensors.torch import save_file
 from zoo import write_adapter
 
@@ -18,16 +18,6 @@ from nsc_merge.analysis import check_bound
 from nsc_merge.analysis.bound import summary
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return decoder(tmp_path)
 
 
 def test_the_bound_holds_and_is_what_the_proposition_says(llama):

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import yaml
-from analysis_cases import decoder
 from safetensors.torch import load_file, save_file
 from zoo import KINDS, build, write_adapter
 
@@ -17,16 +16,6 @@ from nsc_merge.analysis import by_quantile, per_sample_ratios, sample_study
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.metrics import METRICS
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return decoder(tmp_path)
 
 
 def test_quartiles_by_hand():

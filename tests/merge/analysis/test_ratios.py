@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from analysis_cases import decoder, projected, seen
+from analysis_cases import projected, seen
 from safetensors.torch import save_file
 from zoo import KINDS, build, write_adapter
 
@@ -16,16 +16,6 @@ from nsc_merge.adapters import Adapter, Factor, load_adapter
 from nsc_merge.analysis import per_sample_ratios
 from nsc_merge.analysis.adapter_overlap import null_space_ratios, overlaps
 from nsc_merge.commands.main import main
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return decoder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["coefficients", "factors", "base"])

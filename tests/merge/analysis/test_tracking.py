@@ -9,23 +9,13 @@ import shutil
 
 import pytest
 import torch
-from analysis_cases import decoder, seen
+from analysis_cases import seen
 from safetensors.torch import save_file
 
 from nsc_merge.adapters import load_adapter
 from nsc_merge.analysis import Tracking, find_checkpoints, read_log, track
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return decoder(tmp_path)
 
 
 @pytest.fixture

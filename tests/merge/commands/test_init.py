@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from init_cases import ADAPTERS, go, make_places, refused, summary_of, write_lines, written
+from init_cases import ADAPTERS, refused, summary_of, write_lines, written
 from served_cases import WORDS, write_adapters
 
 from nsc_merge.commands.main import main
@@ -29,16 +29,6 @@ from nsc_merge.recipes.yaml_keys import RecipeError
 def offline(monkeypatch):
     """The command's own setting is undone."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    return make_places(tmp_path_factory)
-
-
-@pytest.fixture
-def at(places, monkeypatch):
-    return lambda kind: go(places, monkeypatch, kind)
 
 
 @pytest.mark.parametrize(

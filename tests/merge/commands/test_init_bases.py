@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from init_cases import ADAPTERS, go, make_places, refused, written
+from init_cases import ADAPTERS, refused, written
 
 from nsc_merge.adapters.hub import Fetched
 from nsc_merge.commands.main import main
@@ -20,16 +20,6 @@ from nsc_merge.recipes.merge_recipe import load_recipe
 def offline(monkeypatch):
     """The command's own setting is undone."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    return make_places(tmp_path_factory)
-
-
-@pytest.fixture
-def at(places, monkeypatch):
-    return lambda kind: go(places, monkeypatch, kind)
 
 
 def naming(folder: Path, base: str | None, revision: str | None = None) -> str:

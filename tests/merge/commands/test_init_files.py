@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from init_cases import ADAPTERS, go, make_places, refused, written
+from init_cases import ADAPTERS, refused, written
 
 from nsc_merge.commands.main import main
 from nsc_merge.recipes.first.commented_yaml import Yaml
@@ -23,16 +23,6 @@ from nsc_merge.utils.yaml_text import from_yaml
 def offline(monkeypatch):
     """The command's own setting is undone."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    return make_places(tmp_path_factory)
-
-
-@pytest.fixture
-def at(places, monkeypatch):
-    return lambda kind: go(places, monkeypatch, kind)
 
 
 def test_the_schema_lies_beside_and_is_named_in_front(at, capsys):

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from eval_cases import change, reference, rows, two_tasks
+from eval_cases import change, reference, rows
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import KINDS, build, write_adapter
@@ -23,16 +23,6 @@ from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def place(tmp_path):
-    return two_tasks(tmp_path)
 
 
 def test_a_recipe_from_end_to_end(place, capsys):

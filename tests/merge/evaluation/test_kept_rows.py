@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from eval_cases import change, reference, rows, two_tasks
+from eval_cases import change, reference, rows
 from safetensors.torch import load_file, save_file
 from torch import nn
 from zoo import build, write_adapter
@@ -14,16 +14,6 @@ from zoo import build, write_adapter
 import nsc_merge
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def place(tmp_path):
-    return two_tasks(tmp_path)
 
 
 def test_rows_are_measured_once_and_again_only_if_something_changed(place, capsys, monkeypatch):

@@ -6,21 +6,11 @@ import json
 
 import pytest
 import torch
-from eval_cases import change, rows, two_tasks
+from eval_cases import change, rows
 from safetensors.torch import load_file, save_file
 from zoo import build, write_adapter
 
 from nsc_merge.commands.main import main
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture
-def place(tmp_path):
-    return two_tasks(tmp_path)
 
 
 @pytest.mark.parametrize(("by", "word"), [("loss", "loss"), ("metric", "scores 0 or less")])
