@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def write_adapter(
     stacks: Mapping[str, Stack] | None = None,
     *,
     fan_in_fan_out: bool = False,
+    modules: Iterable[str] = (),
 ) -> None:
     """Write ``adapter_config.json``, as PEFT writes it, and ``adapter_model.safetensors``.
 
@@ -38,6 +39,7 @@ def write_adapter(
         kernels: module path -> size of the kernel, of those that are convolutions.
         stacks: PEFT's path of a module -> LoRA on one of its parameters, with a scaling of 1.
         fan_in_fan_out: linears are Conv1D.
+        modules: paths of all modules of the base.
 
     Raises:
         ValueError: naming a tensor that is not finite, before anything is written.
@@ -75,7 +77,7 @@ def write_adapter(
             "adapters whose products it holds"
         )
     ranks = {path: factor.rank for path, factor in factors.items()}
-    modules = list(ranks)
+    targets = targets_of(list(ranks), modules)
     adapted = {target: stack.settings(target)[0] for stack in (stacks or {}).values() for target in stack.targets}
     ranks |= adapted
     largest = max(ranks.values(), default=1)
@@ -94,9 +96,18 @@ def write_adapter(
         **about,
     )
     # In their order: PEFT makes a set of what it is given, whose order is another in every process.
-    config.target_modules = modules
+    config.target_modules = targets
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def targets_of(paths: list[str], modules: Iterable[str]) -> list[str] | str:
+    """PEFT's ``target_modules`` for these of a base's modules and no others: a name is the end of a path there, a
+    pattern a whole one.
+    """
+    ends = tuple(f".{path}" for path in paths)
+    others = set(modules) - set(paths)
+    return "|".join(map(re.escape, paths)) if any(name.endswith(ends) for name in others) else paths
 
 
 def rank_patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:

@@ -11,7 +11,6 @@ The second form takes what ``add_weighted_adapter`` takes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
-from nsc_merge.adapters.peft_writer import rank_patterns
+from nsc_merge.adapters.peft_writer import rank_patterns, targets_of
 from nsc_merge.calibration.batches import Calibration
 from nsc_merge.integrations.combinations import translated
 from nsc_merge.methods import method_of
@@ -237,7 +236,7 @@ def _register(
         lora_alpha=most,
         rank_pattern=dict(fewer),
         alpha_pattern=dict(fewer),
-        target_modules=_targets(_base(model), list(ranks)),
+        target_modules=targets_of(list(ranks), [path for path, _ in _base(model).named_modules()]),
         lora_bias=biased,
         task_type=model.peft_config[like].task_type,
         base_model_name_or_path=model.peft_config[like].base_model_name_or_path,
@@ -250,13 +249,6 @@ def _register(
         _remove(model, adapter_name)
         raise
     return errors
-
-
-def _targets(base: nn.Module, paths: list[str]) -> list[str] | str:
-    """PEFT's ``target_modules`` for these and no others: a name is the end of a path there, a pattern a whole one."""
-    others = {name for name, _ in base.named_modules()} - set(paths)
-    ends = tuple(f".{path}" for path in paths)
-    return "|".join(map(re.escape, paths)) if any(name.endswith(ends) for name in others) else paths
 
 
 def _fill(

@@ -303,6 +303,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         kernels={path: tuple(one.weight.shape[2:]) for path, one in modules.items() if hasattr(one, "kernel_size")},
         stacks={**stacks, **stacks_of_updates(matrices, result.model)},
         fan_in_fan_out=any(map(is_transposed, modules.values())),
+        modules=[path for path, _ in result.model.named_modules()],
     )
     if is_of_diffusers(result.model) and not kept:
         diffusers_file.write_beside(folder, "unet" if type(result.model).__name__.startswith("UNet") else "transformer")

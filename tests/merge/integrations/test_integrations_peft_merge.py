@@ -337,6 +337,21 @@ def test_modules_that_end_alike_are_left_alone(other, tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "merged")(x), expected)
 
 
+@pytest.mark.parametrize("other", [nn.Linear(8, 8), nn.LayerNorm(8)])
+def test_a_saved_adapter_leaves_modules_that_end_alike_alone(other, tmp_path):
+    base = Ends(other)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules="^proj$"), "a")
+    nn.init.normal_(model.get_base_model().proj.lora_B["a"].weight)
+    x = torch.randn(3, 8)
+    result = nsc_merge.merge(base, {"a": model}, method="task_arithmetic", scale=1.0)
+    result.save(tmp_path, format="lora")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert not any("block" in key and "lora" in key for key in loaded.state_dict())
+    torch.testing.assert_close(loaded(x), model(x))
+    again = nsc_merge.load_adapter(tmp_path, "a")
+    assert list(again.factors) == ["proj"]
+
+
 def test_dare_keeps_the_density_that_peft_calls_so():
     model = build()
     merged = merge(model, NAMES, [1.0, 1.0, 1.0], "ours", "dare_ties_svd", 32, density=0.25)
