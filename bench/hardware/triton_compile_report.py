@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # compiled, not interpreted, whatever the caller tests with
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import triton
 from nsc_kernels.triton.columns import columns
 from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
 from nsc_kernels.triton.kernels import merged_lora_kernel

@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
-
-import triton
 
 from ..measuring import captured, microseconds, quantiles
 from ..problem import Problem
