@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -40,7 +40,8 @@ def started() -> Iterator[Group]:
     error, so that the process can still say what it was.
     """
     if not launched():
-        with _asked_to_end():
+        # Of Ctrl-C that is Python's own.
+        with _heard({signal.SIGTERM: _end}):
             yield Group()
         return
     before = {request: signal.signal(request, _end) for request in _REQUESTS}
@@ -63,24 +64,19 @@ def started() -> Iterator[Group]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """A block during which requests to end are not heard: for the last file that is written."""
-    if threading.current_thread() is not threading.main_thread():
+    with _heard(dict.fromkeys(_REQUESTS, signal.SIG_IGN)):
         yield
-        return
-    before = {request: signal.signal(request, signal.SIG_IGN) for request in _REQUESTS}
-    try:
-        yield
-    finally:
-        for request, handler in before.items():
-            signal.signal(request, handler)
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[None]:
+def _heard(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """A block in which these requests are handled so; afterwards all are as before. Threads have no say in it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {request: signal.getsignal(request) for request in _REQUESTS}
-    signal.signal(signal.SIGTERM, _end)
+    for request, handler in handlers.items():
+        signal.signal(request, handler)
     try:
         yield
     finally:

@@ -48,9 +48,47 @@ for method in METHODS.values():
 """
 
 
-def test_every_method_on_a_device_without_float64():
+IN_FILES = """
+import sys, tempfile
+from pathlib import Path
+from device_without_float64 import NAME, plain
+import torch
+import nsc_merge
+from nsc_merge.models.bases import quantised, stored_weights
+from nsc_merge.models.bases.unloaded import leave_in_files
+from transformers import LlamaForCausalLM
+sys.path.append("merge")
+from loop_cases import adapters_for, llama
+
+plain(quantised, stored_weights)
+base = llama()
+folder = Path(tempfile.mkdtemp())
+base.save_pretrained(folder)
+
+def merged(device):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(base.config)
+    leave_in_files(model, folder, torch.device(device))
+    result = nsc_merge.merge(model, adapters_for(base), method="task_arithmetic", scale=0.3)
+    return {name: value.cpu() for name, value in result.merged(model).items()}
+
+expected = merged("cpu")
+for name, found in merged(NAME).items():
+    torch.testing.assert_close(found, expected[name])
+print(len(expected), "the same")
+"""
+
+
+def run(code: str) -> str:
     pytest.importorskip("torch.utils.backend_registration")
-    command = [sys.executable, "-c", MERGES]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert len(done.stdout.split()) > 20
+    return done.stdout
+
+
+def test_every_method_on_a_device_without_float64():
+    assert len(run(MERGES).split()) > 20
+
+
+def test_weights_that_are_left_in_files_for_a_device_without_float64():
+    assert "8 the same" in run(IN_FILES)

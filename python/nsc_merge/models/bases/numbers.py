@@ -104,12 +104,13 @@ class Stored:
     def sums(self, update: Rows) -> Iterator[Tensor]:
         """With ``update`` added in float64, some rows after others."""
         count, *width = self.values.shape
-        tile = _TILE if self.device.type == "cpu" else _TILE_ON_A_GPU
+        device = self.device
+        tile = _TILE if device.type == "cpu" else _TILE_ON_A_GPU
         # Of experts, each row is a matrix.
         step = max(tile // (8 * max(math.prod(width), 1)), 16 if len(width) < 2 else 1)
         for begin in range(0, count, step):
             end = min(begin + step, count)
-            yield update(begin, end).add_(self.rows(begin, end).to(self.device))
+            yield update(begin, end).add_(self.rows(begin, end).to(device))
 
     def tiles(self, update: Rows) -> Iterator[Tensor]:
         """All of :meth:`sums`, rounded once."""
@@ -209,7 +210,7 @@ class InFile(Stored):
 
     @property
     def device(self) -> torch.device:
-        return self.file.device
+        return with_float64(self.file.device)
 
     def whole(self) -> Tensor:
         return self.rows(0, len(self.values) if self.values.dim() else 1)
