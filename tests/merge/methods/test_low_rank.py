@@ -351,6 +351,25 @@ def test_svd_cur_blends_by_magnitude():
     assert factor("svd_cur", adapters).rank == 12
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6])
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_updates_of_any_size_are_merged_alike(method, size):
+    """Of adapters that are all so many times as large, the merge is. KnOTS' own bound is absolute, and a choice."""
+    adapters = random_adapters()
+    sized = random_adapters(scalings=[size * one for one in (0.7, 2.0, 1.0)])
+    options = {"atol": 0.0} if method.startswith("knots") else {}
+    expected, found = (merged(method, one, **options) for one in (adapters, sized))
+    for path in "xy":
+        assert relative(found[path], size * expected[path]) < 1e-7
+
+
+@pytest.mark.parametrize("method", ["knots_ties", "knots_dare_ties"])
+def test_knots_refuses_updates_of_which_nothing_is_left(method):
+    with pytest.raises(ValueError, match="atol: no singular value of any module, such as x, is above 1e-05"):
+        merged(method, random_adapters(scalings=(7e-9, 2e-8, 1e-8)))
+    assert not merged(method, random_adapters(scalings=(0.0, 0.0, 0.0)))["x"].any()
+
+
 @pytest.mark.parametrize("name", ["svd_scale", "cur_scale"])
 def test_a_scale_of_a_branch_is_refused_by_its_own_name(name):
     with pytest.raises(ValueError, match=rf"{name}: the branch of x is not finite with {name}=1e\+300; expected"):

@@ -164,9 +164,18 @@ def knots(
     def source(path: str, task: str) -> Tensor:
         return aligned(path).parts[task]
 
+    kept, dropped = False, ""
     for path, merged in combine(source, tasks_by_path(adapters, paths)):
         factor = Factor(merged, options.scale * aligned(path).basis, 1.0)
+        kept = kept or factor.rank > 0
+        if not dropped and any(one.scaling and one.A.any() and one.B.any() for one in present(adapters, path).values()):
+            dropped = path
         yield path, _transposed(factor) if across else factor
+    if dropped and not kept:
+        raise ValueError(
+            f"atol: no singular value of any module, such as {dropped}, is above {options.atol:g}, so that nothing is "
+            "left of the updates; expected a lower atol, or 0 and an rtol, which is relative, of 1e-5"
+        )
 
 
 def _transposed(factor: Factor) -> Factor:

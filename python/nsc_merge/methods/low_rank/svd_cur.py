@@ -21,6 +21,9 @@ from nsc_merge.methods.task_vectors.elementwise import Ties, tasks_by_path, ties
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 CHOICES = ("norm", "pivoted")
+# Singular values of the SVD branch at or below this share of a module's largest are dropped: an absolute bound, as
+# KnOTS' code has one, would take the branch away from weak updates, and with it its share of the blend.
+_LEAST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -134,10 +137,10 @@ def svd_cur(
     branch = ties_merge(
         lambda path, task: decomposed(path).coefficients[task], tasks_by_path(adapters, paths), steps
     )
-    aligned = knots_ties(
-        adapters, paths, KnotsTiesOptions(preset="canonical", density=options.svd_density, scale=options.svd_scale)
+    svd = KnotsTiesOptions(
+        preset="canonical", density=options.svd_density, scale=options.svd_scale, atol=0.0, rtol=_LEAST
     )
-    for (path, first), (_, coefficients) in zip(aligned, branch, strict=True):
+    for (path, first), (_, coefficients) in zip(knots_ties(adapters, paths, svd), branch, strict=True):
         found = decomposed(path)
         # Both branches lie in the span of U, which is the rank that the blend needs.
         left = (found.U.t() @ first.B) @ first.A
