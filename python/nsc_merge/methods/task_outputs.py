@@ -105,6 +105,14 @@ def predicts_next(model: nn.Module, family: Family | None) -> bool:
     return bool(family and family.causal and family.tokens and family.mask and writes())
 
 
+def labels_positions(model: nn.Module) -> bool:
+    """Whether a model's head says something of every position, by what transformers calls such models: a decoder may,
+    whose last token then counts no more than others.
+    """
+    heads = ("ForTokenClassification", "ForQuestionAnswering")
+    return any(kind.__name__.endswith(heads) for kind in type(model).__mro__)
+
+
 def check_classes(output: Tensor, task: str, argument: str, expected: str) -> None:
     """Refuse logits of one class, as heads of regressions have: it is certain, whatever the model says.
 

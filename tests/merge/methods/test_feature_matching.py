@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from data_cases import alone, dense_weights, llama, problem_of
 from torch.func import functional_call
 
@@ -38,6 +39,31 @@ def test_match_objective_is_the_explicit_distance(tmp_path):
             if normalise == "task":
                 expected = expected / (own - hidden(dict(model.named_parameters()), batch)).square().mean()
             assert result.history[0]["loss"][task] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "positions"),
+    [
+        ("ForTokenClassification", "all"),
+        ("ForQuestionAnswering", "all"),
+        ("ForSequenceClassification", "last"),
+        ("ForCausalLM", "last"),
+    ],
+)
+def test_decoders_are_matched_where_their_heads_look(tmp_path, head, positions):
+    base, _, calibration = llama(tmp_path)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"Llama{head}")(base.config).eval()
+    path = next(path for path, _ in model.named_modules() if path.endswith("layers.0.self_attn.v_proj"))
+    factors = {task: nsc_merge.Factor(torch.randn(2, 32), torch.randn(16, 2), 1.0) for task in calibration}
+    adapters = {task: nsc_merge.Adapter(task, {path: factor}) for task, factor in factors.items()}
+
+    def loss(**options):
+        result = nsc_merge.merge(model, adapters, calibration, "match", steps=1, progress=False, **options)
+        return result.history[0]["loss"]
+
+    assert loss(positions="all") != loss(positions="last")
+    assert loss() == loss(positions=positions)
 
 
 def test_match_gradient_by_finite_differences(model, folders, calibration):

@@ -63,7 +63,8 @@ class MatchOptions(SharedDescentOptions):
             matched, with equal weight.
         positions: ``"all"``, every real token; or ``"last"``, the last one, from which a decoder answers, where an
             output has as many positions as the inputs have tokens. None takes ``"last"`` for models of tokens whose
-            final features are matched, and ``"all"`` otherwise; docs/results.md has both.
+            final features are matched, unless they label every token (``ForTokenClassification``,
+            ``ForQuestionAnswering``), and ``"all"`` otherwise; docs/results.md has both.
         normalise: divide a task's squared distance by nothing (``"none"``), by the mean square of its own features
             (``"scale"``), or by their distance from the base model's (``"task"``, which protects tasks that changed
             little).

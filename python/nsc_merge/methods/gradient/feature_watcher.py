@@ -14,7 +14,7 @@ from nsc_kernels import null_space_ratio
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods.method import Problem
-from nsc_merge.methods.task_outputs import beside, last_token
+from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import gather_for_backward, output_of
@@ -44,7 +44,8 @@ class Watcher:
     Args:
         problem: the adapters and the model that they will be attached to.
         features: ``"final"``, the last hidden state, after the final norm; or paths of modules whose outputs are seen.
-        positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen.
+        positions: ``"all"`` or ``"last"``; None takes ``"last"`` for models of tokens whose final features are seen,
+            unless they label every token.
         ratios: whether null-space ratios are measured, too.
         given: the option ``family``.
     """
@@ -68,7 +69,8 @@ class Watcher:
         self._model, self._mask = problem.model, last.mask if last else None
         self._measured_mask = family.mask if family else None
         of_tokens = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
-        self._last = (positions or ("last" if of_tokens else "all")) == "last"
+        answers_last = of_tokens and not labels_positions(problem.model)
+        self._last = (positions or ("last" if answers_last else "all")) == "last"
         self._trunk: nn.Module = problem.model
         if family is not None:
             self._trunk = getattr(problem.model, family.prefill, problem.model)
