@@ -266,8 +266,9 @@ def run(arguments: argparse.Namespace) -> int:
     runner, talker = Runner(arguments), Talker(len(found), arguments.json)
     talker.machine = [row for row in read_rows(arguments.out) if row.get("trial", "").startswith(MACHINE)]
     outcome = supervise(arguments, found, runner.run, runner.meet, talker.say, ["--out", str(arguments.out)])
-    rows = [row for row in report.read(arguments.out) if row.get("trial") in found]
-    # What the report had already is as much of what was asked for.
+    # What the report had already is as much of what was asked for, unless it was to be measured again and there was no
+    # time for that.
+    rows = [row for row in report.read(arguments.out) if row.get("trial") in found and found[row["trial"]].wrote(row)]
     talker.show([row for row in rows if row["trial"] not in talker.told])
     where = sys.stderr if arguments.json else sys.stdout
     print("\n".join(["", *tables.closing(rows)]), file=where)

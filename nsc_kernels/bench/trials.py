@@ -61,6 +61,10 @@ class Trial(NamedTuple):
     def source(self) -> str | None:
         return source_of(self.backend)
 
+    def wrote(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of its name is of these sources and settings, and not of earlier ones."""
+        return row["source"] == self.source and row.get("settings", self.settings) == self.settings
+
 
 # What one trial yields, on a device and on a stream of the worker's own. An exception ends the trial as failed, and so
 # does a row with ``passed`` False.
@@ -239,9 +243,7 @@ class _Supervisor:
         cut_off = []
         for row in read_rows(args.out):
             trial = trials.get(row.get("trial", ""))
-            if trial is None or row["source"] != trial.source or row.get("dry_run") != args.dry_run:
-                continue
-            if row.get("settings", trial.settings) != trial.settings:
+            if trial is None or not trial.wrote(row) or row.get("dry_run") != args.dry_run:
                 continue
             if "started" in row:
                 cut_off.append(row["trial"])
