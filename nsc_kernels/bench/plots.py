@@ -47,7 +47,7 @@ def configurations(rows: Sequence[Row]) -> Iterator[tuple[tuple[Any, ...], list[
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if is_timed(row):
-            groups.setdefault(tuple(row[name] for name in fields), []).append(row)
+            groups.setdefault(tuple(row.get(name) for name in fields), []).append(row)
     yield from groups.items()
 
 

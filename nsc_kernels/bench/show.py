@@ -16,9 +16,10 @@ from .tables import Row, closing, configurations, duration, heading, is_noisy, s
 DIRECTIONS = ("forward", "backward")
 
 
-def both(found: dict[str, Row], text: str) -> str:
-    """What a format says of the forward and of the backward."""
-    return " / ".join(text.format(**found[direction]) if direction in found else "-" for direction in DIRECTIONS)
+def each(found: dict[str, Row], text: str) -> str:
+    """What a format says of the forward and of the backward, or of a merge's step, which is both."""
+    directions = tuple(found) if found.keys() - set(DIRECTIONS) else DIRECTIONS
+    return " / ".join(text.format(**found[direction]) if direction in found else "-" for direction in directions)
 
 
 def percent(part: float | None) -> str:
@@ -32,7 +33,7 @@ def marked(row: Row) -> str:
 
 def markdown(rows: Sequence[Row]) -> Iterator[str]:
     """A table for each way of measuring: the first contender's time and share, then ratios, forward / backward."""
-    for here in configurations(row for row in rows if row.get("direction") in DIRECTIONS):
+    for here in configurations(rows):
         ceilings, first = of_rows(rows, here[0]["dtype"], here[0]["threads"]), here[0]["over"]
         others = [name for name in dict.fromkeys(row["contender"] for row in here) if name != first]
         headed = [without_statistics(name, here) for name in others]
@@ -52,13 +53,13 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
                         "ratio": marked(row),
                         "share": percent(share(row, ceilings)),
                     }
-                    for direction, row in each.items()
+                    for direction, row in mine.items()
                 }
-                for name, each in found.items()
+                for name, mine in found.items()
             }
             ours = said.get(first, {})
-            ratios = [both(said.get(name, {}), "{ratio}") for name in others]
-            yield "| " + " | ".join([*key, both(ours, "{time}"), both(ours, "{share}"), *ratios]) + " |"
+            ratios = [each(said.get(name, {}), "{ratio}") for name in others]
+            yield "| " + " | ".join([*key, each(ours, "{time}"), each(ours, "{share}"), *ratios]) + " |"
         yield ""
 
 

@@ -47,8 +47,10 @@ def is_noisy(row: Row) -> bool:
 
 
 def share(row: Row, ceilings: Ceilings | None) -> float | None:
-    """Of the roofline: the least time that bytes and operations take on this machine, over the time taken."""
-    if ceilings is None:
+    """Of the roofline: the least time that bytes and operations take on this machine, over the time taken; None where
+    one of them is not known, as of a merge's step.
+    """
+    if ceilings is None or "least_bytes" not in row:
         return None
     return 1e6 * roofline(row["least_bytes"], row["operations"], ceilings) / row["us_p50"]
 
@@ -65,7 +67,7 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
     ceilings = of_rows(rows, row["dtype"], row["threads"])
     where = next((one["device"] for one in rows if one.get("what") == "environment"), "")
     threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)} of" if row["threads"] else " on"
-    backend = f" by {row['backend']}" if of_several(rows) else ""
+    backend = f" by {row['backend']}" if of_several(rows) and row.get("backend") else ""
     text = f"{row['set']}{backend}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
     if ceilings:
         text += f"; it copies {ceilings.copy / 1e9:.0f} GB/s and multiplies {ceilings.products / 1e9:.0f} GFLOP/s"
@@ -73,8 +75,8 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
 
 
 def of_several(rows: Iterable[Row]) -> bool:
-    """Whether figures of several backends of ours are among the rows."""
-    return len({row.get("backend") for row in rows if is_timed(row)}) > 1
+    """Whether figures of several backends of ours are among the rows; those of a merge's step are of none."""
+    return len({row["backend"] for row in rows if is_timed(row) and row.get("backend")}) > 1
 
 
 def configurations(rows: Iterable[Row]) -> Iterator[list[Row]]:

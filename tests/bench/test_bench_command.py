@@ -84,6 +84,9 @@ def test_a_report_goes_on_by_the_contenders_and_samples_of_now(tmp_path):
     assert run(*asked, "--samples", "4", cwd=tmp_path).returncode == 0
     third = report.read(tmp_path / "r.jsonl")
     assert {len(row["us"]) for row in third if tables.is_timed(row)} == {4}
+    cut = run(*asked, "--samples", "5", "--seconds", "0", cwd=tmp_path)
+    assert (cut.returncode, "40x24" in cut.stdout) == (3, False)  # nothing of before in the place of what was asked for
+    assert "1 left" in cut.stderr
     # The machine was measured once, by another torch now.
     before = (tmp_path / "r.jsonl").read_text()
     other = before.replace(f'"torch": "{torch.__version__}"', '"torch": "2.11.0"')
@@ -326,6 +329,27 @@ def test_a_step_is_shown_over_what_its_ratios_are_to(tmp_path, capsys):
     heading, line = capsys.readouterr().out.splitlines()[1:3]
     assert heading.split() == ["floor", "spread", "roofline", "loop"]
     assert (line.split()[5], line.split()[-1]) == ("200", "1.50x")
+    assert command.main(["table", str(tmp_path / "r.jsonl"), "--markdown"]) == 0
+    assert "| 6 × 16 | 32 | 200 us | 100% | 1.50× |" in capsys.readouterr().out
+
+
+def test_a_step_is_shown_beside_the_operator(tmp_path, capsys):
+    """It has neither a backend nor the least bytes of a roofline."""
+    step = {"set": "step", "direction": "step", "over": "floor", "trial": "step"}
+    steps = [{**row("loop", [300.0] * 5, 1.5), **step}, {**row("floor", [200.0] * 5, 1.0), **step}]
+    for one in steps:
+        del one["least_bytes"], one["operations"]
+    for backends in (["cpu"], ["cuda", "triton"]):
+        rows = [{**row(name, [9.0] * 5, 1.0), "backend": of} for of in backends for name in ("fused", "peft")]
+        write(tmp_path / "r.jsonl", [*rows, *steps, *MACHINE])
+        assert command.main(["table", str(tmp_path / "r.jsonl")]) == 0
+        said = capsys.readouterr().out
+        assert re.search(r"\nstep, fp32, 1 thread of a processor: .*\n +floor spread roofline +loop\n", said)
+        assert re.search(r"T=32 +step +200 us +0% +1\.50x\n", said)
+        assert command.main(["table", str(tmp_path / "r.jsonl"), "--markdown"]) == 0
+        assert "| 6 × 16 | 32 | 200 us | - | 1.50× |" in capsys.readouterr().out
+        assert command.main(["plot", str(tmp_path / "r.jsonl"), "--out", str(tmp_path)]) == 0
+        assert {path.name.partition("-fp32")[0] for path in tmp_path.glob("speedups-step*.png")} == {"speedups-step"}
 
 
 @pytest.mark.parametrize("option", ["rounds", "threads", "layers", "tasks"])
