@@ -9,6 +9,8 @@ from factor_cases import random_adapters
 
 import nsc_merge
 from nsc_merge.methods import METHODS
+from nsc_merge.methods.task_vectors import masks
+from nsc_merge.methods.task_vectors.draws import key_of
 from nsc_merge.methods.task_vectors.masks import between, probabilities
 
 
@@ -49,6 +51,21 @@ def test_equal_entries_are_counted():
     stays = between(torch.ones(3, 4), 0.5, 0.25)
     assert stays.flatten().tolist() == [False] * 3 + [True] * 6 + [False] * 3
     assert torch.equal(between(torch.ones(4, 3).t(), 0.5, 0.25), stays)
+
+
+@pytest.mark.parametrize("block", [1, 10, 1 << 18])
+@pytest.mark.parametrize(("density", "outliers"), [(0.143, 0.007), (0.5, 0.1), (0.9, 0.3), (0.002, 0.9), (0.001, 0)])
+def test_what_stays_is_a_range_of_all_entries_in_order(density, outliers, block, monkeypatch):
+    monkeypatch.setattr(masks, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(31, 17, generator=generator)
+    # All different; few values, many zeros; half of them between two neighbours.
+    for update in (drawn, (2 * drawn).round(), drawn.sign() * (1 + (drawn > 0) * 2**-23), torch.zeros(31, 17)):
+        entries, kept = update.numel(), int(density * update.numel())
+        last = entries - min(int(outliers * entries), entries - kept)
+        expected = torch.zeros(entries, dtype=torch.bool)
+        expected[update.abs().flatten().sort(stable=True).indices[last - kept : last]] = True
+        assert torch.equal(between(update, density, outliers), expected.view(31, 17))
 
 
 def test_breadcrumbs_elect_as_mergekit(tasks):
@@ -94,6 +111,23 @@ def test_della_keeps_as_often_as_it_should_and_is_right_on_average():
     assert abs(float((kept / draws).mean()) - 0.6) < 4 * float((0.24 / draws / update.numel()) ** 0.5)
     deviation = (update.square() * (1 / likely - 1) / draws).sqrt()
     assert float(((total / draws - update) / deviation).abs().max()) < 5
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 18])
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
+def test_della_draws_one_number_for_each_entry_of_a_module_in_turn(rescale, block, monkeypatch):
+    monkeypatch.setattr(masks, "_BLOCK", block)
+    tasks, update = of_one_task()
+    likely = probabilities(update, 0.6, 0.2)
+    drawn = torch.rand(update.shape, generator=torch.Generator().manual_seed(key_of(7, "one", "x")))
+    expected = torch.where(drawn < likely, update, 0.0)
+    if rescale == "inverse":
+        expected = expected / likely
+    if rescale == "l1":
+        expected = expected * (update.abs().sum() / expected.abs().sum())
+    for elect in (False, True):
+        found = merged("della", tasks, density=0.6, epsilon=0.2, rescale=rescale, seed=7, elect=elect)["x"].float()
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rescale", ["l1", "none"])
