@@ -104,11 +104,12 @@ def unknown_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
     nothing to note.
     """
     known = {*_HARMLESS, *_SWITCHES, *_REFUSED}
-    found = sorted(str(key) for key, value in config.items() if value and key not in known)
+    unknown = sorted(str(key) for key, value in config.items() if value and key not in known)
+    found = [key if key.isidentifier() else repr(key) for key in unknown]
     if not found:
         return ()
     made = config.get("peft_version")
-    by = f", which PEFT {made!s:.20} wrote" if made else ""
+    by = f", which PEFT {' '.join(str(made).split()):.20} wrote" if made else ""
     return (
         f"{', '.join(found):.200} of the configuration{by}: not known here and without effect; where that is another "
         "kind of LoRA than A and B by alpha / r, the merge is of something else",

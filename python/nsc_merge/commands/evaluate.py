@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare, say
 
 _EVAL = """\
 Measures merges side by side as a YAML recipe says, beside the base model (zero_shot) and every task's own adapter
@@ -85,5 +85,5 @@ def _eval(arguments: argparse.Namespace) -> int:
     from nsc_merge.evaluation.run import run
 
     document, failed = run(recipe, redo=arguments.redo, progress=None, log=log)
-    print(json.dumps(document) if arguments.json else f"{as_text(document)}\n\nwritten to {recipe.out}")
+    say(json.dumps(document) if arguments.json else f"{as_text(document)}\n\nwritten to {recipe.out}")
     return 1 if failed else 0

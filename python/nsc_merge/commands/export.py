@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import positive, prepare
+from nsc_merge.commands.terminal import positive, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 
@@ -111,16 +111,16 @@ def _write(arguments: argparse.Namespace) -> None:
         head=arguments.head,
         labels=result.inputs.get("labels"),
     )
-    print(f"written to {arguments.out}")
+    say(f"written to {arguments.out}")
     notes = serving_notes(result, arguments.rank) if arguments.format == "lora" else []
     for note in [*notes, *preprocessing_notes(result)]:
-        print(note)
+        say(note)
     errors = {} if arguments.rank is None else result.rank_errors(arguments.rank)
     # There are none where adapters trained linears in full only.
     if errors:
         print(f"relative error of the truncation, by module (the largest is {max(errors.values()):.3g}):")
         for path, error in errors.items():
-            print(f"  {error:.3g}  {path}")
+            say(f"  {error:.3g}  {path}")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -134,5 +134,5 @@ def _plot(arguments: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     window = document["objective"].get("batches", 1)
     for file in draw(document["coefficients"], document["dead"], history, folder, window):
-        print(file)
+        say(str(file))
     return 0

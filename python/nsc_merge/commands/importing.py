@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.init import check_out, write_argument
-from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 _IMPORT = """\
@@ -77,6 +77,6 @@ def _import(arguments: argparse.Namespace) -> int:
         return 0
     write_argument("--out", out, written)
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
-    say = import_summary(found, str(out), command) if arguments.json else import_said(found, str(out), command)
-    print(json.dumps(say) if isinstance(say, dict) else say)
+    told = import_summary(found, str(out), command) if arguments.json else import_said(found, str(out), command)
+    say(json.dumps(told) if isinstance(told, dict) else told)
     return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 _INIT = """\
@@ -110,7 +110,7 @@ def _init(arguments: argparse.Namespace) -> int:
         _write_schema(beside)
     write_argument("--out", out, written)
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
-    print(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
+    say(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
     return 0
 
 

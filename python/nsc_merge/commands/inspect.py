@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import positive, prepare
+from nsc_merge.commands.terminal import positive, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 
@@ -69,5 +69,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
         adapters = {name: replace(one, factors=updates_of(one)) for name, one in adapters.items()}
     document["adapters"] = {name: adapter_overlap.describe(adapter) for name, adapter in adapters.items()}
     document["overlaps"] = adapter_overlap.overlaps(adapters)
-    print(json.dumps(finite_or_none(document)) if arguments.json else adapter_overlap.render(document))
+    say(json.dumps(finite_or_none(document)) if arguments.json else adapter_overlap.render(document))
     return 0

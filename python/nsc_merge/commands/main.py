@@ -12,6 +12,7 @@ from typing import Any
 from nsc_merge.commands import analyse, completion, demo, evaluate, export, importing, init, inspect, methods, run
 from nsc_merge.commands.terminal import EXAMPLES
 from nsc_merge.utils.atomic_file import no_room
+from nsc_merge.utils.errors import printable
 
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
 
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, UnicodeEncodeError):
             what = f"the locale's encoding {error.encoding} has no form of {error.object!r}; expected LC_ALL=C.UTF-8"
         # One line, whatever the library that raised it wrote.
-        print(f"nsc-merge: error: {' '.join(what.split())}", file=sys.stderr)
+        print(f"nsc-merge: error: {' '.join(printable(what).split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)
     except ModuleNotFoundError as error:
         if debug:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = f"{type(error).__name__}: {' '.join(printable(str(error)).split())}"
         print(f"nsc-merge: unexpected error: {what} (--debug shows where)", file=sys.stderr)
         return 1
 

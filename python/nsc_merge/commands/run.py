@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare, say
 
 if TYPE_CHECKING:
     from nsc_merge.processes.group import Group
@@ -141,7 +141,7 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
     if arguments.dry_run:
         found = plan(recipe, tell, resume=arguments.resume)
         if group.is_main:
-            print(json.dumps(found) if arguments.json else render_plan(found))
+            say(json.dumps(found) if arguments.json else render_plan(found))
         return 0
     try:
         summary = run(recipe, resume=arguments.resume, log=tell)
@@ -160,18 +160,18 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
         print(json.dumps(summary))
         return 0
     by = f" by {group.size} processes" if group.size > 1 else ""
-    print(f"written to {summary['out']}{by}: {', '.join(summary['files'])}")
+    say(f"written to {summary['out']}{by}: {', '.join(summary['files'])}")
     for note in summary.get("serving", ()):
-        print(note)
+        say(note)
     if "truncation" in summary:
         print(
             f"relative error of the truncation: {summary['truncation']['mean']:.3g} on average, "
             f"{summary['truncation']['max']:.3g} at most"
         )
     if "pushed" in summary:
-        print(f"uploaded to {summary['pushed']}")
+        say(f"uploaded to {summary['pushed']}")
     for command in summary["next"]:
-        print(f"next: {command}")
+        say(f"next: {command}")
     return 0
 
 

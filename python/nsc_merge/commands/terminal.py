@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from nsc_merge.utils.errors import printable
+
 EXAMPLES = """\
 examples:
   nsc-merge init adapters/* --base base --data prompts.jsonl     write recipe.yaml, with what was found
@@ -46,7 +48,12 @@ def quieten_libraries() -> None:
 
 def log(line: str) -> None:
     """A line on standard error, where it disturbs no output that a program reads."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line).replace("\n", " "), file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Text on standard output, for a person."""
+    print(printable(text))
 
 
 def positive(text: str) -> int:

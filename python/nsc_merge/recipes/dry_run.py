@@ -138,7 +138,7 @@ def render_plan(plan: dict[str, Any]) -> str:
         ranks = ", ".join(map(str, adapter["ranks"]))
         lines.append(f"  {task}: {adapter['modules']} modules, rank {ranks}{shared}{heads}{batches}")
     lines += _data_lines(plan["data"])
-    lines += [f"note      {remark}" for remark in plan["remarks"]]
+    lines += [f"note      {' '.join(remark.split())}" for remark in plan["remarks"]]
     if "family" in plan:
         lines.append(f"family    {plan['family']}")
     if "steps" in plan:

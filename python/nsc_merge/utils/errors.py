@@ -1,4 +1,4 @@
-"""Errors that decide the exit status of a command, and what those of the hub mean."""
+"""Errors that decide the exit status of a command, those of the hub, and text that a terminal may be shown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ class UsageError(ValueError):
     """The command line, not the data, is at fault."""
 
     exit_status = 2
+
+
+def printable(text: str) -> str:
+    """Text in which a blank stands for every character that is not to be seen, line breaks aside: names and settings in
+    others' files may hold what moves a terminal's cursor, changes its title, or hides a line.
+    """
+    return "".join(one if one.isprintable() or one == "\n" else " " for one in text)
 
 
 def hub_problem(error: BaseException, argument: str, repo: str, revision: str | None = None) -> str | None:

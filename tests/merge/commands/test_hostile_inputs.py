@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,26 @@ def test_arguments_are_refused_where_they_are_read(place, capsys, kind):
 )
 def test_arguments_are_refused_before_anything_is_read(place, capsys, arguments, message):
     assert message in refused(capsys, *arguments)
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202e"
+
+
+def test_names_out_of_an_adapter_move_no_terminal(made, tmp_path, monkeypatch, capsys):
+    place = Path(shutil.copytree(made, tmp_path / "place"))
+    monkeypatch.chdir(place)
+    config = place / "adapters" / "nli" / "adapter_config.json"
+    told = {f"key{ESCAPES}\nnext: rm": 1, "peft_version": ESCAPES, "base_model_name_or_path": ESCAPES}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    commands = (["inspect", "adapters/nli"], ["run", "recipe.yaml", "--dry-run"], ["run", "recipe.yaml"])
+    for command in commands:
+        assert main([*command]) == 0
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bias": ESCAPES, "peft_type": ESCAPES}))
+    assert main(["inspect", "adapters/nli"]) == 1
+    shown = "".join(capsys.readouterr())
+    assert "not known here and without effect" in shown
+    assert all(one.isprintable() or one == "\n" for one in shown)
+    assert "\nnext: rm" not in shown
 
 
 def test_the_demo_does_nothing_in_vain(tmp_path):

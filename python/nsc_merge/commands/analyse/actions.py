@@ -19,7 +19,7 @@ from nsc_merge.analysis.quartiles import sample_study
 from nsc_merge.analysis.tracking import find_checkpoints, find_log, read_log, track
 from nsc_merge.api import merge
 from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
-from nsc_merge.commands.terminal import log, prepare
+from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.rows.saved_base import check_base
@@ -232,7 +232,7 @@ def _finish(
         write_text(arguments.out / f"{name}.json", text + "\n")
         written = [arguments.out / f"{name}.json", *pictures(arguments.out)]
         lines = [*lines, f"written: {', '.join(map(str, written))}"]
-    print(text if arguments.json else "\n".join(lines))
+    say(text if arguments.json else "\n".join(lines))
     return 0
 
 

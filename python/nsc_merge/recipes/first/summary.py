@@ -95,8 +95,5 @@ def render(found: Findings, out: str, command: str) -> str:
     if found.bytes is not None:
         lines.append(f"memory    {memory_said(found)}")
     lines += [f"warning   {warning}" for warning in found.warnings]
-    return "\n".join([*map(_shown_line, lines), f"written   {out}", f"next      {command}"])
-
-
-def _shown_line(line: str) -> str:
-    return "".join(one if one.isprintable() else " " for one in line)
+    lines = [line.replace("\n", " ") for line in lines]
+    return "\n".join([*lines, f"written   {out}", f"next      {command}"])
