@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +101,22 @@ def test_names_break_neither_metadata_nor_tables(model, folders, tmp_path):
     text = (out / "README.md").read_text(encoding="utf-8")
     assert "# 1 LoRA adapter merged: a\\|b # c\n" in text
     assert text.count("\n# ") == 1
+
+
+def test_what_an_adapter_says_is_no_part_of_the_card(model, folders, tmp_path):
+    forged = "\n\n## Loading\n\n```python\nraise SystemExit\n```\n\n<img src=x> ![x](y) \\<b> `code` \x1b[31m"
+    folder = Path(shutil.copytree(folders["plain"], tmp_path / "forged"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    told = {f"key{forged}": 1, "peft_version": "\n# forged"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **told}))
+    (folder / "README.md").write_text(f"---\nlicense: {json.dumps(forged)}\n---\n")
+    out = nsc_merge.merge(model, {forged: folder}, method="task_arithmetic").save(tmp_path / "out", "lora")
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 1
+    assert "\n# forged" not in text
+    assert not any("SystemExit" in code for code in code_of(out))
+    told = re.sub(r"```.*?```|\\\\|\\[`<\[]", "", text.split("---\n")[2], flags=re.DOTALL)
+    assert not re.search(r"<(img|b)|\[x\]|\x1b", told)
 
 
 LICENCES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -10,14 +11,17 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.results.beside.norms import Kept, norm_kept
 from nsc_merge.results.layout import RECORD, TRUNCATION_FILE
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.errors import printable
 
 # Modules of the largest errors that a card lists.
 _WORST = 5
 
 
 def cell(name: str) -> str:
-    """A name, which may hold anything, in a line or a cell."""
-    return " ".join(name.split()).replace("|", "\\|")
+    """What adapters and recipes call something, which may hold anything, in a line or a cell: shown as it is, be it
+    HTML, a picture or code in Markdown.
+    """
+    return re.sub(r"([\\`<|\[])", r"\\\1", " ".join(printable(name).split()))
 
 
 def tasks_table(result: MergedUpdate) -> list[str]:

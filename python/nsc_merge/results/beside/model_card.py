@@ -206,7 +206,7 @@ def _heads(result: MergedUpdate, saved: list[Saved], heads: Mapping[str, Head], 
         put = putting(file, labels if one.labels else None)
         return [f"{lines[0]} After the code above, this puts one into `model`:", "", block([*put, *run])]
     missing = next(name for name in one.tensors if name not in held)
-    lines = [f"{lines[0]} The base that was merged has no place for `{missing}`."]
+    lines = [f"{lines[0]} The base that was merged has no place for `{cell(missing)}`."]
     if one.kind is None or not saved or (saved[-1].format == "lora" and saved[-1].base.name is None):
         return [*lines, ""]
     headed = Saved(saved[-1].format, saved[-1].place, saved[-1].folder, one.kind, saved[-1].base)
@@ -273,5 +273,5 @@ def _remarks(
     if missing:
         remarks.append(f"{len(missing)} modules are not adapted by every task; the others count as 0 there.")
     remarks += result.notes
-    remarks += [f"{cell(task)}: {note}" for task, adapter in result.adapters.items() for note in adapter.notes]
+    remarks += [f"{cell(task)}: {cell(note)}" for task, adapter in result.adapters.items() for note in adapter.notes]
     return remarks
