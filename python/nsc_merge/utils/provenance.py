@@ -66,6 +66,15 @@ def digests(place: Path, digest: Callable[[Path], Digest]) -> dict[str, Digest]:
     return {file.name: digest(file) for file in _files(place)}
 
 
+def leads_away(file: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder is a link to one of another name elsewhere, but for those of the hub's cache:
+    whoever made the folder would have some file of this machine saved, and uploaded, as a part of the model.
+    """
+    target = file.resolve()
+    own = target.name == file.name or target.is_relative_to(folder.resolve())
+    return not own and target.parent.name != "blobs"
+
+
 def marks(place: Path) -> dict[str, tuple[int, ...]]:
     """Of the files that :func:`hashes` reads, what is another once one is replaced or written to."""
     return {file.name: _mark(file) for file in _files(place)}

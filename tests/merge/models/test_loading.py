@@ -92,6 +92,22 @@ def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
     assert not list(folder.rglob("run"))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": {"": "sdpa", "text_config": "owner/kernel@main"}},
+        {"text_config": {"inner": {"experts_implementation": "owner/kernel:layer"}}},
+    ],
+)
+def test_a_kernel_that_a_configuration_names_is_not_fetched(folder, fields):
+    edit(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=r"^model: the config.json of .*base asks for a kernel from the hub \('own"):
+        load(folder)
+    edit(folder / "config.json", **dict.fromkeys(fields, "eager"))
+    load(folder)
+
+
 @pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel"])
 def test_what_is_no_model_of_transformers_is_refused(folder, named):
     edit(folder / "config.json", architectures=[named])

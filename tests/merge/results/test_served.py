@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import peft
@@ -487,6 +488,27 @@ def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, m
     others = ["a/tokenizer.json", "../tokenizer.json", "config.json", "a/b.tiktoken", "tokenizer.json\n"]
     assert not any(map(is_preprocessing, [*left, *others]))
     assert "- spiece.model of the base is larger than 0 MB and is not copied" in (out / "README.md").read_text()
+
+
+def test_a_link_of_another_name_elsewhere_is_not_copied(llama, tmp_path):
+    base, adapters = llama
+    place = Path(shutil.copytree(base, tmp_path / "base"))
+    (tmp_path / "shared").mkdir()
+    (place / "tokenizer.json").rename(tmp_path / "shared" / "tokenizer.json")
+    (place / "tokenizer.json").symlink_to(tmp_path / "shared" / "tokenizer.json")
+    (tmp_path / "secret.json").write_text('{"token": "secret"}')
+    (place / "chat_template.jinja").unlink(missing_ok=True)
+    (place / "chat_template.jinja").symlink_to(tmp_path / "secret.json")
+    out = merge(place, adapters).save(tmp_path / "out", ["lora", "model"])
+    assert not [path for path in out.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+    assert (out / "lora" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert "- chat_template.jinja in the base's folder is a link to a file of an" in (out / "README.md").read_text()
+
+    (place / "generation_config.json").unlink()
+    (place / "generation_config.json").symlink_to(tmp_path / "secret.json")
+    # transformers would keep all of its keys.
+    with pytest.raises(ValueError, match=r"^model: .*generation_config.json is a link to .*secret.json, a file of ano"):
+        load_model(str(place), local=True)
 
 
 @pytest.mark.parametrize("trusted", ["no", "by the recipe", "by the caller"])

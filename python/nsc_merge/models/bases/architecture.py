@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.json_text import from_json
+from nsc_merge.utils.provenance import leads_away
 from nsc_merge.utils.safetensors_checks import check_safetensors
 
 if TYPE_CHECKING:
@@ -77,6 +78,12 @@ def architecture_of(
             "trust_remote_code: true: read it first, or load the model yourself in Python and call "
             "nsc_merge.merge(model, ...)"
         )
+    kernel = _kernel_in(fields)
+    if kernel is not None and not trust_remote_code:
+        raise ValueError(
+            f"model: the config.json of {name} asks for a kernel from the hub ({kernel!r:.80}), which is code, and is "
+            "run only where a recipe says trust_remote_code: true; take the key out of it"
+        )
     try:
         # Said each time: transformers would ask at the terminal.
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **given)
@@ -87,6 +94,23 @@ def architecture_of(
         config._commit_hash = revision
     kind = _class_of_code(name, fields, given) if own and trust_remote_code else None
     return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
+
+
+def _kernel_in(fields: Any) -> str | None:
+    """The repository of a kernel that a configuration, or one within it, names as an implementation: transformers would
+    fetch and run it, for a base in a folder, too.
+    """
+    if not isinstance(fields, dict):
+        return None
+    for key, value in fields.items():
+        named = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, dict) else []
+        if str(key).endswith("_implementation"):
+            found = next((one for one in named if isinstance(one, str) and "/" in one), None)
+        else:
+            found = _kernel_in(value)
+        if found is not None:
+            return found
+    return None
 
 
 def _commit(name: str, revision: str | None) -> str:
@@ -122,6 +146,11 @@ def _check_folder(folder: Path) -> None:
     for file in (folder / "config.json", folder / "generation_config.json", *folder.glob("*.index.json")):
         if not file.is_file():
             continue
+        if leads_away(file, folder):
+            raise ValueError(
+                f"model: {file} is a link to {file.resolve()}, a file of another name, which would be saved as a part "
+                "of the model; expected the file itself"
+            )
         fields = from_json(file.read_bytes(), f"model: {file}", not_finite=True)
         if not isinstance(fields, dict):
             raise ValueError(f"model: {file}: expected a JSON object, found {fields!r:.40}")

@@ -22,6 +22,7 @@ from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
+from nsc_merge.utils.provenance import leads_away
 
 logger = logging.getLogger("nsc_merge")
 
@@ -72,6 +73,11 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
         notes.append(
             f"{code[0]} names code in the base's folder (auto_map), which is not copied: if you trust it, put its .py "
             "files beside it and load with trust_remote_code=True"
+        )
+    if away := _links_away(result):
+        notes.append(
+            f"{away[0]} in the base's folder is a link to a file of another name elsewhere and is not copied: put the "
+            "file itself there if it is the model's"
         )
     large = [name for name, file in _beside(result) if file.stat().st_size > LARGEST]
     if large:
@@ -151,17 +157,31 @@ def _files(result: MergedUpdate) -> dict[str, Path]:
         read = {source: tokenizer for source in sources if (tokenizer := _tokenizer(source)) is not None}
         largest = max(read, key=lambda source: read[source].size, default=None)
         if largest is not None:
-            found |= {file.name: file for file in largest.iterdir() if is_preprocessing(file.name) and file.is_file()}
+            found |= {
+                file.name: file
+                for file in largest.iterdir()
+                if is_preprocessing(file.name) and file.is_file() and not leads_away(file, largest)
+            }
     return found
 
 
 def _beside(result: MergedUpdate) -> Iterator[tuple[str, Path]]:
-    """Path within the base's folder -> file, of all that is meant. A link is followed, as all of the hub's cache are; a
-    pipe or a device is nothing that a model is saved with.
+    """Path within the base's folder -> file, of all that is meant; a pipe or a device is nothing that a model is saved
+    with.
     """
-    source, trusted = base_folder(result.model), _is_trusted(result)
-    if source is None:
-        return
+    source = base_folder(result.model)
+    if source is not None:
+        meant = _meant(source, trusted=_is_trusted(result))
+        yield from ((name, file) for name, file in meant if not leads_away(file, source))
+
+
+def _links_away(result: MergedUpdate) -> list[str]:
+    source = base_folder(result.model)
+    meant = () if source is None else _meant(source, trusted=_is_trusted(result))
+    return [name for name, file in meant if source is not None and leads_away(file, source)]
+
+
+def _meant(source: Path, *, trusted: bool) -> Iterator[tuple[str, Path]]:
     places = [*source.iterdir()]
     for folder in [source / _TEMPLATES, *source.glob("*_Pooling"), *source.glob("*_Dense")]:
         places += sorted(folder.iterdir())[:_MOST_INSIDE] if folder.is_dir() else []
