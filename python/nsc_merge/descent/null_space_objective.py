@@ -130,7 +130,7 @@ class Objective:
         self._pass: Pass | None = None
         self._elements = 0
         self._omega = torch.zeros(self._tasks, dtype=kind, device=self._device)
-        self._weights = PositionWeights(self._tasks, mask, (tower, unmasked))
+        self._weights = PositionWeights(model, self._tasks, mask, (tower, unmasked))
         self._undo = ExitStack()
 
     def __enter__(self) -> Objective:

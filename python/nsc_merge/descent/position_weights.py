@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.block_finding import at_positions
 
 
 class PositionWeights:
     """Weights of the positions of a pass, kept as long as they serve.
 
     Args:
+        model: that is run.
         tasks: how many there are.
         mask: name of the model input ``[B, T]`` that is 0 at padding; None averages over every position.
         unmasked: paths of towers whose positions no mask speaks of; None stands for none.
     """
 
-    def __init__(self, tasks: int, mask: str | None, unmasked: Sequence[str | None]) -> None:
-        self._tasks, self._mask, self._unmasked = tasks, mask, [path for path in unmasked if path]
+    def __init__(self, model: nn.Module, tasks: int, mask: str | None, unmasked: Sequence[str | None]) -> None:
+        self._model, self._tasks = model, tasks
+        self._mask, self._unmasked = mask, [path for path in unmasked if path]
         self._kept: dict[Any, Tensor] = {}
         self._rows: dict[Any, Tensor] = {}
 
@@ -53,6 +56,8 @@ class PositionWeights:
             positions = shape.numel() // max(rows.shape[0], 1)
             weights = rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
             return one.mine(weights.expand(shape[0], *weights.shape[1:]))
+        if mask.shape != shape and len(shape) == 2:
+            mask = at_positions(self._model, mask, shape[1])
         if mask.shape != shape:
             way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
             raise ValueError(

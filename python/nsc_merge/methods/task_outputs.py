@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.utils.option_checks import check_choice
 
@@ -105,6 +106,11 @@ def predicts_next(model: nn.Module, family: Family | None) -> bool:
     return bool(family and family.causal and family.tokens and family.mask and writes())
 
 
+def mask_of_outputs(family: Family | None) -> str | None:
+    """Name of the input that is 0 at padding of what a model's outputs are of: none where one tower reads no mask."""
+    return family.mask if family and not family.unmasked else None
+
+
 def labels_positions(model: nn.Module) -> bool:
     """Whether a model's head says something of every position, by what transformers calls such models: a decoder may,
     whose last token then counts no more than others.
@@ -140,35 +146,35 @@ def last_token(output: Tensor, mask: Tensor | None) -> Tensor:
     return output[torch.arange(len(output), device=output.device), last]
 
 
-def real_positions(output: Tensor, mask: Tensor | None) -> Tensor | None:
+def real_positions(model: nn.Module, output: Tensor, mask: Tensor | None) -> Tensor | None:
     """``[N, T]`` bool, False at padding, of an output ``[N, T, C]``; None where the mask does not speak of its
     positions.
 
     Args:
+        model: that the output is of.
         output: of every position, or of all but the last where a causal model is scored by the next token; a prediction
             is then real if both tokens are.
         mask: of the inputs, 0 at padding.
     """
-    if mask is None or output.dim() != 3:
+    if mask is None or output.dim() != 3 or mask.dim() != 2:
         return None
-    real = mask.bool()
-    if output.shape[:2] == real.shape:
-        return real
+    real = at_positions(model, mask, output.shape[1]).bool()
     shifted = real[:, 1:] & real[:, :-1]
-    return shifted if output.shape[:2] == shifted.shape else None
+    return next((one for one in (real, shifted) if one.shape == output.shape[:2]), None)
 
 
-def share_of(one: Pass, real: Tensor | None, mask: str | None) -> float:
+def share_of(model: nn.Module, one: Pass, real: Tensor | None, mask: str | None) -> float:
     """The part of all positions that count in a whole pass that count in this process's part of it.
 
     Args:
+        model: that the output is of.
         one: the part.
         real: its positions that count, as :func:`real_positions` finds them; all where None.
         mask: the input that says so.
     """
     if real is None or mask is None or one.part is None or one.part.rows is None:
         return one.share
-    whole = one.whole[mask].bool()
-    if whole.shape[1] != real.shape[1]:
-        whole = whole[:, 1:] & whole[:, :-1]
+    of_all = one.whole[mask]
+    whole = real_positions(model, real.new_empty(len(of_all), real.shape[1], 1), of_all)
+    assert whole is not None, "a part has positions that the whole has"
     return int(real.sum()) / max(int(whole.sum()), 1)

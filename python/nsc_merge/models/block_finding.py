@@ -8,7 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
@@ -17,6 +18,8 @@ PACKED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qk
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
 # Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks.
 _CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
+# How transformers' models of sound make a mask of their frames from one of the samples that they read.
+_REDUCES = "_get_feature_vector_attention_mask"
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 
 
@@ -131,7 +134,14 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
             "mask": mask if mask in taken else None,
         }
     if "input_ids" not in taken:
-        return {"recipe": "llm" if main == "input_features" else "vision", "prefill": prefill, "causal": False}
+        heard = "attention_mask" in taken and any(hasattr(module, _REDUCES) for module in model.modules())
+        mask = "attention_mask" if heard else None
+        return {
+            "recipe": "llm" if main == "input_features" else "vision",
+            "prefill": prefill,
+            "causal": False,
+            "mask": mask,
+        }
     images = tuple(name for name in taken if re.match(r"(pixel|image|video)_", name)) if tower or _sees(config) else ()
     return {
         "recipe": "vlm" if images else "llm",
@@ -142,6 +152,22 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
         "mask": "attention_mask" if "attention_mask" in taken else None,
         "images": images,
     }
+
+
+def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
+    """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
+    itself; the mask as it is, of a model that makes one of each or where that gives other numbers of them.
+    """
+    owner: Any = next((module for module in model.modules() if hasattr(module, _REDUCES)), None)
+    if owner is None or mask.dim() != 2 or mask.shape[1] == count:
+        return mask
+    # Behind the blocks there may be convolutions once more.
+    taken = inspect.signature(getattr(owner, _REDUCES)).parameters
+    for options in ({"add_adapter": False}, {"add_adapter": True}) if "add_adapter" in taken else ({},):
+        whole = owner._get_feat_extract_output_lengths(torch.tensor(mask.shape[1]), **options)
+        if int(whole) == count:
+            return getattr(owner, _REDUCES)(count, mask.long(), **options)
+    return mask
 
 
 def _arguments(module: nn.Module) -> list[str]:

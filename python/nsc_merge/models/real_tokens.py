@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import Family
 
 _SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
@@ -24,6 +25,7 @@ class RealTokens:
     """
 
     def __init__(self, model: nn.Module, family: Family | None) -> None:
+        self._model = model
         self._two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._mask = family.mask if family else "attention_mask"
         self._unmasked = f"{family.unmasked}." if family and family.unmasked else None
@@ -40,7 +42,8 @@ class RealTokens:
         mask = inputs.get(self._name(path) or "")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        real = mask.bool().to(z.device)
+        count = z.shape[1] if z.dim() > 1 and z.shape[0] == mask.shape[0] else mask.shape[1]
+        real = at_positions(self._model, mask, count).bool().to(z.device)
         # A router or an expert that all tokens go through sees the rows of all examples in one.
         views = (real, real.t(), real.flatten())
         return next((view for view in views if view.shape == z.shape), None)

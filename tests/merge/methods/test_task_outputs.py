@@ -27,6 +27,8 @@ from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 
 TASKS = ("1", "2")
+# Of which nothing is asked but how it reads sound.
+MODEL = torch.nn.Module()
 
 
 @pytest.fixture
@@ -75,12 +77,12 @@ def logits(problem, batch, lam=0.4):
 
 def test_a_mask_fits_every_position_or_every_next_token():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
-    assert torch.equal(real_positions(torch.zeros(2, 4, 5), mask), mask.bool())
+    assert torch.equal(real_positions(MODEL, torch.zeros(2, 4, 5), mask), mask.bool())
     next_tokens = [[True, True, False], [False, True, True]]
-    assert real_positions(torch.zeros(2, 3, 5), mask).tolist() == next_tokens
+    assert real_positions(MODEL, torch.zeros(2, 3, 5), mask).tolist() == next_tokens
     for shape in ((2, 2, 5), (1, 4, 5), (2, 4), (2, 4, 4, 5)):
-        assert real_positions(torch.zeros(shape), mask) is None
-    assert real_positions(torch.zeros(2, 4, 5), None) is None
+        assert real_positions(MODEL, torch.zeros(shape), mask) is None
+    assert real_positions(MODEL, torch.zeros(2, 4, 5), None) is None
 
 
 def test_the_share_of_a_part_is_that_of_its_real_positions():
@@ -89,8 +91,8 @@ def test_the_share_of_a_part_is_that_of_its_real_positions():
     whole = {"mask": mask}
     part = Pass({"mask": mask[:2]}, (whole,), ((0,),), part=Part(whole, slice(0, 2), 3))
     for positions, share in ((4, 5 / 9), (3, 3 / 6)):
-        real = real_positions(torch.zeros(2, positions, 7), mask[:2])
-        assert share_of(part, real, "mask") == pytest.approx(share)
+        real = real_positions(MODEL, torch.zeros(2, positions, 7), mask[:2])
+        assert share_of(MODEL, part, real, "mask") == pytest.approx(share)
 
 
 def test_single_is_the_default_also_without_a_mask(problem):

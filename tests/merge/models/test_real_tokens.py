@@ -118,3 +118,47 @@ def test_no_mask_speaks_of_images_beside_texts():
           for tower in ("text", "vision")}
     assert of["vision"] is None
     assert torch.equal(of["text"], mask.bool())
+
+
+SOUND = {**PARTS, "vocab_size": 8, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4}
+SOUND |= {"num_feat_extract_layers": 2, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+SOUND |= {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nsc", {"steps": 2}),
+        ("match", {"steps": 2, "ratio_weight": 1.0}),
+        ("distill", {"steps": 2}),
+        ("adamerging", {"steps": 2}),
+        ("regmean", {"ridge": 1e-2}),
+    ],
+)
+@pytest.mark.parametrize("kind", [tf.Wav2Vec2ForCTC, tf.HubertForCTC])
+def test_sound_that_is_padded_counts_as_long_as_it_is(kind, method, options, tmp_path):
+    """The mask is of samples, some of which make a position that is measured and matched."""
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**SOUND)).eval()
+    folders = {task: write_adapter(model, tmp_path / task, n, r=2, target_modules=["q_proj", "v_proj"])
+               for n, task in enumerate("ab")}
+    sounds = {task: torch.randn(2, 200, generator=torch.Generator().manual_seed(n)) for n, task in enumerate("ab")}
+    found = []
+    for added in (0, 130):
+        data = {
+            task: [
+                {
+                    "input_values": torch.nn.functional.pad(sound, (0, added)),
+                    "attention_mask": torch.nn.functional.pad(torch.ones_like(sound).long(), (0, added)),
+                }
+            ]
+            for task, sound in sounds.items()
+        }
+        quiet = {"progress": False} if "steps" in options else {}
+        found.append(nsc_merge.merge(model, folders, data, method, **options, **quiet))
+    if "steps" in options:
+        quantity = "omega" if method == "nsc" else "loss"
+        first, padded = (one.history[0][quantity] for one in found)
+        assert padded == pytest.approx(first, rel=1e-5)
+    for path in found[0].paths:
+        torch.testing.assert_close(found[1].delta(path), found[0].delta(path), rtol=1e-3, atol=1e-5)

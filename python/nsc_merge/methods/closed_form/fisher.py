@@ -25,6 +25,7 @@ from nsc_merge.methods.task_outputs import (
     check_outputs,
     last_token,
     likelihoods_of,
+    mask_of_outputs,
     output_of,
     plain_options,
     predicts_next,
@@ -121,7 +122,7 @@ def information(
     """
     model = problem.model
     family = find_family(model)
-    masked = family.mask if family and family.tokens else None
+    masked = mask_of_outputs(family)
     answers = predicts_next(model, family)
     likelihood = likelihoods_of(options.likelihood, problem.tasks)[problem.tasks.index(task)]
     # A module that runs more than once in a forward has as many of each.
@@ -164,7 +165,7 @@ def information(
                     "Fisher information; expected inputs of the part of the model that the adapters touch"
                 )
             examples += len(output) * counts
-            real = real_positions(output, mask)
+            real = real_positions(model, output, mask)
             if options.gradients == "batch":
                 terms = _all_labels(output, task)
             else:

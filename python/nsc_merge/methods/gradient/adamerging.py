@@ -25,6 +25,7 @@ from nsc_merge.methods.task_outputs import (
     check_classes,
     check_outputs,
     last_token,
+    mask_of_outputs,
     output_of,
     predicts_next,
     real_positions,
@@ -127,8 +128,8 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     model, tasks = problem.model, problem.tasks
     check_outputs(options.outputs, tasks)
     family = find_family(model)
-    # Padding is told wherever there are tokens, also where every one of them is labelled, as in BERT.
-    padding = family.mask if family and family.tokens else None
+    # Padding is told wherever it can be, also where every token is labelled, as in BERT.
+    padding = mask_of_outputs(family)
     names = (family.tokens, padding) if family and family.causal and family.tokens and padding else None
     if options.tokens in ("single", "full") and names is None:
         raise ValueError(
@@ -160,7 +161,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                         task = tasks[numbers[place]]
                         output = output_of(options.outputs, task, model, batch)
                         check_classes(output, task, "outputs", "functions for tasks with classes, and none for others")
-                        values.append(_mean_entropy(output, one, padding, tokens))
+                        values.append(_mean_entropy(model, output, one, padding, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if options.outputs is not None else values * len(here)
                 if torch.is_grad_enabled():
@@ -173,12 +174,12 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     return descend("adamerging", problem, options, losses, label="AdaMerging", counted=counted)
 
 
-def _mean_entropy(output: Tensor, one: Pass, name: str | None, tokens: str | None) -> Tensor:
+def _mean_entropy(model: nn.Module, output: Tensor, one: Pass, name: str | None, tokens: str | None) -> Tensor:
     """Over the predictions that ``tokens`` counts; None counts ``"single"`` where the output predicts every next
     one. Of a process's part of a pass, what adds up to the mean over the whole. ``name`` is the mask's.
     """
     mask = one.inputs.get(name) if name else None
-    real = real_positions(output, mask)
+    real = real_positions(model, output, mask)
     if tokens == "single" or (tokens is None and output.dim() == 3):
         if output.dim() != 3 or (mask is not None and real is None):
             wanted = "[N, T, C]" if mask is None else f"[N, T, C] that fit the mask {list(mask.shape)}"
@@ -186,7 +187,7 @@ def _mean_entropy(output: Tensor, one: Pass, name: str | None, tokens: str | Non
         return entropy(last_token(output, real)).mean() * one.share
     values = entropy(output)
     mean = values.mean() if real is None else (values * real).sum() / real.sum().clamp(min=1)
-    return mean * share_of(one, real, name)
+    return mean * share_of(model, one, real, name)
 
 
 def _decoded(

@@ -38,6 +38,7 @@ from nsc_merge.methods.task_outputs import (
     check_outputs,
     last_token,
     likelihoods_of,
+    mask_of_outputs,
     output_of,
     predicts_next,
     real_positions,
@@ -155,7 +156,7 @@ class Predictions:
         family = find_family(problem.model) if given is None else family_of(problem.model, None, given)
         self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
-        self._mask = family.mask if family and family.tokens else None
+        self._mask = mask_of_outputs(family)
         self._bounded = options.distance == "bounded"
         values = [task for number, task in enumerate(problem.tasks) if self.predicts_values(number)]
         if self._bounded and options.normalise == "task" and values:
@@ -208,10 +209,10 @@ class Predictions:
             return output[answered.predicts], one.share
         if output.dim() < 3:
             return output, one.share
-        real = real_positions(output, one.inputs.get(self._mask) if self._mask else None)
+        real = real_positions(self._model, output, one.inputs.get(self._mask) if self._mask else None)
         if self._last[number]:
             return last_token(output, real), one.share
-        return output if real is None else output[real], share_of(one, real, self._mask)
+        return output if real is None else output[real], share_of(self._model, one, real, self._mask)
 
     def distance(
         self,

@@ -114,7 +114,9 @@ class MatchOptions(SharedDescentOptions):
             super().check_init()
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], one: Pass, mask: Tensor | None) -> Tensor:
+def distance(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], one: Pass, masks: Sequence[Tensor | None]
+) -> Tensor:
     """Mean over places of the mean squared difference per feature and real position; on a process's part of a pass,
     what adds up to that over the processes.
 
@@ -122,12 +124,12 @@ def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], one: Pass, mask:
         found: per place, the features of the pass's inputs.
         wanted: what they should be.
         one: the pass.
-        mask: ``[rows, tokens]`` bool, where tokens are real, of the whole pass.
+        masks: per place, ``[rows, positions]`` bool, where positions are real, of the whole pass.
     """
     values = []
-    real = None if mask is None else one.mine(mask)
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs, mask in zip(found, wanted, masks, strict=True):
         square = (ours.float() - theirs.float()).square().mean(-1)
+        real = None if mask is None else one.mine(mask)
         if mask is not None and real is not None and real.shape == square.shape:
             values.append((square * real).sum() / mask.sum().clamp(min=1))
         else:
@@ -163,7 +165,8 @@ class Targets:
 
     def distance(self, target: Target, one: Pass, features: Sequence[Tensor]) -> Tensor:
         """From ``features`` to a target on a pass's batch, normalised; as :func:`distance`."""
-        return distance(features, target.seen.features, one, self._watcher.mask(one.whole)) / target.size
+        masks = self._watcher.masks(one.whole, features)
+        return distance(features, target.seen.features, one, masks) / target.size
 
     def of(self, one: Pass) -> dict[int | None, Target]:
         """The targets of a pass's tasks by number. Running their models, which happens once, changes the coefficients
@@ -180,7 +183,7 @@ class Targets:
         if self._normalise == "task":
             with self._own.of(None):
                 base = self._watcher.see(one).features
-        size = distance(seen.features, base, one, self._watcher.mask(one.whole))
+        size = distance(seen.features, base, one, self._watcher.masks(one.whole, seen.features))
         return Target(seen, of_the_whole(one, size).clamp(min=1e-12))
 
 

@@ -18,6 +18,7 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import gather_for_backward, output_of
+from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
@@ -83,19 +84,26 @@ class Watcher:
         touched = attachment.presence(self._scored, problem.adapters)
         self._touched = dict(zip(self._scored, touched, strict=True))
 
-    def mask(self, batch: Batch) -> Tensor | None:
-        """``[rows, tokens]`` bool where tokens of what is matched are real, if the batch says so."""
-        return _bool(batch, self._mask)
+    def masks(self, batch: Batch, seen: Sequence[Tensor]) -> list[Tensor | None]:
+        """For each of what is ``seen [rows, positions, d]``, ``[rows, positions]`` bool where it is of tokens and not
+        of padding, if the batch says so; of another shape where that is said of other positions.
+        """
+        return [self._real(batch, self._mask, feature) for feature in seen]
+
+    def _real(self, batch: Batch, name: str | None, seen: Tensor) -> Tensor | None:
+        mask = batch.get(name) if name else None
+        if mask is None:
+            return None
+        return (at_positions(self._model, mask, seen.shape[1]) if seen.dim() > 1 else mask).bool()
 
     def see(self, one: Pass) -> Seen:
         """One forward at the coefficients that the modules have now."""
         kept: dict[str, Tensor] = {}
         ratios: dict[str, Tensor] = {}
-        mask = self.mask(one.inputs)
-        part, whole = (_bool(batch, self._measured_mask) for batch in (one.inputs, one.whole))
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
+            part, whole = (self._real(batch, self._measured_mask, sqnorm) for batch in (one.inputs, one.whole))
             if part is not None and whole is not None and part.shape == sqnorm.shape:
                 real = one.mine(whole).to(ratio)[..., None]
                 found = (ratio * real).flatten(0, -2).sum(0) / whole.sum().clamp(min=1).to(ratio)
@@ -124,7 +132,9 @@ class Watcher:
             for path in (*self._places, *self._scored) if torch.is_grad_enabled() else ():
                 # The backward may begin there.
                 gather_for_backward(self._model, path)
-        features = [self._matched(beside(one.inputs, feature), mask) for feature in features]
+        features = [beside(one.inputs, feature) for feature in features]
+        masks = self.masks(one.inputs, features)
+        features = [self._matched(feature, mask) for feature, mask in zip(features, masks, strict=True)]
         return Seen(features, self._mean(ratios) if ratios else None)
 
     def _matched(self, feature: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,11 +146,6 @@ class Watcher:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
         touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
         return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
-
-
-def _bool(batch: Batch, name: str | None) -> Tensor | None:
-    mask = batch.get(name) if name else None
-    return None if mask is None else mask.bool()
 
 
 def _tensor(output: Any) -> Tensor:
