@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,9 +63,7 @@ class TowerCache:
         self._tower.forward = self._forward
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         restore_forward(self._tower, self._own)
         self._kept.clear()
 
