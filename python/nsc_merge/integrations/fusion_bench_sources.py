@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -214,32 +215,36 @@ def batches_of(
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:samples].tolist()
     if not order:
         raise ValueError(f"dataset: expected rows of {task!r}, found none")
-    taken = set(inspect.signature(model.forward).parameters) - {*_LABELS}
-    processor = None
-    rows = []
-    for number in order:
-        row = dataset[number]
-        image = row[0] if isinstance(row, tuple | list) else row.get("image", row.get("img"))
-        if image is None:
-            inputs = {name: _tensor(value) for name, value in row.items() if name in taken}
-        elif isinstance(image, Tensor):
-            inputs = {"pixel_values": image}
-        else:
-            if processor is None:
-                if not hasattr(modelpool, "load_processor"):
-                    raise ValueError(
-                        f"dataset: expected a pool with a processor for the images of {task!r}, such as "
-                        f"CLIPVisionLoRAPool, or rows with pixel_values, found a {type(modelpool).__name__}"
-                    )
-                processor = modelpool.load_processor()
-            inputs = {"pixel_values": processor(images=[image], return_tensors="pt")["pixel_values"][0]}
-        if not inputs:
-            raise ValueError(f"dataset: expected inputs of {type(model).__name__} in the rows of {task!r}, found {row}")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            start: Any = getattr(model, "config", None)
-            inputs.setdefault("decoder_input_ids", torch.tensor([start.decoder_start_token_id]))
-        rows.append(inputs)
+
+    @functools.cache
+    def processor() -> Any:
+        if not hasattr(modelpool, "load_processor"):
+            raise ValueError(
+                f"dataset: expected a pool with a processor for the images of {task!r}, such as "
+                f"CLIPVisionLoRAPool, or rows with pixel_values, found a {type(modelpool).__name__}"
+            )
+        return modelpool.load_processor()
+
+    rows = [_inputs(dataset[number], model, processor, task) for number in order]
     shapes = {tuple((name, value.shape) for name, value in row.items()) for row in rows}
     if len(shapes) > 1:
         raise ValueError(f"dataset: expected rows of one length for {task!r}, found {len(shapes)}; pad them")
     return [default_collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _inputs(row: Any, model: nn.Module, processor: Callable[[], Any], task: str) -> dict[str, Tensor]:
+    """The model's inputs of one row, without a dimension of rows."""
+    image = row[0] if isinstance(row, tuple | list) else row.get("image", row.get("img"))
+    if image is None:
+        taken = set(inspect.signature(model.forward).parameters) - {*_LABELS}
+        inputs = {name: _tensor(value) for name, value in row.items() if name in taken}
+    elif isinstance(image, Tensor):
+        inputs = {"pixel_values": image}
+    else:
+        inputs = {"pixel_values": processor()(images=[image], return_tensors="pt")["pixel_values"][0]}
+    if not inputs:
+        raise ValueError(f"dataset: expected inputs of {type(model).__name__} in the rows of {task!r}, found {row}")
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs.setdefault("decoder_input_ids", torch.tensor([config.decoder_start_token_id]))
+    return inputs
