@@ -105,12 +105,14 @@ class Stack:
         A, B: ``[E * r, d_in]`` and ``[d_out, r * E]``, for ``E`` matrices.
         targets: paths of parameters or ends of them (``target_parameters``), this one's among them.
         settings: given the parameter's path, rank and scaling.
+        first_in: PEFT before 0.19 made it, which took the first dimension of every matrix for that of the inputs.
     """
 
     A: Tensor
     B: Tensor
     targets: tuple[str, ...]
     settings: Callable[[str], tuple[int, float]]
+    first_in: bool = False
 
 
 WRAPPER = ".base_layer"

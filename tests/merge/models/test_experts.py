@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "num_experts_per_tok": 2,
 }
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXPERTS = 4
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -101,6 +102,30 @@ def test_adapters_of_parameters_compute_what_peft_does(models: dict[str, nn.Modu
             merged = result.apply(copy.deepcopy(model))
             torch.testing.assert_close(outputs(merged, tokens()), wanted, rtol=0, atol=1e-12)
         assert torch.equal(outputs(model, tokens()), base)
+
+
+@pytest.mark.parametrize("width", [24, 16])
+def test_adapters_of_parameters_by_an_earlier_peft_are_turned(width: int, tmp_path: Path) -> None:
+    """PEFT 0.18 took the first dimension for the inputs', also where both are as large; today's refuses the one, and
+    misreads the other.
+    """
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(**{**SIZES, "intermediate_size": width}, num_local_experts=EXPERTS, initializer_range=0.3)
+    model = tf.MixtralForCausalLM(config).double().eval()
+    model.set_experts_implementation("eager")
+    peft = trained(model, 1, [BOTH[1]], ["q_proj"])
+    peft.save_pretrained(tmp_path)
+    weights, settings = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    for key in [key for key in weights if "experts.lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        A, B = weights[key].reshape(EXPERTS, 2, -1), weights[other].reshape(-1, 2, EXPERTS)
+        weights[key] = B.permute(2, 1, 0).flatten(0, 1).contiguous()
+        weights[other] = A.permute(2, 1, 0).flatten(1).contiguous()
+    save_file(weights, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "peft_version": "0.18.1"}))
+    result = nsc_merge.merge(model, {"a": tmp_path}, method="task_arithmetic", scale=1.0)
+    merged = result.apply(copy.deepcopy(model))
+    torch.testing.assert_close(outputs(merged, tokens()), outputs(peft, tokens()), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", MODELS)

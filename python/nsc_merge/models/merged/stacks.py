@@ -76,7 +76,14 @@ def _of_parameter(
     turned = value.dim() == 3 and bool(getattr(module, "is_transposed", False))
     d_out, d_in = (second, first) if turned else (first, second)
     wanted = [rank * experts, d_in], [d_out, rank * experts]
-    if (list(stack.A.shape), list(stack.B.shape)) != wanted:
+    found = list(stack.A.shape), list(stack.B.shape)
+    first_in = value.dim() == 3 and not turned and found == ([rank * experts, d_out], [d_in, rank * experts])
+    if first_in and (stack.first_in or found != wanted):
+        return {
+            f"{path}.{number}": Factor(one.B.t().contiguous(), one.A.t().contiguous(), scaling)
+            for number, one in enumerate(matrices_of(stack, rank, scaling))
+        }
+    if found != wanted:
         raise ValueError(
             f"adapters[{task!r}]: {trained}: expected lora_A {wanted[0]} and lora_B {wanted[1]} for {experts} matrices "
             f"of rank {rank}, found {list(stack.A.shape)} and {list(stack.B.shape)}"
