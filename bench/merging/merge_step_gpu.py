@@ -29,9 +29,9 @@ from torch import Tensor
 import nsc_kernels as nk
 from nsc_kernels.bench.clocks import Clocks
 from nsc_kernels.bench.measuring import captured, synchronize
-from nsc_kernels.bench.step.contenders import CONTENDERS
+from nsc_kernels.bench.step.contenders import step_of
 from nsc_kernels.bench.step.models import MODELS, TINY
-from nsc_kernels.bench.step.problem import Problem, Shape, defaults
+from nsc_kernels.bench.step.problem import Problem, Shape
 from nsc_kernels.bench.trials import Trial, add_backends, available, supervise, trial_arguments
 
 from .. import from_tests
@@ -72,7 +72,7 @@ def timed(problem: Problem, contender: Contender, on: torch.device, steps: int) 
         torch.cuda.reset_peak_memory_stats(on)
     with ExitStack() as stack:
         stack.enter_context(nk.use_backend(contender.backend or "auto"))
-        step: Callable[[], object] = CONTENDERS[contender.name](problem, stack)
+        step: Callable[[], object] = step_of(contender.name, problem, stack)
         first = step()
         if contender.graph:
             step = captured([step], on)
@@ -106,8 +106,8 @@ def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
     shape = MODELS[NAMES[what.model]]
     shape = shape if on.type == "cuda" else small(shape)
     order = random.Random(0)
-    with defaults(on, torch.bfloat16), Clocks(what.clocks, on) as clocks:
-        problem = Problem(shape)
+    with Clocks(what.clocks, on) as clocks:
+        problem = Problem(shape, on, torch.bfloat16)
         running = contenders(what.backend)
         for turn in range(what.rounds):
             for contender in order.sample(running, len(running)):

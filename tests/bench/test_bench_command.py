@@ -461,6 +461,20 @@ def test_a_step_of_a_merge(tmp_path, capsys, model):
     assert compare.main([str(tmp_path / "s.jsonl")] * 2) == 0
 
 
+def test_a_step_is_timed_outside_of_the_mode_for_a_default_device(monkeypatch):
+    made, ran = [], []
+
+    def contender(problem, stack):
+        made.append(torch.overrides._get_current_function_mode_stack())
+        return lambda: ran.append(torch.overrides._get_current_function_mode_stack())
+
+    contenders = pytest.importorskip("nsc_kernels.bench.step.contenders")
+    monkeypatch.setitem(contenders.CONTENDERS, "loop", contender)
+    assert command.main(["step", *STEP[:-3], "loop"]) == 0
+    assert len(made[0]) == 1
+    assert ran == [[]] * 3  # one to begin with, and two rounds
+
+
 def test_under_pytest_benchmark():
     if not (ROOT / "bench" / "test_operator.py").is_file():
         pytest.skip("needs the source tree")

@@ -57,9 +57,9 @@ from ..problem import DTYPES
 from ..resident_memory import peak, reset_peak, resident
 from ..tables import NOISY, spread
 from ..timing import keep_freed_memory
-from .contenders import CONTENDERS
+from .contenders import CONTENDERS, step_of
 from .models import MODELS
-from .problem import Problem, Shape, defaults
+from .problem import Problem, Shape
 
 BLOCKS = 4  # of a named model, on a CPU
 SHAPE_HELP = {"layers": "blocks"}
@@ -69,7 +69,7 @@ Taken = dict[str, list[tuple[float, float]]]  # wall and processor seconds of ev
 
 
 def times(
-    shape: Shape, names: Sequence[str], rounds: int, on: torch.device
+    shape: Shape, names: Sequence[str], rounds: int, on: torch.device, dtype: torch.dtype
 ) -> tuple[Taken, dict[str, float], dict[str, str]]:
     """Of every step, the objective of the first, and why a contender could not be run.
 
@@ -81,7 +81,7 @@ def times(
         steps = {}
         for name in names:
             try:
-                step = CONTENDERS[name](Problem(shape), stack)
+                step = step_of(name, Problem(shape, on, dtype), stack)
                 value = step()
             except Exception as error:
                 errors[name] = f"{type(error).__name__}: {error}"
@@ -109,11 +109,11 @@ def paired(taken: Taken, name: str, other: str, clock: int) -> float | None:
     return statistics.median(first[clock] / second[clock] for first, second in pairs)
 
 
-def peak_of(shape: Shape, name: str, on: torch.device) -> int:
+def peak_of(shape: Shape, name: str, on: torch.device, dtype: torch.dtype) -> int:
     """Bytes that two steps add to the memory in use, measured in this process."""
-    problem = Problem(shape)
+    problem = Problem(shape, on, dtype)
     with ExitStack() as stack:
-        step = CONTENDERS[name](problem, stack)
+        step = step_of(name, problem, stack)
         if on.type == "cuda":
             torch.cuda.reset_peak_memory_stats(on)
             before = torch.cuda.memory_allocated(on)
@@ -227,13 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shape.classes:
         names = [name for name in names if name != "floor_compiled"]  # whose blocks are a decoder's
     torch.set_num_threads(a.threads)
-    with defaults(on, DTYPES[a.dtype]):
-        if a.peak_of:
-            print(peak_of(shape, a.peak_of, on))
-            return 0
-        keep_freed_memory()
-        facts = {"trial": "machine", **environment.facts(on)}
-        taken, objectives, errors = times(shape, names, a.rounds, on)
+    if a.peak_of:
+        print(peak_of(shape, a.peak_of, on, DTYPES[a.dtype]))
+        return 0
+    keep_freed_memory()
+    facts = {"trial": "machine", **environment.facts(on)}
+    taken, objectives, errors = times(shape, names, a.rounds, on, DTYPES[a.dtype])
     for name, error in errors.items():
         print(f"not timed: {name}: {error}", file=sys.stderr)
     if not taken:

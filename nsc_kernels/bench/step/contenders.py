@@ -14,7 +14,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
 
-from .problem import LAM, Problem
+from .problem import LAM, Problem, defaults
 
 Step = Callable[[], object]
 
@@ -74,7 +74,7 @@ def hooked_step(
 
     def step() -> Tensor:
         optimiser.zero_grad()
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=problem.dtype, device=problem.on)
         for batch, tasks in problem.passes:
             omega = hooks.score(tasks, forward, batch) / len(problem.names)
             omega.backward()
@@ -179,7 +179,7 @@ def dense(problem: Problem, stack: ExitStack) -> Step:
             for coefficient, delta in zip(lam, update, strict=True):
                 weight = weight + coefficient * delta
             merged[f"{path}.weight"] = weight
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=problem.dtype, device=problem.on)
         for batch, tasks in problem.passes:
             omega = hooks.score(tasks, lambda kept: functional_call(problem.model, merged, (), kept), batch)
             omega = omega / len(problem.names)
@@ -271,3 +271,9 @@ CONTENDERS: dict[str, Callable[[Problem, ExitStack], Step]] = {
     "floor_together": lambda problem, stack: floor(problem, stack, together=True),
     "floor_compiled": lambda problem, stack: floor(problem, stack, compiled=True),
 }
+
+
+def step_of(name: str, problem: Problem, stack: ExitStack) -> Step:
+    """A contender's step, to be run and timed outside of any default device."""
+    with defaults(problem.on, problem.dtype):
+        return CONTENDERS[name](problem, stack)

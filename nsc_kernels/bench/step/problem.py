@@ -75,7 +75,11 @@ def vit_of(shape: Shape) -> PreTrainedModel:
 
 @contextmanager
 def defaults(on: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """The device and the type as what new tensors are on and of."""
+    """The device and the type as what new tensors are on and of.
+
+    To make things in, not to time them in: torch's mode for a default device sees every function and every attribute of
+    a tensor, in Python.
+    """
     kind = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -129,14 +133,17 @@ def batch_of(shape: Shape) -> dict[str, Tensor]:
 
 
 class Problem:
-    """A model with random weights, adapters on q and v or on all linears, and one batch per task.
-
-    Everything is of torch's default type and on its default device.
+    """A model with random weights, adapters on q and v or on all linears, and one batch per task, on one device and of
+    one dtype.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.on, self.dtype = shape, on, dtype
+        with defaults(on, dtype):
+            self._make(shape)
+
+    def _make(self, shape: Shape) -> None:
         torch.manual_seed(0)
-        self.shape = shape
         self.model = model_of(shape).eval()
         self.model.requires_grad_(False)
         self.names = [f"task{k}" for k in range(shape.tasks)]
