@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -212,8 +213,14 @@ def _selection(setting: Any) -> Callable[[str], bool] | None:
     if not isinstance(setting, str):
         names = frozenset(setting)
         return lambda path: path in names or any(end in names for end in _ends(path))
+    return _matching(setting)
+
+
+# Asked for every module, where large expressions take a second to read.
+@functools.lru_cache(maxsize=8)
+def _matching(expression: str) -> Callable[[str], bool] | None:
     try:
-        pattern = ModulePatterns({f"^(?:{setting})": True})
+        pattern = ModulePatterns({f"^(?:{expression})": True})
         pattern.value("", False)
     except ValueError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -11,9 +12,10 @@ import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
+from zoo import build, write_adapter
 
 from nsc_merge import load_adapter
-from nsc_merge.adapters import module_patterns
+from nsc_merge.adapters import module_patterns, peft_config
 from nsc_merge.adapters.module_patterns import ModulePatterns
 from nsc_merge.adapters.peft_config import unknown_settings
 
@@ -207,3 +209,15 @@ def test_of_kinds_that_peft_makes_no_lora_of_the_message_says_so(kind, tmp_path)
 def test_of_prompts_there_is_no_weight_to_merge():
     with pytest.raises(ValueError, match="found 'PROMPT_TUNING', which changes what the model reads and no weight"):
         load_adapter({"config": {"peft_type": "PROMPT_TUNING"}, "weights": {}}, "x")
+
+
+def test_an_expression_is_read_once_for_all_modules(tmp_path, monkeypatch):
+    model = build("llama")
+    folder = write_adapter(model, tmp_path / "a", 1, target_modules=["q_proj", "v_proj"])
+    file = folder / "adapter_config.json"
+    expression = r".*\.(q_proj|v_proj)"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": expression}))
+    read = []
+    monkeypatch.setattr(peft_config, "ModulePatterns", lambda held: read.append(held) or ModulePatterns(held))
+    assert len(load_adapter(folder, "a").factors) > 2
+    assert sum(any("q_proj" in one for one in held) for held in read) == 1
