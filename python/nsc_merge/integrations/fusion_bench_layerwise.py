@@ -80,14 +80,7 @@ class LayerWiseFactors(nn.Module):
                 f"sparsity_ratio: expected None, found {sparsity_ratio!r}: a pruned update is of no low rank; "
                 "FusionBench's own LayerWiseMergedModel prunes dense task vectors"
             )
-        names = [name for name, value in pretrained_model.named_parameters() if value.requires_grad]
-        expected = (len(finetuned_models), len(names))
-        if not isinstance(layer_wise_weight, Tensor) or tuple(layer_wise_weight.shape) != expected:
-            shape = list(layer_wise_weight.shape) if isinstance(layer_wise_weight, Tensor) else layer_wise_weight
-            raise ValueError(
-                f"layer_wise_weight: expected {list(expected)}, a row for each of finetuned_models and a column for "
-                f"each parameter of pretrained_model that requires a gradient, found {shape!r:.60}"
-            )
+        names = _columns(layer_wise_weight, pretrained_model, len(finetuned_models))
         updates = [
             updates_of(pretrained_model, source, f"finetuned_models[{k}]", tolerance)
             for k, source in enumerate(finetuned_models)
@@ -103,32 +96,35 @@ class LayerWiseFactors(nn.Module):
         self.tie_weights, self.strict, self.sparsity_ratio = tie_weights, strict, None
         self.layer_names = names
         self.merge_weight = nn.Parameter(layer_wise_weight, requires_grad=True)
-        self._wrapped: dict[str, int] = {}
-        self._whole: dict[str, list[int]] = {}
         self._spent = False
         self._substitutes: dict[str, Tensor] | None = None
-        self._names = list(pretrained_model.state_dict())
-        alone = linear_weights(pretrained_model)
+        self._state_names = list(pretrained_model.state_dict())
+        # Path of a linear whose updates are factors -> its column; any other parameter -> which updates change it.
+        self._wrapped: dict[str, int] = {}
+        self._whole: dict[str, list[int]] = {}
+        self._hold(pretrained_model, updates)
+
+    def _hold(self, base: nn.Module, updates: Sequence[Mapping[str, Factor | Tensor]]) -> None:
+        """Put the updates of linears around these, and the others into buffers."""
+        alone = linear_weights(base)
         banks = {}
-        for column, name in enumerate(names):
+        for column, name in enumerate(self.layer_names):
             found = {k: held[name] for k, held in enumerate(updates) if name in held}
             if not found:
                 continue
-            path = name.removesuffix(".weight")
+            path, value = name.removesuffix(".weight"), base.get_parameter(name)
             if name in alone and all(isinstance(one, Factor) for one in found.values()):
-                banks[path] = _bank(pretrained_model.get_parameter(name), found, len(updates))
+                banks[path] = _bank(value, found, len(updates))
                 self._wrapped[path] = column
                 continue
             self._whole[name] = list(found)
             for k, one in found.items():
-                value = pretrained_model.get_parameter(name)
                 delta = one.delta() if isinstance(one, Factor) else one
                 self.register_buffer(f"update_{column}_{k}", delta.to(value), persistent=False)
-        self.pretrained_model = pretrained_model.requires_grad_(False)
+        self.pretrained_model = base.requires_grad_(False)
         for path, bank in banks.items():
-            linear = pretrained_model.get_submodule(path)
             lam = torch.zeros(len(updates), dtype=torch.float32, device=bank.device)
-            _replace(pretrained_model, path, MergedLoRALinear(linear, bank, lam))
+            _replace(base, path, MergedLoRALinear(base.get_submodule(path), bank, lam))
 
     @property
     def forward_model(self) -> Callable[..., Any]:
@@ -238,7 +234,7 @@ class MergedWeights(Mapping[str, Tensor]):
         self._model, self._weights, self._mask = model, weights, mask
         held = model.pretrained_model.state_dict(keep_vars=True)
         self._own: dict[str, Tensor] = {}
-        for name in model._names:
+        for name in model._state_names:
             path, _, part = name.rpartition(".")
             self._own[name] = held[f"{path}.linear.{part}" if path in model._wrapped else name]
 
@@ -257,6 +253,19 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._own)
+
+
+def _columns(layer_wise_weight: Any, base: nn.Module, count: int) -> list[str]:
+    """The parameter of each column, of which there have to be as many as parameters that require a gradient."""
+    names = [name for name, value in base.named_parameters() if value.requires_grad]
+    expected = (count, len(names))
+    if not isinstance(layer_wise_weight, Tensor) or tuple(layer_wise_weight.shape) != expected:
+        shape = list(layer_wise_weight.shape) if isinstance(layer_wise_weight, Tensor) else layer_wise_weight
+        raise ValueError(
+            f"layer_wise_weight: expected {list(expected)}, a row for each of finetuned_models and a column for "
+            f"each parameter of pretrained_model that requires a gradient, found {shape!r:.60}"
+        )
+    return names
 
 
 def _bank(weight: Tensor, found: Mapping[int, Factor | Tensor], count: int) -> AdapterBank:
