@@ -81,8 +81,8 @@ def _loader() -> Any:
                 refuse(f"expected text, or a number of {LONGEST_NUMBER} characters, found {len(node.value)}", node)
             return node
 
-        # As written, before merge keys (<<) put in those of other mappings.
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            """As written, before merge keys (<<) put in those of other mappings."""
             node = super().compose_mapping_node(anchor)
             seen: set[str] = set()
             for key, _ in node.value:
@@ -92,22 +92,23 @@ def _loader() -> Any:
                     seen.add(key.value)
             return node
 
-        # As YAML has it, whichever PyYAML there is: a mapping's own keys win over merged ones, of a list of mappings
-        # the earlier. 6.0.4 lets the later win, except for keys that happen to be the same object in memory.
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
-            written, merged = node.value, []
-            # Before those of others are looked at, which may be this one.
-            node.value = [(key, value) for key, value in written if key.tag != _MERGE_TAG]
-            for key, value in written:
-                if key.tag == _MERGE_TAG:
-                    for other in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
-                        if not isinstance(other, yaml.MappingNode):
-                            expected = "expected keys and values, or a list of such, to merge (<<)"
-                            raise yaml.constructor.ConstructorError(
-                                None, None, f"{expected}, found a {other.id}", other.start_mark
-                            )
-                        self.flatten_mapping(other)
-                        merged += other.value
+            """As YAML has it, whichever PyYAML there is: a mapping's own keys win over merged ones, of a list of
+            mappings the earlier. 6.0.4 lets the later win, except for keys that happen to be the same object in memory.
+            """
+            to_merge = [value for key, value in node.value if key.tag == _MERGE_TAG]
+            # Before the others are looked at, one of which may be this one.
+            node.value = [(key, value) for key, value in node.value if key.tag != _MERGE_TAG]
+            merged: list[tuple[yaml.Node, yaml.Node]] = []
+            for value in to_merge:
+                for other in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(other, yaml.MappingNode):
+                        expected = "expected keys and values, or a list of such, to merge (<<)"
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{expected}, found a {other.id}", other.start_mark
+                        )
+                    self.flatten_mapping(other)
+                    merged += other.value
             node.value = merged + node.value
             super().flatten_mapping(node)
 
@@ -135,8 +136,8 @@ def to_yaml(document: dict[str, Any]) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
-        # PyYAML writes line breaks that only Unicode has as they are, and reads the first of them as a blank.
         def represent_str(self, data: str) -> yaml.ScalarNode:
+            # PyYAML writes line breaks that only Unicode has as they are, and reads the first of them as a blank.
             style = '"' if any(character in data for character in "\x85\u2028\u2029") else None
             return self.represent_scalar(_STRING_TAG, data, style)
 
