@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_cases import text_base, write_pictures, write_rows
 
+from nsc_merge.calibration.raw import text_files
 from nsc_merge.calibration.raw.reading import is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.text_files import rows_of_text
@@ -181,6 +182,21 @@ def test_packed_files_give_the_rows_that_are_in_them(tmp_path, suffix, pack):
         (tmp_path / "data" / f"{split}.jsonl.{suffix}").write_bytes(pack(json.dumps(row).encode()))
     assert rows_in(tmp_path / "data") == [ROWS[1]]
     assert rows_in(tmp_path / "data", DataSettings(split="test")) == [ROWS[0]]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_what_is_packed_to_fill_the_memory_is_refused(tmp_path, monkeypatch, suffix, pack):
+    monkeypatch.setattr(text_files, "_MOST_UNPACKED", 10_000)
+    file = tmp_path / f"lines.txt.{suffix}"
+    file.write_bytes(pack(b"a\n" * 5000))
+    assert len(rows_in(file)) == 5000
+    file.write_bytes(pack(b"a\n" * 5001) + pack(b"a\n" * 10**6))
+    with pytest.raises(ValueError, match=rf"^data: .*lines.txt.{suffix}: expected text that is packed, found \d"):
+        rows_in(file)
+    # Numbers at random are packed to a third, and may be of any size.
+    numbers = np.random.default_rng(0).integers(0, 2**60, 3000)
+    file.write_bytes(pack(b"".join(b"%d\n" % number for number in numbers.tolist())))
+    assert len(rows_in(file)) == 3000
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -22,7 +22,9 @@ TEXT = "text"
 # The key of an object that holds the rows.
 _DATA = "data"
 # Suffix of a packed file -> what unpacks it.
-_PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+_PACKED: dict[str, Callable[[io.BytesIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# Text takes a tenth when it is packed; what grows further is made to fill the memory, but for small files.
+_MOST_UNPACKED, _MOST_GROWTH = 1 << 28, 100
 # Data are long where configurations are not; what a machine holds.
 _MOST_VALUES = 200_000_000
 
@@ -39,11 +41,8 @@ def rows_of_text(file: Path, raw: bytes, argument: str) -> list[Row]:
         ValueError: naming file and line, what was found and what was expected.
     """
     place = f"{argument}: {file}"
-    if (unpack := _PACKED.get(file.suffix.lower())) is not None:
-        try:
-            raw = unpack(raw)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise ValueError(f"{place} is damaged: {error}") from None
+    if file.suffix.lower() in _PACKED:
+        raw = _unpacked(file, raw, place)
     text = _decoded(raw, file, place)
     rows = READERS[kind_of(file)](text, place)
     if not rows:
@@ -56,6 +55,23 @@ def kind_of(file: Path) -> str:
     suffix = file.suffix.lower()
     inner = Path(file.stem).suffix.lower()
     return inner if suffix in _PACKED and inner in READERS else suffix
+
+
+def _unpacked(file: Path, raw: bytes, place: str) -> bytes:
+    most = max(_MOST_UNPACKED, _MOST_GROWTH * len(raw))
+    found = bytearray()
+    try:
+        with _PACKED[file.suffix.lower()](io.BytesIO(raw)) as opened:
+            while len(found) <= most and (part := opened.read(1 << 20)):
+                found += part
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{place} is damaged: {error}") from None
+    if len(found) > most:
+        raise ValueError(
+            f"{place}: expected text that is packed, found {len(raw)} bytes that unpack to more than {most}; unpack it "
+            "yourself if you trust it"
+        )
+    return bytes(found)
 
 
 def _decoded(raw: bytes, file: Path, place: str) -> str:
