@@ -192,6 +192,12 @@ def test_parts_of_messages():
         plain_text([message], "row")
     spoken = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     assert plain_text([spoken], "row") == [{"role": "user", "content": "ab"}]
+    # Blanks are looked at once each.
+    blanks = " " * 10**6
+    assert in_parts([{"role": "user", "content": f"x{blanks}y{blanks}<image>"}], "<image>")[0]["content"] == [
+        {"type": "text", "text": f"x{blanks}y"},
+        {"type": "image"},
+    ]
     assert in_parts([{"role": "user", "content": "x <image>\ny<image>"}], "<image>")[0]["content"] == [
         {"type": "text", "text": "x"}, {"type": "image"}, {"type": "text", "text": "y"}, {"type": "image"},
     ]  # fmt: skip

@@ -162,11 +162,14 @@ def in_parts(messages: Sequence[Message], image_token: str) -> list[Message]:
 def _parts(content: Any, image_token: str) -> list[dict[str, Any]]:
     if not isinstance(content, str):
         return content
-    texts = re.split(rf"\s*{re.escape(image_token)}\s*", content)
+    texts = content.split(image_token)
     parts: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
         if number:
             parts.append({"type": "image"})
+            text = text.lstrip()
+        if number < len(texts) - 1:
+            text = text.rstrip()
         if text:
             parts.append({"type": "text", "text": text})
     return parts
