@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tracemalloc
 from itertools import pairwise
 
 from hypothesis import given
@@ -34,6 +35,16 @@ def test_the_order_is_that_of_sha256_of_seed_and_number():
     assert drawn(rows(20), seed=7, samples=None) == [str(number) for number in by_hand]
     # As it was when this was written: a recipe gives the same samples in every release.
     assert drawn(rows(8), seed=0, samples=4) == ["7", "4", "3", "2"]
+
+
+def test_the_order_of_many_rows_takes_some_bytes_a_row():
+    count = 100_000
+    tracemalloc.start()
+    first = next(in_order(rows(count), 3, 4))[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert first == min(range(count), key=lambda number: hashlib.sha256(f"3:{number}".encode()).digest())
+    assert peak < 50 * count
 
 
 def test_fewer_samples_are_the_first_of_more_and_nothing_else_is_read():
