@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .contract import Backend, BackwardCall, ForwardCall
 from .modes import AS_IT_IS, gradients_batched, results_watched, without_autocast
-from .ops import run_backward, run_forward
+from .ops import derived_backward, run_backward, run_forward
 
 
 class MergedLoRAFunction(torch.autograd.Function):
@@ -63,9 +64,8 @@ class MergedLoRAFunction(torch.autograd.Function):
                 call = BackwardCall(
                     dy, dquad, dsqnorm, u, z, A, Bt, ctx.offsets, lam, dz_base, need_dz, need_dlam, reuse_base
                 )
-                if gradients_batched(dy, dquad, dsqnorm):
-                    # As arguments of an operator they arrive one at a time.
-                    dz, dlam = torch.ops.nsc.merged_lora_backward(*call[:12])
+                if gradients_batched(dy, dquad, dsqnorm) or forward_ad._current_level >= 0:
+                    dz, dlam = derived_backward(*call[:12])
                 else:
                     dz, dlam = run_backward(ctx.backend, call)
             if create_graph:
@@ -89,9 +89,20 @@ class OnceDifferentiable(torch.autograd.Function):
     graph, and ``torch.autograd.grad(..., allow_unused=True)`` then returns None for a derivative that is not zero.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, dz: Tensor | None, dlam: Tensor | None, *sources: Tensor | None) -> Any:
+    def forward(dz: Tensor | None, dlam: Tensor | None, *sources: Tensor | None) -> Any:
         return dz, dlam
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, dz: Tensor | None, dlam: Tensor | None, *sources: Tensor | None) -> Any:
+        # Views, as the results of the forward are.
+        return tuple(t if t is None else t.view_as(t) for t in (dz, dlam))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

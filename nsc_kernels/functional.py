@@ -13,9 +13,8 @@ from . import reference
 from .autograd import MergedLoRAFunction
 from .bank import AdapterBank
 from .contract import ForwardCall
-from .dispatch import AUTO, chosen
 from .modes import any_autocast, autocast_enabled, dispatch_watched, functorch_active, jit_tracing, results_watched
-from .ops import run_forward, select_backend
+from .ops import refuse_other_than_reference, run_forward, select_backend
 from .reference import accumulation_dtype
 
 # By autocast, to its own dtype.
@@ -198,11 +197,7 @@ def _route(
     if own_base:
         base, linear = linear(z), None
     if transformed:
-        if chosen() not in (AUTO, "reference"):
-            raise RuntimeError(
-                f"backend {chosen()!r} was asked for, but torch.func transforms and forward-mode differentiation "
-                f"are served by 'reference' only"
-            )
+        refuse_other_than_reference()
         y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
     elif as_op:
         y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)

@@ -15,10 +15,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from . import reference
 from .contract import Backend, BackwardCall, Call, ForwardCall
-from .dispatch import chosen, select
+from .dispatch import AUTO, chosen, select
 from .modes import without_autocast
 from .reference import accumulation_dtype
 
@@ -113,6 +115,27 @@ def run_backward(backend: Backend, call: BackwardCall) -> tuple[Tensor | None, T
     return backend.backward(call)
 
 
+def derived_backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The backward, of arguments that a transform wraps: they cannot be handed to a kernel.
+
+    As an operator it gets gradients in batches one at a time. It has no derivative of its own, so that the reference
+    serves where one is taken in forward mode.
+    """
+    if forward_ad._current_level >= 0:
+        refuse_other_than_reference()
+        return reference.backward(*arguments)
+    return torch.ops.nsc.merged_lora_backward(*arguments)
+
+
+def refuse_other_than_reference() -> None:
+    """Raise where another backend than the one that transforms can see through was asked for."""
+    if chosen() not in (AUTO, "reference"):
+        raise RuntimeError(
+            f"backend {chosen()!r} was asked for, but torch.func transforms and forward-mode differentiation are "
+            "served by 'reference' only"
+        )
+
+
 def _tensor(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     """An op returns tensors only: what was not asked for is empty."""
     return torch.empty(0, dtype=dtype, device=like.device) if t is None else t
@@ -186,7 +209,7 @@ def _op_backward(ctx: Any, dy: Any, dquad: Any, dsqnorm: Any, du: Any) -> tuple[
         raise RuntimeError("nsc::merged_lora: A and Bt are frozen; they have no gradient")
     dz = dlam = None
     if need_z or need_lam:
-        dz, dlam = torch.ops.nsc.merged_lora_backward(
+        dz, dlam = derived_backward(
             dy,
             dquad if ctx.stats else None,
             dsqnorm if ctx.stats else None,
@@ -213,3 +236,18 @@ def _op_backward(ctx: Any, dy: Any, dquad: Any, dsqnorm: Any, du: Any) -> tuple[
 
 
 torch.library.register_autograd(f"{NAMESPACE}::merged_lora", _op_backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _backward_of_batches(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+    """Gradients in batches, one at a time: what torch.vmap does where nobody says so, with a warning."""
+    given = list(zip(arguments, in_dims, strict=True))
+    found = [
+        torch.ops.nsc.merged_lora_backward(
+            *(t.select(dim, i) if isinstance(t, Tensor) and dim is not None else t for t, dim in given)
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0, 0)
+
+
+torch.library.register_vmap(f"{NAMESPACE}::merged_lora_backward", _backward_of_batches, lib=LIBRARY)

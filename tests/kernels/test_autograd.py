@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_operator import BACKENDS, require
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nsc_kernels as nk
 import operator_cases as oc
+from nsc_kernels import reference
 
 
 def double_inputs(per_row: bool = False) -> tuple[nk.AdapterBank, Tensor, Tensor, Tensor]:
@@ -128,6 +131,62 @@ def test_an_explicit_backend_does_not_yield_to_torch_func() -> None:
     bank, z, lam, base = (t.detach() if isinstance(t, Tensor) else t for t in double_inputs())
     with nk.use_backend("cpu"), pytest.raises(RuntimeError, match="served by 'reference' only"):
         torch.func.grad(lambda lam: objective(bank, z, lam, base))(lam)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("how", ["dual", "jvp", "jacfwd", "jvp of vmap"])
+def test_forward_mode_of_a_backward_is_that_of_the_formula(how: str, create_graph: bool) -> None:
+    bank, z, lam, _ = double_inputs()
+    direction = torch.randn(4, 6, dtype=torch.float64)
+    outputs = [nk.merged_lora(z, bank, lam), reference.forward(z, *bank.packed, lam, None, False)[0]]
+
+    def tangents(y: Tensor) -> tuple[Tensor, ...]:
+        def gradients(dy: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(y, (z, lam), dy, retain_graph=True, create_graph=create_graph)
+
+        if how == "dual":
+            with forward_ad.dual_level():
+                found = gradients(forward_ad.make_dual(torch.ones_like(direction), direction))
+                return tuple(forward_ad.unpack_dual(g).tangent for g in found)
+        if how == "jacfwd":
+            return torch.func.jacfwd(gradients)(direction)
+        many = torch.stack([direction, -direction]) if how == "jvp of vmap" else direction
+        wanted = torch.vmap(gradients) if how == "jvp of vmap" else gradients
+        return torch.func.jvp(wanted, (torch.ones_like(many),), (many,))[1]
+
+    for ours, expected in zip(*map(tangents, outputs), strict=True):
+        assert expected.any()
+        assert torch.allclose(ours, expected)
+
+
+def test_a_backward_in_forward_mode_does_not_leave_an_explicit_backend() -> None:
+    require("cpu")
+    bank, z, lam, _ = double_inputs()
+    with nk.use_backend("cpu"), pytest.raises(RuntimeError, match="served by 'reference' only"):
+        y = nk.merged_lora(z, bank, lam)
+        torch.func.jvp(lambda dy: torch.autograd.grad(y, z, dy), (torch.ones_like(y),), (torch.ones_like(y),))
+
+
+def test_a_reverse_mode_of_a_backward_is_refused_under_transforms_too() -> None:
+    bank, z, lam, _ = double_inputs()
+    y = nk.merged_lora(z, bank, lam)
+    with pytest.raises(RuntimeError, match="merged_lora is differentiable once"):
+        torch.func.jacrev(lambda dy: torch.autograd.grad(y, z, dy, create_graph=True))(torch.ones_like(y))
+
+
+def test_gradients_in_batches_are_those_one_by_one() -> None:
+    bank, z, lam, _ = double_inputs()
+    y = nk.merged_lora(z, bank, lam)
+    many = torch.randn(3, *y.shape, dtype=torch.float64)
+
+    def gradients(dy: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, (z, lam), dy, retain_graph=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.vmap(gradients, in_dims=1)(many.movedim(0, 1))
+    for ours, one_by_one in zip(found, zip(*map(gradients, many), strict=True), strict=True):
+        assert torch.equal(ours, torch.stack(one_by_one))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
