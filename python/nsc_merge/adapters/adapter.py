@@ -105,14 +105,14 @@ class Stack:
         A, B: ``[E * r, d_in]`` and ``[d_out, r * E]``, for ``E`` matrices.
         targets: paths of parameters or ends of them (``target_parameters``), this one's among them.
         settings: given the parameter's path, rank and scaling.
-        first_in: PEFT before 0.19 made it, which took the first dimension of every matrix for that of the inputs.
+        peft_version: that made it, if it is known: before 0.19.1 inputs and outputs of matrices were others.
     """
 
     A: Tensor
     B: Tensor
     targets: tuple[str, ...]
     settings: Callable[[str], tuple[int, float]]
-    first_in: bool = False
+    peft_version: str = ""
 
 
 WRAPPER = ".base_layer"

@@ -105,14 +105,13 @@ def test_adapters_of_parameters_compute_what_peft_does(models: dict[str, nn.Modu
 
 
 @pytest.mark.parametrize("width", [24, 16])
-def test_adapters_of_parameters_by_an_earlier_peft_are_turned(width: int, tmp_path: Path) -> None:
-    """PEFT 0.18 took the first dimension for the inputs', also where both are as large; today's refuses the one, and
-    misreads the other.
-    """
-    torch.manual_seed(0)
-    config = tf.MixtralConfig(**{**SIZES, "intermediate_size": width}, num_local_experts=EXPERTS, initializer_range=0.3)
-    model = tf.MixtralForCausalLM(config).double().eval()
-    model.set_experts_implementation("eager")
+@pytest.mark.parametrize(("kind", "version"), [("mixtral", "0.18.1"), ("mixtral", "0.19.0"), ("gpt-oss", "0.19.0")])
+def test_adapters_of_parameters_by_an_earlier_peft_are_turned(
+    kind: str, version: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They took outputs for inputs; today's refuses that, and misreads it where there are as many."""
+    monkeypatch.setitem(SIZES, "intermediate_size", width)
+    model = made(kind)
     peft = trained(model, 1, [BOTH[1]], ["q_proj"])
     peft.save_pretrained(tmp_path)
     weights, settings = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
@@ -122,7 +121,7 @@ def test_adapters_of_parameters_by_an_earlier_peft_are_turned(width: int, tmp_pa
         weights[key] = B.permute(2, 1, 0).flatten(0, 1).contiguous()
         weights[other] = A.permute(2, 1, 0).flatten(1).contiguous()
     save_file(weights, tmp_path / WEIGHTS)
-    (tmp_path / CONFIG).write_text(json.dumps({**settings, "peft_version": "0.18.1"}))
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "peft_version": version}))
     result = nsc_merge.merge(model, {"a": tmp_path}, method="task_arithmetic", scale=1.0)
     merged = result.apply(copy.deepcopy(model))
     torch.testing.assert_close(outputs(merged, tokens()), outputs(peft, tokens()), rtol=0, atol=1e-12)

@@ -67,8 +67,7 @@ def stacks_of(
         ValueError: if there is one factor alone.
     """
     settings, targets = Scalings(name, config), tuple(config.get("target_parameters") or ())
-    # Not written by 0.17, the first with target_parameters: there the shapes tell.
-    first_in = str(config.get("peft_version")).startswith("0.18.")
+    made_by = str(config.get("peft_version") or "")
     stacks = {}
     for path, parts in held.items():
         if set(parts) != set(FACTORS):
@@ -79,5 +78,5 @@ def stacks_of(
                 f"adapters[{name!r}]: {path}: expected lora_A [E r, d_in] and lora_B [d_out, r E], found "
                 f"{list(A.shape)} and {list(B.shape)}"
             )
-        stacks[path] = Stack(A, B, targets, settings.of, first_in)
+        stacks[path] = Stack(A, B, targets, settings.of, made_by)
     return stacks

@@ -77,8 +77,8 @@ def _of_parameter(
     d_out, d_in = (second, first) if turned else (first, second)
     wanted = [rank * experts, d_in], [d_out, rank * experts]
     found = list(stack.A.shape), list(stack.B.shape)
-    first_in = value.dim() == 3 and not turned and found == ([rank * experts, d_out], [d_in, rank * experts])
-    if first_in and (stack.first_in or found != wanted):
+    swapped = [rank * experts, d_out], [d_in, rank * experts]
+    if value.dim() == 3 and found == swapped and (found != wanted or _is_swapped(stack.peft_version, turned)):
         return {
             f"{path}.{number}": Factor(one.B.t().contiguous(), one.A.t().contiguous(), scaling)
             for number, one in enumerate(matrices_of(stack, rank, scaling))
@@ -91,6 +91,13 @@ def _of_parameter(
     if value.dim() == 2:
         return {path: Factor(stack.A, stack.B, scaling)}
     return {f"{path}.{number}": one for number, one in enumerate(matrices_of(stack, rank, scaling))}
+
+
+def _is_swapped(peft_version: str, turned: bool) -> bool:
+    """Whether that PEFT took outputs for inputs, which today's refuses or, of square matrices, misreads: 0.17, which
+    left no version, and 0.18 those of matrices ``[d_out, d_in]``, 0.19.0 all.
+    """
+    return peft_version.startswith("0.19.0") or (peft_version.startswith("0.18.") and not turned)
 
 
 def stacks_of_updates(updates: Mapping[str, Factor], model: nn.Module) -> dict[str, Stack]:
