@@ -15,6 +15,8 @@ _NAMED = re.compile(
     r"(?P<part>\.(?:lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]))\.(?P<name>(?!weight$|bias$)[^.]+)"
     r"(?P<end>(?:\.weight|\.bias)?)"
 )
+# A module has one magnitude, which PEFT's files had, and PEFT reads, as the weight of a module, with an adapter's name.
+_MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.(?:[^.]+\.weight|[^.]+)$")
 
 
 def as_peft_writes(weights: Mapping[str, Value]) -> tuple[dict[str, Value], tuple[str, ...]]:
@@ -48,6 +50,8 @@ def as_peft_writes(weights: Mapping[str, Value]) -> tuple[dict[str, Value], tupl
         (name,) = names
         for key in keys:
             changed(key, _NAMED.sub(_unnamed, keys[key]), f".{name}.: taken out of the keys, being the adapter's name")
+    for key in keys:
+        changed(key, _MAGNITUDE.sub("", keys[key]), "lora_magnitude_vector: what followed it in the keys is taken off")
     bare = not any(key.startswith("base_model.") for key in keys.values())
     for key in keys:
         while keys[key].startswith(2 * PREFIX):

@@ -47,6 +47,19 @@ def test_keys_of_another_making_are_read_alike_with_a_note(tmp_path, rename, not
         assert torch.equal(read.factors[path].B, factor.B)
 
 
+@pytest.mark.parametrize("end", [".weight", ".default", ".default.weight"])
+def test_magnitudes_are_read_however_they_are_called(tmp_path, end):
+    """PEFT reads all but ``.default``, of which it warns that the magnitude is missing."""
+    folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS, use_dora=True)
+    clean = nsc_merge.load_adapter(folder, "a")
+    edited(folder, lambda key: re.sub("(lora_magnitude_vector).*", rf"\1{end}", key))
+    read = nsc_merge.load_adapter(folder, "a")
+    assert read.notes == ("lora_magnitude_vector: what followed it in the keys is taken off",)
+    assert clean.factors.keys() == read.factors.keys()
+    for path, factor in clean.factors.items():
+        assert torch.equal(read.factors[path].magnitude, factor.magnitude)
+
+
 def test_keys_that_would_become_one_are_refused(tmp_path):
     folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
     held = load_file(folder / "adapter_model.safetensors")
