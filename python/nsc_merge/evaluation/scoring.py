@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nsc_merge.evaluation import joint_classes
-from nsc_merge.evaluation.metrics import IGNORE
+from nsc_merge.evaluation.metrics import IGNORE, Outputs, Predicted
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import Suite
 from nsc_merge.methods import METHODS
@@ -45,31 +45,38 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
 @torch.no_grad()
 def predict(
     suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None, *, share: bool = False
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all. Of sequences only the
-    places are kept whose label is known, as logits over a vocabulary are large.
+) -> dict[str, tuple[Outputs, Tensor]]:
+    """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all. Logits over a vocabulary
+    are large: a suite that has ``kept`` says what is kept of the outputs of a batch; else, and of an ensemble, those of
+    sequences are held where a label is known.
 
     Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
     over the models of all tasks. With ``share``, tasks whose batches hold the very same tensors share the forwards of
     a model that serves them all; it is not for heads that generate, which need more than one forward of a batch.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Outputs] = {}
     labels: dict[str, Tensor] = {}
     wanted = list(suite.tasks) if tasks is None else list(tasks)
     for served, models in models_of(suite, candidate, wanted):
         for number, enter in enumerate(models, 1):
             with enter() as model:
                 for together in [served] if share else [[task] for task in served]:
-                    for task, (output, label) in _outputs(suite, model, together, split).items():
-                        if len(models) > 1 and not output.is_floating_point():
+                    whole = len(models) > 1
+                    for task, (output, label) in _outputs(suite, model, together, split, whole=whole).items():
+                        labels[task] = label
+                        if isinstance(output, Predicted) or not whole:
+                            found[task] = output
+                            continue
+                        if not output.is_floating_point():
                             raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
                         # A running mean, so that one set of outputs is held.
-                        found[task] = output if number == 1 else found[task] + (output - found[task]) / number
-                        labels[task] = label
+                        so_far = found[task] if number > 1 else torch.zeros(())
+                        assert isinstance(so_far, Tensor)
+                        found[task] = so_far + (output - so_far) / number
     return {task: (found[task], labels[task]) for task in wanted}
 
 
-def score(suite: Suite, predicted: Mapping[str, tuple[Tensor, Tensor]]) -> Scores:
+def score(suite: Suite, predicted: Mapping[str, tuple[Outputs, Tensor]]) -> Scores:
     """Metric and loss of what :func:`predict` returned."""
     losses = {task: suite.loss(task, *pair) for task, pair in predicted.items()}
     return Scores(
@@ -143,21 +150,35 @@ def models_of(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tupl
     return [([task], [model]) for task, model in models.items()]
 
 
-def _outputs(suite: Suite, model: nn.Module, tasks: list[str], split: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _outputs(
+    suite: Suite, model: nn.Module, tasks: list[str], split: str, *, whole: bool
+) -> dict[str, tuple[Outputs, Tensor]]:
     """Task -> outputs of ``model`` and labels over a whole split; several tasks share its forwards."""
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {task: [] for task in tasks}
+    parts: dict[str, list[tuple[Outputs, Tensor]]] = {task: [] for task in tasks}
+    kept = None if whole else getattr(suite, "kept", None)
     labelled = [suite.labelled(task, split) for task in tasks]
     for batches in zip_longest(*labelled):
         with shared_forward(model) if len(tasks) > 1 else nullcontext():
             for task, batch in zip(tasks, batches, strict=True):
                 if batch is not None:
                     inputs, label = batch
-                    parts[task].append(_of_known_labels(suite.output(task, model, inputs), label))
+                    output = suite.output(task, model, inputs)
+                    less = output if kept is None else kept(task, output, label)
+                    parts[task].append(
+                        (less, label) if isinstance(less, Predicted) else _of_known_labels(less, label)
+                    )
     found = {}
     for task in tasks:
         outputs, labels = zip(*parts.pop(task), strict=True)
-        found[task] = _joined(outputs), _joined(labels, torch.nan)
+        found[task] = _together(outputs), _joined(labels, torch.nan)
     return found
+
+
+def _together(parts: Sequence[Any]) -> Outputs:
+    if not isinstance(parts[0], Predicted):
+        return _joined(parts)
+    classes, surprise, counts = zip(*parts, strict=True)
+    return Predicted(_joined(classes), _joined(surprise), max(counts))
 
 
 def _of_known_labels(output: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, ends_of, head_of, read_head
-from nsc_merge.evaluation.metrics import Metric
+from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
@@ -62,15 +62,15 @@ class Suite(Protocol):
         """What the task's head makes of the model, differentiable."""
         ...
 
-    def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
+    def loss(self, task: str, output: Any, label: Tensor) -> Tensor | None:
         """Scalar; None where the task has no loss."""
         ...
 
-    def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
+    def measure(self, task: str, outputs: Any, labels: Tensor) -> float:
         """The task's metric over a whole split."""
         ...
 
-    def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    def quality(self, task: str, outputs: Any, labels: Tensor) -> Tensor:
         """Per sample, higher is better."""
         ...
 
@@ -173,19 +173,32 @@ class RecipeSuite:
         device = input_device(model)
         return self._heads[task](model, {name: value.to(device) for name, value in batch.items()})
 
-    def loss(self, task: str, output: Tensor, label: Tensor) -> Tensor | None:
+    def kept(self, task: str, output: Tensor, label: Tensor) -> Outputs:
+        """What is kept of the outputs of a batch until all are measured: of logits at several places of a sample, what
+        its figures and the loss take of them.
+        """
+        if self.metric(task).loss is cross_entropy and label.dim() > 1 and output.shape[:-1] == label.shape:
+            with _naming(task):
+                return predicted(output, label)
+        return output
+
+    def loss(self, task: str, output: Outputs, label: Tensor) -> Tensor | None:
         """None where the metric has none, or where the outputs are generated tokens."""
         loss = self.metric(task).loss
-        if loss is None or not output.is_floating_point():
+        if loss is None:
             return None
+        if isinstance(output, Tensor):
+            if not output.is_floating_point():
+                return None
+            label = label.to(output.device)
         with _naming(task):
-            return loss(output, label.to(output.device))
+            return loss(output, label)
 
-    def measure(self, task: str, outputs: Tensor, labels: Tensor) -> float:
+    def measure(self, task: str, outputs: Outputs, labels: Tensor) -> float:
         with _naming(task):
             return self.metric(task).measure(outputs, labels, **self._further_of[task])
 
-    def quality(self, task: str, outputs: Tensor, labels: Tensor) -> Tensor:
+    def quality(self, task: str, outputs: Outputs, labels: Tensor) -> Tensor:
         return self.metric(task).quality(outputs, labels, **self._further_of[task])
 
     def _source(self, source: CalibrationSource, argument: str) -> Batches:

@@ -13,11 +13,12 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from zoo import IMAGE_TOKEN, KINDS, LANGUAGE, build, images_and_text, write_adapter
 
+from nsc_merge import merge
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.metrics import METRICS
-from nsc_merge.evaluation.scoring import predict, score
+from nsc_merge.evaluation.scoring import applied, predict, score
 from nsc_merge.evaluation.suite import RecipeSuite
 
 
@@ -170,7 +171,9 @@ def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity", "exact_match", "f1"])
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, batch_size):
-    """Logits over a vocabulary are large: of 3 answers among 12 tokens, not 4 times as many are held."""
+    """Logits over a vocabulary are large: none is held once a batch is measured, but by an ensemble those of 3 answers
+    among 12 tokens.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = build("llama")
     model.save_pretrained(tmp_path / "base")
@@ -190,14 +193,28 @@ def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, 
     recipe = {"model": "base", "tasks": {"a": task}, "methods": ["task_arithmetic"], "output": {"dir": "out"}}
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump({**recipe, "batch_size": batch_size}))
     suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml").at(0))
+    alone = merge(suite.model, suite.adapters, method="ensemble")
+    assert predict(suite, alone, "test")["a"][0].classes.shape == (9, 11)
     predicted = predict(suite, suite.model, "test")
-    assert predicted["a"][0].shape == (9, 3, model.config.vocab_size)
+    assert predicted["a"][0].classes.shape == predicted["a"][0].surprise.shape == (9, 11)
+    assert predicted["a"][0].size == model.config.vocab_size
     expected = METRICS[metric].measure(logits[:, :-1], labels[:, 1:])
     assert expected > 0
     found = score(suite, predicted)
     assert found.metrics["a"] == pytest.approx(expected, rel=1e-5)
     loss = METRICS[metric].loss(logits[:, :-1], labels[:, 1:])
     assert found.losses["a"] == pytest.approx(loss.item(), rel=1e-5)
+    each = METRICS[metric].quality(logits[:, :-1], labels[:, 1:])
+    assert suite.quality("a", *predicted["a"]).tolist() == pytest.approx(each.tolist(), rel=1e-5, nan_ok=True)
+
+    two = {"a": suite.adapters["a"], "b": suite.adapters["a"]}
+    pair = merge(suite.model, two, method="ensemble")
+    held, known = predict(suite, pair, "test")["a"]
+    assert held.shape == (9, 3, model.config.vocab_size)
+    with applied(suite.model, pair.for_task("a")) as one, torch.no_grad():
+        own = one(input_ids=ids).logits[:, :-1]
+    expected = METRICS[metric].measure(own, labels[:, 1:])
+    assert suite.measure("a", held, known) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture

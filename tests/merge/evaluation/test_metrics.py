@@ -59,6 +59,33 @@ def test_a_prediction_that_is_no_number_is_wrong():
     assert metrics.exact_match(outputs, labels) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(30, 7), (8, 4, 5)])
+@pytest.mark.parametrize("name", ["accuracy", "miou", "f1", "f1_binary", "matthews", "perplexity", "exact_match"])
+def test_what_is_kept_of_logits_has_their_figures(name, shape, dtype):
+    classes = 2 if name == "f1_binary" else 6
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, shape, generator=generator)
+    outputs = 4 * nn.functional.one_hot(labels, classes) + 3 * torch.randn(*shape, classes, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.2] = metrics.IGNORE
+    labels[1] = metrics.IGNORE
+    outputs = outputs.to(dtype)
+    kept = metrics.predicted(outputs, labels)
+    assert kept.classes.shape == kept.surprise.shape == shape
+    whole, metric = outputs.float(), METRICS[name]
+    assert metric.measure(kept, labels) == pytest.approx(metric.measure(whole, labels), rel=1e-6)
+    assert metric.loss(kept, labels).item() == pytest.approx(metric.loss(whole, labels).item(), rel=1e-6)
+    # Some that are known then are left out afterwards, for standard errors.
+    labels[::3] = metrics.IGNORE
+    assert metric.measure(kept, labels) == pytest.approx(metric.measure(whole, labels), rel=1e-6)
+    each = metric.quality(whole, labels).tolist()
+    assert metric.quality(kept, labels).tolist() == pytest.approx(each, rel=1e-5, nan_ok=True)
+    outputs[0, 0, 1] = math.nan
+    broken = metrics.predicted(outputs, labels)
+    if name != "perplexity":
+        assert metric.measure(broken, labels) == metric.measure(outputs.float(), labels)
+
+
 def test_errors_by_hand():
     outputs, labels = torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([[2.0, 2.0], [2.0, math.nan]])
     assert metrics.rmse(outputs, labels) == pytest.approx(math.sqrt(10 / 3))

@@ -9,6 +9,8 @@ not known are left out: :data:`IGNORE` among class indices, NaN among values.
 from __future__ import annotations
 
 from nsc_merge.evaluation.metrics.classification import (
+    Outputs,
+    Predicted,
     accuracy,
     accuracy_per_sample,
     cross_entropy,
@@ -18,6 +20,7 @@ from nsc_merge.evaluation.metrics.classification import (
     mean_iou,
     mean_iou_per_sample,
     perplexity,
+    predicted,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
 from nsc_merge.evaluation.metrics.generation import OWN, cider, cider_per_sample, exact_match, exact_match_per_sample
@@ -40,6 +43,8 @@ __all__ = [
     "METRICS",
     "OWN",
     "Metric",
+    "Outputs",
+    "Predicted",
     "absolute_error",
     "accuracy",
     "accuracy_per_sample",
@@ -61,6 +66,7 @@ __all__ = [
     "mean_iou_per_sample",
     "pearson",
     "perplexity",
+    "predicted",
     "rmse",
     "spearman",
     "squared_error",

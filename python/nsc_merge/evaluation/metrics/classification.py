@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,47 @@ from torch import Tensor
 from nsc_merge.evaluation.metrics.labels import IGNORE, compared
 
 
-def accuracy(outputs: Tensor, labels: Tensor) -> float:
+class Predicted(NamedTuple):
+    """What figures and losses take of logits ``[N, ..., C]``: two numbers a label, where a vocabulary has a hundred
+    thousand logits.
+
+    Attributes:
+        classes: ``[N, ...]``, the class of the highest logit; C, which no label is, where some logit is NaN, and where
+            no label is known.
+        surprise: ``[N, ...]``, float32: the cross entropy; 0 where no label is known.
+        size: C.
+    """
+
+    classes: Tensor
+    surprise: Tensor
+    size: int
+
+
+Outputs = Tensor | Predicted
+
+
+def predicted(outputs: Tensor, labels: Tensor) -> Predicted:
+    """What is left of logits, on the CPU; one sample after another, as what is computed of them is as large.
+
+    Arguments and errors as in :func:`accuracy`.
+    """
+    _check_classes(outputs, labels)
+    classes = torch.full(labels.shape, outputs.shape[-1])
+    surprise = torch.zeros(labels.shape)
+    for number, label in enumerate(labels):
+        known = label != IGNORE
+        logits = outputs[number][known.to(outputs.device)].float()
+        classes[number][known] = _highest(logits).cpu()
+        wanted = label[known].long().to(logits.device)
+        surprise[number][known] = F.cross_entropy(logits, wanted, reduction="none").cpu()
+    return Predicted(classes, surprise, outputs.shape[-1])
+
+
+def accuracy(outputs: Outputs, labels: Tensor) -> float:
     """Share of known labels that are predicted: torchmetrics' micro average. Where some logit is NaN, nothing is.
 
     Args:
-        outputs: logits ``[N, ..., C]``.
+        outputs: logits ``[N, ..., C]``, or what :func:`predicted` keeps of them.
         labels: class indices ``[N, ...]``, integers.
 
     Raises:
@@ -23,13 +61,13 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     return right.sum().item() / known.sum().item()
 
 
-def accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+def accuracy_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
     """:func:`accuracy` of every sample, ``[N]``: 0 or 1 where a sample is one label."""
     right, known = hits(outputs, labels)
     return right.reshape(len(labels), -1).sum(1) / known.reshape(len(labels), -1).sum(1)
 
 
-def mean_iou(outputs: Tensor, labels: Tensor) -> float:
+def mean_iou(outputs: Outputs, labels: Tensor) -> float:
     """Mean over classes of intersection over union, pixels of all samples together: torchmetrics' macro average of the
     Jaccard index, which leaves out classes that neither occur nor are predicted.
 
@@ -38,12 +76,12 @@ def mean_iou(outputs: Tensor, labels: Tensor) -> float:
     return _iou(_whole_confusion(outputs, labels)).item()
 
 
-def mean_iou_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+def mean_iou_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
     """:func:`mean_iou` within every sample, ``[N]``, which torchmetrics has no average over classes for."""
     return _iou(_confusion(outputs, labels))
 
 
-def f1(outputs: Tensor, labels: Tensor) -> float:
+def f1(outputs: Outputs, labels: Tensor) -> float:
     """Mean F-measure over the classes that occur or are predicted, all known labels together: scikit-learn's macro
     average.
 
@@ -53,7 +91,7 @@ def f1(outputs: Tensor, labels: Tensor) -> float:
     return (2 * both / either)[either > 0].mean().item()
 
 
-def f1_binary(outputs: Tensor, labels: Tensor) -> float:
+def f1_binary(outputs: Outputs, labels: Tensor) -> float:
     """F-measure of class 1 of two; 0 where it neither occurs nor is predicted. As :func:`f1`.
 
     Raises:
@@ -65,13 +103,13 @@ def f1_binary(outputs: Tensor, labels: Tensor) -> float:
     return (2 * both[1] / either[1].clamp(min=1)).item()
 
 
-def _f_parts(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _f_parts(outputs: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
     """``[C]`` each: true positives, and how often a class occurs plus how often it is predicted."""
     (confusion,) = _whole_confusion(outputs, labels)
     return confusion.diagonal(), confusion.sum(0)[:-1] + confusion.sum(1)
 
 
-def matthews(outputs: Tensor, labels: Tensor) -> float:
+def matthews(outputs: Outputs, labels: Tensor) -> float:
     """Matthews' correlation of known and predicted classes, from -1 to 1, of any number of them (Gorodkin 2004); 0
     where there is one class alone on a side, as scikit-learn has it.
 
@@ -84,27 +122,35 @@ def matthews(outputs: Tensor, labels: Tensor) -> float:
     return (covariance / spread.sqrt()).item() if spread > 0 else 0.0
 
 
-def perplexity(outputs: Tensor, labels: Tensor) -> float:
+def perplexity(outputs: Outputs, labels: Tensor) -> float:
     """Exponential of the mean cross entropy over known labels; arguments and errors as in :func:`accuracy`."""
     return cross_entropy(outputs, labels).double().exp().item()
 
 
-def negative_entropy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+def negative_entropy_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
     """Minus the mean :func:`cross_entropy` of every sample, ``[N]``; NaN where no label is known."""
     _, known = hits(outputs, labels)
-    flat = F.cross_entropy(
-        outputs.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORE, reduction="none"
-    )
+    if isinstance(outputs, Predicted):
+        flat = outputs.surprise * known
+    else:
+        flat = F.cross_entropy(
+            outputs.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORE, reduction="none"
+        )
     return -flat.reshape(len(labels), -1).sum(1) / known.reshape(len(labels), -1).sum(1)
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(outputs: Outputs, labels: Tensor) -> Tensor:
     """Mean over known labels, with classes in the last axis; shapes as in :func:`accuracy`."""
     _check_classes(outputs, labels)
+    if isinstance(outputs, Predicted):
+        return outputs.surprise[labels != IGNORE].double().mean()
     return F.cross_entropy(outputs.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORE)
 
 
-def _check_classes(outputs: Tensor, labels: Tensor) -> None:
+def _check_classes(outputs: Outputs, labels: Tensor) -> None:
+    if isinstance(outputs, Predicted):
+        # As when they were made.
+        return
     if not outputs.is_floating_point():
         raise TypeError(f"outputs: expected logits in floating point, found {outputs.dtype}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
@@ -121,28 +167,36 @@ def _check_classes(outputs: Tensor, labels: Tensor) -> None:
         )
 
 
-def hits(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def hits(outputs: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where known labels are predicted, and where labels are known; errors as in :func:`accuracy`."""
     _check_classes(outputs, labels)
-    return compared(_predicted(outputs), labels)
+    return compared(_classes(outputs), labels)
 
 
-def _predicted(outputs: Tensor) -> Tensor:
+def _classes(outputs: Outputs) -> Tensor:
+    return outputs.classes if isinstance(outputs, Predicted) else _highest(outputs)
+
+
+def _highest(outputs: Tensor) -> Tensor:
     """The class of the highest logit; C, which no label is, where some logit is NaN, as argmax takes that for it."""
     return outputs.argmax(-1).masked_fill(outputs.isnan().any(-1), outputs.shape[-1])
 
 
-def _whole_confusion(outputs: Tensor, labels: Tensor) -> Tensor:
+def _whole_confusion(outputs: Outputs, labels: Tensor) -> Tensor:
     """``[1, C, C + 1]``, of all samples together; see :func:`_confusion`."""
     _check_classes(outputs, labels)
-    return _confusion(outputs.flatten(0, -2)[None], labels.flatten()[None])
+    if isinstance(outputs, Predicted):
+        flat: Outputs = Predicted(outputs.classes.flatten()[None], outputs.surprise.flatten()[None], outputs.size)
+    else:
+        flat = outputs.flatten(0, -2)[None]
+    return _confusion(flat, labels.flatten()[None])
 
 
-def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:
+def _confusion(outputs: Outputs, labels: Tensor) -> Tensor:
     """``[N, C, C + 1]``: pixels by true and predicted class, and of the latter none."""
     _, known = hits(outputs, labels)
-    classes = outputs.shape[-1]
-    cells = (labels.long().clamp(min=0) * (classes + 1) + _predicted(outputs)).reshape(len(labels), -1)
+    classes = outputs.size if isinstance(outputs, Predicted) else outputs.shape[-1]
+    cells = (labels.long().clamp(min=0) * (classes + 1) + _classes(outputs)).reshape(len(labels), -1)
     counts = torch.zeros(len(labels), classes * (classes + 1), dtype=torch.float64, device=labels.device)
     counts.scatter_add_(1, cells, known.reshape(len(labels), -1).double())
     return counts.view(-1, classes, classes + 1)

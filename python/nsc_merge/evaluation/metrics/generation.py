@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.evaluation.metrics import cider_score
-from nsc_merge.evaluation.metrics.classification import (
-    hits,
-)
+from nsc_merge.evaluation.metrics.classification import Outputs, Predicted, hits
 from nsc_merge.evaluation.metrics.labels import IGNORE, compared
 
 Decode = Callable[[Sequence[int]], str]
@@ -19,12 +17,12 @@ OWN = "own"
 PROGRAMS = (OWN, "pycocoevalcap")
 
 
-def exact_match(outputs: Tensor, labels: Tensor) -> float:
+def exact_match(outputs: Outputs, labels: Tensor) -> float:
     """Share of sequences of which every known token is predicted.
 
     Args:
-        outputs: logits ``[N, T, C]``, or predicted tokens (integers) ``[N, T]`` or longer, of which only the first T
-            are asked for.
+        outputs: logits ``[N, T, C]``, what :func:`predicted` keeps of them, or predicted tokens (integers) ``[N, T]``
+            or longer, of which only the first T are asked for.
         labels: tokens ``[N, T]``, integers; :data:`IGNORE` where nothing is asked. Sequences of which nothing is asked
             do not count.
 
@@ -34,15 +32,20 @@ def exact_match(outputs: Tensor, labels: Tensor) -> float:
     return exact_match_per_sample(outputs, labels).nanmean().item()
 
 
-def exact_match_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+def exact_match_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
     """0 or 1 for every sequence, ``[N]``; NaN where nothing is asked."""
-    tokens = outputs[:, : labels.shape[-1]] if outputs.dim() == 2 else outputs
-    if not tokens.is_floating_point() and tokens.shape == labels.shape:
-        right, known = compared(tokens, labels)
-    else:
-        right, known = hits(outputs, labels)
+    right, known = _tokens_right(outputs, labels)
     matched = (right | ~known).reshape(len(labels), -1).all(1).float()
     return matched.masked_fill(~known.reshape(len(labels), -1).any(1), torch.nan)
+
+
+def _tokens_right(outputs: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(outputs, Predicted):
+        return hits(outputs, labels)
+    tokens = outputs[:, : labels.shape[-1]] if outputs.dim() == 2 else outputs
+    if not tokens.is_floating_point() and tokens.shape == labels.shape:
+        return compared(tokens, labels)
+    return hits(outputs, labels)
 
 
 def cider(

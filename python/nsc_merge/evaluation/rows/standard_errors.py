@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from nsc_merge.evaluation.suite import RecipeSuite
 GROUPS = 20
 
 
-def without_each(suite: RecipeSuite, task: str, outputs: Tensor, labels: Tensor) -> list[float]:
+def without_each(suite: RecipeSuite, task: str, outputs: Any, labels: Tensor) -> list[float]:
     """The task's metric without each of :data:`GROUPS` groups of samples; empty for fewer samples than groups, and
     where some rest has no figure.
 
