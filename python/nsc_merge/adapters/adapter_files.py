@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters.formats import diffusers_file
+from nsc_merge.adapters.formats.foreign_files import way_from
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors, read_checked
 
@@ -93,7 +94,7 @@ def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
     """The configuration, of a folder that has both files."""
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else _what_is_at(folder)
             what = "is no file" if (folder / file).exists() else "is missing"
             raise FileNotFoundError(f"adapters[{name!r}]: {folder / file} {what} (found: {found}){_cure(folder)}")
     raw = (folder / CONFIG_FILE).read_bytes()
@@ -103,12 +104,17 @@ def _config(folder: Path, name: str) -> tuple[bytes, dict[str, Any]]:
     return raw, config
 
 
+def _what_is_at(folder: Path) -> str:
+    return "a file" if folder.exists() else "no such folder"
+
+
 def _cure(folder: Path) -> str:
     """How to make the weights of a folder that holds them otherwise; nothing where it holds none."""
     if folder.is_file():
         return (
             f"; expected the folder of an adapter, with {CONFIG_FILE} and {WEIGHTS_FILE}, or with "
             f"{diffusers_file.FILE} where diffusers wrote it, whatever the file is called now"
+            f"{way_from([folder.name], folder.parent)}"
         )
     held, out = folder / "adapter_model.bin", str(folder / WEIGHTS_FILE)
     if held.is_file():
@@ -123,20 +129,16 @@ def _cure(folder: Path) -> str:
             f"save_file({{k: v for p in parts for k, v in load_file(p).items()}}, {out!r})"
         )
     else:
-        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        # Of a trainer's checkpoints the last, by its number.
+        inside = sorted((file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")), key=lambda one: (len(one), one))
         if inside:
             return f"; expected the folder of one adapter, such as {folder / inside[-1]}"
-        if (folder / "adapters.safetensors").is_file():
-            return (
-                f"; adapters.safetensors is of MLX; in {WEIGHTS_FILE} lora_A.weight and lora_B.weight are its lora_a "
-                f"and lora_b transposed, and in {CONFIG_FILE} lora_alpha is its scale times r"
-            )
         if any(folder.glob("model*.safetensors")):
             return (
                 "; a whole model is no adapter: where it was trained from the base, mergekit-extract-lora makes an "
                 "adapter of what it changed"
             )
-        return ""
+        return way_from([file.name for file in folder.glob("*")], folder)
     return f"; pickles are never opened, and parts not put together; to convert: python -c {shlex.quote(code)}"
 
 

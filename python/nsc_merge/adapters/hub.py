@@ -10,6 +10,7 @@ from typing import NamedTuple
 from nsc_merge.adapters.adapter import Adapter
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
+from nsc_merge.adapters.formats.foreign_files import way_from
 from nsc_merge.adapters.weights_beside import CONVERTED
 from nsc_merge.utils.errors import hub_problem
 
@@ -135,5 +136,8 @@ def _check_there(argument: str, hub: str, within: str, files: Sequence[str]) -> 
             f"hf download {hub.partition('@')[0]} --local-dir DIR fetches it, and merging DIR names the line that "
             "converts it"
         )
+    if not hint:
+        hint = way_from(beside, Path("DIR"))
+        hint += f", after hf download {hub.partition('@')[0]} --local-dir DIR" * (" DIR" in hint)
     found = f"(found: {shown or 'nothing'}){hint}"
     raise FileNotFoundError(f"{argument}: {hub} on the hub holds no {within}{missing} {found}")

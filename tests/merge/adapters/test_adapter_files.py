@@ -6,6 +6,10 @@ import copy
 import hashlib
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,12 +95,58 @@ def test_a_folder_of_adapters_names_one(folders):
 
 @pytest.mark.parametrize(
     ("file", "way_out"),
-    [("adapters.safetensors", "is of MLX; .* lora_a and lora_b transposed"), ("model.safetensors", "a whole model")],
+    [
+        ("adapters.safetensors", "is of MLX, with both factors transposed; to convert: python"),
+        ("model.safetensors", "a whole model is no adapter"),
+        ("adapter.safetensors", r"is of the library adapters .*merge_adapter\(NAME\).*mergekit-extract-lora"),
+        ("pytorch_adapter.bin", r"is of the library adapters .*merge_adapter\(NAME\).*mergekit-extract-lora"),
+        ("lora_config.json", "is of PaddleNLP: .*merge_lora_params.py.*mergekit-extract-lora"),
+        ("lit_model.pth.lora", "is of LitGPT: .*mergekit-extract-lora"),
+        ("a.gguf", "is of llama.cpp: .*of a folder of PEFT's: give that one"),
+        ("a.safetensors", r"is of kohya, ComfyUI, .*: load it into the pipeline \(pipe.load_lora_weights\)"),
+    ],
 )
 def test_files_of_something_else_are_named(tmp_path, file, way_out):
     save_file({"weight": torch.zeros(2)}, tmp_path / file)
     with pytest.raises(FileNotFoundError, match=rf"{CONFIG} is missing \(found: \['{file}'\]\); .*{way_out}"):
         load_adapter(tmp_path, "x")
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", WEIGHTS])
+def test_a_file_in_place_of_its_folder_is_told(tmp_path, file):
+    save_file({"weight": torch.zeros(2)}, tmp_path / file)
+    with pytest.raises(FileNotFoundError, match=r"\(found: a file\); expected the folder of an adapter, .*") as caught:
+        load_adapter(tmp_path / file, "x")
+    assert ("kohya" in str(caught.value)) == (file != WEIGHTS)
+
+
+def test_of_several_checkpoints_the_last_is_named(folders):
+    parent = folders["plain"].parent / "run"
+    for number in (500, 1000):
+        copied = shutil.copytree(folders["plain"], parent / f"checkpoint-{number}")
+        (copied / "optimizer.pt").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"expected the folder of one adapter, such as .*checkpoint-1000$"):
+        load_adapter(parent, "x")
+    assert load_adapter(parent / "checkpoint-500", "x").notes == ()
+
+
+def test_an_adapter_of_mlx_is_converted_as_the_message_says(folders, tmp_path):
+    """Of mlx-lm 0.32: its update is ``scale * lora_b.T @ lora_a.T``."""
+    old, new = tmp_path / "a b", tmp_path / "new"
+    old.mkdir()
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 20.0}, "num_layers": 1}
+    (old / CONFIG).write_text(json.dumps(settings))
+    path = "model.layers.3.self_attn.q_proj"
+    factors = {"lora_a": torch.randn(6, 4), "lora_b": torch.randn(4, 5)}
+    save_file({f"{path}.{part}": value for part, value in factors.items()}, old / "adapters.safetensors")
+    with pytest.raises(FileNotFoundError, match="is of MLX") as caught:
+        load_adapter(old, "x")
+    said = str(caught.value)
+    assert "\n" not in said
+    _, *words = shlex.split(said.partition("to convert: ")[2])
+    subprocess.run([sys.executable, *words[:-1], str(new)], check=True, cwd=tmp_path)
+    expected = 20 * factors["lora_b"].double().T @ factors["lora_a"].double().T
+    torch.testing.assert_close(load_adapter(new, "x").factors[path].delta(), expected)
 
 
 def test_a_rank_other_than_the_configurations_is_no_matter_of_convolutions(folders, tmp_path):

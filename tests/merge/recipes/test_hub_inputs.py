@@ -130,6 +130,17 @@ def test_weights_in_other_files_are_refused_with_what_to_do(hub, tmp_path, place
         nsc_merge.load_adapter(old, "nli")
 
 
+@pytest.mark.parametrize(
+    ("file", "cure"),
+    [("adapters.safetensors", "is of MLX.* after hf download me/other --local-dir DIR$"), ("a.safetensors", "of kohya")],
+)
+def test_files_of_other_trainers_are_named(hub, tmp_path, file, cure):
+    save_file({"weight": torch.ones(2)}, tmp_path / file)
+    hub.upload("me/other", tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"me/other@\w+ on the hub holds no adapter_config.json .*{cure}"):
+        nsc_merge.load_adapter("me/other", "nli")
+
+
 def test_the_file_of_diffusers_is_fetched(hub, tmp_path):
     shapes = {"A": (2, 3), "B": (4, 2)}
     factors = {f"unet.down.to_q.lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
