@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.analysis.tracking import Tracking
-from nsc_merge.utils.atomic_file import replacing
-from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style
+from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style, write_picture
 
 
 def draw_tracking(tracking: Tracking, column: str | None, out: Path) -> Path:
@@ -18,7 +17,7 @@ def draw_tracking(tracking: Tracking, column: str | None, out: Path) -> Path:
     Raises:
         RuntimeError: if matplotlib is not installed.
     """
-    with pyplot_in_style() as pyplot, replacing(out) as temporary:
+    with pyplot_in_style() as pyplot:
         panels = 1 if column is None else 2
         figure, axes = pyplot.subplots(
             panels,
@@ -59,7 +58,7 @@ def draw_tracking(tracking: Tracking, column: str | None, out: Path) -> Path:
             fontsize=9,
             ncols=1 + len(blocks) // 14,
         )
-        figure.savefig(temporary)
+        write_picture(figure, out)
         pyplot.close(figure)
     return out
 
@@ -79,7 +78,7 @@ def draw_quartiles(
     """
     columns = min(4, len(studies))
     lines = math.ceil(len(studies) / columns)
-    with pyplot_in_style() as pyplot, replacing(out) as temporary:
+    with pyplot_in_style() as pyplot:
         figure, axes = pyplot.subplots(
             lines,
             columns,
@@ -108,7 +107,7 @@ def draw_quartiles(
             axis.grid(axis="y", color="0.92")
         figure.supxlabel("mean null-space ratio ω of the share of samples", fontsize=10)
         figure.suptitle(title, fontsize=11)
-        figure.savefig(temporary)
+        write_picture(figure, out)
         pyplot.close(figure)
     return out
 
@@ -120,7 +119,7 @@ def draw_bound(checks: Sequence[Mapping[str, Any]], out: Path) -> Path:
         RuntimeError: if matplotlib is not installed.
     """
     shown = [check for check in checks if check["tightness"] is not None]
-    with pyplot_in_style() as pyplot, replacing(out) as temporary:
+    with pyplot_in_style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(6.6, 3.6), layout="constrained")
         names = list(dict.fromkeys(check["path"].rpartition(".")[2] for check in shown))
         for number, name in enumerate(names):
@@ -152,7 +151,7 @@ def draw_bound(checks: Sequence[Mapping[str, Any]], out: Path) -> Path:
         axis.set_ylabel("‖sBAz‖ / bound: median, and least")
         axis.grid(axis="y", color="0.92")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        figure.savefig(temporary)
+        write_picture(figure, out)
         pyplot.close(figure)
     return out
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.evaluation.tables import named
-from nsc_merge.utils.atomic_file import replacing
-from nsc_merge.utils.plot_style import pyplot_in_style
+from nsc_merge.utils.plot_style import pyplot_in_style, write_picture
 
 HEAT_MAP = "normalised.png"
 
@@ -33,7 +32,7 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         for row in rows
     ]
     path = out / HEAT_MAP
-    with pyplot_in_style() as pyplot, replacing(path) as temporary:
+    with pyplot_in_style() as pyplot:
         figure, axis = pyplot.subplots(figsize=(1.8 + 0.78 * (len(tasks) + 1), 1.2 + 0.34 * len(rows)))
         reach = _reach(grid)
         # White is the fine-tuned model.
@@ -66,7 +65,7 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, extend=_beyond(grid, 1.2 * reach))
         bar.set_label("% of the fine-tuned model")
         bar.outline.set_visible(False)
-        figure.savefig(temporary)
+        write_picture(figure, path)
         pyplot.close(figure)
     return [path]
 

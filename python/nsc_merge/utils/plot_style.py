@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
+
+from nsc_merge.utils.atomic_file import replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#7B3294")
 _STYLE: dict[Any, Any] = {
@@ -38,6 +42,16 @@ def pyplot_in_style() -> Iterator[Any]:
 
     with matplotlib.rc_context(_STYLE):
         yield pyplot
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Write a figure as a whole. Nothing lies there while it is drawn, which takes a second in which a process may be
+    killed.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    with replacing(path) as temporary:
+        temporary.write_bytes(drawn.getvalue())
 
 
 # The blocks by their usual names, in front of numbers within them: T5 has block.3.layer.0.

@@ -14,9 +14,14 @@ from nsc_merge.evaluation.plots import draw
 def test_names_are_shown_as_they_are_and_colours_say_what_they_leave_out(tmp_path, monkeypatch, values, ends):
     """A $ begins no formula, which some names would not be; values beyond the colours have arrows."""
     shown, original = [], matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **o: shown.append(self) or original(self, *a, **o)
-    )
+
+    def savefig(self, *arguments, **options):
+        shown.append(self)
+        original(self, *arguments, **options)
+        # A process that is killed while it draws leaves nothing.
+        assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
     named = {r"$\frac$ and $x$": values[0]} | {f"row {number}": value for number, value in enumerate(values[1:])}
     named |= {f"near {number}": 97.0 + number / 10 for number in range(60)}
     document = {

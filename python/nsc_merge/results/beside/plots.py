@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.utils.atomic_file import replacing
-from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style, running_mean
+from nsc_merge.utils.plot_style import COLOURS, place, pyplot_in_style, running_mean, write_picture
 
 COEFFICIENTS_PLOT = "coefficients.png"
 RATIOS_PLOT = "ratios.png"
@@ -86,8 +85,7 @@ def _draw_coefficients(
     axes[0][0].set_ylabel("block")
     bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
     bar.set_label("coefficient λ (x: received no gradient)" if dead else "coefficient λ")
-    with replacing(out) as temporary:
-        figure.savefig(temporary)
+    write_picture(figure, out)
     pyplot.close(figure)
 
 
@@ -116,6 +114,5 @@ def _draw_history(
     axis.set_ylabel("null-space ratio ω" if quantity == "omega" else quantity)
     axis.grid(axis="y", color="0.9")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    with replacing(out) as temporary:
-        figure.savefig(temporary)
+    write_picture(figure, out)
     pyplot.close(figure)
