@@ -126,13 +126,18 @@ def _write(arguments: argparse.Namespace) -> None:
 def _plot(arguments: argparse.Namespace) -> int:
     from nsc_merge.recipes.saved_result import read_document
     from nsc_merge.results.beside.plots import draw
+    from nsc_merge.utils.atomic_folder import only_writer
 
-    document, history = read_document(arguments.result)
+    # Before a folder is made for what there is not.
+    read_document(arguments.result)
     folder = arguments.out or arguments.result
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: expected a folder, found the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    window = document["objective"].get("batches", 1)
-    for file in draw(document["coefficients"], document["dead"], history, folder, window):
-        say(str(file))
+    # Another merge that is saved there meanwhile would have the pictures of this one beside it.
+    with only_writer(folder):
+        document, history = read_document(arguments.result)
+        window = document["objective"].get("batches", 1)
+        for file in draw(document["coefficients"], document["dead"], history, folder, window):
+            say(str(file))
     return 0

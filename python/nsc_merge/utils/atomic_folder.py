@@ -35,7 +35,7 @@ def replacing_folder(out: Path, obsolete: Callable[[Path, set[Path]], bool]) -> 
     check_replaceable(out)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out) as work:
+    with _workshop(out) as work:
         staging = work / "new"
         staging.mkdir()
         mode = stat.S_IMODE(staging.stat().st_mode)
@@ -90,17 +90,30 @@ def files_in(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _only_writer(out: Path) -> Iterator[Path]:
+def _workshop(out: Path) -> Iterator[Path]:
     """An empty folder beside ``out`` to work in, for one process at a time; what a dead one left there goes."""
     work = _beside(out, "unfinished")
-    busy = f"out: another writer is at work on {out}; expected one at a time: save again when it is done"
-    with _holding(_beside(out, "lock"), out, busy):
+    with only_writer(out):
         try:
             _recover(work, out)
             work.mkdir(0o700)
             yield work
         finally:
             _remove(work)
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep every other process from writing ``out``, until the block ends or the process does.
+
+    Raises:
+        BlockingIOError: if another one is at work.
+        OSError: if that cannot be told there.
+    """
+    out = out.resolve()
+    busy = f"out: another writer is at work on {out}; expected one at a time: write again when it is done"
+    with _holding(_beside(out, "lock"), out, busy):
+        yield
 
 
 @contextmanager

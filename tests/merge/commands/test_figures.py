@@ -18,6 +18,7 @@ from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.beside.plots import draw
 from nsc_merge.utils import plot_style
+from nsc_merge.utils.atomic_folder import replacing_folder
 from nsc_merge.utils.plot_style import running_mean
 from nsc_merge.utils.progress import Progress
 
@@ -65,6 +66,20 @@ def test_a_comparison_that_is_none_is_refused(place, capsys, objective):
     capsys.readouterr()
     assert main(["plot", "merged"]) == 1
     assert "objective: expected before, after and batches, found" in capsys.readouterr().err
+
+
+def test_no_picture_is_drawn_while_another_merge_is_saved_there(place, capsys):
+    assert main(["run", "recipe.yaml", "output.formats=coefficients"]) == 0
+    before = contents(place)
+    with replacing_folder(place / "merged", lambda path, written: False) as staging:
+        (staging / "another").touch()
+        assert main(["plot", "merged"]) == 1
+    assert "out: another writer is at work on" in capsys.readouterr().err
+    (place / "merged" / "another").unlink()
+    assert contents(place) == before
+    assert main(["plot", "merged"]) == 0
+    assert main(["plot", "nowhere"]) == 1
+    assert contents(place).keys() - before.keys() == {"merged/coefficients.png", "merged/ratios.png"}
 
 
 def test_the_steps_of_a_dry_run_are_those_of_the_merge(place, capsys):
