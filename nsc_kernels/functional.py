@@ -191,7 +191,8 @@ def _route(
         raise RuntimeError(f"bank.{name} requires a gradient, but the factors are frozen here; detach it")
     grad = grad and (z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad))
     # Runs with other inputs later on, which may require a gradient. torch.jit.trace checks a trace under no_grad.
-    grad = grad or tracing or (compiling and torch.is_grad_enabled() and torch.compiler.is_exporting())
+    any_inputs = tracing or (compiling and torch.is_grad_enabled() and torch.compiler.is_exporting())
+    grad = grad or any_inputs
     # What a hook or a subclass returns may be held elsewhere; what nn.Linear itself returns is new.
     own_base = linear is not None and (as_op or transformed or not grad)
     if own_base:
@@ -201,6 +202,9 @@ def _route(
         y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
     elif as_op:
         y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)
+        if stats and not (z.requires_grad or any_inputs):
+            # They depend on z alone, whatever else of the op's arguments requires a gradient.
+            quad, sqnorm = quad.detach(), sqnorm.detach()
     else:
         backend = select_backend(z, A, Bt, offsets)
         if grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import nsc_kernels as nk
 from nsc_kernels.backends import reference
@@ -169,13 +171,17 @@ def test_the_derivative_of_dlam_by_z_raises_and_is_not_left_out(backend: str) ->
         assert not dz.requires_grad or torch.autograd.grad(dz.sum(), x, allow_unused=True) == (None,)
 
 
-def test_statistics_of_an_input_without_gradient_have_none() -> None:
+@pytest.mark.parametrize("how", ["eager", "compiled", "watched"])
+def test_statistics_of_an_input_without_gradient_have_none(how: str) -> None:
     one, x = layer(), input_of().detach()
-    y, quad, sqnorm = one.nsc(x)
+    call = torch.compile(one.nsc, backend="aot_eager", fullgraph=True) if how == "compiled" else one.nsc
+    with FlopCounterMode(display=False) if how == "watched" else nullcontext():
+        y, quad, sqnorm = call(x)
+        of_gradient = call(input_of())
     assert y.requires_grad
     assert not quad.requires_grad
     assert not sqnorm.requires_grad
-    assert all(one.requires_grad for one in layer().nsc(input_of()))
+    assert all(t.requires_grad for t in of_gradient)
 
 
 @pytest.mark.parametrize("name", ["A", "Bt"])
