@@ -132,13 +132,14 @@ def test_weights_in_other_files_are_refused_with_what_to_do(hub, tmp_path, place
 
 @pytest.mark.parametrize(
     ("file", "cure"),
-    [("adapters.safetensors", "is of MLX.* after hf download me/other --local-dir DIR$"), ("a.safetensors", "of kohya")],
+    [("adapters.safetensors", "is of MLX.* after hf download me/a1 --local-dir DIR$"), ("a.safetensors", "is of kohya")],
 )
 def test_files_of_other_trainers_are_named(hub, tmp_path, file, cure):
     save_file({"weight": torch.ones(2)}, tmp_path / file)
-    hub.upload("me/other", tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"me/other@\w+ on the hub holds no adapter_config.json .*{cure}"):
-        nsc_merge.load_adapter("me/other", "nli")
+    repo = "me/a1" if file == "adapters.safetensors" else "me/a2"
+    hub.upload(repo, tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"{repo}@\w+ on the hub holds no adapter_config.json .*{cure}"):
+        nsc_merge.load_adapter(repo, "nli")
 
 
 def test_the_file_of_diffusers_is_fetched(hub, tmp_path):
