@@ -23,13 +23,13 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
     """Every coefficient: a panel per task, blocks by projections, coloured by distance from the start."""
     with pyplot_in_style() as plt, replacing(path) as temporary:
         start = float(result.options["init"])
+        modules = {
+            (block, column): f"layers.{block}.attention.{name}"
+            for block in range(BLOCKS)
+            for column, name in enumerate(_PROJECTIONS)
+        }
         values = {
-            task: torch.tensor(
-                [
-                    [result.coefficients[f"layers.{block}.attention.{name}"][task] for name in _PROJECTIONS]
-                    for block in range(BLOCKS)
-                ]
-            )
+            task: torch.tensor([result.coefficients[module][task] for module in modules.values()]).view(BLOCKS, -1)
             for task in result.tasks
         }
         reach = max(1e-3, max(float((value - start).abs().max()) for value in values.values()))
@@ -41,12 +41,10 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
             axis.set_title(task)
             axis.set_xticks(range(len(_PROJECTIONS)), [name[0] for name in _PROJECTIONS])
             axis.tick_params(length=0)
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            for block in range(BLOCKS):
-                for column, name in enumerate(_PROJECTIONS):
-                    if task in result.dead.get(f"layers.{block}.attention.{name}", ()):
-                        axis.plot(column, block, marker="x", color="0.35", markersize=7)
+            axis.spines[:].set_visible(False)
+            for (block, column), module in modules.items():
+                if task in result.dead.get(module, ()):
+                    axis.plot(column, block, marker="x", color="0.35", markersize=7)
         axes[0][0].set_yticks(range(BLOCKS))
         axes[0][0].set_ylabel("block")
         figure.supxlabel("projection (x: receives no gradient, keeps its start)", fontsize=10)
@@ -136,8 +134,7 @@ def plot_predictions(
         for axis in axes.flat:
             axis.set_xticks([])
             axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
+            axis.spines[:].set_visible(False)
         figure.tight_layout(pad=0.4)
         figure.savefig(temporary)
         plt.close(figure)
