@@ -17,9 +17,17 @@ from nsc_merge.utils.errors import printable
 _DESCRIPTION = "Merge LoRA adapters into one model without labels (NSC merging, arXiv 2603.26317)."
 
 
+class _Parser(argparse.ArgumentParser):
+    """Those of the commands are of its class, too."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Print all of it, or fail: argparse's own passes over a disk that is full."""
+        print(self.format_help(), end="", file=file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nsc-merge",
         description=_DESCRIPTION,
         epilog=EXAMPLES,

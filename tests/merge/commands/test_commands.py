@@ -352,9 +352,10 @@ def test_errors_of_a_whole_process(place):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
-def test_a_full_disk_behind_the_output_is_no_other_failure():
+@pytest.mark.parametrize("arguments", [["methods"], ["--help"], ["run", "--help"], ["--version"]])
+def test_a_full_disk_behind_the_output_is_no_other_failure(arguments):
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-m", "nsc_merge.commands.main", "methods"]
+        words = [sys.executable, "-m", "nsc_merge.commands.main", *arguments]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     said = "nsc-merge: error: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
