@@ -63,6 +63,8 @@ class AdapterBank(nn.Module):
         B: ``[d_out, R]``, scaling and whitening folded in: a view of the contiguous ``[R, d_out]`` that kernels read.
         offsets: ``K + 1`` ints; adapter k owns columns ``offsets[k]:offsets[k + 1]``.
         ranks: K ints, the numerical ranks (at most the ranks given).
+        K, R, d_in, d_out: ints: adapters, the sum of their ranks, inputs and outputs of the layer.
+        dtype, device: of the factors.
     """
 
     A: Tensor
@@ -167,7 +169,14 @@ class AdapterBank(nn.Module):
         return self.A.device
 
     def delta(self, lam: Tensor | Sequence[float]) -> Tensor:
-        """The dense update ``sum_k lam_k s_k B_k A_k``: ``[d_out, d_in]``, float32 (float64 for a float64 bank)."""
+        """The dense update ``sum_k lam_k s_k B_k A_k``: ``[d_out, d_in]``, float32 (float64 for a float64 bank).
+
+        Args:
+            lam: ``[K]``, a coefficient per adapter; as numbers, or on any device.
+
+        Raises:
+            ValueError: if it has another shape.
+        """
         acc = accumulation_dtype(self.dtype)
         lam = torch.as_tensor(lam, dtype=acc, device=self.device)
         if lam.shape != (self.K,):

@@ -49,7 +49,8 @@ def merged_lora(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None =
 def merged_lora_nsc(
     z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`merged_lora` together with the null-space statistics of ``z``, in the same kernel.
+    """:func:`merged_lora` together with the null-space statistics of ``z``, in the same kernel, with the same
+    arguments and errors.
 
     Returns:
         y: ``[..., d_out]`` as :func:`merged_lora`.

@@ -23,6 +23,9 @@ def null_space_ratio(quad: Tensor, sqnorm: Tensor) -> Tensor:
     one of its subgradients) and where ``||z||^2`` has underflowed. It is never NaN or infinite for finite statistics;
     a NaN statistic gives a NaN ratio.
     Differentiable any number of times, in forward and reverse mode.
+
+    Raises:
+        TypeError, ValueError: naming the argument whose type, dtype or shape is another, and what was expected.
     """
     for name, t in (("quad", quad), ("sqnorm", sqnorm)):
         if not isinstance(t, Tensor):

@@ -18,7 +18,7 @@ class Factor:
     also scales the rows of the base's weight ``W``: ``scaling * (gain[:, None] * W + B @ A)``.
 
     Attributes:
-        A: down-projection ``[r, d_in]``.
+        A: down-projection ``[r, d_in]``, as all tensors here of any floating dtype.
         B: up-projection ``[d_out, r]``.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         bias: bias of lora_B (``lora_bias=True``), ``[d_out]``.

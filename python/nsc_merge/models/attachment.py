@@ -149,10 +149,10 @@ def attach(
 ) -> Iterator[dict[str, Any]]:
     """Merge ``adapters`` into ``model`` for the duration of a ``with`` block, without copying a weight.
 
-    Each adapted linear is replaced by a merged one around the same module. Its ``lam`` is a parameter
-    ``[K]``, in the order of ``adapters``; a task whose adapter does not touch the module has a coefficient of
-    0 there, which no gradient reaches. All of the model's own parameters are frozen meanwhile. On leaving,
-    also by an error, the model holds the same modules with the same settings as before. Layers whose
+    Each adapted linear is replaced by a merged one around the same module. Its ``lam`` is a parameter ``[K]``, float32
+    (float64 for float64 weights), in the order of ``adapters``; a task whose adapter does not touch the module has a
+    coefficient of 0 there, which no gradient reaches. All of the model's own parameters are frozen meanwhile. On
+    leaving, also by an error, the model holds the same modules with the same settings as before. Layers whose
     coefficients are fixed (:attr:`nsc_merge.adapters.Factor.fixed`) are merged too, but not yielded. Offloaded and
     quantised linears keep their own forward, and modules compiled in place run uncompiled meanwhile.
 

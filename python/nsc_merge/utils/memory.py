@@ -10,6 +10,7 @@ from torch import nn
 
 
 def free_memory(device: torch.device) -> float:
+    """Bytes of a device that a program may count on; 0 if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -142,6 +142,10 @@ def calibration_data(
         base_revision: of a base from the hub.
         settings: fields of :class:`~nsc_merge.calibration.raw.settings.DataSettings`.
 
+    Returns:
+        An iterable of dictionaries, input name -> tensor on the CPU, that starts anew each time; its ``sha256`` tells
+        which files and samples they are of.
+
     Raises:
         FileNotFoundError, ValueError: naming the argument, what was found and what was expected.
     """
