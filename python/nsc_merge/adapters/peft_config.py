@@ -26,9 +26,14 @@ _REFUSED = {
 }
 # Initialisations that move a part of the base weights into the factors.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Other kinds of adapters: those that are tokens in front of the input, and those that PEFT's save_as_lora refuses.
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
-_NOT_CONVERTED = ("ADALORA", "BOFT", "HRA", "IA3", "LN_TUNING", "OFT", "SHIRA", "TRAINABLE_TOKENS")
+# Other kinds of adapters: tokens in front of the input, those that weigh adapters anew for every input, and those that
+# PEFT's save_as_lora takes.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
+_BY_INPUT = ("XLORA", "POLY", "SHADOW")
+_CONVERTED = (
+    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA"),
+    *("VBLORA", "VERA", "WAVEFT"),
+)
 # What LoraConfig of PEFT 0.21 and earlier ones holds beside, of which none changes what trained factors mean.
 _HARMLESS = frozenset(
     (
@@ -92,12 +97,15 @@ def _cure(kind: Any) -> str:
         return ""
     if kind.endswith(_PROMPTS):
         return ", which changes what the model reads and no weight; leave this task out of the merge"
-    if kind in _NOT_CONVERTED:
-        return (
-            ", of which PEFT makes no LoRA; peft_model.merge_and_unload() makes a whole model of it, of which "
-            "mergekit-extract-lora takes the difference from the base as LoRA"
-        )
-    return "; PEFT makes LoRA of most other kinds: peft.save_as_lora(FOLDER, peft_model, rank=RANK)"
+    if kind in _BY_INPUT:
+        own = "; the adapters that it weighs have folders of their own: give one of them" if kind == "XLORA" else ""
+        return f", which is something else for every input and no update of weights{own or '; leave this task out'}"
+    if kind in _CONVERTED:
+        return "; PEFT makes LoRA of it: peft.save_as_lora(FOLDER, peft_model, rank=RANK)"
+    return (
+        ", of which PEFT makes no LoRA; peft_model.merge_and_unload() makes a whole model of it, of which "
+        "mergekit-extract-lora takes the difference from the base as LoRA"
+    )
 
 
 def unknown_settings(config: Mapping[str, Any]) -> tuple[str, ...]:

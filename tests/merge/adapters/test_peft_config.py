@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
+from unittest.mock import MagicMock
 
 import peft
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from zoo import build, write_adapter
 
@@ -185,7 +189,7 @@ def test_another_kind_of_adapter_becomes_lora_as_the_message_says(tmp_path):
     base = torch.nn.Sequential(torch.nn.Linear(6, 5))
     made = get_peft_model(base, LoHaConfig(r=1, alpha=2, target_modules=["0"], init_weights=False))
     made.save_pretrained(tmp_path / "loha")
-    with pytest.raises(ValueError, match=r"found 'LOHA'; PEFT makes LoRA of most .* peft.save_as_lora\(FOLDER, peft_m"):
+    with pytest.raises(ValueError, match=r"found 'LOHA'; PEFT makes LoRA of it: peft.save_as_lora\(FOLDER, peft_m"):
         load_adapter(tmp_path / "loha", "x")
     peft.save_as_lora(tmp_path / "lora", made, rank=4)
     layer = made.base_model.model[0]
@@ -193,7 +197,7 @@ def test_another_kind_of_adapter_becomes_lora_as_the_message_says(tmp_path):
     assert torch.allclose(update.float(), layer.get_delta_weight("default"), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "OFT", "ADALORA", "HRA", "SHIRA"])
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "ADALORA", "HRA", "SHIRA", "HIRA"])
 def test_of_kinds_that_peft_makes_no_lora_of_the_message_says_so(kind, tmp_path):
     settings = {"IA3": {"feedforward_modules": []}, "OFT": {"r": 0, "oft_block_size": 2}, "SHIRA": {"r": 1}}
     settings["ADALORA"] = {"total_step": 9}
@@ -204,6 +208,33 @@ def test_of_kinds_that_peft_makes_no_lora_of_the_message_says_so(kind, tmp_path)
         peft.save_as_lora(tmp_path / "lora", made, rank=4)
     with pytest.raises(ValueError, match=rf"found '{kind}', of which PEFT makes no LoRA; .*merge_and_unload\(\)"):
         load_adapter(tmp_path / "made", "x")
+
+
+def test_lora_is_promised_of_the_kinds_alone_of_which_peft_makes_it():
+    """By what the layers of each kind say where they stand around a linear."""
+    promised, made = set(), set()
+    for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        if kind.value == "LORA":
+            continue
+        with pytest.raises(ValueError, match=f"found '{kind.value}'") as caught:
+            load_adapter({"config": {"peft_type": kind.value}, "weights": {}}, "x")
+        if "PEFT makes LoRA of it" in str(caught.value):
+            promised.add(kind.value)
+        package = tuner.__module__.rpartition(".")[0]
+        layers = [one for one in vars(sys.modules.get(f"{package}.layer", peft)).values() if is_layer(one)]
+        if any(layer.supports_lora_conversion(MagicMock()) for layer in layers):
+            made.add(kind.value)
+    assert len(promised) > 10
+    assert promised == made
+
+
+def is_layer(one: object) -> bool:
+    return isinstance(one, type) and issubclass(one, BaseTunerLayer)
+
+
+def test_of_adapters_that_depend_on_the_input_the_message_says_so():
+    with pytest.raises(ValueError, match=r"found 'XLORA', which is something else .*: give one of them$"):
+        load_adapter({"config": {"peft_type": "XLORA"}, "weights": {}}, "x")
 
 
 def test_of_prompts_there_is_no_weight_to_merge():
