@@ -251,7 +251,9 @@ class Optimisation:
             if step == 0 and objective and self.dead.flatten()[self._present].all() and not self._depends():
                 raise RuntimeError(
                     "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
-                    "comes after an adapted module, and inputs that are not all zero there"
+                    "comes after an adapted module, and inputs that are not all zero there; of a block that runs "
+                    "several times, as ALBERT's, nsc measures the first run: score_modules behind an adapted one in it, or "
+                    "method 'match' or 'distill'"
                 )
             entries.append(
                 {

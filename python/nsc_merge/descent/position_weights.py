@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.block_finding import at_positions
+from nsc_merge.models.block_finding import at_positions, positions_first
 
 
 class PositionWeights:
@@ -39,6 +39,11 @@ class PositionWeights:
         Raises:
             ValueError: if a mask does not fit, or rows cannot be told apart by task.
         """
+        if sqnorm.dim() == 2 and positions_first(self._model, path):
+            return self._of_rows(path, one, sqnorm.t()).transpose(0, 1)
+        return self._of_rows(path, one, sqnorm)
+
+    def _of_rows(self, path: str, one: Pass, sqnorm: Tensor) -> Tensor:
         mask = one.inside if self._mask is None else one.whole.get(self._mask)
         mask = None if self._is_unmasked(path) else mask
         # Without a mask the weights depend on shapes alone and serve every later pass of the kind.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
@@ -20,6 +21,11 @@ OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
 _CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 _REDUCES = "_get_feature_vector_attention_mask"
+# Types of models that compute with [positions, rows, d], and in which of their modules they do.
+_POSITIONS_FIRST = {"xlnet": ".layer.", "longformer": ".attention.self.", "led": ".longformer_self_attn."}
+_POSITIONS_FIRST |= {"fsmt": "coder."}
+# Types that put padding of their own behind the tokens, up to a multiple of what attends to one another.
+_PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 
 
@@ -156,8 +162,11 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
 
 def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
-    itself; the mask as it is, of a model that makes one of each or where that gives other numbers of them.
+    itself, or that Longformer and its kind fill up with padding; the mask as it is, of a model that makes one position
+    of each input or where that gives other numbers of them.
     """
+    if _type_of(model) in _PADDING and mask.dim() == 2 and mask.shape[1] < count:
+        return pad(mask, (0, count - mask.shape[1]))
     owner: Any = next((module for module in model.modules() if hasattr(module, _REDUCES)), None)
     if owner is None or mask.dim() != 2 or mask.shape[1] == count:
         return mask
@@ -168,6 +177,16 @@ def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
         if int(whole) == count:
             return getattr(owner, _REDUCES)(count, mask.long(), **options)
     return mask
+
+
+def positions_first(model: nn.Module, path: str) -> bool:
+    """Whether the linear at ``path`` sees ``[positions, rows, d]``, as in XLNet, and not ``[rows, positions, d]``."""
+    where = _POSITIONS_FIRST.get(_type_of(model))
+    return where is not None and where in path
+
+
+def _type_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def _arguments(module: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsc_merge.models.block_finding import at_positions
+from nsc_merge.models.block_finding import at_positions, positions_first
 from nsc_merge.models.families import Family
 
 _SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
@@ -42,10 +42,14 @@ class RealTokens:
         mask = inputs.get(self._name(path) or "")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        count = z.shape[1] if z.dim() > 1 and z.shape[0] == mask.shape[0] else mask.shape[1]
+        count = mask.shape[1]
+        if z.dim() > 1 and len(mask) in z.shape[:2]:
+            count = z.shape[0] if positions_first(self._model, path) else z.shape[1]
         real = at_positions(self._model, mask, count).bool().to(z.device)
         # A router or an expert that all tokens go through sees the rows of all examples in one.
-        views = (real, real.t(), real.flatten())
+        views = [real, real.t(), real.flatten()]
+        # Of as many rows as positions, the shape does not say which is which.
+        views = views[1:] if positions_first(self._model, path) else views
         return next((view for view in views if view.shape == z.shape), None)
 
     def _name(self, path: str) -> str | None:

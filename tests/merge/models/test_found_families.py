@@ -193,6 +193,8 @@ def test_of_a_model_with_one_block_tokens_are_told_from_padding():
             for batch in (longer, shorter)
         )
         assert found.objective["before"] == pytest.approx(wanted.objective["before"], rel=1e-4), method
+    with pytest.raises(RuntimeError, match=r"depends on no coeff.*several times, as ALBERT's, .*: score_modules"):
+        nsc_merge.merge(model, adapters, {task: [shorter] for task in adapters}, steps=1, progress=False)
 
 
 @pytest.fixture(scope="module")

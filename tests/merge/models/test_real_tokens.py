@@ -46,6 +46,11 @@ def positions_first():
     return tf.XLNetForSequenceClassification(config)
 
 
+def filled_up():
+    config = tf.LongformerConfig(**PARTS, attention_window=4, max_position_embeddings=32, pad_token_id=1)
+    return tf.LongformerForSequenceClassification(config)
+
+
 TARGETS = {
     t5: ["q", "k", "v", "o", "wi", "wo"],
     bart: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -118,6 +123,35 @@ def test_no_mask_speaks_of_images_beside_texts():
           for tower in ("text", "vision")}
     assert of["vision"] is None
     assert torch.equal(of["text"], mask.bool())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("nsc", {}), ("nsc", {"batch_tasks": True}), ("match", {}), ("regmean", {})]
+)
+@pytest.mark.parametrize(
+    ("build", "targets"), [(positions_first, ["layer_1", "layer_2"]), (filled_up, ["query", "value"])]
+)
+@pytest.mark.parametrize("rows", [4, 9])
+def test_padding_counts_nowhere_where_positions_come_before_rows(build, targets, rows, method, options, tmp_path):
+    """Also of as many rows as positions, and where the model fills up a window of attention by itself."""
+    torch.manual_seed(0)
+    model = build().eval()
+    folders = {task: write_adapter(model, tmp_path / task, n, r=2, target_modules=targets)
+               for n, task in enumerate("ab")}
+    ratios = {"match": {"ratio_weight": 1.0}, "regmean": {"ridge": 1e-2}}.get(method, {})
+    steps = {} if method == "regmean" else {"steps": 1, "progress": False}
+    found = []
+    for added in (0, 3):
+        data = {}
+        for n, task in enumerate(folders):
+            ids = torch.randint(3, 60, (rows, 6), generator=torch.Generator().manual_seed(n))
+            padded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            data[task] = [{name: torch.nn.functional.pad(one, (0, added)) for name, one in padded.items()}]
+        found.append(nsc_merge.merge(model, folders, data, method, **options, **ratios, **steps))
+    for path in found[0].paths:
+        torch.testing.assert_close(found[1].delta(path), found[0].delta(path), rtol=1e-3, atol=1e-5)
+    if steps:
+        assert found[1].objective["before"] == pytest.approx(found[0].objective["before"], rel=1e-5)
 
 
 SOUND = {**PARTS, "vocab_size": 8, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4}

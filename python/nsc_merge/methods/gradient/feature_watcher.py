@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import gather_for_backward, output_of
-from nsc_merge.models.block_finding import at_positions
+from nsc_merge.models.block_finding import at_positions, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
@@ -103,6 +103,8 @@ class Watcher:
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
+            if sqnorm.dim() == 2 and positions_first(self._model, path):
+                ratio, sqnorm = ratio.transpose(0, 1), sqnorm.t()
             part, whole = (self._real(batch, self._measured_mask, sqnorm) for batch in (one.inputs, one.whole))
             if part is not None and whole is not None and part.shape == sqnorm.shape:
                 real = one.mine(whole).to(ratio)[..., None]
