@@ -204,7 +204,9 @@ def test_earlier_keys_ranks_and_alphas_are_read_as_diffusers_reads_them(tmp_path
     torch.testing.assert_close(merged(unet, tmp_path)[0], reloaded(unet, tmp_path), rtol=1e-10, atol=1e-10)
     alphas = {key.replace("lora.down.weight", "alpha"): torch.tensor(3.0) for key in earlier if ".lora.down." in key}
     save_file({**earlier, **alphas}, tmp_path / FILE)
-    factors = merged(unet, tmp_path)[1].adapters["a"].factors
+    adapter = merged(unet, tmp_path)[1].adapters["a"]
+    factors = adapter.factors
+    assert any("alpha beside the factors counts" in note for note in adapter.notes)
     assert {path: one.scaling for path, one in factors.items()} == {
         path: 3.0 if path == narrow else 1.5 for path in factors
     }
@@ -243,6 +245,10 @@ def test_keys_that_diffusers_translates_are_refused_with_a_way_that_works(tmp_pa
     kohya = {"lora_unet_" + key.replace(".", "_"): value.contiguous() for key, value in state.items()}
     save_file(kohya, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"'a'.*is no key of PEFT's layers.*kohya.*model.load_lora_adapter"):
+        nsc_merge.load_adapter(tmp_path, "a")
+    comfyui = {"diffusion_model." + key: value.contiguous() for key, value in state.items()}
+    save_file(comfyui, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"'diffusion_model\..*is no key of PEFT's layers.*ComfyUI"):
         nsc_merge.load_adapter(tmp_path, "a")
     with pytest.raises(FileNotFoundError, match=f"expected the folder of an adapter, .* or with {FILE}"):
         nsc_merge.load_adapter(tmp_path / FILE, "a")

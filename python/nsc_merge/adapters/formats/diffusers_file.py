@@ -31,6 +31,8 @@ _ABOUT = ("base_model_name_or_path", "revision", "auto_mapping", "task_type")
 # As pipelines call what denoises, of which a file has one, and what reads the prompt.
 _DENOISERS = ("unet", "transformer")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# As ComfyUI and the models' authors call what denoises; its modules have other names there, and some are in one.
+_OF_COMFYUI = "diffusion_model"
 _KEY = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|"
     r"lora\.down\.weight|lora\.up\.weight|alpha)"
@@ -68,7 +70,7 @@ def read(folder: Path) -> DiffusersFile:
         first, _, rest = key.partition(".")
         part, rest = (first, rest) if first in (*_DENOISERS, *_ENCODERS) else ("", key)
         found = _KEY.fullmatch(rest)
-        if found is None:
+        if found is None or first == _OF_COMFYUI:
             raise ValueError(
                 f"{folder / FILE}: {key!r:.120} is no key of PEFT's layers; expected <model>.<module>.lora_A.weight "
                 f"and the like. diffusers translates those of kohya, ComfyUI and its own first releases: {CURE}"
@@ -92,6 +94,11 @@ def read(folder: Path) -> DiffusersFile:
     # One of a module without factors stays, and is refused with other tensors that nothing would use.
     adapted = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
     alphas = {path: weights.pop(f"{path}.alpha") for path in adapted if f"{path}.alpha" in weights}
+    if alphas:
+        notes += (
+            f"{FILE}: alpha beside the factors counts, as what trained them means it, and diffusers for Flux; its other "
+            "pipelines leave it out of keys like these, and run a scaling of 1",
+        )
     if settings is not None and alphas:
         raise ValueError(
             f"{folder / FILE}: {next(iter(alphas))}.alpha is given beside the settings in the header ({_SETTINGS}), "
