@@ -6,14 +6,19 @@ import copy
 import csv
 import functools
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from eval_cases import change, reference, rows
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from served_cases import write_base
 from torch import nn
+from transformers import ViTImageProcessor
 from zoo import KINDS, build, write_adapter
 
 import nsc_merge
@@ -305,3 +310,34 @@ def test_dense_regression_and_generated_tasks_on_their_models(tmp_path, capsys):
     with applied(llama, result.for_task("caption")) as model, torch.no_grad():
         told = model(**KINDS["llama"].inputs(0)).logits[:, :-1].argmax(-1)
     assert found["tokens"] == pytest.approx((told == labels[:, 1:]).float().mean().item())
+
+
+def test_images_in_folders_become_data_as_the_page_says(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[3] / "docs" / "evaluation.md"
+    (code,) = re.findall(r"```python\n(from pathlib.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    write_base("vit", tmp_path / "base")
+    model = build("vit")
+    write_adapter(model, tmp_path / "a", 1, r=2, target_modules=KINDS["vit"].targets)
+    nsc_merge.merge(model, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0).apply(model)
+    wanted, processor = model.config.num_labels, ViTImageProcessor.from_pretrained("base")
+    (classes,) = re.findall(r"classes = (\[.*?\])", code)
+    right = []
+    for number in range(3 * wanted):
+        pixels = torch.randint(0, 255, (12, 12, 3), generator=torch.Generator().manual_seed(number))
+        place = Path("photos-test", json.loads(classes)[number % wanted], f"{number}.png")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy().astype("uint8")).save(place)
+        with torch.no_grad():
+            said = model(**processor(Image.open(place), return_tensors="pt")).logits.argmax().item()
+        right.append(said == number % wanted)
+    Path("data").mkdir()
+    exec(code, {})
+    task = {"adapter": "a", "test": "data/photos-test.safetensors", "metric": "accuracy"}
+    recipe = {"model": "base", "tasks": {"a": task}, "methods": ["finetuned"], "output": {"dir": "out"}}
+    Path("eval.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["eval", "eval.yaml", "--json"]) == 0
+    found = rows(json.loads(capsys.readouterr().out))
+    assert found["finetuned"][0]["metrics"]["a"] == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right)
