@@ -158,3 +158,19 @@ def test_an_adapter_that_was_not_trained_is_noted(folders):
     last = [key for key in weights if "lora_B" in key][-1]
     save_file({key: value * (0 if "lora_B" in key and key != last else 1) for key, value in weights.items()}, path)
     assert not load_adapter(folders["plain"], "plain").notes
+
+
+@pytest.mark.parametrize("name", ["unembed_tokens", "layers.0.mlp.experts.w1"])
+def test_names_of_tinker_are_refused_with_what_converts_them(name):
+    held = {"A": torch.ones(3, 2, 4) if "experts" in name else torch.ones(2, 4), "B": torch.ones(5, 2)}
+    weights = {f"base_model.model.model.{name}.lora_{part}.weight": value for part, value in held.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+    with pytest.raises(ValueError, match=rf"model\.{name} is a name of Tinker's; tinker_cookbook.weights.build_lora_ad"):
+        load_adapter({"config": config, "weights": weights}, "x")
+
+
+def test_empty_tensors_are_told_as_those_of_zero_3(folders):
+    file = folders["plain"] / WEIGHTS
+    save_file({key: torch.empty(0) for key in load_file(file)}, file)
+    with pytest.raises(ValueError, match=r"found \[0\] and \[0\]; DeepSpeed's ZeRO-3 leaves empty tensors"):
+        load_adapter(folders["plain"], "x")

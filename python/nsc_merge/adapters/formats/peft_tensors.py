@@ -34,6 +34,8 @@ _COPY = re.compile(r"(?P<path>.+)\.(?P<kind>modules_to_save|original_module)\.(?
 _BASE_LAYER = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.base_layer\.(?P<parameter>weight|bias)")
 # LoRA on what nn.MultiheadAttention has as a module, under PEFT's wrapper of it all.
 _OUT_PROJ = ".base_layer.out_proj"
+# Of Tinker: a head, and the factors of all experts in one tensor of three dimensions.
+_TINKER = re.compile(r".+\.(unembed_tokens|experts\.w[123])")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head)(\.|$)")
 
 
@@ -70,6 +72,11 @@ def sorted_tensors(
                 originals[own] = key
             elif not _is_same(value, weights.get(f"{PREFIX}{own}")):
                 left_over.append(key)
+        elif match and _TINKER.fullmatch(match["path"]):
+            raise ValueError(
+                f"adapters[{name!r}]: {match['path']} is a name of Tinker's; tinker_cookbook.weights.build_lora_adapter("
+                "base_model=BASE, adapter_path=FOLDER, output_path=NEW) writes the adapter in PEFT's format"
+            )
         elif match and match["part"] in FACTORS and owns_parameter(config, match["path"]):
             of_parameters.setdefault(match["path"], {})[match["part"]] = value
         elif match and is_announced(match["part"], config):
@@ -170,10 +177,15 @@ def _scaled(name: str, config: Mapping[str, Any], held: Mapping[str, Mapping[str
         rank, scalings[path] = settings.of(path)
         A, B = parts["lora_A.weight"], parts["lora_B.weight"]
         if A.shape[:1] != (rank,) or B.shape[1:] != (rank,):
-            groups = "; LoRA on a convolution in several groups is not merged, nor by PEFT" if len(A) == rank else ""
+            cause = "; LoRA on a convolution in several groups is not merged, nor by PEFT" if len(A) == rank else ""
+            if not A.numel() or not B.numel():
+                cause = (
+                    "; DeepSpeed's ZeRO-3 leaves empty tensors where weights are not gathered as they are saved: save "
+                    "the adapter again with stage3_gather_16bit_weights_on_model_save"
+                )
             raise ValueError(
                 f"adapters[{name!r}]: {path}: expected lora_A [{rank}, d_in] and lora_B [d_out, {rank}] by the "
-                f"configuration (r, rank_pattern), found {list(A.shape)} and {list(B.shape)}{groups}"
+                f"configuration (r, rank_pattern), found {list(A.shape)} and {list(B.shape)}{cause}"
             )
     return scalings
 
