@@ -252,8 +252,8 @@ class Optimisation:
                 raise RuntimeError(
                     "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
                     "comes after an adapted module, and inputs that are not all zero there; of a block that runs "
-                    "several times, as ALBERT's, nsc measures the first run: score_modules behind an adapted one in it, "
-                    "or method 'match' or 'distill'"
+                    "several times, as ALBERT's, nsc measures the first run: score_modules behind an adapted one in "
+                    "it, or method 'match' or 'distill'"
                 )
             entries.append(
                 {

@@ -7,6 +7,7 @@ import torch
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from torch import nn
 from torch.func import functional_call
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import nsc_merge
 from nsc_merge import Adapter, Factor
@@ -83,3 +84,21 @@ def test_a_forward_of_the_modules_own_is_given_back():
     with wrapped_forward(block, True, None), shared_forward(block):
         assert block.forward is not own
     assert vars(block)["forward"] is own
+
+
+@pytest.mark.parametrize("method", ["nsc", "match", "distill", "adamerging", "fisher", "regmean"])
+def test_no_method_keeps_the_state_that_a_model_writes_over(method):
+    """RWKV's, for the next tokens: the backward needs what was there before."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 48}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, vocab_size=96, context_length=32)).eval()
+    paths = [path for path, _ in model.named_modules() if path.endswith(("attention.key", "attention.value"))]
+    adapters = {
+        task: Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0) for path in paths})
+        for task in "ab"
+    }
+    data = {task: [{"input_ids": torch.randint(3, 96, (2, 6))}] for task in "ab"}
+    options = {"batches": 1} if method in ("fisher", "regmean") else {"steps": 2, "progress": False}
+    found = nsc_merge.merge(model, adapters, data, method, **options)
+    assert model.config.use_cache
+    assert all(torch.isfinite(found.delta(path)).all() for path in paths)

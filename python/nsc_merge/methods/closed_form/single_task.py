@@ -11,7 +11,7 @@ from nsc_merge.calibration.batches import Batch, streams
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.quantised import Linear
-from nsc_merge.models.forward_contexts import evaluating, recomputed
+from nsc_merge.models.forward_contexts import evaluating, recomputed, without_key_value_cache
 from nsc_merge.models.merged.whole import Site
 from nsc_merge.processes.group import current
 
@@ -19,13 +19,13 @@ from nsc_merge.processes.group import current
 @contextmanager
 def alone(problem: Problem, task: str) -> Iterator[Any]:
     """The model with one task's adapter at 1, in evaluation mode; yields the merged linears by path."""
-    adapter = problem.adapters[task]
     # In its own model a task has all of a shared module's update, not the share that it has in the merge.
-    whole = {path: replace(factor, fixed=None) for path, factor in adapter.factors.items()}
+    whole = problem.adapters[task].with_factors(lambda _, factor: replace(factor, fixed=None))
     with (
         evaluating(problem.model),
-        attach(problem.model, {task: replace(adapter, factors=whole)}, 1.0) as merged,
+        attach(problem.model, {task: whole}, 1.0) as merged,
         recomputed(problem.model),
+        without_key_value_cache(problem.model),
     ):
         yield merged
 

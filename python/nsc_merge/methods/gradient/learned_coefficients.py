@@ -23,7 +23,7 @@ from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.bases.quantised import check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.forward_contexts import evaluating, recomputed
+from nsc_merge.models.forward_contexts import evaluating, recomputed, without_key_value_cache
 from nsc_merge.results.result import MergeResult
 
 # What the objective of a task is called in the history.
@@ -51,6 +51,7 @@ def attached(
         evaluating(problem.model),
         attach(problem.model, problem.adapters, init) as merged,
         recomputed(problem.model),
+        without_key_value_cache(problem.model),
     ):
         check_gradients(problem.model)
         yield BoundedCoefficients(merged, options.clamp)
