@@ -18,6 +18,8 @@ import os
 import warnings
 from functools import cache, lru_cache
 
+import torch
+
 from .contract import Backend, Call
 
 logger = logging.getLogger("nsc_kernels")
@@ -39,40 +41,45 @@ def _checked_name(name: str, source: str) -> str:
 
 
 # One choice for the process and not one per thread: autograd runs a compiled graph's backward on threads of its own.
-_choice = _checked_name(os.environ.get("NSC_BACKEND", AUTO), "NSC_BACKEND")
+# The first counts: one for each block entered and not left, before NSC_BACKEND's.
+_choices = [_checked_name(os.environ.get("NSC_BACKEND", AUTO), "NSC_BACKEND")]
 
 
 def chosen() -> str:
     """The backend asked for: by ``use_backend``, else by ``NSC_BACKEND``, else ``"auto"``."""
-    return _choice
+    return _choices[0]
 
 
 class use_backend(contextlib.ContextDecorator):
     """``with use_backend(name):`` every call in the block uses this backend, or raises where it cannot.
 
     Also a decorator of functions. Outside a ``with`` or a decorated function it does nothing. The choice is the
-    process's, as ``NSC_BACKEND`` is: threads that want different backends must not overlap.
+    process's, as ``NSC_BACKEND`` is: threads that want different backends must not overlap. It goes around the call of
+    what ``torch.compile`` made and not within it, where a graph chooses when it runs.
 
     Args:
         name: of the backend; ``"auto"`` chooses per call.
 
     Raises:
         ValueError: if there is no such backend.
+        RuntimeError: within a graph that is exported, or compiled whole (``fullgraph=True``).
     """
 
     def __init__(self, name: str) -> None:
         self._name = _checked_name(name, "use_backend")
-        # One for each block entered and not left: a decorated function may call itself.
-        self._previous: list[str] = []
 
     def __enter__(self) -> None:
-        global _choice
-        self._previous.append(_choice)
-        _choice = self._name
+        if torch.compiler.is_compiling():
+            # A graph holds no block and chooses when it runs. Where it need not be whole, this frame is left to Python.
+            raise RuntimeError(
+                f"use_backend({self._name!r}) is within what torch.compile makes a graph of, which it would have no "
+                "effect on: put it around the call of what is compiled"
+            )
+        _choices.insert(0, self._name)
 
     def __exit__(self, *error: object) -> None:
-        global _choice
-        _choice = self._previous.pop()
+        # And not what was chosen before put back: blocks of other threads may have begun since, or have ended.
+        _choices.remove(self._name)
 
 
 @cache

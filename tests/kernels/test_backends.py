@@ -63,6 +63,17 @@ def test_choices_nest_and_are_restored_after_an_error() -> None:
     assert dispatch.chosen() == "auto"
 
 
+def test_blocks_of_several_threads_that_overlap_leave_no_choice_behind() -> None:
+    first, second = nk.use_backend("reference"), nk.use_backend("cpu")
+    before = dispatch.chosen()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.chosen() == "cpu"
+    second.__exit__(None, None, None)
+    assert dispatch.chosen() == before
+
+
 def test_a_choice_decorates_functions_that_call_themselves() -> None:
     @nk.use_backend("reference")
     def choices(depth: int) -> list[str]:

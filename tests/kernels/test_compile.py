@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nsc_kernels as nk
 import operator_cases as oc
+from nsc_kernels.backends import reference
+from nsc_kernels.contract import ForwardCall
 
 
 def inputs_for(dtype: torch.dtype, per_row: bool = False) -> oc.Inputs:
@@ -65,6 +68,28 @@ def test_compiles_whole_and_agrees_with_eager(backend: str, dynamic: bool) -> No
         assert torch.allclose(want, got, rtol=1e-5)
         for w, g in zip(*(torch.autograd.grad(t, (z, lam, base)) for t in (want, got)), strict=True):
             assert torch.allclose(w, g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backend_chosen_within_what_is_compiled_serves_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[ForwardCall] = []
+    forward = reference.forward
+
+    def counted(call: ForwardCall) -> Any:
+        calls.append(call)
+        return forward(call)
+
+    monkeypatch.setattr(reference, "forward", counted)
+    i = inputs_for(torch.float32)
+
+    def chosen(z: Tensor) -> Tensor:
+        with nk.use_backend("reference"):
+            return nk.merged_lora(z, i.bank, i.lam)
+
+    with pytest.raises(Exception, match=r"use_backend\('reference'\) is within what torch.compile"):
+        torch.compile(chosen, backend="aot_eager", fullgraph=True)(i.z)
+    assert not calls
+    torch.compile(chosen, backend="aot_eager")(i.z)
+    assert len(calls) == 1
 
 
 def test_a_new_token_count_does_not_recompile() -> None:
