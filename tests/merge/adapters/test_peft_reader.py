@@ -165,7 +165,7 @@ def test_names_of_tinker_are_refused_with_what_converts_them(name):
     held = {"A": torch.ones(3, 2, 4) if "experts" in name else torch.ones(2, 4), "B": torch.ones(5, 2)}
     weights = {f"base_model.model.model.{name}.lora_{part}.weight": value for part, value in held.items()}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
-    with pytest.raises(ValueError, match=rf"model\.{name} is a name of Tinker's; tinker_cookbook.weights.build_lora_ad"):
+    with pytest.raises(ValueError, match=rf"model\.{name} is a name of Tinker's; tinker_cookbook.weights.build_lora"):
         load_adapter({"config": config, "weights": weights}, "x")
 
 

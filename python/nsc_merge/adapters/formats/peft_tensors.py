@@ -74,8 +74,8 @@ def sorted_tensors(
                 left_over.append(key)
         elif match and _TINKER.fullmatch(match["path"]):
             raise ValueError(
-                f"adapters[{name!r}]: {match['path']} is a name of Tinker's; tinker_cookbook.weights.build_lora_adapter("
-                "base_model=BASE, adapter_path=FOLDER, output_path=NEW) writes the adapter in PEFT's format"
+                f"adapters[{name!r}]: {match['path']} is a name of Tinker's; tinker_cookbook.weights."
+                "build_lora_adapter(base_model=BASE, adapter_path=FOLDER, output_path=NEW) writes PEFT's format"
             )
         elif match and match["part"] in FACTORS and owns_parameter(config, match["path"]):
             of_parameters.setdefault(match["path"], {})[match["part"]] = value
