@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,11 @@ class AdapterBank(nn.Module):
         """``A [R, d_in]``, ``Bt [R, d_out]`` and ``offsets``: the operator's operands."""
         # nn.Module.__getattr__ takes 0.6 us per buffer, and this is asked for in every call.
         buffers = self._buffers
-        return buffers["A"], buffers["Bt"], self.offsets  # type: ignore[return-value]
+        try:
+            return buffers["A"], buffers["Bt"], self.offsets  # type: ignore[return-value]
+        except KeyError:
+            # Somebody put a parameter there, or a parametrization.
+            return self.A, self.Bt, self.offsets
 
     @property
     def K(self) -> int:
@@ -195,8 +199,9 @@ class AdapterBank(nn.Module):
             return self
         A, Bt, offsets = self.packed
         tracked = not (A.is_inference() or Bt.is_inference() or dispatch_watched() or functorch_active())
-        if tracked and dtype in self._autocast_copies:
-            (kept_A, version_A, kept_Bt, version_Bt), copy = self._autocast_copies[dtype]
+        kept = self._autocast_copies.get(dtype)
+        if tracked and kept is not None:
+            (kept_A, version_A, kept_Bt, version_Bt), copy = kept
             # The tensors and not their ids: that of a freed tensor is given to the next.
             if kept_A is A and kept_Bt is Bt and (version_A, version_Bt) == (A._version, Bt._version):
                 return copy
@@ -207,9 +212,14 @@ class AdapterBank(nn.Module):
             self._autocast_copies[dtype] = ((A, A._version, Bt, Bt._version), copy)
         return copy
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A bank that leaves a device leaves nothing there.
+        self._autocast_copies.clear()
+        return super()._apply(fn, recurse)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed bank as safetensors: to a temporary file first, renamed when complete."""
-        write_bank(path, self.A, self.Bt, self.offsets)
+        write_bank(path, self.A.contiguous(), self.Bt.contiguous(), self.offsets)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> AdapterBank:
@@ -235,7 +245,12 @@ class AdapterBank(nn.Module):
             tensor = isinstance(state, Tensor)
             found = f"{state.dtype} of shape {tuple(state.shape)}" if tensor else type(state).__name__
             raise ValueError(f"the extra state must be the offsets, a vector of torch.int64, found {found}")
-        self.offsets = _checked_offsets(state.tolist(), self.A.shape[0])
+        try:
+            self.offsets = _checked_offsets(state.tolist(), self.A.shape[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; a state of other ranks makes a bank of its own: AdapterBank(A, Bt, _extra_state.tolist())"
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_autocast_copies": {}}
@@ -290,6 +305,11 @@ def _check_factors(
                 raise ValueError(f"{name}[{k}] is on {t.device} but A[0] is on {A[0].device}; pass device=")
             if dtype is None and t.dtype is not A[0].dtype:
                 raise TypeError(f"{name}[{k}] is {t.dtype} but A[0] is {A[0].dtype}; pass dtype=")
+            if t.is_meta:
+                raise ValueError(
+                    f"{name}[{k}] is on the meta device, where there are no numbers to take a rank of; "
+                    "AdapterBank(A, Bt, offsets) takes such tensors"
+                )
             _check_finite(f"{name}[{k}]", t)
         if 0 in (a.shape[1], b.shape[0]):
             raise ValueError(f"adapter {k}: A and B must be of a layer with inputs and outputs, found none")

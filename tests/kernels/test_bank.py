@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import nsc_kernels as nk
 
@@ -190,6 +192,29 @@ def test_a_copy_for_autocast_of_buffers_made_in_inference_mode_follows_them() ->
     assert lam.grad is not None
 
 
+@pytest.mark.parametrize("move", [lambda bank: bank.double(), lambda bank: bank.to("meta")])
+def test_a_bank_that_is_moved_leaves_nothing_behind(move: Callable[[nk.AdapterBank], object]) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    left = [weakref.ref(t) for t in (bank.A, bank.Bt, bank.cast_for_autocast(torch.bfloat16).A)]
+    move(bank)
+    assert [ref() for ref in left] == [None] * 3
+
+
+def test_factors_that_somebody_put_another_way_are_found() -> None:
+    class Doubled(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * t
+
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    z, lam = torch.randn(4, 20), torch.rand(2)
+    y = nk.merged_lora(z, bank, lam)
+    nn.utils.parametrize.register_parametrization(bank, "Bt", Doubled())
+    assert torch.equal(nk.merged_lora(z, bank, lam), 2 * y)
+    bank.A = nn.Parameter(bank.A)
+    with pytest.raises(RuntimeError, match="bank.A requires a gradient"):
+        nk.merged_lora(z, bank, lam)
+
+
 GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
 
 
@@ -206,6 +231,7 @@ GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
         ([GOOD_A, [1.0]], [GOOD_B] * 2, {}, TypeError, r"A\[1\] must be a tensor, found list"),
         ([GOOD_A, GOOD_A.double()], [GOOD_B] * 2, {}, TypeError, r"A\[1\] is torch.float64 but A\[0\]"),
         ([GOOD_A, GOOD_A.to("meta")], [GOOD_B] * 2, {}, ValueError, r"A\[1\] is on meta but A\[0\] is on cpu"),
+        ([GOOD_A.to("meta")], [GOOD_B.to("meta")], {}, ValueError, r"A\[0\] is on the meta device"),
         ([GOOD_A, GOOD_A * float("nan")], [GOOD_B] * 2, {}, ValueError, r"A\[1\] holds 12 NaN"),
         ([GOOD_A] * 2, [GOOD_B, GOOD_B / 0], {}, ValueError, r"B\[1\] holds 8 NaN or infinite"),
         ([GOOD_A], [GOOD_B], {"scaling": [1.0, 2.0]}, ValueError, r"per adapter \(1\), found 2"),

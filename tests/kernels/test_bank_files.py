@@ -40,6 +40,22 @@ def test_safetensors_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
 
 
+def test_factors_of_any_strides_are_saved(tmp_path: Path) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    bank.load_state_dict({**bank.state_dict(), "A": bank.A.t().contiguous().t()}, assign=True)
+    assert not bank.A.is_contiguous()
+    bank.save(tmp_path / "bank.safetensors")
+    assert torch.equal(nk.AdapterBank.load(tmp_path / "bank.safetensors").A, bank.A)
+
+
+def test_a_state_of_other_ranks_says_how_it_is_read() -> None:
+    state = nk.AdapterBank.from_factors(*factors((3, 2))).state_dict()
+    with pytest.raises(ValueError, match=r"R=4 in .* found \(0, 3, 5\); .*AdapterBank\(A, Bt"):
+        nk.AdapterBank.from_factors(*factors((2, 2))).load_state_dict(state)
+    made = nk.AdapterBank(state["A"], state["Bt"], state["_extra_state"].tolist())
+    assert made.ranks == (3, 2)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = nk.AdapterBank.from_factors(*factors((2,)))
     path = tmp_path / "bank.safetensors"
