@@ -206,24 +206,17 @@ def _merged(
         for adapter in adapters.values()
         for path, factor in adapter.factors.items()
     }
-    # Dense ones are left to methods that look at entries; to others they are products with an identity. Biases are
-    # merged in the end.
-    not_zero = {
-        task: replace(
-            adapter,
-            factors={
-                path: factor if method.of_entries and full_rank else as_product(factor)
-                for path, factor in adapter.factors.items()
-                if factor.rank or factor.dense is not None
-            },
-        )
-        for task, adapter in adapters.items()
-    }
+
+    def update(_: str, factor: Factor) -> Factor | None:
+        if not factor.rank and factor.dense is None:
+            return None
+        # Dense ones are left to methods that look at entries; to others they are products with an identity.
+        return factor if method.of_entries and full_rank else as_product(factor)
+
+    not_zero = {task: adapter.with_factors(update) for task, adapter in adapters.items()}
+    # Merged in the end.
     biases = {
-        task: replace(
-            adapter, factors={path: replace(factor, dense=None) for path, factor in adapter.factors.items()}
-        )
-        for task, adapter in adapters.items()
+        task: adapter.with_factors(lambda _, factor: replace(factor, dense=None)) for task, adapter in adapters.items()
     }
     paths = [path for path in shapes if present(not_zero, path)]
     scale = getattr(options, "scale", 1.0)

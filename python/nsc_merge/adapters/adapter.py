@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,6 +166,13 @@ class Adapter:
     token_rows: dict[str, TokenRows] = field(default_factory=dict, repr=False)
     stacks: dict[str, Stack] = field(default_factory=dict, repr=False)
     dora: str = "exact"
+
+    def with_factors(self, change: Callable[[str, Factor], Factor | None]) -> Adapter:
+        """This adapter with what ``change`` makes of path and update of every module, and without those of which it
+        makes None.
+        """
+        changed = ((path, change(path, factor)) for path, factor in self.factors.items())
+        return replace(self, factors={path: factor for path, factor in changed if factor is not None})
 
 
 def name_of(path: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
-from nsc_merge.adapters import Adapter, AdapterSource, load_adapter
+from nsc_merge.adapters import Adapter, AdapterSource, Factor, load_adapter
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
@@ -98,15 +98,11 @@ def low_rank_part(
     if blocks is not None:
         names = sorted({path.rpartition(".")[2] for path in kept})
         kept = scored_paths(family_of(model), model, kept, names, blocks)
-    return {
-        task: replace(
-            adapter,
-            factors={
-                path: factor for path, factor in adapter.factors.items() if path in kept and factor.rank
-            },
-        )
-        for task, adapter in fitted.items()
-    }
+
+    def chosen(path: str, factor: Factor) -> Factor | None:
+        return factor if path in kept and factor.rank else None
+
+    return {task: adapter.with_factors(chosen) for task, adapter in fitted.items()}
 
 
 @torch.no_grad()

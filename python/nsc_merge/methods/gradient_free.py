@@ -92,17 +92,11 @@ def low_rank_part(problem: Problem) -> tuple[dict[str, Linear], dict[str, Adapte
     and the paths of the linears that are left in these.
     """
     linears = merged_linears(problem.model, problem.adapters)
-    low_rank = {
-        task: replace(
-            adapter,
-            factors={
-                path: replace(factor, gain=None) if factor.gain is not None else factor
-                for path, factor in adapter.factors.items()
-                if factor.rank
-            },
-        )
-        for task, adapter in problem.adapters.items()
-    }
+
+    def updates(_: str, factor: Factor) -> Factor | None:
+        return replace(factor, gain=None) if factor.rank else None
+
+    low_rank = {task: adapter.with_factors(updates) for task, adapter in problem.adapters.items()}
     return linears, low_rank, [path for path in linears if present(low_rank, path)]
 
 

@@ -69,16 +69,11 @@ def with_sum_of(update: Tensor, kept: Tensor) -> Tensor:
 
 def weighted(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> dict[str, Adapter]:
     """Adapters with a weight in their scalings."""
-    return {
-        task: replace(
-            adapter,
-            factors={
-                path: replace(factor, scaling=weights[task] * factor.scaling)
-                for path, factor in adapter.factors.items()
-            },
-        )
-        for task, adapter in adapters.items()
-    }
+
+    def times(weight: float, adapter: Adapter) -> Adapter:
+        return adapter.with_factors(lambda _, factor: replace(factor, scaling=weight * factor.scaling))
+
+    return {task: times(weights[task], adapter) for task, adapter in adapters.items()}
 
 
 def tasks_by_path(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, list[str]]:
