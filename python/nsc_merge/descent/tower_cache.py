@@ -6,6 +6,7 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import Batch
@@ -80,7 +81,10 @@ class TowerCache:
         if key in self._kept:
             # A copy, because LLaVA writes into the object that its tower returns.
             return copy.copy(self._kept[key][1])
-        output = self._compute(*arguments, **named)
+        # It has no coefficients in front, but a hook may have what it reads require gradients: PEFT and gradient
+        # checkpointing put one there, and a graph that is kept can be gone through once.
+        with torch.no_grad():
+            output = self._compute(*arguments, **named)
         if not isinstance(output, MutableMapping) or self._held >= self._limit:
             return output
         kept = copy.copy(output)

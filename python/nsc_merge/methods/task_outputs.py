@@ -64,7 +64,8 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
     found = getattr(model(**batch), "logits", None)
     if found is None:
         raise ValueError(
-            f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}"
+            f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}, or "
+            "method 'match' or 'nsc', which need no heads"
         )
     # transformers has logits of pixels, as of segmentation, [N, C, H, W].
     return beside(batch, found.movedim(1, -1) if found.dim() == 4 else found)

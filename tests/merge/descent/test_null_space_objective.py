@@ -114,6 +114,15 @@ def test_the_frozen_tower_runs_once_per_batch(batched, distinct):
     assert len(seen) == (6 if batched else 18) + 2 * distinct
 
 
+def test_a_kept_tower_has_no_graph_also_where_a_hook_has_its_inputs_require_gradients():
+    """As PEFT does for training with gradient checkpointing."""
+    model = llava()
+    adapters, batches = adapters_for(model), image_batches()
+    plain = trajectory(model, adapters, batches)
+    model.model.vision_tower.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
+    same_course(trajectory(model, adapters, batches), plain)
+
+
 def test_an_adapted_tower_is_not_cached():
     model = llava()
     adapters = adapters_for(model)
