@@ -119,8 +119,9 @@ def _cure(folder: Path) -> str:
     held, out = folder / "adapter_model.bin", str(folder / WEIGHTS_FILE)
     if held.is_file():
         code = (
-            f"import torch; from safetensors.torch import save_file; w = torch.load({str(held)!r}, weights_only=True); "
-            f"save_file({{k: v.contiguous() for k, v in w.items()}}, {out!r})"
+            "import torch; from safetensors.torch import save_file; "
+            f"w = torch.load({str(held)!r}, map_location='cpu', weights_only=True); "
+            f"save_file({{k: v.contiguous().clone() for k, v in w.items()}}, {out!r})"
         )
     elif any(folder.glob("adapter_model-*-of-*.safetensors")):
         code = (
