@@ -1,4 +1,4 @@
-# make demo   merge real LoRA adapters on real images, about a minute after the installation
+# make demo   merge real LoRA adapters on real images, a minute or two after the installation
 # make test   linters, type checks and every test
 # make coverage   what of both packages the tests run, by line and branch; build/coverage/html shows it
 # make bench  the operator's contenders under pytest-benchmark; python -m nsc_kernels.bench measures better

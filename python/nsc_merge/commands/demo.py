@@ -13,7 +13,7 @@ from nsc_merge.utils.errors import UsageError
 _DEMO = """\
 Merges the LoRA adapters of six tasks on a small ViT by NSC, match and distill and
 measures the results, on images composed from scikit-learn's digits and
-photographs. Takes under a minute and no network. Prints a table and which method
+photographs. Takes a minute or two and no network. Prints a table and which method
 when; writes NSC's coefficients, merged PEFT adapter, history and plots."""
 
 
