@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from datetime import datetime
 
 import datasets
 import pyarrow as pa
@@ -151,6 +152,51 @@ def test_images_in_datasets_and_parquet_are_those_in_files(tmp_path):
         )
         assert batches.sha256["samples"] == expected.sha256["samples"]
         assert "images" in batches.sha256
+
+
+@pytest.mark.parametrize("kind", ["List", "struct", "Audio", "Video"])
+def test_nothing_is_opened_that_a_dataset_holds_beside(tmp_path, base, expected, monkeypatch, kind):
+    """What somebody else saved may name an address in the place of a file; and text needs no decoder of sounds."""
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    one = {"bytes": None, "path": "http://127.0.0.1:9/picture.png"}
+    shape, value, feature = {
+        "List": (datasets.List(stored), [one], {"_type": "List", "feature": {"_type": "Image"}}),
+        "struct": ({"inner": stored}, {"inner": one}, {"inner": {"_type": "Image"}}),
+    }.get(kind, (stored, one, {"_type": kind}))
+    features = datasets.Features({"question": datasets.Value("string"), "beside": shape})
+    rows = [{"question": row["question"], "beside": value} for row in ROWS]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "dataset_info.json").read_text())
+    about["features"]["beside"] = feature
+    (tmp_path / "a" / "dataset_info.json").write_text(json.dumps(about))
+    (file,) = (tmp_path / "a").glob("*.arrow")
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": about["features"]}})})
+    with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, table.schema) as stream:
+        stream.write_table(table)
+
+    def connect(*where):
+        raise AssertionError(f"asked {where}")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    held = datasets.load_from_disk(str(tmp_path / "a"))
+    for source in (tmp_path / "a", held, held.to_iterable_dataset(), held.with_format("torch")):
+        assert_same(made(source, base, text="question"), expected)
+    assert open_source(held, DataSettings(), "data").rows([0]) == [rows[0]]
+
+
+def test_values_of_datasets_are_what_they_say(base):
+    features = {
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "grid": datasets.Array2D((1, 2), "int32"),
+        "several": datasets.List({"a": datasets.Value("int64")}),
+        "when": datasets.Value("timestamp[s]"),
+    }
+    row = {"label": 1, "grid": [[1, 2]], "several": [{"a": 1}, {"a": 2}], "when": datetime(2026, 1, 2)}
+    held = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    assert open_source(held, DataSettings(), "data").rows([0]) == [{**row, "label": "dog"}]
+    text = datasets.Dataset.from_dict({"calls": ['{"a": [1]}']}, features=datasets.Features({"calls": datasets.Json()}))
+    assert open_source(text, DataSettings(), "data").rows([0]) == [text[0]]
 
 
 def test_a_hub_id_is_loaded_by_datasets_and_nothing_else_is(base, expected, monkeypatch):

@@ -130,7 +130,10 @@ def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     datasets = _needed("datasets", argument)
     _, chosen = split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
-        stored, classes = _as_stored(chosen)
+        stored, features, classes = _as_stored(chosen)
+        for column, kind in features.items():
+            if kind != stored.features[column]:
+                stored = stored.cast_column(column, kind)
         return _drawn_at_once((_with_names(row, classes) for row in stored), settings, argument)
     return _mapped(chosen, type(chosen).__name__, argument, {}, None)
 
@@ -154,34 +157,47 @@ def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folde
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
     if chosen.format["type"] == "custom":
         # What a function of the user's own makes of the rows, which may have other columns.
-        stored, columns, classes = chosen, tuple(chosen[0]), _Classes()
-    else:
-        stored, classes = _as_stored(chosen)
-        columns = tuple(stored.column_names)
+        return Source(name, len(chosen), tuple(chosen[0]), lambda some: [chosen[one] for one in some], sha256, folder)
+    stored, features, classes = _as_stored(chosen)
+    table = stored.with_format("arrow")
 
     def rows(numbers: Sequence[int]) -> list[Row]:
-        return [_with_names(stored[number], classes) for number in numbers]
+        held = (features.decode_example(table[number].to_pylist()[0]) for number in numbers)
+        return [_with_names(row, classes) for row in held]
 
-    return Source(name, len(stored), columns, rows, sha256, folder)
+    return Source(name, len(stored), tuple(stored.column_names), rows, sha256, folder)
 
 
-def _as_stored(chosen: Any) -> tuple[Any, _Classes]:
-    """A dataset whose values are as they are stored, not tensors or tables of them (``set_format``), and whose images
-    stay bytes until they are opened; and its columns of classes.
+def _as_stored(chosen: Any) -> tuple[Any, Any, _Classes]:
+    """A dataset whose values are as they are stored, not tensors or tables of them (``set_format``); its features, by
+    which images and sounds stay what is stored of them until they are opened; and its columns of classes.
     """
-    from datasets import ClassLabel, Image
+    from datasets import ClassLabel, Features
 
     shown = getattr(chosen, "format", {}).get("columns")
     chosen = chosen.with_format(None)
     if shown is not None and list(shown) != chosen.column_names:
         chosen = chosen.select_columns(list(shown))
-    classes = {}
-    for column, kind in (chosen.features or {}).items():
-        if isinstance(kind, Image):
-            chosen = chosen.cast_column(column, Image(decode=False))
-        elif isinstance(kind, ClassLabel):
-            classes[column] = list(kind.names)
-    return chosen, classes
+    kinds = chosen.features or {}
+    classes = {column: list(kind.names) for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
+    return chosen, Features({column: _closed(kind) for column, kind in kinds.items()}), classes
+
+
+def _closed(kind: Any) -> Any:
+    """A feature of ``datasets``, by which nothing is opened that a value is of: it may be named by an address, which
+    would be asked.
+    """
+    import datasets
+
+    if isinstance(kind, dict):
+        return {name: _closed(one) for name, one in kind.items()}
+    if isinstance(kind, list | tuple):
+        return [_closed(one) for one in kind]
+    if hasattr(kind, "feature"):
+        return replace(kind, feature=_closed(kind.feature))
+    # Json has the setting, too, and is text that is read.
+    opens = hasattr(kind, "decode") and not isinstance(kind, getattr(datasets, "Json", ()))
+    return replace(kind, decode=False) if opens else kind
 
 
 def _classes_in(table: Any) -> _Classes:
