@@ -77,6 +77,10 @@ ELSEWHERE = {
         "test_adapter_kinds.py",
         "test_pickles_and_parts_are_converted_by_the_line_that_the_message_names",
     ),
+    "files of MLX, Tinker, AdapterHub, PaddleNLP, LitGPT, llama.cpp, kohya": (
+        "adapters/test_adapter_files.py",
+        "test_files_of_something_else_are_named",
+    ),
 }
 LINES = PAGE.read_text(encoding="utf-8").splitlines()
 
