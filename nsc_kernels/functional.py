@@ -17,6 +17,8 @@ from .modes import any_autocast, autocast_enabled, dispatch_watched, functorch_a
 from .ops import refuse_other_than_reference, run_forward, select_backend
 from .reference import accumulation_dtype
 
+# What has no forward of its own for torch's operators.
+_PLAIN = frozenset((Tensor, nn.Parameter))
 # By autocast, to its own dtype.
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,12 +111,20 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         and lam.dtype is acc
         and device == A.device == lam.device
         and z.layout is torch.strided
+        and type(z) in _PLAIN
+        and type(lam) in _PLAIN
+        and type(A) in _PLAIN
         and z.dim() > 0
         and z.shape[-1] == A.shape[1]
         and ((lam.dim() == 1 and lam.shape[0] == K) or lam.shape == (*z.shape[:-1], K))
         and (
             base is None
-            or (base.dtype is dtype and base.device == device and base.shape == (*z.shape[:-1], Bt.shape[1]))
+            or (
+                base.dtype is dtype
+                and base.device == device
+                and base.shape == (*z.shape[:-1], Bt.shape[1])
+                and type(base) in _PLAIN
+            )
         )
     ):
         _refuse(z, bank, lam, base, acc)
@@ -190,6 +200,9 @@ def _route(
     if grad and not (transformed or as_op) and (A.requires_grad or Bt.requires_grad):
         name = "A" if A.requires_grad else "Bt"
         raise RuntimeError(f"bank.{name} requires a gradient, but the factors are frozen here; detach it")
+    saved = grad and not (compiling or transformed) and (z.requires_grad or lam.requires_grad)
+    if saved and (A.is_inference() or Bt.is_inference() or lam.is_inference()):
+        _refuse_inference(A, Bt)
     grad = grad and (z.requires_grad or lam.requires_grad or (base is not None and base.requires_grad))
     # Runs with other inputs later on, which may require a gradient. torch.jit.trace checks a trace under no_grad.
     any_inputs = tracing or (compiling and torch.is_grad_enabled() and torch.compiler.is_exporting())
@@ -252,8 +265,27 @@ def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
 
 
+def _refuse_inference(A: Tensor, Bt: Tensor) -> None:
+    """Raise for a tensor that autograd does not keep for the backward."""
+    in_bank = A.is_inference() or Bt.is_inference()
+    copy = "AdapterBank(bank.A.clone(), bank.Bt.clone(), bank.offsets)" if in_bank else "lam.clone()"
+    raise RuntimeError(
+        f"{'bank' if in_bank else 'lam'} was made or moved under torch.inference_mode and serves no call with a "
+        f"gradient; make it outside, or take a copy there: {copy}"
+    )
+
+
 def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc: torch.dtype) -> None:
-    """Raise for what the kernels would misread; return where ``lam`` is only narrower than they want it."""
+    """Raise for what the kernels would misread; return where ``lam`` is only narrower than they want it, or where
+    something is of a subclass of torch.Tensor that they can do with.
+    """
+    given: dict[str, Any] = {"z": z, "bank.A": bank.A, "lam": lam, "base": base}
+    for name, t in given.items():
+        if hasattr(t, "full_tensor"):
+            raise TypeError(
+                f"{name} must be a plain tensor, found a {type(t).__name__} placed {t.placements}; take its to_local() "
+                "or full_tensor()"
+            )
     if z.dtype is not bank.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {bank.dtype}; convert one of them (bank.to(dtype=...))")
     if z.layout is not torch.strided:

@@ -94,7 +94,10 @@ class MergedLoRALinear(nn.Module):
         return merged_linear(z, self.linear, self.bank, self.lam, stats=False)
 
     def nsc(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(y [..., d_out], quad [..., K], sqnorm [...])``; see :func:`nsc_kernels.merged_lora_nsc`."""
+        """``(y [..., d_out], quad [..., K], sqnorm [...])``; see :func:`nsc_kernels.merged_lora_nsc`.
+
+        Of a layer that ``fully_shard`` has sharded, ``register_fsdp_forward_method(layer, "nsc")`` makes it callable.
+        """
         return merged_linear(z, self.linear, self.bank, self.lam, stats=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

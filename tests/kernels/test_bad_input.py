@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_operator import require
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 import nsc_kernels as nk
 import operator_cases as oc
@@ -153,3 +156,37 @@ def test_a_large_scaling_is_finite_whatever_the_default_dtype(dtype: torch.dtype
         assert nk.AdapterBank.from_factors([A], [B], [1e5]).delta([1.0]).max() == 1e5
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", ["z", "bank.A", "lam", "base"])
+def test_what_is_distributed_is_named(name: str) -> None:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        i = oc.make_inputs(oc.Case("spread", T=4, d_in=8, d_out=6, ranks=(2, 2)), torch.float32)
+        owner, attribute = (i.bank, "A") if name == "bank.A" else (i, name)
+        setattr(owner, attribute, DTensor.from_local(getattr(owner, attribute), mesh, [Replicate()]))
+        with pytest.raises(TypeError, match=rf"{name} must be a plain tensor, found a DTensor .*to_local\(\)"):
+            nk.merged_lora(i.z, i.bank, i.lam, i.base)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["made", "moved", "lam"])
+def test_what_inference_mode_made_is_named_where_there_is_a_gradient(how: str) -> None:
+    i = oc.make_inputs(oc.Case("inference", T=4, d_in=8, d_out=6, ranks=(2, 2)), torch.float32)
+    bank, lam, z = i.bank, i.lam, i.z.requires_grad_()
+    with torch.inference_mode():
+        if how == "made":
+            bank = nk.AdapterBank(bank.A.clone(), bank.Bt.clone(), bank.offsets)
+        elif how == "moved":
+            bank = bank.double().float()
+        else:
+            lam = lam.clone()
+    with pytest.raises(RuntimeError, match=f"{'lam' if how == 'lam' else 'bank'} was made or moved under torch.infer"):
+        nk.merged_lora(z, bank, lam)
+    assert i.base is not None
+    nk.merged_lora(z.detach(), bank, lam, i.base.requires_grad_()).sum().backward()
+    copied = nk.AdapterBank(bank.A.clone(), bank.Bt.clone(), bank.offsets)
+    nk.merged_lora(z, copied, lam.clone()).sum().backward()
+    assert z.grad is not None
