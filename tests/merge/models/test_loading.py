@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import os
 
 import pytest
@@ -168,5 +169,12 @@ def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
     refused(FileNotFoundError, r"model: .*base holds no weights: expected model\.safetensors")
     torch.save(build("vit").state_dict(), folder / "pytorch_model.bin")
     refused(FileNotFoundError, r"model: .*base holds its weights in pytorch_model\.bin, which is pickled")
+    # The line that it gives does what it says, whatever the folder is called.
+    odd = folder.rename(folder.with_name("it's $(touch \"x\")"))
+    with pytest.raises(FileNotFoundError) as error:
+        load(odd)
+    words = shlex.split(str(error.value).split("If you trust it: ")[1])
+    assert words[:2] == ["python", "-c"]
+    assert f"m = {json.dumps(str(odd))}; t.ViTForImageClassification.from_pretrained(m, " in words[2]
     (folder / FILE).write_bytes(b"short")
     refused(ValueError, r"^model: .*model\.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -188,10 +189,13 @@ def _lacking(architecture: Architecture) -> str | None:
     pickled = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
     if not pickled:
         return f"model: {folder} holds no weights: expected model.safetensors, or its shards and {index.name}"
+    code = (
+        f"import transformers as t; m = {json.dumps(str(folder), ensure_ascii=False)}; "
+        f"t.{architecture.kind.__name__}.from_pretrained(m, use_safetensors=False).save_pretrained(m)"
+    )
     return (
         f"model: {folder} holds its weights in {pickled[0]}, which is pickled: loading it can run code; expected "
-        "model.safetensors. If you trust it: python -c 'import transformers as t; m = "
-        f'"{folder}"; t.{architecture.kind.__name__}.from_pretrained(m, use_safetensors=False).save_pretrained(m)\''
+        f"model.safetensors. If you trust it: python -c {shlex.quote(code)}"
     )
 
 
