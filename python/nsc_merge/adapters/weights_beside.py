@@ -14,15 +14,16 @@ from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
 from nsc_merge.utils.safetensors_checks import read_checked
 
 # LLaVA's training code (haotian-liu/LLaVA, llava/train/train.py) writes what it trained beside LoRA, such as the
-# projector, as a pickled file of this name, with the names of the parameters under PEFT's wrapper.
+# projector, as a pickled file of this name, with the names of the parameters under PEFT's wrapper; LongLoRA's
+# (dvlab-research/LongLoRA, get_trainable_weights.py) embeddings and norms as the last of these, with the base's names.
 CONVERTED = "non_lora_trainables.safetensors"
-_PICKLED = ("non_lora_trainables.bin", "mm_projector.bin")
+_PICKLED = ("non_lora_trainables.bin", "mm_projector.bin", "trainable_params.bin")
 _PREFIX = "base_model.model."
 # What vLLM and its users call rows of embeddings for tokens that training added.
 _NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin", "new_embeddings.pt")
 # PEFT does not read these either, or they are of the optimisation.
 _KNOWN = re.compile(
-    r"adapter_model\.safetensors|non_lora_trainables\.\w+|mm_projector\.\w+"
+    r"adapter_model\.safetensors|(non_lora_trainables|mm_projector|trainable_params)\.\w+"
     r"|(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)"
 )
 _WEIGHTS = re.compile(r".+\.(bin|pt|pth|ckpt|safetensors)")

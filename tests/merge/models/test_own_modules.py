@@ -215,6 +215,26 @@ def test_pickled_weights_beside_an_adapter_are_refused_with_the_command_that_con
     torch.testing.assert_close(outputs(result.apply(model), inputs), outputs(trained, inputs), **TOLERANCE)
 
 
+def test_what_longlora_trained_beside_is_refused_and_read_once_it_is_converted(tmp_path, monkeypatch):
+    """Embeddings and norms, under the base's names; they were left out with a note."""
+    model, inputs, own = build("llama"), KINDS["llama"].inputs(3), ["embed_tokens", "norm", "input_layernorm"]
+    folder = write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj"], modules_to_save=own)
+    wanted = outputs(PeftModel.from_pretrained(copy.deepcopy(model), folder), inputs)
+    held = load_file(folder / WEIGHTS)
+    save_file({key: value for key, value in held.items() if "lora_" in key}, folder / WEIGHTS)
+    beside = {key.removeprefix("base_model.model."): value for key, value in held.items() if "lora_" not in key}
+    torch.save(beside, folder / "trainable_params.bin")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    with pytest.raises(ValueError, match=r"trainable_params.bin holds weights trained beside.* python -c") as error:
+        nsc_merge.merge(model, {"long": folder}, method="task_arithmetic")
+    monkeypatch.chdir(folder)
+    exec(str(error.value).split('python -c "')[1].removesuffix('"'), {})
+    assert nsc_merge.load_adapter(folder, "long").notes == ()
+    result = nsc_merge.merge(model, {"long": folder}, method="task_arithmetic", scale=1.0)
+    torch.testing.assert_close(outputs(result.apply(model), inputs), wanted, **TOLERANCE)
+
+
 def test_other_files_beside_an_adapter_are_refused_or_noted(tmp_path):
     folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=["q_proj"])
     for file in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "tokenizer.json"):
