@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
+import nsc_merge
 from nsc_merge import Adapter, Factor, attach, load_adapter
 
 
@@ -155,3 +156,19 @@ def test_weights_that_a_parent_brings_are_refused():
     words = r"^0\.0: .* offload without preload_module_classes"
     with pytest.raises(ValueError, match=words), attach(model, adapters, 1.0):
         pass
+
+
+@pytest.mark.parametrize("method", ["nsc", "match", "regmean", "task_arithmetic"])
+def test_a_model_made_in_inference_mode_is_refused_before_anything_runs(model, folders, images, method):
+    calibration = {task: [{"pixel_values": images}] for task in folders}
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    if method == "task_arithmetic":
+        assert nsc_merge.merge(made, folders, method=method).paths
+        return
+    with pytest.raises(ValueError, match=r"model: \S+ was made inside torch.inference_mode\(\).*loaded outside"):
+        nsc_merge.merge(made, folders, calibration, method)
+    assert all(parameter.requires_grad for parameter in made.parameters())
+    # Called inside, a merge of a model that was made outside learns as ever.
+    with torch.inference_mode():
+        assert nsc_merge.merge(model, folders, calibration, method).paths

@@ -161,11 +161,17 @@ def check_in_memory(model: nn.Module) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Refuse a model whose weights are nowhere.
+    """Refuse a model whose weights are nowhere, or let no gradient through.
 
     Raises:
         ValueError: naming the first of them.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: {name} was made inside torch.inference_mode(), so that no gradient can pass through it; "
+                "expected a model that was loaded outside; a merge may be called inside"
+            )
     check_in_memory(model)
     hooks = {path: hook for path, module in model.named_modules() if (hook := offloading(module)) is not None}
     filled = tuple(f"{path}." if path else "" for path, hook in hooks.items() if hook.place_submodules)
