@@ -216,8 +216,9 @@ def _route(
         y, quad, sqnorm, _ = reference.forward(z, A, Bt, offsets, lam, base, stats)
     elif as_op:
         y, quad, sqnorm, _ = torch.ops.nsc.merged_lora(z, A, Bt, offsets, lam, base, stats, grad)
-        if stats and not (z.requires_grad or any_inputs):
-            # They depend on z alone, whatever else of the op's arguments requires a gradient.
+        if stats and compiling and not (z.requires_grad or any_inputs):
+            # They depend on z alone, whatever else of the op's arguments requires a gradient. What other modes record
+            # may run with other inputs later on.
             quad, sqnorm = quad.detach(), sqnorm.detach()
     else:
         backend = select_backend(z, A, Bt, offsets)
