@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import os
+import shlex
 
 import pytest
 import torch
@@ -176,5 +176,6 @@ def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
     words = shlex.split(str(error.value).split("If you trust it: ")[1])
     assert words[:2] == ["python", "-c"]
     assert f"m = {json.dumps(str(odd))}; t.ViTForImageClassification.from_pretrained(m, " in words[2]
+    odd.rename(folder)
     (folder / FILE).write_bytes(b"short")
     refused(ValueError, r"^model: .*model\.safetensors")
