@@ -106,7 +106,9 @@ def accelerate(model: nn.Module) -> Accelerated:
     Layers that PEFT creates later, for an adapter on further modules, are not touched, nor are other kinds (embeddings,
     convolutions, a forward of their own), of which a warning says which and why. A copy of an accelerated model
     (``copy.deepcopy``, pickle) is accelerated as well, and no handle undoes that: copy the model first. The replicas
-    of ``torch.nn.DataParallel`` call the layers of the first device; ``DistributedDataParallel`` makes none.
+    of ``torch.nn.DataParallel`` call the layers of the first device, and raise on any other;
+    ``DistributedDataParallel`` makes none. An accelerated layer refers to itself: a model that is dropped before
+    ``remove()`` is freed when Python next collects garbage, and not at once.
 
     Args:
         model: a ``PeftModel``, or any module that holds PEFT's LoRA layers.
