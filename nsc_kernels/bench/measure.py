@@ -45,8 +45,6 @@ from .trials import Trial, supervise
 QUICK_SHAPES, SHAPES = "vit-b.q,llama3-8b.kv", "vit-b,llama3-8b"
 TRIAL_LIMIT = 900.0  # seconds: a contender may compile
 MACHINE = "machine"
-# Of a report's environment: figures under other ones are of another report.
-ONE_MACHINE = ("device", "torch", "cuda", "triton", "cpu_isa", "float32_products")
 
 
 def comma(text: str) -> list[str]:
@@ -152,7 +150,7 @@ def check_machine(out: Path | None, on: torch.device) -> None:
     found = [row for row in rows if row.get("what") == "environment"]
     here = environment.facts(on) if found else {}
     for row in found:
-        for name in ONE_MACHINE:
+        for name in report.ONE_MACHINE:
             if row.get(name, here[name]) != here[name]:
                 raise ValueError(
                     f"out: {out} was measured with {name} {row.get(name)}, here it is {here[name]}; give another file, "

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
 from .measuring import read_rows
-from .tables import is_timed
+from .tables import is_timed, key_of
 from .trials import results
+
+# Of a report's environment: figures under other ones are of another report.
+ONE_MACHINE = ("device", "torch", "cuda", "triton", "cpu_isa", "float32_products")
+
+APART = "show them one by one, or what changed, by python -m nsc_kernels.bench compare"
 
 
 def add_reports(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +24,22 @@ def add_reports(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_for(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the reports; ends the program where one cannot be read, or there is no figure."""
+    """The rows of the reports; ends the program where one cannot be read, where they are of several machines or have
+    the same figures, or where there is no figure.
+    """
     try:
-        rows = [row for path in arguments.reports for row in read(path)]
+        reports = {path: read(path) for path in arguments.reports}
     except (OSError, ValueError) as error:
         parser.exit(2, f"{error}\n")
+    rows = [row for held in reports.values() for row in held]
+    for name in ONE_MACHINE:
+        found = dict.fromkeys(str(row[name]) for row in rows if row.get("what") == "environment" and name in row)
+        if len(found) > 1:
+            parser.exit(2, f"{parser.prog}: the reports differ in {name}, {' and '.join(found)}: {APART}\n")
+    of = {path: {(row.get("backend"), key_of(row)) for row in held if is_timed(row)} for path, held in reports.items()}
+    for one, other in itertools.combinations(of, 2):
+        if of[one] & of[other]:
+            parser.exit(2, f"{parser.prog}: {one} and {other} have figures of the same: {APART}\n")
     if arguments.contenders:
         rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
     if not any(map(is_timed, rows)):

@@ -352,6 +352,22 @@ def test_a_step_is_shown_beside_the_operator(tmp_path, capsys):
         assert {path.name.partition("-fp32")[0] for path in tmp_path.glob("speedups-step*.png")} == {"speedups-step"}
 
 
+@pytest.mark.parametrize("show", ["table", "plot"])
+def test_reports_of_two_machines_or_of_the_same_figures_are_not_shown_as_one(tmp_path, capsys, show):
+    rows = [row("fused", [400.0] * 5, 1.0), *MACHINE]
+    one = write(tmp_path / "one.jsonl", rows)
+    again = write(tmp_path / "again.jsonl", rows)
+    other = write(tmp_path / "other.jsonl", [{**rows[0], "name": "vit-b.k"}, {**MACHINE[0], "device": "another"}])
+    for second, said in (
+        (other, "the reports differ in device, a processor and another: show them one by one, or what changed"),
+        (again, f"{one} and {again} have figures of the same: show them one by one, or what changed"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main([show, one, second])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["rounds", "threads", "layers", "tasks"])
 def test_a_step_of_nothing_is_refused(capsys, option):
     with pytest.raises(SystemExit) as ended:
