@@ -41,6 +41,9 @@ def asked_for(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         if of[one] & of[other]:
             parser.exit(2, f"{parser.prog}: {one} and {other} have figures of the same: {APART}\n")
     if arguments.contenders:
+        there = dict.fromkeys(row["contender"] for row in rows if "contender" in row)
+        if unknown := [name for name in arguments.contenders if name not in there]:
+            parser.exit(2, f"{parser.prog}: contenders: no {unknown[0]!r} in these reports, only {', '.join(there)}\n")
         rows = [row for row in rows if not is_timed(row) or row["contender"] in arguments.contenders]
     if not any(map(is_timed, rows)):
         parser.exit(2, f"{parser.prog}: there are no figures in what was asked for\n")

@@ -303,6 +303,9 @@ def test_the_tables_of_a_report(tmp_path, capsys):
     assert "| T | fused | of the roofline | peft (no statistics) |" in capsys.readouterr().out
     assert command.main(["table", str(tmp_path / "r.jsonl"), "--contenders", "fused"]) == 0
     assert "peft" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["table", str(tmp_path / "r.jsonl"), "--contenders", "fused,conct"])
+    assert "contenders: no 'conct' in these reports, only fused, peft" in capsys.readouterr().err
 
 
 def test_ratios_to_one_contender_have_a_table_of_their_own(tmp_path, capsys):
