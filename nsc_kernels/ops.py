@@ -141,7 +141,19 @@ def _tensor(t: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=like.device) if t is None else t
 
 
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    """Raise where a graph that holds an op is differentiated in forward mode: its tangents would be left out."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in arguments
+    ):
+        raise RuntimeError(
+            "nsc::merged_lora has no derivative in forward mode within a graph; differentiate the function itself, and "
+            "not what torch.compile or a trace made of it"
+        )
+
+
 def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_tangents(arguments)
     call = ForwardCall(*arguments)
     z, acc = call.z, call.lam.dtype
     y, quad, sqnorm, u = run_forward(select_backend(z, call.A, call.Bt, call.offsets), call)
@@ -149,6 +161,7 @@ def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _refuse_tangents(arguments)
     call = BackwardCall(*arguments)
     with without_autocast(call.u.device.type):
         dz, dlam = run_backward(select_backend(call.u, call.A, call.Bt, call.offsets), call)

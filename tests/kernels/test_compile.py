@@ -10,6 +10,8 @@ import torch
 from test_operator import require
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,6 +138,22 @@ def test_transforms_inside_compile_are_not_silently_zero() -> None:
     direction = torch.ones(2).double()
     tangent = torch.compile(lambda lam: torch.func.jvp(loss, (lam,), (direction,))[1], backend="aot_eager")(lam)
     assert torch.allclose(tangent, expected.sum())
+
+
+def test_forward_mode_of_what_was_compiled_or_recorded_is_refused() -> None:
+    i = inputs_for(torch.float32)
+
+    def call(z: Tensor) -> Tensor:
+        return nk.merged_lora(torch.tanh(z), i.bank, i.lam)
+
+    recorded = make_fx(call)(i.z)
+    z = i.z.clone().requires_grad_()
+    y = torch.compile(call, backend="aot_eager", fullgraph=True)(z)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="no derivative in forward mode within a graph"):
+            recorded(forward_ad.make_dual(i.z, i.z))
+        with pytest.raises(RuntimeError, match="no derivative in forward mode within a graph"):
+            torch.autograd.grad(y, z, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
 
 
 def test_export_with_a_dynamic_dimension() -> None:
