@@ -32,6 +32,7 @@ from nsc_merge.models.merged.matrices import Matrix, matrix_at
 from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 from nsc_merge.models.merged.parameters import MergedMatrix, around
 from nsc_merge.models.merged.whole import MergedWhole, Site, instead, is_part, merged_at, why_no_rows
+from nsc_merge.processes.launch import undisturbed
 
 
 def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:
@@ -193,9 +194,11 @@ def attach(
                 _replace(model, path, module)
             yield {path: module for path, module in merged.items() if isinstance(module.lam, nn.Parameter)}
         finally:
-            for path, module in placed.items():
-                _replace(model, path, module)
-            _set_requires_grad(trainable, True)
+            # Ctrl-C once more, while a run is ended by it, must not leave some of the merged linears in the model.
+            with undisturbed():
+                for path, module in placed.items():
+                    _replace(model, path, module)
+                _set_requires_grad(trainable, True)
 
 
 def _set_requires_grad(parameters: Iterable[tuple[nn.Module, str]], value: bool) -> None:

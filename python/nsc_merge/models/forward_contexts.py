@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nsc_merge.models.bases.stored_weights import offloading
+from nsc_merge.processes.launch import undisturbed
 
 # What the running thread does: each device has a thread of its own for its part of a backward.
 _here = threading.local()
@@ -29,12 +30,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     parent's.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with undisturbed():
+            for module, training in modes:
+                module.training = training
 
 
 @contextmanager
@@ -226,9 +228,9 @@ class _Again:
 def without_key_value_cache(model: nn.Module) -> Iterator[None]:
     """Prefills are all there is, so decoders need not keep keys and values, which holds them in memory."""
     configs = {id(config): config for module in model.modules() if (config := _caching(module)) is not None}
-    for config in configs.values():
-        config.use_cache = False
     try:
+        for config in configs.values():
+            config.use_cache = False
         yield
     finally:
         for config in configs.values():

@@ -63,7 +63,9 @@ def started() -> Iterator[Group]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """A block during which requests to end are not heard: for the last file that is written."""
+    """A block during which requests to end are not heard: for the last file that is written, and while a model gets
+    back what it was given with.
+    """
     with _heard(dict.fromkeys(_REQUESTS, signal.SIG_IGN)):
         yield
 
@@ -74,9 +76,11 @@ def _heard(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {request: signal.getsignal(request) for request in _REQUESTS}
+    # Of one that was not set from Python there is none to be given back.
+    before = {request: held for request in _REQUESTS if (held := signal.getsignal(request)) is not None}
     for request, handler in handlers.items():
-        signal.signal(request, handler)
+        if request in before:
+            signal.signal(request, handler)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.func import functional_call
 
 import nsc_merge
 from nsc_merge import Adapter, Factor, attach, load_adapter
+from nsc_merge.models import attachment
+from nsc_merge.models.forward_contexts import evaluating
 
 
 def loaded(folders):
@@ -172,3 +175,36 @@ def test_a_model_made_in_inference_mode_is_refused_before_anything_runs(model, f
     # Called inside, a merge of a model that was made outside learns as ever.
     with torch.inference_mode():
         assert nsc_merge.merge(model, folders, calibration, method).paths
+
+
+def test_ctrl_c_while_a_model_is_given_back_leaves_no_merged_linear_in_it(model, folders, monkeypatch):
+    before = dict(model.named_modules())
+    handler = signal.getsignal(signal.SIGINT)
+    replace = attachment._replace
+
+    def pressed(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        replace(*arguments)
+
+    with attach(model, loaded(folders), 0.3):
+        assert dict(model.named_modules()) != before
+        monkeypatch.setattr(attachment, "_replace", pressed)
+    assert dict(model.named_modules()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_while_a_model_is_put_into_evaluation_mode_leaves_its_modes(model, monkeypatch):
+    modes = [bool(number % 2) for number, _ in enumerate(model.modules())]
+    for module, training in zip(model.modules(), modes, strict=True):
+        module.training = training
+    evaluate = model.eval
+
+    def pressed():
+        evaluate()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "eval", pressed)
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        pass
+    assert [module.training for module in model.modules()] == modes
