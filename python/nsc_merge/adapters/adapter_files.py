@@ -130,10 +130,12 @@ def _cure(folder: Path) -> str:
             f"save_file({{k: v for p in parts for k, v in load_file(p).items()}}, {out!r})"
         )
     else:
-        # Of a trainer's checkpoints the last, by its number.
-        inside = sorted((file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")), key=lambda one: (len(one), one))
-        if inside:
-            return f"; expected the folder of one adapter, such as {folder / inside[-1]}"
+        # Also of runs with checkpoints, and in a repository of huggingface_hub's cache; the last, by its number.
+        for below in ("*", "*/*"):
+            inside = [str(file.parent) for file in folder.glob(f"{below}/{CONFIG_FILE}")]
+            if inside:
+                last = max(inside, key=lambda one: (len(one), one))
+                return f"; expected the folder of one adapter, such as {last}"
         if any(folder.glob("model*.safetensors")):
             return (
                 "; a whole model is no adapter: where it was trained from the base, mergekit-extract-lora makes an "

@@ -128,6 +128,11 @@ def test_of_several_checkpoints_the_last_is_named(folders):
     with pytest.raises(FileNotFoundError, match=r"expected the folder of one adapter, such as .*checkpoint-1000$"):
         load_adapter(parent, "x")
     assert load_adapter(parent / "checkpoint-500", "x").notes == ()
+    cached = parent / "models--me--it" / "snapshots"
+    cached.mkdir(parents=True)
+    (cached / "0123").symlink_to(parent / "checkpoint-500", target_is_directory=True)
+    with pytest.raises(FileNotFoundError, match=r"such as .*/models--me--it/snapshots/0123$"):
+        load_adapter(cached.parent, "x")
 
 
 def test_an_adapter_of_mlx_is_converted_as_the_message_says(folders, tmp_path):
