@@ -52,6 +52,12 @@ class Factor:
         """An update that changes nothing, of rank 0; float32, whatever torch's default dtype is."""
         return cls(torch.empty(0, d_in, dtype=torch.float32), torch.empty(d_out, 0, dtype=torch.float32), 1.0)
 
+    @classmethod
+    def of_matrix(cls, update: Tensor, bias: Tensor | None = None) -> Factor:
+        """An update ``[d_out, d_in]`` as it is, beside factors of rank 0."""
+        d_out, d_in = update.shape
+        return cls(update.new_empty(0, d_in), update.new_empty(d_out, 0), 1.0, bias, dense=update)
+
     @property
     def rank(self) -> int:
         return self.A.shape[0]

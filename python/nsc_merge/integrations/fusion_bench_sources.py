@@ -116,7 +116,7 @@ def as_factors(updates: Mapping[str, Factor | Tensor], base: nn.Module, task: st
         if part == "bias" and isinstance(update, Tensor):
             biases[path] = update
         elif part == "weight":
-            weights[path] = update if isinstance(update, Factor) else _whole(_matrix(update, base, path))
+            weights[path] = update if isinstance(update, Factor) else Factor.of_matrix(_matrix(update, base, path))
         else:
             raise ValueError(
                 f"{task}: changes {name}, which is no weight or bias of a layer; expected models made of LoRA "
@@ -180,10 +180,6 @@ def _matrix(update: Tensor, base: nn.Module, path: str) -> Tensor:
 
 def _is_turned(base: nn.Module, path: str) -> bool:
     return type(base.get_submodule(path)).__name__ == "Conv1D"
-
-
-def _whole(delta: Tensor) -> Factor:
-    return Factor(delta.new_empty(0, delta.shape[1]), delta.new_empty(delta.shape[0], 0), 1.0, dense=delta)
 
 
 def _tensor(value: Any) -> Tensor:

@@ -174,8 +174,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
     if not is_linear(module):
         # Of a convolution, the kernel belongs to the inputs of an output.
         weight = weight[:, None] if weight.dim() == 1 else weight.flatten(1)
-    no_rank = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
-    return Factor(*no_rank, 1.0, bias=deltas.get("bias"), dense=weight)
+    return Factor.of_matrix(weight, deltas.get("bias"))
 
 
 def update_of_rows(task: str, path: str, rows: TokenRows, model: nn.Module) -> Factor:

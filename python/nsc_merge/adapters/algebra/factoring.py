@@ -47,7 +47,7 @@ def factored(delta: Tensor, tolerance: float | None = None) -> Factor:
     d_out, d_in = delta.shape
     norm = torch.linalg.vector_norm(delta, dtype=torch.float64)
     if norm == 0:
-        return Factor(*_no_factors(delta), 1.0)
+        return Factor(delta.new_empty(0, d_in), delta.new_empty(d_out, 0), 1.0)
     generator = torch.Generator().manual_seed(0)
     most = min(d_out * d_in // (d_out + d_in), max(_MOST, min(d_out, d_in) // _SHARE))
     needed = _least_rank(delta, 2 * most, generator, float(norm), bound)
@@ -58,7 +58,7 @@ def factored(delta: Tensor, tolerance: float | None = None) -> Factor:
             A, B = found
             return Factor(A.to(dtype), B.to(dtype), 1.0)
         columns = min(2 * columns, most) if columns < most else 0
-    return Factor(*_no_factors(delta), 1.0, dense=delta)
+    return Factor.of_matrix(delta)
 
 
 def as_product(factor: Factor) -> Factor:
@@ -69,10 +69,6 @@ def as_product(factor: Factor) -> Factor:
     identity = torch.eye(min(d_out, d_in), dtype=factor.dense.dtype, device=factor.dense.device)
     A, B = (factor.dense, identity) if d_out <= d_in else (identity, factor.dense)
     return replace(factor, A=A, B=B, dense=None)
-
-
-def _no_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
-    return delta.new_empty(0, delta.shape[1]), delta.new_empty(delta.shape[0], 0)
 
 
 def _least_rank(delta: Tensor, side: int, generator: torch.Generator, norm: float, bound: float) -> int:

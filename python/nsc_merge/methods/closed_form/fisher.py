@@ -31,7 +31,7 @@ from nsc_merge.methods.task_outputs import (
     predicts_next,
     real_positions,
 )
-from nsc_merge.methods.task_vectors.elementwise import dense_factor, dense_update
+from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.attachment import refuse_unseen
 from nsc_merge.models.bases.quantised import Linear, check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
@@ -254,7 +254,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         merged = empty(linear)
         if path in above:
             total = below.pop(path)
-            merged = dense_factor(options.scale * above.pop(path) / torch.where(total > 0, total, 1.0))
+            merged = Factor.of_matrix(options.scale * above.pop(path) / torch.where(total > 0, total, 1.0))
         factors[path] = with_the_rest(path, merged, problem.adapters, options.scale, averages="tasks")
     return MergeResult(
         "fisher", {}, [], problem.adapters, plain_options(options), {}, problem.model, factors=factors

@@ -18,7 +18,6 @@ from nsc_merge.methods.task_vectors.elementwise import (
     Source,
     Ties,
     added,
-    dense_factor,
     dense_update,
     may_cancel,
     tasks_by_path,
@@ -175,11 +174,11 @@ def dare(
     if tiles.serves(adapters, paths):
         layers = tiles.thinned(tiles.layers_of(adapters), options, tasks)
         for path in tasks:
-            yield path, dense_factor(entries.added(layers(path)).mul_(options.scale))
+            yield path, Factor.of_matrix(entries.added(layers(path)).mul_(options.scale))
         return
     source = _dropping(_dense(adapters), options)
     for path, row in tasks.items():
-        yield path, dense_factor(options.scale * added([source(path, task) for task in row]))
+        yield path, Factor.of_matrix(options.scale * added([source(path, task) for task in row]))
 
 
 def dare_ties(
@@ -207,7 +206,7 @@ def dare_ties(
     else:
         merged = ties_merge(thinned(_dense(adapters), options, tasks), tasks, steps, weights)
     for path, update in merged:
-        yield path, dense_factor(update.mul_(options.scale))
+        yield path, Factor.of_matrix(update.mul_(options.scale))
 
 
 def _dense(adapters: Mapping[str, Adapter]) -> Source:

@@ -47,12 +47,6 @@ def dense_update(factor: Factor) -> Tensor:
     return (factor.scaling * factor.B.float()) @ factor.A.float()
 
 
-def dense_factor(update: Tensor) -> Factor:
-    """A dense update as a method returns it."""
-    rows, columns = update.shape
-    return Factor(update.new_empty(0, columns), update.new_empty(rows, 0), 1.0, dense=update)
-
-
 def added(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, without a stack of them."""
     total = tensors[0].clone()

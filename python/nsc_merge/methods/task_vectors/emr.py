@@ -15,7 +15,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import empty, gradient_free, low_rank_part, present
 from nsc_merge.methods.method import Method, NoOptions, Problem
 from nsc_merge.methods.task_vectors import tiles
-from nsc_merge.methods.task_vectors.elementwise import added, dense_factor, dense_update
+from nsc_merge.methods.task_vectors.elementwise import added, dense_update
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.option_checks import check_number
 
@@ -90,7 +90,7 @@ class Modulated(Mapping[str, Factor]):
         bias = own.bias_delta()
         gain = None if own.gain is None else own.scaling * own.gain
         update = self.shared.masked(path, self.task, self.rescale)
-        return replace(dense_factor(update), bias=bias if bias is None else bias.float(), gain=gain)
+        return replace(Factor.of_matrix(update), bias=bias if bias is None else bias.float(), gain=gain)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.own)
@@ -129,7 +129,7 @@ def emr_unified(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and unified update."""
     for path in paths:
-        yield path, dense_factor(unified_update(adapters, path).mul_(options.scale))
+        yield path, Factor.of_matrix(unified_update(adapters, path).mul_(options.scale))
 
 
 def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.shared_options import fill
-from nsc_merge.methods.task_vectors.elementwise import dense_factor
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -148,7 +147,7 @@ def fr(
         update = together.new_empty(B[0].shape[0], A[0].shape[1])
         for rows, part in filtered(torch.cat(A), together, options):
             update[rows] = part
-        yield path, dense_factor(update)
+        yield path, Factor.of_matrix(update)
 
 
 def _mean_magnitude(A: Tensor, B: Tensor, options: FROptions) -> float:

@@ -20,7 +20,6 @@ from nsc_merge.methods.task_vectors.draws import key_of
 from nsc_merge.methods.task_vectors.elementwise import (
     AGGREGATES,
     Ties,
-    dense_factor,
     dense_update,
     tasks_by_path,
     ties_merge,
@@ -224,7 +223,7 @@ def _merged(
             merged = kept(path, row[0]).mul_(weights[row[0]])
             for task in row[1:]:
                 merged += kept(path, task).mul_(weights[task])
-        yield path, dense_factor(merged.mul_(options.scale))
+        yield path, Factor.of_matrix(merged.mul_(options.scale))
 
 
 def _elected(kept: Mapping[str, Tensor], steps: Ties, weights: Mapping[str, float]) -> Tensor:

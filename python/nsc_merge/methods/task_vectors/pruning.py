@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free
 from nsc_merge.methods.shared_options import check_weights, weights_of
 from nsc_merge.methods.task_vectors import elementwise, tiles
-from nsc_merge.methods.task_vectors.elementwise import KEEPS, TRIM_SCOPES, Source, Ties, dense_factor, dense_update
+from nsc_merge.methods.task_vectors.elementwise import KEEPS, TRIM_SCOPES, Source, Ties, dense_update
 from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.utils.option_checks import check_choice, check_number
 
@@ -64,12 +64,12 @@ def magnitude_prune(
     if tiles.serves(adapters, paths):
         layers = tiles.weighted(tiles.trimmed(tiles.layers_of(adapters), tasks, steps), tasks, weights)
         for path in tasks:
-            yield path, dense_factor(entries.added(layers(path)).mul_(options.scale))
+            yield path, Factor.of_matrix(entries.added(layers(path)).mul_(options.scale))
         return
     source: Source = elementwise.trimmed(lambda path, task: dense_update(adapters[task].factors[path]), tasks, steps)
     for path, row in tasks.items():
         kept = elementwise.added([weights[task] * source(path, task) for task in row])
-        yield path, dense_factor(kept.mul_(options.scale))
+        yield path, Factor.of_matrix(kept.mul_(options.scale))
 
 
 METHODS = (

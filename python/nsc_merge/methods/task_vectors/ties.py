@@ -21,7 +21,6 @@ from nsc_merge.methods.task_vectors.elementwise import (
     TRIM_SCOPES,
     ZEROS,
     Ties,
-    dense_factor,
     dense_update,
     may_cancel,
     tasks_by_path,
@@ -134,7 +133,7 @@ def ties(
     else:
         merged = ties_merge(source, tasks, steps, weights)
     for path, update in merged:
-        yield path, dense_factor(update.mul_(options.scale))
+        yield path, Factor.of_matrix(update.mul_(options.scale))
 
 
 def _one(steps: Ties, name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
