@@ -115,9 +115,34 @@ def merge(
             adapter.
     """
     models = _adapted(pipe)
-    names = [adapters] if isinstance(adapters, str) else list(adapters)
     held = {component: list(getattr(model, "peft_config", ())) for component, model in models.items()}
     known = list(dict.fromkeys(name for loaded in held.values() for name in loaded))
+    names = _checked_names(adapters, weights, adapter_name, known)
+    chosen = method_of(method)
+    if chosen.needs:
+        raise ValueError(
+            f"method: {method!r} needs {' and '.join(sorted(chosen.needs))}; nsc_merge.integrations.peft.merge takes "
+            f"it for one model, such as pipe.{next(iter(models))}"
+        )
+    # A coefficient for each task is what the weights are already.
+    options = {"scale": 1.0, **options} if chosen.weighted == "scale" else options
+    merged: dict[str, Merged] = {}
+    with _as_weighted(pipe, models, names, weights):
+        try:
+            for component, model in models.items():
+                if present := [name for name in names if name in held[component]]:
+                    merged[component] = peft.merge(
+                        model, present, None, adapter_name, method=method, output=output, rank=rank, **options
+                    )
+        except BaseException:
+            for component in merged:
+                _delete(models[component], adapter_name)
+            raise
+    return merged
+
+
+def _checked_names(adapters: Sequence[str], weights: Any, adapter_name: str, known: list[str]) -> list[str]:
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
     if not names or len(set(names)) < len(names) or set(names) - set(known):
         raise ValueError(f"adapters: expected different names among {known}, found {adapters!r}")
     if adapter_name in known:
@@ -127,34 +152,7 @@ def merge(
             "weights: expected a list with an entry for each adapter, found one dictionary, of which diffusers gives "
             f"the first adapter's weights to {names[0]!r} alone and 1 to the others"
         )
-    chosen = method_of(method)
-    if chosen.needs:
-        raise ValueError(
-            f"method: {method!r} needs {' and '.join(sorted(chosen.needs))}; nsc_merge.integrations.peft.merge takes "
-            f"it for one model, such as pipe.{next(iter(models))}"
-        )
-    # A coefficient for each task is what the weights are already.
-    own = {chosen.weighted: 1.0} if chosen.weighted == "scale" else {}
-    merged: dict[str, Merged] = {}
-    with _as_weighted(pipe, models, names, weights):
-        try:
-            for component, model in models.items():
-                present = [name for name in names if name in held[component]]
-                if present:
-                    merged[component] = peft.merge(
-                        model,
-                        present,
-                        adapter_name=adapter_name,
-                        method=method,
-                        output=output,
-                        rank=rank,
-                        **{**own, **options},
-                    )
-        except BaseException:
-            for component in merged:
-                _delete(models[component], adapter_name)
-            raise
-    return merged
+    return names
 
 
 def _adapted(pipe: Any) -> dict[str, nn.Module]:
