@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import zoo
+from architectures import ARCHITECTURES
 from own_cases import merge, merged, problem_of
 from torch import nn
 
@@ -41,7 +42,8 @@ def end_within(model, batch, most=4):
 @pytest.mark.parametrize("kind", ["llama", "llava"])
 @pytest.mark.parametrize("front", [False, True], ids=["padded at the end", "padded in front"])
 @pytest.mark.parametrize("most", [2, 4])
-def test_answers_are_those_of_generation(kind, front, most):
+@pytest.mark.parametrize("kept", [False, True])
+def test_answers_are_those_of_generation(kind, front, most, kept):
     model, batch = zoo.build(kind), zoo.KINDS[kind].inputs(3)
     if front:
         for name in ("input_ids", "attention_mask"):
@@ -50,7 +52,7 @@ def test_answers_are_those_of_generation(kind, front, most):
     expected = generated(model, batch, most)
     assert len({len(answer) for answer in expected}) > 1 or most == 2
     writing = Writing("input_ids", "attention_mask", end_tokens(model))
-    found = writing(lambda inputs: model(**inputs).logits, pass_of(batch), most)
+    found = writing(lambda inputs: model(**inputs).logits, pass_of(batch), most, model if kept else None)
     ids, mask = found.inputs["input_ids"], found.inputs["attention_mask"]
     logits = model(**{**batch, **found.inputs}).logits
     weights = torch.zeros(found.predicts.shape)
@@ -62,6 +64,39 @@ def test_answers_are_those_of_generation(kind, front, most):
         assert logits[row, found.predicts[row]].argmax(-1).tolist() == answer
         torch.testing.assert_close(weights[row, found.predicts[row]], torch.full((len(answer),), 1 / 3 / len(answer)))
     assert ids.shape[1] == 7 or mask[:, -1].any(), "no wider than the longest row"
+
+
+LONG = 9
+DECODERS = [name for name, one in ARCHITECTURES.items() if one.model.endswith(("ForCausalLM", "LMHeadModel"))]
+# Those that do not look a number of places back, and take positions as they are told.
+KEEPING = ("GPT-2", "Llama", "Qwen2", "Qwen3", "Phi", "Mixtral")
+
+
+@pytest.mark.parametrize("even", [False, True], ids=["padded", "of one length"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_a_model_keeps_changes_no_answer(name, even):
+    """Of every decoder, whatever it makes of padding between a text and its answer."""
+    model = ARCHITECTURES[name].build()
+    ids = torch.randint(5, 80, (4, 8), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(8) < torch.tensor([8, 3, 5, 8])[:, None]).long() | int(even)
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    read = []
+
+    def note(_, given, named):
+        read.append(named["input_ids"].shape[1])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    writing = Writing("input_ids", "attention_mask", ())
+    expected = writing(lambda inputs: model(**inputs).logits, pass_of(batch), LONG)
+    assert len(read) == LONG - 1
+    read.clear()
+    found = writing(lambda inputs: model(**inputs).logits, pass_of(batch), LONG, model)
+    hook.remove()
+    assert torch.equal(found.inputs["input_ids"], expected.inputs["input_ids"])
+    assert torch.equal(found.inputs["attention_mask"], expected.inputs["attention_mask"])
+    if name in KEEPING:
+        # The text, and once more with the first token of the answer; every token by itself.
+        assert read == [8, 1, 9, *[1] * (LONG - 3)]
 
 
 @pytest.mark.parametrize("distance", ["bounded", "divergence"])

@@ -194,7 +194,8 @@ class Predictions:
         def predict(inputs: Mapping[str, Any]) -> Tensor:
             return output_of(self._outputs, self._tasks[number], self._model, inputs)
 
-        return self._writing(predict, one, self._most[number])
+        own = self._tasks[number] not in (self._outputs or {})
+        return self._writing(predict, one, self._most[number], self._model if own else None)
 
     def of(self, number: int, one: Pass, answered: Answered | None = None) -> tuple[Tensor, float]:
         """The output of task ``number`` at the positions of a pass that count, float32 or wider, and what part of those

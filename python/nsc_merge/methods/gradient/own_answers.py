@@ -6,6 +6,7 @@ found by beam search, and learnt as a label, where here all that the teacher pre
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from nsc_merge.processes.group import current
 from nsc_merge.utils.option_checks import check_count
 
 NewTokens = int | Mapping[str, int]
+
+# Answers up to this are written by whole forwards: another takes two of them, to be sure of the cache.
+_SHORT = 3
 
 
 def check_new_tokens(new_tokens: Any, tasks: Sequence[str] | None = None) -> None:
@@ -79,11 +83,15 @@ class Writing:
     mask: str
     ends: Sequence[int]
 
-    def __call__(self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int) -> Answered | None:
+    def __call__(
+        self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int, model: nn.Module | None = None
+    ) -> Answered | None:
         """Append to every row what is most likely to follow. Without gradients.
 
         Args:
             predict: gives logits ``[rows, tokens, V]`` of a model's inputs.
+            model: whose logits these are. What it keeps of tokens that it has read (its key-value cache) then saves
+                reading them again for every token, where the next one comes out the same.
             one: the pass; tokens after a row's last real one are padding.
             most: how many tokens an answer has at most, its end among them. Of 1 nothing is appended, and None is
                 returned.
@@ -105,21 +113,33 @@ class Writing:
         ids, real = (pad(value, (0, most - 1)) for value in (ids, real))
         length = torch.ones_like(last)
         going = torch.ones_like(last, dtype=torch.bool)
+        keeps = most > _SHORT and _keeps(model)
+        keeping = _Keeping(model, self.tokens, self.mask, real[:, :width]) if keeps else None
         with torch.no_grad():
             while current().any(bool(going.any())):
                 seen = max(width, int((last + length).max()))
-                logits = predict({**one.inputs, self.tokens: ids[:, :seen], self.mask: real[:, :seen]})
-                if not going.any():
-                    continue
-                if logits.dim() != 3 or logits.shape[1] != seen:
-                    raise ValueError(
-                        "new_tokens: answers are written from logits [N, T, V] at every token, here "
-                        f"[{len(ids)}, {seen}, V], found {list(logits.shape)}"
-                    )
-                token = logits[rows, last + length - 1].argmax(-1)
+                inputs = {**one.inputs, self.tokens: ids[:, :seen], self.mask: real[:, :seen]}
+                at = last + length - 1
+                following = None if keeping is None else keeping.after(inputs, at)
+                # The first token that is read alone is read with all others, too: positions, masks and what is kept
+                # are the model's matter.
+                if following is None or (keeping is not None and keeping.count == 2):
+                    logits = predict(inputs)
+                    if not going.any():
+                        continue
+                    if logits.dim() != 3 or logits.shape[1] != seen:
+                        raise ValueError(
+                            "new_tokens: answers are written from logits [N, T, V] at every token, here "
+                            f"[{len(ids)}, {seen}, V], found {list(logits.shape)}"
+                        )
+                    whole = logits[rows, at]
+                    if following is not None and not _agree(following[going], whole[going]):
+                        keeping = None
+                    following = whole
+                token = following.argmax(-1)
                 going = going & ~torch.isin(token, torch.tensor(self.ends, dtype=token.dtype, device=token.device))
-                at = (rows[going], (last + length)[going])
-                ids[at], real[at] = token[going].to(ids), 1
+                place = (rows[going], (last + length)[going])
+                ids[place], real[place] = token[going].to(ids), 1
                 length = length + going
                 going = going & (length < most)
         seen = max(width, int((last + length).max()))
@@ -142,6 +162,66 @@ class Writing:
                     f"a value for every token, {list(value.shape)}; expected batches without it"
                 )
         return ids, torch.ones_like(ids) if real is None else real
+
+
+class _Keeping:
+    """A model that keeps what it has read (its key-value cache), so that every further token is read alone.
+
+    Args:
+        model: it.
+        tokens: name of the input of token numbers.
+        mask: name of the input that is 0 at padding.
+        real: its value of the texts.
+    """
+
+    def __init__(self, model: Any, tokens: str, mask: str, real: Tensor) -> None:
+        self._model, self._tokens, self._mask, self._real = model, tokens, mask, real.clone()
+        self._kept: Any = None
+        self.count = 0
+
+    def after(self, inputs: Mapping[str, Any], places: Tensor) -> Tensor | None:
+        """Logits ``[rows, V]`` of what follows the tokens at ``places`` of the whole ``inputs``, all but these last
+        ones of which were read before; None where nothing is kept.
+        """
+        self.count += 1
+        rows = torch.arange(len(places), device=places.device)
+        if self.count == 1:
+            found = self._model(**inputs, use_cache=True)
+            following = found.logits[rows.to(found.logits.device), places.to(found.logits.device)]
+        elif self._kept is None:
+            return None
+        else:
+            self._real = pad(self._real, (0, 1), value=1)
+            last = {self._tokens: inputs[self._tokens][rows, places][:, None], self._mask: self._real}
+            found = self._model(
+                **last, position_ids=places[:, None], past_key_values=self._kept, use_cache=True
+            )
+            following = found.logits[:, -1]
+        self._kept = getattr(found, "past_key_values", None)
+        return following.to(places.device)
+
+
+def _keeps(model: nn.Module | None) -> bool:
+    """Whether a model may keep what it has read. Layers that look a number of places back would count the padding
+    between a text and its answer; in parts, all processes have to read alike.
+    """
+    if model is None or current().size > 1:
+        return False
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    takes = inspect.signature(model.forward).parameters
+    able = {"past_key_values", "position_ids"} <= takes.keys()
+    able &= "use_cache" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    return able and kinds == {"full_attention"} and not any(windows)
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
+    found, wanted = found.double(), expected.double()
+    spread = wanted - wanted.mean(-1, keepdim=True)
+    return bool((found - wanted).norm() <= torch.finfo(expected.dtype).eps ** 0.5 * spread.norm())
 
 
 def writing_of(model: nn.Module, family: Family | None, new_tokens: NewTokens) -> Writing | None:
