@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import warnings
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
@@ -62,11 +64,20 @@ class use_backend(contextlib.ContextDecorator):
 
     Raises:
         ValueError: if there is no such backend.
+        TypeError: as a decorator of a generator or a coroutine, whose body runs after it was called.
         RuntimeError: within a graph that is exported, or compiled whole (``fullgraph=True``).
     """
 
     def __init__(self, name: str) -> None:
         self._name = _checked_name(name, "use_backend")
+
+    def __call__(self, func: Any) -> Any:
+        if inspect.iscoroutinefunction(func) or inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(
+                f"use_backend decorates functions that end where they return, and {func.__qualname__} goes on later: "
+                "put blocks around the calls within it"
+            )
+        return super().__call__(func)
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():

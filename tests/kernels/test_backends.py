@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -81,6 +82,17 @@ def test_a_choice_decorates_functions_that_call_themselves() -> None:
 
     assert choices(2) == ["reference"] * 6
     assert dispatch.chosen() == "auto"
+
+
+def test_what_runs_after_its_call_is_not_decorated() -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Iterator[None]:
+        yield
+
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match=f"functions that end where they return, and .*{function.__name__} goes on"):
+            nk.use_backend("reference")(function)
 
 
 def test_what_was_passed_over_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
