@@ -122,11 +122,16 @@ def deltas(folder: Path) -> dict[str, np.ndarray]:
     for path in paths:
         rank, alpha = _setting(config, "rank_pattern", "r", path), _setting(config, "alpha_pattern", "lora_alpha", path)
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        A, B = (values[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB")
+        A, B = (_flat(values[f"{PREFIX}{path}.lora_{part}.weight"]) for part in "AB")
         if A.shape[0] != rank or B.shape[1] != rank:
             raise Invalid(f"{path}: factors of rank {A.shape[0]}, configured as {rank}")
         found[path] = scaling * (B @ A)
     return found
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """A convolution's factor as a matrix: its kernel belongs to the inputs."""
+    return values.reshape(len(values), -1) if values.ndim > 2 else values
 
 
 def _setting(config: dict[str, Any], patterns: str, default: str, path: str) -> float:
@@ -203,7 +208,7 @@ def differing_recipe(recipe: Any, folder: Path) -> str:
         raise Invalid("a key is given twice")
     said = yaml.safe_load(text)
     output = said.get("output") or {}
-    place = {name: {task: folder / path for task, path in (said.get(name) or {}).items()} for name in PLACES}
+    place = {name: {task: _place(folder, path) for task, path in (said.get(name) or {}).items()} for name in PLACES}
     options = {str(key): _number(value) for key, value in (said.get("options") or {}).items()}
     expected = {
         **place,
@@ -217,12 +222,27 @@ def differing_recipe(recipe: Any, folder: Path) -> str:
     }
     for name, value in expected.items():
         found = getattr(recipe, name)
+        if name in PLACES:
+            found = {task: _found_place(one) for task, one in found.items()}
         if repr(found) != repr(value):
             return f"{name}: found {found!r}, expected {value!r}"
     return ""
 
 
 PLACES = ("adapters", "calibration")
+
+
+def _place(folder: Path, path: str) -> str:
+    """Of what a recipe names: ``owner/name`` with no folder ``owner`` beside it is on the hub, if it is no file."""
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not path.endswith(".safetensors")
+    return path if on_hub and not (folder / path.partition("/")[0]).exists() else str(folder / path)
+
+
+def _found_place(one: Any) -> str:
+    """Of an adapter, on disk or on the hub, or of what a calibration is made of, with settings that nobody gave."""
+    if hasattr(one, "settings"):
+        return one.source if one.settings == type(one.settings)() and not one.own else repr(one)
+    return one.repo if hasattr(one, "repo") else str(one)
 
 
 def _number(value: Any) -> Any:
