@@ -16,7 +16,7 @@ from raw_cases import picture, text_base, vision_base, write_rows
 
 import nsc_merge
 from nsc_merge.calibration.raw import tables
-from nsc_merge.calibration.raw.reading import is_raw, open_source, raw_batches
+from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 
 ROWS = [{"question": f"a {'b ' * number}", "n": number} for number in range(23)]
@@ -33,7 +33,7 @@ def expected(base):
 
 
 def made(source, base, **settings):
-    return raw_batches(source, str(base), DataSettings(samples=9, **settings), 4, "calibration.a")
+    return batches_of(source, str(base), DataSettings(samples=9, **settings), 4, "calibration.a")
 
 
 def assert_same(batches, expected):
@@ -96,8 +96,8 @@ def test_datasets_of_all_kinds_give_the_same_samples(tmp_path, base, expected):
     assert_same(made(datasets.DatasetDict(validation=held), base), expected)
     assert_same(made(held.to_iterable_dataset(num_shards=3), base), expected)
     everything = DataSettings(samples=None)
-    streamed = raw_batches(held.to_iterable_dataset(), str(base), everything, 4, "a")
-    assert_same(streamed, raw_batches(ROWS, str(base), everything, 4, "a"))
+    streamed = batches_of(held.to_iterable_dataset(), str(base), everything, 4, "a")
+    assert_same(streamed, batches_of(ROWS, str(base), everything, 4, "a"))
     shuffled = held.select(range(22, -1, -1)).select(range(22, -1, -1))
     assert_same(made(shuffled, base), expected)
     held.save_to_disk(tmp_path / "held")
@@ -208,7 +208,7 @@ def test_a_hub_id_is_loaded_by_datasets_and_nothing_else_is(base, expected, monk
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = DataSettings(samples=9, config="plain", revision="v1")
-    assert_same(raw_batches("owner/name", str(base), settings, 4, "a", local=False), expected)
+    assert_same(batches_of("owner/name", str(base), settings, 4, "a", local=False), expected)
     assert asked == [("owner/name", "plain", {"revision": "v1"})]
     assert_same(nsc_merge.calibration_data("owner/name", base, batch_size=4, samples=9), expected)
     for path in ("owner/name.jsonl", "./owner/name", "name", "a/b/c"):
@@ -223,7 +223,7 @@ def test_what_the_hub_says_is_one_line(base, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match="^a: the dataset owner/name cannot be loaded: no network .split, config and"):
-        raw_batches("owner/name", str(base), DataSettings(), 4, "a", local=False)
+        batches_of("owner/name", str(base), DataSettings(), 4, "a", local=False)
 
 
 def test_a_missing_package_is_named(tmp_path, base, monkeypatch):

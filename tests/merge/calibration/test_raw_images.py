@@ -28,7 +28,7 @@ from raw_cases import (
 from transformers import Gemma3Processor, ViTImageProcessor
 
 from nsc_merge.calibration.raw.drawing import place_of
-from nsc_merge.calibration.raw.reading import raw_batches
+from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
 
 IMAGE, PAD = WORDS.index("<image>"), 0
@@ -51,7 +51,7 @@ def plain(tmp_path_factory):
 
 
 def made(source, base, batch_size=3, **settings):
-    return raw_batches(source, str(base), DataSettings(**settings), batch_size, "calibration.a")
+    return batches_of(source, str(base), DataSettings(**settings), batch_size, "calibration.a")
 
 
 def order(count, seed=0):
@@ -484,15 +484,15 @@ def test_the_place_of_an_image_in_data_for_llava_is_one_for_every_model(tmp_path
         {"image": picture(0), "messages": [{"role": "user", "content": "<image>\na b"}]},
         {"image": picture(0), "conversations": [{"from": "human", "value": "<image>\na b"}]},
     ]
-    expected = raw_batches([{"image": picture(0), "text": "a b"}], str(base), DataSettings(), 1, "a")
+    expected = batches_of([{"image": picture(0), "text": "a b"}], str(base), DataSettings(), 1, "a")
     for row in rows:
-        assert raw_batches([row], str(base), DataSettings(), 1, "a").sha256["samples"] == expected.sha256["samples"]
+        assert batches_of([row], str(base), DataSettings(), 1, "a").sha256["samples"] == expected.sha256["samples"]
     # In its place.
     content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     chat = [{"role": "user", "content": content}]
     behind = [{"image": picture(0), "messages": chat}, {"image": picture(0), "text": "a <image> b"}]
-    parts, said = (raw_batches([row], str(base), DataSettings(), 1, "a").sha256["samples"] for row in behind)
+    parts, said = (batches_of([row], str(base), DataSettings(), 1, "a").sha256["samples"] for row in behind)
     assert parts == said
     # Without an image it is what it says.
-    (batch,) = raw_batches(["<image> a"], str(base), DataSettings(), 1, "a")
+    (batch,) = batches_of(["<image> a"], str(base), DataSettings(), 1, "a")
     assert IMAGE in batch["input_ids"]

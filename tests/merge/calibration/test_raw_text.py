@@ -18,7 +18,7 @@ from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.batch_summary import Summary, summary
 from nsc_merge.calibration.raw import reading
 from nsc_merge.calibration.raw.drawing import place_of
-from nsc_merge.calibration.raw.reading import batches_of, raw_batches
+from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
 
 TEXTS = [" ".join("abcdefgh"[: 1 + number * 5 % 8]) for number in range(11)]
@@ -35,7 +35,7 @@ def file(tmp_path):
 
 
 def made(source, base, batch_size=3, **settings):
-    return raw_batches(source, str(base), DataSettings(**settings), batch_size, "calibration.a")
+    return batches_of(source, str(base), DataSettings(**settings), batch_size, "calibration.a")
 
 
 def by_hand(texts, batch_size, *, padding_side="right", pad=True, **given):

@@ -78,27 +78,12 @@ def batches_of(
     local: bool = True,
     base_revision: str | None = None,
 ) -> Batches:
-    """Batches of either: safetensors files of inputs as they are, raw data encoded; see :func:`raw_batches`."""
-    if local and isinstance(source, (str, Path)) and not is_raw(source):
-        return read_batches(source, batch_size, argument)
-    return raw_batches(source, base, settings, batch_size, argument, local=local, base_revision=base_revision)
+    """Batches of the inputs that the base model takes: of safetensors files of such inputs as they are, or of samples
+    drawn from raw data.
 
-
-def raw_batches(
-    source: Any,
-    base: Any,
-    settings: DataSettings,
-    batch_size: int,
-    argument: str,
-    *,
-    local: bool = True,
-    base_revision: str | None = None,
-) -> Batches:
-    """Batches of the inputs that the base model takes, of samples drawn from raw data.
-
-    ``Batches.sha256`` holds the digest of every file that was read, by its name; under ``"images"`` one over names and
-    bytes of the images that were opened; under ``"samples"`` that of the encoded samples in the order of the draw,
-    which is the same for every batch size.
+    ``Batches.sha256`` holds the digest of every file that was read, by its name. Of raw data also, under ``"images"``,
+    one over names and bytes of the images that were opened, and, under ``"samples"``, that of the encoded samples in
+    the order of the draw, which is the same for every batch size.
 
     Args:
         source: file, folder, or dataset; a hub id only where ``local`` is False.
@@ -113,6 +98,8 @@ def raw_batches(
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
     """
+    if local and isinstance(source, (str, Path)) and not is_raw(source):
+        return read_batches(source, batch_size, argument)
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local)

@@ -13,7 +13,7 @@ from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.preprocessors import base_of
-from nsc_merge.calibration.raw.reading import is_raw, open_source, raw_batches
+from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.data import Data, stored_inputs
 
@@ -75,7 +75,7 @@ def _raw(
     place = f"{argument}: {Path(source).name}"
     columns = choose(rows, settings, place, text=takes.text, images=takes.images, columns=found.columns)
     # Each by itself, so that padding says nothing of the lengths.
-    batches = raw_batches(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
+    batches = batches_of(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
     where = f" in split {found.split}" if found.split else ""
     table = f"{found.count} rows of {', '.join(found.columns)}{where}; {columns.said()}"
