@@ -301,4 +301,5 @@ def _rows(inputs: Mapping[str, Any]) -> int | None:
 
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    # Embeddings that were looked up beforehand may have a graph, through which a backward goes once.
+    return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

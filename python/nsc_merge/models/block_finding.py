@@ -43,7 +43,8 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     (:data:`OUTPUTS`), or whatever is adapted, the last first.
 
     Args:
-        model: any model; of one that is not of transformers, blocks are found, but neither tokens nor images.
+        model: any model; of one that is not of transformers, blocks are found, but neither tokens nor images, and what
+            is padding says the input attention_mask, where batches have one.
         adapted: paths of the linears that carry an adapter; all linears when None.
     """
     counted = [path for path, module in model.named_modules() if _is_linear(module)]
@@ -140,8 +141,9 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
             "mask": mask if mask in taken else None,
         }
     if "input_ids" not in taken:
+        # What is not of transformers, or only around something of it, is asked nothing; the batches say.
         heard = "attention_mask" in taken and any(hasattr(module, _REDUCES) for module in model.modules())
-        mask = "attention_mask" if heard else None
+        mask = "attention_mask" if heard or main is None else None
         return {
             "recipe": "llm" if main == "input_features" else "vision",
             "prefill": prefill,

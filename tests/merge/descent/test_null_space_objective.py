@@ -20,6 +20,7 @@ from loop_cases import (
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsc_merge import Adapter, merge
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.methods.gradient.nsc import objective_of
@@ -121,6 +122,50 @@ def test_a_kept_tower_has_no_graph_also_where_a_hook_has_its_inputs_require_grad
     plain = trajectory(model, adapters, batches)
     model.model.vision_tower.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
     same_course(trajectory(model, adapters, batches), plain)
+
+
+class Around(torch.nn.Module):
+    """A model of transformers inside something that says nothing of itself."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)
+
+
+def test_around_a_model_the_batches_say_what_is_padding():
+    model = llama()
+    adapters = adapters_for(model)
+    masked = {
+        task: [
+            {
+                "input_ids": torch.cat([batch["input_ids"], torch.zeros(2, 5, dtype=torch.long)], 1),
+                "attention_mask": torch.tensor([7 * [1] + 5 * [0]] * 2),
+            }
+            for batch in batches
+        ]
+        for task, batches in text_batches().items()
+    }
+    around = {
+        task: Adapter(task, {f"inside.{path}": factor for path, factor in adapter.factors.items()})
+        for task, adapter in adapters.items()
+    }
+    found = trajectory(Around(model), around, masked, score_modules=["v_proj"])
+    same_course(found, trajectory(model, adapters, masked))
+
+
+@pytest.mark.parametrize("method", ["nsc", "match"])
+def test_embeddings_may_come_with_the_graph_of_their_table(method):
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches()
+    table = model.get_input_embeddings()
+    looked_up = {task: [{"inputs_embeds": table(batch["input_ids"])} for batch in row] for task, row in batches.items()}
+    settings = {"steps": 3, "lr": 1e-2, "progress": False, "method": method}
+    found, wanted = (merge(model, adapters, data, **settings) for data in (looked_up, batches))
+    torch.testing.assert_close(values(found), values(wanted), rtol=0, atol=1e-5)
+    assert table.weight.grad is None
 
 
 def test_an_adapted_tower_is_not_cached():
