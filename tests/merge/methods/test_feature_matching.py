@@ -66,6 +66,57 @@ def test_decoders_are_matched_where_their_heads_look(tmp_path, head, positions):
     assert loss() == loss(positions=positions)
 
 
+class Around(torch.nn.Module):
+    """A model of transformers inside something else."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)
+
+
+def one_module(model, ending, width):
+    path = next(path for path, _ in model.named_modules() if path.endswith(ending))
+    factors = [nsc_merge.Factor(torch.randn(2, 32), torch.randn(width, 2), 1.0) for _ in range(2)]
+    return {str(number): nsc_merge.Adapter(str(number), {path: one}) for number, one in enumerate(factors, 1)}
+
+
+def test_the_final_features_of_a_model_without_a_trunk_are_what_its_head_reads():
+    """T5's, whose output is logits alone; the head reads the last norm's output by d_model ** -0.5."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    adapters = one_module(model, "decoder.block.0.layer.0.SelfAttention.v", 32)
+    ids = torch.randint(2, 64, (2, 5))
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "labels": ids}
+
+    def loss(**options):
+        data = {task: [batch] for task in adapters}
+        result = nsc_merge.merge(model, adapters, data, "match", positions="all", steps=1, progress=False, **options)
+        return result.history[0]["loss"]
+
+    norm = loss(features=["decoder.final_layer_norm"])
+    assert loss() == pytest.approx({task: value / 32 for task, value in norm.items()}, rel=1e-4)
+
+
+def test_a_model_around_another_is_matched_at_modules_that_are_named(tmp_path):
+    base, _, calibration = llama(tmp_path)
+    model = Around(base)
+    adapters = one_module(model, "layers.0.self_attn.v_proj", 16)
+    settings = {"steps": 1, "progress": False}
+    with pytest.raises(ValueError, match="features: 'final' is the last hidden state, and Around gives logits alone"):
+        nsc_merge.merge(model, adapters, calibration, "match", **settings)
+    around = nsc_merge.merge(model, adapters, calibration, "match", features=["inside.model.norm"], **settings)
+    inside = {
+        task: nsc_merge.Adapter(task, {path.removeprefix("inside."): one for path, one in adapter.factors.items()})
+        for task, adapter in adapters.items()
+    }
+    alone = nsc_merge.merge(base, inside, calibration, "match", positions="all", **settings)
+    assert around.history[0]["loss"] == pytest.approx(alone.history[0]["loss"], rel=1e-5)
+
+
 def test_match_gradient_by_finite_differences(model, folders, calibration):
     problem = problem_of(model, folders, calibration)
     options = feature_matching.MatchOptions(steps=1)

@@ -22,6 +22,9 @@ from nsc_merge.models.block_finding import at_positions, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
+# Under which the input of the model's head is kept; no path of a module is empty but the model's own.
+_HEAD = ""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -123,9 +126,14 @@ class Watcher:
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
+            head = _head(self._model) if self._places is None and self._trunk is self._model else None
+            if head is not None:
+                # Of T5 and others nothing else ends in front of the head.
+                before = head.register_forward_pre_hook(lambda _, arguments: kept.update({_HEAD: arguments[0]}))
+                stack.callback(before.remove)
             output = output_of(self._model, self._trunk, one.inputs)
         if self._places is None:
-            features = [_tensor(output)]
+            features = [kept[_HEAD] if _HEAD in kept else _final(output, self._trunk)]
         else:
             silent = [path for path in self._places if path not in kept]
             if silent:
@@ -148,6 +156,29 @@ class Watcher:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
         touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
         return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of the last hidden state, where the model says so."""
+    try:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _final(output: Any, trunk: nn.Module) -> Tensor:
+    """The last hidden state of what ``trunk`` gives, or the first that it gives, as the logits of images and texts.
+
+    Raises:
+        ValueError: if it gives logits of a head, which may be any task's.
+    """
+    if getattr(output, "last_hidden_state", None) is None and getattr(output, "logits", None) is not None:
+        raise ValueError(
+            f"features: 'final' is the last hidden state, and {type(trunk).__name__} gives logits alone; expected "
+            "paths of modules whose outputs are matched, such as its last norm, or a family whose prefill ends there"
+        )
+    return _tensor(output)
 
 
 def _tensor(output: Any) -> Tensor:
