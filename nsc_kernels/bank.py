@@ -84,7 +84,7 @@ class AdapterBank(nn.Module):
         self.offsets = _checked_offsets(offsets, A.shape[0])
         self.register_buffer("A", A.contiguous())
         self.register_buffer("Bt", Bt.contiguous())
-        self._autocast_copies: dict[torch.dtype, tuple[tuple[Tensor, int, Tensor, int], AdapterBank]] = {}
+        self._autocast_copies: dict[torch.dtype, tuple[tuple[Any, ...], AdapterBank]] = {}
 
     @classmethod
     def from_factors(
@@ -191,7 +191,7 @@ class AdapterBank(nn.Module):
     def cast_for_autocast(self, dtype: torch.dtype) -> AdapterBank:
         """This bank in ``dtype``: itself, or a copy that is kept until the buffers are replaced or written to.
 
-        What is written through ``.data`` is not noticed. Nothing is kept of buffers made under
+        What is written through ``.data`` or NumPy is not noticed. Nothing is kept of buffers made under
         ``torch.inference_mode``, which do not tell that they were written to, nor of copies that a mode or a transform
         may make something else of.
         """
@@ -201,15 +201,15 @@ class AdapterBank(nn.Module):
         tracked = not (A.is_inference() or Bt.is_inference() or dispatch_watched() or functorch_active())
         kept = self._autocast_copies.get(dtype)
         if tracked and kept is not None:
-            (kept_A, version_A, kept_Bt, version_Bt), copy = kept
+            (kept_A, state_A, kept_Bt, state_Bt), copy = kept
             # The tensors and not their ids: that of a freed tensor is given to the next.
-            if kept_A is A and kept_Bt is Bt and (version_A, version_Bt) == (A._version, Bt._version):
+            if kept_A is A and kept_Bt is Bt and (state_A, state_Bt) == (_state(A), _state(Bt)):
                 return copy
         # A copy made in inference mode could not be saved for a backward later on.
         with torch.inference_mode(False), torch.no_grad():
             copy = AdapterBank(A.to(dtype), Bt.to(dtype), offsets)
         if tracked:
-            self._autocast_copies[dtype] = ((A, A._version, Bt, Bt._version), copy)
+            self._autocast_copies[dtype] = ((A, _state(A), Bt, _state(Bt)), copy)
         return copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -258,6 +258,11 @@ class AdapterBank(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(map(str, self.ranks))
         return f"K={self.K}, ranks=({ranks}), d_in={self.d_in}, d_out={self.d_out}, {self.dtype}, {self.device}"
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    """What changes where a tensor is written to, or given other memory (``t.data = other``)."""
+    return t._version, t.data_ptr()
 
 
 def _checked_offsets(offsets: Sequence[int], rows: int) -> tuple[int, ...]:

@@ -150,6 +150,16 @@ def test_a_copy_for_autocast_follows_what_is_written_to_the_bank(factor: str) ->
         assert torch.equal(nk.merged_lora(z, bank, lam), 2 * y)
 
 
+@pytest.mark.parametrize("swap", [lambda t, new: setattr(t, "data", new), torch.utils.swap_tensors])
+def test_a_copy_for_autocast_follows_a_factor_that_gets_other_memory(swap: Callable[[Tensor, Tensor], None]) -> None:
+    bank = nk.AdapterBank.from_factors(*factors((3, 2)))
+    bank.cast_for_autocast(torch.bfloat16)
+    new = torch.randn(5, 20)
+    expected = new.bfloat16()
+    swap(bank.A, new)
+    assert torch.equal(bank.cast_for_autocast(torch.bfloat16).A, expected)
+
+
 @pytest.mark.parametrize("change", ["replaced", "converted"])
 def test_a_copy_for_autocast_is_not_of_a_bank_that_is_gone(change: str) -> None:
     """A freed tensor's place in memory is given to the next one, so often enough an id says nothing."""
