@@ -64,15 +64,15 @@ class Metric:
     Attributes:
         name: key in :data:`METRICS`.
         label: for tables.
-        unit: of the value, empty for a share from 0 to 1 and for the unit of the labels.
-        lower_is_better: direction.
         shapes: what outputs and labels must be.
         measure: ``(outputs, labels) -> float`` over a whole set.
         quality: ``(outputs, labels) -> [N]``, per sample, higher is better.
         per_sample: label of ``quality`` where a single sample has no such figure; else it is the metric's, with a minus
             where that is lower for the better.
         loss: ``(outputs, labels) -> scalar``, the usual training loss of such a task; None where there is none.
-        options: names of further arguments of all three.
+        unit: of the value, empty for a share from 0 to 1 and for the unit of the labels.
+        lower_is_better: direction.
+        options: names of further arguments of measure, quality and loss.
         choices: option -> what it may be, where that is one of a few words.
         settings: those that :meth:`with_options` set.
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
@@ -84,12 +84,12 @@ class Metric:
 
     name: str
     label: str
-    unit: str
-    lower_is_better: bool
     shapes: str
     measure: Measure
     quality: PerSample
     loss: Callable[..., Tensor] | None = None
+    unit: str = ""
+    lower_is_better: bool = False
     options: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     per_sample: str = ""
@@ -150,27 +150,24 @@ METRICS: dict[str, Metric] = {
         Metric(
             "accuracy",
             "acc",
-            "",
-            False,
             _CLASSES,
             accuracy,
             accuracy_per_sample,
             cross_entropy,
             of_samples=_mean_of_labels,
         ),
-        Metric("miou", "mIoU", "", False, _CLASSES, mean_iou, mean_iou_per_sample, cross_entropy),
-        Metric("f1", "F1", "", False, _CLASSES, f1, accuracy_per_sample, cross_entropy, per_sample="acc"),
-        Metric("f1_binary", "F1", "", False, _CLASSES, f1_binary, accuracy_per_sample, cross_entropy, per_sample="acc"),
-        Metric("matthews", "MCC", "", False, _CLASSES, matthews, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("miou", "mIoU", _CLASSES, mean_iou, mean_iou_per_sample, cross_entropy),
+        Metric("f1", "F1", _CLASSES, f1, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("f1_binary", "F1", _CLASSES, f1_binary, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("matthews", "MCC", _CLASSES, matthews, accuracy_per_sample, cross_entropy, per_sample="acc"),
         Metric(
             "perplexity",
             "ppl",
-            "",
-            True,
             _CLASSES,
             perplexity,
             negative_entropy_per_sample,
             cross_entropy,
+            lower_is_better=True,
             of_samples=lambda quality, counts: math.exp(-_mean_of_labels(quality, counts)),
             per_sample="-log ppl",
         ),
@@ -178,8 +175,6 @@ METRICS: dict[str, Metric] = {
             Metric(
                 name,
                 label,
-                "",
-                False,
                 _VALUES,
                 measure,
                 functools.partial(negative_error_per_sample, 1),
@@ -189,35 +184,45 @@ METRICS: dict[str, Metric] = {
             for name, label, measure in (("pearson", "r", pearson), ("spearman", "rho", spearman))
         ),
         Metric(
-            "rmse", "RMSE", "", True, _VALUES, rmse, functools.partial(negative_error_per_sample, 2), squared_error
+            "rmse",
+            "RMSE",
+            _VALUES,
+            rmse,
+            functools.partial(negative_error_per_sample, 2),
+            squared_error,
+            lower_is_better=True,
         ),
-        Metric("l1", "L1", "", True, _VALUES, l1, functools.partial(negative_error_per_sample, 1), absolute_error),
+        Metric(
+            "l1",
+            "L1",
+            _VALUES,
+            l1,
+            functools.partial(negative_error_per_sample, 1),
+            absolute_error,
+            lower_is_better=True,
+        ),
         Metric(
             "mean_angle",
             "deg",
-            "degrees",
-            True,
             "outputs: vectors [N, ..., D]; labels: vectors [N, ..., D], NaN where unknown",
             mean_angle,
             negative_angle_per_sample,
             cosine_loss,
+            unit="degrees",
+            lower_is_better=True,
         ),
         Metric(
             "edge_f",
             "edge F",
-            "",
-            False,
             "outputs: [N, H, W] or [N, H, W, 1]; labels: [N, H, W], an edge above 0.5",
             edge_f,
             edge_f_per_sample,
             edge_loss,
-            ("tolerance", "thresholds", "logits"),
+            options=("tolerance", "thresholds", "logits"),
         ),
         Metric(
             "exact_match",
             "EM",
-            "",
-            False,
             "outputs: logits [N, T, C] or tokens [N, T]; labels: tokens [N, T], -100 where nothing is asked",
             exact_match,
             exact_match_per_sample,
@@ -227,8 +232,6 @@ METRICS: dict[str, Metric] = {
         Metric(
             "cider",
             "CIDEr",
-            "",
-            False,
             _TEXTS,
             cider,
             cider_per_sample,
@@ -240,8 +243,6 @@ METRICS: dict[str, Metric] = {
             Metric(
                 kind,
                 f"ROUGE-{kind[-1]}",
-                "",
-                False,
                 _TEXTS,
                 functools.partial(rouge, kind),
                 functools.partial(rouge_per_sample, kind),
@@ -255,8 +256,6 @@ METRICS: dict[str, Metric] = {
         Metric(
             "bleu",
             "BLEU",
-            "",
-            False,
             _TEXTS,
             bleu,
             bleu_per_sample,
@@ -268,8 +267,6 @@ METRICS: dict[str, Metric] = {
         Metric(
             "vqa",
             "VQA acc",
-            "",
-            False,
             _TEXTS,
             vqa,
             vqa_per_sample,
