@@ -58,6 +58,23 @@ def test_a_parquet_file_gives_the_rows_that_were_written(tmp_path, base, expecte
     assert source.rows([22, 0, 7, 5]) == [ROWS[22], ROWS[0], ROWS[7], ROWS[5]]
 
 
+def test_a_large_row_group_is_read_some_rows_at_a_time(tmp_path):
+    """A file of some kilobytes may hold gigabytes of one text; more than 2 GiB were called damaged."""
+    rows = [{"question": f"{number % 7} " + "b" * 2000, "n": number} for number in range(20_000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=len(rows), store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        source = open_source(tmp_path / "a.parquet", DataSettings(), "data")
+        for numbers in ([19_999, 0, 1023, 1024], [5], range(2000, 2003)):
+            assert source.rows(numbers) == [rows[number] for number in numbers]
+    finally:
+        pa.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 10 << 20
+
+
 def test_parquet_files_in_a_folder_are_one(tmp_path, base, expected):
     for number, (start, end) in enumerate(((0, 9), (9, 10), (10, 23))):
         write_parquet(tmp_path / f"train-{number}.parquet", ROWS[start:end])

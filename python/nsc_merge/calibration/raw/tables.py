@@ -22,6 +22,8 @@ logger = logging.getLogger("nsc_merge")
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28
+# Rows of them that are read at a time.
+_READ = 1024
 _SPLIT = "train"
 # Rows after which it is said that a stream is gone through whole: some may have no end.
 _LONG = 100_000
@@ -61,11 +63,10 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
             some = wanted[bisect_left(wanted, start) : bisect_left(wanted, end)]
             if some:
                 try:
-                    part = table.read_row_group(group).take([number - start for number in some])
+                    picked = list(_picked(table, group, [number - start for number in some]))
                 except (ValueError, OSError) as error:
                     raise _damaged(Path(name), error, argument) from None
-                named = (_with_names(row, classes) for row in part.to_pylist())
-                found |= dict(zip(some, named, strict=True))
+                found |= dict(zip(some, (_with_names(row, classes) for row in picked), strict=True))
         return [found[number] for number in numbers]
 
     twice = next((one for table in opened if (one := _twice(table.schema_arrow.names)) is not None), None)
@@ -75,6 +76,20 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
         raise ValueError(f"{argument}: {name} holds no row; expected at least one")
     columns = dict.fromkeys(column for table in opened for column in table.schema_arrow.names)
     return Source(name, ends[-1], tuple(columns), rows, sha256, folder)
+
+
+def _picked(table: Any, group: int, numbers: Sequence[int]) -> Iterator[Row]:
+    """The rows of some ascending numbers within a row group, which is gone through some rows at a time: whole, it may
+    be larger than memory, and than the 2 GiB that a column of texts holds.
+    """
+    start = 0
+    for batch in table.iter_batches(_READ, row_groups=[group]):
+        some = numbers[bisect_left(numbers, start) : bisect_left(numbers, start + len(batch))]
+        if some:
+            yield from batch.take([number - start for number in some]).to_pylist()
+        start += len(batch)
+        if start > numbers[-1]:
+            return
 
 
 def _twice(names: Sequence[str]) -> str | None:
