@@ -46,12 +46,12 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("depth", "photo", True, 1, "RMSE", True),
-        Task("normal", "photo", True, 3, "deg", True),
-        Task("edge", "photo", True, 1, "L1", True),
-        Task("semseg", "photo", True, 3, "mIoU", False),
-        Task("count", "shaded", False, 4, "acc", False),
-        Task("angle", "shaded", False, 1, "deg", True),
+        Task("depth", "photo", dense=True, channels=1, metric="RMSE", lower_is_better=True),
+        Task("normal", "photo", dense=True, channels=3, metric="deg", lower_is_better=True),
+        Task("edge", "photo", dense=True, channels=1, metric="L1", lower_is_better=True),
+        Task("semseg", "photo", dense=True, channels=3, metric="mIoU", lower_is_better=False),
+        Task("count", "shaded", dense=False, channels=4, metric="acc", lower_is_better=False),
+        Task("angle", "shaded", dense=False, channels=1, metric="deg", lower_is_better=True),
     )
 }
 

@@ -24,18 +24,18 @@ class Data:
 
     Attributes:
         source: absolute path, or an id on the hub.
-        raw: whether it is raw data, which settings say how to encode; False for safetensors.
         said: what was found, in a line.
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
         text: column or template of the text, where a recipe has to name it.
+        raw: whether it is raw data, which settings say how to encode; False for safetensors.
         words: whether there are texts in it.
     """
 
     source: str
-    raw: bool
     said: str
     batch: Mapping[str, Tensor] | None
     text: str | None = None
+    raw: bool = False
     words: bool = False
 
 
@@ -118,4 +118,4 @@ def stored_inputs(source: str, model: nn.Module, batch_size: int, task: str) -> 
         batch[name] = torch.zeros([rows, *others], dtype=dtype, device=device)
     check_names(Batches([batch]), model, f"--data {task}")
     held = f"{len(files)} batches" if place.is_dir() else f"{max(shape[0] for shape in shapes.values())} rows"
-    return Data(source, False, f"safetensors, {held} of {', '.join(sorted(header))}", batch)
+    return Data(source, f"safetensors, {held} of {', '.join(sorted(header))}", batch)

@@ -56,7 +56,7 @@ def look(
             continue
         if not Path(source).is_absolute():
             # It would be fetched as a whole.
-            seen[source] = Data(source, True, "a dataset on the hub, not fetched yet", None, text, True)
+            seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
             seen[source] = _raw(source, base, batch_size, DataSettings(text=text), f"--data {task}", revision)
         else:
@@ -90,11 +90,11 @@ def _raw(
     written = None if columns.text in (None, TEXT_COLUMNS[0]) else settings.text or str(columns.text)
     return Data(
         source,
-        True,
         ", ".join(said),
         {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
         written,
-        takes.text,
+        raw=True,
+        words=takes.text,
     )
 
 

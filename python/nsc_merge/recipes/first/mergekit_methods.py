@@ -19,27 +19,27 @@ class Family:
     """One of mergekit's methods that add differences to a base.
 
     Attributes:
-        elects: whether a sign is elected in every position, and what disagrees left out.
         drops: which entries of a difference go where its density is below 1; None for none.
+        elects: whether a sign is elected in every position, and what disagrees left out.
         normalize: default of the parameter, whether the sum is divided by the weights.
         rescale: default of the parameter, whether what is left gets the sum of magnitudes that there was.
     """
 
-    elects: bool
-    drops: str | None
+    drops: str | None = None
+    elects: bool = False
     normalize: bool = False
     rescale: bool = False
 
 
 FAMILIES = {
-    "task_arithmetic": Family(False, None),
-    "ties": Family(True, "smallest", normalize=True),
-    "dare_ties": Family(True, "random", rescale=True),
-    "dare_linear": Family(False, "random", rescale=True),
-    "breadcrumbs": Family(False, "outliers"),
-    "breadcrumbs_ties": Family(True, "outliers"),
-    "della": Family(True, "by chance and magnitude", normalize=True, rescale=True),
-    "della_linear": Family(False, "by chance and magnitude", rescale=True),
+    "task_arithmetic": Family(),
+    "ties": Family("smallest", elects=True, normalize=True),
+    "dare_ties": Family("random", elects=True, rescale=True),
+    "dare_linear": Family("random", rescale=True),
+    "breadcrumbs": Family("outliers"),
+    "breadcrumbs_ties": Family("outliers", elects=True),
+    "della": Family("by chance and magnitude", elects=True, normalize=True, rescale=True),
+    "della_linear": Family("by chance and magnitude", rescale=True),
 }
 
 
