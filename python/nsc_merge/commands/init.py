@@ -116,11 +116,14 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _named(adapters: Sequence[str]) -> list[str]:
     """The bases that adapters in folders name. What is wrong with their configurations is said later."""
+    from nsc_merge.utils.json_text import from_json
+
     found = []
     for adapter in adapters:
         folder = Path(adapter if Path(adapter).exists() else adapter.partition("=")[2])
         try:
-            named = json.loads((folder.expanduser() / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+            config = (folder.expanduser() / "adapter_config.json").read_bytes()
+            named = from_json(config, "", not_finite=True)["base_model_name_or_path"]
         except (OSError, ValueError, LookupError, TypeError):
             continue
         found += [named] if isinstance(named, str) else []
@@ -213,8 +216,10 @@ def _check_schema(file: Path, out: Path | None = None, given: Sequence[str] = ()
     _refuse_among("--schema", file, given)
     if not file.exists():
         return
+    from nsc_merge.utils.json_text import from_json
+
     try:
-        is_schema = file.stat().st_size == 0 or "$schema" in json.loads(file.read_bytes())
+        is_schema = file.stat().st_size == 0 or "$schema" in from_json(file.read_bytes(), "")
     except (OSError, ValueError, TypeError):
         is_schema = False
     if not is_schema:

@@ -139,6 +139,18 @@ def test_names_out_of_an_adapter_move_no_terminal(made, tmp_path, monkeypatch, c
     assert "\nnext: rm" not in shown
 
 
+def test_a_deep_configuration_is_said_to_be_one(made, tmp_path, monkeypatch, capsys):
+    place = Path(shutil.copytree(made, tmp_path / "place"))
+    monkeypatch.chdir(place)
+    config = place / "adapters" / "nli" / "adapter_config.json"
+    config.write_text('{"a":' * 50_000)
+    (place / "schema.json").write_text('{"a":' * 50_000)
+    assert main(["init", "adapters/nli", "adapters/topic", "--out", "first.yaml"]) == 1
+    assert "adapter_config.json is not valid JSON: values are nested deeper than 64" in capsys.readouterr().err
+    assert main(["init", "--schema", "schema.json"]) == 2
+    assert "schema.json is there and reads as no JSON schema" in capsys.readouterr().err
+
+
 def test_the_demo_does_nothing_in_vain(tmp_path):
     said = []
     (tmp_path / "file").write_text("mine")
