@@ -69,23 +69,7 @@ def save(
     labels: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """See :meth:`nsc_merge.MergeResult.save`; returns the files written, by their paths within ``out``."""
-    wanted = [format] if isinstance(format, str) else list(format)
-    for name in wanted:
-        if name not in FORMATS:
-            raise ValueError(f"format: expected one of {list(FORMATS)}, found {name!r}")
-    if not wanted:
-        raise ValueError(f"format: expected one or more of {list(FORMATS)}, found none")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
-    if rank is not None and "lora" not in wanted:
-        raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
-    size = max_shard_size
-    if size is not None and not (is_size(size) if isinstance(size, str) else type(size) is int and size > 0):
-        raise ValueError(f"max_shard_size: expected bytes, or a size such as '5GB', found {size!r:.60}")
-    if dequantize and "model" not in wanted:
-        raise ValueError(f"dequantize: only format 'model' can be dequantised, found format {format!r}")
-    if head is not None and not {"lora", "model"} & set(wanted):
-        raise ValueError(f"head: only formats 'lora' and 'model' hold a head, found format {format!r}")
+    wanted = _checked_formats(format, rank, max_shard_size, dequantize=dequantize, head=head)
     if not result.coefficients and format == "coefficients":
         raise ValueError(f"format 'coefficients': method {result.method!r} gives none; use 'lora' or 'model'")
     for task in result.tasks:
@@ -146,15 +130,45 @@ def save(
         _write_surroundings(result, staging, plots=plots)
         card = model_card(result, shown, staging, rank, errors, nested=nested, heads=heads, head=head)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
-        written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
-        paths = {Path(path) for path in written}
-        left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), paths)}
         named = {"labels": {task: list(names) for task, names in labels.items()}} if labels else {}
-        told = replace(result, inputs={**result.inputs, **named})
-        code = {**code_in(out, left), **code_in(staging, written - {RECIPE_FILE})}
-        document = recipe_of(told, digest, sorted(written | left), code)
-        (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
+        return _write_record(replace(result, inputs={**result.inputs, **named}), digest, out, staging, kept)
+
+
+def _write_record(result: MergedUpdate, digest: str, out: Path, staging: Path, kept: set[str]) -> list[str]:
+    """Write ``recipe.yaml``, which tells all that will be in ``out``: of this save, whose files are returned, and of
+    earlier ones of the same merge what is ``kept``.
+    """
+    written = {path.as_posix() for path in files_in(staging)} | {RECIPE_FILE}
+    paths = {Path(path) for path in written}
+    left = {path for path in kept if (out / path).is_file() and not _is_outdated(Path(path), paths)}
+    code = {**code_in(out, left), **code_in(staging, written - {RECIPE_FILE})}
+    document = recipe_of(result, digest, sorted(written | left), code)
+    (staging / RECIPE_FILE).write_text(to_yaml(document), encoding="utf-8")
     return sorted(written)
+
+
+def _checked_formats(
+    format: str | Sequence[str], rank: Any, max_shard_size: Any, *, dequantize: bool, head: str | None
+) -> list[str]:
+    """The formats, once all that is asked for is for some of them."""
+    wanted = [format] if isinstance(format, str) else list(format)
+    for name in wanted:
+        if name not in FORMATS:
+            raise ValueError(f"format: expected one of {list(FORMATS)}, found {name!r}")
+    if not wanted:
+        raise ValueError(f"format: expected one or more of {list(FORMATS)}, found none")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
+    if rank is not None and "lora" not in wanted:
+        raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
+    size = max_shard_size
+    if size is not None and not (is_size(size) if isinstance(size, str) else type(size) is int and size > 0):
+        raise ValueError(f"max_shard_size: expected bytes, or a size such as '5GB', found {size!r:.60}")
+    if dequantize and "model" not in wanted:
+        raise ValueError(f"dequantize: only format 'model' can be dequantised, found format {format!r}")
+    if head is not None and not {"lora", "model"} & set(wanted):
+        raise ValueError(f"head: only formats 'lora' and 'model' hold a head, found format {format!r}")
+    return wanted
 
 
 def _inputs(result: MergedUpdate) -> dict[str, Path]:
