@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -73,28 +73,12 @@ def run(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any] | None:
 
 
 def _run(recipe: Recipe, started: float, *, resume: bool, log: Log) -> dict[str, Any] | None:
-    state, group = state_file(recipe), current()
-    options: dict[str, Any] = {}
-    unfinished = group.share([state.is_file()])
-    if len(set(unfinished)) > 1:
-        raise OSError(f"output.dir: expected a folder that all processes see, found {state} in some of them only")
-    resumable = method_of(recipe.method).resumable
-    if resumable:
-        options["state_to"] = state
-        if resume and unfinished[0]:
-            options["resume_from"] = state
-            log(f"resuming from {state}")
-        elif resume:
-            log(f"nothing to resume: {state} is missing, starting anew")
-        elif unfinished[0]:
-            raise RecipeError(
-                f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
-                "remove the file"
-            )
+    group = current()
+    options = _options_of_state(recipe, resume=resume, log=log)
     model, adapters, calibration = load(recipe, log)
     for line in remarks_on(model, adapters):
         log(line)
-    if resumable:
+    if options:
         options["state_of"] = _sources(recipe, model, calibration)
     _check_whole(recipe, adapters)
     result = merge_loaded(recipe, model, adapters, calibration, options)
@@ -122,10 +106,10 @@ def _run(recipe: Recipe, started: float, *, resume: bool, log: Log) -> dict[str,
         head=recipe.head,
         labels=recipe.labels or None,
     )
-    if resumable:
-        state.unlink(missing_ok=True)
-    url = None if recipe.push_to_hub is None else _push(recipe, log)
-    summary: dict[str, Any] = {
+    if options:
+        state_file(recipe).unlink(missing_ok=True)
+    pushed = {} if recipe.push_to_hub is None else {"pushed": _push(recipe, log)}
+    return {
         "out": str(recipe.out),
         "formats": formats,
         "steps": len(result.history),
@@ -134,19 +118,43 @@ def _run(recipe: Recipe, started: float, *, resume: bool, log: Log) -> dict[str,
         "objective": result.objective,
         "dead": dead,
         "files": files,
-        "next": next_commands(result, recipe.out, files, pushed=url is not None),
-        **({} if url is None else {"pushed": url}),
+        "next": next_commands(result, recipe.out, files, pushed=bool(pushed)),
+        **pushed,
+        **_about_formats(result, formats, recipe.rank),
     }
-    if {"lora", "model"} & {*formats}:
-        summary["serving"] = preprocessing_notes(result)
-    if "lora" in formats:
-        summary["serving"] = [*serving_notes(result, recipe.rank), *summary["serving"]]
-        if recipe.rank is not None:
-            errors = _truncation(result, recipe.rank)
-            # There are none where adapters trained linears in full only.
-            if errors:
-                summary["truncation"] = {"mean": statistics.mean(errors), "max": max(errors)}
-    return summary
+
+
+def _options_of_state(recipe: Recipe, *, resume: bool, log: Log) -> dict[str, Any]:
+    """Where the method keeps its state and what it goes on from; empty for methods that take no steps."""
+    state = state_file(recipe)
+    unfinished = current().share([state.is_file()])
+    if len(set(unfinished)) > 1:
+        raise OSError(f"output.dir: expected a folder that all processes see, found {state} in some of them only")
+    if not method_of(recipe.method).resumable:
+        return {}
+    if resume and unfinished[0]:
+        log(f"resuming from {state}")
+        return {"state_to": state, "resume_from": state}
+    if resume:
+        log(f"nothing to resume: {state} is missing, starting anew")
+    elif unfinished[0]:
+        raise RecipeError(
+            f"output.dir: {state} is the state of an unfinished run: --resume goes on from it; to start anew, "
+            "remove the file"
+        )
+    return {"state_to": state}
+
+
+def _about_formats(result: MergeResult, formats: Sequence[str], rank: int | None) -> dict[str, Any]:
+    """What serves the files that were written, and how far a truncated adapter is from the merge."""
+    if not {"lora", "model"} & {*formats}:
+        return {}
+    if "lora" not in formats:
+        return {"serving": preprocessing_notes(result)}
+    # There are none where adapters trained linears in full only.
+    errors = [] if rank is None else _truncation(result, rank)
+    truncation = {"truncation": {"mean": statistics.mean(errors), "max": max(errors)}} if errors else {}
+    return {"serving": [*serving_notes(result, rank), *preprocessing_notes(result)], **truncation}
 
 
 def _push(recipe: Recipe, log: Log) -> str:
