@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import nsc_kernels as nk
 import operator_cases as oc
@@ -195,3 +197,22 @@ def test_a_layer_that_is_offloaded_computes_where_the_bank_is() -> None:
     linear = hooks.cpu_offload(layer.linear, torch.device("cpu"))
     assert linear.weight.device.type == "meta"
     assert torch.equal(nk.MergedLoRALinear(linear, layer.bank, layer.lam)(z), expected)
+
+
+def test_a_layer_in_shards_is_the_whole_one() -> None:
+    whole = make(nn.Parameter(torch.tensor([0.3, -0.5])))
+    sharded, z = copy.deepcopy(whole), torch.randn(5, 48)
+
+    def run(layer: nk.MergedLoRALinear) -> None:
+        y, quad, sqnorm = layer.nsc(z + layer(z)[:, :1])
+        (y.square().mean() + nk.null_space_ratio(quad, sqnorm).mean()).backward()
+
+    run(whole)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        register_fsdp_forward_method(sharded, "nsc")
+        run(sharded)
+        assert torch.allclose(sharded.lam.grad.full_tensor(), whole.lam.grad)
+    finally:
+        distributed.destroy_process_group()
