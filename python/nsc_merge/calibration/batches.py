@@ -81,7 +81,7 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
     """
     first: dict[str, list[Batch]] = {}
     for task in tasks:
-        found = list(islice(iter(calibration[task]), count + 1))
+        found = list(islice(_own(task, calibration[task]), count + 1))
         if len(found) <= count:
             raise ValueError(
                 f"calibration[{task!r}]: expected more batches than the {count} held out, found {len(found)}"
@@ -90,6 +90,36 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
         for batch in first[task]:
             _check_mask(task, batch)
     return first, {task: _Rest(calibration[task], count) for task in tasks}
+
+
+def _own(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches that stay what they are once they were given: what is computed of one is kept with it, and it is run
+    again.
+
+    Raises:
+        ValueError: if a dictionary, or a tensor in it, is filled anew for the next batch.
+    """
+    last: Any = None
+    held: dict[str, tuple[Tensor, int]] = {}
+    for batch in batches:
+        for name, (tensor, version) in _versions(batch).items():
+            before, then = held.get(name, (tensor, version))
+            if (version != then) if tensor is before else batch is last:
+                raise ValueError(
+                    f"calibration[{task!r}]: expected a dictionary and tensors of its own for every batch, found "
+                    f"{name!r} filled anew for the next one; make a new dictionary, and clone() what is written over"
+                )
+        yield batch
+        # Now, so that what a model writes into its inputs does not count as the source's.
+        last, held = batch, _versions(batch)
+
+
+def _versions(batch: Any) -> dict[str, tuple[Tensor, int]]:
+    """Every tensor of a batch, and how often it was written into, which those made in inference mode do not know."""
+    if not isinstance(batch, Mapping):
+        return {}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {name: (value, 0 if value.is_inference() else value._version) for name, value in tensors.items()}
 
 
 def _checked(task: str, batch: Batch) -> Batch:
@@ -140,7 +170,7 @@ def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     first = True
     while True:
         empty = True
-        for batch in batches:
+        for batch in _own(task, batches):
             empty = False
             _checked(task, batch)
             # In the first round only: a mask on another device is waited for.

@@ -45,6 +45,47 @@ def test_tensors_of_a_tokenizer_and_settings_beside_them_are_taken():
     assert found.coefficients == wanted.coefficients
 
 
+def one_dictionary():
+    batch = {}
+    for number in range(3):
+        batch["input_ids"] = IDS + number
+        yield batch
+
+
+def one_tensor():
+    ids = torch.empty_like(IDS)
+    for number in range(3):
+        yield {"input_ids": ids.copy_(IDS + number)}
+
+
+class Anew:
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return self.make()
+
+
+@pytest.mark.parametrize("make", [one_dictionary, one_tensor])
+@pytest.mark.parametrize("around", [Anew, lambda make: make()])
+def test_batches_that_are_filled_anew_are_refused(make, around):
+    """What is kept of a batch, and run again, would be of another."""
+    words = r"calibration\['b'\]: expected a dictionary and tensors of its own .*'input_ids' filled anew.*clone\(\)"
+    batches = {**text_batches(2), "b": around(make)}
+    with pytest.raises(ValueError, match=words):
+        nsc_merge.merge(llama(), adapters_for(llama()), batches, "match", steps=2, progress=False)
+    with pytest.raises(ValueError, match=words):
+        held_out({"b": around(make)}, ["b"], 1)
+
+
+def test_one_batch_may_come_again_also_where_the_model_writes_into_it():
+    batch = {"input_ids": IDS.clone()}
+    for given in ([batch], [batch, batch], [batch, {"input_ids": batch["input_ids"]}]):
+        stream = streams({"b": given}, ["b"])["b"]
+        for _ in range(5):
+            next(stream)["input_ids"].add_(1)
+
+
 def test_rows_of_nothing_but_padding_are_refused_in_batches_and_in_files(tmp_path):
     batch = {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}
     words = r"^calibration\['b'\]: attention_mask: expected a real token in every row, found none in 1 rows: \[1\]"
