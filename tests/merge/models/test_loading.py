@@ -93,6 +93,13 @@ def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
     assert not list(folder.rglob("run"))
 
 
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 10**12}}])
+def test_layers_that_no_file_holds_are_not_made(folder, fields):
+    edit(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=r"^model: the config.json of .*base says 10+ layers, whose files hold \d"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -14,6 +14,15 @@ from nsc_merge.utils.safetensors_checks import check_safetensors
 if TYPE_CHECKING:
     from torch import nn
 
+# What configurations call the number of layers. As many as this are made in seconds, be they in the files or not.
+_COUNTING = frozenset(
+    (
+        *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
+        *("num_encoder_layers", "num_decoder_layers", "depth"),
+    )
+)
+_LAYERS = 500
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -159,10 +168,23 @@ def _check_folder(folder: Path) -> None:
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            check_safetensors(file)
+        tensors = sum(len(check_safetensors(file)) for file in sorted(folder.glob("*.safetensors")))
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
+    layers = _layers_in(from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True))
+    if layers > max(tensors, _LAYERS):
+        raise ValueError(
+            f"model: the config.json of {folder} says {layers} layers, whose files hold {tensors} tensors; take "
+            "weights and config.json of one model"
+        )
+
+
+def _layers_in(fields: Any) -> int:
+    """How many layers a configuration, or one within it, says at most."""
+    if not isinstance(fields, dict):
+        return 0
+    said = (value for name, value in fields.items() if name in _COUNTING and type(value) is int)
+    return max([0, *said, *map(_layers_in, fields.values())])
 
 
 def _class_of(name: str, config: Any) -> Any:
