@@ -42,8 +42,12 @@ def merged(device, method):
     (result.for_task("a") if result.per_task else result).apply(model)
     return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
+# Against the size of the update: single entries of what is computed from gradients, as Fisher's averages, differ by more
+# between two runs in float32.
+base = torch.cat([p.detach().flatten() for p in llama().parameters()])
 for method in METHODS.values():
-    torch.testing.assert_close(merged(NAME, method), merged("cpu", method), rtol=1e-5, atol=1e-6)
+    expected = merged("cpu", method)
+    assert (merged(NAME, method) - expected).norm() <= 1e-5 * (expected - base).norm(), method.name
     print(method.name)
 """
 
