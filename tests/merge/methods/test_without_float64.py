@@ -42,8 +42,8 @@ def merged(device, method):
     (result.for_task("a") if result.per_task else result).apply(model)
     return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
 
-# Against the size of the update: single entries of what is computed from gradients, as Fisher's averages, differ by more
-# between two runs in float32.
+# Against the size of the update: single entries of what is computed from gradients, as Fisher's averages, differ by
+# more between two runs in float32.
 base = torch.cat([p.detach().flatten() for p in llama().parameters()])
 for method in METHODS.values():
     expected = merged("cpu", method)
