@@ -117,3 +117,14 @@ def same_course(first, second):
     for one, other in zip(first.history, second.history, strict=True):
         assert one["omega"] == pytest.approx(other["omega"], abs=1e-5)
     assert (values(first) - 0.4).abs().max() > 1e-3
+
+
+class Around(nn.Module):
+    """A model of transformers inside something that says nothing of itself."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **inputs):
+        return self.inside(**inputs)

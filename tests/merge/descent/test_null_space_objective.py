@@ -9,6 +9,7 @@ import pytest
 import torch
 from loop_cases import (
     TASKS,
+    Around,
     adapters_for,
     image_batches,
     llama,
@@ -122,17 +123,6 @@ def test_a_kept_tower_has_no_graph_also_where_a_hook_has_its_inputs_require_grad
     plain = trajectory(model, adapters, batches)
     model.model.vision_tower.get_input_embeddings().register_forward_hook(lambda _, __, y: y.requires_grad_(True))
     same_course(trajectory(model, adapters, batches), plain)
-
-
-class Around(torch.nn.Module):
-    """A model of transformers inside something that says nothing of itself."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, **inputs):
-        return self.inside(**inputs)
 
 
 def test_around_a_model_the_batches_say_what_is_padding():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from data_cases import alone, dense_weights, llama, problem_of
+from loop_cases import Around
 from torch.func import functional_call
 
 import nsc_merge
@@ -64,17 +65,6 @@ def test_decoders_are_matched_where_their_heads_look(tmp_path, head, positions):
 
     assert loss(positions="all") != loss(positions="last")
     assert loss() == loss(positions=positions)
-
-
-class Around(torch.nn.Module):
-    """A model of transformers inside something else."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, **inputs):
-        return self.inside(**inputs)
 
 
 def one_module(model, ending, width):
