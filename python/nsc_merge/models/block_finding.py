@@ -167,10 +167,12 @@ def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     itself, or that Longformer and its kind fill up with padding; the mask as it is, of a model that makes one position
     of each input or where that gives other numbers of them.
     """
-    if _type_of(model) in _PADDING and mask.dim() == 2 and mask.shape[1] < count:
+    if type_of(model) in _PADDING and mask.dim() == 2 and mask.shape[1] < count:
         return pad(mask, (0, count - mask.shape[1]))
+    if mask.dim() != 2 or mask.shape[1] == count:
+        return mask
     owner: Any = next((module for module in model.modules() if hasattr(module, _REDUCES)), None)
-    if owner is None or mask.dim() != 2 or mask.shape[1] == count:
+    if owner is None:
         return mask
     # Behind the blocks there may be convolutions once more.
     taken = inspect.signature(getattr(owner, _REDUCES)).parameters
@@ -183,11 +185,12 @@ def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
 
 def positions_first(model: nn.Module, path: str) -> bool:
     """Whether the linear at ``path`` sees ``[positions, rows, d]``, as in XLNet, and not ``[rows, positions, d]``."""
-    where = _POSITIONS_FIRST.get(_type_of(model))
+    where = _POSITIONS_FIRST.get(type_of(model))
     return where is not None and where in path
 
 
-def _type_of(model: nn.Module) -> str:
+def type_of(model: nn.Module) -> str:
+    """What transformers calls the kind of a model, ``config.model_type``; nothing where it does not say."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 

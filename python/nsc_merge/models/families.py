@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters.adapter import name_of
-from nsc_merge.models.block_finding import described
+from nsc_merge.models.block_finding import described, type_of
 from nsc_merge.utils.option_checks import check_names
 
 
@@ -190,8 +190,7 @@ def find_family(model: nn.Module, adapted: Collection[str] | None = None) -> Fam
     Args:
         adapted: paths of the linears that carry an adapter, which must be in the blocks; all linears when None.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    listed = next((family for family in FAMILIES if model_type in family.model_types), None)
+    listed = next((family for family in FAMILIES if type_of(model) in family.model_types), None)
     if listed is not None:
         return listed
     found = described(model, adapted)
@@ -213,10 +212,9 @@ def family_of(
     if family is None:
         if given is not None and {"block", "score_modules"} <= set(given):
             return Family(**{"name": "given", "model_types": (), "recipe": "llm", **given})
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
-            f"model: {type(model).__name__} (config.model_type {model_type!r}) has no nn.ModuleList of blocks of one "
-            "class that holds an adapted linear; say where its blocks are by family, for example "
+            f"model: {type(model).__name__} (config.model_type {type_of(model) or None!r}) has no nn.ModuleList of "
+            "blocks of one class that holds an adapted linear; say where its blocks are by family, for example "
             r"family={'block': r'^trunk\.(\d+)\.', 'score_modules': ['value']}"
         )
     return family if given is None else replace(family, **given)

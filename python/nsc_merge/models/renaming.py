@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.families import FAMILIES, Family
 
 # No map of transformers has these: its own release 4 kept vision and language beside each other, a language model under
@@ -27,7 +28,7 @@ def rules_of(model: nn.Module, family: Family | None) -> tuple[tuple[str, str], 
     (``conversion_mapping``); then, for models that read images and text, those of their language model.
     """
     rules = family.legacy if family else ()
-    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    kind = type_of(model)
     # A model of diffusers, under its name in a pipeline.
     rules = (*rules, *(_of_transformers(kind) if kind else ((r"^(unet|transformer)\.", ""),)))
     if hasattr(getattr(model, "config", None), "vision_config") and not (family and family.legacy):

@@ -16,6 +16,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.adapters.adapter import WRAPPER, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.formats.parameter_stacks import matrices_of
 from nsc_merge.models.bases.quantised import is_linear
+from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.merged.matrices import Matrix, matrix_at, module_at
 
 
@@ -174,7 +175,7 @@ def updates_of_experts(
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    kind = type_of(model)
     conversions: Any = [
         entry
         for entry in get_checkpoint_conversion_mapping(kind) or ()
