@@ -29,6 +29,14 @@ from nsc_merge.models.fitting import fit
 TASKS = ("1", "2")
 # Of which nothing is asked but how it reads sound.
 MODEL = torch.nn.Module()
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def adapters_at(path):
+    """Of a square linear as wide as SIZES says."""
+    return {
+        task: nsc_merge.Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)}) for task in TASKS
+    }
 
 
 @pytest.fixture
@@ -222,13 +230,10 @@ def test_classes_of_pixels_are_the_second_dimension_of_logits():
 )
 def test_a_head_of_one_class_is_refused_where_classes_are_compared(method, way_out):
     """As of a regression: it was certain, so that nothing was learnt, without a word."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=96, num_labels=1)).eval()
+    model = BertForSequenceClassification(BertConfig(**SIZES, vocab_size=96, num_labels=1)).eval()
     path = "bert.encoder.layer.0.attention.self.value"
-    adapters = {
-        task: nsc_merge.Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)}) for task in TASKS
-    }
+    adapters = adapters_at(path)
     batches = {task: [{"input_ids": torch.randint(3, 96, (4, 6))}] for task in TASKS}
     options = {"steps": 1, "progress": False}
     with pytest.raises(ValueError, match=r"the output \[4, 1\] of '1' has one class") as refused:
@@ -240,13 +245,10 @@ def test_a_head_of_one_class_is_refused_where_classes_are_compared(method, way_o
 
 
 def test_a_decoder_that_labels_every_token_is_compared_at_each():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
-    model = LlamaForTokenClassification(LlamaConfig(**sizes, vocab_size=96, num_labels=5)).eval()
+    model = LlamaForTokenClassification(LlamaConfig(**SIZES, vocab_size=96, num_labels=5)).eval()
     path = "model.layers.0.self_attn.v_proj"
-    adapters = {
-        task: nsc_merge.Adapter(task, {path: Factor(torch.randn(2, 32), torch.randn(32, 2), 1.0)}) for task in TASKS
-    }
+    adapters = adapters_at(path)
     ids, mask = torch.randint(3, 96, (2, 6)), torch.ones(2, 6, dtype=torch.long)
     mask[0, 4:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
