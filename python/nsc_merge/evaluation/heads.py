@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.evaluation.metrics import IGNORE
+from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import find_family
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
@@ -87,6 +88,8 @@ class LinearHead:
             return patches.mean(1) if self.pool == "patches" else patches
         if self.pool == "tokens":
             return features
+        if mask is not None:
+            mask = at_positions(model, mask, features.shape[1])
         if mask is None or mask.shape != features.shape[:2]:
             mask = features.new_ones(features.shape[:2])
         if self.pool == "first":

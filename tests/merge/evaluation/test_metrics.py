@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from zoo import KINDS, build
 
@@ -370,6 +371,27 @@ def test_linear_heads_pool_as_they_say():
         heads.LinearHead(weight, bias, "patches")(model, inputs)
     with pytest.raises(ValueError, match=r"expected weight \[C, 32\].*found \[3, 8\]"):
         heads.LinearHead(weight[:, :8], bias, "first")(model, inputs)
+
+
+@pytest.mark.parametrize("kind", [tf.Wav2Vec2ForSequenceClassification, tf.WavLMForSequenceClassification])
+def test_sound_is_pooled_as_transformers_pools_it(kind):
+    """Their mask is of samples, and a classifier of theirs takes the mean over what these make."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    sizes |= {"num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4, "initializer_range": 0.2}
+    model = kind(kind.config_class(**sizes, feat_extract_norm="layer", num_labels=3)).eval()
+    mask = (torch.arange(800) < torch.tensor([[800], [500], [300]])).long()
+    inputs = {"input_values": torch.randn(3, 800) * mask, "attention_mask": mask}
+    with torch.no_grad():
+        weight = model.classifier.weight @ model.projector.weight
+        bias = model.classifier.weight @ model.projector.bias + model.classifier.bias
+        output = heads.LinearHead(weight, bias, "mean")(model, inputs)
+        torch.testing.assert_close(output, model(**inputs).logits)
+        # Of a sound by itself, without padding, the last position is the last one that its mask keeps.
+        alone = model.base_model(input_values=inputs["input_values"][2:, :300]).last_hidden_state[:, -1]
+        last = heads.LinearHead(weight, bias, "last")(model, inputs)[2:]
+    torch.testing.assert_close(last, alone @ weight.t() + bias, rtol=1e-3, atol=1e-4)
 
 
 def test_images_are_laid_out_patch_by_patch():
