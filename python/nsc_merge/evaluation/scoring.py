@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +26,12 @@ Candidate: TypeAlias = "MergeResult | nn.Module | Mapping[str, MergeResult | nn.
 """What is measured: a merge, another model, or one of those per task."""
 
 _Model = Callable[[], AbstractContextManager[nn.Module]]
+_Batches = tuple[tuple[Mapping[str, Tensor], Tensor] | None, ...]
+_Work = tuple[list[str], _Batches]
+_Output = tuple[str, Tensor, Tensor]
+
+# Numbers of which means over models are held at a time, 1 GiB.
+_HELD = 2**28
 
 
 @contextmanager
@@ -47,33 +54,41 @@ def predict(
     suite: Suite, candidate: Candidate, split: str, tasks: Sequence[str] | None = None, *, share: bool = False
 ) -> dict[str, tuple[Outputs, Tensor]]:
     """Task -> outputs and labels over a whole split, on the CPU; of some ``tasks``, or of all. Logits over a vocabulary
-    are large: a suite that has ``kept`` says what is kept of the outputs of a batch; else, and of an ensemble, those of
-    sequences are held where a label is known.
+    are large: a suite that has ``kept`` says what is kept of the outputs of a batch; else those of sequences are held
+    where a label is known.
 
     Where every task has an update of its own, each is predicted with its own; the outputs of an ensemble are the mean
     over the models of all tasks. With ``share``, tasks whose batches hold the very same tensors share the forwards of
     a model that serves them all; it is not for heads that generate, which need more than one forward of a batch.
     """
-    found: dict[str, Outputs] = {}
-    labels: dict[str, Tensor] = {}
     wanted = list(suite.tasks) if tasks is None else list(tasks)
+    parts: dict[str, list[tuple[Outputs, Tensor]]] = {task: [] for task in wanted}
+    kept = getattr(suite, "kept", None)
+
+    def keep(task: str, output: Tensor, label: Tensor) -> None:
+        less = output if kept is None else kept(task, output, label)
+        parts[task].append((less, label) if isinstance(less, Predicted) else _of_known_labels(less, label))
+
     for served, models in models_of(suite, candidate, wanted):
-        for number, enter in enumerate(models, 1):
-            with enter() as model:
-                for together in [served] if share else [[task] for task in served]:
-                    whole = len(models) > 1
-                    for task, (output, label) in _outputs(suite, model, together, split, whole=whole).items():
-                        labels[task] = label
-                        if isinstance(output, Predicted) or not whole:
-                            found[task] = output
-                            continue
-                        if not output.is_floating_point():
-                            raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
-                        # A running mean, so that one set of outputs is held.
-                        so_far = found[task] if number > 1 else torch.zeros(())
-                        assert isinstance(so_far, Tensor)
-                        found[task] = so_far + (output - so_far) / number
-    return {task: (found[task], labels[task]) for task in wanted}
+        work = [
+            (together, batches)
+            for together in ([served] if share else [[task] for task in served])
+            for batches in zip_longest(*(suite.labelled(task, split) for task in together))
+        ]
+        if len(models) == 1:
+            with models[0]() as model:
+                for one in work:
+                    _forward(suite, model, one, keep)
+        while work and len(models) > 1:
+            means = _means(suite, models, work)
+            work = work[len(means) :]
+            for mean in itertools.chain(*means):
+                keep(*mean)
+    found = {}
+    for task in wanted:
+        outputs, labels = zip(*parts.pop(task), strict=True)
+        found[task] = _together(outputs), _joined(labels, torch.nan)
+    return found
 
 
 def score(suite: Suite, predicted: Mapping[str, tuple[Outputs, Tensor]]) -> Scores:
@@ -150,28 +165,48 @@ def models_of(suite: Suite, candidate: Candidate, tasks: list[str]) -> list[tupl
     return [([task], [model]) for task, model in models.items()]
 
 
-def _outputs(
-    suite: Suite, model: nn.Module, tasks: list[str], split: str, *, whole: bool
-) -> dict[str, tuple[Outputs, Tensor]]:
-    """Task -> outputs of ``model`` and labels over a whole split; several tasks share its forwards."""
-    parts: dict[str, list[tuple[Outputs, Tensor]]] = {task: [] for task in tasks}
-    kept = None if whole else getattr(suite, "kept", None)
-    labelled = [suite.labelled(task, split) for task in tasks]
-    for batches in zip_longest(*labelled):
-        with shared_forward(model) if len(tasks) > 1 else nullcontext():
-            for task, batch in zip(tasks, batches, strict=True):
-                if batch is not None:
-                    inputs, label = batch
-                    output = suite.output(task, model, inputs)
-                    less = output if kept is None else kept(task, output, label)
-                    parts[task].append(
-                        (less, label) if isinstance(less, Predicted) else _of_known_labels(less, label)
-                    )
-    found = {}
-    for task in tasks:
-        outputs, labels = zip(*parts.pop(task), strict=True)
-        found[task] = _together(outputs), _joined(labels, torch.nan)
-    return found
+def _forward(suite: Suite, model: nn.Module, work: _Work, keep: Callable[[str, Tensor, Tensor], None]) -> None:
+    """Hand over what the heads of tasks make of a batch of each, with its labels; they share the forwards of ``model``.
+    """
+    tasks, batches = work
+    with shared_forward(model) if len(tasks) > 1 else nullcontext():
+        for task, batch in zip(tasks, batches, strict=True):
+            if batch is not None:
+                inputs, label = batch
+                keep(task, suite.output(task, model, inputs), label)
+
+
+def _means(suite: Suite, models: list[_Model], work: list[_Work]) -> list[list[_Output]]:
+    """Means over several models, of as many of the first batches as have :data:`_HELD` numbers; of sequences where a
+    label is known. Each model is entered once for all of these.
+    """
+    means: list[list[_Output]] = []
+    each: list[_Output] = []
+
+    def hold(task: str, output: Tensor, label: Tensor) -> None:
+        if not output.is_floating_point():
+            raise ValueError(f"ensemble: the outputs of {task} are tokens, which have no mean")
+        output, label = _of_known_labels(output, label)
+        each.append((task, output.float().cpu(), label))
+
+    for number, enter in enumerate(models, 1):
+        with enter() as model:
+            held = 0
+            for place, one in enumerate(work):
+                each.clear()
+                _forward(suite, model, one, hold)
+                if number == 1:
+                    means.append(list(each))
+                    held += sum(output.numel() for _, output, _ in each)
+                    if held >= _HELD:
+                        break
+                    continue
+                means[place] = [
+                    (task, mean + (output - mean) / number, label)
+                    for (task, mean, label), (_, output, _) in zip(means[place], each, strict=True)
+                ]
+        work = work[: len(means)]
+    return means
 
 
 def _together(parts: Sequence[Any]) -> Outputs:

@@ -15,7 +15,7 @@ from zoo import IMAGE_TOKEN, KINDS, LANGUAGE, build, images_and_text, write_adap
 
 from nsc_merge import merge
 from nsc_merge.commands.main import main
-from nsc_merge.evaluation import heads
+from nsc_merge.evaluation import heads, scoring
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.metrics import METRICS
 from nsc_merge.evaluation.scoring import applied, predict, score
@@ -169,10 +169,10 @@ def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity", "exact_match", "f1"])
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, batch_size):
-    """Logits over a vocabulary are large: none is held once a batch is measured, but by an ensemble those of 3 answers
-    among 12 tokens.
+@pytest.mark.parametrize(("batch_size", "numbers"), [(2, 1), (5, 2**28)])
+def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, batch_size, numbers):
+    """Logits over a vocabulary are large: none is held once a batch is measured, and by an ensemble those of 3 answers
+    among 12 tokens, of some batches at a time.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = build("llama")
@@ -207,14 +207,26 @@ def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, 
     each = METRICS[metric].quality(logits[:, :-1], labels[:, 1:])
     assert suite.quality("a", *predicted["a"]).tolist() == pytest.approx(each.tolist(), rel=1e-5, nan_ok=True)
 
-    two = {"a": suite.adapters["a"], "b": suite.adapters["a"]}
-    pair = merge(suite.model, two, method="ensemble")
-    held, known = predict(suite, pair, "test")["a"]
-    assert held.shape == (9, 3, model.config.vocab_size)
-    with applied(suite.model, pair.for_task("a")) as one, torch.no_grad():
-        own = one(input_ids=ids).logits[:, :-1]
-    expected = METRICS[metric].measure(own, labels[:, 1:])
-    assert suite.measure("a", held, known) == pytest.approx(expected, rel=1e-5)
+    other = write_adapter(suite.model, tmp_path / "b", 2, r=2, target_modules=["q_proj", "v_proj"])
+    pair = merge(suite.model, {"a": suite.adapters["a"], "b": other}, method="ensemble")
+    each = []
+    for one in "ab":
+        with applied(suite.model, pair.for_task(one)) as own, torch.no_grad():
+            each.append(own(input_ids=ids).logits[:, :-1])
+    mean = (each[0] + each[1]) / 2
+    monkeypatch.setattr(scoring, "_HELD", numbers)
+    events = []
+    enter, keep = scoring.applied, suite.kept
+    monkeypatch.setattr(scoring, "applied", lambda *args: events.append("model") or enter(*args))
+    monkeypatch.setattr(suite, "kept", lambda *args: events.append("kept") or keep(*args))
+    held = predict(suite, pair, "test")
+    batches = len(suite.labelled("a", "test"))
+    at_once = 1 if numbers == 1 else batches
+    assert events == [*["model"] * 2, *["kept"] * at_once] * (batches // at_once)
+    found = score(suite, held)
+    assert found.metrics["a"] == pytest.approx(METRICS[metric].measure(mean, labels[:, 1:]), rel=1e-5)
+    assert found.losses["a"] == pytest.approx(METRICS[metric].loss(mean, labels[:, 1:]).item(), rel=1e-5)
+    assert held["a"][0].classes.shape == (9, 3)
 
 
 @pytest.fixture
