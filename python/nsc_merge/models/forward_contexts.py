@@ -26,17 +26,30 @@ class Ended(Exception):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; afterwards every module has the mode that it had, which may differ from its
-    parent's.
+    """``model`` in evaluation mode, with outputs that have names; afterwards every module has the mode that it had,
+    which may differ from its parent's.
     """
     modes = [(module, module.training) for module in model.modules()]
+    tuples = giving_tuples(model)
     try:
         model.eval()
+        for config in tuples:
+            config.return_dict = True
         yield
     finally:
         with undisturbed():
             for module, training in modes:
                 module.training = training
+            for config in tuples:
+                config.return_dict = False
+
+
+def giving_tuples(model: nn.Module) -> list[Any]:
+    """The configurations in a model that ask for tuples in the place of outputs with names. transformers' own models
+    then cannot read what their parts give.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if getattr(config, "return_dict", True) is False]
 
 
 @contextmanager

@@ -102,3 +102,17 @@ def test_no_method_keeps_the_state_that_a_model_writes_over(method):
     found = nsc_merge.merge(model, adapters, data, method, **options)
     assert model.config.use_cache
     assert all(torch.isfinite(found.delta(path)).all() for path in paths)
+
+
+@pytest.mark.parametrize("method", ["nsc", "match", "distill", "regmean"])
+def test_a_model_that_gives_tuples_is_merged_like_any_other(method):
+    """transformers' own models cannot read what their parts give then."""
+    model = llama()
+    adapters, batches = adapters_for(model), text_batches(1)
+    options = {"batches": 1} if method == "regmean" else {"steps": 2, "progress": False}
+    wanted = nsc_merge.merge(model, adapters, batches, method, **options)
+    model.config.return_dict = False
+    found = nsc_merge.merge(model, adapters, batches, method, **options)
+    assert model.config.return_dict is False
+    for path in wanted.paths:
+        assert torch.equal(found.delta(path), wanted.delta(path))

@@ -186,3 +186,9 @@ def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
     odd.rename(folder)
     (folder / FILE).write_bytes(b"short")
     refused(ValueError, r"^model: .*model\.safetensors")
+
+
+def test_a_base_that_would_give_tuples_is_run_by_names(folder):
+    edit(folder / "config.json", return_dict=False)
+    model = load(folder)
+    assert model(pixel_values=torch.zeros(1, 3, 8, 8)).logits.shape == (1, 2)

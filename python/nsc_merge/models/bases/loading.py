@@ -21,6 +21,7 @@ from nsc_merge.models.bases.placement import Placement, device_of
 from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
 from nsc_merge.models.bases.sharded import settled, sharding
 from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
+from nsc_merge.models.forward_contexts import giving_tuples
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
 
 logger = logging.getLogger("nsc_merge")
@@ -153,6 +154,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
         missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"model: {architecture.name} lacks {len(missing)} tensors, for example {missing[0]}")
+    for config in giving_tuples(model):
+        config.return_dict = True
     return model.eval()
 
 
