@@ -72,6 +72,7 @@ class Method:
         weighted: the option that takes one number for each task, if the method has it.
         low_rank_with: options by which an update of full rank becomes one of low rank, as it is merged in its factors.
         factors_with: the option with which, given anything but False, a method of coefficients gives factors.
+        per_task: every task has an update of its own.
         averages_outputs: the models of all tasks serve together, by the mean of their outputs.
     """
 
@@ -93,6 +94,7 @@ class Method:
     weighted: str = "weights"
     low_rank_with: Mapping[str, Any] = field(default_factory=dict)
     factors_with: str = ""
+    per_task: bool = False
     averages_outputs: bool = False
 
     @property

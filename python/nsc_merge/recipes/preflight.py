@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from nsc_merge.results.layout import (
     earlier_merge,
     refuse_mixture,
     refuse_pages,
+    task_folders,
 )
 from nsc_merge.utils.atomic_folder import check_replaceable
 from nsc_merge.utils.json_text import from_json
@@ -137,11 +138,12 @@ def _check_place(recipe: Recipe, method: Method) -> None:
         raise RecipeError(
             f"output.dir: expected a folder that can be made, found {str(recipe.out)!r:.80}: {said}"
         ) from None
-    written = _written(recipe, method)
+    places = list(task_folders(recipe.adapters).values()) if method.per_task else [""]
+    written = _written(recipe, method, places)
     formats = [name for name in recipe.formats if name != "coefficients"]
     try:
         check_replaceable(out, written)
-        refuse_mixture(out, [""], formats, nested=True)
+        refuse_mixture(out, places, formats, nested=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"output.dir{str(error).removeprefix('out')}") from None
     # The results come together beside the folder.
@@ -153,7 +155,7 @@ def _check_place(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
     merge, earlier = earlier_merge(out)
     # What an earlier merge left goes, whether this one writes the same files or not.
-    changed = {out / path for path in {*written, *map(Path, earlier)}} | {out / name for name in formats}
+    changed = {out / path for path in {*written, *map(Path, earlier)}} | {out / place / name for place in places for name in formats}
     changed |= {state_file(recipe).resolve(), out / HEADS_FOLDER}
     for name, place in _inputs(recipe):
         # In the folder of a base or an adapter there is room for another; one of data would be read with the results.
@@ -169,15 +171,17 @@ def _check_place(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"output.dir{str(error).removeprefix('out')}") from None
 
 
-def _written(recipe: Recipe, method: Method) -> set[Path]:
-    """Files that are written whatever the merge finds, by their paths within the output folder."""
+def _written(recipe: Recipe, method: Method, places: Sequence[str]) -> set[Path]:
+    """Files that are written whatever the merge finds, by their paths within the output folder; formats in each of
+    ``places``.
+    """
     names = {CARD_FILE, RECIPE_FILE}
     if method.gives_with(recipe.options) == "coefficients":
         names.add(COEFFICIENTS_FILE)
     if "steps" in method.option_names:
         names.add(HISTORY_FILE)
-    names |= {f"{name}/{_FIRST[name]}" for name in recipe.formats if name in _FIRST}
-    return {Path(name) for name in names}
+    formats = {Path(place, name, _FIRST[name]) for place in places for name in recipe.formats if name in _FIRST}
+    return {Path(name) for name in names} | formats
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:

@@ -105,6 +105,25 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(place, capsys, make,
     refused(place, capsys, message, *SHORT)
 
 
+def test_what_every_task_has_of_its_own_is_refused_as_early(place, capsys):
+    each = ["method=finetuned", "options="]
+    lora = place / "merged" / "tasks" / "nli" / "lora"
+    lora.mkdir(parents=True)
+    (lora / "config.json").write_text("{}")
+    refused(place, capsys, f"output.dir: {lora} holds a model", *each)
+    (lora / "config.json").unlink()
+    shutil.copytree(place / "adapters" / "nli", lora, dirs_exist_ok=True)
+    refused(place, capsys, f"output.dir: adapters.nli is {lora}", *each, "adapters.nli=merged/tasks/nli/lora")
+    # One update for all stands beside them.
+    assert main(["run", "recipe.yaml", *SHORT, "adapters.nli=merged/tasks/nli/lora"]) == 0
+    shutil.rmtree(lora)
+    lora.write_text("")
+    refused(place, capsys, "lora is no folder", *each)
+    lora.unlink()
+    assert main(["run", "recipe.yaml", *each]) == 0
+    assert (lora / "adapter_config.json").is_file()
+
+
 def test_a_mount_point_a_loop_and_a_name_that_is_too_long_are_refused(place, capsys):
     refused(place, capsys, "output.dir: / is a mount point", *SHORT, "output.dir=/")
     refused(place, capsys, "output.dir: expected a folder that can be made", *SHORT, f"output.dir={'x' * 240}")

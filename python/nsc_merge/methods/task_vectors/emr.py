@@ -178,6 +178,7 @@ METHODS = (
         NoOptions,
         emr,
         gives="full rank",
+        per_task=True,
     ),
     gradient_free(
         "emr_unified",

@@ -122,6 +122,7 @@ METHODS = (
         "the ceiling in the tables of arXiv 2603.26317",
         NoOptions,
         lambda problem, given: _alone("finetuned", problem),
+        per_task=True,
     ),
     Method(
         "ensemble",
@@ -129,6 +130,7 @@ METHODS = (
         "a reference row of 'On the Representation Geometry of LoRA Model Merging'",
         NoOptions,
         lambda problem, given: _alone("ensemble", problem),
+        per_task=True,
         averages_outputs=True,
     ),
 )
