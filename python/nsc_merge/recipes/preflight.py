@@ -155,7 +155,8 @@ def _check_place(recipe: Recipe, method: Method) -> None:
         raise RecipeError(f"output.dir: no folder can be made in {parent}: {error.strerror}") from None
     merge, earlier = earlier_merge(out)
     # What an earlier merge left goes, whether this one writes the same files or not.
-    changed = {out / path for path in {*written, *map(Path, earlier)}} | {out / place / name for place in places for name in formats}
+    changed = {out / path for path in {*written, *map(Path, earlier)}}
+    changed |= {out / place / name for place in places for name in formats}
     changed |= {state_file(recipe).resolve(), out / HEADS_FOLDER}
     for name, place in _inputs(recipe):
         # In the folder of a base or an adapter there is room for another; one of data would be read with the results.
