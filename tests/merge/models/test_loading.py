@@ -164,7 +164,10 @@ def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
     config = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", hidden_size=2 * config["hidden_size"])
     refused(ValueError, r"model: .* tensors of another shape .*classifier\.weight: expected \[2, 64\], found \[2, 32\]")
-    edit(folder / "config.json", hidden_size=config["hidden_size"])
+    # What fits into no memory is no different: nothing of that size is made.
+    edit(folder / "config.json", hidden_size=config["hidden_size"], image_size=10**7)
+    refused(ValueError, r"model: .* 1 tensors of another shape .*expected \[1, 6250000000001, 32\], found \[1, 5, 32\]")
+    edit(folder / "config.json", image_size=config["image_size"])
     index, fields = sharded(folder)
     index.write_text(json.dumps({"weight_map": fields["weight_map"]}))
     refused(ValueError, r'model: .*index\.json lacks "metadata", .*add "metadata": \{\}')

@@ -163,7 +163,9 @@ def _other_shapes(architecture: Architecture, known: Mapping[str, Any], error: E
     """What transformers says in a report alone, which commands do not show."""
     if "ignore_mismatched_sizes" not in str(error):
         return None
-    _, info = architecture.kind.from_pretrained(architecture.name, **known, ignore_mismatched_sizes=True)
+    # Of no size on the meta device: what a configuration asks for may fit nowhere.
+    given = {**known, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    _, info = architecture.kind.from_pretrained(architecture.name, **given)
     name, found, expected = min(info["mismatched_keys"])
     return (
         f"model: {architecture.name} has {len(info['mismatched_keys'])} tensors of another shape than its config.json "
