@@ -194,6 +194,27 @@ def test_a_folder_is_no_id(hub, place, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        # Of these weights tell, which are fetched for that.
+        ("config.json", lambda text: text.replace('layers": 3', 'layers": 1000000000'), "hostile says 10+ layers, wh"),
+        ("config.json", lambda text: "[1]", r"config\.json: expected a JSON object, found \[1\]"),
+        ("config.json", lambda text: text.replace("{", '{"use_cache": true, ', 1), "key 'use_cache' is given twice"),
+        ("model.safetensors", lambda text: "short", "hostile.*header"),
+    ],
+)
+def test_a_base_of_the_hub_is_checked_like_one_in_a_folder(hub, tmp_path, place, file, change, message):
+    shutil.copytree(place / "base", tmp_path / "hostile")
+    changed = tmp_path / "hostile" / file
+    changed.write_text(change(changed.read_text() if file == "config.json" else ""))
+    hub.upload("me/hostile", tmp_path / "hostile")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^model: .*{message}") as error:
+            load_model("me/hostile", local=False)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["adapters.nli=me/none"], "adapters['nli']: there is no me/none at http"),

@@ -74,10 +74,11 @@ def architecture_of(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    if local:
-        _check_folder(Path(name))
+    folder = Path(name) if local else _snapshot(name, revision)
     if not local:
-        revision = _commit(name, revision)
+        # The cache calls a snapshot by its commit.
+        revision = folder.name
+    _check_folder(folder, None if local else name)
     given: dict[str, Any] = {"local_files_only": local, **({} if revision is None else {"revision": revision})}
     fields, _ = transformers.PretrainedConfig.get_config_dict(name, **given)
     own = fields.get("auto_map")
@@ -122,8 +123,10 @@ def _kernel_in(fields: Any) -> str | None:
     return None
 
 
-def _commit(name: str, revision: str | None) -> str:
-    """The commit that a revision of a repository is now, or was when it was last asked for, offline."""
+def _snapshot(name: str, revision: str | None) -> Path:
+    """The folder in the cache of the commit that a revision of a repository is now, or was when it was last asked for,
+    offline; its configuration is there.
+    """
     from transformers.utils import cached_file
 
     given: dict[str, Any] = {} if revision is None else {"revision": revision}
@@ -141,12 +144,23 @@ def _commit(name: str, revision: str | None) -> str:
     # Some releases say nothing of a configuration that is not there.
     if file is None:
         raise FileNotFoundError(f"model: {name} holds no config.json: expected another repository")
-    # The cache calls a snapshot by it.
-    return Path(file).parent.name
+    return Path(file).parent
 
 
-def _check_folder(folder: Path) -> None:
-    """Everything there that transformers is about to read."""
+def _fetch_weights(name: str, revision: str) -> None:
+    """Bring the weights of a repository into the cache, as transformers is about to."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    given: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(name, "model.safetensors", **given) is None:
+        index = cached_file(name, "model.safetensors.index.json", **given)
+        if index is not None:
+            get_checkpoint_shard_files(name, index, revision=revision)
+
+
+def _check_folder(folder: Path, repo: str | None) -> None:
+    """Everything there that transformers is about to read; of a ``repo`` on the hub what the cache has of it."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: {folder} holds no config.json")
     if (folder / "adapter_config.json").exists():
@@ -167,15 +181,17 @@ def _check_folder(folder: Path) -> None:
         for shard in set(shards.values()) if file.name.endswith(".index.json") and isinstance(shards, dict) else ():
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
+    layers = _layers_in(from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True))
+    if layers > _LAYERS and repo is not None:
+        _fetch_weights(repo, folder.name)
     try:
         tensors = sum(len(check_safetensors(file)) for file in sorted(folder.glob("*.safetensors")))
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
-    layers = _layers_in(from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True))
     if layers > max(tensors, _LAYERS):
         raise ValueError(
-            f"model: the config.json of {folder} says {layers} layers, whose files hold {tensors} tensors; take "
-            "weights and config.json of one model"
+            f"model: the config.json of {repo or folder} says {layers} layers, whose files hold {tensors} tensors; "
+            "take weights and config.json of one model"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from nsc_merge.models.bases.architecture import Architecture, architecture_of
@@ -143,6 +144,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     known = {**architecture.settings, "use_safetensors": True, "output_loading_info": True, **settings}
     try:
         model, info = architecture.kind.from_pretrained(architecture.name, **known)
+    except SafetensorError as error:
+        raise ValueError(f"model: {architecture.name}: {error}") from None
     except (KeyError, OSError, RuntimeError) as error:
         problem = _other_shapes(architecture, known, error) or _lacking(architecture)
         if problem is None:
