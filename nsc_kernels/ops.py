@@ -83,9 +83,13 @@ def run_forward(backend: Backend, call: ForwardCall) -> tuple[Tensor, Tensor | N
 def run_backward(backend: Backend, call: BackwardCall) -> tuple[Tensor | None, Tensor | None]:
     """One backward on one backend. The only way to a backend's kernels.
 
-    The statistics depend on z alone, so without ``need_dz`` their gradients are dropped here.
+    The statistics depend on z alone, so without ``need_dz`` their gradients are dropped here. lam reaches y alone, so
+    without ``dy`` its gradient is zero, and no kernel is asked for zero times a u that may hold NaN.
     """
     dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base, need_dz, need_dlam, reuse_base = call
+    if dy is None and need_dlam:
+        dz = run_backward(backend, call._replace(need_dlam=False))[0] if need_dz else None
+        return dz, torch.zeros_like(lam, memory_format=torch.contiguous_format)
     if not (
         (dy is None or dy.stride(-1) == 1)
         and (dquad is None or (need_dz and dquad.is_contiguous() and dquad.stride(-1) == 1))

@@ -109,7 +109,8 @@ def backward(
     v = torch.zeros_like(u_acc) if dy is None else shrink(dy, Bt)
     dlam = None
     if need_dlam:
-        dlam = gather(u_acc * v, offsets)
+        # lam reaches y alone: where y has no gradient lam has none, whatever u holds.
+        dlam = gather(v if dy is None else u_acc * v, offsets)
         dlam = dlam.sum(0) if lam.dim() == 1 else dlam
     if not need_dz:
         return None, dlam

@@ -73,6 +73,23 @@ def test_an_output_without_a_gradient(backend: str, missing: str, per_row: bool)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_lam_has_no_gradient_of_the_statistics_whatever_z_holds(backend: str, per_row: bool) -> None:
+    """As in plain PyTorch, where lam is no part of them: the reference and Triton gave NaN, and the CPU's zero."""
+    require(backend)
+    inputs = oc.make_inputs(oc.Case("case", T=15, per_row=per_row), torch.float32)
+    inputs.z[3, 2] = torch.nan
+    z, lam = inputs.z.requires_grad_(), inputs.lam.requires_grad_()
+    with nk.use_backend(backend):
+        _, quad, _ = nk.merged_lora_nsc(z, inputs.bank, lam)
+        (dlam,) = torch.autograd.grad(quad[4:].sum(), lam, retain_graph=True)
+        dz, beside = torch.autograd.grad(quad[4:].sum(), (z, lam))
+    assert torch.equal(dlam, torch.zeros_like(lam))
+    assert torch.equal(beside, dlam)
+    assert dz[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_base_is_neither_modified_nor_returned(backend: str) -> None:
     require(backend)
     bank = oc.make_bank(oc.Case("nothing", ranks=(0, 0)), torch.float32)
