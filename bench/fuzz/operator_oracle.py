@@ -22,7 +22,8 @@ class Numbers:
     """The numbers of one call, in float64: what the tensors hold, exactly.
 
     ``A [R, d_in]``, ``Bt [R, d_out]`` and ``offsets`` are a bank's. ``base`` is given, or is made by ``weight`` and
-    ``bias``. ``dy``, ``dquad`` and ``dsqnorm`` are the gradients that come in, None without statistics.
+    ``bias``. ``dy``, ``dquad`` and ``dsqnorm`` are the gradients that come in, None of what nobody uses. ``into`` is
+    what reaches z through a linear layer that is not here as a ``weight``.
     """
 
     z: Array
@@ -33,9 +34,10 @@ class Numbers:
     base: Array | None
     weight: Array | None
     bias: Array | None
-    dy: Array
+    dy: Array | None
     dquad: Array | None
     dsqnorm: Array | None
+    into: Array | None = None
 
     def map(self, change: Callable[[Array], Array]) -> Numbers:
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -49,18 +51,28 @@ def per_adapter(columns: Array, offsets: tuple[int, ...]) -> Array:
     return np.stack(parts, 1)
 
 
-def results(n: Numbers, rounded: Callable[[Array], Array] = lambda x: x) -> dict[str, Array]:
-    """Outputs and gradients; ``rounded`` stands wherever the contract rounds to the dtype of z."""
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def results(
+    n: Numbers, rounded: Callable[[Array], Array] = _as_it_is, rounded_lam: Callable[[Array], Array] = _as_it_is
+) -> dict[str, Array]:
+    """Outputs and gradients; ``rounded`` stands wherever the contract rounds to the dtype of z, ``rounded_lam`` where
+    it rounds to that of lam.
+    """
     ranks = np.diff(n.offsets)
     lam = np.repeat(n.lam, ranks, -1)
-    base, into = n.base, None
+    base, into = n.base, n.into
     if n.weight is not None:
         base = rounded(n.z @ n.weight.T + (0 if n.bias is None else n.bias))
-        into = rounded(n.dy @ n.weight)
+        into = None if n.dy is None else rounded(n.dy @ n.weight)
     u = n.z @ n.A.T
     y = rounded(lam * u) @ n.Bt
-    kept, v = rounded(u), n.dy @ n.Bt.T
-    dlam = per_adapter(kept * v, n.offsets)
+    kept = rounded(u)
+    # Where nobody uses y, lam has no gradient, whatever z holds.
+    v = np.zeros_like(u) if n.dy is None else n.dy @ n.Bt.T
+    dlam = np.zeros((len(u), len(n.offsets) - 1), u.dtype) if n.dy is None else per_adapter(kept * v, n.offsets)
     c = lam * v if n.dquad is None else lam * v + 2 * np.repeat(n.dquad, ranks, -1) * kept
     dz = rounded(c) @ n.A
     if n.dsqnorm is not None:
@@ -70,25 +82,36 @@ def results(n: Numbers, rounded: Callable[[Array], Array] = lambda x: x) -> dict
         "quad": per_adapter(u * u, n.offsets),
         "sqnorm": (n.z * n.z).sum(1),
         "dz": rounded(dz if into is None else dz + into),
-        "dlam": dlam.sum(0) if n.lam.ndim == 1 else dlam,
-        "dbase": n.dy,
+        "dlam": rounded_lam(dlam.sum(0) if n.lam.ndim == 1 else dlam),
+        "dbase": np.zeros((len(u), n.Bt.shape[1]), u.dtype) if n.dy is None else n.dy,
     }
 
 
 def disagreement(
-    found: dict[str, Array], n: Numbers, acc: type, rounded: Callable[[Array], Array], unit: float, tiny: float
+    found: dict[str, Array],
+    n: Numbers,
+    own: Numbers,
+    acc: type,
+    rounded: Callable[[Array], Array],
+    rounded_lam: Callable[[Array], Array],
+    grains: tuple[tuple[float, float], tuple[float, float]],
 ) -> str:
     """What of ``found`` is wrong, or nothing.
 
     An error may be twice that of :func:`results` in ``acc`` with the contract's rounding points (three times, if it is
     of sixteen values), in proportion to the sums of absolute values, and a few units of ``acc`` besides: of each result
-    as a whole and, with one ``unit`` of the dtype of z more, of every element. ``tiny`` is the spacing of that dtype's
-    smallest numbers. NaN and infinity must stand where they stand in float64.
+    as a whole and, with one unit more, of every element. ``grains`` are the units of the dtypes of z and of lam, each
+    with the spacing of its smallest numbers. NaN and infinity must stand where they stand in float64.
+
+    ``own`` is ``n`` for that plain arithmetic. Where a linear layer makes the base, it has what PyTorch's own layer
+    makes of z and of dy: with one output it adds one product after another to the bias, which costs 1e-6 in float32
+    where 127 of them are small beside it. Here the bias comes last.
     """
     right, sizes = results(n), results(n.map(np.abs))
-    eager = results(n.map(lambda x: x.astype(acc)), rounded)
+    eager = results(own.map(lambda x: x.astype(acc)), rounded, rounded_lam)
     few = (32 if acc is np.float64 else 4) * float(np.finfo(acc).eps)
     for name, got in found.items():
+        unit, tiny = grains[name == "dlam"]
         want, size, plain = right[name], sizes[name], eager[name].astype(np.float64)
         if got.shape != want.shape:
             return f"{name}: shape {got.shape}, expected {want.shape}"
@@ -130,15 +153,23 @@ def row_space(A: Array, resolution: float) -> tuple[Array, float] | None:
     return basis[:rank], (1 / share[rank - 1] if rank else 1.0)
 
 
-def bank_error(n: Numbers, raw: list[tuple[Array, Array, float]], own: float, unit: float, tiny: float) -> str:
+def bank_error(
+    packed_A: Array,
+    packed_Bt: Array,
+    offsets: tuple[int, ...],
+    raw: list[tuple[Array, Array, float]],
+    own: float,
+    unit: float,
+    tiny: float,
+) -> str:
     """What is wrong with a bank of the adapters ``raw``, (A, B, scaling) each, or nothing.
 
     ``own`` is the resolution of the factors' dtype and ``unit`` that of the bank's, whose smallest numbers are ``tiny``
     apart.
     """
     for k, (A, B, scaling) in enumerate(raw):
-        rows = slice(n.offsets[k], n.offsets[k + 1])
-        W, Bt = n.A[rows], n.Bt[rows]
+        rows = slice(offsets[k], offsets[k + 1])
+        W, Bt = packed_A[rows], packed_Bt[rows]
         space = row_space(A, max(len(A) * own, max(A.shape) * 2.3e-16))
         if space is None:
             continue
