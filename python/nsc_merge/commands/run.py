@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsc_merge.commands.terminal import log, prepare, say
+from nsc_merge.utils.errors import logger
 
 if TYPE_CHECKING:
     from nsc_merge.processes.group import Group
@@ -136,7 +137,7 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
     from nsc_merge.recipes.run import run
 
     if not group.is_main:
-        logging.getLogger("nsc_merge").setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
     tell = log if group.is_main else _keep_quiet
     if arguments.dry_run:
         found = plan(recipe, tell, resume=arguments.resume)

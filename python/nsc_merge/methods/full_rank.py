@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,9 +11,8 @@ import numpy as np
 import torch
 
 from nsc_merge.adapters import Factor
+from nsc_merge.utils.errors import logger
 from nsc_merge.utils.memory import free_memory, size_said
-
-logger = logging.getLogger("nsc_merge")
 
 
 def kept(updates: Iterable[tuple[str, Factor]]) -> Iterator[tuple[str, Factor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,8 @@ from nsc_merge.processes.group import current
 from nsc_merge.results.dequantised import has_quantised, save_dequantised
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.safetensors_writer import Planned, in_order, write_safetensors
+from nsc_merge.utils.errors import logger
 from nsc_merge.utils.progress import Progress
-
-logger = logging.getLogger("nsc_merge")
 
 # File name -> name -> what is written there.
 Files: TypeAlias = Mapping[str, Mapping[str, Planned]]

@@ -1,7 +1,10 @@
-"""Errors that decide the exit status of a command, those of the hub, and text that a terminal may be shown."""
+"""Errors that decide the exit status of a command, those of the hub, and text that a terminal may be shown, as the
+package logs it.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 
 
@@ -16,6 +19,15 @@ def printable(text: str) -> str:
     others' files may hold what moves a terminal's cursor, changes its title, or hides a line.
     """
     return "".join(one if one.isprintable() or one == "\n" else " " for one in text)
+
+
+def _as_text(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()).replace("\n", " "), ()
+    return True
+
+
+logger = logging.getLogger("nsc_merge")
+logger.addFilter(_as_text)
 
 
 def hub_problem(error: BaseException, argument: str, repo: str, revision: str | None = None) -> str | None:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from nsc_merge.utils.errors import printable
+
 
 class Progress:
     """Counts steps on standard error.
@@ -32,12 +34,13 @@ class Progress:
         """Count steps, all that were done by now, and show ``values`` beside them."""
         lines = self._done // self._every
         self._done += count
+        known = {name: printable(str(value)) for name, value in values.items()}
         if self._bar is not None:
-            self._bar.set_postfix({name: str(value) for name, value in values.items()}, refresh=False)
+            self._bar.set_postfix(known, refresh=False)
             self._bar.update(count)
         elif not self._silent and (self._done // self._every > lines or self._done == self._total):
             seconds = time.perf_counter() - self._started
-            shown = "".join(f"  {name} {value}" for name, value in values.items())
+            shown = "".join(f"  {name} {value}" for name, value in known.items())
             left = seconds / self._done * (self._total - self._done)
             pace = f"{self._done / max(seconds, 1e-9):.3g} step/s, {seconds:.0f} s, {left:.0f} s left"
             print(f"{self._label}: {self._done}/{self._total}{shown}  ({pace})", file=sys.stderr, flush=True)

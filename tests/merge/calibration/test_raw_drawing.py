@@ -66,6 +66,14 @@ def test_blank_rows_make_room_for_others(tmp_path, caplog):
     assert f"data: {left_out} rows of {file} are left out: their text is blank" in caplog.text
 
 
+def test_names_of_files_are_logged_as_text_alone(tmp_path, caplog):
+    """One that would give the terminal another title, and hide its line, is a name like others."""
+    file = write_rows(tmp_path / "a\x1b]0;title\x07\nb\r.jsonl", [{"text": text} for text in ("a b", " ")])
+    assert drawn(open_source(file, DataSettings(), "data")) == ["a b"]
+    (line,) = caplog.messages
+    assert "a ]0;title  b .jsonl are left out: their text is blank" in line
+
+
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ from nsc_merge.calibration.raw.drawing import batches_by_length
 from nsc_merge.calibration.raw.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
-
-logger = logging.getLogger("nsc_merge")
+from nsc_merge.utils.errors import logger
 
 TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 Encoded = dict[str, Tensor]

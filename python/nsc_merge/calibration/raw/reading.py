@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -37,9 +36,8 @@ from nsc_merge.calibration.raw.tables import (
 )
 from nsc_merge.calibration.raw.text_files import READERS, TEXT, kind_of, rows_of_text
 from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
+from nsc_merge.utils.errors import logger
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
-
-logger = logging.getLogger("nsc_merge")
 
 _INPUTS, _PARQUET = ".safetensors", ".parquet"
 # Where repositories of datasets on the hub have their files.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import logging
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +14,8 @@ from typing import Any
 
 from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.utils.errors import hub_problem
+from nsc_merge.utils.errors import hub_problem, logger
 from nsc_merge.utils.json_text import from_json
-
-logger = logging.getLogger("nsc_merge")
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
 _KEPT = 1 << 28

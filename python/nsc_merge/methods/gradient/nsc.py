@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,7 @@ from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.models.merged.folded_linear import should_fold
 from nsc_merge.models.merged.whole import Site
 from nsc_merge.results.result import MergeResult
-
-logger = logging.getLogger("nsc_merge")
+from nsc_merge.utils.errors import logger
 
 
 def merge_nsc(

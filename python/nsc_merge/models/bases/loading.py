@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
 from nsc_merge.models.bases.sharded import settled, sharding
 from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
 from nsc_merge.models.forward_contexts import giving_tuples
+from nsc_merge.utils.errors import logger
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
-
-logger = logging.getLogger("nsc_merge")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ base: its tokenizer, chat templates, processors, generation configuration and se
 from __future__ import annotations
 
 import functools
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +19,10 @@ from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.errors import logger
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.provenance import leads_away
-
-logger = logging.getLogger("nsc_merge")
 
 _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
