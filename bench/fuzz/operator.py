@@ -97,7 +97,7 @@ def draw(seed: int, number: int, rng: np.random.Generator) -> Problem:
     mode = "eager"
     if rng.random() < 0.15:
         mode = one(("bf16", "f16")) if dtype in ("f64", "f32") else dtype
-    elif rng.random() < 0.01:
+    elif rng.random() < 0.003:
         mode = "compiled"
     limit = min(SCALES[dtype], SCALES.get(mode, 99))
     scale = int(rng.integers(-limit, limit + 1)) if rng.random() < 0.3 else 0
