@@ -13,15 +13,14 @@ from nsc_merge.demo.data import Scene, SceneSet
 from nsc_merge.demo.model import BLOCKS
 from nsc_merge.demo.tasks import Task
 from nsc_merge.results.result import MergeResult
-from nsc_merge.utils.atomic_file import replacing
-from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style, running_mean
+from nsc_merge.utils.plot_style import COLOURS, pyplot_in_style, running_mean, write_picture
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def plot_coefficients(result: MergeResult, path: Path) -> None:
     """Every coefficient: a panel per task, blocks by projections, coloured by distance from the start."""
-    with pyplot_in_style() as plt, replacing(path) as temporary:
+    with pyplot_in_style() as plt:
         start = float(result.options["init"])
         modules = {
             (block, column): f"layers.{block}.attention.{name}"
@@ -51,7 +50,7 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
         bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
         bar.set_label(f"coefficient λ (white: start, {start:g})")
         figure.suptitle("Merge coefficients found by NSC", y=1.0)
-        figure.savefig(temporary)
+        write_picture(figure, path)
         plt.close(figure)
 
 
@@ -59,7 +58,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
     """Null-space ratio of every task over the steps, and their mean: averages over as many steps as the objective was
     compared on, and faint what each step measured on its own batches.
     """
-    with pyplot_in_style() as plt, replacing(path) as temporary:
+    with pyplot_in_style() as plt:
         figure, axis = plt.subplots(figsize=(7, 4))
         steps = [entry["step"] for entry in result.history]
         window = result.objective["batches"]
@@ -92,7 +91,7 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
         axis.set_ylabel("null-space ratio ω")
         axis.set_title(f"What NSC minimises (mean over {window} steps; faint: each, on its own batches)", loc="left")
         axis.grid(axis="y", color="0.9")
-        figure.savefig(temporary)
+        write_picture(figure, path)
         plt.close(figure)
 
 
@@ -110,7 +109,7 @@ def plot_predictions(
         predictions: method -> task -> output ``[N, C, 24, 24]``.
     """
     dense = [task for task in tasks if task.dense]
-    with pyplot_in_style() as plt, replacing(path) as temporary:
+    with pyplot_in_style() as plt:
         columns = ["input", "truth", *predictions]
         figure, axes = plt.subplots(
             len(dense), len(columns), figsize=(1.5 * len(columns), 1.5 * len(dense) + 0.4), squeeze=False
@@ -136,7 +135,7 @@ def plot_predictions(
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
         figure.tight_layout(pad=0.4)
-        figure.savefig(temporary)
+        write_picture(figure, path)
         plt.close(figure)
 
 
