@@ -138,7 +138,7 @@ def test_the_summary_names_the_pictures_that_are_there(tmp_path, monkeypatch):
     assert sorted(map(str, tmp_path.glob("*.png"))) == files
 
     def there():
-        return {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        return {file: file.read_bytes() for file in tmp_path.glob("*.png")}
 
     before = there()
 
