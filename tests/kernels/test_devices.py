@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
 from nsc_kernels.devices import to_float64, with_float64
-
-TESTS = Path(__file__).resolve().parents[1]
+from small_device import run
 
 OPERATOR = """
 from device_without_float64 import NAME
@@ -38,14 +32,6 @@ for bank in (nk.AdapterBank.from_factors(*moved), nk.AdapterBank.from_factors(A,
         torch.testing.assert_close(found, wanted)
 print("the same")
 """
-
-
-def run(code: str) -> str:
-    pytest.importorskip("torch.utils.backend_registration")
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_the_operator_on_a_device_without_float64():

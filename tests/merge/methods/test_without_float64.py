@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-TESTS = Path(__file__).resolve().parents[2]
+from small_device import run
 
 MERGES = """
 import sys
@@ -81,13 +75,6 @@ for name, found in merged(NAME).items():
     torch.testing.assert_close(found, expected[name])
 print(len(expected), "the same")
 """
-
-
-def run(code: str) -> str:
-    pytest.importorskip("torch.utils.backend_registration")
-    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    return done.stdout
 
 
 def test_every_method_on_a_device_without_float64():
