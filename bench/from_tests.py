@@ -1,4 +1,4 @@
-"""What the scripts here share with tests/: the problems and the criterion, and a dry run's arithmetic."""
+"""What the scripts here share with tests/: fixtures of their own, and a dry run's arithmetic."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ def module(path: str) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
-
-
-def problems() -> ModuleType:
-    """The checks here draw the same problems as the tests and hold to the same criterion."""
-    return module("triton_kernels/problems.py")
 
 
 def device(dry_run: bool) -> torch.device:

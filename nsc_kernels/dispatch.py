@@ -118,13 +118,22 @@ def select(name: str, call: Call) -> Backend:
         if backend is None or reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot serve this call: {reason}")
         return backend
+    unproven: list[str] = []
     for candidate, devices in PREFERENCE.items():
         if devices is not None and call.device.type not in devices:
             continue
         backend, reason = load(candidate)
         if backend is not None and reason is None:
-            reason = backend.rejects(call) or backend.unproven(call)
+            reason = backend.rejects(call)
         if backend is not None and reason is None:
+            reason = backend.unproven(call)
+            unproven += [] if reason is None else [f"{candidate}, {reason}"]
+        if backend is not None and reason is None:
+            if candidate == "reference" and unproven:
+                _warn_once(
+                    f"PyTorch's operators compute it, slower, and not {unproven[-1]}; NSC_BACKEND=reference says that "
+                    "this is wanted"
+                )
             return backend
         _log_once(f"{call.device.type} {call.dtype}: backend {candidate!r} passed over: {reason}")
         if backend is not None and candidate == "cpu" and load(candidate)[1] is not None:

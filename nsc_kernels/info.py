@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
             "devices": [_device(i) for i in range(torch.cuda.device_count())],
         },
         **{f"{name}_kernel": _kernel(name) for name in verified_hardware.BACKENDS},
+        "own_ledger": _own_ledger(),
         "build": json.loads(record.read_text()) if record.exists() else "no native library was built",
     }
 
@@ -60,6 +61,11 @@ def _kernel(backend: str) -> dict[str, Any]:
         if verified_hardware.backend_of(e) == backend and e["source"] == source
     }
     return {"source": None if source is None else source[:16], "shown_correct_on": sorted(archs)}
+
+
+def _own_ledger() -> str:
+    ledger = verified_hardware.own_ledger()
+    return str(ledger) if ledger.is_file() else f"{ledger} is not there; python -m nsc_kernels.verify writes it"
 
 
 def _version(distribution: str) -> str | None:

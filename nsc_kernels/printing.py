@@ -9,16 +9,24 @@ from collections.abc import Callable
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs ``command`` and returns its exit status; or 141, as of SIGPIPE, if whoever read its output has left, and 1,
-    with a line on standard error, if the disk that it goes to is full.
+    """Runs ``command`` and returns its exit status; or 141, as of SIGPIPE, if whoever read its output has left.
 
+    With a line on standard error: 130, as of SIGINT, after Ctrl-C, and 1 if the disk that the output goes to is full.
     What is printed is written out before this returns, so that either shows up here and not when Python ends.
     """
     try:
-        status = command()
+        try:
+            status = command()
+        except SystemExit as ended:  # argparse prints its help, and leaves
+            if ended.code:
+                raise
+            status = 0
         if sys.stdout is not None:  # it may have been closed before Python began
             sys.stdout.flush()
         return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         status = 141
     except OSError as error:

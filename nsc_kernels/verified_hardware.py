@@ -2,7 +2,8 @@
 
 ``nsc_kernels/triton/verified.json`` is the ledger: a list of entries, one per backend, architecture and source, written
 by ``bench/hardware/report.py --accept`` from a correctness run on that hardware. An entry counts only while the source
-it names is the source in use.
+it names is the source in use. A file of the user's (:func:`own_ledger`) has in the same form what
+``python -m nsc_kernels.verify`` has shown on a machine, which counts for the version of Triton that it was shown with.
 
 What withdraws an entry of triton: any edit of the files in ``SOURCES`` or of a table of configurations, and a table
 that comes or goes. They decide what the kernel computes (its code and steps, the layout of the rank axis) and how it is
@@ -22,7 +23,10 @@ elsewhere is an edit here; tests/triton_kernels/test_triton_backend.py holds the
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,10 +79,45 @@ def checkout_source(backend: str) -> str | None:
     return hashlib.sha256("".join(lines).encode()).hexdigest() if files else None
 
 
+def own_ledger() -> Path:
+    """The file of this user's entries: ``NSC_VERIFIED``, else ``nsc_kernels/verified.json`` in the user's cache folder
+    (``XDG_CACHE_HOME``, else ``~/.cache``). It need not be there."""
+    if given := os.environ.get("NSC_VERIFIED"):
+        return Path(given)
+    cached = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cached) / "nsc_kernels" / "verified.json"
+
+
+def read(ledger: Path) -> list[dict[str, Any]]:
+    """The entries of a file: ``backend``, ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``.
+
+    Of one that is no ledger none, with a warning: the kernels then count as not shown correct.
+    """
+    try:
+        found = json.loads(ledger.read_text())
+        if not (isinstance(found, list) and all(isinstance(e, dict) and {"arch", "source"} <= e.keys() for e in found)):
+            raise ValueError("expected a list of entries, each with arch and source")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{ledger} counts for nothing, delete it: {error}", RuntimeWarning, stacklevel=2)
+        return []
+    return found
+
+
 @cache
 def entries() -> tuple[dict[str, Any], ...]:
-    """All entries: ``backend``, ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``."""
-    return tuple(json.loads(VERIFIED.read_text())) if VERIFIED.is_file() else ()
+    """The entries that count where their source is the one in use: the release's, and this user's own."""
+    own = (e for e in read(own_ledger()) if backend_of(e) != "triton" or e.get("triton") == triton_version())
+    return (*read(VERIFIED), *own)
+
+
+@cache
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def backend_of(entry: dict[str, Any]) -> str:
@@ -91,4 +130,14 @@ def verified(arch: str, backend: str = "triton") -> dict[str, Any] | None:
     current = source(backend)
     return next(
         (e for e in entries() if backend_of(e) == backend and e["arch"] == arch and e["source"] == current), None
+    )
+
+
+def unproven(arch: str, backend: str) -> str | None:
+    """Why the automatic choice passes over a backend that could serve on ``arch``; None where it was shown correct."""
+    if verified(arch, backend) is not None:
+        return None
+    return (
+        f"not yet shown correct on {arch} at this version of the kernel: python -m nsc_kernels.verify does that, or "
+        f"says what is wrong, and NSC_BACKEND={backend} uses it without"
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What was shown on this machine decides nothing here.
+os.environ["NSC_VERIFIED"] = str(Path(__file__).with_name("no_ledger.json"))
 
 import jinja2
 import pytest

@@ -52,6 +52,7 @@ FLOORS = (
     ("module", "integrations"),
     ("__init__",),
     ("bench",),
+    ("verify",),
 )
 KERNELS = {name: {*sum(FLOORS[:number], ())} for number, floor in enumerate(FLOORS) for name in floor}
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from nsc_kernels import reference
+from nsc_kernels.verify.check import Run
+from nsc_kernels.verify.criterion import judge_backward, judge_forward
+from nsc_kernels.verify.problems import problem
 
 from .. import from_tests
-from . import check
 
-harness, interpreter_bf16 = from_tests.module("cuda/harness.py"), from_tests.module("triton/interpreter_bf16.py")
-problems = from_tests.problems()
+harness = from_tests.module("cuda/harness.py")
+interpreter_bf16 = from_tests.module("triton_kernels/interpreter_bf16.py")
 planted = from_tests.module("cuda/test_cuda_criterion.py")
 
 CPU = torch.device("cpu")
@@ -35,8 +37,8 @@ def emulated() -> None:
             for number, fault in enumerate(("the kernel as it is", *(fault.what for fault in planted.FAULTS))):
                 faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
                 found = []
-                for case in planted.cases(check)[:2]:
-                    ratios = planted.worst(check.Run(faulty.backend(), case, CPU))
+                for case in planted.CASES[:2]:
+                    ratios = planted.worst(Run(faulty.backend(), case, CPU))
                     worst = max(ratios, key=lambda name: ratios[name])
                     found.append(f"{worst} {ratios[worst]:.4g}")
                 print(f"{unit:<12} {fault:<26} {'   '.join(found)}", flush=True)
@@ -50,7 +52,7 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def simulated() -> None:
     for T, d, K in ((6304, 768, 20), (2048, 4096, 6), (512, 16384, 1)):
-        p = problems.problem(T, d, d, (16,) * K, torch.bfloat16, CPU)
+        p = problem(T, d, d, (16,) * K, torch.bfloat16, CPU)
         u = product(p.z, p.A)
         saved = u.bfloat16().float()
         forward = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
@@ -58,11 +60,11 @@ def simulated() -> None:
         backward = (p.dy, p.dquad, p.dsqnorm, u.bfloat16(), p.z, p.A, p.Bt, p.offsets, p.lam, None)
         for what, sums in (("cut off", u), ("u rounded before quad", saved)):
             quad = reference.gather(sums.square(), p.offsets)
-            error, bound = problems.judge_forward((None, quad, None, None), *forward)["quad"]
+            error, bound = judge_forward((None, quad, None, None), *forward)["quad"]
             print(f"T={T} d={d} K={K} quad, {what}: {error / bound:.3g}", flush=True)
         for what, kept in (("cut off", T), ("one tile of 64 missing", T - 64), ("one token missing", T - 1)):
             found = (None, terms[:kept].sum(0))
-            error, bound = problems.judge_backward(found, *backward, need_dz=False)["dlam"]
+            error, bound = judge_backward(found, *backward, need_dz=False)["dlam"]
             print(f"T={T} d={d} K={K} dlam, {what}: {error / bound:.3g}", flush=True)
 
 

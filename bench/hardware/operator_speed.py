@@ -17,7 +17,8 @@ import torch
 
 from nsc_kernels.bench.registry import LINEAR, OPERATOR
 from nsc_kernels.bench.rounds import EAGER, GRAPH, WARM, Cell, run_cell
-from nsc_kernels.bench.trials import Meet, Trial, add_backends, available, supervise, trial_arguments
+from nsc_kernels.bench.trials import Trial, add_backends, available, supervise, trial_arguments
+from nsc_kernels.bench.workers import Meet
 
 from .. import from_tests
 from .layers import DRY_RUN, FAMILIES, LARGE, MLP

@@ -65,6 +65,14 @@ rows() {
         "$PYTHON" -m "bench.$module" --out "$RESULTS/$name.jsonl" --seconds "$seconds" "${FLAGS[@]}" "$@"
 }
 
+# checks STAGE SECONDS BACKEND: the trials of nsc_kernels.verify, which go on from STAGE.jsonl.
+checks() {
+    local log=$1
+    if [ "$1" != "$STAGE" ]; then log="$STAGE-$1"; fi
+    step "$log" $(($2 + 30)) 25 "$PYTHON" -m bench.hardware.check --stage "$1" --out "$RESULTS" --seconds "$2" \
+        --backends "$3" --workers "$WORKERS" "${FLAGS[@]}"
+}
+
 environment() {
     if [ ! -s "$RESULTS/environment.jsonl" ]; then
         step environment 45 2 "$PYTHON" -m bench.hardware.environment --out "$RESULTS/environment.jsonl" "${FLAGS[@]}"
@@ -94,8 +102,8 @@ cuda_build() {
 run_correctness() {
     environment
     step truncation 40 12 "$PYTHON" -m bench.hardware.truncation --out "$RESULTS/truncation.jsonl" "${FLAGS[@]}"
-    rows correctness "$BUDGET" hardware.check --backends triton --workers "$WORKERS"
-    rows launches 45 hardware.launches --backends triton
+    checks correctness "$BUDGET" triton
+    checks launches 45 triton
     report
 }
 
@@ -119,8 +127,8 @@ run_cuda() {
     fi
     cuda_built || cuda_build || return
     if [ -x "$RESULTS/.nsc_cuda_test" ]; then step cuda-host-test 60 5 "$RESULTS/.nsc_cuda_test"; fi
-    rows correctness $((BUDGET - 120)) hardware.check --backends cuda --workers "$WORKERS"
-    rows launches 45 hardware.launches --backends cuda
+    checks correctness $((BUDGET - 120)) cuda
+    checks launches 45 cuda
     report
 }
 
@@ -138,7 +146,7 @@ run_profile() {
     local backend index tool
     for tool in memcheck racecheck; do
         step "sanitizer-$tool" 90 4 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m bench.hardware.check --smallest --out "$RESULTS/sanitizer-$tool.jsonl"
+            "$PYTHON" -m bench.hardware.check --smallest
     done
     for backend in triton cuda; do
         for index in 1 0 6 9; do

@@ -1,10 +1,10 @@
-"""How this GPU's matrix unit rounds, and what the criterion of check.py makes of it.
+"""How this GPU's matrix unit rounds, and what the criterion makes of it.
 
     python -m bench.hardware.truncation --out truncation.jsonl
 
 First the unit alone: 1 + 15 x 2^-e in one product of 16 columns, for e = 24 .. 27. Rounded to nearest, or cut off after
 how many more bits? Then the error of quad on two layers, by eager float32, by cuBLAS on tensor cores and by the Triton
-kernel, each over the bound of tests/triton_kernels/problems.py. If cuBLAS, which nobody doubts, is far below it and a
+kernel, each over the bound of nsc_kernels/verify/criterion.py. If cuBLAS, which nobody doubts, is far below it and a
 faulty kernel (tests/cuda/test_cuda_criterion.py: 18 times and more) far above, the criterion decides.
 """
 
@@ -21,10 +21,10 @@ from nsc_kernels import reference
 from nsc_kernels.bench.measuring import Rows, arguments, own_stream
 from nsc_kernels.contract import ForwardCall
 from nsc_kernels.triton import launch
+from nsc_kernels.verify.criterion import judge_forward
+from nsc_kernels.verify.problems import problem
 
 from .. import from_tests
-
-problems = from_tests.problems()
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -43,13 +43,13 @@ def unit(on: torch.device) -> Iterator[dict[str, Any]]:
 
 def layers(on: torch.device, dry_run: bool) -> Iterator[dict[str, Any]]:
     for T, d, K in ((50, 64, 2),) if dry_run else ((16384, 4096, 6), (6304, 768, 20)):
-        p = problems.problem(T, d, d, (16,) * K, torch.bfloat16, on)
+        p = problem(T, d, d, (16,) * K, torch.bfloat16, on)
         inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
         sums = {"eager float32": reference.shrink(p.z, p.A), "cuBLAS, tensor cores": product(p.z, p.A)}
         quads: dict[str, Tensor | None] = {name: reference.gather(u * u, p.offsets) for name, u in sums.items()}
         quads["triton"] = launch.forward(ForwardCall(*inputs, True, False))[1]
         for name, quad in quads.items():
-            error, bound = problems.judge_forward((None, quad, None, None), *inputs)["quad"]
+            error, bound = judge_forward((None, quad, None, None), *inputs)["quad"]
             yield {"what": "quad", "T": T, "d": d, "K": K, "by": name, "error": error, "bound": bound}
 
 

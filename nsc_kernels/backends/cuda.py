@@ -77,10 +77,7 @@ def rejects(call: Call) -> str | None:
 
 def unproven(call: Call) -> str | None:
     major, minor = torch.cuda.get_device_capability(call.device)
-    arch = f"sm_{10 * major + minor}"
-    if verified_hardware.verified(arch, "cuda") is not None:
-        return None
-    return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
+    return verified_hardware.unproven(f"sm_{10 * major + minor}", "cuda")
 
 
 @overload

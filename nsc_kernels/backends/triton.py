@@ -65,12 +65,7 @@ def unproven(call: Call) -> str | None:
     """Why the automatic choice should pass over this backend although it could serve the call, or None."""
     from ..triton.configs import machine
 
-    if _interpreted():
-        return None
-    arch = f"sm_{machine(call.device).arch}"
-    if verified_hardware.verified(arch) is not None:
-        return None
-    return f"not yet shown correct on {arch} at this version of the kernel; an explicit choice uses it"
+    return None if _interpreted() else verified_hardware.unproven(f"sm_{machine(call.device).arch}", "triton")
 
 
 def forward(call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -7,6 +7,7 @@ A script names its trials in the order of their worth and says how one is run; :
   when the machine goes away, the file names the trial that was under way and holds everything before.
 * A trial over its limit is killed (``hung``); a worker that ends by itself is replaced (``died``). So is one whose
   device no longer answers after a trial that failed: an illegal address stays with the process.
+* Ctrl-C ends it at once: what is under way is left to another run, as where the time is up (``stopped``).
 * Run again with the same file, it goes on: what has ended at the same source and settings is not repeated (``--again``
   repeats what did not end well), and what was under way when everything stopped comes last.
 """
@@ -14,32 +15,20 @@ A script names its trials in the order of their worth and says how one is run; :
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
-
-import torch
+from typing import Any, NamedTuple
 
 import nsc_kernels as nk
 from nsc_kernels import verified_hardware
 
 from .environment import source_of
-from .measuring import Rows, arguments, device, own_stream, read_rows
+from .measuring import Rows, arguments, device, read_rows
+from .workers import DIED, DONE, FAILED, HUNG, STOPPED, Meet, RunOne, Worker, serve
 
-START_LIMIT = 180.0  # seconds for a worker to import everything and meet its device
 GRACE = 10.0  # seconds that a trial under way still has when the time for all of them is up
-DONE, FAILED, HUNG, DIED, STOPPED = "done", "failed", "hung", "died", "stopped"
-LAST = "\x1e"  # begins the line that ends a trial
 
 
 class Trial(NamedTuple):
@@ -66,13 +55,8 @@ class Trial(NamedTuple):
         return row["source"] == self.source and row.get("settings", self.settings) == self.settings
 
 
-# What one trial yields, on a device and on a stream of the worker's own. An exception ends the trial as failed, and so
-# does a row with ``passed`` False.
-RunOne = Callable[[Any, torch.device], Iterable[dict[str, Any]]]
 # What is said of a trial that ended: its name, its last row, how long it took, and what it yielded.
 Said = Callable[[str, dict[str, Any], float, list[dict[str, Any]]], None]
-# What a worker does first, given whether it is a dry run: :func:`measuring.device`, or more.
-Meet = Callable[[bool], torch.device]
 
 
 class Outcome(NamedTuple):
@@ -146,92 +130,8 @@ def supervise(
     ``more``: arguments that a worker is given besides those of this process.
     """
     if args.worker:
-        _serve(args, trials, run_one, meet)
+        serve(lambda key: trials[key].payload, args.dry_run, run_one, meet)
     return _Supervisor(args, trials, said, more).run()
-
-
-def _serve(args: argparse.Namespace, trials: Mapping[str, Trial], run_one: RunOne, meet: Meet) -> NoReturn:
-    """Keys come on standard input; answers go where standard output went, which nothing else can print to any more."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive who reads the answers
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    on = meet(args.dry_run)
-    answers.write("ready\n")
-    with own_stream(on):
-        for line in sys.stdin:
-            last: dict[str, Any] = {"ended": DONE}
-            try:
-                for row in run_one(trials[line.rstrip("\n")].payload, on):
-                    answers.write(json.dumps(row) + "\n")
-                    if row.get("passed") is False:
-                        last = {"ended": FAILED, "why": row.get("why")}
-            except Exception as error:
-                last = {"ended": FAILED, "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            answers.write(LAST + json.dumps(last | {"healthy": _cleaned(on)}) + "\n")
-    os._exit(0)
-
-
-def _cleaned(on: torch.device) -> bool:
-    """Give the trial's memory back; False where the device no longer answers."""
-    if "torch._dynamo" in sys.modules:  # which takes seconds to import
-        torch._dynamo.reset()
-    gc.collect()
-    if on.type == "cuda":
-        try:
-            torch.cuda.synchronize(on)
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            return False
-    return True
-
-
-class _Worker:
-    """A process that serves one group. Whatever it is doing, it may be killed."""
-
-    def __init__(self, group: str, more: Sequence[str]):
-        self.group = group
-        pipe = subprocess.PIPE
-        # As this process was started, with -m or by a file: only so do a module's relative imports work again.
-        command = [sys.executable, *sys.orig_argv[1:], *more, "--worker"]
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.answers: IO[str] = self.process.stdout  # type: ignore[assignment]
-
-    def started(self) -> bool:
-        timer = threading.Timer(START_LIMIT, self.process.kill)
-        timer.start()
-        ready = self.answers.readline() == "ready\n"
-        timer.cancel()
-        return ready
-
-    def answer(self, key: str, seconds: float, row: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Hand the worker a trial, and its rows on as they come; returns how the trial ended."""
-        timed_out = threading.Event()
-
-        def kill() -> None:
-            timed_out.set()
-            self.process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        try:
-            print(key, file=self.process.stdin, flush=True)
-            for line in self.answers:
-                if line.startswith(LAST):
-                    return json.loads(line.removeprefix(LAST))
-                row(json.loads(line))
-        except (BrokenPipeError, json.JSONDecodeError):  # it died before, or within a line
-            pass
-        finally:
-            timer.cancel()
-        self.process.kill()
-        code = self.process.wait()
-        if timed_out.is_set():
-            return {"ended": HUNG, "why": f"killed after {seconds:.0f} s", "healthy": False}
-        return {"ended": DIED, "why": f"its process ended with code {code}", "healthy": False}
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 class _Supervisor:
@@ -255,19 +155,26 @@ class _Supervisor:
         self.waiting.sort(key=lambda key: key in cut_off)  # stable: the rest stays in order
         self.failed_starts: dict[str, int] = {}
         self.stopped_by: BaseException | None = None
+        self.workers: set[Worker] = set()  # all that were started
         self.rows = Rows(args.out, keep=True)
 
     def run(self) -> Outcome:
-        slots = [threading.Thread(target=self._slot, args=(i,)) for i in range(max(self.args.workers, 1))]
-        for slot in slots:
-            slot.start()
-        for slot in slots:
-            slot.join()
+        # Not joined: until Python 3.12 a join that Ctrl-C interrupts takes its thread for ended.
+        ends = [threading.Event() for _ in range(max(self.args.workers, 1))]
+        for slot, end in enumerate(ends):
+            threading.Thread(target=self._slot, args=(slot, end)).start()
+        try:
+            for end in ends:
+                end.wait()
+        except BaseException as error:  # Ctrl-C
+            self._stop(error)
+            for end in ends:
+                end.wait()
         if self.stopped_by is not None:
             raise self.stopped_by
-        ends = list(self.ends.values())
-        failed = sum(end in (FAILED, HUNG, DIED) for end in ends)
-        return Outcome(ends.count(DONE), failed, len(self.trials) - ends.count(DONE) - failed)
+        found = list(self.ends.values())
+        failed = sum(end in (FAILED, HUNG, DIED) for end in found)
+        return Outcome(found.count(DONE), failed, len(self.trials) - found.count(DONE) - failed)
 
     def _write(self, key: str, row: dict[str, Any]) -> dict[str, Any]:
         trial = self.trials[key]
@@ -289,15 +196,23 @@ class _Supervisor:
             self.waiting.remove(key)
             return key
 
-    def _slot(self, slot: int) -> None:
+    def _slot(self, slot: int, end: threading.Event) -> None:
         try:
             self._work(slot)
         except BaseException as error:  # of the report or of who says it, as where nobody reads that any more
-            with self.lock:
-                self.stopped_by, self.waiting = self.stopped_by or error, []
+            self._stop(error)
+        finally:
+            end.set()
+
+    def _stop(self, error: BaseException) -> None:
+        """Nothing more is begun, and what is under way ends."""
+        with self.lock:
+            self.stopped_by, self.waiting = self.stopped_by or error, []
+            for worker in self.workers:
+                worker.process.kill()
 
     def _work(self, slot: int) -> None:
-        worker: _Worker | None = None
+        worker: Worker | None = None
         while (key := self._next(worker.group if worker else None, slot)) is not None:
             group = self.trials[key].group
             if worker is not None and worker.group != group:
@@ -305,24 +220,27 @@ class _Supervisor:
                 worker = None
             worker = worker or self._started(group)
             if worker is None:
-                self._ended(key, {"ended": DIED, "why": "its process did not start"}, 0.0, [])
+                last = self._or_stopped({"ended": DIED, "why": "its process did not start"})
+                self._ended(key, last, 0.0, [])
             elif not self._attempt(worker, key):
                 worker.close()
                 worker = None
         if worker is not None:
             worker.close()
 
-    def _started(self, group: str) -> _Worker | None:
-        if self.failed_starts.get(group, 0) >= 2:
-            return None
-        worker = _Worker(group, self.more)
+    def _started(self, group: str) -> Worker | None:
+        with self.lock:
+            if self.stopped_by is not None or self.failed_starts.get(group, 0) >= 2:
+                return None
+            worker = Worker(group, self.more)
+            self.workers.add(worker)
         if worker.started():
             return worker
         worker.close()
         self.failed_starts[group] = self.failed_starts.get(group, 0) + 1
         return None
 
-    def _attempt(self, worker: _Worker, key: str) -> bool:
+    def _attempt(self, worker: Worker, key: str) -> bool:
         """Whether the worker can take another trial after this one."""
         begin = time.monotonic()
         limit = self.args.limit or self.trials[key].limit
@@ -336,8 +254,13 @@ class _Supervisor:
         last = worker.answer(key, min(limit, left), keep)
         if last["ended"] == HUNG and left < limit:
             last |= {"ended": STOPPED, "why": "the time for all trials was up"}
-        self._ended(key, last, time.monotonic() - begin, yielded)
+        self._ended(key, self._or_stopped(last), time.monotonic() - begin, yielded)
         return last["healthy"]
+
+    def _or_stopped(self, last: dict[str, Any]) -> dict[str, Any]:
+        """A process that this one has killed says nothing of its trial."""
+        stopped = self.stopped_by is not None and last["ended"] == DIED
+        return last | {"ended": STOPPED, "why": "interrupted"} if stopped else last
 
     def _ended(self, key: str, last: dict[str, Any], seconds: float, yielded: list[dict[str, Any]]) -> None:
         self._write(key, last | {"seconds": seconds})

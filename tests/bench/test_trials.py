@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportE
 SCRIPT = """
 import os, signal, sys, time
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
+from nsc_kernels.printing import exit_status
 
 def run_one(what, on):
     print("noise on standard output")
@@ -33,12 +34,16 @@ def run_one(what, on):
         time.sleep(3)
     yield {"whole": what, "passed": what != "wrong", "process": os.getpid()}
 
-parser = trial_arguments(None)
-parser.add_argument("names")
-args = parser.parse_args()
-trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
-          for i, n in enumerate(args.names.split(","))}
-print(supervise(args, trials, run_one))
+def main():
+    parser = trial_arguments(None)
+    parser.add_argument("names")
+    args = parser.parse_args()
+    trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
+              for i, n in enumerate(args.names.split(","))}
+    print(supervise(args, trials, run_one))
+    return 0
+
+sys.exit(exit_status(main))
 """
 
 
@@ -48,11 +53,14 @@ class Harness:
     def __init__(self, folder: Path):
         self.script, self.out = folder / "script.py", folder / "rows.jsonl"
         self.script.write_text(SCRIPT)
+        self.errors = (folder / "errors").open("w+")
 
     def start(self, *names: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.script), ",".join(names), "--dry-run", "--out", str(self.out), *flags]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True
+        )
 
     def run(self, *names: str, flags: tuple[str, ...] = ()) -> str:
         process = self.start(*names, flags=flags)
@@ -111,6 +119,25 @@ def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness
     before = harness.out.read_text()
     assert harness.run("a", "slow", "b", "c") == "4 trials done, 0 failed, 0 left"
     assert harness.out.read_text() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: int) -> None:
+    names = ("a", "slow", "slow", "slow", "b", "slow", "slow")
+    process = harness.start(*names, flags=("--workers", str(workers)))
+    while not (harness.out.is_file() and '"1 slow"' in harness.out.read_text()):
+        time.sleep(0.05)
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to this process and whatever it has started
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - begin < 2.5, "a trial under way was waited for"
+    harness.errors.seek(0)
+    assert [line for line in harness.errors if not line.startswith("noise")] == ["interrupted\n"]
+    ends = harness.ends()
+    assert set(ends.values()) <= {"done", "stopped"}
+    assert ends["1 slow"] == "stopped"
+    assert len(ends) <= 2 * workers
+    assert harness.run(*names) == "7 trials done, 0 failed, 0 left"
 
 
 def test_neither_time_that_is_up_nor_a_line_that_was_cut_off_costs_a_trial(harness: Harness) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import harness
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "triton_kernels"))  # problems.py
+sys.path.append(str(Path(__file__).resolve().parents[1] / "triton_kernels"))  # given.py, interpreter_bf16.py
 
 
 @pytest.fixture(scope="session")

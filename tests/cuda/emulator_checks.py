@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import problems
 import torch
+from given import backward_inputs
 from harness import Emulator, How
 from torch import Tensor
+
+from nsc_kernels.verify.criterion import faults, judge_backward, judge_forward
 
 
 def same(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> bool:
@@ -21,15 +23,15 @@ def check_forward(emulator: Emulator, p, how: How, *, base: bool = True, stats: 
     found = emulator.forward(how, *inputs, stats, save_u)
     assert same(found, emulator.forward(replace(how, mirror=True), *inputs, stats, save_u))
     assert [t is not None for t in found] == [True, stats, stats, save_u]
-    problems.assert_right(problems.judge_forward(found, *inputs))
+    assert not faults(judge_forward(found, *inputs))
     return found
 
 
 def check_backward(emulator: Emulator, p, how: How, *, need_dz: bool = True, need_dlam: bool = True, **given: bool):
     """One backward, on what is ``given``: as :func:`check_forward`."""
-    inputs = problems.backward_inputs(p, **given)
+    inputs = backward_inputs(p, **given)
     found = emulator.backward(how, *inputs, need_dz, need_dlam)
     assert same(found, emulator.backward(replace(how, mirror=True), *inputs, need_dz, need_dlam))
     assert [t is not None for t in found] == [need_dz, need_dlam]
-    problems.assert_right(problems.judge_backward(found, *inputs, need_dz=need_dz, need_dlam=need_dlam))
+    assert not faults(judge_backward(found, *inputs, need_dz=need_dz, need_dlam=need_dlam))
     return found

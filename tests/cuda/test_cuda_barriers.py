@@ -13,8 +13,7 @@ import torch
 from harness import Emulator, EmulatorError, How, Variant
 
 from nsc_kernels import reference
-
-problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
+from nsc_kernels.verify.problems import problem
 
 
 class Mutant(NamedTuple):
@@ -54,7 +53,7 @@ VARIANT = Variant(128, 64)
 def right(library: Path) -> bool:
     """Whether every order of threads and copies gives the bits of the mirror."""
     emulator = Emulator(library)
-    p = problems.problem(70, 776, 840, (16,) * 6, torch.bfloat16, torch.device("cpu"))
+    p = problem(70, 776, 840, (16,) * 6, torch.bfloat16, torch.device("cpu"))
     u = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3]
     inputs = (p.A, p.Bt, p.offsets, p.lam)
 

@@ -18,9 +18,11 @@ import pytest
 import torch
 from harness import Emulator, How, Variant
 
+from nsc_kernels import reference
 from nsc_kernels.contract import BackwardCall, ForwardCall
-
-problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
+from nsc_kernels.verify.cases import Case
+from nsc_kernels.verify.check import Run
+from nsc_kernels.verify.problems import problem, wide
 
 VARIANT = Variant(128, 64)
 
@@ -66,7 +68,7 @@ def planted(source: str) -> str:
 
 
 class Faulty:
-    """The emulator with the faults; as a backend it serves as ``bench/hardware/check.py`` calls one."""
+    """The emulator with the faults; as a backend it serves as ``nsc_kernels.verify`` calls one."""
 
     def __init__(self, emulator: Emulator):
         self.emulator = emulator
@@ -99,54 +101,43 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     return build_faulty(tmp_path_factory.mktemp("faulty"))
 
 
-@pytest.fixture
-def check() -> Any:
-    """``bench/hardware/check.py``, which judges what runs on hardware."""
-    if not (harness.HERE.parents[1] / "bench" / "hardware" / "check.py").is_file():
-        pytest.skip("needs the source tree")
-    from bench.hardware import check
-
-    return check
-
-
-def worst(run: Any) -> dict[str, float]:
+def worst(run: Run) -> dict[str, float]:
     """Error over bound of every result; not a number counts as infinite."""
     ratios = {name: error / bound if bound else float(error > 0) for name, (error, bound) in run.check().items()}
     return {name: ratio if ratio == ratio else float("inf") for name, ratio in ratios.items()}
 
 
-def cases(check: Any) -> list[Any]:
-    return [
-        check.Case(130, 776, 840, (16,) * 6, "bfloat16"),
-        check.Case(67, 4096, 264, (16,) * 6, "bfloat16"),
-        check.Case(130, 776, 840, (3, 0, 16, 5, 1, 7), "float16", per_row=True),
-    ]
+CASES = [
+    Case(130, 776, 840, (16,) * 6, "bfloat16"),
+    Case(67, 4096, 264, (16,) * 6, "bfloat16"),
+    Case(130, 776, 840, (3, 0, 16, 5, 1, 7), "float16", per_row=True),
+]
 
 
 @pytest.mark.parametrize("unit", harness.UNITS)
 @pytest.mark.parametrize("cluster", [1, 4])
-def test_a_right_kernel_passes_with_room(faulty: Faulty, check: Any, unit: str, cluster: int) -> None:
+def test_a_right_kernel_passes_with_room(faulty: Faulty, unit: str, cluster: int) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = 0, unit, cluster
-    for case in cases(check):
-        for name, ratio in worst(check.Run(faulty.backend(), case, torch.device("cpu"))).items():
+    for case in CASES:
+        for name, ratio in worst(Run(faulty.backend(), case, torch.device("cpu"))).items():
             assert ratio <= 0.75, f"{case}: {name} at {ratio:.2f} of its bound"
 
 
-def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty, check: Any) -> None:
+def test_what_truncation_costs_is_more_than_eager_float32(faulty: Faulty) -> None:
     """Else the additional terms of the criterion would be for nothing."""
     faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
-    run = check.Run(faulty.backend(), cases(check)[1], torch.device("cpu"))
+    run = Run(faulty.backend(), CASES[1], torch.device("cpu"))
     p = run.p
     quad = run()["quad"]
-    exact = problems.reference.forward(*problems.wide((p.z, p.A, p.Bt, p.offsets, p.lam, None)), True)[1]
-    eager = problems.reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, True)[1]
+    exact = reference.forward(*wide((p.z, p.A, p.Bt, p.offsets, p.lam, None)), True)[1]
+    eager = reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, True)[1]
     assert (quad - exact).abs().max() > 4 * (eager - exact).abs().max()
 
 
 def test_the_unit_is_the_one_of_the_triton_tests(faulty: Faulty) -> None:
     """Adapters of rank 1 show every sum of the shrink, unrounded, as its square."""
     interpreter = pytest.importorskip("interpreter_bf16")
-    p = problems.problem(5, 136, 8, (1,) * 16, torch.bfloat16, torch.device("cpu"))
+    p = problem(5, 136, 8, (1,) * 16, torch.bfloat16, torch.device("cpu"))
     faulty.fault.value, faulty.unit, faulty.cluster = 0, "truncating", 1
     quad = faulty.backend().forward(ForwardCall(p.z, p.A, p.Bt, p.offsets, p.lam, None, True, True))[1]
     z, A = p.z.float().numpy(), p.A.float().numpy()
@@ -163,8 +154,8 @@ CLOSEST = [("rounding", number) for number, fault in enumerate(FAULTS, 1) if fau
     [*(("truncating", number) for number in range(1, len(FAULTS) + 1)), *CLOSEST],
     ids=lambda value: value if isinstance(value, str) else FAULTS[value - 1].what,
 )
-def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, check: Any, number: int, unit: str) -> None:
+def test_a_wrong_one_is_refused_by_ten_times(faulty: Faulty, number: int, unit: str) -> None:
     faulty.fault.value, faulty.unit, faulty.cluster = number, unit, 2
-    for case in cases(check)[:2]:
-        ratios = worst(check.Run(faulty.backend(), case, torch.device("cpu")))
+    for case in CASES[:2]:
+        ratios = worst(Run(faulty.backend(), case, torch.device("cpu")))
         assert max(ratios.values()) >= 10, f"{case}: {ratios}"

@@ -14,12 +14,11 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from emulator_checks import check_backward, check_forward, same
 from harness import Emulator, How, Variant
 
 from nsc_kernels.backends import cuda
-
-problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
-from emulator_checks import check_backward, check_forward, same  # noqa: E402
+from nsc_kernels.verify.problems import problem
 
 CPU = torch.device("cpu")
 R16 = (16,) * 6
@@ -37,7 +36,7 @@ def test_every_variant_is_tested(emulator: Emulator) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_every_variant_at_its_full_rank(emulator: Emulator, variant: Variant, dtype: torch.dtype) -> None:
     ranks = (16,) * (variant.ranks // 16)
-    p = problems.problem(variant.tokens + 5, 136, 200, ranks, dtype, CPU)
+    p = problem(variant.tokens + 5, 136, 200, ranks, dtype, CPU)
     how = How(variant, 2, "random")
     check_forward(emulator, p, how)
     check_backward(emulator, p, how)
@@ -47,7 +46,7 @@ def test_every_variant_at_its_full_rank(emulator: Emulator, variant: Variant, dt
 @pytest.mark.parametrize("ranks", [R16, UNEQUAL, (2,) * 47], ids=["equal", "unequal", "many"])
 @pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
 def test_clusters_ranks_and_lambda(emulator: Emulator, cluster: int, ranks: tuple[int, ...], per_row: bool) -> None:
-    p = problems.problem(67, 264, 520, ranks, torch.bfloat16, CPU, per_row=per_row)
+    p = problem(67, 264, 520, ranks, torch.bfloat16, CPU, per_row=per_row)
     how = How(Variant(96, 64), cluster)
     check_forward(emulator, p, how)
     check_backward(emulator, p, how)
@@ -56,7 +55,7 @@ def test_clusters_ranks_and_lambda(emulator: Emulator, cluster: int, ranks: tupl
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 129, 200])
 @pytest.mark.parametrize("d", [(8, 8), (72, 1032), (768, 64)], ids=str)
 def test_tokens_and_widths_that_divide_nothing(emulator: Emulator, T: int, d: tuple[int, int]) -> None:
-    p = problems.problem(T, *d, (5, 11), torch.bfloat16, CPU)
+    p = problem(T, *d, (5, 11), torch.bfloat16, CPU)
     for variant, cluster in ((Variant(32, 64), 4), (Variant(32, 128), 1)):
         check_forward(emulator, p, How(variant, cluster))
         check_backward(emulator, p, How(variant, cluster))
@@ -64,14 +63,14 @@ def test_tokens_and_widths_that_divide_nothing(emulator: Emulator, T: int, d: tu
 
 @pytest.mark.parametrize("ranks", [(0, 0), (1,), (512,), (1,) * 64, (0, 130, 0)], ids=str)
 def test_extreme_ranks(emulator: Emulator, ranks: tuple[int, ...]) -> None:
-    p = problems.problem(66, 72, 136, ranks, torch.bfloat16, CPU)
+    p = problem(66, 72, 136, ranks, torch.bfloat16, CPU)
     variant = emulator.choose_variant(66, sum(ranks), 132)
     check_forward(emulator, p, How(variant, 2))
     check_backward(emulator, p, How(variant, 2))
 
 
 def test_what_was_not_asked_for_is_not_computed(emulator: Emulator) -> None:
-    p = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU)
+    p = problem(70, 72, 136, R16, torch.bfloat16, CPU)
     how = How(Variant(96, 64), 2)
     for base, stats, save_u in ((False, True, True), (True, False, True), (True, True, False), (False, False, False)):
         check_forward(emulator, p, how, base=base, stats=stats, save_u=save_u)
@@ -81,12 +80,12 @@ def test_what_was_not_asked_for_is_not_computed(emulator: Emulator) -> None:
     check_backward(emulator, p, how, dquad=False, dsqnorm=False, dz_base=True)
     check_backward(emulator, p, how, need_dlam=False)
     check_backward(emulator, p, how, need_dz=False, dquad=False, dsqnorm=False)
-    q = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU, per_row=True)
+    q = problem(70, 72, 136, R16, torch.bfloat16, CPU, per_row=True)
     check_backward(emulator, q, how, need_dz=False, dquad=False, dsqnorm=False)
 
 
 def test_rows_with_strides_and_the_output_over_base(emulator: Emulator) -> None:
-    p = problems.problem(70, 72, 136, R16, torch.bfloat16, CPU)
+    p = problem(70, 72, 136, R16, torch.bfloat16, CPU)
     how = How(Variant(96, 64), 2)
     plain = emulator.forward(how, p.z, p.A, p.Bt, p.offsets, p.lam, p.base)
     room = torch.full((70, 72 + 24), float("nan"), dtype=torch.bfloat16)
@@ -120,7 +119,7 @@ SMALL = [(Variant(96, 64), 4), (Variant(128, 128), 2)]
 def test_no_order_of_threads_or_copies_changes_a_bit(
     emulator: Emulator, variant: Variant, cluster: int, order: str, copies: str
 ) -> None:
-    p = problems.problem(130, 328, 392, R16, torch.bfloat16, CPU)
+    p = problem(130, 328, 392, R16, torch.bfloat16, CPU)
     how = How(variant, cluster, order, copies)
     check_forward(emulator, p, how)
     check_backward(emulator, p, how)

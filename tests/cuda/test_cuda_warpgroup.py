@@ -7,12 +7,11 @@ import itertools
 import harness
 import pytest
 import torch
+from emulator_checks import check_backward, check_forward
 from harness import Emulator, How, Variant
 
 from nsc_kernels.backends import cuda
-
-problems = pytest.importorskip("problems", reason="triton is not installed", exc_type=ImportError)
-from emulator_checks import check_backward, check_forward  # noqa: E402
+from nsc_kernels.verify.problems import problem
 
 CPU = torch.device("cpu")
 R16 = (16,) * 6
@@ -33,7 +32,7 @@ def test_every_variant_is_tested(emulator: Emulator) -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"R{v.ranks}-T{v.tokens}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_every_variant_at_its_full_rank(emulator: Emulator, variant: Variant, dtype: torch.dtype) -> None:
-    p = problems.problem(variant.tokens + 5, 136, 200, (16,) * (variant.ranks // 16), dtype, CPU)
+    p = problem(variant.tokens + 5, 136, 200, (16,) * (variant.ranks // 16), dtype, CPU)
     how = How(variant, 2, "random")
     check_forward(emulator, p, how)
     check_backward(emulator, p, how)
@@ -46,7 +45,7 @@ def test_every_variant_at_its_full_rank(emulator: Emulator, variant: Variant, dt
 def test_clusters_ranks_and_lambda(
     emulator: Emulator, variant: Variant, cluster: int, ranks: tuple[int, ...], per_row: bool
 ) -> None:
-    p = problems.problem(67, 264, 520, ranks, torch.bfloat16, CPU, per_row=per_row)
+    p = problem(67, 264, 520, ranks, torch.bfloat16, CPU, per_row=per_row)
     check_forward(emulator, p, How(variant, cluster))
     check_backward(emulator, p, How(variant, cluster))
 
@@ -54,14 +53,14 @@ def test_clusters_ranks_and_lambda(
 @pytest.mark.parametrize("T", [1, 63, 65, 129])
 @pytest.mark.parametrize("d", [(8, 8), (72, 1032), (768, 64)], ids=str)
 def test_tokens_and_widths_that_divide_nothing(emulator: Emulator, T: int, d: tuple[int, int]) -> None:
-    p = problems.problem(T, *d, (5, 11), torch.bfloat16, CPU)
+    p = problem(T, *d, (5, 11), torch.bfloat16, CPU)
     for variant, cluster in ((Variant(64, 64), 4), (Variant(32, 128), 1)):
         check_forward(emulator, p, How(variant, cluster))
         check_backward(emulator, p, How(variant, cluster))
 
 
 def test_what_was_not_asked_for_is_not_computed(emulator: Emulator) -> None:
-    p = problems.problem(70, 72, 328, R16, torch.bfloat16, CPU)
+    p = problem(70, 72, 328, R16, torch.bfloat16, CPU)
     how = How(Variant(128, 64), 2)
     for base, stats, save_u in ((False, True, True), (True, False, True), (True, True, False)):
         check_forward(emulator, p, how, base=base, stats=stats, save_u=save_u)
@@ -87,6 +86,6 @@ def test_no_order_of_threads_or_copies_changes_a_bit(
     emulator: Emulator, variant: Variant, cluster: int, order: str, copies: str
 ) -> None:
     """Enough steps that every stage is used again, in both products."""
-    p = problems.problem(130, 776, 840, R16, torch.bfloat16, CPU)
+    p = problem(130, 776, 840, R16, torch.bfloat16, CPU)
     check_forward(emulator, p, How(variant, cluster, order, copies))
     check_backward(emulator, p, How(variant, cluster, order, copies))

@@ -43,11 +43,12 @@ def test_a_reader_that_has_left_is_no_error(command: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
-@pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.bench list"])
+@pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.info --help", "nsc_kernels.bench list"])
 def test_a_full_disk_is_one_line(command: str) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", *command.split()]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
 
 

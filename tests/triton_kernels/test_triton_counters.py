@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import check_backward, check_forward, problem
+from checks import check_backward, check_forward
 from test_triton_kernels import ONE_SLICE, SLICED, TILE
 
 from nsc_kernels.counters import ALIGN, ARENA, CounterPool
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.columns import owner_table
+from nsc_kernels.verify.problems import problem
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ import interpreter_bf16
 import numpy as np
 import pytest
 import torch
-from problems import check_backward, check_forward, judge_forward, problem
+from checks import check_backward, check_forward
 
 from nsc_kernels import reference
 from nsc_kernels.triton.configs import Config
+from nsc_kernels.verify.criterion import judge_forward
+from nsc_kernels.verify.problems import problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
 

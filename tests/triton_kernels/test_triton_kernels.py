@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import check_backward, check_forward, problem
+from checks import check_backward, check_forward
 
 from nsc_kernels import reference
 from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config
+from nsc_kernels.verify.problems import problem
 
 TILE = Config(chunk=16, block_t=16, block_k=32, block_n=32, warps=4, stages=2)
 SLICED = replace(TILE, slices=4, out_slices=2, rows=4)

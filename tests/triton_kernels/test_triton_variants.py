@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import check_backward, check_forward, problem
+from checks import check_backward, check_forward
 from test_triton_kernels import SLICED, TILE
 
 from nsc_kernels.contract import BackwardCall, ForwardCall
 from nsc_kernels.triton import launch
 from nsc_kernels.triton.configs import Config
+from nsc_kernels.verify.problems import problem
 
 # Each with the shipped configuration that adds in the same order, whose bits it must therefore give.
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""The problems that check.py tries: a case each, in a grid over what tells the kernels' ways apart."""
+"""The problems that are tried: a case each, in a grid over what tells the kernels' ways apart."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class Case(NamedTuple):
     given: str = "all"  # what the gradients are of: "all", "y", "statistics"
     base: bool = True
     precision: str = "highest"
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its check takes, in round numbers: inputs, results, and float64 of all of them."""
+        return self.T * (50 * (self.d_in + self.d_out) + 100 * sum(self.ranks))
 
     def __str__(self) -> str:
         K, r = len(self.ranks), self.ranks[0]

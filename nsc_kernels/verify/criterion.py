@@ -1,94 +1,18 @@
-"""Random problems, and the criterion that the kernels are held to."""
+"""The criterion that the kernels are held to: the reference in float64, and what eager PyTorch is off by.
+
+docs/gpu.md derives it, and says what faults it refuses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsc_kernels import reference
-from nsc_kernels.contract import BackwardCall, ForwardCall
-from nsc_kernels.triton import launch
-from nsc_kernels.triton.configs import Config
-
-
-@dataclass
-class Problem:
-    z: Tensor
-    A: Tensor
-    Bt: Tensor
-    offsets: tuple[int, ...]
-    lam: Tensor
-    base: Tensor
-    dy: Tensor
-    dquad: Tensor
-    dsqnorm: Tensor
-    dz_base: Tensor
-
-    @property
-    def T(self) -> int:
-        return self.z.shape[0]
-
-
-def problem(
-    T: int,
-    d_in: int,
-    d_out: int,
-    ranks: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    per_row: bool = False,
-    seed: int = 0,
-) -> Problem:
-    """Unit-variance tokens and gradients; whitened rows of A, and B scaled so that y has about z's size."""
-    source = torch.Generator().manual_seed(seed)
-    K, R = len(ranks), sum(ranks)
-
-    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=source) * scale).to(device, dtype)
-
-    f32 = torch.float32
-    return Problem(
-        z=normal(T, d_in),
-        A=normal(R, d_in, scale=d_in**-0.5),
-        Bt=normal(R, d_out, scale=max(R, 1) ** -0.5),
-        offsets=tuple(accumulate(ranks, initial=0)),
-        lam=normal(*((T, K) if per_row else (K,)), dtype=f32),
-        base=normal(T, d_out),
-        dy=normal(T, d_out),
-        dquad=normal(T, K, dtype=f32),
-        dsqnorm=normal(T, dtype=f32),
-        dz_base=normal(T, d_in),
-    )
-
-
-def wide(values: Sequence[object]) -> list[Any]:
-    """``values`` with tensors in float64."""
-    return [t.double() if isinstance(t, Tensor) else t for t in values]
-
-
-def backward_inputs(
-    p: Problem, *, dy: bool = True, dquad: bool = True, dsqnorm: bool = True, dz_base: bool = False
-) -> tuple[Any, ...]:
-    """What a backward takes before its needs, with the eager forward's u; None for what is not given."""
-    return (
-        p.dy if dy else None,
-        p.dquad if dquad else None,
-        p.dsqnorm if dsqnorm else None,
-        reference.forward(p.z, p.A, p.Bt, p.offsets, p.lam, None, False)[3],
-        p.z if dsqnorm else None,
-        p.A,
-        p.Bt,
-        p.offsets,
-        p.lam,
-        p.dz_base if dz_base else None,
-    )
-
+from .. import reference
+from .problems import wide
 
 STEP = 16  # columns of the inner dimension that one matrix instruction adds
 UNIT = torch.finfo(torch.float32).eps  # 2^-23, what is lost at most by cutting off instead of rounding
@@ -127,10 +51,16 @@ def _judge(
     for name, ours, theirs, truth in zip(names, found, eager, exact, strict=True):
         if ours is None:
             continue
-        assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+        if ours.shape != truth.shape:
+            raise ValueError(f"{name} has shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
         bound = 2 * _largest(theirs.double() - truth) + 4 * UNIT * _largest(truth) + also.get(name, 0.0)
         judged[name] = (_largest(ours.double() - truth), bound)
     return judged
+
+
+def _answers(function: Callable[..., Any], inputs: Sequence[Any], *needs: bool) -> tuple[Any, Any]:
+    """Eager torch's, and the right ones."""
+    return function(*inputs, *needs), function(*wide(inputs), *needs)
 
 
 def judge_forward(found: Sequence[Tensor | None], *inputs: Any) -> Judgement:
@@ -140,7 +70,7 @@ def judge_forward(found: Sequence[Tensor | None], *inputs: Any) -> Judgement:
     proportion, and ``y`` by that and what its sum over R may lose of ``|base| + sum |c| |w|``.
     """
     z, A, Bt, offsets, _, base = inputs
-    eager, exact = (reference.forward(*values, True) for values in (inputs, wide(inputs)))
+    eager, exact = _answers(reference.forward, inputs, True)
     in_shrink, in_expand = lost(A.shape[1], z.dtype), lost(A.shape[0], z.dtype)
     also = {}
     if in_shrink:
@@ -164,7 +94,7 @@ def judge_backward(
     the signs of the terms being as good as drawn, moves it by no more than a few ``sqrt(sum (u v)^2)``.
     """
     dy, dquad, dsqnorm, u, z, A, Bt, offsets, lam, dz_base = wide(inputs)
-    eager, exact = (reference.backward(*values, need_dz, need_dlam) for values in (inputs, wide(inputs)))
+    eager, exact = _answers(reference.backward, inputs, need_dz, need_dlam)
     dtype, also = inputs[5].dtype, {}
     in_shrink, in_expand = lost(Bt.shape[1], dtype), lost(A.shape[0], dtype)
     v = torch.zeros_like(u) if dy is None else reference.shrink(dy, Bt)
@@ -186,33 +116,6 @@ def judge_backward(
     return _judge(BACKWARD, found, eager, exact, also)
 
 
-def assert_right(judged: Judgement) -> None:
-    for name, (error, bound) in judged.items():
-        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
-
-
-def check_forward(
-    p: Problem, config: Config | None = None, *, base: bool = True, stats: bool = True, save_u: bool = True
-) -> tuple[Tensor | None, ...]:
-    """Run and compare one forward; returns its results."""
-    inputs = (p.z, p.A, p.Bt, p.offsets, p.lam, p.base if base else None)
-    found = launch.forward(ForwardCall(*inputs, stats, save_u), config=config)
-    assert [t is not None for t in found] == [True, stats, stats, save_u]
-    assert_right(judge_forward(found, *inputs))
-    return found
-
-
-def check_backward(
-    p: Problem,
-    config: Config | None = None,
-    *,
-    need_dz: bool = True,
-    need_dlam: bool = True,
-    **given: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Run and compare one backward on what is ``given`` (:func:`backward_inputs`); returns its results."""
-    inputs = backward_inputs(p, **given)
-    found = launch.backward(BackwardCall(*inputs, need_dz, need_dlam), config=config)
-    assert [t is not None for t in found] == [need_dz, need_dlam]
-    assert_right(judge_backward(found, *inputs, need_dz=need_dz, need_dlam=need_dlam))
-    return found
+def faults(judged: Judgement) -> list[str]:
+    """In words, what is off by more than its bound; what is not a number is."""
+    return [f"{n}: error {e:.3g}, bound {b:.3g}" for n, (e, b) in judged.items() if not e <= b]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import nsc_kernels as nk
-from nsc_kernels.bench.measuring import captured, recorded, synchronize
-from nsc_kernels.counters import counter_pool
-from nsc_kernels.triton import columns
+
+from ..bench.measuring import captured, recorded, synchronize
+from ..counters import counter_pool
+from ..triton import columns
 
 NAN = float("nan")
 Results = dict[str, Tensor]

@@ -1,0 +1,243 @@
+"""What rows show kernels correct, and what an entry of a ledger does, on rows made up for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsc_kernels import dispatch, verified_hardware
+from nsc_kernels.contract import Call
+from nsc_kernels.verify import __main__ as command
+from nsc_kernels.verify import verdict
+from verify_rows import Row, passing, write
+
+
+@pytest.mark.parametrize("backend", verified_hardware.BACKENDS)
+def test_everything_passed_earns_an_entry_without_a_gpu(tmp_path: Path, backend: str) -> None:
+    write(tmp_path, backend, passing(backend))
+    assert verdict.shortcomings(tmp_path, backend) == []
+    earned = verdict.entry(tmp_path, backend)
+    assert earned["source"] == verified_hardware.checkout_source(backend)
+    assert (earned["arch"], earned["torch"]) == ("sm_90", "2.11.0")
+    assert earned["cases"] > 60
+
+
+def change(index: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
+    """The row of the ``index``-th trial with other values; the rows of a trial are three."""
+    return lambda rows: [row | values if i == 3 * index + 1 else row for i, row in enumerate(rows)]
+
+
+def drop(rows: list[Row]) -> list[Row]:
+    return rows[3:]
+
+
+def cut_off(rows: list[Row]) -> list[Row]:
+    return rows[:-2]
+
+
+def died(rows: list[Row]) -> list[Row]:
+    """Within the third trial, before it said anything."""
+    return [*rows[:7], rows[8] | {"ended": "died", "why": "its process ended with code -11"}, *rows[9:]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (change(4, passed=False, why="y: error 1, bound 0"), "1 trials did not pass.*y: error 1"),
+        (change(4, passed=None, why="no"), "1 trials did not pass"),
+        (change(4, source="another"), "of another source"),
+        (change(4, dry_run=True), "of a dry run"),
+        (change(4, arch="sm_100"), "several architectures"),
+        (drop, "1 trials are missing, as triton accuracy T=130"),
+        (cut_off, "1 trials are missing, as triton beyond_int32"),
+        (died, "1 trials did not pass.*code -11"),
+    ],
+)
+def test_less_than_everything_does_not(tmp_path: Path, spoil: Any, says: str) -> None:
+    write(tmp_path, "triton", spoil(passing("triton")))
+    assert any(re.search(says, line) for line in verdict.shortcomings(tmp_path, "triton"))
+
+
+@pytest.mark.parametrize("what", ["beyond_int32", "external_streams"])
+def test_what_a_machine_cannot_try_costs_nothing(tmp_path: Path, what: str) -> None:
+    rows = passing("triton")
+    index = next(i for i, row in enumerate(rows) if row.get("what") == what)
+    rows[index] |= {"passed": None, "why": "too little memory"}
+    write(tmp_path, "triton", rows)
+    assert verdict.shortcomings(tmp_path, "triton") == []
+    rows[index] |= {"passed": False}
+    write(tmp_path, "triton", rows)
+    assert verdict.shortcomings(tmp_path, "triton")
+
+
+def test_two_launches_are_one_too_many(tmp_path: Path) -> None:
+    write(tmp_path, "triton", passing("triton"))
+    rows = [json.loads(line) | {"launches": 2} for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
+    (tmp_path / "launches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "launches per call: ['2']" in verdict.shortcomings(tmp_path, "triton")
+
+
+def test_a_case_larger_than_the_gpu_costs_nothing(tmp_path: Path) -> None:
+    rows = passing("triton")
+    index = next(i for i, row in enumerate(rows) if (row.get("case") or {}).get("T") == 16384)
+    rows[index] |= {"passed": None, "why": "needs 1.8 GB of memory", "memory": 1_000_000_000}
+    write(tmp_path, "triton", rows)
+    assert verdict.shortcomings(tmp_path, "triton") == []
+    rows[index] |= {"memory": 80_000_000_000}
+    write(tmp_path, "triton", rows)
+    assert "1 trials did not pass" in verdict.shortcomings(tmp_path, "triton")[0]
+
+
+def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "verified.json"
+    old = {"backend": "cuda", "arch": "sm_90", "source": "old"}
+    other = {"backend": "triton", "arch": "sm_90", "source": "t"}
+    verdict.accept(old, path)
+    verdict.accept(other, path)
+    verdict.accept({"backend": "cuda", "arch": "sm_90", "source": "new"}, path)
+    assert json.loads(path.read_text()) == [other, {"backend": "cuda", "arch": "sm_90", "source": "new"}]
+    verdict.accept(old, path, ("backend", "arch", "source"))
+    assert len(json.loads(path.read_text())) == 3
+    assert [p.name for p in path.parent.iterdir()] == ["verified.json"]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's own file, which is not there yet; the release's names no architecture."""
+    path = tmp_path / "cache" / "verified.json"
+    monkeypatch.setenv("NSC_VERIFIED", str(path))
+    monkeypatch.setattr(verified_hardware, "VERIFIED", tmp_path / "none.json")
+    verified_hardware.entries.cache_clear()
+    yield path
+    verified_hardware.entries.cache_clear()
+
+
+def own(arch: str = "sm_80", **values: Any) -> Row:
+    versions = {"source": verified_hardware.triton_source(), "triton": verified_hardware.triton_version()}
+    return {"backend": "triton", "arch": arch, **versions, **values}
+
+
+@pytest.mark.parametrize(
+    ("entry", "counts"),
+    [
+        (own(), True),
+        (own("sm_86"), False),
+        (own(source="0"), False),
+        (own(triton="0.1"), False),
+        (own(backend="cuda"), False),
+    ],
+)
+def test_what_was_shown_on_this_machine_counts_here(ledger: Path, entry: Row, counts: bool) -> None:
+    assert "python -m nsc_kernels.verify" in str(verified_hardware.unproven("sm_80", "triton"))
+    verdict.accept(entry, ledger)
+    assert (verified_hardware.unproven("sm_80", "triton") is None) == counts
+
+
+@pytest.mark.parametrize("text", ["", "{}", '["sm_80"]', '[{"arch": "sm_80"}]', "\udcff"])
+def test_what_is_no_ledger_counts_for_nothing_and_is_told(ledger: Path, text: str) -> None:
+    ledger.parent.mkdir()
+    ledger.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.warns(RuntimeWarning, match="verified.json counts for nothing, delete it"):
+        assert verified_hardware.entries() == ()
+
+
+def test_the_ledger_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NSC_VERIFIED", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert verified_hardware.own_ledger() == tmp_path / "nsc_kernels" / "verified.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert verified_hardware.own_ledger() == tmp_path / ".cache" / "nsc_kernels" / "verified.json"
+
+
+def test_a_gpu_without_kernels_shown_correct_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators are right there, and slower: not without a word."""
+    call = Call(torch.device("cuda", 0), torch.bfloat16, 5, 64, 64, (0, 4))
+
+    class Unproven:
+        rejects = staticmethod(lambda call: None)
+        unproven = staticmethod(lambda call: "not yet shown correct on sm_80: verify it")
+
+    reference = dispatch.load("reference")
+    found = {"cuda": (None, "no library"), "triton": (Unproven, None), "reference": reference}
+    monkeypatch.setattr(dispatch, "load", lambda name: found[name])
+    monkeypatch.setattr(dispatch, "select", dispatch.select.__wrapped__)
+    dispatch._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="not triton, not yet shown correct on sm_80: verify it") as told:
+            assert [dispatch.select("auto", call) for _ in range(3)] == [reference[0]] * 3
+        assert len(told) == 1
+        Unproven.unproven = staticmethod(lambda call: None)
+        assert dispatch.select("auto", call) is Unproven
+    finally:
+        dispatch._warn_once.cache_clear()
+
+
+def test_without_a_gpu_there_is_nothing_to_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("no backend to verify: triton: ")
+    assert "True" not in said
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_passes_is_entered_and_what_does_not_is_said(
+    ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    """The stages having been run: Triton's passed, of CUDA's one trial did not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "available", lambda names: ["triton", "cuda"])
+    monkeypatch.setattr(command, "run", lambda *args: command.Outcome(1, 0, 0))
+    monkeypatch.setattr(command, "workers", lambda on: 1)
+    rows = passing("triton") + passing("cuda")
+    wrong = next(i for i, row in enumerate(rows) if row["backend"] == "cuda" and row.get("passed"))
+    rows[wrong] |= {"passed": False, "why": "y: error 1, bound 0"}
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder, "triton", rows)
+    launches = folder / "launches.jsonl"
+    both = [json.loads(launches.read_text()) | {"backend": name} for name in ("triton", "cuda")]
+    both[1]["source"] = verified_hardware.checkout_source("cuda")
+    launches.write_text("".join(json.dumps(row) + "\n" for row in both))
+    arguments = ["--out", str(folder), *(["--json"] if as_json else [])]
+    assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 1
+    said = capsys.readouterr().out
+    if as_json:
+        found = json.loads(said)["backends"]
+        assert (found["triton"]["shown_correct"], found["cuda"]["shown_correct"]) == (True, False)
+        assert "y: error 1, bound 0" in found["cuda"]["why"][0]
+    else:
+        assert "triton: shown correct on a GPU (sm_90)" in said
+        assert "cuda: not shown correct: 1 trials did not pass" in said
+        assert str(ledger) in said
+    assert verified_hardware.unproven("sm_90", "triton") is None
+    assert [e["backend"] for e in json.loads(ledger.read_text())] == ["triton"]
+    assert command.main(["--forget"]) == 0
+    assert not ledger.exists()
+
+
+def test_both_stages_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "hardware" / "check.py").is_file():
+        pytest.skip("needs the source tree")
+    words = [sys.executable, "-m", "bench.hardware.check", "--dry-run", "--out", str(tmp_path), "--workers", "2"]
+    environment = os.environ | {"NSC_VERIFIED": str(tmp_path / "none.json"), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"triton: {count} trials done, 0 failed, 0 left" for count in (9, 2)]
+    assert not (tmp_path / "none.json").exists()  # a dry run shows nothing
+    rows = [json.loads(line) for line in (tmp_path / "correctness.jsonl").read_text().splitlines()]
+    assert {row["passed"] for row in rows if "passed" in row} == {True}
+    assert {row["what"] for row in rows if "what" in row} == {"accuracy", "repeats", "replays", "captures", "thousand"}
