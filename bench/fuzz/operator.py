@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import nsc_kernels as nk
 
 from . import operator_oracle as oracle
+from .layouts import LAYOUTS, laid_out
 from .operator_bad_input import refusal
 from .trial import Trial
 
@@ -30,7 +31,6 @@ RANKS = (0, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31)
 MANY_TOKENS, WIDE, LARGE_RANKS, MANY_ADAPTERS = (513, 1030), (256, 511, 768, 1000), (48, 64, 100), (12, 25, 40)
 # Powers of ten by which an input is scaled: sums of squares stay inside the dtype, whose limits are not the question.
 SCALES = {"f64": 60, "f32": 15, "bf16": 15, "f16": 1}
-LAYOUTS = ("plain", "columns_of_wider", "every_other_row", "every_other_column", "transposed", "expanded")
 # A gradient has them all, and is one number everywhere where a sum was taken.
 GRADIENTS = (*LAYOUTS, "one_number")
 BANKS = ("made", "made", "loaded", "copied", "from_state")
@@ -182,29 +182,6 @@ def tokens(p: Problem, A: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if p.tokens == "one_bad" and p.T and not p.call.startswith("layer"):
         z[int(rng.integers(p.T)), int(rng.integers(p.d_in))] = rng.choice([np.nan, np.inf])
     return z
-
-
-def laid_out(x: np.ndarray, layout: str, dtype: torch.dtype, between: float = np.nan) -> Tensor:
-    """``x [T, d]`` as a tensor with other strides; ``between`` lies between its elements where something does."""
-    t = torch.from_numpy(x).to(dtype)
-    T, d = t.shape
-    if layout == "columns_of_wider":
-        whole = torch.full((T, d + 5), between, dtype=dtype)
-        whole[:, 2:-3] = t
-        return whole[:, 2:-3]
-    if layout == "every_other_row":
-        whole = torch.full((2 * T, d), between, dtype=dtype)
-        whole[::2] = t
-        return whole[::2]
-    if layout == "every_other_column":
-        whole = torch.full((T, 2 * d), between, dtype=dtype)
-        whole[:, ::2] = t
-        return whole[:, ::2]
-    if layout == "transposed":
-        return t.t().contiguous().t()
-    if layout == "one_number":
-        return t[:1, :1].expand(T, d)
-    return t[:1].expand(T, d) if layout == "expanded" else t
 
 
 def _wide(t: Tensor) -> np.ndarray:
