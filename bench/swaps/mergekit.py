@@ -105,11 +105,13 @@ def run_route(route: str, folder: Path, method: str, out: Path) -> None:
         LoaderCache.loaders.clear()
         assert wrapper([str(config), str(out / "model"), *FLAGS]) == 0
         return
+    # Not in the folder that the merge is written to, where the run puts its own record under that name.
+    recipe = out.with_name(f"{out.name}.yaml")
     with redirect_stdout(StringIO()):
-        assert nsc_merge(["import", str(config), "--out", str(out / "recipe.yaml")]) == 0
+        assert nsc_merge(["import", str(config), "--out", str(recipe)]) == 0
         form = "model" if route == "recipe" else "lora"
         overrides = [f"output.dir={out}", f"output.formats=[{form}]", "output.plots=false", "device=cpu"]
-        assert nsc_merge(["run", str(out / "recipe.yaml"), *overrides]) == 0
+        assert nsc_merge(["run", str(recipe), *overrides]) == 0
 
 
 def measured(route: str, folder: Path, method: str, out: Path) -> dict[str, Any]:
