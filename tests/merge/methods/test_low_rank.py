@@ -203,6 +203,21 @@ def test_knots_drops_small_singular_values_by_either_rule():
     assert rank(atol=0.0, rtol=3e-3) == 1
 
 
+def test_knots_makes_no_vector_of_rounding():
+    """Of bounds of zero, too: plain vectors of it are as long as the others, and were counted in trimming."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factors = {task: Factor(drawn(rank, 4), drawn(12, rank), 1.0) for task, rank in (("a", 2), ("b", 6), ("c", 1))}
+    aligned = knots.align(factors, "plain", atol=0.0, rtol=0.0)
+    # Two of the columns of the second one's B lead nowhere, as its A has rank 4.
+    assert aligned.basis.shape == (12, 2 + 4 + 1)
+    for task, part in aligned.parts.items():
+        assert relative(aligned.basis @ part, factors[task].delta()) < 1e-12
+
+
 def test_knots_dare_ties_is_knots_on_thinned_vectors():
     """Nothing dropped and nothing trimmed: a mean of those that agree, as with TIES at density 1."""
     adapters = random_adapters()

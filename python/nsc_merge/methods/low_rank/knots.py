@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
-from nsc_merge.methods.low_rank.common_bases import cores, in_float32, without_rounding
+from nsc_merge.methods.low_rank.common_bases import cores, in_float32, numerical_rank, without_rounding
 from nsc_merge.methods.shared_options import weights_of
 from nsc_merge.methods.task_vectors import dare, ties
 from nsc_merge.methods.task_vectors.dare import DareTiesOptions, steps_after, thinned
@@ -136,8 +136,11 @@ def align(factors: Mapping[str, Factor], vectors: str, atol: float, rtol: float)
     common = cores(factors)
     # Next to one another, U [M_1 V, ..., M_K V]: the rows of V are orthonormal, so the M_k alone have the same
     # singular values and left vectors.
-    left, sigma, _ = torch.linalg.svd(torch.cat(list(common.M.values()), 1), full_matrices=False)
+    stacked = torch.cat(list(common.M.values()), 1)
+    left, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
     kept = sigma > max(atol, rtol * float(sigma[:1].sum()))
+    # What is rounding is no direction, whatever the bounds: a plain vector of it would be as long as the others.
+    kept[numerical_rank(stacked) :] = False
     left, sigma = left[:, kept], sigma[kept]
     # left.T @ M_k is the singular values times the task's block of right vectors.
     blocks = {task: left.t() @ part for task, part in common.M.items()}
