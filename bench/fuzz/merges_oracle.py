@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,22 +18,36 @@ def trimmed(updates: Updates, o: Mapping[str, Any]) -> dict[str, dict[str, Array
     kept: dict[str, dict[str, Array]] = {path: dict(row) for path, row in updates.items()}
     if o["density"] >= 1:
         return kept
+    for task, group, size, wanted in _counted(updates, o):
+        stays = np.zeros(len(size), bool)
+        order = np.argsort(-size, kind="stable")
+        if o["keep"] in ("floor", "round"):
+            stays[order[:wanted]] = True
+        elif wanted:
+            stays = size >= size[order[wanted - 1]]
+        for path in group:
+            shape = updates[path][task].shape
+            here, stays = stays[: np.prod(shape)], stays[np.prod(shape) :]
+            kept[path][task] = updates[path][task] * here.reshape(shape)
+    return kept
+
+
+def _counted(updates: Updates, o: Mapping[str, Any]) -> Iterator[tuple[str, list[str], Array, int]]:
+    """Task, the modules that are counted together, the magnitudes of their entries, and how many of these stay."""
     for task in {task for row in updates.values() for task in row}:
         paths = [path for path in updates if task in updates[path]]
         for group in [paths] if o["trim_scope"] == "global" else [[path] for path in paths]:
             size = np.concatenate([np.abs(updates[path][task]).ravel() for path in group])
-            stays = np.zeros(len(size), bool)
-            wanted = min(_wanted(len(size), o["density"], o["keep"]), len(size))
-            order = np.argsort(-size, kind="stable")
-            if o["keep"] in ("floor", "round"):
-                stays[order[:wanted]] = True
-            elif wanted:
-                stays = size >= size[order[wanted - 1]]
-            for path in group:
-                shape = updates[path][task].shape
-                here, stays = stays[: np.prod(shape)], stays[np.prod(shape) :]
-                kept[path][task] = updates[path][task] * here.reshape(shape)
-    return kept
+            yield task, group, size, min(_wanted(len(size), o["density"], o["keep"]), len(size))
+
+
+def _rounding_trims(updates: Updates, o: Mapping[str, Any]) -> bool:
+    """Whether the last entry that stays and the first that goes are one but for rounding, as in singular vectors of few
+    entries."""
+    return o["density"] < 1 and any(
+        0 < wanted < len(size) and np.ptp(np.sort(size)[len(size) - wanted - 1 :][:2]) < 1e-6 * size.max()
+        for _, _, size, wanted in _counted(updates, o)
+    )
 
 
 def _wanted(entries: int, density: float, keep: str) -> int:
@@ -122,7 +136,7 @@ def tsv(row: Mapping[str, Array], share: float | None) -> Array | None:
 
 
 def knots(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Array] | None:
-    """KnOTS-TIES; None where a singular value is near what counts as none, or is rounding and does not."""
+    """KnOTS-TIES; None where rounding decides what counts as a singular value or stays in trimming."""
     bases, aligned = {}, {}
     for path, row in updates.items():
         across = o["along"] == "columns"
@@ -137,6 +151,8 @@ def knots(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) 
         parts = np.split((sigma[:rank, None] if scaled else 1.0) * right[:rank], len(row), 1)
         bases[path] = left[:, :rank] if scaled else left[:, :rank] * sigma[:rank]
         aligned[path] = dict(zip(row, parts, strict=True))
+    if _rounding_trims(aligned, o):
+        return None
     merged = elected(trimmed(aligned, o), o, weights)
     return {
         path: bases[path] @ x if o["along"] == "columns" else (bases[path] @ x).T for path, x in merged.items()
