@@ -58,6 +58,16 @@ def _wanted(entries: int, density: float, keep: str) -> int:
     return int(density * entries) + (keep == "next")
 
 
+def _rounding_elects(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) -> bool:
+    """Whether values other than zero add up to zero but for rounding."""
+    for row in updates.values():
+        votes = [x * (weights[task] if o["sign"] == "weighted" else 1.0) for task, x in row.items()]
+        size = np.sum(np.abs(np.stack(votes)), 0)
+        if ((np.abs(np.sum(np.stack(votes), 0)) < 1e-9 * size) & (size > 0)).any():
+            return True
+    return False
+
+
 def elected(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Array]:
     """The two later steps of TIES."""
     votes = {}
@@ -136,7 +146,7 @@ def tsv(row: Mapping[str, Array], share: float | None) -> Array | None:
 
 
 def knots(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Array] | None:
-    """KnOTS-TIES; None where rounding decides what counts as a singular value or stays in trimming."""
+    """KnOTS-TIES; None where rounding decides what counts as a singular value or stays in trimming, or which sign wins."""
     bases, aligned = {}, {}
     for path, row in updates.items():
         across = o["along"] == "columns"
@@ -151,9 +161,10 @@ def knots(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) 
         parts = np.split((sigma[:rank, None] if scaled else 1.0) * right[:rank], len(row), 1)
         bases[path] = left[:, :rank] if scaled else left[:, :rank] * sigma[:rank]
         aligned[path] = dict(zip(row, parts, strict=True))
-    if _rounding_trims(aligned, o):
+    stays = trimmed(aligned, o)
+    if _rounding_trims(aligned, o) or _rounding_elects(stays, o, weights):
         return None
-    merged = elected(trimmed(aligned, o), o, weights)
+    merged = elected(stays, o, weights)
     return {
         path: bases[path] @ x if o["along"] == "columns" else (bases[path] @ x).T for path, x in merged.items()
     }
