@@ -146,7 +146,7 @@ def tsv(row: Mapping[str, Array], share: float | None) -> Array | None:
 
 
 def knots(updates: Updates, o: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Array] | None:
-    """KnOTS-TIES; None where rounding decides what counts as a singular value or stays in trimming, or which sign wins."""
+    """KnOTS-TIES; None where rounding decides what is a singular value, what trimming leaves, or which sign wins."""
     bases, aligned = {}, {}
     for path, row in updates.items():
         across = o["along"] == "columns"
