@@ -1,6 +1,7 @@
 """One optimisation step of NSC merging at the shapes of LLaMA-3-8B and LLaVA-1.5-7B, on a GPU, with random weights.
 
     python -m bench.merging.merge_step_gpu --out merge-step.jsonl
+    python -m bench.merging.merge_step_gpu --out merge-step.jsonl --contenders loop compiled compiled_graph peft floor
 
 Six rank-16 adapters on q and v, bfloat16; per task 256 tokens (LLaMA) or an image and 64 tokens of text (LLaVA). The
 contenders are those of nsc_kernels/bench/step: one model for all, each built anew in every round, warmed up by a step,
@@ -29,7 +30,7 @@ from torch import Tensor
 import nsc_kernels as nk
 from nsc_kernels.bench.clocks import Clocks
 from nsc_kernels.bench.measuring import captured, synchronize
-from nsc_kernels.bench.step.contenders import step_of
+from nsc_kernels.bench.step.contenders import CONTENDERS, step_of
 from nsc_kernels.bench.step.models import MODELS, TINY
 from nsc_kernels.bench.step.problem import Problem, Shape
 from nsc_kernels.bench.trials import Trial, add_backends, available, supervise, trial_arguments
@@ -38,7 +39,12 @@ from .. import from_tests
 from .merge_step_tables import print_merge_step
 
 NAMES = {"LLaMA-3-8B": "llama3-8b", "LLaVA-1.5-7B": "llava-7b"}
-OURS, OTHERS = ("loop", "loop_together"), ("concatenated", "peft", "dense", "floor", "floor_together")
+OTHERS = {"concatenated", "peft", "dense", "floor", "floor_together", "floor_compiled"}  # use none of our backends
+GRAPH = "_graph"
+DEFAULT = (
+    *("loop", "loop_graph", "loop_together", "loop_together_graph"),
+    *("concatenated", "peft", "dense", "floor", "floor_together"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,12 @@ class Contender:
     graph: bool = False
 
     def __str__(self) -> str:
-        return self.name + ("_graph" if self.graph else "") + (f"/{self.backend}" if self.backend else "")
+        return self.name + GRAPH * self.graph + (f"/{self.backend}" if self.backend else "")
 
 
-def contenders(backend: str) -> list[Contender]:
-    return [*(Contender(name, backend, graph) for name in OURS for graph in (False, True)), *map(Contender, OTHERS)]
+def contender_of(name: str, backend: str) -> Contender:
+    step = name.removesuffix(GRAPH)
+    return Contender(step, None if step in OTHERS else backend, step != name)
 
 
 def small(shape: Shape) -> Shape:
@@ -96,6 +103,7 @@ class What(NamedTuple):
 
     backend: str
     model: str
+    contenders: tuple[str, ...]
     rounds: int
     steps: int
     clocks: Path
@@ -108,7 +116,7 @@ def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
     order = random.Random(0)
     with Clocks(what.clocks, on) as clocks:
         problem = Problem(shape, on, torch.bfloat16)
-        running = contenders(what.backend)
+        running = [contender_of(name, what.backend) for name in what.contenders]
         for turn in range(what.rounds):
             for contender in order.sample(running, len(running)):
                 common = {"model": what.model, "contender": str(contender), "round": turn}
@@ -125,9 +133,12 @@ def run_trial(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
 
 def trials(args: argparse.Namespace) -> dict[str, Trial]:
     rounds, steps = (1, 1) if args.dry_run else (args.rounds, 4)
-    clocks = args.out.with_name("clocks.jsonl")
+    clocks, names = args.out.with_name("clocks.jsonl"), tuple(args.contenders)
+    chosen = "" if names == DEFAULT else f" {','.join(names)}"
     return {
-        f"{backend} {model}": Trial(f"{backend} {model}", What(backend, model, rounds, steps, clocks), limit=400)
+        f"{backend} {model}{chosen}": Trial(
+            f"{backend} {model}", What(backend, model, names, rounds, steps, clocks), limit=400
+        )
         for model in args.models
         for backend in available(args.backends)
     }
@@ -137,6 +148,8 @@ def main() -> int:
     parser = trial_arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
     add_backends(parser)
+    known = [f"{name}{graph}" for name in CONTENDERS for graph in ("", GRAPH)]
+    parser.add_argument("--contenders", nargs="+", choices=known, default=DEFAULT, metavar="C", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     outcome = supervise(args, trials(args), run_trial, from_tests.device)

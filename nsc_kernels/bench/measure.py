@@ -31,8 +31,7 @@ from typing import Any
 
 import torch
 
-import nsc_kernels as nk
-
+from .. import dispatch
 from . import ceilings, environment, report, tables
 from .measuring import device, read_rows, slug, synchronize
 from .problem import DTYPES
@@ -193,6 +192,8 @@ def settings(arguments: argparse.Namespace) -> str:
     """What a shape's rows depend on besides its name: how it is sampled, and the contenders that were given."""
     a = arguments
     text = f"{a.samples} samples of {a.sample_ms:g} ms{', quick' * a.quick}"
+    if dispatch.chosen() != dispatch.AUTO:
+        text += f", NSC_BACKEND={dispatch.chosen()}"
     for given in a.contender:
         where = given.partition(":")[0]
         source = Path(where if where.endswith(".py") else str(sys.modules[where].__file__))
@@ -289,9 +290,6 @@ def main(of: str, argv: Sequence[str]) -> int:
         grid(arguments.shapes, arguments.tokens, arguments.adapters)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    compiled = nk.available_backends()["cpu"]
-    if arguments.device == "cpu" and compiled is not True:
-        print(f"cpu: {compiled}; fused is the reference here", file=sys.stderr)
     if arguments.out is not None:
         return run(arguments)
     with tempfile.TemporaryDirectory(prefix=f"nsc-bench-{slug()}-") as folder:

@@ -10,9 +10,15 @@ from torch.nn.functional import linear
 
 import nsc_kernels as nk
 
+from ..contract import Call
 from .shapes import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def call_of(device: torch.device, dtype: torch.dtype, shape: Shape) -> Call:
+    """What a backend is asked about."""
+    return Call(device, dtype, shape.T, shape.d_in, shape.d_out, tuple(range(0, shape.R + 1, shape.r)))
 
 
 class Problem:

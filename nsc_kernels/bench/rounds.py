@@ -24,12 +24,13 @@ from torch import Tensor
 
 import nsc_kernels as nk
 
+from .. import dispatch
 from .accuracy import Judge, faults
 from .clocks import Clocks
 from .costs import least_bytes, operations, rotation
 from .environment import settings_kept
 from .measuring import captured, microseconds, quantiles, synchronize
-from .problem import DTYPES, Problem
+from .problem import DTYPES, Problem, call_of
 from .registry import Contender, chosen
 from .shapes import Shape
 
@@ -50,7 +51,8 @@ class Cell(NamedTuple):
         samples: rounds.
         seconds: how long a sample is at least, on a CPU.
         threads: of a CPU; 0 leaves them as they are.
-        backend: which this package's operator takes where a contender does not say.
+        backend: which this package's operator takes where a contender does not say; None: as it is chosen for the
+            process, by ``NSC_BACKEND`` or automatically.
         clocks: file for a GPU's clocks; none without.
         cache_bytes: of the cache that calls are to find cold; 0 asks the device.
         quick: without what compiles for long.
@@ -64,7 +66,7 @@ class Cell(NamedTuple):
     samples: int = 15
     seconds: float = 0.02
     threads: int = 0
-    backend: str = "auto"
+    backend: str | None = None
     clocks: Path | None = None
     cache_bytes: int = 0
     quick: bool = False
@@ -223,6 +225,12 @@ def cache_bytes(on: torch.device) -> int:
     return max(found, default=32 << 20)
 
 
+def served_by(on: torch.device, dtype: torch.dtype, shape: Shape) -> str:
+    """The backend, by name, that this package's operator takes."""
+    backend = dispatch.select(dispatch.chosen(), call_of(on, dtype, shape))
+    return next(name for name in dispatch.PREFERENCE if dispatch.load(name)[0] is backend)
+
+
 def run_cell(cell: Cell, on: torch.device) -> Iterator[dict[str, Any]]:
     """Rows of one shape: what each contender's accuracy is or why it takes no part, then its times."""
     random.seed(0)
@@ -232,11 +240,12 @@ def run_cell(cell: Cell, on: torch.device) -> Iterator[dict[str, Any]]:
     size = torch.empty(0, dtype=dtype).element_size()
     common = {"set": cell.of, "dtype": cell.dtype, "threads": torch.get_num_threads() if on.type == "cpu" else 0}
     common |= shape._asdict()
-    with nk.use_backend(cell.backend), Clocks(cell.clocks, on) as clocks:
+    with nk.use_backend(cell.backend or dispatch.chosen()), Clocks(cell.clocks, on) as clocks:
         cold = any(cache == "cold" for _, cache in cell.hows)
         count = min(rotation(shape, whole, cell.cache_bytes or cache_bytes(on), size), MOST_SETS) if cold else 1
         data = [Problem(shape, on, seed, whole, dtype) for seed in range(count)]
         judge = Judge(Problem(shape, on, 1000, whole, dtype))
+        yield {**common, "served_by": served_by(on, dtype, shape)}
         running = []
         for contender in chosen(cell.of, cell.names, on.type, cell.quick):
             why = contender.unavailable and contender.unavailable(on, dtype, shape)

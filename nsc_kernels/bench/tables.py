@@ -161,6 +161,8 @@ def closing(rows: Iterable[Row]) -> Iterator[str]:
         return
     for products in {row["float32_products"] for row in rows if "float32_products" in row} - {"ieee"}:
         yield f"products of float32 were computed in {products}, eager PyTorch's, which errors are held to, as well"
+    if any(row.get("served_by") == "reference" for row in rows):
+        yield "fused is the reference here, PyTorch's operators: see python -m nsc_kernels.info"
     firsts = " or ".join(sorted({one["over"] for one in found}))
     yield f"x: times the time of {firsts} in the same round, median (above 1: slower)"
     if any(not row["stats"] for row in found):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nsc_kernels as nk
 from nsc_kernels.bench import __main__ as command
 from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
@@ -108,6 +109,22 @@ def test_a_whole_layer_without_a_report(tmp_path):
     (tmp_path / "r.jsonl").write_text(done.stdout)  # it is a report
     assert report.read(tmp_path / "r.jsonl") == rows
     assert "multiply_add" in {row.get("what") for row in rows} or ceilings.multiply_add() is None
+
+
+def test_the_backend_that_is_asked_for_is_the_one_that_is_timed(tmp_path, monkeypatch):
+    """And figures of another are not gone on with."""
+    asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5", "--contenders", "fused,concat", "--out", "r.jsonl"]
+    monkeypatch.setenv("NSC_BACKEND", "reference")
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fused is the reference here" in done.stdout
+    monkeypatch.delenv("NSC_BACKEND")
+    done = run(*asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    compiled = nk.available_backends()["cpu"] is True
+    assert ("fused is the reference here" in done.stdout) != compiled
+    served = [row["served_by"] for row in read_rows(tmp_path / "r.jsonl") if "served_by" in row]
+    assert served == ["reference", "cpu" if compiled else "reference"]
 
 
 def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):

@@ -14,16 +14,12 @@ from torch import Tensor
 
 import nsc_kernels as nk
 from nsc_kernels import dispatch
-from nsc_kernels.contract import Backend, BackwardCall, Call, ForwardCall
+from nsc_kernels.contract import Backend, BackwardCall, ForwardCall
 from nsc_kernels.ops import run_backward, run_forward
 
-from ..problem import Problem
+from ..problem import Problem, call_of
 from ..registry import LINEAR, Contender, Gradients, Pair, Result, Unavailable, contender, register
 from ..shapes import Shape
-
-
-def call_of(device: torch.device, dtype: torch.dtype, shape: Shape) -> Call:
-    return Call(device, dtype, shape.T, shape.d_in, shape.d_out, tuple(range(0, shape.R + 1, shape.r)))
 
 
 def on_backend(p: Problem, inplace: bool, name: str | None = None) -> Pair:

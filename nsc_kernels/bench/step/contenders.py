@@ -219,6 +219,7 @@ def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: 
     if compiled:
         for layer in list(problem.model.get_decoder().layers)[: -len(problem.scored)]:
             layer.compile()
+            stack.callback(setattr, layer, "_compiled_call_impl", None)  # the model may be another contender's next
     gradient = torch.randn(problem.shape.d)
     modules = dict(problem.model.named_modules())
     found: list[Tensor] = []
