@@ -27,7 +27,7 @@ import torch
 from .. import available_backends, verified_hardware
 from ..bench import environment
 from ..bench.measuring import Rows, device, slug
-from ..bench.trials import Outcome, Trial, add_backends, available, supervise
+from ..bench.trials import Outcome, Trial, add_backends, supervise
 from ..bench.workers import Meet, RunOne
 from ..printing import exit_status
 from . import check, launches, verdict
@@ -99,6 +99,20 @@ def workers(on: torch.device) -> int:
     return max(min(cores, memory // MEMORY), 1)
 
 
+def left_out(backends: Sequence[str], meet: Meet, dry_run: bool) -> dict[str, str]:
+    """The backends that do not serve this GPU at all, and why."""
+    found = {}
+    for name in backends:
+        why = available_backends()[name]
+        if why is True and not (dry_run or torch.cuda.is_available()):
+            why = "no CUDA device"
+        if why is True:
+            why = check.refused(name, meet(dry_run)) or True
+        if why is not True:
+            found[name] = str(why)
+    return found
+
+
 def entered(folder: Path, backend: str, ledger: Path) -> dict[str, Any]:
     """What became of a backend, as ``--json`` has it; what was shown is in the ledger then."""
     why = verdict.shortcomings(folder, backend)
@@ -129,11 +143,12 @@ def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
         ledger.unlink(missing_ok=True)
         print(f"{ledger} is not there any more")
         return 0
-    names = available(args.backends) if args.dry_run or torch.cuda.is_available() else []
+    reasons = left_out(args.backends, meet, args.dry_run)
+    names = [name for name in args.backends if name not in reasons]
+    if not args.worker:
+        for name, why in reasons.items():
+            print(f"{name}: left out: {why}", file=sys.stderr)
     if not names:
-        off = available_backends()
-        reasons = (f"{name}: {'no CUDA device' if off[name] is True else off[name]}" for name in args.backends)
-        print(f"no backend to verify: {'; '.join(reasons)}", file=sys.stderr)
         return 2
     if args.out is None:
         versions = f"torch-{torch.__version__}-triton-{verified_hardware.triton_version()}"

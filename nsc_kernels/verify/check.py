@@ -99,6 +99,18 @@ def clusters(run: Run, on: torch.device) -> dict[str, tuple[float, float]]:
     return found
 
 
+def refused(name: str, on: torch.device) -> str | None:
+    """Why a backend serves nothing on a device, such as kernels for another architecture; None where it serves."""
+    backend, _ = dispatch.load(name)
+    assert backend is not None
+    return backend.rejects(_call(SMALLEST, on))
+
+
+def _call(case: Case, on: torch.device) -> Call:
+    offsets = tuple(itertools.accumulate(case.ranks, initial=0))
+    return Call(on, getattr(torch, case.dtype), case.T, case.d_in, case.d_out, offsets)
+
+
 class Payload(NamedTuple):
     backend: str
     what: str
@@ -153,10 +165,10 @@ def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
         if case is None:
             return row | verdict(beyond_int32(backend, on))
         torch.set_float32_matmul_precision(case.precision)
-        run = Run(backend, case, on)
-        reason = backend.rejects(Call(on, run.p.z.dtype, case.T, case.d_in, case.d_out, run.p.offsets))
+        reason = backend.rejects(_call(case, on))
         if reason is not None:
             return row | {"passed": None, "why": reason}
+        run = Run(backend, case, on)
         if what in BITWISE:
             passed = BITWISE[what](run, on)
             return row | {"passed": passed, "why": None if passed else "results differ bitwise"}

@@ -187,8 +187,30 @@ def test_without_a_gpu_there_is_nothing_to_verify(capsys: pytest.CaptureFixture[
         pytest.skip("there is one")
     assert command.main([]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("no backend to verify: triton: ")
+    assert [line.partition(": left out: ")[0] for line in said.splitlines()] == ["triton", "cuda"]
     assert "True" not in said
+
+
+def test_a_backend_for_other_gpus_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails nothing: kernels for Hopper beside an A100."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "available_backends", lambda: {"triton": True, "cuda": True, "cpu": True})
+    monkeypatch.setattr(command.check, "refused", lambda name, on: "needs 9.0, this is 8.0" if name == "cuda" else None)
+    monkeypatch.setattr(command, "workers", lambda on: 1)
+    stages = []
+
+    def run(args: Any, name: str, names: list[str], meet: Any) -> command.Outcome:
+        stages.append((name, names))
+        return command.Outcome(1, 0, 0)
+
+    monkeypatch.setattr(command, "run", run)
+    assert command.main(["--out", str(tmp_path)], meet=lambda dry_run: torch.device("cpu")) == 1
+    assert stages == [("correctness", ["triton"]), ("launches", ["triton"])]
+    said = capsys.readouterr()
+    assert said.err == "cuda: left out: needs 9.0, this is 8.0\n"
+    assert said.out.startswith("triton: not shown correct: ")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -197,7 +219,7 @@ def test_what_passes_is_entered_and_what_does_not_is_said(
 ) -> None:
     """The stages having been run: Triton's passed, of CUDA's one trial did not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command, "available", lambda names: ["triton", "cuda"])
+    monkeypatch.setattr(command, "left_out", lambda *args: {})
     monkeypatch.setattr(command, "run", lambda *args: command.Outcome(1, 0, 0))
     monkeypatch.setattr(command, "workers", lambda on: 1)
     rows = passing("triton") + passing("cuda")
