@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsc_merge.utils.safetensors_checks import bytes_of
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -200,7 +202,7 @@ def factors_digest(factors: Mapping[str, Factor]) -> str:
                 continue
             if isinstance(value, Tensor):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(bytes_of(value.cpu()).numpy().data)
             else:
                 digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nsc_merge.utils.safetensors_checks import DTYPES
+from nsc_merge.utils.safetensors_checks import DTYPES, bytes_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -58,7 +58,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Planned], done: Callable
         for tensor in tensors.values():
             for piece in tensor.pieces():
                 # A view of bytes, and of no tensor of another shape or dtype than the header says.
-                raw = piece.detach().to("cpu", tensor.dtype).contiguous().reshape(-1).view(torch.uint8)
+                raw = bytes_of(piece.to("cpu", tensor.dtype))
                 opened.write(raw.numpy().data)
                 done(raw.numel())
         if opened.tell() != 8 + len(header) + sum(tensor.size for tensor in tensors.values()):

@@ -184,3 +184,10 @@ def _tensor(path: Path, file: BufferedReader, name: str, entry: dict[str, Any], 
 
 def _broken(path: Path, what: str) -> ValueError:
     return ValueError(f"{path} is not valid safetensors: {what}")
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as safetensors has them, row after row: ``[bytes]``, uint8. A view where they lie so."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    # A tensor of one entry is contiguous whatever its stride, and is viewed as bytes with a stride of 1 alone.
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 
+import peft
 import pytest
+import torch
 import yaml
 from cli_cases import contents, make_place
 from safetensors.torch import load_file, save_file
@@ -173,3 +175,16 @@ def test_a_merge_of_relative_paths_is_saved_alike_from_another_folder(tmp_path, 
     told = yaml.safe_load((other / "recipe.yaml").read_text())
     assert told["model"] == str(tmp_path / "there" / "models" / "base")
     assert told["adapters"] == {"a": str(tmp_path / "there" / "adapters" / "a")}
+
+
+def test_an_embedding_of_rank_1_is_saved(tmp_path):
+    """Its factor lies across, and is contiguous to PyTorch for all that: the record's digest of it raised."""
+    model = build("llama-cls")
+    config = peft.LoraConfig(r=1, target_modules=["embed_tokens"], init_lora_weights=False)
+    peft.get_peft_model(build("llama-cls"), config).save_pretrained(tmp_path / "adapter")
+    result = nsc_merge.merge(model, {"a": tmp_path / "adapter"}, method="task_arithmetic", scale=1.0)
+    result.save(tmp_path / "merged", format="lora")
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    (update,) = (result.delta(path) for path in result.adapters["a"].factors)
+    A, B = (next(value for name, value in merged.items() if f"embedding_{part}" in name) for part in "AB")
+    torch.testing.assert_close((B @ A).t().double(), update.double().reshape(A.shape[1], B.shape[0]))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from nsc_merge.utils.provenance import sha256
-from nsc_merge.utils.safetensors_checks import check_safetensors, read_checked, read_safetensors
+from nsc_merge.utils.safetensors_checks import bytes_of, check_safetensors, read_checked, read_safetensors
 
 
 def write(path, header, data=b""):
@@ -187,3 +187,13 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
             read_safetensors(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         read_safetensors(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
+def test_bytes_are_those_of_the_file_however_a_tensor_lies(tmp_path, dtype):
+    whole = torch.arange(24.0).reshape(6, 4).to(dtype)
+    # One entry of a column, and one column as a row: contiguous to PyTorch, with a stride that is not 1.
+    for tensor in (whole, whole.t(), whole[:1, 1:2].t(), whole[:, 1:2].t(), whole[::5, 0][:1], whole[:0], whole[2, 3]):
+        save_file({"x": tensor.clone(memory_format=torch.contiguous_format)}, tmp_path / "x.safetensors")
+        raw = (tmp_path / "x.safetensors").read_bytes()
+        assert bytes_of(tensor).numpy().tobytes() == raw[8 + int.from_bytes(raw[:8], "little") :]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from nsc_merge.evaluation.suite import Labelled, Suite
+from nsc_merge.utils.safetensors_checks import bytes_of
 
 
 def check_tuning_data(suite: Suite, tasks: Sequence[str], log: Callable[[str], None]) -> None:
@@ -42,7 +41,7 @@ def _digests(batches: Labelled) -> Iterator[bytes]:
             digest = hashlib.blake2b(digest_size=16)
             for name in sorted(inputs):
                 value = inputs[name]
-                value = (value[row] if len(value) == len(labels) else value).contiguous()
+                value = value[row] if len(value) == len(labels) else value
                 digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-                digest.update(value.flatten().view(torch.uint8).numpy().data)
+                digest.update(bytes_of(value).numpy().data)
             yield digest.digest()
