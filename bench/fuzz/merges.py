@@ -57,8 +57,8 @@ def _is_fair(p: Merge, said: str) -> bool:
 def _given(p: Merge, tasks: Tasks) -> dict[str, dict[str, Any]]:
     """What is handed over, each task in its form."""
     made: dict[str, dict[str, Any]] = {}
-    for form, (task, row) in zip(itertools.cycle(p.forms), tasks.items()):
-        made[task] = {}
+    for task, row in tasks.items():
+        made[task], form = {}, p.forms[task]
         for path, (A, B, s) in row.items():
             whole = (s * B.double() @ A.double()) if form == "matrix" else None
             made[task][path] = Factor(A, B, s) if form == "Factor" else (A, B, s) if whole is None else whole

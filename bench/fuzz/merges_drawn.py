@@ -77,7 +77,7 @@ class Merge:
     values: str  # real | exact: small whole numbers, so that equal entries are equal
     dtype: str
     alike: bool  # the last task has the first one's updates
-    forms: tuple[str, ...]  # of each task: factors, Factor, or a matrix; in turn
+    forms: dict[str, str]  # task -> factors, Factor, or matrix
     rank: int | None  # the merge is truncated to it
 
 
@@ -126,7 +126,7 @@ def draw(seed: int, number: int, rng: np.random.Generator) -> Merge:
         dtype=one(tuple(DTYPES)),
         alike=alike,
         # Of a matrix factors are found, which are off by rounding.
-        forms=tuple(one(FORMS if values == "real" and method in OF_PRODUCTS else FORMS[:2]) for _ in tasks),
+        forms={task: one(FORMS if values == "real" and method in OF_PRODUCTS else FORMS[:2]) for task in tasks},
         rank=int(rng.integers(1, 6)) if "rank" not in known and rng.random() < 0.15 else None,
     )
 
