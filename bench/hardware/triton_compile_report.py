@@ -34,20 +34,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nsc_kernels.triton.columns import columns
-from nsc_kernels.triton.configs import SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
+from nsc_kernels.triton.configs import SHARED, SMALLEST_SHARED, Config, Machine, Problem, bucket, choose, shared_bytes
 from nsc_kernels.triton.kernels import merged_lora_kernel
 from nsc_kernels.verified_hardware import triton_source
 
 from .candidates import MOST, candidates
 from .triton_buffers import overwritten
 
-# Processor counts of the A100, RTX 4090, H100/H200 and B200: they decide between the schedules.
+# Processor counts of the A100, RTX 3090, RTX 4090, H100/H200, B200 and RTX 5090: they decide between the schedules.
 MACHINES = {
     80: Machine("sm_80", 80, 108, SHARED[80]),
+    86: Machine("sm_86", 86, 82, SHARED[86]),
     89: Machine("sm_89", 89, 128, SHARED[89]),
     90: Machine("sm_90", 90, 132, SHARED[90]),
     100: Machine("sm_100", 100, 148, SHARED[100]),
+    120: Machine("sm_120", 120, 170, SMALLEST_SHARED),
 }
+MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05"}  # instructions; mma elsewhere
 # T, d and R of the layers of the benchmark.
 LAYERS = [(6304, 768, 320), *((T, 4096, 96) for T in (256, 640, 1536, 3840)), (16384, 4096, 128), (16384, 4096, 16)]
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -193,7 +196,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row["overwritten"]:
         found.append(f"copies into what a product still reads: {', '.join(row['overwritten'])}")
     if row["precision"] != "ieee" or row["dtype"] != "fp32":
-        wanted = "mma" if row["arch"] in ("sm_80", "sm_89") else "wgmma" if row["arch"] == "sm_90" else "tcgen05"
+        wanted = MATRIX.get(row["arch"], "mma")
         # float32 products in three TF32 parts and tiles of 32 tokens may stay on mma.sync on every architecture.
         small = row["dtype"] == "fp32" or row["config"]["block_t"] < 64
         if not row[wanted] and not (small and row["mma"]):
