@@ -18,7 +18,7 @@ from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import Suite
 from nsc_merge.methods import METHODS
 from nsc_merge.models.bases.stored_weights import check_in_memory, stored
-from nsc_merge.models.forward_contexts import shared_forward
+from nsc_merge.models.forward_contexts import shared_forward, unscaled
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.result import MergeResult
 
@@ -43,7 +43,7 @@ def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
     """
     check_in_memory(model)
     merged = update.merged(model)
-    with ExitStack() as stack:
+    with unscaled(model), ExitStack() as stack:
         for name, value in merged.items():
             stack.enter_context(stored(model, name).holding(value))
         yield model

@@ -27,7 +27,7 @@ from nsc_merge.models.bases.stored_weights import (
     is_dtensor,
     offloading,
 )
-from nsc_merge.models.forward_contexts import eager, wrapper_of
+from nsc_merge.models.forward_contexts import check_unscaled, eager, unscaled, wrapper_of
 from nsc_merge.models.merged.matrices import Matrix, matrix_at
 from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
 from nsc_merge.models.merged.parameters import MergedMatrix, around
@@ -63,11 +63,12 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
 
     Raises:
         ValueError: naming the adapter and the module, if a path is not in the model or a shape does not fit; or if the
-            model is what ``torch.compile`` returns.
+            model is what ``torch.compile`` returns, or has divided its weights.
         TypeError: if the module at a path is no linear, or one of tensor parallelism.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"model: expected a model, found {type(model).__name__}{wrapper_of(model)}")
+    check_unscaled(model)
     modules = dict(model.named_modules())
     places: dict[str, Any] = {}
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.factors):
@@ -181,7 +182,7 @@ def attach(
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    with eager(model), keeping_gradients(model):
+    with eager(model), unscaled(model), keeping_gradients(model):
         try:
             for path, linear in linears.items():
                 kind = _activations_of(model, path, linear)

@@ -31,17 +31,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     tuples = giving_tuples(model)
-    try:
-        model.eval()
-        for config in tuples:
-            config.return_dict = True
-        yield
-    finally:
-        with undisturbed():
-            for module, training in modes:
-                module.training = training
+    with unscaled(model):
+        try:
+            model.eval()
             for config in tuples:
-                config.return_dict = False
+                config.return_dict = True
+            yield
+        finally:
+            with undisturbed():
+                for module, training in modes:
+                    module.training = training
+                for config in tuples:
+                    config.return_dict = False
 
 
 def giving_tuples(model: nn.Module) -> list[Any]:
@@ -50,6 +51,43 @@ def giving_tuples(model: nn.Module) -> list[Any]:
     """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     return [config for config in configs.values() if getattr(config, "return_dict", True) is False]
+
+
+@contextmanager
+def unscaled(model: nn.Module) -> Iterator[None]:
+    """Within it, RWKV runs with the weights that it has, and computes the same. In evaluation mode it divides some of
+    them by powers of two, in place, and its hidden states with them, against overflow in float16: updates that are
+    attached or added would not be divided.
+    """
+    held = [(module, module.config.rescale_every, module.layers_are_rescaled) for module in _rescaling(model)]
+    try:
+        for module, _, _ in held:
+            module.config.rescale_every = 0
+        yield
+    finally:
+        with undisturbed():
+            for module, every, divided in held:
+                module.config.rescale_every, module.layers_are_rescaled = every, divided
+
+
+def check_unscaled(model: nn.Module) -> None:
+    """Refuse a model with weights that it has divided for :func:`unscaled`'s reason.
+
+    Raises:
+        ValueError: saying what to take.
+    """
+    if any(module.layers_are_rescaled for module in _rescaling(model)):
+        raise ValueError(
+            f"model: {type(model).__name__} has run in evaluation mode, in which it divides weights by powers of two "
+            "(rescale_every in its configuration), and an update is of the whole ones; expected it as it was loaded, "
+            "or with config.rescale_every = 0 before it first runs, which computes the same"
+        )
+
+
+def _rescaling(model: nn.Module) -> list[Any]:
+    """The parts that divide some of their weights in evaluation mode."""
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "layers_are_rescaled")]
+    return [module for module in found if 0 < module.config.rescale_every < len(module.blocks)]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 
 import nsc_merge
 from nsc_merge import Adapter, Factor
+from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.forward_contexts import shared_forward, wrapped_forward
 
 
@@ -102,6 +103,51 @@ def test_no_method_keeps_the_state_that_a_model_writes_over(method):
     found = nsc_merge.merge(model, adapters, data, method, **options)
     assert model.config.use_cache
     assert all(torch.isfinite(found.delta(path)).all() for path in paths)
+
+
+def dividing():
+    """RWKV of four layers, which divides what the last two add to the hidden states, in evaluation mode."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "attention_hidden_size": 32, "intermediate_size": 48}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, vocab_size=96, context_length=32, rescale_every=2)).double().eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(0.2 * torch.randn(value.shape, dtype=value.dtype))
+    return model
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "nsc", "match", "regmean"])
+def test_a_model_that_divides_its_weights_is_merged_as_it_was_loaded(method):
+    model, undivided = dividing(), dividing()
+    undivided.config.rescale_every = 0
+    adapters = {}
+    for task in "ab":
+        places = [(path, one) for path, one in model.named_modules() if path.endswith(("n.output", "d.value"))]
+        factors = {
+            path: Factor(0.3 * torch.randn(2, one.in_features), 0.3 * torch.randn(one.out_features, 2), 1.0)
+            for path, one in places
+        }
+        adapters[task] = Adapter(task, factors)
+    batch = {"input_ids": torch.randint(3, 96, (2, 6))}
+    data = {task: [batch] for task in adapters}
+    options = {"regmean": {"batches": 1}, "task_arithmetic": {}}.get(method, {"steps": 2, "progress": False})
+    found, wanted = (nsc_merge.merge(one, adapters, data, method, **options) for one in (model, undivided))
+    for path in wanted.paths:
+        torch.testing.assert_close(found.delta(path), wanted.delta(path), rtol=0, atol=0)
+    # Measured twice, so that the second has whatever the first left behind.
+    logits = []
+    for _ in range(2):
+        with applied(model, found) as one, torch.no_grad():
+            logits.append(one(**batch).logits)
+    assert (model.config.rescale_every, model.rwkv.layers_are_rescaled) == (2, False)
+    wanted.apply(undivided)
+    logits.append(found.apply(model)(**batch).logits)
+    for one in logits:
+        torch.testing.assert_close(one, undivided(**batch).logits, rtol=1e-3, atol=1e-3)
+    assert model.rwkv.layers_are_rescaled
+    for merging in (lambda: found.apply(model), lambda: nsc_merge.merge(model, adapters, data, method)):
+        with pytest.raises(ValueError, match=r"model: RwkvForCausalLM has run in evaluation mode.*rescale_every = 0"):
+            merging()
 
 
 @pytest.mark.parametrize("method", ["nsc", "match", "distill", "regmean"])
