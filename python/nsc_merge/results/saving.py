@@ -82,7 +82,7 @@ def save(
         result.check_base()
     if "lora" in wanted:
         check_as_adapter(result)
-        _refuse_biases_beside_experts(result)
+        _refuse_biases_beside_others(result)
         _refuse_second_names(result)
     heads = heads_of(result, labels)
     if head is not None and head not in heads:
@@ -195,14 +195,20 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise OSError(f"out: {out} cannot be written: {error.strerror}; expected {cure}, or {other}") from None
 
 
-def _refuse_biases_beside_experts(result: MergedUpdate) -> None:
-    experts = next((path for path in result.paths if matrix_at(result.model, path) is not None), None)
-    if experts is not None and any(
-        factor.bias is not None for one in result.adapters.values() for factor in one.factors.values()
-    ):
+def _refuse_biases_beside_others(result: MergedUpdate) -> None:
+    factors = [item for one in result.adapters.values() for item in one.factors.items()]
+    if all(factor.bias is None for _, factor in factors):
+        return
+    for path, factor in factors:
+        if matrix_at(result.model, path) is not None:
+            what = "one of several matrices in a parameter"
+        elif factor.rank and isinstance(result.model.get_submodule(path), nn.Embedding):
+            what = "an embedding"
+        else:
+            continue
         raise ValueError(
-            f"format 'lora': {experts} is one of several matrices in a parameter, for which PEFT has no adapter with "
-            "biases (lora_bias), expected no biases; use format 'model'"
+            f"format 'lora': {path} is {what}, for which PEFT has no adapter with biases (lora_bias), expected no "
+            "biases; use format 'model'"
         )
 
 

@@ -10,8 +10,9 @@ import os
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ViTModel
+from zoo import build
 
 import nsc_merge
 
@@ -212,6 +213,20 @@ def test_the_card_says_how_the_update_was_found(model, folders, calibration, tmp
     for card in (found, half):
         assert "The coefficients were found by null-space compression" in card
         assert "Method:" not in card
+
+
+def test_biases_beside_an_embedding_are_no_adapter_that_peft_loads(tmp_path):
+    """Biases are of a whole adapter there: what was saved of the two tasks could not be loaded."""
+    model = build("llama-cls")
+    for name, options in (("rows", {"target_modules": ["embed_tokens"]}), ("biased", {"target_modules": ["q_proj"]})):
+        config = LoraConfig(r=2, lora_bias=name == "biased", init_lora_weights=False, **options)
+        get_peft_model(build("llama-cls"), config).save_pretrained(tmp_path / name)
+    result = nsc_merge.merge(model, {name: tmp_path / name for name in ("rows", "biased")}, method="task_arithmetic")
+    with pytest.raises(ValueError, match=r"embed_tokens is an embedding, .* no adapter with biases .* format 'model'"):
+        result.save(tmp_path / "lora", "lora")
+    assert not (tmp_path / "lora").exists()
+    alone = nsc_merge.merge(model, {"rows": tmp_path / "rows"}, method="task_arithmetic").save(tmp_path / "one", "lora")
+    PeftModel.from_pretrained(build("llama-cls"), alone)
 
 
 @pytest.mark.parametrize(("method", "rank"), [("svd", None), ("ties", 2)])
