@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,33 @@ def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
         raise ValueError(f"{argument}: {type(model).__name__} takes no input {unknown}; it takes {takes}")
 
 
+def check_tokens(batches: Batches, model: nn.Module, argument: str) -> None:
+    """Refuse text of other tokens than the model has; beside images, some stand for these and are in no table.
+
+    Raises:
+        ValueError: naming what was found and what was expected.
+    """
+    anyone: Any = model
+    try:
+        known = getattr(anyone.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return
+    if known is None:
+        return
+    for batch in batches:
+        tokens = batch.get("input_ids")
+        others = (name for name, value in batch.items() if value.is_floating_point() and not name.endswith(MASK))
+        if tokens is None or any(name != "input_ids" for name in others):
+            continue
+        what = f"{argument}: expected tokens from 0 to {known - 1} in input_ids, which {type(model).__name__} has"
+        if tokens.is_floating_point():
+            raise ValueError(f"{what}, found {tokens.dtype}; expected whole numbers")
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= known:
+            found = least if least < 0 else most
+            raise ValueError(f"{what}, found {found}; expected text encoded by the tokenizer of the base")
+
+
 def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
     """What a file holds: ``whole`` if it is one batch, and not to be cut into several."""
     try:
@@ -115,7 +143,9 @@ def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
     tensors = read.tensors
     rows = {name: value.shape[0] if value.dim() else None for name, value in tensors.items()}
     own = {name: count for name, count in rows.items() if not (whole and name.startswith(_OF_IMAGES))} or rows
-    if len(set(own.values())) != 1 or None in rows.values() or 0 in rows.values():
+    if 0 in rows.values():
+        raise ValueError(f"{argument}: {file}: expected a row for every sample, found none: {rows}")
+    if len(set(own.values())) != 1 or None in rows.values():
         way = "" if whole else "; a batch whose samples have several images each is a file of its own in a folder"
         raise ValueError(
             f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}{way}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens, read_batches
 from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.calibration.raw.reading import batches_of
@@ -151,6 +150,7 @@ class RecipeSuite:
                 labels = task.labels if isinstance(task, TaskRecipe) else None
                 batches = [{key: value for key, value in batch.items() if key != labels} for batch in read]
                 check_names(Batches(batches), self.model, argument)
+                check_tokens(Batches(batches), self.model, argument)
             else:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
             drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
@@ -227,7 +227,7 @@ class RecipeSuite:
             batches = Batches([_padded_behind(batch) for batch in batches])
         inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
         check_names(Batches(inputs), self.model, argument)
-        self._check_tokens(inputs, argument)
+        check_tokens(Batches(inputs), self.model, argument)
         labels = [batch[task.labels] for batch in batches]
         if self._writes(task):
             if not encodes(self.model):
@@ -242,22 +242,6 @@ class RecipeSuite:
             (dict(one), label.float() if label.is_floating_point() else label.long())
             for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
         ]
-
-    def _check_tokens(self, inputs: Sequence[Mapping[str, Tensor]], argument: str) -> None:
-        """Refuse text of more tokens than the model has; beside images, some stand for these and are in no table."""
-        anyone: Any = self.model
-        if any("input_ids" not in batch or any(v.is_floating_point() for v in batch.values()) for batch in inputs):
-            return
-        try:
-            known = getattr(anyone.get_input_embeddings(), "num_embeddings", math.inf)
-        except (AttributeError, NotImplementedError):
-            return
-        last = max(int(batch["input_ids"].max()) for batch in inputs)
-        if last >= known:
-            raise ValueError(
-                f"{argument}: expected tokens below {known} in input_ids, as many as {type(anyone).__name__} has, "
-                f"found {last}; expected text encoded by the tokenizer of the base"
-            )
 
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
         """Further arguments of the metric: the tokens that end a text, and what makes text of tokens."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names
+from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens
 from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.methods import METHODS, method_of
 from nsc_merge.models.bases.loading import base_files, commit_of, load_model
@@ -211,6 +211,8 @@ def load(
     cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
     calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
     model, adapters = own_base(*with_vocabulary(model, adapters, recipe.added_tokens))
+    for task, batches in calibration.items():
+        check_tokens(batches, model, f"calibration.{task}")
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration

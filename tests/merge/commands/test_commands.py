@@ -264,6 +264,8 @@ def damage(place, kind):
         inputs.write_bytes(inputs.read_bytes()[:100])
     elif kind == "wrong input":
         save_file({"pixels": torch.zeros(4, 3)}, inputs)
+    elif kind == "other tokenizer":
+        save_file({"input_ids": torch.full((4, 3), 64)}, inputs)
     elif kind == "uneven inputs":
         save_file({"input_ids": torch.zeros(4, 3), "attention_mask": torch.zeros(3, 3)}, inputs)
     elif kind == "only padding":
@@ -286,6 +288,7 @@ def damage(place, kind):
         ("stray tensor", "1 of 14 tensors would be ignored"),
         ("truncated inputs", "calibration.nli"),
         ("wrong input", "calibration.nli: LlamaForSequenceClassification takes no input ['pixels']"),
+        ("other tokenizer", "calibration.nli: expected tokens from 0 to 63 in input_ids, which LlamaFor"),
         ("uneven inputs", "one and the same number of rows"),
         ("only padding", "nli.safetensors: attention_mask has no real token in 1 rows: [1]"),
         ("truncated base", "is not valid safetensors"),

@@ -121,7 +121,11 @@ def test_wrong_recipes_give_one_line_and_status_2(place, monkeypatch, capsys, ov
         ("no labels", "tasks.nli.test: expected a tensor 'labels'"),
         ("wrong input", "tasks.nli.test: LlamaForSequenceClassification takes no input ['pixels']"),
         ("float labels", "tasks.nli: labels: expected class indices as integers, found torch.float32"),
-        ("other tokenizer", "tasks.nli.test: expected tokens below 64 in input_ids"),
+        ("other tokenizer", "tasks.nli.test: expected tokens from 0 to 63 in input_ids"),
+        ("mask of floats", "tokens from 0 to 63 in input_ids, which LlamaForSequenceClassification has, found 64;"),
+        ("labels for tokens", "which LlamaForSequenceClassification has, found -100; expected text encoded by"),
+        ("float tokens", "which LlamaForSequenceClassification has, found torch.float32; expected whole numbers"),
+        ("no samples", "nli-test.safetensors: expected a row for every sample, found none: {"),
         ("unknown labels", "tasks.nli: labels: expected at least one known label, found none"),
         ("no head", "tasks.nli.head: the adapter brought no head"),
         ("head of another width", "no pool"),
@@ -139,6 +143,15 @@ def test_data_that_do_not_fit_give_one_line_and_write_nothing(place, capsys, kin
         data["labels"] = data["labels"].float()
     elif kind == "other tokenizer":
         data["input_ids"][3, 1] = 64
+    elif kind == "mask of floats":
+        data["input_ids"][3, 1] = 64
+        data["attention_mask"] = data["attention_mask"].float()
+    elif kind == "labels for tokens":
+        data["input_ids"][3, 1] = -100
+    elif kind == "float tokens":
+        data["input_ids"] = data["input_ids"].float()
+    elif kind == "no samples":
+        data = {name: value[:0] for name, value in data.items()}
     elif kind == "unknown labels":
         data["labels"] = torch.full((12,), -100)
     elif kind == "no head":

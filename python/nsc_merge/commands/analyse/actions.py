@@ -18,7 +18,7 @@ from nsc_merge.analysis.plots import draw_bound, draw_quartiles, draw_tracking
 from nsc_merge.analysis.quartiles import sample_study
 from nsc_merge.analysis.tracking import find_checkpoints, find_log, read_log, track
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names, read_batches
+from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens, read_batches
 from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
@@ -220,6 +220,7 @@ def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches
     ]
     batches = Batches(inputs).to(next(model.parameters()).dtype)
     check_names(batches, model, "--inputs")
+    check_tokens(batches, model, "--inputs")
     return model, batches
 
 
