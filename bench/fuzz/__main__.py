@@ -8,6 +8,7 @@ Campaigns, each in a process of its own:
     operator    merged LoRA, statistics and gradients of random problems, against NumPy in float64
     merges      methods that need no data, with random options on random updates, against NumPy; and what no merge may
                 depend on
+    adapters    adapters that PEFT makes, of random kinds and families, merged, saved and loaded again, against PEFT
     files       adapters, batches, results and recipes with bits, keys and values changed, against a reader of its own
     kills       saves that are killed at a random moment, or meet in one folder
 

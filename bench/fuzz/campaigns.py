@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.fuzz.trial import Trial
 
-CAMPAIGNS = {name: f"bench.fuzz.{name}" for name in ("operator", "merges", "files", "kills")}
+CAMPAIGNS = {name: f"bench.fuzz.{name}" for name in ("operator", "merges", "adapters", "files", "kills")}
 HUNG = 60.0  # seconds without a trial, the start of a process not counted
 START = 180.0
 

@@ -50,4 +50,4 @@ def test_the_command_counts() -> None:
 def test_an_unknown_campaign_is_refused() -> None:
     done = command("kernels")
     assert done.returncode == 2
-    assert "expected some of operator, merges, files, kills, found kernels" in done.stderr
+    assert "expected some of operator, merges, adapters, files, kills, found kernels" in done.stderr
