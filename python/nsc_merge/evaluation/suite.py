@@ -223,6 +223,7 @@ class RecipeSuite:
             raise ValueError(
                 f"{argument}: expected a tensor {task.labels!r} in {place}, found {batches.names}"
             )
+        _check_numbers(batches, task.labels, argument)
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([_padded_behind(batch) for batch in batches])
         inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
@@ -290,6 +291,18 @@ class RecipeSuite:
         if isinstance(head, ModelHead):
             return ModelHead(head.parameters, shifted=self._writes(task) and not encodes(self.model))
         return head
+
+
+def _check_numbers(batches: Batches, labels: str, argument: str) -> None:
+    """Refuse data of which no figure would be a number, whatever is measured; masks may be infinite."""
+    for batch in batches:
+        for name, value in batch.items():
+            if not value.is_floating_point() or name.endswith(MASK):
+                continue
+            wrong = value.isinf() if name == labels else ~value.isfinite()
+            if bool(wrong.any()):
+                way = ", or NaN where none is known" if name == labels else ""
+                raise ValueError(f"{argument}: expected finite numbers in {name}{way}, found {float(value[wrong][0])}")
 
 
 @contextmanager

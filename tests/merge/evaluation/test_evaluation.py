@@ -282,6 +282,14 @@ def test_dense_regression_and_generated_tasks_on_their_models(tmp_path, capsys):
     with torch.no_grad():
         error = head(model, {"pixel_values": pixels})[..., 0] - load_file(tmp_path / "depth.safetensors")["depth"]
     assert run["metrics"]["depth"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
+    # No figure would be a number of such data: no distance is infinite, and no colour is unknown.
+    for name, value, way in (("depth", torch.inf, ", or NaN where none is known"), ("pixel_values", torch.nan, "")):
+        data = load_file(tmp_path / "depth.safetensors")
+        data[name][1, 2, 0] = value
+        save_file(data, tmp_path / "wrong.safetensors")
+        assert main(["eval", str(tmp_path / "vit.yaml"), f"tasks.depth.test={tmp_path / 'wrong.safetensors'}"]) == 1
+        shown = capsys.readouterr().err
+        assert f"error: tasks.depth.test: expected finite numbers in {name}{way}, found {value}" in shown
 
     llama = build("llama")
     llama.save_pretrained(tmp_path / "llama")

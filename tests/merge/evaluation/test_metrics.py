@@ -255,6 +255,7 @@ def test_quality_and_metric_agree_in_direction(name):
             ValueError,
             "classes from 0 to 2 .or -100., found 3",
         ),
+        ("accuracy", torch.zeros(2, 1), torch.zeros(2).long(), ValueError, r"two classes or more, found one, \[2, 1\]"),
         ("miou", torch.zeros(1, 3), torch.tensor([-100]), ValueError, "at least one known label"),
         (
             "rmse",

@@ -160,6 +160,11 @@ def _check_classes(outputs: Outputs, labels: Tensor) -> None:
             f"outputs: expected logits [N, ..., C] for labels [N, ...], found {list(outputs.shape)} and "
             f"{list(labels.shape)}"
         )
+    if outputs.shape[-1] == 1:
+        raise ValueError(
+            f"outputs: expected logits of two classes or more, found one, {list(outputs.shape)}, as heads of "
+            "regressions have; expected such a head, or a metric of values such as rmse or pearson"
+        )
     wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= outputs.shape[-1]))]
     if wrong.numel():
         raise ValueError(
