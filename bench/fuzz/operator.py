@@ -270,14 +270,15 @@ def _tried(p: Problem, rng: np.random.Generator) -> str:
             numbers,
             rounding(inner),
             rounding(DTYPES[p.lam]),
-            (_grain(inner), _grain(DTYPES[p.lam])),
+            # lam's gradient comes of what was kept in the dtype of z.
+            (_grain(inner), _grain(inner, DTYPES[p.lam])),
         )
 
 
-def _grain(dtype: torch.dtype) -> tuple[float, float]:
-    """The unit of a dtype, and how far apart its smallest numbers are."""
-    info = torch.finfo(dtype)
-    return info.eps, info.smallest_normal * info.eps
+def _grain(*dtypes: torch.dtype) -> tuple[float, float]:
+    """The largest unit of some dtypes, and how far apart the smallest numbers are at most."""
+    infos = [torch.finfo(dtype) for dtype in dtypes]
+    return max(info.eps for info in infos), max(info.smallest_normal * info.eps for info in infos)
 
 
 def _called(

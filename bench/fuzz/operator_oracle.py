@@ -100,8 +100,8 @@ def disagreement(
 
     An error may be twice that of :func:`results` in ``acc`` with the contract's rounding points (three times, if it is
     of sixteen values), in proportion to the sums of absolute values, and a few units of ``acc`` besides: of each result
-    as a whole and, with one unit more, of every element. ``grains`` are the units of the dtypes of z and of lam, each
-    with the spacing of its smallest numbers. NaN and infinity must stand where they stand in float64.
+    as a whole and, with one unit more, of every element. ``grains`` are the unit of the dtype of z and that of lam's
+    gradient, each with the spacing of the smallest numbers. NaN and infinity must stand where they stand in float64.
 
     ``own`` is ``n`` for that plain arithmetic. Where a linear layer makes the base, it has what PyTorch's own layer
     makes of z and of dy: with one output it adds one product after another to the bias, which costs 1e-6 in float32
