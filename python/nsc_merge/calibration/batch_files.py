@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.calibration.batches import MASK, rows_without_tokens
+from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
 # Beside text, these have a row for every image, or for every piece of one.
@@ -150,6 +150,8 @@ def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
         raise ValueError(
             f"{argument}: {file}: expected tensors with one and the same number of rows, found {rows}{way}"
         )
+    if wrong := other_mask(tensors):
+        raise ValueError(f"{argument}: {file}: {wrong}")
     empty = rows_without_tokens(tensors)
     if empty:
         raise ValueError(f"{argument}: {file}: {MASK} has no real token in {len(empty)} rows: {empty[:5]}")

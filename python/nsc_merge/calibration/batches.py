@@ -146,6 +146,18 @@ def _check_mask(task: str, batch: Batch) -> None:
             f"calibration[{task!r}]: {MASK}: expected a real token in every row, found none in {len(empty)} rows: "
             f"{empty[:5]}"
         )
+    if wrong := other_mask(batch):
+        raise ValueError(f"calibration[{task!r}]: {wrong}")
+
+
+def other_mask(batch: Batch) -> str:
+    """What is wrong where tokens and their mask are of different shapes, which transformers runs all the same; nothing
+    where they agree, or there is but one of them.
+    """
+    tokens, mask = batch.get("input_ids"), batch.get(MASK)
+    if tokens is None or mask is None or mask.dim() != 2 or tokens.dim() != 2 or tokens.shape == mask.shape:
+        return ""
+    return f"{MASK}: expected the shape of input_ids, {list(tokens.shape)}, found {list(mask.shape)}"
 
 
 def rows_without_tokens(batch: Batch) -> list[int]:

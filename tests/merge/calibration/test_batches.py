@@ -103,6 +103,19 @@ def test_rows_of_nothing_but_padding_are_refused_in_batches_and_in_files(tmp_pat
         read_batches(tmp_path / "b.safetensors", 4, "calibration")
 
 
+@pytest.mark.parametrize("method", ["match", "distill"])
+def test_masks_of_other_texts_are_refused_in_batches_and_in_files(tmp_path, method):
+    """transformers runs them, over some of the tokens."""
+    batch = {"input_ids": IDS, "attention_mask": torch.ones(2, 2).long()}
+    words = r"attention_mask: expected the shape of input_ids, \[2, 3\], found \[2, 2\]$"
+    model = llama()
+    with pytest.raises(ValueError, match=rf"^calibration\['b'\]: {words}"):
+        nsc_merge.merge(model, adapters_for(model), {**text_batches(1), "b": [batch]}, method, steps=1, progress=False)
+    save_file(batch, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=rf"^calibration: .*b\.safetensors: {words}"):
+        read_batches(tmp_path / "b.safetensors", 4, "calibration")
+
+
 def test_masks_that_are_added_to_scores_may_be_zero():
     batch = {"input_ids": IDS, "attention_mask": torch.zeros(2, 1, 3, 3)}
     assert next(streams({"b": [batch]}, ["b"])["b"]) is batch

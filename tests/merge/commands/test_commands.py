@@ -266,6 +266,8 @@ def damage(place, kind):
         save_file({"pixels": torch.zeros(4, 3)}, inputs)
     elif kind == "other tokenizer":
         save_file({"input_ids": torch.full((4, 3), 64)}, inputs)
+    elif kind == "mask of others":
+        save_file({"input_ids": torch.zeros(4, 7).long(), "attention_mask": torch.ones(4, 3).long()}, inputs)
     elif kind == "uneven inputs":
         save_file({"input_ids": torch.zeros(4, 3), "attention_mask": torch.zeros(3, 3)}, inputs)
     elif kind == "only padding":
@@ -289,6 +291,7 @@ def damage(place, kind):
         ("truncated inputs", "calibration.nli"),
         ("wrong input", "calibration.nli: LlamaForSequenceClassification takes no input ['pixels']"),
         ("other tokenizer", "calibration.nli: expected tokens from 0 to 63 in input_ids, which LlamaFor"),
+        ("mask of others", "attention_mask: expected the shape of input_ids, [4, 7], found [4, 3]"),
         ("uneven inputs", "one and the same number of rows"),
         ("only padding", "nli.safetensors: attention_mask has no real token in 1 rows: [1]"),
         ("truncated base", "is not valid safetensors"),
