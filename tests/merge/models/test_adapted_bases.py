@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers as tf
 from accelerate import cpu_offload
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from zoo import build, filled, outputs, text, write_adapter
 
 import nsc_merge
@@ -72,6 +74,29 @@ def test_a_base_with_adapters_unwraps_itself(put, method, options, tmp_path):
     applied.save_pretrained(tmp_path / "applied")
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "applied", dtype=torch.float64)
     torch.testing.assert_close(outputs(again, text(3)), merged, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["load_adapter", "from_pretrained"])
+def test_a_base_into_which_transformers_loaded_an_adapter_is_saved_under_its_own_names(by, tmp_path):
+    clean = base()
+    clean.save_pretrained(tmp_path / "base")
+    folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
+    if by == "load_adapter":
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.load_adapter(str(folder))
+    else:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(tmp_path / "base")
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=0.5)
+    result.save(tmp_path / "model")
+    result.apply(model).save_pretrained(tmp_path / "applied")
+    nsc_merge.merge(clean, {"a": folder}, method="task_arithmetic", scale=0.5).apply(clean)
+    for name in ("model", "applied"):
+        held = load_file(tmp_path / name / "model.safetensors")
+        assert held.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+        assert all(torch.equal(value, clean.state_dict()[key]) for key, value in held.items())
 
 
 def test_tied_weights_come_apart_under_adapters_as_in_a_clean_base(tmp_path):

@@ -50,10 +50,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
             f"model: expected adapters around single modules, found PEFT's {kind} at {left or 'the top'}, under which "
             f"the base is not known; {_ANEW}"
         )
-    # transformers and diffusers would save adapters, and not the model.
-    for name, value in (("peft_config", None), ("_hf_peft_config_loaded", False)):
-        if name in vars(bare):
-            delattr(bare, name) if value is None else setattr(bare, name, value)
+    # transformers and diffusers would save adapters, and not the model; or transformers the model, under the names that
+    # an adapter's file gives to tensors, which it remembers in place of the base's.
+    if vars(bare).pop("_hf_peft_config_loaded", False):
+        vars(bare).pop("_weight_conversions", None)
+    vars(bare).pop("peft_config", None)
     return bare
 
 
