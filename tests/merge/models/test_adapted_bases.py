@@ -76,14 +76,16 @@ def test_a_base_with_adapters_unwraps_itself(put, method, options, tmp_path):
     torch.testing.assert_close(outputs(again, text(3)), merged, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("by", ["load_adapter", "from_pretrained"])
+@pytest.mark.parametrize("by", ["load_adapter", "delete_adapter", "from_pretrained"])
 def test_a_base_into_which_transformers_loaded_an_adapter_is_saved_under_its_own_names(by, tmp_path):
     clean = base()
     clean.save_pretrained(tmp_path / "base")
     folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=TARGETS)
-    if by == "load_adapter":
+    if by != "from_pretrained":
         model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         model.load_adapter(str(folder))
+        if by == "delete_adapter":
+            model.delete_adapter("default")
     else:
         settings = json.loads((folder / "adapter_config.json").read_text())
         settings["base_model_name_or_path"] = str(tmp_path / "base")

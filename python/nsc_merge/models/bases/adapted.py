@@ -21,7 +21,7 @@ _CHANGES = {
 
 def without_adapters(model: nn.Module) -> nn.Module:
     """The base under a ``PeftModel``, or of a model with adapters put in it, as it was before; the model itself where
-    there are none.
+    there are and were none.
 
     The base is a copy of the modules above the adapted ones; all others, and so all weights, are the very same. The
     model keeps its adapters, and which of them are active.
@@ -38,10 +38,10 @@ def without_adapters(model: nn.Module) -> nn.Module:
     # A model of transformers has a method of that name, too, that knows no adapters.
     base: nn.Module = wrapper.get_base_model() if _is_pefts(model) and hasattr(model, "get_base_model") else model
     under = {module: inside for module in base.modules() if (inside := _inside(module)) is not module}
-    if not under:
+    if not under and not _named_by_an_adapter(base):
         return base
     _refuse_changed(base, under)
-    whole = [module for module in base.modules() if under.keys().isdisjoint(module.modules())]
+    whole = [module for module in base.modules() if module is not base and under.keys().isdisjoint(module.modules())]
     bare = sharing_modules(base, {**dict(zip(whole, whole, strict=True)), **under})
     left = next((path for path, module in bare.named_modules() if _is_pefts(module)), None)
     if left is not None:
@@ -52,10 +52,16 @@ def without_adapters(model: nn.Module) -> nn.Module:
         )
     # transformers and diffusers would save adapters, and not the model; or transformers the model, under the names that
     # an adapter's file gives to tensors, which it remembers in place of the base's.
-    if vars(bare).pop("_hf_peft_config_loaded", False):
+    if vars(bare).pop("_hf_peft_config_loaded", False) or _named_by_an_adapter(bare):
         vars(bare).pop("_weight_conversions", None)
     vars(bare).pop("peft_config", None)
     return bare
+
+
+def _named_by_an_adapter(base: nn.Module) -> bool:
+    """Whether the names in files that transformers remembers are an adapter's, which may have been deleted since."""
+    remembered: Any = vars(base).get("_weight_conversions") or ()
+    return any(pattern.startswith("base_model.") for one in remembered for pattern in one.source_patterns)
 
 
 def _is_pefts(module: nn.Module) -> bool:
