@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_kernels import verified_hardware
+from nsc_kernels.verify import launches
 from nsc_kernels.verify.check import trials
 
 Row = dict[str, Any]
@@ -34,16 +35,18 @@ def passing(backend: str) -> list[Row]:
     return rows
 
 
-def write(folder: Path, backend: str, rows: list[Row]) -> None:
-    launches = {
-        "trial": "l",
-        "backend": backend,
-        "source": verified_hardware.checkout_source(backend),
-        "dry_run": False,
-    }
-    for name, content in (
-        ("correctness", rows),
-        ("launches", [launches | {"launches": 1}]),
-        ("environment", [FACTS]),
-    ):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+def write(folder: Path, rows: list[Row], **also: Any) -> None:
+    """The rows of a run as files, and those of launches of the same backends; what each has ``also``."""
+    counted = [
+        {
+            "trial": key,
+            "backend": backend,
+            "source": verified_hardware.checkout_source(backend),
+            "dry_run": False,
+            "launches": 1,
+        }
+        for backend in dict.fromkeys(row["backend"] for row in rows)
+        for key in launches.trials([backend], dry_run=False)
+    ]
+    for name, content in (("correctness", rows), ("launches", counted), ("environment", [FACTS])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row | also) + "\n" for row in content))

@@ -83,13 +83,13 @@ class Talker:
             print(f"{clear}{self.stage} {self.ended}/{self.count}", end="\r", file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace, name: str, names: list[str], meet: Meet) -> Outcome:
+def run(args: argparse.Namespace, name: str, names: list[str], meet: Meet, settings: str | None = None) -> Outcome:
     """One stage; in a worker, its trials as they are handed over."""
     stage = STAGES[name]
-    trials = stage.trials(names, args.dry_run)
+    trials = {key: one._replace(settings=settings) for key, one in stage.trials(names, args.dry_run).items()}
     workers = args.workers if stage.most is None else stage.most
-    settings = argparse.Namespace(**vars(args) | {"out": args.out / stage.file, "workers": workers, "limit": None})
-    return supervise(settings, trials, stage.run_one, meet, Talker(name, len(trials)).say, ["--stage", name])
+    how = argparse.Namespace(**vars(args) | {"out": args.out / stage.file, "workers": workers, "limit": None})
+    return supervise(how, trials, stage.run_one, meet, Talker(name, len(trials)).say, ["--stage", name])
 
 
 def workers(on: torch.device) -> int:
@@ -113,9 +113,15 @@ def left_out(backends: Sequence[str], meet: Meet, dry_run: bool) -> dict[str, st
     return found
 
 
-def entered(folder: Path, backend: str, ledger: Path) -> dict[str, Any]:
+def settings(on: torch.device) -> str:
+    """What rows depend on besides the kernels' source: those of another GPU or other versions show nothing here."""
+    name = torch.cuda.get_device_name(on) if on.type == "cuda" else on.type
+    return f"{name}, torch {torch.__version__}, triton {verified_hardware.triton_version()}"
+
+
+def entered(folder: Path, backend: str, ledger: Path, settings: str) -> dict[str, Any]:
     """What became of a backend, as ``--json`` has it; what was shown is in the ledger then."""
-    why = verdict.shortcomings(folder, backend)
+    why = verdict.shortcomings(folder, backend, settings)
     if why:
         return {"shown_correct": False, "why": why}
     earned = verdict.entry(folder, backend) | {"triton": verified_hardware.triton_version()}
@@ -157,14 +163,14 @@ def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
         run(args, args.stage, names, meet)
     on = meet(args.dry_run)
     args.workers = args.workers or workers(on)
-    if not (args.out / verdict.ENVIRONMENT).is_file():
-        Rows(args.out / verdict.ENVIRONMENT).write(environment.facts(on) | {"dry_run": args.dry_run})
-    outcomes = [run(args, name, names, meet) for name in ([args.stage] if args.stage else STAGES)]
+    Rows(args.out / verdict.ENVIRONMENT, keep=True).write(environment.facts(on) | {"dry_run": args.dry_run})
+    here = settings(on)
+    outcomes = [run(args, name, names, meet, here) for name in ([args.stage] if args.stage else STAGES)]
     code = max((outcome.code for outcome in outcomes), key=(0, 3, 1).index)
     if args.stage or args.dry_run:
         print("\n".join(f"{', '.join(names)}: {outcome}" for outcome in outcomes))
         return code
-    found = {backend: entered(args.out, backend, ledger) for backend in names}
+    found = {backend: entered(args.out, backend, ledger, here) for backend in names}
     print(json.dumps({"backends": found, "rows": str(args.out)}) if args.json else said(found, args.out, ledger))
     shown = all(one["shown_correct"] for one in found.values())
     return 0 if shown else code or 1

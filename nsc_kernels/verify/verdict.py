@@ -17,8 +17,8 @@ from typing import Any
 from .. import verified_hardware
 from ..bench.measuring import read_rows
 from ..bench.trials import results
+from . import check, launches
 from .cases import Case
-from .check import trials
 from .repeats import QUESTIONS
 
 Row = dict[str, Any]
@@ -30,15 +30,22 @@ def of_backend(path: Path, backend: str) -> list[Row]:
     return [row for row in results(path) if row["backend"] == backend]
 
 
-def shortcomings(folder: Path, backend: str) -> list[str]:
-    """Why the rows do not show a backend's kernels correct; empty if they do."""
+def shortcomings(folder: Path, backend: str, settings: str | None = None) -> list[str]:
+    """Why the rows do not show a backend's kernels correct; empty if they do.
+
+    ``settings``: those that all rows must have (:class:`nsc_kernels.bench.trials.Trial`); without, all have the same.
+    """
     rows = {row["trial"]: row for row in of_backend(folder / CORRECTNESS, backend)}
-    launches = of_backend(folder / LAUNCHES, backend)
+    launched = {row["trial"]: row for row in of_backend(folder / LAUNCHES, backend)}
+    every = [*rows.values(), *launched.values()]
     source = verified_hardware.source(backend) or verified_hardware.checkout_source(backend)
     found = []
-    if any(row["dry_run"] or row["source"] != source for row in [*rows.values(), *launches]):
+    if any(row["dry_run"] or row["source"] != source for row in every):
         found.append("rows of a dry run or of another source")
-    missing = trials([backend], dry_run=False).keys() - rows.keys()
+    if len({row.get("settings") for row in every} | ({settings} if settings else set())) > 1:
+        found.append("rows of several GPUs, or of other versions of torch or Triton")
+    missing = check.trials([backend], dry_run=False).keys() - rows.keys()
+    missing |= launches.trials([backend], dry_run=False).keys() - launched.keys()
     if missing:
         found.append(f"{len(missing)} trials are missing, as {min(missing)}")
     failed = [row for row in rows.values() if row.get("passed") is not True and not excused(row)]
@@ -48,7 +55,7 @@ def shortcomings(folder: Path, backend: str) -> list[str]:
         found.append("no trial passed")
     if len({row["arch"] for row in rows.values() if "arch" in row}) > 1:
         found.append("rows of several architectures")
-    counted = {row.get("launches", "not counted") for row in launches}
+    counted = {row.get("launches", "not counted") for row in launched.values()}
     if counted != {1}:
         found.append(f"launches per call: {sorted(map(str, counted)) or 'not counted'}")
     return found
@@ -70,7 +77,7 @@ def excused(row: Row) -> bool:
 def entry(folder: Path, backend: str) -> Row:
     """The ledger's entry for a backend whose rows have no shortcomings."""
     rows = of_backend(folder / CORRECTNESS, backend)
-    facts = next(row for row in read_rows(folder / ENVIRONMENT) if row["what"] == "environment")
+    facts = [row for row in read_rows(folder / ENVIRONMENT) if row["what"] == "environment"][-1]
     seen = next(row for row in rows if "arch" in row)
     return {
         "backend": backend,

@@ -25,7 +25,7 @@ def test_the_command_prints_and_exits_by_it(
     command = [sys.executable, "-m", "bench.hardware.report", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command[2:])
     assert (report.main(), capsys.readouterr().out.splitlines()[-1]) == (1, "no trial of any backend is there")
-    write(tmp_path, "cuda", passing("cuda"))
+    write(tmp_path, passing("cuda"))
     right = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert right.returncode == 0, right.stdout + right.stderr
     assert "cuda: shown correct on sm_90" in right.stdout.splitlines()[-1]
@@ -39,7 +39,7 @@ def test_each_failure_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture
     rows[2] |= {"ended": "failed", "why": "y is wrong"}
     rows[5] |= {"ended": "died", "why": "code -11"}
     rows.remove(died)
-    write(tmp_path, "triton", rows)
+    write(tmp_path, rows)
     assert report.print_correctness(tmp_path) == ["triton"]
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert told == [f"FAILED {refused['trial']}: y is wrong", f"FAILED {died['trial']}: code -11"]

@@ -23,7 +23,7 @@ from verify_rows import Row, passing, write
 
 @pytest.mark.parametrize("backend", verified_hardware.BACKENDS)
 def test_everything_passed_earns_an_entry_without_a_gpu(tmp_path: Path, backend: str) -> None:
-    write(tmp_path, backend, passing(backend))
+    write(tmp_path, passing(backend))
     assert verdict.shortcomings(tmp_path, backend) == []
     earned = verdict.entry(tmp_path, backend)
     assert earned["source"] == verified_hardware.checkout_source(backend)
@@ -57,13 +57,14 @@ def died(rows: list[Row]) -> list[Row]:
         (change(4, source="another"), "of another source"),
         (change(4, dry_run=True), "of a dry run"),
         (change(4, arch="sm_100"), "several architectures"),
+        (change(4, settings="another GPU"), "several GPUs, or of other versions"),
         (drop, "1 trials are missing, as triton accuracy T=130"),
         (cut_off, "1 trials are missing, as triton beyond_int32"),
         (died, "1 trials did not pass.*code -11"),
     ],
 )
 def test_less_than_everything_does_not(tmp_path: Path, spoil: Any, says: str) -> None:
-    write(tmp_path, "triton", spoil(passing("triton")))
+    write(tmp_path, spoil(passing("triton")))
     assert any(re.search(says, line) for line in verdict.shortcomings(tmp_path, "triton"))
 
 
@@ -72,15 +73,23 @@ def test_what_a_machine_cannot_try_costs_nothing(tmp_path: Path, what: str) -> N
     rows = passing("triton")
     index = next(i for i, row in enumerate(rows) if row.get("what") == what)
     rows[index] |= {"passed": None, "why": "too little memory"}
-    write(tmp_path, "triton", rows)
+    write(tmp_path, rows)
     assert verdict.shortcomings(tmp_path, "triton") == []
     rows[index] |= {"passed": False}
-    write(tmp_path, "triton", rows)
+    write(tmp_path, rows)
     assert verdict.shortcomings(tmp_path, "triton")
 
 
+def test_a_launch_that_was_not_counted_is_missing(tmp_path: Path) -> None:
+    """The time was up within the last stage."""
+    write(tmp_path, passing("triton"))
+    first, *_ = (tmp_path / "launches.jsonl").read_text().splitlines()
+    (tmp_path / "launches.jsonl").write_text(first + "\n")
+    assert verdict.shortcomings(tmp_path, "triton")[0].startswith("13 trials are missing, as triton backward")
+
+
 def test_two_launches_are_one_too_many(tmp_path: Path) -> None:
-    write(tmp_path, "triton", passing("triton"))
+    write(tmp_path, passing("triton"))
     rows = [json.loads(line) | {"launches": 2} for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
     (tmp_path / "launches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "launches per call: ['2']" in verdict.shortcomings(tmp_path, "triton")
@@ -90,10 +99,10 @@ def test_a_case_larger_than_the_gpu_costs_nothing(tmp_path: Path) -> None:
     rows = passing("triton")
     index = next(i for i, row in enumerate(rows) if (row.get("case") or {}).get("T") == 16384)
     rows[index] |= {"passed": None, "why": "needs 1.8 GB of memory", "memory": 1_000_000_000}
-    write(tmp_path, "triton", rows)
+    write(tmp_path, rows)
     assert verdict.shortcomings(tmp_path, "triton") == []
     rows[index] |= {"memory": 80_000_000_000}
-    write(tmp_path, "triton", rows)
+    write(tmp_path, rows)
     assert "1 trials did not pass" in verdict.shortcomings(tmp_path, "triton")[0]
 
 
@@ -201,7 +210,7 @@ def test_a_backend_for_other_gpus_is_left_out(
     monkeypatch.setattr(command, "workers", lambda on: 1)
     stages = []
 
-    def run(args: Any, name: str, names: list[str], meet: Any) -> command.Outcome:
+    def run(args: Any, name: str, names: list[str], *others: Any) -> command.Outcome:
         stages.append((name, names))
         return command.Outcome(1, 0, 0)
 
@@ -227,11 +236,7 @@ def test_what_passes_is_entered_and_what_does_not_is_said(
     rows[wrong] |= {"passed": False, "why": "y: error 1, bound 0"}
     folder = tmp_path / "rows"
     folder.mkdir()
-    write(folder, "triton", rows)
-    launches = folder / "launches.jsonl"
-    both = [json.loads(launches.read_text()) | {"backend": name} for name in ("triton", "cuda")]
-    both[1]["source"] = verified_hardware.checkout_source("cuda")
-    launches.write_text("".join(json.dumps(row) + "\n" for row in both))
+    write(folder, rows, settings=command.settings(torch.device("cpu")))
     arguments = ["--out", str(folder), *(["--json"] if as_json else [])]
     assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 1
     said = capsys.readouterr().out
@@ -246,6 +251,23 @@ def test_what_passes_is_entered_and_what_does_not_is_said(
     assert verified_hardware.unproven("sm_90", "triton") is None
     assert [e["backend"] for e in json.loads(ledger.read_text())] == ["triton"]
     assert command.main(["--forget"]) == 0
+    assert not ledger.exists()
+
+
+def test_rows_of_another_version_of_triton_show_nothing(
+    ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that was given with --out, before an upgrade and after it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "left_out", lambda *args: {})
+    monkeypatch.setattr(command, "run", lambda *args: command.Outcome(1, 0, 0))
+    write(tmp_path, passing("triton"), settings=command.settings(torch.device("cpu")))
+    arguments = ["--backends", "triton", "--out", str(tmp_path)]
+    assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 0
+    ledger.unlink()
+    monkeypatch.setattr(verified_hardware, "triton_version", lambda: "9.9")
+    assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 1
+    assert "not shown correct: rows of several GPUs, or of other versions" in capsys.readouterr().out
     assert not ledger.exists()
 
 
