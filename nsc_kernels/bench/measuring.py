@@ -28,8 +28,8 @@ class Rows:
         self.count = 0
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the row as it is in the file."""
-        written = {**row, "source": source_of(row.get("backend"))}
+        """Returns the row as it is in the file: with the source in use here, unless it says of which it is."""
+        written = {**row, "source": row.get("source") or source_of(row.get("backend"))}
         self._file.write(json.dumps(written) + "\n")
         self._file.flush()
         self.count += 1

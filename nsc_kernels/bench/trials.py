@@ -9,7 +9,8 @@ A script names its trials in the order of their worth and says how one is run; :
   device no longer answers after a trial that failed: an illegal address stays with the process.
 * Ctrl-C ends it at once: what is under way is left to another run, as where the time is up (``stopped``).
 * Run again with the same file, it goes on: what has ended at the same source and settings is not repeated (``--again``
-  repeats what did not end well), and what was under way when everything stopped comes last.
+  repeats what did not end well), and what was under way when everything stopped comes last. What found no process, as
+  where another program has all of the GPU, has not been tried.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .environment import source_of
 from .measuring import Rows, arguments, device, read_rows
 from .workers import DIED, DONE, FAILED, HUNG, STOPPED, Meet, RunOne, Worker, serve
 
+NOT_STARTED = "its process did not start"
 GRACE = 10.0  # seconds that a trial under way still has when the time for all of them is up
 
 
@@ -148,7 +150,7 @@ class _Supervisor:
             if "started" in row:
                 cut_off.append(row["trial"])
             elif "ended" in row:
-                self.ends[row["trial"]] = row["ended"]
+                self.ends[row["trial"]] = STOPPED if row.get("why") == NOT_STARTED else row["ended"]
         repeated = (STOPPED, *((FAILED, HUNG, DIED) if args.again else ()))
         self.ends = {key: end for key, end in self.ends.items() if end not in repeated}
         self.waiting = [key for key in trials if key not in self.ends]
@@ -220,7 +222,7 @@ class _Supervisor:
                 worker = None
             worker = worker or self._started(group)
             if worker is None:
-                last = self._or_stopped({"ended": DIED, "why": "its process did not start"})
+                last = self._or_stopped({"ended": DIED, "why": NOT_STARTED})
                 self._ended(key, last, 0.0, [])
             elif not self._attempt(worker, key):
                 worker.close()

@@ -36,8 +36,8 @@ def serve(payload_of: Callable[[str], Any], dry_run: bool, run_one: RunOne, meet
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     on = meet(dry_run)
-    answers.write("ready\n")
-    with own_stream(on):
+    with own_stream(on):  # the first to need the device
+        answers.write("ready\n")
         for line in sys.stdin:
             last: dict[str, Any] = {"ended": DONE}
             try:
@@ -47,7 +47,10 @@ def serve(payload_of: Callable[[str], Any], dry_run: bool, run_one: RunOne, meet
                         last = {"ended": FAILED, "why": row.get("why")}
             except Exception as error:
                 last = {"ended": FAILED, "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            answers.write(LAST + json.dumps(last | {"healthy": _cleaned(on)}) + "\n")
+            healthy = _cleaned(on)
+            if not healthy and last["ended"] == DONE:
+                last = {"ended": FAILED, "why": "the device does not answer after it"}
+            answers.write(LAST + json.dumps(last | {"healthy": healthy}) + "\n")
     os._exit(0)
 
 

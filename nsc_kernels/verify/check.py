@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, verified_hardware
 from ..bench.trials import Trial
 from ..contract import BackwardCall, Call, ForwardCall
 from . import criterion
@@ -154,7 +154,9 @@ def attempt(payload: Payload, on: torch.device) -> dict[str, Any]:
     """One trial as a row: ``passed``, and why not; None where it could not be tried."""
     name, what, case = payload
     backend: Any = dispatch.load(name)[0]
-    row: dict[str, Any] = {"backend": name, "what": what, "case": None if case is None else case._asdict()}
+    # The source is this process's: files may have been edited since others began.
+    row: dict[str, Any] = {"backend": name, "source": verified_hardware.source(name)}
+    row |= {"what": what, "case": None if case is None else case._asdict()}
     if on.type == "cuda":
         found = torch.cuda.get_device_properties(on)
         row |= {"device": found.name, "arch": f"sm_{10 * found.major + found.minor}", "memory": found.total_memory}

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import nsc_kernels as nk
 
+from .. import verified_hardware
 from ..bench.measuring import synchronize
 from ..bench.problem import Problem
 from ..bench.shapes import Shape
@@ -53,7 +54,8 @@ def run_one(what: What, on: torch.device) -> Iterator[dict[str, Any]]:
     with nk.use_backend(what.backend):
         outputs = data.fused()
         kernels = launched(data.fused if what.direction == "forward" else lambda: data.backward(outputs), on)
-    yield {"direction": what.direction, **what.shape._asdict(), "launches": len(kernels), "kernels": kernels}
+    facts = {"source": verified_hardware.source(what.backend), "direction": what.direction, **what.shape._asdict()}
+    yield facts | {"launches": len(kernels), "kernels": kernels}
 
 
 def trials(names: Sequence[str], dry_run: bool) -> dict[str, Trial]:

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportE
 
 SCRIPT = """
 import os, signal, sys, time
+from nsc_kernels.bench import workers
+from nsc_kernels.bench.measuring import device
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 from nsc_kernels.printing import exit_status
 
@@ -30,9 +32,16 @@ def run_one(what, on):
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "raise":
         raise ValueError("no")
+    if what == "break":
+        workers._cleaned = lambda on: False
     if what == "slow":
         time.sleep(3)
     yield {"whole": what, "passed": what != "wrong", "process": os.getpid()}
+
+def meet(dry_run):
+    if "NO_START" in os.environ:
+        sys.exit(1)
+    return device(dry_run)
 
 def main():
     parser = trial_arguments(None)
@@ -40,7 +49,7 @@ def main():
     args = parser.parse_args()
     trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
               for i, n in enumerate(args.names.split(","))}
-    print(supervise(args, trials, run_one))
+    print(supervise(args, trials, run_one, meet))
     return 0
 
 sys.exit(exit_status(main))
@@ -104,6 +113,23 @@ def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> N
     process = {row["whole"]: row["process"] for row in rows if "whole" in row}
     assert process["c"] == process["wrong"] == process["d"]
     assert len({process["a"], process["b"], process["c"]}) == 3
+
+
+def test_a_device_that_a_trial_leaves_broken_is_that_trials_failure(harness: Harness) -> None:
+    """What a kernel does to its device may show only after its results were right."""
+    assert harness.run("a", "break", "b") == "2 trials done, 1 failed, 0 left"
+    assert harness.ends() == {"0 a": "done", "1 break": "failed", "2 b": "done"}
+    process = {row["whole"]: row["process"] for row in harness.rows() if "whole" in row}
+    assert process["a"] == process["break"] != process["b"]
+
+
+def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another program had all of the GPU."""
+    monkeypatch.setenv("NO_START", "1")
+    assert harness.run("a", "b") == "0 trials done, 2 failed, 0 left"
+    assert {row["why"] for row in harness.rows() if "ended" in row} == {"its process did not start"}
+    monkeypatch.delenv("NO_START")
+    assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
 
 
 def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness) -> None:

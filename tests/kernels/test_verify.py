@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nsc_kernels import dispatch, verified_hardware
+from nsc_kernels.bench.measuring import Rows
 from nsc_kernels.contract import Call
 from nsc_kernels.verify import __main__ as command
 from nsc_kernels.verify import verdict
@@ -66,6 +67,16 @@ def died(rows: list[Row]) -> list[Row]:
 def test_less_than_everything_does_not(tmp_path: Path, spoil: Any, says: str) -> None:
     write(tmp_path, spoil(passing("triton")))
     assert any(re.search(says, line) for line in verdict.shortcomings(tmp_path, "triton"))
+
+
+def test_a_row_is_of_the_source_that_its_process_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are edited while trials run: later processes run other kernels than the first one knows of."""
+    monkeypatch.setattr(verified_hardware, "triton_source", lambda: "edited")
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)  # for all tests to come
+    payload = command.check.Payload("triton", "accuracy", command.check.SMALLEST)
+    row = command.check.attempt(payload, torch.device("cpu"))
+    monkeypatch.undo()
+    assert Rows(tmp_path / "rows.jsonl").write(row)["source"] == "edited"
 
 
 @pytest.mark.parametrize("what", ["beyond_int32", "external_streams"])
