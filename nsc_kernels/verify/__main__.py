@@ -3,7 +3,7 @@
     python -m nsc_kernels.verify                     some minutes; most of them Triton compiles
     python -m nsc_kernels.verify --backends triton   one backend
     python -m nsc_kernels.verify --out rows          where the rows go; run again it goes on where it stopped
-    python -m nsc_kernels.verify --forget            nothing counts any more that was shown on this machine
+    python -m nsc_kernels.verify --forget            nothing counts any more that was shown, nor the rows of it
 
 Some hundred trials for each backend, in processes of their own: every kind of shape against float64, the same bits in
 every way of calling, one launch in each direction. CUDA_VISIBLE_DEVICES says on which GPU. What passes is entered in a
@@ -18,6 +18,8 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, default=3600, help="start no new trial after this long")
     found.add_argument("--again", action="store_true", help="repeat trials that failed, hung or died before")
     found.add_argument("--stage", choices=STAGES, help="only these trials, and no verdict")
-    found.add_argument("--forget", action="store_true", help="delete the ledger of what was shown on this machine")
+    found.add_argument("--forget", action="store_true", help="delete the ledger of what was shown, and its rows")
     found.add_argument("--json", action="store_true", help="print one JSON object")
     # Two small problems in Triton's interpreter, which has to be taught bfloat16 first (bench/hardware/check.py).
     found.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
@@ -113,6 +115,34 @@ def left_out(backends: Sequence[str], meet: Meet, dry_run: bool) -> dict[str, st
     return found
 
 
+def rows(ledger: Path) -> Path:
+    """Where rows go without ``--out``: a folder for each GPU and versions."""
+    return ledger.parent / "verify"
+
+
+def forget(ledger: Path) -> str:
+    """With rows left beside it, the next run would enter at once what they show."""
+    ledger.unlink(missing_ok=True)
+    for name in (verdict.CORRECTNESS, verdict.LAUNCHES):
+        for path in rows(ledger).glob(f"*/{name}"):
+            path.unlink()
+    return f"{ledger} is not there any more"
+
+
+def unwritable(ledger: Path) -> str | None:
+    """Why nothing could be entered in a ledger; asked before anything is tried."""
+    try:
+        if str(ledger).startswith("~"):
+            raise OSError("there is no home folder")
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(), tempfile.TemporaryFile(dir=ledger.parent):
+            warnings.simplefilter("error")
+            verified_hardware.read(ledger)
+    except (OSError, RuntimeWarning) as error:
+        return f"nothing can be entered in {ledger}: {error}. NSC_VERIFIED names another file"
+    return None
+
+
 def settings(on: torch.device) -> str:
     """What rows depend on besides the kernels' source: those of another GPU or other versions show nothing here."""
     name = torch.cuda.get_device_name(on) if on.type == "cuda" else on.type
@@ -137,17 +167,20 @@ def said(found: dict[str, dict[str, Any]], folder: Path, ledger: Path) -> str:
             lines.append(f"{backend}: shown correct on {earned['device']} ({earned['arch']}), {earned['cases']} trials")
         else:
             lines.append(f"{backend}: not shown correct: {'; '.join(one['why'])}")
-    if any(one["shown_correct"] for one in found.values()):
+    shown = [one["shown_correct"] for one in found.values()]
+    if any(shown):
         lines.append(f"entered in {ledger}")
+    if not all(shown):
+        lines.append("run again, it tries what is missing; --again also what did not pass, another --out everything")
     return "\n".join([*lines, f"rows: {folder}"])
 
 
 def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
-    args = parser().parse_args(argv)
+    command = parser()
+    args = command.parse_args(argv)
     ledger = verified_hardware.own_ledger()
     if args.forget:
-        ledger.unlink(missing_ok=True)
-        print(f"{ledger} is not there any more")
+        print(forget(ledger))
         return 0
     reasons = left_out(args.backends, meet, args.dry_run)
     names = [name for name in args.backends if name not in reasons]
@@ -155,10 +188,15 @@ def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
         for name, why in reasons.items():
             print(f"{name}: left out: {why}", file=sys.stderr)
     if not names:
+        if args.json:
+            print(json.dumps({"backends": {}, "left_out": reasons}))
         return 2
+    enters = not (args.worker or args.stage or args.dry_run)
+    if enters and (fault := unwritable(ledger)):
+        command.error(fault)
     if args.out is None:
         versions = f"torch-{torch.__version__}-triton-{verified_hardware.triton_version()}"
-        args.out = ledger.parent / "verify" / f"{slug()}-{versions}"
+        args.out = rows(ledger) / f"{slug()}-{versions}"
     if args.worker:
         run(args, args.stage, names, meet)
     on = meet(args.dry_run)
@@ -167,11 +205,12 @@ def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
     here = settings(on)
     outcomes = [run(args, name, names, meet, here) for name in ([args.stage] if args.stage else STAGES)]
     code = max((outcome.code for outcome in outcomes), key=(0, 3, 1).index)
-    if args.stage or args.dry_run:
+    if not enters:
         print("\n".join(f"{', '.join(names)}: {outcome}" for outcome in outcomes))
         return code
     found = {backend: entered(args.out, backend, ledger, here) for backend in names}
-    print(json.dumps({"backends": found, "rows": str(args.out)}) if args.json else said(found, args.out, ledger))
+    as_json = {"backends": found, "left_out": reasons, "rows": str(args.out)}
+    print(json.dumps(as_json) if args.json else said(found, args.out, ledger))
     shown = all(one["shown_correct"] for one in found.values())
     return 0 if shown else code or 1
 

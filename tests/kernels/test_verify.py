@@ -212,7 +212,7 @@ def test_without_a_gpu_there_is_nothing_to_verify(capsys: pytest.CaptureFixture[
 
 
 def test_a_backend_for_other_gpus_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ledger: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It fails nothing: kernels for Hopper beside an A100."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -231,6 +231,7 @@ def test_a_backend_for_other_gpus_is_left_out(
     said = capsys.readouterr()
     assert said.err == "cuda: left out: needs 9.0, this is 8.0\n"
     assert said.out.startswith("triton: not shown correct: ")
+    assert "--again" in said.out
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -261,8 +262,41 @@ def test_what_passes_is_entered_and_what_does_not_is_said(
         assert str(ledger) in said
     assert verified_hardware.unproven("sm_90", "triton") is None
     assert [e["backend"] for e in json.loads(ledger.read_text())] == ["triton"]
+    folder.rename(ledger.parent / "verify")
+    others = [ledger.parent / "verify" / name for name in ("a-gpu", "of-somebody")]
+    for other, name in zip(others, ("correctness.jsonl", "other.jsonl"), strict=True):
+        other.mkdir()
+        (other / name).write_text("")
     assert command.main(["--forget"]) == 0
     assert not ledger.exists()
+    assert [[path.name for path in other.iterdir()] for other in others] == [[], ["other.jsonl"]]
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("file/verified.json", "Not a directory|File exists"),
+        ("folder", "Is a directory"),
+        ("another.json", "expected a list of entries"),
+        ("~", "no home folder"),
+    ],
+)
+def test_a_ledger_that_cannot_be_written_is_told_before_anything_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str, says: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "another.json").write_text('{"mine": 1}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NSC_VERIFIED", where if where == "~" else str(tmp_path / where))
+    monkeypatch.setattr(command, "left_out", lambda *args: {})
+    with pytest.raises(SystemExit, match="2"):
+        command.main([], meet=lambda dry_run: torch.device("cpu"))
+    told = capsys.readouterr().err
+    assert re.search(says, told)
+    assert "NSC_VERIFIED names another file" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "another.json"}
+    assert (tmp_path / "another.json").read_text() == '{"mine": 1}'
 
 
 def test_rows_of_another_version_of_triton_show_nothing(
