@@ -16,6 +16,7 @@ A script names its trials in the order of their worth and says how one is run; :
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from nsc_kernels import verified_hardware
 
 from .environment import source_of
 from .measuring import Rows, arguments, device, read_rows
-from .workers import DIED, DONE, FAILED, HUNG, STOPPED, Meet, RunOne, Worker, serve
+from .workers import DIED, DONE, FAILED, HUNG, OF_TRIALS, STOPPED, Meet, RunOne, Worker, serve
 
 NOT_STARTED = "its process did not start"
 GRACE = 10.0  # seconds that a trial under way still has when the time for all of them is up
@@ -133,6 +134,9 @@ def supervise(
     """
     if args.worker:
         serve(lambda key: trials[key].payload, args.dry_run, run_one, meet)
+    if OF_TRIALS in os.environ:
+        # Of a notebook, or of -c: its code called the script with arguments of its own, and would without end.
+        raise RuntimeError("trials start the command line again that began them: run this as a command, with python -m")
     return _Supervisor(args, trials, said, more).run()
 
 

@@ -20,6 +20,7 @@ from .measuring import own_stream
 
 START_LIMIT = 180.0  # seconds for a worker to import everything and meet its device
 DONE, FAILED, HUNG, DIED, STOPPED = "done", "failed", "hung", "died", "stopped"
+OF_TRIALS = "NSC_PROCESS_OF_TRIALS"  # in the environment of what a worker was started as
 LAST = "\x1e"  # begins the line that ends a trial
 
 # What one trial yields, on a device and on a stream of the worker's own. An exception ends the trial as failed, and so
@@ -77,7 +78,10 @@ class Worker:
         # As this process was started, with -m or by a file: only so do a module's relative imports work again.
         command = [sys.executable, *sys.orig_argv[1:], *more, "--worker"]
         # In a session of its own: Ctrl-C on a terminal is for this process, which says what becomes of the trial.
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+        environment = os.environ | {OF_TRIALS: "1"}
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+        )
         self.answers: IO[str] = self.process.stdout  # type: ignore[assignment]
 
     def started(self) -> bool:

@@ -123,6 +123,15 @@ def test_a_device_that_a_trial_leaves_broken_is_that_trials_failure(harness: Har
     assert process["a"] == process["break"] != process["b"]
 
 
+def test_a_process_that_starts_itself_again_ends(harness: Harness) -> None:
+    """Called with arguments from a notebook, or as here by -c: what is started again is no worker, but the whole."""
+    code = f"import sys; sys.argv = {['script.py', 'a,b', '--dry-run', '--out', str(harness.out)]!r}\n"
+    command, environment = [sys.executable, "-c", code + SCRIPT], os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0 trials done, 2 failed, 0 left"
+    assert "as a command" in done.stderr
+
+
 def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where another program had all of the GPU."""
     monkeypatch.setenv("NO_START", "1")
