@@ -36,7 +36,7 @@ from . import ceilings, environment, report, tables
 from .measuring import device, read_rows, slug, synchronize
 from .problem import DTYPES
 from .registry import LINEAR, OPERATOR, chosen, load, registered
-from .rounds import EAGER, GRAPH, WARM, Cell, run_cell
+from .rounds import EAGER, GRAPH, WARM, Cell, run_cell, served_by
 from .shapes import grid
 from .timing import keep_freed_memory
 from .trials import Trial, supervise
@@ -184,16 +184,18 @@ def trials(arguments: argparse.Namespace) -> dict[str, Trial]:
                 clocks = a.out.with_suffix(".clocks.jsonl") if group == "gpu" else None
                 key = f"{a.of} {shape} {dtype}" + (f" {threads} threads" if threads else "")
                 key += f" {','.join(names)} {','.join('-'.join(how) for how in cell.hows)}"
-                found[key] = Trial(group, cell._replace(clocks=clocks), TRIAL_LIMIT, settings(a))
+                found[key] = Trial(group, cell._replace(clocks=clocks), TRIAL_LIMIT, settings(a, cell))
     return found
 
 
-def settings(arguments: argparse.Namespace) -> str:
-    """What a shape's rows depend on besides its name: how it is sampled, and the contenders that were given."""
+def settings(arguments: argparse.Namespace, cell: Cell) -> str:
+    """What a shape's rows depend on besides its name: how it is sampled, which backend serves it, contenders given."""
     a = arguments
     text = f"{a.samples} samples of {a.sample_ms:g} ms{', quick' * a.quick}"
     if dispatch.chosen() != dispatch.AUTO:
         text += f", NSC_BACKEND={dispatch.chosen()}"
+    else:  # by what is built, and shown correct, by now
+        text += f", served by {served_by(torch.device(a.device), DTYPES[cell.dtype], cell.shape)}"
     for given in a.contender:
         where = given.partition(":")[0]
         source = Path(where if where.endswith(".py") else str(sys.modules[where].__file__))

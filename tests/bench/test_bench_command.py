@@ -19,6 +19,7 @@ from nsc_kernels.bench import ceilings, compare, measure, registry, report, tabl
 from nsc_kernels.bench.costs import Ceilings, roofline
 from nsc_kernels.bench.measuring import read_rows
 from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
+from nsc_kernels.bench.trials import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--shapes", "40x24", "--adapters", "2x4", "--samples", "3", "--sample-ms", "0.5"]
@@ -125,6 +126,20 @@ def test_the_backend_that_is_asked_for_is_the_one_that_is_timed(tmp_path, monkey
     assert ("fused is the reference here" in done.stdout) != compiled
     served = [row["served_by"] for row in read_rows(tmp_path / "r.jsonl") if "served_by" in row]
     assert served == ["reference", "cpu" if compiled else "reference"]
+
+
+def test_figures_of_a_backend_that_is_passed_over_no_longer_are_not_gone_on_with(tmp_path, monkeypatch):
+    """As those from before python -m nsc_kernels.verify, or from before a build."""
+    measured = []
+    monkeypatch.setattr(measure, "supervise", lambda args, trials, *others: measured.append(trials) or Outcome(1, 0, 0))
+    for name in ("reference", "triton", "triton"):
+        monkeypatch.setattr(measure, "served_by", lambda on, dtype, shape, name=name: name)
+        assert command.main(["operator", *SMALL, "--tokens", "5", "--out", str(tmp_path / "r.jsonl")]) == 0
+    (before, *_), (after, *_), (again, *_) = ([t for t in trials.values() if t.payload] for trials in measured)
+    row = {"source": before.source, "settings": before.settings}
+    assert before.wrote(row)
+    assert not after.wrote(row)
+    assert after == again
 
 
 def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
