@@ -225,6 +225,10 @@ class _Supervisor:
                 worker.close()
                 worker = None
             worker = worker or self._started(group)
+            if worker is None and self._has_another(group):
+                with self.lock:
+                    self.waiting.insert(0, key)
+                return
             if worker is None:
                 last = self._or_stopped({"ended": DIED, "why": NOT_STARTED})
                 self._ended(key, last, 0.0, [])
@@ -233,6 +237,11 @@ class _Supervisor:
                 worker = None
         if worker is not None:
             worker.close()
+
+    def _has_another(self, group: str) -> bool:
+        """Whether the group has another process: one more may be too many, as on a GPU that serves only one."""
+        with self.lock:
+            return any(w.group == group and w.process.poll() is None for w in self.workers)
 
     def _started(self, group: str) -> Worker | None:
         with self.lock:

@@ -41,6 +41,9 @@ def run_one(what, on):
 def meet(dry_run):
     if "NO_START" in os.environ:
         sys.exit(1)
+    if "ALONE" in os.environ:
+        global alone
+        alone = open(os.environ["ALONE"], "x")
     return device(dry_run)
 
 def main():
@@ -139,6 +142,12 @@ def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkey
     assert {row["why"] for row in harness.rows() if "ended" in row} == {"its process did not start"}
     monkeypatch.delenv("NO_START")
     assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
+
+
+def test_a_process_too_many_costs_no_trial(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that serves one process at a time."""
+    monkeypatch.setenv("ALONE", str(harness.out.with_name("taken")))
+    assert harness.run("slow", "a", "b", "c", flags=("--workers", "2")).startswith("4 trials done, 0 failed")
 
 
 def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness) -> None:
