@@ -227,8 +227,10 @@ class _Supervisor:
             worker = worker or self._started(group)
             if worker is None and self._has_another(group):
                 with self.lock:
-                    self.waiting.insert(0, key)
+                    self.waiting[:0] = [key] if self.stopped_by is None else []
                 return
+            # The other may have ended while this one was told that there is no place for it.
+            worker = worker or self._started(group)
             if worker is None:
                 last = self._or_stopped({"ended": DIED, "why": NOT_STARTED})
                 self._ended(key, last, 0.0, [])

@@ -205,6 +205,7 @@ def test_a_reader_that_has_left_ends_it_quietly(tmp_path, words):
 
 def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "served_by", lambda *layer: "triton")
     options = ["--shapes", "vit-b", "--cache", "cold,warm", "--out", str(tmp_path / "r.jsonl")]
     arguments = measure.completed(measure.parser_of("linear").parse_args(options))
     found = measure.trials(arguments)

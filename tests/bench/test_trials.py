@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
 SCRIPT = """
-import os, signal, sys, time
+import fcntl, os, signal, sys, time
 from nsc_kernels.bench import workers
 from nsc_kernels.bench.measuring import device
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
@@ -43,7 +43,8 @@ def meet(dry_run):
         sys.exit(1)
     if "ALONE" in os.environ:
         global alone
-        alone = open(os.environ["ALONE"], "x")
+        alone = open(os.environ["ALONE"], "w")
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
     return device(dry_run)
 
 def main():
@@ -171,15 +172,13 @@ def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: in
     process = harness.start(*names, flags=("--workers", str(workers)))
     while not (harness.out.is_file() and '"1 slow"' in harness.out.read_text()):
         time.sleep(0.05)
-    begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to this process and whatever it has started
     assert process.wait(timeout=30) == 130
-    assert time.monotonic() - begin < 2.5, "a trial under way was waited for"
     harness.errors.seek(0)
     assert [line for line in harness.errors if not line.startswith("noise")] == ["interrupted\n"]
     ends = harness.ends()
     assert set(ends.values()) <= {"done", "stopped"}
-    assert ends["1 slow"] == "stopped"
+    assert ends["1 slow"] == "stopped", "a trial under way was waited for"
     assert len(ends) <= 2 * workers
     assert harness.run(*names) == "7 trials done, 0 failed, 0 left"
 
