@@ -225,10 +225,8 @@ class _Supervisor:
                 worker.close()
                 worker = None
             worker = worker or self._started(group)
-            if worker is None and self._has_another(group):
-                with self.lock:
-                    self.waiting[:0] = [key] if self.stopped_by is None else []
-                return
+            if worker is None and self._given_back(key, group):
+                continue
             # The other may have ended while this one was told that there is no place for it.
             worker = worker or self._started(group)
             if worker is None:
@@ -240,10 +238,21 @@ class _Supervisor:
         if worker is not None:
             worker.close()
 
-    def _has_another(self, group: str) -> bool:
-        """Whether the group has another process: one more may be too many, as on a GPU that serves only one."""
+    def _given_back(self, key: str, group: str) -> bool:
+        """Whether the group has another process, to which the trial is left then; returns when that has ended.
+
+        One more may be too many, as on a GPU that serves only one.
+        """
         with self.lock:
-            return any(w.group == group and w.process.poll() is None for w in self.workers)
+            if self.stopped_by is not None or not self._has_another(group):
+                return False
+            self.waiting.insert(0, key)
+        while self._has_another(group):
+            time.sleep(0.1)
+        return True
+
+    def _has_another(self, group: str) -> bool:
+        return any(w.group == group and w.process.poll() is None for w in [*self.workers])
 
     def _started(self, group: str) -> Worker | None:
         with self.lock:
@@ -254,7 +263,8 @@ class _Supervisor:
         if worker.started():
             return worker
         worker.close()
-        self.failed_starts[group] = self.failed_starts.get(group, 0) + 1
+        if not self._has_another(group):
+            self.failed_starts[group] = self.failed_starts.get(group, 0) + 1
         return None
 
     def _attempt(self, worker: Worker, key: str) -> bool:
