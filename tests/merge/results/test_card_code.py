@@ -16,6 +16,7 @@ import transformers as tf
 import zoo
 
 import nsc_merge
+from nsc_merge.results.beside.next_commands import next_commands
 
 LABELS = ["tabby", "siamese", "manx", "persian"]
 
@@ -97,6 +98,31 @@ def test_every_block_generates_as_the_merged_model(kind, template, tmp_path):
         wanted = merged.generate(**made["inputs"], max_new_tokens=32)
         assert torch.equal(made["tokens"], wanted)
         assert wanted.shape[1] > made["inputs"]["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "chats"),
+    [
+        (None, False),
+        ("{{ messages[0].content }}", True),
+        ([{"name": "rag", "template": "{{ messages[0].content }}"}], False),
+        ([{"name": "rag", "template": ""}, {"name": "default", "template": "{{ messages[0].content }}"}], True),
+    ],
+    ids=["null", "text", "no default", "default"],
+)
+def test_a_template_in_the_tokenizers_configuration_counts_where_one_is_taken_by_itself(given, chats, tmp_path):
+    """For the card and for the command that is printed after a merge."""
+    model, adapters = made_by("llama", tmp_path)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": given}))
+    result = nsc_merge.merge(model, adapters, method="task_arithmetic")
+    out = result.save(tmp_path / "out", "model")
+    (block,) = blocks(out)
+    assert ("apply_chat_template" in block) == chats
+    run(block, out)
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    assert ("Hello!" in next_commands(result, out, files, pushed=True)[0]) == chats
 
 
 @pytest.mark.parametrize("format", ["lora", "model"])

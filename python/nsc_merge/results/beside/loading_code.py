@@ -12,6 +12,7 @@ from torch import nn
 
 from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import own_class
+from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 
 
@@ -52,6 +53,21 @@ def use_of(kind: str) -> Use | None:
         if any(kind == name or (isinstance(name, tuple | list) and kind in name) for name in listed):
             return use
     return None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a template that is taken where none is named; it has a configuration."""
+    if any((folder / f"chat_template.{ending}").is_file() for ending in ("jinja", "json")):
+        return True
+    file = folder / "tokenizer_config.json"
+    try:
+        settings = from_json(file.read_bytes(), file.name, not_finite=True)
+    except ValueError:  # which no tokenizer is read from either
+        return False
+    found = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(found, list):
+        return any(isinstance(one, dict) and one.get("name") == "default" for one in found)
+    return bool(found)
 
 
 @dataclass(frozen=True)
@@ -183,11 +199,6 @@ class Saved:
     def _has_images(self) -> bool:
         return any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
 
-    def _has_template(self) -> bool:
-        if any((self.folder / f"chat_template.{ending}").is_file() for ending in ("jinja", "json")):
-            return True
-        return '"chat_template"' in (self.folder / "tokenizer_config.json").read_text(encoding="utf-8")
-
     def _pipeline(self, tag: str, auto: str, argument: str, example: str, *, made: bool) -> list[str]:
         called = [f"print(classify({example}))"]
         if not made:
@@ -201,7 +212,7 @@ class Saved:
 
     def _generating(self) -> list[str]:
         told = 'tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)'
-        if self._has_template():
+        if has_chat_template(self.folder):
             told = (
                 'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "Hello!"}],\n'
                 '    add_generation_prompt=True, return_dict=True, return_tensors="pt",\n)'
@@ -210,7 +221,7 @@ class Saved:
 
     def _describing(self) -> list[str]:
         imports = ["from transformers import AutoProcessor"]
-        if self._has_template():
+        if has_chat_template(self.folder):
             told = (
                 'processor.apply_chat_template(\n    [{"role": "user", "content": [\n'
                 '        {"type": "image", "path": "picture.png"},\n'

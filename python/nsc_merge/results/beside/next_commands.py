@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.results.beside.loading_code import quoted, use_of
+from nsc_merge.results.beside.loading_code import has_chat_template, quoted, use_of
 from nsc_merge.results.dora_adapter import has_gains
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
@@ -50,7 +50,7 @@ def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, push
         # An adapter goes onto the base as it is: a head of its own needs more than a pipeline, and so does DoRA.
         if format == "lora" and (use.tag != "text-generation" or has_gains(result)):
             continue
-        if use.tag == "text-generation" and f"{place}chat_template.jinja" in files:
+        if use.tag == "text-generation" and has_chat_template(out / place):
             told: str | list[dict[str, str]] = [{"role": "user", "content": "Hello!"}]
         else:
             told = example
