@@ -115,7 +115,7 @@ def left_out(backends: Sequence[str], meet: Meet, dry_run: bool) -> dict[str, st
     return found
 
 
-def rows(ledger: Path) -> Path:
+def beside(ledger: Path) -> Path:
     """Where rows go without ``--out``: a folder for each GPU and versions."""
     return ledger.parent / "verify"
 
@@ -124,7 +124,7 @@ def forget(ledger: Path) -> str:
     """With rows left beside it, the next run would enter at once what they show."""
     ledger.unlink(missing_ok=True)
     for name in (verdict.CORRECTNESS, verdict.LAUNCHES):
-        for path in rows(ledger).glob(f"*/{name}"):
+        for path in beside(ledger).glob(f"*/{name}"):
             path.unlink()
     return f"{ledger} is not there any more"
 
@@ -143,7 +143,7 @@ def unwritable(ledger: Path) -> str | None:
     return None
 
 
-def settings(on: torch.device) -> str:
+def gpu_and_versions(on: torch.device) -> str:
     """What rows depend on besides the kernels' source: those of another GPU or other versions show nothing here."""
     name = torch.cuda.get_device_name(on) if on.type == "cuda" else on.type
     return f"{name}, torch {torch.__version__}, triton {verified_hardware.triton_version()}"
@@ -196,13 +196,13 @@ def main(argv: Sequence[str] | None = None, meet: Meet = device) -> int:
         command.error(fault)
     if args.out is None:
         versions = f"torch-{torch.__version__}-triton-{verified_hardware.triton_version()}"
-        args.out = rows(ledger) / f"{slug()}-{versions}"
+        args.out = beside(ledger) / f"{slug()}-{versions}"
     if args.worker:
         run(args, args.stage, names, meet)
     on = meet(args.dry_run)
     args.workers = args.workers or workers(on)
     Rows(args.out / verdict.ENVIRONMENT, keep=True).write(environment.facts(on) | {"dry_run": args.dry_run})
-    here = settings(on)
+    here = gpu_and_versions(on)
     outcomes = [run(args, name, names, meet, here) for name in ([args.stage] if args.stage else STAGES)]
     code = max((outcome.code for outcome in outcomes), key=(0, 3, 1).index)
     if not enters:

@@ -46,7 +46,13 @@ def launched(run: Callable[[], Any], on: torch.device) -> list[str]:
     with profile(activities=activities) as found:
         run()
         synchronize(on)
-    return [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if on.type == "cuda" and not kernels:
+        raise RuntimeError(
+            "the profiler saw nothing on this GPU: CUPTI may not be allowed here (a container without the right to it, "
+            "another profiler attached); run on a machine where torch.profiler lists kernels"
+        )
+    return kernels
 
 
 def run_one(what: What, on: torch.device) -> Iterator[dict[str, Any]]:

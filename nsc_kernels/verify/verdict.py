@@ -55,9 +55,13 @@ def shortcomings(folder: Path, backend: str, settings: str | None = None) -> lis
         found.append("no trial passed")
     if len({row["arch"] for row in rows.values() if "arch" in row}) > 1:
         found.append("rows of several architectures")
-    counted = {row.get("launches", "not counted") for row in launched.values()}
-    if counted != {1}:
-        found.append(f"launches per call: {sorted(map(str, counted)) or 'not counted'}")
+    uncounted = [row for row in launched.values() if "launches" not in row]
+    if uncounted:
+        first = uncounted[0]
+        found.append(f"{len(uncounted)} launches could not be counted, the first: {first['trial']}: {first.get('why')}")
+    counted = {row["launches"] for row in launched.values() if "launches" in row}
+    if counted - {1}:
+        found.append(f"launches per call: {sorted(counted)}")
     return found
 
 

@@ -18,7 +18,7 @@ from nsc_kernels import dispatch, verified_hardware
 from nsc_kernels.bench.measuring import Rows
 from nsc_kernels.contract import Call
 from nsc_kernels.verify import __main__ as command
-from nsc_kernels.verify import verdict
+from nsc_kernels.verify import launches, verdict
 from verify_rows import Row, passing, write
 
 
@@ -103,7 +103,24 @@ def test_two_launches_are_one_too_many(tmp_path: Path) -> None:
     write(tmp_path, passing("triton"))
     rows = [json.loads(line) | {"launches": 2} for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
     (tmp_path / "launches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "launches per call: ['2']" in verdict.shortcomings(tmp_path, "triton")
+    assert "launches per call: [2]" in verdict.shortcomings(tmp_path, "triton")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_launches_that_could_not_be_counted_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the profiler may not look, as in some containers: the kernels are not at fault."""
+    monkeypatch.setattr(launches, "synchronize", lambda on: None)
+    with pytest.raises(RuntimeError, match="the profiler saw nothing on this GPU"):
+        launches.launched(lambda: torch.ones(2), torch.device("cuda"))
+    write(tmp_path, passing("triton"))
+    rows = [json.loads(line) for line in (tmp_path / "launches.jsonl").read_text().splitlines()]
+    uncounted = [row | {"ended": "failed", "why": "the profiler saw nothing"} for row in rows]
+    for row in uncounted:
+        del row["launches"]
+    (tmp_path / "launches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uncounted))
+    assert verdict.shortcomings(tmp_path, "triton") == [
+        "14 launches could not be counted, the first: triton forward ViT-B T=6304 R=320: the profiler saw nothing"
+    ]
 
 
 def test_a_case_larger_than_the_gpu_costs_nothing(tmp_path: Path) -> None:
@@ -248,7 +265,7 @@ def test_what_passes_is_entered_and_what_does_not_is_said(
     rows[wrong] |= {"passed": False, "why": "y: error 1, bound 0"}
     folder = tmp_path / "rows"
     folder.mkdir()
-    write(folder, rows, settings=command.settings(torch.device("cpu")))
+    write(folder, rows, settings=command.gpu_and_versions(torch.device("cpu")))
     arguments = ["--out", str(folder), *(["--json"] if as_json else [])]
     assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 1
     said = capsys.readouterr().out
@@ -306,7 +323,7 @@ def test_rows_of_another_version_of_triton_show_nothing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "left_out", lambda *args: {})
     monkeypatch.setattr(command, "run", lambda *args: command.Outcome(1, 0, 0))
-    write(tmp_path, passing("triton"), settings=command.settings(torch.device("cpu")))
+    write(tmp_path, passing("triton"), settings=command.gpu_and_versions(torch.device("cpu")))
     arguments = ["--backends", "triton", "--out", str(tmp_path)]
     assert command.main(arguments, meet=lambda dry_run: torch.device("cpu")) == 0
     ledger.unlink()
