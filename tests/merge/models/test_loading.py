@@ -116,6 +116,23 @@ def test_a_kernel_that_a_configuration_names_is_not_fetched(folder, fields):
     load(folder)
 
 
+@pytest.mark.parametrize("given", [{"quant_method": "modelopt", "quant_algo": "FP8"}, {"group_size": 64, "bits": 4}, 8])
+def test_files_quantised_in_a_way_that_transformers_does_not_know_are_refused(folder, given):
+    edit(folder / "config.json", quantization_config=given)
+    with pytest.raises(ValueError, match="quant_method .*, which transformers does not know .* take the key out"):
+        load(folder)
+
+
+def test_quantised_weights_are_not_read_as_plain_numbers(folder):
+    numbers = load_file(folder / FILE)
+    name = next(name for name in numbers if name.endswith(("query.weight", "q_proj.weight")))
+    scale = numbers[name].abs().max() / 448
+    codes = {name: (numbers[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file({**numbers, **codes}, folder / FILE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds \S*weight_scale, of a quantised weight"):
+        load(folder)
+
+
 @pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel"])
 def test_what_is_no_model_of_transformers_is_refused(folder, named):
     edit(folder / "config.json", architectures=[named])

@@ -88,6 +88,7 @@ def architecture_of(
             "trust_remote_code: true: read it first, or load the model yourself in Python and call "
             "nsc_merge.merge(model, ...)"
         )
+    _check_quantisation(name, fields)
     kernel = _kernel_in(fields)
     if kernel is not None and not trust_remote_code:
         raise ValueError(
@@ -104,6 +105,26 @@ def architecture_of(
         config._commit_hash = revision
     kind = _class_of_code(name, fields, given) if own and trust_remote_code else None
     return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
+
+
+def _check_quantisation(name: str, fields: dict[str, Any]) -> None:
+    """Refuse files quantised in a way that transformers does not know: it reads codes as if they were the numbers."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    given = fields.get("quantization_config")
+    if given is None:
+        return
+    try:
+        known = isinstance(given, dict) and AutoHfQuantizer.supports_quant_method(given)
+    except ValueError:  # where it names no method
+        known = False
+    if not known:
+        method = given.get("quant_method") if isinstance(given, dict) else given
+        raise ValueError(
+            f"model: the config.json of {name} has a quantization_config of quant_method {method!r:.60}, which "
+            "transformers does not know and would read as plain numbers; expected a base in plain numbers, or one "
+            "quantised by a method of transformers. If the files are in plain numbers, take the key out"
+        )
 
 
 def _kernel_in(fields: Any) -> str | None:

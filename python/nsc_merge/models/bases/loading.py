@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 from nsc_merge.models.bases.architecture import Architecture, architecture_of
 from nsc_merge.models.bases.offloaded import load_over_devices
 from nsc_merge.models.bases.placement import Placement, device_of
-from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
+from nsc_merge.models.bases.quantised import keep_gradients, loading_settings, quantised_as
 from nsc_merge.models.bases.sharded import settled, sharding
 from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
 from nsc_merge.models.forward_contexts import giving_tuples
@@ -41,6 +42,8 @@ class BaseFiles:
     digests: Mapping[str, Digest]
 
 
+# What quantised weights are multiplied by, of a linear's and of fused experts'.
+_SCALE = re.compile(r"(weight|proj)_scale[^.]*$")
 # Loaded model -> its files; beside the models, whose copies may be changed.
 _READ: WeakKeyDictionary[nn.Module, BaseFiles] = WeakKeyDictionary()
 _FOLDERS: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
@@ -139,6 +142,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
         ValueError: naming a tensor that the files lack, or have in another shape than the configuration says.
         OSError: if there are no such files.
     """
+    # Loading writes down there how it quantises.
+    plain = quantised_as(architecture.config) is None
     known = {**architecture.settings, "use_safetensors": True, "output_loading_info": True, **settings}
     try:
         model, info = architecture.kind.from_pretrained(architecture.name, **known)
@@ -155,6 +160,13 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
         missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"model: {architecture.name} lacks {len(missing)} tensors, for example {missing[0]}")
+    scales = [key for key in info["unexpected_keys"] if _SCALE.search(key)]
+    if plain and scales:
+        raise ValueError(
+            f"model: {architecture.name} holds {min(scales)}, of a quantised weight, and its config.json has no "
+            "quantization_config, so that transformers would read codes as if they were plain numbers; expected a base "
+            "in plain numbers, or the quantization_config that it was written with"
+        )
     for config in giving_tuples(model):
         config.return_dict = True
     return model.eval()
