@@ -140,27 +140,36 @@ class Judge:
         return self._known[kind]
 
     def errors(self, contender: Contender) -> dict[str, Error]:
-        """Of every result of the contender.
+        """Of every result of the contender, as its second call has it: the first, which is given other coefficients,
+        leaves what a workspace that is not cleared, or a result that is kept, would make of the next.
 
         Raises:
-            ValueError: for a result that is missing, has another shape, or is not the contender's to compute, and for
-                an input that it has written over, which the others are given as well.
+            ValueError: for a result that is missing, has another shape or dtype, or is not the contender's to compute,
+                and for an input that it has written over, which the others are given as well.
         """
         truths, bounds = self._answers(contender)
         given = {name: value.detach() for name in INPUTS if (value := getattr(self.p, name)) is not None}
         kept = {name: value.clone() for name, value in given.items()}
+
+        def put_back() -> list[str]:
+            changed = [name for name, value in given.items() if not torch.equal(value, kept[name])]
+            for name in changed:
+                given[name].copy_(kept[name])
+            return changed
+
         self._poison()
         try:
             with torch.set_grad_enabled(contender.autograd):
                 forward, backward = contender.make(self.p)
+                given["lam"].neg_()
+                backward(forward()[3])
+                put_back()
                 y, quad, sqnorm, saved = forward()
                 # What works in place returns what is put back below.
                 values = [one if one is None else one.detach().clone() for one in (y, quad, sqnorm)]
                 values += [one if one is None else one.detach().clone() for one in backward(saved)]
         finally:
-            changed = [name for name, value in given.items() if not torch.equal(value, kept[name])]
-            for name in changed:
-                given[name].copy_(kept[name])
+            changed = put_back()
         if wrongly := [name for name in changed if not (contender.inplace and name in IN_PLACE)]:
             more = "" if contender.inplace else ", or register it with inplace=True if it is to be base or dz_base"
             raise ValueError(f"it writes over {', '.join(wrongly)}, which all are given: write to a copy{more}")
@@ -174,6 +183,9 @@ class Judge:
                 raise ValueError(f"{name} is missing")
             if value.shape != truths[name].shape:
                 raise ValueError(f"{name} is {list(value.shape)}, expected {list(truths[name].shape)}")
+            dtype = self.p.dtype if name in ("y", "dz") else torch.float32
+            if value.dtype is not dtype:
+                raise ValueError(f"{name} is {value.dtype}, expected {dtype}")
             compared[name] = Error(_off(value, truths[name]), bounds[name])
         return compared
 

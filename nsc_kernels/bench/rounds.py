@@ -188,9 +188,14 @@ def timed(
     for _ in range(cell.samples):
         random.shuffle(order)
         for contender in order:
-            with torch.set_grad_enabled(contender.autograd):
-                times[contender.name].append(found[contender.name].take(first))
+            taken = attempt(contender, on, partial(found[contender.name].take, first))
+            if isinstance(taken, str):
+                yield {"contender": contender.name, "error": taken}
+                del times[contender.name]
+            else:
+                times[contender.name].append(taken)
             first += found[contender.name].calls
+        order = [contender for contender in order if contender.name in times]
     for contender in running:
         if contender.name not in times:
             continue

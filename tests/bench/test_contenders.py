@@ -178,6 +178,71 @@ def test_one_that_raises_does_not_stop_the_others(on, monkeypatch):
     assert measured == 2 * len(cell().hows)
 
 
+@pytest.mark.parametrize("what", ["workspace", "result"])
+def test_a_contender_that_is_right_once_is_named_and_not_timed(what, on, monkeypatch):
+    def make(p):
+        forward, backward = named("concat").make(p)
+        total, first = torch.zeros_like(p.lam), []
+
+        def kept_forward():
+            first[:] = first or [forward()]
+            return first[0]
+
+        def adding_backward(saved):
+            dz, dlam = backward(saved)
+            return dz, total.add_(dlam)  # nobody clears it
+
+        return (forward, adding_backward) if what == "workspace" else (kept_forward, backward)
+
+    once = dataclasses.replace(named("concat"), name="once", make=make)
+    monkeypatch.setattr(rounds, "chosen", lambda *given: [named("concat"), once])
+    rows = list(rounds.run_cell(cell(), on))
+    assert {row["contender"] for row in rows if "us" in row} == {"concat"}
+    assert [row["contender"] for row in rows if "error" in row] == ["once"]
+
+
+@pytest.mark.parametrize("name", ["y", "quad", "dlam"])
+def test_results_of_another_dtype_are_refused(name, on):
+    def make(p):
+        forward, backward = named("concat").make(p)
+
+        def wide(values, names):
+            return [t.double() if one == name else t for t, one in zip(values, names, strict=True)]
+
+        return lambda: wide(forward(), ("y", "quad", "sqnorm", "u")), lambda u: wide(backward(u), ("dz", "dlam"))
+
+    with pytest.raises(ValueError, match=f"{name} is torch.float64, expected torch."):
+        Judge(problem(ODD, on)).errors(dataclasses.replace(named("concat"), make=make))
+
+
+@pytest.mark.parametrize("what", ["an error", "threads"])
+def test_what_goes_wrong_in_a_later_round_stops_nobody_else(what, on, monkeypatch):
+    threads = torch.get_num_threads()
+
+    def make(p):
+        forward, backward = named("concat").make(p)
+        calls = itertools.count()
+
+        def later():
+            if next(calls) == 6:
+                if what == "an error":
+                    raise ValueError("not any more")
+                torch.set_num_threads(threads + 1)
+            return forward()
+
+        return later, backward
+
+    both = [named("concat"), dataclasses.replace(named("concat"), name="later", make=make)]
+    monkeypatch.setattr(rounds, "chosen", lambda *given: both)
+    rows = list(rounds.run_cell(cell(hows=(rounds.EAGER,), samples=9), on))
+    assert torch.get_num_threads() == threads
+    (row,) = [row for row in rows if "error" in row]
+    assert (row["contender"], row["direction"]) == ("later", "forward")
+    assert ("not any more" if what == "an error" else "number of threads") in row["error"]
+    measured = [(row["contender"], row["direction"]) for row in rows if "us" in row]
+    assert measured == [("concat", "forward"), ("concat", "backward"), ("later", "backward")]
+
+
 @pytest.mark.parametrize("of", ["operator", "linear"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_results_of_a_round_have_addresses_of_their_own(of, direction, on):
