@@ -32,7 +32,7 @@ from nsc_merge.descent.position_weights import PositionWeights
 from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import is_computed_with, refuse_unseen
 from nsc_merge.models.bases.quantised import is_linear
-from nsc_merge.models.bases.sharded import gather_for_backward, has_units_inside, is_unit, reshard
+from nsc_merge.models.bases.sharded import gathers_for_backward, has_units_inside, is_unit, reshard
 from nsc_merge.models.forward_contexts import (
     Ended,
     blocks_without,
@@ -120,7 +120,6 @@ class Objective:
         }
         self._tasks = self.coefficients.flat.shape[1]
         self._missing: set[str] = set()
-        self._latest = ""
         # Linears run since all but one input are measured, with their inputs; and, per last measured linear, the
         # first one that takes the same input.
         self._inputs: list[tuple[str, Tensor]] = []
@@ -182,7 +181,6 @@ class Objective:
             omega = self._forward(one)
             # What is measured in front of every adapter depends on no coefficient.
             if omega.requires_grad:
-                gather_for_backward(self._model, self._latest)
                 (omega.sum() / self._tasks).backward()
             total += omega.detach()
         return self.coefficients.add_up(total)
@@ -278,9 +276,9 @@ class Objective:
         # A block that is recomputed has to make the same graph, and must not count twice. Of a linear that runs several
         # times, as in a block that is looped, the first counts: the forward may end there.
         if not recomputing() and path in self._missing:
+            gathers_for_backward(self._model, path, part)
             self._omega = self._omega + part
             self._missing.discard(path)
-            self._latest = path
 
     def remembered(self) -> dict[str, Tensor]:
         """See :class:`nsc_merge.descent.objective.Objective`."""

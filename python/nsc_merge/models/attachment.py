@@ -238,10 +238,12 @@ def _activations_of(model: nn.Module, path: str, linear: Linear) -> tuple[torch.
             f"{list(weight.shape)}); merge before the model is distributed, or distribute it by "
             "FSDP2's fully_shard, which gathers whole weights where they are computed with"
         )
-    if linear is not model.get_submodule(path) and offloading(model.get_submodule(path)) is not None:
+    own = model.get_submodule(path)
+    if linear is not own and (offloading(own) is not None or is_dtensor(weight)):
+        found, way = ("in shards", "in one process") if is_dtensor(weight) else ("offloaded", "without device_map")
         raise ValueError(
-            f"{path}: expected a Conv1D in memory, found it offloaded; load the model without device_map, or merge "
-            "without data (method 'task_arithmetic' and others)"
+            f"{path}: expected a Conv1D in memory, found it {found}; load the model {way}, or merge without data "
+            "(method 'task_arithmetic' and others)"
         )
     if hook is None and weight.device.type == "meta":
         raise ValueError(

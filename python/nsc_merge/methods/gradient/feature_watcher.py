@@ -17,7 +17,7 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
-from nsc_merge.models.bases.sharded import gather_for_backward, output_of
+from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
 from nsc_merge.models.block_finding import at_positions, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
@@ -133,15 +133,14 @@ class Watcher:
                 stack.callback(before.remove)
             output = output_of(self._model, self._trunk, one.inputs)
         if self._places is None:
-            features = [kept[_HEAD] if _HEAD in kept else _final(output, self._trunk)]
+            features = [kept[_HEAD] if _HEAD in kept else _final(output, self._trunk, one)]
         else:
             silent = [path for path in self._places if path not in kept]
             if silent:
                 raise RuntimeError(f"features: the forward never reached {silent}")
             features = [kept[path] for path in self._places]
-            for path in (*self._places, *self._scored) if torch.is_grad_enabled() else ():
-                # The backward may begin there.
-                gather_for_backward(self._model, path)
+            for path, value in (*kept.items(), *ratios.items()):
+                gathers_for_backward(self._model, path, value)
         features = [beside(one.inputs, feature) for feature in features]
         masks = self.masks(one.inputs, features)
         features = [self._matched(feature, mask) for feature, mask in zip(features, masks, strict=True)]
@@ -167,12 +166,20 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _final(output: Any, trunk: nn.Module) -> Tensor:
-    """The last hidden state of what ``trunk`` gives, or the first that it gives, as the logits of images and texts.
+def _final(output: Any, trunk: nn.Module, one: Pass) -> Tensor:
+    """The last hidden state of what ``trunk`` gives for a pass, or the first that it gives, as the logits of images and
+    texts.
 
     Raises:
-        ValueError: if it gives logits of a head, which may be any task's.
+        ValueError: if it gives logits of a head, which may be any task's; or of the rows of a process with each other,
+            which are no part of those of all rows.
     """
+    if getattr(output, "logits_per_image", None) is not None and one.part is not None and one.part.rows is not None:
+        raise ValueError(
+            f"features: 'final' of {class_name(trunk)} are logits of every image with every text of a batch, which "
+            "processes that share its rows do not see; expected paths of modules whose outputs are matched, such as "
+            "its projections, or one process"
+        )
     if getattr(output, "last_hidden_state", None) is None and getattr(output, "logits", None) is not None:
         raise ValueError(
             f"features: 'final' is the last hidden state, and {type(trunk).__name__} gives logits alone; expected "

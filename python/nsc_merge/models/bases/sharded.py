@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsc_merge.models.bases.architecture import Architecture
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.families import find_family
-from nsc_merge.models.forward_contexts import ended_by
+from nsc_merge.models.forward_contexts import restore_forward
 from nsc_merge.processes.group import current
 
 
@@ -31,7 +31,7 @@ def sharding(architecture: Architecture, placement: Placement) -> dict[str, Any]
 
     Raises:
         ValueError: if ``placement`` says otherwise where the model is: each process has a GPU of its own, or all are on
-            the CPU.
+            the CPU; or if the model cannot be in shards.
     """
     from transformers.distributed import DistributedConfig
 
@@ -50,7 +50,11 @@ def sharding(architecture: Architecture, placement: Placement) -> dict[str, Any]
 def settled(model: nn.Module) -> nn.Module:
     """``model`` as it was loaded in shards: no gradients of weights, and nothing of it is left in files that may be cut
     short.
+
+    Raises:
+        ValueError: if some weights are not those of the files.
     """
+    _check_conversions(model)
     model.requires_grad_(False)
     if next(model.parameters()).device.type == "cpu":
         # Out of the files, which the shards may be views of.
@@ -60,6 +64,23 @@ def settled(model: nn.Module) -> nn.Module:
     config.distributed_config = None
     vars(config).pop("base_model_fsdp_plan", None)
     return model
+
+
+def _check_conversions(model: nn.Module) -> None:
+    """Refuse weights of which transformers joined, divided or permuted rows as it read them: it does so with a share of
+    the rows, which is no share of what they make.
+    """
+    from transformers.core_model_loading import MergeModulelist, Transpose
+
+    for conversion in getattr(model, "_weight_conversions", ()):
+        for one in getattr(conversion, "operations", ()):
+            dims = (one.dim0, one.dim1) if isinstance(one, Transpose) else (getattr(one, "dim", 0),)
+            if 0 in dims and not isinstance(one, MergeModulelist):
+                raise ValueError(
+                    f"model: its files hold {', '.join(conversion.source_patterns)} in the place of "
+                    f"{', '.join(conversion.target_patterns)}, which transformers reads wrongly in several processes "
+                    f"({type(one).__name__}); expected one process, with device_map where no device holds the model"
+                )
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -78,13 +99,13 @@ def unit_of(model: nn.Module, path: str) -> nn.Module | None:
     return next((module for module in around if is_unit(module)), None)
 
 
-def gather_for_backward(model: nn.Module, path: str) -> None:
-    """Make the weights whole again of the unit around the module at a path, for a backward that begins inside of it:
-    FSDP2 sees one only where it passes the unit's output.
+def gathers_for_backward(model: nn.Module, path: str, value: Tensor) -> None:
+    """Have the weights of the unit around the module at a path made whole again when a gradient reaches ``value``, made
+    inside of it: FSDP2 sees a backward only where it passes the unit's output.
     """
-    unit: Any = unit_of(model, path)
+    unit: Any = unit_of(model, path) if value.requires_grad else None
     if unit is not None:
-        unit.unshard()
+        value.register_hook(lambda _: unit.unshard())
 
 
 def has_units_inside(module: nn.Module) -> bool:
@@ -92,31 +113,18 @@ def has_units_inside(module: nn.Module) -> bool:
     return any(is_unit(part) for part in module.modules() if part is not module)
 
 
-class _Reached(Exception):
-    """No error but a signal: the part has its output."""
-
-
 def output_of(model: nn.Module, part: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """What ``part`` returns when ``model`` runs on ``inputs``, no further than that; where the weights are whole,
-    ``part`` is called by itself, so it must take the inputs of the model.
-
-    A part of a model in shards cannot be called by itself: the root would not gather what lies in no other unit.
+    """What ``part`` returns on ``inputs`` of ``model``, which it must take; run as the whole model where that is in
+    shards, since nobody else would gather what lies in no other unit.
     """
     if not is_unit(model) or part is model:
         return part(**inputs)
-    found = []
-
-    def reached(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output)
-        raise _Reached
-
-    hook = part.register_forward_hook(reached)
+    own = vars(model).get("forward")
+    vars(model)["forward"] = part.__call__
     try:
-        with ended_by(model, _Reached):
-            model(**inputs)
+        return model(**inputs)
     finally:
-        hook.remove()
-    return found[0]
+        restore_forward(model, own)
 
 
 def reshard(model: nn.Module) -> None:
@@ -142,11 +150,20 @@ def _with_blocks(architecture: Architecture) -> Any:
     """The configuration, in which every block of the model's family is a unit; transformers knows those of decoders.
 
     What is in no unit, such as LLaVA's vision tower, is gathered at the root for the whole of a step.
+
+    Raises:
+        ValueError: if the model cannot be in shards.
     """
     config = copy.deepcopy(architecture.config)
     kind = architecture.kind
     with torch.device("meta"):
         model = kind(config) if issubclass(kind, nn.Module) else kind.from_config(config)
+    scalars = [name for name, value in model.named_parameters() if not value.dim()]
+    if scalars:
+        raise ValueError(
+            f"model: {type(model).__name__} has parameters that are one number ({', '.join(scalars[:3])}), which FSDP2 "
+            "cannot divide among processes; expected one process"
+        )
     family = find_family(model)
     if family is None:
         return config
