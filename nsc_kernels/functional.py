@@ -83,6 +83,7 @@ def output_dtype(z: Tensor) -> torch.dtype:
 def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear: nn.Module | None, stats: bool) -> Any:
     if not (
         isinstance(z, Tensor)
+        and not z.is_nested
         and isinstance(lam, Tensor)
         and isinstance(bank, AdapterBank)
         and (base is None or isinstance(base, Tensor))
@@ -258,9 +259,14 @@ def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:
 
 
 def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
-    """Raise for the argument that is not of its type."""
+    """Raise for the argument that is not of its type, or a nested z, which has no shape to ask for."""
     if not isinstance(bank, AdapterBank):
         raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
+    if isinstance(z, Tensor) and z.is_nested:
+        raise TypeError(
+            "z must be dense, found a nested tensor; take torch.cat(z.unbind()), or z.values() of a jagged one. "
+            "nn.TransformerEncoder makes none with enable_nested_tensor=False"
+        )
     for name, t in (("z", z), ("lam", lam), ("base", base)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
@@ -290,7 +296,7 @@ def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc:
     if z.dtype is not bank.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {bank.dtype}; convert one of them (bank.to(dtype=...))")
     if z.layout is not torch.strided:
-        raise TypeError(f"z must be dense (torch.strided), found {z.layout}; of a nested tensor take z.values()")
+        raise TypeError(f"z must be dense (torch.strided), found {z.layout}; take z.to_dense()")
     if z.device != bank.device:
         raise ValueError(f"z is on {z.device}, but the bank is on {bank.device}; move one of them (bank.to(device))")
     if lam.device != z.device:

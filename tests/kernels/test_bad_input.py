@@ -18,6 +18,7 @@ import operator_cases as oc
 from nsc_kernels import autograd, functional
 
 BANK = nk.AdapterBank.from_factors([torch.ones(2, 6), torch.ones(1, 6)], [torch.ones(4, 2), torch.ones(4, 1)])
+NESTED = torch.nested.nested_tensor([torch.ones(3, 6), torch.ones(2, 6)])
 RAGGED = torch.nested.nested_tensor([torch.ones(3, 6), torch.ones(2, 6)], layout=torch.jagged)
 GOOD: dict[str, Any] = {"z": torch.ones(3, 6), "bank": BANK, "lam": torch.ones(2), "base": torch.ones(3, 4)}
 
@@ -31,7 +32,8 @@ GOOD: dict[str, Any] = {"z": torch.ones(3, 6), "bank": BANK, "lam": torch.ones(2
         ({"z": torch.ones(3, 6).double()}, TypeError, "z is torch.float64, but the bank is torch.float32"),
         ({"z": torch.ones(3, 6).int()}, TypeError, "z is torch.int32"),
         ({"z": torch.ones(3, 6).to_sparse()}, TypeError, "z must be dense .*found torch.sparse_coo"),
-        ({"z": RAGGED}, TypeError, r"z must be dense .*found torch.jagged; of a nested tensor take z.values\(\)"),
+        ({"z": RAGGED}, TypeError, r"z must be dense, found a nested tensor; take .* z.values\(\) of a jagged one"),
+        ({"z": NESTED}, TypeError, r"z must be dense, found a nested tensor; take torch.cat\(z.unbind\(\)\)"),
         ({"z": torch.ones(3, 6, device="meta")}, ValueError, "z is on meta, but the bank is on cpu"),
         ({"bank": torch.ones(2)}, TypeError, "bank must be an AdapterBank, found Tensor"),
         ({"lam": 0.4}, TypeError, "lam must be a tensor, found float"),
