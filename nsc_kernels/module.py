@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as OutProjection
 
 from .bank import AdapterBank
 from .functional import merged_linear
@@ -33,8 +34,11 @@ class MergedLoRALinear(nn.Module):
     is what its library keeps there, which may be packed codes; where it keeps nothing of that name, there is an
     AttributeError as from the layer itself. Gradients to z need a layer whose forward has them.
 
+    Within an ``nn.TransformerEncoderLayer`` it is called, which keeps torch's fast path for inference off.
+
     Raises:
-        TypeError: if ``linear`` is no such layer.
+        TypeError: if ``linear`` is no such layer, or the ``out_proj`` of an ``nn.MultiheadAttention``, which multiplies
+            by its weight and never calls it. A subclass whose ``weight`` has the update in it may take its place.
         ValueError: if its shape or device is not the bank's, or if ``lam`` has another shape.
     """
 
@@ -48,6 +52,11 @@ class MergedLoRALinear(nn.Module):
             raise TypeError(
                 "linear must be an nn.Linear, or a module with in_features and out_features, found "
                 f"{type(linear).__name__}"
+            )
+        if isinstance(linear, OutProjection) and type(self).weight is MergedLoRALinear.weight:
+            raise TypeError(
+                "linear is the out_proj of nn.MultiheadAttention, which multiplies by its weight and never calls it: "
+                "adapters would have no effect; where code of your own does call it, give an nn.Linear of its weight"
             )
         if not isinstance(bank, AdapterBank):
             raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
@@ -67,6 +76,10 @@ class MergedLoRALinear(nn.Module):
             raise ValueError(f"lam must have shape ({bank.K},), one per adapter, found {tuple(lam.shape)}")
         self.linear = linear.requires_grad_(False)
         self.bank = bank
+        # torch's fast path of nn.TransformerEncoderLayer reads the weights of its layers and calls none, unless a
+        # module within it has a hook. Nobody calls a bank, so that this one costs nothing.
+        if not bank._forward_pre_hooks:
+            bank.register_forward_pre_hook(_never_called)
         if isinstance(lam, nn.Parameter):
             self.lam = lam
         else:
@@ -106,7 +119,12 @@ class MergedLoRALinear(nn.Module):
             return applied if applied.dtype.itemsize >= 4 else t.to(applied.device, torch.float32)
 
         if recurse:
-            for child in self.children():
-                child._apply(fn)
+            for name, child in self.named_children():
+                # Where lam has a parametrization it is in there.
+                child._apply(keep_wide if name == "parametrizations" else fn)
         # What is left is lam and its gradient.
         return super()._apply(keep_wide, recurse=False)
+
+
+def _never_called(*arguments: Any) -> None:
+    pass

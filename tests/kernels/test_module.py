@@ -119,6 +119,38 @@ def test_a_pending_gradient_of_lam_stays_wide_too() -> None:
     assert lam.dtype is lam.grad.dtype is torch.float64
 
 
+def test_a_parametrized_lam_stays_wide_too() -> None:
+    """In [0, 1], say; a step of it is less than half a unit in bfloat16's last place."""
+    layer = make(nn.Parameter(torch.tensor([0.3001, 0.6])))
+    nn.utils.parametrize.register_parametrization(layer, "lam", nn.Sigmoid())
+    lam = layer.lam.detach()
+    layer.to(torch.bfloat16)
+    assert layer.linear.weight.dtype is layer.bank.dtype is torch.bfloat16
+    assert torch.equal(layer.lam.detach(), lam)
+    layer.double()
+    assert layer.lam.dtype is torch.float64
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+def test_a_transformer_layer_calls_it_where_it_would_read_its_weight(name: str) -> None:
+    encoder = nn.TransformerEncoderLayer(48, 2, 40 if name == "linear1" else 48, batch_first=True).eval()
+    merged, z = copy.deepcopy(encoder), torch.randn(2, 5, 48)
+    linear = encoder.get_submodule(name)
+    bank = oc.make_bank(oc.Case("module", d_out=linear.out_features), torch.float32)
+    setattr(encoder, name, nk.MergedLoRALinear(linear, bank, [0.3, 0.6]))
+    merged.get_submodule(name).weight.data += bank.delta([0.3, 0.6])
+    for layer in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        with torch.no_grad():
+            assert torch.allclose(layer(z), merged(z), atol=1e-5)
+
+
+def test_attention_that_would_read_its_weight_is_refused() -> None:
+    attention = nn.MultiheadAttention(48, 2)
+    bank = oc.make_bank(oc.Case("module", d_out=48), torch.float32)
+    with pytest.raises(TypeError, match="out_proj of nn.MultiheadAttention.*adapters would have no effect"):
+        nk.MergedLoRALinear(attention.out_proj, bank, [0.3, 0.6])
+
+
 def test_copies_pickles_and_loads() -> None:
     layer, z = make(), torch.randn(3, 48)
     y = layer(z)
