@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
+import served_cases
 import yaml
 from cli_cases import make_place
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 from zoo import build
 
+import nsc_merge
 from nsc_merge.commands.main import main
 from nsc_merge.recipes.saved_result import load_result
 
@@ -88,3 +92,42 @@ def test_where_its_blocks_are_is_found_from_its_own_code(place, capsys):
     shown = capsys.readouterr().out
     assert "blocks ^(?:model\\.layers)\\.(\\d+)\\.," in shown
     assert "measured  1 module: model.layers." in shown
+
+
+def test_the_card_runs_a_merged_model_of_such_code(place, monkeypatch, capsys):
+    served_cases.tokenizer().save_pretrained(place / "base")
+    out = place / "merged"
+    run = ["run", str(place / "recipe.yaml"), *LORA[:2], "output.formats=[model]", "trust_remote_code=true"]
+    assert main([*run, f"output.dir={out}"]) == 0
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-classification"
+    monkeypatch.chdir(out)
+    made = {}
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(code, made)
+    assert type(made["model"]).__name__ == "OwnModel"
+    told = made["classify"]("w1 w2")[0]
+
+    result = load_result(out, trust_remote_code=True)
+    model = result.apply(result.model)
+    model.score.weight.data = load_file(out / "heads" / "nli.safetensors")["score.weight"]
+    logits = model(**served_cases.tokenizer()("w1 w2", return_tensors="pt")).logits
+    assert told["score"] == pytest.approx(float(logits.softmax(-1).max()))
+
+
+def test_what_the_configuration_says_of_code_that_is_not_there_is_left_out(tmp_path):
+    base = served_cases.write_base("llama-cls", tmp_path / "base")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama-cls")
+    file = base / "config.json"
+    there = {"AutoModel": "owner/name--own.OwnModel", "AutoConfig": "other.OwnConfig"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": there}))
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic")
+    config = result.save(tmp_path / "out", "model") / "config.json"
+    assert json.loads(config.read_text())["auto_map"] == {"AutoModel": "owner/name--own.OwnModel"}
+
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoConfig": "other.OwnConfig"}}))
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic")
+    out = result.save(tmp_path / "plain", "model")
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    loaded = AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
+    assert type(loaded) is type(result.model)

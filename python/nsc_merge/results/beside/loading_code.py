@@ -44,10 +44,15 @@ _CLASSIFIES_TEXT = ("text-classification", "token-classification")
 _CLASSIFIES_IMAGES = ("image-classification", "image-segmentation")
 
 
-def use_of(kind: str) -> Use | None:
-    """What a class of transformers is for; None of a class that no table lists."""
+def use_of(kind: str, remote: str | None = None) -> Use | None:
+    """What a class of transformers is for, or one that the class ``remote`` loads with code that comes with a model;
+    None of a class that no table lists.
+    """
     from transformers.models.auto import modeling_auto
 
+    if remote is not None:
+        # What AutoModel loads may give anything.
+        return next((use for use in _USES if use.auto == remote != "AutoModel"), None)
     for use in _USES:
         listed = getattr(modeling_auto, use.table).values()
         if any(kind == name or (isinstance(name, tuple | list) and kind in name) for name in listed):
@@ -118,13 +123,16 @@ class Saved:
     remote: str | None = None
 
     @property
+    def _use(self) -> Use | None:
+        return use_of(self.kind, self.remote)
+
+    @property
     def auto(self) -> str:
-        use = use_of(self.kind)
-        return self.remote or (use.auto if use else self.kind)
+        return self.remote or (self._use.auto if self._use else self.kind)
 
     @property
     def _imported(self) -> str:
-        return f"from {'transformers' if self.remote or use_of(self.kind) else self.home} import {self.auto}"
+        return f"from {'transformers' if self.remote or self._use else self.home} import {self.auto}"
 
     @property
     def _trusting(self) -> list[str]:
@@ -133,6 +141,11 @@ class Saved:
     @property
     def _quoted(self) -> str:
         return quoted(self.place)
+
+    @property
+    def _beside(self) -> str:
+        """Arguments that load what turns raw data into inputs: its code may come with the base, too."""
+        return ", ".join([self._quoted, *self._trusting])
 
     def loading(self) -> list[str]:
         """Lines that make ``model`` of it."""
@@ -181,8 +194,7 @@ class Saved:
         Args:
             made: whether ``model`` is there already, so that it is run and not what the folder holds.
         """
-        use = use_of(self.kind)
-        tag = use.tag if use else ""
+        tag = self._use.tag if self._use else ""
         text, images = (self.folder / "tokenizer_config.json").is_file(), self._has_images()
         if tag in _CLASSIFIES_TEXT and text:
             return self._pipeline(tag, "AutoTokenizer", "tokenizer", '"A sentence."', made=made)
@@ -202,10 +214,10 @@ class Saved:
     def _pipeline(self, tag: str, auto: str, argument: str, example: str, *, made: bool) -> list[str]:
         called = [f"print(classify({example}))"]
         if not made:
-            return ["from transformers import pipeline", f'classify = pipeline("{tag}", model={self._quoted})', *called]
+            return ["from transformers import pipeline", f'classify = pipeline("{tag}", model={self._beside})', *called]
         return [
             f"from transformers import {auto}, pipeline",
-            f"{argument} = {auto}.from_pretrained({self._quoted})",
+            f"{argument} = {auto}.from_pretrained({self._beside})",
             f'classify = pipeline("{tag}", model=model, {argument}={argument})',
             *called,
         ]
@@ -238,7 +250,7 @@ class Saved:
 
     def _generated(self, auto: str, name: str, told: str) -> list[str]:
         return [
-            f"{name} = {auto}.from_pretrained({self._quoted})",
+            f"{name} = {auto}.from_pretrained({self._beside})",
             f"inputs = {told}",
             "tokens = model.generate(**inputs.to(model.device), max_new_tokens=32)",
             f'print({name}.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -252,7 +264,7 @@ class Saved:
         return [
             *imports,
             f"from transformers import {auto}",
-            f"prepare = {auto}.from_pretrained({self._quoted})",
+            f"prepare = {auto}.from_pretrained({self._beside})",
             f'features = model(**prepare({told}, return_tensors="pt")).last_hidden_state',
         ]
 

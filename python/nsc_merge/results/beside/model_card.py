@@ -88,7 +88,8 @@ def _metadata(
     if known and whole:
         fetched = (adapter.about.hub for adapter in adapters)
         known = list(dict.fromkeys([*known, *(hub.partition("@")[0] for hub in fetched if hub)]))
-    use = use_of((heads[head].kind if head else None) or class_name(result.model))
+    put = heads[head].kind if head else None
+    use = use_of(put) if put else use_of(class_name(result.model), origin_of(result.model)[1])
     tag = use.tag if use else None
     if tag == "feature-extraction" and getattr(result.model, "main_input_name", "") == "pixel_values":
         tag = "image-feature-extraction"

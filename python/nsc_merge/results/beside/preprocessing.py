@@ -5,6 +5,7 @@ base: its tokenizer, chat templates, processors, generation configuration and se
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,27 @@ def write_preprocessing(result: MergedUpdate, folder: Path) -> list[str]:
     for name, file in found.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
+    _forget_missing_code(folder / "config.json")
     return sorted(found)
+
+
+def _forget_missing_code(file: Path) -> None:
+    """Take out of a saved model's configuration code that does not lie beside it: the model was merged in a class of
+    transformers, and who loads it with ``trust_remote_code=True`` would be told that a file is missing.
+    """
+    fields = from_json(file.read_bytes(), str(file), not_finite=True) if file.is_file() else {}
+    named = fields.pop("auto_map", None) if isinstance(fields, dict) else None
+    if not isinstance(named, dict):
+        return
+    # owner/name--module.Class lies on the hub.
+    there = {auto: at for auto, at in named.items() if "--" in str(at) or _file_of(str(at), file.parent).is_file()}
+    if there != named:
+        fields |= {"auto_map": there} if there else {}
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _file_of(place: str, folder: Path) -> Path:
+    return folder / f"{place.rpartition('.')[0]}.py"
 
 
 def preprocessing_notes(result: MergedUpdate) -> list[str]:
