@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def wait_passively() -> None:
@@ -20,8 +20,9 @@ def wait_passively() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to hand large blocks back: the page faults of fetching them again would be timed as well."""
+    """Tell glibc to hand no block back, however large: the page faults of fetching it again would be timed as well."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 2**30)
+        # Mappings of their own, which blocks from 32 MiB on have whatever the threshold, are never kept.
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
