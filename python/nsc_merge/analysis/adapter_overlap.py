@@ -108,7 +108,8 @@ def null_space_ratios(
         batches: model inputs.
 
     Returns:
-        Task -> ``measured``, and ``random``: ``sqrt(1 - r / d_in)``, what a random A of that rank gives.
+        Task -> ``measured``, and ``random``: ``sqrt(1 - r / d_in)``, what a random A of that rank gives, over the same
+        modules: those that the forward reaches.
 
     Raises:
         RuntimeError: if the forward reaches no module of an adapter.
@@ -145,8 +146,7 @@ def null_space_ratios(
             "measured": statistics.mean(float(sums[path][column]) / tokens[path] for path in paths),
             "random": statistics.mean(
                 math.sqrt(max(0.0, 1 - factor.rank / factor.A.shape[1]))
-                for factor in adapters[task].factors.values()
-                if factor.rank
+                for factor in map(adapters[task].factors.__getitem__, paths)
             ),
         }
         for column, (task, paths) in enumerate(reached.items())

@@ -14,6 +14,7 @@ from nsc_merge.adapters import Adapter, AdapterSource, Factor, load_adapter
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
+from nsc_merge.models.block_finding import positions_first
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
@@ -127,8 +128,8 @@ def per_sample_ratios(
         blocks: ``"last_quarter"``, how many last blocks, or block numbers; all when None.
 
     Raises:
-        ValueError: if nothing is chosen, or if every task of the merge has an update of its own (take one with
-            ``for_task``).
+        ValueError: if nothing is chosen, if every task of the merge has an update of its own (take one with
+            ``for_task``), or if what a chosen module sees is not of one sample after another.
         RuntimeError: if the forward does not reach a chosen module.
     """
     adapters = source.adapters if isinstance(source, MergeResult) else source
@@ -139,13 +140,17 @@ def per_sample_ratios(
     inputs: dict[str, Tensor] = {}
 
     def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
+        # Of several runs the first counts, as in NSC.
+        if path in found:
+            return
         ratio = null_space_ratio(quad, sqnorm)
         real = real_tokens.of(path, sqnorm, inputs)
         weight = torch.ones_like(sqnorm) if real is None else real.to(sqnorm)
-        tokens = tuple(range(1, sqnorm.dim()))
-        if tokens:
-            ratio = (ratio * weight[..., None]).sum(tokens) / weight.sum(tokens)[:, None].clamp(min=1)
-        found[path] = ratio
+        if positions_first(model, path) and sqnorm.dim() > 1:
+            ratio, weight = ratio.transpose(0, 1), weight.transpose(0, 1)
+        shape = _samples(path, weight, real is not None, inputs), -1
+        ratio, weight = ratio.reshape(*shape, len(tasks)), weight.reshape(*shape, 1)
+        found[path] = (ratio * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     parts = []
     device = input_device(model)
@@ -173,3 +178,24 @@ def per_sample_ratios(
             if path not in chosen[task].factors:
                 values[:, row, column] = torch.nan
     return Ratios(values, paths, tasks)
+
+
+def _samples(path: str, rows: Tensor, masked: bool, inputs: Mapping[str, Tensor]) -> int:
+    """How many samples are in what a linear has of every row of its input, one after another.
+
+    Args:
+        rows: something of its shape, such as ``[samples, tokens]``, or ``[samples * windows, tokens]`` (Swin).
+        masked: whether the model's mask speaks of these rows, so that they are its tokens.
+
+    Raises:
+        ValueError: if they are something else, such as positions that all samples share (DeBERTa).
+    """
+    sizes = {len(value) for value in inputs.values()}
+    count = len(inputs["input_ids"]) if "input_ids" in inputs else len(next(iter(inputs.values())))
+    parts = len(rows) % count == 0 and sizes == {count} and (masked or rows.dim() > 1)
+    if len(rows) != count and not parts:
+        raise ValueError(
+            f"modules: expected some whose inputs are those of one sample after another, found {path}, which sees "
+            f"{list(rows.shape)} for {count} samples"
+        )
+    return count

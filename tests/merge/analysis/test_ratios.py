@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 from analysis_cases import projected, seen
 from safetensors.torch import save_file
 from zoo import KINDS, build, write_adapter
@@ -46,6 +47,67 @@ def test_ratios_are_those_of_the_merged_model_by_an_explicit_projector(llama, ki
         torch.testing.assert_close(found.of(task), torch.stack(means).mean(0))
         assert set(found.by_module(task)) == set(factors)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+SMALL = {"vocab_size": 64, "pad_token_id": 0}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, **SMALL}
+
+
+def of_rows_elsewhere(kind):
+    """A model in which linears do not see one sample after another, what is adapted, and three samples of it."""
+    if kind == "windows":
+        sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "window_size": 2}
+        config = tf.SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 2])
+        return tf.SwinForImageClassification(config), ["q_proj", "fc1"], {"pixel_values": torch.randn(3, 3, 16, 16)}
+    mask = torch.ones(3, 3, dtype=torch.long)
+    mask[0, 2] = 0
+    inputs = {"input_ids": torch.randint(1, 64, (3, 3)), "attention_mask": mask}
+    if kind == "positions first":
+        config = tf.XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=48, **SMALL)
+        return tf.XLNetForSequenceClassification(config), ["layer_1"], inputs
+    own = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    return tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**WIDE, **own)), ["query_proj", "dense"], inputs
+
+
+@pytest.mark.parametrize("kind", ["windows", "positions first", "positions of all"])
+def test_ratios_are_of_samples_wherever_their_rows_lie(kind, tmp_path):
+    torch.manual_seed(0)
+    model, targets, inputs = of_rows_elsewhere(kind)
+    model.eval()
+    write_adapter(model, tmp_path / "a", 1, r=4, target_modules=targets)
+    adapter = load_adapter(tmp_path / "a", "a")
+    found = per_sample_ratios(model, {"a": tmp_path / "a"}, [inputs])
+    assert len(found.values) == 3
+    for row in range(3):
+        # Alone and without padding, its rows are all that there are.
+        kept = inputs["attention_mask"][row].bool() if "attention_mask" in inputs else ...
+        alone = {name: value[row : row + 1, kept] for name, value in inputs.items()}
+        for number, path in enumerate(found.paths):
+            z = seen(model, path, [alone])[0]
+            expected = projected(adapter.factors[path], z).mean()
+            torch.testing.assert_close(found.values[row, number, 0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_of_no_sample_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model = build("llava")
+    inputs = KINDS["llava"].inputs(1)
+    write_adapter(model, tmp_path / "a", 1, r=4, target_modules=r".*vision.*q_proj")
+    twice = {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    twice["input_ids"] = torch.cat([twice["input_ids"], twice["input_ids"]], 1)
+    twice["attention_mask"] = torch.ones_like(twice["input_ids"])
+    with pytest.raises(ValueError, match=r"modules: expected some .* found \S*q_proj, which sees"):
+        per_sample_ratios(model, {"a": tmp_path / "a"}, [twice])
+
+
+def test_a_random_adapter_is_compared_over_the_modules_that_are_reached(tmp_path):
+    model = build("llava")
+    write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "linear_1"], rank_pattern={"linear_1": 9})
+    adapter = load_adapter(tmp_path / "a", "a")
+    text = {"input_ids": torch.tensor([[1, 7, 8]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    found = null_space_ratios(model, {"a": adapter}, [text])["a"]
+    widths = {factor.A.shape[1] for path, factor in adapter.factors.items() if "language_model" in path}
+    assert found["random"] == pytest.approx((1 - 4 / widths.pop()) ** 0.5)
 
 
 def test_modules_and_blocks_are_chosen(llama):
