@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "small"
+# Operations that take tensors of the host beside the device's, as on a GPU.
+MIXING = {"copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
 _setup_privateuseone_for_python_backend(NAME)
 
 
@@ -46,6 +48,10 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["device"] = torch.device("cpu")
     if kwargs.get("dtype") is torch.float64 and not to_cpu:
         raise TypeError(f"{NAME} has no float64")
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    strangers = [x for x in given if not isinstance(x, Narrow) and x.dim() > 0]
+    if strangers and len(strangers) < len(given) and op._opname not in MIXING:
+        raise RuntimeError(f"{op}: expected all tensors to be on the same device, found {NAME} and cpu")
     inside = tree_map(lambda x: x.held if isinstance(x, Narrow) else x, (args, kwargs))
     found = op(*inside[0], **inside[1])
     if to_cpu or (op is torch.ops.aten.copy_.default and not isinstance(args[0], Narrow)):
