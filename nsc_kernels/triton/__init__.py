@@ -28,7 +28,7 @@ __all__ = ["warm_up"]
 
 def warm_up(
     bank: AdapterBank,
-    tokens: Iterable[int],
+    tokens: int | Iterable[int],
     *,
     stats: bool = True,
     base: bool = True,
@@ -42,7 +42,7 @@ def warm_up(
 
     Args:
         bank: on the device it will be used on.
-        tokens: the numbers of tokens to come; those that share a power of two share a variant.
+        tokens: the number of tokens to come, or several; those that share a power of two share a variant.
         stats, base, per_row: whether calls will ask for statistics, pass ``base``, and pass ``lam`` per row.
         training: whether there will be a backward.
 
@@ -59,10 +59,10 @@ def warm_up(
     mode = mode_of(A.dtype, bank.R)
 
     def variants(d_in: int, d_out: int, backward: bool) -> set[Config]:
-        problems = (Problem(T, d_in, d_out, bank.R, mode, backward) for T in tokens)
+        problems = (Problem(T, d_in, d_out, bank.R, mode, backward) for T in numbers)
         return {config for config in (choose(machine(A.device), p) for p in problems) if config is not None}
 
-    tokens = list(tokens)
+    numbers = [tokens] if isinstance(tokens, int) else list(tokens)
     forwards = variants(bank.d_in, bank.d_out, False)
     for config in forwards:
         forward(ForwardCall(z, A, Bt, offsets, lam, y if base else None, stats, training), config=config)

@@ -100,4 +100,5 @@ def test_warm_up_launches_each_variant_once(device):
 
     bank = AdapterBank.from_factors([torch.randn(4, 24)] * 2, [torch.randn(40, 4)] * 2, device=device)
     assert warm_up(bank, [1, 2, 3], training=False) == 1
+    assert warm_up(bank, 3, training=False) == 1
     assert warm_up(bank, [1, 2, 3], stats=False, base=False, per_row=True) == 2
