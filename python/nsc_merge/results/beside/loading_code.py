@@ -6,58 +6,34 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import own_class
+from nsc_merge.results.beside.uses import TO_TEXT, Use, inputs_of, use_of
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 
-
-class Use(NamedTuple):
-    """What a class of transformers is for.
-
-    Attributes:
-        table: where transformers lists such classes.
-        auto: class that loads any of them.
-        tag: the hub's name of the task, which is that of the pipeline.
-    """
-
-    table: str
-    auto: str
-    tag: str
-
-
-# A class counts as the first that lists it.
-_USES = (
-    Use("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText", "image-text-to-text"),
-    Use("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM", "text-generation"),
-    Use("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification", "image-classification"),
-    Use("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification", "text-classification"),
-    Use("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification", "token-classification"),
-    Use("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "AutoModelForSemanticSegmentation", "image-segmentation"),
-    Use("MODEL_MAPPING_NAMES", "AutoModel", "feature-extraction"),
-)
-_CLASSIFIES_TEXT = ("text-classification", "token-classification")
-_CLASSIFIES_IMAGES = ("image-classification", "image-segmentation")
-
-
-def use_of(kind: str, remote: str | None = None) -> Use | None:
-    """What a class of transformers is for, or one that the class ``remote`` loads with code that comes with a model;
-    None of a class that no table lists.
-    """
-    from transformers.models.auto import modeling_auto
-
-    if remote is not None:
-        # What AutoModel loads may give anything.
-        return next((use for use in _USES if use.auto == remote != "AutoModel"), None)
-    for use in _USES:
-        listed = getattr(modeling_auto, use.table).values()
-        if any(kind == name or (isinstance(name, tuple | list) and kind in name) for name in listed):
-            return use
-    return None
+# Tag -> what its pipeline prepares inputs with, and is tried on.
+_PIPELINES = {
+    "text-classification": (("tokenizer",), '"A sentence."'),
+    "token-classification": (("tokenizer",), '"A sentence."'),
+    "image-classification": (("image_processor",), '"picture.png"'),
+    "image-segmentation": (("image_processor",), '"picture.png"'),
+    "zero-shot-image-classification": (
+        ("tokenizer", "image_processor"),
+        '"picture.png", candidate_labels=["a cat", "a dog"]',
+    ),
+    "automatic-speech-recognition": (("tokenizer", "feature_extractor"), '"speech.wav"'),
+    "audio-classification": (("feature_extractor",), '"speech.wav"'),
+}
+_AUTOS = {
+    "tokenizer": "AutoTokenizer",
+    "image_processor": "AutoImageProcessor",
+    "feature_extractor": "AutoFeatureExtractor",
+}
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -111,6 +87,7 @@ class Saved:
         labels: file with the classes of the head that was put in, for a base that has no such head.
         home: where a class that transformers lacks is imported from.
         remote: auto class of transformers that loads the base with code that comes with it.
+        prompts: whether its text says where an image is, by a token.
     """
 
     format: str
@@ -121,6 +98,7 @@ class Saved:
     labels: str | None = None
     home: str = "transformers"
     remote: str | None = None
+    prompts: bool = True
 
     @property
     def _use(self) -> Use | None:
@@ -195,30 +173,33 @@ class Saved:
             made: whether ``model`` is there already, so that it is run and not what the folder holds.
         """
         tag = self._use.tag if self._use else ""
-        text, images = (self.folder / "tokenizer_config.json").is_file(), self._has_images()
-        if tag in _CLASSIFIES_TEXT and text:
-            return self._pipeline(tag, "AutoTokenizer", "tokenizer", '"A sentence."', made=made)
-        if tag in _CLASSIFIES_IMAGES and images:
-            return self._pipeline(tag, "AutoImageProcessor", "image_processor", '"picture.png"', made=made)
-        if tag == "text-generation" and text:
+        text = (self.folder / "tokenizer_config.json").is_file()
+        others = any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
+        if tag in _PIPELINES:
+            needed, example = _PIPELINES[tag]
+            there = all(text if name == "tokenizer" else others for name in needed)
+            return self._pipeline(tag, needed, example, made=made) if there else []
+        if (tag == "text-generation" or self.auto == TO_TEXT) and text:
             return self._generating()
-        if tag == "image-text-to-text" and text and images:
+        if tag == "image-text-to-text" and text and others and self.prompts:
             return self._describing()
-        if tag == "feature-extraction" and (text or images):
-            return self._features(images=not text)
+        if tag == "feature-extraction":
+            taken = inputs_of(self.kind)
+            if text and "input_ids" in taken and not taken & {"pixel_values", "decoder_input_ids"}:
+                return self._features(images=False)
+            if others and "pixel_values" in taken and "input_ids" not in taken:
+                return self._features(images=True)
         return []
 
-    def _has_images(self) -> bool:
-        return any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
-
-    def _pipeline(self, tag: str, auto: str, argument: str, example: str, *, made: bool) -> list[str]:
-        called = [f"print(classify({example}))"]
+    def _pipeline(self, tag: str, needed: tuple[str, ...], example: str, *, made: bool) -> list[str]:
+        done = "transcribe" if tag == "automatic-speech-recognition" else "classify"
+        called = [f"print({done}({example}))"]
         if not made:
-            return ["from transformers import pipeline", f'classify = pipeline("{tag}", model={self._beside})', *called]
+            return ["from transformers import pipeline", f'{done} = pipeline("{tag}", model={self._beside})', *called]
         return [
-            f"from transformers import {auto}, pipeline",
-            f"{argument} = {auto}.from_pretrained({self._beside})",
-            f'classify = pipeline("{tag}", model=model, {argument}={argument})',
+            f"from transformers import {', '.join([*(_AUTOS[name] for name in needed), 'pipeline'])}",
+            *(f"{name} = {_AUTOS[name]}.from_pretrained({self._beside})" for name in needed),
+            f'{done} = pipeline("{tag}", {", ".join(f"{name}={name}" for name in ("model", *needed))})',
             *called,
         ]
 
@@ -249,11 +230,13 @@ class Saved:
         return [*imports, *self._generated("AutoProcessor", "processor", told)]
 
     def _generated(self, auto: str, name: str, told: str) -> list[str]:
+        # What a decoder writes stands behind what it was given.
+        written = "tokens[0]" if self.auto == TO_TEXT else 'tokens[0, inputs["input_ids"].shape[1] :]'
         return [
             f"{name} = {auto}.from_pretrained({self._beside})",
             f"inputs = {told}",
             "tokens = model.generate(**inputs.to(model.device), max_new_tokens=32)",
-            f'print({name}.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+            f"print({name}.decode({written}, skip_special_tokens=True))",
         ]
 
     def _features(self, *, images: bool) -> list[str]:

@@ -12,9 +12,10 @@ from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
-from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting, use_of
+from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving_notes import serving_notes
+from nsc_merge.results.beside.uses import use_of
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
@@ -161,7 +162,9 @@ def _saved(
     if head is not None:
         kind = heads[head].kind or kind
         labels = _files(result, head)[1] if heads[head].labels else None
-    return Saved(format, place, folder / place, kind, base, labels, *origin_of(result.model))
+    config = getattr(result.model, "config", None)
+    prompts = any(hasattr(config, f"image_token_{name}") for name in ("id", "index"))
+    return Saved(format, place, folder / place, kind, base, labels, *origin_of(result.model), prompts)
 
 
 def _loading(

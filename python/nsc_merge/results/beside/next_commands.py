@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.results.beside.loading_code import has_chat_template, quoted, use_of
+from nsc_merge.results.beside.loading_code import has_chat_template, quoted
+from nsc_merge.results.beside.uses import use_of
 from nsc_merge.results.dora_adapter import has_gains
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
@@ -20,6 +21,8 @@ _TRIED = {
     "token-classification": ("tokenizer_config.json", "A sentence."),
     "image-classification": ("preprocessor_config.json", "picture.png"),
     "image-segmentation": ("preprocessor_config.json", "picture.png"),
+    "automatic-speech-recognition": ("preprocessor_config.json", "speech.wav"),
+    "audio-classification": ("preprocessor_config.json", "speech.wav"),
 }
 
 
