@@ -53,8 +53,14 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         )
     document = from_json(file.read_bytes(), f"result: {file}", not_finite=True)
     kind = document.get("format") if isinstance(document, dict) else None
-    if kind != COEFFICIENTS_FORMAT or document.get("version") != 1:
+    if kind != COEFFICIENTS_FORMAT:
         raise ValueError(f"result: {file}: expected format {COEFFICIENTS_FORMAT} version 1, found {kind!r:.60}")
+    if document.get("version") != 1:
+        found = document.get("version")
+        raise ValueError(
+            f"result: {file}: expected version 1 of the format, found {found!r:.60}; read it with the nsc_merge that "
+            "wrote it, or a newer one"
+        )
     tasks, coefficients, dead = (document.get(key) for key in ("tasks", "coefficients", "dead"))
     if not isinstance(document.get("method"), str) or not isinstance(document.get("options"), dict):
         raise ValueError(f"result: {file}: expected a method's name and its options")

@@ -68,6 +68,9 @@ def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
         OSError: naming the place.
     """
     out, written = out.resolve(), set(written)
+    above = next(parent for parent in out.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise NotADirectoryError(f"out: no folder can be made in {above}, which is none; expected a place in a folder")
     if os.path.ismount(out):
         raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
     if out.exists() and not os.access(out, os.W_OK | os.X_OK):

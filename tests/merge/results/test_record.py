@@ -137,6 +137,8 @@ def test_a_record_that_is_none_is_refused(place, headers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"format": "other"}, "expected format nsc_merge.coefficients version 1, found 'other'"),
+        ({"version": 2}, "expected version 1 of the format, found 2; read it with the nsc_merge that wrote it"),
         ({"method": None}, "expected a method's name and its options"),
         ({"options": []}, "expected a method's name and its options"),
         ({"tasks": ["nli", "nli"]}, "expected names of tasks, each once"),

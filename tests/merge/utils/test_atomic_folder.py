@@ -261,6 +261,16 @@ def test_a_file_where_a_folder_is_needed_and_the_other_way_round_is_refused(tmp_
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["file/out", "file/new/out"])
+def test_a_folder_within_a_file_is_refused_by_name(tmp_path, place):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(NotADirectoryError, match=r"out: no folder can be made in .*file, which is none"),
+        replacing_folder(tmp_path / place, lambda *_: False),
+    ):
+        raise AssertionError
+
+
 def test_links_are_copied_where_the_filesystem_has_none(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no links here")
