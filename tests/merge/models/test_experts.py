@@ -24,6 +24,7 @@ from nsc_merge.adapters import outline_of
 from nsc_merge.adapters.formats.parameter_stacks import updates_of
 from nsc_merge.analysis.adapter_overlap import describe
 from nsc_merge.integrations.peft import merge as merge_in_place
+from nsc_merge.models.bases import numbers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -149,6 +150,20 @@ def test_both_formats_hold_what_was_merged(models: dict[str, nn.Module], kind: s
     assert "target_parameters), which PEFT loads and not every server does: save as a model" in (
         (lora / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_experts_that_are_saved_some_after_others_are_those_of_one_piece(
+    models: dict[str, nn.Module], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones do not fit into a tile together; here no two of them do."""
+    adapters = {"a": trained(models[kind], 1, BOTH, []), "b": trained(models[kind], 2, [BOTH[1]], [])}
+    result = nsc_merge.merge(models[kind], adapters, method="task_arithmetic", scale=0.5)
+    whole = result.merged(models[kind])
+    monkeypatch.setattr(numbers, "_TILE", 0)
+    assert sum(value.dim() == 3 for value in whole.values()) == 4
+    for name, value in result.merged(models[kind]).items():
+        assert torch.equal(value, whole[name]), name
 
 
 def of_single_experts(folder: Path, kind: str, experts: range, names: list[str]) -> Path:
