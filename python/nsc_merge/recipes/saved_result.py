@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     tasks, coefficients, dead = (document.get(key) for key in ("tasks", "coefficients", "dead"))
     if not isinstance(document.get("method"), str) or not isinstance(document.get("options"), dict):
         raise ValueError(f"result: {file}: expected a method's name and its options")
-    if not _is_names(tasks):
+    if not _is_names(tasks) or not tasks:
         raise ValueError(f"result: {file}: expected names of tasks, each once, found {tasks!r:.60}")
     rows = list(coefficients.values()) if isinstance(coefficients, dict) else []
     if not rows or not all(isinstance(row, dict) and list(row) == tasks for row in rows):
@@ -79,22 +79,39 @@ def read_document(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     moved = document.setdefault("objective", {})
     if moved != {} and not _is_comparison(moved):
         raise ValueError(f"result: {file}: objective: expected before, after and batches, found {moved!r:.60}")
-    return document, _history(folder / HISTORY_FILE)
+    return document, _history(folder / HISTORY_FILE, tasks)
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
 
 
-def _history(file: Path) -> list[dict[str, Any]]:
+def _history(file: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     lines = file.read_bytes().splitlines() if file.is_file() else []
-    entries = []
+    entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         entry = from_json(line, f"result: {file}: line {number}", not_finite=True)
-        if not isinstance(entry, dict):
-            raise ValueError(f"result: {file}: line {number}: expected an object, found {entry!r:.60}")
+        if not _is_step(entry, tasks) or _measured(entry) != _measured(entries[0] if entries else entry):
+            raise ValueError(
+                f"result: {file}: line {number}: expected numbers for step, objective, and omega or loss of the same "
+                f"tasks in every line, found {entry!r:.60}"
+            )
         entries.append(entry)
     return entries
+
+
+def _measured(entry: Mapping[str, Any]) -> tuple[str, set[str]]:
+    """What a step measured, and of which tasks."""
+    name = "omega" if "omega" in entry else "loss"
+    return name, set(entry[name])
+
+
+def _is_step(entry: Any, tasks: Sequence[str]) -> bool:
+    """Whether it is one of :attr:`nsc_merge.MergeResult.history`."""
+    values = entry.get("omega", entry.get("loss")) if isinstance(entry, dict) else None
+    if not isinstance(values, dict) or not set(values) <= set(tasks):
+        return False
+    return all(map(is_number, (entry.get("step"), entry.get("objective"), *values.values())))
 
 
 def _is_comparison(moved: Any) -> bool:

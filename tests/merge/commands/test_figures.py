@@ -68,6 +68,32 @@ def test_a_comparison_that_is_none_is_refused(place, capsys, objective):
     assert "objective: expected before, after and batches, found" in capsys.readouterr().err
 
 
+STEP = {"step": 1, "objective": 0.5, "omega": {"nli": 0.5, "topic": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {"step": 1},
+        {**STEP, "step": "first"},
+        {**STEP, "objective": None},
+        {**STEP, "omega": {"nli": None, "topic": 0.5}},
+        {**STEP, "omega": {"nli": 0.5, "other": 0.5}},
+        {**STEP, "omega": {"nli": 0.5}},
+        {"step": 1, "objective": 0.5, "loss": {"nli": 0.5, "topic": 0.5}},
+    ],
+)
+def test_a_history_that_is_none_is_refused(place, capsys, entry):
+    assert main(["run", "recipe.yaml", "output.formats=coefficients"]) == 0
+    file = place / "merged" / "history.jsonl"
+    kept = file.read_text().splitlines()[:1]
+    file.write_text("\n".join([*kept, json.dumps(entry)]))
+    capsys.readouterr()
+    assert main(["plot", "merged"]) == 1
+    assert "history.jsonl: line 2: expected numbers for step, objective, and omega" in capsys.readouterr().err
+
+
 def test_no_picture_is_drawn_while_another_merge_is_saved_there(place, capsys):
     assert main(["run", "recipe.yaml", "output.formats=coefficients"]) == 0
     before = contents(place)

@@ -142,6 +142,7 @@ def test_a_record_that_is_none_is_refused(place, headers):
         ({"method": None}, "expected a method's name and its options"),
         ({"options": []}, "expected a method's name and its options"),
         ({"tasks": ["nli", "nli"]}, "expected names of tasks, each once"),
+        ({"tasks": [], "coefficients": {"a": {}}}, "expected names of tasks, each once"),
         ({"dead": {"a": ["other"]}}, "dead: expected names of tasks by module"),
         ({"coefficients": {"a": {"nli": True, "topic": 1.0}}}, "a: nli: expected a number, found True"),
         ({"coefficients": {"a": {"nli": float("nan"), "topic": 1.0}}}, "a: nli: expected a number, found nan"),
