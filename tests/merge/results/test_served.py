@@ -536,6 +536,16 @@ def test_code_comes_along_only_where_it_is_trusted(llama, tmp_path, trusted):
         assert "not copied" not in card
 
 
+@pytest.mark.parametrize("name", ["preprocessor", "processor", "video_preprocessor", "image_processor"])
+def test_code_of_what_prepares_images_and_videos_is_named(llama, tmp_path, name):
+    base, adapters = llama
+    place = tmp_path / "base"
+    shutil.copytree(base, place)
+    (place / f"{name}_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "own.OwnProcessor"}}))
+    (note,) = preprocessing.preprocessing_notes(merge(place, adapters))
+    assert note.startswith(f"{name}_config.json names code in the base's folder (auto_map), which is not copied: ")
+
+
 @pytest.mark.parametrize(
     ("change", "note"),
     [

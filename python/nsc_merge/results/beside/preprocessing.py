@@ -29,7 +29,10 @@ _TEMPLATES = "additional_chat_templates"
 _GENERATION = "generation_config.json"
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 # Configurations that may name code of their own.
-_NAMING_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_NAMING_CODE = (
+    *("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("video_preprocessor_config.json", "image_processor_config.json"),
+)
 # Larger than any vocabulary: what is beyond it is none.
 LARGEST = 256 << 20
 # Files of a folder within the base's that are looked at.
