@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from nsc_merge.processes.group import current
 
 Batch = Mapping[str, Tensor]
 Calibration = Mapping[str, Iterable[Batch]]
@@ -22,7 +26,8 @@ def streams(calibration: Calibration | None, tasks: Sequence[str]) -> dict[str, 
 
     Raises:
         ValueError: if ``calibration`` is not a mapping with exactly these tasks; on drawing, if a task has no
-            batch, one that is not a mapping, lists in place of tensors, or a row of nothing but padding.
+            batch, one that is not a mapping, lists in place of tensors, or a row of nothing but padding, or if
+            processes that share the work begin with different ones.
     """
     return {task: _endless(task, batches) for task, batches in restartable(calibration, tasks).items()}
 
@@ -150,6 +155,27 @@ def _check_mask(task: str, batch: Batch) -> None:
         raise ValueError(f"calibration[{task!r}]: {wrong}")
 
 
+def _check_shared(task: str, batch: Batch) -> None:
+    """Refuse data of each process's own: of every batch each runs some rows, so that all need the whole ones."""
+    group = current()
+    if group.size == 1:
+        return
+    digest = hashlib.sha256()
+    for name, value in batch.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    every = group.share([digest.hexdigest()])
+    others = [rank for rank, one in enumerate(every) if one != every[0]]
+    if others:
+        raise ValueError(
+            f"calibration[{task!r}]: expected the same batches in all {group.size} processes, which divide the rows of "
+            f"each among them, found others in process {others[0]} than in 0; give all of them the whole data, without "
+            "a DistributedSampler"
+        )
+
+
 def other_mask(batch: Batch) -> str:
     """What is wrong where tokens and their mask are of different shapes, which transformers runs all the same; nothing
     where they agree, or there is but one of them.
@@ -183,11 +209,13 @@ def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
         for batch in _own(task, batches):
-            empty = False
             _checked(task, batch)
             # In the first round only: a mask on another device is waited for.
             if first:
                 _check_mask(task, batch)
+            if first and empty:
+                _check_shared(task, batch)
+            empty = False
             yield batch
         if empty:
             raise ValueError(f"calibration[{task!r}]: expected at least one batch, found none")

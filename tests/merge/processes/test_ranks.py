@@ -101,6 +101,7 @@ def share(rank: int, folder: Path) -> None:
                 with together(two) as pair:
                     found = merge(plain, adapters, batches(kind), **OPTIONS)
                 check_same(pair, found, plain, adapters, kind, {})
+        check_other_data(rank, folder)
         check_resumed(folder)
         check_lost(rank, folder)
     finally:
@@ -166,6 +167,14 @@ class Down:
 def first_logits(model, batch):
     """Values, whose variance over all processes matters."""
     return model(**batch).logits[:, -1, :3]
+
+
+def check_other_data(rank: int, folder: Path) -> None:
+    """Data of each process's own, as a DistributedSampler deals them out, are none that their rows can be taken of."""
+    plain = load_model(str(folder / "llama"), local=True)
+    own = {task: given[rank % 2 :] if task == "b" else given for task, given in batches("llama").items()}
+    with pytest.raises(ValueError, match=r"\['b'\]: expected the same batches in all 3 .* in process 1 than"):
+        merge(plain, adapters_for(plain), own, **OPTIONS, process_group=dist.group.WORLD)
 
 
 def check_resumed(folder: Path) -> None:
