@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.numbers import file_tensor
+from nsc_merge.models.bases.quantised import quantised_as
 from nsc_merge.models.bases.stored_weights import is_dtensor, numbers_of, state_of
 from nsc_merge.models.bases.unloaded import INDEX, WEIGHTS, Rewritten, saved_names, weight_files
 from nsc_merge.processes.group import current
@@ -60,6 +61,12 @@ def write_model(
         raise ValueError(
             "format 'model' would round the merge to the quantised base; use format 'lora', or dequantize=True "
             "(--dequantize), which writes a model without quantisation"
+        )
+    if (method := quantised_as(getattr(model, "config", None))) is not None:
+        raise ValueError(
+            f"format 'model': model.config says that the weights are quantised ({method}), and they were loaded as "
+            "plain numbers, as by transformers where it does not know the method; expected a base that it reads. If "
+            "the numbers are right: del model.config.quantization_config"
         )
     merged = set(result.merged_names(model))
     state = model.state_dict(keep_vars=True)

@@ -150,6 +150,21 @@ def test_what_transformers_writes_otherwise_than_as_it_is_is_written_from_memory
     assert "written from memory: transformers converts its tensors" in caplog.text
 
 
+def test_numbers_are_not_saved_as_the_codes_that_their_configuration_speaks_of(tmp_path):
+    base, adapters = written("dense", tmp_path)
+    file = base / "config.json"
+    told = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": told}))
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    result = nsc_merge.merge(model, adapters, method="task_arithmetic")
+    with pytest.raises(ValueError, match=r"model.config says that the weights are quantised \(modelopt"):
+        result.save(tmp_path / "out", "model")
+    assert not (tmp_path / "out").exists()
+    del model.config.quantization_config
+    out = result.save(tmp_path / "out", "model")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
 def test_no_more_than_some_rows_of_a_tensor_are_in_memory(tmp_path, monkeypatch):
     class Largest(TorchDispatchMode):
         bytes = 0
