@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
+from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
 # Beside text, these have a row for every image, or for every piece of one.
@@ -104,7 +105,7 @@ def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
     takes = [name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     unknown = [name for name in batches.names if name not in takes]
     if unknown:
-        raise ValueError(f"{argument}: {type(model).__name__} takes no input {unknown}; it takes {takes}")
+        raise ValueError(f"{argument}: {class_name(model)} takes no input {unknown}; it takes {takes}")
 
 
 def check_tokens(batches: Batches, model: nn.Module, argument: str) -> None:
@@ -125,7 +126,7 @@ def check_tokens(batches: Batches, model: nn.Module, argument: str) -> None:
         others = (name for name, value in batch.items() if value.is_floating_point() and not name.endswith(MASK))
         if tokens is None or any(name != "input_ids" for name in others):
             continue
-        what = f"{argument}: expected tokens from 0 to {known - 1} in input_ids, which {type(model).__name__} has"
+        what = f"{argument}: expected tokens from 0 to {known - 1} in input_ids, which {class_name(model)} has"
         if tokens.is_floating_point():
             raise ValueError(f"{what}, found {tokens.dtype}; expected whole numbers")
         least, most = int(tokens.min()), int(tokens.max())

@@ -205,14 +205,16 @@ def load(
     # What is computed from the adapters alone, and written, takes the base's numbers from its files one by one.
     needed = bool(method_of(recipe.method).needs) or recipe.added_tokens in ("mean", "first")
     model = _base(recipe, replace(recipe.placement, shards=current().size > 1, numbers=needed))
-    for task, batches in calibration.items():
-        check_names(batches, model, f"calibration.{task}")
+    with current().agreeing():
+        for task, batches in calibration.items():
+            check_names(batches, model, f"calibration.{task}")
     dtype = next(model.parameters()).dtype
     cast = {id(batches): batches.to(dtype) for batches in calibration.values()}
     calibration = {task: cast[id(batches)] for task, batches in calibration.items()}
     model, adapters = own_base(*with_vocabulary(model, adapters, recipe.added_tokens))
-    for task, batches in calibration.items():
-        check_tokens(batches, model, f"calibration.{task}")
+    with current().agreeing():
+        for task, batches in calibration.items():
+            check_tokens(batches, model, f"calibration.{task}")
     adapters = fit(adapters, model, recipe.shared_modules)
     _check_heads(recipe, model, adapters)
     return model, adapters, calibration

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from cli_cases import interrupted, make_place
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from zoo import build
 
 from nsc_merge.calibration.forward_passes import Pass, split
@@ -109,3 +109,10 @@ def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, caps
     record = yaml.safe_load((place / "merged" / "recipe.yaml").read_text())["record"]
     assert record["processes"] == 2
     assert "2 processes shared the work" in (place / "merged" / "README.md").read_text()
+    # What all of them find wrong once the base is there, one says, of the class that it has in transformers.
+    save_file({**load_file(place / "inputs" / "nli.safetensors"), "bogus": torch.zeros(6)}, place / "bogus.safetensors")
+    wrong = [*recipe, f"calibration.nli={place / 'bogus.safetensors'}", f"output.dir={place / 'other'}"]
+    done = subprocess.run([*started, "-m", "nsc_merge", *wrong], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert done.stderr.count("nsc-merge: error: calibration.nli: LlamaForSequenceClassification takes no input") == 1
+    assert not (place / "other").exists()
