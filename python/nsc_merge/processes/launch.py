@@ -30,6 +30,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
+def launched_here() -> int:
+    """How many processes a launcher started on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 @contextmanager
 def started() -> Iterator[Group]:
     """The processes that a launcher started, sharing the work within a ``with`` block: NCCL between GPUs, gloo between

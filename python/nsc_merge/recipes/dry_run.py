@@ -17,6 +17,7 @@ from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, family_of, family_said
 from nsc_merge.models.fitting import absent
 from nsc_merge.models.merged.matrices import Matrix
+from nsc_merge.processes.group import current
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.inputs import read_inputs
 from nsc_merge.recipes.merge_recipe import Recipe
@@ -39,11 +40,13 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         RecipeError, TypeError, ValueError, RuntimeError, OSError: as :func:`run`.
     """
-    check(recipe, resume=resume)
+    with current().agreeing():
+        check(recipe, resume=resume)
     inputs = read_inputs(recipe)
     data = {task: _data(batches) for task, batches in inputs[1].items()}
     prospect = prospect_of(recipe, inputs)
-    if prospect is not None and not prospect["ways"][prospect["way"]]["fits"]:
+    # All try, or none: those on a smaller machine would be waited for.
+    if current().any(prospect is not None and not prospect["ways"][prospect["way"]]["fits"]):
         return {
             "method": recipe.method,
             "formats": list(recipe.formats),

@@ -9,6 +9,7 @@ from cli_cases import make_place
 from zoo import build
 
 from nsc_merge.commands.main import main
+from nsc_merge.processes.group import Group
 from nsc_merge.recipes.forecast import prospect
 from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -74,6 +75,18 @@ def test_what_does_not_fit_is_not_loaded(place, monkeypatch, capsys):
     assert "note      nothing was loaded or tried, since it does not fit" in shown
     assert "2 ranks: " in shown
     assert not (place / "merged").exists()
+
+
+def test_processes_of_one_cpu_share_its_memory(place, monkeypatch):
+    monkeypatch.setattr(prospect, "total_memory", lambda device: 300_000)
+    monkeypatch.setattr(prospect, "current", lambda: Group(0, 2))
+    for here, fits in (("1", True), ("2", False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        found = prospect_of(read(place, "options.batch_tasks=true"))
+        own = found["ways"][found["way"]]
+        assert (own["way"], own["fits"]) == ("2 ranks", fits)
+        assert found["device_bytes"] == 300_000 // int(here)
+        assert (own["bytes"] <= found["device_bytes"]) is fits
 
 
 def test_the_rate_of_the_steps_tried_times_the_other_ways(place, capsys):

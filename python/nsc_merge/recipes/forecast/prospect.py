@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from nsc_merge.adapters import Adapter, Factor
@@ -15,6 +14,7 @@ from nsc_merge.models.bases.architecture import architecture_of, outline_of
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
+from nsc_merge.processes.launch import launched_here
 from nsc_merge.recipes.forecast.estimate import STORED, Work, as_run, bytes_per_step, memory, operations
 from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
 from nsc_merge.recipes.inputs import Inputs, read_inputs
@@ -32,10 +32,11 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
         inputs: of :func:`nsc_merge.recipes.inputs.read_inputs`, which is called for them otherwise.
 
     Returns:
-        ``device_bytes`` that there are; ``ways``, of each its name, bytes at most on a device and their parts, whether
-        that is less than there is, operations of a step on each device, and bytes that it receives from others and
-        loads from the host; and ``way``, the number of the recipe's own. None where there is no formula: for methods
-        that measure no inputs, for unusual blocks, for bases quantised by others, and where loading would fail.
+        ``device_bytes`` that there are, a share of them for each of the processes on one CPU; ``ways``, of each its
+        name, bytes at most on a device and their parts, whether that is less than there is, operations of a step on
+        each device, and bytes that it receives from others and loads from the host; and ``way``, the number of the
+        recipe's own. None where there is no formula: for methods that measure no inputs, for unusual blocks, for bases
+        quantised by others, and where loading would fail.
     """
     method = method_of(recipe.method)
     if "gradients" not in method.needs:
@@ -69,19 +70,22 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
         # As the step decides, half of what is free once the base is there; on a CPU no more than is taken for granted.
         held = memory(one, **how)
         loaded = 0 if device.type == "cpu" else held.weights + held.adapters
-        free = min(total_memory(device) - loaded, free_memory(device))
-        ways.append(_way(name, as_run(one, options.batch_tasks, free, **how), coefficients, device, **how))
-    return {"device_bytes": total_memory(device), "way": list(settings).index(chosen), "ways": ways}
+        sharing = launched_here() if device.type == "cpu" and name == chosen else 1
+        there = total_memory(device) // sharing
+        free = min(there - loaded, free_memory(device) / sharing)
+        ways.append(_way(name, as_run(one, options.batch_tasks, free, **how), coefficients, there, **how))
+    device_bytes = total_memory(device) // (launched_here() if device.type == "cpu" else 1)
+    return {"device_bytes": device_bytes, "way": list(settings).index(chosen), "ways": ways}
 
 
-def _way(name: str, work: Work, coefficients: int, device: torch.device, **how: Any) -> dict[str, Any]:
+def _way(name: str, work: Work, coefficients: int, there: int, **how: Any) -> dict[str, Any]:
     held, moved = memory(work, **how), bytes_per_step(work, coefficients=coefficients, **how)
     done = work.recomputed() if how.get("offloaded") else work.divided(how.get("ranks", 1))
     return {
         "way": name,
         "bytes": held.total,
         "parts": vars(held),
-        "fits": not total_memory(device) or held.total <= total_memory(device),
+        "fits": not there or held.total <= there,
         "operations": operations(done),
         "received": moved.received,
         "loaded": moved.loaded,
