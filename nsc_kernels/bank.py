@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .bank_file import read_bank, write_bank
 from .devices import with_float64
-from .modes import dispatch_watched, functorch_active
+from .modes import dispatch_watched, functorch_active, without_autocast
 from .reference import accumulation_dtype
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -186,7 +186,8 @@ class AdapterBank(nn.Module):
         if lam.shape != (self.K,):
             raise ValueError(f"lam must have shape ({self.K},), one coefficient per adapter, found {tuple(lam.shape)}")
         per_row = lam.repeat_interleave(torch.tensor(self.ranks, device=self.device), output_size=self.R)
-        return (self.Bt.to(acc) * per_row[:, None]).t() @ self.A.to(acc)
+        with without_autocast(self.device.type):
+            return (self.Bt.to(acc) * per_row[:, None]).t() @ self.A.to(acc)
 
     def cast_for_autocast(self, dtype: torch.dtype) -> AdapterBank:
         """This bank in ``dtype``: itself, or a copy that is kept until the buffers are replaced or written to.

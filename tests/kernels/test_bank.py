@@ -126,6 +126,16 @@ def test_dtype_and_delta(dtype: torch.dtype) -> None:
         bank.delta([1.0])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_dense_update_is_not_rounded_by_autocast(compiled: bool) -> None:
+    bank = nk.AdapterBank.from_factors([torch.randn(4, 20)], [torch.randn(12, 4)])
+    delta = torch.compile(bank.delta, backend="aot_eager", fullgraph=True) if compiled else bank.delta
+    with torch.autocast("cpu", torch.bfloat16):
+        found = delta([0.7])
+    assert found.dtype is torch.float32
+    assert torch.equal(found, bank.delta([0.7]))
+
+
 def test_moves_copies_and_pickles() -> None:
     bank = nk.AdapterBank.from_factors(*factors((3, 2)))
     z, lam = torch.randn(4, 20), torch.rand(2)
