@@ -160,7 +160,9 @@ def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _refuse_tangents(arguments)
     call = ForwardCall(*arguments)
     z, acc = call.z, call.lam.dtype
-    y, quad, sqnorm, u = run_forward(select_backend(z, call.A, call.Bt, call.offsets), call)
+    # A graph computes as it was made, wherever it is called from.
+    with without_autocast(z.device.type):
+        y, quad, sqnorm, u = run_forward(select_backend(z, call.A, call.Bt, call.offsets), call)
     return y, _tensor(quad, z, acc), _tensor(sqnorm, z, acc), _tensor(u, z, z.dtype)
 
 

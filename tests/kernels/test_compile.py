@@ -124,6 +124,27 @@ def test_compile_with_autocast() -> None:
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(z, torch.ones(2)), f(z, torch.ones(2)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", ["export", "trace"])
+def test_a_graph_made_without_autocast_is_not_rounded_by_it(make: str, backend: str) -> None:
+    bank, z, lam = oc.make_bank(oc.Case("autocast"), torch.float32), torch.randn(4, 48), torch.ones(2)
+
+    class Statistics(torch.nn.Module):
+        def forward(self, z: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return nk.merged_lora_nsc(z, bank, lam)
+
+    given: Any = (z, lam)
+    graph: Any = torch.export.export(Statistics(), given).module() if make == "export" else None
+    graph = graph or torch.jit.trace(Statistics(), given)
+    with nk.use_backend(backend):
+        expected = nk.merged_lora_nsc(z, bank, lam)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = graph(z, lam)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype is torch.float32
+        assert torch.equal(one, other)
+
+
 def test_transforms_inside_compile_are_not_silently_zero() -> None:
     bank = oc.make_bank(oc.Case("func"), torch.float64)
     z, base = torch.randn(4, 48).double(), torch.randn(4, 40).double()
