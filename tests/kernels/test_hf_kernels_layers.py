@@ -102,13 +102,17 @@ def test_what_is_written_into_a_bank_or_replaced_is_seen(build: ModuleType) -> N
         assert close(forward(plain, z), plain(z))
         plain.bank.Bt = torch.randn(10, 5, dtype=torch.float64).t()
         assert close(forward(plain, z), plain(z))
+        square = Plain(ranks=(6, 6), d_out=12)
+        forward(square, z)
+        square.bank.Bt = square.bank.Bt.t()  # of the same memory
+        assert close(forward(square, z), square(z))
         plain.float()
         assert forward(plain, z.float()).dtype is torch.float32
     assert "_KEPT" not in vars(copy.deepcopy(plain.bank))
     count = len(build.layers._KEPT)
-    del plain
+    del plain, square
     gc.collect()
-    assert len(build.layers._KEPT) == count - 1
+    assert len(build.layers._KEPT) == count - 2
 
 
 def test_banks_that_do_not_fit_are_refused(build: ModuleType) -> None:

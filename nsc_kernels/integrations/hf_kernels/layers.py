@@ -64,6 +64,7 @@ def _is_shared(kept: Tensor, given: Tensor) -> bool:
     return (
         kept.data_ptr() == given.data_ptr()
         and kept.shape == given.shape
+        and kept.stride() == given.stride()
         and kept.dtype is given.dtype
         and kept.device == given.device
     )
