@@ -55,15 +55,31 @@ PREPROCESSING = (
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*_Pooling/config.json"),
     *("*_Dense/config.json", "*_Dense/model.safetensors"),
 )
-_PREPROCESSING = "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in PREPROCESSING)
+# A base's licence and what it asks to be passed on, which a merge of it is under as well; as patterns of the hub.
+LICENSES = (
+    *("LICENSE", "LICENSE.*", "LICENSE-*", "LICENSE_*", "LICENCE", "LICENCE.*", "COPYING", "COPYING.*"),
+    *("NOTICE", "NOTICE.*", "Notice", "Notice.*", "USE_POLICY.*", "USAGE_POLICY.*"),
+)
+
+
+def _expression(patterns: Iterable[str]) -> str:
+    return "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in patterns)
+
+
+_PREPROCESSING, _LICENSES = _expression(PREPROCESSING), _expression(LICENSES)
 _MODEL = "(tasks/[^/]+/)?((lora|model)/)?"
-_OURS = re.compile(rf"{_MODEL}({_FILE}|{_PREPROCESSING})|heads/[^/]+\.(safetensors|json)")
+_OURS = re.compile(rf"{_MODEL}({_FILE}|{_PREPROCESSING}|{_LICENSES})|heads/[^/]+\.(safetensors|json)")
 _CODE = re.compile(rf"{_MODEL}[\w-][\w.-]*\.py")
 
 
 def is_preprocessing(path: str) -> bool:
     """Whether a file of a model's folder is of its tokenizer, processor or generation, by its path within."""
     return re.fullmatch(_PREPROCESSING, path) is not None
+
+
+def is_license(path: str) -> bool:
+    """Whether a file of a model's folder is of its licence, by its path within."""
+    return re.fullmatch(_LICENSES, path) is not None
 
 
 def is_weights(name: str) -> bool:

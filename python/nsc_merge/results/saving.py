@@ -28,7 +28,7 @@ from nsc_merge.results.about_adapter import about_adapter
 from nsc_merge.results.beside.heads import Head, heads_of, with_head, write_heads
 from nsc_merge.results.beside.model_card import model_card
 from nsc_merge.results.beside.plots import draw
-from nsc_merge.results.beside.preprocessing import write_preprocessing
+from nsc_merge.results.beside.preprocessing import leave_out_licenses, write_preprocessing
 from nsc_merge.results.beside.record import merge_digest, recipe_of
 from nsc_merge.results.dora_adapter import as_dora, check_as_adapter, has_gains
 from nsc_merge.results.layout import (
@@ -77,8 +77,7 @@ def save(
             raise ValueError(f"adapters[{task!r}]: expected a name that UTF-8 can hold, found half a character in it")
     if rank is None and "lora" in wanted:
         _refuse_full_rank(result)
-    gains = has_gains(result)
-    if "model" in wanted or ("lora" in wanted and (gains or any(map(result.is_whole, result.paths)))):
+    if "model" in wanted or ("lora" in wanted and (has_gains(result) or any(map(result.is_whole, result.paths)))):
         result.check_base()
     if "lora" in wanted:
         check_as_adapter(result)
@@ -126,6 +125,7 @@ def save(
                 folder.mkdir(parents=True, exist_ok=True)
                 found = _write(one, folder, name, rank, max_shard_size, dequantize, own)
                 errors |= {f"{place}/{path}" if place else path: error for path, error in found.items()}
+        leave_out_licenses(staging, out, files)
         write_heads(result, heads, staging)
         _write_surroundings(result, staging, plots=plots)
         card = model_card(result, shown, staging, rank, errors, nested=nested, heads=heads, head=head)

@@ -68,7 +68,7 @@ def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
         OSError: naming the place.
     """
     out, written = out.resolve(), set(written)
-    above = next(parent for parent in out.parents if os.path.lexists(parent))
+    above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # the root has none
     if not above.is_dir():
         raise NotADirectoryError(f"out: no folder can be made in {above}, which is none; expected a place in a folder")
     if os.path.ismount(out):

@@ -490,6 +490,36 @@ def test_only_files_of_known_names_and_sound_sizes_are_copied(llama, tmp_path, m
     assert "- spiece.model of the base is larger than 0 MB and is not copied" in (out / "README.md").read_text()
 
 
+def test_the_licence_of_a_base_comes_along_and_is_no_tokenizer(llama, tmp_path):
+    """As licences of LLaMA ask for; who has put one of their own into the output keeps it."""
+    base, adapters = llama
+    place = tmp_path / "base"
+    place.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base / name, place / name)
+    kept = ["LICENSE", "LICENSE.txt", "LICENSE-MODEL", "NOTICE", "Notice.md", "USE_POLICY.md"]
+    for name in [*kept, "LICENSES.md", "notice.sh", "LICENSE~"]:
+        (place / name).write_text(f"{name} of the base")
+    result = merge(place, adapters)
+    assert any("no tokenizer" in note for note in preprocessing.preprocessing_notes(result))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "NOTICE").write_text("own")
+    result.save(out, "model")
+    assert (out / "NOTICE").read_text() == "own"
+    found = {file.name for file in out.iterdir() if file.is_file()}
+    own = {"config.json", "model.safetensors", "generation_config.json", "README.md", "recipe.yaml"}
+    assert found == {*kept, *own}
+    assert (out / "LICENSE-MODEL").read_text() == "LICENSE-MODEL of the base"
+    record = yaml.safe_load((out / "recipe.yaml").read_text())["record"]["files"]
+    assert {*kept} - {"NOTICE"} <= {*record}
+    assert "NOTICE" not in record
+    (place / "LICENSE").write_text("a later one")
+    merge(place, adapters).save(out, "model")
+    assert (out / "LICENSE").read_text() == "a later one"
+    assert (out / "NOTICE").read_text() == "own"
+
+
 def test_a_link_of_another_name_elsewhere_is_not_copied(llama, tmp_path):
     base, adapters = llama
     place = Path(shutil.copytree(base, tmp_path / "base"))

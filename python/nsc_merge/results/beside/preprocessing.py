@@ -1,13 +1,15 @@
 """What turns raw data into a model's inputs, guides its generation and makes embeddings of its outputs, copied from the
-base: its tokenizer, chat templates, processors, generation configuration and sentence-transformers' modules.
+base: its tokenizer, chat templates, processors, generation configuration and sentence-transformers' modules. The
+base's licence comes along.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +19,10 @@ from nsc_merge.adapters.hub import snapshot_of
 from nsc_merge.models.bases.loading import base_files, base_name
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
-from nsc_merge.results.layout import PREPROCESSING, is_preprocessing
+from nsc_merge.results.layout import LICENSES, PREPROCESSING, is_license, is_preprocessing
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
+from nsc_merge.utils.atomic_folder import files_in
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
@@ -56,6 +59,17 @@ def write_preprocessing(result: MergedUpdate, folder: Path) -> list[str]:
     return sorted(found)
 
 
+def leave_out_licenses(staging: Path, out: Path, earlier: Set[str]) -> None:
+    """Take the base's licence out of what is about to be put into ``out``, where somebody has put one of that name.
+
+    Args:
+        earlier: what earlier merges wrote there, which is replaced.
+    """
+    for path in files_in(staging):
+        if is_license(path.name) and os.path.lexists(out / path) and path.as_posix() not in earlier:
+            (staging / path).unlink()
+
+
 def _forget_missing_code(file: Path) -> None:
     """Take out of a saved model's configuration code that does not lie beside it: the model was merged in a class of
     transformers, and who loads it with ``trust_remote_code=True`` would be told that a file is missing.
@@ -82,7 +96,7 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
     if is_of_diffusers(result.model):
         return []
     found = _files(result)
-    if not found.keys() - {_GENERATION}:
+    if not any(is_preprocessing(name) for name in found.keys() - {_GENERATION}):
         return [_absence(result.model)]
     notes = []
     code = [name for name in _NAMING_CODE if name in found and _names_code(found[name])]
@@ -209,8 +223,8 @@ def _meant(source: Path, *, trusted: bool) -> Iterator[tuple[str, Path]]:
         places += sorted(folder.iterdir())[:_MOST_INSIDE] if folder.is_dir() else []
     for place in sorted(places):
         name = place.relative_to(source).as_posix()
-        wanted = is_preprocessing(name) or (trusted and place.suffix == ".py" and place.parent == source)
-        if wanted and place.is_file():
+        code = trusted and place.suffix == ".py" and place.parent == source
+        if (is_preprocessing(name) or is_license(name) or code) and place.is_file():
             yield name, place
 
 
@@ -233,7 +247,7 @@ def _named(model: nn.Module) -> str:
 def _fetched(name: str, commit: str) -> Path | None:
     """A base's folder in the hub's cache: what is missing there of its tokenizer and processor is fetched."""
     try:
-        return snapshot_of(name, commit, PREPROCESSING)
+        return snapshot_of(name, commit, (*PREPROCESSING, *LICENSES))
     except Exception as error:
         # A merge is not lost for them, whatever goes wrong on the way.
         logger.warning("model: no tokenizer or processor of %s was fetched: %s", name, " ".join(str(error).split()))
