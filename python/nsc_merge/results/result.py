@@ -34,12 +34,13 @@ class MergeResult(MergedUpdate):
         Besides the format's own files: ``recipe.yaml`` (resolved options, versions, SHA-256 of the inputs, files
         written), ``README.md`` (a model card), ``history.jsonl`` if there is a history, and for every task that
         brought a head ``heads/<task>.safetensors``, with the names of its classes in ``heads/<task>.json``. With
-        ``"lora"`` and ``"model"`` go the base's tokenizer, chat templates, processors and generation configuration.
+        ``"lora"`` and ``"model"`` go the base's tokenizer, chat templates, processors, generation configuration and
+        licence.
 
         Args:
             out: a folder; made if needed. Files of the same names are replaced, but for a ``recipe.yaml`` and a
                 ``README.md`` that no save wrote, which are refused; what an earlier save of another merge left there
-                goes; other files stay.
+                goes; other files stay, a licence among them.
             format: ``"lora"`` writes one PEFT adapter with the coefficients folded in, exact and of rank sum
                 of the ranks; ``"model"`` writes the merged transformers model as sharded safetensors;
                 ``"coefficients"`` writes ``coefficients.json``. A list writes ``coefficients.json`` (if the method
