@@ -112,6 +112,8 @@ class AdapterBank(nn.Module):
         Raises:
             TypeError, ValueError: naming the adapter index, what was found and what was expected.
         """
+        if not isinstance(A, Iterable) or not isinstance(B, Iterable):
+            raise TypeError(f"A and B must hold one factor per adapter, found {type(A).__name__}, {type(B).__name__}")
         A, B = list(A), list(B)
         dtype, device = _check_factors(A, B, dtype, device)
         scales = _check_scaling(scaling, len(A))
@@ -328,9 +330,13 @@ def _check_factors(
 def _check_scaling(scaling: Sequence[float] | None, K: int) -> list[float]:
     if scaling is None:
         return [1.0] * K
-    if not isinstance(scaling, Iterable):
+    if not isinstance(scaling, Iterable) or isinstance(scaling, str) or getattr(scaling, "ndim", 1) != 1:
         raise TypeError(f"scaling must hold one float per adapter ({K}), found {scaling!r}")
-    scales = [float(s) for s in scaling]
+    given = list(scaling)
+    try:
+        scales = [float(s) for s in given]
+    except (TypeError, ValueError):
+        raise TypeError(f"scaling must hold numbers, found {given!r}") from None
     if len(scales) != K:
         raise ValueError(f"scaling must hold one float per adapter ({K}), found {len(scales)}")
     for k, s in enumerate(scales):

@@ -126,10 +126,18 @@ def test_the_native_op_checks_for_itself(change: dict[str, Any], words: str) -> 
         torch.ops.nsc.cpu_forward(**{**FORWARD, **change})
 
 
+def scaled_by(scaling: Any) -> nk.AdapterBank:
+    return nk.AdapterBank.from_factors([torch.ones(1, 2)], [torch.ones(3, 1)], scaling)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: nk.AdapterBank.from_factors([torch.ones(1, 2)], [torch.ones(3, 1)], 2.0), "scaling must hold one"),
+        (lambda: scaled_by(2.0), "scaling must hold one"),
+        (lambda: scaled_by(torch.tensor(2.0)), "scaling must hold one"),
+        (lambda: scaled_by("2"), "scaling must hold one"),
+        (lambda: scaled_by([None]), "scaling must hold numbers, found"),
+        (lambda: nk.AdapterBank.from_factors(None, [torch.ones(3, 1)]), "one factor per adapter, found NoneType"),
         (lambda: nk.AdapterBank(torch.ones(1, 2), torch.ones(1, 3), 1), "offsets must be ints"),
         (lambda: nk.AdapterBank([1.0], torch.ones(1, 3), (0, 1)), "A must be a tensor, found list"),
         (lambda: nk.MergedLoRALinear(torch.nn.Linear(6, 4), "x", [1.0]), "bank must be an AdapterBank, found str"),
