@@ -76,10 +76,6 @@ class MergedLoRALinear(nn.Module):
             raise ValueError(f"lam must have shape ({bank.K},), one per adapter, found {tuple(lam.shape)}")
         self.linear = linear.requires_grad_(False)
         self.bank = bank
-        # torch's fast path of nn.TransformerEncoderLayer reads the weights of its layers and calls none, unless a
-        # module within it has a hook. Nobody calls a bank, so that this one costs nothing.
-        if not bank._forward_pre_hooks:
-            bank.register_forward_pre_hook(_never_called)
         if isinstance(lam, nn.Parameter):
             self.lam = lam
         else:
@@ -102,6 +98,13 @@ class MergedLoRALinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.bank.d_out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch's fast path of nn.TransformerEncoderLayer reads the weights of its layers and calls none, unless a
+        # module within it has a hook. Nobody calls a bank, so that this one costs nothing.
+        if name == "bank" and isinstance(value, AdapterBank) and not value._forward_pre_hooks:
+            value.register_forward_pre_hook(_never_called)
+        super().__setattr__(name, value)
 
     def forward(self, z: Tensor) -> Tensor:
         return merged_linear(z, self.linear, self.bank, self.lam, stats=False)

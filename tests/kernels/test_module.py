@@ -142,6 +142,10 @@ def test_a_transformer_layer_calls_it_where_it_would_read_its_weight(name: str) 
     for layer in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         with torch.no_grad():
             assert torch.allclose(layer(z), merged(z), atol=1e-5)
+    # A bank may be put in the place of another.
+    encoder.get_submodule(name).bank = nk.AdapterBank(bank.A, bank.Bt, bank.offsets)
+    with torch.no_grad():
+        assert torch.allclose(encoder(z), merged(z), atol=1e-5)
 
 
 def test_attention_that_would_read_its_weight_is_refused() -> None:
