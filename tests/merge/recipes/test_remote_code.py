@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import served_cases
@@ -131,3 +132,17 @@ def test_what_the_configuration_says_of_code_that_is_not_there_is_left_out(tmp_p
     assert "auto_map" not in json.loads((out / "config.json").read_text())
     loaded = AutoModelForSequenceClassification.from_pretrained(out, trust_remote_code=True)
     assert type(loaded) is type(result.model)
+
+
+def test_code_of_a_slow_and_a_fast_tokenizer_stays_where_it_lies_beside(tmp_path):
+    """There are two places then, or one and none."""
+    base = served_cases.write_base("llama-cls", tmp_path / "base")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama-cls")
+    (base / "own.py").write_text("")
+    file = base / "config.json"
+    own = {"AutoTokenizer": ["own.Slow", None], "AutoConfig": "other.OwnConfig"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": own}))
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic")
+    result = replace(result, inputs={**result.inputs, "trust_remote_code": True})
+    config = result.save(tmp_path / "out", "model") / "config.json"
+    assert json.loads(config.read_text())["auto_map"] == {"AutoTokenizer": ["own.Slow", None]}

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -78,15 +78,18 @@ def _forget_missing_code(file: Path) -> None:
     named = fields.pop("auto_map", None) if isinstance(fields, dict) else None
     if not isinstance(named, dict):
         return
-    # owner/name--module.Class lies on the hub.
-    there = {auto: at for auto, at in named.items() if "--" in str(at) or _file_of(str(at), file.parent).is_file()}
+    there = {auto: at for auto, at in named.items() if _is_there(at, file.parent)}
     if there != named:
         fields |= {"auto_map": there} if there else {}
         file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _file_of(place: str, folder: Path) -> Path:
-    return folder / f"{place.rpartition('.')[0]}.py"
+def _is_there(place: Any, folder: Path) -> bool:
+    """Whether code lies in a folder, or on the hub as owner/name--module.Class does; of a slow and a fast tokenizer,
+    either of which may be none, all that is named.
+    """
+    places = [str(one) for one in (place if isinstance(place, list) else [place]) if one is not None]
+    return all("--" in one or (folder / f"{one.rpartition('.')[0]}.py").is_file() for one in places)
 
 
 def preprocessing_notes(result: MergedUpdate) -> list[str]:
