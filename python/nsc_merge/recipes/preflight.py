@@ -247,4 +247,6 @@ def _quantised_as(file: Path) -> str | None:
         return None
     fields = from_json(file.read_bytes(), f"model: {file}", not_finite=True)
     found = fields.get("quantization_config") if isinstance(fields, dict) else None
+    if found is None and isinstance(fields, dict) and isinstance(text := fields.get("text_config"), dict):
+        found = text.get("quantization_config")
     return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None

@@ -66,7 +66,7 @@ def write_model(
         raise ValueError(
             f"format 'model': model.config says that the weights are quantised ({method}), and they were loaded as "
             "plain numbers, as by transformers where it does not know the method; expected a base that it reads. If "
-            "the numbers are right: del model.config.quantization_config"
+            "the numbers are right: del the quantization_config of model.config, or of its text_config"
         )
     merged = set(result.merged_names(model))
     state = model.state_dict(keep_vars=True)

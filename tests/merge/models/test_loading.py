@@ -123,6 +123,19 @@ def test_files_quantised_in_a_way_that_transformers_does_not_know_are_refused(fo
         load(folder)
 
 
+def test_what_the_configuration_of_the_text_says_of_quantised_files_counts_too(tmp_path):
+    """As transformers has it, which looks there for what it does not find at the top."""
+    build("llava").save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    edit(tmp_path / "config.json", text_config={**text, "quantization_config": {"quant_method": "modelopt"}})
+    with pytest.raises(ValueError, match="quant_method 'modelopt', which transformers does not know"):
+        load(tmp_path)
+    edit(tmp_path / "config.json", text_config={**text, "quantization_config": {"quant_method": "fp8"}})
+    placement = Placement(device="cpu", quantization="torchao-int8")
+    with pytest.raises(ValueError, match=r"expected none for a base whose files are quantised \(fp8\)"):
+        load_model(str(tmp_path), local=True, placement=placement)
+
+
 def test_quantised_weights_are_not_read_as_plain_numbers(folder):
     numbers = load_file(folder / FILE)
     name = next(name for name in numbers if name.endswith(("query.weight", "q_proj.weight")))

@@ -112,6 +112,9 @@ def _check_quantisation(name: str, fields: dict[str, Any]) -> None:
     from transformers.quantizers import AutoHfQuantizer
 
     given = fields.get("quantization_config")
+    if given is None and isinstance(text := fields.get("text_config"), dict):
+        # Where transformers looks next.
+        given = text.get("quantization_config")
     if given is None:
         return
     try:

@@ -132,7 +132,10 @@ def loading_settings(
 
 def quantised_as(config: Any) -> str | None:
     """The method by which the files of a base are quantised, as its configuration names it; None if they are not."""
-    found = getattr(config, "quantization_config", None)
+    # Where transformers looks, in this order.
+    places = (config, getattr(config, "text_config", None))
+    said = (getattr(place, "quantization_config", None) for place in places)
+    found = next((one for one in said if one is not None), None)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
