@@ -1,0 +1,92 @@
+"""Every method on models that lie on two GPUs, by a stand-in for them (tests/two_gpus)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+HERE = Path(__file__).resolve()
+TESTS, ROOT = HERE.parents[2], HERE.parents[3]
+SOURCE = TESTS / "two_gpus" / "two_gpus.cpp"
+COMPILER = os.environ.get("CXX", "c++")
+HEADERS = sysconfig.get_paths()["include"]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="libraries have other names elsewhere"),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch knows devices of that name"),
+    pytest.mark.skipif(torch.__version__ < (2, 13), reason="written against the interfaces of torch 2.13"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no compiler {COMPILER}"),
+    pytest.mark.skipif(not Path(HEADERS, "Python.h").is_file(), reason="no headers of Python"),
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The folder of the stand-in's library, which is compiled once for each of its sources and torch."""
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {SOURCE.read_text()}".encode()).hexdigest()[:16]
+    file = ROOT / "build" / "two_gpus" / digest / "two_gpus_library.so"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = file.with_suffix(f".{os.getpid()}")
+        includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+        libraries = ["-L", f"{Path(torch.__file__).parent / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+        flags = ["-shared", "-fPIC", "-std=c++20", "-O0", *includes, "-I", HEADERS]
+        done = subprocess.run([COMPILER, *flags, SOURCE, "-o", made, *libraries], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made.rename(file)
+    return file.parent
+
+
+def run(library: Path, code: str) -> subprocess.CompletedProcess[str]:
+    places = [library, TESTS / "two_gpus", TESTS / "merge", TESTS, ROOT / "python", ROOT]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.parametrize(("placement", "kind"), [("two", "llama"), ("beside", "llava")])
+def test_every_method_is_what_it_is_on_a_cpu(library: Path, placement: str, kind: str) -> None:
+    """"beside": some blocks in the host's memory or on disk."""
+    done = run(library, f"import two_gpus, merges; merges.main({placement!r}, {kind!r})")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) > 30
+
+
+MEETINGS = """
+import two_gpus, torch
+here, there, host = torch.ones(2, 3, device="cuda"), torch.ones(2, 3, device="cuda:1"), torch.ones(2, 3)
+assert (here.device.index, (here + 1).device, there.sum().device) == (0, here.device, there.device)
+assert here.add_(host[0, 0]).cpu().equal(2 * host) and here[torch.tensor([1])].shape == (1, 3)
+assert there.copy_(here).cpu().equal(2 * host) and here.t().data_ptr() == here.data_ptr()
+grown = torch.empty(0, device="cuda")
+assert torch.add(here, here, out=grown) is grown and grown.cpu().equal(4 * host)
+own = torch.Generator("cuda:1").manual_seed(1)
+assert torch.randn(2, device="cuda:1", generator=own).device == there.device
+for meet in (
+    lambda: here + there,
+    lambda: here @ host.t(),
+    lambda: torch.cat([here, host]),
+    lambda: torch.nn.functional.embedding(torch.tensor([0]), here),
+    lambda: torch.randn(2, device="cuda", generator=torch.Generator()),
+):
+    try:
+        meet()
+    except RuntimeError as error:
+        assert "device" in str(error) or "generator" in str(error), error
+    else:
+        raise AssertionError
+print("refused")
+"""
+
+
+def test_the_stand_in_lets_meet_what_meets_on_gpus(library: Path) -> None:
+    done = run(library, MEETINGS)
+    assert done.stdout == "refused\n", done.stderr[-3000:]
