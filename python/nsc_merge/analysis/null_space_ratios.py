@@ -148,7 +148,7 @@ def per_sample_ratios(
         weight = torch.ones_like(sqnorm) if real is None else real.to(sqnorm)
         if positions_first(model, path) and sqnorm.dim() > 1:
             ratio, weight = ratio.transpose(0, 1), weight.transpose(0, 1)
-        shape = _samples(path, weight, real is not None, inputs), -1
+        shape = _samples(model, path, weight, real is not None, inputs), -1
         ratio, weight = ratio.reshape(*shape, len(tasks)), weight.reshape(*shape, 1)
         found[path] = (ratio * weight).sum(1) / weight.sum(1).clamp(min=1)
 
@@ -169,6 +169,11 @@ def per_sample_ratios(
             silent = [path for path in paths if path not in found]
             if silent:
                 raise RuntimeError(f"inputs: the forward reaches no {silent[0]}")
+            if other := next((path for path in paths if len(found[path]) != len(found[paths[0]])), None):
+                raise ValueError(
+                    f"modules: expected some that see the same samples, found {paths[0]}, which sees those of "
+                    f"{len(found[paths[0]])} and {other} of {len(found[other])}"
+                )
             parts.append(torch.stack([found[path].float().cpu() for path in paths], 1))
     if not parts:
         raise ValueError("batches: expected at least one batch, found none")
@@ -180,7 +185,7 @@ def per_sample_ratios(
     return Ratios(values, paths, tasks)
 
 
-def _samples(path: str, rows: Tensor, masked: bool, inputs: Mapping[str, Tensor]) -> int:
+def _samples(model: nn.Module, path: str, rows: Tensor, masked: bool, inputs: Mapping[str, Tensor]) -> int:
     """How many samples are in what a linear has of every row of its input, one after another.
 
     Args:
@@ -191,6 +196,10 @@ def _samples(path: str, rows: Tensor, masked: bool, inputs: Mapping[str, Tensor]
         ValueError: if they are something else, such as positions that all samples share (DeBERTa).
     """
     sizes = {len(value) for value in inputs.values()}
+    config = getattr(model, "config", None)
+    if len(rows) in sizes and not any(hasattr(config, f"image_token_{name}") for name in ("id", "index")):
+        # Images that lie in no text, as CLIP's, are samples of their own.
+        return len(rows)
     count = len(inputs["input_ids"]) if "input_ids" in inputs else len(next(iter(inputs.values())))
     parts = len(rows) % count == 0 and sizes == {count} and (masked or rows.dim() > 1)
     if len(rows) != count and not parts:

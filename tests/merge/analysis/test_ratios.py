@@ -100,6 +100,23 @@ def test_rows_that_are_of_no_sample_are_refused(tmp_path):
         per_sample_ratios(model, {"a": tmp_path / "a"}, [twice])
 
 
+def test_images_beside_another_number_of_texts_are_samples(tmp_path):
+    """As CLIP has a text for each class; of images and texts together there are no samples then."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    told = {**sizes, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    seen_by = {**sizes, "image_size": 16, "patch_size": 8}
+    model = tf.CLIPModel(tf.CLIPConfig(text_config=told, vision_config=seen_by, projection_dim=16)).eval()
+    write_adapter(model, tmp_path / "a", 1, r=4, target_modules=r"(text|vision)_model.*q_proj")
+    inputs = {"input_ids": torch.randint(3, 60, (3, 5)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    (path,) = (name for name, _ in model.named_modules() if name.startswith("vision") and name.endswith("q_proj"))
+    found = per_sample_ratios(model, {"a": tmp_path / "a"}, [inputs], modules=[path])
+    z = seen(model, path, [inputs])[0]
+    expected = projected(load_adapter(tmp_path / "a", "a").factors[path], z).mean(1)
+    torch.testing.assert_close(found.values[:, 0, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"modules: expected some that see the same samples, found .* of [23] and .*"):
+        per_sample_ratios(model, {"a": tmp_path / "a"}, [inputs])
+
+
 def test_a_random_adapter_is_compared_over_the_modules_that_are_reached(tmp_path):
     model = build("llava")
     write_adapter(model, tmp_path / "a", 1, r=4, target_modules=["q_proj", "linear_1"], rank_pattern={"linear_1": 9})
