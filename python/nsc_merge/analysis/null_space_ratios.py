@@ -14,7 +14,7 @@ from nsc_merge.adapters import Adapter, AdapterSource, Factor, load_adapter
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import positions_first
+from nsc_merge.models.block_finding import has_image_token, positions_first
 from nsc_merge.models.families import family_of, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
@@ -196,8 +196,7 @@ def _samples(model: nn.Module, path: str, rows: Tensor, masked: bool, inputs: Ma
         ValueError: if they are something else, such as positions that all samples share (DeBERTa).
     """
     sizes = {len(value) for value in inputs.values()}
-    config = getattr(model, "config", None)
-    if len(rows) in sizes and not any(hasattr(config, f"image_token_{name}") for name in ("id", "index")):
+    if len(rows) in sizes and not has_image_token(getattr(model, "config", None)):
         # Images that lie in no text, as CLIP's, are samples of their own.
         return len(rows)
     count = len(inputs["input_ids"]) if "input_ids" in inputs else len(next(iter(inputs.values())))

@@ -210,8 +210,12 @@ def _sees(config: Any) -> bool:
 
 def _has_two_towers(config: Any) -> bool:
     """Whether text and images are read side by side, without a token that stands for an image in the text."""
-    names = ("image_token_id", "image_token_index")
-    return _sees(config) and not any(hasattr(config, name) for name in names)
+    return _sees(config) and not has_image_token(config)
+
+
+def has_image_token(config: Any) -> bool:
+    """Whether a token of the text says where an image is."""
+    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
 
 
 def _decoder(model: nn.Module) -> str | None:

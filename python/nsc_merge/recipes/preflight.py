@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.methods import Method, method_of
+from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
@@ -245,8 +246,4 @@ def _quantised_as(file: Path) -> str | None:
     """The method that a base's files are quantised by, as its configuration says."""
     if not file.is_file():
         return None
-    fields = from_json(file.read_bytes(), f"model: {file}", not_finite=True)
-    found = fields.get("quantization_config") if isinstance(fields, dict) else None
-    if found is None and isinstance(fields, dict) and isinstance(text := fields.get("text_config"), dict):
-        found = text.get("quantization_config")
-    return str(found.get("quant_method", "unnamed")) if isinstance(found, dict) else None
+    return quantised_as(from_json(file.read_bytes(), f"model: {file}", not_finite=True))

@@ -85,8 +85,9 @@ def _without_numbers(model: nn.Module) -> nn.Module:
             if type(getattr(module, part)) is not dict:
                 held = getattr(model.get_submodule(path), part).items()
                 setattr(module, part, {name: None if value is None else _empty(value) for name, value in held})
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        vars(twin.config).pop(name, None)
+    for config in (twin.config, getattr(twin.config, "text_config", None)):
+        for name in ("quantization_config", "_pre_quantization_dtype") if hasattr(config, "__dict__") else ():
+            vars(config).pop(name, None)
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         vars(twin).pop(name, None)
     return twin

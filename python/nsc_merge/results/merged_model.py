@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.numbers import file_tensor
-from nsc_merge.models.bases.quantised import quantised_as
 from nsc_merge.models.bases.stored_weights import is_dtensor, numbers_of, state_of
 from nsc_merge.models.bases.unloaded import INDEX, WEIGHTS, Rewritten, saved_names, weight_files
 from nsc_merge.processes.group import current

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from zoo import build
 
 from nsc_merge.models.bases import loading
+from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.utils.provenance import whole
@@ -134,6 +136,23 @@ def test_what_the_configuration_of_the_text_says_of_quantised_files_counts_too(t
     placement = Placement(device="cpu", quantization="torchao-int8")
     with pytest.raises(ValueError, match=r"expected none for a base whose files are quantised \(fp8\)"):
         load_model(str(tmp_path), local=True, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}, "text_config": {"quantization_config": {}}}, "awq"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"quantization_config": None, "text_config": {"quantization_config": {"bits": 4}}}, "unnamed"),
+        ({"text_config": {}}, None),
+        ([], None),
+    ],
+)
+def test_how_files_are_quantised_as_fields_and_as_a_configuration_have_it(fields, method):
+    assert quantised_as(fields) == method
+    if fields:
+        places = {name: SimpleNamespace(**value) if name == "text_config" else value for name, value in fields.items()}
+        assert quantised_as(SimpleNamespace(**places)) == method
 
 
 def test_quantised_weights_are_not_read_as_plain_numbers(folder):

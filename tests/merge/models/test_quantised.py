@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 from zoo import write_adapter
 
 import nsc_merge
+from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.bases.quantised import KINDS, activations_of, dequantised, loading_settings
@@ -182,6 +183,8 @@ def test_a_model_is_saved_without_its_quantisation_when_asked(tied, tmp_path):
 
 def test_a_saved_llava_has_the_names_of_its_files(tmp_path):
     model, plain = packed(llava().bfloat16()), unpacked(packed(llava().bfloat16())).bfloat16()
+    # Where transformers looks for what it does not find at the top.
+    model.config.text_config.quantization_config = {"quant_method": "packed"}
     adapters = adapters_for(llava())
     for one, name in ((model, "found"), (plain, "wanted")):
         result = nsc_merge.merge(one, adapters, method="task_arithmetic", scale=0.5)
@@ -189,7 +192,9 @@ def test_a_saved_llava_has_the_names_of_its_files(tmp_path):
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("found", "wanted"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
-    assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "found").dtype is torch.bfloat16
+    saved = LlavaForConditionalGeneration.from_pretrained(tmp_path / "found")
+    assert saved.dtype is torch.bfloat16
+    assert (quantised_as(saved.config), quantised_as(model.config)) == (None, "packed")
 
 
 def test_numbers_of_a_quantised_linear_are_those_it_computes_with(tmp_path):

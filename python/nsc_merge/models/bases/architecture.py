@@ -107,14 +107,30 @@ def architecture_of(
     return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
 
 
+def quantised_as(config: Any) -> str | None:
+    """The method by which the files of a base are quantised, as its configuration, or the fields of one, names it;
+    ``"unnamed"`` where it names none, None where they are not quantised.
+    """
+    found = _quantisation(config)
+    method = _field(found, "quant_method")
+    return None if found is None else str(getattr(method, "value", method or "unnamed"))
+
+
+def _quantisation(config: Any) -> Any:
+    """What a configuration says of how files are quantised, where transformers looks, in this order."""
+    own = _field(config, "quantization_config")
+    return _field(_field(config, "text_config"), "quantization_config") if own is None else own
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
 def _check_quantisation(name: str, fields: dict[str, Any]) -> None:
     """Refuse files quantised in a way that transformers does not know: it reads codes as if they were the numbers."""
     from transformers.quantizers import AutoHfQuantizer
 
-    given = fields.get("quantization_config")
-    if given is None and isinstance(text := fields.get("text_config"), dict):
-        # Where transformers looks next.
-        given = text.get("quantization_config")
+    given = _quantisation(fields)
     if given is None:
         return
     try:

@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nsc_merge.models.bases.architecture import Architecture, architecture_of
+from nsc_merge.models.bases.architecture import Architecture, architecture_of, quantised_as
 from nsc_merge.models.bases.offloaded import load_over_devices
 from nsc_merge.models.bases.placement import Placement, device_of
-from nsc_merge.models.bases.quantised import keep_gradients, loading_settings, quantised_as
+from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
 from nsc_merge.models.bases.sharded import settled, sharding
 from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
 from nsc_merge.models.forward_contexts import giving_tuples

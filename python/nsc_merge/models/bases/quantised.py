@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nsc_kernels import MergedLoRALinear
 from nsc_kernels.devices import to_float64
 from nsc_merge.adapters.algebra.low_rank import Rows
+from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.numbers import Stored
 from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
 
@@ -128,18 +129,6 @@ def loading_settings(
     if not isinstance(dtype, torch.dtype):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     return {"dtype": dtype, "quantization_config": kind.config(dtype), **place}
-
-
-def quantised_as(config: Any) -> str | None:
-    """The method by which the files of a base are quantised, as its configuration names it; None if they are not."""
-    # Where transformers looks, in this order.
-    places = (config, getattr(config, "text_config", None))
-    said = (getattr(place, "quantization_config", None) for place in places)
-    found = next((one for one in said if one is not None), None)
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method))
 
 
 def is_linear(module: nn.Module) -> bool:

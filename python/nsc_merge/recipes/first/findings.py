@@ -14,7 +14,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
-from nsc_merge.models.bases.architecture import architecture_of, outline_of
+from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
@@ -202,9 +202,7 @@ def _base(name: str, revision: str | None) -> Base:
         raise RecipeError(f"--revision: is of a base on the hub, but --base is the folder {source}; expected none")
     architecture = architecture_of(source, local=local, revision=revision)
     model = outline_of(architecture)
-    quantised = getattr(architecture.config, "quantization_config", None)
-    how = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised and "unnamed"
-    return Base(source, local, revision, model, find_family(model), how)
+    return Base(source, local, revision, model, find_family(model), quantised_as(architecture.config))
 
 
 def _low_rank(adapter: Adapter) -> Adapter:

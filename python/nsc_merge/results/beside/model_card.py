@@ -9,6 +9,7 @@ from typing import Any
 
 from nsc_merge.adapters.folder_about import license_beside
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.fitting import absent
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
@@ -162,8 +163,7 @@ def _saved(
     if head is not None:
         kind = heads[head].kind or kind
         labels = _files(result, head)[1] if heads[head].labels else None
-    config = getattr(result.model, "config", None)
-    prompts = any(hasattr(config, f"image_token_{name}") for name in ("id", "index"))
+    prompts = has_image_token(getattr(result.model, "config", None))
     return Saved(format, place, folder / place, kind, base, labels, *origin_of(result.model), prompts)
 
 
