@@ -140,6 +140,12 @@ def supervise(
     return _Supervisor(args, trials, said, more).run()
 
 
+def _await(end: threading.Event) -> None:
+    """Python handles a signal in the main thread, which does not wake where the system gave it to another one."""
+    while not end.wait(0.5):
+        pass
+
+
 class _Supervisor:
     def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial], said: Said, more: Sequence[str]):
         self.args, self.trials, self.said, self.more = args, trials, said, more
@@ -171,11 +177,11 @@ class _Supervisor:
             threading.Thread(target=self._slot, args=(slot, end)).start()
         try:
             for end in ends:
-                end.wait()
+                _await(end)
         except BaseException as error:  # Ctrl-C
             self._stop(error)
             for end in ends:
-                end.wait()
+                _await(end)
         if self.stopped_by is not None:
             raise self.stopped_by
         found = list(self.ends.values())

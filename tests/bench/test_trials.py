@@ -36,6 +36,8 @@ def run_one(what, on):
         workers._cleaned = lambda on: False
     if what == "slow":
         time.sleep(3)
+    while what == "held" and os.path.exists(os.path.join(os.path.dirname(__file__), "held")):
+        time.sleep(0.05)
     yield {"whole": what, "passed": what != "wrong", "process": os.getpid()}
 
 def meet(dry_run):
@@ -168,9 +170,11 @@ def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: int) -> None:
-    names = ("a", "slow", "slow", "slow", "b", "slow", "slow")
+    names = ("a", "held", "held", "held", "b", "held", "held")
+    held = harness.script.with_name("held")
+    held.touch()
     process = harness.start(*names, flags=("--workers", str(workers)))
-    while not (harness.out.is_file() and '"1 slow"' in harness.out.read_text()):
+    while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to this process and whatever it has started
     assert process.wait(timeout=30) == 130
@@ -178,8 +182,9 @@ def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: in
     assert [line for line in harness.errors if not line.startswith("noise")] == ["interrupted\n"]
     ends = harness.ends()
     assert set(ends.values()) <= {"done", "stopped"}
-    assert ends["1 slow"] == "stopped", "a trial under way was waited for"
+    assert ends["1 held"] == "stopped", "a trial under way was waited for"
     assert len(ends) <= 2 * workers
+    held.unlink()
     assert harness.run(*names) == "7 trials done, 0 failed, 0 left"
 
 
