@@ -27,7 +27,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # compiled, not interpreted, whatever the caller tests with
+if __name__ == "__main__":
+    # Compiled and not interpreted, whatever the caller tests with: settled where the kernels are imported.
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from triton.backends.compiler import GPUTarget

@@ -26,7 +26,8 @@ def test_text_names_every_backend_and_its_reason() -> None:
     result = subprocess.run([sys.executable, "-m", "nsc_kernels.info"], capture_output=True, text=True, check=True)
     for name, reason in nk.available_backends().items():
         words = "yes" if reason is True else reason
-        assert any(line.split()[:1] == [name] and words in line for line in result.stdout.splitlines()), name
+        found = [line for line in result.stdout.splitlines() if line.split()[:1] == [name] and words in line]
+        assert found, f"{name}: {words}\n{result.stdout}"
     assert "RuntimeWarning" not in result.stderr
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from small_device import END
+
 HERE = Path(__file__).resolve()
 TESTS, ROOT = HERE.parents[2], HERE.parents[3]
 SOURCE = TESTS / "two_gpus" / "two_gpus.cpp"
@@ -49,7 +51,8 @@ def library() -> Path:
 def run(library: Path, code: str) -> subprocess.CompletedProcess[str]:
     places = [library, TESTS / "two_gpus", TESTS / "merge", TESTS, ROOT / "python", ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-c", code + END]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.mark.parametrize(("placement", "kind"), [("two", "llama"), ("beside", "llava")])
