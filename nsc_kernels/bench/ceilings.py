@@ -29,6 +29,12 @@ def copy(on: torch.device, small: bool) -> Ceiling:
     return "copy", "TB/s, read + written", 2 * a.nbytes, lambda: b.copy_(a)
 
 
+def read(on: torch.device, small: bool) -> Ceiling:
+    """Of 256 MiB. A copy falls short of it where the processor fetches what it writes over, which nobody counts."""
+    a = torch.ones(1 << (15 if small else 26), device=on)
+    return "read", "TB/s, read", a.nbytes, lambda: torch.dot(a, a)
+
+
 def matrix(on: torch.device, small: bool, dtype: str = "bf16") -> Ceiling:
     """PyTorch's own product of square matrices."""
     side = 64 if small else 8192 if on.type == "cuda" else 1024
@@ -95,7 +101,7 @@ def measured(
     if threads:
         torch.set_num_threads(threads)
     facts = {"threads": torch.get_num_threads() if on.type == "cpu" else 0}
-    for row in rates([copy(on, small)], on):
+    for row in rates([copy(on, small), *([read(on, small)] if on.type == "cpu" else [])], on):
         yield facts | row
     for dtype in dtypes:
         for row in rates([matrix(on, small, dtype)], on):
@@ -110,13 +116,16 @@ def measured(
 def of_rows(rows: Sequence[dict[str, Any]], dtype: str, threads: int) -> Ceilings | None:
     """The ceilings among rows of :func:`measured` and :func:`multiply_add`; None where they are not there.
 
-    On a CPU the rate of products is the larger of PyTorch's own, which need not be good ones, and of multiply-adds that
-    load nothing, in as many cores as threads; of float32, too, where there is no instruction for a narrow type.
+    On a CPU the rate of memory is the larger of copying and of reading alone. That of products is the larger of
+    PyTorch's own, which need not be good ones, and of multiply-adds that load nothing, in as many cores as threads; of
+    float32, too, where there is no instruction for a narrow type.
     """
     here = [row for row in rows if row.get("threads") == threads]
-    copies = [row["p50"] for row in here if row.get("what") == "copy"]
+    moves: dict[str, list[float]] = {}
     products: dict[str, list[float]] = {}
     for row in here:
+        if row.get("what") in ("copy", "read"):
+            moves.setdefault(row["what"], []).append(row["p50"])
         if row.get("what") == "matrix" and (row["dtype"] == dtype or (threads and row["dtype"] == "fp32")):
             products.setdefault(row["dtype"], []).append(row["p50"])
     rates = [statistics.median(found) for found in products.values()]
@@ -124,4 +133,5 @@ def of_rows(rows: Sequence[dict[str, Any]], dtype: str, threads: int) -> Ceiling
         if row.get("what") == "multiply_add":
             of_type = row.get("bfloat16", row["float32"]) if dtype == "bf16" else row["float32"]
             rates.append(1e-3 * threads * of_type)
-    return Ceilings(1e12 * statistics.median(copies), 1e12 * max(rates)) if copies and rates else None
+    memory = [statistics.median(found) for found in moves.values()]
+    return Ceilings(1e12 * max(memory), 1e12 * max(rates)) if memory and rates else None

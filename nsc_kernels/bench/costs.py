@@ -12,9 +12,9 @@ from .shapes import Shape
 
 
 class Ceilings(NamedTuple):
-    """What the machine does at best, measured in the same run: bytes per second copied, operations per second."""
+    """What the machine does at best, measured in the same run: bytes per second moved, operations per second."""
 
-    copy: float
+    memory: float
     products: float
 
 
@@ -53,4 +53,4 @@ def rotation(shape: Shape, whole: bool, cache_bytes: int, size: int = 2) -> int:
 
 def roofline(moved: int, computed: int, ceilings: Ceilings) -> float:
     """The least seconds that the bytes and the operations take (Williams, Waterman and Patterson, 2009)."""
-    return max(moved / ceilings.copy, computed / ceilings.products)
+    return max(moved / ceilings.memory, computed / ceilings.products)

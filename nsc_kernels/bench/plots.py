@@ -86,12 +86,12 @@ def roofline(rows: Sequence[Row], here: Sequence[Row]) -> Figure | None:
         return None
     figure, axes = panels(here)
     intensities = [row["operations"] / row["least_bytes"] for row in here]
-    ridge = found.products / found.copy
+    ridge = found.products / found.memory
     unit, size = ("TFLOP/s", 1e12) if found.products >= 1e12 else ("GFLOP/s", 1e9)
     ends = min([*intensities, ridge]) / 1.6, max([*intensities, ridge]) * 1.6
     for axis, direction in axes:
         at = [ends[0], ridge, ends[1]]
-        axis.plot(at, [min(found.copy * x, found.products) / size for x in at], color="#999999", lw=1.2, zorder=1)
+        axis.plot(at, [min(found.memory * x, found.products) / size for x in at], color="#999999", lw=1.2, zorder=1)
         for name, (colour, marker) in contenders(here).items():
             mine = [row for row in here if (row["contender"], row["direction"]) == (name, direction)]
             x = [row["operations"] / row["least_bytes"] for row in mine]

@@ -70,7 +70,7 @@ def heading(row: Row, rows: Sequence[Row]) -> str:
     backend = f" by {row['backend']}" if of_several(rows) and row.get("backend") else ""
     text = f"{row['set']}{backend}, {row['dtype']}{threads} {where}: {row['how']} calls, {row['cache']} cache"
     if ceilings:
-        text += f"; it copies {ceilings.copy / 1e9:.0f} GB/s and multiplies {ceilings.products / 1e9:.0f} GFLOP/s"
+        text += f"; it moves {ceilings.memory / 1e9:.0f} GB/s and multiplies {ceilings.products / 1e9:.0f} GFLOP/s"
     return text
 
 

@@ -59,7 +59,7 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     (facts,) = [row for row in rows if row.get("what") == "environment"]
     assert facts["torch"] == torch.__version__
     assert len(facts["sources"]["cpu"] or "") in (0, 64)
-    assert {"copy", "matrix", "eager_launch"} <= {row.get("what") for row in rows}
+    assert {"copy", "read", "matrix", "eager_launch"} <= {row.get("what") for row in rows}
     pictures = {path.name.split("-operator")[0] + path.suffix for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"{name}{end}" for name in ("roofline", "speedups", "growth-T") for end in (".png", ".svg")}
     before = (tmp_path / "r.jsonl").read_text()
@@ -315,7 +315,7 @@ def test_the_table_says_share_spread_and_noise():
     del rows[2]["us_p50"]
     assert roofline(10**6, 10**7, Ceilings(1e10, 5e10)) == pytest.approx(2e-4)
     lines = list(tables.table(rows, MACHINE))
-    assert "1 thread of a processor: eager calls, cold cache; it copies 10 GB/s and multiplies 50 GFLOP/s" in lines[0]
+    assert "1 thread of a processor: eager calls, cold cache; it moves 10 GB/s and multiplies 50 GFLOP/s" in lines[0]
     assert re.fullmatch(r"vit-b.q 768->768 6x16 T=32 +forward +400 us +1% +50% +2.00x\*~", lines[2])
     closing = "\n".join(tables.closing([*rows, *MACHINE]))
     assert "not timed: wrong at vit-b.q 768->768 6x16 T=32 fp32: y is off by 1" in closing
@@ -432,7 +432,7 @@ def test_backends_have_tables_and_pictures_of_their_own(tmp_path, capsys):
     machine.write_text("".join(json.dumps(one) + "\n" for one in MACHINE))
     assert command.main(["table", str(machine), bench]) == 0
     first, second = capsys.readouterr().out.split("\n\n")[:2]
-    assert first.startswith("operator by cuda, fp32, 1 thread of a processor: eager calls, cold cache; it copies 10")
+    assert first.startswith("operator by cuda, fp32, 1 thread of a processor: eager calls, cold cache; it moves 10")
     assert second.startswith("operator by triton")
     assert ("400 us" in first, "500 us" in second, "500 us" in first) == (True, True, False)
     assert command.main(["plot", str(machine), bench, "--out", str(tmp_path)]) == 0
@@ -455,6 +455,14 @@ def test_a_processor_multiplies_at_the_better_of_two_rates():
     assert of([*MACHINE, {**bare, "float32": 30.0}], "fp32", 1) == Ceilings(1e10, 5e10)
     assert of([*MACHINE, {"what": "copy", "threads": 2, "p50": 0.02}, bare], "fp32", 2) == Ceilings(2e10, 1.8e11)
     assert of([bare], "fp32", 1) is None
+
+
+def test_a_processor_moves_what_it_copies_or_what_it_reads():
+    of = ceilings.of_rows
+    figures = [(1, 0.03), (1, 0.02), (1, 0.04), (2, 0.9)]
+    reads = [{"what": "read", "threads": threads, "p50": p50} for threads, p50 in figures]
+    assert of([*MACHINE, *reads], "fp32", 1) == Ceilings(3e10, 5e10)
+    assert of([*MACHINE, {**reads[0], "p50": 0.005}], "fp32", 1) == Ceilings(1e10, 5e10)
 
 
 def test_what_changed_beyond_the_spread(tmp_path, capsys):
