@@ -13,7 +13,16 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE
-from nsc_merge.results.layout import CARD_FILE, COEFFICIENTS_FILE, RECIPE_FILE, RECORD, is_ours, is_weights, recorded
+from nsc_merge.results.layout import (
+    CARD_FILE,
+    COEFFICIENTS_FILE,
+    RECIPE_FILE,
+    RECORD,
+    is_license,
+    is_ours,
+    is_weights,
+    recorded,
+)
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.yaml_text import from_yaml, read_yaml, to_yaml
 
@@ -44,7 +53,7 @@ def push(
     configurations, which name where a model was read from, and on the card; the folder itself stays as it is. A format
     that lies in a folder of its own goes to the top, where hubs look for it: the model, or else the adapter. What an
     earlier push of another merge left there goes in the same commit, as in a folder that is saved to again; other files
-    stay.
+    stay, and so does a licence that somebody put there, in whose place the base's would come.
 
     Args:
         folder: of the merge.
@@ -86,7 +95,10 @@ def push(
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = {one.rfilename for one in api.model_info(repo, revision=revision).siblings or ()}
-        gone = _left_behind(api, repo, revision, there, files) if there else []
+        merge, earlier = _earlier_push(api, repo, revision, there)
+        kept = {name for name in there - earlier if is_license(PurePath(name).name)}
+        files = pushed_files(folder, repo, kept)
+        gone = _left_behind(there, earlier if merge != _digest(files[RECIPE_FILE]) else (), files)
         _refuse_mixture(repo, there - {*gone}, files)
         api.create_commit(
             repo,
@@ -100,23 +112,24 @@ def push(
     return url if revision is None else f"{url}/tree/{revision}"
 
 
-def _left_behind(
-    api: Any, repo: str, revision: str | None, there: Collection[str], files: Mapping[str, Path | bytes]
-) -> list[str]:
-    """What is in a repository of an earlier push that would be taken for a part of this one."""
+def _earlier_push(api: Any, repo: str, revision: str | None, there: Collection[str]) -> tuple[Any, set[str]]:
+    """As :func:`nsc_merge.results.layout.earlier_merge`, of a repository."""
     import yaml
 
-    earlier: Collection[str] = ()
-    if RECIPE_FILE in there:
-        with tempfile.TemporaryDirectory() as scratch:
-            found = api.hf_hub_download(repo, RECIPE_FILE, revision=revision, local_dir=scratch)
-            try:
-                record = read_yaml(Path(found))[RECORD]
-                if record["merge"] != _digest(files[RECIPE_FILE]):
-                    earlier = {path for path in record["files"] if isinstance(path, str) and is_ours(path)}
-            except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
-                # Not ours, and replaced.
-                pass
+    if RECIPE_FILE not in there:
+        return None, set()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = api.hf_hub_download(repo, RECIPE_FILE, revision=revision, local_dir=scratch)
+        try:
+            record = read_yaml(Path(found))[RECORD]
+            return record["merge"], {path for path in record["files"] if isinstance(path, str) and is_ours(path)}
+        except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+            # Not ours, and replaced.
+            return None, set()
+
+
+def _left_behind(there: Collection[str], earlier: Collection[str], files: Mapping[str, Path | bytes]) -> list[str]:
+    """What is in a repository of an earlier push that would be taken for a part of this one."""
     shards = {name for name in there if is_weights(PurePath(name).name) and _beside(name, "config.json") in files}
     return sorted((shards | (set(there) & set(earlier))) - files.keys())
 
@@ -168,8 +181,11 @@ def _told(repo: str) -> Iterator[None]:
         raise OSError(f"push_to_hub: the hub cannot be reached for {repo}: {what:.200}; push again later") from None
 
 
-def pushed_files(folder: Path, repo: str) -> dict[str, Path | bytes]:
+def pushed_files(folder: Path, repo: str, kept: Collection[str] = ()) -> dict[str, Path | bytes]:
     """Path in the repository -> file that goes there as it is, or what goes there in its stead.
+
+    Args:
+        kept: of what is in the repository, what is not replaced.
 
     Raises:
         ValueError: if a save did not write the folder.
@@ -179,6 +195,7 @@ def pushed_files(folder: Path, repo: str) -> dict[str, Path | bytes]:
     places = {path: path.removeprefix(f"{top}/") if top else path for path in written}
     if len(set(places.values())) < len(places):
         places, top = {path: path for path in written}, None
+    places = {path: place for path, place in places.items() if place not in kept}
     recipe = read_yaml(folder / RECIPE_FILE)
     names = _names(recipe)
     found: dict[str, Path | bytes] = {}

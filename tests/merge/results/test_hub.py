@@ -247,6 +247,32 @@ def test_a_repository_of_someone_else_keeps_its_files(merged, hub, tmp_path, rec
     assert set(hub.repos[REPO]["files"]) == {"notes.txt", *pushed_files(out, REPO)}
 
 
+def test_a_licence_that_somebody_put_into_a_repository_stays(hub, tmp_path):
+    """As in a folder that is saved to: only what an earlier push put there is replaced."""
+    base = served_cases.write_base("llama", tmp_path / "base")
+    for name in ("LICENSE", "NOTICE"):
+        (base / name).write_text("the base's")
+    adapters = served_cases.write_adapters(base, tmp_path, "llama")
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic", scale=0.5)
+    out = result.save(tmp_path / "out", ["model", "lora"])
+    own = {"LICENSE": b"mine", "lora/NOTICE": b"mine", "notes.txt": b"mine"}
+    hub.repos[REPO] = {"private": False, "files": {**own}}
+    for _ in range(2):
+        push(out, REPO)
+        files = hub.repos[REPO]["files"]
+        assert {name: content for name, content in files.items() if content == b"mine"} == own
+        assert files["NOTICE"] == files["lora/LICENSE"] == b"the base's"
+        recorded = yaml.safe_load(files["recipe.yaml"])["record"]["files"]
+        assert {"LICENSE", "lora/LICENSE", "NOTICE", "lora/NOTICE"} & set(recorded) == {"NOTICE", "lora/LICENSE"}
+    # What a push of ours put there goes with the next, and what is somebody's own stays.
+    (base / "NOTICE").write_text("a later one")
+    again = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic", scale=0.1)
+    push(again.save(tmp_path / "again", ["model"]), REPO)
+    files = hub.repos[REPO]["files"]
+    assert (files["LICENSE"], files["lora/NOTICE"], files["NOTICE"]) == (b"mine", b"mine", b"a later one")
+    assert "lora/LICENSE" not in files
+
+
 def test_private_and_a_branch(saved, hub):
     assert push(saved, REPO, private=True, revision="try") == f"{hub.url}/{REPO}/tree/try"
     assert hub.repos[REPO]["private"]
