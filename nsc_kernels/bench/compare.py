@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 
 from .measuring import quantiles
 from .report import read
-from .tables import Key, Row, is_timed, key_of
+from .tables import Key, Row, is_timed, key_of, of_several
 
 # Of the environment, said where it differs.
 SAME = ("device", "torch", "cuda", "triton", "float32_products", "sources", "cores")
 
 
 class Change(NamedTuple):
-    """``ratio``: the later median over the earlier."""
+    """``ratio``: the later median over the earlier. ``by``: the backend of ours, where the reports have several."""
 
     key: Key
+    by: str
     before: float
     after: float
 
@@ -40,7 +41,8 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         k = self.key
-        where = f"{k.set} {k.dtype} {k.threads or ''} {k.how} {k.cache}".replace("  ", " ")
+        by = f"by {self.by}" if self.by else ""
+        where = " ".join(f"{k.set} {by} {k.dtype} {k.threads or ''} {k.how} {k.cache}".split())
         shape = f"{k.name} {k.d_in}->{k.d_out} {k.K}x{k.r} T={k.T} {k.direction}"
         return f"{k.contender:<16} {where:<32} {shape:<48} {self.before:10.4g} -> {self.after:10.4g}  {self.ratio:.2f}x"
 
@@ -64,18 +66,22 @@ def samples(row: Row, rows: ByTrial, ratios: bool) -> list[float] | None:
 
 def changes(before: Sequence[Row], after: Sequence[Row], least: float, ratios: bool) -> tuple[list[Change], int]:
     """What changed, the largest first, and how many figures both reports have."""
-    earlier, later = ({key_of(row): row for row in rows if is_timed(row)} for rows in (before, after))
+    earlier, later = (
+        {(key_of(row), row.get("backend")): row for row in rows if is_timed(row)} for rows in (before, after)
+    )
     firsts = by_trial(before), by_trial(after)
+    several = of_several([*before, *after])
     found, both = [], 0
-    for key in earlier.keys() & later.keys():
-        one, other = samples(earlier[key], firsts[0], ratios), samples(later[key], firsts[1], ratios)
+    for which in earlier.keys() & later.keys():
+        one, other = samples(earlier[which], firsts[0], ratios), samples(later[which], firsts[1], ratios)
         if one is None or other is None:
             continue
         both += 1
         a, b = quantiles(one), quantiles(other)
         apart = a["p80"] < b["p20"] or b["p80"] < a["p20"]
         if apart and abs(b["p50"] / a["p50"] - 1) > least:
-            found.append(Change(key, a["p50"], b["p50"]))
+            key, backend = which
+            found.append(Change(key, (backend or "") if several else "", a["p50"], b["p50"]))
     return sorted(found, key=lambda change: -abs(change.ratio - 1)), both
 
 
@@ -104,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     differing = differences(before, after)
     if arguments.json:
         told: list[dict[str, Any]] = [
-            {**one.key._asdict(), "before": one.before, "after": one.after, "ratio": one.ratio} for one in found
+            {**one.key._asdict(), "by": one.by, "before": one.before, "after": one.after, "ratio": one.ratio}
+            for one in found
         ]
         print(json.dumps({"changes": told, "compared": both, "environment": differing}))
     else:

@@ -440,6 +440,27 @@ def test_backends_have_tables_and_pictures_of_their_own(tmp_path, capsys):
         assert (tmp_path / f"speedups-operator-{backend}-fp32-1-eager-cold.png").is_file()
 
 
+def test_a_backend_is_compared_with_itself(tmp_path, capsys):
+    """Though the figures of both have one name in a report, and another order in the next."""
+
+    def timed(backend: str, us: float) -> list[dict[str, object]]:
+        return [
+            {**one, "backend": backend, "trial": backend}
+            for one in (row("fused", [us] * 5, 1.0), row("peft", [800.0] * 5, 800 / us))
+        ]
+
+    before = write(tmp_path / "before.jsonl", [*timed("cuda", 400.0), *timed("triton", 500.0)])
+    after = write(tmp_path / "after.jsonl", [*timed("triton", 500.0), *timed("cuda", 200.0)])
+    assert compare.main([before, after]) == 0
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert re.search(r"^fused +operator by cuda fp32 1 eager cold .* 400 -> +200  0.50x$", line)
+    assert "of 4 figures in both, 0 are slower and 1 faster" in said.err
+    assert compare.main([before, after, "--ratios", "--json"]) == 0
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    assert (change["contender"], change["by"], change["ratio"]) == ("peft", "cuda", 2.0)
+
+
 def write(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("".join(json.dumps({"trial": "one", **row}) + "\n" for row in rows))
     return str(path)
