@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsc_merge.adapters.formats import diffusers_file
 from nsc_merge.adapters.formats.foreign_files import way_from
+from nsc_merge.utils.errors import naming
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors, read_checked
 
@@ -47,10 +48,8 @@ def read_folder(folder: Path, name: str) -> AdapterFiles:
     if is_of_diffusers(folder):
         return _of_diffusers(folder, name)
     raw, config = _config(folder, name)
-    try:
+    with naming(f"adapters[{name!r}]"):
         weights = read_checked(folder / WEIGHTS_FILE)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
     sha256 = {CONFIG_FILE: hashlib.sha256(raw).hexdigest(), WEIGHTS_FILE: weights.sha256}
     return AdapterFiles(config, {key: widened(value) for key, value in weights.tensors.items()}, sha256)
 
@@ -66,10 +65,8 @@ def read_headers(folder: Path, name: str) -> AdapterFiles:
         files = _of_diffusers(folder, name)
         return replace(files, weights={key: value.to("meta") for key, value in files.weights.items()})
     _, config = _config(folder, name)
-    try:
+    with naming(f"adapters[{name!r}]"):
         header = check_safetensors(folder / WEIGHTS_FILE)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
     weights = {
         key: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for key, entry in header.items()
     }
@@ -82,10 +79,8 @@ def is_of_diffusers(folder: Path) -> bool:
 
 
 def _of_diffusers(folder: Path, name: str) -> AdapterFiles:
-    try:
+    with naming(f"adapters[{name!r}]"):
         found = diffusers_file.read(folder)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
     weights = {key: widened(value) for key, value in found.weights.items()}
     return AdapterFiles(found.config, weights, {diffusers_file.FILE: found.sha256}, found.notes)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from nsc_merge.adapters.adapter import parameters_of, unwrapped
 from nsc_merge.adapters.module_patterns import ModulePatterns
+from nsc_merge.utils.errors import naming
 
 # Settings under which an adapter is no longer the plain update s B A of one nn.Linear.
 _REFUSED = {
@@ -276,10 +277,8 @@ class Scalings:
             held = config.get(setting) or {}
             for pattern, value in held.items():
                 self._check(setting.replace("_pattern", ""), f"{setting}[{pattern!r:.60}]", value)
-            try:
+            with naming(f"adapters[{name!r}]: {setting}"):
                 self._patterns[setting] = ModulePatterns(held)
-            except ValueError as error:
-                raise ValueError(f"adapters[{name!r}]: {setting}: {error}") from None
 
     def of(self, path: str) -> tuple[int, float]:
         """Rank and scaling of one module: alpha / r, or alpha / sqrt(r) for rsLoRA.
@@ -292,10 +291,8 @@ class Scalings:
         return rank, alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
 
     def _value(self, setting: str, path: str, default: str) -> Any:
-        try:
+        with naming(f"adapters[{self._name!r}]: {setting}"):
             value = self._patterns[setting].value(path, self._config.get(default))
-        except ValueError as error:
-            raise ValueError(f"adapters[{self._name!r}]: {setting}: {error}") from None
         self._check(setting.replace("_pattern", ""), f"{default} of {path}", value)
         return value
 

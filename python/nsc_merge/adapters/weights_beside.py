@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, widened
 from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
+from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_checked
 
 # LLaVA's training code (haotian-liu/LLaVA, llava/train/train.py) writes what it trained beside LoRA, such as the
@@ -82,10 +83,8 @@ def read_beside(folder: Path, name: str, names: Collection[str] | None = None) -
     )
     if CONVERTED not in names:
         return Beside({}, notes, {})
-    try:
+    with naming(f"adapters[{name!r}]"):
         read = read_checked(folder / CONVERTED)
-    except ValueError as error:
-        raise ValueError(f"adapters[{name!r}]: {error}") from None
     found: dict[str, Tensor] = {}
     for key, value in read.tensors.items():
         path = re.sub("^(?=mm_projector\\.)", "model.", key.removeprefix(_PREFIX))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import find_family
+from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
 Inputs = Mapping[str, Tensor]
@@ -160,10 +161,8 @@ def read_head(file: Path, model: nn.Module, pool: str | None, argument: str) -> 
     Raises:
         ValueError: naming ``argument``, what was found and what was expected.
     """
-    try:
+    with naming(argument):
         tensors = read_safetensors(file)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from None
     return head_of(tensors, model, pool, f"{argument}: {file}")
 
 

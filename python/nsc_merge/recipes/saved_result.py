@@ -30,6 +30,7 @@ from nsc_merge.results.layout import (
     earlier_merge,
 )
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.errors import naming
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_number
 from nsc_merge.utils.provenance import Digest, in_form_of, whole
@@ -163,10 +164,8 @@ def load_result(folder: str | Path, *, numbers: bool = True, trust_remote_code: 
     for task, place in recipe.adapters.items():
         adapters[task] = read_adapter(place, task, recipe.dora)
         _refuse_changed(f"adapters.{task}", place, adapters[task].sha256, known_adapters.get(task))
-    try:
+    with naming(f"result: {folder / RECIPE_FILE}"):
         expected = digests_in(record)
-    except ValueError as error:
-        raise ValueError(f"result: {folder / RECIPE_FILE}: {error}") from None
     # What was asked to be read in full is read in full again.
     digest = whole if recipe.full_hash else in_form_of(expected)
     grows = recipe.added_tokens in ("mean", "first")

@@ -6,12 +6,23 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
     """The command line, not the data, is at fault."""
 
     exit_status = 2
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Values that are refused inside are refused under the name of the argument that they came in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
 def printable(text: str) -> str:

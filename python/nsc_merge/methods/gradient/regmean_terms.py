@@ -27,6 +27,7 @@ from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import adapted_linears, merged_linears
 from nsc_merge.models.merged.whole import Site
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.errors import naming
 
 
 def term_of(task: str) -> str:
@@ -75,10 +76,8 @@ def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
     """
     linears, low_rank, paths = low_rank_part(problem)
     measured = [path for path in paths if not isinstance(linears[path], Site)]
-    try:
+    with naming("regmean"):
         filtered = dict(filtered_rows(problem, low_rank, measured, options))
-    except ValueError as error:
-        raise ValueError(f"regmean: {error}") from None
     found: dict[str, dict[str, Factor]] = {task: {} for task in problem.tasks}
     for path in adapted_linears(problem.model, problem.adapters):
         for task, factor in present(problem.adapters, path).items():

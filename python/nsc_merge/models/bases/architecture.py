@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsc_merge.utils.errors import hub_problem
+from nsc_merge.utils.errors import hub_problem, naming
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.provenance import leads_away
 from nsc_merge.utils.safetensors_checks import check_safetensors
@@ -224,10 +224,8 @@ def _check_folder(folder: Path, repo: str | None) -> None:
     layers = _layers_in(from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True))
     if layers > _LAYERS and repo is not None:
         _fetch_weights(repo, folder.name)
-    try:
+    with naming("model"):
         tensors = sum(len(check_safetensors(file)) for file in sorted(folder.glob("*.safetensors")))
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from None
     if layers > max(tensors, _LAYERS):
         raise ValueError(
             f"model: the config.json of {repo or folder} says {layers} layers, whose files hold {tensors} tensors; "
