@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
 # Beside text, these have a row for every image, or for every piece of one.
@@ -95,6 +96,19 @@ def read_batches(place: str | Path, batch_size: int, argument: str) -> Batches:
     return Batches(stacked.tensors, batch_size, {place.name: stacked.sha256})
 
 
+def inputs_for(model: nn.Module, batches: Batches, argument: str, labels: str | None = "labels") -> Batches:
+    """What a model takes of batches, which may hold labels beside its inputs as the files of ``nsc-merge eval`` do, in
+    the model's dtype.
+
+    Raises:
+        ValueError: as :func:`check_names` and :func:`check_tokens`.
+    """
+    inputs = Batches([{name: value for name, value in batch.items() if name != labels} for batch in batches])
+    check_names(inputs, model, argument)
+    check_tokens(inputs, model, argument)
+    return inputs.to(next(model.parameters()).dtype)
+
+
 def check_names(batches: Batches, model: nn.Module, argument: str) -> None:
     """Refuse inputs that the model does not take.
 
@@ -137,10 +151,8 @@ def check_tokens(batches: Batches, model: nn.Module, argument: str) -> None:
 
 def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
     """What a file holds: ``whole`` if it is one batch, and not to be cut into several."""
-    try:
+    with naming(argument):
         read = read_checked(file)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from None
     tensors = read.tensors
     rows = {name: value.shape[0] if value.dim() else None for name, value in tensors.items()}
     own = {name: count for name, count in rows.items() if not (whole and name.startswith(_OF_IMAGES))} or rows

@@ -35,7 +35,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nsc_merge.adapters import load_adapter
     from nsc_merge.adapters.formats.parameter_stacks import updates_of
     from nsc_merge.analysis import adapter_overlap
-    from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens, read_batches
+    from nsc_merge.calibration.batch_files import inputs_for, read_batches
     from nsc_merge.models.attachment import merged_linears
     from nsc_merge.models.bases.loading import load_model
     from nsc_merge.models.fitting import fit
@@ -58,11 +58,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         adapters = fit(adapters, model)
         merged_linears(model, adapters)
         if arguments.inputs:
-            # The files of nsc-merge eval hold labels beside the inputs.
             read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
-            batches = Batches([{name: value for name, value in batch.items() if name != "labels"} for batch in read])
-            check_names(batches, model, "--inputs")
-            check_tokens(batches, model, "--inputs")
+            batches = inputs_for(model, read, "--inputs")
             document["null_space_ratio"] = adapter_overlap.null_space_ratios(
                 model, {name: linears_of(adapter, model) for name, adapter in adapters.items()}, batches
             )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens, read_batches
+from nsc_merge.calibration.batch_files import Batches, inputs_for, read_batches
 from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
-from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, ends_of, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
@@ -25,8 +24,7 @@ from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
-from nsc_merge.recipes.calibration_keys import CalibrationSource
-from nsc_merge.recipes.inputs import read_adapter
+from nsc_merge.recipes.inputs import calibration_from, read_adapter
 from nsc_merge.recipes.preflight import check_placement
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
@@ -146,11 +144,9 @@ class RecipeSuite:
         for name, task in self._recipe.tasks.items():
             if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
-                read = self._source(task.calibration, argument).to(self._dtype)
+                read = calibration_from(task.calibration, self._recipe, argument)
                 labels = task.labels if isinstance(task, TaskRecipe) else None
-                batches = [{key: value for key, value in batch.items() if key != labels} for batch in read]
-                check_names(Batches(batches), self.model, argument)
-                check_tokens(Batches(batches), self.model, argument)
+                batches = list(inputs_for(self.model, read, argument, labels))
             else:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
             drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
@@ -201,22 +197,6 @@ class RecipeSuite:
     def quality(self, task: str, outputs: Outputs, labels: Tensor) -> Tensor:
         return self.metric(task).quality(outputs, labels, **self._further_of[task])
 
-    def _source(self, source: CalibrationSource, argument: str) -> Batches:
-        recipe = self._recipe
-        return batches_of(
-            source.source,
-            recipe.model,
-            source.settings,
-            recipe.batch_size,
-            argument,
-            local=source.local,
-            base_revision=recipe.revision,
-        )
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
     def _read(self, task: TaskRecipe, place: Path, argument: str) -> Labelled:
         batches = read_batches(place, self._recipe.batch_size, argument)
         if task.labels not in batches.names:
@@ -226,9 +206,7 @@ class RecipeSuite:
         _check_numbers(batches, task.labels, argument)
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([_padded_behind(batch) for batch in batches])
-        inputs = [{name: value for name, value in batch.items() if name != task.labels} for batch in batches]
-        check_names(Batches(inputs), self.model, argument)
-        check_tokens(Batches(inputs), self.model, argument)
+        inputs = inputs_for(self.model, batches, argument, task.labels)
         labels = [batch[task.labels] for batch in batches]
         if self._writes(task):
             if not encodes(self.model):
@@ -241,7 +219,7 @@ class RecipeSuite:
                 )
         return [
             (dict(one), label.float() if label.is_floating_point() else label.long())
-            for one, label in zip(Batches(inputs).to(self._dtype), labels, strict=True)
+            for one, label in zip(inputs, labels, strict=True)
         ]
 
     def _further(self, task: TaskRecipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.raw.reading import batches_of, is_raw
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.adapter_keys import HubAdapter
+from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.recipes.merge_recipe import Recipe
 
 Inputs = tuple[dict[str, Adapter], dict[str, Batches]]
@@ -48,19 +49,19 @@ def _calibration(recipe: Recipe) -> dict[str, Batches]:
         raw = not place.local or is_raw(place.source)
         same = (place.source, place.local, place.settings) if raw else task
         if same not in seen:
-            seen[same] = _batches(recipe, task)
+            seen[same] = calibration_from(place, recipe, f"calibration.{task}")
         found[task] = seen[same]
     return found
 
 
-def _batches(recipe: Recipe, task: str) -> Batches:
-    place = recipe.calibration[task]
+def calibration_from(place: CalibrationSource, recipe: Any, argument: str) -> Batches:
+    """The batches that a recipe, of a merge or of an evaluation, names for a task, as its base takes them."""
     return batches_of(
         place.source,
         recipe.model,
         place.settings,
         recipe.batch_size,
-        f"calibration.{task}",
+        argument,
         local=place.local,
         base_revision=recipe.revision,
     )

@@ -206,6 +206,16 @@ def test_inspected_ratios_are_means_over_tokens_however_these_are_batched(llama,
     assert shown == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
+def test_inputs_are_inspected_in_the_dtype_of_the_base(llama, tmp_path, capsys):
+    model, folders, _ = llama
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path / "base")
+    save_file({"inputs_embeds": torch.randn(3, 5, 32)}, tmp_path / "inputs.safetensors")
+    named = ["--model", str(tmp_path / "base"), "--inputs", str(tmp_path / "inputs.safetensors")]
+    assert main(["inspect", str(folders["a"]), *named, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["null_space_ratio"]["a"]
+    assert found["measured"] == pytest.approx(found["random"], abs=0.1)
+
+
 @pytest.mark.parametrize("kind", ["rows of 0", "rows twice"])
 def test_overlaps_of_row_spaces_are_of_directions_that_are_there(kind):
     generator = torch.Generator().manual_seed(0)

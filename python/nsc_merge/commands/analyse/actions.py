@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nsc_merge.adapters import load_adapter
 from nsc_merge.analysis.bound import check_bound, summary
@@ -18,7 +18,7 @@ from nsc_merge.analysis.plots import draw_bound, draw_quartiles, draw_tracking
 from nsc_merge.analysis.quartiles import sample_study
 from nsc_merge.analysis.tracking import find_checkpoints, find_log, read_log, track
 from nsc_merge.api import merge
-from nsc_merge.calibration.batch_files import Batches, check_names, check_tokens, read_batches
+from nsc_merge.calibration.batch_files import Batches, inputs_for, read_batches
 from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
@@ -214,14 +214,7 @@ def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))
     model = load_model(arguments.model, local=local)
-    # The files of nsc-merge eval hold labels beside the inputs.
-    inputs: list[Mapping[str, Tensor]] = [
-        {name: value for name, value in batch.items() if name != "labels"} for batch in read
-    ]
-    batches = Batches(inputs).to(next(model.parameters()).dtype)
-    check_names(batches, model, "--inputs")
-    check_tokens(batches, model, "--inputs")
-    return model, batches
+    return model, inputs_for(model, read, "--inputs")
 
 
 def _finish(
