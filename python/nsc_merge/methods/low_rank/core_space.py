@@ -13,7 +13,7 @@ from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, decomposed, in_float32, without_rounding
 from nsc_merge.methods.method import Averages
 from nsc_merge.methods.task_vectors.dare import check_drop, sparsify
-from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_merge
+from nsc_merge.methods.task_vectors.elementwise import AGGREGATES, SIGNS, ZEROS, Ties, ties_of
 from nsc_merge.methods.task_vectors.ties import averages
 from nsc_merge.utils.option_checks import check_choice, check_number
 
@@ -112,7 +112,7 @@ def _merged(path: str, parts: Mapping[str, Tensor], options: CoreSpaceOptions) -
     if options.merge in ("sum", "dare"):
         return torch.stack(list(parts.values())).sum(0)
     steps = Ties(options.density, "tensor", "next", options.sign, options.zero, options.aggregate)
-    return dict(ties_merge(lambda _, task: parts[task], {path: list(parts)}, steps))[path]
+    return ties_of(parts, steps)
 
 
 def _of_factors(options: CoreSpaceOptions) -> bool:

@@ -18,10 +18,11 @@ from nsc_merge.methods.task_vectors.elementwise import (
     Source,
     Ties,
     added,
-    dense_update,
+    dense_updates,
     may_cancel,
     tasks_by_path,
     ties_merge,
+    ties_of,
     trimmed,
     weighted,
     with_sum_of,
@@ -34,32 +35,18 @@ RESCALES = ("inverse", "l1", "none")
 ORDERS = ("drop_first", "trim_first")
 DROP_SCOPES = ("update", "factors")
 
+_STEPS = ("drop", "rescale", "order", "density", "trim_scope", "keep", "sign", "zero", "aggregate", "scale")
 PRESETS: dict[str, dict[str, Any]] = {
-    "canonical": {
-        "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
-        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 1.0,
-    },
-    "peft": {
-        "drop": 0.9, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
-        "keep": "floor", "sign": "sum", "zero": "positive", "aggregate": "mean", "scale": 1.0,
-    },
-    "mergekit": {
-        "drop": 0.9, "rescale": "l1", "order": "drop_first", "density": 1.0, "trim_scope": "tensor",
-        "keep": "floor", "sign": "weighted", "zero": "positive", "aggregate": "sum", "scale": 1.0,
-    },
-    "fusion_bench": {
-        "drop": 0.5, "rescale": "inverse", "order": "drop_first", "density": 0.2, "trim_scope": "global",
-        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "sum", "scale": 0.5,
-    },
-    "knots": {
-        "drop": 0.2, "rescale": "inverse", "order": "drop_first", "density": 1.0, "trim_scope": "global",
-        "keep": "next", "sign": "sum", "zero": "majority", "aggregate": "mean", "scale": 0.6,
-    },
-    "nsc": {
-        "drop": 0.9, "rescale": "inverse", "order": "trim_first", "density": 0.2, "trim_scope": "tensor",
-        "keep": "round", "sign": "count", "zero": "positive", "aggregate": "sum", "scale": 0.3,
-    },
-}  # fmt: skip
+    name: dict(zip(_STEPS, values, strict=True))
+    for name, values in {
+        "canonical": (0.9, "inverse", "drop_first", 0.2, "global", "next", "sum", "majority", "mean", 1.0),
+        "peft": (0.9, "inverse", "drop_first", 1.0, "tensor", "floor", "sum", "positive", "mean", 1.0),
+        "mergekit": (0.9, "l1", "drop_first", 1.0, "tensor", "floor", "weighted", "positive", "sum", 1.0),
+        "fusion_bench": (0.5, "inverse", "drop_first", 0.2, "global", "next", "sum", "majority", "sum", 0.5),
+        "knots": (0.2, "inverse", "drop_first", 1.0, "global", "next", "sum", "majority", "mean", 0.6),
+        "nsc": (0.9, "inverse", "trim_first", 0.2, "tensor", "round", "count", "positive", "sum", 0.3),
+    }.items()
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +163,7 @@ def dare(
         for path in tasks:
             yield path, Factor.of_matrix(entries.added(layers(path)).mul_(options.scale))
         return
-    source = _dropping(_dense(adapters), options)
+    source = _dropping(dense_updates(adapters), options)
     for path, row in tasks.items():
         yield path, Factor.of_matrix(options.scale * added([source(path, task) for task in row]))
 
@@ -192,9 +179,8 @@ def dare_ties(
     if options.trim_scope == "factors":
 
         def one(name: str, tensors: Mapping[str, Tensor], into: Mapping[str, float]) -> Tensor:
-            row = {name: list(tensors)}
-            source = thinned(lambda path, task: tensors[task], options, row)
-            return dict(ties_merge(source, row, steps, into))[name]
+            source = thinned(lambda path, task: tensors[task], options, {name: list(tensors)})
+            return ties_of({task: source(name, task) for task in tensors}, steps, into)
 
         yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
         return
@@ -204,13 +190,9 @@ def dare_ties(
             layers = tiles.trimmed(layers, tasks, steps_of(options))
         merged = tiles.ties_merge(tiles.thinned(layers, options, tasks), tasks, steps, weights)
     else:
-        merged = ties_merge(thinned(_dense(adapters), options, tasks), tasks, steps, weights)
+        merged = ties_merge(thinned(dense_updates(adapters), options, tasks), tasks, steps, weights)
     for path, update in merged:
         yield path, Factor.of_matrix(update.mul_(options.scale))
-
-
-def _dense(adapters: Mapping[str, Adapter]) -> Source:
-    return lambda path, task: dense_update(adapters[task].factors[path])
 
 
 def thinned(source: Source, options: Any, tasks: Mapping[str, Sequence[str]]) -> Source:

@@ -47,6 +47,11 @@ def dense_update(factor: Factor) -> Tensor:
     return (factor.scaling * factor.B.float()) @ factor.A.float()
 
 
+def dense_updates(adapters: Mapping[str, Adapter]) -> Source:
+    """:func:`dense_update` by path and task."""
+    return lambda path, task: dense_update(adapters[task].factors[path])
+
+
 def added(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, without a stack of them."""
     total = tensors[0].clone()
@@ -250,6 +255,12 @@ def ties_merge(
             tie = 1.0 if (balance() if settings.trim_scope == "global" else _balance(signs)) > 0 else -1.0
         signs = torch.where(signs == 0, tie, signs)
         yield path, disjoint(values, [vote.sign() == signs for vote in votes], shares, settings.aggregate)
+
+
+def ties_of(tensors: Mapping[str, Tensor], settings: Ties, weights: Mapping[str, float] | None = None) -> Tensor:
+    """:func:`ties_merge` of one module, given its tensor of every task."""
+    ((_, merged),) = ties_merge(lambda path, task: tensors[task], {"": list(tensors)}, settings, weights)
+    return merged
 
 
 def _cancels(signs: Tensor, votes: Sequence[Tensor]) -> bool:

@@ -22,7 +22,7 @@ from nsc_merge.methods.task_vectors.elementwise import (
     Ties,
     dense_update,
     tasks_by_path,
-    ties_merge,
+    ties_of,
     with_sum_of,
 )
 from nsc_merge.methods.task_vectors.ties import averages
@@ -218,16 +218,12 @@ def _merged(
     for path, row in tasks_by_path(adapters, paths).items():
         if options.elect:
             blocks = zip(*(_in_rows(kept(path, task)) for task in row), strict=True)
-            merged = torch.cat([_elected(dict(zip(row, block, strict=True)), steps, weights) for block in blocks])
+            merged = torch.cat([ties_of(dict(zip(row, block, strict=True)), steps, weights) for block in blocks])
         else:
             merged = kept(path, row[0]).mul_(weights[row[0]])
             for task in row[1:]:
                 merged += kept(path, task).mul_(weights[task])
         yield path, Factor.of_matrix(merged.mul_(options.scale))
-
-
-def _elected(kept: Mapping[str, Tensor], steps: Ties, weights: Mapping[str, float]) -> Tensor:
-    return next(ties_merge(lambda path, task: kept[task], {"": list(kept)}, steps, weights))[1]
 
 
 def _averages(options: Any) -> Averages:

@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free
 from nsc_merge.methods.shared_options import check_weights, weights_of
 from nsc_merge.methods.task_vectors import elementwise, tiles
-from nsc_merge.methods.task_vectors.elementwise import KEEPS, TRIM_SCOPES, Source, Ties, dense_update
+from nsc_merge.methods.task_vectors.elementwise import KEEPS, TRIM_SCOPES, Ties
 from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.utils.option_checks import check_choice, check_number
 
@@ -66,7 +66,7 @@ def magnitude_prune(
         for path in tasks:
             yield path, Factor.of_matrix(entries.added(layers(path)).mul_(options.scale))
         return
-    source: Source = elementwise.trimmed(lambda path, task: dense_update(adapters[task].factors[path]), tasks, steps)
+    source = elementwise.trimmed(elementwise.dense_updates(adapters), tasks, steps)
     for path, row in tasks.items():
         kept = elementwise.added([weights[task] * source(path, task) for task in row])
         yield path, Factor.of_matrix(kept.mul_(options.scale))

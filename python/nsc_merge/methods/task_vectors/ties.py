@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -21,10 +20,11 @@ from nsc_merge.methods.task_vectors.elementwise import (
     TRIM_SCOPES,
     ZEROS,
     Ties,
-    dense_update,
+    dense_updates,
     may_cancel,
     tasks_by_path,
     ties_merge,
+    ties_of,
 )
 from nsc_merge.methods.task_vectors.in_factors import merged_in_factors
 from nsc_merge.utils.option_checks import check_choice, check_number
@@ -118,26 +118,21 @@ def ties(
 ) -> Iterator[tuple[str, Factor]]:
     """Path and merged update; with ``trim_scope="factors"`` of low rank, else dense."""
     assert options.scale is not None
-    weights = weights_of(options.weights, list(adapters))
+    weights, steps = weights_of(options.weights, list(adapters)), steps_of(options)
     if options.trim_scope == "factors":
-        one = functools.partial(_one, steps_of(options))
+
+        def one(name: str, tensors: Mapping[str, Tensor], into: Mapping[str, float]) -> Tensor:
+            return ties_of(tensors, steps, into)
+
         yield from merged_in_factors("trim_scope='factors'", adapters, paths, weights, options.scale, one)
         return
-
-    def source(path: str, task: str) -> Tensor:
-        return dense_update(adapters[task].factors[path])
-
-    tasks, steps = tasks_by_path(adapters, paths), steps_of(options)
+    tasks = tasks_by_path(adapters, paths)
     if tiles.serves(adapters, paths) and not may_cancel(steps.aggregate, weights.values()):
         merged = tiles.ties_merge(tiles.layers_of(adapters), tasks, steps, weights)
     else:
-        merged = ties_merge(source, tasks, steps, weights)
+        merged = ties_merge(dense_updates(adapters), tasks, steps, weights)
     for path, update in merged:
         yield path, Factor.of_matrix(update.mul_(options.scale))
-
-
-def _one(steps: Ties, name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    return dict(ties_merge(lambda path, task: tensors[task], {name: list(tensors)}, steps, weights))[name]
 
 
 METHODS = (
