@@ -28,18 +28,13 @@ _PROBE = "probe"
 _PLACE = "<image>"
 
 
-def encode_text(
-    samples: Sequence[Sample], tokenizer: Any, base: Base, settings: DataSettings, template: Any = None
-) -> list[Encoded]:
+def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings: DataSettings) -> list[Encoded]:
     """Token numbers and mask of every sample, without padding.
-
-    Args:
-        template: what has ``apply_chat_template``; the tokenizer when None.
 
     Raises:
         ValueError: naming a sample that has no token, or too many where none may be cut.
     """
-    texts = [_text(sample, template or tokenizer) for sample in samples]
+    texts = [_text(sample, tokenizer) for sample in samples]
     for sample, (text, _) in zip(samples, texts, strict=True):
         _check_unicode(text, sample.where)
     tokenizer.truncation_side = settings.truncation_side

@@ -12,8 +12,11 @@ from nsc_merge.models.bases.architecture import architecture_of
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Key of the settings -> the files of which one is there where what it names is saved.
+_FILES = {
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
+}
 # RoBERTa and its kin, as fairseq had them: the first token's position is the one behind the padding token's number.
 _BEHIND_PADDING = frozenset(
     (
@@ -117,24 +120,22 @@ def tokenizer_of(base: Base, settings: DataSettings, argument: str) -> Any:
     """The tokenizer that is named, or lies beside the base; never one that would be added to."""
     from transformers import AutoTokenizer
 
-    key, name = ("tokenizer", settings.tokenizer) if settings.tokenizer is not None else ("", base.name)
-    return _loaded(AutoTokenizer, name, key, base, settings, argument, "tokenizer", _TOKENIZERS)
+    return _loaded(AutoTokenizer, "tokenizer", base, settings, argument)
 
 
 def image_processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
     """The image processor that is named, or lies beside the base."""
     from transformers import AutoImageProcessor
 
-    key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
-    return _loaded(AutoImageProcessor, name, key, base, settings, argument, "processor", _PROCESSORS)
+    return _loaded(AutoImageProcessor, "processor", base, settings, argument)
 
 
 def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
     """The processor of text and images that is named, or lies beside the base; a tokenizer that is named is put in."""
     from transformers import AutoProcessor
 
-    key, name = ("processor", settings.processor) if settings.processor is not None else ("", base.name)
-    found = _loaded(AutoProcessor, name, key, base, settings, argument, "processor", _PROCESSORS)
+    found = _loaded(AutoProcessor, "processor", base, settings, argument)
+    name = settings.processor or base.name
     if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
         raise ValueError(
             f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
@@ -150,17 +151,11 @@ def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
     return found
 
 
-def _loaded(
-    kind: Any,
-    name: str,
-    key: str,
-    base: Base,
-    settings: DataSettings,
-    argument: str,
-    what: str,
-    files: tuple[str, ...],
-) -> Any:
-    place = f"{argument}: {key}" if key else f"{argument}: beside the base"
+def _loaded(kind: Any, what: str, base: Base, settings: DataSettings, argument: str) -> Any:
+    """By a class of transformers, what the key ``what`` names, or what lies beside the base."""
+    files, given = _FILES[what], getattr(settings, what)
+    name = base.name if given is None else given
+    place = f"{argument}: {'beside the base' if given is None else what}"
     folder = Path(name)
     local = folder.is_dir()
     if not name:

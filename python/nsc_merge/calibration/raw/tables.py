@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.utils import provenance
 from nsc_merge.utils.errors import hub_problem, logger
 from nsc_merge.utils.json_text import from_json
 
@@ -39,14 +39,14 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
     keep = sum(file.stat().st_size for file in files) <= _KEPT
     opened, sha256 = [], {}
     for file in files:
-        mark = _mark(file)
+        mark = provenance.mark_of(file.stat())
         raw = file.read_bytes() if keep else None
-        sha256[file.name] = hashlib.sha256(raw).hexdigest() if raw is not None else _digest(file)
+        sha256[file.name] = hashlib.sha256(raw).hexdigest() if raw is not None else provenance.sha256(file)
         try:
             opened.append(pq.ParquetFile(_buffer(raw) if raw is not None else str(file)))
         except (ValueError, OSError) as error:
             raise _damaged(file, error, argument) from None
-        if _mark(file) != mark:
+        if provenance.mark_of(file.stat()) != mark:
             raise ValueError(f"{argument}: {file} changed while it was read: try again once it stays")
     groups = [(table, group) for table in opened for group in range(table.num_row_groups)]
     ends = list(accumulate(table.metadata.row_group(group).num_rows for table, group in groups))
@@ -133,7 +133,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
         raise _damaged(folder, error, argument) from None
     split, chosen = split_of(found, settings, argument, str(folder))
     state = folder / split / "state.json" if split else folder / "state.json"
-    digest = {state.relative_to(folder.parent).as_posix(): hashlib.sha256(state.read_bytes()).hexdigest()}
+    digest = {state.relative_to(folder.parent).as_posix(): provenance.sha256(state)}
     return replace(_mapped(chosen, str(folder), argument, digest, folder), split=split)
 
 
@@ -288,19 +288,6 @@ def _buffer(raw: bytes) -> Any:
     import pyarrow
 
     return pyarrow.BufferReader(raw)
-
-
-def _mark(file: Path) -> tuple[int, ...]:
-    found = os.stat(file)
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _damaged(place: Path, error: Exception, argument: str) -> ValueError:
