@@ -75,6 +75,19 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     }
 
 
+def blocks_of(model: nn.Module, block: str) -> dict[str, nn.Module]:
+    """Path -> block, where ``block`` finds the number at the end of the path; see
+    :class:`nsc_merge.models.families.Family`.
+    """
+    pattern = re.compile(block)
+    found = {}
+    for path, module in model.named_modules():
+        match = pattern.search(f"{path}.")
+        if match is not None and match.end() == len(path) + 1:
+            found[path] = module
+    return found
+
+
 def _longest(lists: Mapping[str, int]) -> list[str]:
     return [path for path, size in lists.items() if size == max(lists.values())]
 

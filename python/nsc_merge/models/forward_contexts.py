@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nsc_merge.models.bases.stored_weights import offloading
+from nsc_merge.models.block_finding import blocks_of
 from nsc_merge.processes.launch import undisturbed
 
 # What the running thread does: each device has a thread of its own for its part of a backward.
@@ -163,13 +163,8 @@ def restore_forward(module: nn.Module, own: Any) -> None:
 
 def blocks_without(model: nn.Module, pattern: str, scored: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The blocks that hold no measured linear: recomputing one has no effect besides its output."""
-    found = []
-    for path, module in model.named_modules():
-        match = re.search(pattern, f"{path}.")
-        whole = match is not None and match.end() == len(path) + 1
-        if whole and not any(name.startswith(f"{path}.") for name in scored):
-            found.append(module)
-    return found
+    blocks = blocks_of(model, pattern)
+    return [block for path, block in blocks.items() if not any(name.startswith(f"{path}.") for name in scored)]
 
 
 def recomputing() -> bool:

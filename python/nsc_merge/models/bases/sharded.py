@@ -13,13 +13,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsc_merge.models.bases.architecture import Architecture
+from nsc_merge.models.bases.architecture import Architecture, outline_of
 from nsc_merge.models.bases.placement import Placement
+from nsc_merge.models.block_finding import blocks_of
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import restore_forward
 from nsc_merge.processes.group import current
@@ -155,9 +157,7 @@ def _with_blocks(architecture: Architecture) -> Any:
         ValueError: if the model cannot be in shards.
     """
     config = copy.deepcopy(architecture.config)
-    kind = architecture.kind
-    with torch.device("meta"):
-        model = kind(config) if issubclass(kind, nn.Module) else kind.from_config(config)
+    model: Any = outline_of(replace(architecture, config=config))
     scalars = [name for name, value in model.named_parameters() if not value.dim()]
     if scalars:
         raise ValueError(
@@ -169,11 +169,7 @@ def _with_blocks(architecture: Architecture) -> Any:
         return config
     base = model.base_model
     prefix = next(f"{path}." if path else "" for path, module in model.named_modules() if module is base)
-    blocks = {
-        re.sub(r"\.\d+$", ".*", path)
-        for path, _ in model.named_modules()
-        if (match := re.search(family.block, f"{path}.")) is not None and match.end() == len(path) + 1
-    }
+    blocks = {re.sub(r"\.\d+$", ".*", path) for path in blocks_of(model, family.block)}
     unknown = [path.removeprefix(prefix) for path in sorted(blocks - set(model._fsdp_plan or {}))]
     plan = config.base_model_fsdp_plan or {}
     config.base_model_fsdp_plan = {**plan, **dict.fromkeys(unknown, "free_full_weight")}

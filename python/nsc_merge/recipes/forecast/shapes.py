@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.stored_weights import FLOATS
+from nsc_merge.models.block_finding import blocks_of
 from nsc_merge.models.families import Family, family_of, scored_paths
 from nsc_merge.models.merged.folded_linear import should_fold
 from nsc_merge.models.merged.whole import Site
@@ -63,7 +63,7 @@ def work_of(
     element = next(value.element_size() for value in model.parameters() if value.dtype in FLOATS)
     sizes = [_size(model, batch) for batch in drawn.values()]
     masked = any(_is_masked(family, batch) for batch in drawn.values()) or len({length for _, length in sizes}) > 1
-    found = _blocks(model, family)
+    found = blocks_of(model, family.block)
     numbers = {path: number for number, path in enumerate(found)}
     rows = {path: _rows(one, path, adapters) for path, one in found.items()}
     adapted = [numbers[path] for path in found if rows[path]]
@@ -100,15 +100,6 @@ def work_of(
         # Quantised linears are never folded.
         fold=0 if stored is not None or should_fold(options.fold, folded) is False else fold,
     )
-
-
-def _blocks(model: nn.Module, family: Family) -> dict[str, nn.Module]:
-    found = {}
-    for path, module in model.named_modules():
-        match = re.search(family.block, f"{path}.")
-        if match is not None and match.end() == len(path) + 1:
-            found[path] = module
-    return found
 
 
 def _role(path: str) -> str:
