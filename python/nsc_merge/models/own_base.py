@@ -82,18 +82,15 @@ def can_be_copied(model: nn.Module) -> bool:
     return plain and not hooked and not getattr(model, "is_quantized", False)
 
 
-def sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of a model's modules and configuration around the very same parameters and buffers."""
-    return sharing_modules(model, {})
-
-
-def sharing_modules(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """:func:`sharing_tensors`, with other modules, or the very same, in the place of those of ``instead``."""
+def sharing_tensors(model: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A copy of a model's modules and configuration around the very same parameters and buffers, with other modules, or
+    the very same, in the place of those of ``instead``.
+    """
     shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
     # accelerate's hold offloaded weights.
     hooks = (vars(module).get("_hf_hook") for module in model.modules())
     shared |= {id(hook): hook for hook in hooks if hook is not None} if instead else {}
-    own = copy.deepcopy(model, shared | {id(module): other for module, other in instead.items()})
+    own = copy.deepcopy(model, shared | {id(module): other for module, other in (instead or {}).items()})
     keep_files(own, model)
     setattr(own, _COPY_OF, (weakref.ref(original_of(model)), id(own)))
     return own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,10 +52,11 @@ def write_model(
         OSError: if the disk is full, for example.
     """
     model: Any = result.model
+    size = _SHARD_SIZE if max_shard_size is None else max_shard_size
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
     if dequantize and has_quantised(model):
-        save_dequantised(result, folder, _SHARD_SIZE if max_shard_size is None else max_shard_size)
+        save_dequantised(result, folder, size)
         return
     if getattr(model, "is_quantized", False):
         raise ValueError(
@@ -77,8 +78,8 @@ def write_model(
             )
     if is_of_diffusers(model):
         model.save_config(folder)
-        size = _SHARD_SIZE if max_shard_size is None else max_shard_size
-        _write(_divided(model, _planned(result, {name: name for name in state}), size, folder, _DIFFUSERS), folder)
+        planned = _planned(result, {name: name for name in state}, merged)
+        _write(_divided(model, planned, size, folder, _DIFFUSERS), folder)
         return
     try:
         names = saved_names(model, folder)
@@ -86,17 +87,15 @@ def write_model(
             raise Rewritten(f"transformers does not write {left[0]}")
     except Rewritten as reason:
         logger.info("format 'model' is written from memory: %s", reason)
-        _write_from_memory(result, folder, max_shard_size)
+        _write_from_memory(result, folder, size)
         return
     keys: dict[str, str] = {}
     for name, key in names.items():
         # Of tensors that share their numbers, the first.
         keys.setdefault(key, name)
-    planned = _planned(result, keys)
+    planned = _planned(result, keys, merged)
     files = _as_the_base(model, planned, folder) if max_shard_size is None else None
-    if files is None:
-        files = _divided(model, planned, _SHARD_SIZE if max_shard_size is None else max_shard_size, folder)
-    _write(files, folder)
+    _write(_divided(model, planned, size, folder) if files is None else files, folder)
 
 
 def is_of_diffusers(model: nn.Module) -> bool:
@@ -104,10 +103,10 @@ def is_of_diffusers(model: nn.Module) -> bool:
     return any(f"{one.__module__}.".startswith("diffusers.") for one in type(model).__mro__)
 
 
-def _planned(result: MergedUpdate, keys: Mapping[str, str]) -> dict[str, Planned]:
-    """What is written, of key -> name in the state dict."""
+def _planned(result: MergedUpdate, keys: Mapping[str, str], merged: Collection[str]) -> dict[str, Planned]:
+    """What is written, of key -> name in the state dict, of which some are ``merged``."""
     model: Any = result.model
-    merged, state = set(result.merged_names(model)), model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     return {
         key: Planned(
             state[name].dtype,
@@ -118,13 +117,12 @@ def _planned(result: MergedUpdate, keys: Mapping[str, str]) -> dict[str, Planned
     }
 
 
-def _write_from_memory(result: MergedUpdate, folder: Path, max_shard_size: str | int | None) -> None:
+def _write_from_memory(result: MergedUpdate, folder: Path, max_shard_size: str | int) -> None:
     model: Any = result.model
     merged = result.merged(model)
     # Of models with a device map, transformers reads what is offloaded itself, one file after another.
     state = model.state_dict() if hasattr(model, "hf_device_map") else state_of(model)
-    size = _SHARD_SIZE if max_shard_size is None else max_shard_size
-    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=size)
+    model.save_pretrained(folder, state_dict={**state, **merged}, max_shard_size=max_shard_size)
 
 
 def _pieces(model: nn.Module, name: str, value: Tensor) -> Iterator[Tensor]:

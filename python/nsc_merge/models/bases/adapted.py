@@ -9,7 +9,7 @@ from torch import nn
 
 from nsc_merge.adapters.peft_config import CHANGES_BASE
 from nsc_merge.models.bases.stored_weights import is_dtensor
-from nsc_merge.models.own_base import sharing_modules
+from nsc_merge.models.own_base import sharing_tensors
 
 _ANEW = "load the base anew, and give it as model"
 # Settings of adapters that change the base for good, and what is then no longer the base's own.
@@ -42,7 +42,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
         return base
     _refuse_changed(base, under)
     whole = [module for module in base.modules() if module is not base and under.keys().isdisjoint(module.modules())]
-    bare = sharing_modules(base, {**dict(zip(whole, whole, strict=True)), **under})
+    bare = sharing_tensors(base, {**dict(zip(whole, whole, strict=True)), **under})
     left = next((path for path, module in bare.named_modules() if _is_pefts(module)), None)
     if left is not None:
         kind = type(bare.get_submodule(left)).__name__
