@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nsc_merge.utils.yaml_text import to_yaml
@@ -70,6 +72,12 @@ def quoted(text: str) -> str:
     import yaml
 
     return yaml.dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
+
+
+def relative(source: str, folder: Path) -> str:
+    """A path as seen from a folder, where it is below the folder or beside it; ids of the hub as they are."""
+    place = Path(source)
+    return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else source
 
 
 def shown(text: str) -> str:

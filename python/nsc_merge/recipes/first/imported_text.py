@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.recipes.first.commented_yaml import Yaml, shown
+from nsc_merge.recipes.first.commented_yaml import Yaml, relative, shown
 from nsc_merge.recipes.first.from_mergekit import Imported
 from nsc_merge.utils.yaml_text import to_yaml
 
@@ -29,12 +28,12 @@ def imported_text(found: Imported, folder: Path, name: str = "recipe.yaml") -> s
     for note in found.notes:
         yaml.remark(note)
     yaml.section()
-    yaml.entries({"model": (_relative(found.base, folder), "")})
+    yaml.entries({"model": (relative(found.base, folder), "")})
     if found.revision is not None:
         yaml.entries({"revision": (found.revision, "")})
     yaml.verbatim("adapters:")
     said = {task.name: f"{task.said}, {task.modules}" for task in found.tasks}
-    yaml.entries({task.name: (_relative(task.source, folder), said[task.name]) for task in found.tasks}, 2)
+    yaml.entries({task.name: (relative(task.source, folder), said[task.name]) for task in found.tasks}, 2)
     yaml.section(f"{found.method.summary}. Source: {found.method.paper}.")
     yaml.entries({"method": (found.method.name, "")})
     if found.options:
@@ -80,9 +79,3 @@ def import_said(found: Imported, out: str, command: str) -> str:
         lines.append(f"{'' if number else 'adapters':8}  {task.name}: {task.said}")
     lines += [f"note      {note}" for note in found.notes]
     return "\n".join([*lines, f"written   {out}", f"next      {command}"])
-
-
-def _relative(source: str, folder: Path) -> str:
-    """As in a first recipe: relative to the folder where that is short, ids of the hub as they are."""
-    place = Path(source)
-    return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else source

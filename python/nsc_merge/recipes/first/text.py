@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.families import FAMILIES, family_said
-from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, shown
+from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.findings import WITHOUT_DATA, Findings
 from nsc_merge.recipes.first.summary import base_said, measured_said, memory_said
 from nsc_merge.recipes.merge_recipe import Recipe
@@ -52,7 +51,7 @@ def recipe_text(found: Findings, folder: Path, name: str = "recipe.yaml", schema
 def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     base = found.base
     yaml.section(f"The base model: {base_said(found)}.")
-    yaml.entries({"model": (_relative(base.source, folder), "")})
+    yaml.entries({"model": (relative(base.source, folder), "")})
     if base.revision is not None:
         yaml.entries({"revision": (base.revision, "")})
     alike = len({one.modules for one in found.tasks}) == 1
@@ -60,7 +59,7 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     yaml.section(f"Each task by the name that it shall have, and its adapter{touched}.")
     yaml.verbatim("adapters:")
     said = {one.name: one.said if alike else f"{one.said}, {one.modules}" for one in found.tasks}
-    yaml.entries({one.name: (_relative(one.source, folder), said[one.name]) for one in found.tasks}, 2)
+    yaml.entries({one.name: (relative(one.source, folder), said[one.name]) for one in found.tasks}, 2)
     if any(task.has_dora for task in found.tasks):
         yaml.section("DoRA is merged as it is; the adapter saved is then DoRA, too, which vLLM does not serve.")
         yaml.entries({"dora": ("exact", "or convert: the nearest plain LoRA of the same rank")})
@@ -83,7 +82,7 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     if alike:
         yaml.remark(f"The same for all: {next(iter(found.data.values())).said}.", 2)
     for task, one in found.data.items():
-        source = _relative(one.source, folder)
+        source = relative(one.source, folder)
         own = one.text if one.raw and one.text != for_all else None
         entries[task] = (source if own is None else {"source": source, "text": own}, "" if alike else one.said)
     yaml.entries(entries, 2)
@@ -201,12 +200,6 @@ def formats_of(found: Findings) -> list[str]:
     gives = found.method.gives_with(found.options)
     lora = ["lora"] if gives in ("coefficients", "low rank") else []
     return lora + ([] if found.base.quantised and lora else ["model"])
-
-
-def _relative(source: str, folder: Path) -> str:
-    """A path as seen from a folder, where it is below the folder or beside it; ids of the hub as they are."""
-    place = Path(source)
-    return os.path.relpath(place, folder) if place.is_relative_to(folder.parent) else source
 
 
 def _some(names: list[str], most: int = 4) -> str:
