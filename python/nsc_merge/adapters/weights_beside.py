@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, widened
 from nsc_merge.adapters.formats.diffusers_file import FILE as DIFFUSERS_FILE
+from nsc_merge.adapters.peft_keys import PREFIX
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_checked
 
@@ -19,7 +20,6 @@ from nsc_merge.utils.safetensors_checks import read_checked
 # (dvlab-research/LongLoRA, get_trainable_weights.py) embeddings and norms as the last of these, with the base's names.
 CONVERTED = "non_lora_trainables.safetensors"
 _PICKLED = ("non_lora_trainables.bin", "mm_projector.bin", "trainable_params.bin")
-_PREFIX = "base_model.model."
 # What vLLM and its users call rows of embeddings for tokens that training added.
 _NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin", "new_embeddings.pt")
 # PEFT does not read these either, or they are of the optimisation.
@@ -87,7 +87,7 @@ def read_beside(folder: Path, name: str, names: Collection[str] | None = None) -
         read = read_checked(folder / CONVERTED)
     found: dict[str, Tensor] = {}
     for key, value in read.tensors.items():
-        path = re.sub("^(?=mm_projector\\.)", "model.", key.removeprefix(_PREFIX))
+        path = re.sub("^(?=mm_projector\\.)", "model.", key.removeprefix(PREFIX))
         if path in found:
             raise ValueError(f"adapters[{name!r}]: {folder / CONVERTED}: {key} and another key both mean {path}")
         found[path] = widened(value)

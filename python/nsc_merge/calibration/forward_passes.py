@@ -1,4 +1,4 @@
-"""Calibration batches: drawn for every task, and put together into forward passes."""
+"""Calibration batches of all tasks, put together into forward passes, and these divided among processes."""
 
 from __future__ import annotations
 

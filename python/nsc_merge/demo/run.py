@@ -32,7 +32,7 @@ from nsc_merge.demo.report import (
 from nsc_merge.demo.tasks import TASKS
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
-from nsc_merge.utils.option_checks import check_count, check_seed
+from nsc_merge.utils.option_checks import check_count
 
 BATCH = 32
 _PICTURED_SCENE = 3
@@ -82,7 +82,7 @@ def run_demo(
     if unknown or len(set(tasks)) < 2 or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks: expected two or more different ones of {list(TASKS)}, found {list(tasks)}")
     check_count("steps", steps)
-    check_seed(seed)
+    check_count("seed", seed, 0)
     there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"out: expected a folder, found the file {there}")

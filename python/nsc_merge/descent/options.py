@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nsc_merge.descent.optimisation import SCHEDULES
-from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_plain, check_seed
+from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_plain
 
 SHARES = ("module", "task")
 # Options that say how a run is kept, and how it is watched, and nothing about its outcome.
@@ -67,7 +67,7 @@ class DescentOptions:
         if self.early_stop is not None:
             check_number("early_stop", self.early_stop, 0)
         self.check_init()
-        check_seed(self.seed)
+        check_count("seed", self.seed, 0)
         check_choice("progress", self.progress, (True, False, None))
         check_count("state_every", self.state_every)
         if self.state_of is not None:

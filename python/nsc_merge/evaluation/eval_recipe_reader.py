@@ -33,6 +33,7 @@ from nsc_merge.recipes.yaml_keys import (
     text_or_none,
     text_path,
 )
+from nsc_merge.utils.option_checks import is_number
 
 _Tasks: TypeAlias = Mapping[str, TaskRecipe | HarnessTask]
 
@@ -295,18 +296,14 @@ def _tuning(prefix: str, value: Any) -> Tuning | None:
     refuse_unknown(f"{prefix}tune.", value, _TUNE_KEYS)
     given = numbers({key: item for key, item in value.items() if key != "by"})
     coarse = given.get("coarse", list(COARSE))
-    if not isinstance(coarse, list) or not coarse or not all(_is_number(scale) for scale in coarse):
+    if not isinstance(coarse, list) or not coarse or not all(is_number(scale) for scale in coarse):
         raise RecipeError(f"{prefix}tune.coarse: expected a list of scales, found {coarse!r:.60}")
     step = given.get("fine_step", FINE_STEP)
-    if step is not None and not _is_number(step):
+    if step is not None and not is_number(step):
         raise RecipeError(f"{prefix}tune.fine_step: expected a number or null, found {step!r:.60}")
     by = choice(value, "by", TUNED_BY, f"{prefix}tune.")
     steps = count(given.get("fine_steps", FINE_STEPS), f"{prefix}tune.fine_steps")
     return Tuning(by, tuple(float(scale) for scale in coarse), step, steps)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _seeds(document: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a merge method is, and what all methods that need no data have in common."""
+"""What all methods that need no data have in common."""
 
 from __future__ import annotations
 

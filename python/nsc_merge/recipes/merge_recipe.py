@@ -72,7 +72,6 @@ _OUTPUT_KEYS = (
 )
 # What the text of a task stands for where it could be keys and values.
 _SHORT = {"adapters": "adapter", "calibration": "source"}
-# As transformers reads it.
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from nsc_merge.results.layout import RECORD
 from nsc_merge.results.result import MergeResult
 from nsc_merge.results.saving import save
 from nsc_merge.utils.atomic_folder import only_run
-from nsc_merge.utils.provenance import Digest, modified, quick, whole
+from nsc_merge.utils.provenance import modified, quick, whole
 
 Log = Callable[[str], None]
 
@@ -242,15 +241,10 @@ def _base(recipe: Recipe, placement: Placement) -> nn.Module:
         recipe.model,
         local=recipe.local,
         placement=placement,
-        digest=_digest(recipe),
+        digest=whole if recipe.full_hash else quick,
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
     )
-
-
-def _digest(recipe: Recipe) -> Callable[[Path], Digest]:
-    """How the base's files are told."""
-    return whole if recipe.full_hash else quick
 
 
 def _sources(recipe: Recipe, model: nn.Module, calibration: dict[str, Batches]) -> dict[str, Any]:

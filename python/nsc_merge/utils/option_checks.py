@@ -80,15 +80,6 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ChoiceError(name, value, choices)
 
 
-def check_seed(value: Any) -> None:
-    """Refuse what torch's generators cannot be seeded with.
-
-    Raises:
-        ValueError: naming what was found and what was expected.
-    """
-    check_count("seed", value, 0)
-
-
 def check_names(name: str, value: Any) -> None:
     """Refuse what is no list of strings.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsc_merge.utils.option_checks import check_choice, check_count, check_seed
+from nsc_merge.utils.option_checks import check_choice, check_count
 
 SIDES = ("right", "left")
 
@@ -64,7 +64,7 @@ class DataSettings:
         check_count("max_length", self.max_length)
         if self.samples is not None:
             check_count("samples", self.samples)
-        check_seed(self.seed)
+        check_count("seed", self.seed, 0)
         for name in ("truncation", "trust_remote_code"):
             check_choice(name, getattr(self, name), (True, False))
         for name in ("truncation_side", "padding_side"):

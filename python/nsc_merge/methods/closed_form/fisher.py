@@ -39,7 +39,7 @@ from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
-from nsc_merge.utils.option_checks import check_choice, check_count, check_number, check_seed
+from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 GRADIENTS = ("example", "batch")
 FLOORS = ("least", "added")
@@ -109,7 +109,7 @@ class FisherOptions:
         check_count("exact", self.exact, 0)
         check_number("floor", self.floor, 0)
         check_choice("normalise", self.normalise, (True, False))
-        check_seed(self.seed)
+        check_count("seed", self.seed, 0)
 
 
 def information(

@@ -236,7 +236,7 @@ def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]
 
 def _options(method: Method, preset: str | None, tasks: Sequence[Task]) -> dict[str, Any]:
     """The options that are worth writing out, with their values."""
-    values = method.resolved({**({} if preset is None else {"recipe": preset})}, [task.name for task in tasks])
+    values = method.resolved({} if preset is None else {"recipe": preset}, [task.name for task in tasks])
     written: dict[str, Any] = {name: getattr(values, name) for name in ("steps", "lr") if name in method.option_names}
     if method.name == WITHOUT_DATA:
         written[str(method.tuned)] = 1.0 if len(tasks) == 1 else 0.4 if len(tasks) <= FEW_TASKS else 1 / len(tasks)

@@ -106,9 +106,6 @@ class Parameters:
             raise RecipeError(f"parameters.{name}: expected a number for every model, found none for {task}")
         return _number(name, value)
 
-    def shared_number(self, name: str, default: float) -> float:
-        return _number(name, self.shared.get(name, default))
-
     def flag(self, name: str, default: bool) -> bool:
         value = self.shared.get(name, default)
         if value not in (True, False):
@@ -165,7 +162,7 @@ def _of_differences(method: str, family: Family, parameters: Parameters) -> Tran
     tasks = list(parameters.of_tasks)
     weights = {task: parameters.number("weight", task) for task in tasks}
     density = _one_density(parameters, tasks) if family.drops else 1.0
-    factor = parameters.shared_number("lambda", 1.0)
+    factor = _number("lambda", parameters.shared.get("lambda", 1.0))
     normalize = parameters.flag("normalize", family.normalize)
     rescale = parameters.flag("rescale", family.rescale)
     notes = []
