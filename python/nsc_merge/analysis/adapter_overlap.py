@@ -16,7 +16,6 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import name_of
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import find_family
 from nsc_merge.models.real_tokens import RealTokens
 
 
@@ -116,7 +115,7 @@ def null_space_ratios(
     """
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    real_tokens = RealTokens(model, find_family(model))
+    real_tokens = RealTokens(model)
     inputs: dict[str, Tensor] = {}
 
     def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:

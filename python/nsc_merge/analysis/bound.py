@@ -16,7 +16,6 @@ from nsc_merge.analysis.null_space_ratios import low_rank_part
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import eager, evaluating
 from nsc_merge.models.real_tokens import RealTokens
 from nsc_merge.results.result import MergeResult
@@ -66,7 +65,7 @@ def check_bound(
         for task, adapter in chosen.items()
         for path, factor in adapter.factors.items()
     ]
-    tokens = RealTokens(model, find_family(model))
+    tokens = RealTokens(model)
     inputs: dict[str, Tensor] = {}
 
     def see(check: _Check, z: Tensor) -> None:

@@ -15,7 +15,7 @@ from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.block_finding import has_image_token, positions_first
-from nsc_merge.models.families import family_of, find_family, scored_paths
+from nsc_merge.models.families import family_of, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.models.own_base import linears_of, own_base
@@ -135,7 +135,7 @@ def per_sample_ratios(
     adapters = source.adapters if isinstance(source, MergeResult) else source
     chosen = low_rank_part(model, adapters, modules, blocks)
     tasks = list(chosen)
-    real_tokens = RealTokens(model, find_family(model))
+    real_tokens = RealTokens(model)
     found: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsc_merge.models.block_finding import at_positions, positions_first
-from nsc_merge.models.families import Family
+from nsc_merge.models.families import find_family
 
 _SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
 # Keys and values of an attention to another sequence: T5, BART and those like it, ProphetNet, BERT as a decoder.
@@ -20,12 +20,11 @@ class RealTokens:
     """Tells tokens from padding by the masks among a model's inputs, which is one for each side of an encoder-decoder.
 
     Args:
-        model: that is run.
-        family: what is known of it; without one ``attention_mask`` is what transformers calls it.
+        model: that is run. Where it has no family, ``attention_mask`` is what transformers calls its mask.
     """
 
-    def __init__(self, model: nn.Module, family: Family | None) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module) -> None:
+        self._model, family = model, find_family(model)
         self._two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._mask = family.mask if family else "attention_mask"
         self._unmasked = f"{family.unmasked}." if family and family.unmasked else None

@@ -9,7 +9,8 @@ import torch
 from own_cases import merge, merged, problem_of
 
 from nsc_merge.methods import Problem
-from nsc_merge.methods.gradient.distillation import DistillOptions, Predictions, Variance
+from nsc_merge.methods.gradient.distillation import DistillOptions, Predictions
+from nsc_merge.methods.gradient.variance import Variance, variance_of
 
 
 @pytest.mark.parametrize(
@@ -93,10 +94,10 @@ def test_the_variance_is_that_of_all_values_so_far():
     for number, part in enumerate(parts, 1):
         variance.add(part)
         together = torch.cat(parts[:number]).double().flatten(0, 1)
-        torch.testing.assert_close(variance(), together.var(0, correction=0).mean())
+        torch.testing.assert_close(variance_of([variance.moments]), together.var(0, correction=0).mean())
     flat = Variance()
     flat.add(torch.tensor([1.0, 3.0]))
-    assert flat() == 1
+    assert variance_of([flat.moments]) == 1
 
 
 def test_values_that_are_all_alike_have_no_variance_to_divide_by(tmp_path):

@@ -11,7 +11,6 @@ from zoo import write_adapter
 import nsc_merge
 from nsc_merge.analysis.adapter_overlap import null_space_ratios
 from nsc_merge.analysis.bound import check_bound
-from nsc_merge.models.families import find_family
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.real_tokens import RealTokens
 
@@ -118,7 +117,7 @@ def test_no_mask_speaks_of_images_beside_texts():
     towers = {"text_config": {**PARTS, "max_position_embeddings": 8}, "vision_config": {**PARTS, "image_size": 8}}
     towers["vision_config"] |= {"patch_size": 4}
     model = tf.CLIPModel(tf.CLIPConfig(**towers))
-    tokens, mask = RealTokens(model, find_family(model)), torch.tensor([[1, 1, 1, 0, 0]])
+    tokens, mask = RealTokens(model), torch.tensor([[1, 1, 1, 0, 0]])
     of = {tower: tokens.of(f"{tower}_model.encoder.layers.0.mlp.fc1", torch.zeros(1, 5), {"attention_mask": mask})
           for tower in ("text", "vision")}
     assert of["vision"] is None

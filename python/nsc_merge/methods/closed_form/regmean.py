@@ -19,7 +19,6 @@ from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears, refuse_unseen
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import find_family
 from nsc_merge.models.real_tokens import RealTokens
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
@@ -65,7 +64,7 @@ def grams(
     """
     model = problem.model
     linears = merged_linears(model, problem.adapters)
-    tokens = RealTokens(model, find_family(model))
+    tokens = RealTokens(model)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(paths, 0)
     inputs: dict[str, Any] = {}

@@ -30,10 +30,6 @@ class Variance:
         self._count += len(rows)
         self._sums = [self._sums[0] + rows.sum(0), self._sums[1] + rows.square().sum(0)]
 
-    def __call__(self) -> Tensor:
-        """Mean over the components, a float64 scalar, of what was added in this process."""
-        return variance_of([self.moments])
-
     @property
     def moments(self) -> tuple[int, Tensor, Tensor]:
         """How many rows there are, their mean, and their variance around it, by component, on the host."""
@@ -45,7 +41,7 @@ class Variance:
 
 
 def variance_of(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """Mean over the components of the variance of all rows that several were made of; of each its
+    """Mean over the components, a float64 scalar, of the variance of all rows that several were made of; of each its
     :attr:`Variance.moments`.
     """
     counts, means, inside = zip(*parts, strict=True)
