@@ -9,12 +9,13 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+import served_cases
 import torch
 from safetensors.torch import load_file, save_file
 from zoo import build
 
 from nsc_merge.models.bases import loading
-from nsc_merge.models.bases.architecture import quantised_as
+from nsc_merge.models.bases.architecture import architecture_of, quantised_as
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.utils.provenance import whole
@@ -100,6 +101,26 @@ def test_layers_that_no_file_holds_are_not_made(folder, fields):
     edit(folder / "config.json", **fields)
     with pytest.raises(ValueError, match=r"^model: the config.json of .*base says 10+ layers, whose files hold \d"):
         load(folder)
+
+
+@pytest.mark.parametrize("fields", [{"num_labels": 10**12}, {"text_config": {"num_labels": 10_000_001}}])
+def test_labels_beyond_count_are_given_no_names(folder, fields):
+    edit(folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=r"^model: the config.json of .*base says num_labels: 10+1?; expected at"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"num_return_sequences": 3}, "num_return_sequences"), ({"max_new_tokens": "many"}, "not supported between")],
+)
+def test_a_generation_configuration_that_is_none_is_named_before_weights_are_read(tmp_path, fields, why):
+    base = served_cases.write_base("llama", tmp_path / "base")
+    edit(base / "generation_config.json", **fields)
+    with pytest.raises(ValueError, match=rf"^model: the generation_config.json of .*base is none .*{why}"):
+        architecture_of(str(base), local=True)
+    (base / "generation_config.json").unlink()
+    architecture_of(str(base), local=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ _COUNTING = frozenset(
     )
 )
 _LAYERS = 500
+# transformers makes a name for each label that a configuration counts, which takes seconds for as many as this.
+_LABELS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def architecture_of(
         # Where transformers had it; what is saved of a configuration never holds it.
         config._commit_hash = revision
     kind = _class_of_code(name, fields, given) if own and trust_remote_code else None
-    return Architecture(name, local, config, kind or _class_of(name, config), revision, trust_remote_code)
+    kind = kind or _class_of(name, config)
+    _check_generation(name, kind, given)
+    return Architecture(name, local, config, kind, revision, trust_remote_code)
 
 
 def quantised_as(config: Any) -> str | None:
@@ -144,6 +149,23 @@ def _check_quantisation(name: str, fields: dict[str, Any]) -> None:
             "transformers does not know and would read as plain numbers; expected a base in plain numbers, or one "
             "quantised by a method of transformers. If the files are in plain numbers, take the key out"
         )
+
+
+def _check_generation(name: str, kind: Any, given: dict[str, Any]) -> None:
+    """Refuse a generation_config.json that transformers does, once the weights are read and without its name."""
+    import transformers
+
+    if not (hasattr(kind, "can_generate") and kind.can_generate()):
+        return
+    try:
+        transformers.GenerationConfig.from_pretrained(name, **given)
+    except OSError:
+        # There is none.
+        return
+    except Exception as error:
+        # Of any kind: a value of another type goes through transformers as it is.
+        why = " ".join(str(error).split())
+        raise ValueError(f"model: the generation_config.json of {name} is none to transformers: {why:.200}") from None
 
 
 def _kernel_in(fields: Any) -> str | None:
@@ -221,7 +243,13 @@ def _check_folder(folder: Path, repo: str | None) -> None:
         for shard in set(shards.values()) if file.name.endswith(".index.json") and isinstance(shards, dict) else ():
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
-    layers = _layers_in(from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True))
+    config = from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True)
+    labels, layers = _most(config, {"num_labels"}), _most(config, _COUNTING)
+    if labels > _LABELS:
+        raise ValueError(
+            f"model: the config.json of {repo or folder} says num_labels: {labels}; expected at most {_LABELS}, or the "
+            "names of the labels in id2label"
+        )
     if layers > _LAYERS and repo is not None:
         _fetch_weights(repo, folder.name)
     with naming("model"):
@@ -233,12 +261,12 @@ def _check_folder(folder: Path, repo: str | None) -> None:
         )
 
 
-def _layers_in(fields: Any) -> int:
-    """How many layers a configuration, or one within it, says at most."""
+def _most(fields: Any, names: Set[str]) -> int:
+    """What a configuration, or one within it, says at most of a number that has one of these names."""
     if not isinstance(fields, dict):
         return 0
-    said = (value for name, value in fields.items() if name in _COUNTING and type(value) is int)
-    return max([0, *said, *map(_layers_in, fields.values())])
+    said = (value for name, value in fields.items() if name in names and type(value) is int)
+    return max([0, *said, *(_most(value, names) for value in fields.values())])
 
 
 def _class_of(name: str, config: Any) -> Any:
