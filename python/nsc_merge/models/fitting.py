@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.algebra.low_rank import rows_of
@@ -20,6 +21,8 @@ from nsc_merge.models.renaming import name_today, rules_of
 from nsc_merge.models.trained_in_full import by_policy, check_base, own_tensors, update_of_rows, updates_of_whole
 
 SHARED_POLICIES = ("lambda", "mean", "first")
+
+Value = TypeVar("Value")
 
 
 def fit(
@@ -63,7 +66,7 @@ def fit(
             f"shared_modules: expected one of {list(SHARED_POLICIES)}, found {shared_modules!r}"
         )
     modules = dict(model.named_modules())
-    _refuse_adapted(model, modules)
+    _refuse_adapted(modules)
     trunk, prefix = _trunk(model, modules)
     own = own_tensors(model, trunk)
     fitted = {}
@@ -120,14 +123,18 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
     def today(path: str) -> str:
         return name_today(path, modules, rules, prefix)
 
+    def of_parameter(name: str) -> str:
+        path, _, parameter = name.rpartition(".")
+        return f"{today(path)}.{parameter}"
+
     return {
         task: replace(
             adapter,
             notes=tuple(dict.fromkeys((*adapter.notes, *_translations(adapter.factors, today)))),
             factors=_renamed(task, _with_matrices(task, adapter, model, today), today),
             stacks={},
-            trained=_renamed_parameters(task, adapter.trained, today),
-            base_weights=_renamed_parameters(task, adapter.base_weights, today),
+            trained=_renamed(task, adapter.trained, of_parameter),
+            base_weights=_renamed(task, adapter.base_weights, of_parameter),
             token_rows={today(path): rows for path, rows in adapter.token_rows.items()},
         )
         for task, adapter in adapters.items()
@@ -173,7 +180,7 @@ def _trunk(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[nn.Modul
     return trunk, str(getattr(model, "base_model_prefix", "")) if prefix is None else prefix
 
 
-def _refuse_adapted(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _refuse_adapted(modules: Mapping[str, nn.Module]) -> None:
     """Refuse a base that runs adapters itself: the merge would be of the linears under them."""
     # PEFT's layers around a linear, and around a module that is trained in full.
     wrapped = [
@@ -200,25 +207,12 @@ def absent(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
     return {path: tasks for path, tasks in missing.items() if tasks}
 
 
-def _renamed(task: str, factors: Mapping[str, Factor], today: Callable[[str], str]) -> dict[str, Factor]:
-    renamed: dict[str, Factor] = {}
-    for path, factor in factors.items():
-        found = today(path)
+def _renamed(task: str, named: Mapping[str, Value], today: Callable[[str], str]) -> dict[str, Value]:
+    renamed: dict[str, Value] = {}
+    for name, value in named.items():
+        found = today(name)
         if found in renamed:
-            raise ValueError(f"adapters[{task!r}]: {path} and another module both mean {found} of the model")
-        renamed[found] = factor
-    return renamed
-
-
-def _renamed_parameters(
-    task: str, trained: Mapping[str, Tensor], today: Callable[[str], str]
-) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    for key, value in trained.items():
-        path, _, parameter = key.rpartition(".")
-        found = f"{today(path)}.{parameter}"
-        if found in renamed:
-            raise ValueError(f"adapters[{task!r}]: {key} and another tensor both mean {found} of the model")
+            raise ValueError(f"adapters[{task!r}]: {name} and another name both mean {found} of the model")
         renamed[found] = value
     return renamed
 

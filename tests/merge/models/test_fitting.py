@@ -151,7 +151,7 @@ def test_two_names_for_one_module_are_refused(tmp_path):
     for key, value in list(weights.items()):
         weights[key.replace("model.encoder", "model.vision_model.encoder")] = value.clone()
     save_file(weights, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="and another module both mean encoder.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match="and another name both mean encoder.layers.0.self_attn.q_proj"):
         nsc_merge.merge(model, {"a": folder}, method="task_arithmetic")
 
 

@@ -51,5 +51,5 @@ def test_paths_become_those_of_the_model(models, name, path, wanted):
 def test_two_names_of_one_module_are_refused(models):
     factor = Factor(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)
     twice = Adapter("a", {"language_model.model.layers.1.self_attn.v_proj": factor, TODAY: factor})
-    with pytest.raises(ValueError, match="and another module both mean model.language_model.layers.1"):
+    with pytest.raises(ValueError, match="and another name both mean model.language_model.layers.1"):
         renamed({"a": twice}, models["LLaVA-NeXT"])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nsc_merge.models.bases.placement import Placement, device_of
-from nsc_merge.models.bases.stored_weights import offloading
+from nsc_merge.models.bases.stored_weights import maps_of
 
 # What transformers makes a map of by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -112,12 +112,8 @@ def _own_memory(model: nn.Module) -> None:
     copies: dict[Any, torch.Tensor] = {}
     maps: dict[int, Any] = {}
     for module in model.modules():
-        hook = offloading(module)
-        numbers: Any = {} if hook is None else hook.weights_map
-        while hasattr(numbers, "prefix"):
-            numbers = numbers.dataset
-        held = getattr(numbers, "state_dict", numbers)
-        maps[id(held)] = held
+        if found := maps_of(module):
+            maps[id(found[1])] = found[1]
     for held in maps.values():
         for name, value in held.items():
             key = (value.data_ptr(), value.shape)

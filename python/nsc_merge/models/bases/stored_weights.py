@@ -251,7 +251,7 @@ def _holds_floats(values: Tensor) -> bool:
     return type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided and values.dtype in FLOATS
 
 
-def _maps(module: nn.Module, part: str) -> tuple[Any, dict[str, Tensor], str] | None:
+def maps_of(module: nn.Module, part: str = "") -> tuple[Any, dict[str, Tensor], str] | None:
     """accelerate's map of a module's offloaded numbers, the part of it in memory, and what a parameter is called there;
     None if they are not offloaded.
     """
@@ -266,7 +266,7 @@ def _maps(module: nn.Module, part: str) -> tuple[Any, dict[str, Tensor], str] | 
 
 def _offloaded(module: nn.Module, part: str) -> Stored | None:
     """Where accelerate keeps a parameter's numbers, None if it does not."""
-    maps = _maps(module, part)
+    maps = maps_of(module, part)
     if maps is None:
         return None
     numbers, held, name = maps
@@ -287,7 +287,7 @@ def _in_file(*tensors: Tensor | None) -> Stored | None:
 
 
 def _address(module: nn.Module, part: str, parameter: Tensor) -> Hashable:
-    values, maps = parameter, _maps(module, part)
+    values, maps = parameter, maps_of(module, part)
     if maps is not None and maps[2] in maps[1]:
         values = maps[1][maps[2]]
     return (values.device, values.data_ptr()) if is_plain(values) and values.numel() else id(parameter)
