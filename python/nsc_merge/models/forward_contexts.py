@@ -96,21 +96,19 @@ def eager(model: nn.Module) -> Iterator[None]:
     as they were written: their graphs know nothing of attached adapters.
     """
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
-    forwards = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
-    written = {module: getattr(forward, "_torchdynamo_orig_callable", None) for module, forward in forwards.items()}
+    forwards = [(module, vars(module)["forward"]) for module in model.modules() if "forward" in vars(module)]
+    forwards = [(module, forward) for module, forward in forwards if hasattr(forward, "_torchdynamo_orig_callable")]
     try:
         for module, _ in compiled:
             module._compiled_call_impl = None
-        for module, forward in written.items():
-            if forward is not None:
-                module.forward = forward
+        for module, forward in forwards:
+            module.forward = forward._torchdynamo_orig_callable
         yield
     finally:
         for module, call in compiled:
             module._compiled_call_impl = call
-        for module, forward in forwards.items():
-            if written[module] is not None:
-                module.forward = forward
+        for module, forward in forwards:
+            module.forward = forward
 
 
 @contextmanager
