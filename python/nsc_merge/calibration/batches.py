@@ -210,11 +210,12 @@ def _endless(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:
         empty = True
         for batch in _own(task, batches):
             _checked(task, batch)
+            # Before anything that the batches of one process alone could be refused for: the others would wait here.
+            if first and empty:
+                _check_shared(task, batch)
             # In the first round only: a mask on another device is waited for.
             if first:
                 _check_mask(task, batch)
-            if first and empty:
-                _check_shared(task, batch)
             empty = False
             yield batch
         if empty:
