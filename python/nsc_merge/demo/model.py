@@ -79,7 +79,7 @@ def patch_features(model: nn.Module, pixels: Tensor, **inputs) -> Tensor:
     return model(pixel_values=pixels, **inputs).last_hidden_state[:, -PATCHES:]
 
 
-def to_image(values: Tensor, channels: int) -> Tensor:
+def to_image(values: Tensor) -> Tensor:
     """Per-patch predictions ``[N, 36, channels * 16]`` laid out as an image ``[N, channels, 24, 24]``."""
     return F.fold(values.transpose(1, 2), SIZE, PATCH, stride=PATCH)
 
@@ -94,7 +94,7 @@ class Head(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """Predictions, ``[N, C, 24, 24]`` or ``[N, C]``, from patch features ``[N, 36, 64]``."""
         if self.task.dense:
-            return to_image(super().forward(features), self.task.channels)
+            return to_image(super().forward(features))
         return super().forward(features.mean(1))
 
 

@@ -125,8 +125,8 @@ def pretrain(
         masked = torch.rand(len(x), PATCHES) < 0.4
         masked[: len(x) // 3] = False
         tokens = features(model, x, bool_masked_pos=masked)
-        rebuilt = to_image(reconstruct(tokens), 1)
-        return F.mse_loss(rebuilt, target), F.cross_entropy(to_image(segment(tokens), 11), label.long())
+        rebuilt = to_image(reconstruct(tokens))
+        return F.mse_loss(rebuilt, target), F.cross_entropy(to_image(segment(tokens)), label.long())
 
     model.train()
     with Progress("pre-training", _PRETRAIN_STEPS, progress) as bar:

@@ -226,7 +226,7 @@ class _Bench:
             return None
         tasks = {name: task for name, task in self._recipe.labelled.items() if task.metric.name == "accuracy"}
         names = {name: task.classes for name, task in tasks.items() if task.classes}
-        found = joint_hits(self._suite, candidate, "test", list(tasks), self._recipe.joint, names)
+        found = joint_hits(self._suite, candidate, list(tasks), self._recipe.joint, names)
         if found is None:
             return None
         return {task: {str(count): share for count, share in hits.items()} for task, hits in found.items()}

@@ -104,7 +104,6 @@ def score(suite: Suite, predicted: Mapping[str, tuple[Outputs, Tensor]]) -> Scor
 def joint_hits(
     suite: Suite,
     candidate: Candidate,
-    split: str,
     tasks: Sequence[str],
     kind: str,
     names: Mapping[str, Sequence[str]] | None = None,
@@ -117,8 +116,7 @@ def joint_hits(
     Args:
         suite: classifies with one label per sample.
         candidate: what is measured.
-        split: of the data.
-        tasks: whose samples and classes.
+        tasks: whose samples, those to test on, and classes.
         kind: of scores; see :meth:`nsc_merge.evaluation.joint_classes.Union.scores`.
         names: task -> names of its classes, if classes of the same name are one.
     """
@@ -132,14 +130,14 @@ def joint_hits(
         with enter() as model:
             for source, head in outputs:
                 whole = _joined(
-                    [suite.output(head, model, inputs) for inputs, _ in suite.labelled(source, split)]
+                    [suite.output(head, model, inputs) for inputs, _ in suite.labelled(source, "test")]
                 )
                 outputs[source, head] = outputs[source, head] + (whole - outputs[source, head]) / number
     union = joint_classes.Union.of({task: outputs[task, task].shape[-1] for task in tasks}, names)
     every_score, every_label = [], []
     found = {}
     for source in tasks:
-        label = torch.cat([label for _, label in suite.labelled(source, split)]).cpu()
+        label = torch.cat([label for _, label in suite.labelled(source, "test")]).cpu()
         known = label != IGNORE
         scores = union.scores({head: outputs[source, head][known] for head in tasks}, kind)
         truth = union.labels(source, label[known])

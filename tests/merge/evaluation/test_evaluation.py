@@ -87,7 +87,7 @@ def test_the_ensemble_and_the_joint_labels_by_hand(place):
     torch.testing.assert_close(predict(suite, ensemble, "test")["nli"][0], mean / 2)
 
     summed = nsc_merge.merge(suite.model, suite.adapters, method="task_arithmetic", scale=0.4)
-    found = joint_hits(suite, summed, "test", ["nli", "topic"], "logits")
+    found = joint_hits(suite, summed, ["nli", "topic"], "logits")
     right = []
     for offset, task in ((0, "nli"), (3, "topic")):
         with applied(suite.model, summed) as model, torch.no_grad():
@@ -100,7 +100,7 @@ def test_the_ensemble_and_the_joint_labels_by_hand(place):
         assert found[task][3] == pytest.approx(right[-1].mean().item())
     assert found["all"][3] == pytest.approx(torch.cat(right).mean().item())
     finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
-    assert joint_hits(suite, finetuned, "test", ["nli", "topic"], "logits") is None
+    assert joint_hits(suite, finetuned, ["nli", "topic"], "logits") is None
 
 
 def test_applying_is_undone_to_the_bit_even_by_an_error(place):

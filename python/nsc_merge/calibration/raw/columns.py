@@ -180,7 +180,7 @@ def choose(
             raise _no_column(f"{argument}: messages:", settings.messages, columns)
         return Columns(messages=settings.messages, image=image)
     if settings.text is not None:
-        return Columns(text=_named_text(settings.text, rows, columns, argument), image=image)
+        return Columns(text=_named_text(settings.text, columns, argument), image=image)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
         return Columns(messages=chat, image=image)
@@ -209,7 +209,7 @@ def text_of(row: Row, column: str, where: str) -> str:
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
 
 
-def _named_text(name: str, rows: Sequence[Row], columns: Sequence[str], argument: str) -> str | Template:
+def _named_text(name: str, columns: Sequence[str], argument: str) -> str | Template:
     if name in columns:
         return name
     if "{" in name or "}" in name:

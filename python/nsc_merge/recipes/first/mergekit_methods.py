@@ -120,7 +120,7 @@ def translated(method: str, parameters: Parameters) -> Translation:
         RecipeError: naming the method or the parameter that has no counterpart, with why and what there is instead.
     """
     if method in FAMILIES:
-        found = _of_differences(method, FAMILIES[method], parameters)
+        found = _of_differences(FAMILIES[method], parameters)
         masks = MASKS.get(FAMILIES[method].drops or "")
         own = ("weight", "density", *((masks.parameter,) if masks else ()))
         return _with_unknown(method, found, parameters, own, ("int8_mask", "normalize", "rescale", "lambda"))
@@ -158,7 +158,7 @@ def _known() -> str:
     return f"{', '.join([*FAMILIES, 'linear'])} or {PREFIX} with a method of ours"
 
 
-def _of_differences(method: str, family: Family, parameters: Parameters) -> Translation:
+def _of_differences(family: Family, parameters: Parameters) -> Translation:
     tasks = list(parameters.of_tasks)
     weights = {task: parameters.number("weight", task) for task in tasks}
     density = _one_density(parameters, tasks) if family.drops else 1.0

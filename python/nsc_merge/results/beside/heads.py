@@ -85,13 +85,12 @@ def heads_of(result: MergedUpdate, labels: Mapping[str, Sequence[str]] | None = 
                 f"labels[{task!r}]: expected a task that brought a head, of {list(brought)}, found one without: leave "
                 "it out"
             )
-    found = {task: _placed(result, task, tensors) for task, tensors in brought.items()}
+    found = {task: _placed(result.model, tensors) for task, tensors in brought.items()}
     return {task: _labelled(result, task, head, given.get(task)) for task, head in found.items()}
 
 
-def _placed(result: MergedUpdate, task: str, tensors: Mapping[str, Tensor]) -> Head:
+def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Head:
     """A head, with the class that has a place for it and its last layer there."""
-    model: Any = result.model
     config = getattr(model, "config", None)
     held = _state(model, remove_duplicate=False)
     if held.keys() >= tensors.keys():

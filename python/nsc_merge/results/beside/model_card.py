@@ -59,7 +59,7 @@ def model_card(
     lines += [*_found(result), "", *tasks_table(result), *data_table(result), *truncation_table(rank, errors)]
     lines += ["", "## Loading", ""]
     saved = [
-        _saved(result, name, place, folder, nested=nested, heads=heads, head=head)
+        _saved(result, name, place, folder, heads, head)
         for name in formats
         if name != "coefficients"
         for place in [_places(result, name, nested=nested, head=head)[0]]
@@ -149,14 +149,7 @@ def _places(result: MergedUpdate, format: str, *, nested: bool, head: str | None
 
 
 def _saved(
-    result: MergedUpdate,
-    format: str,
-    place: str,
-    folder: Path,
-    *,
-    nested: bool,
-    heads: Mapping[str, Head],
-    head: str | None,
+    result: MergedUpdate, format: str, place: str, folder: Path, heads: Mapping[str, Head], head: str | None
 ) -> Saved:
     base = Base.of(result.model, result.inputs.get("revision"))
     kind, labels = class_name(result.model), None
