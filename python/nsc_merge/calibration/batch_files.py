@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.block_finding import input_embeddings
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
@@ -128,11 +128,7 @@ def check_tokens(batches: Batches, model: nn.Module, argument: str) -> None:
     Raises:
         ValueError: naming what was found and what was expected.
     """
-    anyone: Any = model
-    try:
-        known = getattr(anyone.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
-        return
+    known = getattr(input_embeddings(model), "num_embeddings", None)
     if known is None:
         return
     for batch in batches:

@@ -226,6 +226,30 @@ def _has_two_towers(config: Any) -> bool:
     return _sees(config) and not has_image_token(config)
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The embeddings of a model's tokens, where it says so."""
+    return _asked(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What makes logits of the last hidden state, where the model says so."""
+    return _asked(model, "get_output_embeddings")
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        part = getattr(model, method, lambda: None)()
+    except (AttributeError, NotImplementedError, TypeError):
+        # Those of transformers that have no such part may raise.
+        return None
+    return part if isinstance(part, nn.Module) else None
+
+
+def encodes(model: nn.Module) -> bool:
+    """Whether an encoder reads the inputs, and a decoder writes from a start of its own (T5, BART, Whisper)."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def has_image_token(config: Any) -> bool:
     """Whether a token of the text says where an image is."""
     return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
@@ -233,8 +257,5 @@ def has_image_token(config: Any) -> bool:
 
 def _decoder(model: nn.Module) -> str | None:
     """Path of what the model calls its decoder, if that is a part of it."""
-    try:
-        part = getattr(model, "get_decoder", lambda: None)()
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+    part = _asked(model, "get_decoder")
     return next((path for path, module in model.named_modules() if path and module is part), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
+from nsc_merge.models.block_finding import input_embeddings, output_embeddings
 from nsc_merge.models.merged.whole import site_of
 from nsc_merge.models.tied_weights import configs_to_untie
 
@@ -23,8 +23,7 @@ _SAVED = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 def own_tensors(model: nn.Module, trunk: nn.Module) -> set[str]:
     """Names of the parameters and buffers that are the base's own, and no task's head."""
     named = _tensors(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
+    if output_embeddings(model) is not None:
         return set(named)
     inside = {id(value) for value in _tensors(trunk).values()}
     return {name for name, value in named.items() if id(value) in inside}
@@ -75,15 +74,9 @@ def check_base(task: str, saved: Mapping[str, Tensor], model: nn.Module) -> None
             )
 
 
-def _is_saved_along(model: Any, name: str, owner: nn.Module | None) -> bool:
+def _is_saved_along(model: nn.Module, name: str, owner: nn.Module | None) -> bool:
     """Whether a weight is of an embedding or head, which PEFT saves without being told to."""
-    if name.endswith(_SAVED):
-        return True
-    try:
-        return owner in (model.get_input_embeddings(), model.get_output_embeddings())
-    except (AttributeError, NotImplementedError):
-        # No model of transformers, or one without tokens.
-        return False
+    return name.endswith(_SAVED) or owner in (input_embeddings(model), output_embeddings(model))
 
 
 def is_unchanged(model: nn.Module, name: str, value: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.stored_weights import sharing
+from nsc_merge.models.block_finding import input_embeddings, output_embeddings
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.own_base import can_be_copied, sharing_tensors, with_rows_everywhere, with_weights_apart
 from nsc_merge.models.trained_in_full import base_value
@@ -87,9 +88,9 @@ def with_vocabulary(
     return own, {task: replace(adapter, notes=(*adapter.notes, note)) for task, adapter in cut.items()}
 
 
-def _tables(model: Any) -> list[str]:
+def _tables(model: nn.Module) -> list[str]:
     """Names of the weights that have a row for each token."""
-    parts = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    parts = (input_embeddings(model), output_embeddings(model))
     return [f"{path}.weight" for path, module in model.named_modules() if any(module is part for part in parts)]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from zoo import DECODER, outputs
 
 import nsc_merge
+from nsc_merge.adapters import Adapter, Factor
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
 TABLE = "base_model.model.model.embed_tokens.weight"
@@ -193,3 +194,12 @@ def test_new_rows_of_an_encoder_and_a_decoder_are_written_as_a_model(name, tmp_p
     with_added_tokens(base, tmp_path / "b", 100, 2, target_modules=[target], modules_to_save=["shared"])
     with pytest.raises(ValueError, match=r"that differ, which the base ties to .*embed_tokens.weight as well"):
         nsc_merge.merge(base, {"b": tmp_path / "b"}, method="task_arithmetic", added_tokens="mean")
+
+
+def test_a_model_without_tokens_gets_none():
+    # Its get_input_embeddings() raises.
+    model = tf.ConvNextForImageClassification(tf.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))
+    path = "convnext.encoder.stages.0.layers.0.pwconv1"
+    adapter = Adapter("a", {path: Factor(torch.ones(1, 8), torch.ones(32, 1), 1.0)})
+    with pytest.raises(ValueError, match="ConvNextForImageClassification has no token embeddings"):
+        nsc_merge.merge(model, {"a": adapter}, method="task_arithmetic", added_tokens="mean")

@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import at_positions, positions_first
+from nsc_merge.models.block_finding import at_positions, output_embeddings, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
@@ -126,7 +126,7 @@ class Watcher:
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
-            head = _head(self._model) if self._places is None and self._trunk is self._model else None
+            head = output_embeddings(self._model) if self._places is None and self._trunk is self._model else None
             if head is not None:
                 # Of T5 and others nothing else ends in front of the head.
                 before = head.register_forward_pre_hook(lambda _, arguments: kept.update({_HEAD: arguments[0]}))
@@ -155,15 +155,6 @@ class Watcher:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
         touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
         return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """What makes logits of the last hidden state, where the model says so."""
-    try:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _final(output: Any, trunk: nn.Module, one: Pass) -> Tensor:

@@ -16,6 +16,7 @@ from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
+from nsc_merge.models.block_finding import output_embeddings
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first.data import Data, sources
@@ -266,11 +267,12 @@ def _samples(data: Mapping[str, Data], options: Mapping[str, Any], batch_size: i
 
 def _heads(task: Task, model: nn.Module) -> list[str]:
     """Modules trained in full that are the task's own: behind the part of the model that all classes share."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output_embeddings(model) is not None:
+        return []
     trunk = getattr(model, "base_model", model)
     shared = {path for path, _ in trunk.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return [path for path in task.whole if output is None and path.removeprefix(prefix) not in shared]
+    return [path for path in task.whole if path.removeprefix(prefix) not in shared]
 
 
 def _other_bases(tasks: Sequence[Task], base: Base) -> list[str]:

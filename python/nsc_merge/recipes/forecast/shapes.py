@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.stored_weights import FLOATS
-from nsc_merge.models.block_finding import blocks_of
+from nsc_merge.models.block_finding import blocks_of, input_embeddings, output_embeddings
 from nsc_merge.models.families import Family, family_of, scored_paths
 from nsc_merge.models.merged.folded_linear import should_fold
 from nsc_merge.models.merged.whole import Site
@@ -65,7 +65,7 @@ def work_of(
     masked = any(_is_masked(family, batch) for batch in drawn.values()) or len({length for _, length in sizes}) > 1
     found = blocks_of(model, family.block)
     numbers = {path: number for number, path in enumerate(found)}
-    rows = {path: _rows(one, path, adapters) for path, one in found.items()}
+    rows = {path: _rows(path, adapters) for path in found}
     adapted = [numbers[path] for path in found if rows[path]]
     measured = {path: [_role(name) for name in scored if name.startswith(f"{path}.")] for path in found}
     last = max(numbers[path] for path in found if measured[path])
@@ -120,7 +120,7 @@ def _shapes(one: nn.Module, path: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _rows(one: nn.Module, path: str, adapters: Mapping[str, Adapter]) -> dict[str, int]:
+def _rows(path: str, adapters: Mapping[str, Adapter]) -> dict[str, int]:
     """Linear -> ranks of its adapters added up."""
     found: dict[str, int] = {}
     for adapter in adapters.values():
@@ -151,8 +151,7 @@ def _head(model: nn.Module) -> int:
     """Numbers that the model gives for each token."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return 0 if head is None else int(getattr(text, "vocab_size", 0))
+    return 0 if output_embeddings(model) is None else int(getattr(text, "vocab_size", 0))
 
 
 def _bytes(module: nn.Module) -> int:
@@ -166,7 +165,7 @@ def _stored_bytes(one: nn.Module, stored: float) -> float:
 
 def _bytes_of_head(model: nn.Module) -> int:
     """Of weights behind the blocks that are not those of the embedding."""
-    heads = [getattr(model, name, lambda: None)() for name in ("get_output_embeddings", "get_input_embeddings")]
-    behind, front = ([] if head is None else list(head.parameters()) for head in heads)
+    parts = (output_embeddings(model), input_embeddings(model))
+    behind, front = ([] if part is None else list(part.parameters()) for part in parts)
     own = [value for value in behind if not any(value is one for one in front)]
     return sum(value.numel() * value.element_size() for value in own)
