@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.evaluation.metrics import IGNORE
-from nsc_merge.models.block_finding import at_positions
+from nsc_merge.models.block_finding import at_positions, encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_safetensors
@@ -148,11 +148,6 @@ def ends_of(model: nn.Module) -> tuple[int, ...]:
     """The tokens by which a model ends what it generates."""
     end: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return () if end is None else tuple(end) if isinstance(end, list) else (int(end),)
-
-
-def encodes(model: nn.Module) -> bool:
-    """Whether an encoder reads the inputs, and a decoder writes from a start of its own (T5, BART, Whisper)."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def read_head(file: Path, model: nn.Module, pool: str | None, argument: str) -> Head:

@@ -17,11 +17,12 @@ from nsc_merge.calibration.batch_files import Batches, inputs_for, read_batches
 from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
-from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, encodes, ends_of, head_of, read_head
+from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
+from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
 from nsc_merge.recipes.inputs import calibration_from, read_adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsc_merge.models.block_finding import at_positions, positions_first
+from nsc_merge.models.block_finding import at_positions, encodes, positions_first
 from nsc_merge.models.families import find_family
 
 _SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
@@ -25,7 +25,7 @@ class RealTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, family = model, find_family(model)
-        self._two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._two_sided = encodes(model)
         self._mask = family.mask if family else "attention_mask"
         self._unmasked = f"{family.unmasked}." if family and family.unmasked else None
 

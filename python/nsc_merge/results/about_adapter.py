@@ -9,6 +9,7 @@ from typing import Any
 
 from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import class_name, own_class
+from nsc_merge.models.block_finding import type_of
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
 
@@ -81,5 +82,5 @@ def _kinds(model: Any) -> list[str]:
         "QUESTION_ANS": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
         "FEATURE_EXTRACTION": auto.MODEL_MAPPING_NAMES if takes_text else {},
     }
-    family, name = getattr(getattr(model, "config", None), "model_type", ""), class_name(model)
+    family, name = type_of(model), class_name(model)
     return [kind for kind, classes in table.items() if classes.get(family) == name]

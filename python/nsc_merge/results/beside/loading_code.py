@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nsc_merge.models.bases.loading import base_name
+from nsc_merge.models.bases.loading import base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.results.beside.uses import TO_TEXT, Use, inputs_of, use_of
 from nsc_merge.utils.json_text import from_json
@@ -70,7 +70,7 @@ class Base:
             return Base(str(Path(name).resolve()))
         if not is_hub_id(name, Path.cwd()):
             return Base(None)
-        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+        commit = commit_of(model)
         return Base(name, revision if isinstance(revision, str) else commit)
 
 

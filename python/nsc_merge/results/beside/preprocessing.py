@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nsc_merge.adapters.hub import snapshot_of
-from nsc_merge.models.bases.loading import base_files, base_name
+from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.layout import LICENSES, PREPROCESSING, is_license, is_preprocessing
@@ -236,7 +236,7 @@ def base_folder(model: nn.Module) -> Path | None:
     name = _named(model)
     if name and Path(name).is_dir():
         return Path(name)
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    commit = commit_of(model)
     return _fetched(name, commit) if commit and is_hub_id(name, Path.cwd()) else None
 
 

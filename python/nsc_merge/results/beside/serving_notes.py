@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters import Factor
+from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.results.beside.serving import lorax, sglang, vllm
@@ -106,10 +107,8 @@ def _is_of_text(model: nn.Module) -> bool:
 
 def _is_decoder(model: nn.Module) -> bool:
     """Whether it is a language model without an encoder, with or without images, as vLLM serves with adapters."""
-    # A plain module has no configuration, and its family may be found all the same.
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     family = find_family(model)
     if family is not None:
-        return family.tokens is not None and family.causal and not encodes
+        return family.tokens is not None and family.causal and not encodes(model)
     generates = getattr(model, "can_generate", None)
-    return generates is not None and generates() and not encodes
+    return generates is not None and generates() and not encodes(model)
