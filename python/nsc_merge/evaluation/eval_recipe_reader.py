@@ -27,6 +27,7 @@ from nsc_merge.recipes.yaml_keys import (
     flag,
     mapping,
     numbers,
+    output_folder,
     read_document,
     refuse_unknown,
     text,
@@ -120,9 +121,7 @@ def _checked(document: dict[str, Any]) -> EvalRecipe:
     refuse_unknown("", document, _KEYS)
     output = mapping(document, "output")
     refuse_unknown("output.", output, ("dir", "plots"))
-    out = Path(text(output, "dir", "output."))
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"output.dir: expected a folder, {out} is a file")
+    out = output_folder(output)
     model, revision = text(document, "model"), text_or_none(document, "revision")
     local = Path(model).is_absolute()
     if local and revision is not None:

@@ -32,6 +32,7 @@ from nsc_merge.recipes.yaml_keys import (
     flag,
     mapping,
     numbers,
+    output_folder,
     read_document,
     refuse_unknown,
     text,
@@ -224,9 +225,7 @@ def _output(output: dict[str, Any], tasks: Collection[str]) -> dict[str, Any]:
     formats = [formats] if isinstance(formats, str) else formats
     if not isinstance(formats, list) or not formats or not set(map(str, formats)) <= set(FORMATS):
         raise RecipeError(f"output.formats: expected some of {list(FORMATS)}, found {formats!r}")
-    out = Path(text(output, "dir", "output."))
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"output.dir: expected a folder, {out} is a file")
+    out = output_folder(output)
     rank = output.get("rank")
     if rank is not None:
         rank = count(rank, "output.rank")

@@ -125,6 +125,14 @@ def by_task(document: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
     return list(values.items())
 
 
+def output_folder(output: Mapping[str, Any]) -> Path:
+    """The folder that the key ``output`` names."""
+    out = Path(text(output, "dir", "output."))
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"output.dir: expected a folder, {out} is a file")
+    return out
+
+
 def text_path(key: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise RecipeError(f"{key}: expected a path, found {value!r:.60}")

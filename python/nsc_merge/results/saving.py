@@ -52,7 +52,7 @@ from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_file import no_room
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
 from nsc_merge.utils.json_text import plain
-from nsc_merge.utils.option_checks import is_size
+from nsc_merge.utils.option_checks import check_count, is_size
 from nsc_merge.utils.yaml_text import to_yaml
 
 
@@ -157,8 +157,8 @@ def _checked_formats(
             raise ValueError(f"format: expected one of {list(FORMATS)}, found {name!r}")
     if not wanted:
         raise ValueError(f"format: expected one or more of {list(FORMATS)}, found none")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank: expected a whole number of at least 1, found {rank!r}")
+    if rank is not None:
+        check_count("rank", rank)
     if rank is not None and "lora" not in wanted:
         raise ValueError(f"rank: only format 'lora' can be truncated, found format {format!r}")
     size = max_shard_size

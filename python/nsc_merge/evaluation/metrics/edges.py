@@ -10,6 +10,7 @@ from nsc_merge.evaluation.metrics.regression import (
     absolute_error,
     errors,
 )
+from nsc_merge.utils.option_checks import check_count
 
 
 def edge_f(
@@ -51,9 +52,8 @@ def _edge_counts(outputs: Tensor, labels: Tensor, tolerance: int, thresholds: in
     _, known = errors(outputs, labels)
     if labels.dim() != 3:
         raise ValueError(f"labels: expected edge maps [N, H, W], found {list(labels.shape)}")
-    for name, value, least in (("tolerance", tolerance, 0), ("thresholds", thresholds, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+    check_count("tolerance", tolerance, 0)
+    check_count("thresholds", thresholds)
     scores = outputs.reshape(labels.shape)
     scores = scores.sigmoid() if logits else scores
     truth = (labels > 0.5) & known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import cores, in_float32, truncated
 from nsc_merge.methods.shared_options import check_weights, weights_of
-from nsc_merge.methods.task_vectors.in_factors import is_transposed
+from nsc_merge.methods.task_vectors.in_factors import roots_of
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 PRESETS = ("peft", "nsc")
@@ -83,13 +82,11 @@ def linear(
     check_equal_ranks("method 'linear'", adapters, paths)
     for path in paths:
         factors = present(adapters, path)
-        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
-        roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
-        into_A, into_B = dict.fromkeys(shares, 1.0), shares
         if options.preset == "peft":
-            into_A, into_B = {task: math.copysign(roots[task], share) for task, share in shares.items()}, roots
-            if is_transposed(factors):
-                into_A, into_B = into_B, into_A
+            into_A, into_B = roots_of(factors, weights)
+        else:
+            into_A = dict.fromkeys(factors, 1.0)
+            into_B = {task: weights[task] * factor.scaling for task, factor in factors.items()}
         A = torch.stack([into_A[task] * factor.A.double() for task, factor in factors.items()]).sum(0)
         B = torch.stack([into_B[task] * factor.B.double() for task, factor in factors.items()]).sum(0)
         yield path, Factor(A, options.scale * B, 1.0)

@@ -137,12 +137,22 @@ def bounds(
             inside = pattern[pattern >> 16 == sought[task][0]]
             lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF)
     for task, (half, above, wanted) in sought.items():
-        other, more = nth_from_above(lower[task], wanted - above)
-        least[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
-        if keep in ("floor", "round") and int(lower[task][other]) > wanted - above - more:
-            spare[task] = wanted - above - more
+        one = bound_within(lower[task], half, wanted - above, keep)
+        least[task] = one.least
+        if one.first is not None:
+            spare[task] = one.first
     found = {(path, task): Bound(least[task]) for path, row in tasks.items() for task in row}
     return {**found, **_among_equals(source, found, spare)} if spare else found
+
+
+def bound_within(lower: Tensor, half: int, wanted: int, keep: str) -> Bound:
+    """What is kept of magnitudes that share the upper ``half`` of their bit patterns, of whose lower halves ``lower``
+    counts them: the ``wanted`` largest.
+    """
+    other, above = nth_from_above(lower, wanted)
+    least = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
+    some = keep in ("floor", "round") and int(lower[other]) > wanted - above
+    return Bound(least, wanted - above if some else None)
 
 
 def _among_equals(

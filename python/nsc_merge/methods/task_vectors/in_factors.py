@@ -26,8 +26,7 @@ def merged_in_factors(
     """Path and the product of merged factors, which has cross terms between tasks and depends on how their updates are
     factored.
 
-    Both factors of a task are weighted by the root of weight times scaling; the sign of that goes to PEFT's first
-    factor, which is A, of embeddings B.
+    Both factors of a task are weighted as :func:`roots_of` says.
 
     Args:
         what: asks for it, for the message.
@@ -43,17 +42,25 @@ def merged_in_factors(
     check_equal_ranks(what, adapters, paths)
     for path in paths:
         factors = present(adapters, path)
-        shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
-        roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
-        signed = {task: math.copysign(roots[task], share) for task, share in shares.items()}
-        of_A, of_B = ("lora_A", signed), ("lora_B", roots)
-        if is_transposed(factors):
-            of_A, of_B = of_B, of_A
-        A = merge_one(f"{path}.{of_A[0]}", {task: factor.A.float() for task, factor in factors.items()}, of_A[1])
-        B = merge_one(f"{path}.{of_B[0]}", {task: factor.B.float() for task, factor in factors.items()}, of_B[1])
+        into_A, into_B = roots_of(factors, weights)
+        of_A, of_B = ("lora_B", "lora_A") if _is_transposed(factors) else ("lora_A", "lora_B")
+        A = merge_one(f"{path}.{of_A}", {task: factor.A.float() for task, factor in factors.items()}, into_A)
+        B = merge_one(f"{path}.{of_B}", {task: factor.B.float() for task, factor in factors.items()}, into_B)
         yield path, Factor(A, scale * B, 1.0)
 
 
-def is_transposed(factors: Mapping[str, Factor]) -> bool:
+def roots_of(
+    factors: Mapping[str, Factor], weights: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What A and what B of each task are weighted by: the root of weight times scaling; the sign of that goes to PEFT's
+    first factor, which is A, of embeddings B.
+    """
+    shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
+    roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
+    signed = {task: math.copysign(roots[task], share) for task, share in shares.items()}
+    return (roots, signed) if _is_transposed(factors) else (signed, roots)
+
+
+def _is_transposed(factors: Mapping[str, Factor]) -> bool:
     """Whether the first factor is B in PEFT, as it is of an embedding."""
     return any(factor.transposed for factor in factors.values())

@@ -21,7 +21,7 @@ from nsc_kernels.entries import ALL, UPPER_BINS, Dropping, Entries, Trimming
 from nsc_merge.adapters import Adapter
 from nsc_merge.methods.gradient_free import present
 from nsc_merge.methods.task_vectors.draws import key_of, threshold_of
-from nsc_merge.methods.task_vectors.elementwise import Ties, kept_entries, nth_from_above
+from nsc_merge.methods.task_vectors.elementwise import Ties, bound_within, kept_entries, nth_from_above
 
 # path -> the updates of the tasks that touch it, in their order. Called anew in every pass.
 Layers = Callable[[str], Entries]
@@ -110,10 +110,10 @@ def bounds(
             tasks, lambda path: entries.lower_counts(layers(path), [halves.get(task, -1) for task in tasks[path]])
         )
     for task, (half, above, wanted) in sought.items():
-        other, more = nth_from_above(lower[task], wanted - above)
-        least[task] = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
-        if keep in ("floor", "round") and int(lower[task][other]) > wanted - above - more:
-            spare[task] = wanted - above - more
+        bound = bound_within(lower[task], half, wanted - above, keep)
+        least[task] = bound.least
+        if bound.first is not None:
+            spare[task] = bound.first
     found = {}
     for path, row in tasks.items():
         one = layers(path)
