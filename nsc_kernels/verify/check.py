@@ -31,10 +31,10 @@ FORWARD, BACKWARD = criterion.FORWARD, criterion.BACKWARD
 class Run:
     """One case on one backend."""
 
-    def __init__(self, backend: ModuleType | SimpleNamespace, case: Case, on: torch.device, seed: int = 0):
+    def __init__(self, backend: ModuleType | SimpleNamespace, case: Case, on: torch.device):
         self.backend, self.case = backend, case
         dtype = getattr(torch, case.dtype)
-        self.p = problem(case.T, case.d_in, case.d_out, case.ranks, dtype, on, per_row=case.per_row, seed=seed)
+        self.p = problem(case.T, case.d_in, case.d_out, case.ranks, dtype, on, per_row=case.per_row)
 
     @property
     def name(self) -> str:
