@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsc_merge.commands.terminal import log, prepare, say
-from nsc_merge.utils.errors import logger
+from nsc_merge.utils.errors import FoundByAll, logger
 
 if TYPE_CHECKING:
     from nsc_merge.processes.group import Group
@@ -146,6 +146,10 @@ def _share(arguments: argparse.Namespace, recipe: Recipe, group: Group) -> int:
         return 0
     try:
         summary = run(recipe, resume=arguments.resume, log=tell)
+    except FoundByAll as error:
+        if group.is_main:
+            raise
+        raise SystemExit(1) from error
     except (KeyboardInterrupt, RuntimeError, OSError) as error:
         state = state_file(recipe)
         # A run that another one keeps from starting has no state of its own.

@@ -15,6 +15,7 @@ from nsc_merge.calibration.forward_passes import Pass, one_by_one, split
 from nsc_merge.descent.checkpoint import Shapes
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.processes.group import current
+from nsc_merge.utils.errors import FoundByAll
 
 # Steps between two looks at the data held out.
 HELD_OUT_EVERY = 10
@@ -111,7 +112,7 @@ class Losses:
         self.coefficients.spread()
         found = self.held_out()
         if not math.isfinite(found):
-            raise RuntimeError(
+            raise FoundByAll(
                 f"calibration: at step {self._steps}, the loss on the batches held out is {found}; expected a finite "
                 "number: look for NaN or infinite values in them and in the model, or take another dtype"
             )

@@ -17,6 +17,7 @@ from nsc_merge.descent.checkpoint import OF_THE_OBJECTIVE, State, random_states,
 from nsc_merge.descent.objective import Objective
 from nsc_merge.processes.group import current
 from nsc_merge.processes.launch import undisturbed
+from nsc_merge.utils.errors import FoundByAll
 from nsc_merge.utils.progress import Progress
 
 # Steps between two readings of what happened on the device. A step itself never waits for it.
@@ -140,7 +141,7 @@ class Optimisation:
                         break
         except (KeyboardInterrupt, RuntimeError) as error:
             lost = isinstance(error, RuntimeError)
-            if lost and group.size == 1:
+            if isinstance(error, FoundByAll) or (lost and group.size == 1):
                 raise
             if self._kept is not None:
                 with undisturbed():
@@ -249,7 +250,7 @@ class Optimisation:
                 raise _not_finite(f"step {step}", "the gradient is not finite")
             objective = _mean(known)
             if step == 0 and objective and self.dead.flatten()[self._present].all() and not self._depends():
-                raise RuntimeError(
+                raise FoundByAll(
                     "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
                     "comes after an adapted module, and inputs that are not all zero there; of a block that runs "
                     "several times, as ALBERT's, nsc measures the first run: score_modules behind an adapted one in "
@@ -341,8 +342,8 @@ def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / max(len(values), 1)
 
 
-def _not_finite(where: str, what: str) -> RuntimeError:
-    return RuntimeError(
+def _not_finite(where: str, what: str) -> FoundByAll:
+    return FoundByAll(
         f"calibration: at {where}, {what}; expected finite numbers: look for NaN or infinite values in the batches and "
         "the model, take dtype float32 or bfloat16 in place of float16, or a smaller lr"
     )

@@ -16,6 +16,10 @@ class UsageError(ValueError):
     exit_status = 2
 
 
+class FoundByAll(RuntimeError):
+    """What all processes that share the work find alike, in numbers that they added up: one of them says it."""
+
+
 @contextmanager
 def naming(argument: str) -> Iterator[None]:
     """Values that are refused inside are refused under the name of the argument that they came in."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +21,12 @@ from zoo import build
 
 from nsc_merge.calibration.forward_passes import Pass, split
 from nsc_merge.commands.main import main
+from nsc_merge.commands.run import _share
 from nsc_merge.processes import launch
 from nsc_merge.processes.group import Group
 from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
 from nsc_merge.recipes.preflight import check
+from nsc_merge.utils.errors import FoundByAll
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -68,6 +72,20 @@ def test_a_request_to_end_is_heard_once(monkeypatch):
         for number, handler in before.items():
             signal.signal(number, handler)
         dist.destroy_process_group()
+
+
+def test_what_all_processes_find_alike_one_says(monkeypatch):
+    def found(*_, **__):
+        raise FoundByAll("calibration: at step 0, the objective of task 'a' is nan")
+
+    monkeypatch.setattr("nsc_merge.recipes.run.run", found)
+    arguments = SimpleNamespace(dry_run=False, resume=False)
+    with pytest.raises(FoundByAll):
+        _share(arguments, None, Group(0, 2))
+    monkeypatch.setattr("nsc_merge.commands.run.logger", logging.getLogger("test"))
+    with pytest.raises(SystemExit) as ended:
+        _share(arguments, None, Group(1, 2))
+    assert ended.value.code == 1
 
 
 @needs_gloo

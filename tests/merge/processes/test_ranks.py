@@ -21,6 +21,7 @@ from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.bases.sharded import is_unit, output_of
 from nsc_merge.processes.group import current, together
+from nsc_merge.utils.errors import FoundByAll
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -102,6 +103,7 @@ def share(rank: int, folder: Path) -> None:
                     found = merge(plain, adapters, batches(kind), **OPTIONS)
                 check_same(pair, found, plain, adapters, kind, {})
         check_other_data(rank, folder)
+        check_not_finite(folder)
         check_resumed(folder)
         check_lost(rank, folder)
     finally:
@@ -177,6 +179,15 @@ def check_other_data(rank: int, folder: Path) -> None:
         # Of what is wrong with one process's own batches, it would tell alone, and the others would wait for it.
         own["b"] = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in own["b"]]
     with pytest.raises(ValueError, match=r"\['b'\]: expected the same batches in all 3 .* in process 1 than"):
+        merge(plain, adapters_for(plain), own, **OPTIONS, process_group=dist.group.WORLD)
+
+
+def check_not_finite(folder: Path) -> None:
+    """What all find alike is of no process."""
+    plain = load_model(str(folder / "vit"), local=True)
+    own = batches("vit")
+    own["a"][0]["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(FoundByAll, match=r"^calibration: at step 0, the objective of task 'a' is nan"):
         merge(plain, adapters_for(plain), own, **OPTIONS, process_group=dist.group.WORLD)
 
 

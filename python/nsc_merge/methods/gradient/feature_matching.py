@@ -30,6 +30,7 @@ from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import Family, check_family
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
+from nsc_merge.utils.errors import FoundByAll
 from nsc_merge.utils.option_checks import check_choice, check_count, check_names, check_number
 
 NORMALISATIONS = ("none", "scale", "task")
@@ -211,7 +212,7 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
     totals = dict(zip(SCALES, sums.tolist(), strict=True))
     for scale, total in totals.items():
         if not math.isfinite(total):
-            raise RuntimeError(
+            raise FoundByAll(
                 f"calibration: init='match': with coefficients {scale:g} the features are {total} apart on the first "
                 "batches, expected a finite number; look for NaN or infinite values, or take another dtype"
             )
