@@ -14,6 +14,9 @@ def exit_status(command: Callable[[], int]) -> int:
     With a line on standard error: 130, as of SIGINT, after Ctrl-C, and 1 if the disk that the output goes to is full.
     What is printed is written out before this returns, so that either shows up here and not when Python ends.
     """
+    if sys.stderr is None:
+        # Closed before Python began: what is said there is for nobody, and would be printed among the output.
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         try:
             status = command()

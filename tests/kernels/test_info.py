@@ -43,6 +43,14 @@ def test_a_reader_that_has_left_is_no_error(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_what_is_for_a_closed_standard_error_is_not_among_the_output() -> None:
+    words = [sys.executable, "-m", "nsc_kernels.bench", "show", "missing.json"]
+    closed = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *words], stdout=subprocess.PIPE, check=False)
+    plain = subprocess.run(words, capture_output=True, check=False)
+    assert plain.stderr
+    assert (closed.returncode, closed.stdout) == (plain.returncode, plain.stdout)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
 @pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.info --help", "nsc_kernels.bench list"])
 def test_a_full_disk_is_one_line(command: str) -> None:

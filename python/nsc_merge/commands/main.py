@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle OpenMP threads spin by default, which makes steps several times slower when other programs want the
     # cores. Read when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.stderr is None:
+        # Closed before Python began: what is said there is for nobody, and would be printed among the output.
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     debug = False
     try:
         try:

@@ -367,6 +367,12 @@ def test_a_full_disk_behind_the_output_is_no_other_failure(arguments):
     assert (done.returncode, done.stderr) == (1, said)
 
 
+def test_what_is_for_a_closed_standard_error_is_not_among_the_output(place):
+    words = [sys.executable, "-m", "nsc_merge.commands.main", "run", "missing.yaml", "--json"]
+    done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *words], stdout=subprocess.PIPE, cwd=place, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_debug_shows_the_traceback(place):
     with pytest.raises(RecipeError):
         main(["run", str(place / "missing.yaml"), "--debug"])
