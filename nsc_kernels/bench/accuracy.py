@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from nsc_kernels import reference
 
 from .problem import Problem
-from .registry import Contender
+from .registry import Contender, Result, parts
 
 NAMES = ("y", "quad", "sqnorm", "dz", "dlam")
 INPUTS = ("z", "A", "Bt", "lam", "base", "dy", "dquad", "dsqnorm", "dz_base", "W")
@@ -144,8 +144,8 @@ class Judge:
         leaves what a workspace that is not cleared, or a result that is kept, would make of the next.
 
         Raises:
-            ValueError: for a result that is missing, has another shape or dtype, or is not the contender's to compute,
-                and for an input that it has written over, which the others are given as well.
+            ValueError: for a result that is missing, one too many, of another shape or dtype or not the contender's to
+                compute, and for an input that it has written over, which the others are given as well.
         """
         truths, bounds = self._answers(contender)
         given = {name: value.detach() for name in INPUTS if (value := getattr(self.p, name)) is not None}
@@ -160,9 +160,10 @@ class Judge:
         self._poison()
         try:
             with torch.set_grad_enabled(contender.autograd):
-                forward, backward = contender.make(self.p)
+                forward, backward = parts(contender.make(self.p), "the contender", ("forward", "backward"))
                 given["lam"].neg_()
-                backward(forward()[3])
+                *_, saved = parts(forward(), "forward", Result._fields)
+                parts(backward(saved), "backward", ("dz", "dlam"))
                 put_back()
                 y, quad, sqnorm, saved = forward()
                 # What works in place returns what is put back below.

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import nsc_kernels as nk
+
 from .problem import Problem
 from .shapes import Shape
 
@@ -147,11 +149,26 @@ def through_autograd(function: Callable[[Problem], Callable[[], Any]], p: Proble
 
     def forward() -> Result:
         found = run()
-        outputs = found if isinstance(found, tuple) else (found,)
-        quad, sqnorm = outputs[1:3] if len(outputs) > 1 else (None, None)
-        return Result(outputs[0], quad, sqnorm, outputs)
+        outputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        if len(outputs) == 1:
+            return Result(outputs[0], None, None, outputs)
+        y, quad, sqnorm = parts(outputs, "forward", ("y", "quad", "sqnorm"))
+        return Result(y, quad, sqnorm, outputs)
 
     return forward, p.backward
+
+
+def parts(found: Any, what: str, names: tuple[str, ...]) -> Any:
+    """What a contender's function returned, where it is as many as there are names for.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    several = isinstance(found, (tuple, list))
+    if not several or len(found) != len(names):
+        said = f"{len(found)} of them" if several else type(found).__name__
+        raise ValueError(f"{what} is to return {', '.join(names)}; found {said}")
+    return found
 
 
 def load(text: str) -> None:
@@ -203,12 +220,17 @@ def _register_object(found: Callable[[Problem], Any]) -> None:
     contender(name, **given)(made)
 
 
+# Where the files of an error's traceback lie that are of no contender of somebody's.
+NOT_THEIRS = (*(f"{Path(inspect.getfile(one)).parent}/" for one in (nk, torch)), "<frozen ")
+
+
 def where_and_why(error: Exception) -> str:
-    """An error of somebody's file, with the line that it is of."""
+    """An error in somebody's file, with the last line outside of this package and of torch that it went through."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
-    last = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__][-1]
-    return f"{last.filename}, line {last.lineno}: {type(error).__name__}: {error}"
+    theirs = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(NOT_THEIRS)]
+    where = f"{theirs[-1].filename}, line {theirs[-1].lineno}: " if theirs else ""
+    return f"{where}{type(error).__name__}: {error}"
 
 
 def _from_file(path: Path) -> Any:

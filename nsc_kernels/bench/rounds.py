@@ -31,7 +31,7 @@ from .costs import least_bytes, operations, rotation
 from .environment import settings_kept
 from .measuring import captured, microseconds, quantiles, synchronize
 from .problem import DTYPES, Problem, call_of
-from .registry import Contender, chosen
+from .registry import Contender, chosen, where_and_why
 from .shapes import Shape
 
 GRAPH, EAGER, WARM = ("graph", "cold"), ("eager", "cold"), ("graph", "warm")
@@ -155,7 +155,7 @@ def attempt(contender: Contender, on: torch.device, prepare: Callable[[], Any]) 
             return prepare()
     except Exception as error:
         synchronize(on)  # raises where the device is lost, and with it everything that follows in this process
-        return f"{type(error).__name__}: {error}"
+        return where_and_why(error)
 
 
 def accuracy(contender: Contender, judge: Judge) -> dict[str, Any]:

@@ -215,6 +215,43 @@ def test_results_of_another_dtype_are_refused(name, on):
         Judge(problem(ODD, on)).errors(dataclasses.replace(named("concat"), make=make))
 
 
+def test_what_a_contender_returns_too_little_of_is_said(on):
+    concat, autograd = named("concat"), registry.Contender("mine", named("concat").make, autograd=True)
+    forward, backward = concat.make(problem(ODD, on))
+    mine = partial(registry.through_autograd, lambda p: lambda: [p.z @ p.A.t(), p.lam])
+    for contender, make, why in (
+        (concat, lambda p: None, "the contender is to return forward, backward; found NoneType"),
+        (
+            concat,
+            lambda p: (lambda: forward()[:3], backward),
+            "forward is to return y, quad, sqnorm, saved; found 3 of",
+        ),
+        (concat, lambda p: (forward, lambda u: backward(u)[0]), "backward is to return dz, dlam; found Tensor"),
+        (autograd, mine, "forward is to return y, quad, sqnorm; found 2 of them"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Judge(problem(ODD, on)).errors(dataclasses.replace(contender, make=make))
+
+
+def test_statistics_may_be_in_a_list(on):
+    mine = registry.Contender(
+        "mine", partial(registry.through_autograd, lambda p: lambda: list(p.fused())), autograd=True
+    )
+    with nk.use_backend("reference"):
+        assert faults(Judge(problem(ODD, on)).errors(mine)) == []
+
+
+def test_the_line_of_a_contender_that_raises_is_said(on, monkeypatch):
+    """Its own, and not that of what it called."""
+    source = {}
+    text = "def make(p):\n    def forward():\n        return p.z @ p.lam\n    return forward, None\n"
+    exec(compile(text, "mine.py", "exec"), source)
+    both = [named("concat"), dataclasses.replace(named("concat"), name="mine", make=source["make"])]
+    monkeypatch.setattr(rounds, "chosen", lambda *given: both)
+    (row,) = [row for row in rounds.run_cell(cell(hows=(rounds.EAGER,)), on) if "error" in row]
+    assert row["error"].startswith("mine.py, line 3: RuntimeError: ")
+
+
 @pytest.mark.parametrize("what", ["an error", "threads"])
 def test_what_goes_wrong_in_a_later_round_stops_nobody_else(what, on, monkeypatch):
     threads = torch.get_num_threads()
