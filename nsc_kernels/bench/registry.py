@@ -17,6 +17,7 @@ as weights in another layout, is prepared before the two functions are returned:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -221,7 +222,7 @@ def _register_object(found: Callable[[Problem], Any]) -> None:
 
 
 # Where the files of an error's traceback lie that are of no contender of somebody's.
-NOT_THEIRS = (*(f"{Path(inspect.getfile(one)).parent}/" for one in (nk, torch)), "<frozen ")
+NOT_THEIRS = (*(f"{Path(one.__path__[0])}/" for one in (nk, torch)), inspect.getfile(contextlib), "<frozen ")
 
 
 def where_and_why(error: Exception) -> str:
