@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
+from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.block_finding import at_positions
@@ -52,6 +56,39 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str] | None = None) -
             raise TypeError(f"outputs[{task!r}]: expected a function of model and batch, found {function!r}")
 
 
+def with_heads(outputs: Outputs | None, adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Any]:
+    """``outputs``, and for every task without a function whose adapter brought a head, the model's logits with it. The
+    base's own head tells other classes apart, be they as many.
+
+    Raises:
+        ValueError: naming a task, if the model has no place for its head.
+    """
+    found = dict(outputs or {})
+    for task, adapter in adapters.items():
+        if adapter.trained and task not in found:
+            found[task] = partial(_logits_with, _placed(task, adapter.trained, model))
+    return found
+
+
+def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The head in dtype and place of the model's own."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in head:
+        place = own.get(name)
+        # What is gathered, or fetched from memory or disk, as the model runs would take the place again.
+        if place is None or place.is_meta or isinstance(place, DTensor) or not place.is_floating_point():
+            raise ValueError(
+                f"outputs: the adapter of {task!r} brought a head ({name}), for which {type(model).__name__}, as it is "
+                "loaded, has no place; expected a function of model and batch for it, or method 'match' or 'nsc', "
+                "which need no heads"
+            )
+    return {name: value.to(own[name]) for name, value in head.items()}
+
+
+def _logits_with(head: dict[str, Tensor], model: nn.Module, batch: Batch) -> Tensor:
+    return _in_place(functional_call(model, head, (), dict(batch)).logits)
+
+
 def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
     """A task's output: of its own function, or the model's logits, those of pixels with classes last. On the device of
     the batch.
@@ -67,8 +104,12 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}, or "
             "method 'match' or 'nsc', which need no heads"
         )
-    # transformers has logits of pixels, as of segmentation, [N, C, H, W].
-    return beside(batch, found.movedim(1, -1) if found.dim() == 4 else found)
+    return beside(batch, _in_place(found))
+
+
+def _in_place(logits: Tensor) -> Tensor:
+    """Classes last: transformers has logits of pixels, as of segmentation, ``[N, C, H, W]``."""
+    return logits.movedim(1, -1) if logits.dim() == 4 else logits
 
 
 def beside(batch: Batch, value: Tensor) -> Tensor:

@@ -113,16 +113,20 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def shared_forward(model: nn.Module) -> Iterator[None]:
-    """Within it, calling ``model`` again with the very same objects returns what the first call returned."""
+    """Within it, calling ``model`` again with the very same objects returns what the first call returned, unless other
+    weights have taken the place of its own meanwhile, such as another task's head.
+    """
     known: dict[tuple[Any, ...], Any] = {}
     own = vars(model).get("forward")
     forward = model.forward
 
     def once(*args: Any, **inputs: Any) -> Any:
-        key = (*map(id, args), *((name, id(value)) for name, value in sorted(inputs.items())))
+        held = [*model.parameters(), *model.buffers()]
+        named = sorted(inputs.items())
+        key = (*map(id, held), *map(id, args), *((name, id(value)) for name, value in named))
         if key not in known:
-            # The arguments are kept as well, so that no other object takes over their identity.
-            known[key] = args, inputs, forward(*args, **inputs)
+            # Weights and arguments are kept as well, so that no other object takes over their identity.
+            known[key] = held, args, inputs, forward(*args, **inputs)
         return known[key][-1]
 
     model.forward = once

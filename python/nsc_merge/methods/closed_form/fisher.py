@@ -30,6 +30,7 @@ from nsc_merge.methods.task_outputs import (
     plain_options,
     predicts_next,
     real_positions,
+    with_heads,
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.attachment import refuse_unseen
@@ -67,8 +68,8 @@ class FisherOptions:
         scale: multiplies the merged update.
         batches: how many batches of every task are run.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
-            it gives at padding does not count. Tasks without one have the model's own logits, of a model that predicts
-            the next token those at the last real one.
+            it gives at padding does not count. Tasks without one have the model's own logits, with the head that their
+            adapter brought, of a model that predicts the next token those at the last real one.
         likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
@@ -139,6 +140,7 @@ def information(
             outputs.setdefault(path, []).append(y)
         return y
 
+    heads = with_heads(options.outputs, {task: problem.adapters[task]}, model)
     generator, gradients = torch.Generator(), SquaredGradients()
     with alone(problem, task), ExitStack() as stack, torch.enable_grad():
         check_gradients(model)
@@ -152,7 +154,7 @@ def information(
             # Of the batch, so that labels are the same in however many processes. torch takes the lower 32 bits.
             generator.manual_seed(options.seed + 1_000_003 * number)
             held = one_by_one([batch], device)[0].inputs
-            output = output_of(options.outputs, task, model, held)
+            output = output_of(heads, task, model, held)
             refuse_unseen(model, [path for path in paths if path not in inputs])
             mask = held.get(masked) if masked else None
             if answers and task not in (options.outputs or {}) and output.dim() == 3:

@@ -30,6 +30,7 @@ from nsc_merge.methods.task_outputs import (
     predicts_next,
     real_positions,
     share_of,
+    with_heads,
 )
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import shared_forward
@@ -69,8 +70,9 @@ class AdaMergingOptions(SharedDescentOptions):
         state_of: see there.
         resume_from: see there.
         outputs: task -> function of model and batch that gives its logits ``[N, C]``, or ``[N, ..., C]`` with classes
-            last; the model's own logits for every task when None. A task without logits, such as a regression, is left
-            out of the mapping: it has no entropy, and its coefficients follow the other tasks' entropies.
+            last; the model's own logits for every task when None, with the head that its adapter brought. A task
+            without logits, such as a regression, is left out of the mapping: it has no entropy, and its coefficients
+            follow the other tasks' entropies.
         tokens: which predictions count: all that the output holds but those at padding (``"class"``), the next token
             after the prompt (``"single"``), or greedily decoded tokens (``"full"``). None takes ``"single"`` where
             the model predicts the next token and no ``outputs`` were given, and ``"class"`` otherwise.
@@ -141,6 +143,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     if tokens is None and (options.outputs is not None or not predicts_next(model, family)):
         tokens = "class"
     counted = [task for task in tasks if options.outputs is None or task in options.outputs]
+    # Of tasks that are left out nobody asks for an output.
+    adapters = {task: problem.adapters[task] for task in counted}
+    heads = with_heads(options.outputs, adapters, model)
     if not counted:
         raise ValueError("outputs: expected a function for at least one task, found none")
 
@@ -157,13 +162,13 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             elif here:
                 values = []
                 with shared_forward(model):
-                    for place in here if options.outputs is not None else here[:1]:
+                    for place in here if heads else here[:1]:
                         task = tasks[numbers[place]]
-                        output = output_of(options.outputs, task, model, batch)
+                        output = output_of(heads, task, model, batch)
                         check_classes(output, task, "outputs", "functions for tasks with classes, and none for others")
                         values.append(_mean_entropy(model, output, one, padding, tokens))
                 # Without functions of their own, tasks that share a batch share its logits.
-                values = values if options.outputs is not None else values * len(here)
+                values = values if heads else values * len(here)
                 if torch.is_grad_enabled():
                     (torch.stack(values).sum() / len(tasks)).backward()
                 found[here] = torch.stack(values).detach().float().cpu()

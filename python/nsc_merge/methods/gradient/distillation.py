@@ -43,6 +43,7 @@ from nsc_merge.methods.task_outputs import (
     predicts_next,
     real_positions,
     share_of,
+    with_heads,
 )
 from nsc_merge.models.families import Family, check_family, family_of, find_family
 from nsc_merge.models.forward_contexts import shared_forward
@@ -76,7 +77,7 @@ class DistillOptions(SharedDescentOptions):
         state_of: see there.
         resume_from: see there.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
-            without one have the model's own logits.
+            without one have the model's own logits, with the head that their adapter brought.
         likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
             ``"gaussian"`` (values).
         distance: ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for classes,
@@ -154,7 +155,8 @@ class Predictions:
         given = options.family
         # Of the outputs, whatever is adapted: of an encoder-decoder that is the decoder.
         family = find_family(problem.model) if given is None else family_of(problem.model, None, given)
-        self._model, self._tasks, self._outputs = problem.model, problem.tasks, options.outputs
+        self._model, self._tasks = problem.model, problem.tasks
+        self._outputs = with_heads(options.outputs, problem.adapters, problem.model)
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = mask_of_outputs(family)
         self._bounded = options.distance == "bounded"
