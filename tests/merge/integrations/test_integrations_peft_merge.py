@@ -291,6 +291,18 @@ def test_where_peft_is_wrong_ours_is_right():
     assert kept(model, "ours")[1] == 0.25
 
 
+@pytest.mark.parametrize("left_out", [{"layers_to_transform": [1, 2, 3]}, {"exclude_modules": r".*layers\.0\..*"}])
+def test_what_the_first_adapter_leaves_out_is_merged_of_the_others(left_out):
+    """By PEFT it is lost: the new adapter has the first one's configuration."""
+    path = "model.layers.0.self_attn.v_proj"
+    model = build()
+    model.add_adapter("first", LoraConfig(r=2, target_modules=["v_proj"], **left_out))
+    merge(model, ["first", "a"], [0.7, 0.5], "ours", "cat")
+    torch.testing.assert_close(update_of(model, path, "ours"), 0.5 * update_of(model, path, "a"), rtol=1e-4, atol=1e-5)
+    model.add_weighted_adapter(["first", "a"], [0.7, 0.5], "theirs", "cat")
+    assert "theirs" not in model.get_base_model().get_submodule(path).lora_A
+
+
 def test_convolutions_are_registered_in_their_shapes():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
