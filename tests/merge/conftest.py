@@ -25,6 +25,12 @@ def one_thread():
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """No look at the network; what a command sets of it is undone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
 def model() -> ViTModel:
     torch.manual_seed(0)
     config = ViTConfig(

@@ -24,11 +24,7 @@ from nsc_merge.recipes.first.findings import BATCH_SIZES
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """The command's own setting is undone."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.recipes.first.tasks import find_tasks
 from nsc_merge.recipes.merge_recipe import load_recipe
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """The command's own setting is undone."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def naming(folder: Path, base: str | None, revision: str | None = None) -> str:

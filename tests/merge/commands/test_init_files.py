@@ -18,11 +18,7 @@ from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.schema import schema
 from nsc_merge.utils.yaml_text import from_yaml
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """The command's own setting is undone."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_the_schema_lies_beside_and_is_named_in_front(at, capsys):

@@ -22,13 +22,10 @@ from nsc_merge.recipes.saved_result import load_result
 from nsc_merge.results.beside.record import digests_in
 from nsc_merge.utils.provenance import hashes, quick
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 WEIGHTS = "adapter_model.safetensors"
 SHORT = ["output.formats=coefficients", "options.steps=1"]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture
