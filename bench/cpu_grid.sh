@@ -11,6 +11,9 @@ measure --shapes "$families" --tokens 1,32,256,1536 --contenders fused,concat,pe
 measure --shapes vit-b.q,llama3-8b.q --tokens 1,32,256,1536 --adapters 20x16 --contenders fused,concat,peft
 measure --shapes vit-b.q,llama3-8b.q,llama3-8b.kv --tokens 1,32,256,1536 --threads 2 --contenders fused,concat,peft
 measure --shapes vit-b.q,llama3-8b.kv --tokens 1,32,256 --dtype bf16 --contenders fused,concat,peft
+# Many adapters in bfloat16, and a layer so narrow that a dot product has few steps.
+measure --shapes vit-b.q,llama3-8b.q --tokens 512,1536 --adapters 20x16 --dtype bf16 --contenders fused,concat
+measure --shapes 128x128 --tokens 1536,6304 --contenders fused,concat
 # How it grows: with tokens, with the rank of all adapters, with how many they are.
 measure --shapes vit-b.q --tokens 1,4,16,64,256,1024 --contenders fused,concat,peft
 measure --shapes vit-b.q --tokens 256 --adapters 6x4,6x8,6x16,6x32,6x64 --contenders fused,concat,peft
