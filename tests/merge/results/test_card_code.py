@@ -100,6 +100,23 @@ def test_every_block_generates_as_the_merged_model(kind, template, tmp_path):
         assert wanted.shape[1] > made["inputs"]["input_ids"].shape[1]
 
 
+def test_the_base_gets_the_tokens_that_adapters_added(tmp_path):
+    base = served_cases.write_base("llama", tmp_path / "base")
+    resized = served_cases.load(base)
+    size = len(resized.get_input_embeddings().weight) + 3
+    resized.resize_token_embeddings(size, mean_resizing=False)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(resized, config).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    result = nsc_merge.merge(
+        served_cases.load(base), {"a": tmp_path / "a"}, method="task_arithmetic", added_tokens="mean"
+    )
+    out = result.save(tmp_path / "out", ["lora", "model"])
+    tokens = torch.tensor([[3, size - 1, 5]])
+    first, second = (run(block, out)["model"](tokens).logits for block in blocks(out))
+    assert first.shape[-1] == size
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("given", "chats"),
     [

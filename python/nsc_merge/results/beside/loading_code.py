@@ -88,6 +88,7 @@ class Saved:
         home: where a class that transformers lacks is imported from.
         remote: auto class of transformers that loads the base with code that comes with it.
         prompts: whether its text says where an image is, by a token.
+        tokens: how many embeddings there are of, where the merge has more than the base.
     """
 
     format: str
@@ -99,6 +100,7 @@ class Saved:
     home: str = "transformers"
     remote: str | None = None
     prompts: bool = True
+    tokens: int | None = None
 
     @property
     def _use(self) -> Use | None:
@@ -133,7 +135,11 @@ class Saved:
         if self.base.name is not None:
             lines += labels_of(self.labels) if self.labels else []
             lines += self.base_model(["num_labels=len(labels)", "id2label=labels"] if self.labels else [])
+        lines += self._resized("base_model")
         return [*lines, f"model = PeftModel.from_pretrained(base_model, {self._quoted})"]
+
+    def _resized(self, base: str) -> list[str]:
+        return [] if self.tokens is None else [f"{base}.resize_token_embeddings({self.tokens})"]
 
     def base_model(self, settings: Iterable[str]) -> list[str]:
         """Lines that make ``base_model`` of the base, with settings of its head if there are any."""
@@ -164,7 +170,7 @@ class Saved:
         onto = "model" if whole else "model.base_model"
         made = [line.replace("base_model =", "model =", 1) for line in self.base_model(settings)]
         # Not a PeftModel: that of the adapter's task type would take the class for another.
-        return [*lines, *made, put, f"{onto}.load_adapter({self._quoted})"]
+        return [*lines, *made, *self._resized("model"), put, f"{onto}.load_adapter({self._quoted})"]
 
     def using(self, *, made: bool) -> list[str]:
         """Lines that run it on an example; none where no tokenizer or processor lies beside it.

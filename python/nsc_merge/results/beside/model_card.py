@@ -11,6 +11,7 @@ from nsc_merge.adapters.folder_about import license_beside
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.fitting import absent
+from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
 from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting
@@ -157,7 +158,9 @@ def _saved(
         kind = heads[head].kind or kind
         labels = _files(result, head)[1] if heads[head].labels else None
     prompts = has_image_token(getattr(result.model, "config", None))
-    return Saved(format, place, folder / place, kind, base, labels, *origin_of(result.model), prompts)
+    grown = grown_modules(result.model)
+    tokens = len(result.model.get_parameter(f"{grown[0]}.weight")) if grown else None
+    return Saved(format, place, folder / place, kind, base, labels, *origin_of(result.model), prompts, tokens)
 
 
 def _loading(
@@ -206,7 +209,8 @@ def _heads(result: MergedUpdate, saved: list[Saved], heads: Mapping[str, Head], 
     lines = [f"{lines[0]} The base that was merged has no place for `{cell(missing)}`."]
     if one.kind is None or not saved or (saved[-1].format == "lora" and saved[-1].base.name is None):
         return [*lines, ""]
-    headed = Saved(saved[-1].format, saved[-1].place, saved[-1].folder, one.kind, saved[-1].base)
+    last = saved[-1]
+    headed = Saved(last.format, last.place, last.folder, one.kind, last.base, tokens=last.tokens)
     moved = getattr(result.model, "base_model", None) is result.model
     code = [*headed.with_a_head(file, labels, whole=not moved), *headed.using(made=True)]
     return [f"{lines[0]} {one.kind} has one:", "", block(code)]
