@@ -10,6 +10,8 @@ from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.yaml_text import from_yaml
 
 _CARD, _CONFIG = "README.md", "config.json"
+# As trainers call the folders of earlier states of the same adapter.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # The metadata of a model card, as the hub writes it: YAML between two lines of dashes, at its very beginning.
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(\r?\n|\Z)", re.DOTALL)
 # A configuration is small, but for the names of many classes.
@@ -49,6 +51,18 @@ def labels_beside(folder: Path) -> dict[int, str]:
     if not all(isinstance(label, str) and label for label in named.values()):
         return {}
     return {number: named[str(number)] for number in range(len(named))}
+
+
+def adapters_within(folder: Path, file: str) -> list[str]:
+    """A note where folders within have such a file, too: PEFT saves a model's adapters there, but for the default."""
+    try:
+        named = sorted(one.parent.name for one in folder.glob(f"*/{file}"))
+    except OSError:
+        return []
+    found = [name for name in named if not _CHECKPOINT.fullmatch(name)]
+    listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    what = f"folders within its own hold other adapters, which are not read ({listed}): name each that is to be merged"
+    return [what] if found else []
 
 
 def _text(file: Path) -> str:

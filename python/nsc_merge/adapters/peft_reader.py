@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters.adapter import About, Adapter, Factor, Stack
-from nsc_merge.adapters.adapter_files import WEIGHTS_FILE, read_folder, read_headers
-from nsc_merge.adapters.folder_about import labels_beside, license_beside
+from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_folder, read_headers
+from nsc_merge.adapters.folder_about import adapters_within, labels_beside, license_beside
 from nsc_merge.adapters.formats.peft_tensors import refuse_dora_on, sorted_tensors
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import check_config, unknown_settings
@@ -139,7 +139,8 @@ def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None
     adapter = _made(name, files.config, held, base_weights)
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
-    notes = (*unknown_settings(files.config), *notes, *files.notes, *beside.notes)
+    within = adapters_within(folder, CONFIG_FILE)
+    notes = (*unknown_settings(files.config), *notes, *files.notes, *beside.notes, *within)
     return replace(adapter, source=folder.absolute(), notes=notes, sha256=sha256, about=about)
 
 

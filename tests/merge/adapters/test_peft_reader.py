@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_an_adapter_that_was_not_trained_is_noted(folders):
     last = [key for key in weights if "lora_B" in key][-1]
     save_file({key: value * (0 if "lora_B" in key and key != last else 1) for key, value in weights.items()}, path)
     assert not load_adapter(folders["plain"], "plain").notes
+
+
+def test_adapters_in_folders_within_are_noted(folders):
+    """As PEFT saves a model that holds several; a trainer's checkpoints are the same adapter, earlier."""
+    own = folders["plain"]
+    shutil.copytree(own, own / "checkpoint-500")
+    assert not load_adapter(own, "plain").notes
+    for other in ("b", "a"):
+        shutil.copytree(own / "checkpoint-500", own / other)
+    (note,) = load_adapter(own, "plain").notes
+    assert note == (
+        "folders within its own hold other adapters, which are not read (a, b): name each that is to be merged"
+    )
 
 
 @pytest.mark.parametrize("name", ["unembed_tokens", "layers.0.mlp.experts.w1"])
