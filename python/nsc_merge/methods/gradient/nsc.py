@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ from nsc_merge.descent.optimisation import Optimisation, Settings
 from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
+from nsc_merge.methods.task_outputs import plain_options
 from nsc_merge.models.attachment import adapted_linears, attach, presence
 from nsc_merge.models.bases.quantised import check_gradients, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, plain_family, scored_paths
+from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
 from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.models.merged.folded_linear import should_fold
 from nsc_merge.models.merged.whole import Site
@@ -59,7 +59,7 @@ def merge_nsc(
         logger.warning(note)
     problem, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
-        kept = {name: value for name, value in _plain(chosen).items() if name not in BESIDE_THE_PROBLEM}
+        kept = {name: value for name, value in plain_options(chosen).items() if name not in BESIDE_THE_PROBLEM}
         if kept["family"] is None:
             # States of releases without the option go on.
             del kept["family"]
@@ -98,7 +98,7 @@ def merge_nsc(
         coefficients=by_path(lam, paths, tasks),
         history=loop.history,
         adapters=dict(adapters),
-        options={**{k: v for k, v in _plain(chosen).items() if k not in OF_THE_STATE}, "scored": scored},
+        options={**{k: v for k, v in plain_options(chosen).items() if k not in OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
         objective=moved,
@@ -164,15 +164,6 @@ def objective_of(
             early_exit=options.early_exit,
         ) as objective:
             yield objective
-
-
-def _plain(options: NSCOptions) -> dict[str, Any]:
-    """As values that JSON and YAML can hold."""
-    plain = {
-        name: os.fspath(value) if isinstance(value, os.PathLike) else value
-        for name, value in asdict(options).items()
-    }
-    return {**plain, "family": plain_family(options.family)}
 
 
 def _with_policy(policy: str, lam: Tensor, dead: Tensor, present: Tensor, paths: Sequence[str]) -> Tensor:
