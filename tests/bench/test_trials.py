@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,16 @@ pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportE
 
 SCRIPT = """
 import fcntl, os, signal, sys, time
+
+if "--worker" in sys.argv and "NO_START" in os.environ:
+    sys.exit(1)
+
 from nsc_kernels.bench import workers
 from nsc_kernels.bench.measuring import device
 from nsc_kernels.bench.trials import Trial, supervise, trial_arguments
 from nsc_kernels.printing import exit_status
+
+held = os.path.join(os.path.dirname(sys.argv[0]), "held")
 
 def run_one(what, on):
     print("noise on standard output")
@@ -34,26 +43,26 @@ def run_one(what, on):
         raise ValueError("no")
     if what == "break":
         workers._cleaned = lambda on: False
-    if what == "slow":
-        time.sleep(3)
-    while what == "held" and os.path.exists(os.path.join(os.path.dirname(__file__), "held")):
+    while what == "held" and os.path.exists(held):
         time.sleep(0.05)
     yield {"whole": what, "passed": what != "wrong", "process": os.getpid()}
 
 def meet(dry_run):
-    if "NO_START" in os.environ:
-        sys.exit(1)
     if "ALONE" in os.environ:
         global alone
         alone = open(os.environ["ALONE"], "w")
-        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError:
+            os.path.exists(held) and os.remove(held)
+            raise
     return device(dry_run)
 
 def main():
     parser = trial_arguments(None)
     parser.add_argument("names")
     args = parser.parse_args()
-    trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
+    trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 1 if n == "hang" else 60)
               for i, n in enumerate(args.names.split(","))}
     print(supervise(args, trials, run_one, meet))
     return 0
@@ -66,23 +75,28 @@ class Harness:
     """The script above, run on a list of trials."""
 
     def __init__(self, folder: Path):
-        self.script, self.out = folder / "script.py", folder / "rows.jsonl"
+        self.script, self.held, self.out = folder / "script.py", folder / "held", folder / "rows.jsonl"
         self.script.write_text(SCRIPT)
         self.errors = (folder / "errors").open("w+")
 
-    def start(self, *names: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        command = [sys.executable, str(self.script), ",".join(names), "--dry-run", "--out", str(self.out), *flags]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True
-        )
+    def arguments(self, *names: str, flags: tuple[str, ...] = ()) -> list[str]:
+        return [str(self.script), ",".join(names), "--dry-run", "--out", str(self.out), *flags]
 
-    def run(self, *names: str, flags: tuple[str, ...] = ()) -> str:
-        process = self.start(*names, flags=flags)
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        assert process.wait() == 0
-        return printed.splitlines()[-1]
+    def start(self, *names: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """In a process that can be ended."""
+        command = [sys.executable, *self.arguments(*names, flags=flags)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True)
+
+    def run(self, *names: str, flags: tuple[str, ...] = (), started_as: list[str] | None = None) -> str:
+        """To its end, in this process: only workers are started, ``started_as`` what else is given after python."""
+        arguments = self.arguments(*names, flags=flags)
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(sys, "argv", arguments)
+            patch.setattr(sys, "orig_argv", [sys.executable, *(started_as or arguments)])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(self.script), run_name="__main__")
+        assert ended.value.code == 0
+        return printed.getvalue().splitlines()[-1]
 
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.out.read_text().splitlines()]
@@ -95,7 +109,8 @@ class Harness:
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> Harness:
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     return Harness(tmp_path)
 
 
@@ -108,7 +123,7 @@ def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> N
     rows = harness.rows()
     why = {row["trial"]: row["why"] for row in rows if row.get("why")}
     assert why == {
-        "1 hang": "killed after 2 s",
+        "1 hang": "killed after 1 s",
         "3 crash": "its process ended with code -11",
         "5 raise": "ValueError: no",
     }
@@ -129,13 +144,11 @@ def test_a_device_that_a_trial_leaves_broken_is_that_trials_failure(harness: Har
     assert process["a"] == process["break"] != process["b"]
 
 
-def test_a_process_that_starts_itself_again_ends(harness: Harness) -> None:
+def test_a_process_that_starts_itself_again_ends(harness: Harness, capfd: pytest.CaptureFixture[str]) -> None:
     """Called with arguments from a notebook, or as here by -c: what is started again is no worker, but the whole."""
-    code = f"import sys; sys.argv = {['script.py', 'a,b', '--dry-run', '--out', str(harness.out)]!r}\n"
-    command, environment = [sys.executable, "-c", code + SCRIPT], os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1] == "0 trials done, 2 failed, 0 left"
-    assert "as a command" in done.stderr
+    code = f"import sys; sys.argv = {harness.arguments('a', 'b')!r}\n"
+    assert harness.run("a", "b", started_as=["-c", code + SCRIPT]) == "0 trials done, 2 failed, 0 left"
+    assert "as a command" in capfd.readouterr().err
 
 
 def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,29 +163,32 @@ def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkey
 def test_a_process_too_many_costs_no_trial(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that serves one process at a time."""
     monkeypatch.setenv("ALONE", str(harness.out.with_name("taken")))
-    assert harness.run("slow", "a", "b", "c", flags=("--workers", "2")).startswith("4 trials done, 0 failed")
+    harness.held.touch()  # until the other process has found no place
+    assert harness.run("held", "a", "b", "c", flags=("--workers", "2")).startswith("4 trials done, 0 failed")
+    assert not harness.held.exists()
 
 
 def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness) -> None:
-    process = harness.start("a", "slow", "b", "c")
-    while not (harness.out.is_file() and '"1 slow"' in harness.out.read_text()):
+    harness.held.touch()
+    process = harness.start("a", "held", "b", "c")
+    while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)  # as when the machine goes away
     process.wait()
+    harness.held.unlink()
     assert harness.ends() == {"0 a": "done"}
-    assert harness.run("a", "slow", "b", "c") == "4 trials done, 0 failed, 0 left"
-    assert harness.whole() == dict.fromkeys(["a", "slow", "b", "c"], 1)
-    assert list(harness.ends()) == ["0 a", "2 b", "3 c", "1 slow"]
+    assert harness.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert harness.whole() == dict.fromkeys(["a", "held", "b", "c"], 1)
+    assert list(harness.ends()) == ["0 a", "2 b", "3 c", "1 held"]
     before = harness.out.read_text()
-    assert harness.run("a", "slow", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert harness.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
     assert harness.out.read_text() == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: int) -> None:
     names = ("a", "held", "held", "held", "b", "held", "held")
-    held = harness.script.with_name("held")
-    held.touch()
+    harness.held.touch()
     process = harness.start(*names, flags=("--workers", str(workers)))
     while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
         time.sleep(0.05)
@@ -184,7 +200,7 @@ def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: in
     assert set(ends.values()) <= {"done", "stopped"}
     assert ends["1 held"] == "stopped", "a trial under way was waited for"
     assert len(ends) <= 2 * workers
-    held.unlink()
+    harness.held.unlink()
     assert harness.run(*names) == "7 trials done, 0 failed, 0 left"
 
 
@@ -198,7 +214,7 @@ def test_neither_time_that_is_up_nor_a_line_that_was_cut_off_costs_a_trial(harne
 
 
 def test_what_failed_is_repeated_only_when_asked(harness: Harness) -> None:
-    names = ("wrong", "crash", "a")
+    names = ("a", "wrong", "crash")
     assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
     assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
     assert harness.whole() == {"wrong": 1, "a": 1}
