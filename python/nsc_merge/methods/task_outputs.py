@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.bases.stored_weights import is_dtensor
 from nsc_merge.models.block_finding import at_positions
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.utils.option_checks import check_choice
@@ -76,7 +76,7 @@ def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str
     for name in head:
         place = own.get(name)
         # What is gathered, or fetched from memory or disk, as the model runs would take the place again.
-        if place is None or place.is_meta or isinstance(place, DTensor) or not place.is_floating_point():
+        if place is None or place.is_meta or is_dtensor(place) or not place.is_floating_point():
             raise ValueError(
                 f"outputs: the adapter of {task!r} brought a head ({name}), for which {type(model).__name__}, as it is "
                 "loaded, has no place; expected a function of model and batch for it, or method 'match' or 'nsc', "

@@ -116,8 +116,8 @@ def options_of(method: Method) -> Schema:
     for option in fields(method.options):
         if option.name in OPTIONS_OF_RUN or not (found := _of_type(hints[option.name])):
             continue
-        choices = _choices(method, option.name)
-        if choices:
+        # What may also be switched on and off takes any backend of torch's compiler, which it takes seconds to list.
+        if {"type": "boolean"} not in found and (choices := _choices(method, option.name)):
             found = [_enum(choices) if one == {"type": "string"} else one for one in found]
         # Of a recipe of the method's, the default is the recipe's.
         known = option.default is not MISSING and not any(option.name in one for one in method.recipes.values())

@@ -1,4 +1,4 @@
-"""What a terminal is told without waiting for a library: help, and the methods."""
+"""What a terminal is told without waiting for a library: help, and the methods; what the others do not wait for."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def test_nothing_is_imported_for_help_or_the_methods():
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("imported")] == ["imported"] * len(ASKED)
     assert "score_blocks='last_quarter'" in done.stdout
+
+
+def test_torch_s_compiler_and_sharded_tensors_are_not_waited_for():
+    code = """if True:
+        import sys
+        import nsc_merge.analysis, nsc_merge.recipes.schema
+        nsc_merge.recipes.schema.schema()
+        print(*(name for name in ("torch._dynamo", "torch.distributed.tensor", "sympy") if name in sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
