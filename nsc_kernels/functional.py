@@ -111,7 +111,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         dtype is A.dtype
         and lam.dtype is acc
         and device == A.device == lam.device
-        and z.layout is torch.strided
+        and z.layout is lam.layout is torch.strided
         and type(z) in _PLAIN
         and type(lam) in _PLAIN
         and type(A) in _PLAIN
@@ -123,6 +123,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
             or (
                 base.dtype is dtype
                 and base.device == device
+                and base.layout is torch.strided
                 and base.shape == (*z.shape[:-1], Bt.shape[1])
                 and type(base) in _PLAIN
             )
@@ -295,8 +296,9 @@ def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc:
             )
     if z.dtype is not bank.dtype:
         raise TypeError(f"z is {z.dtype}, but the bank is {bank.dtype}; convert one of them (bank.to(dtype=...))")
-    if z.layout is not torch.strided:
-        raise TypeError(f"z must be dense (torch.strided), found {z.layout}; take z.to_dense()")
+    for name, t in (("z", z), ("lam", lam), ("base", base)):
+        if t is not None and t.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense (torch.strided), found {t.layout}; take {name}.to_dense()")
     if z.device != bank.device:
         raise ValueError(f"z is on {z.device}, but the bank is on {bank.device}; move one of them (bank.to(device))")
     if lam.device != z.device:
