@@ -13,6 +13,7 @@ Nothing here imports Triton until a kernel is launched.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,17 @@ def warm_up(
 
     Returns:
         How many variants were launched.
+
+    Raises:
+        TypeError: if ``tokens`` are no ints.
     """
     from .configs import Config, Problem, choose, machine, mode_of
     from .launch import backward, forward
+
+    try:
+        numbers = [operator.index(T) for T in (tokens if isinstance(tokens, Iterable) else [tokens])]
+    except TypeError:
+        raise TypeError(f"tokens must be an int, or several, found {tokens!r:.60}") from None
 
     A, Bt, offsets = bank.A, bank.Bt, bank.offsets
     z, y = A.new_zeros(1, bank.d_in), A.new_zeros(1, bank.d_out)
@@ -62,7 +71,6 @@ def warm_up(
         problems = (Problem(T, d_in, d_out, bank.R, mode, backward) for T in numbers)
         return {config for config in (choose(machine(A.device), p) for p in problems) if config is not None}
 
-    numbers = [tokens] if isinstance(tokens, int) else list(tokens)
     forwards = variants(bank.d_in, bank.d_out, False)
     for config in forwards:
         forward(ForwardCall(z, A, Bt, offsets, lam, y if base else None, stats, training), config=config)

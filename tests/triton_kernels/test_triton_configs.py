@@ -102,3 +102,12 @@ def test_warm_up_launches_each_variant_once(device):
     assert warm_up(bank, [1, 2, 3], training=False) == 1
     assert warm_up(bank, 3, training=False) == 1
     assert warm_up(bank, [1, 2, 3], stats=False, base=False, per_row=True) == 2
+
+
+@pytest.mark.parametrize("tokens", ["5", 5.0, [3, "5"], None])
+def test_warm_up_refuses_what_is_no_number_of_tokens(tokens, device):
+    from nsc_kernels import AdapterBank
+
+    bank = AdapterBank.from_factors([torch.randn(4, 24)], [torch.randn(40, 4)], device=device)
+    with pytest.raises(TypeError, match=r"^tokens must be an int, or several, found "):
+        warm_up(bank, tokens)
