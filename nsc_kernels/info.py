@@ -53,14 +53,16 @@ def _backends() -> dict[str, bool | str]:
     return found
 
 
-def _kernel(backend: str) -> dict[str, Any]:
+def _kernel(backend: str) -> dict[str, Any] | str:
     source = verified_hardware.source(backend)
+    if source is None:  # What the ledger holds is of a source, and only the library says which it was built from.
+        return "not loaded, and with it unknown on what it was shown correct"
     archs = {
         e["arch"]
         for e in verified_hardware.entries()
         if verified_hardware.backend_of(e) == backend and e["source"] == source
     }
-    return {"source": None if source is None else source[:16], "shown_correct_on": sorted(archs)}
+    return {"source": source[:16], "shown_correct_on": sorted(archs)}
 
 
 def _own_ledger() -> str:

@@ -11,6 +11,7 @@ import pytest
 
 import nsc_kernels as nk
 from nsc_kernels import info, native
+from nsc_kernels.bench import __main__ as bench
 
 
 def test_json_says_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,16 @@ def test_text_names_every_backend_and_its_reason() -> None:
     assert "RuntimeWarning" not in result.stderr
 
 
+@pytest.mark.parametrize("source", [None, "0" * 64])
+def test_a_library_that_is_not_loaded_is_not_said_to_be_shown_correct_nowhere(
+    source: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cuda_source", lambda: source)
+    unknown = "not loaded, and with it unknown on what it was shown correct"
+    expected = {"source": "0" * 16, "shown_correct_on": []} if source else unknown
+    assert info.collect()["cuda_kernel"] == expected
+
+
 @pytest.mark.parametrize("command", ["nsc_kernels.info", "nsc_kernels.bench list"])
 def test_a_reader_that_has_left_is_no_error(command: str) -> None:
     read, write = os.pipe()
@@ -43,12 +54,13 @@ def test_a_reader_that_has_left_is_no_error(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_what_is_for_a_closed_standard_error_is_not_among_the_output() -> None:
-    words = [sys.executable, "-m", "nsc_kernels.bench", "show", "missing.json"]
-    closed = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *words], stdout=subprocess.PIPE, check=False)
-    plain = subprocess.run(words, capture_output=True, check=False)
-    assert plain.stderr
-    assert (closed.returncode, closed.stdout) == (plain.returncode, plain.stdout)
+def test_what_is_for_a_closed_standard_error_is_not_among_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["show", "missing.json"]
+    command = [sys.executable, "-m", "nsc_kernels.bench", *words]
+    closed = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, check=False)
+    status, said = bench.main(words), capsys.readouterr()
+    assert said.err
+    assert (closed.returncode, closed.stdout) == (status, said.out)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")
