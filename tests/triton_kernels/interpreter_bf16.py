@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
@@ -127,6 +128,7 @@ def apply() -> None:
         return
     create_dot, cast_impl = builder.create_dot, builder.cast_impl
     binary_op, unary_op = builder.binary_op, builder.unary_op
+    find_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return create_dot(self, _float32(a), _float32(b), *rest)
@@ -151,6 +153,12 @@ def apply() -> None:
             return unary_op(self, value, op)
         return interpreter.TensorHandle(narrow(op(widen(value.data))), tl.bfloat16)
 
+    def overflow(self: Any, *operands: Any) -> None:
+        """Of sums and products of integers; only an assert looks at it, which there is none without ``debug``."""
+        if self.builder.options.debug:
+            find_overflow(self, *operands)
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = overflow
     builder.create_dot, builder.cast_impl = dot, cast
     builder.binary_op, builder.unary_op = binary, unary
     for name in ("create_fp_trunc", "create_fp_ext"):
