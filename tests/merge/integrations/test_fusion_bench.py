@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,6 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("fusion_bench")
 
+import hydra
 from fusion_bench.method.adamerging.flan_t5_layer_wise_adamerging import FlanT5LayerWiseAdaMergingAlgorithm
 from fusion_bench.method.base_algorithm import BaseAlgorithm
 from fusion_bench.method.dare import DareTaskArithmetic, DareTiesMerging
@@ -25,6 +28,7 @@ from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
 from fusion_bench.modelpool import BaseModelPool, Seq2SeqLMPool
 from fusion_bench.models.wrappers import layer_wise_fusion
 from fusion_bench.utils import instantiate
+from fusion_bench.utils.hydra_utils import get_default_config_path
 from omegaconf import OmegaConf
 
 import nsc_merge
@@ -250,8 +254,16 @@ def test_models_of_full_rank(suite):
 def test_the_example_configuration(suite, tmp_path):
     base, models, folders = suite
     base.save_pretrained(tmp_path / "base")
-    config = OmegaConf.load(EXAMPLE)
-    config.base, config.adapters = str(tmp_path / "base"), str(Path(folders["first"]).parent)
+    # Beside the model and the adapters, with the command that the file says.
+    (tmp_path / "adapters").mkdir()
+    shutil.copy(EXAMPLE, tmp_path)
+    command = re.search(r"fusion_bench --config-dir .*", EXAMPLE.read_text()).group()
+    (base_model, _), (adapters, _) = (word.split("=") for word in command.split() if "=" in word)
+    overrides = [f"{base_model}={tmp_path / 'base'}", f"{adapters}={Path(folders['first']).parent}"]
+    theirs = f"hydra.searchpath=[file://{get_default_config_path()}]"
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        composed = hydra.compose("fusion_bench", [*overrides, theirs])
+    config = OmegaConf.create({part: composed[part] for part in ("modelpool", "method", base_model, adapters)})
     OmegaConf.resolve(config)
     pool = instantiate(config.modelpool, _recursive_=False)
     assert isinstance(pool, CLIPVisionLoRAPool)
