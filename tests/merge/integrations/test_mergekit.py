@@ -13,6 +13,7 @@ import mergekit_cases
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from mergekit_cases import WEIGHTS, config
 from safetensors.torch import load_file, save_file
 
@@ -248,10 +249,13 @@ def test_what_is_dropped_at_random_agrees_in_its_statistics(method, tmp_path) ->
         assert abs(kept / total - 0.6) < 4 * (0.6 * 0.4 / total) ** 0.5
 
 
-def test_the_command_and_the_example(place, tmp_path) -> None:
+def test_the_command_and_the_example(place, tmp_path, monkeypatch) -> None:
     out = tmp_path / "merged"
-    assert wrapper([str(EXAMPLE), str(out), *FLAGS]) == 0
-    assert {"config.json", "model.safetensors"} <= {file.name for file in out.iterdir()}
+    asked = []
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, repo_id, **options: asked.append(repo_id))
+    assert wrapper([str(EXAMPLE), str(out), *(flag for flag in FLAGS if "card" not in flag)]) == 0
+    assert not asked  # the hub, about folders
+    assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in out.iterdir()}
     document = yaml.safe_load(EXAMPLE.read_text())
     found = load_file(out / "model.safetensors")
     assert distance(by_recipe(document, tmp_path), found, base()) < 1e-6
