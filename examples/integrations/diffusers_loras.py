@@ -45,7 +45,8 @@ def small() -> tuple[Any, dict[str, float]]:
     for name in weights:
         unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name=name)
     pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(clip_sample=False),
+        vae=None, text_encoder=None, tokenizer=None, unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
     return pipe, weights
