@@ -18,7 +18,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import Batch, Calibration, streams
 from nsc_merge.descent.coefficients import by_path, tasks_where
 from nsc_merge.descent.null_space_objective import Objective
-from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.descent.optimisation import Optimisation
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.attachment import adapted_linears, presence
@@ -109,8 +109,7 @@ def descended_nsc(
         steered = _Steered(objective, change)
         dead: dict[str, list[str]] = {}
         if descent == "adamw":
-            settings = Settings(**{name: getattr(chosen, name) for name in Settings.__dataclass_fields__})
-            loop = Optimisation(steered, tasks, present, drawn, settings, {})
+            loop = Optimisation(steered, tasks, present, drawn, chosen, {})
             loop.run(lambda: None)
             history, dead = loop.history, tasks_where(loop.dead & present, paths, tasks)
         else:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.descent.checkpoint import OF_THE_OBJECTIVE, State, random_states, restore_random_states
 from nsc_merge.descent.objective import Objective
+from nsc_merge.descent.options import SCHEDULES, DescentOptions
 from nsc_merge.processes.group import current
 from nsc_merge.processes.launch import undisturbed
 from nsc_merge.utils.errors import FoundByAll
@@ -24,32 +23,6 @@ from nsc_merge.utils.progress import Progress
 READ_EVERY = 10
 # Batches of every task, at most, that the objective is compared on at the end.
 COMPARED = 4
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of an :class:`Optimisation`; see :class:`nsc_merge.descent.options.DescentOptions`.
-
-    Attributes:
-        state_to: file that the state is saved to; None keeps none.
-        state_every: steps between two saved states.
-    """
-
-    optimizer: str
-    lr: float
-    weight_decay: float
-    steps: int
-    schedule: str
-    early_stop: float | None
-    progress: bool | None
-    state_to: str | os.PathLike[str] | None
-    state_every: int
 
 
 class Optimisation:
@@ -67,7 +40,7 @@ class Optimisation:
         present: ``[modules, K]`` bool, where an adapter touches a module; the history's range of coefficients
             is taken there.
         streams: one endless iterator of batches per task.
-        settings: of the optimisation.
+        options: of the method.
         problem: what a saved state is tied to.
         resumed: the state to go on from.
         label: what the progress bar says.
@@ -82,7 +55,7 @@ class Optimisation:
         tasks: Sequence[str],
         present: Tensor,
         streams: Sequence[Iterator[Batch]],
-        settings: Settings,
+        options: DescentOptions,
         problem: dict[str, Any],
         resumed: State | None = None,
         *,
@@ -94,13 +67,13 @@ class Optimisation:
         self._label, self._quantity, self._shown = label, quantity, shown
         self._objective, self._tasks, self._streams = objective, list(tasks), list(streams)
         self._counted = self._tasks if counted is None else counted
-        self._settings, self._problem = settings, problem
+        self._options, self._problem = options, problem
         self._lam = objective.coefficients.flat
         self._present = present.flatten().nonzero().flatten().to(self._lam.device)
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
         # A tensor, so that a captured graph would see the schedule; fused, because only that takes one.
-        self._lr = torch.tensor(settings.lr, dtype=torch.float32, device=self._lam.device)
-        self._optimiser = kind([self._lam], lr=self._lr, weight_decay=settings.weight_decay, fused=True)
+        self._lr = torch.tensor(options.lr, dtype=torch.float32, device=self._lam.device)
+        self._optimiser = kind([self._lam], lr=self._lr, weight_decay=options.weight_decay, fused=True)
         self._lam.grad = torch.zeros_like(self._lam)
         self._start = self._lam.detach().clone()
         self.dead = torch.zeros_like(self._lam, dtype=torch.bool)
@@ -121,17 +94,17 @@ class Optimisation:
             RuntimeError: if something is not finite, if it depends on no coefficient, or if another process was lost.
             KeyboardInterrupt: passed on. Then and of lost processes, the state before the step was saved.
         """
-        settings, group, begin = self._settings, current(), self._begin
+        options, group, begin = self._options, current(), self._begin
         if self._stalled(begin):
             return
         try:
-            with Progress(self._label, settings.steps - begin, settings.progress if group.is_main else False) as bar:
-                for done in range(begin, settings.steps):
-                    if settings.state_to is not None:
+            with Progress(self._label, options.steps - begin, options.progress if group.is_main else False) as bar:
+                for done in range(begin, options.steps):
+                    if options.state_to is not None:
                         self._kept = (done, self._tensors())
                     self._step(done, on_first)
-                    last = done + 1 == settings.steps
-                    due = settings.state_to is not None and (done + 1) % settings.state_every == 0
+                    last = done + 1 == options.steps
+                    due = options.state_to is not None and (done + 1) % options.state_every == 0
                     if done == begin or last or due or (done + 1) % READ_EVERY == 0:
                         self._read(bar)
                     stalled = self._stalled(done + 1)
@@ -152,7 +125,7 @@ class Optimisation:
             raise
 
     def _step(self, step: int, on_first: Callable[[], None]) -> None:
-        lam, settings = self._lam, self._settings
+        lam, options = self._lam, self._options
         assert lam.grad is not None
         lam.grad.zero_()
         omega = self._objective.accumulate(self._draw())
@@ -166,7 +139,7 @@ class Optimisation:
             row = [*omega.unbind(), live.min(), live.mean(), live.max(), finite]
             torch.stack(row, out=self._records[self._pending])
         self._pending += 1
-        self._lr.fill_(settings.lr * SCHEDULES[settings.schedule](step / settings.steps))
+        self._lr.fill_(options.lr * SCHEDULES[options.schedule](step / options.steps))
         self._optimiser.step()
         with torch.no_grad():
             lam.copy_(torch.where(self.dead, self._start, lam))
@@ -281,7 +254,7 @@ class Optimisation:
 
     def _stalled(self, done: int) -> bool:
         """Whether the mean objective of the last readings is no longer below that of the ones before."""
-        least = self._settings.early_stop
+        least = self._options.early_stop
         if least is None or done % READ_EVERY or done < 2 * READ_EVERY:
             return False
         objectives = [entry["objective"] for entry in self.history[done - 2 * READ_EVERY : done]]
@@ -302,11 +275,11 @@ class Optimisation:
         return {**copies, **random_states(self._lam.device)}
 
     def _save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        if self._settings.state_to is None or not current().is_main:
+        if self._options.state_to is None or not current().is_main:
             return
         batched = bool(self._objective.batch_tasks)
         on_host = {name: value.cpu() for name, value in tensors.items()}
-        State(step, on_host, self.history[:step], self._problem, batched).save(self._settings.state_to)
+        State(step, on_host, self.history[:step], self._problem, batched).save(self._options.state_to)
 
     def _resume(self, state: State) -> None:
         if state.tensors["lam"].dtype is not self._lam.dtype:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nsc_merge.descent.optimisation import SCHEDULES
 from nsc_merge.utils.option_checks import check_bounds, check_choice, check_count, check_number, check_plain
 
 SHARES = ("module", "task")
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
 # Options that say how a run is kept, and how it is watched, and nothing about its outcome.
 OF_THE_STATE = ("state_to", "state_every", "state_of", "resume_from")
 BESIDE_THE_PROBLEM = ("progress", *OF_THE_STATE)

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsc_merge import Adapter, merge
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.descent.optimisation import Optimisation
+from nsc_merge.descent.options import DescentOptions
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.families import family_of, scored_paths
@@ -347,9 +348,9 @@ class HostReads(TorchDispatchMode):
 def host_reads_of_a_step(context, drawn):
     with context as measured:
         present = torch.ones_like(measured.coefficients.flat, dtype=torch.bool)
-        settings = Settings("adamw", 1e-3, 0.01, 100, "cosine", None, False, None, 50)
+        options = DescentOptions(schedule="cosine", progress=False)
         streams = [itertools.repeat(batch) for batch in drawn]
-        loop = Optimisation(measured, TASKS, present, streams, settings, {})
+        loop = Optimisation(measured, TASKS, present, streams, options, {})
         loop._step(0, lambda: None)
         with HostReads() as reads:
             loop._step(1, lambda: None)

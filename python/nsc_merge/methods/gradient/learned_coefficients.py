@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from nsc_merge.calibration.batches import streams
 from nsc_merge.descent.checkpoint import State, problem_of
 from nsc_merge.descent.coefficients import BoundedCoefficients, by_path, tasks_where
 from nsc_merge.descent.mean_loss import Loss, Losses
-from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.descent.optimisation import Optimisation
 from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE, SharedDescentOptions
 from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import plain_options
@@ -118,7 +117,7 @@ def descend(
             tasks,
             present,
             drawn,
-            Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)}),
+            options,
             kept,
             resumed,
             label=label,

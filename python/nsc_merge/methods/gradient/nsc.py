@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.adapters.algebra.row_spaces import signal_notes
-from nsc_merge.calibration.batches import Calibration, streams
+from nsc_merge.calibration.batches import streams
 from nsc_merge.calibration.forward_passes import FEW, Padding
 from nsc_merge.calibration.modality import filler_of, restriction
 from nsc_merge.descent.checkpoint import State, problem_of
 from nsc_merge.descent.coefficients import by_path, tasks_where
 from nsc_merge.descent.null_space_objective import Objective
-from nsc_merge.descent.optimisation import Optimisation, Settings
+from nsc_merge.descent.optimisation import Optimisation
 from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
@@ -34,38 +33,33 @@ from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.errors import logger
 
 
-def merge_nsc(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    calibration: Calibration | None,
-    options: Mapping[str, Any],
-) -> MergeResult:
+def merge_nsc(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     """Learn one coefficient per task and adapted linear by minimising the mean null-space ratio (Eq. 5).
 
     Each step runs one batch of every task through the merged model, scores it by that task's own adapter
     only, averages over tokens, modules and tasks, and updates all coefficients once. Forward and backward run
     one batch at a time, so that memory holds one graph, or all at once (``batch_tasks``); tasks that get the
-    very same batch object share a pass. Arguments and errors as :func:`nsc_merge.merge`.
+    very same batch object share a pass. Errors as :func:`nsc_merge.merge`.
     """
-    tasks = list(adapters)
+    model, adapters, tasks = problem.model, problem.adapters, problem.tasks
     linears = adapted_linears(model, adapters)
     paths = list(linears)
     measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
-    family = family_of(model, measurable, options.get("family"))
-    chosen = resolve_options(family, tasks, options)
+    family = family_of(model, measurable, given.get("family"))
+    chosen = resolve_options(family, tasks, given)
     scored = scored_paths(family, model, measurable, chosen.score_modules, chosen.score_blocks)
-    drawn = streams(calibration, tasks)
+    drawn = streams(problem.calibration, tasks)
     for note in signal_notes(adapters, scored):
         logger.warning(note)
-    problem, resumed = {}, None
+    state, resumed = {}, None
     if chosen.state_to is not None or chosen.resume_from is not None:
         kept = {name: value for name, value in plain_options(chosen).items() if name not in BESIDE_THE_PROBLEM}
         if kept["family"] is None:
             # States of releases without the option go on.
             del kept["family"]
-        problem = problem_of(adapters, kept, paths, scored, chosen.state_of or {})
+        state = problem_of(adapters, kept, paths, scored, chosen.state_of or {})
     if chosen.resume_from is not None:
-        resumed = State.load(chosen.resume_from, problem)
+        resumed = State.load(chosen.resume_from, state)
     present = presence(paths, adapters)
     device = input_device(model)
     with (
@@ -75,8 +69,7 @@ def merge_nsc(
         objective_of(model, adapters, family, scored, chosen) as objective,
     ):
         torch.manual_seed(chosen.seed)
-        settings = Settings(**{field.name: getattr(chosen, field.name) for field in fields(Settings)})
-        loop = Optimisation(objective, tasks, present, list(drawn.values()), settings, problem, resumed)
+        loop = Optimisation(objective, tasks, present, list(drawn.values()), chosen, state, resumed)
 
         def report() -> None:
             dead = tasks_where(loop.dead & present.to(loop.dead.device), paths, tasks)
@@ -97,7 +90,7 @@ def merge_nsc(
         method="nsc",
         coefficients=by_path(lam, paths, tasks),
         history=loop.history,
-        adapters=dict(adapters),
+        adapters=adapters,
         options={**{k: v for k, v in plain_options(chosen).items() if k not in OF_THE_STATE}, "scored": scored},
         dead=tasks_where(dead, paths, tasks),
         model=model,
@@ -181,10 +174,6 @@ def _with_policy(policy: str, lam: Tensor, dead: Tensor, present: Tensor, paths:
     return lam
 
 
-def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
-    return merge_nsc(problem.model, problem.adapters, problem.calibration, given)
-
-
 def _resolve(model: nn.Module | None, tasks: Sequence[str], given: Mapping[str, Any]) -> NSCOptions:
     # The family only chooses defaults: to check what was given, any will do.
     family = FAMILIES[0] if model is None else family_of(model, None, given.get("family"))
@@ -197,7 +186,7 @@ METHODS = (
         "learns a coefficient per task and module by minimising the null-space ratio (no labels)",
         "NSC Merging, arXiv 2603.26317",
         NSCOptions,
-        _run,
+        merge_nsc,
         needs=frozenset({"data", "gradients"}),
         gives="coefficients",
         about="The coefficients were found by null-space compression ([arXiv 2603.26317]"
