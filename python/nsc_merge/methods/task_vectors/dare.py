@@ -14,7 +14,6 @@ from nsc_merge.methods.gradient_free import gradient_free
 from nsc_merge.methods.shared_options import check_weights, fill, weights_of
 from nsc_merge.methods.task_vectors import draws, tiles
 from nsc_merge.methods.task_vectors.elementwise import (
-    TRIM_SCOPES,
     Source,
     Ties,
     added,
@@ -121,7 +120,7 @@ class DareTiesOptions:
         fill(self, self.presets)
         check_drop(self)
         check_choice("order", self.order, ORDERS)
-        check_ties(self, (*TRIM_SCOPES, "factors"))
+        check_ties(self)
         check_weights(self.weights)
 
 

@@ -43,10 +43,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ties(options: Any, scopes: Sequence[str] = TRIM_SCOPES) -> None:
+def check_ties(options: Any) -> None:
     """Refuse options of the three steps that are none."""
     check_number("density", options.density, 0, 1, above=True)
-    check_choice("trim_scope", options.trim_scope, scopes)
+    check_choice("trim_scope", options.trim_scope, (*TRIM_SCOPES, "factors"))
     check_choice("keep", options.keep, KEEPS)
     check_choice("sign", options.sign, SIGNS)
     check_choice("zero", options.zero, ZEROS)
@@ -109,7 +109,7 @@ class TiesOptions:
 
     def __post_init__(self) -> None:
         fill(self, self.presets)
-        check_ties(self, (*TRIM_SCOPES, "factors"))
+        check_ties(self)
         check_weights(self.weights)
 
 
