@@ -82,7 +82,7 @@ def test_what_waits_in_memory_for_a_device_gets_memory_of_its_own_and_stays_tied
     before = [value.detach() for value in model.parameters()]
     expected = logits(model)
     model = cpu_offload(model, torch.device("cpu"))
-    offloaded._own_memory(model)
+    offloaded.own_memory(model)
     held = [stored(model, f"{path}.weight").values.data_ptr() for path in ("lm_head", "model.layers.1.mlp.up_proj")]
     assert not {value.data_ptr() for value in before} & set(held)
     assert sharing(model)["lm_head.weight"] == ["model.embed_tokens.weight", "lm_head.weight"]
@@ -107,11 +107,10 @@ def test_a_merge_on_disk_is_saved_whole(folder, tmp_path):
 
 
 def test_one_device_takes_the_whole_model(folder):
-    for place in ("cpu", {"": "cpu"}):
-        model = load(folder, device_map=place)
-        assert not any(hasattr(module, "_hf_hook") for module in model.modules())
-        state = state_of(model)
-        assert all(torch.equal(value, state[path]) for path, value in llama().state_dict().items())
+    model = load(folder, device_map={"": "cpu"})
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    state = state_of(model)
+    assert all(torch.equal(value, state[path]) for path, value in llama().state_dict().items())
     assert not temporary()
 
 
@@ -138,10 +137,6 @@ def test_what_had_to_be_written_for_a_model_goes_with_it(folder):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("everywhere", "expected one of auto, .*, a device or disk: .*'everywhere'"),
-        ({"model": "cuda:99"}, "expected for 'model' a GPU's number, .*found cuda:99"),
-        ({"model": 99, "lm_head": "cpu"}, "expected for 'model' .*found cuda:99"),
-        ({}, r"expected one of auto, .* or module paths, found \{\}"),
         ({"model.layers": "cpu", "lm_head": "disk"}, "does not give any device.*embed_tokens"),
         ({"": "cpu", "layers.1": "disk"}, "expected paths of modules of Llama.*, found 'layers.1'"),
     ],
@@ -149,20 +144,6 @@ def test_what_had_to_be_written_for_a_model_goes_with_it(folder):
 def test_a_map_that_cannot_be_is_refused(folder, given, words):
     with pytest.raises(ValueError, match=f"(?s)device_map.*{words}"):
         load(folder, device_map=given)
-    assert not temporary()
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"cpu": "lots"}, "cpu: expected a size such as 20GiB, found 'lots'"),
-        ({"gpu": "1GiB"}, "expected cpu or the number of one of .* GPUs, found 'gpu'"),
-        ({"99": "1GiB"}, "expected cpu or the number of one of .* GPUs, found '99'"),
-    ],
-)
-def test_memory_that_cannot_be_is_refused(folder, given, words):
-    with pytest.raises(ValueError, match=f"max_memory: {words}"):
-        load(folder, device_map="auto", max_memory=given)
     assert not temporary()
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nsc_merge.models.bases.architecture import Architecture, architecture_of, quantised_as
-from nsc_merge.models.bases.offloaded import load_over_devices
+from nsc_merge.models.bases.architecture import Architecture, architecture_of, not_made, outline_of, quantised_as
+from nsc_merge.models.bases.offloaded import load_over_devices, own_memory
 from nsc_merge.models.bases.placement import Placement, device_of
 from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
 from nsc_merge.models.bases.sharded import settled, sharding
@@ -139,7 +139,8 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     """transformers' ``from_pretrained`` with nothing missing.
 
     Raises:
-        ValueError: naming a tensor that the files lack, or have in another shape than the configuration says.
+        ValueError: naming a tensor that the files lack, or have in another shape than the configuration says, or if no
+            model can be made of that.
         OSError: if there are no such files.
     """
     # Loading writes down there how it quantises.
@@ -149,9 +150,12 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
         model, info = architecture.kind.from_pretrained(architecture.name, **known)
     except SafetensorError as error:
         raise ValueError(f"model: {architecture.name}: {error}") from None
-    except (KeyError, OSError, RuntimeError) as error:
+    except Exception as error:  # of any kind: numbers of a configuration go through transformers to torch as they are
         problem = _other_shapes(architecture, known, error) or _lacking(architecture)
         if problem is None:
+            outline_of(architecture)
+            if "allocate memory" in str(error):
+                raise not_made(architecture, error) from None
             raise
         raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(problem) from None
     missing = sorted(info["missing_keys"])
@@ -247,12 +251,5 @@ def _on_device(architecture: Architecture, placement: Placement, device: torch.d
         return model
     if quantised is None:
         model = model.to(device)
-    if device.type == "cpu":
-        _unmap(model)
+    own_memory(model)
     return model
-
-
-def _unmap(model: nn.Module) -> None:
-    """Put copies in the place of views of files, one at a time: a file that is cut short would end the process."""
-    for value in (*model.parameters(), *model.buffers()):
-        value.data = value.data.clone()

@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nsc_merge.models.bases.placement import Placement, device_of
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.bases.stored_weights import maps_of
-
-# What transformers makes a map of by itself.
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> nn.Module:
@@ -29,7 +26,7 @@ def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> n
 
     Raises:
         RuntimeError: if accelerate is not installed.
-        ValueError: naming a device or module that there is not, or a size that is none.
+        ValueError: naming a module that there is not.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise RuntimeError("device_map needs accelerate, which spreads a model over devices: pip install accelerate")
@@ -38,7 +35,7 @@ def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> n
     try:
         model = load(**settings, offload_folder=str(folder))
         _check_paths(model, placement.device_map)
-        _own_memory(model)
+        own_memory(model)
         if any(folder.iterdir()):
             weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
         else:
@@ -49,48 +46,19 @@ def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> n
     return model
 
 
-def _devices(given: str | Mapping[str, str | int] | None) -> str | dict[str, str | int]:
-    """A device map as transformers takes it."""
-    if isinstance(given, str):
-        return given if given in STRATEGIES else {"": _device(given, f"one of {', '.join(STRATEGIES)} or ")}
-    if not isinstance(given, Mapping) or not given:
-        raise ValueError(f"device_map: expected one of {', '.join(STRATEGIES)} or module paths, found {given!r:.80}")
-    return {path: _device(place, f"for {path!r} ") for path, place in given.items()}
-
-
-def _device(place: Any, expected: str) -> str | int:
-    """A place of a device map, if it is there."""
-    try:
-        number = int(place)
-    except (TypeError, ValueError):
-        number = None
-    try:
-        if place == "disk":
-            return place
-        found = device_of(str(place) if number is None else f"cuda:{number}")
-    except ValueError as error:
-        raise ValueError(f"device_map: expected {expected}a GPU's number, a device or disk: {error}") from None
-    return "cpu" if found.type == "cpu" else found.index or 0
+def _devices(given: str | Mapping[str, str | int] | None) -> str | dict[str, str | int] | None:
+    """A device map as transformers takes it, with GPUs by their numbers."""
+    if not isinstance(given, Mapping):
+        return given
+    named = {path: place for path, place in given.items() if isinstance(place, str) and place.startswith("cuda")}
+    return {**given, **{path: torch.device(place).index or 0 for path, place in named.items()}}
 
 
 def _sizes(given: Mapping[str | int, str | int] | None) -> dict[str | int, int] | None:
-    """The most bytes per place; transformers compares sizes as numbers, and accelerate takes GPUs by theirs."""
+    """The most bytes per place; transformers compares sizes as numbers."""
     from accelerate.utils import convert_file_size_to_int
 
-    if given is None:
-        return None
-    found: dict[str | int, int] = {}
-    for place, size in given.items():
-        key = int(place) if str(place).isdecimal() else place
-        if key != "cpu" and not (isinstance(key, int) and key < torch.cuda.device_count()):
-            raise ValueError(
-                f"max_memory: expected cpu or the number of one of {torch.cuda.device_count()} GPUs, found {place!r}"
-            )
-        try:
-            found[key] = convert_file_size_to_int(size)
-        except ValueError:
-            raise ValueError(f"max_memory: {place}: expected a size such as 20GiB, found {size!r}") from None
-    return found
+    return None if given is None else {place: convert_file_size_to_int(size) for place, size in given.items()}
 
 
 def _check_paths(model: nn.Module, given: str | Mapping[str, str | int] | None) -> None:
@@ -101,7 +69,7 @@ def _check_paths(model: nn.Module, given: str | Mapping[str, str | int] | None) 
             raise ValueError(f"device_map: expected paths of modules of {type(model).__name__}, found {path!r:.80}")
 
 
-def _own_memory(model: nn.Module) -> None:
+def own_memory(model: nn.Module) -> None:
     """Put copies in the place of views of files where numbers are in the host's memory: a file that is cut short would
     end the process.
     """
