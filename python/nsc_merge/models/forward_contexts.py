@@ -117,7 +117,6 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
     weights have taken the place of its own meanwhile, such as another task's head.
     """
     known: dict[tuple[Any, ...], Any] = {}
-    own = vars(model).get("forward")
     forward = model.forward
 
     def once(*args: Any, **inputs: Any) -> Any:
@@ -129,11 +128,8 @@ def shared_forward(model: nn.Module) -> Iterator[None]:
             known[key] = held, args, inputs, forward(*args, **inputs)
         return known[key][-1]
 
-    model.forward = once
-    try:
+    with with_forward(model, once):
         yield
-    finally:
-        restore_forward(model, own)
 
 
 @contextmanager
@@ -141,18 +137,25 @@ def ended_by(model: nn.Module, signal: type[Exception]) -> Iterator[None]:
     """Within it, a forward of ``model`` that ``signal`` breaks off returns None, so that whatever stands around it,
     such as FSDP2's gathering of weights, comes to its own end.
     """
-    own = vars(model).get("forward")
     forward = model.forward
 
     def until(*args: Any, **inputs: Any) -> Any:
         with suppress(signal):
             return forward(*args, **inputs)
 
-    model.forward = until
+    with with_forward(model, until):
+        yield
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a module runs another ``forward``."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        restore_forward(model, own)
+        restore_forward(module, own)
 
 
 def restore_forward(module: nn.Module, own: Any) -> None:
@@ -223,16 +226,12 @@ def _is_offloaded(block: nn.Module) -> bool:
 
 @contextmanager
 def wrapped_forward(block: nn.Module, checkpointing: bool, compiler: str | None) -> Iterator[None]:
-    own = vars(block).get("forward")
     forward = block.forward if compiler is None else torch.compile(block.forward, backend=compiler)
     if checkpointing:
         # Stopped before its end, an offloaded block would never put the last of its weights away.
         forward = functools.partial(_computed_twice, forward, not _is_offloaded(block))
-    block.forward = forward
-    try:
+    with with_forward(block, forward):
         yield
-    finally:
-        restore_forward(block, own)
 
 
 def _computed_twice(forward: Callable[..., Any], early_stop: bool, /, *args: Any, **inputs: Any) -> Any:

@@ -23,7 +23,7 @@ from nsc_merge.models.bases.architecture import Architecture, outline_of
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.models.block_finding import blocks_of
 from nsc_merge.models.families import find_family
-from nsc_merge.models.forward_contexts import restore_forward
+from nsc_merge.models.forward_contexts import with_forward
 from nsc_merge.processes.group import current
 
 
@@ -43,9 +43,6 @@ def sharding(architecture: Architecture, placement: Placement) -> dict[str, Any]
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if placement.device not in ("auto", kind):
         raise ValueError(f"device: expected auto or {kind} in {size} processes, found {placement.device!r}")
-    if placement.device_map is not None or placement.quantization is not None:
-        named = "device_map" if placement.device_map is not None else "quantization"
-        raise ValueError(f"{named}: expected none in {size} processes, which hold the model in shards; use one process")
     return {"config": _with_blocks(architecture), "distributed_config": DistributedConfig(fsdp_size=size)}
 
 
@@ -121,12 +118,8 @@ def output_of(model: nn.Module, part: nn.Module, inputs: Mapping[str, Any]) -> A
     """
     if not is_unit(model) or part is model:
         return part(**inputs)
-    own = vars(model).get("forward")
-    vars(model)["forward"] = part.__call__
-    try:
+    with with_forward(model, part.__call__):
         return model(**inputs)
-    finally:
-        restore_forward(model, own)
 
 
 def reshard(model: nn.Module) -> None:
