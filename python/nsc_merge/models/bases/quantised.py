@@ -299,7 +299,8 @@ def check_gradients(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not is_linear(module) or not is_quantised(module):
             continue
-        place = path.removesuffix(".linear") if isinstance(_parent(model, path), MergedLoRALinear) else path
+        parent = model.get_submodule(path.rpartition(".")[0])
+        place = path.removesuffix(".linear") if isinstance(parent, MergedLoRALinear) else path
         _check_runs(place, module)
         dtype, device = activations_of(model, path, module)
         generator = torch.Generator().manual_seed(0)
@@ -331,7 +332,3 @@ def _check_runs(path: str, linear: Linear) -> None:
             f"{path}: expected numbers, found codes of compressed-tensors; run the model once first, which "
             "decompresses them"
         )
-
-
-def _parent(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
