@@ -193,7 +193,7 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
         **common,
         metric=metric,
         labels=text(value, "labels", prefix, default="labels"),
-        head=text(value, "head", prefix) if value.get("head") is not None else None,
+        head=text_or_none(value, "head", prefix),
         pool=pool,
         generate=generate,
         classes=tuple(str(one) for one in classes),

@@ -166,9 +166,9 @@ def flag(document: Mapping[str, Any], key: str, prefix: str, default: bool) -> b
     return value
 
 
-def count(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"{key}: expected a whole number of at least 1, found {value!r:.60}")
+def count(value: Any, key: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"{key}: expected a whole number of at least {least}, found {value!r:.60}")
     return value
 
 

@@ -21,13 +21,13 @@ def harness_task(value: Mapping[str, Any], common: Mapping[str, Any]) -> Harness
     Raises:
         RecipeError: naming the key, what was found and what was expected.
     """
-    prefix = f"tasks.{common['name']}."
+    prefix, shots = f"tasks.{common['name']}.", value.get("num_fewshot")
     return HarnessTask(
         **common,
         lm_eval=text(value, "lm_eval", prefix),
-        metric=text(value, "metric", prefix) if value.get("metric") is not None else None,
+        metric=text_or_none(value, "metric", prefix),
         limit=_limit(value.get("limit"), f"{prefix}limit"),
-        num_fewshot=_shots(value.get("num_fewshot"), f"{prefix}num_fewshot"),
+        num_fewshot=None if shots is None else count(shots, f"{prefix}num_fewshot", least=0),
     )
 
 
@@ -79,12 +79,3 @@ def _limit(value: Any, key: str) -> int | float | None:
         raise RecipeError(
             f"{key}: expected a whole number of at least 1, or a share below 1, found {value!r:.60}"
         ) from None
-
-
-def _shots(value: Any, key: str) -> int | None:
-    if value is None or (value == 0 and isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    try:
-        return count(value, key)
-    except RecipeError:
-        raise RecipeError(f"{key}: expected a whole number of at least 0, found {value!r:.60}") from None
