@@ -1,4 +1,4 @@
-"""The papers' summary of a table: percent of the fine-tuned model, mean over tasks, mean and deviation over seeds.
+"""The papers' summary of a table: percent of the fine-tuned model, and their mean over tasks.
 
 As in Section 4.1 of arXiv 2603.26317: a score is divided by the fine-tuned model's, or that one by the score where
 lower is better.
@@ -7,8 +7,7 @@ lower is better.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -39,28 +38,3 @@ class Scores:
             task: normalised(value, reference.metrics[task], lower_is_better[task])
             for task, value in self.metrics.items()
         }
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, sample standard deviation (NaN for one value) and number of values."""
-
-    mean: float
-    std: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" if math.isnan(self.std) else f"{self.mean:.2f} ± {self.std:.2f}"
-
-
-def over_seeds(values: Sequence[float]) -> Spread:
-    """Mean and deviation of one figure over repetitions.
-
-    Raises:
-        ValueError: if there is no value.
-    """
-    if not values:
-        raise ValueError("values: expected at least one, found none")
-    return Spread(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values)
-    )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from nsc_merge.evaluation.normalise import over_seeds
 
 _REFERENCE = "finetuned"
 
@@ -152,12 +150,12 @@ def _metrics(document: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and sample standard deviation over runs."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "-"
-    spread = over_seeds(known)
-    mean = f"{spread.mean:.{digits}f}"
-    return mean if math.isnan(spread.std) else f"{mean} ± {spread.std:.{digits}f}"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def _best(document: Mapping[str, Any]) -> set[tuple[int, int]]:
@@ -171,7 +169,7 @@ def _best(document: Mapping[str, Any]) -> set[tuple[int, int]]:
         for number, row in enumerate(rows):
             values = [run["average"] if task is None else run["normalised"][task] for run in row["runs"]]
             if len(values) == len(document["seeds"]) and None not in values:
-                means[number] = over_seeds(values).mean
+                means[number] = statistics.fmean(values)
         found |= {(number, column) for number, mean in means.items() if mean == max(means.values())}
     return found
 
