@@ -62,6 +62,7 @@ def add(commands: Any) -> None:
         description=_ANALYSE,
         formatter_class=raw,
     )
+    analyse.set_defaults(run=_run)
     kinds = analyse.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
     tracking = kinds.add_parser(
         "tracking", help="ratios over training", description=_TRACKING, formatter_class=raw
@@ -72,7 +73,6 @@ def add(commands: Any) -> None:
     tracking.add_argument(
         "--column", action="append", metavar="NAME", help="of the log; repeatable (default: all)"
     )
-    tracking.set_defaults(run=_tracking)
     quartiles = kinds.add_parser(
         "quartiles", help="ratios per sample", description=_QUARTILES, formatter_class=raw
     )
@@ -82,7 +82,6 @@ def add(commands: Any) -> None:
     quartiles.add_argument("--tasks", type=names, metavar="A,B,...", help="of the recipe (default: all)")
     quartiles.add_argument("--seed", type=seed, help="of the recipe (default: its first)")
     quartiles.add_argument("--bins", type=positive, default=4, metavar="N", help="shares (default: 4)")
-    quartiles.set_defaults(run=_quartiles)
     bound = kinds.add_parser("bound", help="Proposition 1", description=_BOUND, formatter_class=raw)
     bound.add_argument("adapter", metavar="ADAPTER", help="PEFT folder, or owner/name on the hub")
     _add_inputs(bound)
@@ -92,7 +91,6 @@ def add(commands: Any) -> None:
         default="adapter",
         help="inputs in the model with the adapter, or in the base (default: adapter)",
     )
-    bound.set_defaults(run=_bound)
     for kind in (tracking, bound):
         kind.add_argument(
             "--dora",
@@ -125,22 +123,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _tracking(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse.actions import tracking
+def _run(arguments: argparse.Namespace) -> int:
+    from nsc_merge.commands.analyse import actions
 
-    return tracking(arguments)
-
-
-def _quartiles(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse.actions import quartiles
-
-    return quartiles(arguments)
-
-
-def _bound(arguments: argparse.Namespace) -> int:
-    from nsc_merge.commands.analyse.actions import bound
-
-    return bound(arguments)
+    run = {"tracking": actions.tracking, "quartiles": actions.quartiles, "bound": actions.bound}
+    return run[arguments.analysis](arguments)
 
 
 def _blocks(text: str) -> str | int | list[int]:
