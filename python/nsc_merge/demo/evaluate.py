@@ -17,6 +17,7 @@ from nsc_merge.api import merge
 from nsc_merge.demo.data import SCENES, Scene, SceneSet, Split, make_scenes
 from nsc_merge.demo.model import Head, load_backbone, load_head, patch_features
 from nsc_merge.demo.tasks import TASKS, Task, loss, measure, normalised
+from nsc_merge.evaluation.normalise import Scores, average
 from nsc_merge.results.result import MergeResult
 
 if TYPE_CHECKING:
@@ -46,25 +47,6 @@ class Bundle:
     @property
     def tasks(self) -> list[Task]:
         return [head.task for head in self.heads.values()]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What was measured for one method: task -> metric in its own unit, and task -> loss."""
-
-    metrics: dict[str, float]
-    losses: dict[str, float]
-
-    def normalised(self, reference: Scores) -> dict[str, float]:
-        """Task -> percent of ``reference``, higher is better."""
-        return {
-            name: normalised(TASKS[name], value, reference.metrics[name])
-            for name, value in self.metrics.items()
-        }
-
-    def average(self, reference: Scores) -> float:
-        """Mean over tasks of :meth:`normalised`, the paper's summary number."""
-        return sum(self.normalised(reference).values()) / len(self.metrics)
 
 
 def load_bundle(assets: Path, tasks: Sequence[str]) -> Bundle:
@@ -148,6 +130,11 @@ def score(
         metrics[name] = measure(task, output, label)
         losses[name] = loss(task, output, label).item()
     return Scores(metrics, losses)
+
+
+def percents(scores: Scores, reference: Scores) -> dict[str, float]:
+    """Task -> percent of ``reference``, higher is better."""
+    return scores.normalised(reference, {name: task.lower_is_better for name, task in TASKS.items()})
 
 
 def standard_error(
@@ -235,6 +222,6 @@ def tune_task_arithmetic(bundle: Bundle, scenes: Mapping[Scene, SceneSet]) -> Tu
         return top([round(coarse + step * FINE_STEP, 2) for step in (-1, 0, 1)])
 
     return TunedScales(
-        by_average=best(lambda scores: scores.average(reference)),
+        by_average=best(lambda scores: average(percents(scores, reference))),
         by_loss=best(lambda scores: -sum(scores.losses.values())),
     )

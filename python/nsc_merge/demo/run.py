@@ -30,6 +30,7 @@ from nsc_merge.demo.report import (
     verdict,
 )
 from nsc_merge.demo.tasks import TASKS
+from nsc_merge.evaluation.normalise import average
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.atomic_file import write_text
 from nsc_merge.utils.option_checks import check_count
@@ -130,6 +131,8 @@ def run_demo(
     }
     scores = {method: ev.score(output, bundle.heads, test) for method, output in outputs.items()}
     reference = scores[ALONE]
+    percents = {method: ev.percents(score, reference) for method, score in scores.items()}
+    averages = {method: average(percent) for method, percent in percents.items()}
 
     result.save(out, format="coefficients")
     result.save(out / "merged-adapter", format="lora")
@@ -148,7 +151,7 @@ def run_demo(
         plots.plot_predictions(bundle.tasks, test, shown, _PICTURED_SCENE, pictures[-1])
 
     def gap(ours: str, theirs: str) -> tuple[float, float]:
-        points = scores[ours].average(reference) - scores[theirs].average(reference)
+        points = averages[ours] - averages[theirs]
         return points, ev.standard_error(outputs[ours], outputs[theirs], bundle.heads, test, reference)
 
     gaps = {method: gap(NSC, method) for method in (START, TUNED, UNIFORM)}
@@ -167,14 +170,14 @@ def run_demo(
                 "label": labels[method],
                 "scale": scales.get(method),
                 "metrics": score.metrics,
-                "normalised": score.normalised(reference),
-                "average": score.average(reference),
+                "normalised": percents[method],
+                "average": averages[method],
             }
             for method, score in scores.items()
         },
         "nsc_minus": _named(gaps),
         "minus_tuned": _named(against_tuned),
-        "verdict": verdict(scores[NSC].average(reference), gaps),
+        "verdict": verdict(averages[NSC], gaps),
         "advice": advice(against_tuned),
         "objective": result.objective,
         "dead": result.dead,
