@@ -59,7 +59,6 @@ def draw_tracking(tracking: Tracking, column: str | None, out: Path) -> Path:
             ncols=1 + len(blocks) // 14,
         )
         write_picture(figure, out)
-        pyplot.close(figure)
     return out
 
 
@@ -108,7 +107,6 @@ def draw_quartiles(
         figure.supxlabel("mean null-space ratio ω of the share of samples", fontsize=10)
         figure.suptitle(title, fontsize=11)
         write_picture(figure, out)
-        pyplot.close(figure)
     return out
 
 
@@ -152,7 +150,6 @@ def draw_bound(checks: Sequence[Mapping[str, Any]], out: Path) -> Path:
         axis.grid(axis="y", color="0.92")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         write_picture(figure, out)
-        pyplot.close(figure)
     return out
 
 

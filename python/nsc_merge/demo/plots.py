@@ -51,7 +51,6 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
         bar.set_label(f"coefficient λ (white: start, {start:g})")
         figure.suptitle("Merge coefficients found by NSC", y=1.0)
         write_picture(figure, path)
-        plt.close(figure)
 
 
 def plot_ratios(result: MergeResult, path: Path) -> None:
@@ -92,7 +91,6 @@ def plot_ratios(result: MergeResult, path: Path) -> None:
         axis.set_title(f"What NSC minimises (mean over {window} steps; faint: each, on its own batches)", loc="left")
         axis.grid(axis="y", color="0.9")
         write_picture(figure, path)
-        plt.close(figure)
 
 
 def plot_predictions(
@@ -136,7 +134,6 @@ def plot_predictions(
             axis.spines[:].set_visible(False)
         figure.tight_layout(pad=0.4)
         write_picture(figure, path)
-        plt.close(figure)
 
 
 def _as_map(task: Task, value: Tensor) -> Tensor:

@@ -66,7 +66,6 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         bar.set_label("% of the fine-tuned model")
         bar.outline.set_visible(False)
         write_picture(figure, path)
-        pyplot.close(figure)
     return [path]
 
 

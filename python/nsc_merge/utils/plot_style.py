@@ -45,11 +45,14 @@ def pyplot_in_style() -> Iterator[Any]:
 
 
 def write_picture(figure: Any, path: Path) -> None:
-    """Write a figure as a whole. Nothing lies there while it is drawn, which takes a second in which a process may be
-    killed.
+    """Write a figure of pyplot as a whole, and close it. Nothing lies there while it is drawn, which takes a second in
+    which a process may be killed.
     """
+    from matplotlib import pyplot
+
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    pyplot.close(figure)
     with replacing(path) as temporary:
         temporary.write_bytes(drawn.getvalue())
 

@@ -86,7 +86,6 @@ def _draw_coefficients(
     bar = figure.colorbar(image, ax=axes[0].tolist(), fraction=0.05, pad=0.02)
     bar.set_label("coefficient λ (x: received no gradient)" if dead else "coefficient λ")
     write_picture(figure, out)
-    pyplot.close(figure)
 
 
 def _draw_history(
@@ -115,4 +114,3 @@ def _draw_history(
     axis.grid(axis="y", color="0.9")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     write_picture(figure, out)
-    pyplot.close(figure)
