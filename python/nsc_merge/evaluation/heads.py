@@ -63,10 +63,6 @@ class LinearHead:
     bias: Tensor | None = field(repr=False)
     pool: str
 
-    def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise ValueError(f"pool: expected one of {list(POOLS)}, found {self.pool!r}")
-
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         family = find_family(model)
         trunk: nn.Module = getattr(model, family.prefill if family else "base_model", model)

@@ -62,8 +62,6 @@ class Union:
             kind: ``"logits"`` as they are, for heads on one scale such as similarities to texts; ``"probabilities"``
                 within each task, for heads trained apart.
         """
-        if kind not in SCORES:
-            raise ValueError(f"scores: expected one of {list(SCORES)}, found {kind!r}")
         first = next(iter(outputs.values()))
         union = first.new_full((len(first), self.size), -torch.inf)
         for task, logits in outputs.items():

@@ -83,10 +83,8 @@ class Harness:
         Every model that ``candidate`` is of is made once for all tasks that it serves.
         """
         found: dict[str, HarnessScore] = {}
-        for served, models in models_of(self._suite, candidate, list(self._recipe.harness)):
-            if len(models) > 1:
-                raise ValueError("ensemble: the harness measures one model, not the mean of the outputs of several")
-            with models[0]() as model:
+        for served, (enter,) in models_of(self._suite, candidate, list(self._recipe.harness)):
+            with enter() as model:
                 found |= self._measured(model, served, split)
         return {name: found[name] for name in self._recipe.harness}
 
