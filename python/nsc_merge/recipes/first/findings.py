@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
@@ -22,11 +22,12 @@ from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first.data import Data, sources
 from nsc_merge.recipes.first.looking import look
 from nsc_merge.recipes.first.tasks import Task, find_tasks
-from nsc_merge.recipes.forecast.estimate import as_run, memory, operations
+from nsc_merge.recipes.forecast.estimate import memory, operations
+from nsc_merge.recipes.forecast.prospect import as_run_on, low_rank_alone
 from nsc_merge.recipes.forecast.shapes import NoFormula, work_of
 from nsc_merge.recipes.merge_recipe import Recipe
 from nsc_merge.recipes.yaml_keys import RecipeError, absolute_model
-from nsc_merge.utils.memory import free_memory, total_memory
+from nsc_merge.utils.memory import total_memory
 from nsc_merge.utils.option_checks import is_hub_id
 
 # Samples of a batch by the recipe of a family's models: those of the paper.
@@ -137,7 +138,7 @@ def find(
         base, named = _base_named_by(tasks)
         revision = revision or named
     found = _base(base, revision)
-    fitted = fit({task.name: _low_rank(task.outline) for task in tasks}, found.model)
+    fitted = fit({task.name: low_rank_alone(task.outline) for task in tasks}, found.model)
     linears = merged_linears(found.model, fitted)
     found = replace(found, family=find_family(found.model, linears))
     places = sources(data, [task.name for task in tasks])
@@ -204,12 +205,6 @@ def _base(name: str, revision: str | None) -> Base:
     architecture = architecture_of(source, local=local, revision=revision)
     model = outline_of(architecture)
     return Base(source, local, revision, model, find_family(model), quantised_as(architecture.config))
-
-
-def _low_rank(adapter: Adapter) -> Adapter:
-    """What is fitted without the base's numbers."""
-    factors = {path: Factor(one.A, one.B, one.scaling) for path, one in adapter.factors.items()}
-    return Adapter(adapter.name, factors, adapter.base_model, stacks=adapter.stacks)
 
 
 def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]:
@@ -306,14 +301,10 @@ def _forecast(
     drawn: dict[str, Mapping[str, Tensor]] = {task: one.batch for task, one in data.items() if one.batch is not None}
     if "gradients" not in method.needs or base.quantised is not None or len(drawn) != len(adapters):
         return None, None
-    device = device_of("auto")
     try:
         resolved = method.resolved(options, list(adapters), base.model)
         work = work_of(base.model, adapters, drawn, resolved)
     except NoFormula:
         return None, None
-    held = memory(work)
-    loaded = 0 if device.type == "cpu" else held.weights + held.adapters
-    free = min(total_memory(device) - loaded, free_memory(device))
-    work = as_run(work, resolved.batch_tasks, free)
+    work = as_run_on(device_of("auto"), work, resolved.batch_tasks)
     return memory(work).total, operations(work)

@@ -102,7 +102,10 @@ def from_mergekit(file: Path) -> Imported:
         raise RecipeError("models: expected every adapter once, found one twice")
     tasks = find_tasks(list(adapters))
     top = _values("parameters", mapping(document, "parameters"))
-    own = [_values(f"models[{number}].parameters", _parameters(number, one)) for number, one in enumerate(given)]
+    own = [
+        _values(f"models[{number}].parameters", mapping(one, "parameters", f"models[{number}]."))
+        for number, one in enumerate(given)
+    ]
     among = next((number for number, one in enumerate(references) if one.adapter is None), None)
     if among is not None or (merge_method == "linear" and document.get("base_model")):
         of_base: dict[str, Any] | None = {**top, **(own[among] if among is not None else {})}
@@ -214,10 +217,6 @@ def _base(document: Mapping[str, Any], references: list[Reference]) -> tuple[str
             f"no adapter has no place in a recipe; {IN_MERGEKIT}"
         )
     return bases[0]
-
-
-def _parameters(number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
-    return mapping(entry, "parameters", f"models[{number}].")
 
 
 def _values(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:

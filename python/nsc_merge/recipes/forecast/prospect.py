@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from nsc_merge.adapters import Adapter, Factor
@@ -44,7 +45,7 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
     try:
         model = _outline(recipe)
         found, calibration = inputs or read_inputs(recipe)
-        adapters = fit({task: _plain(adapter) for task, adapter in found.items()}, model)
+        adapters = fit({task: low_rank_alone(adapter) for task, adapter in found.items()}, model)
         drawn = {task: next(iter(batches)) for task, batches in calibration.items()}
         options = method.resolved(recipe.options, list(adapters), model)
         stored = STORED.get(recipe.quantization or "")
@@ -67,15 +68,21 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
         settings.pop("checkpointing")
     ways = []
     for name, (one, how) in settings.items():
-        # As the step decides, half of what is free once the base is there; on a CPU no more than is taken for granted.
-        held = memory(one, **how)
-        loaded = 0 if device.type == "cpu" else held.weights + held.adapters
         sharing = launched_here() if device.type == "cpu" and name == chosen else 1
-        there = total_memory(device) // sharing
-        free = min(there - loaded, free_memory(device) / sharing)
-        ways.append(_way(name, as_run(one, options.batch_tasks, free, **how), coefficients, there, **how))
+        run = as_run_on(device, one, options.batch_tasks, sharing, **how)
+        ways.append(_way(name, run, coefficients, total_memory(device) // sharing, **how))
     device_bytes = total_memory(device) // (launched_here() if device.type == "cpu" else 1)
     return {"device_bytes": device_bytes, "way": list(settings).index(chosen), "ways": ways}
+
+
+def as_run_on(device: torch.device, work: Work, batch_tasks: bool | None, sharing: int = 1, **how: Any) -> Work:
+    """The batches of all tasks in one pass, where they are run so: as the step decides, by what is free once the base
+    is there; on a CPU no more than is taken for granted.
+    """
+    held = memory(work, **how)
+    loaded = 0 if device.type == "cpu" else held.weights + held.adapters
+    free = min(total_memory(device) // sharing - loaded, free_memory(device) / sharing)
+    return as_run(work, batch_tasks, free, **how)
 
 
 def _way(name: str, work: Work, coefficients: int, there: int, **how: Any) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _outline(recipe: Recipe) -> nn.Module:
     return outline_of(architecture, recipe.dtype)
 
 
-def _plain(adapter: Adapter) -> Adapter:
+def low_rank_alone(adapter: Adapter) -> Adapter:
     """What of an adapter is fitted without the base's numbers: the low-rank updates, which are all that counts here."""
-    factors = {path: Factor(one.A, one.B, one.scaling) for path, one in adapter.factors.items()}
-    return replace(adapter, factors=factors, trained={}, base_weights={})
+    low_rank = adapter.with_factors(lambda _, one: Factor(one.A, one.B, one.scaling))
+    return replace(low_rank, trained={}, base_weights={})
