@@ -6,6 +6,8 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.batch_summary import summary
@@ -43,20 +45,24 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
     with current().agreeing():
         check(recipe, resume=resume)
     inputs = read_inputs(recipe)
-    data = {task: _data(batches) for task, batches in inputs[1].items()}
     prospect = prospect_of(recipe, inputs)
+    known: dict[str, Any] = {"method": recipe.method, "out": str(recipe.out), "formats": list(recipe.formats)}
+    known |= {"data": {task: _data(batches) for task, batches in inputs[1].items()}, "prospect": prospect}
     # All try, or none: those on a smaller machine would be waited for.
     if current().any(prospect is not None and not prospect["ways"][prospect["way"]]["fits"]):
-        return {
-            "method": recipe.method,
-            "formats": list(recipe.formats),
-            "out": str(recipe.out),
-            "data": data,
-            "prospect": prospect,
-        }
+        return known
     model, adapters, calibration = load(recipe, log, inputs)
+    document = {**_loaded(recipe, model, adapters, calibration), **known}
+    if "steps" in method_of(recipe.method).option_names:
+        document |= _tried(recipe, model, adapters, calibration, document)
+    return document
+
+
+def _loaded(
+    recipe: Recipe, model: nn.Module, adapters: dict[str, Adapter], calibration: dict[str, Batches]
+) -> dict[str, Any]:
+    """What was loaded: sizes, and what a person should know of it."""
     linears = merged_linears(model, adapters)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     sizes = {
         path: linear.weight.dtype.itemsize
         if isinstance(linear, Matrix)
@@ -68,45 +74,44 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         for adapter in adapters.values()
         for path, factor in adapter.factors.items()
     )
-    document: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": class_name(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": str(input_device(model)),
-        "method": recipe.method,
         "adapted_modules": len(linears),
         "tasks": {task: _described(adapter) for task, adapter in adapters.items()},
         "batches": {task: len(batches) for task, batches in calibration.items()},
-        "data": data,
         "absent": absent(adapters),
         "remarks": [*remarks_on(model, adapters), *_unfinished(recipe)],
-        "weights_bytes": weights,
+        "weights_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "adapters_bytes": packed,
-        "out": str(recipe.out),
-        "formats": list(recipe.formats),
-        "prospect": prospect,
     }
-    method = method_of(recipe.method)
-    if "family" in method.option_names:
+    if "family" in method_of(recipe.method).option_names:
         family = family_of(model, list(linears), recipe.options.get("family"))
         # What is listed is known from papers; what was found deserves a look.
         if family not in FAMILIES:
-            document["family"] = family_said(family)
-    if "steps" not in method.option_names:
-        return document
+            found["family"] = family_said(family)
+    return found
+
+
+def _tried(
+    recipe: Recipe, model: nn.Module, adapters: dict[str, Adapter], batches: dict[str, Batches], said: dict[str, Any]
+) -> dict[str, Any]:
+    """What a few steps show, in the place of what was ``said`` and beside it."""
     with options_at_fault(recipe):
-        steps = method.resolved(recipe.options, list(recipe.adapters), model).steps
+        steps = method_of(recipe.method).resolved(recipe.options, list(recipe.adapters), model).steps
     recipe = replace(recipe, options={**recipe.options, "steps": min(steps, _DRY_STEPS)})
     on_gpu = next(model.parameters()).is_cuda
     reset_peak(model)
-    result = merge_loaded(recipe, model, adapters, calibration, {"progress": False})
+    result = merge_loaded(recipe, model, adapters, batches, {"progress": False})
     seconds = statistics.median(entry["seconds"] for entry in result.history[-2:])
-    if prospect is not None:
+    if (prospect := said["prospect"]) is not None:
         # What was measured here, for the operations of the other ways.
         rate = prospect["ways"][prospect["way"]]["operations"] / seconds
-        document["prospect"] = {**prospect, "operations_per_second": rate}
+        prospect = {**prospect, "operations_per_second": rate}
     return {
-        **document,
-        "remarks": [*document["remarks"], *result.notes],
+        "prospect": prospect,
+        "remarks": [*said["remarks"], *result.notes],
         "steps": steps,
         "steps_tried": len(result.history),
         "options": {**{key: value for key, value in result.options.items() if key != "scored"}, "steps": steps},
@@ -121,15 +126,10 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
 
 def render_plan(plan: dict[str, Any]) -> str:
     """The plan for a terminal."""
+    output = f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)"
     if "model" not in plan:
-        return "\n".join(
-            [
-                *_data_lines(plan["data"]),
-                *_prospect_lines(plan["prospect"]),
-                "note      nothing was loaded or tried, since it does not fit",
-                f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)",
-            ]
-        )
+        note = "note      nothing was loaded or tried, since it does not fit"
+        return "\n".join([*_data_lines(plan["data"]), *_prospect_lines(plan["prospect"]), note, output])
     lines = [
         f"model     {plan['model']}, {plan['dtype']} on {plan['device']}, {size_said(plan['weights_bytes'])}",
         f"adapters  {len(plan['tasks'])} on {plan['adapted_modules']} modules, {size_said(plan['adapters_bytes'])}",
@@ -158,8 +158,7 @@ def render_plan(plan: dict[str, Any]) -> str:
         ]
     if plan["prospect"] is not None:
         lines += _prospect_lines(plan["prospect"])
-    lines.append(f"output    {plan['out']}: {', '.join(plan['formats'])} (nothing is written by a dry run)")
-    return "\n".join(lines)
+    return "\n".join([*lines, output])
 
 
 def _data(batches: Batches) -> dict[str, Any]:
