@@ -44,19 +44,18 @@ _MOST_INSIDE = 100
 _CODE_OF_MODELS = "transformers_modules."
 
 
-def write_preprocessing(result: MergedUpdate, folder: Path) -> list[str]:
-    """Copy, byte by byte, what lies beside the base into ``folder``, and return the names.
+def write_preprocessing(result: MergedUpdate, folder: Path) -> None:
+    """Copy, byte by byte, what lies beside the base into ``folder``.
 
     It comes from the folder that the base was read from, or, where it was named by a hub id, from the hub at the commit
     that it was read at. What is in ``folder`` already stays: transformers writes a model's generation configuration as
     it is in memory. Python files come along only where ``trust_remote_code`` was given, here or to transformers.
     """
-    found = {name: file for name, file in _files(result).items() if not (folder / name).exists()}
-    for name, file in found.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)
+    for name, file in _files(result).items():
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
     _forget_missing_code(folder / "config.json")
-    return sorted(found)
 
 
 def leave_out_licenses(staging: Path, out: Path, earlier: Set[str]) -> None:
@@ -113,7 +112,7 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
             f"{code[0]} names code in the base's folder (auto_map), which is not copied: if you trust it, put its .py "
             "files beside it and load with trust_remote_code=True"
         )
-    if away := _links_away(result):
+    if away := next(_beside(result, linked=True), None):
         notes.append(
             f"{away[0]} in the base's folder is a link to a file of another name elsewhere and is not copied: put the "
             "file itself there if it is the model's"
@@ -204,30 +203,21 @@ def _files(result: MergedUpdate) -> dict[str, Path]:
     return found
 
 
-def _beside(result: MergedUpdate) -> Iterator[tuple[str, Path]]:
-    """Path within the base's folder -> file, of all that is meant; a pipe or a device is nothing that a model is saved
-    with.
+def _beside(result: MergedUpdate, *, linked: bool = False) -> Iterator[tuple[str, Path]]:
+    """Path within the base's folder -> file, of all that is copied, or of what would be if it were no link that leads
+    away; a pipe or a device is nothing that a model is saved with.
     """
-    source = base_folder(result.model)
-    if source is not None:
-        meant = _meant(source, trusted=_is_trusted(result))
-        yield from ((name, file) for name, file in meant if not leads_away(file, source))
-
-
-def _links_away(result: MergedUpdate) -> list[str]:
-    source = base_folder(result.model)
-    meant = () if source is None else _meant(source, trusted=_is_trusted(result))
-    return [name for name, file in meant if source is not None and leads_away(file, source)]
-
-
-def _meant(source: Path, *, trusted: bool) -> Iterator[tuple[str, Path]]:
+    source, trusted = base_folder(result.model), _is_trusted(result)
+    if source is None:
+        return
     places = [*source.iterdir()]
     for folder in [source / _TEMPLATES, *source.glob("*_Pooling"), *source.glob("*_Dense")]:
         places += sorted(folder.iterdir())[:_MOST_INSIDE] if folder.is_dir() else []
     for place in sorted(places):
         name = place.relative_to(source).as_posix()
         code = trusted and place.suffix == ".py" and place.parent == source
-        if (is_preprocessing(name) or is_license(name) or code) and place.is_file():
+        meant = (is_preprocessing(name) or is_license(name) or code) and place.is_file()
+        if meant and leads_away(place, source) == linked:
             yield name, place
 
 
