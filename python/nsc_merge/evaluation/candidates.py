@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from nsc_merge.adapters import CONFIG_FILE, Adapter, load_adapter
+from nsc_merge.adapters import CONFIG_FILE, load_adapter
 from nsc_merge.api import merge
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row
 from nsc_merge.evaluation.metrics import cross_entropy
@@ -37,7 +35,7 @@ def open_saved(folder: Path, suite: RecipeSuite) -> Candidate:
     """
     if (folder / CONFIG_FILE).is_file():
         adapter = fit({"merged": load_adapter(folder, "merged")}, suite.model)
-        return _whole(suite.model, adapter)
+        return merge(suite.model, adapter, method="task_arithmetic", scale=1.0)
     if (folder / "config.json").is_file():
         dtype = str(next(suite.model.parameters()).dtype).removeprefix("torch.")
         placement = replace(suite.placement, dtype=dtype, quantization=None)
@@ -60,10 +58,6 @@ def _is_model(folder: Path) -> bool:
     """Whether :func:`open_saved` finds a whole model first."""
     adapter = any((folder / name / CONFIG_FILE).is_file() for name in ("", "lora"))
     return not adapter and any((folder / name / "config.json").is_file() for name in ("", "model"))
-
-
-def _whole(model: nn.Module, adapters: dict[str, Adapter]) -> MergeResult:
-    return merge(model, adapters, method="task_arithmetic", scale=1.0)
 
 
 def candidate_of(suite: RecipeSuite, recipe: EvalRecipe, row: Row, seed: int) -> Candidate:
@@ -111,13 +105,9 @@ def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> d
     classes = {name: task.metric.loss is cross_entropy for name, task in headed.items()}
     both = "likelihood" in method.option_names
     if headed:
-        given["outputs"] = {name: partial(_output, suite, name) for name in headed if both or classes[name]}
+        given["outputs"] = {name: partial(suite.output, name) for name in headed if both or classes[name]}
     if both:
         given["likelihood"] = {
             name: "categorical" if classes.get(name, True) else "gaussian" for name in recipe.tasks
         }
     return given
-
-
-def _output(suite: RecipeSuite, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return suite.output(task, model, batch)
