@@ -70,7 +70,7 @@ class Base:
         layers: of that part; 0 if not known.
         shapes: last part of a linear's name -> ``(d_out, d_in)``, where the configuration says it.
         shows: it has images, too.
-    writes: it generates text or classifies it, as far as the names of its architectures say.
+        writes: it generates text or classifies it, as far as the names of its architectures say.
     """
 
     kind: str = ""
