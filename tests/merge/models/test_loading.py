@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from zoo import build
 
 from nsc_merge.models.bases import loading
-from nsc_merge.models.bases.architecture import architecture_of, quantised_as
+from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.loading import files_of, load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.utils.provenance import whole
@@ -108,6 +108,25 @@ def test_labels_beyond_count_are_given_no_names(folder, fields):
     edit(folder / "config.json", **fields)
     with pytest.raises(ValueError, match=r"^model: the config.json of .*base says num_labels: 10+1?; expected at"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_size": 10**13}, r" \(hidden_size: 10000000000000\): Storage size"),
+        ({"image_size": 10**20}, r" \(image_size: 100000000000000000000\): "),
+        ({"num_attention_heads": 10**6}, ": 0.0 cannot be raised to a negative power"),
+        ({"hidden_act": "none-such"}, ": .*none-such"),
+    ],
+)
+def test_a_configuration_that_no_model_can_be_made_of_is_named(folder, fields, named):
+    edit(folder / "config.json", **fields)
+    message = f"^model: no ViTForImageClassification can be made of the config.json of .*/base{named}"
+    for numbers in (True, False):
+        with pytest.raises(ValueError, match=message):
+            load_model(str(folder), local=True, placement=Placement(device="cpu", numbers=numbers))
+    with pytest.raises(ValueError, match=message):
+        outline_of(architecture_of(str(folder), local=True))
 
 
 @pytest.mark.parametrize(

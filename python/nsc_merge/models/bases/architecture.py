@@ -25,6 +25,8 @@ _COUNTING = frozenset(
 _LAYERS = 500
 # transformers makes a name for each label that a configuration counts, which takes seconds for as many as this.
 _LABELS = 10_000_000
+# More than any size, number of positions or base of theirs in use: named where a configuration is refused.
+_LARGE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _check_folder(folder: Path, repo: str | None) -> None:
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
     config = from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True)
-    labels, layers = _most(config, {"num_labels"}), _most(config, _COUNTING)
+    (labels, _), (layers, _) = _most(config, {"num_labels"}), _most(config, _COUNTING)
     if labels > _LABELS:
         raise ValueError(
             f"model: the config.json of {repo or folder} says num_labels: {labels}; expected at most {_LABELS}, or the "
@@ -261,12 +263,12 @@ def _check_folder(folder: Path, repo: str | None) -> None:
         )
 
 
-def _most(fields: Any, names: Set[str]) -> int:
-    """What a configuration, or one within it, says at most of a number that has one of these names."""
+def _most(fields: Any, names: Set[str] | None = None) -> tuple[int, str]:
+    """The largest whole number of a configuration, or of one within it, that has one of these names, and its name."""
     if not isinstance(fields, dict):
-        return 0
-    said = (value for name, value in fields.items() if name in names and type(value) is int)
-    return max([0, *said, *(_most(value, names) for value in fields.values())])
+        return 0, ""
+    said = ((value, str(name)) for name, value in fields.items() if type(value) is int and name in (names or fields))
+    return max([(0, ""), *said, *(_most(value, names) for value in fields.values())])
 
 
 def _class_of(name: str, config: Any) -> Any:
@@ -292,12 +294,29 @@ def _class_of_code(name: str, fields: dict[str, Any], given: dict[str, Any]) -> 
 
 
 def outline_of(architecture: Architecture, dtype: str = "auto") -> nn.Module:
-    """The model with shapes and dtypes, and no numbers: its tensors are on the meta device."""
+    """The model with shapes and dtypes, and no numbers: its tensors are on the meta device.
+
+    Raises:
+        ValueError: if no model can be made of its configuration.
+    """
     import torch
     from torch import nn
 
     kind, config = architecture.kind, architecture.config
-    with torch.device("meta"):
-        model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise not_made(architecture, error) from None
     own = getattr(config, "dtype", None) or torch.float32
     return model.to(own if dtype == "auto" else getattr(torch, dtype)).eval()
+
+
+def not_made(architecture: Architecture, error: Exception) -> ValueError:
+    """What to raise where no model can be made of a configuration, whose numbers reach torch as they are: naming the
+    largest, if none in use is as large.
+    """
+    (number, key), why = _most(architecture.config.to_dict()), " ".join(str(error).split())
+    large = f" ({key}: {number})" if number > _LARGE else ""
+    kind, name = architecture.kind.__name__, architecture.name
+    return ValueError(f"model: no {kind} can be made of the config.json of {name}{large}: {why:.200}")

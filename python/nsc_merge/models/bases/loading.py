@@ -154,8 +154,6 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
         problem = _other_shapes(architecture, known, error) or _lacking(architecture)
         if problem is None:
             outline_of(architecture)
-            if "allocate memory" in str(error):
-                raise not_made(architecture, error) from None
             raise
         raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(problem) from None
     missing = sorted(info["missing_keys"])
@@ -182,7 +180,10 @@ def _other_shapes(architecture: Architecture, known: Mapping[str, Any], error: E
         return None
     # Of no size on the meta device: what a configuration asks for may fit nowhere.
     given = {**known, "ignore_mismatched_sizes": True, "device_map": "meta"}
-    _, info = architecture.kind.from_pretrained(architecture.name, **given)
+    try:
+        _, info = architecture.kind.from_pretrained(architecture.name, **given)
+    except RuntimeError as error:  # Buffers are made even there.
+        raise not_made(architecture, error) from None
     name, found, expected = min(info["mismatched_keys"])
     return (
         f"model: {architecture.name} has {len(info['mismatched_keys'])} tensors of another shape than its config.json "
