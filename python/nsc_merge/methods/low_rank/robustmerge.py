@@ -1,17 +1,31 @@
-"""RobustMerge (arXiv 2502.17159), as its public code has it and as its Algorithm 1 has it, which are two methods."""
+"""RobustMerge (arXiv 2502.17159), as its public code has it and as its Algorithm 1 has it, which are two methods.
+
+``A~_k`` and ``B~_k`` are the factors of task k's update with their smallest entries set to zero, the scaling in
+``B~_k``. ``c_k`` makes up for that: of each row of ``A_k`` the sum of magnitudes, divided by that of ``A~_k``. Then
+
+* ``robustmerge``: ``B A`` with ``A = 2 sum_k A~_k``, ``B = 2 sum_k B~_k diag(c_k / sum_j c_j)``, where each ``c_k`` is
+  raised to the 80th percentile of its task. It has cross terms between tasks, and its factors of 2, the public code's,
+  make of one task four times the trimmed update: tune ``scale``;
+* ``robustmerge_alg1``: ``sum_k B~_k diag(c_k / sum_j c_j) A~_k``, without cross terms; rows of a number are shared out
+  among the tasks whose rank reaches it.
+
+Both depend on how an update is factored. ``A`` is what PEFT calls so, also of an embedding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.algebra.low_rank import transposed
 from nsc_merge.methods.gradient_free import check_equal_ranks, gradient_free, present
 from nsc_merge.methods.low_rank.common_bases import in_float32
 from nsc_merge.methods.task_vectors.elementwise import bound, trim
+from nsc_merge.methods.task_vectors.in_factors import is_transposed
 from nsc_merge.utils.option_checks import check_number
 
 # The public code multiplies both merged factors by this.
@@ -53,35 +67,38 @@ class RobustMerge1Options(RobustMergeOptions):
 def robustmerge(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: RobustMergeOptions
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and merged update: ``A = 2 sum_k A~_k``, ``B = 2 sum_k B~_k diag(c_k) / sum_k c_k``, where c_k makes up for
-    the magnitude that trimming took from each row of A and is raised to the 80th percentile of the task's rows. The
-    product has cross terms between tasks and depends on how the updates are factored.
-    """
+    """Path and merged update."""
     check_equal_ranks("method 'robustmerge'", adapters, paths)
     for path in paths:
-        factors = present(adapters, path)
-        parts = [_pruned(factor, options.density) for factor in factors.values()]
+        factors = list(present(adapters, path).values())
+        turn = _turn(factors)
+        parts = [_pruned(turn(factor), options.density) for factor in factors]
         shares = torch.stack([share for _, _, share in parts])
         least = shares.sort(dim=1).values[:, int(PERCENTILE * shares.shape[1]), None]
         shares = torch.maximum(shares, least)
         A = FUSE * torch.stack([A for A, _, _ in parts]).sum(0)
         B = FUSE * torch.stack([B * share for (_, B, _), share in zip(parts, shares, strict=True)]).sum(0)
-        yield path, Factor(A, options.scale * B / shares.sum(0), 1.0)
+        yield path, turn(Factor(A, options.scale * B / shares.sum(0), 1.0))
 
 
 def robustmerge_alg1(
     adapters: Mapping[str, Adapter], paths: Sequence[str], options: RobustMerge1Options
 ) -> Iterator[tuple[str, Factor]]:
-    """Path and ``sum_k B~_k diag(c_k / sum_j c_j) A~_k``, without cross terms. The sum over tasks is taken for each
-    number of a row, over the tasks whose rank reaches it.
-    """
+    """Path and merged update."""
     for path in paths:
-        parts = [_pruned(factor, options.density) for factor in present(adapters, path).values()]
+        factors = list(present(adapters, path).values())
+        turn = _turn(factors)
+        parts = [_pruned(turn(factor), options.density) for factor in factors]
         longest = max(len(share) for _, _, share in parts)
         total = torch.stack([torch.nn.functional.pad(share, (0, longest - len(share))) for _, _, share in parts]).sum(0)
         A = torch.cat([A for A, _, _ in parts])
         B = torch.cat([B * (share / total[: len(share)]) for _, B, share in parts], 1)
-        yield path, Factor(A, options.scale * B, 1.0)
+        yield path, turn(Factor(A, options.scale * B, 1.0))
+
+
+def _turn(factors: Sequence[Factor]) -> Callable[[Factor], Factor]:
+    """What makes A of a module's factors that which PEFT calls A, and brings merged ones back."""
+    return transposed if is_transposed(factors) else lambda factor: factor
 
 
 def _pruned(factor: Factor, density: float) -> tuple[Tensor, Tensor, Tensor]:

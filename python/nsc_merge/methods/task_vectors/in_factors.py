@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def merged_in_factors(
     for path in paths:
         factors = present(adapters, path)
         into_A, into_B = roots_of(factors, weights)
-        of_A, of_B = ("lora_B", "lora_A") if _is_transposed(factors) else ("lora_A", "lora_B")
+        of_A, of_B = ("lora_B", "lora_A") if is_transposed(factors.values()) else ("lora_A", "lora_B")
         A = merge_one(f"{path}.{of_A}", {task: factor.A.float() for task, factor in factors.items()}, into_A)
         B = merge_one(f"{path}.{of_B}", {task: factor.B.float() for task, factor in factors.items()}, into_B)
         yield path, Factor(A, scale * B, 1.0)
@@ -58,9 +58,9 @@ def roots_of(
     shares = {task: weights[task] * factor.scaling for task, factor in factors.items()}
     roots = {task: math.sqrt(abs(share)) for task, share in shares.items()}
     signed = {task: math.copysign(roots[task], share) for task, share in shares.items()}
-    return (roots, signed) if _is_transposed(factors) else (signed, roots)
+    return (roots, signed) if is_transposed(factors.values()) else (signed, roots)
 
 
-def _is_transposed(factors: Mapping[str, Factor]) -> bool:
+def is_transposed(factors: Iterable[Factor]) -> bool:
     """Whether the first factor is B in PEFT, as it is of an embedding."""
-    return any(factor.transposed for factor in factors.values())
+    return any(factor.transposed for factor in factors)
