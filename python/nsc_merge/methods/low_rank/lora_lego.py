@@ -1,5 +1,9 @@
 """LoRA-LEGO (arXiv 2409.16167): adapters taken apart into rank-one units, which are clustered.
 
+A unit is a row of A with the column of B, both times the root of the scaling. Units are clustered by k-means, halves
+brought to length 1; each cluster becomes the mean of its units, which ``rescale`` brings to their magnitude, and all
+is multiplied by the root of the adapters' mean rank over the number of clusters.
+
 Written from the paper's description: clusters of minimal semantic units, and two rescalings. No code of the authors is
 public, so how close this comes to theirs is not known. NSC's public code has a port, from which it differs in how the
 clusters start (k-means++ here, any units there) and not in what becomes of them.
@@ -32,7 +36,7 @@ class LegoOptions:
             fewer; None takes the largest rank among the adapters of a module.
         rescale: bring a cluster's centre, which averaging shrinks, to the mean magnitude of its members (by the
             largest entry).
-        seed: of the clusters' start (k-means++).
+        seed: of the clusters' start (k-means++), which depends on the order of the tasks, too.
     """
 
     scale: float = 1.0

@@ -1,5 +1,9 @@
 """The hybrid of "On the Representation Geometry of LoRA Model Merging": KnOTS-TIES blended with a CUR decomposition.
 
+``alpha S + (1 - alpha) C T``: S is KnOTS-TIES of the updates; C holds columns of all of them next to one another, and
+T is TIES on the tasks' coefficients ``C^+ s_k B_k A_k``. Both count over all modules what they trim, and S is merged as
+KnOTS' code has it, from right singular vectors times singular values, where Eq. 9 and 10 of the paper have them plain.
+
 The paper leaves several choices open; each is an option here, with the reading that its equations support best as the
 default.
 """

@@ -1,4 +1,8 @@
-"""FR-Merging (arXiv 2411.16815): a band of each update's two-dimensional spectrum is removed before they are added."""
+"""FR-Merging (arXiv 2411.16815): a band of each update's two-dimensional spectrum is removed before they are added.
+
+``scale * sum_k a_k F_k`` with ``F_k`` the update ``s_k B_k A_k`` without that band, transformed back, and
+``a_k = max_j mean|F_j| / mean|F_k|`` in each module with ``align``, else 1.
+"""
 
 from __future__ import annotations
 
