@@ -187,5 +187,6 @@ def check_equal_ranks(what: str, adapters: Mapping[str, Adapter], paths: Sequenc
         ranks = {task: factor.rank for task, factor in present(adapters, path).items()}
         if len(set(ranks.values())) > 1:
             raise ValueError(
-                f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}"
+                f"adapters: {what} adds factors and needs equal ranks in a module, found {ranks} at {path}; "
+                "task_arithmetic, svd, robustmerge_alg1 and other scopes merge updates, of any ranks"
             )
