@@ -140,8 +140,9 @@ class Judge:
         return self._known[kind]
 
     def errors(self, contender: Contender) -> dict[str, Error]:
-        """Of every result of the contender, as its second call has it: the first, which is given other coefficients,
-        leaves what a workspace that is not cleared, or a result that is kept, would make of the next.
+        """Of every result of the contender, as its second call has it: the first, which is given other coefficients, as
+        it is when it is made, leaves what a workspace that is not cleared, or a value that is kept, would make of the
+        next.
 
         Raises:
             ValueError: for a result that is missing, one too many, of another shape or dtype or not the contender's to
@@ -160,8 +161,8 @@ class Judge:
         self._poison()
         try:
             with torch.set_grad_enabled(contender.autograd):
-                forward, backward = parts(contender.make(self.p), "the contender", ("forward", "backward"))
                 given["lam"].neg_()
+                forward, backward = parts(contender.make(self.p), "the contender", ("forward", "backward"))
                 *_, saved = parts(forward(), "forward", Result._fields)
                 parts(backward(saved), "backward", ("dz", "dlam"))
                 put_back()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -178,9 +179,12 @@ def test_one_that_raises_does_not_stop_the_others(on, monkeypatch):
     assert measured == 2 * len(cell().hows)
 
 
-@pytest.mark.parametrize("what", ["workspace", "result"])
+@pytest.mark.parametrize("what", ["workspace", "result", "coefficients"])
 def test_a_contender_that_is_right_once_is_named_and_not_timed(what, on, monkeypatch):
     def make(p):
+        if what == "coefficients":
+            p = copy.copy(p)
+            p.lam = p.lam.detach().clone()
         forward, backward = named("concat").make(p)
         total, first = torch.zeros_like(p.lam), []
 
@@ -192,7 +196,7 @@ def test_a_contender_that_is_right_once_is_named_and_not_timed(what, on, monkeyp
             dz, dlam = backward(saved)
             return dz, total.add_(dlam)  # nobody clears it
 
-        return (forward, adding_backward) if what == "workspace" else (kept_forward, backward)
+        return kept_forward if what == "result" else forward, adding_backward if what == "workspace" else backward
 
     once = dataclasses.replace(named("concat"), name="once", make=make)
     monkeypatch.setattr(rounds, "chosen", lambda *given: [named("concat"), once])
