@@ -135,7 +135,7 @@ def renamed(adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Adap
             stacks={},
             trained=_renamed(task, adapter.trained, of_parameter),
             base_weights=_renamed(task, adapter.base_weights, of_parameter),
-            token_rows={today(path): rows for path, rows in adapter.token_rows.items()},
+            token_rows=_renamed(task, adapter.token_rows, today),
         )
         for task, adapter in adapters.items()
     }

@@ -7,6 +7,7 @@ import torch
 from architectures import ARCHITECTURES
 
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.fitting import renamed
 
 TODAY = "model.language_model.layers.1.self_attn.v_proj"
@@ -53,3 +54,7 @@ def test_two_names_of_one_module_are_refused(models):
     twice = Adapter("a", {"language_model.model.layers.1.self_attn.v_proj": factor, TODAY: factor})
     with pytest.raises(ValueError, match="and another name both mean model.language_model.layers.1"):
         renamed({"a": twice}, models["LLaVA-NeXT"])
+    rows = TokenRows((0,), torch.ones(1, 1))
+    names = ("language_model.model.embed_tokens", "model.language_model.embed_tokens")
+    with pytest.raises(ValueError, match="and another name both mean model.language_model.embed_tokens"):
+        renamed({"a": Adapter("a", {}, token_rows=dict.fromkeys(names, rows))}, models["LLaVA-NeXT"])
