@@ -163,5 +163,5 @@ def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
         raise ValueError(f"{argument}: {file}: {wrong}")
     empty = rows_without_tokens(tensors)
     if empty:
-        raise ValueError(f"{argument}: {file}: {MASK} has no real token in {len(empty)} rows: {empty[:5]}")
+        raise ValueError(f"{argument}: {file}: {MASK} has no real token in rows {empty[:5]} ({len(empty)} in all)")
     return read

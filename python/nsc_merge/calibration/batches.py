@@ -148,8 +148,8 @@ def _check_mask(task: str, batch: Batch) -> None:
     empty = rows_without_tokens(batch)
     if empty:
         raise ValueError(
-            f"calibration[{task!r}]: {MASK}: expected a real token in every row, found none in {len(empty)} rows: "
-            f"{empty[:5]}"
+            f"calibration[{task!r}]: {MASK}: expected a real token in every row, found none in rows {empty[:5]} "
+            f"({len(empty)} in all)"
         )
     if wrong := other_mask(batch):
         raise ValueError(f"calibration[{task!r}]: {wrong}")

@@ -293,7 +293,7 @@ def damage(place, kind):
         ("other tokenizer", "calibration.nli: expected tokens from 0 to 63 in input_ids, which LlamaFor"),
         ("mask of others", "attention_mask: expected the shape of input_ids, [4, 7], found [4, 3]"),
         ("uneven inputs", "one and the same number of rows"),
-        ("only padding", "nli.safetensors: attention_mask has no real token in 1 rows: [1]"),
+        ("only padding", "nli.safetensors: attention_mask has no real token in rows [1] (1 in all)"),
         ("truncated base", "is not valid safetensors"),
         ("wrong base", "lacks"),
     ],
