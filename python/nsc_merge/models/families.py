@@ -126,7 +126,7 @@ FAMILIES = (
         name="DINOv2",
         model_types=("dinov2",),
         block=r"(?:^|\.)layer\.(\d+)\.",
-        # Either naming, as the release of transformers has it: 5.17 has the older.
+        # Either naming, as the release of transformers has it: 5.17 (docs/gpu.md) has the older.
         score_modules=("o_proj", "dense", "v_proj", "value", "k_proj", "key", "q_proj", "query"),
         recipe="vision",
         # Its blocks are still called encoder.layer, so the first of ViT's rules does not apply.

@@ -125,7 +125,8 @@ def calibration_data(
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
         base_revision: of a base from the hub.
-        settings: fields of :class:`~nsc_merge.calibration.raw.settings.DataSettings`.
+        settings: fields of :class:`~nsc_merge.calibration.raw.settings.DataSettings`. Without ``text``, rows of
+            question and answer give the question alone; ``nsc-merge init`` writes ``text: "{question}\\n{answer}"`` for them.
 
     Returns:
         An iterable of dictionaries, input name -> tensor on the CPU, that starts anew each time; its ``sha256`` tells

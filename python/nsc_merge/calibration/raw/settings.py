@@ -15,7 +15,8 @@ class DataSettings:
 
     Attributes:
         text: name of the column that holds the text, or a template over columns such as ``"{question}\\n{answer}"``;
-            None takes the one column that can only be it.
+            None takes the first of ``text``, ``prompt``, ``content``, ``instruction`` and ``question`` that there is,
+            else the only column of texts.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the
             tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
             functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where
