@@ -259,10 +259,19 @@ def _autocast_bank(bank: AdapterBank, dtype: torch.dtype) -> AdapterBank:
     return AdapterBank(bank.A.to(dtype), bank.Bt.to(dtype), bank.offsets)
 
 
+def refuse_other_bank(bank: Any) -> None:
+    if isinstance(bank, AdapterBank):
+        return
+    kind = type(bank)
+    # A build for Hugging Face kernels has classes of its own, beside those of the installed package.
+    copied = f" of {kind.__module__}, another copy of this package; make one of this copy: AdapterBank(*bank.packed)"
+    found = kind.__name__ + copied * (kind.__name__ == AdapterBank.__name__)
+    raise TypeError(f"bank must be an AdapterBank, found {found}")
+
+
 def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
     """Raise for the argument that is not of its type, or a nested z, which has no shape to ask for."""
-    if not isinstance(bank, AdapterBank):
-        raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
+    refuse_other_bank(bank)
     if isinstance(z, Tensor) and z.is_nested:
         raise TypeError(
             "z must be dense, found a nested tensor; take torch.cat(z.unbind()), or z.values() of a jagged one. "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as OutProjection
 
 from .bank import AdapterBank
-from .functional import merged_linear
+from .functional import merged_linear, refuse_other_bank
 
 
 class MergedLoRALinear(nn.Module):
@@ -58,8 +58,7 @@ class MergedLoRALinear(nn.Module):
                 "linear is the out_proj of nn.MultiheadAttention, which multiplies by its weight and never calls it: "
                 "adapters would have no effect; where code of your own does call it, give an nn.Linear of its weight"
             )
-        if not isinstance(bank, AdapterBank):
-            raise TypeError(f"bank must be an AdapterBank, found {type(bank).__name__}")
+        refuse_other_bank(bank)
         if shape != (bank.d_in, bank.d_out):
             raise ValueError(f"bank adapts a {bank.d_in} -> {bank.d_out} layer, but linear is {shape[0]} -> {shape[1]}")
         held = next(itertools.chain(linear.parameters(), linear.buffers()), None)
