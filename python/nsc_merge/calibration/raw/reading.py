@@ -126,7 +126,7 @@ def calibration_data(
         batch_size: samples of a batch.
         base_revision: of a base from the hub.
         settings: fields of :class:`~nsc_merge.calibration.raw.settings.DataSettings`. Without ``text``, rows of
-            question and answer give the question alone; ``nsc-merge init`` writes ``text: "{question}\\n{answer}"`` for them.
+            question and answer give the question alone; ``nsc-merge init`` writes ``"{question}\\n{answer}"`` for them.
 
     Returns:
         An iterable of dictionaries, input name -> tensor on the CPU, that starts anew each time; its ``sha256`` tells
