@@ -46,6 +46,10 @@ _TOGETHER = {
     )
     for name in names
 }
+# Those that start processes of one that has imported the libraries (tests/merge/forked.py).
+_FORKED = ("test_kinds_of_bases", "test_launch", "test_methods_on_ranks", "test_ranks")
+_TOGETHER |= {f"tests/merge/processes/{name}.py": "forked" for name in _FORKED}
+_TOGETHER["tests/merge/models/test_sharded_weights.py"] = "forked"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

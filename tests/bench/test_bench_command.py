@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,30 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 
 
+def measured(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command, in this process: only those are started that it measures in."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "orig_argv", [sys.executable, "-m", "nsc_kernels.bench", *arguments])
+        registry.load_shipped()
+        patch.setattr(registry, "_registered", dict(registry._registered))  # what --contender adds is of this call
+        try:
+            status = command.main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a report has of the machine, measured once: a run that finds it in its report goes on from there."""
+    folder = tmp_path_factory.mktemp("machine")
+    assert measured(*SMALL, "--tokens", "5", "--contenders", "fused", "--out", "r.jsonl", cwd=folder).returncode == 0
+    rows = [row for row in read_rows(folder / "r.jsonl") if row["trial"].startswith(measure.MACHINE)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def documented() -> str:
     """The contenders of docs/benchmarking.md."""
     page = ROOT / "docs" / "benchmarking.md"
@@ -42,9 +68,9 @@ def documented() -> str:
 
 def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     (tmp_path / "my_kernel.py").write_text(documented())
-    asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5,7,9", "--out", "r.jsonl", "--plot", "pictures"]
+    asked = [*SMALL, "--tokens", "5,7,9", "--out", "r.jsonl", "--plot", "pictures"]
     asked += ["--contender", "my_kernel.py", "--contenders", "fused,concat,mine,wrong"]
-    done = run(*asked, cwd=tmp_path)
+    done = run("-m", "nsc_kernels.bench", *asked, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "not timed: wrong at 40x24 40->24 2x4 T=5 fp32: y is off by" in done.stdout
     assert "twice eager PyTorch's error" in done.stdout
@@ -63,46 +89,46 @@ def test_the_documented_contender_is_timed_and_the_wrong_one_is_told(tmp_path):
     pictures = {path.name.split("-operator")[0] + path.suffix for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"{name}{end}" for name in ("roofline", "speedups", "growth-T") for end in (".png", ".svg")}
     before = (tmp_path / "r.jsonl").read_text()
-    again = run(*asked, "--json", cwd=tmp_path)  # goes on where it stopped: nothing is left to do
+    again = measured(*asked, "--json", cwd=tmp_path)  # goes on where it stopped: nothing is left to do
     assert again.returncode == 1
     assert list(map(json.loads, again.stdout.splitlines())) == rows  # what was asked for, measured now or before
     assert (tmp_path / "r.jsonl").read_text() == before
 
 
-def test_a_report_goes_on_by_the_contenders_and_samples_of_now(tmp_path):
+def test_a_report_goes_on_by_the_contenders_and_samples_of_now(tmp_path, of_the_machine):
     """Not with the times, or the error, of what my_kernel.py was at the time."""
     source = documented()
-    asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5", "--out", "r.jsonl"]
+    asked = [*SMALL, "--tokens", "5", "--out", "r.jsonl"]
     asked += ["--contender", "my_kernel.py", "--contenders", "fused,wrong"]
     (tmp_path / "my_kernel.py").write_text(source)
-    assert run(*asked, cwd=tmp_path).returncode == 1
+    (tmp_path / "r.jsonl").write_text(of_the_machine)
+    assert measured(*asked, cwd=tmp_path).returncode == 1
     first = [row for row in report.read(tmp_path / "r.jsonl") if tables.is_timed(row)]
     (tmp_path / "my_kernel.py").write_text(source.replace("p.lam.mean()", "p.lam.repeat_interleave(p.shape.r)"))
-    done = run(*asked, cwd=tmp_path)
+    done = measured(*asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not timed" not in done.stdout
     second = report.read(tmp_path / "r.jsonl")
     assert {row["contender"] for row in second if tables.is_timed(row)} == {"fused", "wrong"}
     assert not any(row in first for row in second if tables.is_timed(row))
-    assert run(*asked, "--samples", "4", cwd=tmp_path).returncode == 0
+    assert measured(*asked, "--samples", "4", cwd=tmp_path).returncode == 0
     third = report.read(tmp_path / "r.jsonl")
     assert {len(row["us"]) for row in third if tables.is_timed(row)} == {4}
-    cut = run(*asked, "--samples", "5", "--seconds", "0", cwd=tmp_path)
+    cut = measured(*asked, "--samples", "5", "--seconds", "0", cwd=tmp_path)
     assert (cut.returncode, "40x24" in cut.stdout) == (3, False)  # nothing of before in the place of what was asked for
     assert "1 left" in cut.stderr
     # The machine was measured once, by another torch now.
     before = (tmp_path / "r.jsonl").read_text()
     other = before.replace(f'"torch": "{torch.__version__}"', '"torch": "2.11.0"')
     (tmp_path / "r.jsonl").write_text(other)
-    refused = run(*asked, cwd=tmp_path)
+    refused = measured(*asked, cwd=tmp_path)
     assert refused.returncode == 2
     assert f"was measured with torch 2.11.0, here it is {torch.__version__}; give another file" in refused.stderr
     assert (tmp_path / "r.jsonl").read_text() == other
 
 
 def test_a_whole_layer_without_a_report(tmp_path):
-    asked = ["-m", "nsc_kernels.bench", "linear", *SMALL, "--tokens", "5", "--quick", "--json"]
-    done = run(*asked, cwd=tmp_path)
+    done = measured("linear", *SMALL, "--tokens", "5", "--quick", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     timed = {row["contender"] for row in rows if tables.is_timed(row)}
@@ -113,8 +139,9 @@ def test_a_whole_layer_without_a_report(tmp_path):
     assert "multiply_add" in {row.get("what") for row in rows} or ceilings.multiply_add() is None
 
 
-def test_the_backend_that_is_asked_for_is_the_one_that_is_timed(tmp_path, monkeypatch):
+def test_the_backend_that_is_asked_for_is_the_one_that_is_timed(tmp_path, monkeypatch, of_the_machine):
     """And figures of another are not gone on with."""
+    (tmp_path / "r.jsonl").write_text(of_the_machine)
     asked = ["-m", "nsc_kernels.bench", *SMALL, "--tokens", "5", "--contenders", "fused,concat", "--out", "r.jsonl"]
     monkeypatch.setenv("NSC_BACKEND", "reference")
     done = run(*asked, cwd=tmp_path)
@@ -195,10 +222,12 @@ def test_pictures_without_matplotlib_are_refused_before_anything_is_measured(tmp
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])
-def test_a_reader_that_has_left_ends_it_quietly(tmp_path, words):
+def test_a_reader_that_has_left_ends_it_quietly(tmp_path, words, of_the_machine):
+    (tmp_path / "r.jsonl").write_text(of_the_machine)
     read, write = os.pipe()
     os.close(read)
     asked = [sys.executable, "-m", "nsc_kernels.bench", *SMALL, "--tokens", "5,7", "--contenders", "fused", *words]
+    asked += ["--out", "r.jsonl"]
     done = subprocess.run(asked, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")

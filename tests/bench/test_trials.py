@@ -54,7 +54,8 @@ def meet(dry_run):
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         except BlockingIOError:
-            os.path.exists(held) and os.remove(held)
+            if os.path.exists(held):
+                os.remove(held)
             raise
     return device(dry_run)
 
@@ -62,7 +63,7 @@ def main():
     parser = trial_arguments(None)
     parser.add_argument("names")
     args = parser.parse_args()
-    trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 1 if n == "hang" else 60)
+    trials = {f"{i} {n}": Trial(n.partition("@")[2] or "triton", n.partition("@")[0], 2 if n == "hang" else 60)
               for i, n in enumerate(args.names.split(","))}
     print(supervise(args, trials, run_one, meet))
     return 0
@@ -123,7 +124,7 @@ def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> N
     rows = harness.rows()
     why = {row["trial"]: row["why"] for row in rows if row.get("why")}
     assert why == {
-        "1 hang": "killed after 1 s",
+        "1 hang": "killed after 2 s",
         "3 crash": "its process ended with code -11",
         "5 raise": "ValueError: no",
     }

@@ -8,6 +8,7 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
+from forked import start
 from torch import nn
 
 from nsc_merge import Adapter, Factor, attach
@@ -109,7 +110,7 @@ def test_one_process(tmp_path):
 
 def test_two_processes(tmp_path):
     store = str(tmp_path / "store")
-    other = torch.multiprocessing.spawn(second, (store,), nprocs=1, join=False)
+    other = start(second, (store,), 1)
     check(0, 2, store)
     other.join()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from cli_cases import interrupted, make_place
+from forked import start
 from safetensors.torch import load_file, save_file
 from zoo import build
 
@@ -51,13 +54,30 @@ def test_rows_are_cut_and_what_has_none_is_dealt_out():
     assert torch.equal(parts[1][2].mine(rows), rows)
 
 
-@needs_gloo
-def test_a_request_to_end_is_heard_once(monkeypatch):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
+        return free.getsockname()[1]
+
+
+def launched(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables by which launchers tell processes apart."""
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    return {name: str(value) for name, value in values.items()}
+
+
+def carry_out(rank: int, size: int, port: int, words: list[str], said: Path) -> None:
+    """A command in one of the processes of a launcher; what they say on standard error is in one file."""
+    os.environ.update(launched(rank, size, port))
+    with said.open("a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(main(words))
+
+
+@needs_gloo
+def test_a_request_to_end_is_heard_once(monkeypatch):
+    for name, value in launched(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "launched", lambda: True)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -130,7 +150,10 @@ def test_torchrun_goes_on_from_what_one_process_left(tmp_path, monkeypatch, caps
     # What all of them find wrong once the base is there, one says, of the class that it has in transformers.
     save_file({**load_file(place / "inputs" / "nli.safetensors"), "bogus": torch.zeros(6)}, place / "bogus.safetensors")
     wrong = [*recipe, f"calibration.nli={place / 'bogus.safetensors'}", f"output.dir={place / 'other'}"]
-    done = subprocess.run([*started, "-m", "nsc_merge", *wrong], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
-    assert done.stderr.count("nsc-merge: error: calibration.nli: LlamaForSequenceClassification takes no input") == 1
+    both = start(carry_out, (2, free_port(), wrong, place / "said"), 2)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        while not both.join():
+            pass
+    said = (place / "said").read_text()
+    assert said.count("nsc-merge: error: calibration.nli: LlamaForSequenceClassification takes no input") == 1
     assert not (place / "other").exists()
