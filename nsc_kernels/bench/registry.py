@@ -235,12 +235,14 @@ def where_and_why(error: Exception) -> str:
 
 
 def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # By a name of its own, and what lies beside it last: triton.py is not what others import as triton.
+    name = f"contender_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.resolve().parent))  # as of a script: what lies beside it can be imported
+    sys.modules[name] = module
+    sys.path.append(str(path.resolve().parent))
     spec.loader.exec_module(module)
     return module
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -117,9 +120,11 @@ def test_a_file_that_gives_no_contender_is_refused_with_its_line(tmp_path, capsy
     assert error.count("\n") == 1
 
 
-def test_what_lies_beside_a_file_is_imported(tmp_path):
+def test_what_lies_beside_a_file_is_imported_and_the_file_stands_in_no_module_s_place(tmp_path, monkeypatch):
     (tmp_path / "a_file_beside.py").write_text("NAME = 'beside'\n")
     source = REGISTERS.format("x", "operator").replace("'x'", "NAME")
-    (tmp_path / "mine.py").write_text(f"from a_file_beside import NAME\n{source}")
-    registry.load(str(tmp_path / "mine.py"))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "colorsys.py").write_text(f"import colorsys\nfrom a_file_beside import NAME\n{source}")
+    registry.load(str(tmp_path / "colorsys.py"))
+    assert importlib.import_module("colorsys").rgb_to_hsv
     assert registry.chosen("operator", ["beside"])
