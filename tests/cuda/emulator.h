@@ -321,6 +321,24 @@ inline void load_matrices4(uint32_t (&r)[4], const void* row) { load_matrices<4,
 inline void load_matrices2(uint32_t (&r)[2], const void* row) { load_matrices<2, false>(r, row); }
 inline void load_matrices4_transposed(uint32_t (&r)[4], const void* row) { load_matrices<4, true>(r, row); }
 
+// What one lane multiplies for its four sums, unpacked once: sum i is of row i / 2 with column i % 2.
+struct Operands {
+  double left[2][16], right[2][16];
+
+  template <class E>
+  void unpack_left(const Warp& warp, int buffer) {
+    const int row = lane_index() / 4;
+    for (int r = 0; r < 2; ++r)
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t pair = warp.a[buffer][row * 4 + k % 8 / 2][r + k / 8 * 2];
+        left[r][k] = E::widen(half_bits(pair >> k % 2 * 16));
+      }
+  }
+  float sum(int i, float acc) const {
+    return inner_sum(machine().unit, acc, 16, [&](int k) { return left[i / 2][k] * right[i % 2][k]; });
+  }
+};
+
 template <class E>
 void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int buffer = exchange([&](Warp& warp, int b, int lane) {
@@ -329,15 +347,15 @@ void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
     warp.b[b][lane][1] = b1;
   });
   const Warp& warp = machine().warp();
-  const int lane = lane_index();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    acc[i] = inner_sum(machine().unit, acc[i], 16, [&](int k) {
-      const uint32_t left = warp.a[buffer][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-      const uint32_t right = warp.b[buffer][column * 4 + k % 8 / 2][k / 8];
-      return double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(half_bits(right >> k % 2 * 16));
-    });
-  }
+  Operands operands;
+  operands.unpack_left<E>(warp, buffer);
+  for (int c = 0; c < 2; ++c)
+    for (int k = 0; k < 16; ++k) {
+      const int column = lane_index() % 4 * 2 + c;
+      const uint32_t pair = warp.b[buffer][column * 4 + k % 8 / 2][k / 8];
+      operands.right[c][k] = E::widen(half_bits(pair >> k % 2 * 16));
+    }
+  for (int i = 0; i < 4; ++i) acc[i] = operands.sum(i, acc[i]);
 }
 
 inline void store_pair(float* to, float low, float high) { to[0] = low, to[1] = high; }

@@ -152,19 +152,19 @@ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t matrix, bool add) {
   const int buffer = exchange([&](Warp& warp, int b, int lane) { std::memcpy(warp.a[b][lane], a, 16); });
   const Warp& warp = machine().warp();
   const unsigned char* memory = machine().memory(cluster_rank());
-  const int lane = lane_index();
-  for (int n = 0; n < Columns / 8; ++n)
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = n * 8 + lane % 4 * 2 + i % 2;
-      d[n][i] = inner_sum(machine().unit, add ? d[n][i] : 0.0f, 16, [&](int k) {
-        const uint32_t left = warp.a[buffer][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+  Operands operands;
+  operands.unpack_left<E>(warp, buffer);
+  for (int n = 0; n < Columns / 8; ++n) {
+    for (int c = 0; c < 2; ++c)
+      for (int k = 0; k < 16; ++k) {
+        const int column = n * 8 + lane_index() % 4 * 2 + c;
         const int outer = Transposed ? k : column, inner = Transposed ? column : k;
-        const int at = swizzled(start + outer / 8 * stride + outer % 8 * kRowBytes + inner * 2);
-        half_bits right;
-        std::memcpy(&right, memory + at, 2);
-        return double(E::widen(half_bits(left >> k % 2 * 16))) * E::widen(right);
-      });
-    }
+        half_bits value;
+        std::memcpy(&value, memory + swizzled(start + outer / 8 * stride + outer % 8 * kRowBytes + inner * 2), 2);
+        operands.right[c][k] = E::widen(value);
+      }
+    for (int i = 0; i < 4; ++i) d[n][i] = operands.sum(i, add ? d[n][i] : 0.0f);
+  }
 }
 
 }  // namespace nsc::cuda

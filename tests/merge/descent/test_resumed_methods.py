@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from loop_cases import TASKS, adapters_for, llama, text_batches
@@ -67,6 +69,12 @@ def run(name, batches, **options):
     return merge(llama(), adapters_for(llama()), batches, method, **{**SETTINGS, **own, **options})
 
 
+@functools.cache
+def undisturbed(name):
+    """What a run of the case comes to that nothing stopped."""
+    return run(name, calibration())
+
+
 def same_to_the_bit(first, second):
     assert first.coefficients == second.coefficients
     assert first.factors.keys() == second.factors.keys()
@@ -89,7 +97,7 @@ def test_every_method_that_learns_is_here():
 def test_a_run_whose_machine_went_down_goes_on(tmp_path, name, down_at):
     """Saved every fourth step, and lost since."""
     state = tmp_path / "state.safetensors"
-    whole = run(name, calibration())
+    whole = undisturbed(name)
     assert not {"state_to", "state_every", "state_of", "resume_from"} & set(whole.options)
     with pytest.raises(Stopped):
         run(name, calibration(down_at), state_to=state, state_every=4)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
+
 from small_device import run
 
-MERGES = """
-import sys
+IMPORTS = """
+import sys, tempfile
+from pathlib import Path
 from device_without_float64 import NAME, plain
 import torch
 import nsc_merge
 from nsc_merge.methods import METHODS
 from nsc_merge.models.bases import quantised, stored_weights
+from nsc_merge.models.bases.unloaded import leave_in_files
+from transformers import LlamaForCausalLM
 sys.path.append("merge")
 from loop_cases import TASKS, adapters_for, llama, text_batches
 
 plain(quantised, stored_weights)
+"""
 
+
+MERGES = """
 def logits(model, batch):
     return model(**batch).logits[:, -1]
 
@@ -47,18 +55,6 @@ for method in METHODS.values():
 
 
 IN_FILES = """
-import sys, tempfile
-from pathlib import Path
-from device_without_float64 import NAME, plain
-import torch
-import nsc_merge
-from nsc_merge.models.bases import quantised, stored_weights
-from nsc_merge.models.bases.unloaded import leave_in_files
-from transformers import LlamaForCausalLM
-sys.path.append("merge")
-from loop_cases import adapters_for, llama
-
-plain(quantised, stored_weights)
 base = llama()
 folder = Path(tempfile.mkdtemp())
 base.save_pretrained(folder)
@@ -77,9 +73,15 @@ print(len(expected), "the same")
 """
 
 
-def test_every_method_on_a_device_without_float64():
-    assert len(run(MERGES).split()) > 20
+@pytest.fixture(scope="module")
+def printed():
+    """By one process, as it takes seconds to begin one."""
+    return run(IMPORTS + MERGES + IN_FILES).splitlines()
 
 
-def test_weights_that_are_left_in_files_for_a_device_without_float64():
-    assert "8 the same" in run(IN_FILES)
+def test_every_method_on_a_device_without_float64(printed):
+    assert len(printed[:-1]) > 20
+
+
+def test_weights_that_are_left_in_files_for_a_device_without_float64(printed):
+    assert printed[-1] == "8 the same"
