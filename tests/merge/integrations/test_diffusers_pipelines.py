@@ -254,6 +254,7 @@ def test_pipelines_without_adapters_are_refused():
         merge(pipe, ["a"])
 
 
+@pytest.mark.filterwarnings("error:The configuration file of this scheduler:FutureWarning")
 def test_the_example_runs_both_ways(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["diffusers_loras.py", "--steps", "1"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
