@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -95,6 +97,26 @@ def held_out(calibration: Calibration, tasks: Sequence[str], count: int) -> tupl
         for batch in first[task]:
             _check_mask(task, batch)
     return first, {task: _Rest(calibration[task], count) for task in tasks}
+
+
+@contextmanager
+def naming_tasks(drawn: Mapping[str, Batch]) -> Iterator[None]:
+    """What others' code, such as a model, raises of its inputs, not knowing whose they are, is told with the tasks and
+    the shapes of their batches.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = str(frame.f_globals.get("__name__")).partition(".")[0] in ("nsc_merge", "nsc_kernels")
+        if ours or type(error) not in (IndexError, RuntimeError, TypeError, ValueError):
+            raise
+        alike: dict[str, list[str]] = {}
+        for task, batch in drawn.items():
+            shapes = [f"{name} {list(value.shape)}" for name, value in batch.items() if isinstance(value, Tensor)]
+            alike.setdefault(", ".join(shapes), []).append(repr(task))
+        told = "; ".join(f"{', '.join(tasks)} of {shapes}" for shapes, tasks in alike.items())
+        raise type(error)(f"calibration: in forwards of the batches of {told}: {error}") from error
 
 
 def _own(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:

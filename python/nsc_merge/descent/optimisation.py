@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.descent.checkpoint import OF_THE_OBJECTIVE, State, random_states, restore_random_states
 from nsc_merge.descent.objective import Objective
 from nsc_merge.descent.options import SCHEDULES, DescentOptions
@@ -128,7 +128,9 @@ class Optimisation:
         lam, options = self._lam, self._options
         assert lam.grad is not None
         lam.grad.zero_()
-        omega = self._objective.accumulate(self._draw())
+        drawn = self._draw()
+        with naming_tasks(dict(zip(self._tasks, drawn, strict=False))):
+            omega = self._objective.accumulate(drawn)
         still = lam.grad == 0
         self.dead = self.dead & still if step else still
         if step == 0:

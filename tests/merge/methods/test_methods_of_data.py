@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from zoo import build, write_adapter
 
 import nsc_merge
+from nsc_merge.calibration.batches import naming_tasks
+from nsc_merge.utils.errors import UsageError
+from nsc_merge.utils.option_checks import check_number
 
 
 @pytest.mark.parametrize("method", ["adamerging", "regmean", "fisher", "match"])
@@ -36,3 +40,40 @@ def test_calibration_errors(model, folders, calibration, outputs, method, bad):
     options = {"outputs": outputs} if method in ("adamerging", "fisher") else {}
     with pytest.raises(ValueError, match="calibration"):
         nsc_merge.merge(model, folders, bad, method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("nsc", {"batch_tasks": True}),
+        ("nsc", {"batch_tasks": None}),
+        ("match", {}),
+        ("match", {"init": "match"}),
+        ("distill", {}),
+        ("adamerging", {}),
+        ("regmean", {}),
+        ("fisher", {}),
+    ],
+)
+def test_inputs_that_the_model_refuses_are_told_with_the_task_and_their_shapes(tmp_path, method, options):
+    model = build("vit")
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    tasks = {task: write_adapter(model, tmp_path / task, seed, **lora) for seed, task in enumerate("ab")}
+    batches = {"a": [{"pixel_values": torch.ones(2, 3, 8, 8)}], "b": [{"pixel_values": torch.ones(2, 3, 12, 12)}]}
+    steps = {} if method in ("regmean", "fisher") else {"steps": 2, "progress": False}
+    words = r"^calibration: .*'b' of pixel_values \[2, 3, 12, 12\]: Input image size \(12\*12\)"
+    with pytest.raises(ValueError, match=words):
+        nsc_merge.merge(model, tasks, batches, method, **steps, **options)
+
+
+def test_what_is_refused_here_is_told_as_it_is():
+    drawn = {"a": {"input_ids": torch.ones(2, 3)}, "b": {"input_ids": torch.ones(4, 3)}}
+    drawn["c"] = drawn["a"]
+    with pytest.raises(ValueError, match=r"^init: expected"), naming_tasks(drawn):
+        check_number("init", "none")
+    words = r"^calibration: in forwards of the batches of 'a', 'c' of input_ids \[2, 3\]; 'b' of input_ids \[4, 3\]: 3$"
+    with pytest.raises(IndexError, match=words) as caught, naming_tasks(drawn):
+        raise IndexError(3)
+    assert isinstance(caught.value.__cause__, IndexError)
+    with pytest.raises(UsageError, match=r"^of its own kind$"), naming_tasks(drawn):
+        raise UsageError("of its own kind")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.adapters import Factor
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
 from nsc_merge.methods.closed_form.squared_gradients import SquaredGradients, Term
@@ -154,7 +154,8 @@ def information(
             # Of the batch, so that labels are the same in however many processes. torch takes the lower 32 bits.
             generator.manual_seed(options.seed + 1_000_003 * number)
             held = one_by_one([batch], device)[0].inputs
-            output = output_of(heads, task, model, held)
+            with naming_tasks({task: batch}):
+                output = output_of(heads, task, model, held)
             refuse_unseen(model, [path for path in paths if path not in inputs])
             mask = held.get(masked) if masked else None
             if answers and task not in (options.outputs or {}) and output.dim() == 3:

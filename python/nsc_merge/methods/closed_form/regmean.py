@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsc_kernels.devices import to_float64, with_float64
 from nsc_merge.adapters import Adapter, Factor
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
 from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_the_rest
@@ -88,7 +88,8 @@ def grams(
         device = input_device(model)
         for _, batch, counted[0] in in_turn(batches):
             inputs = one_by_one([batch], device)[0].inputs
-            model(**inputs)
+            with naming_tasks({task: batch}):
+                model(**inputs)
             refuse_unseen(model, set(paths) - called)
     sizes = torch.tensor([counts[path] for path in paths], device=device)
     current().add([sizes])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsc_kernels.devices import with_float64
-from nsc_merge.calibration.batches import Batch, held_out, restartable, streams
+from nsc_merge.calibration.batches import Batch, held_out, naming_tasks, restartable, streams
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole, one_by_one
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.descent.mean_loss import Loss, parts_of
@@ -197,7 +197,8 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
     drawn = [next(stream) for stream in streams(problem.calibration, problem.tasks).values()]
     watcher = Watcher(problem, options.features, options.positions, given=options.family)
     present = presence(problem)
-    with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad():
+    of_tasks = naming_tasks(dict(zip(problem.tasks, drawn, strict=True)))
+    with attached(problem, replace(options, init=1.0)) as coefficients, torch.no_grad(), of_tasks:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         present = present.to(coefficients.flat)
         sums = torch.zeros(len(SCALES), dtype=torch.float64, device=with_float64(coefficients.flat.device))
