@@ -2,78 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 
+import killed_writer
 import pytest
+from killed_writer import NEW, obsolete, replace, write
 
 from nsc_merge.utils import atomic_folder
 from nsc_merge.utils.atomic_folder import replacing_folder
 
-KILLED = 9
-CALLS = [
-    *("os.rename", "os.replace", "os.link", "os.unlink", "os.rmdir", "os.mkdir", "os.chmod", "os.open"),
-    "atomic_folder._exchange",
-]
 OLD = {"config.json": "old", "model-1.safetensors": "old", "model-2.safetensors": "old", "tasks/a/x": "old"}
-NEW = {"config.json": "new", "model-1.safetensors": "new", "tasks/a/x": "new", "tasks/b/x": "new"}
 FOREIGN = {"notes.txt": "mine", "sub/deep/data": "mine"}
 AFTER = {**NEW, **FOREIGN}
-
-
-def obsolete(path, written):
-    return path.name.startswith("model-")
-
-
-def write(folder, files):
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
 
 
 def read(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def replace(out):
-    with replacing_folder(out, obsolete) as staging:
-        write(staging, NEW)
+@pytest.fixture(scope="module")
+def killed_at():
+    """:func:`killed_writer.killed_at`, in its own process."""
+    command = [sys.executable, killed_writer.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(step, out, inside=False, exchange=True):
+            asked = {"step": step, "out": str(out), "inside": inside, "exchange": exchange}
+            print(json.dumps(asked), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
 
 
-def killed_at(step, out, inside=False):
-    """Replace ``out`` in a process that ends, as if killed, before its ``step``-th change to the filesystem; whether
-    it got that far.
-    """
-    child = os.fork()
-    if child == 0:
-        count = 0
-        if inside:
-            os.chdir(out)
-
-        def counting(original):
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count > step:
-                    os._exit(KILLED)
-                return original(*args, **kwargs)
-
-            return call
-
-        for name in CALLS:
-            module, function = name.split(".")
-            holder = {"os": os, "atomic_folder": atomic_folder}[module]
-            setattr(holder, function, counting(getattr(holder, function)))
-        try:
-            replace(out)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
-
-
-def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path):
+def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, killed_at):
     seen, step = [], 0
     while True:
         place = tmp_path / str(step)
@@ -92,7 +58,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path):
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
-def test_a_kill_leaves_no_folder_or_a_whole_one_where_there_was_none(tmp_path):
+def test_a_kill_leaves_no_folder_or_a_whole_one_where_there_was_none(tmp_path, killed_at):
     for step in range(100):
         out = tmp_path / str(step) / "out"
         killed = killed_at(step, out)
@@ -102,12 +68,11 @@ def test_a_kill_leaves_no_folder_or_a_whole_one_where_there_was_none(tmp_path):
     assert read(out) == NEW
 
 
-def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic_folder, "_exchange", lambda *_: False)
+def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, killed_at):
     for step in range(100):
         place = tmp_path / str(step)
         write(place / "out", {**OLD, **FOREIGN})
-        killed = killed_at(step, place / "out")
+        killed = killed_at(step, place / "out", exchange=False)
         whole = [read(path) for path in place.iterdir()]
         assert {**OLD, **FOREIGN} in whole or AFTER in whole
         if (place / "out").exists():
@@ -118,14 +83,16 @@ def test_without_an_exchange_both_versions_survive_a_kill(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("way", ["exchanged", "renamed", "one by one"])
-def test_whatever_a_kill_left_the_next_writer_brings_the_old_or_the_new_and_clears_up(tmp_path, monkeypatch, way):
+def test_whatever_a_kill_left_the_next_writer_brings_the_old_or_the_new_and_clears_up(
+    tmp_path, monkeypatch, killed_at, way
+):
     if way == "renamed":
         monkeypatch.setattr(atomic_folder, "_exchange", lambda *_: False)
     seen = []
     for step in range(0, 200, 5):
         place = tmp_path / str(step)
         write(place / "out", {**OLD, **FOREIGN})
-        killed = killed_at(step, place / "out", inside=way == "one by one")
+        killed = killed_at(step, place / "out", inside=way == "one by one", exchange=way != "renamed")
         with pytest.raises(RuntimeError, match="no"), replacing_folder(place / "out", obsolete):
             raise RuntimeError("no")
         found = read(place / "out")
@@ -139,7 +106,7 @@ def test_whatever_a_kill_left_the_next_writer_brings_the_old_or_the_new_and_clea
     assert sum(seen) < len(seen)
 
 
-def test_a_kill_of_who_undoes_a_kill_leaves_the_old_or_the_new(tmp_path):
+def test_a_kill_of_who_undoes_a_kill_leaves_the_old_or_the_new(tmp_path, killed_at):
     for step in range(8, 32, 6):
         out = tmp_path / str(step) / "out"
         write(out, {**OLD, **FOREIGN})
