@@ -65,9 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of ``--dist loadfile``: files that stand together in :data:`_TOGETHER` go to one worker."""
+    """Of ``--dist loadfile``: files that stand together in :data:`_TOGETHER` go to one worker, in the order above."""
     if config.getvalue("dist") != "loadfile":
         return None
+    config.option.loadscopereorder = False  # which hands out last what has few tests and takes long
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
