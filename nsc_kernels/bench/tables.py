@@ -132,7 +132,7 @@ def line(
     else:
         text += f"{'-':>12} {'':>6} {'':>8}"
     for name, width in others:
-        text += f"{ratio(rows.get(name)):>{width}}"
+        text += f" {ratio(rows.get(name)):>{width - 1}}"
     return text
 
 
