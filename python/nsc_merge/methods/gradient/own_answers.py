@@ -176,6 +176,7 @@ class _Keeping:
 
     def __init__(self, model: Any, tokens: str, mask: str, real: Tensor) -> None:
         self._model, self._tokens, self._mask, self._real = model, tokens, mask, real.clone()
+        self._name = _cache_of(model)
         self._kept: Any = None
         self.count = 0
 
@@ -193,11 +194,9 @@ class _Keeping:
         else:
             self._real = pad(self._real, (0, 1), value=1)
             last = {self._tokens: inputs[self._tokens][rows, places][:, None], self._mask: self._real}
-            found = self._model(
-                **last, position_ids=places[:, None], past_key_values=self._kept, use_cache=True
-            )
+            found = self._model(**last, position_ids=places[:, None], use_cache=True, **{self._name: self._kept})
             following = found.logits[:, -1]
-        self._kept = getattr(found, "past_key_values", None)
+        self._kept = getattr(found, self._name, None)
         return following.to(places.device)
 
 
@@ -212,9 +211,16 @@ def _keeps(model: nn.Module | None) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     takes = inspect.signature(model.forward).parameters
-    able = {"past_key_values", "position_ids"} <= takes.keys()
+    able = {_cache_of(model), "position_ids"} <= takes.keys()
     able &= "use_cache" in takes or any(one.kind is one.VAR_KEYWORD for one in takes.values())
     return able and kinds == {"full_attention"} and not any(windows)
+
+
+def _cache_of(model: nn.Module) -> str:
+    """What a model's forward calls its key-value cache, as an argument and in its outputs: transformers has another
+    name for it since 5.24.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
