@@ -127,10 +127,13 @@ def test_a_head_whose_inputs_are_scaled_where_it_is_tied_stays_so_when_it_is_not
     assert model.lm_head.weight is model.shared.weight
 
 
-@pytest.mark.parametrize(("name", "advised"), [("T5", True), ("UMT5", False)])
-def test_a_way_out_of_tied_weights_names_the_setting_where_it_changes_nothing_else(name, advised, tmp_path):
+@pytest.mark.parametrize("name", ["T5", "UMT5"])
+def test_a_way_out_of_tied_weights_names_the_setting_where_it_changes_nothing_else(name, tmp_path):
     kind, settings = SCALED[name]
     model = kind(settings(**T5)).eval()
+    # T5 keeps apart whether the head's inputs are scaled; UMT5 does since transformers 5.24.
+    advised = hasattr(model.config, "scale_decoder_outputs")
+    assert advised or name == "UMT5"
     folder = written(model, tmp_path / "a", 1, target_modules=["q"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"weight is shared.weight too \(tied\)") as error:
         fit({"a": nsc_merge.load_adapter(folder, "a")}, model)
