@@ -71,6 +71,8 @@ def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
     above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # the root has none
     if not above.is_dir():
         raise NotADirectoryError(f"out: no folder can be made in {above}, which is none; expected a place in a folder")
+    if out.is_symlink():  # what is left of a loop by Python 3.13; before, resolve() raises of it
+        raise OSError(f"out: {out} is a loop of links; expected a folder, or a place for one")
     if os.path.ismount(out):
         raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
     if out.exists() and not os.access(out, os.W_OK | os.X_OK):

@@ -238,6 +238,16 @@ def test_a_folder_within_a_file_is_refused_by_name(tmp_path, place):
         raise AssertionError
 
 
+def test_a_loop_of_links_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with (
+        pytest.raises((OSError, RuntimeError), match=r"(?i)loop"),
+        replacing_folder(tmp_path / "out", lambda *_: False),
+    ):
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_links_are_copied_where_the_filesystem_has_none(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no links here")
