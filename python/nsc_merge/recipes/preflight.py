@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from nsc_merge.calibration.raw.reading import is_raw
@@ -131,9 +131,6 @@ def _check_place(recipe: Recipe, method: Method) -> None:
     """
     try:
         out = recipe.out.resolve()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            # Says so of a loop of links, of which resolve() says nothing since Python 3.13.
-            recipe.out.stat()
         if out.name:
             # Says so if the name is too long for a file.
             state_file(recipe).is_file()

@@ -69,10 +69,10 @@ def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
     """
     out, written = out.resolve(), set(written)
     above = next((parent for parent in out.parents if os.path.lexists(parent)), out)  # the root has none
+    if out.is_symlink() or above.is_symlink():  # Python 3.13 leaves a loop as it is; before, resolve() raises of it
+        raise OSError(f"out: expected a folder that can be made, found {str(out)!r:.80}: a loop of links")
     if not above.is_dir():
         raise NotADirectoryError(f"out: no folder can be made in {above}, which is none; expected a place in a folder")
-    if out.is_symlink():  # what is left of a loop by Python 3.13; before, resolve() raises of it
-        raise OSError(f"out: {out} is a loop of links; expected a folder, or a place for one")
     if os.path.ismount(out):
         raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
     if out.exists() and not os.access(out, os.W_OK | os.X_OK):
