@@ -66,6 +66,16 @@ def test_inputs_that_the_model_refuses_are_told_with_the_task_and_their_shapes(t
         nsc_merge.merge(model, tasks, batches, method, **steps, **options)
 
 
+def test_batches_held_out_are_told_by_their_own_shapes(tmp_path):
+    """They are measured within a step, on the batches of which nothing is wrong."""
+    model = build("vit")
+    folder = write_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    batches = [{"pixel_values": torch.ones(2, 3, side, side)} for side in (12, 8)]
+    words = r"^calibration: .*'a' of pixel_values \[2, 3, 12, 12\]: Input image size \(12\*12\)"
+    with pytest.raises(ValueError, match=words):
+        nsc_merge.merge(model, {"a": folder}, {"a": batches}, "match", hold_out=1, steps=2, progress=False)
+
+
 def test_what_is_refused_here_is_told_as_it_is():
     drawn = {"a": {"input_ids": torch.ones(2, 3)}, "b": {"input_ids": torch.ones(4, 3)}}
     drawn["c"] = drawn["a"]

@@ -276,9 +276,11 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def measure() -> float:
             total = torch.zeros((), dtype=torch.float64, device=with_float64(coefficients.flat.device))
             for one in parts_of([one for batches in held for one in one_by_one(batches, device)]):
-                wanted = targets.of(one)
-                coefficients.spread()
-                found = watcher.see(one).features
+                # Of their own: this may be called within a step on others.
+                with naming_tasks({problem.tasks[number]: one.sources[0] for number in one.tasks[0]}):
+                    wanted = targets.of(one)
+                    coefficients.spread()
+                    found = watcher.see(one).features
                 for number in one.tasks[0]:
                     total += targets.distance(wanted[number], one, found).to(total.device)
             current().add([total])
