@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nsc_kernels import AdapterBank, null_space_ratio
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import name_of
+from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.real_tokens import RealTokens
@@ -132,7 +133,8 @@ def null_space_ratios(
             module.measure = record if module.bank.R else None
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            model(**inputs)
+            with naming_inputs("inputs", inputs):
+                model(**inputs)
     reached = {
         task: [path for path, factor in adapter.factors.items() if factor.rank and tokens.get(path)]
         for task, adapter in adapters.items()

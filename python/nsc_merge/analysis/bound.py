@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import AdapterSource, Factor
 from nsc_merge.analysis.null_space_ratios import low_rank_part
 from nsc_merge.analysis.rank_correlation import rank_correlation
+from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.forward_contexts import eager, evaluating
@@ -84,7 +85,8 @@ def check_bound(
             stack.callback(hook.remove)
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items()}
-            model(**inputs)
+            with naming_inputs("inputs", inputs):
+                model(**inputs)
     silent = [check.path for check in checks if not check.inputs]
     if silent:
         raise RuntimeError(f"inputs: the forward reaches no {silent[0]}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
 from nsc_merge.adapters import Adapter, AdapterSource, Factor, load_adapter
+from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
@@ -165,7 +166,8 @@ def per_sample_ratios(
         for batch in batches:
             found.clear()
             inputs = {name: value.to(device) for name, value in batch.items()}
-            model(**inputs)
+            with naming_inputs("inputs", inputs):
+                model(**inputs)
             silent = [path for path in paths if path not in found]
             if silent:
                 raise RuntimeError(f"inputs: the forward reaches no {silent[0]}")

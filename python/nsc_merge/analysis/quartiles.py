@@ -78,9 +78,10 @@ def sample_study(
     found = {}
     for task in tasks if tasks is not None else list(suite.tasks):
         own = result.for_task(task)
+        # First, as what fails there is told with the task.
+        outputs, labels = predict(suite, own, split, [task])[task]
         batches: list[Mapping[str, Tensor]] = [inputs for inputs, _ in suite.labelled(task, split)]
         ratios = per_sample_ratios(suite.model, own, batches, modules=modules, blocks=blocks)
-        outputs, labels = predict(suite, own, split, [task])[task]
         quality = suite.quality(task, outputs, labels).double()
         known = ~quality.isnan()
         rows = {name: ratios.of(name)[known] for name in ratios.tasks}

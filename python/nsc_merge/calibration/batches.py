@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -104,6 +104,27 @@ def naming_tasks(drawn: Mapping[str, Batch]) -> Iterator[None]:
     """What others' code, such as a model, raises of its inputs, not knowing whose they are, is told with the tasks and
     the shapes of their batches.
     """
+
+    def told() -> str:
+        alike: dict[str, list[str]] = {}
+        for task, batch in drawn.items():
+            alike.setdefault(_shapes(batch), []).append(repr(task))
+        batches = "; ".join(f"{', '.join(tasks)} of {shapes}" for shapes, tasks in alike.items())
+        return f"calibration: in forwards of the batches of {batches}"
+
+    with _telling(told):
+        yield
+
+
+@contextmanager
+def naming_inputs(argument: str, inputs: Batch) -> Iterator[None]:
+    """The same of the forward of one batch: told with the argument that it came in, and its shapes."""
+    with _telling(lambda: f"{argument}: in a forward of {_shapes(inputs)}"):
+        yield
+
+
+@contextmanager
+def _telling(told: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -111,12 +132,11 @@ def naming_tasks(drawn: Mapping[str, Batch]) -> Iterator[None]:
         ours = str(frame.f_globals.get("__name__")).partition(".")[0] in ("nsc_merge", "nsc_kernels")
         if ours or type(error) not in (IndexError, RuntimeError, TypeError, ValueError):
             raise
-        alike: dict[str, list[str]] = {}
-        for task, batch in drawn.items():
-            shapes = [f"{name} {list(value.shape)}" for name, value in batch.items() if isinstance(value, Tensor)]
-            alike.setdefault(", ".join(shapes), []).append(repr(task))
-        told = "; ".join(f"{', '.join(tasks)} of {shapes}" for shapes, tasks in alike.items())
-        raise type(error)(f"calibration: in forwards of the batches of {told}: {error}") from error
+        raise type(error)(f"{told()}: {error}") from error
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items() if isinstance(value, Tensor))
 
 
 def _own(task: str, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches, inputs_for, read_batches
-from nsc_merge.calibration.batches import MASK
+from nsc_merge.calibration.batches import MASK, naming_inputs
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
@@ -168,7 +168,9 @@ class RecipeSuite:
     def output(self, task: str, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the task's head on ``model``, where the model is."""
         device = input_device(model)
-        return self._heads[task](model, {name: value.to(device) for name, value in batch.items()})
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        with naming_inputs(f"tasks.{task}", inputs):
+            return self._heads[task](model, inputs)
 
     def kept(self, task: str, output: Tensor, label: Tensor) -> Outputs:
         """What is kept of the outputs of a batch until all are measured: of logits at several places of a sample, what

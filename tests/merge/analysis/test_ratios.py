@@ -229,3 +229,23 @@ def test_overlaps_of_row_spaces_are_of_directions_that_are_there(kind):
     assert overlaps(pair)[0]["inputs"] == pytest.approx(expected)
     nothing = {"q": Factor(torch.zeros(4, 32), two["q"].B, 1.0)}
     assert overlaps({"none": Adapter("none", nothing), "two": pair["two"]})[0]["inputs"] is None
+
+
+def test_inputs_that_the_model_refuses_are_told_with_their_shapes(tmp_path, capsys):
+    model = build("vit")
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "steps" / "checkpoint-1", 1, r=2, target_modules=["q_proj"])
+    inputs = tmp_path / "x.safetensors"
+    save_file({"pixel_values": torch.ones(2, 3, 12, 12)}, inputs)
+    of_model = ["--model", str(tmp_path / "base"), "--inputs", str(inputs)]
+    adapter = str(tmp_path / "steps" / "checkpoint-1")
+    for command in (
+        ["inspect", adapter],
+        ["analyse", "bound", adapter],
+        ["analyse", "tracking", str(tmp_path / "steps")],
+    ):
+        assert main([*command, *of_model]) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(
+            "nsc-merge: error: inputs: in a forward of pixel_values [2, 3, 12, 12]: Input image size (12*12)"
+        )

@@ -178,3 +178,13 @@ def test_a_row_that_fails_costs_no_other(place, capsys):
     assert "odd, seed 0: scale: expected one value for each of ['nli', 'topic'], found ['nli']" in shown.err
     found = rows(json.loads((place / "out" / "results.json").read_text()))
     assert list(found) == ["zero_shot", "finetuned", "task_arithmetic"]
+
+
+@pytest.mark.parametrize("command", [["eval"], ["analyse", "quartiles", "--row", "finetuned"]])
+def test_inputs_that_the_model_refuses_are_told_with_the_task_and_their_shapes(place, capsys, command):
+    file = place / "data" / "topic-test.safetensors"
+    save_file({**load_file(file), "position_ids": torch.zeros(12, 3, dtype=torch.long)}, file)
+    assert main([*command, str(place / "eval.yaml"), "tasks.topic.validation=null", "methods=[task_arithmetic]"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("nsc-merge: error: tasks.topic: in a forward of attention_mask [5, 7], input_ids [5, 7], ")
+    assert "position_ids [5, 3]: The size of tensor a" in line
