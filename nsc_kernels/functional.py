@@ -85,8 +85,9 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
         isinstance(z, Tensor)
         and not z.is_nested
         and isinstance(lam, Tensor)
+        and not lam.is_nested
         and isinstance(bank, AdapterBank)
-        and (base is None or isinstance(base, Tensor))
+        and (base is None or (isinstance(base, Tensor) and not base.is_nested))
     ):
         _refuse_types(z, bank, lam, base)
     if any_autocast() and _autocast_applies(z):
@@ -270,15 +271,15 @@ def refuse_other_bank(bank: Any) -> None:
 
 
 def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
-    """Raise for the argument that is not of its type, or a nested z, which has no shape to ask for."""
+    """Raise for the argument that is not of its type, or a nested one, which has no shape to ask for."""
     refuse_other_bank(bank)
-    if isinstance(z, Tensor) and z.is_nested:
-        raise TypeError(
-            "z must be dense, found a nested tensor; take torch.cat(z.unbind()), or z.values() of a jagged one. "
-            "nn.TransformerEncoder makes none with enable_nested_tensor=False"
-        )
     for name, t in (("z", z), ("lam", lam), ("base", base)):
-        if not isinstance(t, Tensor):
+        if isinstance(t, Tensor) and t.is_nested:
+            raise TypeError(
+                f"{name} must be dense, found a nested tensor; take torch.cat({name}.unbind()), or {name}.values() of "
+                "a jagged one. nn.TransformerEncoder makes none with enable_nested_tensor=False"
+            )
+        if not isinstance(t, Tensor) and (t is not None or name != "base"):
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
 
 
