@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import served_cases
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from zoo import build
 
@@ -236,6 +237,19 @@ def test_what_lies_beside_the_weights_is_checked_before_anything_is_loaded(folde
         load(folder)
 
 
+def recorded_makings(monkeypatch):
+    """Where transformers was to make models, one after another."""
+    made = []
+    own = tf.PreTrainedModel.from_pretrained.__func__
+
+    def recorded(kind, *arguments, **settings):
+        made.append(settings.get("device_map"))
+        return own(kind, *arguments, **settings)
+
+    monkeypatch.setattr(tf.PreTrainedModel, "from_pretrained", classmethod(recorded))
+    return made
+
+
 def sharded(folder):
     build("vit").save_pretrained(folder, max_shard_size="40KB")
     (folder / FILE).unlink()
@@ -244,7 +258,7 @@ def sharded(folder):
 
 
 @pytest.mark.parametrize("numbers", [True, False])
-def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
+def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers, monkeypatch):
     def refused(error, message):
         with pytest.raises(error, match=message) as found:
             load_model(str(folder), local=True, placement=Placement(device="cpu", numbers=numbers))
@@ -252,10 +266,13 @@ def test_what_is_wrong_with_files_of_weights_is_said(folder, numbers):
 
     config = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", hidden_size=2 * config["hidden_size"])
+    made = recorded_makings(monkeypatch)
     refused(ValueError, r"model: .* tensors of another shape .*classifier\.weight: expected \[2, 64\], found \[2, 32\]")
     # What fits into no memory is no different: nothing of that size is made.
     edit(folder / "config.json", hidden_size=config["hidden_size"], image_size=10**7)
     refused(ValueError, r"model: .* 1 tensors of another shape .*expected \[1, 6250000000001, 32\], found \[1, 5, 32\]")
+    # Nor is anything made before: of sizes that fit, random numbers take minutes.
+    assert set(made) == {"meta"}
     edit(folder / "config.json", image_size=config["image_size"])
     index, fields = sharded(folder)
     index.write_text(json.dumps({"weight_map": fields["weight_map"]}))

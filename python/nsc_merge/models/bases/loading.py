@@ -6,7 +6,8 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nsc_merge.models.bases.offloaded import load_over_devices, own_memory
 from nsc_merge.models.bases.placement import Placement, device_of
 from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
 from nsc_merge.models.bases.sharded import settled, sharding
-from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files
+from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files, weight_files
 from nsc_merge.models.forward_contexts import giving_tuples
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.provenance import Digest, digests, marks, quick
@@ -146,12 +147,18 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     # Loading writes down there how it quantises.
     plain = quantised_as(architecture.config) is None
     known = {**architecture.settings, "use_safetensors": True, "output_loading_info": True, **settings}
+    if plain and architecture.local and settings.get("device_map") != "meta" and _unlike_its_files(architecture):
+        # Seconds to minutes before transformers says it: what does not fit is made first, of random numbers.
+        given = {name: value for name, value in known.items() if name not in settings}
+        if (problem := _other_shapes(architecture, given)) is not None:
+            raise ValueError(problem)
     try:
         model, info = architecture.kind.from_pretrained(architecture.name, **known)
     except SafetensorError as error:
         raise ValueError(f"model: {architecture.name}: {error}") from None
     except Exception as error:  # of any kind: numbers of a configuration go through transformers to torch as they are
-        problem = _other_shapes(architecture, known, error) or _lacking(architecture)
+        told = "ignore_mismatched_sizes" in str(error)
+        problem = (_other_shapes(architecture, known) if told else None) or _lacking(architecture)
         if problem is None:
             outline_of(architecture)
             raise
@@ -174,16 +181,30 @@ def from_pretrained(architecture: Architecture, **settings: Any) -> nn.Module:
     return model.eval()
 
 
-def _other_shapes(architecture: Architecture, known: Mapping[str, Any], error: Exception) -> str | None:
+def _unlike_its_files(architecture: Architecture) -> bool:
+    """Whether a tensor in the files of a folder has the name of one of the model's, and another shape. That may be
+    right, as transformers converts some while it loads them.
+    """
+    try:
+        files = weight_files(Path(architecture.name))
+        # Of a copy: making a model writes into its configuration.
+        made = outline_of(replace(architecture, config=deepcopy(architecture.config))).state_dict()
+    except Exception:  # of any kind, for which loading has words
+        return False
+    held = ((name, one.shape) for tensors in files.values() for name, one in tensors.items())
+    return any(name in made and tuple(made[name].shape) != shape for name, shape in held)
+
+
+def _other_shapes(architecture: Architecture, known: Mapping[str, Any]) -> str | None:
     """What transformers says in a report alone, which commands do not show."""
-    if "ignore_mismatched_sizes" not in str(error):
-        return None
     # Of no size on the meta device: what a configuration asks for may fit nowhere.
     given = {**known, "ignore_mismatched_sizes": True, "device_map": "meta"}
     try:
         _, info = architecture.kind.from_pretrained(architecture.name, **given)
     except RuntimeError as error:  # Buffers are made even there.
         raise not_made(architecture, error) from None
+    if not info["mismatched_keys"]:
+        return None
     name, found, expected = min(info["mismatched_keys"])
     return (
         f"model: {architecture.name} has {len(info['mismatched_keys'])} tensors of another shape than its config.json "
