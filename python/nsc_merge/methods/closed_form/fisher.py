@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_kernels.modes import without_autocast
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.calibration.forward_passes import one_by_one
@@ -142,7 +143,7 @@ def information(
 
     heads = with_heads(options.outputs, {task: problem.adapters[task]}, model)
     generator, gradients = torch.Generator(), SquaredGradients()
-    with alone(problem, task), ExitStack() as stack, torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), alone(problem, task), ExitStack() as stack:
         check_gradients(model)
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(
@@ -174,7 +175,10 @@ def information(
             else:
                 terms = _labels(output, real, likelihood, options.exact, generator)
             uses = {path: list(zip(inputs[path], outputs[path], strict=True)) for path in outputs}
-            for path, squares in gradients.of(uses, terms).items():
+            # Whatever the forward was rounded to, squares are sums in float32.
+            with without_autocast(device.type):
+                squared = gradients.of(uses, terms)
+            for path, squares in squared.items():
                 squares = squares * float(counts)
                 sums[path] = squares if path not in sums else sums[path] + squares
             inputs.clear()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nsc_kernels.modes import without_autocast
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import CANCELS
 
@@ -44,7 +45,13 @@ def dense_update(factor: Factor) -> Tensor:
     """``s B A`` as a float32 matrix ``[d_out, d_in]``, or the matrix that it is."""
     if factor.dense is not None:
         return factor.scaling * factor.dense.float()
-    return (factor.scaling * factor.B.float()) @ factor.A.float()
+    return product(factor.scaling * factor.B.float(), factor.A.float())
+
+
+def product(B: Tensor, A: Tensor) -> Tensor:
+    """``B A`` in the dtype of the two, under ``torch.autocast``, too, which would round it to a narrow one."""
+    with without_autocast(A.device.type):
+        return B @ A
 
 
 def dense_updates(adapters: Mapping[str, Adapter]) -> Source:

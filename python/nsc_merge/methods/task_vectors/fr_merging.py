@@ -17,6 +17,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods.gradient_free import gradient_free, present
 from nsc_merge.methods.shared_options import fill
+from nsc_merge.methods.task_vectors.elementwise import product
 from nsc_merge.utils.option_checks import check_choice, check_number
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def filtered(A: Tensor, B: Tensor, options: FROptions) -> Iterator[tuple[slice, 
     """
     columns, removed = (tensor.to(A.device) for tensor in removed_frequencies((B.shape[0], A.shape[1]), options))
     if not A.shape[0] or not len(columns):
-        yield slice(None), B @ A
+        yield slice(None), product(B, A)
         return
     spectrum = torch.fft.rfft(A).t()[columns] @ torch.fft.fft(B.t())
     spectrum = torch.fft.ifft(spectrum.mul_(removed))
@@ -131,7 +132,7 @@ def filtered(A: Tensor, B: Tensor, options: FROptions) -> Iterator[tuple[slice, 
         some = slice(begin, min(begin + rows, B.shape[0]))
         count = some.stop - begin
         bins[:count, columns] = spectrum[:, some].t()
-        yield some, (B[some] @ A).sub_(torch.fft.irfft(bins[:count], n=A.shape[1]))
+        yield some, product(B[some], A).sub_(torch.fft.irfft(bins[:count], n=A.shape[1]))
 
 
 def fr(
