@@ -33,6 +33,15 @@ def test_accuracy_by_hand():
     assert per_sample.tolist() == [1, 0, 1]
 
 
+def test_a_share_is_not_rounded_to_the_default_dtype():
+    outputs, labels = logits([[0, 1, 1]], 2), torch.tensor([[0, 0, 0]])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert metrics.accuracy_per_sample(outputs, labels).tolist() == pytest.approx([1 / 3], abs=1e-7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_mean_iou_by_hand():
     # Class 0: 2 of 3 pixels in common; class 1: 1 of 3; class 2 neither occurs nor is predicted.
     outputs = logits([[0, 0, 1, 1]], 3)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from own_cases import merge, problem_of
 
 import nsc_merge
 from nsc_merge.methods import METHODS
@@ -92,3 +93,16 @@ def test_methods_of_data(model, folders, calibration, outputs, method, dtype):
         return updates(nsc_merge.merge(copy.deepcopy(model), adapters, copy.deepcopy(calibration), method, **options))
 
     assert_same_under(dtype, merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_of_answers_weigh_alike(tmp_path, dtype):
+    problem = problem_of("llama", tmp_path)
+
+    def merged():
+        found = merge(problem, "distill", steps=2, new_tokens=4)
+        return found.coefficients, [step["objective"] for step in found.history]
+
+    expected = merged()
+    torch.set_default_dtype(dtype)
+    assert merged() == expected

@@ -64,7 +64,8 @@ def accuracy(outputs: Outputs, labels: Tensor) -> float:
 def accuracy_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
     """:func:`accuracy` of every sample, ``[N]``: 0 or 1 where a sample is one label."""
     right, known = hits(outputs, labels)
-    return right.reshape(len(labels), -1).sum(1) / known.reshape(len(labels), -1).sum(1)
+    # Of whole numbers division makes torch's default dtype, which may be a narrow one.
+    return right.reshape(len(labels), -1).sum(1).float() / known.reshape(len(labels), -1).sum(1)
 
 
 def mean_iou(outputs: Outputs, labels: Tensor) -> float:

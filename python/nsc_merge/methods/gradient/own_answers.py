@@ -146,7 +146,8 @@ class Writing:
         ids, real = ids[:, :seen], real[:, :seen]
         places = torch.arange(seen, device=ids.device) - last[:, None]
         predicts = (places >= 0) & (places < length[:, None])
-        weights = (1.0 / (length * len(ids)))[:, None].expand_as(predicts)[predicts]
+        # Of whole numbers division makes torch's default dtype, which may be a narrow one.
+        weights = (1.0 / (length * len(ids)).float())[:, None].expand_as(predicts)[predicts]
         return Answered({self.tokens: ids, self.mask: real}, predicts, weights)
 
     def _read(self, one: Pass) -> tuple[Tensor, Tensor]:
