@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import re
 import statistics
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -18,12 +19,19 @@ from .environment import source_of
 
 
 class Rows:
-    """Writes each row at once, so that a script that is stopped leaves what it has. ``keep``: after what is there."""
+    """Writes each row at once, so that a script that is stopped leaves what it has. ``keep``: after what is there.
+    ``alone``: while no other process does.
 
-    def __init__(self, path: Path, keep: bool = False):
+    Raises:
+        BlockingIOError: if another one does.
+    """
+
+    def __init__(self, path: Path, keep: bool = False, alone: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = keep and path.is_file() and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a" if keep else "w")
+        if alone:
+            _lock(self._file)
+        cut_off = keep and path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._file.write("\n" if cut_off else "")
         self.count = 0
 
@@ -34,6 +42,20 @@ class Rows:
         self._file.flush()
         self.count += 1
         return written
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    """Until the file is closed or the process ends, also for other machines on a shared filesystem."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # A filesystem that has no locks, as some of clusters: nobody can be told apart there.
+        pass
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

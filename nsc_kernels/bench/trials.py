@@ -10,13 +10,14 @@ A script names its trials in the order of their worth and says how one is run; :
 * Ctrl-C ends it at once: what is under way is left to another run, as where the time is up (``stopped``).
 * Run again with the same file, it goes on: what has ended at the same source and settings is not repeated (``--again``
   repeats what did not end well), and what was under way when everything stopped comes last. What found no process, as
-  where another program has all of the GPU, has not been tried.
+  where another program has all of the GPU, has not been tried. While one process adds to a file, another leaves it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,12 @@ def _await(end: threading.Event) -> None:
 class _Supervisor:
     def __init__(self, args: argparse.Namespace, trials: Mapping[str, Trial], said: Said, more: Sequence[str]):
         self.args, self.trials, self.said, self.more = args, trials, said, more
+        try:
+            self.rows = Rows(args.out, keep=True, alone=True)
+        except BlockingIOError:
+            # Both would run all, and count what the other finds of a trial as their own.
+            print(f"{args.out}: another process adds rows to it: let it end, or give another --out", file=sys.stderr)
+            raise SystemExit(3) from None
         self.end = time.monotonic() + args.seconds
         self.lock = threading.Lock()
         self.ends: dict[str, str] = {}
@@ -168,7 +175,6 @@ class _Supervisor:
         self.failed_starts: dict[str, int] = {}
         self.stopped_by: BaseException | None = None
         self.workers: set[Worker] = set()  # all that were started
-        self.rows = Rows(args.out, keep=True)
 
     def run(self) -> Outcome:
         # Not joined: until Python 3.12 a join that Ctrl-C interrupts takes its thread for ended.
@@ -182,6 +188,7 @@ class _Supervisor:
             self._stop(error)
             for end in ends:
                 _await(end)
+        self.rows.close()
         if self.stopped_by is not None:
             raise self.stopped_by
         found = list(self.ends.values())

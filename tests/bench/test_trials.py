@@ -223,6 +223,23 @@ def test_what_failed_is_repeated_only_when_asked(harness: Harness) -> None:
     assert harness.whole() == {"wrong": 2, "a": 1}
 
 
+def test_rows_are_of_one_process_at_a_time(harness: Harness) -> None:
+    """As of two machines that share a home folder: the second may find of a trial what the first does not."""
+    harness.held.touch()
+    first = harness.start("a", "held")
+    while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
+        time.sleep(0.05)
+    before = harness.out.read_text()
+    assert harness.start("a", "held").wait(timeout=60) == 3
+    assert harness.out.read_text() == before
+    harness.errors.seek(0)
+    told = f"{harness.out}: another process adds rows to it: let it end, or give another --out\n"
+    assert [line for line in harness.errors if not line.startswith("noise")] == [told]
+    harness.held.unlink()
+    assert first.wait(timeout=60) == 0
+    assert harness.whole() == {"a": 1, "held": 1}
+
+
 def test_backends_do_not_share_a_process(harness: Harness) -> None:
     harness.run("a", "b@reference", "c", "d@reference", flags=("--workers", "2"))
     process = {row["trial"]: row["process"] for row in harness.rows() if "whole" in row}
