@@ -35,7 +35,8 @@ def fit(
     refuse by name.
 
     DoRA runs ``m * (W + s B A) / norm`` with the norms of the rows. That is ``W + gain * W + (1 + gain) * s B A`` with
-    ``gain = m / norm - 1``, so that each becomes an exact update, which scales with its coefficient and adds to others;
+    ``gain = m / norm - 1``, so that each becomes an exact update, which scales with its coefficient and adds to others
+    (``s`` stays the factor's scaling, and its ``gain`` is over that);
     :attr:`nsc_merge.adapters.Adapter.dora` may ask for plain ones instead. A merge of directions and magnitudes apart,
     renormalised by the merged weight, is another one. Norms are in float64; PEFT has them in the weight's dtype.
 
@@ -247,9 +248,11 @@ def _of_dora(
     if exact:
         # As wide as they were read: methods multiply factors of different tasks.
         kind = torch.promote_types(torch.promote_types(factor.A.dtype, factor.B.dtype), torch.float32)
-        B = (grown[:, None] * factor.scaling * factor.B.double().cpu()).to(kind)
-        gain = grown - 1
-        return replace(factor, A=factor.A.to(kind), B=B, scaling=1.0, magnitude=None, gain=gain), ""
+        # The scaling stays where it is, as methods of factors share it between A and B. One of 0 leaves the gain.
+        scaling = factor.scaling or 1.0
+        B = (grown[:, None] * (factor.scaling / scaling) * factor.B.double().cpu()).to(kind)
+        gain = (grown - 1) / scaling
+        return replace(factor, A=factor.A.to(kind), B=B, scaling=scaling, magnitude=None, gain=gain), ""
     base = weight.whole().double().cpu()
     moved = (base + factor.delta().cpu()).mul_(grown[:, None])
     left, sigma, right = torch.linalg.svd(moved - base, full_matrices=False)

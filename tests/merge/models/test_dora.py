@@ -55,6 +55,11 @@ def weights(merged: nn.Module, path: str) -> Tensor:
     return merged.get_submodule(path).weight.detach()
 
 
+def gain_of(factor: Factor) -> Tensor:
+    assert factor.gain is not None
+    return factor.scaling * factor.gain
+
+
 @pytest.fixture(scope="module")
 def differences(model: nn.Module, tasks: dict[str, PeftModel]) -> dict[str, dict[str, Tensor]]:
     """Task -> module -> what PEFT's own merge changes of the weight."""
@@ -192,7 +197,7 @@ def test_methods_without_data_add_gains_as_task_arithmetic_does(
 ) -> None:
     result = nsc_merge.merge(model, tasks, method=method, scale=0.7)
     path = "model.layers.1.self_attn.v_proj"
-    gains = [both.adapters[name].factors[path].gain for name in NAMES]
+    gains = [gain_of(both.adapters[name].factors[path]) for name in NAMES]
     merged = result.factors[path]
     assert merged.gain is not None
     share = float((merged.gain.double() @ sum(gains)) / (sum(gains) @ sum(gains)))
@@ -208,7 +213,34 @@ def test_every_task_keeps_its_gains_in_emr(
 ) -> None:
     own = nsc_merge.merge(model, tasks, method="emr").for_task("a")
     path = "model.layers.1.self_attn.v_proj"
-    torch.testing.assert_close(own.factors[path].gain, both.adapters["a"].factors[path].gain)
+    torch.testing.assert_close(own.factors[path].gain, gain_of(both.adapters["a"].factors[path]))
+
+
+@pytest.mark.parametrize("method", ["linear", "lora_lego", "robustmerge", "core_space", "ties"])
+def test_of_magnitudes_that_are_the_norms_dora_is_merged_as_plain_factors(model: nn.Module, method: str) -> None:
+    """Also by methods of factors, which share the scaling between the two."""
+    path, generator = "model.layers.1.self_attn.v_proj", torch.Generator().manual_seed(0)
+    weight = weights(model, path)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    plain = {n: Factor(drawn(2, weight.shape[1]), drawn(len(weight), 2), s) for n, s in (("a", 0.5), ("b", 4.0))}
+    dora = {n: replace(one, magnitude=(weight + one.delta()).norm(dim=1)) for n, one in plain.items()}
+    found, wanted = (
+        nsc_merge.merge(model, {n: nsc_merge.Adapter(n, {path: one}) for n, one in held.items()}, method=method)
+        for held in (dora, plain)
+    )
+    torch.testing.assert_close(found.delta(path), wanted.delta(path), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_with_a_scaling_of_0_is_its_gain(model: nn.Module) -> None:
+    path = "model.layers.1.self_attn.v_proj"
+    weight = weights(model, path)
+    A, B = torch.randn(2, weight.shape[1]), torch.randn(len(weight), 2)
+    off = nsc_merge.Adapter("a", {path: Factor(A, B, 0.0, magnitude=1.5 * weight.norm(dim=1))})
+    found = nsc_merge.merge(model, {"a": off}, method="task_arithmetic", scale=1.0)
+    torch.testing.assert_close(found.delta(path), 0.5 * weight, rtol=0, atol=1e-12)
 
 
 def test_nsc_and_regmean_merge_dora(model: nn.Module, tasks: dict[str, PeftModel]) -> None:
