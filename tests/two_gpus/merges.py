@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loop_cases import TASKS, adapters_for, image_batches, llama, llava, text_batches
+from loop_cases import adapters_for, image_batches, llama, llava, text_batches
 from torch import Tensor, nn
 
 import nsc_merge
@@ -17,6 +17,7 @@ from nsc_merge.methods import METHODS
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 
+TASKS = ("a", "c")  # of unequal ranks, and c leaves out the first block
 # Where the embeddings, the four blocks, what follows, the head, and of LLaVA the tower are.
 PLACES: dict[str, tuple[Any, ...]] = {
     "two": (0, 0, 0, 1, 1, 1, 0, 1),
@@ -60,7 +61,7 @@ def merged(model: nn.Module, method: Any, adapters: Any, batches: Any, options: 
 
 def main(placement: str, kind: str) -> None:
     base, batches = (llama(), text_batches()) if kind == "llama" else (llava(), image_batches())
-    adapters = adapters_for(base)
+    batches, adapters = ({task: given[task] for task in TASKS} for given in (batches, adapters_for(base)))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base.save_pretrained(folder / "base")
@@ -77,5 +78,5 @@ def main(placement: str, kind: str) -> None:
                     assert off <= 1e-4 * float(wanted.norm()), (method.name, options, path, off)
                 found.save(folder / "merged" / method.name, "model")
                 found.apply(model)
-                print(method.name, options)
+                print(placement, method.name, options)
 

@@ -2,13 +2,14 @@
 // the CPU's kernels compute them. What is CUDA's own is what this is for: which tensors may meet in an operation, which
 // generators belong to which device, and where results are.
 
-#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/extension.h>
+#include <torch/csrc/Generator.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -35,13 +36,14 @@ c10::DataPtr moved(const Tensor& cpu, Device device) {
   return c10::DataPtr(cpu.storage().mutable_data(), new Tensor(cpu), drop, device);
 }
 
-Tensor bytes(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kByte).device(at::kCPU)); }
+Tensor bytes(int64_t count) { return at::detail::empty_cpu({count}, at::TensorOptions().dtype(at::kByte)); }
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t count) override { return moved(bytes(int64_t(count)), gpu(-1)); }
   void copy_data(void* to, const void* from, std::size_t count) const override { std::memcpy(to, from, count); }
 };
 Allocator allocator;
+REGISTER_ALLOCATOR(c10::kCUDA, &allocator)
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return at::kCUDA; }
@@ -130,7 +132,7 @@ c10::Storage storage_of(const Tensor& cpu, Device device) {
 Tensor on_cpu(const Tensor& given) {
   auto storage = given.storage();
   if (storage.nbytes() == 0) {
-    return over(at::empty({0}, given.options().device(at::kCPU)).storage(), given, DispatchKey::CPU);
+    return over(bytes(0).storage(), given, DispatchKey::CPU);
   }
   c10::Storage::use_byte_size_t in_bytes;
   c10::DataPtr data(storage.mutable_data(), Device(at::kCPU));
@@ -282,9 +284,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Tensor", set_to_tensor);
 }
 
-PYBIND11_MODULE(two_gpus_library, module) {
-  c10::SetAllocator(at::kCUDA, &allocator, 100);
-  module.def("current", [] { return int(current); });
-  module.def("set_current", [](int index) { current = DeviceIndex(index); });
-  module.def("default_generator", [](int index) { return default_generator(DeviceIndex(index)); });
+extern "C" {
+int current_gpu() { return current; }
+void set_current_gpu(int index) { current = DeviceIndex(index); }
+PyObject* generator_of_gpu(int index) { return THPGenerator_Wrap(default_generator(DeviceIndex(index))); }
 }

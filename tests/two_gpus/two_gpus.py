@@ -21,10 +21,10 @@ assert _ours is not None
 assert _ours.origin is not None
 for _name in ("libc10.so", "libtorch_cpu.so", "libtorch.so", "libtorch_python.so"):
     ctypes.CDLL(str(Path(_torch.origin).parent / "lib" / _name), mode=ctypes.RTLD_GLOBAL)
-ctypes.CDLL(_ours.origin)
+library = ctypes.PyDLL(_ours.origin)
+library.generator_of_gpu.restype = ctypes.py_object
 
 import torch  # noqa: E402
-import two_gpus_library as library  # type: ignore[import-not-found] # noqa: E402
 
 MEMORY = 8 << 30
 PROPERTIES = {"name": "a stand-in", "total_memory": MEMORY, "major": 7, "minor": 0, "multi_processor_count": 1}
@@ -32,7 +32,7 @@ PROPERTIES = {"name": "a stand-in", "total_memory": MEMORY, "major": 7, "minor":
 
 def _index(device: Any = None) -> int:
     found = device if device is None or isinstance(device, int) else torch.device(device).index
-    return library.current() if found is None else found
+    return library.current_gpu() if found is None else found
 
 
 class _Device(contextlib.AbstractContextManager[None]):
@@ -40,11 +40,11 @@ class _Device(contextlib.AbstractContextManager[None]):
         self.index = _index(device)
 
     def __enter__(self) -> None:
-        self.before = library.current()
-        library.set_current(self.index)
+        self.before = library.current_gpu()
+        library.set_current_gpu(self.index)
 
     def __exit__(self, *_: object) -> None:
-        library.set_current(self.before)
+        library.set_current_gpu(self.before)
 
 
 class _Stream(contextlib.AbstractContextManager[None]):
@@ -74,8 +74,8 @@ for _name, _value in {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "device_count": lambda: 2,
-    "current_device": library.current,
-    "set_device": lambda device: library.set_current(_index(device)),
+    "current_device": lambda: _index(),
+    "set_device": lambda device: library.set_current_gpu(_index(device)),
     "device": _Device,
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
@@ -88,9 +88,9 @@ for _name, _value in {
     "get_device_capability": lambda device=None: (7, 0),
     "get_device_properties": lambda device=None: SimpleNamespace(**PROPERTIES, shared_memory_per_block_optin=0),
     "is_bf16_supported": lambda *_, **__: True,
-    "get_rng_state": lambda device=None: library.default_generator(_index(device)).get_state(),
-    "set_rng_state": lambda state, device=None: library.default_generator(_index(device)).set_state(state),
-    "manual_seed_all": lambda seed: [library.default_generator(index).manual_seed(seed) for index in range(2)],
+    "get_rng_state": lambda device=None: library.generator_of_gpu(_index(device)).get_state(),
+    "set_rng_state": lambda state, device=None: library.generator_of_gpu(_index(device)).set_state(state),
+    "manual_seed_all": lambda seed: [library.generator_of_gpu(index).manual_seed(seed) for index in range(2)],
     "Stream": _Stream,
     "current_stream": _Stream,
     "default_stream": _Stream,
