@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ if not torch.cuda.is_available():
     # Triton decides when it is first imported, which torch may do for any test, whether its kernels are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Models are small here, and there is a worker for each core: more threads only get in each other's way.
+_threads = torch.get_num_threads()
+torch.set_num_threads(1)
 
 # A process that a test starts imports the packages from where this one does, whichever are installed: another build of
 # the kernels differs in the last bit.
@@ -77,6 +81,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return _TOGETHER.get(file, file)
 
     return Together(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The CPU's kernels share out even what is small."""
+    several = request.path.is_relative_to(Path(__file__).with_name("kernels"))
+    torch.set_num_threads(_threads if several else 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

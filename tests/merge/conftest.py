@@ -16,14 +16,6 @@ BLOCKS = 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def offline(monkeypatch):
     """No look at the network; what a command sets of it is undone."""
