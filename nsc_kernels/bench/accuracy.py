@@ -8,7 +8,7 @@ u is rounded before it is squared, and with one adapter after another, where y i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,14 @@ def _off(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth).abs().max()) if truth.numel() else 0.0
 
 
+def _own(name: str, value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is to be a tensor; found {type(value).__name__}")
+    return value.detach().clone()
+
+
 def _bound(name: str, truth: Tensor, eagers: list[Tensor]) -> float:
     if name != "dlam":
         return 2 * max(_off(one, truth) for one in eagers) + 4 * UNIT * float(truth.abs().max())
@@ -168,8 +176,8 @@ class Judge:
                 put_back()
                 y, quad, sqnorm, saved = forward()
                 # What works in place returns what is put back below.
-                values = [one if one is None else one.detach().clone() for one in (y, quad, sqnorm)]
-                values += [one if one is None else one.detach().clone() for one in backward(saved)]
+                values = [_own(*named) for named in zip(NAMES, (y, quad, sqnorm), strict=False)]
+                values += [_own(*named) for named in zip(NAMES[3:], backward(saved), strict=True)]
         finally:
             changed = put_back()
         if wrongly := [name for name in changed if not (contender.inplace and name in IN_PLACE)]:

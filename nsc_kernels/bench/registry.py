@@ -187,10 +187,14 @@ def load(text: str) -> None:
         raise ValueError(f"contender: there is no file {where}")
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"contender: {text!r} cannot be imported: {error}; give a module or a file.py") from error
-    except Exception as error:
-        raise ValueError(f"contender: {text!r} cannot be imported: {where_and_why(error)}") from error
+    except (Exception, SystemExit) as error:  # a script that reads its own arguments leaves
+        absent = (
+            isinstance(error, ModuleNotFoundError)
+            and not where.endswith(".py")
+            and f"{where}.".startswith(f"{error.name}.")
+        )
+        why = f"{error}; give a module or a file.py" if absent else where_and_why(error)
+        raise ValueError(f"contender: {text!r} cannot be imported: {why}") from error
     if attribute:
         found = getattr(module, attribute, None)
         if not callable(found):
@@ -225,13 +229,15 @@ def _register_object(found: Callable[[Problem], Any]) -> None:
 NOT_THEIRS = (*(f"{Path(one.__path__[0])}/" for one in (nk, torch)), inspect.getfile(contextlib), "<frozen ")
 
 
-def where_and_why(error: Exception) -> str:
-    """An error in somebody's file, with the last line outside of this package and of torch that it went through."""
+def where_and_why(error: BaseException) -> str:
+    """An error in somebody's file, with the last line outside of this package and of torch that it went through; itself
+    in one line.
+    """
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     theirs = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(NOT_THEIRS)]
     where = f"{theirs[-1].filename}, line {theirs[-1].lineno}: " if theirs else ""
-    return f"{where}{type(error).__name__}: {error}"
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _from_file(path: Path) -> Any:

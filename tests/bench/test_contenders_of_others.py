@@ -68,6 +68,26 @@ def test_one_that_writes_over_what_all_are_given_is_told_and_costs_no_other():
     assert "it writes over z, which all are given" in errors["over z"]
 
 
+def test_one_whose_functions_are_others_than_asked_for_is_told():
+    @contender("no arguments")
+    def no_arguments():
+        return None
+
+    @contender("numbers", stats=False)
+    def numbers(p):
+        return lambda: (1.0, None, None, None), lambda saved: (p.dz_base, None)
+
+    @contender("numbers backwards", stats=False)
+    def numbers_backwards(p):
+        return lambda: (forward_of(p), None, None, None), lambda saved: ([1.0], None)
+
+    timed, errors = measured("no arguments", "numbers", "numbers backwards", "fused")
+    assert timed == {"fused"}
+    assert "no_arguments() takes 0 positional arguments but 1 was given" in errors["no arguments"]
+    assert errors["numbers"] == "ValueError: y is to be a tensor; found float"
+    assert errors["numbers backwards"] == "ValueError: dz is to be a tensor; found list"
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_one_that_sets_the_precision_of_all_is_told_and_it_is_put_back(precision):
     before = torch.get_float32_matmul_precision(), float32_products()
@@ -106,6 +126,9 @@ REGISTERS = "from nsc_kernels.bench import contender\n@contender({!r}, of={!r})\
         ("x = 1\ndef f(:\n    pass\n", "mine.py, line 2: invalid syntax"),
         ("import torch\nfrom torch import nothing_of_this_name\n", "mine.py, line 2: ImportError: cannot import name"),
         ("\n\nraise RuntimeError('no GPU')\n", "mine.py, line 3: RuntimeError: no GPU"),
+        ("raise RuntimeError('no\\n  GPU')\n", "mine.py, line 1: RuntimeError: no GPU"),
+        ("import nobody_has_it\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nobody_has_it'\n"),
+        ("import sys\nsys.exit('not like this')\n", "mine.py, line 2: SystemExit: not like this"),
         (REGISTERS.format("fused", "operator"), "mine.py, line 2: ValueError: there is a contender named 'fused'"),
         (REGISTERS.format("mine", "linear"), "mine.py registers none of operator; see the command linear"),
     ],
