@@ -184,7 +184,7 @@ def concatenated(passes: Sequence[Pass], padding: Padding | None = None) -> list
     return [_concatenate(group, padding) if len(group) > 1 else group[0] for group in groups]
 
 
-def split(passes: Sequence[Pass], group: Group, *, alike: bool = True) -> list[Pass]:
+def split(passes: Sequence[Pass], group: Group, *, alike: bool = True, image_token: int | None = None) -> list[Pass]:
     """What this process runs of ``passes``, which all processes of ``group`` hold in the same order.
 
     Every process gets equally many, so that processes that gather the same weights at the same layers never wait for
@@ -198,6 +198,7 @@ def split(passes: Sequence[Pass], group: Group, *, alike: bool = True) -> list[P
         group: the processes that share it.
         alike: whether passes that are not cut run the same forwards, so that processes may run different ones at the
             same time; otherwise all run the same, which counts in one of them.
+        image_token: that says in a text where an image is; rows with several images beside rows with none are not cut.
 
     What is measured must be added up over the processes, weighted by :attr:`Pass.share` or :meth:`Pass.mine`; see
     :meth:`nsc_merge.processes.group.Group.add`.
@@ -206,7 +207,7 @@ def split(passes: Sequence[Pass], group: Group, *, alike: bool = True) -> list[P
         return list(passes)
     parts, uncut = [], []
     for one in passes:
-        rows = _cuttable_rows(one.inputs)
+        rows = _cuttable_rows(one.inputs, image_token)
         if rows is None or rows < group.size:
             uncut.append(one)
             continue
@@ -234,8 +235,15 @@ def of_the_whole(one: Pass, value: Tensor) -> Tensor:
     return value
 
 
-def _cuttable_rows(inputs: Mapping[str, Any]) -> int | None:
-    """How many rows inputs have that can be told apart by row: of lists nobody knows what belongs to which."""
+def _cuttable_rows(inputs: Mapping[str, Any], image_token: int | None) -> int | None:
+    """How many rows inputs have that can be told apart by row: of lists nobody knows what belongs to which. Of as many
+    images as rows each row has its own, if none has no image.
+    """
+    text = inputs.get("input_ids")
+    if isinstance(text, Tensor) and image_token is not None and "pixel_values" in inputs:
+        without = ~text.eq(image_token).any(-1)
+        if bool(without.any()):
+            return None
     plain = all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in inputs.values())
     return _rows(inputs) if plain else None
 

@@ -37,11 +37,12 @@ class Loss(NamedTuple):
     meet: Callable[[Pass], None] | None = None
 
 
-def parts_of(passes: Sequence[Pass], *, alike: bool = True) -> list[Pass]:
+def parts_of(passes: Sequence[Pass], *, alike: bool = True, image_token: int | None = None) -> list[Pass]:
     """What this process runs of the passes of a loss, which runs the models of a pass's tasks, too; ``alike`` is False
-    where it runs nothing for some tasks.
+    where it runs nothing for some tasks, ``image_token`` as :func:`nsc_merge.calibration.forward_passes.split` has it.
     """
-    return split(passes, current(), alike=alike and len({len(one.tasks[0]) for one in passes}) == 1)
+    alike = alike and len({len(one.tasks[0]) for one in passes}) == 1
+    return split(passes, current(), alike=alike, image_token=image_token)
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Losses:
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
         alike: whether the loss runs something for every task.
+        image_token: of the model, if it has one.
     """
 
     coefficients: BoundedCoefficients
@@ -67,6 +69,7 @@ class Losses:
     held_out: Callable[[], float] | None = None
     batch_tasks: bool | None = False
     alike: bool = True
+    image_token: int | None = None
     _steps: int = 0
     _met: Tensor | bool = False
     _best: tuple[float, Tensor] | None = None
@@ -99,10 +102,14 @@ class Losses:
     def _run(self, drawn: Sequence[Batch]) -> Tensor:
         flat = self.coefficients.flat
         total = flat.new_zeros(len(drawn))
-        for one in parts_of(one_by_one(drawn, flat.device), alike=self.alike):
+        for one in self._parts(drawn):
             self.coefficients.spread()
             total[list(one.tasks[0])] = self.loss.backward(one).to(total)
         return total
+
+    def _parts(self, drawn: Sequence[Batch]) -> list[Pass]:
+        passes = one_by_one(drawn, self.coefficients.flat.device)
+        return parts_of(passes, alike=self.alike, image_token=self.image_token)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -142,7 +149,7 @@ class Losses:
         """See :class:`nsc_merge.descent.objective.Objective`."""
         self._steps += 1
         if self.loss.meet is not None:
-            for one in parts_of(one_by_one(drawn, self.coefficients.flat.device), alike=self.alike):
+            for one in self._parts(drawn):
                 self.loss.meet(one)
 
     def recall(self, tensors: Mapping[str, Tensor], dead: Tensor) -> None:

@@ -255,6 +255,11 @@ def has_image_token(config: Any) -> bool:
     return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
 
 
+def image_token_of(model: nn.Module) -> int | None:
+    """The token of a text that says where an image is."""
+    return getattr(getattr(model, "config", None), "image_token_id", None)
+
+
 def _decoder(model: nn.Module) -> str | None:
     """Path of what the model calls its decoder, if that is a part of it."""
     part = _asked(model, "get_decoder")
