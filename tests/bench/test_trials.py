@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import forked_workers
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
@@ -68,7 +70,8 @@ def main():
     print(supervise(args, trials, run_one, meet))
     return 0
 
-sys.exit(exit_status(main))
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
 """
 
 
@@ -115,6 +118,19 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
     return Harness(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with forked_workers.server():
+        yield
+
+
+@pytest.fixture
+def quick(harness: Harness, server: None, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """With workers that are there at once where it runs in this process."""
+    forked_workers.forked(monkeypatch)
+    return harness
+
+
 def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> None:
     names = ["a", "hang", "b", "crash", "c", "raise", "wrong", "d"]
     assert harness.run(*names) == "4 trials done, 4 failed, 0 left"
@@ -137,11 +153,11 @@ def test_a_hang_a_crash_and_an_error_cost_only_themselves(harness: Harness) -> N
     assert len({process["a"], process["b"], process["c"]}) == 3
 
 
-def test_a_device_that_a_trial_leaves_broken_is_that_trials_failure(harness: Harness) -> None:
+def test_a_device_that_a_trial_leaves_broken_is_that_trials_failure(quick: Harness) -> None:
     """What a kernel does to its device may show only after its results were right."""
-    assert harness.run("a", "break", "b") == "2 trials done, 1 failed, 0 left"
-    assert harness.ends() == {"0 a": "done", "1 break": "failed", "2 b": "done"}
-    process = {row["whole"]: row["process"] for row in harness.rows() if "whole" in row}
+    assert quick.run("a", "break", "b") == "2 trials done, 1 failed, 0 left"
+    assert quick.ends() == {"0 a": "done", "1 break": "failed", "2 b": "done"}
+    process = {row["whole"]: row["process"] for row in quick.rows() if "whole" in row}
     assert process["a"] == process["break"] != process["b"]
 
 
@@ -152,77 +168,77 @@ def test_a_process_that_starts_itself_again_ends(harness: Harness, capfd: pytest
     assert "as a command" in capfd.readouterr().err
 
 
-def test_what_found_no_process_is_tried_by_the_next_run(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_found_no_process_is_tried_by_the_next_run(quick: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where another program had all of the GPU."""
     monkeypatch.setenv("NO_START", "1")
-    assert harness.run("a", "b") == "0 trials done, 2 failed, 0 left"
-    assert {row["why"] for row in harness.rows() if "ended" in row} == {"its process did not start"}
+    assert quick.run("a", "b") == "0 trials done, 2 failed, 0 left"
+    assert {row["why"] for row in quick.rows() if "ended" in row} == {"its process did not start"}
     monkeypatch.delenv("NO_START")
-    assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
+    assert quick.run("a", "b") == "2 trials done, 0 failed, 0 left"
 
 
-def test_a_process_too_many_costs_no_trial(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_too_many_costs_no_trial(quick: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that serves one process at a time."""
-    monkeypatch.setenv("ALONE", str(harness.out.with_name("taken")))
+    monkeypatch.setenv("ALONE", str(quick.out.with_name("taken")))
     # Whichever process is first waits until the other has found no place, be that late.
-    harness.held.touch()
+    quick.held.touch()
     names = ["held"] * 4
-    assert harness.run(*names, flags=("--workers", "2")).startswith("4 trials done, 0 failed")
-    assert not harness.held.exists()
+    assert quick.run(*names, flags=("--workers", "2")).startswith("4 trials done, 0 failed")
+    assert not quick.held.exists()
 
 
-def test_run_again_it_goes_on_and_what_was_under_way_comes_last(harness: Harness) -> None:
-    harness.held.touch()
-    process = harness.start("a", "held", "b", "c")
-    while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
+def test_run_again_it_goes_on_and_what_was_under_way_comes_last(quick: Harness) -> None:
+    quick.held.touch()
+    process = quick.start("a", "held", "b", "c")
+    while not (quick.out.is_file() and '"1 held"' in quick.out.read_text()):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)  # as when the machine goes away
     process.wait()
-    harness.held.unlink()
-    assert harness.ends() == {"0 a": "done"}
-    assert harness.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
-    assert harness.whole() == dict.fromkeys(["a", "held", "b", "c"], 1)
-    assert list(harness.ends()) == ["0 a", "2 b", "3 c", "1 held"]
-    before = harness.out.read_text()
-    assert harness.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
-    assert harness.out.read_text() == before
+    quick.held.unlink()
+    assert quick.ends() == {"0 a": "done"}
+    assert quick.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert quick.whole() == dict.fromkeys(["a", "held", "b", "c"], 1)
+    assert list(quick.ends()) == ["0 a", "2 b", "3 c", "1 held"]
+    before = quick.out.read_text()
+    assert quick.run("a", "held", "b", "c") == "4 trials done, 0 failed, 0 left"
+    assert quick.out.read_text() == before
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_it_at_once_and_fails_no_trial(harness: Harness, workers: int) -> None:
+def test_ctrl_c_ends_it_at_once_and_fails_no_trial(quick: Harness, workers: int) -> None:
     names = ("a", "held", "held", "held", "b", "held", "held")
-    harness.held.touch()
-    process = harness.start(*names, flags=("--workers", str(workers)))
-    while not (harness.out.is_file() and '"1 held"' in harness.out.read_text()):
+    quick.held.touch()
+    process = quick.start(*names, flags=("--workers", str(workers)))
+    while not (quick.out.is_file() and '"1 held"' in quick.out.read_text()):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to this process and whatever it has started
     assert process.wait(timeout=30) == 130
-    harness.errors.seek(0)
-    assert [line for line in harness.errors if not line.startswith("noise")] == ["interrupted\n"]
-    ends = harness.ends()
+    quick.errors.seek(0)
+    assert [line for line in quick.errors if not line.startswith("noise")] == ["interrupted\n"]
+    ends = quick.ends()
     assert set(ends.values()) <= {"done", "stopped"}
     assert ends["1 held"] == "stopped", "a trial under way was waited for"
     assert len(ends) <= 2 * workers
-    harness.held.unlink()
-    assert harness.run(*names) == "7 trials done, 0 failed, 0 left"
+    quick.held.unlink()
+    assert quick.run(*names) == "7 trials done, 0 failed, 0 left"
 
 
-def test_neither_time_that_is_up_nor_a_line_that_was_cut_off_costs_a_trial(harness: Harness) -> None:
-    assert harness.run("a", "b", flags=("--seconds", "-1")) == "0 trials done, 0 failed, 2 left"
-    with harness.out.open("a") as file:
+def test_neither_time_that_is_up_nor_a_line_that_was_cut_off_costs_a_trial(quick: Harness) -> None:
+    assert quick.run("a", "b", flags=("--seconds", "-1")) == "0 trials done, 0 failed, 2 left"
+    with quick.out.open("a") as file:
         file.write('{"trial": "1 b", "started": 17')
-    assert harness.run("a", "b") == "2 trials done, 0 failed, 0 left"
-    lines = harness.out.read_text().splitlines()
+    assert quick.run("a", "b") == "2 trials done, 0 failed, 0 left"
+    lines = quick.out.read_text().splitlines()
     assert sum(line.endswith("}") for line in lines) == len(lines) - 1
 
 
-def test_what_failed_is_repeated_only_when_asked(harness: Harness) -> None:
+def test_what_failed_is_repeated_only_when_asked(quick: Harness) -> None:
     names = ("a", "wrong", "crash")
-    assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
-    assert harness.run(*names) == "1 trials done, 2 failed, 0 left"
-    assert harness.whole() == {"wrong": 1, "a": 1}
-    harness.run(*names, flags=("--again",))
-    assert harness.whole() == {"wrong": 2, "a": 1}
+    assert quick.run(*names) == "1 trials done, 2 failed, 0 left"
+    assert quick.run(*names) == "1 trials done, 2 failed, 0 left"
+    assert quick.whole() == {"wrong": 1, "a": 1}
+    quick.run(*names, flags=("--again",))
+    assert quick.whole() == {"wrong": 2, "a": 1}
 
 
 def test_rows_are_of_one_process_at_a_time(harness: Harness) -> None:
@@ -242,9 +258,9 @@ def test_rows_are_of_one_process_at_a_time(harness: Harness) -> None:
     assert harness.whole() == {"a": 1, "held": 1}
 
 
-def test_backends_do_not_share_a_process(harness: Harness) -> None:
-    harness.run("a", "b@reference", "c", "d@reference", flags=("--workers", "2"))
-    process = {row["trial"]: row["process"] for row in harness.rows() if "whole" in row}
+def test_backends_do_not_share_a_process(quick: Harness) -> None:
+    quick.run("a", "b@reference", "c", "d@reference", flags=("--workers", "2"))
+    process = {row["trial"]: row["process"] for row in quick.rows() if "whole" in row}
     assert len(process) == 4
     assert not {process["0 a"], process["2 c"]} & {process["1 b@reference"], process["3 d@reference"]}
 
