@@ -67,7 +67,8 @@ class FisherOptions:
             labels and examples, grows with the size of batches and needs logits ``[N, C]``. Both are summed and divided
             by the number of examples.
         scale: multiplies the merged update.
-        batches: how many batches of every task are run.
+        batches: how many batches of every task are run; where a task has fewer, its first ones again, which then count
+            again.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
             it gives at padding does not count. Tasks without one have the model's own logits, with the head that their
             adapter brought, of a model that predicts the next token those at the last real one.

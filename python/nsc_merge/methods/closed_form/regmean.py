@@ -34,7 +34,8 @@ class RegMeanOptions:
 
     Attributes:
         scale: multiplies the merged update.
-        batches: how many batches of every task are run.
+        batches: how many batches of every task are run; where a task has fewer, its first ones again, which then count
+            again.
         off_diagonal: factor on the off-diagonal entries of the Gram matrices; the authors take 0.9 to 1.
         ridge: added to the diagonal of the summed Gram matrix, as a share of its mean.
         modules_at_once: of how many modules Gram matrices ``[d_in, d_in]`` are held at a time, two of each in float64;
