@@ -56,8 +56,8 @@ def batches(kind: str) -> dict[str, list[dict[str, Tensor]]]:
                 batch["attention_mask"][:, :4] = 1
                 batch["input_ids"][batch["input_ids"] == 0] = 6
                 if rows > 1 and seed % 10:
-                    # Two images in the first row, and none in the second.
-                    batch["input_ids"][0, 4:8], batch["input_ids"][1, :4] = zoo.IMAGE_TOKEN, 6
+                    # Two images in the first row, and none in the last, which another process would run.
+                    batch["input_ids"][0, 4:8], batch["input_ids"][-1, :4] = zoo.IMAGE_TOKEN, 6
             made[task].append(batch)
     return made
 
