@@ -96,9 +96,9 @@ def depends_on_no_version(library: Path) -> None:
 def test_one_wheel_for_every_python(source: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
-    # What is in the wheel is asked here, not how fast it is.
+    # What is in the wheel is asked here, not how fast it is. Without -O1 the binding would ask for what it never calls.
     compiler = source / "quick_compiler"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O1\n')
+    compiler.write_text('#!/bin/sh\ncase "$*" in *binding.cpp*) o=-O1 ;; *) o=-O0 ;; esac\nexec c++ "$@" $o\n')
     compiler.chmod(0o755)
     result = build(source, "wheel", CXX=str(compiler), NSC_BUILD_CPU="1", NSC_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr
