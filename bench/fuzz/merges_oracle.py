@@ -127,6 +127,7 @@ def iso_c(x: Array) -> Array:
 def tsv(row: Mapping[str, Array], share: float | None) -> Array | None:
     """None where the singular vectors of all tasks depend on one another, so that no one orthonormal set is nearest."""
     room = min(next(iter(row.values())).shape)
+    row = {task: x for task, x in row.items() if x.any()} or row
     kept = max(1, room // len(row) if share is None else int(share * room))
     parts = []
     for x in row.values():

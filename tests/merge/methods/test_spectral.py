@@ -207,6 +207,20 @@ def test_wudi_is_held_where_adapters_are_nearly_alike():
     assert float(factor("wudi", adapters).delta().norm()) < norm
 
 
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize(("method", "options"), [("tsv", {}), ("tsv", {"room": "core"}), ("iso_cts", {})])
+def test_an_update_of_zero_takes_no_share(method, options, part):
+    """A module that one of three tasks did not train is merged as of the other two."""
+    adapters = random_adapters((8, 8, 8))
+    getattr(adapters["1"].factors["x"], part).zero_()
+    others = {task: one for task, one in adapters.items() if task != "1"}
+    expected = factor(method, others, **options).delta()
+    assert relative(factor(method, adapters, **options).delta(), expected) < 1e-9
+    for one in adapters.values():
+        one.factors["x"].B.zero_()
+    assert not factor(method, adapters, **options).delta().any()
+
+
 def test_wudi_of_nothing():
     zero = torch.zeros(3, 4, dtype=torch.float64)
     assert torch.equal(least_interference([zero, zero], 0.0), zero)

@@ -27,7 +27,7 @@ class TSVOptions:
     Attributes:
         scale: multiplies the merged update; the authors find 1 to be good throughout.
         share: of the singular values that there is room for, which each task keeps, the largest; one over the number
-            of tasks that touch the module when None, as in the authors' code.
+            of tasks that change the module when None, as in the authors' code.
         room: ``"layer"``, the lesser of its two widths, of which LoRA adapters mostly have less than their share and
             keep all; or ``"core"``, the sum of the tasks' ranks where that is less (Core Space's code), so that
             adapters of more than the mean rank lose some.
@@ -66,7 +66,7 @@ class IsoCTSOptions:
     Attributes:
         scale: multiplies the merged update; see :class:`IsoCOptions`.
         common: the share of the directions of the summed updates that stay, those of its largest singular values. The
-            others give way to directions of single tasks, as many of each.
+            others give way to directions of single tasks, as many of each that changes the module.
     """
 
     scale: float = 1.0
@@ -84,7 +84,7 @@ def tsv(
     values between them (arXiv 2412.00081, Algorithm 1).
     """
     for path in paths:
-        factors = present(adapters, path)
+        factors = _moving(adapters, path)
         common = cores(factors)
         room = min(common.U.shape[0], common.V.shape[1])
         if options.room == "core":
@@ -114,7 +114,7 @@ def iso_cts(
     all of them made orthonormal (arXiv 2502.04959, Algorithm 2).
     """
     for path in paths:
-        common = cores(present(adapters, path))
+        common = cores(_moving(adapters, path))
         left, sigma, right = decomposed(_total(common))
         tasks = len(common.M)
         own = min(round((len(sigma) - int(options.common * len(sigma))) / tasks), len(sigma) // tasks)
@@ -128,6 +128,14 @@ def iso_cts(
         U = orthogonalised(torch.cat([part[0] for part in parts], 1))
         Vt = orthogonalised(torch.cat([part[2] for part in parts]).t())
         yield path, common.factor(options.scale * _mean(torch.cat([part[1] for part in parts])) * U @ Vt.t())
+
+
+def _moving(adapters: Mapping[str, Adapter], path: str) -> dict[str, Factor]:
+    """Task -> update, of the tasks whose update is not zero, as one without direction takes no share of them; of all
+    where each is.
+    """
+    held = present(adapters, path)
+    return {task: one for task, one in held.items() if one.scaling and one.A.any() and one.B.any()} or held
 
 
 def _total(common: Cores) -> Tensor:
