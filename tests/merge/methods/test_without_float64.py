@@ -17,8 +17,9 @@ from nsc_merge.models.bases import quantised, stored_weights
 from nsc_merge.models.bases.unloaded import leave_in_files
 from transformers import LlamaForCausalLM
 sys.path.append("merge")
-from loop_cases import TASKS, adapters_for, llama, text_batches
+from loop_cases import adapters_for, llama, text_batches
 
+TASKS = ("a", "c")  # of unequal ranks, and c leaves out the first block
 plain(quantised, stored_weights)
 """
 
@@ -36,10 +37,12 @@ def merged(device, method):
         options["outputs"] = dict.fromkeys(TASKS, logits)
     if method.name == "match":
         options["init"] = "match"
-    adapters = adapters_for(model, ["q_proj"])
+    every = adapters_for(model, ["q_proj"])
+    adapters = {task: every[task] for task in TASKS}
     if method.name in ("linear", "robustmerge"):
         adapters = {task: adapters["a"] for task in TASKS}
-    calibration = [text_batches()] if method.needs else []
+    given = text_batches()
+    calibration = [{task: given[task] for task in TASKS}] if method.needs else []
     result = nsc_merge.merge(model, adapters, *calibration, method=method.name, **options)
     (result.for_task("a") if result.per_task else result).apply(model)
     return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
