@@ -49,7 +49,7 @@ def library() -> Path:
 
 
 def run(library: Path, code: str) -> subprocess.CompletedProcess[str]:
-    places = [library, TESTS / "two_gpus", TESTS / "merge", TESTS, ROOT / "python", ROOT]
+    places = [library, TESTS / "two_gpus", TESTS / "merge", TESTS, TESTS / "children", ROOT / "python", ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code + END]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
