@@ -26,7 +26,7 @@ from torch import nn
 import nsc_merge
 from nsc_merge.adapters import load_adapter
 from nsc_merge.analysis.adapter_overlap import describe
-from nsc_merge.analysis.quartiles import sample_study
+from nsc_merge.analysis.quartiles import measured_samples, related
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.analysis.tracking import track
 from nsc_merge.models.families import family_of, scored_paths
@@ -91,23 +91,22 @@ def sample_records(suite: Suite) -> list[dict[str, Any]]:
             for path in result.paths
             if any(path in one.factors and one.factors[path].rank for one in result.adapters.values())
         ]
-        studies = {
-            chosen: sample_study(suite, result, modules=paths)
-            for chosen, paths in sets_of_modules(suite.model, low_rank).items()
-        }
-        records += [
-            {
-                "suite": suite.name,
-                "seed": suite.seed,
-                "task": task,
-                "model": name,
-                "samples": studies["all"][task]["samples"],
-                "rho": {chosen: _or_none(study[task]["rho"]) for chosen, study in studies.items()},
-                "quality_by_quartile": {chosen: study[task]["mean"] for chosen, study in studies.items()},
-                "versions": versions(),
-            }
-            for task in suite.tasks
-        ]
+        sets = sets_of_modules(suite.model, low_rank)
+        for task in suite.tasks:
+            ratios, quality = measured_samples(suite, result, task, modules=low_rank)
+            studies = {chosen: related(ratios, quality, task, modules=paths) for chosen, paths in sets.items()}
+            records.append(
+                {
+                    "suite": suite.name,
+                    "seed": suite.seed,
+                    "task": task,
+                    "model": name,
+                    "samples": studies["all"]["samples"],
+                    "rho": {chosen: _or_none(study["rho"]) for chosen, study in studies.items()},
+                    "quality_by_quartile": {chosen: study["mean"] for chosen, study in studies.items()},
+                    "versions": versions(),
+                }
+            )
     return records
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.analysis.null_space_ratios import per_sample_ratios
+from nsc_merge.analysis.null_space_ratios import Ratios, per_sample_ratios
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.evaluation.scoring import predict
 from nsc_merge.evaluation.suite import Suite
@@ -77,22 +77,40 @@ def sample_study(
     """
     found = {}
     for task in tasks if tasks is not None else list(suite.tasks):
-        own = result.for_task(task)
-        # First, as what fails there is told with the task.
-        outputs, labels = predict(suite, own, split, [task])[task]
-        batches: list[Mapping[str, Tensor]] = [inputs for inputs, _ in suite.labelled(task, split)]
-        ratios = per_sample_ratios(suite.model, own, batches, modules=modules, blocks=blocks)
-        quality = suite.quality(task, outputs, labels).double()
-        known = ~quality.isnan()
-        rows = {name: ratios.of(name)[known] for name in ratios.tasks}
-        others = [
-            rank_correlation(values.tolist(), quality[known].tolist())
-            for name, values in rows.items()
-            if name != task
-        ]
-        found[task] = {
-            **by_quantile(rows[task], quality[known], bins),
-            "samples": int(known.sum()),
-            "rho_others": sum(others) / len(others) if others else None,
-        }
+        ratios, quality = measured_samples(suite, result, task, split=split, modules=modules, blocks=blocks)
+        found[task] = related(ratios, quality, task, bins=bins)
     return found
+
+
+def measured_samples(
+    suite: Suite,
+    result: MergeResult,
+    task: str,
+    *,
+    split: str = "test",
+    modules: Sequence[str] | None = None,
+    blocks: str | int | Sequence[int] | None = None,
+) -> tuple[Ratios, Tensor]:
+    """The null-space ratios of a task's samples, and the quality of their predictions, ``[N]``."""
+    own = result.for_task(task)
+    # First, as what fails there is told with the task.
+    outputs, labels = predict(suite, own, split, [task])[task]
+    batches: list[Mapping[str, Tensor]] = [inputs for inputs, _ in suite.labelled(task, split)]
+    ratios = per_sample_ratios(suite.model, own, batches, modules=modules, blocks=blocks)
+    return ratios, suite.quality(task, outputs, labels).double()
+
+
+def related(
+    ratios: Ratios, quality: Tensor, task: str, *, modules: Sequence[str] | None = None, bins: int = 4
+) -> dict[str, Any]:
+    """What :func:`sample_study` returns of a task, of what :func:`measured_samples` found; ``modules``: of these."""
+    known = ~quality.isnan()
+    rows = {name: ratios.of(name, modules)[known] for name in ratios.tasks}
+    others = [
+        rank_correlation(values.tolist(), quality[known].tolist()) for name, values in rows.items() if name != task
+    ]
+    return {
+        **by_quantile(rows[task], quality[known], bins),
+        "samples": int(known.sum()),
+        "rho_others": sum(others) / len(others) if others else None,
+    }
