@@ -82,10 +82,11 @@ class TiesOptions:
             density times N rounded to the nearest, halves to even, but at least one (NSC's); or ``"complement"``, N
             less (1 - density) times N rounded down, and one more, and all as large (RobustMerge, MergeLM). Of
             equally large entries an exact number takes the first, as nothing else is defined by those codebases.
-        trim_scope: counts a task's entries over all modules (``"global"``), in each module (``"tensor"``), or in A and
-            B separately (``"factors"``, PEFT's ``ties``: the factors are merged, weighted by the root of weight times
-            scaling, and their product has cross terms between tasks; all ranks must be equal, and unlike with the
-            others the result depends on how an update is factored).
+        trim_scope: counts a task's entries over all modules that its adapter has (``"global"``), those of a module that
+            training left at zero among them, in each module (``"tensor"``), or in A and B separately (``"factors"``,
+            PEFT's ``ties``: the factors are merged, weighted by the root of weight times scaling, and their product has
+            cross terms between tasks; all ranks must be equal, and unlike with the others the result depends on how an
+            update is factored).
         sign: that a position is given: of the ``"sum"`` of the values, of their ``"weighted"`` sum (mergekit's), or of
             the ``"count"`` of their signs. With a negative weight, ``"weighted"`` elects and compares turned values.
         zero: what a tie becomes: ``"positive"``, ``"negative"``, or ``"majority"``, the more frequent sign
