@@ -32,6 +32,12 @@ COMMANDS = {
     "plot": ("plots", "main"),
     "compare": ("compare", "main"),
 }
+TIMED = ("operator", "linear", "step")
+
+
+def named(arguments: Sequence[str]) -> str:
+    """The command that is meant."""
+    return arguments[0] if arguments and not arguments[0].startswith("-") else TIMED[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["--help"], ["-h"]):
         print(__doc__)
         return 0
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "operator"
+    name = named(arguments)
     if name not in COMMANDS:
         print(f"{name!r} is no command; there are {', '.join(COMMANDS)}. Layers are named by --shapes", file=sys.stderr)
         return 2
     module, function = COMMANDS[name]
     command: Callable[[Sequence[str]], int] = getattr(importlib.import_module(f".{module}", __package__), function)
-    return command(arguments)
+    return command(arguments[1:] if arguments[:1] == [name] else arguments)
 
 
 if __name__ == "__main__":
-    wait_passively()
+    # Loading torch a second time takes seconds, which a table need not wait for.
+    if named(sys.argv[1:]) in TIMED and not {"-h", "--help"}.intersection(sys.argv):
+        wait_passively()
     raise SystemExit(exit_status(main))

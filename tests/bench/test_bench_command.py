@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import nsc_kernels as nk
+from nsc_kernels import printing
 from nsc_kernels.bench import __main__ as command
 from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
@@ -201,6 +203,39 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
             measure.main("operator", ["--device", "cpu", *arguments])
         assert caught.value.code == 2
         assert why in capsys.readouterr().err, arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "anew"),
+    [
+        ([], True),
+        (["--quick"], True),
+        (["step", "--only", "loop"], True),
+        (["--help"], False),
+        (["linear", "-h"], False),
+        (["list"], False),
+        (["table", "r.jsonl"], False),
+        (["stpe"], False),
+    ],
+)
+def test_only_what_times_something_starts_anew_to_wait_passively(monkeypatch, arguments, anew):
+    class Anew(Exception):
+        pass
+
+    def start(program, started, environment):
+        assert (started, environment["OMP_WAIT_POLICY"]) == ([sys.executable, "-m", "..."], "PASSIVE")
+        raise Anew
+
+    def ran(_):
+        raise SystemExit(0)
+
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(os, "execve", start)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "..."])
+    monkeypatch.setattr(sys, "argv", ["nsc_kernels.bench", *arguments])
+    monkeypatch.setattr(printing, "exit_status", ran)
+    with pytest.raises(Anew if anew else SystemExit):
+        runpy.run_module("nsc_kernels.bench", run_name="__main__")
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -634,6 +669,7 @@ import nsc_kernels.bench
 for module in pkgutil.iter_modules(nsc_kernels.bench.__path__, "nsc_kernels.bench."):
     importlib.import_module(module.name)
 assert "transformers" not in sys.modules
+sys.modules.pop("sitecustomize", None)  # what the tests' processes begin with
 print(*[path for module in sys.modules.values() if "/tests/" in (path := getattr(module, "__file__", None) or "")])
 """
 
