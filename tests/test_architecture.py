@@ -6,6 +6,7 @@ Every import counts, those inside functions and under ``TYPE_CHECKING`` too.
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -94,7 +95,12 @@ def imported(module: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 KNOWN = files()
-IMPORTS = {module: imported(module, path, KNOWN) for module, path in KNOWN.items()}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports; read once, where it is asked and not in every worker."""
+    return {module: imported(module, path, KNOWN) for module, path in KNOWN.items()}
 
 
 def part(module: str, package: str) -> str | None:
@@ -108,7 +114,7 @@ def part(module: str, package: str) -> str | None:
 def test_parts_import_only_those_below_them(package: str) -> None:
     table = PACKAGES[package][1]
     wrong = []
-    for module, targets in IMPORTS.items():
+    for module, targets in imports().items():
         own = part(module, package)
         if own is None:
             continue
@@ -129,7 +135,7 @@ def test_nothing_below_imports_what_is_above() -> None:
     above = {"nsc_kernels": ("nsc_merge", "bench"), "nsc_merge": ("bench", "nsc_kernels.bench")}
     wrong = [
         f"{module} imports {target}"
-        for module, targets in IMPORTS.items()
+        for module, targets in imports().items()
         for target in targets
         if target.startswith(above.get(module.split(".")[0], ())) and not module.startswith(MERGE_STEP)
     ]
@@ -138,7 +144,7 @@ def test_nothing_below_imports_what_is_above() -> None:
 
 def test_no_circle_of_files() -> None:
     try:
-        list(TopologicalSorter(IMPORTS).static_order())
+        list(TopologicalSorter(imports()).static_order())
     except CycleError as error:
         pytest.fail(f"these import each other in a circle: {' <- '.join(error.args[1])}")
 
