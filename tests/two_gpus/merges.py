@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.methods import METHODS
+from nsc_merge.methods.gradient import feature_matching
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 
@@ -23,6 +24,7 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "two": (0, 0, 0, 1, 1, 1, 0, 1),
     "beside": ("cpu", 0, "cpu", "disk", 1, 1, "cpu", "disk"),
 }
+feature_matching.SCALES = feature_matching.SCALES[::4]  # each takes a run of the model
 ONE_ADAPTER = ("linear", "robustmerge")  # of equal ranks
 MORE: dict[str, list[dict[str, Any]]] = {
     "nsc": [

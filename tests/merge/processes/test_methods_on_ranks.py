@@ -17,6 +17,7 @@ from test_ranks import batches
 
 from nsc_merge import merge
 from nsc_merge.adapters.adapter import factors_digest
+from nsc_merge.methods.gradient import feature_matching
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.processes.group import together
@@ -24,6 +25,8 @@ from nsc_merge.processes.group import together
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 LEARNING = {"steps": 2, "progress": False}
+# Of more steps, so that what processes did not share would grow; also on a base that each has whole.
+LONGER = {**LEARNING, "steps": 5}
 
 
 def logits(model, batch):
@@ -33,7 +36,7 @@ def logits(model, batch):
 # Kind of model -> method and options of merges of it.
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llama": [
-        ("match", {**LEARNING, "steps": 8}),
+        ("match", LONGER),
         ("match", {**LEARNING, "normalise": "task", "init": "match", "positions": "all", "hold_out": 1}),
         ("match", {**LEARNING, "normalise": "scale", "pull": 0.1, "ratio_weight": 1.0, "ratio_target": "own"}),
         ("match", {**LEARNING, "steps": 2, "features": ["model.layers.2.mlp.down_proj"], "ratio_weight": 0.5}),
@@ -41,9 +44,9 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "share": "task"}),
         ("distill", {**LEARNING, "positions": "all", "likelihood": "gaussian", "distance": "bounded"}),
         ("distill", {**LEARNING, "distance": "bounded"}),
-        ("distill", {**LEARNING, "steps": 8, "new_tokens": {"a": 4, "c": 2}, "normalise": "task"}),
+        ("distill", {**LONGER, "new_tokens": {"a": 4, "c": 2}, "normalise": "task"}),
         ("distill", {**LEARNING, "steps": 4, "regmean": {"batches": 3}}),
-        ("adamerging", {**LEARNING, "steps": 8}),
+        ("adamerging", LONGER),
         ("adamerging", {**LEARNING, "tokens": "full", "new_tokens": 3}),
         ("adamerging", {**LEARNING, "outputs": {"a": logits, "c": logits}}),
         ("regmean", {"batches": 3}),
@@ -76,6 +79,8 @@ def share(rank: int, world: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     group = dist.group.WORLD
+    scales = feature_matching.SCALES
+    feature_matching.SCALES = scales[::4]  # each takes a run of the model
     try:
         for kind, cases in CASES.items():
             with together(group):
@@ -84,7 +89,7 @@ def share(rank: int, world: int, folder: Path) -> None:
             adapters = adapters_for(plain)
             for method, options in cases:
                 found = [merge(sharded, adapters, batches(kind), method, **options, process_group=group)]
-                if kind == "vit" or options.get("steps") == 8:
+                if kind == "vit" or options.get("steps") == LONGER["steps"]:
                     found.append(merge(plain, adapters, batches(kind), method, **options, process_group=group))
                 mine = [factors_digest(one.factors) if one.factors else one.coefficients for one in found]
                 with together(group) as processes:
@@ -97,6 +102,7 @@ def share(rank: int, world: int, folder: Path) -> None:
             if kind == "llama":
                 check_dora(sharded, plain, group)
     finally:
+        feature_matching.SCALES = scales
         dist.destroy_process_group()
 
 
@@ -108,7 +114,7 @@ def check_dora(sharded, plain, group) -> None:
         for path, factor in adapters["a"].factors.items()
     }
     adapters["a"] = replace(adapters["a"], factors=factors)
-    options = {**LEARNING, "steps": 8}
+    options = LONGER
     found = merge(sharded, adapters, batches("llama"), **options, process_group=group)
     with together(group) as processes:
         assert all(one == found.coefficients for one in processes.share([found.coefficients]))
