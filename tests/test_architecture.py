@@ -11,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).parents[1]
 LINES, FILES = 350, 12
@@ -170,3 +171,19 @@ def test_a_method_is_known_by_its_name_to_nobody_else() -> None:
                 if any(isinstance(side, ast.Constant) and side.value == "nsc" for side in sides):
                     asking.append(f"{module}:{node.lineno}")
     assert not asking, asking
+
+
+def test_every_new_tensor_says_where_it_is() -> None:
+    """Under ``torch.set_default_device("cuda")`` others would be on the GPU, and not beside those they meet."""
+    makers = {maker.__name__ for maker in _device_constructors()}
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in ("python/nsc_merge", "nsc_kernels")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("torch.")
+        and ast.unparse(node.func).rpartition(".")[2] in makers
+        and not {"device", None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert not silent, silent

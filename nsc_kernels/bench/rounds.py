@@ -242,7 +242,7 @@ def run_cell(cell: Cell, on: torch.device) -> Iterator[dict[str, Any]]:
     shape, whole, dtype = cell.shape, cell.of == "linear", DTYPES[cell.dtype]
     if cell.threads:
         torch.set_num_threads(cell.threads)
-    size = torch.empty(0, dtype=dtype).element_size()
+    size = torch.empty(0, dtype=dtype, device="cpu").element_size()
     common = {"set": cell.of, "dtype": cell.dtype, "threads": torch.get_num_threads() if on.type == "cpu" else 0}
     common |= shape._asdict()
     with nk.use_backend(cell.backend or dispatch.chosen()), Clocks(cell.clocks, on) as clocks:

@@ -45,7 +45,7 @@ def problem(
     K, R = len(ranks), sum(ranks)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=source) * scale).to(device, dtype)
+        return (torch.randn(shape, generator=source, device="cpu") * scale).to(device, dtype)
 
     f32 = torch.float32
     return Problem(

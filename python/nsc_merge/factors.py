@@ -46,9 +46,10 @@ def merge_factors(
         adapters: task -> path -> update: ``(A [r, d_in], B [d_out, r], scaling)``, which stands for
             ``scaling * B @ A``; a dense delta ``[d_out, d_in]``, factored where it is of low rank
             (:func:`nsc_merge.adapters.algebra.factoring.factored`); or a :class:`Factor`, as
-            ``load_adapter(folder).factors`` has them. Floating point, finite, of unequal ranks if need be; a task may
-            lack paths. Methods that look at factors and not at their product, such as ``linear`` and ``lora_lego``,
-            see what was given, or what factoring found, with a warning.
+            ``load_adapter(folder).factors`` has them. Floating point, finite, of unequal ranks if need be, those of a
+            path on one device, where they are merged; a task may lack paths. Methods that look at factors and not at
+            their product, such as ``linear`` and ``lora_lego``, see what was given, or what factoring found, with a
+            warning.
         method: as ``nsc-merge methods`` lists them, of those that need no data and give one update for all tasks.
         rank: of the merged updates at most. It is the option of methods that have one of that name (``svd``,
             ``lora_lego``); of others the best approximation of that rank, and None leaves them as the method gives
@@ -114,6 +115,7 @@ def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], s
         )
     held: dict[str, Adapter] = {}
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    devices: dict[str, tuple[str, torch.device]] = {}
     matrix = None
     for task, updates in adapters.items():
         if not isinstance(task, str) or not isinstance(updates, Mapping):
@@ -134,6 +136,10 @@ def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], s
                 raise ValueError(
                     f"{name}: expected an update of {list(expected)} as {other!r} has, found one of {list(shape)}"
                 )
+            device = factor.A.device
+            other, at = devices.setdefault(path, (task, device))
+            if device != at:
+                raise ValueError(f"{name}: expected an update on {at} as {other!r} has, found one on {device}")
         held[task] = Adapter(task, factors)
     if not shapes:
         raise ValueError(f"adapters: expected at least one update, found none in any of {list(held)}")
@@ -167,6 +173,8 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
         if not isinstance(matrix, Tensor):
             raise TypeError(f"{name}: expected {part} to be a tensor, found {type(matrix).__name__}")
     A, B = _checked(f"{name}: A", A), _checked(f"{name}: B", B)
+    if A.device != B.device:
+        raise ValueError(f"{name}: expected A and B on one device, found A on {A.device} and B on {B.device}")
     if A.shape[0] != B.shape[1]:
         raise ValueError(
             f"{name}: expected A [r, d_in] and B [d_out, r] of one rank, found A {list(A.shape)} and B {list(B.shape)}"
@@ -176,7 +184,7 @@ def _factor(name: str, update: Any, tolerance: float | None) -> Factor:
     check_number(f"{name}: scaling", scaling)
     if bias is not None and not torch.isfinite(bias).all():
         raise ValueError(f"{name}: expected a finite bias, found infinity or NaN in it")
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach().to(A.device)
     return Factor(A, B, float(scaling), bias, transposed=transposed)
 
 
@@ -201,11 +209,7 @@ def _merged(
     method: Method, adapters: Mapping[str, Adapter], rank: int | None, options: Any, *, full_rank: bool
 ) -> Iterator[tuple[str, Factor]]:
     assert method.updates is not None
-    shapes = {
-        path: (factor.B.shape[0], factor.A.shape[1])
-        for adapter in adapters.values()
-        for path, factor in adapter.factors.items()
-    }
+    held = {path: factor for adapter in adapters.values() for path, factor in adapter.factors.items()}
 
     def update(_: str, factor: Factor) -> Factor | None:
         if not factor.rank and factor.dense is None:
@@ -218,7 +222,7 @@ def _merged(
     biases = {
         task: adapter.with_factors(lambda _, factor: replace(factor, dense=None)) for task, adapter in adapters.items()
     }
-    paths = [path for path in shapes if present(not_zero, path)]
+    paths = [path for path in held if present(not_zero, path)]
     scale = getattr(options, "scale", 1.0)
     weights = weights_of(scale, list(adapters)) if isinstance(scale, Mapping) else getattr(options, "weights", None)
     scale = 1.0 if isinstance(scale, Mapping) else float(scale)
@@ -233,8 +237,9 @@ def _merged(
         return path, Factor(A.float(), B.float(), 1.0, factor.bias)
 
     computed = method.updates(not_zero, paths, options)
-    for path, (d_out, d_in) in shapes.items():
+    for path, factor in held.items():
         if path in paths:
             yield whole(*next(computed))
         else:
-            yield whole(path, Factor.empty(d_out, d_in))
+            nothing = factor.A.new_empty(0, factor.A.shape[1]), factor.B.new_empty(factor.B.shape[0], 0)
+            yield whole(path, Factor(nothing[0].float(), nothing[1].float(), 1.0))

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from loop_cases import adapters_for, image_batches, llama, llava, text_batches
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ def main(placement: str, kind: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base.save_pretrained(folder / "base")
+        # Some set it for all of a notebook.
+        torch.set_default_device("cuda" if placement == "two" else None)
         for method in METHODS.values():
             mine = dict.fromkeys(TASKS, adapters["a"]) if method.name in ONE_ADAPTER else adapters
             for options in [{}, *MORE.get(method.name, [])]:
@@ -81,4 +84,5 @@ def main(placement: str, kind: str) -> None:
                 found.save(folder / "merged" / method.name, "model")
                 found.apply(model)
                 print(placement, method.name, options)
+        torch.set_default_device(None)
 

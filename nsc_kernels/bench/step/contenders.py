@@ -102,7 +102,7 @@ def replaced(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
 
 
 def coefficients(problem: Problem) -> dict[str, nn.Parameter]:
-    start = torch.full((len(problem.names),), LAM, dtype=torch.float32)
+    start = torch.full((len(problem.names),), LAM, dtype=torch.float32, device="cpu")
     return {path: nn.Parameter(start.clone()) for path in problem.paths}
 
 
@@ -220,7 +220,7 @@ def floor(problem: Problem, stack: ExitStack, together: bool = False, compiled: 
         for layer in list(problem.model.get_decoder().layers)[: -len(problem.scored)]:
             layer.compile()
             stack.callback(setattr, layer, "_compiled_call_impl", None)  # the model may be another contender's next
-    gradient = torch.randn(problem.shape.d)
+    gradient = torch.randn(problem.shape.d, device="cpu")
     modules = dict(problem.model.named_modules())
     found: list[Tensor] = []
 

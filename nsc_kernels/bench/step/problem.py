@@ -121,14 +121,14 @@ def batch_of(shape: Shape) -> dict[str, Tensor]:
     """Of torch's default type and on its default device: rows without padding, the image in front of the text."""
     if shape.classes:
         side = 16 * round((shape.tokens - 1) ** 0.5)
-        return {"pixel_values": torch.randn(shape.rows, 3, side, side)}
+        return {"pixel_values": torch.randn(shape.rows, 3, side, side, device="cpu")}
     batch = {
-        "input_ids": torch.randint(shape.vocabulary - 1, (shape.rows, shape.tokens)),
-        "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long),
+        "input_ids": torch.randint(shape.vocabulary - 1, (shape.rows, shape.tokens), device="cpu"),
+        "attention_mask": torch.ones(shape.rows, shape.tokens, dtype=torch.long, device="cpu"),
     }
     if shape.vision_layers:
         batch["input_ids"][:, : shape.patches**2] = shape.vocabulary - 1
-        batch["pixel_values"] = torch.randn(shape.rows, 3, *[14 * shape.patches] * 2)
+        batch["pixel_values"] = torch.randn(shape.rows, 3, *[14 * shape.patches] * 2, device="cpu")
     return batch
 
 
@@ -162,8 +162,8 @@ class Problem:
                 name,
                 {
                     path: Factor(
-                        torch.randn(shape.rank, linear.in_features) / linear.in_features**0.5,
-                        0.02 * torch.randn(linear.out_features, shape.rank),
+                        torch.randn(shape.rank, linear.in_features, device="cpu") / linear.in_features**0.5,
+                        0.02 * torch.randn(linear.out_features, shape.rank, device="cpu"),
                         2.0,
                     )
                     for path, linear in ((path, self.model.get_submodule(path)) for path in self.paths)

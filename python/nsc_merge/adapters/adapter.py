@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class Factor:
     @classmethod
     def empty(cls, d_out: int, d_in: int) -> Factor:
         """An update that changes nothing, of rank 0; float32, whatever torch's default dtype is."""
-        return cls(torch.empty(0, d_in, dtype=torch.float32), torch.empty(d_out, 0, dtype=torch.float32), 1.0)
+        A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0, d_in), (d_out, 0)))
+        return cls(A, B, 1.0)
 
     @classmethod
     def of_matrix(cls, update: Tensor, bias: Tensor | None = None) -> Factor:
@@ -63,6 +64,11 @@ class Factor:
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    def cpu(self) -> Factor:
+        """The same in the host's memory, where adapters are read to."""
+        held: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value if value.is_meta else value.cpu() for name, value in held.items()})
 
     def delta(self) -> Tensor:
         """The dense update ``[d_out, d_in]``, in float64, but for what a ``gain`` makes of the base's weight."""

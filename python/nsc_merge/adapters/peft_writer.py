@@ -62,7 +62,7 @@ def write_adapter(
         if factor.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factor.magnitude.float()
         if has_bias:
-            bias = torch.zeros(factor.B.shape[0]) if factor.bias is None else factor.bias
+            bias = torch.zeros(factor.B.shape[0], device="cpu") if factor.bias is None else factor.bias
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias.float()
     for path, stack in (stacks or {}).items():
         for part, value in (("lora_A", stack.A), ("lora_B", stack.B)):

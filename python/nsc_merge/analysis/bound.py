@@ -127,7 +127,7 @@ class _Check:
         least_b = 0.0 if deficient or up[-1] <= up[0] * torch.finfo(factor.B.dtype).eps else float(up[-1])
         self.constant = least_a * least_b
         # Of every so many inputs: ratio, effect and how many times the bound that is.
-        self._kept, self._every = torch.empty(0, 3, dtype=torch.float64), 1
+        self._kept, self._every = torch.empty(0, 3, dtype=torch.float64, device="cpu"), 1
         self._least = math.inf
 
     def add(self, z: Tensor) -> None:

@@ -65,7 +65,8 @@ def digit_images() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16.0, torch.tensor(bunch.target)
+    images = torch.tensor(bunch.images, dtype=torch.float32, device="cpu")[:, None] / 16.0
+    return images, torch.tensor(bunch.target, device="cpu")
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +74,7 @@ def digit_split() -> dict[str, Tensor]:
     """Indices into :func:`digit_images` per split: 1000 train, 300 val, 497 test, pairwise disjoint."""
     import numpy as np
 
-    order = torch.tensor(np.random.RandomState(0).permutation(len(digit_images()[0])))
+    order = torch.tensor(np.random.RandomState(0).permutation(len(digit_images()[0])), device="cpu")
     return {"train": order[:1000], "val": order[1000:1300], "test": order[1300:]}
 
 
@@ -82,7 +83,7 @@ def _photographs() -> Tensor:
     from sklearn.datasets import load_sample_images
 
     grey = [
-        torch.tensor(image, dtype=torch.float32).mean(-1) / 255.0 for image in load_sample_images().images
+        torch.tensor(image, dtype=torch.float32, device="cpu").mean(-1) / 255.0 for image in load_sample_images().images
     ]
     return torch.cat([F.avg_pool2d(image[None, None], 2) for image in grey])[:, 0]
 
@@ -106,9 +107,9 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
+        return low + (high - low) * torch.rand(*shape, generator=generator, device="cpu")
 
-    shown = torch.randint(1, MAX_DIGITS + 1, (count,), generator=generator)
+    shown = torch.randint(1, MAX_DIGITS + 1, (count,), generator=generator, device="cpu")
     image = (
         _photo_background(count, split, generator) if scene == "photo" else _shaded_background(count, uniform)
     )
@@ -117,19 +118,19 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
     scale = uniform(0.9, 1.4, count, MAX_DIGITS)
     scale[:, 0] = uniform(1.5, 1.9, count)
     far_to_near = scale.argsort(1)
-    present = torch.arange(MAX_DIGITS)[None] < shown[:, None]
+    present = torch.arange(MAX_DIGITS, device="cpu")[None] < shown[:, None]
     tilt = uniform(-_MAX_TILT, _MAX_TILT, count, MAX_DIGITS)
     pool = digit_split()[split]
-    which = pool[torch.randint(len(pool), (count, MAX_DIGITS), generator=generator)]
+    which = pool[torch.randint(len(pool), (count, MAX_DIGITS), generator=generator, device="cpu")]
     margin = 4 * scale * 0.85
     centre_x = margin + uniform(0, 1, count, MAX_DIGITS) * (SIZE - 2 * margin)
     centre_y = margin + uniform(0, 1, count, MAX_DIGITS) * (SIZE - 2 * margin)
     grey = uniform(0.8, 1.0, count, MAX_DIGITS) if scene == "photo" else uniform(0.0, 0.22, count, MAX_DIGITS)
 
     images, classes = digit_images()
-    digits = torch.zeros(count, SIZE, SIZE, dtype=torch.uint8)
-    depth = torch.ones(count, SIZE, SIZE)
-    rows = torch.arange(count)
+    digits = torch.zeros(count, SIZE, SIZE, dtype=torch.uint8, device="cpu")
+    depth = torch.ones(count, SIZE, SIZE, device="cpu")
+    rows = torch.arange(count, device="cpu")
     grid_y, grid_x = _pixel_grid()
     for layer in range(MAX_DIGITS):
         slot = far_to_near[:, layer]
@@ -147,7 +148,7 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
     # The primary digit is drawn last, so what it covers is what is seen of it.
     salient = covered
 
-    noisy = image + _NOISE * torch.randn(image.shape, generator=generator)
+    noisy = image + _NOISE * torch.randn(image.shape, generator=generator, device="cpu")
     # Background 0, digits 0-4 are class 1, digits 5-9 are class 2.
     segmentation = torch.where(digits == 0, 0, torch.where(digits <= 5, 1, 2))
     return SceneSet(
@@ -168,7 +169,7 @@ def make_scenes(count: int, split: Split, scene: Scene, seed: int) -> SceneSet:
 
 
 def _pixel_grid() -> tuple[Tensor, Tensor]:
-    centres = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    centres = torch.arange(SIZE, dtype=torch.float32, device="cpu") + 0.5
     grid_y, grid_x = torch.meshgrid(centres, centres, indexing="ij")
     return grid_y, grid_x
 
@@ -177,10 +178,10 @@ def _photo_background(count: int, split: str, generator: torch.Generator) -> Ten
     photos = _photographs()
     height, width = photos.shape[1:]
     first, last = (int(width * edge) for edge in _PHOTO_COLUMNS[split])
-    which = torch.randint(len(photos), (count,), generator=generator)
-    left = torch.randint(first, last - SIZE + 1, (count,), generator=generator)
-    top = torch.randint(0, height - SIZE + 1, (count,), generator=generator)
-    offsets = torch.arange(SIZE)
+    which = torch.randint(len(photos), (count,), generator=generator, device="cpu")
+    left = torch.randint(first, last - SIZE + 1, (count,), generator=generator, device="cpu")
+    top = torch.randint(0, height - SIZE + 1, (count,), generator=generator, device="cpu")
+    offsets = torch.arange(SIZE, device="cpu")
     crops = photos[
         which[:, None, None],
         (top[:, None] + offsets)[:, :, None],
@@ -206,8 +207,8 @@ def _shaded_background(count: int, uniform) -> Tensor:
     return sheet
 
 
-_SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])[None, None] / 8
-_SMOOTH = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])[None, None] / 16
+_SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device="cpu")[None, None] / 8
+_SMOOTH = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]], device="cpu")[None, None] / 16
 
 
 def _filter(image: Tensor, kernel: Tensor) -> Tensor:

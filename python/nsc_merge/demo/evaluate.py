@@ -85,7 +85,7 @@ def calibration_batches(
     for kind, part in scenes.items():
         generator = torch.Generator().manual_seed(100 * seed + SCENES.index(kind))
         passes = -(-count * batch // len(part))
-        order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(passes)])
+        order = torch.cat([torch.randperm(len(part), generator=generator, device="cpu") for _ in range(passes)])
         batches[kind] = [{"pixel_values": part.pixels[rows]} for rows in order.split(batch)[:count]]
     return {task.name: batches[task.scene] for task in tasks}
 
@@ -145,7 +145,7 @@ def standard_error(
     reference: Scores,
 ) -> float:
     """Standard error, over :data:`FOLDS` parts of the scenes, of the gap between two methods' averages."""
-    gaps = torch.zeros(FOLDS)
+    gaps = torch.zeros(FOLDS, device="cpu")
     for name, head in heads.items():
         parts = (
             values.chunk(FOLDS) for values in (ours[name], theirs[name], scenes[head.task.scene].labels[name])

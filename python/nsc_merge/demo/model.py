@@ -61,7 +61,7 @@ def initialise(model: nn.Module, seed: int) -> None:
             std = 0.02 if added else parameter[0].numel() ** -0.5
             if name.endswith(("o_proj.weight", "out_proj.weight", "fc2.weight")):
                 std *= (2 * BLOCKS) ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
 
 
 def load_backbone(folder: Path) -> ViTModel:

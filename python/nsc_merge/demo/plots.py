@@ -27,9 +27,9 @@ def plot_coefficients(result: MergeResult, path: Path) -> None:
             for block in range(BLOCKS)
             for column, name in enumerate(_PROJECTIONS)
         }
+        rows = [result.coefficients[name] for name in modules.values()]
         values = {
-            task: torch.tensor([result.coefficients[module][task] for module in modules.values()]).view(BLOCKS, -1)
-            for task in result.tasks
+            task: torch.tensor([row[task] for row in rows], device="cpu").view(BLOCKS, -1) for task in result.tasks
         }
         reach = max(1e-3, max(float((value - start).abs().max()) for value in values.values()))
         figure, axes = plt.subplots(

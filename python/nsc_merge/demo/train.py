@@ -122,7 +122,7 @@ def pretrain(
     )
 
     def losses(x: Tensor, target: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        masked = torch.rand(len(x), PATCHES) < 0.4
+        masked = torch.rand(len(x), PATCHES, device="cpu") < 0.4
         masked[: len(x) // 3] = False
         tokens = features(model, x, bool_masked_pos=masked)
         rebuilt = to_image(reconstruct(tokens))
@@ -132,7 +132,7 @@ def pretrain(
     with Progress("pre-training", _PRETRAIN_STEPS, progress) as bar:
         for step in range(_PRETRAIN_STEPS):
             _set_rate(optimiser, _PRETRAIN_LR, step, _PRETRAIN_STEPS, warmup=200)
-            rows = torch.randint(len(pixels), (_PRETRAIN_BATCH,))
+            rows = torch.randint(len(pixels), (_PRETRAIN_BATCH,), device="cpu")
             rebuild, digit = losses(pixels[rows], clean[rows], digits[rows])
             _update(optimiser, rebuild + 0.5 * digit, parameters)
             bar.update(loss=f"{rebuild.item():.3f}+{digit.item():.3f}")
@@ -227,7 +227,7 @@ def fit_adapter(
     with Progress(f"{task.name} adapter", steps, progress) as bar:
         for step in range(steps):
             _set_rate(optimiser, _ADAPTER_LR, step, steps, warmup=max(1, round(0.06 * steps)))
-            rows = torch.randint(len(scenes), (_ADAPTER_BATCH,))
+            rows = torch.randint(len(scenes), (_ADAPTER_BATCH,), device="cpu")
             value = loss(task, head(patch_features(model, scenes.pixels[rows])), label[rows])
             _update(optimiser, value, parameters)
             bar.update(loss=f"{value.item():.4f}")
@@ -264,7 +264,7 @@ def _fit_head(backbone: nn.Module, head: Head, pixels: Tensor, label: Tensor, st
     optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        rows = torch.randint(len(features), (64 if head.task.dense else 256,))
+        rows = torch.randint(len(features), (64 if head.task.dense else 256,), device="cpu")
         value = loss(head.task, head(features[rows]), label[rows])
         optimiser.zero_grad()
         value.backward()

@@ -138,7 +138,7 @@ class Losses:
         if self._best is None:
             return {}
         least, best = self._best
-        return {"best": best, "best_loss": torch.tensor(least, dtype=torch.float64)}
+        return {"best": best, "best_loss": torch.tensor(least, dtype=torch.float64, device="cpu")}
 
     @staticmethod
     def shapes(present: Tensor, *, held_out: bool) -> Shapes:

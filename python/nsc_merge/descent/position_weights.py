@@ -91,10 +91,10 @@ class PositionWeights:
         key = (one.tasks, one.sizes, sqnorm.dim(), sqnorm.device)
         kept = self._rows.get(key)
         if kept is None:
-            owners = torch.zeros(len(one.tasks), self._tasks, dtype=sqnorm.dtype)
+            owners = torch.zeros(len(one.tasks), self._tasks, dtype=sqnorm.dtype, device="cpu")
             for source, numbers in enumerate(one.tasks):
                 owners[source, list(numbers)] = 1
-            sizes = torch.tensor(one.sizes if one.sizes is not None else [1])
+            sizes = torch.tensor(one.sizes if one.sizes is not None else [1], device="cpu")
             shape = (-1, *[1] * (sqnorm.dim() - 1), self._tasks)
             # Built on the host once and kept, so that no later step copies anything to the device.
             kept = self._rows[key] = owners.repeat_interleave(sizes, 0).view(shape).to(sqnorm.device)

@@ -125,7 +125,7 @@ def joint_hits(
         return None
     ((_, models),) = groups
     # Outputs of a task's head on the samples of another, by both.
-    outputs = {(source, head): torch.zeros(()) for source in tasks for head in tasks}
+    outputs = {(source, head): torch.zeros((), device="cpu") for source in tasks for head in tasks}
     for number, enter in enumerate(models, 1):
         with enter() as model:
             for source, head in outputs:
@@ -234,7 +234,7 @@ def _joined(parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
     kind = torch.float32 if parts[0].is_floating_point() else parts[0].dtype
     shape = [max(extents) for extents in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = torch.full(
-        (sum(map(len, parts)), *shape), missing if kind is torch.float32 else IGNORE, dtype=kind
+        (sum(map(len, parts)), *shape), missing if kind is torch.float32 else IGNORE, dtype=kind, device="cpu"
     )
     start = 0
     for part in parts:

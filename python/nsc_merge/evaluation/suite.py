@@ -303,7 +303,7 @@ def _padded_behind(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if mask is None or mask.dim() != 2 or "position_ids" in batch or bool((mask[:, 0] != 0).all()):
         return batch
     first = (mask != 0).int().argmax(1)
-    places = (torch.arange(mask.shape[1]) + first[:, None]) % mask.shape[1]
+    places = (torch.arange(mask.shape[1], device="cpu") + first[:, None]) % mask.shape[1]
     return {name: value.gather(1, places) if value.shape == mask.shape else value for name, value in batch.items()}
 
 
@@ -314,8 +314,8 @@ def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mappin
     generator = torch.Generator().manual_seed(seed)
     shapes = {tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in batches}
     if len(shapes) > 1 or any(len({len(value) for value in batch.values()}) > 1 for batch in batches):
-        return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
+        return [batches[number] for number in torch.randperm(len(batches), generator=generator, device="cpu").tolist()]
     sizes = [len(next(iter(batch.values()))) for batch in batches]
-    order = torch.randperm(sum(sizes), generator=generator).split(sizes)
+    order = torch.randperm(sum(sizes), generator=generator, device="cpu").split(sizes)
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return [{name: value[rows] for name, value in whole.items()} for rows in order]

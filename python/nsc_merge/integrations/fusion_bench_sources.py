@@ -184,7 +184,7 @@ def _is_turned(base: nn.Module, path: str) -> bool:
 
 def _tensor(value: Any) -> Tensor:
     """By NumPy, which makes wide numbers of a list's whatever torch's default dtype is."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value), device="cpu")
 
 
 def batches_of(
@@ -208,7 +208,7 @@ def batches_of(
             f"that is named, found {split!r} and {held}; methods that need no data run without"
         )
     dataset = getattr(modelpool, f"load_{split}_dataset")(task)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0), device="cpu")[:samples].tolist()
     if not order:
         raise ValueError(f"dataset: expected rows of {task!r}, found none")
 
@@ -242,5 +242,5 @@ def _inputs(row: Any, model: nn.Module, processor: Callable[[], Any], task: str)
         raise ValueError(f"dataset: expected inputs of {type(model).__name__} in the rows of {task!r}, found {row}")
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        inputs.setdefault("decoder_input_ids", torch.tensor([config.decoder_start_token_id]))
+        inputs.setdefault("decoder_input_ids", torch.tensor([config.decoder_start_token_id], device="cpu"))
     return inputs

@@ -40,12 +40,13 @@ class MergedModels:
 
     def coeffs(self) -> dict[str, Any]:
         """Module path -> its coefficients ``[R]``, each as often as its adapter has rank there, as a numpy array."""
+        adapters = self.result.adapters
         return {
             path: torch.cat(
                 [
-                    torch.full((self.result.adapters[task].factors[path].rank,), value, dtype=torch.float32)
+                    torch.full((adapters[task].factors[path].rank,), value, dtype=torch.float32, device="cpu")
                     for task, value in row.items()
-                    if path in self.result.adapters[task].factors
+                    if path in adapters[task].factors
                 ]
             ).numpy()
             for path, row in self.result.coefficients.items()

@@ -271,7 +271,7 @@ def _fill(
             up.weight.copy_(B.view_as(up.weight))
             if biases is not None:
                 bias = biases[path]
-                up.bias.copy_(torch.zeros(len(up.bias)) if bias is None else bias)
+                up.bias.copy_(torch.zeros(len(up.bias), device="cpu") if bias is None else bias)
         for parameter in (*down.parameters(), *up.parameters()):
             parameter.requires_grad_(False)
 

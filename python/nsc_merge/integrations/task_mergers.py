@@ -79,7 +79,7 @@ class TaskMerger:
         self.pretrained_model = pretrained_model
         self.param_handler = param_handler
         self.device, self.merge_config = device, merge_config
-        self.scaling_coeffs = torch.ones(len(self.finetuned_models), dtype=torch.float32)
+        self.scaling_coeffs = torch.ones(len(self.finetuned_models), dtype=torch.float32, device="cpu")
         self._kept: tuple[Plan, list[tuple[str, Factor]]] | None = None
 
     def transform(self, merge_config: Config) -> None:
@@ -99,7 +99,7 @@ class TaskMerger:
         Raises:
             ValueError: if they differ. The codebases then apply the first one to all tasks.
         """
-        found = torch.as_tensor(scaling_coeffs, dtype=torch.float64).flatten()
+        found = torch.as_tensor(scaling_coeffs, dtype=torch.float64, device="cpu").flatten()
         fits = len(found) in (1, len(self.finetuned_models)) and bool(found.isfinite().all())
         if not fits or bool((found != found[0]).any()):
             raise ValueError(

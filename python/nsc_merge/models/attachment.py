@@ -54,7 +54,7 @@ def adapted_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[s
 
 def presence(paths: Iterable[str], adapters: Mapping[str, Adapter]) -> Tensor:
     """``[modules, K]`` bool: where each adapter touches the modules of ``paths``."""
-    return torch.tensor([[path in adapter.factors for adapter in adapters.values()] for path in paths])
+    return torch.tensor([[path in adapter.factors for adapter in adapters.values()] for path in paths], device="cpu")
 
 
 def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Linear]:

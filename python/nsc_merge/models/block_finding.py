@@ -190,7 +190,7 @@ def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     # Behind the blocks there may be convolutions once more.
     taken = inspect.signature(getattr(owner, _REDUCES)).parameters
     for options in ({"add_adapter": False}, {"add_adapter": True}) if "add_adapter" in taken else ({},):
-        whole = owner._get_feat_extract_output_lengths(torch.tensor(mask.shape[1]), **options)
+        whole = owner._get_feat_extract_output_lengths(torch.tensor(mask.shape[1], device="cpu"), **options)
         if int(whole) == count:
             return getattr(owner, _REDUCES)(count, mask.long(), **options)
     return mask

@@ -72,7 +72,9 @@ def fit(
     own = own_tensors(model, trunk)
     fitted = {}
     for task, adapter in renamed(adapters, model).items():
-        factors, trained, notes = dict(adapter.factors), adapter.trained, list(adapter.notes)
+        # Those that were made in memory may be elsewhere.
+        factors = {path: factor.cpu() for path, factor in adapter.factors.items()}
+        trained, notes = adapter.trained, list(adapter.notes)
         check_base(task, adapter.base_weights, model)
         for path, factor in factors.items():
             module = modules.get(path)

@@ -163,7 +163,7 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         shape = torch.Size((linear.out_features, linear.in_features))
     else:
         shape = module.get_parameter("weight").shape
-    weight = deltas["weight"] if "weight" in deltas else torch.zeros(shape, dtype=torch.float32)
+    weight = deltas["weight"] if "weight" in deltas else torch.zeros(shape, dtype=torch.float32, device="cpu")
     if not is_linear(module):
         # Of a convolution, the kernel belongs to the inputs of an output.
         weight = weight[:, None] if weight.dim() == 1 else weight.flatten(1)
@@ -191,10 +191,10 @@ def update_of_rows(task: str, path: str, rows: TokenRows, model: nn.Module) -> F
             f"a weight of shape {list(base.shape)}; expected the base that it was trained on, or one resized as that "
             "was (resize_token_embeddings)"
         )
-    chosen = torch.tensor(rows.indices)
+    chosen = torch.tensor(rows.indices, device="cpu")
     change = (rows.values.double().cpu() - base[chosen].double()).float()
-    picks = torch.zeros(base.shape[0], len(chosen), dtype=torch.float32)
-    picks[chosen, torch.arange(len(chosen))] = 1.0
+    picks = torch.zeros(base.shape[0], len(chosen), dtype=torch.float32, device="cpu")
+    picks[chosen, torch.arange(len(chosen), device="cpu")] = 1.0
     return Factor(change, picks, 1.0)
 
 

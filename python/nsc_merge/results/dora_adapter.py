@@ -62,7 +62,7 @@ def as_dora(result: MergedUpdate, factors: Mapping[str, Factor]) -> dict[str, Fa
     made = {}
     for path, factor in factors.items():
         gain = total_gain(result.terms(path))
-        grown = torch.ones(len(factor.B), dtype=torch.float64) if gain is None else 1 + gain.cpu()
+        grown = torch.ones(len(factor.B), dtype=torch.float64, device="cpu") if gain is None else 1 + gain.cpu()
         # The norms are of what is written.
         plain = replace(factor, B=(factor.B.double().cpu() / grown[:, None]).float(), A=factor.A.float())
         weight = stored_or_dequantised(result.model, f"{path}.weight")

@@ -172,7 +172,7 @@ def _is_naturals(value: Any) -> TypeGuard[list[int]]:
 def _tensor(path: Path, file: BufferedReader, name: str, entry: dict[str, Any], digest: hashlib._Hash) -> Tensor:
     """The next tensor of the file."""
     begin, end = entry["data_offsets"]
-    raw = torch.empty(end - begin, dtype=torch.uint8)
+    raw = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
     buffer = raw.numpy().data
     if file.readinto(buffer) != len(buffer):
         raise _broken(path, f"it became shorter while {name!r:.100} was read")

@@ -93,3 +93,54 @@ print("refused")
 def test_the_stand_in_lets_meet_what_meets_on_gpus(library: Path) -> None:
     done = run(library, MEETINGS)
     assert done.stdout == "refused\n", done.stderr[-3000:]
+
+
+ON_A_GPU = """
+import two_gpus, torch, nsc_merge
+from dataclasses import replace
+from nsc_merge.methods import METHODS
+
+def drawn(*devices):
+    source = torch.Generator().manual_seed(0)
+    return {
+        task: {path: tuple(
+            torch.randn(shape, generator=source, device="cpu").to(device) for shape in ((4, 32), (16, 4))
+        ) + (scaling,) for path in "pq"} | {"zero": torch.zeros(3, 5, device=device)}
+        for task, device, scaling in zip("abc", devices, (2.0, 1.0, 0.5))
+    }
+
+torch.set_default_device("cuda")
+there = torch.device("cuda", 0)
+for name in [method.name for method in METHODS.values() if method.updates is not None and not method.needs]:
+    wanted = dict(nsc_merge.merge_factors(drawn("cpu", "cpu", "cpu"), name))
+    for path, found in nsc_merge.merge_factors(drawn("cuda", "cuda", "cuda"), name):
+        found = found.delta()
+        assert found.device == there, (name, path, found.device)
+        torch.testing.assert_close(found.cpu(), wanted[path].delta(), rtol=1e-4, atol=1e-5)
+
+host = {task: {path: nsc_merge.Factor(*one) for path, one in held.items() if path != "zero"}
+        for task, held in drawn("cpu", "cpu", "cpu").items()}
+moved = {task: {path: replace(one, A=one.A.to(device), B=one.B.to(device)) for path, one in held.items()}
+         for (task, held), device in zip(host.items(), ("cuda:1", "cuda", "cpu"))}
+model = torch.nn.ModuleDict({path: torch.nn.Linear(32, 16, device="cuda") for path in "pq"})
+for name in ("task_arithmetic", "ties", "svd", "robustmerge"):
+    found, wanted = (
+        nsc_merge.merge(model, {task: nsc_merge.Adapter(task, own) for task, own in held.items()}, method=name)
+        for held in (moved, host)
+    )
+    assert found.delta("p").equal(wanted.delta("p")), name
+
+for devices in (("cuda", "cpu", "cuda"), ("cuda", "cuda", "cuda:1")):
+    try:
+        nsc_merge.merge_factors(drawn(*devices), "ties")
+    except ValueError as error:
+        assert "expected an update on cuda:0 as 'a' has, found one on" in str(error), error
+    else:
+        raise AssertionError
+print("right")
+"""
+
+
+def test_factors_on_a_gpu_are_merged_there_and_adapters_wherever_they_are(library: Path) -> None:
+    done = run(library, ON_A_GPU)
+    assert done.stdout == "right\n", done.stderr[-3000:]

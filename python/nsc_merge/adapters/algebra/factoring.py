@@ -75,7 +75,9 @@ def _least_rank(delta: Tensor, side: int, generator: torch.Generator, norm: floa
     """What rank it takes at least to leave out no more than ``bound * norm``, by a part of ``side`` rows and columns:
     no rank leaves out less of the whole than of a part.
     """
-    rows, columns = (torch.randperm(width, generator=generator)[:side].to(delta.device) for width in delta.shape)
+    rows, columns = (
+        torch.randperm(width, generator=generator, device="cpu")[:side].to(delta.device) for width in delta.shape
+    )
     sigma = torch.linalg.svdvals(delta[rows][:, columns].double())
     return int((_behind(sigma) > (bound * norm) ** 2).sum())
 
@@ -90,7 +92,8 @@ def _in_range(
 ) -> tuple[Tensor, Tensor] | None:
     """Factors between which ``delta`` stands but for ``bound * norm``, if so many random products span its range."""
     rows = delta.split(_ROWS)
-    random = torch.randn(delta.shape[1], columns, generator=generator, dtype=torch.float64).to(delta.device)
+    random = torch.randn(delta.shape[1], columns, generator=generator, dtype=torch.float64, device="cpu")
+    random = random.to(delta.device)
     basis = torch.linalg.qr(torch.cat([some.double() @ random for some in rows])).Q
     parts = basis.split(_ROWS)
     inside = sum(part.t() @ some.double() for part, some in zip(parts, rows, strict=True))

@@ -52,7 +52,7 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
         )
         names = [name for name in encoded if name in base.takes]
         for place, number in enumerate(numbers):
-            found[number] = {name: torch.tensor(encoded[name][place], dtype=torch.long) for name in names}
+            found[number] = {name: torch.tensor(encoded[name][place], dtype=torch.long, device="cpu") for name in names}
     for sample, one in zip(samples, found, strict=True):
         _add_mask(one, base)
         _check_tokens(one[TOKENS], len(one[TOKENS]), most, sample.where, base)
@@ -124,7 +124,7 @@ def _pair(
     encoded = processor(**given)
     # What stands in the text, and what it becomes, which is another in Gemma 3.
     of_an_image = [one for one in (processor.image_token_id, base.image_token) if one is not None]
-    of_images = int(torch.isin(encoded[TOKENS], torch.tensor(of_an_image)).sum())
+    of_images = int(torch.isin(encoded[TOKENS], torch.tensor(of_an_image, device="cpu")).sum())
     # The model's positions are for both; what is asked for is of text.
     room = min(most, (base.positions or most + of_images) - of_images)
     if room < 1:

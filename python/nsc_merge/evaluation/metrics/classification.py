@@ -36,8 +36,8 @@ def predicted(outputs: Tensor, labels: Tensor) -> Predicted:
     Arguments and errors as in :func:`accuracy`.
     """
     _check_classes(outputs, labels)
-    classes = torch.full(labels.shape, outputs.shape[-1])
-    surprise = torch.zeros(labels.shape)
+    classes = torch.full(labels.shape, outputs.shape[-1], device="cpu")
+    surprise = torch.zeros(labels.shape, device="cpu")
     for number, label in enumerate(labels):
         known = label != IGNORE
         logits = outputs[number][known.to(outputs.device)].float()

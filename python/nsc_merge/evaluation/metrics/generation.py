@@ -85,7 +85,7 @@ def cider_per_sample(
     candidates, known = captions_of(outputs, labels, ends)
     cider_score.check(candidates, known)
     if program == OWN:
-        return torch.tensor(cider_score.cider_per_sample(candidates, known), dtype=torch.float64)
+        return torch.tensor(cider_score.cider_per_sample(candidates, known), dtype=torch.float64, device="cpu")
     if decode is None:
         raise ValueError(f"decode: {program} takes text; expected what makes it of tokens, found none")
     from pycocoevalcap.cider.cider import Cider

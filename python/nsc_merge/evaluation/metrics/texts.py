@@ -84,7 +84,7 @@ def bleu_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Co
 
     pairs = zip(*texts_of(outputs, labels, decode, ends), strict=True)
     scores = [float(sacre_bleu_score([candidate], [texts], smooth=True)) for candidate, texts in pairs]
-    return torch.tensor(scores, dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
 
 def vqa(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
@@ -105,7 +105,7 @@ def vqa_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Col
         same = [one == answer for one in known]
         shares = [min(1.0, (sum(same) - left_out) / _ENOUGH) for left_out in same]
         scores.append(float(same[0]) if len(known) == 1 else sum(shares) / len(shares))
-    return torch.tensor(scores, dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
 
 def as_answer(text: str) -> str:

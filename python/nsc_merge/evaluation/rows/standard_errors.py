@@ -31,7 +31,7 @@ def without_each(suite: RecipeSuite, task: str, outputs: Any, labels: Tensor) ->
     """
     if len(labels) < GROUPS:
         return []
-    dealt = torch.arange(len(labels)) % GROUPS
+    dealt = torch.arange(len(labels), device="cpu") % GROUPS
     found: list[float] = []
     if (of_samples := suite.metric(task).of_samples) is not None:
         quality = suite.quality(task, outputs, labels).double()

@@ -206,7 +206,7 @@ def _labels(
     ones = torch.ones(len(output), dtype=torch.float32, device=output.device)
     output = output.float()
     if likelihood == "gaussian":
-        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu").to(output)
         # The gradient of -(y - f)^2 / 2 with y = f + noise.
         terms = output * noise if real is None else output * noise * real[..., None]
         return [(ones, terms.reshape(len(terms), -1).sum(1))]

@@ -153,7 +153,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def backward(one: Pass) -> Tensor:
             batch, numbers = one.inputs, one.tasks[0]
             # Tasks that do not count have no loss, rather than one of 0.
-            found = torch.full((len(numbers),), math.nan, dtype=torch.float32)
+            found = torch.full((len(numbers),), math.nan, dtype=torch.float32, device="cpu")
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
             if here and options.tokens == "full":
                 assert names is not None
@@ -211,7 +211,7 @@ def _decoded(
     own = "decoder_position_ids" in inspect.signature(type(model).forward).parameters
     positions = "decoder_position_ids" if own else "position_ids"
     inputs = left_padded(batch, tokens, mask, positions)
-    ends = torch.tensor(end_tokens(model), dtype=torch.long)
+    ends = torch.tensor(end_tokens(model), dtype=torch.long, device="cpu")
     going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
     total = 0.0
     for _ in range(most):

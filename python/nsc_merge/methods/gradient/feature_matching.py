@@ -180,7 +180,7 @@ class Targets:
         with self._own.of(number):
             seen = self._watcher.see(one)
         if self._normalise == "none":
-            return Target(seen, torch.ones((), dtype=torch.float32))
+            return Target(seen, torch.ones((), dtype=torch.float32, device="cpu"))
         base = [feature * 0 for feature in seen.features]
         if self._normalise == "task":
             with self._own.of(None):

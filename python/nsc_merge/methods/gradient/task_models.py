@@ -51,7 +51,7 @@ class OwnModels:
         """Task ``number``'s own model, the base for None, without gradients. Afterwards modules with coefficients
         keep what they were given here: whoever runs the merged model next calls ``coefficients.spread()``.
         """
-        only = torch.arange(self._present.shape[1]) == (-1 if number is None else number)
+        only = torch.arange(self._present.shape[1], device="cpu") == (-1 if number is None else number)
         merged = [module.lam for module, _ in self._shared]
         with torch.no_grad():
             self._coefficients.give(self._present * only.to(self._present))

@@ -34,7 +34,7 @@ class Variance:
     def moments(self) -> tuple[int, Tensor, Tensor]:
         """How many rows there are, their mean, and their variance around it, by component, on the host."""
         if self._origin is None:
-            nothing = torch.zeros((), dtype=torch.float64)
+            nothing = torch.zeros((), dtype=torch.float64, device="cpu")
             return 0, nothing, nothing
         mean, square = (total / self._count for total in self._sums)
         return self._count, (self._origin + mean).cpu(), (square - mean.square()).cpu()

@@ -49,8 +49,8 @@ def drawn_in_pytorch(rows: int, columns: int, key: int, threshold: int) -> Tenso
     the sixteen belong to its first 16 columns, the second words to the next, and so on.
     """
     blocks = -(-columns // _COLUMNS)
-    row = torch.arange(rows)[:, None, None].expand(rows, blocks, 16)
-    column = torch.arange(16 * blocks).view(1, blocks, 16).expand(rows, blocks, 16)
+    row = torch.arange(rows, device="cpu")[:, None, None].expand(rows, blocks, 16)
+    column = torch.arange(16 * blocks, device="cpu").view(1, blocks, 16).expand(rows, blocks, 16)
     words = philox((column, row & _WORD, row >> 32, torch.zeros_like(row)), key)
     return torch.stack(words, 2).view(rows, blocks * _COLUMNS)[:, :columns] >= threshold
 

@@ -130,19 +130,19 @@ def bounds(
         keep: see :func:`kept_entries`.
     """
     names = list(dict.fromkeys(task for row in tasks.values() for task in row))
-    upper = {task: torch.zeros(_HALF // 2, dtype=torch.int64) for task in names}
+    upper = {task: torch.zeros(_HALF // 2, dtype=torch.int64, device="cpu") for task in names}
     for task, pattern in _patterns(source, tasks):
-        upper[task] += torch.bincount(pattern >> 16, minlength=_HALF // 2)
+        upper[task] += torch.bincount(pattern >> 16, minlength=_HALF // 2).cpu()
     least, sought, spare = dict.fromkeys(names, float("inf")), {}, {}
     for task in names:
         wanted = kept_entries(int(upper[task].sum()), density, keep)
         if wanted:
             sought[task] = (*nth_from_above(upper[task], wanted), wanted)
-    lower = {task: torch.zeros(_HALF, dtype=torch.int64) for task in sought}
+    lower = {task: torch.zeros(_HALF, dtype=torch.int64, device="cpu") for task in sought}
     for task, pattern in _patterns(source, tasks):
         if task in sought:
             inside = pattern[pattern >> 16 == sought[task][0]]
-            lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF)
+            lower[task] += torch.bincount(inside & (_HALF - 1), minlength=_HALF).cpu()
     for task, (half, above, wanted) in sought.items():
         one = bound_within(lower[task], half, wanted - above, keep)
         least[task] = one.least
@@ -157,7 +157,7 @@ def bound_within(lower: Tensor, half: int, wanted: int, keep: str) -> Bound:
     counts them: the ``wanted`` largest.
     """
     other, above = nth_from_above(lower, wanted)
-    least = float(torch.tensor([half << 16 | other], dtype=torch.int32).view(torch.float32))
+    least = float(torch.tensor([half << 16 | other], dtype=torch.int32, device="cpu").view(torch.float32))
     some = keep in ("floor", "round") and int(lower[other]) > wanted - above
     return Bound(least, wanted - above if some else None)
 

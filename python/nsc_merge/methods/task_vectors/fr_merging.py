@@ -78,7 +78,7 @@ def kept_frequencies(shape: Sequence[int], options: FROptions) -> Tensor:
 
 def _offsets(side: int, options: FROptions) -> Tensor:
     """Of the bins of one dimension, from the centre."""
-    offsets = torch.arange(side) - side // 2
+    offsets = torch.arange(side, device="cpu") - side // 2
     return torch.fft.ifftshift(offsets) if options.centre == "zero" else offsets
 
 
@@ -103,7 +103,7 @@ def removed_frequencies(shape: tuple[int, int], options: FROptions) -> tuple[Ten
     """
     vertical, horizontal = (_offsets(side, options) for side in shape)
     columns, shares = [], []
-    for some in torch.arange(shape[1] // 2 + 1).split(_COLUMNS):
+    for some in torch.arange(shape[1] // 2 + 1, device="cpu").split(_COLUMNS):
         counted = _counted(vertical, horizontal[some, None], min(shape), options)
         # Where a bin and its mirror image are not counted alike, taking the real part leaves both with the mean.
         mirrored = _counted(vertical.flip(0).roll(1), horizontal[-some, None], min(shape), options)

@@ -152,7 +152,8 @@ def _in_order(blocks: Sequence[Tensor], half: int) -> Tensor:
 def probabilities(update: Tensor, density: float, epsilon: float) -> Tensor:
     """The probability of each entry of ``[rows, n]`` to stay: that of its rank by magnitude in its row."""
     n = update.shape[1]
-    steps = torch.linspace(-1, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(n, dtype=torch.float64)
+    ends = (-1, 1) if n > 1 else (0, 0)
+    steps = torch.linspace(*ends, n, dtype=torch.float64, device="cpu")
     by_rank = density + epsilon * steps
     return torch.empty_like(update).scatter_(1, _by_magnitude(update), by_rank.to(update).expand_as(update))
 
@@ -187,7 +188,7 @@ def della(
         generator = torch.Generator().manual_seed(key_of(options.seed, task, path))
         for rows in _in_rows(update):
             likely = probabilities(rows, options.density, options.epsilon)
-            drawn = torch.rand(rows.shape, generator=generator, dtype=torch.float32).to(update.device)
+            drawn = torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu").to(update.device)
             rows.masked_fill_(drawn >= likely, 0.0)
             if options.rescale == "inverse":
                 rows /= likely

@@ -54,7 +54,7 @@ class FileTensor:
         """
         shape = (end - begin, *self.shape[1:]) if self.shape else ()
         width = math.prod(self.shape[1:]) * self.dtype.itemsize
-        raw = torch.empty((end - begin) * width, dtype=torch.uint8)
+        raw = torch.empty((end - begin) * width, dtype=torch.uint8, device="cpu")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + begin * width)
             buffer, filled = raw.numpy().data, 0

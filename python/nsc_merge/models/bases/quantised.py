@@ -304,7 +304,7 @@ def check_gradients(model: nn.Module) -> None:
         _check_runs(place, module)
         dtype, device = activations_of(model, path, module)
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(1, module.in_features, generator=generator).to(device, dtype)
+        z = torch.randn(1, module.in_features, generator=generator, device="cpu").to(device, dtype)
         with torch.enable_grad():
             z = torch.cat([z, torch.zeros_like(z)]).requires_grad_()
             y = module(z)

@@ -48,7 +48,8 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
             raise Rewritten(f"{name} is no plain tensor")
         first.setdefault(_identity(value), name)
     mark_of_first = {
-        name: torch.arange(_LENGTH * at, _LENGTH * (at + 1)).double() for at, name in enumerate(first.values())
+        name: torch.arange(_LENGTH * at, _LENGTH * (at + 1), device="cpu").double()
+        for at, name in enumerate(first.values())
     }
     marks = {name: mark_of_first[first[_identity(value)]] for name, value in state.items()}
     firsts = {tuple(mark.tolist()): name for name, mark in mark_of_first.items()}

@@ -52,12 +52,12 @@ class Folded:
         self.share = 1.0
         self._linear = linear
         self._A, self._Bt, offsets = bank.packed
-        counts = torch.tensor([end - start for start, end in itertools.pairwise(offsets)])
+        counts = torch.tensor([end - start for start, end in itertools.pairwise(offsets)], device="cpu")
         # [R, K]: 1 where a row of A belongs to an adapter.
-        self._owners = torch.eye(len(counts)).repeat_interleave(counts, 0).to(linear.weight)
+        self._owners = torch.eye(len(counts), device="cpu").repeat_interleave(counts, 0).to(linear.weight)
         self._least = 0.0 if always else least_tokens(linear.in_features, linear.out_features, bank.R)
-        self._weight = torch.empty(0)
-        self._lam = torch.empty(0)
+        self._weight = torch.empty(0, device="cpu")
+        self._lam = torch.empty(0, device="cpu")
         self._decided: bool | None = None
 
     def begin(self, lam: Tensor) -> None:

@@ -83,7 +83,7 @@ class _Sum:
         for part in parts:
             for adapter, A, _ in part.low_rank:
                 ranks[adapter] = max(ranks.get(adapter, 0), len(A))
-        begins = dict(zip(ranks, torch.tensor([0, *ranks.values()]).cumsum(0).tolist(), strict=False))
+        begins = dict(zip(ranks, torch.tensor([0, *ranks.values()], device="cpu").cumsum(0).tolist(), strict=False))
         total, first = sum(ranks.values()), parts[0].matrix
         # Where an adapter's rank is less than its largest, or it has none, rows and columns are 0.
         self._A = like.new_zeros(len(parts), total, first.in_features)

@@ -155,8 +155,8 @@ def stacks_of_linears(factors: Mapping[str, Factor], model: nn.Module) -> dict[s
 def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:
     matrix = held[0][0]
     rank, experts = max(factor.rank for _, factor in held), 1 if matrix.number is None else len(matrix.weight)
-    A = torch.zeros(experts, rank, matrix.in_features, dtype=torch.float32)
-    B = torch.zeros(matrix.out_features, rank, experts, dtype=torch.float32)
+    A = torch.zeros(experts, rank, matrix.in_features, dtype=torch.float32, device="cpu")
+    B = torch.zeros(matrix.out_features, rank, experts, dtype=torch.float32, device="cpu")
     for one, factor in held:
         A[one.number or 0, : factor.rank] = factor.A
         B[:, : factor.rank, one.number or 0] = factor.B
@@ -235,7 +235,7 @@ def _above_each_other(parts: Mapping[int, Factor], count: int, rows: int) -> Fac
     scaling = ordered[0][1].scaling
     kinds = [factor.B.dtype if factor.scaling == scaling else torch.float32 for _, factor in ordered]
     kind = functools.reduce(torch.promote_types, kinds)
-    B = torch.zeros(count * rows, sum(factor.rank for _, factor in ordered), dtype=kind)
+    B = torch.zeros(count * rows, sum(factor.rank for _, factor in ordered), dtype=kind, device="cpu")
     begin = 0
     for place, factor in ordered:
         block = factor.B if factor.scaling == scaling else factor.B.double() * (factor.scaling / scaling)

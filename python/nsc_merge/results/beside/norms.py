@@ -44,18 +44,18 @@ def norm_kept(result: MergedUpdate) -> Kept:
     """What a merge keeps of its adapters; it must be of one update for all tasks."""
     tasks = result.tasks
     # Between the updates of the tasks, with the merged one at the end.
-    products = torch.zeros(len(tasks) + 1, len(tasks) + 1, dtype=torch.float64)
+    products = torch.zeros(len(tasks) + 1, len(tasks) + 1, dtype=torch.float64, device="cpu")
     for path in result.paths:
         held = [number for number, task in enumerate(tasks) if path in result.adapters[task].factors]
         factors = [result.adapters[tasks[number]].factors[path] for number in held]
         base = functools.partial(_base_rows, result, path)
         if result.factors:
-            places = torch.tensor([*held, len(tasks)])
+            places = torch.tensor([*held, len(tasks)], device="cpu")
             products[places[:, None], places] += inner_products([*factors, result.factors[path]], base)
             continue
         gram = inner_products(factors, base)
-        shares = torch.tensor([share for share, _ in result.terms(path)], dtype=torch.float64)
-        places = torch.tensor(held)
+        shares = torch.tensor([share for share, _ in result.terms(path)], dtype=torch.float64, device="cpu")
+        places = torch.tensor(held, device="cpu")
         products[places[:, None], places] += gram
         products[places, -1] += gram @ shares
         products[-1, -1] += shares @ gram @ shares
@@ -83,7 +83,7 @@ def inner_products(factors: Sequence[Factor], base: Rows | None = None) -> Tenso
     place = with_float64(factors[0].A.device)
     A = torch.cat([factor.A.to(place, torch.float64) for factor in factors])
     B = torch.cat([factor.scaling * factor.B.to(place, torch.float64) for factor in factors], 1)
-    owner = torch.repeat_interleave(torch.tensor([factor.rank for factor in factors]))
+    owner = torch.repeat_interleave(torch.tensor([factor.rank for factor in factors], device="cpu"))
     blocks = torch.nn.functional.one_hot(owner, len(factors)).double()
     gram = blocks.t() @ ((B.t() @ B) * (A @ A.t())).cpu() @ blocks
     single_A, single_B = A.float(), B.float()

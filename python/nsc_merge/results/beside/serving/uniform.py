@@ -54,7 +54,7 @@ def write_uniform(
     held = load_adapter(folder, folder.name).factors
     factors = {}
     for path, (rows, columns) in shapes.items():
-        A, B = (torch.zeros(shape, dtype=torch.float32) for shape in ((rank, columns), (rows, rank)))
+        A, B = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in ((rank, columns), (rows, rank)))
         if path in held:
             one = held[path]
             A[: one.rank] = one.A.float()
