@@ -78,7 +78,7 @@ def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader:
                 raise ValueError(f"{sample.where}: expected one image, found {len(sample.images)}")
             images.append(reader.open(sample.images[0], sample.where))
         try:
-            encoded = processor(images, return_tensors="pt")
+            encoded = _made(processor, images)
         except ValueError as error:
             raise ValueError(
                 f"{some[0].where} and the next: the image processor refuses them: {' '.join(str(error).split()):.200}"
@@ -104,6 +104,12 @@ def encode_pairs(
     return found
 
 
+def _made(processor: Any, *given: Any, **named: Any) -> dict[str, Any]:
+    """What a processor makes, which puts it on torch's default device."""
+    encoded = processor(*given, **named, return_tensors="pt")
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in encoded.items()}
+
+
 def _pair(
     sample: Sample,
     processor: Any,
@@ -118,10 +124,10 @@ def _pair(
     _check_unicode(text, sample.where)
     images = [reader.open(one, sample.where) for one in references]
     bos = processor.tokenizer.bos_token
-    given: dict[str, Any] = {"text": [text], "images": images or None, "return_tensors": "pt"}
+    given: dict[str, Any] = {"text": [text], "images": images or None}
     if bos and text.startswith(bos):
         given["add_special_tokens"] = False
-    encoded = processor(**given)
+    encoded = _made(processor, **given)
     # What stands in the text, and what it becomes, which is another in Gemma 3.
     of_an_image = [one for one in (processor.image_token_id, base.image_token) if one is not None]
     of_images = int(torch.isin(encoded[TOKENS], torch.tensor(of_an_image, device="cpu")).sum())
@@ -132,7 +138,7 @@ def _pair(
     if settings.truncation and encoded[TOKENS].shape[1] > of_images + room:
         cut.append(sample)
         try:
-            encoded = processor(**given, truncation=True, max_length=of_images + room)
+            encoded = _made(processor, **given, truncation=True, max_length=of_images + room)
         except ValueError:
             raise ValueError(
                 f"{sample.where}: {room} tokens of text would cut an image off; expected a larger max_length, or "
