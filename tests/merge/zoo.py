@@ -137,9 +137,10 @@ def filled(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits, or hidden states where there is no head; at real tokens only."""
+    """Logits, or hidden states where there is no head; at real tokens only. On the CPU, wherever the model is."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        out = model.eval()(**inputs)
-    values = out.logits if hasattr(out, "logits") else out.last_hidden_state
+        out = model.eval()(**{name: value.to(device) for name, value in inputs.items()})
+    values = (out.logits if hasattr(out, "logits") else out.last_hidden_state).cpu()
     mask = inputs.get("attention_mask")
     return values[mask.bool()] if mask is not None and values.dim() == 3 else values

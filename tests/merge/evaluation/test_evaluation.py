@@ -78,7 +78,7 @@ def test_a_recipe_from_end_to_end(place, capsys):
 
 
 def test_the_ensemble_and_the_joint_labels_by_hand(place):
-    suite = RecipeSuite(load_eval_recipe(place / "eval.yaml").at(0))
+    suite = RecipeSuite(load_eval_recipe(place / "eval.yaml", ["device=cpu"]).at(0))
     ensemble = nsc_merge.merge(suite.model, suite.adapters, method="ensemble")
     mean = 0
     for task in ("nli", "topic"):
@@ -182,6 +182,7 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
         "tasks.topic.metric=l1",
         f"tasks.topic.head={place / 'value.safetensors'}",
         "tasks.topic.pool=last",
+        "device=cpu",
     ]
     steps = {"steps": 2, "lr": 0.05}
     change(

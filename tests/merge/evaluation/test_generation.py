@@ -192,7 +192,7 @@ def test_of_texts_only_what_is_asked_for_is_kept(tmp_path, monkeypatch, metric, 
     task = {"adapter": "a", "test": "test.safetensors", "metric": metric}
     recipe = {"model": "base", "tasks": {"a": task}, "methods": ["task_arithmetic"], "output": {"dir": "out"}}
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump({**recipe, "batch_size": batch_size}))
-    suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml").at(0))
+    suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml", ["device=cpu"]).at(0))
     alone = merge(suite.model, suite.adapters, method="ensemble")
     assert predict(suite, alone, "test")["a"][0].classes.shape == (9, 11)
     predicted = predict(suite, suite.model, "test")

@@ -101,7 +101,8 @@ def test_it_says_what_the_merged_model_does(kind, made, tag, tmp_path):
         loaded = found[made].model.eval()
         given = {"pixel_values": torch.rand(1, 3, 8, 8), "input_ids": torch.tensor([[7, 8, 2]])}
         given = given if kind == "clip" else {"input_values": torch.from_numpy(WAVE)[None]}
-        torch.testing.assert_close(loaded(**given)[0], model(**given)[0], rtol=1e-4, atol=1e-5)
+        there = {name: value.to(loaded.device) for name, value in given.items()}
+        torch.testing.assert_close(loaded(**there)[0].cpu(), model(**given)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_command_transcribes_with_the_merged_model(tmp_path):
