@@ -12,6 +12,8 @@ import written
 from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2
 
+from nsc_merge.models.bases.stored_weights import input_device
+
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 IMAGE = {"image_size": 8, "patch_size": 4}
 DECODER = {**WIDTH, "intermediate_size": 48, "num_key_value_heads": 2, "vocab_size": 64}
@@ -138,7 +140,7 @@ def filled(model: nn.Module, seed: int = 1) -> nn.Module:
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits, or hidden states where there is no head; at real tokens only. On the CPU, wherever the model is."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.no_grad():
         out = model.eval()(**{name: value.to(device) for name, value in inputs.items()})
     values = (out.logits if hasattr(out, "logits") else out.last_hidden_state).cpu()
