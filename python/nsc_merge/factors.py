@@ -114,8 +114,7 @@ def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], s
             f"{type(adapters).__name__} {adapters!r:.60}"
         )
     held: dict[str, Adapter] = {}
-    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
-    devices: dict[str, tuple[str, torch.device]] = {}
+    first: dict[str, tuple[str, tuple[int, int], torch.device]] = {}
     matrix = None
     for task, updates in adapters.items():
         if not isinstance(task, str) or not isinstance(updates, Mapping):
@@ -131,17 +130,16 @@ def _read(adapters: Any, tolerance: float | None) -> tuple[dict[str, Adapter], s
             if isinstance(update, Tensor) or (isinstance(update, Factor) and update.dense is not None):
                 matrix = matrix or name
             shape = factor.B.shape[0], factor.A.shape[1]
-            other, expected = shapes.setdefault(path, (task, shape))
+            device = factor.A.device
+            other, expected, at = first.setdefault(path, (task, shape, device))
             if shape != expected:
                 raise ValueError(
                     f"{name}: expected an update of {list(expected)} as {other!r} has, found one of {list(shape)}"
                 )
-            device = factor.A.device
-            other, at = devices.setdefault(path, (task, device))
             if device != at:
                 raise ValueError(f"{name}: expected an update on {at} as {other!r} has, found one on {device}")
         held[task] = Adapter(task, factors)
-    if not shapes:
+    if not first:
         raise ValueError(f"adapters: expected at least one update, found none in any of {list(held)}")
     return held, matrix
 
@@ -241,5 +239,4 @@ def _merged(
         if path in paths:
             yield whole(*next(computed))
         else:
-            nothing = factor.A.new_empty(0, factor.A.shape[1]), factor.B.new_empty(factor.B.shape[0], 0)
-            yield whole(path, Factor(nothing[0].float(), nothing[1].float(), 1.0))
+            yield whole(path, Factor.empty(factor.B.shape[0], factor.A.shape[1], factor.A.device))

@@ -50,9 +50,9 @@ class Factor:
         return f"Factor({', '.join(f'{name}: {v}' for name, v in said.items() if v is not None and v is not False)})"
 
     @classmethod
-    def empty(cls, d_out: int, d_in: int) -> Factor:
+    def empty(cls, d_out: int, d_in: int, device: torch.device | str = "cpu") -> Factor:
         """An update that changes nothing, of rank 0; float32, whatever torch's default dtype is."""
-        A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((0, d_in), (d_out, 0)))
+        A, B = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((0, d_in), (d_out, 0)))
         return cls(A, B, 1.0)
 
     @classmethod

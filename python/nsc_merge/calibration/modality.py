@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nsc_merge.calibration.batches import Batch
+from nsc_merge.models.block_finding import image_token_of
 from nsc_merge.models.families import Family
 
 MODALITIES = ("joint", "text", "image")
@@ -35,7 +36,7 @@ def restriction(modality: str, family: Family, model: nn.Module) -> Restriction 
     if modality == "joint":
         return None
     config: Any = model.config
-    image_token = getattr(config, "image_token_id", None)
+    image_token = image_token_of(model)
     if not family.images or family.tokens is None or image_token is None:
         raise ValueError(
             f"modality: expected 'joint', since models of the family {family.name} do not take images beside text; "
@@ -47,7 +48,7 @@ def restriction(modality: str, family: Family, model: nn.Module) -> Restriction 
 
 def filler_of(model: nn.Module) -> int:
     """A token to pad with; any will do but the one that stands for an image."""
-    return _other_than(getattr(model.config, "image_token_id", None))
+    return _other_than(image_token_of(model))
 
 
 def _other_than(image_token: int | None) -> int:
