@@ -67,7 +67,8 @@ def _kernel(backend: str) -> dict[str, Any] | str:
 
 def _own_ledger() -> str:
     ledger = verified_hardware.own_ledger()
-    return str(ledger) if ledger.is_file() else f"{ledger} is not there; python -m nsc_kernels.verify writes it"
+    # Not by pathlib, which raises of a folder that is closed to this user.
+    return str(ledger) if os.path.isfile(ledger) else f"{ledger} is not there; python -m nsc_kernels.verify writes it"
 
 
 def _version(distribution: str) -> str | None:

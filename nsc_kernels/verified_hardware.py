@@ -91,14 +91,15 @@ def own_ledger() -> Path:
 def read(ledger: Path) -> list[dict[str, Any]]:
     """The entries of a file: ``backend``, ``arch``, ``device``, ``source``, ``torch``, ``triton``, ``cases``.
 
-    Of one that is no ledger none, with a warning: the kernels then count as not shown correct.
+    Of one that is no ledger none, with a warning: the kernels then count as not shown correct. One in a folder that is
+    closed to this user, as another's home is, is not there.
     """
+    if not os.path.exists(ledger):
+        return []
     try:
         found = json.loads(ledger.read_text())
         if not (isinstance(found, list) and all(isinstance(e, dict) and {"arch", "source"} <= e.keys() for e in found)):
             raise ValueError("expected a list of entries, each with arch and source")
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError) as error:
         warnings.warn(f"{ledger} counts for nothing, delete it: {error}", RuntimeWarning, stacklevel=2)
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsc_kernels import dispatch, verified_hardware
+from nsc_kernels import dispatch, info, verified_hardware
 from nsc_kernels.bench.measuring import Rows
 from nsc_kernels.contract import Call
 from nsc_kernels.verify import __main__ as command
@@ -183,6 +184,26 @@ def test_what_is_no_ledger_counts_for_nothing_and_is_told(ledger: Path, text: st
     ledger.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.warns(RuntimeWarning, match="verified.json counts for nothing, delete it"):
         assert verified_hardware.entries() == ()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_ledger_that_this_user_cannot_reach_is_not_there(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cache of a container's home, in which another user works."""
+    ledger.parent.mkdir(mode=0)
+    root = os.geteuid() == 0
+    try:
+        if root:  # whom nothing is closed to
+            os.seteuid(65534)
+        found = verified_hardware.entries(), info.collect()["own_ledger"]
+    finally:
+        if root:
+            os.seteuid(0)
+        ledger.parent.chmod(0o700)
+    assert found == ((), f"{ledger} is not there; python -m nsc_kernels.verify writes it")
+    ledger.parent.rmdir()
+    ledger.parent.touch()
+    verified_hardware.entries.cache_clear()
+    assert verified_hardware.entries() == ()
 
 
 def test_the_ledger_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
