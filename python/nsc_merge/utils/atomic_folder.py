@@ -77,8 +77,18 @@ def check_replaceable(out: Path, written: Iterable[Path] = ()) -> None:
         raise OSError(f"out: {out} is a mount point, which cannot be replaced as a whole; expected a folder within it")
     if out.exists() and not os.access(out, os.W_OK | os.X_OK):
         raise PermissionError(f"out: {out} is read-only; expected a folder that can be written to")
+    if out.exists() and _is_fixed(out) and not _runs_in(out):
+        raise PermissionError(
+            f"out: {out} is another user's, and in {out.parent} only its owner may replace it; expected a new folder"
+        )
     folders = {parent for path in written for parent in path.parents[:-1]}
     _refuse_clash(out, [path for path in folders if _is_no_folder(out / path)], written)
+
+
+def _is_fixed(out: Path) -> bool:
+    """Whether it cannot be moved by this user, whatever may be written in it: another's in a folder such as /tmp."""
+    beside = out.parent.stat()
+    return bool(beside.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, beside.st_uid, out.stat().st_uid)
 
 
 def _is_no_folder(path: Path) -> bool:
@@ -229,8 +239,10 @@ def _carry_over(out: Path, staging: Path, kept: Iterable[Path]) -> None:
             place.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             status = os.stat(parent)
-            with suppress(PermissionError):
-                os.chown(place, status.st_uid, status.st_gid)
+            for owner in (status.st_uid, -1):  # the group can be kept by those in it, the owner by root alone
+                with suppress(PermissionError):
+                    os.chown(place, owner, status.st_gid)
+                    break
             shutil.copystat(parent, place)
 
 

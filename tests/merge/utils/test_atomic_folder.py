@@ -238,6 +238,39 @@ def test_a_folder_within_a_file_is_refused_by_name(tmp_path, place):
         raise AssertionError
 
 
+def test_what_another_user_has_in_a_folder_such_as_tmp_is_refused_unless_worked_in(tmp_path, monkeypatch):
+    write(tmp_path / "out", {**OLD, **FOREIGN})
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match=r"out: .*/out is another user's, and in .* only its owner may replace"):
+        replace(tmp_path / "out")
+    assert read(tmp_path / "out") == {**OLD, **FOREIGN}
+    replace(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "out")
+    replace(tmp_path / "out")
+    assert read(tmp_path / "out") == AFTER
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a folder to a group that it is not in")
+def test_a_folder_of_a_group_stays_the_groups(tmp_path, monkeypatch):
+    """Also where the user who writes it has to become its owner."""
+    write(tmp_path / "out", OLD)
+    os.chown(tmp_path / "out", 65533, 65532)
+    (tmp_path / "out").chmod(0o2770)
+    chown = os.chown
+
+    def as_a_member(path, owner, group):
+        if owner not in (-1, os.getuid()):
+            raise PermissionError
+        chown(path, owner, group)
+
+    monkeypatch.setattr(os, "chown", as_a_member)
+    replace(tmp_path / "out")
+    after = (tmp_path / "out").stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (os.getuid(), 65532, 0o2770)
+
+
 def test_a_loop_of_links_is_refused_before_anything_is_made(tmp_path):
     (tmp_path / "out").symlink_to("out")
     with (
