@@ -225,7 +225,7 @@ def _written(folder: Path) -> list[str]:
 def _names(recipe: Any) -> dict[str, str]:
     """Absolute paths in a recipe, and this machine's home -> what stands for them; the longest first."""
     found = {path: PurePath(path).name for path in _absolute(recipe)}
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # which stays what it is where the user has none
     if len(PurePath(home).parts) > 1:
         found.setdefault(home, "~")
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))

@@ -168,6 +168,13 @@ def test_nothing_that_goes_up_tells_of_the_machine(merged, saved, hub):
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
+def test_a_user_without_a_home_can_push(saved, monkeypatch):
+    expected = pushed_files(saved, REPO)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as of a container's --user that it does not know
+    assert pushed_files(saved, REPO) == expected
+
+
 def test_the_card_that_goes_up_loads_from_the_hub(saved, hub):
     push(saved, REPO)
     card = hub.repos[REPO]["files"]["README.md"].decode()
