@@ -48,6 +48,23 @@ def test_every_method_is_described():
         assert all(f"{option}:" in documented for option in method.option_names), name
 
 
+# Of a run, and what the model tells.
+ELSEWHERE = {"state_to", "resume_from", "recipe", "score_modules", "score_blocks"}
+ANY = {"scale", "init", "svd_scale", "cur_scale"}
+SIZES = {"lr", "weight_decay", "early_stop", "ridge", "floor", "cut", "pull", "ratio_weight", "atol"}
+TAKEN = {float("nan"): set(), "no such": set(), -1: ANY, 1.5: ANY | SIZES}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_refuses_what_it_has_no_meaning_for(name):
+    options = METHODS[name].options
+    for option in {field.name for field in dataclasses.fields(options)} - ELSEWHERE:
+        for value, takers in TAKEN.items():
+            if option not in takers:
+                with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b.*: expected"):
+                    options(**{option: value})
+
+
 def test_unknown_options_are_refused_by_name(model, folders):
     with pytest.raises(ValueError, match=r"steps: not an option of method 'task_arithmetic' \(options: scale\)"):
         nsc_merge.merge(model, folders, method="task_arithmetic", steps=3)
