@@ -159,9 +159,11 @@ def test_what_is_of_another_type_is_named(call: Any, message: str) -> None:
         call()
 
 
-def test_a_factor_without_dimensions_is_named() -> None:
-    with pytest.raises(ValueError, match=r"A and Bt must be \[R, d_in\] and \[R, d_out\], found \(\)"):
-        nk.AdapterBank(torch.tensor(1.0), torch.ones(1, 3), (0, 1))
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3, 2)])
+def test_a_factor_that_is_no_matrix_is_named(shape: tuple[int, ...]) -> None:
+    for A, Bt in ((torch.ones(shape), torch.ones(1, 3)), (torch.ones(1, 3), torch.ones(shape))):
+        with pytest.raises(ValueError, match=r"A and Bt must be \[R, d_in\] and \[R, d_out\], found \("):
+            nk.AdapterBank(A, Bt, (0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -212,6 +212,19 @@ def test_a_copy_for_autocast_of_buffers_made_in_inference_mode_follows_them() ->
     assert lam.grad is not None
 
 
+def test_many_banks_at_once_are_rounded_by_autocast_as_one_by_one() -> None:
+    """What vmap makes of a factor has no memory of its own to tell a kept copy by."""
+    layer = nk.MergedLoRALinear(nn.Linear(20, 12), nk.AdapterBank.from_factors(*factors((3, 2))), [0.3, 0.6])
+    z, many = torch.randn(4, 20), torch.randn(3, 5, 20)
+
+    def call(A: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"bank.A": A}, (z,))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = torch.vmap(call)(many), torch.stack([call(A) for A in many])
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.01 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("move", [lambda bank: bank.double(), lambda bank: bank.to("meta")])
 def test_a_bank_that_is_moved_leaves_nothing_behind(move: Callable[[nk.AdapterBank], object]) -> None:
     bank = nk.AdapterBank.from_factors(*factors((3, 2)))
@@ -243,6 +256,7 @@ GOOD_A, GOOD_B = torch.ones(2, 6), torch.ones(4, 2)
     [
         ([], [], {}, ValueError, "at least one"),
         ([GOOD_A], [], {}, ValueError, "found 1 and 0"),
+        ([GOOD_A] * 4097, [GOOD_B] * 4097, {}, ValueError, "at most 4096 adapters per layer, found 4097"),
         ([GOOD_A, torch.ones(2, 7)], [GOOD_B] * 2, {}, ValueError, r"adapter 1: expected A \[r, 6\].*found A \(2, 7\)"),
         ([GOOD_A] * 2, [GOOD_B, torch.ones(5, 2)], {}, ValueError, r"adapter 1: .*B \[4, r\].*B \(5, 2\)"),
         ([GOOD_A] * 2, [GOOD_B, torch.ones(4, 3)], {}, ValueError, "adapter 1"),

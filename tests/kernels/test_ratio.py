@@ -106,10 +106,20 @@ def test_gradcheck_to_second_order() -> None:
     assert torch.autograd.gradgradcheck(nk.null_space_ratio, (quad, sqnorm))
 
 
+def test_at_one_unit_from_the_row_space_the_ratio_is_the_root_and_the_gradient_zero() -> None:
+    quad = torch.tensor([[1 - 2.0**-23, 1 - 2.0**-22]], requires_grad=True)
+    omega = nk.null_space_ratio(quad, torch.ones(1))
+    assert torch.equal(omega, torch.tensor([[2.0**-11.5, 2.0**-11]]))
+    (gradient,) = torch.autograd.grad(omega.sum(), quad)
+    assert gradient.tolist() == [[0.0, -(2.0**10)]]
+
+
+# The gradient is the larger the less of the input is discarded.
+@pytest.mark.parametrize("share", [0.5, 1 - 2.0**-21])
 @pytest.mark.parametrize("sqnorm", [0.0, 1e-45, 1e-38, 1e-31, 1e-30, 3e38])
-def test_no_nan_at_the_ends_of_the_range(sqnorm: float) -> None:
+def test_no_nan_at_the_ends_of_the_range(sqnorm: float, share: float) -> None:
     n = torch.tensor([sqnorm], requires_grad=True)
-    quad = (0.5 * n.detach()).unsqueeze(-1).requires_grad_()
+    quad = (share * n.detach()).unsqueeze(-1).requires_grad_()
     omega = nk.null_space_ratio(quad, n)
     assert bool(torch.isfinite(omega).all())
     for gradient in torch.autograd.grad(omega.sum(), (quad, n)):
