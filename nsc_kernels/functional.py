@@ -279,7 +279,7 @@ def _refuse_types(z: Any, bank: Any, lam: Any, base: Any) -> None:
                 f"{name} must be dense, found a nested tensor; take torch.cat({name}.unbind()), or {name}.values() of "
                 "a jagged one. nn.TransformerEncoder makes none with enable_nested_tensor=False"
             )
-        if not isinstance(t, Tensor) and (t is not None or name != "base"):
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, found {type(t).__name__}")
 
 

@@ -228,11 +228,14 @@ def test_a_weight_that_is_no_plain_tensor_multiplies_in_its_own_way(grad: bool) 
 def test_a_layer_that_is_offloaded_computes_where_the_bank_is() -> None:
     hooks = pytest.importorskip("accelerate")
     layer = make()
-    z = torch.randn(3, 48)
+    z = torch.randn(3, 48, requires_grad=True)
     expected = layer(z)
+    (gradient,) = torch.autograd.grad(expected.sum(), z)
     linear = hooks.cpu_offload(layer.linear, torch.device("cpu"))
     assert linear.weight.device.type == "meta"
-    assert torch.equal(nk.MergedLoRALinear(linear, layer.bank, layer.lam)(z), expected)
+    found = nk.MergedLoRALinear(linear, layer.bank, layer.lam)(z)
+    assert torch.equal(found, expected)
+    assert torch.allclose(torch.autograd.grad(found.sum(), z)[0], gradient, atol=1e-5)
 
 
 def test_a_layer_in_shards_is_the_whole_one() -> None:
