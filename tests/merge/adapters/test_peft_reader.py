@@ -130,6 +130,46 @@ def test_half_a_pair_and_non_finite_values_are_refused(folders):
         load_adapter(folders["plain"], "plain")
 
 
+A, B = torch.ones(2, 8), torch.ones(6, 2)
+ROWS, STACK = {"trainable_token_indices": {"e": [1, 2]}}, {"target_parameters": ["m.w"]}
+DELTA = "token_adapter.trainable_tokens_delta"
+UNLIKE = {
+    "nothing": ({}, {}, "holds no LoRA tensors"),
+    "the base's alone": ({}, {"embed.weight": B}, "holds no LoRA tensors"),
+    "a scalar": ({}, {"q.lora_A.weight": A[0, 0]}, r"q: expected lora_A \[2, d_in\] .*found \[\] and \[6, 2\]"),
+    "a vector": ({}, {"q.lora_A.weight": A[:, 0]}, r"q: expected lora_A \[r, d_in\] .*found \[2\] and \[6, 2\]"),
+    "whole numbers": ({}, {"q.lora_A.weight": A.long()}, r"q\.lora_A\.weight: expected floating point"),
+    "a bias": ({"lora_bias": True}, {"q.lora_B.bias": A[0]}, r"q\.lora_B\.bias: expected \[6\], found \[8\]"),
+    "a magnitude": ({"use_dora": True}, {"q.lora_magnitude_vector": A[0]}, r"vector: expected \[6\], found \[8\]"),
+    "a kernel's": ({"use_dora": True}, {"q.lora_magnitude_vector": A[None]}, "q: DoRA on a convolution is not merged"),
+    "a row": (ROWS, {f"e.{DELTA}": A[:1]}, r"e: expected a row for each of 2 different tokens .*found \[1, 8\]"),
+    "a token twice": ({"trainable_token_indices": [1, 1]}, {f"e.{DELTA}": A}, "e: expected a row for each of 2 diff"),
+    "no numbers": (ROWS, {f"e.{DELTA}": math.inf * A}, r"e\.trainable_tokens_delta .*not finite"),
+    "tokens by name": ({"trainable_token_indices": "ab"}, {}, "trainable_token_indices: expected whole numbers"),
+    "other rows": (ROWS, {f"e.{DELTA}": A, f"head.{DELTA}": 0 * A}, r"1 of 4 tensors would be ignored.*head\.token"),
+    "half a stack": (STACK, {"m.lora_A.weight": A}, r"m has lora_A\.weight only; expected lora_A"),
+    "a stack": (STACK, {"m.lora_A.weight": A, "m.lora_B.weight": A}, r"m: expected lora_A \[E r, d_in\] .*\[2, 8\]"),
+    "a stack of none": (STACK, {"m.lora_A.weight": math.nan * A, "m.lora_B.weight": B}, r"m\.A .*not finite"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_tensors_unlike_those_that_peft_writes_are_refused(case):
+    config, tensors, message = UNLIKE[case]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], **config}
+    beside = {} if "no LoRA" in message else {"q.lora_A.weight": A, "q.lora_B.weight": B}
+    weights = {f"base_model.model.{name}": value for name, value in (beside | tensors).items()}
+    with pytest.raises(ValueError, match=r"adapters\['a'\]: .*" + message):
+        load_adapter({"config": config, "weights": weights}, "a")
+
+
+def test_rows_of_tokens_under_the_name_of_a_tied_weight_are_the_same_rows():
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], **ROWS}
+    names = {"q.lora_A.weight": A, "q.lora_B.weight": B, f"e.{DELTA}": A, f"head.{DELTA}": A.clone()}
+    weights = {f"base_model.model.{name}": value for name, value in names.items()}
+    assert list(load_adapter({"config": config, "weights": weights}, "a").token_rows) == ["e"]
+
+
 def test_missing_and_corrupt_files_are_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_adapter(tmp_path / "nowhere", "x")

@@ -177,7 +177,9 @@ def _scaled(name: str, config: Mapping[str, Any], held: Mapping[str, Mapping[str
         rank, scalings[path] = settings.of(path)
         A, B = parts["lora_A.weight"], parts["lora_B.weight"]
         if A.shape[:1] != (rank,) or B.shape[1:] != (rank,):
-            cause = "; LoRA on a convolution in several groups is not merged, nor by PEFT" if len(A) == rank else ""
+            cause = ""
+            if A.shape[:1] == (rank,):
+                cause = "; LoRA on a convolution in several groups is not merged, nor by PEFT"
             if not A.numel() or not B.numel():
                 cause = (
                     "; DeepSpeed's ZeRO-3 leaves empty tensors where weights are not gathered as they are saved: save "
