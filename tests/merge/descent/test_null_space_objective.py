@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 from loop_cases import (
     TASKS,
     Around,
@@ -20,6 +21,7 @@ from loop_cases import (
 )
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import write_adapter
 
 from nsc_merge import Adapter, merge
 from nsc_merge.calibration.forward_passes import one_by_one
@@ -389,3 +391,29 @@ def test_reads_are_noticed():
         torch.ones(3)[torch.ones(3) > 0]
         bool(torch.ones(()))
     assert reads.askers == [__name__] * 4
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_padding_does_not_count_where_linears_see_positions_before_rows(together, tmp_path):
+    """As XLNet's: the mean is that of the positions that the mask speaks of, whichever way round they lie."""
+    sizes = {"vocab_size": 64, "d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 24, "pad_token_id": 0}
+    model = tf.XLNetForSequenceClassification(tf.XLNetConfig(**sizes, initializer_range=0.3)).eval()
+    settings = {"r": 4, "target_modules": ["layer_1", "layer_2"]}
+    folders = {task: write_adapter(model, tmp_path / task, seed, **settings) for seed, task in enumerate("ab")}
+    generator, mask = torch.Generator().manual_seed(0), torch.tensor([[1, 1, 0, 0, 0], [1] * 5, [0, 1, 1, 1, 1]])
+    ids = {task: torch.randint(1, 64, mask.shape, generator=generator) for task in folders}
+    batches = {task: [{"input_ids": one, "attention_mask": mask}] for task, one in ids.items()}
+    settings = {"steps": 1, "init": 0.4, "progress": False}
+    result = merge(model, folders, batches, "nsc", batch_tasks=together, **settings)
+    matched = [merge(model, folders, batches, "match", ratio_weight=weight, **settings) for weight in (0.0, 1.0)]
+    (path,) = result.options["scored"]
+    merged, inputs, wanted = merge(model, folders, method="task_arithmetic", scale=0.4).apply(model), [], []
+    merged.get_submodule(path).register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    for task, (batch,) in batches.items():
+        with torch.no_grad():
+            merged(**batch)
+        z, A = inputs.pop().transpose(0, 1)[mask.bool()].double(), result.adapters[task].factors[path].A.double()
+        wanted.append(float(((z - z @ torch.linalg.pinv(A) @ A).norm(dim=1) / z.norm(dim=1)).mean()))
+    assert list(result.history[0]["omega"].values()) == pytest.approx(wanted, rel=1e-5)
+    without, ratios = (one.history[0]["objective"] for one in matched)
+    assert ratios - without == pytest.approx(sum(wanted) / 2, rel=1e-5)
