@@ -98,6 +98,18 @@ def test_where_nobody_watches_what_was_made_here_is_written_over(in_place: list[
     assert in_place == [True, True, True]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("stats", [False, True])
+def test_a_base_that_the_caller_holds_is_not_written_over(in_place: list[bool], grad: bool, stats: bool) -> None:
+    one, x = layer(), input_of()
+    base = one.linear(x).detach()
+    before = base.clone()
+    with torch.set_grad_enabled(grad):
+        (nk.merged_lora_nsc if stats else nk.merged_lora)(x, one.bank, one.lam, base)
+    assert in_place == [False]
+    assert torch.equal(base, before)
+
+
 @pytest.mark.parametrize("mode", [Keeping, KeepingFunctions])
 def test_what_a_mode_keeps_is_not_written_over(in_place: list[bool], mode: Callable[[], Any]) -> None:
     one, x = layer(), input_of()
