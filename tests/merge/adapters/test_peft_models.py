@@ -271,6 +271,7 @@ def test_resized_embeddings_are_refused_on_a_base_of_another_size(tmp_path):
         ({"config": [], "weights": {}}, "config: expected a mapping from names"),
         ({"config": {}, "weights": {1: torch.ones(1)}}, "weights: expected a mapping from names"),
         ({"config": {}, "weights": {"a": 1}}, "a: expected a tensor, found 1"),
+        ({"adapter": 3, "revision": "main"}, "expected adapter, revision and subfolder, found {'adapter': 3"),
     ],
 )
 def test_mappings_of_something_else_are_refused(source, message):

@@ -146,6 +146,7 @@ UNLIKE = {
     "a token twice": ({"trainable_token_indices": [1, 1]}, {f"e.{DELTA}": A}, "e: expected a row for each of 2 diff"),
     "no numbers": (ROWS, {f"e.{DELTA}": math.inf * A}, r"e\.trainable_tokens_delta .*not finite"),
     "tokens by name": ({"trainable_token_indices": "ab"}, {}, "trainable_token_indices: expected whole numbers"),
+    "left out": ({"ensure_weight_tying": True, "target_modules": ["v"]}, {}, "q has tensors, but is left out by ta"),
     "other rows": (ROWS, {f"e.{DELTA}": A, f"head.{DELTA}": 0 * A}, r"1 of 4 tensors would be ignored.*head\.token"),
     "half a stack": (STACK, {"m.lora_A.weight": A}, r"m has lora_A\.weight only; expected lora_A"),
     "a stack": (STACK, {"m.lora_A.weight": A, "m.lora_B.weight": A}, r"m: expected lora_A \[E r, d_in\] .*\[2, 8\]"),

@@ -106,6 +106,16 @@ def test_revision_and_subfolder(hub):
         nsc_merge.load_adapter("me/many", "topic")
 
 
+def test_dora_is_refused_from_the_hub_as_from_a_folder(hub, tmp_path):
+    shutil.copytree(hub.place / "adapters" / "nli", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    hub.upload("me/dora", tmp_path)
+    for source in ("me/dora", tmp_path):
+        with pytest.raises(ValueError, match="use_dora=True is refused: DoRA rescales each row"):
+            nsc_merge.load_adapter(source, "nli", dora="refuse")
+
+
 def test_pickled_weights_that_nobody_may_leave_out_are_refused_by_name(hub, tmp_path, place):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(place / "adapters" / "nli" / file, tmp_path)
