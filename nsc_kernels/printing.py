@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ def exit_status(command: Callable[[], int]) -> int:
     if sys.stderr is None:
         # Closed before Python began: what is said there is for nobody, and would be printed among the output.
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on standard error: × and → by their numbers where a locale has no form of them. JSON here has neither.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             status = command()

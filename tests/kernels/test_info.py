@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import nsc_kernels as nk
 from nsc_kernels import info, native
 from nsc_kernels.bench import __main__ as bench
+from nsc_kernels.printing import exit_status
 
 
 def test_json_says_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +63,13 @@ def test_what_is_for_a_closed_standard_error_is_not_among_the_output(capsys: pyt
     status, said = bench.main(words), capsys.readouterr()
     assert said.err
     assert (closed.returncode, closed.stdout) == (status, said.out)
+
+
+def test_what_a_locale_has_no_form_of_is_shown_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", told)
+    assert exit_status(lambda: print("768 → 768, 1.2×") or 0) == 0
+    assert told.buffer.getvalue() == b"768 \\u2192 768, 1.2\xd7\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without a full disk at hand")

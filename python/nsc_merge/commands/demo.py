@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_libraries, seed
+from nsc_merge.commands.terminal import EXAMPLES, log, names, positive, quieten_libraries, say, seed
 from nsc_merge.utils.errors import UsageError
 
 _DEMO = """\
@@ -78,5 +78,5 @@ def _demo(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         log=log,
     )
-    print(json.dumps(summary) if arguments.json else f"\n{render(summary)}")
+    say(json.dumps(summary) if arguments.json else f"\n{render(summary)}")
     return 0

@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Every file that is written is named where it is.
             what = f"the output cannot be written: {error.strerror}"
         if isinstance(error, UnicodeEncodeError):
-            what = f"the locale's encoding {error.encoding} has no form of {error.object!r}; expected LC_ALL=C.UTF-8"
+            found = ascii(error.object[error.start : error.end])
+            what = f"the encoding {error.encoding} has no form of {found:.80}; expected LC_ALL=C.UTF-8"
         # One line, whatever the library that raised it wrote.
         print(f"nsc-merge: error: {' '.join(printable(what).split())}", file=sys.stderr)
         return getattr(error, "exit_status", 1)

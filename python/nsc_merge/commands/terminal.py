@@ -52,8 +52,11 @@ def log(line: str) -> None:
 
 
 def say(text: str) -> None:
-    """Text on standard output, for a person."""
-    print(printable(text))
+    """Text on standard output, for a person: what its encoding has no form of is shown by its number, as on standard
+    error, since what it tells of is done.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_a_dash_prints_the_recipe_alone(at, capsys):
     shown = capsys.readouterr().out
     assert from_yaml(shown)["adapters"]["two"] == "adapters/two"
     assert not Path("recipe.yaml").exists()
+
+
+def test_what_a_locale_has_no_form_of_ends_nothing_that_is_done(at, monkeypatch, capsys):
+    """It is refused where the output is a file of its own, of which some would be missing."""
+    at("llama")
+    adapters = ("one=adapters/one", "λ=adapters/two", "--base", "base")
+    told = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", told)
+    assert main(["init", *adapters]) == 0
+    assert list(written()["adapters"]) == ["one", "λ"]
+    assert rb"\u03bb: rank" in told.buffer.getvalue()
+    assert main(["init", *adapters, "--out", "-"]) == 1
+    assert "error: the encoding latin-1 has no form of '\\u03bb'; expected LC_ALL=C.UTF-8\n" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_there_stays(at, capsys):
