@@ -150,6 +150,7 @@ UNLIKE = {
     "other rows": (ROWS, {f"e.{DELTA}": A, f"head.{DELTA}": 0 * A}, r"1 of 4 tensors would be ignored.*head\.token"),
     "half a stack": (STACK, {"m.lora_A.weight": A}, r"m has lora_A\.weight only; expected lora_A"),
     "a stack": (STACK, {"m.lora_A.weight": A, "m.lora_B.weight": A}, r"m: expected lora_A \[E r, d_in\] .*\[2, 8\]"),
+    "a vector of all": (STACK, {"m.lora_A.weight": A, "m.lora_B.weight": A[0]}, r"m: expected lora_A .*\[8\]"),
     "a stack of none": (STACK, {"m.lora_A.weight": math.nan * A, "m.lora_B.weight": B}, r"m\.A .*not finite"),
 }
 

@@ -15,6 +15,7 @@ from zoo import outputs
 
 import nsc_merge
 from nsc_merge.adapters import outline_of
+from nsc_merge.adapters.formats.parameter_stacks import updates_of
 
 WEIGHTS = "adapter_model.safetensors"
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -151,6 +152,28 @@ def test_a_tied_head_of_another_name_is_trained_as_one_with_the_embeddings(confi
     result = agrees(model, saved(model, tmp_path / "a", **config), inputs)
     assert {"model.decoder.embed_tokens", "proj_out"} <= set(result.paths)
     assert isinstance(model, tf.WhisperForConditionalGeneration)
+
+
+def test_parameters_of_a_module_are_told_apart_by_the_ranks_that_make_as_many_matrices():
+    """Without the model nothing else tells them apart; each is the sum over the ranks that PEFT's einsum forms."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_parameters": ["m.w", "m.u"]}
+    shapes = {"m": (4, 6, 7), "m.base_layer": (2, 5, 4)}
+    weights, wanted = {}, {}
+    for path, (rank, d_in, d_out) in shapes.items():
+        A, B = torch.randn(3 * rank, d_in), torch.randn(d_out, 3 * rank)
+        weights |= {f"base_model.model.{path}.lora_{name}.weight": value for name, value in (("A", A), ("B", B))}
+        sums = torch.einsum("ore,eri->eoi", B.view(d_out, rank, 3).double(), A.view(3, rank, d_in).double())
+        wanted |= {f"{path}.{number}": 6 / rank * one for number, one in enumerate(sums)}
+    for pattern in ({"m.u": 4}, {"w": 4}):
+        source = {"config": {**config, "rank_pattern": pattern}, "weights": weights}
+        found = updates_of(nsc_merge.load_adapter(source, "a"))
+        assert found.keys() == wanted.keys()
+        for path, one in found.items():
+            torch.testing.assert_close(one.delta(), wanted[path])
+    for pattern in ({}, {"u": 5}, {"u": 3}):
+        source = {"config": {**config, "rank_pattern": pattern}, "weights": weights}
+        with pytest.raises(ValueError, match=r"adapters\['a'\]: m has tensors for 2 parameters, whose ranks are none"):
+            updates_of(nsc_merge.load_adapter(source, "a"))
 
 
 class Attention(nn.Module):
