@@ -181,6 +181,24 @@ def test_options_are_checked_also_with_a_matched_init(options):
         feature_matching.MatchOptions(init="match", **options)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("match", {"features": []}, "features: expected 'final' or paths of modules, found none"),
+        ("match", {"features": ["layers.9"]}, r"features: expected .* modules of ViTModel, found 'layers\.9'"),
+        ("match", {"features": ["unused"]}, r"features: the forward of ViTModel never reached .'unused'., expected"),
+        ("adamerging", {"tokens": "full"}, "tokens: ViTModel has no tokens to predict; expected 'class', found 'full'"),
+        ("adamerging", {"outputs": {}}, "outputs: expected a function for at least one task, found none"),
+        ("adamerging", {"outputs": {"plain": 3}}, r"outputs\['plain'\]: expected a function .*, found 3"),
+        ("distill", {}, "outputs: ViTModel has no logits; expected a function .* for 'plain', or method"),
+    ],
+)
+def test_what_a_model_does_not_have_is_refused(model, folders, calibration, method, options, message):
+    model.unused = torch.nn.Linear(2, 2)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        nsc_merge.merge(model, folders, calibration, method, steps=1, progress=False, **options)
+
+
 def test_match_needs_no_family_where_modules_are_named(model, folders, calibration):
     model.config.model_type = "unheard-of"
     nsc_merge.merge(model, folders, calibration, "match", steps=1, features=["layers.3"], progress=False)

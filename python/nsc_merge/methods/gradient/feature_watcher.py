@@ -82,7 +82,8 @@ class Watcher:
         modules = dict(problem.model.named_modules())
         unknown = [path for path in self._places or () if path not in modules]
         if unknown:
-            raise ValueError(f"features: {unknown[0]!r} is no module of {type(problem.model).__name__}")
+            name = type(problem.model).__name__
+            raise ValueError(f"features: expected 'final' or paths of modules of {name}, found {unknown[0]!r}")
         self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
         touched = attachment.presence(self._scored, problem.adapters)
         self._touched = dict(zip(self._scored, touched, strict=True))
@@ -137,7 +138,10 @@ class Watcher:
         else:
             silent = [path for path in self._places if path not in kept]
             if silent:
-                raise RuntimeError(f"features: the forward never reached {silent}")
+                raise RuntimeError(
+                    f"features: the forward of {class_name(self._trunk)} never reached {silent}, expected modules that "
+                    "run in it"
+                )
             features = [kept[path] for path in self._places]
             for path, value in (*kept.items(), *ratios.items()):
                 gathers_for_backward(self._model, path, value)
