@@ -89,7 +89,7 @@ def _init(arguments: argparse.Namespace) -> int:
     beside = out.parent / SCHEMA_FILE if arguments.schema is _BESIDE else Path(arguments.schema or "")
     if schema is not None:
         _check_schema(beside, out, places)
-    prepare(local=not any(is_hub_id(place.partition("@")[0], Path.cwd()) for place in places))
+    prepare(local=not any(is_hub_id(place.partition("@")[0]) for place in places))
     from nsc_merge.recipes.first.findings import find
     from nsc_merge.recipes.first.summary import render, summary
     from nsc_merge.recipes.first.text import recipe_text

@@ -30,8 +30,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     if arguments.inputs and not arguments.model:
         raise UsageError("--inputs: needs --model")
-    local = not (arguments.model and is_hub_id(arguments.model, Path.cwd()))
-    prepare(local=local and not any(is_hub_id(one.partition("@")[0], Path.cwd()) for one in arguments.adapters))
+    local = not (arguments.model and is_hub_id(arguments.model))
+    prepare(local=local and not any(is_hub_id(one.partition("@")[0]) for one in arguments.adapters))
     from nsc_merge.adapters import load_adapter
     from nsc_merge.adapters.formats.parameter_stacks import updates_of
     from nsc_merge.analysis import adapter_overlap

@@ -45,11 +45,11 @@ def _base(result: MergedUpdate) -> tuple[str | None, str | None]:
     agreed = told.pop() if len(told) == 1 else None
     config: Any = getattr(result.model, "config", None)
     merged_on = base_name(result.model)
-    is_named = is_hub_id(agreed or "", Path.cwd()) and not is_hub_id(merged_on, Path.cwd())
+    is_named = is_hub_id(agreed or "") and not is_hub_id(merged_on)
     for name in (agreed, merged_on) if is_named else (merged_on, agreed):
         if name and Path(name).is_dir():
             return str(Path(name).resolve()), None
-        if name and is_hub_id(name, Path.cwd()):
+        if name and is_hub_id(name):
             commit = getattr(config, "_commit_hash", None) if name == merged_on else None
             return name, commit or (revisions.pop() if name == agreed and len(revisions) == 1 else None)
     return agreed, None

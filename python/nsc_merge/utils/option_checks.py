@@ -132,6 +132,8 @@ def is_size(text: str) -> bool:
     return _SIZE.fullmatch(text) is not None
 
 
-def is_hub_id(name: str, base: Path) -> bool:
-    """``owner/name`` with no folder ``owner`` in ``base``: a mistyped path must not reach the network."""
+def is_hub_id(name: str, base: Path = Path()) -> bool:
+    """``owner/name`` with no folder ``owner`` in ``base``, by default the working folder, which may be gone: a mistyped
+    path must not reach the network.
+    """
     return is_repo(name) and not (base / name.split("/")[0]).exists()

@@ -7,6 +7,7 @@ import resource
 
 import pytest
 from cli_cases import contents, make_place
+from transformers import AutoModelForSequenceClassification
 from zoo import build
 
 import nsc_merge
@@ -49,6 +50,18 @@ def test_a_format_of_several_is_not_saved_over_an_input(place):
     assert contents(place) == before
     # What lies beside it is nobody's input.
     result.save(place / "out", ["model"])
+
+
+def test_a_merge_is_saved_from_a_working_folder_that_is_gone(place, monkeypatch):
+    """As of a job's scratch that was cleared; all that is named is elsewhere."""
+    adapters = {task: place / "adapters" / task for task in ("nli", "topic")}
+    base = AutoModelForSequenceClassification.from_pretrained(place / "base")
+    result = nsc_merge.merge(base, adapters, method="task_arithmetic")
+    expected = contents(result.save(place / "out", ["lora", "model"]))
+    (place / "scratch").mkdir()
+    monkeypatch.chdir(place / "scratch")
+    (place / "scratch").rmdir()
+    assert contents(result.save(place / "again", ["lora", "model"])) == expected
 
 
 @pytest.mark.parametrize("name", ["README.md", "recipe.yaml"])

@@ -83,7 +83,7 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     """
     if isinstance(base, (str, Path)):
         name = str(base)
-        if not Path(name).is_dir() and not is_hub_id(name, Path.cwd()):
+        if not Path(name).is_dir() and not is_hub_id(name):
             raise FileNotFoundError(f"model: {name} is missing; expected a folder or a hub id owner/name")
         found = architecture_of(
             name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
@@ -160,7 +160,7 @@ def _loaded(kind: Any, what: str, base: Base, settings: DataSettings, argument: 
     local = folder.is_dir()
     if not name:
         raise ValueError(f"{argument}: the model does not say where it is from; name a folder with {what}")
-    if not local and not is_hub_id(name, Path.cwd()):
+    if not local and not is_hub_id(name):
         raise FileNotFoundError(f"{place}: {name} is missing; expected a folder or a hub id owner/name")
     if local and not any((folder / file).is_file() for file in files):
         # transformers would make an empty one for some models.

@@ -139,7 +139,7 @@ def calibration_data(
         if name not in DataSettings.__dataclass_fields__:
             hint = did_you_mean(name, DataSettings.__dataclass_fields__)
             raise ValueError(f"calibration_data: {name}: no such setting{hint}")
-    named = isinstance(source, str) and not Path(source).exists() and is_hub_id(source, Path.cwd())
+    named = isinstance(source, str) and not Path(source).exists() and is_hub_id(source)
     local = not named or kind_of(Path(str(source))) in (*READERS, _PARQUET, _INPUTS)
     return batches_of(
         source, base, DataSettings(**settings), batch_size, "source", local=local, base_revision=base_revision

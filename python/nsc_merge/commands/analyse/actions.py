@@ -207,9 +207,9 @@ def bound(arguments: argparse.Namespace) -> int:
 
 
 def _model_and_inputs(arguments: argparse.Namespace) -> tuple[nn.Module, Batches]:
-    local = not is_hub_id(arguments.model, Path.cwd())
+    local = not is_hub_id(arguments.model)
     adapter = getattr(arguments, "adapter", "").partition("@")[0]
-    prepare(local=local and not is_hub_id(adapter, Path.cwd()))
+    prepare(local=local and not is_hub_id(adapter))
 
     read = read_batches(arguments.inputs, arguments.batch_size, "--inputs")
     log(f"loading {arguments.model}" + ("" if local else " from the hub"))

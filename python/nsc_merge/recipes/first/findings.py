@@ -188,7 +188,7 @@ def _base_named_by(tasks: Sequence[Task]) -> tuple[str, str | None]:
             for task, (base, revision) in named.items()
         )
         raise RecipeError(f"--base: expected the base model of the adapters, which do not all name one ({said})")
-    on_hub = is_hub_id(first, Path.cwd())
+    on_hub = is_hub_id(first)
     if not on_hub and not Path(first).expanduser().is_dir():
         raise RecipeError(f"--base: the adapters were trained on {first}, which is not here; expected where it is now")
     # Of a folder there are no revisions, whatever the adapter says.
@@ -196,7 +196,7 @@ def _base_named_by(tasks: Sequence[Task]) -> tuple[str, str | None]:
 
 
 def _base(name: str, revision: str | None) -> Base:
-    local = not is_hub_id(name, Path.cwd())
+    local = not is_hub_id(name)
     source = os.path.abspath(absolute_model(name, Path.cwd())) if local else name
     if local and not Path(source).is_dir():
         raise RecipeError(f"--base: expected a folder or a hub id (owner/name), {source} is no folder")

@@ -192,7 +192,7 @@ def _place(key: str, written: str) -> tuple[str, str | None]:
     if Path(written).expanduser().is_dir():
         return os.path.abspath(Path(written).expanduser()), None
     name, _, revision = written.partition("@")
-    if is_hub_id(name, Path.cwd()):
+    if is_hub_id(name):
         return name, revision or None
     raise RecipeError(f"{key}: {_FORM}, found {written!r:.100}, which is no folder here")
 

@@ -104,7 +104,7 @@ def _source(text: str) -> str:
     folder = Path(text).expanduser()
     if folder.is_dir():
         return os.path.abspath(folder)
-    if is_hub_id(text.partition("@")[0], Path.cwd()):
+    if is_hub_id(text.partition("@")[0]):
         return text
     what = "is a file" if folder.exists() else "is missing"
     raise RecipeError(

@@ -68,7 +68,7 @@ class Base:
         name = base_name(model)
         if name and Path(name).is_dir():
             return Base(str(Path(name).resolve()))
-        if not is_hub_id(name, Path.cwd()):
+        if not is_hub_id(name):
             return Base(None)
         commit = commit_of(model)
         return Base(name, revision if isinstance(revision, str) else commit)

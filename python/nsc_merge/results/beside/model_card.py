@@ -86,7 +86,7 @@ def _metadata(
     adapters = result.adapters.values()
     name = Base.of(result.model).name
     bases = [name, *(adapter.base_model for adapter in adapters)]
-    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base, Path.cwd())))
+    known = list(dict.fromkeys(base for base in bases if base is not None and is_hub_id(base)))
     whole = "model" in formats
     if known and whole:
         fetched = (adapter.about.hub for adapter in adapters)

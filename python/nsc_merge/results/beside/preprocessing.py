@@ -129,7 +129,7 @@ def _absence(model: nn.Module) -> str:
     name = _named(model)
     if not name:
         where = "the base was handed over in memory, and no folder is known in which its tokenizer or processor lies"
-    elif is_hub_id(name, Path.cwd()):
+    elif is_hub_id(name):
         where = f"no tokenizer or processor of {name} was found, or none could be fetched, at the base's commit"
     elif not Path(name).is_dir():
         where = f"the base was read from {name}, which is no folder here, so that no tokenizer or processor was found"
@@ -227,7 +227,7 @@ def base_folder(model: nn.Module) -> Path | None:
     if name and Path(name).is_dir():
         return Path(name)
     commit = commit_of(model)
-    return _fetched(name, commit) if commit and is_hub_id(name, Path.cwd()) else None
+    return _fetched(name, commit) if commit and is_hub_id(name) else None
 
 
 def _named(model: nn.Module) -> str:
