@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ def test_both_formats_compute_what_peft_does(case: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(whole(**inputs).logits, expected, rtol=1e-6, atol=1e-7)
     adapted = PeftModel.from_pretrained(copy.deepcopy(model), result.save(tmp_path / "lora", "lora")).double().eval()
     torch.testing.assert_close(adapted(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_of_full_rank_is_added_as_its_factors_are(case: Any) -> None:
+    model, _, folders = case
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=LAM)
+    matrices = {path: nsc_merge.Factor.of_matrix(result.delta(path)) for path in result.paths}
+    dense = replace(result, coefficients={}, factors=matrices)
+    found, wanted = dense.merged(model), result.merged(model)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
 
 
 def test_an_adapter_in_memory_is_read_alike(case: Any) -> None:
