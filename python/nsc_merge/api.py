@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from nsc_merge.models.own_base import own_base
 from nsc_merge.models.vocabulary import with_vocabulary
 from nsc_merge.processes.group import together
 from nsc_merge.results.result import MergeResult
+
+_at_work: dict[int, object] = {}
 
 
 def merge(
@@ -69,6 +72,7 @@ def merge(
     Raises:
         TypeError, ValueError, FileNotFoundError: naming the argument, what was found and what was expected,
             before the model is touched.
+        RuntimeError: if another merge of the same model is at work, as in another thread.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -86,7 +90,7 @@ def merge(
             raise TypeError(f"adapters: expected names of tasks (str), found {task!r}")
     bare = without_adapters(model)
     loaded = {task: load_adapter(source, task, dora=dora) for task, source in adapters.items()}
-    with together(process_group):
+    with together(process_group), _alone(model):
         base, loaded = own_base(*with_vocabulary(bare, loaded, added_tokens))
         keep_folder(base)
         problem = Problem(base, fit(loaded, base, shared_modules), calibration)
@@ -95,3 +99,18 @@ def merge(
     if added_tokens != "refuse":
         inputs["added_tokens"] = added_tokens
     return replace(result, inputs=inputs, about=chosen.paragraph)
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """One merge of a model at a time: a second would find the modules of the first in it, and leave some behind."""
+    this = object()
+    if _at_work.setdefault(id(model), this) is not this:
+        raise RuntimeError(
+            "model: another merge of this very model is at work, and there are other modules in it meanwhile; expected "
+            "one at a time, or a copy of it"
+        )
+    try:
+        yield
+    finally:
+        del _at_work[id(model)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,6 +176,29 @@ def test_a_model_made_in_inference_mode_is_refused_before_anything_runs(model, f
     # Called inside, a merge of a model that was made outside learns as ever.
     with torch.inference_mode():
         assert nsc_merge.merge(model, folders, calibration, method).paths
+
+
+def test_a_second_merge_of_a_model_is_refused_while_one_is_at_work(model, folders, images):
+    """As of two requests to one server, whose threads share the base."""
+    copied = copy.deepcopy(model)
+    modules, refused = list(model.modules()), []
+
+    class Batches:
+        def __iter__(self):
+            refused.extend(pool.map(merged, (model, copied)))
+            yield {"pixel_values": images}
+
+    def merged(base):
+        try:
+            return nsc_merge.merge(base, folders, method="task_arithmetic").delta("layers.0.attention.v_proj")
+        except RuntimeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        nsc_merge.merge(model, folders, dict.fromkeys(folders, Batches()), steps=1, progress=False)
+    assert refused[0].startswith("model: another merge of this very model is at work")
+    assert torch.equal(refused[1], merged(model))
+    assert list(model.modules()) == modules
 
 
 def test_ctrl_c_while_a_model_is_given_back_leaves_no_merged_linear_in_it(model, folders, monkeypatch):
