@@ -346,5 +346,5 @@ def _is_outdated(path: Path, written: set[Path]) -> bool:
     truncation that is no more.
     """
     if path.name == TRUNCATION_FILE:
-        return path not in written and path.with_name(CONFIG_FILE) in written
+        return path.with_name(CONFIG_FILE) in written
     return is_weights(path.name) and path.with_name("config.json") in written

@@ -176,6 +176,16 @@ def test_the_model_saved_is_the_merged_one(model: nn.Module, both: nsc_merge.Mer
     assert norms.merged == pytest.approx(float(wanted), rel=1e-5)
 
 
+def test_magnitudes_need_the_base_as_it_was_merged(
+    model: nn.Module, tasks: dict[str, PeftModel], tmp_path: Path
+) -> None:
+    own = copy.deepcopy(model)
+    result = nsc_merge.merge(own, tasks, method="task_arithmetic", scale=0.6)
+    result.apply(own)
+    with pytest.raises(ValueError, match="model: apply has changed it since this merge was made"):
+        result.save(tmp_path / "lora", "lora")
+
+
 def test_inner_products_count_gains() -> None:
     torch.manual_seed(1)
     base = torch.randn(7, 5)
