@@ -9,6 +9,11 @@ from typing import Any
 from nsc_merge.utils.errors import printable
 
 
+def on_terminal() -> bool:
+    """Whether standard error is one; a host of Python may have put an object there that cannot tell, or none."""
+    return hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+
+
 class Progress:
     """Counts steps on standard error.
 
@@ -21,11 +26,13 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, show: bool | None = None) -> None:
-        self._label, self._total, self._done, self._silent = label, total, 0, show is False
+        self._label, self._total, self._done = label, total, 0
+        # Where there is no standard error, as in a service, print and tqdm would take standard output.
+        self._silent = show is False or sys.stderr is None
         self._every = max(1, total // 10)
         self._started = time.perf_counter()
         self._bar: Any = None
-        if show or (show is None and sys.stderr.isatty()):
+        if not self._silent and (show or on_terminal()):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit="step", file=sys.stderr, dynamic_ncols=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from nsc_merge.evaluation.eval_recipe import EvalRecipe, HarnessTask
 from nsc_merge.evaluation.scoring import Candidate, models_of
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.utils.option_checks import did_you_mean
+from nsc_merge.utils.progress import on_terminal
 
 SPLITS = {"test": "test_split", "val": "validation_split"}
 
@@ -257,7 +257,7 @@ def _quiet() -> Iterator[None]:
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if sys.stderr.isatty():
+        if on_terminal():
             yield
         else:
             with redirect_stderr(io.StringIO()):
