@@ -137,6 +137,21 @@ def test_the_model_is_written_as_it_is_now_and_not_as_its_files_are(tmp_path):
 
 
 @pytest.mark.parametrize("loaded", [True, False])
+def test_a_base_whose_shards_have_other_names_is_written_in_files_of_its_own(loaded, tmp_path):
+    base, adapters = written("shards", tmp_path)
+    told = json.loads((base / INDEX).read_text())
+    names = told["weight_map"]
+    place = names["lm_head.weight"]
+    names.update({key: "weights.safetensors" for key, name in names.items() if name == place})
+    (base / place).rename(base / "weights.safetensors")
+    (base / INDEX).write_text(json.dumps(told))
+    result = nsc_merge.merge(load(base, loaded=loaded), adapters, method="task_arithmetic")
+    out = result.save(tmp_path / "out", "model")
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    same(tensors(out), expected(result, base))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
 def test_what_transformers_writes_otherwise_than_as_it_is_is_written_from_memory(loaded, tmp_path, caplog):
     torch.manual_seed(0)
     base = tf.MixtralForCausalLM(tf.MixtralConfig(**zoo.DECODER, **zoo.TOKENS, num_local_experts=2)).eval()
