@@ -187,6 +187,26 @@ def test_an_objective_that_is_not_finite_is_refused(method, where):
         torch.testing.assert_close(value, before[name], equal_nan=True)
 
 
+class Overflowing(torch.autograd.Function):
+    """As a backward in float16: what goes forward is a number, its gradient is none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_that_is_not_finite_is_refused(method):
+    model = llama()
+    model.model.layers[1].register_forward_hook(lambda _, __, y: Overflowing.apply(y))
+    with pytest.raises(RuntimeError, match="calibration: at step 0, the gradient is not finite; expected finite numb"):
+        merge(model, adapters_for(llama()), text_batches(1), method=method, **SETTINGS)
+
+
 @pytest.mark.parametrize("options", [{"hold_out": 1}, {"init": "match"}])
 def test_a_choice_by_what_is_not_finite_is_refused(options):
     model = llama()

@@ -287,6 +287,7 @@ def test_the_base_is_what_was_merged_on_or_the_hub_id_that_the_adapters_agree_on
         ("owner/other", ("owner/name", COMMIT), ("owner/name", COMMIT)),
         ("owner/name", ("owner/name", COMMIT), ("owner/name", COMMIT)),
         ("owner/name", ("owner/name", None), ("owner/name", "v1")),
+        ("owner/other", ("owner/name", None), ("owner/name", None)),
         ("elsewhere", ("owner/name", COMMIT), ("owner/name", COMMIT)),
         ("elsewhere", ("", None), ("elsewhere", None)),
         ("owner/name", ("", None), ("owner/name", "v1")),
