@@ -17,6 +17,7 @@ from torch import nn
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor
+from nsc_merge.adapters.algebra import factoring
 from nsc_merge.adapters.algebra.factoring import as_product, factored
 from nsc_merge.methods import METHODS
 
@@ -185,7 +186,7 @@ def test_a_wide_delta_of_low_rank_is_found_and_the_same_each_time():
     assert factored(delta.t().contiguous()).rank == 24
 
 
-def test_a_rank_that_no_part_shows_is_found_with_more_columns():
+def test_a_rank_that_no_part_shows_is_found_with_more_columns(monkeypatch):
     delta = torch.zeros(900, 900)
     for seed, place in enumerate(range(0, 900, 75)):
         rows = slice(place, place + 75)
@@ -193,6 +194,18 @@ def test_a_rank_that_no_part_shows_is_found_with_more_columns():
     found = factored(delta)
     assert found.rank == 144
     assert distance(found.delta(), delta.double()) < 1e-6
+    # In few rows and columns, of which any part has but some.
+    few = torch.zeros(900, 900)
+    few[10:870:5, 3:863:5] = normal(172, 172, seed=1)
+    guesses = []
+    whole = factoring._in_range
+    monkeypatch.setattr(factoring, "_in_range", lambda *given: guesses.append(given[1]) or whole(*given))
+    found = factored(few)
+    assert (found.rank, guesses) == (172, [128, 256])
+    assert distance(found.delta(), few.double()) < 1e-6
+    few[10:870:3, 3:863:3] = normal(287, 287, seed=2)
+    assert factored(few).dense is few
+    assert guesses[2:] == [256]
 
 
 def test_differences_of_checkpoints_have_the_rank_that_was_trained():

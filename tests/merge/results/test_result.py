@@ -277,6 +277,7 @@ def test_what_needs_the_base_is_refused_after_apply_changed_it(model, result, ex
 def test_an_adapter_that_holds_whole_linears_needs_the_base_too(model, write_adapter, tmp_path):
     folder = write_adapter("whole", 1, target_modules=["q_proj"], modules_to_save=["o_proj"])
     result = nsc_merge.merge(model, {"whole": folder}, method="task_arithmetic")
+    assert {path.rpartition(".")[2] for path in result.rank_errors(2)} == {"q_proj"}
     result.apply(model)
     with pytest.raises(ValueError, match="model: apply has changed it"):
         result.save(tmp_path / "out", "lora")
