@@ -179,7 +179,11 @@ def test_a_large_scaling_is_finite_whatever_the_default_dtype(dtype: torch.dtype
     try:
         torch.set_default_dtype(dtype)
         A, B = torch.ones(1, 2, dtype=torch.float32), torch.ones(3, 1, dtype=torch.float32)
-        assert nk.AdapterBank.from_factors([A], [B], [1e5]).delta([1.0]).max() == 1e5
+        bank = nk.AdapterBank.from_factors([A], [B], [1e5])
+        assert bank.delta([1.0]).max() == 1e5
+        with torch.device("meta"):
+            lam = nk.MergedLoRALinear(torch.nn.Linear(2, 3, device="cpu"), bank, [1e5]).lam
+        assert (lam.dtype, lam.tolist()) == (torch.float32, [1e5])
     finally:
         torch.set_default_dtype(before)
 

@@ -84,6 +84,9 @@ def test_lam_has_no_gradient_of_the_statistics_whatever_z_holds(backend: str, pe
         _, quad, _ = nk.merged_lora_nsc(z, inputs.bank, lam)
         (dlam,) = torch.autograd.grad(quad[4:].sum(), lam, retain_graph=True)
         dz, beside = torch.autograd.grad(quad[4:].sum(), (z, lam))
+        _, quad, *_ = torch.ops.nsc.merged_lora(z, *inputs.bank.packed, lam, None, True, True)
+        (of_op,) = torch.autograd.grad(quad[4:].sum(), lam)
+    assert torch.equal(of_op, dlam)
     assert torch.equal(dlam, torch.zeros_like(lam))
     assert torch.equal(beside, dlam)
     assert dz[4:].isfinite().all()
@@ -138,6 +141,20 @@ def test_a_bad_row_stays_in_its_row_at_every_size(
         (dz,) = torch.autograd.grad(y, z, dy)
     assert y.isnan().any(1).nonzero().flatten().tolist() == [10]
     assert dz.isnan().any(1).nonzero().flatten().tolist() == [20]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["A", "Bt", "lam", "base"])
+def test_columns_that_lie_together_are_no_matter(backend: str, name: str) -> None:
+    """In the forward and in the backward, which reads factors and coefficients as they were given."""
+    require(backend)
+    inputs = oc.make_inputs(oc.Case("turned", per_row=True), torch.float32)
+    expected = oc.run(backend, inputs)
+    owner = inputs.bank if name in ("A", "Bt") else inputs
+    setattr(owner, name, getattr(owner, name).t().contiguous().t())
+    assert not getattr(owner, name).is_contiguous()
+    for output, found in oc.run(backend, inputs).items():
+        assert torch.equal(found, expected[output]), output
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
