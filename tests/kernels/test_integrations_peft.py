@@ -118,6 +118,9 @@ def test_changes_to_adapters_are_seen(batch):
         fewer = model(**batch).logits
         with model.disable_adapter():
             none = model(**batch).logits
+        model.merge_adapter(["a", "c"])
+        torch.testing.assert_close(model(**batch).logits, fewer, rtol=2e-5, atol=2e-5)
+        model.unmerge_adapter()
         handle.remove()
         torch.testing.assert_close(fewer, model(**batch).logits, rtol=2e-5, atol=2e-5)
         model.base_model.set_adapter(NAMES)

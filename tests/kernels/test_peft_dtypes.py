@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import operator_cases as oc
-from nsc_kernels.integrations.peft import accelerate
+from nsc_kernels.integrations.peft import _say_once, accelerate
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -31,7 +31,7 @@ class OneLinear(nn.Module):
 
 def adapted(base, adapters, zero, lora_bias):
     """One linear under two adapters of ranks 4 and 3."""
-    settings = {"target_modules": ["proj"], "lora_alpha": 6, "lora_bias": lora_bias}
+    settings = {"target_modules": ["proj"], "lora_alpha": 7, "lora_bias": lora_bias}
     model = get_peft_model(OneLinear(), LoraConfig(r=4, **settings), "one", autocast_adapter_dtype=False)
     model.add_adapter("two", LoraConfig(r=3, **settings), autocast_adapter_dtype=False)
     layer = model.base_model.model.proj
@@ -79,6 +79,18 @@ def test_only_the_low_rank_part_is_rounded(base, adapters, autocast):
         scale = magnitude + alone.double().abs()
         allowed = 2 * oc.relative_error(own, expected, scale) + 4 * torch.finfo(own.dtype).eps
         assert oc.relative_error(found, expected, scale) <= allowed
+
+
+def test_adapters_of_two_dtypes_are_pefts(caplog):
+    _say_once.cache_clear()
+    model, layer = adapted("f32", "f32", False, False)
+    for factors in (layer.lora_A, layer.lora_B):
+        factors["two"].to(torch.bfloat16)
+    x = torch.randn(9, 48)
+    expected = model(x)
+    with accelerate(model):
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert "several dtypes" in caplog.text
 
 
 @pytest.mark.parametrize(("base", "adapters"), [("f32", "bf16"), ("f64", "f32"), ("bf16", "f16"), ("bf16", "f32")])
