@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ def test_every_backend_is_on_or_says_why() -> None:
     available = nk.available_backends()
     assert set(available) == {"reference", "cpu", "triton", "cuda"}
     assert available["reference"] is True
+    assert torch.cuda.is_available() or available["cuda"] is not True
     assert all(reason is True or (isinstance(reason, str) and len(reason) > 5) for reason in available.values())
 
 
@@ -90,7 +91,10 @@ def test_what_runs_after_its_call_is_not_decorated() -> None:
     def generator() -> Iterator[None]:
         yield
 
-    for function in (coroutine, generator):
+    async def both() -> AsyncIterator[None]:
+        yield
+
+    for function in (coroutine, generator, both):
         with pytest.raises(TypeError, match=f"functions that end where they return, and .*{function.__name__} goes on"):
             nk.use_backend("reference")(function)
 

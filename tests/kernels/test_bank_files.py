@@ -98,7 +98,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def with_header(path: Path, text: str) -> Path:
     """A good bank's file with another header over the same data."""
-    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(56))
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode(errors="surrogateescape") + bytes(56))
     return path
 
 
@@ -117,6 +117,7 @@ OURS = '"__metadata__":{"format":"nsc_kernels.AdapterBank","version":"1","offset
         ("{" + "[" * 100000, "not a bank"),
         (f"{{{OURS},{A},{BT}}}" + " " * (1 << 20), "expected a header of 2 to 1048576 bytes"),
         ("[]", "expected format"),
+        ('{"\udcff":0}', "the header is no JSON: .* invalid start byte"),
         (f"{{{OURS},{A},{BT.replace('56', '48')}}}", "no valid safetensors"),
     ],
 )

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,32 @@ def died(rows: list[Row]) -> list[Row]:
 def test_less_than_everything_does_not(tmp_path: Path, spoil: Any, says: str) -> None:
     write(tmp_path, spoil(passing("triton")))
     assert any(re.search(says, line) for line in verdict.shortcomings(tmp_path, "triton"))
+
+
+def test_rows_of_another_build_than_the_one_in_use_show_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the sources, a library that was built from others."""
+    write(tmp_path, passing("cuda"))
+    monkeypatch.setattr(verified_hardware, "source", lambda backend: "another")
+    assert verdict.shortcomings(tmp_path, "cuda") == ["rows of a dry run or of another source"]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cuda", "bfloat16"), ("triton", "float32")])
+def test_a_backend_is_not_excused_from_what_it_serves(tmp_path: Path, backend: str, dtype: str) -> None:
+    rows = passing(backend)
+    first = next(row for row in rows if row.get("passed") and row["case"] and row["case"]["dtype"] == dtype)
+    first |= {"passed": None, "why": "not served"}
+    write(tmp_path, rows)
+    assert verdict.shortcomings(tmp_path, backend) == [
+        f"1 trials did not pass, the first: {first['trial']}: not served"
+    ]
+
+
+def test_where_nothing_could_be_tried_nothing_is_shown(tmp_path: Path) -> None:
+    """On a GPU too small for every case that is served."""
+    write(tmp_path, [row | {"passed": None, "memory": 1} if "passed" in row else row for row in passing("cuda")])
+    assert verdict.shortcomings(tmp_path, "cuda") == ["no trial passed"]
 
 
 def test_a_row_is_of_the_source_that_its_process_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +162,7 @@ def test_a_case_larger_than_the_gpu_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_an_accepted_entry_replaces_the_backends_own(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "verified.json"
+    path = tmp_path / "cache" / "folder" / "verified.json"
     old = {"backend": "cuda", "arch": "sm_90", "source": "old"}
     other = {"backend": "triton", "arch": "sm_90", "source": "t"}
     verdict.accept(old, path)
@@ -176,6 +204,11 @@ def test_what_was_shown_on_this_machine_counts_here(ledger: Path, entry: Row, co
     assert "python -m nsc_kernels.verify" in str(verified_hardware.unproven("sm_80", "triton"))
     verdict.accept(entry, ledger)
     assert (verified_hardware.unproven("sm_80", "triton") is None) == counts
+
+
+def test_what_was_shown_of_cuda_is_of_no_version_of_triton(ledger: Path) -> None:
+    verdict.accept(own(backend="cuda", triton="0.1"), ledger)
+    assert verified_hardware.entries() == (own(backend="cuda", triton="0.1"),)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '["sm_80"]', '[{"arch": "sm_80"}]', "\udcff"])
@@ -232,8 +265,13 @@ def test_a_gpu_without_kernels_shown_correct_is_told_once(monkeypatch: pytest.Mo
         with pytest.warns(RuntimeWarning, match="not triton, not yet shown correct on sm_80: verify it") as told:
             assert [dispatch.select("auto", call) for _ in range(3)] == [reference[0]] * 3
         assert len(told) == 1
-        Unproven.unproven = staticmethod(lambda call: None)
-        assert dispatch.select("auto", call) is Unproven
+        # Without a word where other kernels of ours serve, whether the first are unproven or not there.
+        proven = SimpleNamespace(rejects=lambda call: None, unproven=lambda call: None)
+        for before in ((Unproven, None), (SimpleNamespace(**vars(proven)), "no library")):
+            found |= {"cuda": before, "triton": (proven, None)}
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert dispatch.select("auto", call) is proven
     finally:
         dispatch._warn_once.cache_clear()
 
