@@ -150,6 +150,11 @@ def test_what_cannot_be_kept_counts_once(tmp_path, shape):
     certain = torch.tensor([[1e4, 0.0], [0.0, 1e4], [0.0, 1e4]])
     assert classes.distance(0, certain.flip(-1), certain) == 1
     assert classes.distance(0, torch.cat([certain[:1].flip(-1), certain[1:]]), certain) == pytest.approx(1 / 3)
+    # Classes are last, however many dimensions positions have.
+    diverging = Predictions(problem, DistillOptions(distance="divergence"))
+    found, own = torch.randn(2, 2, 3, 4, 5).double()
+    p, q = own.exp() / own.exp().sum(-1, keepdim=True), found.exp() / found.exp().sum(-1, keepdim=True)
+    assert float(diverging.distance(0, found, own)) == pytest.approx(float((p * (p / q).log()).sum() / 24), rel=1e-6)
 
 
 def test_distillation_runs_the_model_once_for_tasks_on_the_same_inputs(tmp_path):
