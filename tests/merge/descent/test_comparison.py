@@ -231,6 +231,23 @@ def test_an_objective_that_nothing_moves_is_refused(method):
         merge(model, adapters_for(model), text_batches(1), method=method, **SETTINGS)
 
 
+def test_an_objective_that_is_flat_where_it_starts_leaves_the_coefficients_there():
+    """Signs have no slope, and are others elsewhere: that is no objective that nothing moves."""
+
+    def signs(model, batch):
+        logits = model(**batch).logits[:, -1]
+        return logits.sign() + 0 * logits
+
+    model, outputs = llama(), dict.fromkeys(TASKS, signs)
+    options = {"method": "distill", "likelihood": "gaussian", "outputs": outputs, **SETTINGS}
+    result = merge(model, adapters_for(model), text_batches(1), **options)
+    held = {task: adapter.factors for task, adapter in result.adapters.items()}
+    values = [row[task] for path, row in result.coefficients.items() for task in row if path in held[task]]
+    assert values == pytest.approx([0.4] * len(values))
+    assert [step["lambda_mean"] for step in result.history] == pytest.approx([0.4] * 4)
+    assert result.objective["before"] == result.objective["after"] > 0
+
+
 @pytest.mark.parametrize("early_exit", [True, False])
 def test_what_is_measured_in_front_of_every_adapter_is_refused(early_exit):
     adapters = {task: adapter for task, adapter in adapters_for(llama()).items() if task != "c"}
