@@ -108,15 +108,15 @@ def write_uniform(
         :func:`check` of what was written, in float32, with PEFT's configuration.
 
     Args:
-        folder: of the adapter, LoRA on linears alone.
+        folder: of the adapter, LoRA on linears and, but for LoRAX, embeddings.
         out: another folder, which is written as a whole.
         server: as in :func:`check`.
         base: as in :func:`check`.
         shards: as in :func:`check`.
 
     Raises:
-        ValueError: naming what else the adapter has (DoRA, biases, modules_to_save, LoRA on embeddings or parameters),
-            or a linear whose size only ``base`` would tell; before anything is written.
+        ValueError: naming what else the adapter has (DoRA, biases, modules_to_save, LoRA on parameters; for LoRAX,
+            on embeddings), or a linear whose size only ``base`` would tell; before anything is written.
     """
     _check_arguments(server, shards, None)
     uniform.write_uniform(Path(folder), Path(out), server, base, shards)

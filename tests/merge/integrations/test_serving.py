@@ -331,8 +331,9 @@ def test_what_is_more_than_lora_on_linears_is_named(case, tmp_path):
     folder, config = write(tmp_path / "one", **settings)
     assert [effects(folder, server, base=config) for server in SERVERS] == [[one] for one in expected]
     if case != "base changed":
-        with pytest.raises(ValueError, match="expected LoRA on linears alone: save as a model"):
-            write_uniform(folder, tmp_path / "out", "lorax", base=config)
+        for server, taken in (("lorax", "linears"), ("vllm", "linears and embeddings")):
+            with pytest.raises(ValueError, match=f"expected LoRA on {taken} alone: save as a model"):
+                write_uniform(folder, tmp_path / "out", server, base=config)
         assert not (tmp_path / "out").exists()
 
 
@@ -352,6 +353,52 @@ def test_embeddings_and_heads_are_held_against_the_model(tmp_path):
     assert effects(folder, "vllm", base=mistral) == [
         ("refused", "the adapter has LoRA on lm_head, which vLLM does not load for mistral models")
     ]
+
+
+# What vLLM itself makes of tiny models of these types: bench/results/serving/vllm.jsonl.
+@pytest.mark.parametrize(
+    ("kind", "refused", "effect"),
+    [
+        ("qwen3", [], None),
+        ("qwen2", ["embed_tokens", "lm_head"], "refused"),
+        ("gemma3_text", ["embed_tokens", "lm_head"], "refused"),
+        ("olmo2", ["lm_head"], "refused"),
+        ("gpt2", ["embed_tokens", "lm_head", "q_proj"], "refused"),
+        ("of_tomorrow", ["embed_tokens", "lm_head"], "unsure"),
+    ],
+)
+def test_what_vllm_has_lora_on_hangs_on_the_type_of_the_model(kind, refused, effect, tmp_path):
+    for end in ("q_proj", "embed_tokens", "lm_head"):
+        folder, config = write(tmp_path / end, target_modules=[end])
+        found = check(folder, "vllm", base={**config, "model_type": kind}).problems
+        assert [problem.effect for problem in found] == ([effect] if end in refused else []), end
+
+
+def test_gpt2_generates_text(tmp_path):
+    folder, config = write(tmp_path / "one")
+    base = {**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    assert not check(folder, "llama.cpp", base=base).problems
+
+
+def test_embeddings_of_another_rank_are_scaled_otherwise_or_refused_and_written_with_one_rank(tmp_path):
+    ranks = {"r": 8, "rank_pattern": {"embed_tokens": 4}, "alpha_pattern": {"embed_tokens": 4}, "lora_alpha": 8}
+    folder, config = write(tmp_path / "one", target_modules=["q_proj", "v_proj", "embed_tokens"], **ranks)
+    assert not check(folder, "vllm", base=config).problems
+    assert effects(folder, "sglang", base=config) == [
+        ("refused", "model.embed_tokens of another rank than r=8")
+    ]
+    assert ("wrong", "model.embed_tokens is scaled by 2, and by PEFT by 1") in effects(folder, "llama.cpp", base=config)
+    for server in ("sglang", "llama.cpp"):
+        found = write_uniform(folder, tmp_path / server, server, base=config)
+        assert {problem.effect for problem in found.problems} <= {"unsure"}
+        before, after = (nsc_merge.load_adapter(place, "one").factors for place in (folder, tmp_path / server))
+        assert before.keys() == after.keys()
+        for path, one in after.items():
+            assert (one.rank, one.scaling) == (8, 1.0)
+            wanted = before[path].scaling * before[path].B @ before[path].A
+            torch.testing.assert_close(one.B @ one.A, wanted, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="has LoRA on embeddings; expected LoRA on linears alone"):
+        write_uniform(folder, tmp_path / "lorax", "lorax", base=config)
 
 
 def test_llama_cpp_passes_over_norms_and_is_told_how_it_is_converted(tmp_path):
@@ -503,5 +550,5 @@ def test_the_example_says_of_every_server_what_no_zeros_cure(tmp_path, capsys, m
     monkeypatch.setattr(sys, "argv", ["serving.py", str(folder), str(tmp_path / "served")])
     runpy.run_path(str(ROOT / "examples" / "integrations" / "serving.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert all(f"{server}: {folder} has DoRA; expected LoRA on linears alone" in said for server in SERVERS)
+    assert all(f"{server}: {folder} has DoRA; expected LoRA on linears" in said for server in SERVERS)
     assert not (tmp_path / "served").exists()

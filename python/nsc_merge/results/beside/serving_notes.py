@@ -70,10 +70,10 @@ def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
     config: Any = getattr(result.model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     kind = getattr(text, "model_type", "")
-    heads = vllm.embeddings_refused(kind, paths)
-    if not heads:
+    without = vllm.refused_of(kind, paths)
+    if not without:
         return []
-    return [f"the adapter has LoRA on {heads[0]}, which vLLM does not load for {kind} models: {AS_A_MODEL}"]
+    return [f"the adapter has LoRA on {without[0]}, which vLLM does not load for {kind} models: {AS_A_MODEL}"]
 
 
 def _of_other_servers(result: MergedUpdate, ranks: set[int]) -> list[str]:

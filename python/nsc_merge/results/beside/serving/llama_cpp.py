@@ -53,11 +53,11 @@ def problems(outline: Outline) -> list[Problem]:
         found.append(Problem(LEFT_OUT, f"{first_of(norms)}, trained in full (modules_to_save)", AS_A_MODEL))
     if outline.parameters:
         found.append(Problem(UNSURE, "LoRA on parameters (target_parameters)", f"{AS_A_MODEL} to serve it anywhere"))
-    if scaled := [path for path, low in outline.modules.items() if low.scaling != alpha / low.rank]:
-        low = outline.modules[scaled[0]]
+    if scaled := [path for path, low in outline.low.items() if low.scaling != alpha / low.rank]:
+        low = outline.low[scaled[0]]
         what = f"{first_of(scaled)} is scaled by {alpha / low.rank:g}, and by PEFT by {low.scaling:g}"
         found.append(Problem(WRONG, what, PAD))
-    if outside := [path for path in [*outline.modules, *outline.embeddings] if part_of(path) in _EMBEDDINGS]:
+    if outside := [path for path in outline.low if part_of(path) in _EMBEDDINGS]:
         what = f"LoRA on {first_of(outside)}, which its converter does not take of every model"
         found.append(Problem(UNSURE, what, f"{AS_A_MODEL} to be sure"))
     if base.shows:

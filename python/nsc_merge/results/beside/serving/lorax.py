@@ -90,7 +90,7 @@ def problems(outline: Outline, shards: int = 1) -> list[Problem]:
         found.append(Problem(UNSURE, what, PAD))
     held = kinds(outline)
     known = {path for layers in held.values() for path in layers.values()}
-    if other := [path for path in [*outline.modules, *outline.embeddings] if path not in known]:
+    if other := [path for path in outline.low if path not in known]:
         found.append(Problem(LEFT_OUT, f"{first_of(other)}, not among the linears that it knows", AS_A_MODEL))
     loaded = {}
     for kind, layers in held.items():

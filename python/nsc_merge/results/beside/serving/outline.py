@@ -21,7 +21,9 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(?P<number>\d+)\.(?P<rest>.+)")
 _LOW = re.compile(r"(?P<path>.+)\.lora_(?:(?P<embedding>embedding_)(?P<a>[AB])|(?P<b>[AB])\.(?P<end>weight|bias))")
 # Settings that change what an adapter means, and that no server here reads except to refuse them.
 _OTHER_KINDS = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
-_WRITERS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForTokenClassification")
+_WRITERS = (
+    "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSequenceClassification", "ForTokenClassification",
+)  # fmt: skip
 # Initialisations after which a saved adapter is plain LoRA on the base as it is.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
@@ -52,7 +54,7 @@ class Low:
 
     Attributes:
         rank: rows of A.
-        shape: ``(d_out, d_in)``.
+        shape: of the weight that it is added to: ``(d_out, d_in)``, or ``(tokens, d)`` of an embedding.
         scaling: that PEFT runs it with.
     """
 
@@ -87,7 +89,7 @@ class Outline:
     Attributes:
         config: as in ``adapter_config.json``.
         modules: path in the base model -> LoRA on the linear there.
-        embeddings: paths with LoRA on an embedding.
+        embeddings: path in the base model -> LoRA on the embedding there.
         whole: names of tensors that are no part of a LoRA: modules trained in full.
         biased: there are biases beside factors.
         gained: there are DoRA's magnitudes.
@@ -97,7 +99,7 @@ class Outline:
 
     config: Mapping[str, Any]
     modules: Mapping[str, Low]
-    embeddings: tuple[str, ...] = ()
+    embeddings: Mapping[str, Low] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     biased: bool = False
     gained: bool = False
@@ -105,10 +107,15 @@ class Outline:
     base: Base = Base()
 
     @property
+    def low(self) -> dict[str, Low]:
+        """Linears and embeddings."""
+        return {**self.modules, **self.embeddings}
+
+    @property
     def ranks(self) -> list[int]:
         """All that the configuration and the tensors have."""
         said = [self.config.get("r"), *(self.config.get("rank_pattern") or {}).values()]
-        return [rank for rank in said if isinstance(rank, int)] + [one.rank for one in self.modules.values()]
+        return [rank for rank in said if isinstance(rank, int)] + [one.rank for one in self.low.values()]
 
     @property
     def layers(self) -> int:
@@ -132,11 +139,13 @@ def read_outline(folder: Path, base: str | Path | Mapping[str, Any] | None = Non
     shapes = {key.removeprefix(PREFIX): tuple(value.shape) for key, value in files.weights.items()}
     config = files.config
     factors: dict[str, dict[str, tuple[int, ...]]] = {}
-    embeddings, whole, biased, gained = set(), [], False, False
+    embedded: dict[str, dict[str, tuple[int, ...]]] = {}
+    whole, biased, gained = [], False, False
     for key, shape in shapes.items():
         match = _LOW.fullmatch(key)
         if match and match["embedding"]:
-            embeddings.add(match["path"])
+            # PEFT keeps both factors transposed, and calls the second A.
+            embedded.setdefault(match["path"], {})["B" if match["a"] == "A" else "A"] = shape[::-1]
         elif match and match["end"] == "weight":
             factors.setdefault(match["path"], {})[match["b"]] = shape
         elif match:
@@ -145,19 +154,22 @@ def read_outline(folder: Path, base: str | Path | Mapping[str, Any] | None = Non
             gained = True
         elif ".base_layer." not in key:
             whole.append(key)
-    alone = [path for path, held in factors.items() if set(held) != {"A", "B"}]
+    alone = [path for path, held in (*factors.items(), *embedded.items()) if set(held) != {"A", "B"}]
     if alone:
         raise ValueError(f"{folder}: {alone[0]} has one factor; expected lora_A and lora_B")
-    scalings, modules = Scalings(folder.name, config), {}
-    for path, held in factors.items():
-        if config.get("target_parameters"):
-            continue
-        rank, scaling = scalings.of(path)
-        if not held["A"][0] == held["B"][1] == rank:
-            raise ValueError(f"{folder}: {path} has factors of {held}; expected rank {rank}, by its configuration")
-        modules[path] = Low(rank, (held["B"][0], held["A"][-1]), scaling)
+    scalings = Scalings(folder.name, config)
+
+    def lows(found: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Low]:
+        made = {}
+        for path, held in found.items():
+            rank, scaling = scalings.of(path)
+            if not held["A"][0] == held["B"][1] == rank:
+                raise ValueError(f"{folder}: {path} has factors of {held}; expected rank {rank}, by its configuration")
+            made[path] = Low(rank, (held["B"][0], held["A"][-1]), scaling)
+        return made
+
     return Outline(
-        config, modules, tuple(sorted(embeddings)), tuple(whole), biased, gained,
+        config, {} if config.get("target_parameters") else lows(factors), lows(embedded), tuple(whole), biased, gained,
         bool(config.get("target_parameters")), read_base(config.get("base_model_name_or_path"), base),
     )  # fmt: skip
 

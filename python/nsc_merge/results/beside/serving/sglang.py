@@ -35,7 +35,7 @@ _NAMES = (
 
 def flags(outline: Outline) -> str:
     """That serve the adapter."""
-    names = sorted({part_of(path) for path in [*outline.modules, *outline.embeddings]} & set(_NAMES))
+    names = sorted({part_of(path) for path in outline.low} & set(_NAMES))
     rank = outline.config.get("r")
     return f"--enable-lora --max-lora-rank {rank} --lora-target-modules {' '.join(names)}"
 
@@ -59,11 +59,11 @@ def problems(outline: Outline, max_rank: int | None = None) -> list[Problem]:
         found.append(Problem(REFUSED, f"rank {rank} is more than {max_rank}", f"--max-lora-rank {rank}"))
     if changed := changed_bases(outline):
         found.append(Problem(WRONG, f"{changed} is not read", "convert to plain LoRA with PEFT"))
-    if other := [path for path, low in outline.modules.items() if low.rank != rank]:
+    if other := [path for path, low in outline.low.items() if low.rank != rank]:
         found.append(Problem(REFUSED, f"{first_of(other)} of another rank than r={rank}", PAD))
-    scaled = [path for path, low in outline.modules.items() if low.rank == rank and low.scaling != alpha / rank]
+    scaled = [path for path, low in outline.low.items() if low.rank == rank and low.scaling != alpha / rank]
     if scaled:
-        own = outline.modules[scaled[0]].scaling
+        own = outline.low[scaled[0]].scaling
         found.append(Problem(WRONG, f"{first_of(scaled)} is scaled by {alpha / rank:g}, and by PEFT by {own:g}", PAD))
     if lonely := incomplete(outline):
         missing = next(end for end in STACKS[part_of(lonely[0])] if _beside(lonely[0], end) not in outline.modules)
@@ -74,10 +74,9 @@ def problems(outline: Outline, max_rank: int | None = None) -> list[Problem]:
         found.append(Problem(LEFT_OUT, "biases (lora_bias)", AS_A_MODEL))
     if outline.parameters:
         found.append(Problem(UNSURE, "LoRA on parameters (target_parameters)", f"{AS_A_MODEL} to serve it anywhere"))
-    paths = [*outline.modules, *outline.embeddings]
-    if unknown := [path for path in paths if place_of(path) and part_of(path) not in _NAMES]:
+    if unknown := [path for path in outline.low if place_of(path) and part_of(path) not in _NAMES]:
         found.append(Problem(UNSURE, f"{first_of(unknown)}, for which --lora-target-modules has no name", AS_A_MODEL))
-    outside = [path for path in paths if place_of(path) is None and part_of(path) not in _EMBEDDINGS]
+    outside = [path for path in outline.low if place_of(path) is None and part_of(path) not in _EMBEDDINGS]
     if outside:
         found.append(Problem(LEFT_OUT, f"{first_of(outside)}, outside of all layers", AS_A_MODEL))
     towers = [path for path in outline.modules if place_of(path) and LANGUAGE_MODEL not in path.split(".")]

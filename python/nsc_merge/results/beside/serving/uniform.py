@@ -36,20 +36,22 @@ def write_uniform(
         shards: GPUs that serve one model, of LoRAX.
 
     Raises:
-        ValueError: if ``out`` holds a model, if the adapter is more than LoRA on linears, if the size of a linear is
-            not known, or as :func:`nsc_merge.load_adapter`.
+        ValueError: if ``out`` holds a model, if the adapter is more than LoRA on linears and, but for LoRAX,
+            embeddings, if the size of a linear is not known, or as :func:`nsc_merge.load_adapter`.
     """
     if out.resolve() == folder.resolve():
         raise ValueError(f"out: expected another folder than the adapter's own, found {out}")
     refuse_mixture(out, [""], ["lora"], nested=False)
     outline = read_outline(folder, base)
     kinds = {"DoRA": outline.gained, "biases": outline.biased, "modules_to_save": outline.whole,
-             "LoRA on embeddings": outline.embeddings, "LoRA on parameters": outline.parameters}  # fmt: skip
+             "LoRA on embeddings": server == "lorax" and outline.embeddings,
+             "LoRA on parameters": outline.parameters}  # fmt: skip
     if more := [kind for kind, there in kinds.items() if there]:
-        raise ValueError(f"{folder} has {', '.join(more)}; expected LoRA on linears alone: save as a model")
-    rank = max(one.rank for one in outline.modules.values())
+        taken = "linears" if server == "lorax" else "linears and embeddings"
+        raise ValueError(f"{folder} has {', '.join(more)}; expected LoRA on {taken} alone: save as a model")
+    rank = max(one.rank for one in outline.low.values())
     rank = lorax.padded(rank, shards) if server == "lorax" else rank
-    shapes = {path: one.shape for path, one in outline.modules.items()}
+    shapes = {path: one.shape for path, one in outline.low.items()}
     shapes |= {path: _shape(path, outline, folder) for path in _missing(outline, server)}
     held = load_adapter(folder, folder.name).factors
     factors = {}
@@ -62,7 +64,8 @@ def write_uniform(
         factors[path] = Factor(A, B, 1.0)
     about = {key: outline.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")}
     with replacing_folder(out, lambda path, written: False) as staging:
-        write_adapter(staging, factors, {}, about, fan_in_fan_out=bool(outline.config.get("fan_in_fan_out")))
+        conv1d = bool(outline.config.get("fan_in_fan_out"))
+        write_adapter(staging, factors, {}, about, outline.embeddings, fan_in_fan_out=conv1d)
 
 
 def _missing(outline: Outline, server: str) -> list[str]:

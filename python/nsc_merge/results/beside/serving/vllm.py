@@ -25,9 +25,28 @@ from nsc_merge.results.beside.serving.outline import (
 # What --max-lora-rank takes.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 HEADS = ("classifier", "score")
-# Decoders for which it has no LoRA on embeddings and head: it refuses the whole adapter.
-_WITHOUT_EMBEDDINGS = ("mistral", "qwen2")
-
+# Decoders, by model_type, for which it has LoRA on embeddings and head (embedding_modules of their classes), ...
+_BOTH = frozenset((
+    "apertus", "ernie4_5", "exaone4", "exaone_moe", "falcon_h1", "granite", "granitemoe", "granitemoehybrid",
+    "granitemoeshared", "internlm3", "jamba", "lfm2", "lfm2_moe", "llama", "llama4_text", "minicpm3", "mixtral",
+    "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+))  # fmt: skip
+# ... on embeddings called embed_tokens alone: Cohere's, and what it runs by transformers' code, ...
+_INPUTS = frozenset((
+    "arcee", "cohere", "cohere2", "cwm", "flex_olmo", "glm", "gpt_bigcode", "gpt_neox", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "olmo", "olmo2", "olmo3", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+))  # fmt: skip
+# ... on neither, for which it refuses the whole adapter, ...
+_NEITHER = frozenset((
+    "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm4", "glm4_moe",
+    "gpt_oss", "minimax_m2", "ministral3", "mistral", "olmo_hybrid", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_next",
+))  # fmt: skip
+# ... and no LoRA at all.
+_NO_LORA = frozenset((
+    "bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n_text", "gpt2", "gptj", "mamba", "mamba2",
+    "mimo_v2_flash", "stablelm", "zamba2",
+))  # fmt: skip
+_INPUT, _HEADS = ("embed_tokens", "embed_in", "wte", "word_embeddings"), ("lm_head", "embed_out")
 
 def flag_for(rank: int) -> int | None:
     """The smallest ``--max-lora-rank`` that holds a rank, None if there is none."""
@@ -57,10 +76,23 @@ def parts_refused(*, dora: bool, whole: Iterable[str], biased: bool) -> dict[str
     return {part: cure for part, (found, cure) in parts.items() if found}
 
 
-def embeddings_refused(kind: str, paths: Iterable[str]) -> list[str]:
-    """Of the paths with LoRA, embeddings and heads for which vLLM has none in models of this ``model_type``."""
-    ends = ("lm_head", "embed_tokens") if kind in _WITHOUT_EMBEDDINGS else ()
-    return [path for path in paths if part_of(path) in ends]
+def refused_of(kind: str, paths: Iterable[str]) -> list[str]:
+    """Of the paths with LoRA, those for which it refuses an adapter of models of this ``model_type``: embeddings and
+    heads that it has no LoRA on, or all. None of a type that is not listed here.
+    """
+    if kind in _NO_LORA:
+        return list(paths)
+    if kind not in _BOTH | _INPUTS | _NEITHER:
+        return []
+    served = {"embed_tokens", "lm_head"} if kind in _BOTH else {"embed_tokens"} if kind in _INPUTS else set()
+    return [path for path in paths if (part := part_of(path)) in _INPUT + _HEADS and part not in served]
+
+
+def unsure_of(kind: str, paths: Iterable[str]) -> list[str]:
+    """Embeddings and heads with LoRA in models of a type that is not listed here."""
+    if kind in _BOTH | _INPUTS | _NEITHER | _NO_LORA:
+        return []
+    return [path for path in paths if part_of(path) in _INPUT + _HEADS]
 
 
 def left_out(paths: Iterable[str]) -> list[str]:
@@ -93,13 +125,15 @@ def problems(outline: Outline, max_rank: int | None = None) -> list[Problem]:
     heads = [name for name in outline.whole if len(parts := name.split(".")) < 2 or parts[-2] not in HEADS]
     if heads and not saved:
         found.append(Problem(REFUSED, f"{first_of(heads)} is no tensor of LoRA", AS_A_MODEL))
-    paths = [*outline.modules, *outline.embeddings]
-    if without := embeddings_refused(base.kind, paths):
+    if without := refused_of(base.kind, outline.low):
         what = f"the adapter has LoRA on {without[0]}, which vLLM does not load for {base.kind} models"
         found.append(Problem(REFUSED, what, AS_A_MODEL))
+    if base.kind and (unknown := unsure_of(base.kind, outline.low)):
+        what = f"LoRA on {first_of(unknown)}, which vLLM does not load for every type of model"
+        found.append(Problem(UNSURE, what, f"{AS_A_MODEL} to be sure"))
     if outline.parameters:
         found.append(Problem(UNSURE, "LoRA on parameters (target_parameters)", f"{AS_A_MODEL} to serve it anywhere"))
-    if base.shows and (outside := left_out(paths)):
+    if base.shows and (outside := left_out(outline.low)):
         cure = f"--enable-tower-connector-lora, where the model has it, or {AS_A_MODEL}"
         found.append(Problem(LEFT_OUT, f"{first_of(outside)}, outside the language model", cure))
     if not base.shows and (over := beyond(outline)):

@@ -1,0 +1,314 @@
+"""Merged adapters in whole servers on a CPU: what vLLM and llama.cpp answer, held to transformers and PEFT.
+
+    python -m bench.swaps.servers vllm --out bench/results/serving
+    python -m bench.swaps.servers llama.cpp --base BASE --checkout llama.cpp --out bench/results/serving
+    python -m bench.swaps.servers llama.cpp --tokenizer BASE --checkout llama.cpp --families Llama Qwen2
+
+Models of several families are made, tiny and with random weights, for vLLM (a build for CPUs, installed beside this
+package) and llama.cpp (``--checkout``: its sources, with ``build/bin/llama-server``), which needs a tokenizer. For each
+base adapters are made by PEFT, merged by ``nsc_merge``, saved as an adapter, and served. Twelve tokens are
+generated for each of three prompts, with the logarithms of the probabilities of the twenty likeliest at each:
+
+    differs   the largest difference of one of them from transformers with PEFT, in float32; of the case "base", which
+              has no adapter, from transformers
+    moved     the largest that the adapter makes of them, so that what is not served differs by as much
+    rule      what nsc_merge.integrations.serving.check says of the adapter, without the server
+    said      the server's error, where it refuses the adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch import Tensor
+
+import nsc_merge
+from bench.merging.cost_rows import environment, write_rows
+from nsc_merge.integrations.serving import check, write_uniform
+
+TOKENS, TOP = 12, 20
+_IN_FLOAT32 = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+# Where an adapter is served as it is, nothing differs by more than this part of what the adapter moves.
+ROUNDING = 2e-3
+SIZES = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+# Name of a configuration of transformers -> what differs from SIZES.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Phi3": {},
+    "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64},
+    "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64},
+    "Olmo2": {},
+    "Granite": {},
+    "GPTNeoX": {},
+    "GPT2": {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+ATTENTION = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"]
+# Adapters that are merged: settings of PEFT, of which modules that a family lacks are left out.
+CASES: dict[str, list[dict[str, Any]]] = {
+    "all linears": [{"r": 8}, {"r": 8}],
+    "ranks differ": [{"r": 8}, {"r": 16, "target_modules": ATTENTION}],
+    "rank 7": [{"r": 3}, {"r": 4, "use_rslora": True}],
+    "some layers": [{"r": 4, "layers_to_transform": [0, 2]}, {"r": 4, "layers_to_transform": [0, 2]}],
+    "head": [{"r": 8, "target_modules": [*ATTENTION, "lm_head"]}] * 2,
+    "embeddings": [{"r": 8, "target_modules": [*ATTENTION, "embed_tokens"]}] * 2,
+    "embeddings of one": [
+        {"r": 8, "target_modules": [*ATTENTION, "embed_tokens"]}, {"r": 8, "target_modules": ATTENTION},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token that a server generated: what stood before it, and the logarithms of probabilities of some tokens."""
+
+    before: list[int]
+    likely: dict[int, float]
+
+
+def write_base(folder: Path, family: str, tokenizer: Path | None) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    settings = SIZES | FAMILIES[family]
+    if tokenizer:
+        found = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        found.save_pretrained(folder)
+        settings["vocab_size"] = len(found)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def adapter(base: Path, settings: Mapping[str, Any], seed: int) -> Any:
+    """A model with a LoRA adapter that moves what it makes; None where it has none of the modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ends = {name.rpartition(".")[2]: type(module).__name__ for name, module in model.named_modules()}
+    linears = [end for end, kind in ends.items() if kind in ("Linear", "Conv1D") and end != "lm_head"]
+    asked = settings.get("target_modules", linears)
+    tied = model.config.tie_word_embeddings
+    if {"lm_head", "embed_tokens"} & set(asked) - ends.keys() or (tied and "lm_head" in asked):
+        return None
+    wanted = [end for end in asked if end in ends]
+    given = {"lora_alpha": 2 * settings["r"]} | dict(settings) | {"target_modules": wanted}
+    torch.manual_seed(seed)
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given))
+    for name, value in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value, std=0.5 / value.shape[-1] ** 0.5 if "A" in name else 0.05)
+    return tuned
+
+
+def merges(base: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Merged adapters of a base: case, and the folder of the adapter."""
+    for case, adapters in CASES.items():
+        models = [adapter(base, settings, seed) for seed, settings in enumerate(adapters, 1)]
+        if None in models:
+            continue
+        place = folder / case.replace(" ", "-")
+        for number, model in enumerate(models):
+            model.save_pretrained(place / str(number))
+        tasks = {f"task{number}": place / str(number) for number in range(len(models))}
+        model = models[0].unload()
+        nsc_merge.merge(model, tasks, method="task_arithmetic", scale=0.7).save(place / "merged", format="lora")
+        yield case, place / "merged"
+
+
+def by_transformers(base: Path, lora: Path | None, steps: Sequence[Step]) -> tuple[float, float]:
+    """How far a server's numbers are from those of PEFT, and those of PEFT from the base's own."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    served = [torch.tensor([*step.likely.values()]) for step in steps]
+    before = [_logarithms(plain, step) for step in steps]
+    if lora is None:
+        return _apart(served, before), 0.0
+    tuned = PeftModel.from_pretrained(plain, str(lora)).eval()
+    after = [_logarithms(tuned, step) for step in steps]
+    return _apart(served, after), _apart(before, after)
+
+
+@torch.no_grad()
+def _logarithms(model: Any, step: Step) -> Tensor:
+    return model(torch.tensor([step.before])).logits[0, -1].float().log_softmax(-1)[[*step.likely]]
+
+
+def _apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(these, those, strict=True))
+
+
+def by_vllm(base: Path, adapters: Mapping[str, Path | None], prompts: list[list[int]]) -> Iterator[tuple[str, Any]]:
+    """Case -> steps, or the error in words."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    try:
+        engine = LLM(
+            str(base), dtype="float32", enable_lora=True, max_lora_rank=32, max_loras=1, enforce_eager=True,
+            max_model_len=64, gpu_memory_utilization=0.2, enable_prefix_caching=False, skip_tokenizer_init=True,
+        )  # fmt: skip
+    except Exception as error:
+        yield from ((case, f"{type(error).__name__}: {error}") for case in adapters)
+        return
+    wanted = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=TOP, detokenize=False, ignore_eos=True)
+    for number, (case, lora) in enumerate(adapters.items(), 1):
+        request = LoRARequest(case, number, str(lora)) if lora else None
+        try:
+            if request:
+                engine.llm_engine.add_lora(request)
+            given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+            answers = engine.generate(given, wanted, use_tqdm=False, lora_request=request)
+        except Exception as error:
+            yield case, f"{type(error).__name__}: {error}"
+            continue
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            tokens = [*answer.outputs[0].token_ids]
+            for place, likely in enumerate(answer.outputs[0].logprobs or []):
+                numbers = {token: one.logprob for token, one in likely.items()}
+                found.append(Step([*prompt, *tokens[:place]], numbers))
+        yield case, found
+
+
+@contextmanager
+def _llama_server(command: Sequence[str], port: int) -> Iterator[str]:
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                raise RuntimeError(f"llama-server ended with {process.returncode}")
+            try:
+                urllib.request.urlopen(f"{address}/health").close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def by_llama_cpp(
+    base: Path, adapters: Mapping[str, Path | None], prompts: list[list[int]], checkout: Path, folder: Path
+) -> Iterator[tuple[str, Any]]:
+    """Case -> steps, or the error in words."""
+
+    def converted(script: str, what: Path, *more: str) -> Path:
+        made = folder / f"{what.parent.name}-{what.name}.gguf"
+        command = [sys.executable, str(checkout / script), str(what), "--outfile", str(made), "--outtype", "f32", *more]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return made
+
+    try:
+        model = converted("convert_hf_to_gguf.py", base)
+    except subprocess.CalledProcessError as error:
+        yield "base", error.stderr.strip().splitlines()[-1]
+        return
+    for case, lora in adapters.items():
+        try:
+            command = [str(checkout / "build/bin/llama-server"), "-m", str(model), "-c", "256", *_IN_FLOAT32]
+            if lora:
+                command += ["--lora", str(converted("convert_lora_to_gguf.py", lora, "--base", str(base)))]
+            with _llama_server(command, 8089) as address:
+                yield case, [step for prompt in prompts for step in _completed(address, prompt)]
+        except subprocess.CalledProcessError as error:
+            yield case, error.stderr.strip().splitlines()[-1]
+        except RuntimeError as error:
+            yield case, str(error)
+
+
+def _completed(address: str, prompt: list[int]) -> Iterator[Step]:
+    asked = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": TOP, "ignore_eos": True}
+    request = urllib.request.Request(f"{address}/completion", json.dumps(asked).encode())
+    with urllib.request.urlopen(request) as answer:
+        found = json.load(answer)["completion_probabilities"]
+    tokens = [one["id"] for one in found]
+    for place, one in enumerate(found):
+        yield Step([*prompt, *tokens[:place]], {top["id"]: top["logprob"] for top in one["top_logprobs"]})
+
+
+def effects(lora: Path, server: str, base: Path) -> list[str]:
+    return sorted({problem.effect for problem in check(lora, server, base).problems})
+
+
+def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path | None) -> Iterator[dict[str, Any]]:
+    adapters: dict[str, Path | None] = {"base": None}
+    for case, lora in merges(base, folder):
+        adapters[case] = lora
+        if "wrong" in effects(lora, server, base):
+            adapters[f"{case}, written with one rank"] = lora.with_name("uniform")
+            write_uniform(lora, lora.with_name("uniform"), server, base=base)
+    size = json.loads((base / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]
+    if server == "vllm":
+        served = by_vllm(base, adapters, prompts)
+    else:
+        assert checkout is not None
+        served = by_llama_cpp(base, adapters, prompts, checkout, folder)
+    for case, steps in served:
+        lora = adapters[case]
+        row: dict[str, Any] = {"server": server, "family": family, "case": case}
+        if lora:
+            row["rule"] = effects(lora, server, base)
+        if isinstance(steps, str):
+            yield row | {"said": steps[:300]}
+            continue
+        differs, moved = by_transformers(base, lora, steps)
+        row["differs"] = differs
+        yield row | ({"moved": moved, "served": differs <= ROUNDING * moved} if lora else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server", choices=["vllm", "llama.cpp"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES], metavar="FAMILY")
+    parser.add_argument("--base", type=Path, help="serve this model's folder and no family's")
+    parser.add_argument("--tokenizer", type=Path, help="folder of one that families are given (llama.cpp asks for it)")
+    parser.add_argument("--checkout", type=Path, help="llama.cpp's sources, with build/bin/llama-server")
+    parser.add_argument("--out", type=Path, help="folder for the rows")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for family in [arguments.base.name] if arguments.base else arguments.families:
+        with tempfile.TemporaryDirectory() as place:
+            base = arguments.base or Path(place) / "base"
+            if not arguments.base:
+                write_base(base, family, arguments.tokenizer)
+            for row in rows_of(arguments.server, family, base, Path(place), arguments.checkout):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_rows(arguments.out / f"{arguments.server}.jsonl", [environment(), *rows])
+
+
+if __name__ == "__main__":
+    main()
