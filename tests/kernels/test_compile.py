@@ -230,6 +230,14 @@ def test_flops_are_those_of_the_products() -> None:
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == forward
+    y = nk.merged_lora(z.detach(), i.bank, lam)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * i.bank.R * 12
+    _, quad, _ = nk.merged_lora_nsc(z, i.bank, lam)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(quad.sum(), z)
+    assert counter.get_total_flops() == 2 * 6 * i.bank.R * 16
 
 
 def test_the_profiler_names_the_kernels() -> None:

@@ -10,7 +10,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +102,8 @@ def test_what_is_written_into_a_bank_or_replaced_is_seen(build: ModuleType) -> N
         assert close(forward(plain, z), plain(z))
         plain.bank.Bt = torch.randn(10, 5, dtype=torch.float64).t()
         assert close(forward(plain, z), plain(z))
+        plain.bank.offsets = [0, 4, 5]
+        assert close(forward(plain, z), plain(z))
         square = Plain(ranks=(6, 6), d_out=12)
         forward(square, z)
         square.bank.Bt = square.bank.Bt.t()  # of the same memory
@@ -121,6 +123,12 @@ def test_banks_that_do_not_fit_are_refused(build: ModuleType) -> None:
     plain.bank.A.requires_grad_()
     with pytest.raises(RuntimeError, match=r"bank.A requires a gradient.*requires_grad_\(False\)"):
         forward(plain, z)
+    plain.bank.A.requires_grad_(False)
+    plain.bank.Bt.requires_grad_()
+    with pytest.raises(RuntimeError, match="bank.Bt requires a gradient"):
+        forward(plain, z)
+    with pytest.raises(TypeError, match="found SimpleNamespace, which is no nn.Module"):
+        build.layers.own_bank(SimpleNamespace(A=plain.bank.A, Bt=plain.bank.Bt.detach(), offsets=(0, 5)))
     plain.bank = nn.Linear(3, 3)
     with pytest.raises(TypeError, match="bank must be a module with A, Bt and offsets, found Linear, without A and Bt"):
         forward(plain, z)

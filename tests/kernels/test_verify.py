@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,18 @@ def died(rows: list[Row]) -> list[Row]:
 def test_less_than_everything_does_not(tmp_path: Path, spoil: Any, says: str) -> None:
     write(tmp_path, spoil(passing("triton")))
     assert any(re.search(says, line) for line in verdict.shortcomings(tmp_path, "triton"))
+
+
+def test_the_digest_is_over_every_source_under_its_label() -> None:
+    """Another label, order or way of writing them would withdraw all entries."""
+    package = Path(verified_hardware.__file__).parent
+    files = {f"triton/{name}": name for name in ("kernels", "steps", "columns", "configs", "launch")}
+    files |= {"counters": "counters", "contract": "records"}
+    labels = {"kernels": "kernel", "configs": "configurations"}
+    sources = [(labels.get(name, name), package / f"{path}.py") for path, name in files.items()]
+    sources += [(f"table {path.name}", path) for path in sorted((package / "triton" / "tables").glob("*.json"))]
+    hashed = b"".join(b"%s %d\n%s" % (name.encode(), path.stat().st_size, path.read_bytes()) for name, path in sources)
+    assert verified_hardware.triton_source() == hashlib.sha256(hashed).hexdigest()
 
 
 def test_rows_of_another_build_than_the_one_in_use_show_nothing(
