@@ -81,6 +81,15 @@ def test_dead_coefficients_are_those_at_and_after_the_last_measurement(model, wr
     assert result.dead == expected
 
 
+def test_a_dead_coefficient_without_one_of_its_name_before_follows_the_last(model, write_adapter, calibration):
+    folder = write_adapter("a", 1, target_modules=r"layers\.\d\.attention\.q_proj|layers\.3\.attention\.(k|v|o)_proj")
+    result = run(model, {"a": folder}, {"a": calibration["plain"]}, dead="tie_previous", init=0.4)
+    (path,) = result.dead
+    assert path == "layers.3.attention.o_proj"
+    before = [one for one in result.coefficients if one != path][-1]
+    assert result.coefficients[path] == result.coefficients[before] != {"a": pytest.approx(0.4, abs=1e-5)}
+
+
 def test_an_untrained_adapter_has_no_live_coefficient(model, write_adapter, calibration, folders):
     blank = nsc_merge.load_adapter(folders["plain"], "plain")
     for factor in blank.factors.values():

@@ -42,8 +42,8 @@ class Cores:
         depend on how an update is factored.
         """
         parts = list(self.M.values())
-        left, _ = singular(torch.cat(parts, 1))
-        right, _ = singular(torch.cat(parts).t())
+        left = singular(torch.cat(parts, 1))
+        right = singular(torch.cat(parts).t())
         return Cores(
             self.U @ left, right.t() @ self.V, {task: left.t() @ part @ right for task, part in self.M.items()}
         )
@@ -73,20 +73,18 @@ def _basis(side: Tensor, null: bool) -> tuple[Tensor, Tensor]:
     lesser of d and R with ``null``.
     """
     q, r = torch.linalg.qr(side)
-    basis = q @ singular(r, null)[0]
+    basis = q @ singular(r, null)
     # Not what the decomposition leaves over: a column of zeros must have coordinates of zero, which have no vote.
     return basis, basis.t() @ side
 
 
-def singular(matrix: Tensor, null: bool = False) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of values above rounding, all with ``null``, and singular values times right singular
-    vectors.
-    """
-    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+def singular(matrix: Tensor, null: bool = False) -> Tensor:
+    """Left singular vectors of values above rounding, all with ``null``."""
+    left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
     if null:
-        return left, sigma[:, None] * right
+        return left
     kept = sigma > max(matrix.shape) * torch.finfo(sigma.dtype).eps * sigma.max() if len(sigma) else sigma > 0
-    return left[:, kept], sigma[kept, None] * right[kept]
+    return left[:, kept]
 
 
 def decomposed(core: Tensor, largest: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
