@@ -58,8 +58,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {},
     "Phi3": {},
-    "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64},
-    "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64},
+    "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True},
+    "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True},
     "Olmo2": {},
     "Granite": {},
     "GPTNeoX": {},
@@ -227,32 +227,38 @@ def by_llama_cpp(
         subprocess.run(command, check=True, capture_output=True, text=True)
         return made
 
+    def served(model: Path, lora: Path | None) -> Any:
+        command = [str(checkout / "build/bin/llama-server"), "-m", str(model), "-c", "256", *_IN_FLOAT32]
+        try:
+            if lora:
+                command += ["--lora", str(converted("convert_lora_to_gguf.py", lora, "--base", str(base)))]
+            with _llama_server(command, 8089) as address:
+                return [step for prompt in prompts for step in _completed(address, prompt)]
+        except subprocess.CalledProcessError as error:
+            return error.stderr.strip().splitlines()[-1]
+        except RuntimeError as error:
+            return str(error)
+
     try:
         model = converted("convert_hf_to_gguf.py", base)
     except subprocess.CalledProcessError as error:
         yield "base", error.stderr.strip().splitlines()[-1]
         return
     for case, lora in adapters.items():
-        try:
-            command = [str(checkout / "build/bin/llama-server"), "-m", str(model), "-c", "256", *_IN_FLOAT32]
-            if lora:
-                command += ["--lora", str(converted("convert_lora_to_gguf.py", lora, "--base", str(base)))]
-            with _llama_server(command, 8089) as address:
-                yield case, [step for prompt in prompts for step in _completed(address, prompt)]
-        except subprocess.CalledProcessError as error:
-            yield case, error.stderr.strip().splitlines()[-1]
-        except RuntimeError as error:
-            yield case, str(error)
+        yield case, served(model, lora)
 
 
 def _completed(address: str, prompt: list[int]) -> Iterator[Step]:
-    asked = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": TOP, "ignore_eos": True}
-    request = urllib.request.Request(f"{address}/completion", json.dumps(asked).encode())
-    with urllib.request.urlopen(request) as answer:
-        found = json.load(answer)["completion_probabilities"]
-    tokens = [one["id"] for one in found]
-    for place, one in enumerate(found):
-        yield Step([*prompt, *tokens[:place]], {top["id"]: top["logprob"] for top in one["top_logprobs"]})
+    """Token by token: of one that is no text by itself, the server gives no probabilities."""
+    before = list(prompt)
+    for _ in range(TOKENS):
+        asked = {"prompt": before, "n_predict": 1, "temperature": 0, "n_probs": TOP, "ignore_eos": True}
+        request = urllib.request.Request(f"{address}/completion", json.dumps(asked | {"return_tokens": True}).encode())
+        with urllib.request.urlopen(request) as answer:
+            said = json.load(answer)
+        for one in said["completion_probabilities"]:
+            yield Step(list(before), {top["id"]: top["logprob"] for top in one["top_logprobs"]})
+        before += said["tokens"]
 
 
 def effects(lora: Path, server: str, base: Path) -> list[str]:
@@ -261,11 +267,11 @@ def effects(lora: Path, server: str, base: Path) -> list[str]:
 
 def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path | None) -> Iterator[dict[str, Any]]:
     adapters: dict[str, Path | None] = {"base": None}
-    for case, lora in merges(base, folder):
-        adapters[case] = lora
-        if "wrong" in effects(lora, server, base):
-            adapters[f"{case}, written with one rank"] = lora.with_name("uniform")
-            write_uniform(lora, lora.with_name("uniform"), server, base=base)
+    for case, merged in merges(base, folder):
+        adapters[case] = merged
+        if "wrong" in effects(merged, server, base):
+            adapters[f"{case}, written with one rank"] = merged.with_name("uniform")
+            write_uniform(merged, merged.with_name("uniform"), server, base=base)
     size = json.loads((base / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]

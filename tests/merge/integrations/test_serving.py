@@ -346,9 +346,13 @@ def test_embeddings_and_heads_are_held_against_the_model(tmp_path):
     assert effects(folder, "lorax", base=llama) == [
         ("left out", "model.embed_tokens, not among the linears that it knows")
     ]
-    assert effects(folder, "llama.cpp", base=llama) == [
-        ("unsure", "LoRA on 2 modules, such as lm_head, which its converter does not take of every model")
-    ]
+    assert not check(folder, "llama.cpp", base={**llama, "tie_word_embeddings": False}).problems
+    ends = "LoRA on model.embed_tokens, by which the server ends where the head is the same weight"
+    assert effects(folder, "llama.cpp", base={**llama, "tie_word_embeddings": True}) == [("refused", ends)]
+    passed = "LoRA on lm_head, which the heads of some models pass over"
+    assert effects(folder, "llama.cpp") == [("unsure", ends), ("unsure", passed)]
+    deepseek = {"model_type": "deepseek_v3", "tie_word_embeddings": False}
+    assert effects(folder, "llama.cpp", base=deepseek) == [("left out", passed)]
     folder, mistral = write(tmp_path / "two", "mistral", **settings)
     assert effects(folder, "vllm", base=mistral) == [
         ("refused", "the adapter has LoRA on lm_head, which vLLM does not load for mistral models")
@@ -387,10 +391,11 @@ def test_embeddings_of_another_rank_are_scaled_otherwise_or_refused_and_written_
     assert effects(folder, "sglang", base=config) == [
         ("refused", "model.embed_tokens of another rank than r=8")
     ]
-    assert ("wrong", "model.embed_tokens is scaled by 2, and by PEFT by 1") in effects(folder, "llama.cpp", base=config)
+    assert effects(folder, "llama.cpp", base=config) == [
+        ("wrong", "model.embed_tokens is scaled by 2, and by PEFT by 1")
+    ]
     for server in ("sglang", "llama.cpp"):
-        found = write_uniform(folder, tmp_path / server, server, base=config)
-        assert {problem.effect for problem in found.problems} <= {"unsure"}
+        assert not write_uniform(folder, tmp_path / server, server, base=config).problems
         before, after = (nsc_merge.load_adapter(place, "one").factors for place in (folder, tmp_path / server))
         assert before.keys() == after.keys()
         for path, one in after.items():

@@ -26,7 +26,8 @@ from nsc_merge.results.beside.serving.outline import (
 )
 
 PAD = "write it with one rank: python -m nsc_merge.integrations.serving FOLDER --server llama.cpp --write OUT"
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+# Models, by model_type, whose head is a product without LoRA in src/models.
+_WITHOUT_HEAD = ("bitnet", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "kimi_linear")
 
 
 def flags(folder: Path) -> str:
@@ -57,9 +58,13 @@ def problems(outline: Outline) -> list[Problem]:
         low = outline.low[scaled[0]]
         what = f"{first_of(scaled)} is scaled by {alpha / low.rank:g}, and by PEFT by {low.scaling:g}"
         found.append(Problem(WRONG, what, PAD))
-    if outside := [path for path in outline.low if part_of(path) in _EMBEDDINGS]:
-        what = f"LoRA on {first_of(outside)}, which its converter does not take of every model"
-        found.append(Problem(UNSURE, what, f"{AS_A_MODEL} to be sure"))
+    if outline.embeddings and base.tied is not False:
+        what = f"LoRA on {first_of(outline.embeddings)}, by which the server ends where the head is the same weight"
+        found.append(Problem(REFUSED if base.tied else UNSURE, what, AS_A_MODEL))
+    heads = [path for path in outline.modules if part_of(path) == "lm_head"]
+    if heads and base.kind in ("", *_WITHOUT_HEAD):
+        what = f"LoRA on {heads[0]}, which the heads of some models pass over"
+        found.append(Problem(LEFT_OUT if base.kind else UNSURE, what, AS_A_MODEL))
     if base.shows:
         what = f"the names of {base.kind} models with images are not followed here"
         found.append(Problem(UNSURE, what, f"{AS_A_MODEL} to be sure"))

@@ -73,6 +73,7 @@ class Base:
         shapes: last part of a linear's name -> ``(d_out, d_in)``, where the configuration says it.
         shows: it has images, too.
         writes: it generates text or classifies it, as far as the names of its architectures say.
+        tied: the head is the embeddings' weight (``tie_word_embeddings``); None where the configuration does not say.
     """
 
     kind: str = ""
@@ -80,6 +81,7 @@ class Base:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     shows: bool = False
     writes: bool = True
+    tied: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def _base_of(config: Mapping[str, Any]) -> Base:
     count = layers if isinstance(layers, int) else 0
     named = config.get("architectures") or [_WRITERS[0]]
     writes = any(str(name).endswith(_WRITERS) for name in named)
-    return Base(str(text.get("model_type") or ""), count, shapes, text is not config, writes)
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    return Base(str(text.get("model_type") or ""), count, shapes, text is not config, writes, tied)
 
 
 def place_of(path: str) -> tuple[int, str] | None:
