@@ -10,7 +10,7 @@ from checks import check_backward, check_forward
 
 from nsc_kernels import reference
 from nsc_kernels.triton.configs import Config
-from nsc_kernels.verify.criterion import judge_forward
+from nsc_kernels.verify.criterion import judge_backward, judge_forward
 from nsc_kernels.verify.problems import problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
@@ -38,6 +38,34 @@ def test_u_rounded_before_its_square_is_refused(device):
     u = reference.forward(*inputs, True)[3]
     error, bound = judge_forward((None, reference.gather(u.float().square(), p.offsets), None, None), *inputs)["quad"]
     assert error > 10 * bound
+
+
+def test_the_bounds_are_those_of_docs_gpu_by_hand():
+    """Of numbers that eager torch is exact on: what is left is the units that are allowed, and what a sum may lose."""
+    one_step, two_steps = 0.5 + 3 * (1 / 12) ** 0.5, 1 + 3 * (2 / 12) ** 0.5
+
+    def tensor(*rows):
+        return torch.tensor(rows, dtype=torch.bfloat16)
+
+    ones, lam = torch.ones(1, 32, dtype=torch.bfloat16), torch.tensor([0.5])
+    found = (torch.tensor([[-96.0]]), torch.full((1, 1), 1024.0), torch.tensor([32.0]), torch.full((1, 1), 32.0))
+    judged = judge_forward(found, ones, ones, tensor([-3]), (0, 1), lam, tensor([-48]))
+    assert {error for error, _ in judged.values()} == {0.0}
+    units = {name: bound * 2**23 for name, (_, bound) in judged.items()}
+    y, quad, u = (4 + two_steps + one_step) * 96, (4 + 2 * two_steps) * 1024, (4 + two_steps) * 32
+    assert units == pytest.approx({"y": y, "quad": quad, "sqnorm": 4 * 32, "u": u})
+
+    dy = torch.zeros(2, 32, dtype=torch.bfloat16)
+    dy[0, 0] = dy[1, 16] = 1  # v = 3, -3
+    Bt = torch.tensor([[3.0] * 16 + [-3.0] * 16]).bfloat16()
+    dquad, dsqnorm = torch.tensor([[1.0], [-1.0]]), torch.tensor([1.0, -1.0])
+    inputs = (dy, dquad, dsqnorm, tensor([2], [1]), tensor([1, -3], [2, 0]), tensor([2, -2]), Bt, (0, 1), lam)
+    dz, dlam = tensor([12, -16], [-12, 8]), torch.tensor([3.0])
+    judged = judge_backward((dz, dlam), *inputs, tensor([-1, 1], [-1, 1]))
+    assert {error for error, _ in judged.values()} == {0.0}
+    units = {name: bound * 2**23 for name, (_, bound) in judged.items()}
+    lost = two_steps * (3 + 2 * 45**0.5)
+    assert units == pytest.approx({"dz": 4 * 16 + (two_steps + one_step) * 18, "dlam": 4 * 3 + 4 * 9 + lost})
 
 
 def test_the_unit_that_cuts_off_is_the_emulators():
