@@ -10,7 +10,7 @@ from checks import check_backward, check_forward
 
 from nsc_kernels import reference
 from nsc_kernels.triton.configs import Config
-from nsc_kernels.verify.criterion import judge_backward, judge_forward
+from nsc_kernels.verify.criterion import faults, judge_backward, judge_forward, lost
 from nsc_kernels.verify.problems import problem
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
@@ -55,6 +55,13 @@ def test_the_bounds_are_those_of_docs_gpu_by_hand():
     y, quad, u = (4 + two_steps + one_step) * 96, (4 + 2 * two_steps) * 1024, (4 + two_steps) * 32
     assert units == pytest.approx({"y": y, "quad": quad, "sqnorm": 4 * 32, "u": u})
 
+    # Eager torch rounds -257 to -256, and is off by one, too.
+    rounded = (torch.full((1, 1), -258.0), None, None, None)
+    judged = judge_forward(rounded, ones, ones, tensor([-3]), (0, 1), lam, tensor([-209]))
+    assert judged["y"] == (1.0, pytest.approx(2 + (4 + two_steps + one_step) * 257 / 2**23))
+    assert lost(32, torch.float32) == 0.0  # which goes through no such unit
+    assert [fault[0] for fault in faults({"y": (1.0, 1.0), "q": (2.0, 1.0), "u": (float("nan"), 1.0)})] == ["q", "u"]
+
     dy = torch.zeros(2, 32, dtype=torch.bfloat16)
     dy[0, 0] = dy[1, 16] = 1  # v = 3, -3
     Bt = torch.tensor([[3.0] * 16 + [-3.0] * 16]).bfloat16()
@@ -64,8 +71,9 @@ def test_the_bounds_are_those_of_docs_gpu_by_hand():
     judged = judge_backward((dz, dlam), *inputs, tensor([-1, 1], [-1, 1]))
     assert {error for error, _ in judged.values()} == {0.0}
     units = {name: bound * 2**23 for name, (_, bound) in judged.items()}
-    lost = two_steps * (3 + 2 * 45**0.5)
-    assert units == pytest.approx({"dz": 4 * 16 + (two_steps + one_step) * 18, "dlam": 4 * 3 + 4 * 9 + lost})
+    assert judge_backward((None, dlam + 1), *inputs, None)["dlam"][0] == 1.0
+    dlam_lost = two_steps * (3 + 2 * 45**0.5)
+    assert units == pytest.approx({"dz": 4 * 16 + (two_steps + one_step) * 18, "dlam": 4 * 3 + 4 * 9 + dlam_lost})
 
 
 def test_the_unit_that_cuts_off_is_the_emulators():
