@@ -378,6 +378,20 @@ def test_what_vllm_has_lora_on_hangs_on_the_type_of_the_model(kind, refused, eff
         assert [problem.effect for problem in found] == ([effect] if end in refused else []), end
 
 
+# Of these families the base alone is answered otherwise than by transformers.
+@pytest.mark.parametrize(("server", "otherwise"), [("vllm", "GPTNeoX"), ("llama.cpp", "Qwen3Moe")])
+def test_whole_servers_did_what_the_rules_said(server, otherwise):
+    lines = (ROOT / "bench" / "results" / "serving" / f"{server}.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines[1:]) if row["case"] != "base"]
+    assert {row["family"] for row in rows} >= {"Llama", "Qwen2", "Qwen3", "Olmo2", "Granite"}
+    for row in rows:
+        if "refused" in row["rule"]:
+            assert row["said"], row
+        else:
+            assert row["rule"] in ([], ["wrong"]), row
+            assert row["served"] is (None if row["family"] == otherwise else not row["rule"]), row
+
+
 def test_gpt2_generates_text(tmp_path):
     folder, config = write(tmp_path / "one")
     base = {**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

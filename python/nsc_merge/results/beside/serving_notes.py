@@ -56,7 +56,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         return [note, *(f"{part} not every server does" for part in held), *experts, *([_DORA] if dora else [])]
     notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
     paths = [path for path in result.paths if path not in whole]
-    notes += _head_refused(result, paths)
+    notes += _not_loaded(result, paths)
     flag = vllm.flag_for(largest)
     if flag is None:
         note += f", more than vLLM's {vllm.RANKS[-1]}: save with a smaller rank, or as a model"
@@ -66,7 +66,7 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     return [note, *notes, *experts, *others, *_left_out(result, paths), *([_DORA] if dora else [])]
 
 
-def _head_refused(result: MergedUpdate, paths: list[str]) -> list[str]:
+def _not_loaded(result: MergedUpdate, paths: list[str]) -> list[str]:
     config: Any = getattr(result.model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     kind = getattr(text, "model_type", "")
