@@ -54,8 +54,8 @@ def check(
 ) -> Check:
     """Hold an adapter against a server's rules; only its configuration and the header of its tensors are read.
 
-    The rules are those of vLLM 0.33, SGLang 0.5.23, LoRAX of May 2026 and llama.cpp at 0b03adaa (of embeddings and heads
-    at 0c1e570). What vLLM and llama.cpp make of adapters when they are run whole: docs/swap_ins.md.
+    The rules are those of vLLM 0.33, SGLang 0.5.23, LoRAX of May 2026 and llama.cpp at 0b03adaa (of embeddings and
+    heads at 0c1e570). What vLLM and llama.cpp make of adapters when they are run whole: docs/swap_ins.md.
 
     Args:
         folder: of the adapter, in PEFT's format.
