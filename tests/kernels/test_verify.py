@@ -240,7 +240,7 @@ def test_a_ledger_that_this_user_cannot_reach_is_not_there(ledger: Path, monkeyp
     try:
         if root:  # whom nothing is closed to
             os.seteuid(65534)
-        found = verified_hardware.entries(), info.collect()["own_ledger"]
+        found = verified_hardware.entries(), info._own_ledger()
     finally:
         if root:
             os.seteuid(0)
