@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake; everything else is in pyproject.toml.
 
 Environment:
-    NSC_BUILD_CPU, NSC_BUILD_CUDA   auto: build if possible, say what is missing and go on without (default)
+    NSC_BUILD_CPU, NSC_BUILD_CUDA   auto: build if possible, say what is missing and go on without (default);
+                                    CUDA's beside a torch that has CUDA, as it loads beside no other
                                     1: build or fail; 0: do not build
     CXX, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST   as PyTorch extensions use them; the CUDA kernels need 9.0 or newer
 
@@ -58,6 +59,12 @@ def torch_dir() -> Path:
     )
 
 
+def demand_cuda_of(torch: Path) -> None:
+    """Refuse a minute of nvcc for a library that the torch it is built beside cannot load."""
+    if not (torch / "lib" / "libtorch_cuda.so").is_file():
+        raise RuntimeError("the torch that is installed has no CUDA (NSC_BUILD_CUDA=1 builds it all the same)")
+
+
 def required_tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
@@ -107,6 +114,8 @@ class BuildNative(build_ext):
                 record[library] = "not asked for"
                 continue
             try:
+                if library == "cuda" and mode == "auto":
+                    demand_cuda_of(torch_dir())
                 record.update(self.build_library(library, destination))
                 record[library] = "built"
             except (RuntimeError, OSError, subprocess.CalledProcessError) as error:

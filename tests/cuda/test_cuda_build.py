@@ -118,3 +118,11 @@ def test_a_missing_nvcc_is_named(setup_py: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     with pytest.raises(RuntimeError, match="nvcc was not found"):
         setup_py["nvcc"]()
+
+
+def test_it_is_built_beside_a_torch_that_can_load_it(setup_py: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="has no CUDA .NSC_BUILD_CUDA=1 builds it all the same"):
+        setup_py["demand_cuda_of"](tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    setup_py["demand_cuda_of"](tmp_path)
