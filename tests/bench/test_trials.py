@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -89,7 +90,10 @@ class Harness:
     def start(self, *names: str, flags: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """In a process that can be ended."""
         command = [sys.executable, *self.arguments(*names, flags=flags)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors, start_new_session=True)
+        # Of tests that run in the background a shell may have Ctrl-C ignored, as would be what they start.
+        heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        given = {"stdout": subprocess.DEVNULL, "stderr": self.errors, "start_new_session": True}
+        return subprocess.Popen(command, preexec_fn=heeding, **given)
 
     def run(self, *names: str, flags: tuple[str, ...] = (), started_as: list[str] | None = None) -> str:
         """To its end, in this process: only workers are started, ``started_as`` what else is given after python."""
