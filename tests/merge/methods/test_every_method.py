@@ -52,7 +52,12 @@ def test_every_method_is_described():
 ELSEWHERE = {"state_to", "resume_from", "recipe", "score_modules", "score_blocks"}
 ANY = {"scale", "init", "svd_scale", "cur_scale"}
 SIZES = {"lr", "weight_decay", "early_stop", "ridge", "floor", "cut", "pull", "ratio_weight", "atol"}
+SHARES = {"alpha", "common", "drop", "epsilon", "off_diagonal", "outliers", "rtol"}
+COUNTS = {"exact", "hold_out", "rows", "seed", "warm_up"}
+SWITCHES = {"align", "batch_tasks", "cache_prefix", "checkpointing", "compile", "early_exit", "elect", "fold"}
+SWITCHES |= {"include_pad", "isotropise", "normalise", "null_directions", "progress", "regmean", "rescale", "ring"}
 TAKEN = {float("nan"): set(), "no such": set(), -1: ANY, 1.5: ANY | SIZES}
+TAKEN |= {0: ANY | SIZES | SHARES | COUNTS, True: SWITCHES}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -165,6 +165,26 @@ def test_presets_count_as_their_codebases(method, preset, keep):
         assert all(set(steps_) == set(name["canonical"]) for steps_ in name.values())
 
 
+def test_presets_have_the_numbers_of_their_codebases():
+    """Share that is kept and scale, of DARE also the share that is dropped."""
+    assert {name: (one["density"], one["scale"]) for name, one in ties.PRESETS.items()} == {
+        "canonical": (0.2, 1.0),
+        "peft": (0.2, 1.0),
+        "mergekit": (1.0, 1.0),
+        "knots": (0.3, 0.3),
+        "adamerging": (0.2, 0.3),
+        "nsc": (0.2, 0.3),
+    }
+    assert {name: (one["drop"], one["density"], one["scale"]) for name, one in dare.PRESETS.items()} == {
+        "canonical": (0.9, 0.2, 1.0),
+        "peft": (0.9, 1.0, 1.0),
+        "mergekit": (0.9, 1.0, 1.0),
+        "fusion_bench": (0.5, 0.2, 0.5),
+        "knots": (0.2, 1.0, 0.6),
+        "nsc": (0.9, 0.2, 0.3),
+    }
+
+
 def test_knots_has_settings_for_plain_and_for_aligned_updates():
     """Those of its files vitB_r16_ties, _knots_ties, _dare_ties and _knots_dare_ties."""
     settings_of = {name: METHODS[name].options(preset="knots") for name in ("ties", "knots_ties")}
