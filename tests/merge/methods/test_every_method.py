@@ -284,6 +284,14 @@ ALL, NO_DROP = {"density": 1.0, "scale": 1.0}, {"density": 1.0, "scale": 1.0, "d
         ("svd", {}, 3),
         ("svd_cur", {"svd_density": 1.0, "cur_density": 1.0}, 1),
         ("fr", {"preset": "nsc", "cut": 0.0, "scale": 1.0}, 3),
+        ("magnitude_prune", {"density": 1.0}, 3),
+        ("breadcrumbs", {"density": 1.0}, 3),
+        ("breadcrumbs", {"density": 1.0, "elect": True, "aggregate": "mean"}, 1),
+        ("della", {"density": 1.0}, 1),
+        ("della", {"density": 1.0, "elect": False}, 3),
+        ("tsv", {}, 1),
+        ("wudi", {"ridge": 0.0}, 1),
+        ("robustmerge_alg1", {"density": 1.0}, 1),
     ],
 )
 def test_biases_and_whole_linears_follow_the_factors(model, method, options, times):
