@@ -208,6 +208,31 @@ def test_a_rank_that_no_part_shows_is_found_with_more_columns(monkeypatch):
     assert guesses[2:] == [256]
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in WITHOUT_DATA),
+        ("ties", {"preset": "peft", "trim_scope": "factors"}),
+        ("dare", {"drop_scope": "factors"}),
+        ("dare_ties", {"preset": "peft", "trim_scope": "factors"}),
+        ("magnitude_prune", {"trim_scope": "factors"}),
+    ],
+)
+def test_factors_of_bfloat16_are_merged_as_the_same_numbers_of_float32(name, options):
+    half = {
+        task: {path: (A.bfloat16(), B.bfloat16(), scaling) for path, (A, B, scaling) in updates.items()}
+        for task, updates in triples().items()
+    }
+    single = {
+        task: {path: (A.float(), B.float(), scaling) for path, (A, B, scaling) in updates.items()}
+        for task, updates in half.items()
+    }
+    expected = dict(nsc_merge.merge_factors(single, name, **options))
+    for path, found in nsc_merge.merge_factors(half, name, **options):
+        assert found.A.dtype == expected[path].A.dtype == torch.float32
+        assert distance(found.delta(), expected[path].delta()) < 1e-6
+
+
 def test_differences_of_checkpoints_have_the_rank_that_was_trained():
     """Weights as large as the update, or more, leave rounding that has all ranks."""
     update = 0.01 * normal(512, 8, seed=1) @ normal(8, 512, seed=2)
