@@ -54,6 +54,19 @@ def test_a_recipe_without_the_new_keys_reads_as_before(place):
     assert recipe.calibration == {"french": CalibrationSource(str(place / "inputs.safetensors"))}
     assert (recipe.local, recipe.offline, recipe.trust_remote_code) == (True, True, False)
     assert (recipe.revision, recipe.labels, recipe.head, recipe.push_to_hub) == (None, {}, None, None)
+    assert (recipe.formats, recipe.plots, recipe.batch_size) == (("coefficients", "lora"), True, 32)
+    every = read(place, "output.formats=[model, lora, coefficients]", "batch_size=1")
+    assert (every.formats, every.batch_size) == (("model", "lora", "coefficients"), 1)
+
+
+def test_a_tilde_is_the_home_folder(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    (place / "names.txt").write_text("a \n b\n", encoding="utf-8")
+    paths = ["model=~/base", "adapters.french=~/adapters/french", "calibration.french=~/prompts.jsonl"]
+    recipe = read(place, *paths, "data.tokenizer=~/base", "labels.french=~/names.txt")
+    assert recipe == read(place, f"data.tokenizer={place / 'base'}", f"labels.french={place / 'names.txt'}")
+    assert recipe.labels == {"french": ("a", "b")}
+    assert read(place, "output.dir=~/out").out == place / "out"
 
 
 def test_the_help_names_every_key():
@@ -170,10 +183,14 @@ def test_code_of_others_is_allowed_for_all_that_a_recipe_loads_or_for_nothing(pl
         ("labels.german=[a]", "labels.german: no such task (tasks: french, legal)"),
         ("labels.french=[]", "labels.french: expected a list of names, a .txt file with one a line"),
         ("labels.french=[a, 1]", "labels.french: expected names, found 1, which is how YAML reads"),
+        ("labels.french=[a, '']", "labels.french: expected names, found ''"),
+        ("labels.french={a: null}", "labels.french: expected names by number from 0 on"),
         ("labels.french=[a, b, a]", "labels.french: expected every name once, found 'a' 2 times"),
         ("labels.french={0: a, 2: b}", "labels.french: expected names by number from 0 on, without a gap"),
         ("labels.french=names.csv", "labels.french: expected a list of names, a .txt file"),
         ("labels.french=names.txt", "names.txt is missing"),
+        ("batch_size=true", "batch_size: expected a whole number of at least 1, found True"),
+        ("output.formats=3", "output.formats: expected some of ['coefficients', 'lora', 'model'], found 3"),
         ("output.head=german", "output.head: expected a task (french, legal), found 'german'"),
         ("output={dir: m, formats: coefficients, head: french}", "output.head: only formats 'lora' and 'model'"),
         ("output.push_to_hub=merged", "output.push_to_hub: expected owner/name, found 'merged'"),

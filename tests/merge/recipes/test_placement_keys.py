@@ -36,8 +36,8 @@ def test_every_way_to_quantise_has_its_bytes():
 
 def test_the_keys_become_a_placement(place):
     assert read(place).placement == Placement()
-    spread = read(place, "device_map=auto", "max_memory={0: 20GiB, cpu: 1000}", "dtype=bfloat16").placement
-    assert spread == Placement("bfloat16", device_map="auto", max_memory={0: "20GIB", "cpu": 1000})
+    spread = read(place, "device_map=auto", "max_memory={0: 20GiB, 1: 0, cpu: 1000}", "dtype=bfloat16").placement
+    assert spread == Placement("bfloat16", device_map="auto", max_memory={0: "20GIB", 1: 0, "cpu": 1000})
     mapped = read(place, "device_map={model.embed_tokens: cpu, model.layers: 0, model.norm: 'cuda:1', score: disk}")
     assert mapped.placement.device_map == {
         "model.embed_tokens": "cpu",
@@ -64,6 +64,8 @@ def test_the_keys_become_a_placement(place):
         (["max_memory={0: 20GiB}", "device_map={model: cpu}"], "found a mapping, which says all there is to say"),
         (["max_memory=20GiB", "device_map=auto"], "max_memory: expected devices with a size each, found '20GiB'"),
         (["max_memory={0: much}", "device_map=auto"], "max_memory.0: expected a size such as 20GiB, found 'much'"),
+        (["max_memory={0: true}", "device_map=auto"], "max_memory.0: expected a size such as 20GiB, found True"),
+        (["max_memory={0: -1}", "device_map=auto"], "max_memory.0: expected a size such as 20GiB, found -1"),
         (["max_memory={gpu: 1GiB}", "device_map=auto"], "max_memory: expected cpu or the number of a GPU, found 'gpu'"),
         (["quantization=int3"], "quantization: expected one of ['none', 'bitsandbytes-8bit', "),
         (["output.dequantize=1"], "output.dequantize: expected true or false"),
