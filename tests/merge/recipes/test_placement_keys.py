@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +97,22 @@ def test_what_cannot_be_had_here_is_refused_before_anything_is_loaded(
     with pytest.raises(RecipeError) as error:
         preflight.check(read(place, *overrides), resume=False)
     assert message in str(error.value)
+
+
+def test_modules_trained_in_full_take_a_base_that_is_whole(place, monkeypatch):
+    """In shards it is whole in no process; a base in a folder is read from there once more."""
+    part, whole = (SimpleNamespace(factors={"q": SimpleNamespace(dense=dense)}) for dense in (None, torch.ones(1)))
+    shards, hub = partial(Group, 0, 2), ("model=me/base", "device=cpu")
+    for processes, overrides, adapter in (
+        (Group, hub, whole),
+        (shards, [], whole),
+        (shards, [*hub, "output.formats=[coefficients, model]"], whole),
+        (shards, hub, part),
+    ):
+        monkeypatch.setattr(run, "current", processes)
+        run._check_whole(read(place, *overrides), {"nli": adapter})
+    with pytest.raises(RecipeError, match=r"output\.formats: expected .* from 2 processes, .*\(q\), found lora"):
+        run._check_whole(read(place, *hub), {"nli": part, "topic": whole})
 
 
 def test_a_quantised_base_needs_no_key_and_takes_none(place, tmp_path):
