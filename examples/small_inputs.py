@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -173,6 +174,7 @@ def vlm(folder: Path) -> None:
 
     _train(model, batches(list(IMAGE_QUESTIONS), 0.5), steps=170, rate=2e-3)
     model.save_pretrained(folder / "base")
+    _name_as_on_the_hub(folder / "base" / "model.safetensors")
     processor.save_pretrained(folder / "base")
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)")
     for task in IMAGE_QUESTIONS:
@@ -184,6 +186,12 @@ def vlm(folder: Path) -> None:
         question = list(IMAGE_QUESTIONS.values())[number % 2]
         pairs.append({"image": f"images/{number:03}.png", "prompt": f"<image>{question}\n"})
     _lines(folder / "pairs.jsonl", pairs)
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    """A LLaVA's tower as servers know it, and as transformers leaves it in what it has loaded, but names no new one."""
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _tokenizer(sentences: list[str], extra: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -207,7 +215,7 @@ def _tokenizer(sentences: list[str], extra: list[str] | None = None) -> PreTrain
 
 def _llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.05,
     )  # fmt: skip
 
