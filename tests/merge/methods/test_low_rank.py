@@ -201,6 +201,10 @@ def test_knots_drops_small_singular_values_by_either_rule():
     assert rank() == 1
     assert rank(atol=0.0) == rank(atol=0.0, rtol=1e-3) == 2
     assert rank(atol=0.0, rtol=3e-3) == 1
+    # Relative to the largest, not to all of them.
+    f.B.copy_(p * torch.tensor([3.0, 2.0]).double())
+    assert rank(atol=0.0, rtol=0.5) == 2
+    assert rank(atol=0.0, rtol=0.7) == 1
 
 
 def test_knots_makes_no_vector_of_rounding():
@@ -382,7 +386,18 @@ def test_updates_of_any_size_are_merged_alike(method, size):
 def test_knots_refuses_updates_of_which_nothing_is_left(method):
     with pytest.raises(ValueError, match="atol: no singular value of any module, such as x, is above 1e-05"):
         merged(method, random_adapters(scalings=(7e-9, 2e-8, 1e-8)))
+    # One update that is too small is enough, also where a factor has entries that are zero.
+    alone = random_adapters(scalings=(0.0, 2e-8, 0.0))
+    alone["1"].factors["x"].A[0], alone["1"].factors["x"].B[0] = 0.0, 0.0
+    with pytest.raises(ValueError, match="atol: no singular value of any module, such as x, is above 1e-05"):
+        merged(method, alone)
     assert not merged(method, random_adapters(scalings=(0.0, 0.0, 0.0)))["x"].any()
+    for part in "AB":
+        zero = random_adapters()
+        for adapter in zero.values():
+            for factor_ in adapter.factors.values():
+                getattr(factor_, part).zero_()
+        assert not merged(method, zero)["x"].any()
 
 
 @pytest.mark.parametrize("name", ["svd_scale", "cur_scale"])
