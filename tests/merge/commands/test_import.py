@@ -80,8 +80,8 @@ def scales(total: float) -> dict[str, Any]:
           "weights": THREE}),
         ("dare_ties", {"density": 0.5}, {}, "dare_ties",
          {"preset": "mergekit", "aggregate": "sum", "drop": 0.5, "rescale": "l1", "scale": 1.0, "weights": THREE}),
-        ("nsc_core_space", {"weight": 1}, {"scale": "1e-1", "merge": "sum"}, "core_space",
-         {"scale": 0.1, "merge": "sum"}),
+        ("nsc_core_space", {"weight": 1}, {"scale": "1e-1", "merge": "sum", "weight": 3, "tolerance": 1},
+         "core_space", {"scale": 0.1, "merge": "sum"}),
         ("nsc_knots_ties", {}, {"density": 0.3}, "knots_ties",
          {"density": 0.3, "trim_scope": "tensor", "weights": THREE}),
         ("nsc_task_arithmetic", {}, {"scale": 2}, "task_arithmetic", scales(0.5)),
@@ -128,6 +128,11 @@ def test_the_ways_to_write_a_model(tmp_path) -> None:
         {"model": "base", "parameters": {"weight": 3}},
     ]
     assert imported(document, tmp_path).options == {"scale": dict.fromkeys(THREE, 0.2)}
+
+
+@pytest.mark.parametrize("same", [{"tokenizer_source": "base"}, {"tokenizer_source": "./base"}, {"tokenizer": {}}])
+def test_the_tokenizer_of_the_base_by_any_name(same, tmp_path) -> None:
+    assert imported(changed(**same), tmp_path).base == str(Path("base").resolve())
 
 
 def test_places_on_the_hub_keep_their_revisions(tmp_path) -> None:
@@ -233,6 +238,7 @@ def with_own(**parameters: Any) -> dict[str, Any]:
         (changed(modules={"text": {}}), r"modules: merges the parts", True),
         (changed(chat_template="auto"), r"chat_template: changes the tokenizer", True),
         (changed(tokenizer_source="union"), r"tokenizer: a recipe keeps the base's.*found 'union'", True),
+        (changed(tokenizer_source="adapters"), r"tokenizer: a recipe keeps the base's.*found 'adapters'", True),
         (changed(tokenizer={"source": "base", "tokens": {"a": 1}}), r"tokenizer: .*found 'tokens'", True),
         (changed(dtype="int64"), r"dtype: expected one of .* found 'int64'", False),
         (changed(base_model=None), r"base_model: ties adds differences", False),
