@@ -339,3 +339,9 @@ def test_images_of_other_splits_in_a_folder_are_not_drawn_from(tmp_path):
         write_pictures(tmp_path / "vehicles" / name, 2)
     (tmp_path / "vehicles" / "car" / "0.png").rename(tmp_path / "vehicles" / "car" / "test.png")
     assert len(rows_in(tmp_path / "vehicles")) == 4
+    # But the folder next to a photo does, however deep.
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "repository" / "images" / split, 1)
+    assert rows_in(tmp_path / "repository") == [{"image": "images/train/0.png"}]
+    (tmp_path / "repository" / "images" / "test" / "0.png").rename(tmp_path / "vehicles" / "test.png")
+    assert len(rows_in(tmp_path / "vehicles")) == 5
