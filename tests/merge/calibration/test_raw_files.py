@@ -139,6 +139,7 @@ WRONG = {
     "short.csv": (b'text,label\n"a\nb",1\nc\n', "line 4: expected 2 fields as in the header, found 1"),
     "open.csv": (b'text\na\n"b\n', "line 3: unexpected end of data"),
     "same.csv": (b"text,text\na,b\n", "line 1: expected a name of its own for every column, found 'text' twice"),
+    "nameless.csv": (b'""\na\n', "line 1: expected a name of its own for every column, found a column without one"),
     "unnamed.csv": (b"text,\na,b\n", "found a column without one"),
     "numbered.csv": (b",text\n0,a\nb\n", "line 3: expected 2 fields as in the header, found 1"),
     "wide.csv": (b"text\n" + b"a" * 140_000 + b"\n", "line 2: field larger than .*; write the rows as .jsonl"),

@@ -97,8 +97,9 @@ def test_a_chat_without_tools_is_what_it_was(base):
 
 def test_arguments_that_are_no_json_stay_what_they_are():
     call = {"type": "function", "function": {"name": "weather", "arguments": "{town"}}
-    (message,) = messages_of([{"role": "assistant", "content": "", "tool_calls": [call]}], "row")
-    assert message["tool_calls"] == [call]
+    (message,) = messages_of([{"role": "assistant", "content": "so", "tool_calls": [call]}], "row")
+    # And so does what is said beside a call.
+    assert (message["tool_calls"], message["content"]) == ([call], "so")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,7 @@ def test_arguments_that_are_no_json_stay_what_they_are():
     [
         (lambda: tools_of("hammer", "row"), "^row: tools: expected a list of functions .*, found 'hammer'; a column"),
         (lambda: tools_of(["hammer"], "row"), "^row: tools: expected a list of functions"),
+        (lambda: tools_of([*TOOLS, "hammer"], "row"), "^row: tools: expected a list of functions"),
         (
             lambda: messages_of([{"from": "function_call", "value": "weather"}], "row"),
             "^row, message 1: the call of a tool is not valid JSON",
@@ -113,6 +115,10 @@ def test_arguments_that_are_no_json_stay_what_they_are():
         (
             lambda: messages_of([{"from": "function_call", "value": '{"name": "a"}'}], "row"),
             r"^row, message 1: expected a call of a tool \{name, arguments\}, found",
+        ),
+        (
+            lambda: messages_of([{"from": "function_call", "value": "[3]"}], "row"),
+            r"^row, message 1: expected a call of a tool \{name, arguments\}, found 3",
         ),
     ],
 )
