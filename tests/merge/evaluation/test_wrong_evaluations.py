@@ -29,14 +29,18 @@ def test_a_scale_is_not_chosen_where_there_is_nothing_to_choose_by(place, capsys
     assert "ties" not in shown.out
 
 
-@pytest.mark.parametrize("kind", ["same file", "copy in another order", "part"])
+@pytest.mark.parametrize("kind", ["same file", "copy in another order", "part", "more"])
 def test_a_scale_is_not_chosen_on_the_data_that_are_reported(place, capsys, kind):
     test = load_file(place / "data" / "nli-test.safetensors")
     if kind == "same file":
         overrides = [f"tasks.nli.validation={place / 'data' / 'nli-test.safetensors'}"]
     else:
         order = torch.arange(12).flip(0) if kind == "copy in another order" else torch.arange(0, 12, 3)
-        save_file({name: value[order] for name, value in test.items()}, place / "leak.safetensors")
+        leak = {name: value[order] for name, value in test.items()}
+        if kind == "more":
+            others = load_file(place / "data" / "nli-val.safetensors")
+            leak = {name: torch.cat([test[name], others[name]]) for name in test}
+        save_file(leak, place / "leak.safetensors")
         overrides = [f"tasks.nli.validation={place / 'leak.safetensors'}"]
     assert main(["eval", str(place / "eval.yaml"), *overrides]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
