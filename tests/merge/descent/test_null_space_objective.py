@@ -252,10 +252,17 @@ def test_objective_and_gradient_are_those_of_a_dense_float64_merge(include_pad, 
             flat += 0.3 * torch.randn(flat.shape, generator=generator, dtype=flat.dtype) * (flat != 0)
         omega = measured.accumulate([batches[task][0] for task in TASKS])
         start, gradient = flat.detach().clone(), flat.grad.clone()
+        # Of the same shapes, and other positions that count.
+        turned = {
+            task: [{**one, "attention_mask": one["attention_mask"].flip(0, 1)}] for task, (one,) in batches.items()
+        }
+        later = measured.accumulate([turned[task][0] for task in TASKS])
     paths = list(adapters["a"].factors)
     lams = {path: row.clone().requires_grad_() for path, row in zip(paths, start, strict=True)}
     expected = dense_objective(model, adapters, scored, lams, batches, not include_pad)
     torch.testing.assert_close(omega, expected, rtol=1e-10, atol=0)
+    of_turned = dense_objective(model, adapters, scored, lams, turned, not include_pad)
+    torch.testing.assert_close(later, of_turned, rtol=1e-10, atol=0)
     expected.mean().backward()
     wanted = [torch.zeros(3) if lam.grad is None else lam.grad for lam in lams.values()]
     torch.testing.assert_close(gradient, torch.stack(wanted).to(gradient), rtol=1e-8, atol=1e-12)
