@@ -40,9 +40,10 @@ def of(text, **changes):
 
 
 def entries(text, **changes):
-    """The same with the last entry of the history changed."""
+    """The same of the last entry of the history."""
     history = json.loads(text)["history"]
-    return of(text, history=[*history[:-1], {**history[-1], **changes}])
+    last = {name: value for name, value in {**history[-1], **changes}.items() if value is not None}
+    return of(text, history=[*history[:-1], last])
 
 
 DOCUMENTS = {
@@ -61,6 +62,8 @@ DOCUMENTS = {
     "short history": (lambda text: of(text, history=[]), "history: expected one entry for each of 3 steps, found 0"),
     "no entries": (lambda text: of(text, history=[1, 2, 3]), "history: expected .* of step 0, found 1"),
     "another step": (lambda text: entries(text, step=5), "history: expected .* of step 2"),
+    "no seconds": (lambda text: entries(text, seconds=None), "history: expected .*'seconds'.* of step 2"),
+    "no ratios": (lambda text: entries(text, omega=None), "history: expected .*'omega'.* of step 2"),
     "NaN": (lambda text: entries(text, objective=math.nan), "history: expected finite numbers of step 2"),
     "text": (lambda text: entries(text, seconds="1"), "history: expected finite numbers of step 2"),
     "huge": (lambda text: entries(text, seconds=10**400), "metadata is not valid JSON: expected numbers of at most 40"),
@@ -120,6 +123,13 @@ def test_damaged_tensors_are_refused(parts, tmp_path, kind):
     change, message = TENSORS[kind]
     save_file(change(tensors), tmp_path / "state", metadata)
     assert refused(tmp_path / "state", message).endswith("; remove the file to start anew")
+
+
+def test_a_state_of_a_gpu_is_continued_without_one(parts, tmp_path):
+    tensors, metadata = parts
+    save_file({**tensors, "rng_cuda": torch.zeros(16, dtype=torch.uint8)}, tmp_path / "state", metadata)
+    found = trajectory(llama(), adapters_for(llama()), text_batches(), **SETTINGS, resume_from=tmp_path / "state")
+    assert len(found.history) == 3
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
