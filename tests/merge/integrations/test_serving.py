@@ -392,6 +392,19 @@ def test_whole_servers_did_what_the_rules_said(server, otherwise):
             assert row["served"] is (None if row["family"] == otherwise else not row["rule"]), row
 
 
+def test_a_whole_server_left_out_of_a_llava_what_the_rules_said():
+    lines = (ROOT / "bench" / "results" / "serving" / "vllm-images.jsonl").read_text().splitlines()
+    rows = {row["case"]: row for row in map(json.loads, lines[1:])}
+    outside = {"connector too", "vision tower too"}
+    assert rows.keys() > outside | {"language model", "model"}
+    for case, row in rows.items():
+        if "--enable" in case:
+            assert "EngineDeadError" in row["said"]
+        elif case != "base":
+            assert row["served"] is (case not in outside)
+            assert row.get("rule", []) == (["left out"] if case in outside else [])
+
+
 def test_gpt2_generates_text(tmp_path):
     folder, config = write(tmp_path / "one")
     base = {**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

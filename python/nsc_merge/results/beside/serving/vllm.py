@@ -133,7 +133,8 @@ def problems(outline: Outline, max_rank: int | None = None) -> list[Problem]:
     if outline.parameters:
         found.append(Problem(UNSURE, "LoRA on parameters (target_parameters)", f"{AS_A_MODEL} to serve it anywhere"))
     if base.shows and (outside := left_out(outline.low)):
-        cure = f"--enable-tower-connector-lora, where the model has it, or {AS_A_MODEL}"
+        # Of LLaVA's tower vLLM counts the tokens without that of the class, and ends at the first image.
+        cure = f"{AS_A_MODEL}, or --enable-tower-connector-lora, of models other than LLaVA that have it"
         found.append(Problem(LEFT_OUT, f"{first_of(outside)}, outside the language model", cure))
     if not base.shows and (over := beyond(outline)):
         found.append(Problem(LEFT_OUT, f"{first_of(over)}: the base has {base.layers} layers", "serve its own base"))
