@@ -106,7 +106,7 @@ def adapters(base: Path, folder: Path) -> Iterator[tuple[str, Path]]:
             for name, value in tuned.named_parameters():
                 if "lora_" in name:
                     torch.nn.init.normal_(value, std=0.5 / value.shape[-1] ** 0.5 if "A" in name else 0.1)
-            tuned.save_pretrained(place / str(seed))
+            tuned.save_pretrained(str(place / str(seed)))
         if len(settings) == 1:
             yield case, place / "1"
             continue
