@@ -6,6 +6,8 @@ import json
 import shutil
 
 import pytest
+import torch
+import yaml
 from eval_cases import change, reference, rows
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,6 +16,7 @@ from zoo import build, write_adapter
 import nsc_merge
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.rows.fingerprint import fingerprint
 
 
 def test_rows_are_measured_once_and_again_only_if_something_changed(place, capsys, monkeypatch):
@@ -64,6 +67,95 @@ def test_rows_of_another_way_to_measure_are_measured_again(place, monkeypatch):
     assert before == [module.fingerprint(recipe, row, 0) for row in recipe.rows]
     monkeypatch.setattr(module, "_MEASURES", module._MEASURES + 1)
     assert not set(before) & {module.fingerprint(recipe, row, 0) for row in recipe.rows}
+
+
+@pytest.fixture
+def marks(place):
+    """The fingerprint of every row at a seed, of the recipe with some overrides."""
+    (place / "texts").mkdir()
+    (place / "texts" / "a.jsonl").write_text('{"a": "x", "b": "y"}')
+    (place / "base" / "tokenizer.json").write_text("{}")
+    (place / "harness").mkdir()
+    document = {"task": "quiz", "dataset_path": "json", "output_type": "generate_until"}
+    data = {"dataset_kwargs": {"data_files": {"test": str(place / "quiz.jsonl")}}, "test_split": "test"}
+    (place / "harness" / "quiz.yaml").write_text(yaml.safe_dump(document | data))
+    (place / "quiz.jsonl").write_text("{}")
+    head = {"weight": torch.zeros(3, 32)}
+    save_file(head, place / "head.safetensors")
+
+    def found(*overrides, seed=0):
+        recipe = load_eval_recipe(place / "eval.yaml", overrides)
+        return {row.name: fingerprint(recipe, row, seed) for row in recipe.rows}
+
+    return found
+
+
+HEAD = ("joint=false", "tasks.nli.head={place}/head.safetensors", "tasks.nli.pool=mean")
+TEXTS = ("tasks.nli.calibration={{source: {place}/texts, text: a}}",)
+QUIZ = (
+    "joint=false", "methods=[zero_shot]", "tasks.quiz={{adapter: {place}/adapters/nli, lm_eval: quiz}}",
+    "lm_eval.include_path={place}/harness",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "files"),
+    [
+        (
+            (),
+            ["batch_size=4", "dtype=bfloat16", "shared_modules=mean", "joint=probabilities", "trust_remote_code=true",
+             "tasks.nli.labels=input_ids", "tasks.nli.classes=[a, b, c]", "tasks.nli.head=model",
+             "tasks.nli.validation={place}/data/nli-test.safetensors"],
+            ["base/config.json", "base/model.safetensors", "adapters/nli/adapter_model.safetensors",
+             "adapters/topic/adapter_config.json", "data/topic-test.safetensors", "data/nli-val.safetensors"],
+        ),
+        (HEAD, ["tasks.nli.pool=last", "tasks.nli.metric=f1"], ["head.safetensors"]),
+        (TEXTS, ["tasks.nli.calibration.text=b", "data.samples=3"], ["texts/a.jsonl", "base/tokenizer.json"]),
+        (
+            QUIZ,
+            ["tasks.quiz.limit=3", "tasks.quiz.num_fewshot=0", "tasks.quiz.metric=acc", "lm_eval.batch_size=3",
+             "lm_eval.apply_chat_template=true", "lm_eval.system_instruction=be brief"],
+            ["harness/quiz.yaml", "quiz.jsonl", "base/tokenizer.json"],
+        ),
+    ],
+    ids=["labelled", "head", "texts", "harness"],
+)  # fmt: skip
+def test_what_figures_depend_on_is_in_the_fingerprint(place, marks, given, settings, files):
+    given = [one.format(place=place) for one in given]
+    before = marks(*given)
+    assert before == marks(*given, "output.dir=elsewhere", "output.plots=false")
+    for setting in settings:
+        after = marks(*given, setting.format(place=place))
+        assert {name for name, mark in after.items() if mark == before[name]} == set(), setting
+    for file in map(place.joinpath, files):
+        held = file.read_bytes()
+        # Of weights, the last byte is a number's.
+        file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]) if file.suffix == ".safetensors" else held + b" ")
+        assert not set(before.values()) & set(marks(*given).values()), file
+        file.write_bytes(held)
+    assert marks(*given) == before
+
+
+def test_a_row_is_its_own_and_of_the_seed_where_it_draws(place, marks):
+    shutil.copytree(place / "adapters" / "nli", place / "saved" / "lora")
+    change(place, methods=[
+        {"folder": str(place / "saved"), "name": "saved"},
+        {"method": "task_arithmetic", "name": "a", "options": {"scale": 0.4}},
+        {"method": "task_arithmetic", "name": "same", "options": {"scale": 0.4}},
+        {"method": "task_arithmetic", "name": "other", "options": {"scale": 0.5}},
+        {"method": "task_arithmetic", "name": "tuned", "tune": "loss"},
+        {"method": "task_arithmetic", "name": "by metric", "tune": "metric"},
+        {"method": "nsc", "options": {"steps": 3}},
+        {"method": "dare", "name": "dare"},
+    ])  # fmt: skip
+    found = marks()
+    assert len(set(found.values())) == len(found) - 1
+    assert found["a"] == found["same"]
+    again = marks(seed=1)
+    assert {name for name in found if found[name] != again[name]} == {"nsc", "dare"}
+    changed = place / "saved" / "lora" / "adapter_model.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\7")
+    assert {name for name, mark in marks().items() if mark != found[name]} == {"saved"}
 
 
 def test_a_row_whose_files_changed_while_it_was_measured_is_not_kept(place, capsys, monkeypatch):
