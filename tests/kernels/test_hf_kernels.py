@@ -113,6 +113,7 @@ def test_a_file_in_the_way_and_an_empty_folder(layout: dict[str, bytes], tmp_pat
         write(tmp_path / "file", layout)
     (tmp_path / "empty").mkdir()
     assert contents(write(tmp_path / "empty", layout)) == layout
+    assert contents(write(tmp_path / "nor" / "yet" / "there", layout)) == layout
 
 
 def test_a_write_that_fails_leaves_nothing_and_loses_nothing(

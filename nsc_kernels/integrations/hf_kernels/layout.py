@@ -201,7 +201,6 @@ def write(out: Path, files: Mapping[str, bytes]) -> Path:
             f"out: expected no such folder, an empty one, or one as this command wrote it, found {stranger} in {out}; "
             "choose another folder, or remove this one"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(8)
     new, old = (out.with_name(f".{out.name[:40]}.{mark}.{kind}") for kind in ("new", "old"))
     try:
