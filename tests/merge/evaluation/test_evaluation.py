@@ -56,6 +56,7 @@ def test_a_recipe_from_end_to_end(place, capsys):
         pairs = [reference(place, scale, task, "val") for task in ("nli", "topic")]
         losses[scale] = sum(nn.functional.cross_entropy(*pair).item() for pair in pairs)
     trail = {scale: -value for scale, value in tuned["trail"]}
+    assert list(trail) == [step / 10 for step in range(1, 11)]
     assert {scale: trail[scale] for scale in losses} == pytest.approx(losses, rel=1e-4)
     assert trail[tuned["value"]] == min(trail.values())
 

@@ -376,6 +376,12 @@ def test_linear_heads_pool_as_they_say():
         with torch.no_grad():
             output = heads.LinearHead(weight, bias, pool)(model, front)
         torch.testing.assert_close(output, expected[pool] @ weight.t() + 1)
+    # A head is read in float32, whatever the model is in.
+    half = model.bfloat16()
+    with torch.no_grad():
+        features = half.model(**inputs).last_hidden_state
+        output = heads.LinearHead(weight, bias, "first")(half, inputs)
+    torch.testing.assert_close(output, features[:, 0] @ weight.bfloat16().t() + 1)
     with pytest.raises(ValueError, match="expected a model of images"):
         heads.LinearHead(weight, bias, "patches")(model, inputs)
     with pytest.raises(ValueError, match=r"expected weight \[C, 32\].*found \[3, 8\]"):

@@ -90,6 +90,7 @@ def test_rouge_of_another_script_is_refused():
     outputs, labels = tensors([([0], [[0]])])
     with pytest.raises(ValueError, match="labels: ROUGE is of words of the letters a to z, .* as in '猫が座った'"):
         METRICS["rouge1"].measure(outputs, labels, decode=lambda tokens: "猫が座った")
+    assert METRICS["rouge1"].measure(outputs, labels, decode=lambda tokens: "A CAT") == 1
 
 
 @pytest.mark.parametrize(
