@@ -43,6 +43,9 @@ def test_tensors_of_a_tokenizer_and_settings_beside_them_are_taken():
         nsc_merge.merge(model, adapters_for(model), given, steps=1, progress=False) for given in (batches, plain)
     )
     assert found.coefficients == wanted.coefficients
+    # As sizes of pictures are.
+    sized = {"input_ids": IDS, "image_sizes": [[8, 8], [8, 8]]}
+    assert next(streams({"a": [sized]}, ["a"])["a"]) is sized
 
 
 def one_dictionary():

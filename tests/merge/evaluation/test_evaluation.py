@@ -65,7 +65,10 @@ def test_a_recipe_from_end_to_end(place, capsys):
     table = (out / "results.md").read_text()
     assert "| TA 0.4 |" in table
     assert "nli (acc ↑)" in table
-    assert "Hits@1" in table
+    assert "| Hits@1 | Hits@3 | Hits@5 |" in table
+    shares = found["TA 0.4"][0]["hits"]["all"]
+    percents = " | ".join(f"{100 * shares[count]:.1f}" for count in "135")
+    assert next(line for line in table.splitlines() if "| TA 0.4 |" in line).endswith(f"| {percents} |")
     lines = list(csv.DictReader((out / "results.csv").open()))
     assert len(lines) == 12
     assert float(lines[0]["value"]) == found["zero_shot"][0]["metrics"]["nli"]
