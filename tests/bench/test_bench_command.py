@@ -586,6 +586,19 @@ def test_what_changed_beyond_the_spread(tmp_path, capsys):
     assert "there is no such file" in capsys.readouterr().err
 
 
+def test_what_changed_most_is_told_first_and_one_slower_figure_is_enough(tmp_path, capsys):
+    def report(name: str, **us: float) -> str:
+        return write(tmp_path / name, [*MACHINE, *(row(contender, [time] * 5, 1.0) for contender, time in us.items())])
+
+    before = report("a", concat=100.0, fused=100.0, peft=100.0, loop=100.0)
+    after = report("b", concat=50.0, fused=200.0, peft=110.0, loop=101.0)
+    assert compare.main([before, after, "--json", "--exit-code"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [one["contender"] for one in told["changes"]] == ["fused", "concat", "peft"]
+    assert told["compared"] == 4
+    assert compare.main([before, report("c", concat=50.0, fused=90.0, peft=100.0), "--exit-code"]) == 0
+
+
 FRESH = """
 import resource
 import torch

@@ -84,6 +84,15 @@ def test_contenders_compute_the_operator(of, shape, dtype, on):
     assert ("two_launches" in tried) == (dtype == "bf16")
 
 
+def test_errors_are_those_from_what_float64_gives(on):
+    p, concat = problem(ODD, on, dtype="fp32"), named("concat")
+    with torch.no_grad():
+        y, *_ = concat.make(p)[0]()
+        coefficients = p.lam.double().repeat_interleave(ODD.r)
+        exact = p.base.double() + (p.z.double() @ p.A.double().t() * coefficients) @ p.Bt.double()
+    assert Judge(p).errors(concat)["y"].found == pytest.approx(float((y - exact).abs().max()), rel=1e-6)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

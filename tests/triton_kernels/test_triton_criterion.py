@@ -65,15 +65,18 @@ def test_the_bounds_are_those_of_docs_gpu_by_hand():
     dy = torch.zeros(2, 32, dtype=torch.bfloat16)
     dy[0, 0] = dy[1, 16] = 1  # v = 3, -3
     Bt = torch.tensor([[3.0] * 16 + [-3.0] * 16]).bfloat16()
-    dquad, dsqnorm = torch.tensor([[1.0], [-1.0]]), torch.tensor([1.0, -1.0])
+    dquad, dsqnorm = torch.tensor([[2.0], [-1.0]]), torch.tensor([1.0, -1.0])
     inputs = (dy, dquad, dsqnorm, tensor([2], [1]), tensor([1, -3], [2, 0]), tensor([2, -2]), Bt, (0, 1), lam)
-    dz, dlam = tensor([12, -16], [-12, 8]), torch.tensor([3.0])
+    dz, dlam = tensor([20, -24], [-12, 8]), torch.tensor([3.0])
     judged = judge_backward((dz, dlam), *inputs, tensor([-1, 1], [-1, 1]))
     assert {error for error, _ in judged.values()} == {0.0}
     units = {name: bound * 2**23 for name, (_, bound) in judged.items()}
     assert judge_backward((None, dlam + 1), *inputs, None)["dlam"][0] == 1.0
     dlam_lost = two_steps * (3 + 2 * 45**0.5)
-    assert units == pytest.approx({"dz": 4 * 16 + (two_steps + one_step) * 18, "dlam": 4 * 3 + 4 * 9 + dlam_lost})
+    assert units == pytest.approx({"dz": 4 * 24 + (two_steps + one_step) * 26, "dlam": 4 * 3 + 4 * 9 + dlam_lost})
+    # Of terms of the other sign as much is lost.
+    turned = judge_backward((None, -dlam), -dy, *inputs[1:], None, need_dz=False)
+    assert turned["dlam"] == (0.0, judged["dlam"][1])
 
 
 def test_the_unit_that_cuts_off_is_the_emulators():

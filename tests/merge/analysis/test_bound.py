@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -119,7 +120,15 @@ def test_deficient_factors_make_the_bound_trivial_or_exact(llama):
     assert found["isometric"]["tightness"] == pytest.approx(1.0, rel=1e-5)
     # Their rounding to float32 may swap inputs whose effects agree to seven digits.
     assert found["isometric"]["rho"] < -0.999
-    assert summary(list(found.values()))["trivial"] == 1
+    whole = summary(list(found.values()))
+    assert whole["trivial"] == 1
+    # Where nothing has an effect there is no order, which is not that of the others.
+    assert math.isnan(found["zero"]["rho"])
+    assert whole["rho"] == pytest.approx((found["repeated"]["rho"] + found["isometric"]["rho"]) / 2)
+    assert summary([found["zero"]])["rho"] is None
+    # More columns than rows: B maps some direction to zero, whatever its singular values are.
+    A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((6, 16), (4, 6)))
+    assert bound_module._Check("t", "q", Factor(A, B, 1.0)).constant == 0.0
 
 
 def test_the_bound_on_the_command_line(llama, tmp_path, capsys):
