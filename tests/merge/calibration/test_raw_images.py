@@ -27,6 +27,7 @@ from raw_cases import (
 )
 from transformers import Gemma3Processor, ViTImageProcessor
 
+from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.drawing import place_of
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -67,7 +68,9 @@ def stacked(batches):
     return torch.cat([batch["pixel_values"] for batch in batches])
 
 
-def test_a_folder_of_images_is_encoded_as_by_hand(tmp_path, vit):
+@pytest.mark.parametrize("at_once", [32, 2])
+def test_a_folder_of_images_is_encoded_as_by_hand(tmp_path, vit, monkeypatch, at_once):
+    monkeypatch.setattr(encoding, "_AT_ONCE", at_once)
     files = write_pictures(tmp_path / "photos", 7)
     (tmp_path / "photos" / "labels.txt").write_text("a")
     batches = made(tmp_path / "photos", vit)
