@@ -174,7 +174,7 @@ def test_a_run_that_a_batch_system_ends_says_how_to_go_on(place, monkeypatch, ca
     assert main(["run", str(place / "recipe.yaml"), "options.steps=4", "--resume"]) == 0
 
 
-def test_inspect(place, capsys):
+def test_inspect(place, base, capsys):
     folders = [str(place / "adapters" / task) for task in ("nli", "topic")]
     arguments = ["--model", str(place / "base"), "--inputs", str(place / "inputs" / "nli.safetensors")]
     assert main(["inspect", *folders, *arguments, "--json"]) == 0
@@ -200,6 +200,11 @@ def test_inspect(place, capsys):
     assert "--inputs: needs --model" in capsys.readouterr().err
     assert main(["inspect", folders[0], folders[0]]) == 2
     assert "given twice" in capsys.readouterr().err
+    # DoRA as LoRA of its rank, and how far that is off.
+    write_adapter(base, place / "dora", 3, r=2, target_modules=["v_proj"], task_type="SEQ_CLS", use_dora=True)
+    assert main(["inspect", str(place / "dora"), *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["adapters"]["dora"]
+    assert (found["ranks"], sum("DoRA converted at rank 2" in note for note in found["notes"])) == ([2], 3)
 
 
 def test_export_and_plot(place, base, capsys):
