@@ -184,8 +184,12 @@ def test_one_that_raises_does_not_stop_the_others(on, monkeypatch):
     monkeypatch.setattr(rounds, "accuracy", lambda *given: {})
     rows = list(rounds.run_cell(cell(), on))
     assert {row["direction"] for row in rows if "error" in row} == {"backward"}
-    measured = sum("us" in row and row["contender"] == "concat" for row in rows)
-    assert measured == 2 * len(cell().hows)
+    measured = [row for row in rows if "us" in row and row["contender"] == "concat"]
+    assert len(measured) == 2 * len(cell().hows)
+    for row in measured:
+        assert (row["sets"] > 1) == (row["cache"] == "cold")
+        assert row["tflop_per_s"] == pytest.approx(2 * 37 * 12 * (48 + 80) / row["us_p50"] / 1e6)
+        assert row["tb_per_s"] == pytest.approx(row["least_bytes"] / row["us_p50"] / 1e6)
 
 
 @pytest.mark.parametrize("what", ["workspace", "result", "coefficients"])
@@ -294,6 +298,7 @@ def test_what_goes_wrong_in_a_later_round_stops_nobody_else(what, on, monkeypatc
         assert row["error"].startswith("RuntimeError: it sets the number of threads")  # at no line of its own
     measured = [(row["contender"], row["direction"]) for row in rows if "us" in row]
     assert measured == [("concat", "forward"), ("concat", "backward"), ("later", "backward")]
+    assert {row["sets"] for row in rows if "us" in row} == {2}
 
 
 @pytest.mark.parametrize("of", ["operator", "linear"])

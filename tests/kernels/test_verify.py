@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from nsc_kernels import dispatch, info, verified_hardware
 from nsc_kernels.bench.measuring import Rows
 from nsc_kernels.contract import Call
 from nsc_kernels.verify import __main__ as command
-from nsc_kernels.verify import launches, verdict
+from nsc_kernels.verify import check, launches, verdict
+from nsc_kernels.verify.cases import TRIED
 from verify_rows import Row, passing, write
 
 
@@ -32,6 +34,24 @@ def test_everything_passed_earns_an_entry_without_a_gpu(tmp_path: Path, backend:
     assert earned["source"] == verified_hardware.checkout_source(backend)
     assert (earned["arch"], earned["torch"]) == ("sm_90", "2.11.0")
     assert earned["cases"] > 60
+
+
+def test_every_trial_is_tried_on_what_its_name_says() -> None:
+    """What is taken away is not given; and as many trials as the README says, on Hopper of clusters as well."""
+    backend = SimpleNamespace(__name__="nsc_kernels.backends.one")
+    for given, gradients, statistics in (
+        ("all", (True, True, True), True),
+        ("y", (True, False, False), False),
+        ("statistics", (False, True, True), True),
+    ):
+        run = check.Run(backend, TRIED[0]._replace(given=given, base=given == "y"), torch.device("cpu"))
+        forward, backward = run._forward_call(), run._backward_call(run.p.z @ run.p.A.t())
+        assert (forward.stats, forward.base is not None) == (statistics, given == "y")
+        assert tuple(value is not None for value in backward[:3]) == gradients
+    kinds = Counter(trial.payload.what for trial in check.trials(["triton"], dry_run=False).values())
+    assert sum(kinds.values()) == 178
+    assert (kinds["accuracy"], kinds["repeats"], kinds["replays"], kinds["captures"]) == (92, 19, 19, 19)
+    assert len(check.trials(["cuda"], dry_run=False)) == 178 + 17 + 1
 
 
 def change(index: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
