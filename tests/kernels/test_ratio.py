@@ -85,6 +85,19 @@ def test_exact_ends_have_exact_values_and_zero_gradient() -> None:
     assert dsqnorm.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_the_gradient_could_overflow_the_norm_counts_as_zero(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    edge = limits.tiny / limits.eps
+    sqnorm = torch.tensor([edge / 2, edge, 2 * edge], dtype=dtype, requires_grad=True)
+    quad = (sqnorm.detach() / 2)[:, None].requires_grad_()
+    omega = nk.null_space_ratio(quad, sqnorm)
+    assert omega[:, 0].tolist() == [1.0, 1.0, pytest.approx(0.5**0.5)]
+    dquad, dsqnorm = torch.autograd.grad(omega.sum(), (quad, sqnorm))
+    assert dquad[:, 0].tolist() == [0.0, 0.0, pytest.approx(-1 / (4 * edge) / 0.5**0.5, rel=1e-6)]
+    assert dsqnorm.tolist() == [0.0, 0.0, pytest.approx(1 / (8 * edge) / 0.5**0.5, rel=1e-6)]
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_gradient_is_the_closed_form_and_bounded(scale: float) -> None:
     """d omega / d z = -(P z - q z) / (omega |z|^2), whose norm is sqrt(q) / |z|."""
@@ -138,6 +151,7 @@ def test_nan_is_not_hidden(quad: float, sqnorm: float) -> None:
         (torch.tensor(1.0), torch.tensor(1.0), ValueError),
         (torch.ones(3, 2).bfloat16(), torch.ones(3).bfloat16(), TypeError),
         (torch.ones(3, 2), torch.ones(3).double(), TypeError),
+        (torch.ones(()), torch.ones(()), ValueError),
     ],
 )
 def test_bad_input(quad: Tensor, sqnorm: Tensor, error: type[Exception]) -> None:
