@@ -548,6 +548,13 @@ def test_a_processor_multiplies_at_the_better_of_two_rates():
     assert of([*MACHINE, {**bare, "float32": 30.0}], "fp32", 1) == Ceilings(1e10, 5e10)
     assert of([*MACHINE, {"what": "copy", "threads": 2, "p50": 0.02}, bare], "fp32", 2) == Ceilings(2e10, 1.8e11)
     assert of([bare], "fp32", 1) is None
+    narrow = {"what": "matrix", "dtype": "bf16", "threads": 1, "p50": 0.3}
+    assert of([*MACHINE, narrow], "bf16", 1) == Ceilings(1e10, 3e11)
+    assert of([*MACHINE, narrow], "fp32", 1) == Ceilings(1e10, 5e10)
+    # On a GPU a unit of its own multiplies each type.
+    gpu = [{**one, "threads": 0} for one in (*MACHINE[1:], {**narrow, "p50": 0.03})]
+    assert of(gpu, "bf16", 0) == Ceilings(1e10, 3e10)
+    assert of(gpu, "fp32", 0) == Ceilings(1e10, 5e10)
 
 
 def test_a_processor_moves_what_it_copies_or_what_it_reads():
