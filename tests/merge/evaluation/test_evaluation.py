@@ -28,6 +28,7 @@ from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.recipes.yaml_keys import RecipeError
 
 
 def test_a_recipe_from_end_to_end(place, capsys):
@@ -79,6 +80,27 @@ def test_a_recipe_from_end_to_end(place, capsys):
         "coefficients/nsc-seed0/ratios.png",
     }
     assert names == {"results.json", "results.md", "results.csv", "rows.jsonl", *pictures}
+
+
+def test_the_base_is_of_the_revision_that_is_named(place, monkeypatch):
+    asked = []
+
+    def load(name, **given):
+        asked.append((name, given["local"], given["revision"], given["trust_remote_code"]))
+        raise OSError("not here")
+
+    monkeypatch.setattr("nsc_merge.evaluation.suite.load_model", load)
+    for overrides in (["model=me/base", "revision=v1"], ["model=me/base", "trust_remote_code=true"], []):
+        with pytest.raises(OSError, match="not here"):
+            RecipeSuite(load_eval_recipe(place / "eval.yaml", overrides).at(0))
+    assert asked == [
+        ("me/base", False, "v1", False),
+        ("me/base", False, None, True),
+        (str(place / "base"), True, None, False),
+    ]
+    with pytest.raises(RecipeError, match="GPUs that PyTorch"):
+        RecipeSuite(load_eval_recipe(place / "eval.yaml", ["device_map={model: 98}"]).at(0))
+    assert len(asked) == 3
 
 
 def test_the_ensemble_and_the_joint_labels_by_hand(place):

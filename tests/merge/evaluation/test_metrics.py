@@ -150,6 +150,7 @@ def test_the_loss_of_edges_is_of_known_pixels():
     outputs, labels = torch.tensor([[[2.0, -1.0], [0.5, 3.0]]]), torch.tensor([[[1.0, 0.0], [math.nan, 1.0]]])
     found = METRICS["edge_f"].with_options(logits=True).loss(outputs, labels)
     assert float(found) == pytest.approx(sum(math.log1p(math.exp(-x)) for x in (2, 1, 3)) / 3)
+    assert METRICS["edge_f"].with_options(logits=True).loss(outputs[..., None], labels) == found
     assert float(METRICS["edge_f"].loss(outputs, labels)) == pytest.approx((1 + 1 + 2) / 3)
 
 
@@ -256,6 +257,7 @@ def test_quality_and_metric_agree_in_direction(name):
     ("name", "outputs", "labels", "error", "words"),
     [
         ("accuracy", torch.zeros(2, 3), torch.zeros(2), TypeError, "labels: expected class indices"),
+        ("accuracy", torch.zeros(2, 3), torch.ones(2, dtype=torch.bool), TypeError, "labels: .* found torch.bool"),
         ("accuracy", torch.zeros(2, 3).long(), torch.zeros(2).long(), TypeError, "outputs: expected logits"),
         ("accuracy", torch.zeros(3), torch.zeros(3).long(), ValueError, r"expected logits \[N, ..., C\]"),
         (
@@ -279,6 +281,7 @@ def test_quality_and_metric_agree_in_direction(name):
         ("l1", torch.zeros(2), torch.zeros(2).long(), TypeError, "labels: expected floating point"),
         ("l1", torch.zeros(2), torch.full((2,), math.nan), ValueError, "at least one known label"),
         ("mean_angle", torch.zeros(2), torch.zeros(2), ValueError, r"expected vectors \[N, ..., D\]"),
+        ("mean_angle", torch.ones(3, 3, 1), torch.ones(3, 3), ValueError, r"expected vectors .*found \[3, 3, 1\]"),
         ("edge_f", torch.zeros(2, 3, 3), torch.zeros(2, 3, 3), ValueError, "at least one edge pixel"),
         ("edge_f", torch.zeros(2, 3), torch.ones(2, 3), ValueError, r"expected edge maps \[N, H, W\]"),
         ("cider", torch.zeros(2, 3), torch.zeros(2, 3).long(), TypeError, "expected tokens as integers"),
