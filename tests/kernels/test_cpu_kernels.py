@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -166,27 +167,28 @@ def test_backward_adds_to_a_given_gradient() -> None:
 def test_two_gemms_compute_y_and_dz(dtype: str, per_row: bool) -> None:
     case = oc.Case("gemms", T=70, d_in=96, d_out=80, ranks=(16, 7), per_row=per_row)
     i = oc.make_inputs(case, oc.DTYPES[dtype])
-    forward = (i.z, i.bank.A, i.bank.Bt, i.bank.offsets, i.lam, i.base)
-    u = reference.forward(*forward, False)[3]
-    backward = (i.dy, i.dquad, i.dsqnorm, u, i.z, *forward[1:5], i.z)
+    factors = (i.bank.A, i.bank.Bt, i.bank.offsets, i.lam)
+    u = reference.forward(i.z, *factors, i.base, False)[3]
 
     def wide(values: tuple) -> list:
         return [t.double() if isinstance(t, torch.Tensor) else t for t in values]
 
-    for found, eager, exact in (
-        (
-            two_gemms.forward(ForwardCall(*forward, False, True)),
-            reference.forward(*forward, False),
-            reference.forward(*wide(forward), False),
-        ),
-        (
-            two_gemms.backward(BackwardCall(*backward, True, False)),
-            reference.backward(*backward, True, False),
-            reference.backward(*wide(backward), True, False),
-        ),
-    ):
-        allowed = 2 * oc.relative_error(eager[0], exact[0])
-        assert oc.relative_error(found[0], exact[0]) <= allowed
+    def check(found: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+        assert oc.relative_error(found, exact) <= 2 * oc.relative_error(eager, exact)
+
+    for base in (i.base, None):
+        forward = (i.z, *factors, base)
+        found = two_gemms.forward(ForwardCall(*forward, False, True))
+        check(found[0], reference.forward(*forward, False)[0], reference.forward(*wide(forward), False)[0])
+        assert torch.equal(found[3], u)
+    given = itertools.product((i.dy, None), (i.dquad, None), (i.dsqnorm, None), (i.z, None))
+    for dy, dquad, dsqnorm, start in given:
+        if dy is dquad is dsqnorm is None:
+            continue
+        backward = (dy, dquad, dsqnorm, u, i.z, *factors, start)
+        found = two_gemms.backward(BackwardCall(*backward, True, False))
+        exact = reference.backward(*wide(backward), True, False)[0]
+        check(found[0], reference.backward(*backward, True, False)[0], exact)
 
 
 def test_what_is_formed_from_unrounded_sums_is_not_left_to_two_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
