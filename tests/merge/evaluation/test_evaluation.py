@@ -26,6 +26,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
 from nsc_merge.evaluation.candidates import candidate_of
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.recipes.yaml_keys import RecipeError
@@ -194,6 +195,8 @@ def test_an_update_of_another_base_is_refused_where_its_record_tells(place, caps
     assert refused == {one for one in saved if one.startswith("other") and one != "other/model"}
     found = rows(json.loads((place / "out" / "results.json").read_text()))
     assert set(found) == {"zero_shot", "finetuned", *saved} - refused
+    # Of what is on the hub nothing is known.
+    check_base(place / "other" / "lora", "me/base")
 
 
 def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys):
