@@ -143,6 +143,10 @@ def test_a_mistyped_file_is_no_id(place):
     with pytest.raises(RecipeError, match=r"calibration\.french: .* is missing"):
         read(place, "calibration.french=dta/prompts.jsonl")
     assert read(place, "calibration.french=me/data.v2").calibration["french"].source == "me/data.v2"
+    hub = read(place, "calibration.french={source: me/data, revision: v1, config: fr}").calibration["french"]
+    assert hub == CalibrationSource(
+        "me/data", False, DataSettings(seed=3, samples=64, revision="v1", config="fr"), ("revision", "config")
+    )
 
 
 def test_code_of_others_is_allowed_for_all_that_a_recipe_loads_or_for_nothing(place, monkeypatch):
