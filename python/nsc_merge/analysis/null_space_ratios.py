@@ -59,14 +59,14 @@ def chosen_paths(paths: Sequence[str], modules: Sequence[str] | None) -> list[st
     """Those of ``paths`` that ``modules`` name, by last component or in full.
 
     Raises:
-        ValueError: if a name fits none.
+        ValueError: if there is no name, or one that fits none.
     """
     if modules is None:
         return list(paths)
-    for name in modules:
-        if not any(name in (path, path.rpartition(".")[2]) for path in paths):
-            known = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-            raise ValueError(f"modules: expected paths or some of {known}, found {name!r}")
+    wrong = [name for name in modules if not any(name in (path, path.rpartition(".")[2]) for path in paths)]
+    if wrong or not modules:
+        known = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        raise ValueError(f"modules: expected paths or some of {known}, found {repr(wrong[0]) if wrong else 'none'}")
     return [path for path in paths if path in modules or path.rpartition(".")[2] in modules]
 
 
@@ -96,6 +96,8 @@ def low_rank_part(
             path for adapter in fitted.values() for path, factor in adapter.factors.items() if factor.rank
         )
     )
+    if not touched:
+        raise ValueError("adapters: expected low-rank updates of linears, found none")
     kept = chosen_paths(touched, modules)
     if blocks is not None:
         names = sorted({path.rpartition(".")[2] for path in kept})

@@ -14,7 +14,7 @@ from zoo import KINDS, build, write_adapter
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor, load_adapter
-from nsc_merge.analysis import per_sample_ratios
+from nsc_merge.analysis import check_bound, per_sample_ratios
 from nsc_merge.analysis.adapter_overlap import null_space_ratios, overlaps
 from nsc_merge.commands.main import main
 
@@ -127,7 +127,7 @@ def test_a_random_adapter_is_compared_over_the_modules_that_are_reached(tmp_path
     assert found["random"] == pytest.approx((1 - 4 / widths.pop()) ** 0.5)
 
 
-def test_modules_and_blocks_are_chosen(llama):
+def test_modules_and_blocks_are_chosen(llama, tmp_path):
     model, adapters, batches = llama
     some = per_sample_ratios(model, adapters, batches, modules=["v_proj"])
     assert [path.rpartition(".")[2] for path in some.paths] == ["v_proj"] * 3
@@ -141,6 +141,12 @@ def test_modules_and_blocks_are_chosen(llama):
         ValueError, match=r"modules: expected paths or some of \['q_proj', 'v_proj'\], found 'o_proj'"
     ):
         per_sample_ratios(model, adapters, batches, modules=["o_proj"])
+    with pytest.raises(ValueError, match=r"modules: expected paths or some of \['q_proj', 'v_proj'\], found none"):
+        per_sample_ratios(model, adapters, batches, modules=[])
+    embeddings = write_adapter(model, tmp_path / "rows", 3, r=2, target_modules=["embed_tokens"])
+    for analysis in (per_sample_ratios, check_bound):
+        with pytest.raises(ValueError, match="adapters: expected low-rank updates of linears, found none"):
+            analysis(model, {"rows": embeddings}, batches)
     with pytest.raises(ValueError, match="score_blocks: expected block numbers from 0 to 2"):
         per_sample_ratios(model, adapters, batches, blocks=[7])
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
