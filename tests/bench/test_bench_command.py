@@ -393,6 +393,10 @@ def test_the_table_says_share_spread_and_noise():
     assert "not timed: wrong at vit-b.q 768->768 6x16 T=32 fp32: y is off by 1" in closing
     assert "in 1 of 2 figures the middle 60 % of samples spread over 10% or more" in closing
     assert "the machine was busy: a load of up to 3.5 on 2 cores" in closing
+    assert ", and at" not in closing
+    assert "*: computes no statistics" in closing
+    assert "statistics" not in "\n".join(tables.closing(rows[:1]))
+    assert "is off by 1, allowed is 0.1, and at 1 more" in "\n".join(tables.closing([*rows, rows[2]]))
 
 
 def test_the_tables_of_a_report(tmp_path, capsys):

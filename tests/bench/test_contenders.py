@@ -31,7 +31,7 @@ from bench.hardware.layers import DRY_RUN, FAMILIES, SHAPES
 from nsc_kernels.bench import registry, rounds
 from nsc_kernels.bench.accuracy import Judge, faults
 from nsc_kernels.bench.clocks import Clocks
-from nsc_kernels.bench.costs import least_bytes, rotation, touched
+from nsc_kernels.bench.costs import least_bytes, operations, rotation, touched
 from nsc_kernels.bench.problem import DTYPES, Problem
 from nsc_kernels.bench.rounds import Cell
 from nsc_kernels.bench.shapes import Shape
@@ -355,11 +355,12 @@ def test_the_others_of_a_round_move_three_times_the_l2(l2):
             assert least_bytes(shape, direction, whole, inplace) >= touched(shape, whole)
 
 
-def test_least_bytes_of_a_call():
+def test_least_bytes_and_operations_of_a_call():
     d = problem(ODD, torch.device("cpu"), of="linear")
     weights = d.A.nbytes + d.Bt.nbytes
     small = 2 * ODD.T * ODD.R + d.dquad.nbytes + d.dsqnorm.nbytes
     y, z = d.base.nbytes, d.z.nbytes
+    assert (operations(ODD, False), operations(ODD, True)) == (2 * 37 * 12 * 128, 2 * 37 * (12 * 128 + 48 * 80))
     assert least_bytes(ODD, "forward", False, True) == weights + small + z + 2 * y
     assert least_bytes(ODD, "backward", False, False) == weights + small + y + 2 * z
     assert least_bytes(ODD, "backward", False, True) == weights + small + y + 3 * z
