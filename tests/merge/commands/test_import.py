@@ -246,6 +246,12 @@ def with_own(**parameters: Any) -> dict[str, Any]:
         (changed(models=[]), r"models: expected a list", False),
         (changed(models=[{"model": "base"}]), r"models: .*found the base alone", False),
         (changed(models=[{"model": "base+gone"}]), r"models\[0\]\.model: .*'gone', which is no folder here", False),
+        (changed(models=[{"model": "base+"}]), r"models\[0\]\.model: .*found 'base\+'", False),
+        (
+            changed(models=[{"model": {"model": "base", "override_architecture": "Other"}}]),
+            r"models\[0\]\.model\.override_architecture: a recipe reads the base as what it is",
+            True,
+        ),
         (changed(models=[{"model": "base+a+b"}]), r"models\[0\]\.model: .*found 'base\+a\+b'", False),
         (changed(models=changed()["models"][:1] * 2), r"models: expected every adapter once", False),
         (changed(models=[*changed()["models"], {"model": "adapters"}]), r"models: expected adapters on one base", True),

@@ -220,13 +220,21 @@ def test_tasks_of_the_harness_beside_own_ones_in_one_table(place, calls, capsys,
     capsys.readouterr()
 
 
-def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
+def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys, monkeypatch):
+    asked, original = [], lm_eval.simple_evaluate
+
+    def noted(**settings):
+        asked.append((settings["num_fewshot"], settings["limit"]))
+        return original(**settings)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", noted)
     tune = {"by": "metric", "coarse": [0.2, 1.0], "fine_step": None}
     lines = [{"method": "task_arithmetic", "name": "TA", "tune": tune}]
     tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
     tasks["quiz"] |= {"num_fewshot": 1, "metric": "acc_norm", "limit": 0.5}
     change(place, tasks={"quiz": tasks["quiz"]}, methods=lines)
     assert main(["eval", str(place / "eval.yaml")]) == 0
+    assert set(asked) == {(1, 0.5)}
     suite = RecipeSuite(load_eval_recipe(place / "eval.yaml").at(0))
     harness = measuring.Harness(load_eval_recipe(place / "eval.yaml").at(0), suite)
     finetuned = nsc_merge.merge(suite.model, suite.adapters, method="finetuned")
@@ -243,6 +251,7 @@ def test_a_scale_is_tuned_on_other_questions_than_are_measured(place, capsys):
     recipe = load_eval_recipe(place / "eval.yaml").at(0)
     measured = measuring.Harness(recipe, suite).scores(suite.model, "val")["quiz"].value
     assert measured == pytest.approx(accuracy(model_of(place), questions(2, 6)))
+    assert asked[-1] == (None, None)
     capsys.readouterr()
 
 
