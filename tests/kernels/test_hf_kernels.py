@@ -182,6 +182,11 @@ def test_faults_are_found() -> None:
     }
     first = [f"a.py, line {line}" for line in ("1: numpy.linalg", "2: safetensors", "3: gone", "4: far")]
     assert faults(files) == [*first, "b.py, line 1: ..", "b.py, line 2: torch.ops.nsc"]
+    # What a package has is what it defines, assigns or imports, and the modules and packages in it.
+    content = b"from .a import one as two\nONE: int = 1\ndef f(): pass\nclass C: pass\n"
+    files = {"d/__init__.py": content, "d/a.py": b"", "d/e/__init__.py": b""}
+    files["c.py"] = b"from .d import two, ONE, f, C, a, e\nfrom .d import one\nfrom .d.a import x\nfrom .g import h\n"
+    assert faults(files) == ["c.py, line 2: d.one", "c.py, line 4: g"]
 
 
 # What a build vouches for.
