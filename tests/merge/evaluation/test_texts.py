@@ -138,6 +138,9 @@ def test_one_answer_is_given_or_not():
     labels = torch.tensor([[0, END], [1, END], [2, END]])
     found = METRICS["vqa"].quality(labels[[0, 2, 2]], labels, decode=decode, ends=(END,))
     assert found.tolist() == [1, 0, 1]
+    # Whatever stands behind the end of one.
+    written = torch.tensor([[0, END, 1]] * 3)
+    assert METRICS["vqa"].measure(written, labels, decode=decode, ends=(END,)) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("name", ["rouge1", "bleu", "vqa"])
