@@ -62,7 +62,7 @@ def torch_dir() -> Path:
 def demand_cuda_of(torch: Path) -> None:
     """Refuse a minute of nvcc for a library that the torch it is built beside cannot load."""
     if not (torch / "lib" / "libtorch_cuda.so").is_file():
-        raise RuntimeError("the torch that is installed has no CUDA (NSC_BUILD_CUDA=1 builds it all the same)")
+        raise RuntimeError("the torch beside it had no CUDA: install it again beside one that has, or NSC_BUILD_CUDA=1")
 
 
 def required_tool(name: str) -> str:
