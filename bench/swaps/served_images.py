@@ -28,7 +28,8 @@ from torch import Tensor
 
 import nsc_merge
 from bench.merging.cost_rows import environment, write_rows
-from bench.swaps.servers import ROUNDING, TOKENS, TOP, Step, effects, version_of
+from bench.swaps.servers import ROUNDING, drawn, effects, version_of
+from bench.swaps.vllm_answers import TOKENS, TOP, Step, steps_of, vllm_engine
 from nsc_merge.integrations.serving import check
 
 SIZE, PATCH, VOCABULARY = 32, 8, 300
@@ -103,10 +104,7 @@ def adapters(base: Path, folder: Path) -> Iterator[tuple[str, Path]]:
         for seed, given in enumerate(settings, 1):
             torch.manual_seed(seed)
             tuned = get_peft_model(loaded(base), LoraConfig(**({"lora_alpha": 8} | given)))
-            for name, value in tuned.named_parameters():
-                if "lora_" in name:
-                    torch.nn.init.normal_(value, std=0.5 / value.shape[-1] ** 0.5 if "A" in name else 0.1)
-            tuned.save_pretrained(str(place / str(seed)))
+            drawn(tuned, 0.1).save_pretrained(str(place / str(seed)))
         if len(settings) == 1:
             yield case, place / "1"
             continue
@@ -132,14 +130,10 @@ def asked() -> list[tuple[list[int], Any]]:
 
 def by_vllm(folder: Path, loras: Mapping[str, Path | None], **flags: bool) -> Iterator[tuple[str, Any]]:
     """Case -> for each prompt its steps, or the error in words."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    engine = LLM(
-        str(folder), dtype="float32", enable_lora=True, max_lora_rank=32, max_loras=1, enforce_eager=True,
-        max_model_len=64, gpu_memory_utilization=0.2, enable_prefix_caching=False, limit_mm_per_prompt={"image": 1},
-        **flags,
-    )  # fmt: skip
+    engine = vllm_engine(folder, limit_mm_per_prompt={"image": 1}, **flags)
     # No token that stands for an image is generated; the numbers given are those before it is forbidden.
     wanted = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=TOP, ignore_eos=True, logit_bias={IMAGE: -100.0})
     given: list[Any] = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}} for ids, image in asked()]
@@ -150,16 +144,10 @@ def by_vllm(folder: Path, loras: Mapping[str, Path | None], **flags: bool) -> It
         except Exception as error:
             yield case, f"{type(error).__name__}: {error}"
             continue
-        prompts = []
         for answer in answers:
-            before = [*answer.prompt_token_ids]
-            assert before.count(IMAGE) == PLACES, f"vLLM sees an image as {before.count(IMAGE)} tokens"
-            steps = []
-            for token, likely in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True):
-                steps.append(Step([*before], {each: one.logprob for each, one in likely.items()}))
-                before.append(token)
-            prompts.append(steps)
-        yield case, prompts
+            places = answer.prompt_token_ids.count(IMAGE)
+            assert places == PLACES, f"vLLM sees an image as {places} tokens"
+        yield case, [steps_of(answer) for answer in answers]
 
 
 @torch.no_grad()

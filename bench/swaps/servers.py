@@ -30,7 +30,6 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,9 @@ from torch import Tensor
 
 import nsc_merge
 from bench.merging.cost_rows import environment, write_rows
+from bench.swaps.vllm_answers import TOKENS, TOP, Step, by_vllm
 from nsc_merge.integrations.serving import Check, check, write_uniform
 
-TOKENS, TOP = 12, 20
 _IN_FLOAT32 = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
 # An adapter that is served as it is differs by no more than this part of what it moves, and twice what the base does.
 ROUNDING = 2e-3
@@ -87,14 +86,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """A token that a server generated: what stood before it, and the logarithms of probabilities of some tokens."""
-
-    before: list[int]
-    likely: dict[int, float]
-
-
 def write_base(folder: Path, family: str, tokenizer: Path | None) -> None:
     import transformers
 
@@ -123,10 +114,14 @@ def adapter(base: Path, settings: Mapping[str, Any], seed: int) -> Any:
     wanted = [end for end in asked if end in ends]
     given = {"lora_alpha": 2 * settings["r"]} | dict(settings) | {"target_modules": wanted}
     torch.manual_seed(seed)
-    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given))
+    return drawn(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given)), 0.05)
+
+
+def drawn(tuned: Any, spread: float) -> Any:
+    """The same with an adapter of random numbers, those of B of this standard deviation."""
     for name, value in tuned.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(value, std=0.5 / value.shape[-1] ** 0.5 if "A" in name else 0.05)
+            torch.nn.init.normal_(value, std=0.5 / value.shape[-1] ** 0.5 if "A" in name else spread)
     return tuned
 
 
@@ -167,39 +162,6 @@ def _logarithms(model: Any, step: Step) -> Tensor:
 
 def _apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(these, those, strict=True))
-
-
-def by_vllm(base: Path, adapters: Mapping[str, Path | None], prompts: list[list[int]]) -> Iterator[tuple[str, Any]]:
-    """Case -> steps, or the error in words."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    try:
-        engine = LLM(
-            str(base), dtype="float32", enable_lora=True, max_lora_rank=32, max_loras=1, enforce_eager=True,
-            max_model_len=64, gpu_memory_utilization=0.2, enable_prefix_caching=False, skip_tokenizer_init=True,
-        )  # fmt: skip
-    except Exception as error:
-        yield from ((case, f"{type(error).__name__}: {error}") for case in adapters)
-        return
-    wanted = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=TOP, detokenize=False, ignore_eos=True)
-    for number, (case, lora) in enumerate(adapters.items(), 1):
-        request = LoRARequest(case, number, str(lora)) if lora else None
-        try:
-            if request:
-                engine.llm_engine.add_lora(request)
-            given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-            answers = engine.generate(given, wanted, use_tqdm=False, lora_request=request)
-        except Exception as error:
-            yield case, f"{type(error).__name__}: {error}"
-            continue
-        found = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            tokens = [*answer.outputs[0].token_ids]
-            for place, likely in enumerate(answer.outputs[0].logprobs or []):
-                numbers = {token: one.logprob for token, one in likely.items()}
-                found.append(Step([*prompt, *tokens[:place]], numbers))
-        yield case, found
 
 
 @contextmanager
