@@ -49,7 +49,7 @@ def wait_for_memory(on: torch.device, gigabytes: int, seconds: float = 45) -> No
 
 
 def same(first: Results, second: Results) -> bool:
-    """Bitwise, NaN included in what differs."""
+    """Whether the second has the bits of what is in the first; NaN differs from itself."""
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -72,7 +72,7 @@ def _replayed(expected: Results, found: Results, graph: Callable[[], None], on: 
                 t.fill_(NAN)
         graph()
         synchronize(on)
-        if not same(expected, found):
+        if not same(found, expected):  # what there is of it: on a CPU nothing, before the first
             return False
     return True
 
@@ -124,7 +124,7 @@ def captures(run: Run, on: torch.device) -> bool:
         for call in calls:
             found: Results = {}
             graph = captured([partial(_into, found, call)], on)
-            if not _replayed({name: expected[name] for name in found}, found, graph, on):
+            if not _replayed(expected, found, graph, on):
                 return False
     return True
 
@@ -155,8 +155,8 @@ def two_graphs(run: Run, on: torch.device) -> bool:
     graphs = [captured([partial(_into, found, run)], on) for found in (first, second)]
     for t in (*first.values(), *second.values()):
         t.fill_(NAN)
-    _overlapping([graphs[0], graphs[1], run], 20)
-    return same(expected, first) and same(expected, second)
+    *_, launched = _overlapping([graphs[0], graphs[1], run], 20)
+    return all(same(expected, found) for found in (first, second, *launched))
 
 
 def external_streams(run: Run, on: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -17,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+import nsc_kernels as nk
 from nsc_kernels import dispatch, info, verified_hardware
 from nsc_kernels.bench.measuring import Rows
 from nsc_kernels.contract import Call
 from nsc_kernels.verify import __main__ as command
-from nsc_kernels.verify import check, launches, verdict
+from nsc_kernels.verify import check, launches, repeats, verdict
 from nsc_kernels.verify.cases import TRIED
+from nsc_kernels.verify.problems import problem
 from verify_rows import Row, passing, write
 
 
@@ -52,6 +55,59 @@ def test_every_trial_is_tried_on_what_its_name_says() -> None:
     assert sum(kinds.values()) == 178
     assert (kinds["accuracy"], kinds["repeats"], kinds["replays"], kinds["captures"]) == (92, 19, 19, 19)
     assert len(check.trials(["cuda"], dry_run=False)) == 178 + 17 + 1
+
+
+class OneOther:
+    """A run, or the operator, of which one call gives another last bit."""
+
+    name = "reference"
+
+    def __init__(self, wrong: int):
+        self.p = problem(5, 24, 40, (4, 4), torch.float32, torch.device("cpu"))
+        self.wrong, self.count = wrong, 0
+
+    def _counted(self, y: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        with torch.no_grad():
+            y[-1, -1] = y[-1, -1].nextafter(torch.tensor(9.0)) if self.count == self.wrong else y[-1, -1]
+        return y
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        return {"quad": self.p.dquad.clone(), "y": self._counted(self.p.base.clone())}
+
+    def operator(self, z: torch.Tensor, bank: nk.AdapterBank, lam: torch.Tensor, base: torch.Tensor) -> Any:
+        y, *statistics = nk.functional.merged_lora_nsc(z, bank, lam, base)
+        return self._counted(y.clone()), *statistics
+
+
+@pytest.mark.parametrize("what", ["repeats", "thousand", "replays", "captures", "streams", "two_graphs", "compiled"])
+def test_one_other_bit_in_one_of_all_calls_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(wrong: int) -> tuple[bool, int]:
+        run = OneOther(wrong)
+        monkeypatch.setattr(nk, "merged_lora_nsc", run.operator)
+        return repeats.BITWISE[what](run, torch.device("cpu")), run.count
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    one_after_another = lambda calls, rounds: [[call() for _ in range(rounds)] for call in calls]  # noqa: E731
+    monkeypatch.setattr(repeats, "_overlapping", one_after_another)
+    steady, count = found(wrong=0)
+    assert steady
+    assert count > 3
+    assert not found(wrong=1)[0]
+    assert not found(wrong=count)[0]
+    nan = {"y": torch.tensor(math.nan)}
+    assert not repeats.same(nan, nan)  # which memory that nobody has written reads as
+
+
+def test_a_trial_waits_for_memory_that_others_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, free, waited = torch.device("cuda"), [19 << 30, 19 << 30, 20 << 30], []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda on: (free[len(waited)], 80 << 30))
+    monkeypatch.setattr(repeats.time, "sleep", waited.append)
+    repeats.wait_for_memory(gpu, 20)
+    assert len(waited) == 2
+    waited.clear()
+    with pytest.raises(repeats.Skipped, match="less than 20 GB of memory free"):
+        repeats.wait_for_memory(gpu, 20, seconds=-1)
 
 
 def change(index: int, **values: Any) -> Callable[[list[Row]], list[Row]]:
