@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from cli_cases import make_place
 from zoo import build
 
@@ -51,6 +53,10 @@ def test_the_recipe_says_which_way_is_its_own(place):
     plain, narrow = prospect_of(read(place)), prospect_of(read(place, "dtype=bfloat16"))
     halves = [found["ways"][0]["parts"]["weights"] for found in (plain, narrow)]
     assert halves[0] == 2 * halves[1]
+    # Four ranks of two tasks on queries and values of three blocks; on a CPU and in single precision also the merged
+    # weights of all but the last values, which are measured.
+    bank, folded = 4 * 2 * 4 * 3 * (64 + 48), 4 * (3 * 32 * 32 + 2 * 32 * 16)
+    assert [found["ways"][0]["parts"]["adapters"] for found in (plain, narrow)] == [bank + folded, bank / 2]
     packed = prospect_of(read(place, "quantization=bitsandbytes-4bit", "output.formats=lora"))
     assert packed["ways"][0]["parts"]["weights"] < halves[1]
 
@@ -58,6 +64,27 @@ def test_the_recipe_says_which_way_is_its_own(place):
 @pytest.mark.parametrize("method", ["match", "task_arithmetic"])
 def test_methods_that_measure_nothing_have_none(place, method):
     assert prospect_of(read(place, "options=", f"method={method}")) is None
+
+
+def test_on_a_gpu_nothing_is_folded_and_its_memory_is_shared_with_nobody(place, monkeypatch):
+    monkeypatch.setattr(prospect, "device_of", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(prospect, "free_memory", lambda device: 0.0)
+    monkeypatch.setattr(prospect, "launched_here", lambda: 2)
+    for there, fits in ((150_000, False), (170_000, True), (0, True)):
+        # Of some devices it is not known how much there is.
+        monkeypatch.setattr(prospect, "total_memory", lambda device, there=there: there)
+        found = prospect_of(read(place))
+        one = found["ways"][0]
+        assert (found["device_bytes"], one["fits"]) == (there, fits)
+        assert one["parts"]["adapters"] == 4 * 2 * 4 * 3 * (64 + 48)
+
+
+def test_of_a_base_quantised_by_others_there_is_none(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    stored = {"quant_method": "fp8", "modules_to_not_convert": []}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
+    assert prospect_of(read(place, f"model={tmp_path / 'base'}")) is None
 
 
 def test_what_does_not_fit_is_not_loaded(place, monkeypatch, capsys):
@@ -87,6 +114,9 @@ def test_processes_of_one_cpu_share_its_memory(place, monkeypatch):
         assert (own["way"], own["fits"]) == ("2 ranks", fits)
         assert found["device_bytes"] == 300_000 // int(here)
         assert (own["bytes"] <= found["device_bytes"]) is fits
+        # The others would be alone there.
+        assert 150_000 < found["ways"][0]["bytes"] < 300_000
+        assert found["ways"][0]["fits"]
 
 
 def test_the_rate_of_the_steps_tried_times_the_other_ways(place, capsys):

@@ -106,10 +106,15 @@ class _FoldedLinear(torch.autograd.Function):
         return dz, dlam, None, None, None, None, None
 
 
-def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool | None:
+def should_fold(asked: bool | None, weights: Iterable[Tensor], device: torch.device | None = None) -> bool | None:
     """What the option ``fold`` comes to. None lets every linear and step decide on a CPU, where it has been measured
     what pays, in dtypes that hold the sum and as long as the merged weights are not large. On a GPU neither the
     arithmetic of single precision nor the cost of writing a weight anew is known to leave the same margin.
+
+    Args:
+        asked: the option.
+        weights: of the linears that might be folded.
+        device: that they will be on, where they have no numbers yet.
 
     Returns:
         True to fold all of ``weights``, None to fold those that a step has the tokens for, False to fold none.
@@ -118,22 +123,22 @@ def should_fold(asked: bool | None, weights: Iterable[Tensor]) -> bool | None:
         ValueError: if it was asked for and cannot be.
     """
     # What is offloaded or quantised is left as it is, by can_fold.
-    weights = [weight for weight in weights if is_plain(weight)]
-    unfit = next((weight for weight in weights if not _holds_the_sum(weight)), None)
+    weights = [weight for weight in weights if is_plain(weight) or (device is not None and weight.is_meta)]
+    unfit = next((weight for weight in weights if not _holds_the_sum(weight, device or weight.device)), None)
     if asked and unfit is not None:
         raise ValueError(
             f"fold: expected weights in float32 or float64 and no autocast, found {unfit.dtype}"
-            + (" under autocast" if torch.is_autocast_enabled(unfit.device.type) else "")
+            + (" under autocast" if torch.is_autocast_enabled((device or unfit.device).type) else "")
         )
     if asked is not None:
         return asked
     small = sum(weight.numel() * weight.element_size() for weight in weights) <= LIMIT
-    may = small and unfit is None and all(weight.device.type == "cpu" for weight in weights)
+    may = small and unfit is None and all((device or weight.device).type == "cpu" for weight in weights)
     return None if may else False
 
 
-def _holds_the_sum(weight: Tensor) -> bool:
-    return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+def _holds_the_sum(weight: Tensor, device: torch.device) -> bool:
+    return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
 
 
 def can_fold(linear: nn.Module) -> bool:

@@ -301,10 +301,11 @@ def _forecast(
     drawn: dict[str, Mapping[str, Tensor]] = {task: one.batch for task, one in data.items() if one.batch is not None}
     if "gradients" not in method.needs or base.quantised is not None or len(drawn) != len(adapters):
         return None, None
+    device = device_of("auto")
     try:
         resolved = method.resolved(options, list(adapters), base.model)
-        work = work_of(base.model, adapters, drawn, resolved)
+        work = work_of(base.model, adapters, drawn, resolved, device=device)
     except NoFormula:
         return None, None
-    work = as_run_on(device_of("auto"), work, resolved.batch_tasks)
+    work = as_run_on(device, work, resolved.batch_tasks)
     return memory(work).total, operations(work)

@@ -211,7 +211,8 @@ def memory(work: Work, *, ranks: int = 1, offloaded: bool = False) -> Memory:
     else:
         weights = everything + work.outside
     activations, working = _peak([one for one in blocks if one.runs and one.learns], work.element, work.head)
-    adapters = sum(one.bank for one in blocks) + work.fold
+    # What is offloaded or sharded is never folded.
+    adapters = sum(one.bank for one in blocks) + (0 if offloaded or ranks > 1 else work.fold)
     return Memory(weights, adapters, work.tokens * activations, work.tokens * working)
 
 

@@ -42,6 +42,7 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
     method = method_of(recipe.method)
     if "gradients" not in method.needs:
         return None
+    device = device_of(recipe.device)
     try:
         model = _outline(recipe)
         found, calibration = inputs or read_inputs(recipe)
@@ -49,13 +50,12 @@ def prospect_of(recipe: Recipe, inputs: Inputs | None = None) -> dict[str, Any] 
         drawn = {task: next(iter(batches)) for task, batches in calibration.items()}
         options = method.resolved(recipe.options, list(adapters), model)
         stored = STORED.get(recipe.quantization or "")
-        work = work_of(model, adapters, drawn, options, stored)
-        spare = work_of(model, adapters, drawn, replace(options, checkpointing=True), stored)
+        work = work_of(model, adapters, drawn, options, stored, device)
+        spare = work_of(model, adapters, drawn, replace(options, checkpointing=True), stored, device)
         coefficients = len(adapted_linears(model, adapters)) * len(adapters)
     except (NoFormula, ValueError, TypeError, OSError):
         # What is wrong with the recipe's files is said by those who read them in earnest.
         return None
-    device = device_of(recipe.device)
     processes = current().size
     chosen = "device_map" if recipe.device_map is not None else _ranks(processes) if processes > 1 else "one device"
     settings: dict[str, tuple[Work, dict[str, Any]]] = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
@@ -39,6 +40,7 @@ def work_of(
     drawn: Mapping[str, Mapping[str, Any]],
     options: Any,
     stored: float | None = None,
+    device: torch.device | None = None,
 ) -> Work:
     """What a step of a merge takes that runs one batch after another; see
     :func:`nsc_merge.recipes.forecast.estimate.as_run`.
@@ -50,6 +52,7 @@ def work_of(
         options: of the method.
         stored: bytes of a weight of a linear in a block where it is other than the model's; see
             :data:`nsc_merge.recipes.forecast.estimate.STORED`.
+        device: that a model without numbers will be on.
 
     Raises:
         NoFormula: for methods that measure no inputs, and for blocks that are not those of a usual transformer.
@@ -98,7 +101,7 @@ def work_of(
         tuple(sizes),
         head=0 if options.early_exit else _head(model),
         # Quantised linears are never folded.
-        fold=0 if stored is not None or should_fold(options.fold, folded) is False else fold,
+        fold=0 if stored is not None or should_fold(options.fold, folded, device) is False else fold,
     )
 
 
