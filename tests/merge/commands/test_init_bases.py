@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from init_cases import ADAPTERS, refused, written
+from safetensors.torch import load_file, save_file
 
 from nsc_merge.adapters.hub import Fetched
 from nsc_merge.commands.main import main
@@ -89,6 +90,21 @@ def test_another_base_than_the_adapters_name_is_a_warning(at, capsys):
     named = f"warning   one: trained on {place / 'base'}, by the adapter's own word, and not on {place / 'moved'}; if"
     assert named in shown
     assert "# WARNING one: trained on" in Path("recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_an_adapter_that_leaves_modules_out_is_a_warning(at, tmp_path, capsys):
+    at("llama")
+    part = shutil.copytree("adapters/two", tmp_path / "part")
+    file = part / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.0." not in name}
+    save_file(kept, file)
+    whole, some = (len(found) // 2 for found in (tensors, kept))
+    assert 0 < some < whole
+    assert main(["init", "adapters/one", str(part), "--base", "base", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["warnings"]
+    assert said == [f"part: touches {some} of the {whole} modules; its coefficient is 0 in the others"]
+    assert f"# WARNING {said[0][:40]}" in Path("recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_the_family_of_an_unlisted_base_is_found_and_said(at, capsys):

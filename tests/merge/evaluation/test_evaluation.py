@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ from zoo import KINDS, build, write_adapter
 import nsc_merge
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation import heads
-from nsc_merge.evaluation.candidates import candidate_of
+from nsc_merge.evaluation.candidates import candidate_of, open_saved
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.models.bases.placement import Placement
 from nsc_merge.recipes.yaml_keys import RecipeError
 
 
@@ -160,6 +162,17 @@ def test_saved_merges_of_every_kind_measure_alike(place, capsys):
         expected = found["finetuned" if name == "each" else "TA"][0]
         assert found[name][0]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert found[name][0]["folder"] == str(place / name)
+
+
+def test_a_saved_model_is_measured_in_the_bases_dtype_and_never_quantised(place):
+    """It would be a change of its own that the merge did not make."""
+    placement = Placement(dtype="float16", device="cpu", quantization="bitsandbytes-4bit")
+    suite = SimpleNamespace(model=build("llama-cls").to(torch.bfloat16), placement=placement, adapters={})
+    found = open_saved(place / "base", suite)
+    assert {value.dtype for value in found.parameters()} == {torch.bfloat16}
+    assert {type(one) for one in found.modules() if hasattr(one, "in_features")} == {nn.Linear}
+    own = load_file(place / "base" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(found.model.layers[0].mlp.up_proj.weight, own.bfloat16())
 
 
 @pytest.mark.parametrize("moved", [False, True])
