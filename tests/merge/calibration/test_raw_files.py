@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -73,6 +74,18 @@ def test_lines_of_text_are_samples_but_blank_ones(tmp_path):
     assert rows_in(tmp_path / "a.jsonl") == [{"text": "one"}, {"text": "two"}]
 
 
+def test_an_object_of_one_list_is_a_column_or_the_rows(tmp_path):
+    (tmp_path / "a.json").write_text('{"prompt": ["one", "two"]}')
+    assert rows_in(tmp_path / "a.json") == [{"prompt": "one"}, {"prompt": "two"}]
+    (tmp_path / "b.json").write_text('{"prompts": [{"prompt": "one"}, {"prompt": "two"}]}')
+    assert rows_in(tmp_path / "b.json") == [{"prompt": "one"}, {"prompt": "two"}]
+
+
+def test_a_name_of_a_column_may_hold_another_separator(tmp_path):
+    (tmp_path / "a.csv").write_text("text;or none,label\na,1\n")
+    assert rows_in(tmp_path / "a.csv") == [{"text;or none": "a", "label": "1"}]
+
+
 def test_lines_end_as_on_any_system(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\rtwo\r\r\n three\n")
     assert rows_in(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two"}, {"text": " three"}]
@@ -131,6 +144,8 @@ WRONG = {
     "torn.json": (b'[{"text": "a"', "torn.json is not valid JSON"),
     "config.json": (b'{"architectures": ["A"], "size": 3}', "'architectures' \\(a list of 1\\), 'size' \\(int\\)"),
     "no.json": (b"[]", "holds no row"),
+    "word.json": (b'"text"', "word.json: expected a list of rows, found 'text'"),
+    "ragged.json": (b'{"a": [1, 2], "b": [3]}', "columns of one length; .* 'a' .a list of 2., 'b' .a list of 1."),
     "latin.csv": ("text\na\ncaf\xe9\n".encode("latin-1"), "is not UTF-8: byte 0xe9 in line 3.*iconv"),
     "latin.jsonl": (b'{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 in line 1"),
     "wide.txt": ("a\nb".encode("utf-16"), "looks like UTF-16; save it as UTF-8"),
@@ -198,6 +213,16 @@ def test_what_is_packed_to_fill_the_memory_is_refused(tmp_path, monkeypatch, suf
     numbers = np.random.default_rng(0).integers(0, 2**60, 3000)
     file.write_bytes(pack(b"".join(b"%d\n" % number for number in numbers.tolist())))
     assert len(rows_in(file)) == 3000
+
+
+def test_no_more_is_unpacked_than_may_be(monkeypatch):
+    monkeypatch.setattr(text_files, "_MOST_UNPACKED", 10_000)
+    unpacked = io.BytesIO(bytes(10 * 2**20))
+    monkeypatch.setitem(text_files._PACKED, ".gz", lambda packed: contextlib.nullcontext(unpacked))
+    with pytest.raises(ValueError, match="found 1 bytes that unpack to more than 10000"):
+        rows_of_text(Path("a.txt.gz"), b"a", "data")
+    # One piece, of a MiB.
+    assert unpacked.tell() == 2**20
 
 
 @pytest.mark.parametrize("name", WRONG)
