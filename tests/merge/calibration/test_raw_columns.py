@@ -88,6 +88,9 @@ def test_what_is_not_clear_is_refused_with_what_to_write(case):
 def test_images_that_are_not_clear_are_refused():
     with pytest.raises(ValueError, match=r"several columns of images, \['left', 'right'\]: left \('a.png'\)"):
         chosen({"left": "a.png", "right": "b.png"}, "images")
+    # Nor are they left out where text alone would do.
+    with pytest.raises(ValueError, match=r"several columns of images, \['left', 'right'\]"):
+        chosen({"left": "a.png", "right": "b.png", "prompt": "a"}, "text, images")
     with pytest.raises(ValueError, match=r"no column of images: text \('a'\); write image: NAME, or give a folder"):
         chosen({"text": "a"}, "images")
     with pytest.raises(ValueError, match="text: is named, and the base takes images alone"):
