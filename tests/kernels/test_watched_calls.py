@@ -168,6 +168,19 @@ def test_a_backward_under_autocast_is_that_of_its_forward(backend: str, stats: b
         assert torch.equal(a, b)
 
 
+def test_autocast_is_of_its_own_kind_of_device() -> None:
+    """On for GPUs it rounds nothing on the CPU; on for the CPU it is not asked for where there is none of it."""
+    one, x = layer(), input_of().detach()
+    expected = one(x)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert torch.equal(nk.merged_lora(x, one.bank, one.lam, one.linear(x)), expected)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nk.merged_lora(x.to("meta"), one.bank.to("meta"), one.lam.to("meta")).dtype is torch.float32
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_derivative_of_dlam_by_z_raises_and_is_not_left_out(backend: str) -> None:
     require(backend)
