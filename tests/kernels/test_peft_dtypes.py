@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from contextlib import nullcontext
@@ -93,6 +94,32 @@ def test_adapters_of_two_dtypes_are_pefts(caplog):
     assert "several dtypes" in caplog.text
 
 
+def test_scalings_and_dropout_of_one_adapter_alone(caplog):
+    """A scaling is one number, in whichever tensor; what every adapter would have of its own is PEFT's."""
+    _say_once.cache_clear()
+    model, layer = adapted("f32", "f32", False, False)
+    x, own = torch.randn(9, 48), layer.scaling["one"]
+
+    def both():
+        torch.manual_seed(3)
+        expected = layer(x)
+        with accelerate(model):
+            torch.manual_seed(3)
+            torch.testing.assert_close(layer(x, adapter_names=None, alora_offsets=None), expected, rtol=1e-5, atol=1e-5)
+        return expected
+
+    several = torch.linspace(-1, 1, 40)
+    found = []
+    for layer.scaling["one"] in (own, torch.tensor(-2.0, dtype=torch.float64), torch.tensor([[3.0]]), several):
+        assert not caplog.records
+        found.append(both())
+    assert "more than one value" in caplog.text
+    layer.scaling["one"], layer.lora_dropout["one"] = own, nn.Dropout(0.5).train()
+    found.append(both())
+    assert "dropout" in caplog.text
+    assert all((a - b).abs().max() > 0.1 for a, b in itertools.combinations(found, 2))
+
+
 @pytest.mark.parametrize(("base", "adapters"), [("f32", "bf16"), ("f64", "f32"), ("bf16", "f16"), ("bf16", "f32")])
 def test_gradients_of_mixed_dtypes_are_those_of_pefts_forward(base, adapters):
     model, layer = adapted(base, adapters, False, False)
@@ -136,7 +163,7 @@ def test_what_is_not_accelerated_is_said(caplog):
     assert accelerate(model).layers == 0
     assert "'base_model.model.proj' first: they run fused already" in caplog.text
     handle.remove()
-    model.base_model.model.proj.forward = lambda x: x
-    caplog.clear()
-    assert accelerate(model).layers == 0
-    assert "'base_model.model.proj' first: a forward was put on the layer itself" in caplog.text
+    for model.base_model.model.proj.forward in (lambda x: x, functools.partial(torch.mul, other=2)):
+        caplog.clear()
+        assert accelerate(model).layers == 0
+        assert "'base_model.model.proj' first: a forward was put on the layer itself" in caplog.text
