@@ -145,6 +145,7 @@ def test_a_block_counted_by_hand():
         low_rank=3 * 46,
         attention=40,
     )
+    assert block(PLAIN, {"q": 3}, element=4, first=True, measured=("up",)) == replace(first, kept=first.kept + 6)
 
 
 def test_a_step_counted_by_hand():
