@@ -24,6 +24,7 @@ from nsc_kernels.bench import __main__ as command
 from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
 from nsc_kernels.bench.measuring import read_rows
+from nsc_kernels.bench.problem import call_of
 from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
 from nsc_kernels.bench.trials import Outcome
 
@@ -305,6 +306,8 @@ def test_layers_by_name():
     (shape,) = grid(["vit-b.q"], [7], ["2x4"])
     assert shape == Shape("vit-b.q", 7, 768, 768, 2, 4)
     assert shape.R == 8
+    device = torch.device("cpu")
+    assert call_of(device, torch.float32, shape) == (device, torch.float32, 7, 768, 768, (0, 4, 8))
 
 
 @pytest.fixture

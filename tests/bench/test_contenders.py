@@ -369,6 +369,10 @@ def test_least_bytes_and_operations_of_a_call():
 
 
 def test_values_stay_bounded_in_place(on):
+    layer = problem(ODD, on, of="linear", dtype="fp32")
+    y0 = layer.y0()
+    sizes = [float(t.detach().std()) for t in (layer.z, y0, layer.fused()[0] - y0)]
+    assert sizes == pytest.approx([1, 1, 1], abs=0.4)
     d = problem(DRY_RUN, on)
     forward, _ = named("concat_inplace").make(d)
     with torch.no_grad():
