@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -391,8 +392,13 @@ def test_a_prompt_with_an_image_ends_with_the_prompt_for_an_answer(tmp_path, pai
 
 
 def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava, caplog):
+    texts = [batch["input_ids"].shape[1] - IMAGE_TOKENS for batch in made(pairs, llava, 1)]
+    made(pairs, llava, 1, max_length=max(texts))
+    assert not caplog.records
     batches = made(pairs, llava, 1, max_length=5)
-    assert "longer than 5 tokens, as are" in caplog.text
+    longer = sum(text > 5 for text in texts)
+    assert 0 < longer < len(texts)
+    assert f"longer than 5 tokens, as are {longer} of the {len(texts)} samples" in caplog.text
     for batch in batches:
         ids = batch["input_ids"][0]
         assert (ids == IMAGE).sum() == IMAGE_TOKENS
@@ -402,6 +408,21 @@ def test_tokens_of_images_are_not_counted_and_never_cut(pairs, llava, caplog):
         made(pairs, llava, max_length=5, truncation=False)
     with pytest.raises(ValueError, match=r"row \d: 2 tokens of text would cut an image off; expected a larger"):
         made(pairs, llava, max_length=2)
+
+
+def test_the_models_positions_are_for_text_and_images(tmp_path, pairs, llava):
+    base = shutil.copytree(llava, tmp_path / "short")
+    config = json.loads((base / "config.json").read_text())
+
+    def of(positions):
+        config["text_config"]["max_position_embeddings"] = positions
+        (base / "config.json").write_text(json.dumps(config))
+        return made(pairs, base, 1)
+
+    found, expected = of(IMAGE_TOKENS + 5), made(pairs, llava, 1, max_length=5)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"row \d: its images are 4 tokens, the model has 4 positions"):
+        of(IMAGE_TOKENS)
 
 
 def test_text_alone_is_text_for_a_model_of_both(tmp_path, llava):
