@@ -81,6 +81,8 @@ def test_a_layer_s_forward_fits_under_another_class(stats: bool, build: ModuleTy
     layer = build.layers.MergedLoRALinearNSC if stats else build.layers.MergedLoRALinear
     z = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     assert close(layer.forward(plain, z), plain(z))
+    own = build.AdapterBank(plain.bank.A, plain.bank.Bt, plain.bank.offsets)
+    assert build.layers.own_bank(own) is own
     found, expected = (
         torch.autograd.grad(total(out), (z, plain.lam)) for out in (layer.forward(plain, z), plain(z))
     )
@@ -91,6 +93,8 @@ def test_what_is_written_into_a_bank_or_replaced_is_seen(build: ModuleType) -> N
     plain, forward = Plain(), build.layers.MergedLoRALinear.forward
     z = torch.randn(4, 12, dtype=torch.float64)
     with torch.no_grad():
+        compiled = torch.compile(forward, backend="eager", fullgraph=True)
+        assert close(compiled(plain, z), plain(z))
         forward(plain, z)
         kept = build.layers._KEPT[plain.bank]
         assert close(forward(plain, z), plain(z))
