@@ -28,7 +28,7 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 # Numbers like 1e-3, which YAML 1.1 reads as text and recipes as numbers.
 _EXPONENT = r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"
 _SHARD_SIZE = r"^\s*(\d+\.?\d*|\.\d+)\s*[KkMmGgTt][Bb]\s*$"
-_MEMORY = r"^\s*(\d+\.?\d*|\.\d+)\s*[KkMmGg]i?[Bb]\s*$"
+_MEMORY = r"^\s*(\d+\.?\d*|\.\d+)\s*[KkMmGg][Ii]?[Bb]\s*$"
 _REPO = r"^[\w-][\w.-]*/[\w-][\w.-]*$"
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _FLAG: Schema = {"type": "boolean"}
@@ -64,7 +64,7 @@ def schema() -> Schema:
         "dora": _enum(DORA, Recipe.dora),
         "added_tokens": _enum(ADDED_TOKENS, Recipe.added_tokens),
         "dtype": _enum(DTYPES, Placed.dtype),
-        "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?)$", "default": Placed.device},
+        "device": {"type": "string", "pattern": r"^(auto|cpu|mps|cuda(:\d+)?)$", "default": Placed.device},
         "device_map": _or_null(_enum(DEVICE_MAPS), _device_map()),
         "max_memory": _or_null(_max_memory()),
         "quantization": _or_null(_enum(QUANTIZATIONS)),

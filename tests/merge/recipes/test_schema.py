@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonschema
@@ -20,12 +21,14 @@ from zoo import build
 from nsc_merge.commands import run
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.method import Method
+from nsc_merge.models.bases.placement import device_of
 from nsc_merge.recipes import merge_recipe, preflight
 from nsc_merge.recipes.adapter_keys import ADAPTER_KEYS
 from nsc_merge.recipes.calibration_keys import DATA_KEYS
 from nsc_merge.recipes.merge_recipe import load_recipe
-from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, PLACEMENT_KEYS, QUANTIZATIONS
+from nsc_merge.recipes.placement_keys import DEVICE_MAPS, DTYPES, PLACEMENT_KEYS, QUANTIZATIONS, placement_keys
 from nsc_merge.recipes.schema import described, schema
+from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.results.layout import FORMATS, OPTIONS_OF_RUN
 from nsc_merge.utils.errors import UsageError
 from nsc_merge.utils.option_checks import ChoiceError
@@ -154,6 +157,21 @@ def test_what_is_refused_by_a_recipe_is_refused(change, key):
     found = complaints({**LEAST, **change})
     assert len(found) >= 1
     assert any(key in one for one in found), found
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "mps", "cuda", "cuda:1", "gpu", "mps:0", "cuda:one", "CPU"])
+def test_devices_are_those_that_there_may_be(monkeypatch, name):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with nullcontext() if complaints({**LEAST, "device": name}) == [] else pytest.raises(ValueError, match="device"):
+        device_of(name)
+
+
+@pytest.mark.parametrize("size", ["20GiB", "20 GIB", "20gib", "1.5Mb", ".5kB", "20", "20G", "20TiB", "GB"])
+def test_sizes_are_written_as_a_recipe_takes_them(size):
+    given = {"device_map": "auto", "max_memory": {"cpu": size}}
+    with nullcontext() if complaints({**LEAST, **given}) == [] else pytest.raises(RecipeError, match="max_memory.cpu"):
+        placement_keys(given)
 
 
 def test_nothing_is_required_but_model_adapters_and_output():
