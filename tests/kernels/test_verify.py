@@ -97,6 +97,8 @@ def test_one_other_bit_in_one_of_all_calls_is_noticed(what: str, monkeypatch: py
     assert not found(wrong=count)[0]
     nan = {"y": torch.tensor(math.nan)}
     assert not repeats.same(nan, nan)  # which memory that nobody has written reads as
+    one = torch.ones(3)
+    assert not repeats._replayed({"y": one}, {"y": one.clone()}, lambda: None, torch.device("cpu"))  # it writes nothing
 
 
 def test_a_trial_waits_for_memory_that_others_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
