@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked_workers
 import pytest
@@ -310,6 +311,33 @@ def test_layers_by_name():
     assert call_of(device, torch.float32, shape) == (device, torch.float32, 7, 768, 768, (0, 4, 8))
 
 
+# Parameters as they are published, those outside of the blocks' linears (embeddings, norms, biases), and the blocks.
+PUBLISHED = {
+    "vit-b": (85_798_656, 768 * (768 + 201) + 12 * 13 * 768, 12),
+    "vit-l": (303_301_632, 1024 * (768 + 201) + 24 * 13 * 1024, 24),
+    "llama3-8b": (8_030_261_248, 2 * 128_256 * 4096 + 65 * 4096, 32),
+    "llama3.2-1b": (1_235_814_400, 128_256 * 2048 + 33 * 2048, 16),
+    "llama3-70b": (70_553_706_496, 2 * 128_256 * 8192 + 161 * 8192, 80),
+    "llava-7b": (6_738_415_616, 2 * 32_000 * 4096 + 65 * 4096, 32),
+    "qwen3-0.6b": (596_049_920, 151_936 * 1024 + 57 * 1024 + 28 * 256, 28),
+    "qwen3-4b": (4_022_468_096, 151_936 * 2560 + 73 * 2560 + 36 * 256, 36),
+    "qwen3-8b": (8_190_735_360, 2 * 151_936 * 4096 + 73 * 4096 + 36 * 256, 36),
+    "gemma3-1b": (999_885_952, 262_144 * 1152 + 105 * 1152 + 26 * 512, 26),
+    "gemma3-4b": (3_880_263_168, 262_208 * 2560 + 137 * 2560 + 34 * 512, 34),
+    "gemma2-9b": (9_241_705_984, 256_000 * 3584 + 169 * 3584, 42),
+}
+
+
+def test_the_layers_of_a_model_have_as_many_parameters_as_it_has():
+    for model, (parameters, others, blocks) in PUBLISHED.items():
+        size = {layer: d_in * d_out for layer, (d_in, d_out) in MODELS[model].items()}
+        gated = 1 + (not model.startswith("vit"))
+        block = size["q"] + 2 * size["kv"] + size["o"] + gated * size["up"] + size["down"]
+        assert blocks * block + others == parameters, model
+    assert MODELS["llava-7b-vision"] == MODELS["vit-l"]
+    assert MODELS.keys() == {*PUBLISHED, "llava-7b-vision"}
+
+
 @pytest.fixture
 def own_registry(monkeypatch):
     registry.load_shipped()
@@ -350,6 +378,35 @@ def test_a_class_is_a_contender(tmp_path, own_registry):
         registry.contender("Mine")(lambda p: None)
     with pytest.raises(ValueError, match="of: expected 'operator' or 'linear', found 'layer'"):
         registry.contender("other", of="layer")(lambda p: None)
+    with pytest.raises(ValueError, match="group: expected one of plain, compiles, .*, found 'fast'"):
+        registry.contender("other", group="fast")(lambda p: None)
+
+
+DECORATED = """
+from __future__ import annotations
+from dataclasses import dataclass
+from nsc_kernels.bench import contender
+@dataclass
+class Tiles:
+    rows: int = 4
+@contender("mine")
+def my_kernel(p):
+    return None
+"""
+
+
+def test_a_decorated_function_may_be_named(tmp_path, own_registry):
+    (tmp_path / "decorated.py").write_text(DECORATED)
+    before = registry.registered("operator")
+    registry.load(f"{tmp_path / 'decorated.py'}:my_kernel")
+    assert [one.name for one in registry.registered("operator") if one not in before] == ["mine"]
+
+
+def test_an_installed_package_registers_contenders(own_registry, monkeypatch):
+    points = {"nsc_kernels.contenders": [SimpleNamespace(load=lambda: registry.contender("theirs")(lambda p: None))]}
+    monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
+    registry.load_shipped.__wrapped__()
+    assert "theirs" in {one.name for one in registry.registered("operator")}
 
 
 def test_groups():
@@ -361,6 +418,7 @@ def test_groups():
     assert {"fused_triton", "fused_cuda"} <= {*on_gpu}
     assert ("two_launches" in on_gpu) == (importlib.util.find_spec("triton") is not None)
     assert {one.group for one in registry.chosen("operator", ["variant"])} == {"variant"}
+    assert {one.group for one in registry.chosen("operator", ["all"])} == {*registry.GROUPS} - {"variant"}
     assert {"vllm"} == {one.name for one in registry.chosen("operator", ["package"])}
 
 
