@@ -158,6 +158,8 @@ def _of_type(hint: Any) -> list[Schema]:
         return [one for part in inner for one in _of_type(part)]
     if hint is float:
         return [{"$ref": "#/$defs/number"}]
+    if hint is Any:
+        return [{}]
     plainly = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
     if hint in plainly:
         return [{"type": plainly[hint]}]

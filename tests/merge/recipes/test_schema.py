@@ -159,6 +159,21 @@ def test_what_is_refused_by_a_recipe_is_refused(change, key):
     assert any(key in one for one in found), found
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "wrong"),
+    [
+        ("nsc", {"family": {"block": r"layers\.(\d+)\.", "score_modules": ["v_proj"]}}, {"family": "llama"}),
+        ("match", {"family": {"causal": True}}, {"family": ["llama"]}),
+        ("distill", {"regmean": {"off_diagonal": 0.9}, "family": None}, {"regmean": "yes"}),
+    ],
+)
+def test_mappings_are_options_where_a_method_takes_them(method, given, wrong):
+    """As docs/architectures.md has a family in a recipe."""
+    METHODS[method].resolved(given, ["a"])
+    assert complaints({**LEAST, "method": method, "options": given}) == []
+    assert complaints({**LEAST, "method": method, "options": wrong}) != []
+
+
 @pytest.mark.parametrize("name", ["auto", "cpu", "mps", "cuda", "cuda:1", "gpu", "mps:0", "cuda:one", "CPU"])
 def test_devices_are_those_that_there_may_be(monkeypatch, name):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
