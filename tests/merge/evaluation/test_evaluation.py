@@ -24,12 +24,14 @@ from zoo import KINDS, build, write_adapter
 
 import nsc_merge
 from nsc_merge.commands.main import main
-from nsc_merge.evaluation import heads
+from nsc_merge.evaluation import candidates, heads
 from nsc_merge.evaluation.candidates import candidate_of, open_saved
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.metrics import cross_entropy
 from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import applied, joint_hits, predict
 from nsc_merge.evaluation.suite import RecipeSuite
+from nsc_merge.methods import METHODS
 from nsc_merge.models.bases.placement import Placement
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -266,6 +268,19 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
         for path in expected.paths:
             torch.testing.assert_close(found[name].delta(path), expected.delta(path), rtol=1e-5, atol=1e-7)
     assert (place / "out" / "coefficients" / "adamerging-seed0" / "losses.png").is_file()
+
+
+def test_tasks_without_a_head_are_left_to_the_models_own_answers():
+    """Of those that generate and those of the harness, a next token is predicted: one of classes, not a value."""
+    classes, values = (SimpleNamespace(generate=False, metric=SimpleNamespace(loss=one)) for one in (cross_entropy, 0))
+    labelled = {"nli": classes, "depth": values, "said": SimpleNamespace(generate=True)}
+    recipe = SimpleNamespace(labelled=labelled, tasks=[*labelled, "quiz"])
+    suite = SimpleNamespace(output=print)
+    given = candidates._output_options(suite, recipe, METHODS["distill"])
+    expected = {"nli": "categorical", "depth": "gaussian", "said": "categorical", "quiz": "categorical"}
+    assert (given["likelihood"], list(given["outputs"])) == (expected, ["nli", "depth"])
+    given = candidates._output_options(suite, recipe, METHODS["adamerging"])
+    assert {name: list(one) for name, one in given.items()} == {"outputs": ["nli"]}
 
 
 def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsys):

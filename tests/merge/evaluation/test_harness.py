@@ -338,6 +338,9 @@ def test_a_group_of_tasks_is_one_figure(place, calls, capsys):
     [
         (["tasks.quiz.lm_eval=3"], "tasks.quiz.lm_eval: expected text, found 3"),
         (["tasks.quiz.limit=0"], "limit: expected a whole number of at least 1, or a share below 1, found 0"),
+        (["tasks.quiz.limit=1.0"], "limit: expected a whole number of at least 1, or a share below 1, found 1.0"),
+        (["tasks.quiz.limit=0.0"], "limit: expected a whole number of at least 1, or a share below 1, found 0.0"),
+        (["tasks.quiz.limit=some"], "limit: expected a whole number of at least 1, or a share below 1, found 'some'"),
         (["tasks.quiz.num_fewshot=-1"], "tasks.quiz.num_fewshot: expected a whole number of at least 0, found -1"),
         (["tasks.quiz.test=own.safetensors"], "tasks.quiz.test: no such key (keys: adapter, lm_eval, metric"),
         (["tasks.quiz.adapter=null"], "tasks.quiz.adapter: expected a path, found none"),

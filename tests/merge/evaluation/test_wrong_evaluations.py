@@ -106,6 +106,7 @@ def test_samples_of_both_splits_are_told(place, capsys):
             "joint: expected at least two tasks of metric accuracy",
         ),
         (["seeds=3"], "seeds: expected a list of different whole numbers, found 3"),
+        (["lm_eval.batch_size=2"], "lm_eval: no task is measured by it; expected the key lm_eval in some of tasks"),
         (["output.plots=maybe"], "output.plots: expected true or false"),
         (["output=null"], "output.dir: expected text"),
         (["model=nowhere"], "model: expected a folder or a hub id"),
