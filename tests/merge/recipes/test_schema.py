@@ -189,6 +189,18 @@ def test_sizes_are_written_as_a_recipe_takes_them(size):
         placement_keys(given)
 
 
+def test_the_least_of_all_that_is_counted_is_taken():
+    least = {
+        "batch_size": 1,
+        "data": {"max_length": 1, "samples": 1, "seed": 0},
+        "labels": {"a": ["x"]},
+        "device_map": {"lm_head": 0},
+        "output": {"dir": "merged", "formats": ["lora"], "rank": 1},
+    }
+    assert complaints({**LEAST, **least}) == []
+    assert complaints({**LEAST, "device_map": "auto", "max_memory": {"cpu": 0, "0": "1GB"}}) == []
+
+
 def test_nothing_is_required_but_model_adapters_and_output():
     for name in LEAST:
         without = {key: value for key, value in LEAST.items() if key != name}
