@@ -19,6 +19,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.gradient.nsc_options import RECIPES
 from nsc_merge.models.families import FAMILIES
+from nsc_merge.recipes.first import findings
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import BATCH_SIZES
 from nsc_merge.recipes.merge_recipe import load_recipe
@@ -247,6 +248,27 @@ def test_data_of_another_kind_is_refused(at, places, capsys):
     assert "no column of images" in refused(capsys, *ADAPTERS, "--data", prompts)
     inputs = str(places["llama"] / "inputs")
     assert "takes no input ['input_ids']" in refused(capsys, *ADAPTERS, "--data", inputs)
+
+
+def test_data_is_left_out_of_a_recipe_that_needs_none(at, capsys):
+    at("llama")
+    Path("blank.jsonl").write_text("\n")
+    assert "blank.jsonl is empty" in refused(capsys, *ADAPTERS, "--data", "blank.jsonl")
+    said = json.loads(summary_of(capsys, "--data", "blank.jsonl", "--method", "ties"))
+    (warning,) = said["warnings"]
+    assert warning.startswith("the data is left out: --data one: ")
+    assert said["data"] == {}
+    assert "calibration" not in written()
+
+
+def test_what_does_not_fit_is_said(at, capsys, monkeypatch):
+    """Where it is known how much there is."""
+    at("llama")
+    for there, warns in ((1000, 1), (10**12, 0), (0, 0)):
+        monkeypatch.setattr(findings, "total_memory", lambda device, there=there: there)
+        said = json.loads(summary_of(capsys, "--data", "prompts.jsonl"))
+        assert said["device_bytes"] == there
+        assert sum("a step does not fit the memory here" in one for one in said["warnings"]) == warns
 
 
 def test_every_family_has_a_batch_size():
