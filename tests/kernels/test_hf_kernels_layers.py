@@ -127,6 +127,8 @@ def test_banks_that_do_not_fit_are_refused(build: ModuleType) -> None:
     plain.bank.A.requires_grad_()
     with pytest.raises(RuntimeError, match=r"bank.A requires a gradient.*requires_grad_\(False\)"):
         forward(plain, z)
+    with torch.no_grad():  # as it is evaluated while it is trained
+        assert close(forward(plain, z), plain(z))
     plain.bank.A.requires_grad_(False)
     plain.bank.Bt.requires_grad_()
     with pytest.raises(RuntimeError, match="bank.Bt requires a gradient"):

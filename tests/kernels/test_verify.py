@@ -51,6 +51,10 @@ def test_every_trial_is_tried_on_what_its_name_says() -> None:
         forward, backward = run._forward_call(), run._backward_call(run.p.z @ run.p.A.t())
         assert (forward.stats, forward.base is not None) == (statistics, given == "y")
         assert tuple(value is not None for value in backward[:3]) == gradients
+    p = problem(64, 96, 80, (8, 8), torch.float32, torch.device("cpu"))
+    u = p.z @ p.A.t()
+    # None drowns the others, whose errors would be lost in its own.
+    assert [float(t.std()) for t in (p.z, u, u @ p.Bt, p.base, p.dy)] == pytest.approx([1] * 5, abs=0.2)
     kinds = Counter(trial.payload.what for trial in check.trials(["triton"], dry_run=False).values())
     assert sum(kinds.values()) == 178
     assert (kinds["accuracy"], kinds["repeats"], kinds["replays"], kinds["captures"]) == (92, 19, 19, 19)
