@@ -190,12 +190,18 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
         (["--shapes", "llama3-8b.qq"], "did you mean 'llama3-8b.q'?"),
         (["--shapes", "0x5"], "has a width of 0"),
         (["--adapters", "6"], "expected how many by their rank, such as 6x16, found '6'"),
+        (["--adapters", "2x0"], "adapters: expected how many by their rank, such as 6x16, found '2x0'"),
+        (["--adapters", "0x4"], "found '0x4'"),
         (["--tokens", "0"], "tokens: expected at least 1, found 0"),
         (["--dtype", "int8"], "dtype: expected some of fp32, bf16, fp16, found 'int8'"),
+        (["--cache", "hot"], "cache: expected some of cold, warm, found 'hot'"),
         (["--calls", "graph"], "a CPU has no graphs"),
-        (["--threads", "0"], "threads, samples: expected at least 1"),
+        (["--threads", "2,0"], "threads, samples: expected at least 1"),
+        (["--samples", "0"], "threads, samples: expected at least 1"),
         (["--sample-ms", "0"], "sample-ms: expected milliseconds above 0, found 0"),
+        (["--sample-ms", "inf"], "sample-ms: expected milliseconds above 0, found inf"),
         (["--contenders", "fast"], "'fast' is not one of operator: fused, "),
+        (["--contenders", ","], "contenders: none of operator is in "),
         (["--contender", "nowhere"], "'nowhere' cannot be imported"),
         (["--contender", "nowhere.py"], "there is no file nowhere.py"),
         (["--contender", "json"], "'json' registers none"),
@@ -289,8 +295,17 @@ def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
     assert (cell.of, cell.shape.T, cell.dtype, cell.threads) == ("linear", 1536, "bf16", 0)
     assert cell.hows == (("graph", "cold"), ("graph", "warm"), ("eager", "cold"))
     assert cell.clocks == tmp_path / "r.clocks.jsonl"
+    assert (arguments.tokens, arguments.dtype) == ([256, 1536], ["bf16"])
     with pytest.raises(ValueError, match="on a GPU warm is of graphs"):
         measure.completed(measure.parser_of("linear").parse_args(["--cache", "warm", "--calls", "eager"]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: there is no CUDA device"):
+        measure.completed(measure.parser_of("linear").parse_args(["--device", "cuda"]))
+    on_cpu = measure.completed(measure.parser_of("linear").parse_args(["--cache", "cold,warm"]))
+    assert (on_cpu.device, on_cpu.tokens, on_cpu.dtype, on_cpu.threads) == ("cpu", [32, 512], ["fp32"], [1])
+    assert measure.hows(on_cpu) == (("eager", "cold"), ("eager", "warm"))
+    quick = measure.completed(measure.parser_of("linear").parse_args(["--quick", "--samples", "5"]))
+    assert (quick.samples, quick.sample_ms, quick.tokens) == (5, 8, [32, 256])
 
 
 def test_layers_by_name():
