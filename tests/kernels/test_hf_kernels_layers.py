@@ -81,6 +81,7 @@ def test_a_layer_s_forward_fits_under_another_class(stats: bool, build: ModuleTy
     layer = build.layers.MergedLoRALinearNSC if stats else build.layers.MergedLoRALinear
     z = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     assert close(layer.forward(plain, z), plain(z))
+    assert (layer.has_backward, layer.can_torch_compile) == (True, True)  # kernels asks by these names
     own = build.AdapterBank(plain.bank.A, plain.bank.Bt, plain.bank.offsets)
     assert build.layers.own_bank(own) is own
     found, expected = (
