@@ -22,6 +22,7 @@ from nsc_merge.models.families import FAMILIES
 from nsc_merge.recipes.first import findings
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import BATCH_SIZES
+from nsc_merge.recipes.forecast.prospect import prospect_of
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -198,7 +199,7 @@ def test_what_a_merge_keeps_is_a_recipe_too(at):
     assert written("kept/recipe.yaml")["calibration"]["one"]["text"] == "{question}\n{answer}"
 
 
-@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (2, 0.4), (6, 1 / 6)])
+@pytest.mark.parametrize(("count", "scale"), [(1, 1.0), (5, 0.4), (6, 1 / 6)])
 def test_without_data_a_method_is_chosen_that_needs_none(at, capsys, count, scale):
     place = at("llama")
     names = [f"copy{number}" for number in range(count)]
@@ -222,6 +223,28 @@ def test_another_method_can_be_asked_for(at, method):
     recipe = load_recipe("recipe.yaml")
     assert "lora" in recipe.formats or METHODS[method].gives in ("full rank", "nothing")
     METHODS[method].resolved(recipe.options, list(recipe.adapters))
+
+
+def test_a_method_that_needs_no_data_is_taken_without(at, capsys):
+    at("llama")
+    assert main(["init", *ADAPTERS, "--method", "ties"]) == 0
+    assert (written()["method"], "calibration" in written()) == ("ties", False)
+    Path("recipe.yaml").unlink()
+    needed = "--method: match needs unlabelled inputs of every task, found none; expected --data"
+    capsys.readouterr()
+    assert needed in refused(capsys, *ADAPTERS, "--method", "match")
+
+
+def test_of_a_base_in_half_precision_no_merged_weights_are_counted(at, capsys):
+    place = at("llama")
+    base = shutil.copytree(place / "base", place / "half", dirs_exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert main(["init", *ADAPTERS[:2], "--base", "half", "--data", "prompts.jsonl", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    found = prospect_of(load_recipe("recipe.yaml"))
+    assert said["dtype"] == "bfloat16"
+    assert said["step_bytes"] == found["ways"][found["way"]]["bytes"]
 
 
 def test_dora_is_exact_and_said(at):

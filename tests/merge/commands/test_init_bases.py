@@ -133,6 +133,15 @@ def test_a_quantised_base_is_not_written_as_a_model(at, capsys):
     assert main(["init", "adapters/one", "--base", "packed"]) == 0
     assert "quantised (bitsandbytes)" in capsys.readouterr().out
     assert written()["output"]["formats"] == ["lora"]
+    # How many bytes it takes stands in its files.
+    assert main(["init", *ADAPTERS[:2], "--base", "packed", "--data", "prompts.jsonl", "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step_bytes"] is None
+    assert "quantization" not in written()
+    # Its codes have kernels without a gradient.
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (base / "config.json").write_text(json.dumps(config))
+    assert main(["init", "adapters/one", "--base", "packed", "--force"]) == 0
+    assert written()["quantization"] == "dequantize"
 
 
 def test_an_adapter_on_the_hub_is_fetched_and_called_by_its_id(at, monkeypatch):
