@@ -22,9 +22,9 @@ import torch
 import nsc_kernels as nk
 from nsc_kernels import printing
 from nsc_kernels.bench import __main__ as command
-from nsc_kernels.bench import ceilings, compare, measure, registry, report, tables
+from nsc_kernels.bench import ceilings, compare, measure, measuring, registry, report, tables
 from nsc_kernels.bench.costs import Ceilings, roofline
-from nsc_kernels.bench.measuring import read_rows
+from nsc_kernels.bench.measuring import quantiles, read_rows
 from nsc_kernels.bench.problem import call_of
 from nsc_kernels.bench.shapes import MODELS, Shape, adapters, grid, layers
 from nsc_kernels.bench.trials import Outcome
@@ -643,6 +643,15 @@ def test_a_processor_moves_what_it_copies_or_what_it_reads():
     reads = [{"what": "read", "threads": threads, "p50": p50} for threads, p50 in figures]
     assert of([*MACHINE, *reads], "fp32", 1) == Ceilings(3e10, 5e10)
     assert of([*MACHINE, {**reads[0], "p50": 0.005}], "fp32", 1) == Ceilings(1e10, 5e10)
+
+
+def test_quantiles_and_microseconds(monkeypatch):
+    assert quantiles([9, 0, 7, 2, 5, 4, 6, 3, 8, 1]) == {"p20": 2, "p50": 4.5, "p80": 7, "samples": 10}
+    assert quantiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0, "samples": 1}
+    seconds, ran = iter([1.0, 1.25]), []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(seconds))
+    assert measuring.microseconds(lambda: ran.append(1), torch.device("cpu")) == 250_000
+    assert ran == [1]
 
 
 def test_what_changed_beyond_the_spread(tmp_path, capsys):
