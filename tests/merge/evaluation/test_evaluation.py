@@ -270,6 +270,18 @@ def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys
     assert (place / "out" / "coefficients" / "adamerging-seed0" / "losses.png").is_file()
 
 
+def test_what_draws_has_the_seed_of_its_run_or_its_own(place):
+    change(place, methods=["dare", {"method": "dare", "name": "own", "options": {"seed": 7}}])
+    recipe = load_eval_recipe(place / "eval.yaml").at(0)
+    suite = RecipeSuite(recipe)
+    found = {row.name: candidate_of(suite, recipe, row, 4) for row in recipe.rows}
+    by_seed = {seed: nsc_merge.merge(suite.model, suite.adapters, method="dare", seed=seed) for seed in (0, 4, 7)}
+    path = by_seed[0].paths[0]
+    for name, seed in (("dare", 4), ("own", 7)):
+        same = [torch.equal(found[name].delta(path), other.delta(path)) for other in by_seed.values()]
+        assert same == [one == seed for one in by_seed]
+
+
 def test_tasks_without_a_head_are_left_to_the_models_own_answers():
     """Of those that generate and those of the harness, a next token is predicted: one of classes, not a value."""
     classes, values = (SimpleNamespace(generate=False, metric=SimpleNamespace(loss=one)) for one in (cross_entropy, 0))
