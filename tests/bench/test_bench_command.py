@@ -304,8 +304,12 @@ def test_on_a_gpu_both_ways_of_calling_and_all_backends(monkeypatch, tmp_path):
     on_cpu = measure.completed(measure.parser_of("linear").parse_args(["--cache", "cold,warm"]))
     assert (on_cpu.device, on_cpu.tokens, on_cpu.dtype, on_cpu.threads) == ("cpu", [32, 512], ["fp32"], [1])
     assert measure.hows(on_cpu) == (("eager", "cold"), ("eager", "warm"))
-    quick = measure.completed(measure.parser_of("linear").parse_args(["--quick", "--samples", "5"]))
-    assert (quick.samples, quick.sample_ms, quick.tokens) == (5, 8, [32, 256])
+    quick = measure.completed(measure.parser_of("linear").parse_args(["--quick", "--samples", "1"]))
+    assert (quick.samples, quick.sample_ms, quick.tokens) == (1, 8, [32, 256])
+    words = ["--shapes", "40x24,24x40", "--threads", "1,2", "--dtype", "fp32,bf16", "--adapters", "2x4,3x4"]
+    every = measure.trials(measure.completed(measure.parser_of("linear").parse_args([*words, "--tokens", "5,7"])))
+    assert len(every) == 1 + 2**5  # none under the name of another
+    assert len({trial.payload for trial in every.values()}) == len(every)
 
 
 def test_layers_by_name():
