@@ -189,6 +189,10 @@ def test_inputs_in_safetensors_need_no_data_keys(at, capsys):
     assert "data" not in document
     assert document["calibration"]["one"] == "inputs/one.safetensors"
     assert main(["run", "recipe.yaml", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # As many rows as a batch has, of the three that are there, and padding among them as far as headers tell.
+    said = json.loads(summary_of(capsys, "--data", "inputs"))
+    assert said["step_bytes"] == pytest.approx(plan["prospect"]["ways"][plan["prospect"]["way"]]["bytes"])
 
 
 def test_what_a_merge_keeps_is_a_recipe_too(at):

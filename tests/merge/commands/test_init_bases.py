@@ -166,6 +166,8 @@ def test_a_dataset_on_the_hub_is_named_and_not_fetched(at):
     at("llama")
     assert main(["init", *ADAPTERS, "--data", "someone/prompts"]) == 0
     assert written()["calibration"] == {"one": "someone/prompts", "two": "someone/prompts"}
+    # 500 steps of 2 samples.
+    assert written()["data"] == {"samples": 1000, "max_length": 512, "seed": 0}
     recipe = load_recipe("recipe.yaml")
     assert (recipe.calibration["one"].source, recipe.calibration["one"].local) == ("someone/prompts", False)
 

@@ -218,6 +218,7 @@ def test_what_is_read_off_a_model():
     early = read(score_blocks=[1], score_modules=["q_proj", "v_proj"], checkpointing=True)
     assert [one.runs for one in early.blocks] == [True, True, False, False]
     assert all(one.recomputed for one in early.blocks)
+    assert all(one.runs for one in read(score_blocks=[1], early_exit=False).blocks)
     late = read(early_exit=False)
     assert (late.front, late.head, late.blocks[3].ends) == (outside, VOCABULARY, False)
     # Stored otherwise, linears take less, norms as much, and there is nothing to fold.
@@ -227,6 +228,15 @@ def test_what_is_read_off_a_model():
     # Where there is padding the mask is kept, as long as a row, and keys and values for all heads.
     plain, masked = ([one.kept for one in found.blocks] for found in (work, read(padded=True)))
     assert masked == [*(one + 2 * (WIDTH - WIDTH // 2) + LENGTH for one in plain[:3]), plain[3]]
+    # As long as the longest, where they differ: rows of several lengths may run together. The other task's adapter
+    # keeps eight numbers more.
+    drawn = {"task0": texts(1, LENGTH // 2)[0], "other": texts(1)[0]}
+    mixed = work_of(model, {**adapters, "other": adapter}, drawn, options_for(model, adapters))
+    assert [one.kept - 8 for one in mixed.blocks[1:3]] == masked[1:3]
+    assert mixed.passes == ((ROWS, LENGTH // 2), (ROWS, LENGTH))
+    # A forward ends at the last of what is measured.
+    adapters = adapters_for(model, 1, ALL)
+    assert read(score_modules=["v_proj", "down_proj"]).blocks[3].forward == numbers - WIDTH * 352
     model.lm_head.weight = model.model.embed_tokens.weight
     assert read().front == read().outside == outside - head
 
@@ -234,9 +244,9 @@ def test_what_is_read_off_a_model():
 def test_tokens_of_images():
     model = encoder()
     adapters = adapters_for(model, 1, QV)
-    drawn = {"task0": {"pixel_values": torch.zeros(3, 3, 48, 32)}}
+    drawn = {"task0": {"pixel_values": torch.zeros(5, 3, 48, 32)}}
     # 6 x 4 patches of 8, and the class.
-    assert work_of(model, adapters, drawn, options_for(model, adapters)).passes == ((3, 25),)
+    assert work_of(model, adapters, drawn, options_for(model, adapters)).passes == ((5, 25),)
 
 
 @pytest.mark.parametrize(
