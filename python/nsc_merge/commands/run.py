@@ -56,7 +56,8 @@ Merges as a YAML recipe says:
                                     #   balanced_low_0, sequential, or module path: 0, cpu or disk
   max_memory: null                  # of device_map: {0: 20GiB, cpu: 60GiB}
   quantization: none                # or bitsandbytes-8bit, bitsandbytes-4bit, torchao-int8,
-                                    #   torchao-int4, fp8; a quantised base needs no key
+                                    #   torchao-int4, fp8; a quantised base needs no key, or
+                                    #   dequantize: its files (fp8, mxfp4) as plain numbers
   full_hash: false                  # or true, as --full-hash
   labels: {french: names.txt}       # task: names of its head's classes, a list, .txt or .json
   output: {dir: merged, formats: [lora, model], rank: null, max_shard_size: null, plots: true}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-QUANTIZATIONS = ("none", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4", "fp8")
+QUANTIZATIONS = ("none", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4", "fp8", "dequantize")
 # As accelerate reads it, but for the bits that it takes a small b for.
 _MEMORY = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*[KMG]i?B\s*", re.IGNORECASE)
 _PLACE = re.compile(r"cpu|disk|cuda(:\d+)?")
@@ -30,7 +30,8 @@ class Placed:
         device_map: how accelerate spreads the model over devices: one of :data:`DEVICE_MAPS`, or module path -> number
             of a GPU, ``"cpu"`` or ``"disk"``; None for one device.
         max_memory: number of a GPU or ``"cpu"`` -> the most to put there, for a ``device_map`` that is no mapping.
-        quantization: how linears are quantised on loading; None leaves them as their files are.
+        quantization: how linears are quantised on loading, or ``"dequantize"`` for the numbers that quantised files
+            stand for; None leaves them as their files are.
     """
 
     dtype: str = "auto"

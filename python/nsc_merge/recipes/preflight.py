@@ -11,7 +11,7 @@ from pathlib import Path
 from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.methods import Method, method_of
 from nsc_merge.models.bases.architecture import quantised_as
-from nsc_merge.models.bases.placement import device_of
+from nsc_merge.models.bases.placement import PLAIN, check_plain, device_of
 from nsc_merge.processes.group import current
 from nsc_merge.recipes.merge_recipe import Recipe, RecipeError
 from nsc_merge.recipes.placement_keys import Placed
@@ -226,10 +226,22 @@ def check_placement(placed: Placed, folder: str | None) -> str | None:
                 f"found {getattr(placed, key)!r:.60}"
             )
     own = None if folder is None else _quantised_as(Path(folder) / "config.json")
+    if own is not None and current().size > 1:
+        raise RecipeError(
+            f"model: several processes hold a plain base in shards, found files that are quantised ({own}); expected "
+            "one process, with device_map where no device holds the base"
+        )
+    if placed.quantization == PLAIN:
+        if folder is not None:
+            try:
+                check_plain(own)
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+        return None
     if own is not None and placed.quantization is not None:
         raise RecipeError(
-            f"quantization: the base in {folder} is quantised already ({own}); expected none, found "
-            f"{placed.quantization!r}"
+            f"quantization: the base in {folder} is quantised already ({own}); expected none, or "
+            f"{PLAIN}, found {placed.quantization!r}"
         )
     return own or placed.quantization
 

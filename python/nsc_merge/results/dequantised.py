@@ -1,10 +1,11 @@
-"""Writes a merged model of a quantised base as a plain one, a shard at a time."""
+"""Writes a merged model of a quantised base as a plain one, a shard at a time, under the names of plain files."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,34 @@ def save_dequantised(result: MergedUpdate, folder: Path, max_shard_size: str | i
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         twin.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+@contextmanager
+def under_plain_names(model: nn.Module) -> Iterator[None]:
+    """For the duration of a ``with`` block transformers saves a model under the names of files with plain numbers.
+
+    Of a base whose files are quantised it remembers how it made numbers of their codes, and saves by going that way
+    back: numbers under the names of codes, which it then reads as neither (gpt-oss), or not at all (bitsandbytes).
+    """
+    remembered: Any = vars(model).get("_weight_conversions") or ()
+    if not any(_reads_codes(one) for one in remembered):
+        yield
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    # What else such a conversion does, as of experts that files hold one by one, the model's class does by itself.
+    own = {tuple(one.target_patterns): one for one in get_model_conversion_mapping(model, add_legacy=False)}
+    found = [own.get(tuple(one.target_patterns)) if _reads_codes(one) else one for one in remembered]
+    vars(model)["_weight_conversions"] = [one for one in found if one is not None]
+    try:
+        yield
+    finally:
+        vars(model)["_weight_conversions"] = remembered
+
+
+def _reads_codes(conversion: Any) -> bool:
+    """Whether a conversion of transformers is, in part, one of a quantiser."""
+    return any(hasattr(one, "hf_quantizer") for one in getattr(conversion, "operations", ()))
 
 
 class _Numbers(Mapping[str, Tensor]):

@@ -17,9 +17,9 @@ from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.loading import base_files
 from nsc_merge.models.bases.numbers import file_tensor
 from nsc_merge.models.bases.stored_weights import is_dtensor, numbers_of, state_of
-from nsc_merge.models.bases.unloaded import INDEX, WEIGHTS, Rewritten, saved_names, weight_files
+from nsc_merge.models.bases.unloaded import INDEX, WEIGHTS, Rewritten, saved_names, weight_files, without_bars
 from nsc_merge.processes.group import current
-from nsc_merge.results.dequantised import has_quantised, save_dequantised
+from nsc_merge.results.dequantised import has_quantised, save_dequantised, under_plain_names
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.safetensors_writer import Planned, in_order, write_safetensors
 from nsc_merge.utils.errors import logger
@@ -55,6 +55,16 @@ def write_model(
     size = _SHARD_SIZE if max_shard_size is None else max_shard_size
     if not hasattr(model, "save_pretrained"):
         raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
+    with under_plain_names(model):
+        _write_model(result, folder, size, as_base=max_shard_size is None, dequantize=dequantize)
+    if not is_of_diffusers(model):
+        _check_read(model, folder)
+
+
+def _write_model(
+    result: MergedUpdate, folder: Path, size: str | int, *, as_base: bool, dequantize: bool
+) -> None:
+    model: Any = result.model
     if dequantize and has_quantised(model):
         save_dequantised(result, folder, size)
         return
@@ -94,8 +104,29 @@ def write_model(
         # Of tensors that share their numbers, the first.
         keys.setdefault(key, name)
     planned = _planned(result, keys, merged)
-    files = _as_the_base(model, planned, folder) if max_shard_size is None else None
+    files = _as_the_base(model, planned, folder) if as_base else None
     _write(_divided(model, planned, size, folder) if files is None else files, folder)
+
+
+def _check_read(model: Any, folder: Path) -> None:
+    """Refuse files with tensors under names under which transformers does not read them: it would put random numbers in
+    their place, and say so in a report alone.
+    """
+    held = model.state_dict(keep_vars=True).keys()
+    if all(tensors.keys() <= held for tensors in weight_files(folder).values()):
+        return
+    with without_bars():
+        # On the meta device nothing but names and shapes is read.
+        _, told = type(model).from_pretrained(
+            folder, device_map="meta", output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    # The class may make parts that this model was told to leave out, such as a pooler.
+    lost = sorted(held & {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    if lost:
+        raise ValueError(
+            f"format 'model': transformers does not read {len(lost)} tensors as it writes them, for example {lost[0]}; "
+            "use format 'lora' on the base as it is"
+        )
 
 
 def is_of_diffusers(model: nn.Module) -> bool:

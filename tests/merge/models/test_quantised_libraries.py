@@ -17,8 +17,8 @@ from nsc_merge import Adapter, Factor
 from nsc_merge.methods.gradient.nsc import objective_of
 from nsc_merge.methods.gradient.nsc_options import resolve_options
 from nsc_merge.models.bases.loading import load_model
-from nsc_merge.models.bases.placement import Placement
-from nsc_merge.models.bases.quantised import KINDS, check_gradients, dequantised, is_linear, is_quantised
+from nsc_merge.models.bases.placement import KINDS, Placement
+from nsc_merge.models.bases.quantised import check_gradients, dequantised, is_linear, is_quantised
 from nsc_merge.models.families import family_of
 
 

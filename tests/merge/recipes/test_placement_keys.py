@@ -13,8 +13,7 @@ from cli_cases import make_place
 from zoo import build
 
 from nsc_merge.commands.main import main
-from nsc_merge.models.bases.placement import Placement
-from nsc_merge.models.bases.quantised import KINDS
+from nsc_merge.models.bases.placement import KINDS, PLAIN, Placement
 from nsc_merge.processes.group import Group
 from nsc_merge.recipes import preflight, run, saved_result
 from nsc_merge.recipes.forecast.estimate import STORED
@@ -33,7 +32,8 @@ def read(place, *overrides):
 
 
 def test_every_way_to_quantise_has_its_bytes():
-    assert ("none", *STORED) == ("none", *KINDS) == QUANTIZATIONS
+    assert [*STORED] == [*KINDS]
+    assert ("none", *KINDS, PLAIN) == QUANTIZATIONS
 
 
 def test_the_keys_become_a_placement(place):
@@ -115,7 +115,7 @@ def test_modules_trained_in_full_take_a_base_that_is_whole(place, monkeypatch):
         run._check_whole(read(place, *hub), {"nli": part, "topic": whole})
 
 
-def test_a_quantised_base_needs_no_key_and_takes_none(place, tmp_path):
+def test_a_quantised_base_needs_no_key_and_takes_none(place, tmp_path, monkeypatch):
     base = tmp_path / "base"
     base.mkdir()
     config = json.loads((place / "base" / "config.json").read_text())
@@ -126,6 +126,23 @@ def test_a_quantised_base_needs_no_key_and_takes_none(place, tmp_path):
         preflight.check(read(place, f"model={base}"), resume=False)
     with pytest.raises(RecipeError, match=r"quantization: the base in .* is quantised already \(gptq\)"):
         preflight.check(read(place, f"model={base}", "quantization=fp8", "output.formats=lora"), resume=False)
+    with pytest.raises(RecipeError, match=r"quantization: dequantize is for .* found one quantised by gptq"):
+        preflight.check(read(place, f"model={base}", "quantization=dequantize"), resume=False)
+    with pytest.raises(RecipeError, match=r"quantization: dequantize is for .* found one in plain numbers"):
+        preflight.check(read(place, "quantization=dequantize"), resume=False)
+    monkeypatch.setattr(preflight, "current", lambda: Group(0, 2))
+    with pytest.raises(RecipeError, match=r"model: several processes hold a plain base in shards, .*\(gptq\)"):
+        preflight.check(read(place, f"model={base}", "output.formats=lora"), resume=False)
+
+
+def test_a_base_read_as_plain_numbers_is_written_as_any(place, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((place / "base" / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    preflight.check(read(place, f"model={base}", "quantization=dequantize"), resume=False)
+    with pytest.raises(RecipeError, match="output.formats: .* found one quantised as fp8; expected output.dequantize"):
+        preflight.check(read(place, f"model={base}"), resume=False)
 
 
 def test_the_record_leads_to_the_same_placement(place, monkeypatch):

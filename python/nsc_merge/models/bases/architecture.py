@@ -118,12 +118,12 @@ def quantised_as(config: Any) -> str | None:
     """The method by which the files of a base are quantised, as its configuration, or the fields of one, names it;
     ``"unnamed"`` where it names none, None where they are not quantised.
     """
-    found = _quantisation(config)
+    found = quantisation_of(config)
     method = _field(found, "quant_method")
     return None if found is None else str(getattr(method, "value", method or "unnamed"))
 
 
-def _quantisation(config: Any) -> Any:
+def quantisation_of(config: Any) -> Any:
     """What a configuration says of how files are quantised, where transformers looks, in this order."""
     own = _field(config, "quantization_config")
     return _field(_field(config, "text_config"), "quantization_config") if own is None else own
@@ -137,7 +137,7 @@ def _check_quantisation(name: str, fields: dict[str, Any]) -> None:
     """Refuse files quantised in a way that transformers does not know: it reads codes as if they were the numbers."""
     from transformers.quantizers import AutoHfQuantizer
 
-    given = _quantisation(fields)
+    given = quantisation_of(fields)
     if given is None:
         return
     try:

@@ -19,8 +19,8 @@ from torch import nn
 
 from nsc_merge.models.bases.architecture import Architecture, architecture_of, not_made, outline_of, quantised_as
 from nsc_merge.models.bases.offloaded import load_over_devices, own_memory
-from nsc_merge.models.bases.placement import Placement, device_of
-from nsc_merge.models.bases.quantised import keep_gradients, loading_settings
+from nsc_merge.models.bases.placement import Placement, device_of, loading_settings
+from nsc_merge.models.bases.quantised import keep_gradients
 from nsc_merge.models.bases.sharded import settled, sharding
 from nsc_merge.models.bases.unloaded import Rewritten, leave_in_files, weight_files
 from nsc_merge.models.forward_contexts import giving_tuples

@@ -1,5 +1,5 @@
-"""Linears whose weight is kept as codes, by whatever library: how they are loaded, told apart, measured through and
-turned back into numbers.
+"""Linears whose weight is kept as codes, by whatever library: how they are told apart, measured through and turned back
+into numbers.
 
 Nothing here knows how codes are laid out. A quantised linear is a module with ``in_features``, ``out_features`` and a
 forward, and its forward is what counts: that of bitsandbytes' 8-bit layers rounds their input as well.
@@ -7,9 +7,7 @@ forward, and its forward is what counts: that of bitsandbytes' 8-bit layers roun
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 from nsc_kernels import MergedLoRALinear
 from nsc_kernels.devices import to_float64
 from nsc_merge.adapters.algebra.low_rank import Rows
-from nsc_merge.models.bases.architecture import quantised_as
 from nsc_merge.models.bases.numbers import Stored
+from nsc_merge.models.bases.placement import PLAIN
 from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dtensor, numbers_of, offloading, stored
 
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
@@ -33,102 +31,6 @@ _REPACKS = "support_avx512bf16_for_cpu"
 _ROWS = 1024
 # Of what a forward gives and what its backward promises; 8-bit inputs are off by about a hundredth.
 _TOLERANCE = 0.2
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A way to quantise the linears of a base model while it is loaded.
-
-    Attributes:
-        library: that does it, by the name that it is imported and installed by.
-        config: given the dtype that activations have, transformers' configuration.
-    """
-
-    library: str
-    config: Callable[[torch.dtype], Any]
-
-
-def _bitsandbytes_8bit(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    # It says with every product of every step that its input is cast to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _bitsandbytes_4bit(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _torchao_int8(dtype: torch.dtype) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def _torchao_int4(dtype: torch.dtype) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-    from transformers import TorchAoConfig
-
-    # Its packed formats run in kernels without a gradient.
-    four_bits = torch.int4  # type: ignore[attr-defined]
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=PerGroup(32)))
-
-
-def _fp8(dtype: torch.dtype) -> Any:
-    from torchao.quantization import Float8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Float8WeightOnlyConfig())
-
-
-KINDS = {
-    # LLM.int8(): inputs are rounded, too, but for outliers.
-    "bitsandbytes-8bit": Kind("bitsandbytes", _bitsandbytes_8bit),
-    # NF4 of QLoRA, which computes in the dtype of the activations.
-    "bitsandbytes-4bit": Kind("bitsandbytes", _bitsandbytes_4bit),
-    "torchao-int8": Kind("torchao", _torchao_int8),
-    # Groups of 32. Four bits of information in a byte each: small in accuracy, not in memory.
-    "torchao-int4": Kind("torchao", _torchao_int4),
-    # float8_e4m3fn with a scale per row; activations stay as they are.
-    "fp8": Kind("torchao", _fp8),
-}
-
-
-def loading_settings(
-    name: str | None, config: Any, dtype: str | torch.dtype, device: torch.device
-) -> dict[str, Any] | None:
-    """For ``from_pretrained`` of a base whose linears are quantised, in its files or as it is loaded; None of others.
-
-    Args:
-        name: a key of :data:`KINDS`; None loads quantised files as they are.
-        config: of the base.
-        dtype: of everything that is not quantised, ``"auto"`` for that of the files.
-        device: to load to; libraries may not let a model move afterwards.
-
-    Raises:
-        ValueError: if there is no such kind, if the base is quantised already, or if the library is not installed.
-    """
-    held = quantised_as(config)
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
-    if name is None:
-        return None if held is None else {"dtype": dtype, **place}
-    if name not in KINDS:
-        raise ValueError(f"quantization: expected one of {list(KINDS)}, found {name!r}")
-    if held is not None:
-        raise ValueError(f"quantization: expected none for a base whose files are quantised ({held}), found {name!r}")
-    kind = KINDS[name]
-    if importlib.util.find_spec(kind.library) is None:
-        raise ValueError(
-            f"quantization: {name} needs {kind.library}, which is not installed: pip install {kind.library}"
-        )
-    if not isinstance(dtype, torch.dtype):
-        dtype = getattr(config, "dtype", None) or torch.bfloat16
-    return {"dtype": dtype, "quantization_config": kind.config(dtype), **place}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -287,16 +189,18 @@ def keeping_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Refuse a model with a quantised linear that loses the gradient of its input: many kernels for inference do, and
-    the merge would learn from what is left of it.
+    """Refuse a model with a quantised linear, or experts, that lose the gradient of their input: many kernels for
+    inference do, and the merge would learn from what is left of it.
 
-    Each is run on two rows, and its gradient compared with what it computes: a linear's output without its bias, times
+    Each linear is run on two rows, and its gradient compared with what it computes: its output without its bias, times
     itself, is its input times the gradient of half that.
 
     Raises:
-        ValueError: naming the first such linear.
+        ValueError: naming the first such module.
     """
     for path, module in model.named_modules():
+        if _are_experts_in_codes(module):
+            raise _no_gradient(path, module)
         if not is_linear(module) or not is_quantised(module):
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
@@ -316,12 +220,22 @@ def check_gradients(model: nn.Module) -> None:
         size = float(given.square().sum())
         promised = 0.0 if found is None else float((to_float64(found) * to_float64(z.detach())).sum())
         if abs(promised - size) > _TOLERANCE * size:
-            raise ValueError(
-                f"{place}: expected a linear whose output has a gradient for its input, found a "
-                f"{type(module).__name__} that has none or a wrong one; load the base for training rather than for "
-                "inference (bitsandbytes' 4 bits on a CPU: anew, as running the model changed their layout), quantise "
-                "it otherwise, or use a method without gradients"
-            )
+            raise _no_gradient(place, module)
+
+
+def _no_gradient(path: str, module: nn.Module) -> ValueError:
+    return ValueError(
+        f"{path}: expected a module whose output has a gradient for its input, found a {type(module).__name__} that "
+        f"has none or a wrong one; load the base in plain numbers (fp8, mxfp4, compressed-tensors: quantization: "
+        f"{PLAIN}, or {PLAIN}=True in the quantization_config) or for training rather than for inference (GPTQ, AWQ: "
+        "backend='auto_trainable'; bitsandbytes' 4 bits on a CPU: anew, as running the model changed their layout), or "
+        "use a method without gradients"
+    )
+
+
+def _are_experts_in_codes(module: nn.Module) -> bool:
+    """Whether a module is transformers' for experts of files in fp8 or mxfp4, whose kernels have no backward."""
+    return type(module).__module__.startswith("transformers.integrations.") and hasattr(module, "num_experts")
 
 
 def _check_runs(path: str, linear: Linear) -> None:
@@ -329,6 +243,6 @@ def _check_runs(path: str, linear: Linear) -> None:
     status = getattr(linear, "quantization_status", None)
     if is_compressed(linear) and getattr(status, "value", None) == "compressed":
         raise ValueError(
-            f"{path}: expected numbers, found codes of compressed-tensors; run the model once first, which "
-            "decompresses them"
+            f"{path}: expected numbers, found codes of compressed-tensors; load the base with {PLAIN}=True in its "
+            "quantization_config, or run the model once first, which decompresses them"
         )

@@ -6,7 +6,8 @@ origin ask for. So it is asked, by having it write marks in the place of tensors
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
         Rewritten: if it writes a tensor otherwise than as it is.
     """
     from safetensors.torch import load_file
-    from transformers.utils import logging
 
     state = model.state_dict(keep_vars=True)
     first: dict[Hashable, str] = {}
@@ -54,10 +54,9 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
     marks = {name: mark_of_first[first[_identity(value)]] for name, value in state.items()}
     firsts = {tuple(mark.tolist()): name for name, mark in mark_of_first.items()}
     saving: Any = model
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        saving.save_pretrained(folder, state_dict=marks)
+        with without_bars():
+            saving.save_pretrained(folder, state_dict=marks)
         saved = {key: mark.clone() for key, mark in load_file(folder / WEIGHTS).items()}
     except (RuntimeError, ValueError, IndexError) as error:
         # Operations on weights, which marks are not.
@@ -65,8 +64,6 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
     finally:
         # Nobody may take it for weights.
         (folder / WEIGHTS).unlink(missing_ok=True)
-        if shown:
-            logging.enable_progress_bar()
     found: dict[str, str] = {}
     for key, mark in saved.items():
         own = firsts.get(tuple(mark.double().flatten().tolist())) if mark.dim() == 1 else None
@@ -74,6 +71,20 @@ def saved_names(model: nn.Module, folder: Path) -> dict[str, str]:
             raise Rewritten(f"transformers makes {key} of one or more tensors")
         found[own] = key
     return {name: found[first[_identity(value)]] for name, value in state.items() if first[_identity(value)] in found}
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """For the duration of a ``with`` block transformers shows no progress: nobody waits."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _identity(value: Tensor) -> Hashable:

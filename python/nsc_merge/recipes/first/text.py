@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.models.bases.placement import PLAIN, is_choice
 from nsc_merge.models.families import FAMILIES, family_said
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.findings import WITHOUT_DATA, Findings
@@ -140,6 +141,9 @@ def _merging(yaml: Yaml, found: Findings, name: str) -> None:
     yaml.section()
     dtype = f"that of the base's files ({found.base.dtype}); or float32, bfloat16, float16"
     yaml.entries({"dtype": ("auto", dtype), "device": ("auto", "a GPU if there is one; or cpu, cuda, cuda:1, mps")})
+    if is_choice(found.base.quantised):
+        said = f"{found.base.quantised} files as plain numbers; or none: as codes, whose kernels have no gradient"
+        yaml.entries({"quantization": (PLAIN, said)})
 
 
 def _advice(yaml: Yaml, found: Findings, name: str) -> None:

@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.methods import method_of
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
-from nsc_merge.models.bases.placement import device_of
+from nsc_merge.models.bases.placement import PLAIN, device_of
 from nsc_merge.models.fitting import fit
 from nsc_merge.processes.group import current
 from nsc_merge.processes.launch import launched_here
@@ -108,7 +108,7 @@ def _outline(recipe: Recipe) -> nn.Module:
     architecture = architecture_of(
         recipe.model, local=recipe.local, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
     )
-    if quantised_as(architecture.config) is not None:
+    if quantised_as(architecture.config) is not None and recipe.quantization != PLAIN:
         raise NoFormula("how many bytes a base quantised by others takes stands in its files")
     return outline_of(architecture, recipe.dtype)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters.folder_about import license_beside
+from nsc_merge.models.bases.placement import PLAIN
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.fitting import absent
@@ -250,7 +251,9 @@ def _remarks(
     if {"lora", "model"} & {*formats}:
         remarks += preprocessing_notes(result)
     quantised = result.inputs.get("quantization")
-    if quantised and "lora" in formats:
+    if quantised == PLAIN:
+        remarks.append("the base's quantised files were read as the numbers that they stand for")
+    elif quantised and "lora" in formats:
         remarks.append(f"the base was quantised as it was loaded (`{quantised}`): give its `from_pretrained` the same")
     if getattr(result.model, "is_quantized", False) and "model" in formats:
         remarks.append("the base is quantised and the model is not: it holds the numbers that the base computes with")
