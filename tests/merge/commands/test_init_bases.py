@@ -15,6 +15,7 @@ from nsc_merge.adapters.hub import Fetched
 from nsc_merge.commands.main import main
 from nsc_merge.recipes.first.tasks import find_tasks
 from nsc_merge.recipes.merge_recipe import load_recipe
+from nsc_merge.recipes.yaml_keys import RecipeError
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -180,6 +181,9 @@ def test_names_of_tasks_tell_folders_apart(at, tmp_path, monkeypatch):
     folders = [f"runs/{run}/checkpoint-5" for run in ("no", "12")]
     assert [task.name for task in find_tasks(folders)] == ["no", "12"]
     assert [task.name for task in find_tasks([folders[0], f"a=b={folders[1]}"[2:]])] == ["checkpoint-5", "b"]
+    for given, found in (("={}", "an empty one"), ("b={} b={}", "'b' for several")):
+        with pytest.raises(RecipeError, match=f"ADAPTER: expected a name for each task, found {found}"):
+            find_tasks(given.format(*folders).split())
     # YAML would read both as something else.
     assert main(["init", *folders, "--base", str(place / "base")]) == 0
     assert list(load_recipe("recipe.yaml").adapters) == ["no", "12"]
