@@ -171,6 +171,7 @@ def test_the_backend_that_is_asked_for_is_the_one_that_is_timed(tmp_path, monkey
 def test_figures_of_a_backend_that_is_passed_over_no_longer_are_not_gone_on_with(tmp_path, monkeypatch):
     """As those from before python -m nsc_kernels.verify, or from before a build."""
     measured = []
+    (tmp_path / "r.jsonl").write_text(json.dumps({"trial": "of other shapes", "us": [1.0]}) + "\n")
     monkeypatch.setattr(measure, "supervise", lambda args, trials, *others: measured.append(trials) or Outcome(1, 0, 0))
     for name in ("reference", "triton", "triton"):
         monkeypatch.setattr(measure, "served_by", lambda on, dtype, shape, name=name: name)
