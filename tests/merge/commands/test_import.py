@@ -130,7 +130,15 @@ def test_the_ways_to_write_a_model(tmp_path) -> None:
     assert imported(document, tmp_path).options == {"scale": dict.fromkeys(THREE, 0.2)}
 
 
-@pytest.mark.parametrize("same", [{"tokenizer_source": "base"}, {"tokenizer_source": "./base"}, {"tokenizer": {}}])
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"tokenizer_source": "base"},
+        {"tokenizer_source": "./base"},
+        {"tokenizer": {}},
+        {"tokenizer": {"source": "base", "tokens": {}}},
+    ],
+)
 def test_the_tokenizer_of_the_base_by_any_name(same, tmp_path) -> None:
     assert imported(changed(**same), tmp_path).base == str(Path("base").resolve())
 
@@ -244,6 +252,7 @@ def with_own(**parameters: Any) -> dict[str, Any]:
         (changed(base_model=None), r"base_model: ties adds differences", False),
         (changed(base_model="base+adapters/legal"), r"base_model: .*found one with an adapter", True),
         (changed(models=[]), r"models: expected a list", False),
+        (changed(models=["base+gone"]), r"models\[0\]: expected model: with base\+adapter, found 'base", False),
         (changed(models=[{"model": "base"}]), r"models: .*found the base alone", False),
         (changed(models=[{"model": "base+gone"}]), r"models\[0\]\.model: .*'gone', which is no folder here", False),
         (changed(models=[{"model": "base+"}]), r"models\[0\]\.model: .*found 'base\+'", False),
