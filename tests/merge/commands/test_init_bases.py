@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from nsc_merge.adapters.hub import Fetched
 from nsc_merge.commands.main import main
+from nsc_merge.recipes.first.findings import find
 from nsc_merge.recipes.first.tasks import find_tasks
+from nsc_merge.recipes.first.text import recipe_text
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
+from nsc_merge.utils.yaml_text import from_yaml
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -123,6 +127,15 @@ def test_the_family_of_an_unlisted_base_is_found_and_said(at, capsys):
     document = written()
     assert document["method"] == "nsc"
     assert document["calibration"] == {"one": "prompts.jsonl", "two": "prompts.jsonl"}
+
+
+def test_the_revision_of_a_base_is_written(at):
+    at("llama")
+    found = find(["adapters/one"], "base")
+    assert "revision" not in from_yaml(recipe_text(found, Path.cwd(), "recipe.yaml", None))
+    there = replace(found, base=replace(found.base, source="owner/base", local=False, revision="v1"))
+    document = from_yaml(recipe_text(there, Path.cwd(), "recipe.yaml", None))
+    assert (document["model"], document["revision"]) == ("owner/base", "v1")
 
 
 def test_a_quantised_base_is_not_written_as_a_model(at, capsys):
