@@ -405,6 +405,18 @@ def test_a_whole_server_left_out_of_a_llava_what_the_rules_said():
             assert row.get("rule", []) == (["left out"] if case in outside else [])
 
 
+def test_engines_that_read_the_base_computed_the_merged_model():
+    lines = (ROOT / "bench" / "results" / "serving" / "models.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines[1:]) if "said" not in row]
+    read = {engine: {row["family"] for row in rows if row["engine"] == engine} for engine in ("ctranslate2", "mlx_lm")}
+    assert read["ctranslate2"] == {"Llama", "Qwen3"}
+    assert read["mlx_lm"] == {
+        "Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Olmo2", "Granite", "Mixtral"
+    }  # fmt: skip
+    for row in rows:
+        assert row["differs"] <= 2 * row["base"] < 1e-4 < 1 < row["moved"], row
+
+
 def test_gpt2_generates_text(tmp_path):
     folder, config = write(tmp_path / "one")
     base = {**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}

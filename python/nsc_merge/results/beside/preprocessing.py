@@ -19,6 +19,7 @@ from nsc_merge.adapters.hub import snapshot_of
 from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
+from nsc_merge.results.beside.serving.older_keys import keep_older_keys
 from nsc_merge.results.layout import LICENSES, PREPROCESSING, is_license, is_preprocessing
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
@@ -49,13 +50,17 @@ def write_preprocessing(result: MergedUpdate, folder: Path) -> None:
 
     It comes from the folder that the base was read from, or, where it was named by a hub id, from the hub at the commit
     that it was read at. What is in ``folder`` already stays: transformers writes a model's generation configuration as
-    it is in memory. Python files come along only where ``trust_remote_code`` was given, here or to transformers.
+    it is in memory. Python files come along only where ``trust_remote_code`` was given, here or to transformers. Of
+    the base's ``config.json`` those keys stay that other readers know and transformers writes by other names.
     """
     for name, file in _files(result).items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
     _forget_missing_code(folder / "config.json")
+    there = base_folder(result.model)
+    if there is not None and all((one / "config.json").is_file() for one in (there, folder)):
+        keep_older_keys(result.model, there / "config.json", folder / "config.json")
 
 
 def leave_out_licenses(staging: Path, out: Path, earlier: Set[str]) -> None:
