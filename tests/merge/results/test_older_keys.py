@@ -29,7 +29,7 @@ def as_on_the_hub(folder: Path, fields: dict[str, Any]) -> None:
     del text["rope_parameters"]
     del config["dtype"]
     text.pop("dtype", None)
-    text.update({key: value for key, value in fields.items() if key != "torch_dtype"})
+    text.update(fields)
     config["torch_dtype"] = fields["torch_dtype"]
     file.write_text(json.dumps(config))
 
@@ -53,12 +53,15 @@ def test_older_keys_are_those_of_the_base(make, tmp_path):
     assert read.get_text_config().rope_parameters == model.config.get_text_config().rope_parameters
 
 
-def test_a_base_in_another_dtype_is_said_to_be_of_that(tmp_path):
-    llama().bfloat16().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("make", [llama, llava])
+def test_a_base_in_another_dtype_is_said_to_be_of_that(make, tmp_path):
+    make().bfloat16().save_pretrained(tmp_path / "base")
     as_on_the_hub(tmp_path / "base", OLDER)
     found = merged(tmp_path, load_model(str(tmp_path / "base"), local=True, placement=Placement(dtype="float32")))
     assert found["torch_dtype"] == found["dtype"] == "float32"
-    assert found["rope_theta"] == 500000.0
+    text = found.get("text_config", found)
+    assert text["rope_theta"] == 500000.0
+    assert text.get("torch_dtype", "float32") == "float32"
 
 
 def test_what_was_changed_in_memory_is_not_told_as_the_base_has_it(tmp_path):

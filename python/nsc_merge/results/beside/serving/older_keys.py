@@ -40,7 +40,8 @@ def keep_older_keys(model: Any, base: Path, file: Path) -> None:
     except Exception as error:  # of any kind: the configuration is written as transformers has it
         logger.info("config.json holds no older keys: %s", " ".join(str(error).split()))
         return
-    told = {key for key in now.keys() | without.keys() if now.get(key) != without.get(key)} - {"dtype"}
+    told = {key for key in now.keys() | without.keys() if now.get(key) != without.get(key)}
+    told = {key for key in told if key.rpartition(".")[2] != "dtype"}
     if before == after and all(now.get(key) == before.get(key) for key in told):
         file.write_text(json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -50,7 +51,8 @@ def _with_keys(own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, 
     found = dict(written)
     for key, value in own.items():
         if key == "torch_dtype":
-            found[key] = written.get("dtype", value)
+            # That of the merge, which may be another.
+            found |= {key: written["dtype"]} if "dtype" in written else {}
         elif isinstance(value, dict) and isinstance(written.get(key), dict) and key.endswith("_config"):
             found[key] = _with_keys(value, written[key])
         elif key not in (*written, *_NOT_KEPT) and not key.startswith("_") and not key.endswith("implementation"):
