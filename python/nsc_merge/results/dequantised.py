@@ -47,7 +47,7 @@ def under_plain_names(model: nn.Module) -> Iterator[None]:
     """For the duration of a ``with`` block transformers saves a model under the names of files with plain numbers.
 
     Of a base whose files are quantised it remembers how it made numbers of their codes, and saves by going that way
-    back: numbers under the names of codes, which it then reads as neither (gpt-oss), or not at all (bitsandbytes).
+    back: to numbers under the names of codes, where nothing reads them (gpt-oss), or to an error (bitsandbytes).
     """
     remembered: Any = vars(model).get("_weight_conversions") or ()
     if not any(_reads_codes(one) for one in remembered):

@@ -159,7 +159,8 @@ def loading_settings(
     if name in (None, PLAIN):
         if name == PLAIN:
             check_plain(held)
-        own = _READ_WITH.get(held or "", ({}, {}))[device.type == "cpu"]
+        on_gpu, on_cpu = _READ_WITH.get(held or "", ({}, {}))
+        own = on_cpu if device.type == "cpu" else on_gpu
         quantisation_of(config).update({PLAIN: True} if name == PLAIN else own)
         return {"dtype": dtype, **place}
     if name not in KINDS:
