@@ -34,7 +34,7 @@ from torch import Tensor
 
 import nsc_merge
 from bench.merging.cost_rows import environment, write_rows
-from bench.swaps.servers import FAMILIES, adapter, write_base
+from bench.swaps.servers import FAMILIES, adapter, apart, prompts_of, write_base
 from nsc_merge.models.bases.loading import load_model
 
 
@@ -59,7 +59,7 @@ def by_mlx_lm(model: Path, prompts: Sequence[list[int]], folder: Path) -> list[T
     return [torch.tensor(np.array(engine(mx.array([prompt])).astype(mx.float32)))[0] for prompt in prompts]
 
 
-# Name of the package -> what it makes of a model.
+# Name of the package -> the logits that it makes of a model.
 ENGINES: dict[str, Callable[[Path, Sequence[list[int]], Path], list[Tensor]]] = {
     "ctranslate2": by_ctranslate2,
     "mlx_lm": by_mlx_lm,
@@ -68,12 +68,11 @@ ENGINES: dict[str, Callable[[Path, Sequence[list[int]], Path], list[Tensor]]] = 
 
 @torch.no_grad()
 def by_transformers(model: Any, prompts: Sequence[list[int]]) -> list[Tensor]:
-    return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    return _logarithms([model(torch.tensor([prompt])).logits[0] for prompt in prompts])
 
 
-def apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    pairs = zip(these, those, strict=True)
-    return max(float((a.float().log_softmax(-1) - b.float().log_softmax(-1)).abs().max()) for a, b in pairs)
+def _logarithms(logits: Sequence[Tensor]) -> list[Tensor]:
+    return [one.float().log_softmax(-1) for one in logits]
 
 
 def as_on_the_hub(folder: Path) -> None:
@@ -104,15 +103,13 @@ def rows_of(family: str, engines: Sequence[str], tokenizer: Path, folder: Path) 
     result = nsc_merge.merge(plain, tasks, method="task_arithmetic", scale=0.7)
     model, lora = result.save(folder / "model", "model"), result.save(folder / "lora", "lora")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model)
-    generator = torch.Generator().manual_seed(0)
-    size = plain.config.vocab_size
-    prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]
+    prompts = prompts_of(base)
     before = by_transformers(plain, prompts)
     after = by_transformers(PeftModel.from_pretrained(plain, str(lora)).eval(), prompts)
     for engine in engines:
         row: dict[str, Any] = {"engine": engine, "family": family}
         try:
-            alone, found = (ENGINES[engine](one, prompts, folder) for one in (base, model))
+            alone, found = (_logarithms(ENGINES[engine](one, prompts, folder)) for one in (base, model))
         except Exception as error:
             yield row | {"said": f"{type(error).__name__}: {error}".replace(f"{folder}/", "")[:300]}
             continue

@@ -125,6 +125,12 @@ def drawn(tuned: Any, spread: float) -> Any:
     return tuned
 
 
+def prompts_of(base: Path) -> list[list[int]]:
+    size = json.loads((base / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]
+
+
 def merges(base: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     """Merged adapters of a base: case, and the folder of the adapter."""
     for case, adapters in CASES.items():
@@ -149,10 +155,10 @@ def by_transformers(base: Path, lora: Path | None, steps: Sequence[Step]) -> tup
     served = [torch.tensor([*step.likely.values()]) for step in steps]
     before = [_logarithms(plain, step) for step in steps]
     if lora is None:
-        return _apart(served, before), 0.0
+        return apart(served, before), 0.0
     tuned = PeftModel.from_pretrained(plain, str(lora)).eval()
     after = [_logarithms(tuned, step) for step in steps]
-    return _apart(served, after), _apart(before, after)
+    return apart(served, after), apart(before, after)
 
 
 @torch.no_grad()
@@ -160,7 +166,8 @@ def _logarithms(model: Any, step: Step) -> Tensor:
     return model(torch.tensor([step.before])).logits[0, -1].float().log_softmax(-1)[[*step.likely]]
 
 
-def _apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+def apart(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    """The largest difference of two sets of numbers."""
     return max(float((a - b).abs().max()) for a, b in zip(these, those, strict=True))
 
 
@@ -252,9 +259,7 @@ def rows_of(server: str, family: str, base: Path, folder: Path, checkout: Path |
         if "wrong" in rules[case]:
             uniform, written = f"{case}, written with one rank", merged.with_name("uniform")
             adapters[uniform], rules[uniform] = written, effects(write_uniform(merged, written, server, base=base))
-    size = json.loads((base / "config.json").read_text())["vocab_size"]
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, size, (length,), generator=generator).tolist() for length in (5, 11, 17)]
+    prompts = prompts_of(base)
     if checkout is None:
         served = by_vllm(base, adapters, prompts)
     else:

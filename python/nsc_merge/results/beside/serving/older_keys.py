@@ -53,7 +53,7 @@ def _with_keys(own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, 
         if key == "torch_dtype":
             # That of the merge, which may be another.
             found |= {key: written["dtype"]} if "dtype" in written else {}
-        elif isinstance(value, dict) and isinstance(written.get(key), dict) and key.endswith("_config"):
+        elif _is_of_a_part(key, value, written.get(key)):
             found[key] = _with_keys(value, written[key])
         elif key not in (*written, *_NOT_KEPT) and not key.startswith("_") and not key.endswith("implementation"):
             found[key] = value
@@ -63,10 +63,15 @@ def _with_keys(own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, 
 def _without_keys(own: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
     """``own`` without the keys that ``written`` lacks."""
     return {
-        key: _without_keys(value, written[key]) if isinstance(value, dict) and isinstance(written[key], dict) else value
+        key: _without_keys(value, written[key]) if _is_of_a_part(key, value, written[key]) else value
         for key, value in own.items()
         if key in written
     }
+
+
+def _is_of_a_part(key: str, *values: Any) -> bool:
+    """Whether values are configurations within one, as of a LLaVA's text and tower."""
+    return key.endswith("_config") and all(isinstance(value, dict) for value in values)
 
 
 def _read(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def _read(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     def flatten(values: Mapping[str, Any], place: str) -> None:
         for key, value in values.items():
-            if isinstance(value, dict) and key.endswith("_config"):
+            if _is_of_a_part(key, value):
                 flatten(value, f"{place}{key}.")
             else:
                 found[place + key] = value
