@@ -58,6 +58,7 @@ ELSEWHERE = {
         "test_another_kind_of_adapter_becomes_lora_as_the_message_says",
     ),
     "LoRA on Conv1D (GPT-2)": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
+    "AdaLoRA": ("adapters/test_adalora.py", "test_a_merge_computes_what_peft_does_in_both_formats"),
     "LoRA on convolutions": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
     "a larger vocabulary": ("models/test_vocabulary.py", "test_one_adapter_with_added_tokens_is_what_peft_runs"),
     "keys of `torch.compile`, FSDP, DataParallel, a state dict, or without PEFT's prefix": (

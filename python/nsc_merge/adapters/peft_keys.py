@@ -12,7 +12,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 Value = TypeVar("Value")
 # What stands behind a LoRA tensor's name in the state dict of a model: the adapter's own.
 _NAMED = re.compile(
-    r"(?P<part>\.(?:lora_[AB]|lora_magnitude_vector|lora_embedding_[AB]))\.(?P<name>(?!weight$|bias$)[^.]+)"
+    r"(?P<part>\.(?:lora_[ABE]|lora_magnitude_vector|lora_embedding_[AB]))\.(?P<name>(?!weight$|bias$)[^.]+)"
     r"(?P<end>(?:\.weight|\.bias)?)"
 )
 # A module has one magnitude, which PEFT's files had, and PEFT reads, as the weight of a module, with an adapter's name.

@@ -82,14 +82,19 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
         elif isinstance(module, ParamWrapper) and held_as in module.lora_A:
             held.stacks[path] = _stack(module, held_as, path, f"adapters[{name!r}]: {path}")
         elif isinstance(module, LoraLayer) and (held_as in module.lora_A or held_as in module.lora_embedding_A):
-            held.parts[path] = _parts(module, held_as, f"adapters[{name!r}]: {path}")
-            held.scalings[path] = _scaling(module.scaling[held_as], f"adapters[{name!r}]: {path}")
+            what = f"adapters[{name!r}]: {path}"
+            held.parts[path] = _parts(module, held_as, what)
+            held.scalings[path] = _scaling_of(module, held_as, what)
             if held_as in module.lora_embedding_A:
                 held.embeddings.add(path)
     return held
 
 
 def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
+    if hasattr(layer, "lora_E"):
+        # AdaLoRA, with its singular values apart.
+        scaled = layer.lora_A[held_as] * layer.lora_E[held_as]
+        return {"lora_A.weight": copied(scaled), "lora_B.weight": copied(layer.lora_B[held_as])}
     if held_as in layer.lora_embedding_A and held_as not in layer.lora_variant:
         # The update of the weight [V, d] is their product, transposed.
         embedded = {"lora_A.weight": layer.lora_embedding_B, "lora_B.weight": layer.lora_embedding_A}
@@ -124,12 +129,18 @@ def refuse_attention(what: str) -> NoReturn:
 
 def _stack(layer: Any, held_as: str, path: str, what: str) -> Stack:
     parameter = f"{unwrapped(path)}.{layer.parameter_name}"
-    own = int(layer.r[held_as]), _scaling(layer.scaling[held_as], what)
+    own = int(layer.r[held_as]), _scaling_of(layer, held_as, what)
     A, B = (copied(factors[held_as].weight) for factors in (layer.lora_A, layer.lora_B))
     return Stack(A, B, (parameter,), lambda _: own)
 
 
-def _scaling(value: Any, what: str) -> float:
+def _scaling_of(layer: Any, held_as: str, what: str) -> float:
+    scaling = _number(layer.scaling[held_as], what)
+    # AdaLoRA's is over the rank that training began with, by this sum.
+    return scaling / (_number(layer.ranknum[held_as], what) + 1e-5) if hasattr(layer, "ranknum") else scaling
+
+
+def _number(value: Any, what: str) -> float:
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
         raise ValueError(f"{what}: expected a scaling of one number, found one of shape {list(value.shape)}")
     return float(value.detach() if isinstance(value, Tensor) else value)

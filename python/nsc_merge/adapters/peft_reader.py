@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters.adapter import About, Adapter, Factor, Stack
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import adapters_within, labels_beside, license_beside
+from nsc_merge.adapters.formats.adalora import as_lora, is_adalora, settings_as_lora
 from nsc_merge.adapters.formats.peft_tensors import refuse_dora_on, sorted_tensors
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import check_config, unknown_settings
@@ -49,7 +50,7 @@ def load_adapter(source: AdapterSource, name: str, *, dora: str = "exact") -> Ad
         FileNotFoundError: if the folder lacks one of the two files; other weight formats are never opened.
         OSError: if the hub does not give it.
         TypeError: if ``source`` is none of the above.
-        ValueError: if the adapter is not plain LoRA, if a tensor is left over or missing, if a shape
+        ValueError: if the adapter is neither plain LoRA nor AdaLoRA, if a tensor is left over or missing, if a shape
             disagrees with the configuration, or if weights lie beside the adapter that cannot be read.
     """
     if dora not in DORA:
@@ -90,9 +91,9 @@ def _loaded(source: AdapterSource, name: str, dora: str) -> Adapter:
             )
         return _named(source["adapter"], name, dora, source.get("revision"), source.get("subfolder"))
     if isinstance(source, Mapping) and {"config", "weights"} <= set(source):
-        config, given = _of_mapping(source, name)
+        given_config, given = _of_mapping(source, name)
+        config, weights, notes = _as_lora(name, given_config, given)
         check_config(name, config, dora)
-        weights, notes = as_peft_writes(given)
         made = _made(name, config, *sorted_tensors(name, config, weights))
         return replace(made, notes=(*unknown_settings(config), *notes))
     raise TypeError(
@@ -129,18 +130,18 @@ def load_from_hub(
 
 def _of_folder(folder: Path, name: str, dora: str, names: Collection[str] | None = None) -> Adapter:
     files, beside = read_folder(folder, name), read_beside(folder, name, names)
-    check_config(name, files.config, dora)
-    weights, notes = as_peft_writes(files.weights)
-    held, base_weights = sorted_tensors(name, files.config, weights)
+    config, weights, notes = _as_lora(name, files.config, files.weights)
+    check_config(name, config, dora)
+    held, base_weights = sorted_tensors(name, config, weights)
     both = sorted(set(beside.parameters) & set(held.trained))
     if both:
         raise ValueError(f"adapters[{name!r}]: {both[0]} is in {WEIGHTS_FILE} and beside it; expected it once")
     held.trained.update(beside.parameters)
-    adapter = _made(name, files.config, held, base_weights)
+    adapter = _made(name, config, held, base_weights)
     about = replace(adapter.about, license=license_beside(folder), id2label=labels_beside(folder))
     sha256 = {**files.sha256, **beside.sha256}
     within = adapters_within(folder, CONFIG_FILE)
-    notes = (*unknown_settings(files.config), *notes, *files.notes, *beside.notes, *within)
+    notes = (*unknown_settings(config), *notes, *files.notes, *beside.notes, *within)
     return replace(adapter, source=folder.absolute(), notes=notes, sha256=sha256, about=about)
 
 
@@ -153,8 +154,9 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
         FileNotFoundError, ValueError: as there.
     """
     files = read_headers(folder, name)
-    check_config(name, files.config, "convert")
-    held, _ = sorted_tensors(name, files.config, as_peft_writes(files.weights)[0])
+    config, weights, _ = _as_lora(name, files.config, files.weights)
+    check_config(name, config, "convert")
+    held, _ = sorted_tensors(name, config, weights)
     if not held.parts and not held.stacks:
         raise ValueError(f"adapters[{name!r}]: holds no LoRA tensors")
     factors = {
@@ -168,13 +170,21 @@ def outline_of(folder: Path, name: str) -> tuple[Adapter, dict[str, Any]]:
         )
         for path, parts in held.parts.items()
     }
-    base = files.config.get("base_model_name_or_path")
-    return Adapter(name, factors, base, held.trained, source=folder.absolute(), stacks=held.stacks), files.config
+    base = config.get("base_model_name_or_path")
+    return Adapter(name, factors, base, held.trained, source=folder.absolute(), stacks=held.stacks), config
+
+
+def _as_lora(
+    name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    """Configuration and tensors of PEFT's LoRA, as far as they can be made it, and notes on the keys."""
+    named, notes = as_peft_writes(weights)
+    return *as_lora(name, config, named), notes
 
 
 def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
     held_as, config = config_of(model, name)
-    check_config(name, config, dora)
+    check_config(name, settings_as_lora(config) if is_adalora(config) else config, dora)
     held = read_layers(model, held_as, name)
     scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
     if scaled and dora == "refuse":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import nsc_merge
 from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
+from nsc_merge.adapters.formats.adalora import is_adalora
 from nsc_merge.adapters.peft_writer import rank_patterns, targets_of
 from nsc_merge.calibration.batches import Calibration
 from nsc_merge.integrations.combinations import translated
@@ -134,6 +135,12 @@ def _check(model: Any, adapters: Sequence[str], adapter_name: str) -> None:
         raise ValueError(
             f"model: {sorted(merged)} are merged into its weights, so that it is not the base model any more; call "
             "unmerge_adapter() first (of a pipeline, unfuse_lora())"
+        )
+    allocated = [name for name in adapters if is_adalora(held[name].to_dict())]
+    if allocated:
+        raise ValueError(
+            f"adapters: {allocated} are AdaLoRA, beside which PEFT holds no plain LoRA, as the merge is; "
+            "nsc_merge.merge takes them, from this model or from their folders"
         )
     for setting in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         trained = [name for name in adapters if getattr(held[name], setting, None)]

@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
 import nsc_merge
@@ -102,6 +102,9 @@ def test_merge_refuses_wrong_names():
     other = get_peft_model(build().unload(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "a")
     with pytest.raises(ValueError, match=r"adapters\['a'\]: peft_type: expected 'LORA', found 'IA3'"):
         merge(other, ["a"], method="task_arithmetic")
+    allocated = get_peft_model(build().unload(), AdaLoraConfig(target_modules=["q_proj"], total_step=9), "a")
+    with pytest.raises(ValueError, match=r"adapters: \['a'\] are AdaLoRA, .* nsc_merge.merge takes them"):
+        merge(allocated, ["a"], method="task_arithmetic")
 
 
 def test_a_model_that_torch_compile_wrapped_gets_the_adapter(batch):
