@@ -115,6 +115,7 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("threads, samples: expected at least 1")
     if not 0 < a.sample_ms < math.inf:
         raise ValueError(f"sample-ms: expected milliseconds above 0, found {a.sample_ms:g}")
+    grid(a.shapes, a.tokens, a.adapters)
     before = registered(a.of)
     for text in a.contender:
         load(text)
@@ -289,7 +290,6 @@ def main(of: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         completed(arguments)
-        grid(arguments.shapes, arguments.tokens, arguments.adapters)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if arguments.out is not None:

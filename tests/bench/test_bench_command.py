@@ -183,7 +183,8 @@ def test_figures_of_a_backend_that_is_passed_over_no_longer_are_not_gone_on_with
     assert after == again
 
 
-def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
+def test_commands_that_are_none_and_arguments_that_cannot_be(capsys, tmp_path):
+    out = ["--out", str(tmp_path / "r.jsonl"), "--plot", str(tmp_path / "pictures")]
     assert command.main(["--help"]) == 0
     assert command.main(["llama3-8b"]) == 2
     assert "'llama3-8b' is no command; there are operator, linear, step" in capsys.readouterr().err
@@ -209,9 +210,10 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys):
         (["--contender", "json:load_it"], "json has no class or function 'load_it'"),
     ):
         with pytest.raises(SystemExit) as caught:
-            measure.main("operator", ["--device", "cpu", *arguments])
+            measure.main("operator", ["--device", "cpu", *arguments, *out])
         assert caught.value.code == 2
         assert why in capsys.readouterr().err, arguments
+        assert not list(tmp_path.iterdir()), arguments
 
 
 @pytest.mark.parametrize(
