@@ -34,9 +34,10 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
 
     The blocks are the longest ``nn.ModuleList`` of modules of one class, or of transformers' layers, which in Jamba are
     of two, that holds adapted linears and is in no other such list: the stages of Swin rather than the blocks within,
-    the blocks of Mixtral rather than their experts. Lists of what the model calls its decoder (``get_decoder()``) go
-    first, so that a vision tower or an encoder is measured where nothing behind it is adapted. Of two towers side by
-    side, as in CLIP, both are, if they are equally deep.
+    the blocks of Mixtral rather than their experts. Where there is none, the longest such ``nn.Sequential``, which is
+    what timm and torchvision make of blocks. Lists of what the model calls its decoder (``get_decoder()``) go first, so
+    that a vision tower or an encoder is measured where nothing behind it is adapted. Of two towers side by side, as in
+    CLIP, both are, if they are equally deep.
 
     Measured is, by its path within a block, the last projection of values in it that does not attend to another
     sequence (:data:`VALUES`); else one of queries, keys and values (:data:`PACKED`), the output of the attention
@@ -50,7 +51,11 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     counted = [path for path, module in model.named_modules() if _is_linear(module)]
     counted = counted if adapted is None else [path for path in counted if path in set(adapted)]
     # A list of one is some other part where there are longer ones; ALBERT has all its blocks in one.
-    lists = _block_lists(model, counted, 2) or _block_lists(model, counted, 1)
+    lists = (
+        _block_lists(model, counted, nn.ModuleList, 2)
+        or _block_lists(model, counted, nn.Sequential, 2)
+        or _block_lists(model, counted, nn.ModuleList, 1)
+    )
     if not lists:
         return None
     config: Any = getattr(model, "config", None)
@@ -65,7 +70,8 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     else:
         # Of several as long as each other, the decoder's comes last.
         chosen = _longest(lists)[-1:]
-    block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.(\d+)\."
+    called = _called(model.get_submodule(chosen[0]))
+    block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.{re.escape(called or '')}(\d+)\."
     return {
         "name": f"found in {type(model).__name__}",
         "model_types": (),
@@ -97,19 +103,29 @@ def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") or (hasattr(module, "nx") and hasattr(module, "nf"))
 
 
-def _block_lists(model: nn.Module, counted: Collection[str], least: int) -> dict[str, int]:
+def _block_lists(
+    model: nn.Module, counted: Collection[str], kind: type[nn.ModuleList] | type[nn.Sequential], least: int
+) -> dict[str, int]:
     """Path of every outermost list of ``least`` blocks or more that holds a linear that counts -> how many it has."""
     found: dict[str, int] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < least:
+        # A model that is one itself has no path to find a block by.
+        if not path or not isinstance(module, kind) or len(module) < least or (called := _called(module)) is None:
             continue
         alike = len({type(one) for one in module}) == 1 or all(map(_is_layer, module))
         if not alike or any(path.startswith(f"{outer}.") for outer in found):
             continue
         # A linear in the list itself is no block.
-        if any(re.match(rf"{re.escape(path)}\.\d+\.", name) for name in counted):
+        if any(re.match(rf"{re.escape(path)}\.{re.escape(called)}\d+\.", name) for name in counted):
             found[path] = len(module)
     return found
+
+
+def _called(blocks: nn.Module) -> str | None:
+    """What comes before the number in the name of every block of a list; torchvision's ViT has ``encoder_layer_0``."""
+    found = [re.fullmatch(r"(.*?)(\d+)", name) for name in blocks._modules]
+    names = {match[1] if match else None for match in found}
+    return names.pop() if len(names) == 1 else None
 
 
 def _is_layer(module: nn.Module) -> bool:

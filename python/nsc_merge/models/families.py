@@ -213,9 +213,9 @@ def family_of(
         if given is not None and {"block", "score_modules"} <= set(given):
             return Family(**{"name": "given", "model_types": (), "recipe": "llm", **given})
         raise ValueError(
-            f"model: {type(model).__name__} (config.model_type {type_of(model) or None!r}) has no nn.ModuleList of "
-            "blocks of one class that holds an adapted linear; say where its blocks are by family, for example "
-            r"family={'block': r'^trunk\.(\d+)\.', 'score_modules': ['value']}"
+            f"model: {type(model).__name__} (config.model_type {type_of(model) or None!r}) has no nn.ModuleList "
+            "or nn.Sequential of blocks of one class that holds an adapted linear; say where its blocks are by family, "
+            r"for example family={'block': r'^trunk\.(\d+)\.', 'score_modules': ['value']}"
         )
     return family if given is None else replace(family, **given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -163,10 +164,79 @@ def test_other_linears_are_measured_where_no_values_are_adapted():
 def test_a_model_without_blocks_is_refused_with_the_way_out():
     model = nn.Sequential(nn.Linear(2, 2))
     assert find_family(model) is None
-    with pytest.raises(ValueError, match=r"no nn.ModuleList of blocks of one class .* family=\{'block'"):
+    with pytest.raises(ValueError, match=r"no nn.ModuleList or nn.Sequential of blocks of .* family=\{'block'"):
         family_of(model)
     given = family_of(model, ["0"], {"block": r"^(\d+)\.", "score_modules": ["0"]})
     assert (given.block, given.score_modules, given.tokens) == (r"^(\d+)\.", ("0",), None)
+
+
+class Block(nn.Module):
+    """As timm has it, with queries, keys and values packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return x + self.proj(torch.tanh(self.qkv(x)))
+
+
+class Patches(nn.Module):
+    """A model that is not of transformers, and calls its blocks one after another."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+        self.blocks, self.head = blocks, nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("name", "block"), [("", r"^(?:blocks)\.(\d+)\."), ("layer_", r"^(?:blocks)\.layer_(\d+)\.")])
+def test_blocks_in_a_sequence_are_found_as_those_of_a_list_are(name, block):
+    torch.manual_seed(0)
+    blocks = {f"{name}{number}": Block() for number in range(4)}
+    sequence, listed = Patches(nn.Sequential(OrderedDict(blocks))), Patches(nn.ModuleList(blocks.values()))
+    listed.load_state_dict({key.replace(name, ""): value for key, value in sequence.state_dict().items()})
+    batches = [{"x": torch.randn(3, 5, 6)} for _ in range(2)]
+    found = []
+    for model, called in ((sequence, name), (listed, "")):
+        torch.manual_seed(1)
+        adapters = {
+            task: nsc_merge.Adapter(
+                task,
+                {
+                    f"blocks.{called}{number}.{part}": nsc_merge.Factor(
+                        0.3 * torch.randn(2, 8 if part == "qkv" else 24), torch.randn(24 if part == "qkv" else 8, 2), 1.0
+                    )
+                    for number in range(4)
+                    for part in ("qkv", "proj")
+                },
+            )
+            for task in ("a", "b")
+        }
+        given = dict.fromkeys(adapters, batches)
+        result = nsc_merge.merge(model, adapters, given, steps=2, progress=False)
+        matched = nsc_merge.merge(model, adapters, given, "match", steps=2, progress=False)
+        found.append((list(result.coefficients.values()), list(matched.coefficients.values())))
+    assert found[0] == found[1]
+    family = family_of(sequence, linears(sequence)[2:-1])
+    assert (family.block, family.tokens, family.causal, family.recipe) == (block, None, False, "vision")
+    assert scored_paths(family, sequence, linears(sequence)[2:], None, "last_quarter") == [f"blocks.{name}3.qkv"]
+
+
+def test_a_list_of_blocks_goes_before_a_longer_sequence():
+    model = Patches(nn.ModuleList([Block(), Block()]))
+    model.stem = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6)) for _ in range(3)))
+    assert family_of(model, linears(model)).block == r"^(?:blocks)\.(\d+)\."
+    # Parts with names of their own are no blocks.
+    model.blocks = nn.Sequential(OrderedDict(first=Block(), second=Block()))
+    model.stem = nn.Sequential(OrderedDict(layer1=nn.Linear(6, 6), norm=nn.Linear(6, 6)))
+    assert find_family(model) is None
 
 
 def test_of_a_model_with_one_block_tokens_are_told_from_padding():
