@@ -86,7 +86,9 @@ def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
 
 def _logits_with(head: dict[str, Tensor], model: nn.Module, batch: Batch) -> Tensor:
-    return _in_place(functional_call(model, head, (), dict(batch)).logits)
+    found = functional_call(model, head, (), dict(batch))
+    # Of models that are not of transformers, such as timm's.
+    return _in_place(found if isinstance(found, Tensor) else found.logits)
 
 
 def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:

@@ -252,6 +252,16 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return _asked(model, "get_output_embeddings")
 
 
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """What makes logits of the last features, where a model of timm, or a part of the model, says so; distilled ones
+    have two.
+    """
+    asked = [getattr(module, "get_classifier", None) for module in model.modules()]
+    found = [one() for one in asked if callable(one)]
+    parts = [part for one in found for part in (one if isinstance(one, (tuple, list)) else [one])]
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 def _asked(model: nn.Module, method: str) -> nn.Module | None:
     try:
         part = getattr(model, method, lambda: None)()

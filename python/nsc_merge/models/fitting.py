@@ -18,7 +18,14 @@ from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import is_matrix_alone, module_at
 from nsc_merge.models.merged.stacks import updates_of_experts, updates_of_stacks
 from nsc_merge.models.renaming import name_today, rules_of
-from nsc_merge.models.trained_in_full import by_policy, check_base, own_tensors, update_of_rows, updates_of_whole
+from nsc_merge.models.trained_in_full import (
+    by_policy,
+    check_base,
+    classifier_tensors,
+    own_tensors,
+    update_of_rows,
+    updates_of_whole,
+)
 
 SHARED_POLICIES = ("lambda", "mean", "first")
 
@@ -44,9 +51,9 @@ def fit(
     dense updates; the others are heads and stay in :attr:`Adapter.trained`. The base's own are all that the model
     needs before its head, such as LLaVA's projector, and, if it is a language model, its head: one that
     ``get_output_embeddings()`` returns was pretrained with the rest, as ``lm_head``. A classifier's (``score``,
-    ``classifier``) begins anew with every task. The adapter's notes say which module is taken for what. Where the
-    numbers of a quantised linear are needed, for DoRA and modules trained in full, they are those that it computes
-    with, as in PEFT.
+    ``classifier``; what ``get_classifier()`` returns, as timm has it) begins anew with every task. The adapter's notes
+    say which module is taken for what. Where the numbers of a quantised linear are needed, for DoRA and modules trained
+    in full, they are those that it computes with, as in PEFT.
 
     Args:
         adapters: task -> adapter as read.
@@ -69,7 +76,7 @@ def fit(
     modules = dict(model.named_modules())
     _refuse_adapted(modules)
     trunk, prefix = _trunk(model, modules)
-    own = own_tensors(model, trunk)
+    own, classifier = own_tensors(model, trunk), classifier_tensors(model)
     fitted = {}
     for task, adapter in renamed(adapters, model).items():
         # Those that were made in memory may be elsewhere.
@@ -87,7 +94,7 @@ def fit(
             raise ValueError(f"adapters[{task!r}]: {twice[0]} was trained in full and has LoRA, expected one of them")
         factors.update(shared)
         heads = {name: value for name, value in trained.items() if name not in own}
-        unknown = [name for name in heads if prefix and name.startswith(f"{prefix}.")]
+        unknown = [name for name in heads if prefix and name.startswith(f"{prefix}.") and name not in classifier]
         if unknown:
             raise ValueError(
                 f"adapters[{task!r}]: {unknown[0]} was trained in full, but {type(model).__name__} has no such "

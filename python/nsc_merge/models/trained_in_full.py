@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
-from nsc_merge.models.block_finding import input_embeddings, output_embeddings
+from nsc_merge.models.block_finding import classifiers, input_embeddings, output_embeddings
 from nsc_merge.models.merged.whole import site_of
 from nsc_merge.models.tied_weights import configs_to_untie
 
@@ -26,7 +26,13 @@ def own_tensors(model: nn.Module, trunk: nn.Module) -> set[str]:
     if output_embeddings(model) is not None:
         return set(named)
     inside = {id(value) for value in _tensors(trunk).values()}
-    return {name for name, value in named.items() if id(value) in inside}
+    return {name for name, value in named.items() if id(value) in inside} - classifier_tensors(model)
+
+
+def classifier_tensors(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers of a classifier that the model itself points out, wherever it is."""
+    held = {id(value) for part in classifiers(model) for value in _tensors(part).values()}
+    return {name for name, value in _tensors(model).items() if id(value) in held} if held else set()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -155,7 +161,9 @@ def _dense(what: str, path: str, tensors: Mapping[str, Tensor], model: nn.Module
         if value.shape != base.shape:
             raise ValueError(
                 f"{what}.{parameter}: expected shape {list(base.shape)}, found {list(value.shape)}: expected the base "
-                "that it was trained on, or one resized as that was (resize_token_embeddings)"
+                "that it was trained on, or one resized as that was (resize_token_embeddings); of a classifier, which "
+                "each task has of its own, a model that says so as timm's do: model.get_classifier = lambda: "
+                f"model.{path}"
             )
         deltas[parameter] = (value.double().cpu() - base.double()).float()
     if is_linear(module):

@@ -307,8 +307,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         }
         for path in dict.fromkeys((*whole, *grown))
     }
-    # PEFT knows a head by the module right below the model.
-    for path in dict.fromkeys(name.partition(".")[0] for name in (head.tensors if head else ())):
+    for path in head.modules(result.model) if head else ():
         kept[path] = state_of(result.model.get_submodule(path))
     matrices = {path: factors.pop(path) for path in list(factors) if matrix_at(result.model, path) is not None}
     stacks = stacks_of_linears(factors, result.model)

@@ -211,10 +211,10 @@ def test_blocks_in_a_sequence_are_found_as_those_of_a_list_are(name, block):
                 task,
                 {
                     f"blocks.{called}{number}.{part}": nsc_merge.Factor(
-                        0.3 * torch.randn(2, 8 if part == "qkv" else 24), torch.randn(24 if part == "qkv" else 8, 2), 1.0
+                        0.3 * torch.randn(2, d_in), torch.randn(d_out, 2), 1.0
                     )
                     for number in range(4)
-                    for part in ("qkv", "proj")
+                    for part, d_in, d_out in (("qkv", 8, 24), ("proj", 24, 8))
                 },
             )
             for task in ("a", "b")

@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import at_positions, output_embeddings, positions_first
+from nsc_merge.models.block_finding import at_positions, classifiers, output_embeddings, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 
@@ -127,9 +127,12 @@ class Watcher:
                 place = self._model.get_submodule(path)
                 hook = place.register_forward_hook(lambda _, __, y, path=path: kept.update({path: _tensor(y)}))
                 stack.callback(hook.remove)
-            head = output_embeddings(self._model) if self._places is None and self._trunk is self._model else None
+            head = None
+            if self._places is None:
+                whole = output_embeddings(self._model) if self._trunk is self._model else None
+                head = next(iter(classifiers(self._trunk)), None) if whole is None else whole
             if head is not None:
-                # Of T5 and others nothing else ends in front of the head.
+                # Of T5, timm's and others nothing else ends in front of the head.
                 before = head.register_forward_pre_hook(lambda _, arguments: kept.update({_HEAD: arguments[0]}))
                 stack.callback(before.remove)
             output = output_of(self._model, self._trunk, one.inputs)

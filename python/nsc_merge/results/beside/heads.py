@@ -56,6 +56,14 @@ class Head:
     named: bool = False
     problem_type: str | None = None
 
+    def modules(self, model: nn.Module) -> list[str]:
+        """Paths of what PEFT keeps in full: a head is the module right below the model, and within its trunk, as timm
+        has it, what owns the tensors.
+        """
+        trunk = f"{getattr(model, 'base_model_prefix', '')}."
+        owners = [name.rpartition(".") if name.startswith(trunk) else name.partition(".") for name in self.tensors]
+        return list(dict.fromkeys(path for path, _, _ in owners))
+
     def document(self) -> dict[str, Any]:
         """What a configuration of transformers says of the head, and the class that it is of."""
         return {
@@ -199,7 +207,7 @@ def with_head(result: Update, task: str, head: Head) -> Update:
     own = {name for name, _ in model.named_children()}
     for name, child in list(twin.named_children()):
         if name == prefix:
-            _share(child, trunk)
+            _share(child, trunk, [path[len(prefix) + 1 :] for path in head.tensors if path.startswith(f"{prefix}.")])
         elif name in own and not any(path.startswith(f"{name}.") for path in head.tensors):
             setattr(twin, name, model.get_submodule(name))
     held = _state(model, remove_duplicate=False)
@@ -215,7 +223,7 @@ def with_head(result: Update, task: str, head: Head) -> Update:
             )
         owner, _, name = path.rpartition(".")
         if path in head.tensors:
-            number = number.to(trunk.dtype if number.is_floating_point() else number.dtype).contiguous()
+            number = number.to(model.dtype if number.is_floating_point() else number.dtype).contiguous()
             number = nn.Parameter(number, requires_grad=False) if isinstance(value, nn.Parameter) else number
         setattr(twin.get_submodule(owner), name, number)
     for name in _HELD:
@@ -242,9 +250,13 @@ def _empty(kind: Any, model: Any, settings: Mapping[str, Any]) -> Any:
         return kind(config)
 
 
-def _share(place: nn.Module, trunk: nn.Module) -> None:
-    """Put all that is in a trunk into another of its class, which may lack a part of it, such as a pooler."""
+def _share(place: nn.Module, trunk: nn.Module, apart: Sequence[str]) -> None:
+    """Put all that is in a trunk into another of its class, which may lack a part of it, such as a pooler; but for what
+    holds the tensors ``apart``.
+    """
     for name, _ in list(place.named_children()):
+        if any(path.startswith(f"{name}.") for path in apart):
+            continue
         if (child := getattr(trunk, name, None)) is not None:
             setattr(place, name, child)
     for held in ("_parameters", "_buffers"):
