@@ -171,8 +171,13 @@ def _versions(batch: Any) -> dict[str, tuple[Tensor, int]]:
 
 def _checked(task: str, batch: Batch) -> Batch:
     if not isinstance(batch, Mapping) or not batch:
+        way = ""
+        if isinstance(batch, str):
+            way = "; of one batch alone make a list: [batch]"
+        elif isinstance(batch, (Tensor, list, tuple)):
+            way = "; call tensors as the model's forward does, and leave labels out: {'pixel_values': images}"
         raise ValueError(
-            f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}"
+            f"calibration[{task!r}]: expected dictionaries of model inputs, found {type(batch).__name__}{way}"
         )
     none = not any(isinstance(value, Tensor) for value in batch.values())
     for name, value in batch.items():

@@ -15,7 +15,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.bases.stored_weights import is_dtensor
-from nsc_merge.models.block_finding import at_positions
+from nsc_merge.models.block_finding import at_positions, classifiers
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.utils.option_checks import check_choice
 
@@ -86,9 +86,7 @@ def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
 
 def _logits_with(head: dict[str, Tensor], model: nn.Module, batch: Batch) -> Tensor:
-    found = functional_call(model, head, (), dict(batch))
-    # Of models that are not of transformers, such as timm's.
-    return _in_place(found if isinstance(found, Tensor) else found.logits)
+    return _in_place(_logits_in(functional_call(model, head, (), dict(batch))))
 
 
 def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
@@ -96,17 +94,30 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
     the batch.
 
     Raises:
+        TypeError: if the function returns no tensor of numbers.
         ValueError: if there is neither.
     """
     if outputs is not None and task in outputs:
-        return beside(batch, outputs[task](model, batch))
-    found = getattr(model(**batch), "logits", None)
+        own = outputs[task](model, batch)
+        if not isinstance(own, Tensor) or not own.is_floating_point() or own.dim() == 0:
+            kind = f"{own.dtype} of shape {list(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+            instead = "; return its logits" if hasattr(own, "logits") else ""
+            raise TypeError(f"outputs[{task!r}]: expected a tensor of numbers [N, ...], found {kind}{instead}")
+        return beside(batch, own)
+    found = model(**batch)
+    # A tensor of another model may be anything.
+    found = None if isinstance(found, Tensor) and not classifiers(model) else _logits_in(found)
     if found is None:
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}, or "
             "method 'match' or 'nsc', which need no heads"
         )
     return beside(batch, _in_place(found))
+
+
+def _logits_in(found: Any) -> Any:
+    """What a classifier gives: of timm's models the logits themselves."""
+    return found if isinstance(found, Tensor) else getattr(found, "logits", None)
 
 
 def _in_place(logits: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ def write_model(
     model: Any = result.model
     size = _SHARD_SIZE if max_shard_size is None else max_shard_size
     if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"format 'model' needs a transformers model, found {type(model).__name__}")
+        raise TypeError(
+            f"format 'model' needs a transformers model, found {type(model).__name__}; save what result.apply(model) "
+            "returns as models of its kind are, such as torch.save(merged.state_dict(), file), or use format 'lora'"
+        )
     with under_plain_names(model):
         _write_model(result, folder, size, as_base=max_shard_size is None, dequantize=dequantize)
     if not is_of_diffusers(model):

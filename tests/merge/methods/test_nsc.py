@@ -205,6 +205,8 @@ def test_bad_calibration_and_models_are_refused(model, folders, calibration):
         run(model, folders, {**calibration, "plain": []})
     with pytest.raises(ValueError, match=r"calibration\['plain'\]: expected dictionaries of model inputs"):
         run(model, folders, {**calibration, "plain": [torch.zeros(1)]})
+    with pytest.raises(ValueError, match=r"calibration\['plain'\]: .* found str; of one batch alone make a list"):
+        run(model, folders, {**calibration, "plain": {"pixel_values": torch.zeros(1)}})
     broken = [{"pixel_values": torch.full((2, 1, 8, 8), float("nan"))}]
     with pytest.raises(RuntimeError, match="at step 0, the objective of task 'plain' is nan; expected finite"):
         run(model, folders, {**calibration, "plain": broken})

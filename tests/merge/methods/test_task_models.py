@@ -51,7 +51,7 @@ def test_names_of_features_are_checked(tmp_path):
     with pytest.raises(ValueError, match="features: expected a list of names, found 5"):
         feature_matching.MatchOptions(features=5)
     problem = problem_of("vit", tmp_path)
-    with pytest.raises(ValueError, match=r"calibration\['a'\]: expected dictionaries of model inputs, found list"):
+    with pytest.raises(ValueError, match=r"calibration\['a'\]: expected dictionaries of model inputs, found list; c"):
         merge(Problem(problem.model, problem.adapters, {"a": [[1], [2]], "b": [[1], [2]]}), "match", hold_out=1)
 
 

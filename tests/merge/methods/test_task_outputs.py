@@ -267,3 +267,19 @@ def test_a_decoder_that_labels_every_token_is_compared_at_each():
         apart = (merged - predicted({task: 1.0})).abs().sum(-1)
         assert distance[task] == pytest.approx(float(apart.mean()) / 2, rel=1e-4)
         assert entropy[task] == pytest.approx(float(-(merged * merged.log()).sum(-1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["distill", "adamerging", "fisher"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda model, batch: model(**batch), r"found CausalLMOutput.*; return its logits"),
+        (lambda model, batch: model(**batch).logits.argmax(-1), r"found torch.int64 of shape \[3, 7\]"),
+        (lambda model, batch: model(**batch).logits.mean(), r"found torch.float32 of shape \[\]"),
+        (lambda model, batch: (model(**batch).logits,), "found tuple$"),
+    ],
+)
+def test_outputs_that_are_no_tensor_of_numbers_are_refused(problem, method, output, message):
+    quiet = {} if method == "fisher" else {"progress": False}
+    with pytest.raises(TypeError, match=r"outputs\['1'\]: expected a tensor of numbers \[N, \.\.\.\], " + message):
+        METHODS[method].run(problem, {"outputs": dict.fromkeys(TASKS, output), **quiet})

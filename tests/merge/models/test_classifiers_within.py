@@ -137,7 +137,7 @@ def test_a_head_within_the_trunk_is_put_into_both_formats(base, tmp_path):
 @pytest.mark.parametrize("method", ["distill", "adamerging"])
 def test_a_task_is_judged_by_its_own_classifier(kind, method, tmp_path):
     folders, _ = written(kind, tmp_path)
-    model, data = made(kind, 5), dict.fromkeys(CLASSES, [{"x": photos()}])
+    model, data = made(kind, 5), {task: [{"x": photos()}] for task in CLASSES}
     adapters = fit({task: nsc_merge.load_adapter(folder, task) for task, folder in folders.items()}, model)
 
     def logits(task):
@@ -155,7 +155,7 @@ def test_a_task_is_judged_by_its_own_classifier(kind, method, tmp_path):
 @pytest.mark.parametrize("kind", [Trunk, Wrapper])
 def test_what_is_matched_is_in_front_of_the_classifier(kind, tmp_path):
     folders, _ = written(kind, tmp_path)
-    data = dict.fromkeys(CLASSES, [{"x": photos()}])
+    data = {task: [{"x": photos()}] for task in CLASSES}
     found = nsc_merge.merge(made(kind, 5), folders, data, "match", steps=1, progress=False)
     # Another head is in the way of none of them.
     other = nsc_merge.merge(made(kind, 3), folders, data, "match", steps=1, progress=False)
@@ -170,3 +170,19 @@ def test_heads_of_unequal_sizes_are_refused_with_the_way_out(tmp_path, monkeypat
         nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.4)
     model.get_classifier = lambda: model.head
     nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.4)
+
+
+def test_logits_are_those_of_the_classifier_where_no_head_was_brought(tmp_path, monkeypatch):
+    model, data = made(Trunk, 5), {task: [{"x": photos()}] for task in CLASSES}
+    adapters = {
+        task: nsc_merge.Adapter(task, {"blocks.0.fc": nsc_merge.Factor(torch.randn(2, 8), torch.randn(8, 2), 1.0)})
+        for task in CLASSES
+    }
+    outputs = dict.fromkeys(CLASSES, lambda model, batch: model(**batch))
+    found = nsc_merge.merge(model, adapters, data, "distill", steps=2, progress=False)
+    wanted = nsc_merge.merge(model, adapters, data, "distill", steps=2, progress=False, outputs=outputs)
+    assert found.coefficients == wanted.coefficients
+    # A tensor of another model may be anything.
+    monkeypatch.delattr(Trunk, "get_classifier")
+    with pytest.raises(ValueError, match="outputs: Trunk has no logits; expected a function of model and batch"):
+        nsc_merge.merge(model, adapters, data, "distill", steps=2, progress=False)
