@@ -41,7 +41,8 @@ _FILE = rf"""(?x:
 )"""
 # What transformers' tokenizers, processors and generation read from a model's folder, of this release and of earlier
 # ones: configurations, chat templates, vocabularies, as patterns of the hub. No code, and no weights but those of the
-# layer that sentence-transformers puts behind a model. Without its modules.json it takes the mean over all tokens.
+# modules that sentence-transformers puts behind a model, each in a folder that begins with its number; the model is 0.
+# Without its modules.json it takes the mean over all tokens.
 PREPROCESSING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -52,8 +53,8 @@ PREPROCESSING = (
     *("vocab.json", "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json"),
     *("target_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json"),
     *("word_shape.json", "word_pronunciation.json"),
-    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*_Pooling/config.json"),
-    *("*_Dense/config.json", "*_Dense/model.safetensors"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("[1-9]_*/config.json", "[1-9]_*/*_config.json", "[1-9]_*/model.safetensors"),
 )
 # A base's licence and what it asks to be passed on, which a merge of it is under as well; as patterns of the hub.
 LICENSES = (
@@ -63,7 +64,8 @@ LICENSES = (
 
 
 def _expression(patterns: Iterable[str]) -> str:
-    return "|".join(re.escape(name).replace(r"\*", r"[\w-][\w.-]*") for name in patterns)
+    escaped = (re.escape(name).replace(r"\[1\-9\]", "[1-9]") for name in patterns)
+    return "|".join(name.replace(r"\*", r"[\w-][\w.-]*") for name in escaped)
 
 
 _PREPROCESSING, _LICENSES = _expression(PREPROCESSING), _expression(LICENSES)

@@ -429,11 +429,18 @@ def test_what_makes_an_embedding_of_the_outputs_comes_along(llama, tmp_path):
         "modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]',
         "config_sentence_transformers.json": '{"prompts": {"query": "search: "}}',
         "sentence_bert_config.json": '{"max_seq_length": 8}',
+        "sentence_xlm-roberta_config.json": '{"max_seq_length": 8}',
         "1_Pooling/config.json": '{"pooling_mode_lasttoken": true}',
+        "1_SpladePooling/config.json": '{"pooling_strategy": "max"}',
         "2_Dense/config.json": '{"in_features": 32, "out_features": 8}',
         "2_Dense/model.safetensors": "weights",
+        "3_LayerNorm/config.json": '{"dimension": 8}',
+        "3_LayerNorm/model.safetensors": "weights",
+        "4_Normalize/config.json": "{}",
+        "5_LSTM/lstm_config.json": "{}",
     }
     others = ["2_Dense/run.py", "2_Dense/pytorch_model.bin", "1_Pooling/notes.txt", "onnx/config.json"]
+    others += ["0_Transformer/model.safetensors", "text_encoder/model.safetensors"]
     for name, text in {**held, **dict.fromkeys(others, "")}.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(text)

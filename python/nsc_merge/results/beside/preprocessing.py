@@ -216,7 +216,7 @@ def _beside(result: MergedUpdate, *, linked: bool = False) -> Iterator[tuple[str
     if source is None:
         return
     places = [*source.iterdir()]
-    for folder in [source / _TEMPLATES, *source.glob("*_Pooling"), *source.glob("*_Dense")]:
+    for folder in [source / _TEMPLATES, *source.glob("[1-9]_*")]:
         places += sorted(folder.iterdir())[:_MOST_INSIDE] if folder.is_dir() else []
     for place in sorted(places):
         name = place.relative_to(source).as_posix()
