@@ -33,6 +33,7 @@ Merges as a YAML recipe says:
   data:                             # of all tasks; here with the defaults
     text: null                      # column, or template over columns
     messages: null                  # column with chats, for the tokenizer's chat template
+    target: null                    # text that the decoder reads behind an encoder (T5, BART); null begins an answer
     image: null                     # column with images, or with their paths
     split: null                     # of a dataset, or train, validation, test by names
                                     #   of files in a folder; on the hub also revision, config

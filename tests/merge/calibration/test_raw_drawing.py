@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from raw_cases import write_rows
 
 from nsc_merge.calibration.raw.drawing import Source, batches_by_length, in_order
+from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.reading import draw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 
 
 def drawn(source, **settings):
     chosen = DataSettings(**settings)
-    return [sample.text for sample in draw(source, chosen, "data", text=True, images=False)]
+    base = Base("", None, None, frozenset({"input_ids"}))
+    return [sample.text for sample in draw(source, chosen, "data", base)]
 
 
 def rows(count, asked=None):

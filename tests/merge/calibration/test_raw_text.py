@@ -11,7 +11,7 @@ import torch
 from raw_cases import CHAT, PARTS, WORDS, llama_config, text_base, tokenizer, write_rows
 from safetensors.torch import save_file
 from tokenizers import normalizers, processors
-from transformers import AutoConfig, AutoModel, LlamaForCausalLM, T5Config
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM, WhisperConfig
 
 import nsc_merge
 from nsc_merge.calibration.batch_files import Batches
@@ -306,6 +306,6 @@ def test_one_function_takes_raw_data_and_safetensors(tmp_path, base, file):
 
 
 def test_models_that_take_more_are_refused(tmp_path, file):
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^calibration.a: a t5 does not run on text or images alone.*decoder_input"):
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^calibration.a: a whisper does not run on text or images alone.*input_feat"):
         made(file, tmp_path)

@@ -99,6 +99,21 @@ def test_what_a_model_keeps_changes_no_answer(name, even):
         assert read == [8, 1, 9, *[1] * (LONG - 3)]
 
 
+@pytest.mark.parametrize("asked", [1, 3])
+def test_a_decoder_answers_from_its_start_whatever_the_encoder_reads(asked):
+    """Of one length as the decoder's, too."""
+    model = ARCHITECTURES["T5"].build()
+    batch = {"input_ids": torch.arange(4, 4 + 2 * asked).view(2, asked), "decoder_input_ids": torch.full((2, 1), 7)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    writing = Writing("decoder_input_ids", "decoder_attention_mask", ())
+    found = writing(lambda inputs: model(**inputs).logits, pass_of(batch), 4, model)
+    encoded = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model.generation_config.eos_token_id = None
+    written = model.generate(**encoded, decoder_start_token_id=7, max_new_tokens=3)
+    assert torch.equal(found.inputs["decoder_input_ids"], written)
+    assert set(found.inputs) == {"decoder_input_ids", "decoder_attention_mask"}
+
+
 @pytest.mark.parametrize("distance", ["bounded", "divergence"])
 @pytest.mark.parametrize("normalise", ["variance", "task"])
 def test_distillation_along_answers_is_the_explicit_distance(tmp_path, distance, normalise):

@@ -34,6 +34,7 @@ class Sample:
         messages: of a chat.
         images: what the row holds of them; they are not open yet.
         tools: that the chat may call.
+        target: text that the decoder of a model with an encoder reads; None where it begins an answer.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Sample:
     messages: list[Message] | None = None
     images: list[Any] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,21 @@ class Columns:
         text: a column, or a template.
         messages: the column of the chat.
         image: the column of the image, or of a list of them.
+        target: a column, or a template, of what a decoder reads behind an encoder.
     """
 
     text: str | Template | None = None
     messages: str | None = None
     image: str | None = None
+    target: str | Template | None = None
 
     def said(self) -> str:
         """In words, for people."""
-        if isinstance(self.text, Template):
-            text = f"a template over {', '.join(self.text.columns)}"
-        else:
-            text = f"column {self.text!r}" if self.text is not None else ""
+        text = "" if self.text is None else _said(self.text)
         chat = f"the chats in column {self.messages!r}" if self.messages is not None else ""
         image = f"images in column {self.image!r}" if self.image is not None else ""
-        return ", ".join(one for one in (text, chat, image) if one)
+        target = "" if self.target is None else f"for the decoder {_said(self.target)}"
+        return ", ".join(one for one in (text, chat, image, target) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
         """What a row gives; None where its text is blank, or null, and it holds no image.
@@ -128,21 +130,34 @@ class Columns:
                     raise ValueError(f"{where}: holds an image and no message in {self.said()}")
                 return None
             messages = messages_of(row[self.messages], where)
-            return Sample(where, messages=messages, images=images, tools=tools_of(row.get(TOOLS), where))
+            tools = tools_of(row.get(TOOLS), where)
+            return Sample(where, messages=messages, images=images, tools=tools, target=_filled(self.target, row, where))
         if self.text is None:
             if not images:
                 raise ValueError(f"{where}: holds no image in column {self.image!r}")
             return Sample(where, images=images)
-        if isinstance(self.text, Template):
-            text = self.text.fill(row, where)
-            blank = not any(str(row[name]).strip() for name in self.text.columns)
-        else:
-            null = self.text in row and row[self.text] is None
-            text = "" if null else text_of(row, self.text, where)
-            blank = not text.strip()
-        if blank and images:
+        text = _filled(self.text, row, where)
+        if text is None and images:
             raise ValueError(f"{where}: holds an image and no text in {self.said()}")
-        return None if blank else Sample(where, text=text, images=images)
+        if text is None:
+            return None
+        return Sample(where, text=text, images=images, target=_filled(self.target, row, where))
+
+
+def _said(text: str | Template) -> str:
+    return f"a template over {', '.join(text.columns)}" if isinstance(text, Template) else f"column {text!r}"
+
+
+def _filled(text: str | Template | None, row: Row, where: str) -> str | None:
+    """What a row has in a column or a template; None where that is null or blank."""
+    if text is None:
+        return None
+    if isinstance(text, Template):
+        filled = text.fill(row, where)
+        return filled if any(str(row[name]).strip() for name in text.columns) else None
+    null = text in row and row[text] is None
+    found = "" if null else text_of(row, text, where)
+    return found if found.strip() else None
 
 
 def choose(
@@ -152,9 +167,10 @@ def choose(
     *,
     text: bool,
     images: bool,
+    writes: bool = False,
     columns: Sequence[str] | None = None,
 ) -> Columns:
-    """What is taken of rows for a base that takes text, images, or both.
+    """What is taken of rows for a base that takes text, images, or both, and may write behind an encoder.
 
     Args:
         rows: some of them.
@@ -170,6 +186,14 @@ def choose(
         image = _image_column(rows, columns, settings, argument, needed=not text)
     elif settings.image is not None:
         raise ValueError(f"{argument}: image: {settings.image!r} is named, and the base takes no images")
+    target = None
+    if settings.target is not None:
+        if not writes:
+            raise ValueError(
+                f"{argument}: target: {settings.target!r} is named, and the base writes no text behind an encoder; "
+                'text: "{question}\\n{answer}" takes both for one that reads on'
+            )
+        target = _named_text(settings.target, columns, argument, "target")
     if not text:
         named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
         if named is not None:
@@ -178,13 +202,13 @@ def choose(
     if settings.messages is not None:
         if settings.messages not in columns:
             raise _no_column(f"{argument}: messages:", settings.messages, columns)
-        return Columns(messages=settings.messages, image=image)
+        return Columns(messages=settings.messages, image=image, target=target)
     if settings.text is not None:
-        return Columns(text=_named_text(settings.text, columns, argument), image=image)
+        return Columns(text=_named_text(settings.text, columns, argument, "text"), image=image, target=target)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
-        return Columns(messages=chat, image=image)
-    return Columns(text=_text_column(rows, columns, argument, images=images), image=image)
+        return Columns(messages=chat, image=image, target=target)
+    return Columns(text=_text_column(rows, columns, argument, images=images), image=image, target=target)
 
 
 def text_of(row: Row, column: str, where: str) -> str:
@@ -209,12 +233,12 @@ def text_of(row: Row, column: str, where: str) -> str:
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
 
 
-def _named_text(name: str, columns: Sequence[str], argument: str) -> str | Template:
+def _named_text(name: str, columns: Sequence[str], argument: str, setting: str) -> str | Template:
     if name in columns:
         return name
     if "{" in name or "}" in name:
-        return Template.parse(name, columns, f"{argument}: text")
-    raise _no_column(f"{argument}: text:", name, columns)
+        return Template.parse(name, columns, f"{argument}: {setting}")
+    raise _no_column(f"{argument}: {setting}:", name, columns)
 
 
 def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool) -> str:

@@ -1,4 +1,5 @@
-"""Which rows are taken and in which order: the same for every run, whatever the batch size.
+"""Which rows are taken, in which order, and which samples are a batch: the same for every run; the draw, whatever the
+batch size.
 
 Rows are ordered by SHA-256 of seed and row number, so that the draw depends on no library's random numbers.
 """
@@ -12,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Row = dict[str, Any]
+Encoded = dict[str, Tensor]
+
+TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
+# What the decoder reads of a model with an encoder.
+DECODED, DECODED_MASK = "decoder_input_ids", "decoder_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,51 @@ def in_order(source: Source, seed: int, at_once: int) -> Iterator[tuple[int, Row
         yield from zip(some, source.rows(some), strict=True)
 
 
+@dataclass(frozen=True)
+class Padding:
+    """How an input that is of another length in every sample is padded: with what, and on which side."""
+
+    value: int
+    side: str
+
+
+def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Padding]) -> list[dict[str, Tensor]]:
+    """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
+
+    Args:
+        encoded: emptied on the way, so that images are not held twice.
+        size: of a batch.
+        seed: of the order of the batches.
+        padded: name of an input -> how it is padded; of none with images alone.
+    """
+    if not padded:
+        rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
+    else:
+        # Of a model that takes no mask, samples of one length stand together, unpadded.
+        masks = {DECODED: DECODED_MASK, DECODED_MASK: DECODED_MASK}
+        whole = {name for name in padded if masks.get(name, MASK) in padded}
+        kinds = [tuple((name, one[name].shape) for name in one if name not in whole) for one in encoded]
+        rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, seed)
+    batches = []
+    for some in rows:
+        batches.append(_together([encoded[row] for row in some], padded))
+        for row in some:
+            encoded[row] = {}
+    return batches
+
+
+def _together(some: Sequence[Encoded], padded: Mapping[str, Padding]) -> dict[str, Tensor]:
+    batch = {}
+    for name in some[0]:
+        values = [one[name] for one in some]
+        if how := padded.get(name):
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=how.value, padding_side=how.side)
+        else:
+            # Beside text, a processor gives inputs a first dimension of images.
+            batch[name] = torch.cat(values) if padded else torch.stack(values)
+    return batch
+
+
 def batches_by_length(lengths: Sequence[int], kinds: Sequence[Any], size: int, seed: int) -> list[list[int]]:
     """Numbers of the samples of each batch: of one kind and of like lengths, so that padding costs little.
 
@@ -89,3 +143,14 @@ def batches_by_length(lengths: Sequence[int], kinds: Sequence[Any], size: int, s
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     order = sorted(range(len(batches)), key=lambda number: place_of(seed, number))
     return [batches[number] for number in order]
+
+
+def digest(encoded: Sequence[Encoded]) -> str:
+    """SHA-256 of samples in the order of the draw, whatever their batches: names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for one in encoded:
+        for name in sorted(one):
+            value = one[name].contiguous()
+            found.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            found.update(value.numpy().tobytes())
+    return found.hexdigest()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nsc_merge.calibration.raw.chats import in_parts, plain_text
 from nsc_merge.calibration.raw.columns import Sample
-from nsc_merge.calibration.raw.drawing import batches_by_length
+from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, MASK, PIXELS, TOKENS, Encoded, Padding
 from nsc_merge.calibration.raw.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.errors import logger
 
-TOKENS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
-Encoded = dict[str, Tensor]
-
 # Images that are open at the same time.
 _AT_ONCE = 32
 _PROBE = "probe"
+_ENDS = {"right": "end", "left": "beginning"}
 # What stands for an image in texts that are made for no certain model.
 _PLACE = "<image>"
 
@@ -63,7 +59,7 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
         full = [number for number, one in enumerate(found) if len(one[TOKENS]) == most]
         whole = (tokenizer(texts[n][0], add_special_tokens=texts[n][1], verbose=False)[TOKENS] for n in full)
         cut = [samples[number] for number, ids in zip(full, whole, strict=True) if len(ids) > most]
-        _say_cut(cut, len(samples), most, settings)
+        _say_cut(cut, len(samples), most, _ENDS[settings.truncation_side])
     return found
 
 
@@ -100,8 +96,40 @@ def encode_pairs(
     most = _longest(base, settings)
     cut: list[Sample] = []
     found = [_pair(sample, processor, base, settings, reader, most, cut) for sample in samples]
-    _say_cut(cut, len(samples), most, settings)
+    _say_cut(cut, len(samples), most, _ENDS[settings.truncation_side])
     return found
+
+
+def add_decoded(
+    encoded: Sequence[Encoded], samples: Sequence[Sample], tokenizer: Any, base: Base, settings: DataSettings
+) -> None:
+    """Put what the decoder reads beside what the encoder does, as transformers makes it of labels: the sample's target
+    without its last token, behind the token that begins every answer; that one alone where there is no target. A head
+    that is no language model's reads the decoder at the tokens of the input, moved in the same way.
+
+    Raises:
+        ValueError: naming a sample whose target has too many tokens, or none.
+    """
+    # A target that is cut still begins as an answer does.
+    tokenizer.truncation_side = "right"
+    most = _longest(base, settings)
+    cut: list[Sample] = []
+    for one, sample in zip(encoded, samples, strict=True):
+        read = one[TOKENS] if not base.writes else one[TOKENS][:0]
+        if sample.target is not None:
+            _check_unicode(sample.target, sample.where)
+            read = torch.tensor(tokenizer(text_target=sample.target, verbose=False)[TOKENS], device="cpu")
+            if settings.truncation and len(read) > most:
+                cut.append(sample)
+                read = torch.tensor(
+                    tokenizer(text_target=sample.target, truncation=True, max_length=most)[TOKENS], device="cpu"
+                )
+            _check_tokens(read, len(read), most, f"{sample.where}: its target", base)
+        start = torch.tensor([base.start], dtype=torch.long, device="cpu")
+        one[DECODED] = torch.cat([start, read[:-1]])
+        if DECODED_MASK in base.takes:
+            one[DECODED_MASK] = torch.ones_like(one[DECODED])
+    _say_cut(cut, len(samples), most, "end")
 
 
 def _made(processor: Any, *given: Any, **named: Any) -> dict[str, Any]:
@@ -239,11 +267,11 @@ def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
     return text, references
 
 
-def _say_cut(cut: Sequence[Sample], count: int, most: int, settings: DataSettings) -> None:
+def _say_cut(cut: Sequence[Sample], count: int, most: int, end: str) -> None:
     if cut:
         logger.warning(
             "%s: longer than %d tokens, as are %d of the %d samples; cut at the %s (max_length, truncation_side)",
-            cut[0].where, most, len(cut), count, {"right": "end", "left": "beginning"}[settings.truncation_side],
+            cut[0].where, most, len(cut), count, end,
         )  # fmt: skip
 
 
@@ -271,54 +299,15 @@ def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Bas
         )
 
 
-def filler_of(tokenizer: Any) -> int:
-    """A token to pad with where the mask is 0; none is ever added to a tokenizer for it."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((one for one in known if one is not None), 0)
-
-
-def batched(
-    encoded: list[Encoded], size: int, settings: DataSettings, fillers: Mapping[str, int]
-) -> list[dict[str, Tensor]]:
-    """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
-
-    Args:
-        encoded: emptied on the way, so that images are not held twice.
-        fillers: name of an input that is padded -> what with.
-    """
-    if not fillers:
-        rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
-    else:
-        # Of a model that takes no mask, samples of one length stand together, unpadded.
-        whole = fillers.keys() if MASK in fillers else set()
-        kinds = [tuple((name, one[name].shape) for name in one if name not in whole) for one in encoded]
-        rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, settings.seed)
-    batches = []
-    for some in rows:
-        batches.append(_together([encoded[row] for row in some], settings.padding_side, fillers))
-        for row in some:
-            encoded[row] = {}
-    return batches
-
-
-def _together(some: Sequence[Encoded], side: str, fillers: Mapping[str, int]) -> dict[str, Tensor]:
-    batch = {}
-    for name in some[0]:
-        values = [one[name] for one in some]
-        if name in fillers:
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=fillers[name], padding_side=side)
-        else:
-            # Beside text, a processor gives inputs a first dimension of images.
-            batch[name] = torch.cat(values) if fillers else torch.stack(values)
-    return batch
-
-
-def digest(encoded: Sequence[Encoded]) -> str:
-    """SHA-256 of samples in the order of the draw, whatever their batches: names, dtypes, shapes and values."""
-    found = hashlib.sha256()
-    for one in encoded:
-        for name in sorted(one):
-            value = one[name].contiguous()
-            found.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-            found.update(value.numpy().tobytes())
-    return found.hexdigest()
+def paddings(one: Encoded, tokenizer: Any, base: Base, settings: DataSettings) -> dict[str, Padding]:
+    """How the inputs of samples with texts are padded, as those of ``one`` are called."""
+    # Where the mask is 0 any token will do; none is ever added to a tokenizer for it.
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(number for number in known if number is not None)
+    padded = {}
+    for name, value in one.items():
+        if name != PIXELS and value.dim() == 1:
+            # An answer begins where the decoder does.
+            side = "right" if base.writes and name in (DECODED, DECODED_MASK) else settings.padding_side
+            padded[name] = Padding(filler if name in (TOKENS, DECODED) else 0, side)
+    return padded

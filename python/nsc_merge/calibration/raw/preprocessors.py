@@ -35,12 +35,15 @@ class Base:
         revision: of one on the hub.
         config: of transformers.
         takes: names of the inputs of its forward.
+        writes: whether it has a decoder behind an encoder that begins a text of its own, rather than read that of the
+            encoder once more, for a head (classifiers).
     """
 
     name: str
     revision: str | None
     config: Any
     takes: frozenset[str]
+    writes: bool = False
 
     @property
     def text(self) -> bool:
@@ -49,6 +52,17 @@ class Base:
     @property
     def images(self) -> bool:
         return "pixel_values" in self.takes
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has a decoder behind an encoder, each with inputs of its own."""
+        return "decoder_input_ids" in self.takes
+
+    @property
+    def start(self) -> int | None:
+        """The token that begins what a decoder behind an encoder reads."""
+        found = getattr(self.config, "decoder_start_token_id", None)
+        return found if isinstance(found, int) else None
 
     @property
     def grey(self) -> bool:
@@ -89,8 +103,10 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
             name, local=Path(name).is_dir(), revision=revision, trust_remote_code=settings.trust_remote_code
         )
         # Whatever is uploaded meanwhile, the tokenizer is that of the same commit.
-        config, forward, revision = found.config, _class(found).forward, found.revision
+        kind = _class(found)
+        config, forward, revision = found.config, kind.forward, found.revision
     else:
+        kind = type(base)
         config, forward = getattr(base, "config", None), getattr(base, "forward", None)
         if config is None or forward is None:
             given = type(base).__name__
@@ -98,13 +114,26 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         name = str(getattr(config, "_name_or_path", "") or "")
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
-    made = Base(name, revision, config, takes)
-    if "decoder_input_ids" in takes or not (made.text or made.images):
+    made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
+    if not made.text and (made.decodes or not made.images):
         raise ValueError(
             f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
             f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
         )
+    if made.decodes and made.start is None:
+        raise ValueError(
+            f"{argument}: the configuration of {name or kind.__name__} has no decoder_start_token_id, with which its "
+            "decoder begins; set it, or write the inputs as .safetensors, decoder_input_ids among them"
+        )
     return made
+
+
+def _writes(kind: Any, config: Any) -> bool:
+    """Whether a class has a language model's head, or none."""
+    import transformers
+
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    return getattr(kind, "can_generate", bool)() or kind is bare
 
 
 def _class(architecture: Any) -> Any:

@@ -14,7 +14,17 @@ from typing import Any
 from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.columns import Sample, choose
-from nsc_merge.calibration.raw.drawing import Row, Source, in_order, listed
+from nsc_merge.calibration.raw.drawing import (
+    TOKENS,
+    Encoded,
+    Padding,
+    Row,
+    Source,
+    batched,
+    digest,
+    in_order,
+    listed,
+)
 from nsc_merge.calibration.raw.images import IMAGE, ImageReader, image_files, image_folder, is_image
 from nsc_merge.calibration.raw.preprocessors import (
     Base,
@@ -101,13 +111,13 @@ def batches_of(
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local)
-    samples = draw(found, settings, argument, text=model.text, images=model.images)
+    samples = draw(found, settings, argument, model)
     reader = ImageReader(found.folder, grey=model.grey)
-    encoded, fillers, first = _encoded(samples, model, settings, reader, argument)
-    sha256 = {**found.sha256, "samples": encoding.digest(encoded)}
+    encoded, padded, first = _encoded(samples, model, settings, reader, argument)
+    sha256 = {**found.sha256, "samples": digest(encoded)}
     if reader.sha256 is not None:
         sha256["images"] = reader.sha256
-    return Batches(encoding.batched(encoded, batch_size, settings, fillers), sha256=sha256, first=first)
+    return Batches(batched(encoded, batch_size, settings.seed, padded), sha256=sha256, first=first)
 
 
 def calibration_data(
@@ -175,8 +185,8 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     return _without_splits(_files([place], str(place), place.parent, argument), settings, argument)
 
 
-def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, images: bool) -> list[Sample]:
-    """The samples of a source for a base that takes text, images, or both; rows of blank text are left out.
+def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> list[Sample]:
+    """The samples of a source for what a base takes; rows of blank text are left out.
 
     Raises:
         ValueError: naming the row, what was found and what was expected.
@@ -184,7 +194,9 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
     rows = in_order(source, settings.seed, settings.samples or source.count)
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
-    columns = choose(some, settings, place, text=text, images=images, columns=source.columns)
+    columns = choose(
+        some, settings, place, text=base.text, images=base.images, writes=base.writes, columns=source.columns
+    )
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
@@ -204,8 +216,8 @@ def draw(source: Source, settings: DataSettings, argument: str, *, text: bool, i
 
 def _encoded(
     samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str
-) -> tuple[list[encoding.Encoded], dict[str, int], str]:
-    """Inputs of every sample, what those that are padded are padded with, and the first sample as text."""
+) -> tuple[list[Encoded], dict[str, Padding], str]:
+    """Inputs of every sample, how those that are padded are padded, and the first sample as text."""
     if not base.text:
         processor = image_processor_of(base, settings, argument)
         image = samples[0].images[0]
@@ -221,10 +233,11 @@ def _encoded(
     else:
         tokenizer = tokenizer_of(base, settings, argument)
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
-    fillers = {name: 0 for name in encoded[0] if name != encoding.PIXELS and encoded[0][name].dim() == 1}
+    if base.decodes:
+        encoding.add_decoded(encoded, samples, tokenizer, base, settings)
     # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][encoding.TOKENS]))
-    return encoded, {**fillers, encoding.TOKENS: encoding.filler_of(tokenizer)}, first[:_SHOWN]
+    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][TOKENS]))
+    return encoded, encoding.paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN]
 
 
 def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:

@@ -21,6 +21,8 @@ class DataSettings:
             tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
             functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where
             there is one and no ``text`` is named.
+        target: of a model with an encoder (T5, BART), the column or template of what its decoder reads, as text is of
+            what its encoder does; None gives the decoder the token that begins every answer, and nothing else.
         image: name of the column that holds an image or its path, relative to the file; None takes ``image``.
         split: of a dataset that has several, or of a folder whose files, or folders of images, are called by them
             (``train-0.parquet``, ``test/``); None takes ``"train"``, or the only one.
@@ -41,6 +43,7 @@ class DataSettings:
 
     text: str | None = None
     messages: str | None = None
+    target: str | None = None
     image: str | None = None
     split: str | None = None
     config: str | None = None
@@ -56,7 +59,7 @@ class DataSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("text", "messages", "image", "split", "config", "tokenizer", "processor", "revision"):
+        for name in ("text", "messages", "target", "image", "split", "config", "tokenizer", "processor", "revision"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: expected text, found {value!r:.60}")

@@ -22,6 +22,8 @@ from nsc_merge.utils.option_checks import check_count
 
 NewTokens = int | Mapping[str, int]
 
+# How the inputs begin that a decoder behind an encoder has.
+_DECODERS = "decoder_"
 # Answers up to this are written by whole forwards: another takes two of them, to be sure of the cache.
 _SHORT = 3
 
@@ -156,8 +158,11 @@ class Writing:
         if ids is None:
             raise ValueError(f"calibration: answers are written after {self.tokens}, found only {sorted(one.inputs)}")
         real = one.inputs.get(self.mask)
+        # An encoder reads the text apart from the answer, and may have as many tokens.
+        beside = _DECODERS if self.tokens.startswith(_DECODERS) else ""
         for name, value in one.inputs.items():
-            if name not in (self.tokens, self.mask) and getattr(value, "shape", ())[:2] == ids.shape:
+            other = name.startswith(beside) and name not in (self.tokens, self.mask)
+            if other and getattr(value, "shape", ())[:2] == ids.shape:
                 raise ValueError(
                     f"calibration: answers are written after {self.tokens} and {self.mask} alone, found {name!r} with "
                     f"a value for every token, {list(value.shape)}; expected batches without it"

@@ -27,6 +27,7 @@ class Data:
         said: what was found, in a line.
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
         text: column or template of the text, where a recipe has to name it.
+        target: that of what a decoder reads.
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
         words: whether there are texts in it.
     """
@@ -35,8 +36,15 @@ class Data:
     said: str
     batch: Mapping[str, Tensor] | None
     text: str | None = None
+    target: str | None = None
     raw: bool = False
     words: bool = False
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The settings of raw data that a recipe has to write."""
+        named = {"text": self.text, "target": self.target}
+        return {key: value for key, value in named.items() if self.raw and value is not None}
 
 
 def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:

@@ -32,6 +32,15 @@ _TOGETHER = (
     ("instruction", "output"),
     ("instruction", "response"),
 )
+# What an encoder reads, and the answer, where models with one are trained.
+_PAIRS = (
+    ("inputs", "targets"),
+    ("input", "target"),
+    ("source", "target"),
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("dialogue", "summary"),
+)
 
 
 def look(
@@ -71,9 +80,12 @@ def _raw(
     found = open_source(source, settings, argument)
     rows = found.rows(range(min(found.count, _ROWS)))
     if takes.text and settings.text is None:
-        settings = replace(settings, text=_template(rows, found.columns))
+        asked, answer = _templates(rows, found.columns, writes=takes.writes)
+        settings = replace(settings, text=asked, target=answer)
     place = f"{argument}: {Path(source).name}"
-    columns = choose(rows, settings, place, text=takes.text, images=takes.images, columns=found.columns)
+    columns = choose(
+        rows, settings, place, text=takes.text, images=takes.images, writes=takes.writes, columns=found.columns
+    )
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
@@ -93,19 +105,26 @@ def _raw(
         ", ".join(said),
         {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
         written,
+        settings.target,
         raw=True,
         words=takes.text,
     )
 
 
-def _template(rows: Sequence[Row], columns: Sequence[str]) -> str | None:
-    """A template over question and answer, where these are what the rows hold."""
+def _templates(rows: Sequence[Row], columns: Sequence[str], *, writes: bool) -> tuple[str | None, str | None]:
+    """The settings text and target, where the rows hold question and answer: the answer is the target where a decoder
+    reads it, and else behind the question.
+    """
     if set(columns) & {TEXT_COLUMNS[0], *CHAT_COLUMNS}:
-        return None
-    for names in _TOGETHER:
+        return None, None
+    for names in (*_TOGETHER, *_PAIRS) if writes else _TOGETHER:
         if all(isinstance(row.get(name), str) for row in rows for name in names):
-            return "{" + "}\n{".join(names) + "}"
-    return None
+            return (_joined(names[:-1]), names[-1]) if writes else (_joined(names), None)
+    return None, None
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else "{" + "}\n{".join(names) + "}"
 
 
 def _rows(value: Tensor, count: int) -> Tensor:

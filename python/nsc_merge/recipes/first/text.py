@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,16 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     if "data" not in found.method.needs:
         yaml.remark(f"Method {found.method.name} does not read them.")
     yaml.verbatim("calibration:")
-    texts = {one.text for one in found.data.values() if one.raw}
-    for_all = texts.pop() if len(texts) == 1 else None
+    named = [one.named for one in found.data.values() if one.raw]
+    for_all = named[0] if named and all(one == named[0] for one in named) else {}
     entries: dict[str, tuple[Any, str]] = {}
     alike = len({one.source for one in found.data.values()}) == 1 < len(found.data)
     if alike:
         yaml.remark(f"The same for all: {next(iter(found.data.values())).said}.", 2)
     for task, one in found.data.items():
         source = relative(one.source, folder)
-        own = one.text if one.raw and one.text != for_all else None
-        entries[task] = (source if own is None else {"source": source, "text": own}, "" if alike else one.said)
+        own = {} if one.named == for_all else one.named
+        entries[task] = ({"source": source, **own} if own else source, "" if alike else one.said)
     yaml.entries(entries, 2)
     if found.samples:
         _encoding(yaml, found, for_all)
@@ -106,11 +107,13 @@ def _heads(yaml: Yaml, found: Findings) -> None:
             yaml.verbatim(f"#   {shown(key_of(task))}: [first, second]")
 
 
-def _encoding(yaml: Yaml, found: Findings, text: str | None) -> None:
+def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, str]) -> None:
     """What of raw data is taken, and how."""
-    values: dict[str, tuple[Any, str]] = {}
-    if text is not None:
-        values["text"] = (text, "a column, or columns put together, as the adapters were trained")
+    said = {
+        "text": "a column, or columns put together, as the adapters were trained",
+        "target": "what the decoder reads; without it the token that begins every answer alone",
+    }
+    values: dict[str, tuple[Any, str]] = {key: (value, said[key]) for key, value in named.items()}
     steps = found.options.get("steps")
     used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
     values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
@@ -158,6 +161,7 @@ def _advice(yaml: Yaml, found: Findings, name: str) -> None:
             # What tells inputs of tasks apart is nothing where they are the same.
             apart = len({one.source for one in found.data.values()}) == len(found.tasks) > 1
             terms = " options.regmean=true" * apart
+            terms += " data.target=null" * any(one.target is not None for one in found.data.values())
             yaml.verbatim(f"#   {run} method=distill options.new_tokens=16{terms} output.dir=merged-distill")
     elif found.method.tuned is not None:
         tuned = found.method.tuned
