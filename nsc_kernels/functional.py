@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _call(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, linear
 def _on_top(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, stats: bool) -> Any:
     """With what ``linear`` itself returns as the base, in whatever dtype it computes."""
     lead = z.shape[:-1]
-    shapes_fit = z.dim() > 0 and z.shape[-1] == bank.d_in and lam.shape in ((bank.K,), (*lead, bank.K))
+    shapes_fit = z.dim() > 0 and z.shape[-1] == bank.d_in and _fits(lam, lead, bank.K)
     if not shapes_fit or z.device != bank.device:
         _refuse(z, bank, lam, None, accumulation_dtype(z.dtype))
     if z.dim() != 2:
@@ -174,6 +175,13 @@ def _on_top(z: Tensor, linear: nn.Module, bank: AdapterBank, lam: Tensor, stats:
     update, *rest = found if stats else (found,)
     y = (base + update).to(base.dtype)
     return (y, *rest) if stats else y
+
+
+def _fits(lam: Tensor, lead: Sequence[int], K: int) -> bool:
+    """Whether lam is ``[K]`` or ``[*lead, K]``: by its dimensions first, as shapes of two lengths are told apart by
+    their first sizes, of which export would keep that a number of rows is, or is not, K.
+    """
+    return tuple(lam.shape) == (K,) if lam.dim() == 1 else tuple(lam.shape) == (*lead, K)
 
 
 def _output_of(linear: nn.Module, z: Tensor) -> Tensor:
@@ -318,7 +326,7 @@ def _refuse(z: Tensor, bank: AdapterBank, lam: Tensor, base: Tensor | None, acc:
     if not lam.dtype.is_floating_point or lam.dtype.itemsize > acc.itemsize:
         raise TypeError(f"lam must be {acc} or narrower for z of {z.dtype}, found {lam.dtype}")
     lead, K = z.shape[:-1], bank.K
-    if lam.shape != (K,) and lam.shape != (*lead, K):
+    if not _fits(lam, lead, K):
         raise ValueError(f"lam must have shape ({K},) or {(*lead, K)}, found {tuple(lam.shape)}")
     if base is not None:
         if base.dtype is not z.dtype:

@@ -213,7 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if not save_u:
         raise RuntimeError(
             "nsc::merged_lora needs save_u=True where a gradient is required; of what was traced or exported, make it "
-            "with gradients enabled and an example input that requires one"
+            "with gradients enabled and an example input that requires one, or run it under torch.no_grad()"
         )
     ctx.save_for_backward(output[3], A, Bt, lam, z if stats else None)
     ctx.offsets, ctx.stats = offsets, stats

@@ -50,7 +50,7 @@ FLOORS = (
     ("bank", "dispatch", "verified_hardware", "entries"),
     ("ops", "triton"),
     ("backends", "autograd"),
-    ("functional", "info", "flops"),
+    ("functional", "info", "flops", "decompositions"),
     ("module", "integrations"),
     ("__init__",),
     ("bench",),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nsc_kernels as nk
 import operator_cases as oc
+from nsc_kernels import decompositions
 from nsc_kernels.backends import reference
 from nsc_kernels.contract import ForwardCall
 
@@ -188,6 +189,60 @@ def test_export_with_a_dynamic_dimension() -> None:
     assert torch.allclose(program.module()(longer), module(longer), atol=1e-6)
 
 
+class Statistics(torch.nn.Module):
+    def __init__(self, bank: nk.AdapterBank) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, z: Tensor, lam: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return nk.merged_lora_nsc(z, self.bank, lam, base)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_rows_of_an_export_may_be_as_many_as_adapters_or_not(strict: bool) -> None:
+    bank = oc.make_bank(oc.Case("rows"), torch.float32)
+    tokens = torch.export.Dim("tokens", max=99)
+    shapes = {name: {0: tokens} for name in ("z", "lam", "base")}
+    for T in (bank.K, 5):
+        given = (torch.randn(T, 48), torch.rand(T, bank.K), torch.randn(T, 40))
+        program = torch.export.export(Statistics(bank), given, dynamic_shapes=shapes, strict=strict)
+        for other in (bank.K, 7):
+            z, lam, base = torch.randn(other, 48), torch.rand(other, bank.K), torch.randn(other, 40)
+            assert torch.equal(program.module()(z, lam, base)[0], nk.merged_lora(z, bank, lam, base))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_decomposed_it_computes_the_same_without_the_operator(dtype: torch.dtype, per_row: bool) -> None:
+    i = oc.make_inputs(oc.Case("decomposed", T=6, d_in=16, d_out=12, ranks=(2, 0, 3), per_row=per_row), dtype)
+    z, lam = i.z.requires_grad_(), i.lam.requires_grad_()
+    model = Statistics(i.bank)
+    program = torch.export.export(model, (z, lam, i.base)).run_decompositions(decompositions.table())
+    assert not any("nsc" in str(node.target) for node in program.graph.nodes)
+    with nk.use_backend("reference"):
+        expected = model(z, lam, i.base)
+    found = program.module()(z, lam, i.base)
+    weights = [torch.randn_like(t) for t in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    gradients = (torch.autograd.grad(outputs, (z, lam), weights) for outputs in (found, expected))
+    # Rounded where autograd does.
+    near = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **near)
+
+
+def test_decomposed_it_becomes_onnx() -> None:
+    pytest.importorskip("onnxscript")
+    module = nk.MergedLoRALinear(torch.nn.Linear(48, 40), oc.make_bank(oc.Case("onnx"), torch.float32), [0.3, 0.6])
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(6, 48),), dynamic_shapes={"z": {0: torch.export.Dim("n")}})
+    found: Any = torch.onnx.export(program.run_decompositions(decompositions.table()), verbose=False)
+    assert {node.domain for node in found.model.graph} == {""}
+    z = torch.randn(9, 48)
+    torch.testing.assert_close(found(z)[0], module(z), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("make", ["trace", "export"])
 def test_what_was_traced_or_exported_has_the_gradient_of_other_inputs(make: str, grad: bool) -> None:
@@ -205,7 +260,7 @@ def test_what_was_traced_or_exported_has_the_gradient_of_other_inputs(make: str,
         return y, torch.autograd.grad(y, given)[0]
 
     if make == "export" and not grad:
-        with pytest.raises(RuntimeError, match="an example input that requires one"):
+        with pytest.raises(RuntimeError, match=r"an example input that requires one, or run it under torch.no_grad"):
             run(traced)
     else:
         torch.testing.assert_close(run(traced), run(module), rtol=1e-5, atol=1e-4)

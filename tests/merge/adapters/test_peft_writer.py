@@ -57,7 +57,7 @@ def test_a_pattern_of_ranks_is_of_its_module_alone(case, tmp_path):
     read = nsc_merge.load_adapter(out, "m")
     for path in result.paths:
         torch.testing.assert_close(read.factors[path].delta(), result.delta(path), **EXACT)
-    with pytest.raises(TypeError, match=r"format 'model' needs a transformers model, found Toy; save what result.apply"):
+    with pytest.raises(TypeError, match=r"format 'model' needs a transformers model, found Toy; save what"):
         result.save(tmp_path / "model", "model")
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["alpha_pattern"] == config["rank_pattern"]
