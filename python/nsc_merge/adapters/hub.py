@@ -14,11 +14,18 @@ from nsc_merge.adapters.formats.foreign_files import way_from
 from nsc_merge.adapters.weights_beside import CONVERTED
 from nsc_merge.utils.errors import hub_problem
 
+# What sentence-transformers puts behind a model, as patterns: each module in a folder that begins with its number. The
+# model is 0. Without its modules.json it takes the mean over all tokens.
+SENTENCE_MODULES = (
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("[1-9]_*/config.json", "[1-9]_*/*_config.json", "[1-9]_*/model.safetensors"),
+)
 # The card and the configuration tell licence and labels; a tokenizer is compared with the base's.
 READ = (
     *(CONFIG_FILE, WEIGHTS_FILE, CONVERTED, DIFFUSERS_FILE),
     *("README.md", "config.json"),
     *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
+    *SENTENCE_MODULES,
 )
 _MOST_SHOWN = 5
 

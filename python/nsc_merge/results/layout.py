@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.adapters.hub import SENTENCE_MODULES
 from nsc_merge.results.beside.plots import COEFFICIENTS_PLOT, LOSSES_PLOT, RATIOS_PLOT
 from nsc_merge.utils.provenance import sha256
 from nsc_merge.utils.yaml_text import read_yaml
@@ -41,8 +42,7 @@ _FILE = rf"""(?x:
 )"""
 # What transformers' tokenizers, processors and generation read from a model's folder, of this release and of earlier
 # ones: configurations, chat templates, vocabularies, as patterns of the hub. No code, and no weights but those of the
-# modules that sentence-transformers puts behind a model, each in a folder that begins with its number; the model is 0.
-# Without its modules.json it takes the mean over all tokens.
+# modules that sentence-transformers puts behind a model.
 PREPROCESSING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -53,8 +53,7 @@ PREPROCESSING = (
     *("vocab.json", "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json"),
     *("target_vocab.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json", "byte_maps.json"),
     *("word_shape.json", "word_pronunciation.json"),
-    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
-    *("[1-9]_*/config.json", "[1-9]_*/*_config.json", "[1-9]_*/model.safetensors"),
+    *SENTENCE_MODULES,
 )
 # A base's licence and what it asks to be passed on, which a merge of it is under as well; as patterns of the hub.
 LICENSES = (

@@ -1,6 +1,6 @@
 """What turns raw data into a model's inputs, guides its generation and makes embeddings of its outputs, copied from the
-base: its tokenizer, chat templates, processors, generation configuration and sentence-transformers' modules. The
-base's licence comes along.
+base: its tokenizer, chat templates, processors, generation configuration and sentence-transformers' modules, which
+may lie beside the adapters alone. The base's licence comes along.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.serving.older_keys import keep_older_keys
+from nsc_merge.results.beside.serving.sentence_modules import Modules, is_of_modules, modules_beside, pickled_notes
 from nsc_merge.results.layout import LICENSES, PREPROCESSING, is_license, is_preprocessing
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
@@ -53,7 +54,8 @@ def write_preprocessing(result: MergedUpdate, folder: Path) -> None:
     it is in memory. Python files come along only where ``trust_remote_code`` was given, here or to transformers. Of
     the base's ``config.json`` those keys stay that other readers know and transformers writes by other names.
     """
-    for name, file in _files(result).items():
+    found = _files(result)
+    for name, file in {**found, **_sentence_modules(result, found).files}.items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
@@ -122,6 +124,7 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
             f"{away[0]} in the base's folder is a link to a file of another name elsewhere and is not copied: put the "
             "file itself there if it is the model's"
         )
+    notes += _sentence_modules(result, found).notes + pickled_notes(found)
     large = [name for name, file in _beside(result) if file.stat().st_size > LARGEST]
     if large:
         notes.append(
@@ -203,9 +206,15 @@ def _files(result: MergedUpdate) -> dict[str, Path]:
             found |= {
                 file.name: file
                 for file in largest.iterdir()
-                if is_preprocessing(file.name) and file.is_file() and not leads_away(file, largest)
+                if is_preprocessing(file.name) and not is_of_modules(file.name)
+                if file.is_file() and not leads_away(file, largest)
             }
     return found
+
+
+def _sentence_modules(result: MergedUpdate, base: Mapping[str, Path]) -> Modules:
+    """Those that lie beside the adapters, where what is copied of the base has none."""
+    return modules_beside(base, {task: adapter.source for task, adapter in result.adapters.items()})
 
 
 def _beside(result: MergedUpdate, *, linked: bool = False) -> Iterator[tuple[str, Path]]:

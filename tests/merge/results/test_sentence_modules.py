@@ -1,0 +1,150 @@
+"""sentence-transformers saves what it puts behind a model beside the adapters that it trains: a merge has it, too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import served_cases
+import torch
+from safetensors.torch import save_file
+
+import nsc_merge
+from nsc_merge.adapters.hub import READ, SENTENCE_MODULES
+from nsc_merge.results.beside import preprocessing
+
+PROMPTS = {"query": "search: "}
+# As release 6 and release 2 write the same.
+NEW = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.base.modules.dense.Dense"},
+    ],
+    "config_sentence_transformers.json": {"__version__": {"pytorch": "2.13"}, "prompts": {**PROMPTS, "document": ""}},
+    "sentence_bert_config.json": {"transformer_task": "feature-extraction"},
+    "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True},
+    "2_Dense/config.json": {"in_features": 32, "out_features": 8},
+}
+OLD = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ],
+    "config_sentence_transformers.json": {"__version__": {"pytorch": "1.9"}, "prompts": PROMPTS},
+    "sentence_bert_config.json": {"max_seq_length": 8},
+    "1_Pooling/config.json": {
+        "word_embedding_dimension": 32,
+        "pooling_mode_cls_token": True,
+        "pooling_mode_mean_tokens": False,
+    },
+    "2_Dense/config.json": {"in_features": 32, "out_features": 8},
+}
+DENSE = "2_Dense/model.safetensors"
+FOLDERS = ("lora", "model")
+
+
+@pytest.fixture
+def case(tmp_path):
+    """A base folder and two adapters of it, none with modules."""
+    base = served_cases.write_base("llama", tmp_path / "base")
+    return base, served_cases.write_adapters(base, tmp_path, "llama")
+
+
+def put(folder, files, *, metadata=None, **changes):
+    for name, value in {
+        **files,
+        **{name.replace("__", "/") + ".json": value for name, value in changes.items()},
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    save_file({"linear.weight": torch.ones(8, 32)}, folder / DENSE, metadata)
+
+
+def saved(case, out):
+    base, adapters = case
+    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic")
+    result.save(out, list(FOLDERS))
+    card, notes = (out / "README.md").read_text(), preprocessing.preprocessing_notes(result)
+    assert all(f"- {note}" in card for note in notes)
+    return notes
+
+
+def test_modules_beside_the_adapters_follow_where_the_base_has_none(case, tmp_path):
+    _, adapters = case
+    put(adapters["one"], NEW)
+    put(adapters["two"], OLD, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    assert saved(case, out) == [
+        "pooling and prompts of sentence-transformers (modules.json) are those beside one, the base has none"
+    ]
+    for format in FOLDERS:
+        assert all(
+            (out / format / name).read_bytes() == (adapters["one"] / name).read_bytes() for name in [*NEW, DENSE]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({"1_Pooling__config": {"pooling_mode": "mean"}}, "1_Pooling/config.json"),
+        ({"1_Pooling__config": {"pooling_mode": ["cls", "mean"]}}, "1_Pooling/config.json"),
+        ({"config_sentence_transformers": {"prompts": {"query": "find: "}}}, "config_sentence_transformers.json"),
+        ({"modules": NEW["modules.json"][:2]}, "modules.json"),
+    ],
+)
+def test_modules_that_differ_are_left_out_with_a_note(case, tmp_path, change, other):
+    _, adapters = case
+    put(adapters["one"], OLD)
+    put(adapters["two"], NEW, **change)
+    (note,) = saved(case, tmp_path / "out")
+    assert f"the folders of one and two have each another {other}" in note
+    assert "SentenceTransformer would take the mean of all tokens" in note
+    assert not any((tmp_path / "out" / format / "modules.json").exists() for format in FOLDERS)
+
+
+def test_the_bases_modules_stay_and_what_training_made_of_them_is_said(case, tmp_path):
+    base, adapters = case
+    put(base, OLD)
+    for folder in adapters.values():
+        put(folder, NEW)
+    assert saved(case, tmp_path / "same") == []
+    save_file({"linear.weight": torch.zeros(8, 32)}, adapters["two"] / DENSE)
+    out = tmp_path / "out"
+    (note,) = saved(case, out)
+    assert note.startswith(f"two: its folder has modules of sentence-transformers of its own, with another {DENSE}")
+    assert all((out / format / DENSE).read_bytes() == (base / DENSE).read_bytes() for format in FOLDERS)
+
+
+def test_pickled_weights_of_a_module_are_named(case, tmp_path):
+    base, _ = case
+    put(base, OLD)
+    (base / DENSE).rename(base / "2_Dense" / "pytorch_model.bin")
+    (note,) = saved(case, tmp_path / "out")
+    assert note.startswith("2_Dense of the base has no model.safetensors, and pickled weights are never opened")
+
+
+def test_modules_around_a_model_in_a_folder_of_its_own_stay_where_they_are(case, tmp_path):
+    _, adapters = case
+    within = [{**NEW["modules.json"][0], "path": "0_Transformer"}, *NEW["modules.json"][1:]]
+    put(adapters["one"], NEW, modules=within)
+    assert saved(case, tmp_path / "out") == []
+    assert not (tmp_path / "out" / "model" / "modules.json").exists()
+
+
+def test_damaged_modules_stop_no_merge(case, tmp_path):
+    _, adapters = case
+    for task, folder in adapters.items():
+        put(folder, NEW)
+        (folder / DENSE).write_text(task)
+    (note,) = saved(case, tmp_path / "out")
+    assert f"each another {DENSE}" in note
+    (adapters["one"] / "modules.json").write_text("{")
+    shutil.rmtree(tmp_path / "out")
+    assert len(saved(case, tmp_path / "out")) == 1
+
+
+def test_modules_of_an_adapter_on_the_hub_are_fetched():
+    assert set(SENTENCE_MODULES) <= set(READ)
