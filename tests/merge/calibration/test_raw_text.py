@@ -11,7 +11,7 @@ import torch
 from raw_cases import CHAT, PARTS, WORDS, llama_config, text_base, tokenizer, write_rows
 from safetensors.torch import save_file
 from tokenizers import normalizers, processors
-from transformers import AutoConfig, AutoModel, LlamaForCausalLM, WhisperConfig
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
 import nsc_merge
 from nsc_merge.calibration.batch_files import Batches
@@ -305,7 +305,10 @@ def test_one_function_takes_raw_data_and_safetensors(tmp_path, base, file):
     assert_equal(batches_of(file, str(base), DataSettings(), 3, "calibration.a"), by_hand(TEXTS, 3))
 
 
-def test_models_that_take_more_are_refused(tmp_path, file):
-    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^calibration.a: a whisper does not run on text or images alone.*input_feat"):
+@pytest.mark.parametrize("kind", ["Whisper", "Florence2"])
+def test_models_that_take_more_are_refused(tmp_path, file, kind):
+    name = f"{kind}ForConditionalGeneration"
+    AutoConfig.for_model(kind.lower(), architectures=[name]).save_pretrained(tmp_path)
+    message = f"^calibration.a: a {kind.lower()} does not run on text or images alone.*decoder_input_ids.*safetensors$"
+    with pytest.raises(ValueError, match=message):
         made(file, tmp_path)

@@ -115,7 +115,8 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
     made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
-    if not made.text and (made.decodes or not made.images):
+    # Processors of images for an encoder (Florence-2) place them in the text each in its own way.
+    if (made.decodes and (made.images or not made.text)) or not (made.text or made.images):
         raise ValueError(
             f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
             f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
