@@ -25,9 +25,10 @@ _NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin", "new_embeddings
 # PEFT does not read these either, or they are of the optimisation.
 _KNOWN = re.compile(
     r"adapter_model\.safetensors|(non_lora_trainables|mm_projector|trainable_params)\.\w+"
-    r"|(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)"
+    r"|(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)|random_states_\d+\.pkl"
 )
-_WEIGHTS = re.compile(r".+\.(bin|pt|pth|ckpt|safetensors)")
+# SetFit's classifiers, as scikit-learn's in general, are the last two.
+_WEIGHTS = re.compile(r".+\.(bin|pt|pth|ckpt|safetensors|pkl|joblib)")
 
 
 class Beside(NamedTuple):

@@ -237,12 +237,15 @@ def test_what_longlora_trained_beside_is_refused_and_read_once_it_is_converted(t
 
 def test_other_files_beside_an_adapter_are_refused_or_noted(tmp_path):
     folder = write_adapter(build("llama"), tmp_path / "a", 1, r=4, target_modules=["q_proj"])
-    for file in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "tokenizer.json"):
+    for file in ("optimizer.pt", "rng_state_0.pth", "random_states_0.pkl", "training_args.bin", "tokenizer.json"):
         (folder / file).write_bytes(b"")
     assert nsc_merge.load_adapter(folder, "a").notes == ()
     (folder / "adapter_model.bin").write_bytes(b"")
     (note,) = nsc_merge.load_adapter(folder, "a").notes
     assert note.startswith("adapter_model.bin lies beside the adapter and is not read")
+    # As SetFit calls its classifier.
+    (folder / "model_head.pkl").write_bytes(b"")
+    assert nsc_merge.load_adapter(folder, "a").notes[1:] == (note.replace("adapter_model.bin", "model_head.pkl"),)
     (folder / "new_embeddings.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"new_embeddings.safetensors holds rows for tokens"):
         nsc_merge.load_adapter(folder, "a")
