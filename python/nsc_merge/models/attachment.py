@@ -197,7 +197,8 @@ def attach(
         finally:
             # Ctrl-C once more, while a run is ended by it, must not leave some of the merged linears in the model.
             with undisturbed():
-                for path, module in placed.items():
+                # A linear is within what was put around its module later.
+                for path, module in reversed(placed.items()):
                     _replace(model, path, module)
                 _set_requires_grad(trainable, True)
 

@@ -185,3 +185,23 @@ def test_t5_takes_an_offloaded_base():
     with nsc_merge.attach(cpu_offload(model, torch.device("cpu")), dense.adapters, 0.5):
         found = model(**words(1)).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_within_a_module_with_an_adapted_parameter_is_itself_afterwards():
+    """An attention of torch, whose in_proj_weight is a parameter (``target_parameters``) and out_proj a linear."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.MultiheadAttention(8, 2, batch_first=True)}).double()
+    model.forward = lambda z: model["head"](z, z, z)[0]
+    factors = {
+        "head.out_proj": Factor(torch.randn(2, 8), torch.randn(8, 2), 1.0),
+        "head.in_proj_weight": Factor(torch.randn(2, 8), torch.randn(24, 2), 1.0),
+    }
+    z, before = torch.randn(2, 3, 8).double(), dict(model.named_modules())
+    whole = copy.deepcopy(model["head"])
+    with torch.no_grad():
+        whole.in_proj_weight += factors["head.in_proj_weight"].delta()
+        whole.out_proj.weight += factors["head.out_proj"].delta()
+    for _ in range(2):
+        with nsc_merge.attach(model, {"a": Adapter("a", factors)}, 1.0):
+            torch.testing.assert_close(model(z), whole(z, z, z)[0])
+        assert dict(model.named_modules()) == before
