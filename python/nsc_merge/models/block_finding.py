@@ -59,7 +59,7 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     if not lists:
         return None
     config: Any = getattr(model, "config", None)
-    towers = _has_two_towers(config)
+    towers = has_two_towers(config)
     decoder = None if towers else _decoder(model)
     inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
     lists = inside or lists
@@ -153,7 +153,7 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
     # Where the trunk takes other inputs than the model, as the encoder of DINOv3 does, the model has no head.
     prefill = "base_model" if main is None or main in _arguments(trunk) else ""
-    if _has_two_towers(config):
+    if has_two_towers(config):
         mask = "attention_mask" if "attention_mask" in taken else None
         return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": tower}
     if main == "pixel_values" and "input_ids" not in taken:
@@ -237,7 +237,7 @@ def _sees(config: Any) -> bool:
     return hasattr(config, "vision_config") and hasattr(config, "text_config")
 
 
-def _has_two_towers(config: Any) -> bool:
+def has_two_towers(config: Any) -> bool:
     """Whether text and images are read side by side, without a token that stands for an image in the text."""
     return _sees(config) and not has_image_token(config)
 

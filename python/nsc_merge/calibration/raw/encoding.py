@@ -44,7 +44,8 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
             [texts[number][0] for number in numbers],
             add_special_tokens=special,
             truncation=settings.truncation,
-            max_length=most if settings.truncation else None,
+            max_length=most if settings.truncation or base.whole else None,
+            padding="max_length" if base.whole else False,
         )
         names = [name for name in encoded if name in base.takes]
         for place, number in enumerate(numbers):
@@ -82,6 +83,16 @@ def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader:
         names = [name for name in encoded if name in base.takes]
         found += [{name: encoded[name][number] for name in names} for number in range(len(some))]
     return found
+
+
+def encode_beside(
+    samples: Sequence[Sample], processor: Any, base: Base, settings: DataSettings, reader: ImageReader
+) -> list[Encoded]:
+    """Text and image of every sample, each by itself, for models whose text has no place for an image (CLIP)."""
+    texts = encode_text(samples, processor.tokenizer, base, settings)
+    images = encode_images(samples, processor.image_processor, base, reader)
+    pairs = zip(texts, images, strict=True)
+    return [{**text, **{name: value[None] for name, value in image.items()}} for text, image in pairs]
 
 
 def encode_pairs(
@@ -276,12 +287,14 @@ def _say_cut(cut: Sequence[Sample], count: int, most: int, end: str) -> None:
 
 
 def _longest(base: Base, settings: DataSettings) -> int:
-    return min(settings.max_length, base.positions or settings.max_length)
+    return base.whole or min(settings.max_length, base.positions or settings.max_length)
 
 
 def _add_mask(one: Encoded, base: Base) -> None:
-    """What tells padding from text, where the tokenizer makes none (``model_input_names``) and the model takes one."""
-    if MASK in base.takes and MASK not in one:
+    """What tells padding from text, where the tokenizer makes none (``model_input_names``) and the model takes one, and
+    was trained with one.
+    """
+    if MASK in base.takes and MASK not in one and not base.whole:
         one[MASK] = torch.ones_like(one[TOKENS])
 
 

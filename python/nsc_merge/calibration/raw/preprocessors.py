@@ -9,6 +9,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
+from nsc_merge.models.block_finding import has_two_towers
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
@@ -77,6 +78,18 @@ class Base:
         if not isinstance(found, int) or found <= 0:
             return None
         return found - (config.pad_token_id or 0) - 1 if config.model_type in _BEHIND_PADDING else found
+
+    @property
+    def whole(self) -> int | None:
+        """Tokens that every text is filled up to for SigLIP, which was trained so: it sees the filling, and its last
+        token says what the text is.
+        """
+        return self.positions if "siglip" in self.config.model_type else None
+
+    @property
+    def apart(self) -> bool:
+        """Whether it reads text and images beside each other, and always both."""
+        return self.images and has_two_towers(self.config)
 
     @property
     def image_token(self) -> int | None:

@@ -226,10 +226,13 @@ def _encoded(
     with_images = any(
         sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
     )
+    if base.apart and not with_images:
+        raise ValueError(f"{argument}: holds text alone, and the base takes an image beside it; expected both in a row")
     if base.images and with_images:
         processor = processor_of(base, settings, argument)
         tokenizer = processor.tokenizer
-        encoded = encoding.encode_pairs(samples, processor, base, settings, reader)
+        encode = encoding.encode_pairs if hasattr(processor, "image_token") else encoding.encode_beside
+        encoded = encode(samples, processor, base, settings, reader)
     else:
         tokenizer = tokenizer_of(base, settings, argument)
         encoded = encoding.encode_text(samples, tokenizer, base, settings)
