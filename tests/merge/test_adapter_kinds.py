@@ -59,6 +59,10 @@ ELSEWHERE = {
     ),
     "LoRA on Conv1D (GPT-2)": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
     "AdaLoRA": ("adapters/test_adalora.py", "test_a_merge_computes_what_peft_does_in_both_formats"),
+    "LoRA on `nn.MultiheadAttention`": (
+        "adapters/test_peft_tensors.py",
+        "test_lora_on_an_attention_of_torch_is_refused_but_not_on_its_parameter",
+    ),
     "LoRA on convolutions": ("models/test_other_modules.py", "test_both_formats_compute_what_peft_does"),
     "a larger vocabulary": ("models/test_vocabulary.py", "test_one_adapter_with_added_tokens_is_what_peft_runs"),
     "keys of `torch.compile`, FSDP, DataParallel, a state dict, or without PEFT's prefix": (

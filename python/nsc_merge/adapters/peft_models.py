@@ -122,8 +122,9 @@ def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:
 
 def refuse_attention(what: str) -> NoReturn:
     raise ValueError(
-        f"{what}: LoRA on nn.MultiheadAttention is not merged, whose in_proj_weight is a parameter of its own and no "
-        "module's; expected an adapter that leaves it out (exclude_modules), or use PEFT's merge_and_unload"
+        f"{what}: LoRA on nn.MultiheadAttention is not merged, where PEFT 0.21 adds the update of out_proj twice; "
+        "expected an adapter of the parameter alone (target_parameters=['in_proj_weight']), or without it "
+        "(exclude_modules), or use PEFT's merge_and_unload"
     )
 
 

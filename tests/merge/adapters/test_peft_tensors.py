@@ -185,10 +185,25 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0])
 
 
-def test_lora_on_an_attention_of_torch_is_refused_from_folder_and_memory(tmp_path):
+def test_lora_on_an_attention_of_torch_is_refused_but_not_on_its_parameter(tmp_path):
     torch.manual_seed(0)
-    held = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attention", "head"]))
+    model = Attention().eval()
+    held = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["attention", "head"]))
     held.save_pretrained(tmp_path / "a")
     for source in (held, tmp_path / "a"):
-        with pytest.raises(ValueError, match=r"\['a'\]: attention: LoRA on nn.MultiheadAttention is not merged"):
+        with pytest.raises(ValueError, match=r"\['a'\]: attention: LoRA on nn.MultiheadAttention is not merged, where"):
             nsc_merge.load_adapter(source, "a")
+    config = LoraConfig(r=2, target_modules=["head"], target_parameters=["attention.in_proj_weight"])
+    held = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, value in held.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.5)
+    held.save_pretrained(tmp_path / "b")
+    x = torch.randn(2, 3, 8)
+    wanted = held.eval()(x)
+    assert not torch.allclose(wanted, model(x), atol=1e-2)
+    result = nsc_merge.merge(model, {"b": tmp_path / "b"}, method="task_arithmetic", scale=1.0)
+    saved = PeftModel.from_pretrained(copy.deepcopy(model), result.save(tmp_path / "c", "lora")).eval()
+    for found in (result.apply(copy.deepcopy(model)), saved):
+        torch.testing.assert_close(found(x), wanted, rtol=1e-5, atol=1e-5)
