@@ -8,11 +8,13 @@ import shutil
 import pytest
 import served_cases
 import torch
+import transformers as tf
 from safetensors.torch import save_file
 
 import nsc_merge
 from nsc_merge.adapters.hub import READ, SENTENCE_MODULES
 from nsc_merge.results.beside import preprocessing
+from nsc_merge.results.beside.next_commands import next_commands
 
 PROMPTS = {"query": "search: "}
 # As release 6 and release 2 write the same.
@@ -63,9 +65,9 @@ def put(folder, files, *, metadata=None, **changes):
     save_file({"linear.weight": torch.ones(8, 32)}, folder / DENSE, metadata)
 
 
-def saved(case, out):
+def saved(case, out, load=tf.AutoModel.from_pretrained):
     base, adapters = case
-    result = nsc_merge.merge(served_cases.load(base), adapters, method="task_arithmetic")
+    result = nsc_merge.merge(load(base), adapters, method="task_arithmetic")
     result.save(out, list(FOLDERS))
     card, notes = (out / "README.md").read_text(), preprocessing.preprocessing_notes(result)
     assert all(f"- {note}" in card for note in notes)
@@ -148,3 +150,35 @@ def test_damaged_modules_stop_no_merge(case, tmp_path):
 
 def test_modules_of_an_adapter_on_the_hub_are_fetched():
     assert set(SENTENCE_MODULES) <= set(READ)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "call"),
+    [
+        ({}, "SentenceTransformer", 'encode("A sentence.")'),
+        ({"model_type": "SparseEncoder"}, "SparseEncoder", 'encode("A sentence.")'),
+        ({"model_type": "CrossEncoder"}, "CrossEncoder", 'predict([("A question?", "A sentence.")])'),
+        ({"model_type": "os.system"}, "SentenceTransformer", 'encode("A sentence.")'),
+    ],
+)
+def test_card_and_next_command_load_it_with_sentence_transformers(case, tmp_path, settings, kind, call):
+    base, adapters = case
+    put(base, OLD, config_sentence_transformers=settings)
+    out = tmp_path / "out"
+    result = nsc_merge.merge(tf.AutoModel.from_pretrained(base), adapters, method="task_arithmetic")
+    result.save(out, list(FOLDERS))
+    code = f'from sentence_transformers import {kind}\n\nmodel = {kind}("model")\nprint(model.{call})\n'
+    assert code in (out / "README.md").read_text()
+    files = [str(file.relative_to(out)) for file in out.rglob("*")]
+    (command,) = next_commands(result, out, files, pushed=True)
+    assert f"from sentence_transformers import {kind}; print({kind}(" in command
+    assert command.endswith(f".{call})'")
+
+
+def test_an_adapter_of_a_model_with_a_head_is_none_for_the_trunk_that_is_loaded(case, tmp_path):
+    base, _ = case
+    put(base, OLD)
+    (note,) = saved(case, tmp_path / "out", served_cases.load)
+    assert note.startswith("sentence-transformers loads this base without the head of LlamaForCausalLM")
+    put(base, OLD, sentence_bert_config={"transformer_task": "text-generation"})
+    assert saved(case, tmp_path / "generating", served_cases.load) == []

@@ -15,8 +15,9 @@ from nsc_merge.models.fitting import absent
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head
-from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting
+from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting, quoted
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
+from nsc_merge.results.beside.serving.sentence_modules import loaded_by
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.beside.uses import use_of
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
@@ -171,8 +172,12 @@ def _loading(
     its own.
     """
     ready = head is not None or not heads
+    own = loaded_by(saved.folder) if saved.format == "model" and not heads else None
     run = saved.using(made=False) if ready and saved.format == "model" else []
-    if run and "model=" in " ".join(run):
+    if own is not None:
+        lines = [f"from sentence_transformers import {own.kind}", f"model = {own.kind}({quoted(saved.place)})"]
+        code = block([*lines, f"print(model.{own.call})"])
+    elif run and "model=" in " ".join(run):
         code = block(run)
     else:
         code = block([*saved.loading(), *(saved.using(made=True) if ready else [])])

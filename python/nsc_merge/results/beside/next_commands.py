@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.results.beside.loading_code import has_chat_template, quoted
+from nsc_merge.results.beside.serving.sentence_modules import loaded_by
 from nsc_merge.results.beside.uses import use_of
 from nsc_merge.results.dora_adapter import has_gains
 from nsc_merge.results.merged_update import MergedUpdate
@@ -27,8 +28,8 @@ _TRIED = {
 
 
 def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, pushed: bool) -> list[str]:
-    """One that runs the merge through a pipeline of transformers, where there is one for it, and one that uploads it,
-    unless it has been.
+    """One that runs the merge through sentence-transformers or a pipeline of transformers, where there is one for it,
+    and one that uploads it, unless it has been.
 
     Args:
         result: of the merge.
@@ -46,6 +47,11 @@ def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, push
         if format == "model":
             # That of a head which was put in.
             kind = from_json((out / place / config).read_bytes(), config).get("architectures", [kind])[0]
+        own = loaded_by(out / place) if format == "model" and kind == class_name(result.model) else None
+        if own is not None:
+            called = f"{own.kind}({quoted(str(out / place))}).{own.call}"
+            found.append(shlex.join(["python", "-c", f"from sentence_transformers import {own.kind}; print({called})"]))
+            break
         use = use_of(kind)
         needed, example = _TRIED.get(use.tag if use else "", ("", ""))
         if use is None or f"{place}{needed}" not in files:

@@ -20,7 +20,13 @@ from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.serving.older_keys import keep_older_keys
-from nsc_merge.results.beside.serving.sentence_modules import Modules, is_of_modules, modules_beside, pickled_notes
+from nsc_merge.results.beside.serving.sentence_modules import (
+    Modules,
+    adapter_notes,
+    is_of_modules,
+    modules_beside,
+    pickled_notes,
+)
 from nsc_merge.results.layout import LICENSES, PREPROCESSING, is_license, is_preprocessing
 from nsc_merge.results.merged_model import is_of_diffusers
 from nsc_merge.results.merged_update import MergedUpdate
@@ -124,7 +130,8 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
             f"{away[0]} in the base's folder is a link to a file of another name elsewhere and is not copied: put the "
             "file itself there if it is the model's"
         )
-    notes += _sentence_modules(result, found).notes + pickled_notes(found)
+    modules = _sentence_modules(result, found)
+    notes += [*modules.notes, *pickled_notes(found), *adapter_notes(result.model, {**modules.files, **found})]
     large = [name for name, file in _beside(result) if file.stat().st_size > LARGEST]
     if large:
         notes.append(

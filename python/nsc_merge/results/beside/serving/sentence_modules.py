@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from nsc_merge.adapters.hub import SENTENCE_MODULES
+from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.provenance import leads_away
 from nsc_merge.utils.safetensors_checks import read_checked
 
 MODULES = "modules.json"
+_OF_MODEL = "sentence_*_config.json"
 _SETTINGS, _PROMPTS = "config_sentence_transformers.json", ("prompts", "default_prompt_name")
 # Modules with weights of their own.
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling", "LSTM", "CNN", "SparseAutoEncoder", "CSRSparsity")
 # How releases before 5 say what is pooled: one key a mode, such as pooling_mode_cls_token.
 _MODE = "pooling_mode"
+
+# Class that loads a folder -> a call of it with an example.
+_CALLS = {
+    **dict.fromkeys(("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder"), 'encode("A sentence.")'),
+    "CrossEncoder": 'predict([("A question?", "A sentence.")])',
+}
 
 # Path within a model's folder -> file.
 Files = Mapping[str, Path]
@@ -37,6 +46,28 @@ class Modules(NamedTuple):
 
     files: Files
     notes: list[str]
+
+
+class Loaded(NamedTuple):
+    """How sentence-transformers loads a folder.
+
+    Attributes:
+        kind: its class.
+        call: a method of it with an example.
+    """
+
+    kind: str
+    call: str
+
+
+def loaded_by(folder: Path) -> Loaded | None:
+    """None of a folder without modules."""
+    if not (folder / MODULES).is_file():
+        return None
+    file = folder / _SETTINGS
+    told = _settings({_SETTINGS: file} if file.is_file() else {}).get("model_type")
+    kind = told if isinstance(told, str) and told in _CALLS else "SentenceTransformer"
+    return Loaded(kind, _CALLS[kind])
 
 
 def is_of_modules(name: str) -> bool:
@@ -92,6 +123,22 @@ def pickled_notes(copied: Files) -> list[str]:
         "sentence-transformers does not load the merge: if you trust them, copy them, or save the base with "
         "SentenceTransformer's save_pretrained, which writes safetensors"
         for path in without[:1]
+    ]
+
+
+def adapter_notes(model: nn.Module, copied: Files) -> list[str]:
+    """A line where sentence-transformers loads the trunk of a base alone, in which modules are called otherwise, so
+    that it finds none that an adapter of the base names.
+    """
+    listed = _listed(copied) if MODULES in copied else []
+    if not listed or listed[0][1] != "Transformer" or getattr(model, "base_model", model) is model:
+        return []
+    tasks = [_read(file).get("transformer_task") for name, file in copied.items() if fnmatchcase(name, _OF_MODEL)]
+    if any(task not in (None, "feature-extraction") for task in tasks):
+        return []
+    return [
+        f"sentence-transformers loads this base without the head of {class_name(model)}, and so finds no module that "
+        "format 'lora' names: give it the merge as a model"
     ]
 
 
