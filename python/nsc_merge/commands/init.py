@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
     init.add_argument(
         "--data", action="append", default=[], metavar="[TASK=]FILE", help="unlabelled inputs; may be repeated"
     )
-    init.add_argument("--text", metavar="COLUMN", help=r'column of the text in raw data, or several: "{a}\n{b}"')
+    init.add_argument("--text", metavar="COLUMN", help=r'column of text or chats in raw data, or texts: "{a}\n{b}"')
     init.add_argument("--revision", metavar="REV", help="of a base on the hub")
     init.add_argument("--method", metavar="NAME", help="how to merge (default: what suits the data)")
     init.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="- prints it (default: recipe.yaml)")

@@ -182,3 +182,18 @@ def test_comments_never_change_what_is_written(rows):
     made.verbatim("under:")
     made.entries(entries, 2)
     assert yaml.safe_load(str(made))["under"] == ({key: value for key, (value, _) in entries.items()} or None)
+
+
+def test_chats_of_preferences_are_taken_by_their_column(at, capsys):
+    at("llama")
+    said = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    rows = [{"chosen": said, "rejected": said, "margin": 1.0}] * 4
+    Path("preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", *ADAPTERS, "--data", "preferences.jsonl"]) == 0
+    assert written()["data"]["messages"] == "chosen"
+    assert "text" not in written()["data"]
+    assert main(["init", *ADAPTERS, "--data", "preferences.jsonl", "--text", "rejected", "--force"]) == 0
+    assert written()["data"]["messages"] == "rejected"
+    assert "the chats in column 'rejected'" in capsys.readouterr().out
+    assert main(["run", "recipe.yaml", "--dry-run", "options.steps=1"]) == 0
+    capsys.readouterr()

@@ -28,6 +28,7 @@ class Data:
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
         text: column or template of the text, where a recipe has to name it.
         target: that of what a decoder reads.
+        messages: the column of chats, where it has no usual name.
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
         words: whether there are texts in it.
     """
@@ -37,13 +38,14 @@ class Data:
     batch: Mapping[str, Tensor] | None
     text: str | None = None
     target: str | None = None
+    messages: str | None = None
     raw: bool = False
     words: bool = False
 
     @property
     def named(self) -> dict[str, str]:
         """The settings of raw data that a recipe has to write."""
-        named = {"text": self.text, "target": self.target}
+        named = {"text": self.text, "target": self.target, "messages": self.messages}
         return {key: value for key, value in named.items() if self.raw and value is not None}
 
 

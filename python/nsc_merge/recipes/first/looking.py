@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_summary import summary
+from nsc_merge.calibration.raw.chats import is_chat
 from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.preprocessors import base_of
@@ -79,7 +80,10 @@ def _raw(
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument)
     rows = found.rows(range(min(found.count, _ROWS)))
-    if takes.text and settings.text is None:
+    chats = _chats(rows, found.columns, settings.text) if takes.text else None
+    if chats is not None:
+        settings = replace(settings, text=None, messages=chats)
+    elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
     place = f"{argument}: {Path(source).name}"
@@ -106,9 +110,21 @@ def _raw(
         {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
         written,
         settings.target,
+        chats,
         raw=True,
         words=takes.text,
     )
+
+
+def _chats(rows: Sequence[Row], columns: Sequence[str], named: str | None) -> str | None:
+    """The column of chats that is named as one of text; where none is, and none holds texts nor has the usual name, the
+    first, as of prompts or preferred answers.
+    """
+    found = [name for name in columns if rows and all(is_chat(row.get(name)) for row in rows)]
+    if named is not None:
+        return named if named in found else None
+    texts = any(isinstance(row.get(name), str) for row in rows for name in set(columns) - set(found))
+    return found[0] if found and not texts and not set(columns) & set(CHAT_COLUMNS) else None
 
 
 def _templates(rows: Sequence[Row], columns: Sequence[str], *, writes: bool) -> tuple[str | None, str | None]:

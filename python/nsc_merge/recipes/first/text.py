@@ -111,6 +111,7 @@ def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, str]) -> None:
     """What of raw data is taken, and how."""
     said = {
         "text": "a column, or columns put together, as the adapters were trained",
+        "messages": "the column of chats, which go through the tokenizer's chat template",
         "target": "what the decoder reads; without it the token that begins every answer alone",
     }
     values: dict[str, tuple[Any, str]] = {key: (value, said[key]) for key, value in named.items()}
