@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -13,7 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import nsc_merge
+from nsc_merge.calibration.raw.preprocessors import Base, image_processor_of
+from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.fitting import fit
+from nsc_merge.results.beside.preprocessing import preprocessing_notes
 
 CLASSES = {"a": 5, "b": 3}
 LORA = {"target_modules": ["fc"], "modules_to_save": ["head"]}
@@ -186,3 +190,27 @@ def test_logits_are_those_of_the_classifier_where_no_head_was_brought(tmp_path, 
     monkeypatch.delattr(Trunk, "get_classifier")
     with pytest.raises(ValueError, match="outputs: Trunk has no logits; expected a function of model and batch"):
         nsc_merge.merge(model, adapters, data, "distill", steps=2, progress=False)
+
+
+def test_names_of_classes_are_those_of_the_head_in_timm_s_configuration_too(tmp_path):
+    folders, _ = written(Wrapper, tmp_path)
+    model = made(Wrapper, 5)
+    model.config.label_names = [f"LABEL_{number}" for number in range(5)]
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=0.4)
+    loaded = Wrapper.from_pretrained(result.save(tmp_path / "out", head="b", labels={"b": ["x", "y", "z"]}))
+    assert loaded.config.label_names == list(loaded.config.id2label.values()) == ["x", "y", "z"]
+    assert len(model.config.label_names) == 5
+
+
+def test_the_processor_of_a_model_of_timm_is_in_its_configuration(tmp_path, monkeypatch):
+    folders, _ = written(Wrapper, tmp_path)
+    result = nsc_merge.merge(made(Wrapper, 5), folders, method="task_arithmetic", scale=0.4)
+    asked = []
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name, **_: asked.append(name))
+    base = Base(str(tmp_path), None, result.model.config, frozenset({"pixel_values"}))
+    with pytest.raises(FileNotFoundError, match="holds no processor"):
+        image_processor_of(base, DataSettings(), "data")
+    assert "processor" in preprocessing_notes(result)[0]
+    monkeypatch.setattr(Config, "model_type", "timm_wrapper")
+    image_processor_of(base, DataSettings(), "data")
+    assert (asked, preprocessing_notes(result)) == ([str(tmp_path)], [])

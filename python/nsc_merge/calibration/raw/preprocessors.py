@@ -205,7 +205,9 @@ def _loaded(kind: Any, what: str, base: Base, settings: DataSettings, argument: 
         raise ValueError(f"{argument}: the model does not say where it is from; name a folder with {what}")
     if not local and not is_hub_id(name):
         raise FileNotFoundError(f"{place}: {name} is missing; expected a folder or a hub id owner/name")
-    if local and not any((folder / file).is_file() for file in files):
+    # Of timm's models transformers has the processor in config.json, and saves none.
+    within = what == "processor" and given is None and getattr(base.config, "model_type", "") == "timm_wrapper"
+    if local and not within and not any((folder / file).is_file() for file in files):
         # transformers would make an empty one for some models.
         raise FileNotFoundError(
             f"{place}: {name} holds no {what} ({' or '.join(files[:2])}); name a folder that does: {what}: FOLDER"

@@ -201,6 +201,9 @@ def with_head(result: Update, task: str, head: Head) -> Update:
     kind = getattr(transformers, head.kind, type(model))
     named = {name: value for name, value in head.document().items() if name in ("id2label", "label2id")}
     settings = {**named, "problem_type": head.problem_type} if head.labels else {}
+    if head.labels and hasattr(model.config, "label_names"):
+        # Where a configuration of timm's models keeps them.
+        settings["label_names"] = list(head.labels)
     twin = _empty(kind, model, settings)
     prefix = twin.base_model_prefix
     trunk = getattr(model, model.base_model_prefix, model)

@@ -18,6 +18,7 @@ from torch import nn
 from nsc_merge.adapters.hub import snapshot_of
 from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
+from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.serving.older_keys import keep_older_keys
 from nsc_merge.results.beside.serving.sentence_modules import (
@@ -112,7 +113,8 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
         return []
     found = _files(result)
     if not any(is_preprocessing(name) for name in found.keys() - {_GENERATION}):
-        return [_absence(result.model)]
+        # transformers keeps the processor of timm's models in their configuration.
+        return [] if type_of(result.model) == "timm_wrapper" else [_absence(result.model)]
     notes = []
     code = [name for name in _NAMING_CODE if name in found and _names_code(found[name])]
     copied = [name for name in found if name.endswith(".py")]
