@@ -40,6 +40,8 @@ _Tasks: TypeAlias = Mapping[str, TaskRecipe | HarnessTask]
 
 REFERENCES = ("zero_shot", "finetuned")
 TUNED_BY = ("metric", "loss")
+# Endings of raw data, which holds no labels that a metric could read.
+_RAW = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _KEYS = (
     "model",
     "revision",
@@ -174,6 +176,12 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
     paths: dict[str, Any] = {
         one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None
     }
+    for one, path in paths.items():
+        if path.suffix.lower() in _RAW:
+            raise RecipeError(
+                f"{prefix}{one}: expected a .safetensors file of the model's inputs and labels, stacked by name, or a "
+                f"folder of batches, found {path.name}; raw data without labels goes into {prefix}calibration"
+            )
     classes = value.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
         raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")
