@@ -209,8 +209,9 @@ def test_quantised_weights_are_not_read_as_plain_numbers(folder):
 @pytest.mark.parametrize("named", ["Trainer", "pipeline", "torch", "NoSuchModel"])
 def test_what_is_no_model_of_transformers_is_refused(folder, named):
     edit(folder / "config.json", architectures=[named])
-    with pytest.raises(ValueError, match=f"model: transformers has no model {named!r}, which .*base asks for"):
+    with pytest.raises(ValueError, match=f"model: transformers has no model {named!r}, which .*base asks for") as error:
         load(folder)
+    assert "one of another package is loaded with it, and merged in Python: nsc_merge.merge(" in str(error.value)
 
 
 def test_a_configuration_of_other_types_is_refused_in_one_line(folder):

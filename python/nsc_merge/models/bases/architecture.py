@@ -279,7 +279,10 @@ def _class_of(name: str, config: Any) -> Any:
     kind = getattr(transformers, str(names[0]), None)
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     if not known and kind is not transformers.AutoModel:
-        raise ValueError(f"model: transformers has no model {names[0]!r:.60}, which {name} asks for")
+        raise ValueError(
+            f"model: transformers has no model {names[0]!r:.60}, which {name} asks for; one of another package is "
+            "loaded with it, and merged in Python: nsc_merge.merge(model, adapters)"
+        )
     return kind
 
 
