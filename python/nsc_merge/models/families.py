@@ -276,6 +276,11 @@ def scored_paths(
     depths: dict[str, int] = {}
     for path, _ in model.named_modules():
         if match := pattern.search(f"{path}."):
+            if not (match[1] or "").isdecimal():
+                raise ValueError(
+                    f"family: expected the group of block to be a number, found {match[1]!r} in {path!r} by "
+                    f"{family.block!r}"
+                )
             begin = path[: match.start(1)]
             depths[begin] = max(depths.get(begin, 0), int(match[1]) + 1)
     count = max(depths.values(), default=0)

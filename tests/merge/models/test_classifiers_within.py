@@ -166,6 +166,33 @@ def test_what_is_matched_is_in_front_of_the_classifier(kind, tmp_path):
     assert found.objective["before"] == pytest.approx(other.objective["before"], rel=1e-6)
 
 
+def test_a_model_without_blocks_is_matched_where_it_points_out_its_classifier():
+    """As timm's convolutional ones."""
+
+    class Convolutions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(self.stem(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    factor = nsc_merge.Factor(torch.randn(2, 27), torch.randn(8, 2), 1.0)
+    adapters = {task: nsc_merge.Adapter(task, {"stem": factor}) for task in CLASSES}
+    data = {task: [{"x": torch.randn(2, 3, 6, 6)}] for task in CLASSES}
+    model = Convolutions()
+    found = nsc_merge.merge(model, adapters, data, "match", steps=2, progress=False)
+    changed = copy.deepcopy(model)
+    nn.init.zeros_(changed.fc.weight)
+    assert found.coefficients == nsc_merge.merge(changed, adapters, data, "match", steps=2, progress=False).coefficients
+    with pytest.raises(ValueError, match="say where its blocks are by family"):
+        nsc_merge.merge(model, adapters, data, steps=2, progress=False)
+
+
 def test_heads_of_unequal_sizes_are_refused_with_the_way_out(tmp_path, monkeypatch):
     folders, _ = written(Trunk, tmp_path)
     monkeypatch.delattr(Trunk, "get_classifier")

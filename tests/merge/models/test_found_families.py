@@ -233,6 +233,8 @@ def test_a_list_of_blocks_goes_before_a_longer_sequence():
     model = Patches(nn.ModuleList([Block(), Block()]))
     model.stem = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6)) for _ in range(3)))
     assert family_of(model, linears(model)).block == r"^(?:blocks)\.(\d+)\."
+    with pytest.raises(ValueError, match=r"group of block to be a number, found 'blocks' in 'blocks' by"):
+        scored_paths(family_of(model, given={"block": r"^(blocks)"}), model, linears(model), None, "last_quarter")
     # Parts with names of their own are no blocks.
     model.blocks = nn.Sequential(OrderedDict(first=Block(), second=Block()))
     model.stem = nn.Sequential(OrderedDict(layer1=nn.Linear(6, 6), norm=nn.Linear(6, 6)))

@@ -63,8 +63,9 @@ class Watcher:
         ratios: bool = False,
         given: Family | Mapping[str, Any] | None = None,
     ) -> None:
-        # Which module ends before the head is known of families alone; modules can be named in any model.
-        needed = isinstance(features, str) or ratios
+        # Which module ends before the head is known of families alone, or of models that point out their head, as
+        # timm's convolutional ones; modules can be named in any model.
+        needed = ratios or (isinstance(features, str) and not classifiers(problem.model))
         paths = list(adapted_linears(problem.model, problem.adapters))
         known = needed or given is not None
         family = family_of(problem.model, paths, given) if known else find_family(problem.model, paths)
