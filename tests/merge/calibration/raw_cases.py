@@ -17,10 +17,14 @@ from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
     SiglipVisionConfig,
     ViTConfig,
     ViTImageProcessor,
@@ -120,6 +124,23 @@ def gemma_base(folder: Path) -> Path:
         images, tokenizer(chat=None, extra=extra), chat_template=chat, image_seq_length=IMAGE_TOKENS
     )
     tool.save_pretrained(folder)
+    return folder
+
+
+def paligemma_base(folder: Path) -> Path:
+    """Whose processor has no chat template, and adds some thousand tokens of its own."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = GemmaConfig(vocab_size=2048, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, **sizes)
+    vision = SiglipVisionConfig(image_size=SIZE, patch_size=PATCH, **sizes)
+    PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_id=WORDS.index("<image>"), projection_dim=8, hidden_size=8,
+        architectures=["PaliGemmaForConditionalGeneration"],
+    ).save_pretrained(folder)  # fmt: skip
+    images = SiglipImageProcessor(size={"height": SIZE, "width": SIZE})
+    images.image_seq_length = IMAGE_TOKENS
+    tool = tokenizer(chat=None)
+    tool.image_token, tool.image_token_id = "<image>", WORDS.index("<image>")
+    PaliGemmaProcessor(images, tool).save_pretrained(folder)
     return folder
 
 

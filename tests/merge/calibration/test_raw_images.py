@@ -19,6 +19,7 @@ from raw_cases import (
     WORDS,
     gemma_base,
     llava_base,
+    paligemma_base,
     picture,
     processor,
     text_base,
@@ -26,7 +27,7 @@ from raw_cases import (
     write_pictures,
     write_rows,
 )
-from transformers import Gemma3Processor, ViTImageProcessor
+from transformers import AutoProcessor, Gemma3Processor, ViTImageProcessor
 
 from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.drawing import place_of
@@ -384,6 +385,26 @@ def test_what_an_image_becomes_is_no_text_where_it_is_another_token(tmp_path):
         (cut,) = made(rows, base, max_length=most)
         assert torch.equal(cut["input_ids"], expected["input_ids"][:, : count + most])
         assert torch.equal(cut["pixel_values"], expected["pixel_values"])
+
+
+def test_paligemma_reads_the_prompt_right_behind_the_image_and_no_labels(tmp_path):
+    base = paligemma_base(tmp_path)
+    tool = AutoProcessor.from_pretrained(base)
+    (batch,) = made([{"image": picture(0), "prompt": "a b"}], base)
+    seen = []
+    text_of = encoding._image_text
+
+    def noted(*given):
+        seen.append(text_of(*given))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_image_text", noted)
+        made([{"image": picture(0), "prompt": "a b"}], base)
+    assert [text for text, _ in seen] == ["<image>a b"]
+    expected = tool(text=["<image>a b"], images=[picture(0)], return_tensors="pt")
+    assert set(batch) == set(expected) - {"labels"}
+    assert all(torch.equal(value, expected[name]) for name, value in batch.items())
 
 
 def test_a_prompt_with_an_image_ends_with_the_prompt_for_an_answer(tmp_path, pairs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, write_adapter
 from data_cases import Dense, dense_weights, llama, problem_of
 from torch.func import functional_call
 from transformers import BertConfig, BertForTokenClassification
@@ -112,6 +112,24 @@ def test_full_decodes_from_prompts_of_unequal_lengths_of_whisper():
     assert loss(sound, prompts, short) == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Qwen2-VL", "T5"])
+def test_full_decodes_with_positions_that_are_not_places_and_behind_an_encoder(name, tmp_path):
+    """The entropy of every token is that of generation."""
+    kind = ARCHITECTURES[name]
+    model, batch = kind.build(), kind.inputs()
+    model.generation_config.eos_token_id = None
+    if name == "T5":
+        model.generation_config.decoder_start_token_id = 7
+        batch["decoder_input_ids"][:, 0] = 7
+    adapters = {task: write_adapter(model, tmp_path / task, 1, target_modules=kind.targets) for task in ("a", "b")}
+    options = {"tokens": "full", "new_tokens": 3, "steps": 1, "init": 0.0, "progress": False}
+    found = nsc_merge.merge(model, adapters, {task: [batch] for task in adapters}, "adamerging", **options)
+    given = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 3, "do_sample": False}
+    p = torch.stack(model.generate(**batch, **given).logits).softmax(-1)
+    wanted = -(p * p.log()).sum(-1).mean(1).sum()
+    assert found.history[0]["loss"]["a"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_adamerging_on_a_decoder_with_a_classification_head(tmp_path):
     model, folders, calibration = llama(tmp_path, "llama-cls")
     model.config.pad_token_id = 0
@@ -127,7 +145,7 @@ def test_decoding_refuses_other_inputs_of_every_token(tmp_path):
     model, folders, calibration = llama(tmp_path)
     for batches in calibration.values():
         batches[0]["position_ids"] = torch.arange(7).expand(3, 7)
-    with pytest.raises(ValueError, match="decodes from input_ids and attention_mask alone, found position_ids"):
+    with pytest.raises(ValueError, match="after input_ids and attention_mask alone, found 'position_ids'"):
         nsc_merge.merge(model, folders, calibration, "adamerging", steps=1, tokens="full", progress=False)
 
 

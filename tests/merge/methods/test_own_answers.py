@@ -13,7 +13,7 @@ from torch import nn
 
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods import Problem
-from nsc_merge.methods.gradient.own_answers import Writing, end_tokens
+from nsc_merge.methods.gradient.own_answers import Writing, end_tokens, writing_after
 
 
 def generated(model, batch, most):
@@ -112,6 +112,48 @@ def test_a_decoder_answers_from_its_start_whatever_the_encoder_reads(asked):
     written = model.generate(**encoded, decoder_start_token_id=7, max_new_tokens=3)
     assert torch.equal(found.inputs["decoder_input_ids"], written)
     assert set(found.inputs) == {"decoder_input_ids", "decoder_attention_mask"}
+
+
+# With a value for every token beside its number: of Qwen it says where images are, whose positions are apart.
+OTHERS = {"Qwen2-VL": "mm_token_type_ids", "Qwen3-VL": "mm_token_type_ids", "Gemma 3 with images": "token_type_ids"}
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "PaliGemma"])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_what_every_token_has_goes_on_as_in_generation(name, padding):
+    model, batch = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    model.generation_config.eos_token_id = None
+    if name == "PaliGemma":
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    other = OTHERS.get(name, "token_type_ids")
+    expected = model.generate(**batch, max_new_tokens=4, do_sample=False)[0].tolist()
+    ends = torch.nn.functional.pad
+    padded = {key: ends(batch[key], (0, padding)) for key in ("input_ids", "attention_mask", other)}
+    writing = writing_after(model, "input_ids", "attention_mask")
+    found = writing(lambda inputs: model(**inputs).logits, pass_of({**batch, **padded}), 5, model)
+    assert found.inputs["input_ids"][0, : len(expected)].tolist() == expected
+    own = 1 if name == "PaliGemma" else 0
+    assert found.inputs[other][0].tolist() == [*batch[other][0].tolist(), *[own] * 4]
+
+
+def test_an_input_of_many_numbers_for_every_token_goes_on_as_the_last(tmp_path):
+    """As Mllama's says which images a token sees."""
+    model, batch = zoo.build("llama"), zoo.KINDS["llama"].inputs(3)
+    sees = torch.arange(batch["input_ids"].numel() * 2).view(*batch["input_ids"].shape, 1, 2)
+    read = []
+
+    def predict(inputs):
+        read.append(inputs["cross_attention_mask"])
+        return model(**{name: value for name, value in inputs.items() if name != "cross_attention_mask"}).logits
+
+    model.generation_config.eos_token_id = None
+    writing = writing_after(model, "input_ids", "attention_mask")
+    found = writing(predict, pass_of({**batch, "cross_attention_mask": sees}), 3)
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        own = sees[row, mask]
+        wanted = torch.cat([own, own[-1:], own[-1:]])
+        assert torch.equal(found.inputs["cross_attention_mask"][row, : len(wanted)], wanted)
+    assert [one.shape[1] for one in read] == [7, 8][: len(read)]
 
 
 @pytest.mark.parametrize("distance", ["bounded", "divergence"])

@@ -159,7 +159,7 @@ def _pair(
     cut: list[Sample],
 ) -> Encoded:
     """What the processor makes of one sample, which is added to ``cut`` where that is not all of its text."""
-    text, references = _image_text(sample, processor)
+    text, references = _image_text(sample, processor, base)
     _check_unicode(text, sample.where)
     images = [reader.open(one, sample.where) for one in references]
     bos = processor.tokenizer.bos_token
@@ -184,9 +184,9 @@ def _pair(
                 "images at the other end"
             ) from None
     shape = encoded[TOKENS].shape
-    one = {
-        name: value[0] if value.shape == shape else value for name, value in encoded.items() if name in base.takes
-    }
+    # Labels, which PaliGemma's processor makes, are of training.
+    taken = {name: value for name, value in encoded.items() if name in base.takes and name != "labels"}
+    one = {name: value[0] if value.shape == shape else value for name, value in taken.items()}
     _add_mask(one, base)
     _check_tokens(one[TOKENS], len(one[TOKENS]) - of_images, room, sample.where, base)
     return one
@@ -245,7 +245,7 @@ def _takes_parts(template: Any) -> bool:
     return _PROBE in shown and "'type'" not in shown
 
 
-def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
+def _image_text(sample: Sample, processor: Any, base: Base) -> tuple[str, list[Any]]:
     """Text with a token in the place of every image, and the images in their order."""
     token = processor.image_token
     references = list(sample.images)
@@ -257,7 +257,9 @@ def _image_text(sample: Sample, processor: Any) -> tuple[str, list[Any]]:
     text = placed(str(sample.text))
     plain = not references or token in str(sample.text) or not getattr(processor, "chat_template", None)
     if sample.messages is None and plain:
-        text = text if token in text else token * len(references) + ("\n" if references else "") + text
+        # A line of its own, as LLaVA was trained; PaliGemma was without.
+        line = "\n" if references and base.config.model_type != "paligemma" else ""
+        text = text if token in text else token * len(references) + line + text
     else:
         turns = sample.messages or [{"role": "user", "content": text}]
         said = (placed(one["content"]) if isinstance(one["content"], str) else one["content"] for one in turns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.descent.mean_loss import Loss
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
-from nsc_merge.methods.gradient.own_answers import end_tokens
+from nsc_merge.methods.gradient.own_answers import Growing, Writing, writing_after
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
@@ -106,25 +105,6 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def left_padded(batch: Batch, tokens: str, mask: str, positions: str = "position_ids") -> dict[str, Any]:
-    """The batch with all padding in front and ``positions`` to match, so that every prompt ends where the next token
-    goes.
-
-    Raises:
-        ValueError: if another input has a value for every token, which decoded ones would not have.
-    """
-    ids = batch[tokens]
-    others = [name for name, value in batch.items() if name not in (tokens, mask) and value.shape == ids.shape]
-    if others:
-        raise ValueError(f"calibration: tokens='full' decodes from {tokens} and {mask} alone, found {others[0]}")
-    real = batch.get(mask, torch.ones_like(ids)).bool()
-    # Stable, so that real tokens keep their order.
-    order = real.long().sort(dim=1, stable=True).indices
-    held = real.gather(1, order).long()
-    places = (held.cumsum(1) - 1).clamp(min=0)
-    return {**batch, tokens: ids.gather(1, order), mask: held, positions: places}
-
-
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = AdaMergingOptions(**given)
     model, tasks = problem.model, problem.tasks
@@ -157,8 +137,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
             if here and options.tokens == "full":
                 assert names is not None
-                weight, most = len(here) / len(tasks), options.new_tokens
-                found[here] = one.share * _decoded(model, batch, *names, most, coefficients, weight * one.share)
+                weight, writing = len(here) / len(tasks), writing_after(model, *names)
+                value = _decoded(model, batch, writing, options.new_tokens, coefficients, weight * one.share)
+                found[here] = one.share * value
             elif here:
                 values = []
                 with shared_forward(model):
@@ -196,42 +177,24 @@ def _mean_entropy(model: nn.Module, output: Tensor, one: Pass, name: str | None,
 
 
 def _decoded(
-    model: nn.Module,
-    batch: Batch,
-    tokens: str,
-    mask: str,
-    most: int,
-    coefficients: BoundedCoefficients,
-    weight: float,
+    model: nn.Module, batch: Batch, writing: Writing, most: int, coefficients: BoundedCoefficients, weight: float
 ) -> float:
     """Mean entropy per prompt, summed over greedily decoded tokens; adds the gradients token by token, so that memory
     holds one forward; none where gradients are off.
     """
-    # A decoder's, as in Whisper, have a name of their own.
-    own = "decoder_position_ids" in inspect.signature(type(model).forward).parameters
-    positions = "decoder_position_ids" if own else "position_ids"
-    inputs = left_padded(batch, tokens, mask, positions)
-    ends = torch.tensor(end_tokens(model), dtype=torch.long, device="cpu")
-    going = torch.ones(len(inputs[tokens]), dtype=torch.bool, device=inputs[tokens].device)
+    rows = Growing(writing, batch, most)
     total = 0.0
     for _ in range(most):
         coefficients.spread()
-        logits = model(**inputs).logits[:, -1]
-        value = (entropy(logits) * going).sum() / len(going)
+        logits = rows.following(model(**rows.inputs()).logits)
+        value = (entropy(logits) * ~rows.ended).sum() / len(rows.ended)
         if torch.is_grad_enabled():
             (weight * value).backward()
         total += float(value.detach())
-        following = logits.detach().argmax(-1, keepdim=True)
-        going = going & ~torch.isin(following[:, 0], ends.to(following))
+        rows.append(logits.detach().argmax(-1))
         # Until the answers of all processes have ended.
-        if not current().any(bool(going.any())):
+        if not current().any(not bool(rows.ended.all())):
             break
-        inputs = {
-            **inputs,
-            tokens: torch.cat([inputs[tokens], following], 1),
-            mask: torch.cat([inputs[mask], torch.ones_like(following)], 1),
-            positions: torch.cat([inputs[positions], inputs[positions][:, -1:] + 1], 1),
-        }
     return total
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from nsc_merge.calibration.forward_passes import Pass
+from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.families import Family
 from nsc_merge.processes.group import current
 from nsc_merge.utils.option_checks import check_count
@@ -24,6 +25,14 @@ NewTokens = int | Mapping[str, int]
 
 # How the inputs begin that a decoder behind an encoder has.
 _DECODERS = "decoder_"
+# Inputs with a value for every token that generation goes on with -> that of an answer's tokens; None is the one of the
+# text's last token.
+_CONTINUED: dict[str, int | None] = {
+    "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
+    "token_type_ids": None,
+    "cross_attention_mask": None,
+}
 # Answers up to this are written by whole forwards: another takes two of them, to be sure of the cache.
 _SHORT = 3
 
@@ -79,11 +88,13 @@ class Writing:
         tokens: name of the input ``[rows, tokens]`` of token numbers.
         mask: name of the input of the same shape that is 0 at padding.
         ends: numbers of the tokens that end an answer, which are its last.
+        continued: other inputs with a value for every token -> that of an answer's; None is the last token's own.
     """
 
     tokens: str
     mask: str
     ends: Sequence[int]
+    continued: Mapping[str, int | None] = field(default_factory=lambda: _CONTINUED)
 
     def __call__(
         self, predict: Callable[[Mapping[str, Any]], Tensor], one: Pass, most: int, model: nn.Module | None = None
@@ -94,80 +105,146 @@ class Writing:
             predict: gives logits ``[rows, tokens, V]`` of a model's inputs.
             model: whose logits these are. What it keeps of tokens that it has read (its key-value cache) then saves
                 reading them again for every token, where the next one comes out the same.
-            one: the pass; tokens after a row's last real one are padding.
+            one: the pass.
             most: how many tokens an answer has at most, its end among them. Of 1 nothing is appended, and None is
                 returned.
 
         Processes that share the work run ``predict`` equally often, until the answers of all have ended.
 
         Raises:
-            ValueError: if another input has a value for every token, which those of an answer would not have.
+            ValueError: as :class:`Growing`, or if there are not logits at every token.
         """
         if most == 1:
             with torch.no_grad():
                 while current().any(False):
                     predict(one.inputs)
             return None
-        ids, real = self._read(one)
-        width = ids.shape[1]
-        last = torch.where(real.bool(), torch.arange(width, device=ids.device), 0).amax(1)
-        rows = torch.arange(len(ids), device=ids.device)
-        ids, real = (pad(value, (0, most - 1)) for value in (ids, real))
-        length = torch.ones_like(last)
-        going = torch.ones_like(last, dtype=torch.bool)
-        keeps = most > _SHORT and _keeps(model)
-        keeping = _Keeping(model, self.tokens, self.mask, real[:, :width]) if keeps else None
+        rows = Growing(self, one.inputs, most)
+        # Where a token has more than its number, it may have another position than its place.
+        keeps = most > _SHORT and _keeps(model) and not rows.others
+        keeping = _Keeping(model, self.tokens, self.mask, rows.real[:, : rows.width]) if keeps else None
         with torch.no_grad():
-            while current().any(bool(going.any())):
-                seen = max(width, int((last + length).max()))
-                inputs = {**one.inputs, self.tokens: ids[:, :seen], self.mask: real[:, :seen]}
-                at = last + length - 1
-                following = None if keeping is None else keeping.after(inputs, at)
+            while current().any(bool(rows.going.any())):
+                inputs = rows.inputs()
+                following = None if keeping is None else keeping.after(inputs, rows.at)
                 # The first token that is read alone is read with all others, too: positions, masks and what is kept
                 # are the model's matter.
                 if following is None or (keeping is not None and keeping.count == 2):
                     logits = predict(inputs)
-                    if not going.any():
+                    if not rows.going.any():
                         continue
-                    if logits.dim() != 3 or logits.shape[1] != seen:
-                        raise ValueError(
-                            "new_tokens: answers are written from logits [N, T, V] at every token, here "
-                            f"[{len(ids)}, {seen}, V], found {list(logits.shape)}"
-                        )
-                    whole = logits[rows, at]
-                    if following is not None and not _agree(following[going], whole[going]):
+                    whole = rows.following(logits)
+                    if following is not None and not _agree(following[rows.going], whole[rows.going]):
                         keeping = None
                     following = whole
-                token = following.argmax(-1)
-                going = going & ~torch.isin(token, torch.tensor(self.ends, dtype=token.dtype, device=token.device))
-                place = (rows[going], (last + length)[going])
-                ids[place], real[place] = token[going].to(ids), 1
-                length = length + going
-                going = going & (length < most)
-        seen = max(width, int((last + length).max()))
-        ids, real = ids[:, :seen], real[:, :seen]
-        places = torch.arange(seen, device=ids.device) - last[:, None]
-        predicts = (places >= 0) & (places < length[:, None])
+                rows.append(following.argmax(-1))
+        ids = rows.inputs()[self.tokens]
+        places = torch.arange(ids.shape[1], device=ids.device) - rows.last[:, None]
+        predicts = (places >= 0) & (places < rows.length[:, None])
         # Of whole numbers division makes torch's default dtype, which may be a narrow one.
-        weights = (1.0 / (length * len(ids)).float())[:, None].expand_as(predicts)[predicts]
-        return Answered({self.tokens: ids, self.mask: real}, predicts, weights)
+        weights = (1.0 / (rows.length * len(ids)).float())[:, None].expand_as(predicts)[predicts]
+        own = {name: value for name, value in rows.inputs().items() if name in (self.tokens, self.mask, *rows.others)}
+        return Answered(own, predicts, weights)
 
-    def _read(self, one: Pass) -> tuple[Tensor, Tensor]:
-        """Tokens and mask of a pass, which has nothing else for every token."""
-        ids = one.inputs.get(self.tokens)
+
+class Growing:
+    """The rows of a batch with what has been written behind them, and all padding behind that.
+
+    Args:
+        how: answers are written.
+        given: the batch.
+        most: how many tokens an answer has at most.
+
+    Attributes:
+        real: 0 at padding.
+        others: inputs with a value for every token beside tokens and mask.
+        width: of the batch.
+        last: place of the last token that was given, by row.
+        length: of every answer with the token that is predicted next, which is not read.
+        ended: whether an answer has come to its end, by row.
+
+    Raises:
+        ValueError: if an input has a value for every token, and it is not known which those of an answer have.
+    """
+
+    def __init__(self, how: Writing, given: Mapping[str, Any], most: int) -> None:
+        self._how, self._given, self._most = how, given, most
+        ids, real, others = self._read()
+        self.width = ids.shape[1]
+        # Stable, so that real tokens keep their order.
+        order = (real == 0).long().sort(dim=1, stable=True).indices
+        self._rows = torch.arange(len(ids), device=ids.device)
+        self.last = ((real != 0).sum(1) - 1).clamp(min=0)
+        self._ids, self.real = (pad(value.gather(1, order), (0, most - 1)) for value in (ids, real))
+        moved = {name: value[self._rows[:, None], order] for name, value in others.items()}
+        self.others = {name: self._continued(name, value) for name, value in moved.items()}
+        self.length = torch.ones_like(self.last)
+        self.ended = torch.zeros_like(self.last, dtype=torch.bool)
+
+    @property
+    def going(self) -> Tensor:
+        """Whether there is room for another token, and no end, by row."""
+        return ~self.ended & (self.length < self._most)
+
+    @property
+    def at(self) -> Tensor:
+        """Place of the token that the next one is predicted from, by row."""
+        return self.last + self.length - 1
+
+    def inputs(self) -> dict[str, Any]:
+        """The batch with the answers so far, no wider than the longest."""
+        seen = max(self.width, int((self.last + self.length).max()))
+        longer = {self._how.tokens: self._ids, self._how.mask: self.real, **self.others}
+        return {**self._given, **{name: value[:, :seen] for name, value in longer.items()}}
+
+    def following(self, logits: Tensor) -> Tensor:
+        """Logits ``[rows, V]`` of what comes next, of those of all ``inputs``."""
+        seen = self.inputs()[self._how.tokens].shape
+        if logits.dim() != 3 or logits.shape[:2] != seen:
+            raise ValueError(
+                f"new_tokens: answers are written from logits [N, T, V] at every token, here {[*seen, 'V']}, found "
+                f"{list(logits.shape)}"
+            )
+        return logits[self._rows, self.at]
+
+    def append(self, token: Tensor) -> None:
+        """Go on with a token ``[rows]`` for every row whose answer it does not end."""
+        ends = torch.tensor(self._how.ends, dtype=token.dtype, device=token.device)
+        self.ended = self.ended | torch.isin(token, ends)
+        going = self.going
+        place = (self._rows[going], (self.last + self.length)[going])
+        self._ids[place], self.real[place] = token[going].to(self._ids), 1
+        self.length = self.length + going
+
+    def _continued(self, name: str, value: Tensor) -> Tensor:
+        """An input ``[rows, tokens, ...]`` that goes on behind every row's last token."""
+        given = self._how.continued[name]
+        following = value[self._rows, self.last] if given is None else torch.full_like(value[:, 0], given)
+        longer = following[:, None].repeat(1, self.width + self._most - 1, *[1] * (value.dim() - 2))
+        own = torch.arange(self.width, device=value.device) <= self.last[:, None]
+        longer[:, : self.width][own] = value[own]
+        return longer
+
+    def _read(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Tokens and mask of a batch, and what else it has for every token."""
+        tokens, mask = self._how.tokens, self._how.mask
+        ids = self._given.get(tokens)
         if ids is None:
-            raise ValueError(f"calibration: answers are written after {self.tokens}, found only {sorted(one.inputs)}")
-        real = one.inputs.get(self.mask)
+            raise ValueError(f"calibration: answers are written after {tokens}, found only {sorted(self._given)}")
+        real = self._given.get(mask)
         # An encoder reads the text apart from the answer, and may have as many tokens.
-        beside = _DECODERS if self.tokens.startswith(_DECODERS) else ""
-        for name, value in one.inputs.items():
-            other = name.startswith(beside) and name not in (self.tokens, self.mask)
-            if other and getattr(value, "shape", ())[:2] == ids.shape:
+        beside, others = _DECODERS if tokens.startswith(_DECODERS) else "", {}
+        for name, value in self._given.items():
+            other = name.startswith(beside) and name not in (tokens, mask)
+            if not other or getattr(value, "shape", ())[:2] != ids.shape:
+                continue
+            if name not in self._how.continued:
                 raise ValueError(
-                    f"calibration: answers are written after {self.tokens} and {self.mask} alone, found {name!r} with "
-                    f"a value for every token, {list(value.shape)}; expected batches without it"
+                    f"calibration: answers are written after {tokens} and {mask} alone, found {name!r} with a value "
+                    f"for every token, {list(value.shape)}; expected batches without it"
                 )
-        return ids, torch.ones_like(ids) if real is None else real
+            others[name] = value
+        return ids, torch.ones_like(ids) if real is None else real, others
 
 
 class _Keeping:
@@ -247,4 +324,11 @@ def writing_of(model: nn.Module, family: Family | None, new_tokens: NewTokens) -
         return None
     if not (family and family.causal and family.tokens and family.mask):
         raise ValueError(f"new_tokens: {type(model).__name__} writes no answers; expected 1, found {new_tokens}")
-    return Writing(family.tokens, family.mask, end_tokens(model))
+    return writing_after(model, family.tokens, family.mask)
+
+
+def writing_after(model: nn.Module, tokens: str, mask: str) -> Writing:
+    """How a model's answers are written behind the inputs of these names."""
+    # What PaliGemma is given it sees as a whole, and what it writes from left to right.
+    own = {"token_type_ids": 1} if type_of(model) == "paligemma" else {}
+    return Writing(tokens, mask, end_tokens(model), {**_CONTINUED, **own})
