@@ -136,6 +136,17 @@ def test_modules_around_a_model_in_a_folder_of_its_own_stay_where_they_are(case,
     assert not (tmp_path / "out" / "model" / "modules.json").exists()
 
 
+def test_modules_are_spoken_of_beside_a_base_without_a_tokenizer_too(case, tmp_path):
+    base, adapters = case
+    for file in base.glob("*token*"):
+        file.unlink()
+    (base / "chat_template.jinja").unlink()
+    put(adapters["one"], NEW)
+    absence, note = saved(case, tmp_path / "out")
+    assert "no tokenizer and no processor" in absence
+    assert "those beside one, the base has none" in note
+
+
 def test_damaged_modules_stop_no_merge(case, tmp_path):
     _, adapters = case
     for task, folder in adapters.items():

@@ -420,6 +420,15 @@ def test_the_network_is_asked_for_no_folder_and_no_model_of_memory(llama, tmp_pa
         assert "put it there with its save_pretrained" in (out / "README.md").read_text()
 
 
+def test_a_model_of_time_series_is_told_of_no_tokenizer(tmp_path):
+    config = tf.PatchTSTConfig(d_model=8, num_attention_heads=2, ffn_dim=8, num_hidden_layers=1)
+    tf.PatchTSTForPrediction(config).save_pretrained(tmp_path / "base")
+    model = tf.PatchTSTForPrediction.from_pretrained(tmp_path / "base")
+    folder = zoo.write_adapter(copy.deepcopy(model), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
+    result = nsc_merge.merge(model, {"one": folder}, method="task_arithmetic")
+    assert preprocessing.preprocessing_notes(result) == []
+
+
 def test_what_makes_an_embedding_of_the_outputs_comes_along(llama, tmp_path):
     """Without modules.json sentence-transformers takes the mean over all tokens, whatever the base takes."""
     base, adapters = llama

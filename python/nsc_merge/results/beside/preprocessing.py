@@ -38,6 +38,7 @@ from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.provenance import leads_away
 
 _TEMPLATES = "additional_chat_templates"
+_SERIES = "past_values"
 _GENERATION = "generation_config.json"
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 # Configurations that may name code of their own.
@@ -107,15 +108,16 @@ def _is_there(place: Any, folder: Path) -> bool:
 
 def preprocessing_notes(result: MergedUpdate) -> list[str]:
     """What a person should know of the tokenizer and processor beside a merge, one line each; nothing of a model of
-    diffusers, whose pipeline has them.
+    diffusers, whose pipeline has them, nor of one that needs none.
     """
     if is_of_diffusers(result.model):
         return []
     found = _files(result)
-    if not any(is_preprocessing(name) for name in found.keys() - {_GENERATION}):
-        # transformers keeps the processor of timm's models in their configuration.
-        return [] if type_of(result.model) == "timm_wrapper" else [_absence(result.model)]
     notes = []
+    if not any(is_preprocessing(name) for name in found.keys() - {_GENERATION}):
+        # transformers keeps the processor of timm's models in their configuration; time series are taken as they are.
+        series = getattr(result.model, "main_input_name", "") == _SERIES
+        notes += [] if series or type_of(result.model) == "timm_wrapper" else [_absence(result.model)]
     code = [name for name in _NAMING_CODE if name in found and _names_code(found[name])]
     copied = [name for name in found if name.endswith(".py")]
     if copied:
