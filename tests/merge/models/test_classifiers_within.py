@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import nsc_merge
 from nsc_merge.calibration.raw.preprocessors import Base, image_processor_of
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.fitting import fit
+from nsc_merge.recipes.first import findings
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 
 CLASSES = {"a": 5, "b": 3}
@@ -241,3 +243,9 @@ def test_the_processor_of_a_model_of_timm_is_in_its_configuration(tmp_path, monk
     monkeypatch.setattr(Config, "model_type", "timm_wrapper")
     image_processor_of(base, DataSettings(), "data")
     assert (asked, preprocessing_notes(result)) == ([str(tmp_path)], [])
+
+
+def test_a_first_recipe_says_whose_the_classifier_is():
+    trained = ["inner.norm", "inner.head"]
+    assert findings._heads(SimpleNamespace(whole=trained), made(Wrapper, 5)) == ["inner.head"]
+    assert findings._heads(SimpleNamespace(whole=["norm", "head"]), made(Trunk, 5)) == ["head"]

@@ -16,7 +16,7 @@ from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
-from nsc_merge.models.block_finding import output_embeddings
+from nsc_merge.models.block_finding import classifiers, output_embeddings
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first.data import Data, sources
@@ -261,11 +261,14 @@ def _samples(data: Mapping[str, Data], options: Mapping[str, Any], batch_size: i
 
 
 def _heads(task: Task, model: nn.Module) -> list[str]:
-    """Modules trained in full that are the task's own: behind the part of the model that all classes share."""
+    """Modules trained in full that are the task's own: behind the part of the model that all classes share, or a
+    classifier within it that the model points out.
+    """
     if output_embeddings(model) is not None:
         return []
     trunk = getattr(model, "base_model", model)
-    shared = {path for path, _ in trunk.named_modules()}
+    pointed_out = {id(module) for part in classifiers(model) for module in part.modules()}
+    shared = {path for path, module in trunk.named_modules() if id(module) not in pointed_out}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return [path for path in task.whole if path.removeprefix(prefix) not in shared]
 
