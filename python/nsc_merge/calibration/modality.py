@@ -15,6 +15,8 @@ from nsc_merge.models.block_finding import image_token_of
 from nsc_merge.models.families import Family
 
 MODALITIES = ("joint", "text", "image")
+# Of which kind each token is, as Gemma 3, PaliGemma and Qwen-VL are told.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 
 Restriction = Callable[[Batch], dict[str, Any]]
 
@@ -60,8 +62,10 @@ def _restricted(
 ) -> dict[str, Any]:
     tokens, mask = str(family.tokens), str(family.mask)
     expected = [tokens, mask, *family.images]
-    unknown = sorted(set(batch) - set(expected))
     ids = batch.get(tokens)
+    shape = getattr(ids, "shape", None)
+    beside = [name for name in _KINDS if name in batch and getattr(batch[name], "shape", None) == shape]
+    unknown = sorted(set(batch) - {*expected, *beside})
     if unknown or not isinstance(ids, Tensor) or ids.dim() != 2:
         found = {name: list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for name, v in batch.items()}
         raise ValueError(
@@ -83,10 +87,12 @@ def _restricted(
     if modality == "image" and start is not None:
         first = real & (real.cumsum(1) == 1)
         wanted = wanted | (first & (ids == start))
-    rows = [row[kept] for row, kept in zip(ids, wanted, strict=True)]
+    fillers = {tokens: _other_than(image_token), **dict.fromkeys(beside, 0)}
+    left = {name: [row[kept] for row, kept in zip(batch[name], wanted, strict=True)] for name in fillers}
     restricted: dict[str, Any] = {
-        tokens: pad_sequence(rows, batch_first=True, padding_value=_other_than(image_token))
+        name: pad_sequence(rows, batch_first=True, padding_value=fillers[name]) for name, rows in left.items()
     }
+    rows = left[tokens]
     if given is not None or len({len(row) for row in rows}) > 1:
         like = ids if given is None else given
         restricted[mask] = pad_sequence([like.new_ones(len(row)) for row in rows], batch_first=True)

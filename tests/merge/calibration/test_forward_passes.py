@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from loop_cases import (
     IMAGE_TOKEN,
     TASKS,
@@ -19,6 +20,8 @@ from loop_cases import (
 from zoo import build
 
 from nsc_merge.calibration.forward_passes import Padding, concatenated, one_by_one
+from nsc_merge.calibration.modality import restriction
+from nsc_merge.models.families import find_family
 
 START = 1
 DECODERS = ("llama", "llama-cls", "mistral", "qwen2", "llava")
@@ -155,6 +158,20 @@ def started(batches):
         ]
         for task, drawn in batches.items()
     }
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Gemma 3 with images"])
+def test_of_which_kind_tokens_are_is_restricted_with_them(name):
+    model, batch = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    is_image = batch["input_ids"][0] == model.config.image_token_id
+    kinds = "mm_token_type_ids" if name == "Qwen2-VL" else "token_type_ids"
+    assert batch[kinds][0].tolist() == is_image.long().tolist()
+    for modality, kept in (("text", ~is_image), ("image", is_image)):
+        found = restriction(modality, find_family(model), model)(batch)
+        assert torch.equal(found["input_ids"], batch["input_ids"][:, kept])
+        assert torch.equal(found[kinds], batch[kinds][:, kept])
+        assert ("pixel_values" in found) == (modality == "image")
+        assert torch.isfinite(model(**found).logits).all()
 
 
 @pytest.mark.parametrize(("modality", "length"), [("text", 6), ("image", 5)])
