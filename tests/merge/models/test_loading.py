@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +213,14 @@ def test_what_is_no_model_of_transformers_is_refused(folder, named):
     with pytest.raises(ValueError, match=f"model: transformers has no model {named!r}, which .*base asks for") as error:
         load(folder)
     assert "one of another package is loaded with it, and merged in Python: nsc_merge.merge(" in str(error.value)
+
+
+def test_a_folder_of_several_models_names_one_of_them(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "several" / "query_0_Transformer")
+    (tmp_path / "several" / "1_Pooling").mkdir()
+    (tmp_path / "several" / "1_Pooling" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json; folders .* such as .*query_0_Transformer: exp"):
+        load(tmp_path / "several")
 
 
 def test_a_configuration_of_other_types_is_refused_in_one_line(folder):

@@ -226,7 +226,11 @@ def _fetch_weights(name: str, revision: str) -> None:
 def _check_folder(folder: Path, repo: str | None) -> None:
     """Everything there that transformers is about to read; of a ``repo`` on the hub what the cache has of it."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model: {folder} holds no config.json")
+        # As where sentence-transformers saved a model for queries and one for documents.
+        places = {one.parent for one in folder.glob("*/model*.safetensors")}
+        within = sorted(place for place in places if (place / "config.json").is_file())
+        hint = f"; folders within hold models, such as {within[0]}: expected one of them" if within else ""
+        raise FileNotFoundError(f"model: {folder} holds no config.json{hint}")
     if (folder / "adapter_config.json").exists():
         # It would be added to the weights.
         raise ValueError(f"model: {folder} holds an adapter (adapter_config.json) beside the base, expected it alone")
