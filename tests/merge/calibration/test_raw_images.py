@@ -354,7 +354,7 @@ def test_chats_with_an_image(tmp_path, llava, row):
     assert set(batches.sha256) == {"x.jsonl", "images", "samples"}
 
 
-def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, llava):
+def test_samples_of_several_images_stand_together_and_of_none_apart(tmp_path, llava):
     write_pictures(tmp_path / "photos", 2)
     rows = [
         {"images": ["photos/0.png", "photos/1.png"], "prompt": "a <image> b <image>"},
@@ -364,8 +364,14 @@ def test_samples_of_more_images_and_of_none_have_batches_of_their_own(tmp_path, 
     ]
     batches = made(write_rows(tmp_path / "x.jsonl", rows), llava, 4)
     shapes = {(len(b["input_ids"]), len(b.get("pixel_values", ()))) for b in batches}
-    assert len(batches) == 3
-    assert shapes == {(1, 2), (2, 0), (1, 1)}
+    assert len(batches) == 2
+    assert shapes == {(2, 3), (2, 0)}
+    # One image after another, in the order of the rows.
+    (seen,) = (b for b in batches if "pixel_values" in b)
+    counts = (seen["input_ids"] == IMAGE).sum(1) // IMAGE_TOKENS
+    pictures = [Image.open(tmp_path / "photos" / f"{number}.png") for number in (0, 1)]
+    in_order = [one for count in counts for one in pictures[:count]]
+    assert torch.equal(seen["pixel_values"], processor().image_processor(in_order, return_tensors="pt")["pixel_values"])
     # Where there is no image, there is no chat around the text either.
     tool = processor().tokenizer
     expected = tool(["c", "e f"], padding=True, return_tensors="pt")["input_ids"]

@@ -136,6 +136,18 @@ def test_what_every_token_has_goes_on_as_in_generation(name, padding):
     assert found.inputs[other][0].tolist() == [*batch[other][0].tolist(), *[own] * 4]
 
 
+def test_the_place_of_an_image_ends_an_answer():
+    model, batch = ARCHITECTURES["Idefics3"].build(), ARCHITECTURES["Idefics3"].inputs()
+    image, writing = model.config.image_token_id, writing_after(model, "input_ids", "attention_mask")
+
+    def predict(inputs):
+        return torch.nn.functional.one_hot(torch.full(inputs["input_ids"].shape, image), 96).float()
+
+    found = writing(predict, pass_of(batch), 4)
+    assert torch.equal(found.inputs["input_ids"], batch["input_ids"])
+    assert found.predicts.sum() == 1
+
+
 def test_an_input_of_many_numbers_for_every_token_goes_on_as_the_last(tmp_path):
     """As Mllama's says which images a token sees."""
     model, batch = zoo.build("llama"), zoo.KINDS["llama"].inputs(3)

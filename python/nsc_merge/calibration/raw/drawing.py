@@ -105,7 +105,7 @@ def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, P
         # Of a model that takes no mask, samples of one length stand together, unpadded.
         masks = {DECODED: DECODED_MASK, DECODED_MASK: DECODED_MASK}
         whole = {name for name in padded if masks.get(name, MASK) in padded}
-        kinds = [tuple((name, one[name].shape) for name in one if name not in whole) for one in encoded]
+        kinds = [_kind({name: one[name] for name in one if name not in whole}, padded) for one in encoded]
         rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, seed)
     batches = []
     for some in rows:
@@ -113,6 +113,11 @@ def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, P
         for row in some:
             encoded[row] = {}
     return batches
+
+
+def _kind(one: Encoded, padded: Mapping[str, Padding]) -> tuple[Any, ...]:
+    """What samples of a batch agree in: of pieces of images, which stand behind each other, not how many there are."""
+    return tuple((name, value.shape if name in padded else value.shape[1:]) for name, value in one.items())
 
 
 def _together(some: Sequence[Encoded], padded: Mapping[str, Padding]) -> dict[str, Tensor]:
