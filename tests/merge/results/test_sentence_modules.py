@@ -74,10 +74,21 @@ def saved(case, out, load=tf.AutoModel.from_pretrained):
     return notes
 
 
-def test_modules_beside_the_adapters_follow_where_the_base_has_none(case, tmp_path):
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ("cls", "cls_token"),
+        ("mean", "mean_tokens"),
+        ("mean_sqrt_len_tokens", "mean_sqrt_len_tokens"),
+        ("lasttoken", "lasttoken"),
+        (["mean", "cls"], "cls_token mean_tokens"),
+    ],
+)
+def test_modules_beside_the_adapters_follow_where_the_base_has_none(case, tmp_path, new, old):
     _, adapters = case
-    put(adapters["one"], NEW)
-    put(adapters["two"], OLD, metadata={"format": "pt"})
+    modes = {f"pooling_mode_{name}": name in old.split() for name in {*old.split(), "max_tokens"}}
+    put(adapters["one"], {**NEW, "1_Pooling/config.json": {"pooling_mode": new}})
+    put(adapters["two"], {**OLD, "1_Pooling/config.json": modes}, metadata={"format": "pt"})
     out = tmp_path / "out"
     assert saved(case, out) == [
         "pooling and prompts of sentence-transformers (modules.json) are those beside one, the base has none"
@@ -125,7 +136,17 @@ def test_pickled_weights_of_a_module_are_named(case, tmp_path):
     put(base, OLD)
     (base / DENSE).rename(base / "2_Dense" / "pytorch_model.bin")
     (note,) = saved(case, tmp_path / "out")
-    assert note.startswith("2_Dense of the base has no model.safetensors, and pickled weights are never opened")
+    assert note.startswith("2_Dense has no model.safetensors, and pickled weights are never opened")
+
+
+def test_pickled_weights_of_a_module_beside_the_adapters_are_named(case, tmp_path):
+    _, adapters = case
+    for folder in adapters.values():
+        put(folder, NEW)
+        (folder / DENSE).rename(folder / "2_Dense" / "pytorch_model.bin")
+    taken, note = saved(case, tmp_path / "out")
+    assert "are those beside one, the base has none" in taken
+    assert note.startswith("2_Dense has no model.safetensors, and pickled weights are never opened")
 
 
 def test_modules_around_a_model_in_a_folder_of_its_own_stay_where_they_are(case, tmp_path):
@@ -154,9 +175,22 @@ def test_damaged_modules_stop_no_merge(case, tmp_path):
         (folder / DENSE).write_text(task)
     (note,) = saved(case, tmp_path / "out")
     assert f"each another {DENSE}" in note
-    (adapters["one"] / "modules.json").write_text("{")
-    shutil.rmtree(tmp_path / "out")
-    assert len(saved(case, tmp_path / "out")) == 1
+    for text in ("{", "[]", "[1]", '{"0": {"path": ""}}'):
+        (adapters["one"] / "modules.json").write_text(text)
+        shutil.rmtree(tmp_path / "out")
+        (note,) = saved(case, tmp_path / "out")
+        assert "are those beside two, the base has none" in note, text
+
+
+def test_no_file_is_taken_that_a_link_beside_an_adapter_leads_to(case, tmp_path):
+    _, adapters = case
+    put(adapters["one"], NEW)
+    (adapters["one"] / DENSE).rename(tmp_path / "own.safetensors")
+    (adapters["one"] / DENSE).symlink_to(tmp_path / "own.safetensors")
+    assert saved(case, tmp_path / "out")[-1].startswith("2_Dense has no model.safetensors")
+    for format in FOLDERS:
+        assert (tmp_path / "out" / format / "modules.json").exists()
+        assert not (tmp_path / "out" / format / DENSE).exists()
 
 
 def test_modules_of_an_adapter_on_the_hub_are_fetched():
@@ -188,8 +222,9 @@ def test_card_and_next_command_load_it_with_sentence_transformers(case, tmp_path
 
 def test_an_adapter_of_a_model_with_a_head_is_none_for_the_trunk_that_is_loaded(case, tmp_path):
     base, _ = case
-    put(base, OLD)
-    (note,) = saved(case, tmp_path / "out", served_cases.load)
-    assert note.startswith("sentence-transformers loads this base without the head of LlamaForCausalLM")
+    for number, files in enumerate((OLD, NEW)):
+        put(base, files)
+        (note,) = saved(case, tmp_path / f"out{number}", served_cases.load)
+        assert note.startswith("sentence-transformers loads this base without the head of LlamaForCausalLM")
     put(base, OLD, sentence_bert_config={"transformer_task": "text-generation"})
     assert saved(case, tmp_path / "generating", served_cases.load) == []

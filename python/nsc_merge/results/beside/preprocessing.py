@@ -135,7 +135,8 @@ def preprocessing_notes(result: MergedUpdate) -> list[str]:
             "file itself there if it is the model's"
         )
     modules = _sentence_modules(result, found)
-    notes += [*modules.notes, *pickled_notes(found), *adapter_notes(result.model, {**modules.files, **found})]
+    copies = {**modules.files, **found}
+    notes += [*modules.notes, *pickled_notes(copies), *adapter_notes(result.model, copies)]
     large = [name for name, file in _beside(result) if file.stat().st_size > LARGEST]
     if large:
         notes.append(

@@ -115,12 +115,12 @@ def modules_beside(base: Files, adapters: Mapping[str, Path | None]) -> Modules:
 
 
 def pickled_notes(copied: Files) -> list[str]:
-    """A line where weights of the base's modules are no safetensors, so that sentence-transformers loads no merge."""
+    """A line where weights of the modules are no safetensors, so that sentence-transformers loads no merge."""
     listed = _listed(copied) if MODULES in copied else []
     without = [path for path, kind in listed if kind in _WITH_WEIGHTS and f"{path}/model.safetensors" not in copied]
     return [
-        f"{path} of the base has no model.safetensors, and pickled weights are never opened or copied, without which "
-        "sentence-transformers does not load the merge: if you trust them, copy them, or save the base with "
+        f"{path} has no model.safetensors, and pickled weights are never opened or copied, without which "
+        "sentence-transformers does not load the merge: if you trust them, copy them, or save them anew with "
         "SentenceTransformer's save_pretrained, which writes safetensors"
         for path in without[:1]
     ]
