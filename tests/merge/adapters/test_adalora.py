@@ -107,14 +107,28 @@ def test_a_merge_computes_what_peft_does_in_both_formats(tmp_path: Path) -> None
     assert "| AdaLoRA | merged |" in PAGE.read_text(encoding="utf-8")
 
 
-def test_factors_in_half_precision_are_multiplied_in_float32() -> None:
-    made = adalora(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"])
-    weights = {key: value.half() for key, value in get_peft_model_state_dict(made).items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_factors_are_multiplied_in_float32_at_least(dtype: torch.dtype) -> None:
+    made = adalora(nn.Sequential(nn.Linear(6, 5)).double(), target_modules=["0"])
+    # Of which float32 holds none.
+    weights = {key: (value.double() / 3).to(dtype) for key, value in get_peft_model_state_dict(made).items()}
     factor = load_adapter({"config": made.peft_config["default"].to_dict(), "weights": weights}, "a").factors["0"]
-    A, E = (weights[f"base_model.model.0.lora_{part}"] for part in "AE")
-    assert factor.A.dtype == torch.float32
-    assert torch.equal(factor.A, A.float() * E.float())
+    computed = torch.promote_types(dtype, torch.float32)
+    A, E = (weights[f"base_model.model.0.lora_{part}"].to(computed) for part in "AE")
+    assert factor.A.dtype == computed
+    assert torch.equal(factor.A, A * E)
     assert factor.scaling == pytest.approx(6 / (INITIAL + 1e-5), rel=1e-15)
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_r": 1, "lora_alpha": 0.5}])
+def test_rank_and_alpha_are_pefts_own_where_none_are_said(settings: dict[str, float]) -> None:
+    peft = {"init_r": AdaLoraConfig(total_step=9).init_r, "lora_alpha": AdaLoraConfig(total_step=9).lora_alpha}
+    rank, alpha = {**peft, **settings}.values()
+    shapes = {"lora_A": (rank, 6), "lora_E": (rank, 1), "lora_B": (5, rank)}
+    weights = {f"base_model.model.0.{part}": torch.ones(shape) for part, shape in shapes.items()}
+    config = {"peft_type": "ADALORA", "target_modules": ["0"], **settings}
+    factor = load_adapter({"config": config, "weights": weights}, "a").factors["0"]
+    assert factor.scaling == pytest.approx(alpha / (rank + 1e-5), rel=1e-15)
 
 
 @pytest.mark.parametrize(

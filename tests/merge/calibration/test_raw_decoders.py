@@ -84,6 +84,7 @@ def test_the_decoder_reads_what_transformers_makes_of_labels(file, tmp_path, kin
     for batch in batches:
         # An answer begins where the decoder does, wherever the question is padded.
         assert batch["decoder_input_ids"][:, 0].tolist() == [2] * len(batch["input_ids"])
+        assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
         assert set(batch) == {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
         assert torch.isfinite(model(**batch).logits).all()
 
@@ -137,6 +138,12 @@ def test_a_long_target_is_cut_at_its_end_or_refused(file, tmp_path, caplog):
 def test_targets_that_cannot_be_are_refused(file, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         made(file, base(tmp_path / "base", "t5"), **settings)
+
+
+def test_a_target_with_half_a_character_is_refused(tmp_path):
+    rows = [{"question": "a", "answer": "b \ud800"}]
+    with pytest.raises(ValueError, match=r"row 1: holds '\\ud800', half of a character"):
+        made(rows, base(tmp_path / "base", "t5"), target="answer")
 
 
 def test_a_base_whose_decoder_begins_with_nothing_is_refused(file, tmp_path):

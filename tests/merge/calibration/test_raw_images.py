@@ -485,6 +485,12 @@ def test_pairs_that_lack_something_say_what(tmp_path, llava, case):
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_beside_an_image_is_refused(llava):
+    rows = [{"image": Image.new("RGB", (SIZE, SIZE)), "prompt": "a \ud800"}]
+    with pytest.raises(ValueError, match=r"row 1: holds '\\ud800', half of a character"):
+        made(rows, llava)
+
+
 def test_a_chat_without_a_template_is_refused(tmp_path, plain):
     write_pictures(tmp_path / "photos", 1)
     row = {"image": "photos/0.png", "conversations": LLAVA_CHAT}

@@ -44,7 +44,7 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
             [texts[number][0] for number in numbers],
             add_special_tokens=special,
             truncation=settings.truncation,
-            max_length=most if settings.truncation or base.whole else None,
+            max_length=most,
             padding="max_length" if base.whole else False,
         )
         names = [name for name in encoded if name in base.takes]
