@@ -67,6 +67,7 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
 
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    refuse_on_disk(base, f"adapters[{name!r}]")
     held = Held({}, {}, {}, {}, {}, set())
     for at, module in base.named_modules():
         path = at.replace("_orig_mod.", "")
@@ -88,6 +89,21 @@ def read_layers(model: nn.Module, held_as: str, name: str) -> Held:
             if held_as in module.lora_embedding_A:
                 held.embeddings.add(path)
     return held
+
+
+def refuse_on_disk(model: nn.Module, what: str) -> None:
+    """Refuse a model that diffusers offloads to disk in groups: its tensors are on a device, with no numbers in them.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    for module in model.modules():
+        hook = getattr(vars(module).get("_diffusers_hook"), "hooks", {}).get("group_offloading")
+        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
+            raise ValueError(
+                f"{what}: expected weights in memory, found diffusers' group offloading to disk, between whose calls "
+                "tensors hold no numbers; merge before enable_group_offload, or offload without offload_to_disk_path"
+            )
 
 
 def _parts(layer: Any, held_as: str, what: str) -> dict[str, Tensor]:

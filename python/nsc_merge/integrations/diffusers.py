@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nsc_kernels.integrations import peft as fused
@@ -162,21 +163,31 @@ def _adapted(pipe: Any) -> dict[str, nn.Module]:
             f"pipe: expected a pipeline of diffusers that loads LoRA, found {type(pipe).__name__}; for one model there "
             "are nsc_kernels.integrations.peft.accelerate and nsc_merge.integrations.peft.merge"
         )
+    for component in getattr(pipe, "_lora_loadable_modules", ()):
+        # diffusers knows no adapters in it, neither those to list nor those to activate.
+        if hasattr(getattr(getattr(pipe, component, None), "_orig_mod", None), "peft_config"):
+            raise ValueError(
+                f"pipe: expected models that diffusers finds adapters in, found pipe.{component} in the wrapper of "
+                f"torch.compile(...), which its set_adapters passes over; put pipe.{component}._orig_mod back and "
+                f"compile it in place, by pipe.{component}.compile()"
+            )
     return {component: getattr(pipe, component) for component in pipe.get_list_adapters()}
 
 
 @contextmanager
 def _as_weighted(pipe: Any, models: dict[str, nn.Module], names: list[str], weights: Any) -> Iterator[None]:
     """Scalings as ``set_adapters`` sets them, and afterwards those of before, with what was active and trained."""
-    layers: list[Any] = [one for model in models.values() for one in model.modules() if isinstance(one, LoraLayer)]
-    before = [(layer, dict(layer.scaling), layer.active_adapters) for layer in layers]
+    # Of LoKr and others as well, beside LoRA: it deactivates them.
+    layers: list[Any] = [one for model in models.values() for one in model.modules() if isinstance(one, BaseTunerLayer)]
+    before = [(layer, dict(getattr(layer, "scaling", {})), layer.active_adapters) for layer in layers]
     trained = [(value, value.requires_grad) for model in models.values() for value in model.parameters()]
     try:
         pipe.set_adapters(names, weights)
         yield
     finally:
         for layer, scaling, active in before:
-            layer.scaling.update(scaling)
+            if scaling:
+                layer.scaling.update(scaling)
             layer.set_adapter(active)
         for value, required in trained:
             value.requires_grad_(required)

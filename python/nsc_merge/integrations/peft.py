@@ -252,6 +252,7 @@ def _register(
     _add(model, adapter_name, config)
     try:
         _fill(_base(model), adapter_name, updates, biases if biased else None)
+        _offload_as_before(_base(model))
     except BaseException:
         _remove(model, adapter_name)
         raise
@@ -273,6 +274,9 @@ def _fill(
                     own[adapter_name].copy_(value.t()).requires_grad_(False)
             continue
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        if (dtype := _cast_to(layer)) is not None:
+            down.to(dtype)
+            up.to(dtype)
         with torch.no_grad():
             down.weight.copy_(A.view_as(down.weight))
             up.weight.copy_(B.view_as(up.weight))
@@ -281,6 +285,23 @@ def _fill(
                 up.bias.copy_(torch.zeros(len(up.bias), device="cpu") if bias is None else bias)
         for parameter in (*down.parameters(), *up.parameters()):
             parameter.requires_grad_(False)
+
+
+def _cast_to(layer: Any) -> torch.dtype | None:
+    """What diffusers' layerwise casting computes a layer in. New factors are not among what it casts, and PEFT makes
+    them in the dtype that the base is stored in."""
+    registry = getattr(layer.get_base_layer(), "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("layerwise_casting")
+    found: torch.dtype | None = getattr(hook, "compute_dtype", None)
+    return found
+
+
+def _offload_as_before(model: nn.Module) -> None:
+    """Have diffusers' group offloading take in the new adapter, as after its own loading of one."""
+    if any(getattr(vars(one).get("_diffusers_hook"), "hooks", {}).get("group_offloading") for one in model.modules()):
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        _maybe_remove_and_reapply_group_offloading(model)
 
 
 def _remove(model: Any, adapter_name: str) -> None:

@@ -87,10 +87,14 @@ def sharing_tensors(model: nn.Module, instead: Mapping[nn.Module, nn.Module] | N
     the very same, in the place of those of ``instead``.
     """
     shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    # accelerate's hold offloaded weights.
-    hooks = (vars(module).get("_hf_hook") for module in model.modules())
+    # accelerate's hold offloaded weights, and those of diffusers the original's modules.
+    hooks = (vars(module).get(name) for module in model.modules() for name in ("_hf_hook", "_diffusers_hook"))
     shared |= {id(hook): hook for hook in hooks if hook is not None} if instead else {}
     own = copy.deepcopy(model, shared | {id(module): other for module, other in (instead or {}).items()})
+    for module in set(own.modules()).difference(model.modules()):
+        # diffusers' hooks call the forward of the module that they were made for.
+        if getattr(vars(module).pop("_diffusers_hook", None), "hooks", None):
+            vars(module).pop("forward", None)
     keep_files(own, model)
     setattr(own, _COPY_OF, (weakref.ref(original_of(model)), id(own)))
     return own

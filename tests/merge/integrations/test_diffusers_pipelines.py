@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import nsc_merge
 from nsc_merge.integrations.diffusers import accelerate, merge
 
 diffusers = pytest.importorskip("diffusers")
@@ -243,6 +244,79 @@ def test_a_dictionary_for_several_adapters_is_the_first_ones_alone_in_diffusers(
     pipe.set_adapters(["a", "b"], {"unet": 0.5})
     layer = next(one for one in pipe.unet.modules() if isinstance(one, LoraLayer))
     assert [layer.scaling[name] for name in ("a", "b")] == [0.5 * 4 / 2, 4 / 3]
+
+
+def test_adapters_beside_lora_stay_active():
+    pipe = dit_pipeline()
+    inject_adapter_in_model(LoKrConfig(r=2, target_modules=["add_q_proj"], init_weights=False), pipe.transformer, "k")
+    pipe.set_adapters(["a", "k"], [0.7, 0.5])
+    before = image(pipe)
+    pipe.set_adapters("a", 0.7)
+    assert (image(pipe) - before).abs().max() > 1e-5
+    pipe.set_adapters(["a", "k"], [0.7, 0.5])
+    merge(pipe, ["a", "b"], [0.3, 0.2])
+    assert torch.equal(image(pipe), before)
+
+
+def test_a_compiled_model_that_diffusers_passes_over_is_refused():
+    pipe = unet_pipeline()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    # Otherwise the text encoder alone would be merged.
+    assert list(pipe.get_list_adapters()) == ["text_encoder"]
+    for call in (accelerate, lambda pipe: merge(pipe, ["a"])):
+        with pytest.raises(ValueError, match=r"found pipe.unet in the wrapper of torch.compile.*pipe.unet.compile\(\)"):
+            call(pipe)
+
+
+def offload(model, **options):
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+def test_models_offloaded_in_groups_are_merged_and_the_new_adapter_is_offloaded(groups):
+    pipe = dit_pipeline()
+    pipe.set_adapters(NAMES[:2], [0.7, -0.4])
+    wanted = image(pipe)
+    offload(pipe.transformer, **groups)
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    hooks = {name for name, module in layer.named_modules() if hasattr(module, "_diffusers_hook")}
+    made = merge(pipe, NAMES[:2], [0.7, -0.4])["transformer"]
+    hooked = {name for name, module in layer.named_modules() if hasattr(module, "_diffusers_hook")}
+    leaves = {name.replace(".b", ".merged") for name in hooks if name.endswith(".b")}
+    assert bool(leaves) is ("offload_type" in groups)
+    assert hooked == hooks | leaves
+    pipe.set_adapters("merged")
+    alike(image(pipe), wanted)
+    pipe.disable_lora()
+    bare = image(pipe)
+    # With the adapters, in what the base is a copy around, active again.
+    pipe.enable_lora()
+    pipe.transformer = made.result.model
+    alike(image(pipe), bare)
+
+
+def test_models_offloaded_to_disk_hold_nothing_to_merge(tmp_path):
+    pipe = dit_pipeline()
+    base = dit_pipeline().transformer
+    offload(pipe.transformer, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for call in (
+        lambda: merge(pipe, NAMES),
+        lambda: nsc_merge.merge(base, {"a": pipe.transformer}, method="ties"),
+        lambda: nsc_merge.merge(pipe.transformer, {"a": base}, method="ties"),
+    ):
+        with pytest.raises(ValueError, match=r"^(adapters\['a'\]|model): .*group offloading to disk"):
+            call()
+    assert pipe.get_list_adapters() == {"transformer": NAMES}
+
+
+def test_a_merge_in_a_model_that_is_stored_in_eight_bits_is_not_rounded_to_them():
+    pipe = dit_pipeline()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.set_adapters(NAMES, [0.7, 0.5, -0.4])
+    wanted = image(pipe)
+    merge(pipe, NAMES, [0.7, 0.5, -0.4])
+    pipe.set_adapters("merged")
+    alike(image(pipe), wanted)
 
 
 def test_pipelines_without_adapters_are_refused():

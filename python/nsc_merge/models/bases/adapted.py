@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters.peft_config import CHANGES_BASE
+from nsc_merge.adapters.peft_models import refuse_on_disk
 from nsc_merge.models.bases.stored_weights import is_dtensor
 from nsc_merge.models.own_base import sharing_tensors
 
@@ -30,8 +31,10 @@ def without_adapters(model: nn.Module) -> nn.Module:
         model: with adapters of any kind that PEFT puts around modules.
 
     Raises:
-        ValueError: if adapters are merged into the weights, or if one changed the base for good.
+        ValueError: if adapters are merged into the weights, if one changed the base for good, or if diffusers offloads
+            the model to disk.
     """
+    refuse_on_disk(model, "model")
     if hasattr(model, "_orig_mod"):
         return model
     wrapper: Any = model
