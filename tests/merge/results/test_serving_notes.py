@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -184,3 +185,29 @@ def test_a_plain_module_has_an_adapter_as_well(tmp_path):
     with torch.no_grad():
         wanted = result.apply(copy.deepcopy(model))(x)
         torch.testing.assert_close(PeftModel.from_pretrained(model, out)(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(tf, "LagunaConfig"), reason="of later releases of transformers")
+def test_what_peft_loses_by_its_name_as_it_loads_an_adapter_is_named(tmp_path):
+    """``mlp.shared_expert.``, a pattern for names of checkpoints, is in ``mlp.shared_experts`` as well."""
+    config = tf.LagunaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, layer_types=["full_attention"], mlp_layer_types=["sparse"],
+        num_attention_heads_per_layer=[2],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.LagunaForCausalLM(config).eval()
+    path = "model.layers.0.mlp.shared_experts.up_proj"
+    folder = zoo.write_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj", "shared_experts.up_proj"])
+    result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
+    (note,) = [one for one in serving_notes(result) if path in one]
+    assert "PEFT gives another name as it loads them" in note
+    assert note.endswith("save as a model")
+    # It is so, and not so of what is saved as a model.
+    saved = result.save(tmp_path / "model", "model")
+    weights = tf.LagunaForCausalLM.from_pretrained(saved).get_submodule(path).weight
+    before = model.get_submodule(path).weight
+    torch.testing.assert_close(weights - before, result.delta(path).float(), rtol=1e-4, atol=1e-6)
+    held = PeftModel.from_pretrained(model, result.save(tmp_path / "lora", "lora")).merge_and_unload()
+    assert torch.equal(held.get_submodule(path).weight, before)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Factor
 from nsc_merge.adapters.adapter import WRAPPER, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.formats.parameter_stacks import matrices_of
+from nsc_merge.adapters.peft_keys import PREFIX
 from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.merged.matrices import Matrix, matrix_at, module_at
@@ -150,6 +151,27 @@ def stacks_of_linears(factors: Mapping[str, Factor], model: nn.Module) -> dict[s
         for path, factor in factors.items()
         if isinstance(model.get_submodule(path), nn.Linear) and is_taken(path.rpartition(".")[2])
     }
+
+
+def lost_by_peft(paths: Iterable[str], model: nn.Module) -> list[str]:
+    """Linears whose update PEFT loses as it loads an adapter: it treats the tensors' names as transformers treats those
+    of a checkpoint, and of some models makes names of them that no module has (``shared_expert.`` in a pattern is
+    also the beginning of ``shared_experts``).
+    """
+    try:
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return []
+    own = {path: [f"{PREFIX}{path}.lora_{part}.weight" for part in "AB"] for path in paths}
+    made = {key: torch.zeros(1, 1, device="cpu") for keys in own.values() for key in keys}
+    try:
+        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(made))
+    except Exception:
+        # It is PEFT's own affair what it converts, and how: of numbers as these it need not.
+        return []
+    left = {key.replace(".default", "") for key in found}
+    return [path for path, keys in own.items() if not left.issuperset(keys)]
 
 
 def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:

@@ -10,6 +10,7 @@ from nsc_merge.adapters import Factor
 from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import matrix_at
+from nsc_merge.models.merged.stacks import lost_by_peft
 from nsc_merge.results.beside.serving import lorax, sglang, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, LANGUAGE_MODEL
 from nsc_merge.results.merged_update import MergedUpdate, by_task
@@ -46,14 +47,20 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     refused = [path for path in whole if not decoder or path.rsplit(".", 1)[-1] not in vllm.HEADS]
     parts = vllm.parts_refused(dora=dora, whole=refused, biased=biased)
     held = {f"the adapter {part}, which PEFT loads and": cure for part, cure in parts.items()}
-    experts = []
+    further = []
     if any(matrix_at(result.model, path) is not None for path in result.paths):
-        experts.append(
+        further.append(
             "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
             f"{AS_A_MODEL} to serve it anywhere"
         )
+    lost = lost_by_peft([path for path in result.paths if matrix_at(result.model, path) is None], result.model)
+    if lost:
+        further.append(
+            f"the adapter has LoRA on {lost[0]}, whose tensors PEFT gives another name as it loads them, so that their "
+            f"update is lost, as that of the adapters themselves is: {AS_A_MODEL}"
+        )
     if not decoder:
-        return [note, *(f"{part} not every server does" for part in held), *experts, *([_DORA] if dora else [])]
+        return [note, *(f"{part} not every server does" for part in held), *further, *([_DORA] if dora else [])]
     notes = [f"{part} vLLM does not: {cure}" for part, cure in held.items()]
     paths = [path for path in result.paths if path not in whole]
     notes += _not_loaded(result, paths)
@@ -62,8 +69,8 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
         note += f", more than vLLM's {vllm.RANKS[-1]}: save with a smaller rank, or as a model"
     elif not notes:
         note += f"; vLLM: --enable-lora --max-lora-rank {flag}"
-    others = [] if notes or experts else _of_other_servers(result, {ranks[path] for path in paths} - {0})
-    return [note, *notes, *experts, *others, *_left_out(result, paths), *([_DORA] if dora else [])]
+    others = [] if notes or further else _of_other_servers(result, {ranks[path] for path in paths} - {0})
+    return [note, *notes, *further, *others, *_left_out(result, paths), *([_DORA] if dora else [])]
 
 
 def _not_loaded(result: MergedUpdate, paths: list[str]) -> list[str]:
