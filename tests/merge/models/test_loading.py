@@ -98,6 +98,18 @@ def test_code_that_comes_with_a_base_is_never_run(folder, monkeypatch, capsys):
     assert not list(folder.rglob("run"))
 
 
+def test_models_and_pipelines_of_diffusers_are_refused_with_the_way_to_merge_them(folder):
+    fields = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.42.1"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    way = r"diffusers.*; load it there, and merge in Python: nsc_merge\.merge\(pipe\.transformer, adapters\)"
+    with pytest.raises(ValueError, match=f"^model: .*base holds a model of {way}"):
+        load(folder)
+    (folder / "config.json").unlink()
+    (folder / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"^model: .*base holds a pipeline of {way}"):
+        load(folder)
+
+
 @pytest.mark.parametrize("fields", [{"num_hidden_layers": 10**9}, {"text_config": {"num_layers": 10**12}}])
 def test_layers_that_no_file_holds_are_not_made(folder, fields):
     edit(folder / "config.json", **fields)

@@ -96,8 +96,8 @@ def read(folder: Path) -> DiffusersFile:
     alphas = {path: weights.pop(f"{path}.alpha") for path in adapted if f"{path}.alpha" in weights}
     if alphas:
         notes += (
-            f"{FILE}: alpha beside the factors counts, as what trained them means it, and diffusers for Flux; its "
-            "other pipelines leave it out of keys like these, and run a scaling of 1",
+            f"{FILE}: alpha beside the factors counts, as what trained them means it, and diffusers for Flux and "
+            "Chroma; its other pipelines load no such file today, or left alpha out, with a scaling of 1",
         )
     if settings is not None and alphas:
         raise ValueError(

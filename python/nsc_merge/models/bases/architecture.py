@@ -27,6 +27,11 @@ _LAYERS = 500
 _LABELS = 10_000_000
 # More than any size, number of positions or base of theirs in use: named where a configuration is refused.
 _LARGE = 100_000_000
+# Of what transformers knows no class of.
+_DIFFUSERS = (
+    "load it there, and merge in Python: nsc_merge.merge(pipe.transformer, adapters) or pipe.unet, or all models of a "
+    "pipeline by nsc_merge.integrations.diffusers.merge"
+)
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,8 @@ def _check_folder(folder: Path, repo: str | None) -> None:
         places = {one.parent for one in folder.glob("*/model*.safetensors")}
         within = sorted(place for place in places if (place / "config.json").is_file())
         hint = f"; folders within hold models, such as {within[0]}: expected one of them" if within else ""
+        if (folder / "model_index.json").is_file():
+            raise ValueError(f"model: {folder} holds a pipeline of diffusers (model_index.json); {_DIFFUSERS}")
         raise FileNotFoundError(f"model: {folder} holds no config.json{hint}")
     if (folder / "adapter_config.json").exists():
         # It would be added to the weights.
@@ -250,6 +257,8 @@ def _check_folder(folder: Path, repo: str | None) -> None:
             if Path(str(shard)).name != shard:
                 raise ValueError(f"model: {file}: expected files in the same folder, found {shard!r:.80}")
     config = from_json((folder / "config.json").read_bytes(), f"model: {folder}", not_finite=True)
+    if "_diffusers_version" in config and "model_type" not in config:
+        raise ValueError(f"model: {repo or folder} holds a model of diffusers; {_DIFFUSERS}")
     (labels, _), (layers, _) = _most(config, {"num_labels"}), _most(config, _COUNTING)
     if labels > _LABELS:
         raise ValueError(
