@@ -59,6 +59,15 @@ def test_columns_of_summaries_are_known():
     assert (written()["data"]["text"], written()["data"]["target"]) == ("document", "summary")
 
 
+def test_targets_of_each_tasks_own_are_all_left_out_where_answers_are_written():
+    assert main(["init", *ADAPTERS, "--data", "one=rows.jsonl", "--data", "two=news.jsonl"]) == 0
+    own = written()["calibration"]
+    assert [own[task]["target"] for task in ("one", "two")] == ["answer", "summary"]
+    (line,) = re.findall(r"^#   nsc-merge (run .*new_tokens.*)$", Path("recipe.yaml").read_text(encoding="utf-8"), re.M)
+    assert " calibration.one.target=null calibration.two.target=null " in line
+    assert main([*shlex.split(line), "options.steps=1", "--dry-run"]) == 0
+
+
 def test_texts_alone_are_read_from_the_start_of_an_answer():
     write_lines(Path("texts.jsonl"), [{"text": WORDS[3]}, {"text": WORDS[4]}])
     assert main(["init", *ADAPTERS, "--data", "texts.jsonl"]) == 0

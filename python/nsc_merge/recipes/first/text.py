@@ -77,8 +77,7 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     if "data" not in found.method.needs:
         yaml.remark(f"Method {found.method.name} does not read them.")
     yaml.verbatim("calibration:")
-    named = [one.named for one in found.data.values() if one.raw]
-    for_all = named[0] if named and all(one == named[0] for one in named) else {}
+    for_all = _named_for_all(found)
     entries: dict[str, tuple[Any, str]] = {}
     alike = len({one.source for one in found.data.values()}) == 1 < len(found.data)
     if alike:
@@ -90,6 +89,12 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
     yaml.entries(entries, 2)
     if found.samples:
         _encoding(yaml, found, for_all)
+
+
+def _named_for_all(found: Findings) -> dict[str, str]:
+    """The settings of raw data that have to be written, where they are the same for all; else each task has its own."""
+    named = [one.named for one in found.data.values() if one.raw]
+    return named[0] if named and all(one == named[0] for one in named) else {}
 
 
 def _heads(yaml: Yaml, found: Findings) -> None:
@@ -162,7 +167,9 @@ def _advice(yaml: Yaml, found: Findings, name: str) -> None:
             # What tells inputs of tasks apart is nothing where they are the same.
             apart = len({one.source for one in found.data.values()}) == len(found.tasks) > 1
             terms = " options.regmean=true" * apart
-            terms += " data.target=null" * any(one.target is not None for one in found.data.values())
+            own = [f"calibration.{task}" for task, one in found.data.items() if one.target is not None]
+            places = ["data"] if "target" in _named_for_all(found) else own
+            terms += "".join(f" {shown(shlex.quote(f'{place}.target=null'))}" for place in places)
             yaml.verbatim(f"#   {run} method=distill options.new_tokens=16{terms} output.dir=merged-distill")
     elif found.method.tuned is not None:
         tuned = found.method.tuned
