@@ -174,6 +174,22 @@ def test_of_which_kind_tokens_are_is_restricted_with_them(name):
         assert torch.isfinite(model(**found).logits).all()
 
 
+def test_of_which_kind_tokens_are_is_padded_as_of_text():
+    model = ARCHITECTURES["Qwen2-VL"].build()
+    image = model.config.image_token_id
+    batch = {"input_ids": torch.tensor([[image, image, 5, 6, 0], [7, image, 8, 9, 9]])}
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()
+    family = find_family(model)
+    found = {modality: restriction(modality, family, model)(batch) for modality in ("text", "image")}
+    assert found["text"]["input_ids"].tolist() == [[5, 6, 0, 0], [7, 8, 9, 9]]
+    assert found["image"]["input_ids"].tolist() == [[image, image], [image, 0]]
+    assert found["text"]["mm_token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert found["image"]["mm_token_type_ids"].tolist() == [[1, 1], [1, 0]]
+    with pytest.raises(ValueError, match="modality: 'text' expects batches of input_ids"):
+        restriction("text", family, model)({**batch, "mm_token_type_ids": torch.zeros(2, 4)})
+
+
 @pytest.mark.parametrize(("modality", "length"), [("text", 6), ("image", 5)])
 def test_a_modality_is_the_joint_merge_of_inputs_made_by_hand(modality, length):
     model = llava()

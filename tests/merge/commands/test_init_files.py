@@ -196,4 +196,8 @@ def test_chats_of_preferences_are_taken_by_their_column(at, capsys):
     assert written()["data"]["messages"] == "rejected"
     assert "the chats in column 'rejected'" in capsys.readouterr().out
     assert main(["run", "recipe.yaml", "--dry-run", "options.steps=1"]) == 0
+    # Texts beside them go before.
+    Path("preferences.jsonl").write_text(json.dumps({"prompt": "w1 w2", "chosen": said, "rejected": said}) + "\n")
+    assert main(["init", *ADAPTERS, "--data", "preferences.jsonl", "--force"]) == 0
+    assert (written()["data"]["text"], written()["data"].get("messages")) == ("prompt", None)
     capsys.readouterr()

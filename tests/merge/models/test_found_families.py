@@ -235,6 +235,10 @@ def test_a_list_of_blocks_goes_before_a_longer_sequence():
     assert family_of(model, linears(model)).block == r"^(?:blocks)\.(\d+)\."
     with pytest.raises(ValueError, match=r"group of block to be a number, found 'blocks' in 'blocks' by"):
         scored_paths(family_of(model, given={"block": r"^(blocks)"}), model, linears(model), None, "last_quarter")
+    # Two are enough, and one is not.
+    model.blocks = nn.Sequential(Block(), Block())
+    assert family_of(model, [f"blocks.{number}.qkv" for number in range(2)]).block == r"^(?:blocks)\.(\d+)\."
+    assert find_family(Patches(nn.Sequential(Block()))) is None
     # Parts with names of their own are no blocks.
     model.blocks = nn.Sequential(OrderedDict(first=Block(), second=Block()))
     model.stem = nn.Sequential(OrderedDict(layer1=nn.Linear(6, 6), norm=nn.Linear(6, 6)))
