@@ -22,7 +22,7 @@ from torch import nn
 
 from nsc_kernels.integrations import peft as fused
 from nsc_merge.integrations import peft
-from nsc_merge.integrations.peft import Merged
+from nsc_merge.integrations.peft import Merged, NothingToRegister
 from nsc_merge.methods import method_of
 
 
@@ -109,7 +109,7 @@ def merge(
         options: of the method. Task arithmetic's ``scale`` is 1 here if none is given.
 
     Returns:
-        Component -> what was registered there.
+        Component -> what was registered there; none where the update is zero, as of text encoders with a weight of 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was found and what was expected; no model then has the new
@@ -128,13 +128,19 @@ def merge(
     # A coefficient for each task is what the weights are already.
     options = {"scale": 1.0, **options} if chosen.weighted == "scale" else options
     merged: dict[str, Merged] = {}
+    nothing: list[NothingToRegister] = []
     with _as_weighted(pipe, models, names, weights):
         try:
             for component, model in models.items():
                 if present := [name for name in names if name in held[component]]:
-                    merged[component] = peft.merge(
-                        model, present, None, adapter_name, method=method, output=output, rank=rank, **options
-                    )
+                    try:
+                        merged[component] = peft.merge(
+                            model, present, None, adapter_name, method=method, output=output, rank=rank, **options
+                        )
+                    except NothingToRegister as error:
+                        nothing.append(error)
+            if not merged:
+                raise nothing[0]
         except BaseException:
             for component in merged:
                 _delete(models[component], adapter_name)

@@ -33,6 +33,10 @@ from nsc_merge.results.result import MergeResult
 OUTPUTS = ("cat", "svd")
 
 
+class NothingToRegister(ValueError):
+    """The merged update is zero."""
+
+
 @dataclass(frozen=True)
 class Merged:
     """What :func:`merge` registered.
@@ -231,7 +235,7 @@ def _register(
         if A.shape[0]:
             updates[path] = A, B
     if not updates:
-        raise ValueError(f"method: the update of {result.method!r} is zero, there is nothing to register")
+        raise NothingToRegister(f"method: the update of {result.method!r} is zero, there is nothing to register")
     biases = {path: result.bias_delta(path) for path in updates}
     biased = any(bias is not None for bias in biases.values())
     ranks = {path: A.shape[0] for path, (A, _) in updates.items()}

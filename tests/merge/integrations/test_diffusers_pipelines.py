@@ -197,6 +197,20 @@ def test_other_methods_merge_what_the_weights_make_of_the_adapters(make, method,
     assert (image(pipe) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("method", "options"), [("knots_ties", {}), ("ties", {"rank": 4})])
+def test_a_model_whose_update_is_zero_does_not_keep_the_others_from_being_merged(method, options):
+    pipe = unet_pipeline()
+    weights = [{"unet": 0.7, "text_encoder": 0.0}, {"unet": 0.5, "text_encoder": 0.0}]
+    assert list(merge(pipe, NAMES[:2], weights, method=method, **options)) == ["unet"]
+    assert pipe.get_list_adapters()["text_encoder"] == NAMES[:2]
+    pipe.set_adapters("merged")
+    merged = image(pipe)
+    pipe.text_encoder.disable_adapters()
+    assert torch.equal(image(pipe), merged)
+    with pytest.raises(ValueError, match="is zero, there is nothing to register"):
+        merge(pipe, NAMES[:2], [0.0, 0.0], "none", method=method, **options)
+
+
 def test_what_a_merge_gives_is_shown_without_its_tensors():
     shown = repr(merge(dit_pipeline(), NAMES))
     assert "adapter_name='merged'" in shown
