@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from raw_cases import WORDS, tokenizer, write_rows
+from raw_cases import WORDS, text_base, tokenizer, write_rows
 from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -150,6 +151,22 @@ def test_a_base_whose_decoder_begins_with_nothing_is_refused(file, tmp_path):
     place = base(tmp_path / "base", "t5", decoder_start_token_id=None)
     with pytest.raises(ValueError, match=r"calibration.a: the configuration of .*base has no decoder_start_token_id"):
         made(file, place)
+
+
+def test_a_decoder_alone_has_no_target(file, tmp_path):
+    with pytest.raises(ValueError, match="target: 'answer' is named, and the base writes no text behind an encoder"):
+        made(file, text_base(tmp_path / "base"), target="answer")
+
+
+def test_an_encoder_that_sees_is_refused(file):
+    """As Florence-2's, into whose text each processor places images in a way of its own."""
+
+    def forward(input_ids: Any, pixel_values: Any, decoder_input_ids: Any) -> None:
+        """Never called."""
+
+    model = SimpleNamespace(config=SimpleNamespace(model_type="sees", decoder_start_token_id=2), forward=forward)
+    with pytest.raises(ValueError, match=r"calibration.a: a sees does not run on text or images alone \(it takes dec"):
+        batches_of(file, model, DataSettings(text="question"), 2, "calibration.a")
 
 
 def test_targets_are_part_of_what_samples_are(file, tmp_path):
