@@ -137,6 +137,18 @@ def is_of_diffusers(model: nn.Module) -> bool:
     return any(f"{one.__module__}.".startswith("diffusers.") for one in type(model).__mro__)
 
 
+def part_of_pipeline(model: nn.Module) -> str | None:
+    """What pipelines of diffusers that load LoRA call a model; None of one that they load none into, such as a
+    ControlNet, whose modules often have the names of those of the model that it controls.
+    """
+    name = type(model).__name__
+    if not is_of_diffusers(model) or "ControlNetModel" in name:
+        return None
+    if "UNet" in name:
+        return "unet"
+    return "transformer" if any(part in name for part in ("Transformer", "DiT", "UVit")) else None
+
+
 def _planned(result: MergedUpdate, keys: Mapping[str, str], merged: Collection[str]) -> dict[str, Planned]:
     """What is written, of key -> name in the state dict, of which some are ``merged``."""
     model: Any = result.model

@@ -47,7 +47,7 @@ from nsc_merge.results.layout import (
     refuse_pages,
     task_folders,
 )
-from nsc_merge.results.merged_model import is_of_diffusers, write_model
+from nsc_merge.results.merged_model import part_of_pipeline, write_model
 from nsc_merge.results.merged_update import MergedUpdate, by_task
 from nsc_merge.utils.atomic_file import no_room
 from nsc_merge.utils.atomic_folder import files_in, replacing_folder
@@ -324,8 +324,9 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         fan_in_fan_out=any(map(is_transposed, modules.values())),
         modules=[path for path, _ in result.model.named_modules()],
     )
-    if is_of_diffusers(result.model) and not kept:
-        diffusers_file.write_beside(folder, "unet" if type(result.model).__name__.startswith("UNet") else "transformer")
+    part = part_of_pipeline(result.model)
+    if part is not None and not kept:
+        diffusers_file.write_beside(folder, part)
     if rank is not None:
         document = {"rank": rank, "relative_error": errors}
         (folder / TRUNCATION_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -128,6 +128,18 @@ def test_pipelines_load_a_merged_adapter_from_its_folder(tmp_path, make, targets
     torch.testing.assert_close(output(again.apply(again.model)), wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_nothing_is_written_for_pipelines_of_what_they_load_no_adapters_into(tmp_path):
+    """A pipeline would put it into the transformer, whose modules have the same names."""
+    def control():
+        torch.manual_seed(0)
+        return diffusers.SD3ControlNetModel(sample_size=8, in_channels=4, **HEADS, **WIDTHS)
+
+    out = nsc_merge.merge(control(), {"a": adapted(control, "a")}, method="linear").save(tmp_path / "out", "lora")
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / FILE).exists()
+    assert "load_lora_weights" not in (out / "README.md").read_text()
+
+
 def test_adapters_in_a_model_are_merged_beside_each_other():
     model = adapted(unet, "a", "b")
     model.set_adapters(["a", "b"], [0.5, 0.5])

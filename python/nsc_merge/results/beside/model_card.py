@@ -21,7 +21,7 @@ from nsc_merge.results.beside.serving.sentence_modules import loaded_by
 from nsc_merge.results.beside.serving_notes import serving_notes
 from nsc_merge.results.beside.uses import use_of
 from nsc_merge.results.layout import HEADS_FOLDER, RECORD, file_names, task_folders
-from nsc_merge.results.merged_model import is_of_diffusers
+from nsc_merge.results.merged_model import is_of_diffusers, part_of_pipeline
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
 from nsc_merge.utils.yaml_text import to_yaml
@@ -243,7 +243,7 @@ def _remarks(
     head: str | None,
 ) -> list[str]:
     remarks = serving_notes(result, rank) if "lora" in formats else []
-    if "lora" in formats and is_of_diffusers(result.model) and not any(map(result.is_whole, result.paths)):
+    if "lora" in formats and part_of_pipeline(result.model) and not any(map(result.is_whole, result.paths)):
         remarks.append("pipelines of diffusers load it as well, from its folder: `pipe.load_lora_weights`")
     if "lora" in formats and head is not None:
         remarks.append(f"the adapter holds the head of {cell(head)} (modules_to_save), which not every server loads")
