@@ -1,4 +1,4 @@
-"""Samples made inputs of a model, and put together into batches."""
+"""Samples made inputs of a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLACE = "<image>"
 
 
 def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings: DataSettings) -> list[Encoded]:
-    """Token numbers and mask of every sample, without padding.
+    """Token numbers and mask of every sample, without padding but where a base sees it (SigLIP).
 
     Raises:
         ValueError: naming a sample that has no token, or too many where none may be cut.
