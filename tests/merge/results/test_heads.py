@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 import yaml
 import zoo
+from safetensors.torch import load_file
 
 import nsc_merge
 from nsc_merge.adapters import About
@@ -127,3 +128,14 @@ def test_a_head_takes_the_dtype_of_the_model(dtype, tmp_path):
     out = found.save(tmp_path / "out", "model", head="a")
     served = tf.ViTForImageClassification.from_pretrained(out)
     assert {value.dtype for value in served.parameters()} == {dtype}
+    assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
+    assert "label_names" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_head_is_a_module_below_the_model_or_what_owns_tensors_within_its_trunk(result):
+    head, number = heads_of(result)["a"], torch.ones(1)
+    for names, paths in (
+        (["classifier.dense.weight", "classifier.out_proj.weight", "classifier.out_proj.bias"], ["classifier"]),
+        (["vit.head.fc.weight", "vit.head.fc.bias"], ["vit.head.fc"]),
+    ):
+        assert replace(head, tensors=dict.fromkeys(names, number)).modules(result.model) == paths
