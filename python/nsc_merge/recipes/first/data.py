@@ -46,7 +46,7 @@ class Data:
     def named(self) -> dict[str, str]:
         """The settings of raw data that a recipe has to write."""
         named = {"text": self.text, "target": self.target, "messages": self.messages}
-        return {key: value for key, value in named.items() if self.raw and value is not None}
+        return {key: value for key, value in named.items() if value is not None}
 
 
 def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
