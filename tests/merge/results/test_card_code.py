@@ -107,6 +107,11 @@ def test_the_base_gets_the_tokens_that_adapters_added(tmp_path):
     resized.resize_token_embeddings(size, mean_resizing=False)
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(resized, config).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    longer = served_cases.tokenizer()
+    longer.add_tokens(["one more", "another"])
+    longer.save_pretrained(tmp_path / "a")
+    (tmp_path / "own.txt").write_text("of this machine")
+    (tmp_path / "a" / "merges.txt").symlink_to(tmp_path / "own.txt")
     result = nsc_merge.merge(
         served_cases.load(base), {"a": tmp_path / "a"}, method="task_arithmetic", added_tokens="mean"
     )
@@ -115,6 +120,9 @@ def test_the_base_gets_the_tokens_that_adapters_added(tmp_path):
     first, second = (run(block, out)["model"](tokens).logits for block in blocks(out))
     assert first.shape[-1] == size
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    for place in (out / "lora", out / "model"):
+        assert (place / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+        assert not (place / "merges.txt").exists()
 
 
 @pytest.mark.parametrize(
