@@ -218,6 +218,10 @@ def test_card_and_next_command_load_it_with_sentence_transformers(case, tmp_path
     (command,) = next_commands(result, out, files, pushed=True)
     assert f"from sentence_transformers import {kind}; print({kind}(" in command
     assert command.endswith(f".{call})'")
+    # The adapter alone is no folder of theirs.
+    assert next_commands(result, out, [name for name in files if name.startswith("lora/")], pushed=True) == []
+    alone = result.save(tmp_path / "alone", "lora")
+    assert "from sentence_transformers" not in (alone / "README.md").read_text()
 
 
 def test_an_adapter_of_a_model_with_a_head_is_none_for_the_trunk_that_is_loaded(case, tmp_path):
