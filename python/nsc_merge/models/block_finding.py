@@ -256,19 +256,22 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     """What makes logits of the last features, where a model of timm, or a part of the model, says so; distilled ones
     have two.
     """
-    asked = [getattr(module, "get_classifier", None) for module in model.modules()]
-    found = [one() for one in asked if callable(one)]
+    found = [_answer(module, "get_classifier") for module in model.modules()]
     parts = [part for one in found for part in (one if isinstance(one, (tuple, list)) else [one])]
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def _asked(model: nn.Module, method: str) -> nn.Module | None:
-    try:
-        part = getattr(model, method, lambda: None)()
-    except (AttributeError, NotImplementedError, TypeError):
-        # Those of transformers that have no such part may raise.
-        return None
+    part = _answer(model, method)
     return part if isinstance(part, nn.Module) else None
+
+
+def _answer(model: nn.Module, method: str) -> Any:
+    try:
+        return getattr(model, method, lambda: None)()
+    except (AttributeError, NotImplementedError, TypeError):
+        # Those of transformers that have no such part may raise; others may mean something else by the name.
+        return None
 
 
 def encodes(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_cases import write_rows
 
-from nsc_merge.calibration.raw.drawing import Padding, Source, batched, batches_by_length, in_order
+from nsc_merge.calibration.raw.drawing import Filling, Source, batched, batches_by_length, in_order
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.reading import draw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -123,7 +123,7 @@ def test_pieces_of_images_of_several_samples_stand_behind_each_other():
         {"input_ids": torch.arange(n), "attention_mask": torch.ones(n), "pixel_values": torch.full(shape, n)}
         for n, shape in ((3, (4, 6)), (5, (2, 6)), (4, (1, 7)))
     ]
-    padded = {name: Padding(0, "right") for name in ("input_ids", "attention_mask")}
+    padded = {name: Filling(0, "right") for name in ("input_ids", "attention_mask")}
     batches = {len(batch["input_ids"]): batch for batch in batched(samples, 2, 0, padded)}
     assert batches[1]["pixel_values"].tolist() == [[4] * 7]
     assert batches[2]["pixel_values"].tolist() == [[3] * 6] * 4 + [[5] * 6] * 2

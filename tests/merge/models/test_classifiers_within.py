@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import nsc_merge
 from nsc_merge.calibration.raw.preprocessors import Base, image_processor_of
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first import findings
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
@@ -249,3 +250,11 @@ def test_a_first_recipe_says_whose_the_classifier_is():
     trained = ["inner.norm", "inner.head"]
     assert findings._heads(SimpleNamespace(whole=trained), made(Wrapper, 5)) == ["inner.head"]
     assert findings._heads(SimpleNamespace(whole=["norm", "head"]), made(Trunk, 5)) == ["head"]
+
+
+@pytest.mark.parametrize("meant", [lambda kind: kind, nn.Linear(8, 2), "head"])
+def test_what_means_something_else_by_the_name_is_no_classifier(meant):
+    model = Trunk(3)
+    assert classifiers(model) == [model.head]
+    model.get_classifier = meant
+    assert classifiers(model) == []

@@ -83,14 +83,14 @@ def in_order(source: Source, seed: int, at_once: int) -> Iterator[tuple[int, Row
 
 
 @dataclass(frozen=True)
-class Padding:
+class Filling:
     """How an input that is of another length in every sample is padded: with what, and on which side."""
 
     value: int
     side: str
 
 
-def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Padding]) -> list[dict[str, Tensor]]:
+def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Filling]) -> list[dict[str, Tensor]]:
     """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
 
     Args:
@@ -115,12 +115,12 @@ def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, P
     return batches
 
 
-def _kind(one: Encoded, padded: Mapping[str, Padding]) -> tuple[Any, ...]:
+def _kind(one: Encoded, padded: Mapping[str, Filling]) -> tuple[Any, ...]:
     """What samples of a batch agree in: of pieces of images, which stand behind each other, not how many there are."""
     return tuple((name, value.shape if name in padded else value.shape[1:]) for name, value in one.items())
 
 
-def _together(some: Sequence[Encoded], padded: Mapping[str, Padding]) -> dict[str, Tensor]:
+def _together(some: Sequence[Encoded], padded: Mapping[str, Filling]) -> dict[str, Tensor]:
     batch = {}
     for name in some[0]:
         values = [one[name] for one in some]

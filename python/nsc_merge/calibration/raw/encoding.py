@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsc_merge.calibration.raw.chats import in_parts, plain_text
 from nsc_merge.calibration.raw.columns import Sample
-from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, MASK, PIXELS, TOKENS, Encoded, Padding
+from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, MASK, PIXELS, TOKENS, Encoded, Filling
 from nsc_merge.calibration.raw.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -314,7 +314,7 @@ def _check_tokens(tokens: Tensor, counted: int, most: int, where: str, base: Bas
         )
 
 
-def paddings(one: Encoded, tokenizer: Any, base: Base, settings: DataSettings) -> dict[str, Padding]:
+def paddings(one: Encoded, tokenizer: Any, base: Base, settings: DataSettings) -> dict[str, Filling]:
     """How the inputs of samples with texts are padded, as those of ``one`` are called."""
     # Where the mask is 0 any token will do; none is ever added to a tokenizer for it.
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -324,5 +324,5 @@ def paddings(one: Encoded, tokenizer: Any, base: Base, settings: DataSettings) -
         if name != PIXELS and value.dim() == 1:
             # An answer begins where the decoder does.
             side = "right" if base.writes and name in (DECODED, DECODED_MASK) else settings.padding_side
-            padded[name] = Padding(filler if name in (TOKENS, DECODED) else 0, side)
+            padded[name] = Filling(filler if name in (TOKENS, DECODED) else 0, side)
     return padded

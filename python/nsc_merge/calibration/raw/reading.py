@@ -17,7 +17,7 @@ from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import (
     TOKENS,
     Encoded,
-    Padding,
+    Filling,
     Row,
     Source,
     batched,
@@ -216,7 +216,7 @@ def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> l
 
 def _encoded(
     samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str
-) -> tuple[list[Encoded], dict[str, Padding], str]:
+) -> tuple[list[Encoded], dict[str, Filling], str]:
     """Inputs of every sample, how those that are padded are padded, and the first sample as text."""
     if not base.text:
         processor = image_processor_of(base, settings, argument)
