@@ -25,6 +25,11 @@ from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.utils.option_checks import is_hub_id
 
 _IDLE = "every update is zero, as before training: the task adds nothing to the merge; expected trained weights"
+# What diffusers keeps of the base where a LoRA of Flux has norms.
+_NORMS = (
+    "norms of a LoRA are in the weights of the base, where diffusers has written them, and so in a merge that is saved "
+    "as a model, and in none that is an adapter",
+)
 DORA = ("exact", "convert", "refuse")
 
 AdapterSource: TypeAlias = "str | os.PathLike[str] | Adapter | Mapping[str, Any] | nn.Module"
@@ -189,7 +194,8 @@ def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
     scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
     if scaled and dora == "refuse":
         _refuse_dora(name, scaled[0])
-    return _made(name, config, held)
+    made = _made(name, config, held)
+    return replace(made, notes=_NORMS) if getattr(model, "_transformer_norm_layers", None) else made
 
 
 def _refuse_dora(name: str, path: str) -> NoReturn:

@@ -349,3 +349,15 @@ def test_the_example_runs_both_ways(monkeypatch, capsys):
     said = capsys.readouterr().out
     for way in ("accelerated", "merged"):
         assert float(said.split(f"{way}: differs by ")[1].split()[0]) < 1e-5
+
+
+def test_norms_that_diffusers_writes_into_the_base_are_named():
+    pipe = dit_pipeline()
+    assert nsc_merge.load_adapter(pipe.transformer, "a").notes == ()
+    block = "transformer.transformer_blocks.0.attn"
+    norm = torch.full((16,), 2.0)
+    factors = {f"{block}.to_q.lora_A.weight": torch.ones(2, 32), f"{block}.to_q.lora_B.weight": torch.ones(32, 2)}
+    pipe.load_lora_weights({**factors, f"{block}.norm_q.weight": norm}, adapter_name="normed")
+    assert torch.equal(pipe.transformer.transformer_blocks[0].attn.norm_q.weight, norm)
+    (note,) = nsc_merge.load_adapter(pipe.transformer, "normed").notes
+    assert note.startswith("norms of a LoRA are in the weights of the base, where diffusers has written them")
