@@ -36,7 +36,7 @@ from nsc_kernels.printing import exit_status
 held = os.path.join(os.path.dirname(sys.argv[0]), "held")
 
 def run_one(what, on):
-    print("noise on standard output")
+    sys.stdout.write("noise on standard output\\n")  # a line at once, beside another worker's
     yield {"half": what}
     if what == "hang":
         time.sleep(1000)
