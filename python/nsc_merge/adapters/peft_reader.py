@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nsc_merge.adapters.adapter import About, Adapter, Factor, Stack
 from nsc_merge.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_folder, read_headers
 from nsc_merge.adapters.folder_about import adapters_within, labels_beside, license_beside
-from nsc_merge.adapters.formats.adalora import as_lora, is_adalora, settings_as_lora
+from nsc_merge.adapters.formats.adalora import as_lora, settings_as_lora
 from nsc_merge.adapters.formats.peft_tensors import refuse_dora_on, sorted_tensors
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.peft_config import check_config, unknown_settings
@@ -189,7 +189,7 @@ def _as_lora(
 
 def _of_model(model: nn.Module, name: str, dora: str) -> Adapter:
     held_as, config = config_of(model, name)
-    check_config(name, settings_as_lora(config) if is_adalora(config) else config, dora)
+    check_config(name, settings_as_lora(config), dora)
     held = read_layers(model, held_as, name)
     scaled = [path for path, parts in held.parts.items() if "lora_magnitude_vector" in parts]
     if scaled and dora == "refuse":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nsc_merge.adapters import DORA
+from nsc_merge.calibration.raw.text_files import READERS, kind_of
 from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
@@ -40,8 +41,6 @@ _Tasks: TypeAlias = Mapping[str, TaskRecipe | HarnessTask]
 
 REFERENCES = ("zero_shot", "finetuned")
 TUNED_BY = ("metric", "loss")
-# Endings of raw data, which holds no labels that a metric could read.
-_RAW = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _KEYS = (
     "model",
     "revision",
@@ -177,7 +176,7 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
         one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None
     }
     for one, path in paths.items():
-        if path.suffix.lower() in _RAW:
+        if kind_of(path) in (*READERS, ".parquet"):
             raise RecipeError(
                 f"{prefix}{one}: expected a .safetensors file of the model's inputs and labels, stacked by name, or a "
                 f"folder of batches, found {path.name}; raw data without labels goes into {prefix}calibration"

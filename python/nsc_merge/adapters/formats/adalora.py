@@ -24,7 +24,9 @@ def is_adalora(config: Mapping[str, Any]) -> bool:
 
 
 def settings_as_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of LoRA on the same modules, of which ranks and scalings are not said."""
+    """The configuration of LoRA on the same modules, without ranks and scalings; that of another kind as it is."""
+    if not is_adalora(config):
+        return dict(config)
     left = {key: value for key, value in config.items() if key not in (*_SCHEDULE, *_UNHEEDED)}
     return {**left, "peft_type": "LORA"}
 

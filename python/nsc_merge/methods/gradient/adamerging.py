@@ -112,8 +112,10 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     family = find_family(model)
     # Padding is told wherever it can be, also where every token is labelled, as in BERT.
     padding = mask_of_outputs(family)
-    names = (family.tokens, padding) if family and family.causal and family.tokens and padding else None
-    if options.tokens in ("single", "full") and names is None:
+    writing = None
+    if family and family.causal and family.tokens and padding:
+        writing = writing_after(model, family.tokens, padding)
+    if options.tokens in ("single", "full") and writing is None:
         raise ValueError(
             f"tokens: {type(model).__name__} has no tokens to predict; expected 'class', found {options.tokens!r}"
         )
@@ -136,10 +138,9 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
             found = torch.full((len(numbers),), math.nan, dtype=torch.float32, device="cpu")
             here = [place for place, number in enumerate(numbers) if tasks[number] in counted]
             if here and options.tokens == "full":
-                assert names is not None
-                weight, writing = len(here) / len(tasks), writing_after(model, *names)
-                value = _decoded(model, batch, writing, options.new_tokens, coefficients, weight * one.share)
-                found[here] = one.share * value
+                assert writing is not None
+                weight, most = len(here) / len(tasks), options.new_tokens
+                found[here] = one.share * _decoded(model, batch, writing, most, coefficients, weight * one.share)
             elif here:
                 values = []
                 with shared_forward(model):

@@ -138,12 +138,12 @@ class Writing:
                         keeping = None
                     following = whole
                 rows.append(following.argmax(-1))
-        ids = rows.inputs()[self.tokens]
+        own = rows.own()
+        ids = own[self.tokens]
         places = torch.arange(ids.shape[1], device=ids.device) - rows.last[:, None]
         predicts = (places >= 0) & (places < rows.length[:, None])
         # Of whole numbers division makes torch's default dtype, which may be a narrow one.
         weights = (1.0 / (rows.length * len(ids)).float())[:, None].expand_as(predicts)[predicts]
-        own = {name: value for name, value in rows.inputs().items() if name in (self.tokens, self.mask, *rows.others)}
         return Answered(own, predicts, weights)
 
 
@@ -193,13 +193,17 @@ class Growing:
 
     def inputs(self) -> dict[str, Any]:
         """The batch with the answers so far, no wider than the longest."""
+        return {**self._given, **self.own()}
+
+    def own(self) -> dict[str, Tensor]:
+        """Those of ``inputs`` that answers go on with."""
         seen = max(self.width, int((self.last + self.length).max()))
         longer = {self._how.tokens: self._ids, self._how.mask: self.real, **self.others}
-        return {**self._given, **{name: value[:, :seen] for name, value in longer.items()}}
+        return {name: value[:, :seen] for name, value in longer.items()}
 
     def following(self, logits: Tensor) -> Tensor:
         """Logits ``[rows, V]`` of what comes next, of those of all ``inputs``."""
-        seen = self.inputs()[self._how.tokens].shape
+        seen = self.own()[self._how.tokens].shape
         if logits.dim() != 3 or logits.shape[:2] != seen:
             raise ValueError(
                 f"new_tokens: answers are written from logits [N, T, V] at every token, here {[*seen, 'V']}, found "

@@ -48,12 +48,13 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
     parts = vllm.parts_refused(dora=dora, whole=refused, biased=biased)
     held = {f"the adapter {part}, which PEFT loads and": cure for part, cure in parts.items()}
     further = []
-    if any(matrix_at(result.model, path) is not None for path in result.paths):
+    matrices = {path for path in result.paths if matrix_at(result.model, path) is not None}
+    if matrices:
         further.append(
             "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
             f"{AS_A_MODEL} to serve it anywhere"
         )
-    lost = lost_by_peft([path for path in result.paths if matrix_at(result.model, path) is None], result.model)
+    lost = lost_by_peft([path for path in result.paths if path not in matrices], result.model)
     if lost:
         further.append(
             f"the adapter has LoRA on {lost[0]}, whose tensors PEFT gives another name as it loads them, so that their "
