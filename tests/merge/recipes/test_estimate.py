@@ -92,6 +92,14 @@ def test_batches_of_all_tasks_run_as_one_where_memory_allows():
     # A process with a share of the rows keeps a share of the graph.
     assert as_run(work, None, needed / 2, ranks=2).passes == together
     assert memory(as_run(work, True, 0), ranks=2).activations == memory(as_run(work, True, 0)).activations / 2
+    # Of offloaded weights blocks are recomputed, which keeps less.
+    offloaded = 2 * memory(replace(work, passes=together), offloaded=True).activations
+    assert offloaded < needed
+    assert as_run(work, None, offloaded, offloaded=True).passes == together
+    # Batches of several lengths are filled up only where the option says so.
+    uneven = replace(work, passes=((4, 5), (3, 7)))
+    assert as_run(uneven, None, float("inf")) == uneven
+    assert as_run(uneven, True, 0).passes == ((7, 7),)
 
 
 def test_a_block_counted_by_hand():
@@ -154,7 +162,8 @@ def test_a_step_counted_by_hand():
     frozen = Block(100, **none, forward=7, backward=7, again=7, low_rank=0, attention=1, learns=False)
     middle = Block(300, 10, 6, 20, 3, 50, forward=11, backward=9, again=8, low_rank=3, attention=2)
     last = Block(200, 20, 6, 30, 0, 10, forward=13, backward=12, again=5, low_rank=4, attention=0, ends=True)
-    behind = Block(50, **none, forward=1000, backward=1000, again=1000, low_rank=9, attention=9, runs=False)
+    never = {"forward": 1000, "backward": 1000, "again": 1000, "low_rank": 9, "attention": 9}
+    behind = Block(50, 0, 6, kept=1000, wide=1000, working=1000, **never, runs=False)
     work = Work((frozen, middle, last, behind), 40, 30, 2, ((4, 5), (3, 7)), fold=11)
     assert work.tokens == 21
     # Most when the gradient goes through the middle: 20 numbers of 2 bytes, 3 of 4, and 50 beside them.
