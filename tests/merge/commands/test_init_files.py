@@ -170,7 +170,9 @@ TEXTS = st.text(max_size=30)
 KEYS = st.one_of(TEXTS.filter(bool), st.text(min_size=120, max_size=200))
 # A task's data with keys of its own, too.
 OWN = st.fixed_dictionaries({"source": TEXTS, "text": TEXTS})
-VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False), OWN)
+# Names of modules, such as 0.
+LISTS = st.lists(st.one_of(TEXTS, st.sampled_from(["0", "null", "q_proj"])), max_size=2)
+VALUES = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False), OWN, LISTS)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

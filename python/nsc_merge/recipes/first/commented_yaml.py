@@ -52,7 +52,9 @@ class Yaml:
 def _entry(key: str, value: Any) -> list[str]:
     """A key and its value in YAML, in one line wherever that can be."""
     if isinstance(value, list):
-        return [f"{key}: [{', '.join(value)}]"]
+        # A module may be called 0, as in nn.Sequential, which is a name in quotes alone.
+        names = (one if one.isidentifier() and key_of(one) == one else quoted(one) for one in value)
+        return [f"{key_of(key)}: [{', '.join(names)}]"]
     if isinstance(value, dict):
         inner = ", ".join(f"{name}: {quoted(one)}" for name, one in value.items())
         return [f"{key_of(key)}: {{{inner}}}"]
