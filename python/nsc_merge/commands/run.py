@@ -26,20 +26,22 @@ Merges as a YAML recipe says:
     french: adapters/french         #   or keys and values
     legal: {adapter: owner/name, revision: main, subfolder: lora}
   calibration:                      # task: unlabelled samples. Text: .jsonl, .json, .csv, .parquet, .txt;
-    french: prompts.jsonl           #   a folder of images; a .jsonl of images and prompts; a folder of
+    french: prompts.jsonl           #   a folder of images or audio; a .jsonl of images and prompts; a folder of
     legal:                          #   datasets' save_to_disk; owner/name of a dataset on the hub; or
       source: legal.parquet         #   .safetensors of inputs made already (a folder: a file per batch)
       text: "{question}\\n{answer}"  # and any key of data
   data:                             # of all tasks; here with the defaults
     text: null                      # column, or template over columns
     messages: null                  # column with chats, for the tokenizer's chat template
-    target: null                    # text that the decoder reads behind an encoder (T5, BART); null begins an answer
+    target: null                    # text that a decoder reads behind an encoder (T5, Whisper); null begins an answer
     image: null                     # column with images, or with their paths
+    audio: null                     # column with audio, or with paths of its files
     split: null                     # of a dataset, or train, validation, test by names
                                     #   of files in a folder; on the hub also revision, config
     tokenizer: null                 # folder or hub id, where it is not beside the base
-    processor: null                 # the same, of processor or image processor
+    processor: null                 # the same, of processor, image processor, feature extractor
     max_length: 512                 # tokens of a sample
+    max_seconds: 30                 # of audio
     truncation: true                # false refuses samples that are longer
     truncation_side: right
     padding_side: right

@@ -17,7 +17,7 @@ DATA_KEYS = tuple(one.name for one in fields(DataSettings) if one.name != "trust
 _HELPERS = ("tokenizer", "processor")
 # A mistyped path to a file must not reach the network, whatever folders there are.
 _FILE = re.compile(
-    r".*\.(safetensors|jsonl|ndjson|json|csv|tsv|parquet|arrow|txt|png|jpe?g|zip|gz|bz2|xz|zst|tar|bin|pth?|np[yz]|pkl"
+    r".*\.(safetensors|jsonl|ndjson|json|csv|tsv|parquet|arrow|txt|png|jpe?g|wav|flac|mp3|ogg|zip|gz|bz2|xz|zst|tar|bin|pth?|np[yz]|pkl"
     r"|xlsx|yaml)",
     re.IGNORECASE,
 )

@@ -217,6 +217,7 @@ def _data() -> dict[str, Schema]:
     defaults = DataSettings()
     kinds: dict[str, Schema] = {
         "max_length": _COUNT,
+        "max_seconds": {"type": "number", "exclusiveMinimum": 0},
         "truncation": _FLAG,
         "truncation_side": _enum(SIDES),
         "padding_side": _enum(SIDES),

@@ -1,5 +1,5 @@
-"""Errors that decide the exit status of a command, those of the hub, and text that a terminal may be shown, as the
-package logs it.
+"""Errors that decide the exit status of a command, those of the hub and of missing packages, and text that a terminal
+may be shown, as the package logs it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -27,6 +29,20 @@ def naming(argument: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
+
+
+def needed(module: str, argument: str) -> Any:
+    """A module of an optional package that reads raw data.
+
+    Raises:
+        ValueError: naming ``argument``, the package, and how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(
+            f"{argument}: reading it needs {module.partition('.')[0]}: pip install 'nsc-kernels[data]'"
+        ) from None
 
 
 def printable(text: str) -> str:

@@ -165,7 +165,7 @@ def test_an_encoder_that_sees_is_refused(file):
         """Never called."""
 
     model = SimpleNamespace(config=SimpleNamespace(model_type="sees", decoder_start_token_id=2), forward=forward)
-    with pytest.raises(ValueError, match=r"calibration.a: a sees does not run on text or images alone \(it takes dec"):
+    with pytest.raises(ValueError, match=r"a sees does not run on text, images or audio alone \(it takes dec"):
         batches_of(file, model, DataSettings(text="question"), 2, "calibration.a")
 
 

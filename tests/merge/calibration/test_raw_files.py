@@ -177,6 +177,9 @@ WRONG = {
     "a.md": (b"{% a %}", "looks like text: call it .txt if every line is a sample"),
     "nothing.md": (b"", "is empty; expected .jsonl"),
     "one.png": (b"\x89PNG\r\n\x1a\n", "is one image; give the folder"),
+    "one.flac": (b"fLaC\0\0\0\"", "is one recording; give the folder of audio files"),
+    "one.mp3": (b"ID3\4\0", "is one recording; give the folder of audio files"),
+    "one.wav": (b"RIFF\x24\0\0\0WAVE", "is one recording or image; give the folder of them"),
     "weights": ((2).to_bytes(8, "little") + b"{}", "looks like safetensors: call it .safetensors if"),
     "a.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "a.jsonl.gz is damaged"),
     "a.csv.xz": (b"text\na\n", "a.csv.xz is damaged"),
@@ -263,7 +266,7 @@ def test_objects_that_are_no_rows_are_refused():
         rows_in([{"text": "a"}], DataSettings(split="test"))
     assert rows_in(["a", "b"]) == [{"text": "a"}, {"text": "b"}]
     assert rows_in(pd.DataFrame({"text": ["a"], "n": [1]})) == [{"text": "a", "n": 1}]
-    with pytest.raises(ValueError, match="^data: expected a list of texts, images or dict"):
+    with pytest.raises(ValueError, match="^data: expected a list of texts, images, audio or dict"):
         rows_in(pd.DataFrame({"text": []}))
 
 

@@ -29,8 +29,8 @@ from raw_cases import (
 )
 from transformers import AutoProcessor, Gemma3Processor, ViTImageProcessor
 
-from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.drawing import place_of
+from nsc_merge.calibration.raw.inputs import images as inputs_of_images
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
 
@@ -72,7 +72,7 @@ def stacked(batches):
 
 @pytest.mark.parametrize("at_once", [32, 2])
 def test_a_folder_of_images_is_encoded_as_by_hand(tmp_path, vit, monkeypatch, at_once):
-    monkeypatch.setattr(encoding, "_AT_ONCE", at_once)
+    monkeypatch.setattr(inputs_of_images, "_AT_ONCE", at_once)
     files = write_pictures(tmp_path / "photos", 7)
     (tmp_path / "photos" / "labels.txt").write_text("a")
     batches = made(tmp_path / "photos", vit)
@@ -241,7 +241,7 @@ def test_a_table_above_folders_of_splits_is_read_for_the_split_that_is_taken(tmp
     assert torch.equal(stacked(made(tmp_path / "photos", vit, split="test")), pixels([picture(0)]))
     assert len(stacked(made(table, vit))) == 2
     table.write_text(table.read_text().replace("train/", "gone/"))
-    with pytest.raises(ValueError, match=f"metadata.{kind} names none of the 1 images of the split that is taken"):
+    with pytest.raises(ValueError, match=f"metadata.{kind} names none of the 1 files of the split that is taken"):
         made(tmp_path / "photos", vit)
 
 
@@ -398,14 +398,14 @@ def test_paligemma_reads_the_prompt_right_behind_the_image_and_no_labels(tmp_pat
     tool = AutoProcessor.from_pretrained(base)
     (batch,) = made([{"image": picture(0), "prompt": "a b"}], base)
     seen = []
-    text_of = encoding._image_text
+    text_of = inputs_of_images._image_text
 
     def noted(*given):
         seen.append(text_of(*given))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "_image_text", noted)
+        patch.setattr(inputs_of_images, "_image_text", noted)
         made([{"image": picture(0), "prompt": "a b"}], base)
     assert [text for text, _ in seen] == ["<image>a b"]
     expected = tool(text=["<image>a b"], images=[picture(0)], return_tensors="pt")

@@ -1,16 +1,17 @@
-"""What of a row is taken: a column, a template over columns, a chat, images."""
+"""What of a row is taken: a column, a template over columns, a chat, images, audio."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
 from nsc_merge.calibration.raw.chats import Message, is_chat, messages_of, tools_of
 from nsc_merge.calibration.raw.drawing import Row, columns_of
-from nsc_merge.calibration.raw.images import is_image
+from nsc_merge.calibration.raw.media.audio import is_audio
+from nsc_merge.calibration.raw.media.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.option_checks import did_you_mean
 
@@ -20,6 +21,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 # Beside a chat, the functions that it may call.
 TOOLS = "tools"
 IMAGE_COLUMNS = ("image", "images", "image_path", "file_name")
+AUDIO_COLUMNS = ("audio", "audio_path", "file_name")
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -35,6 +37,7 @@ class Sample:
         images: what the row holds of them; they are not open yet.
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
+        audio: what the row holds of it; it is not decoded yet.
     """
 
     where: str
@@ -43,6 +46,7 @@ class Sample:
     images: list[Any] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
+    audio: Any = None
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,23 @@ class Columns:
         messages: the column of the chat.
         image: the column of the image, or of a list of them.
         target: a column, or a template, of what a decoder reads behind an encoder.
+        audio: the column of audio.
     """
 
     text: str | Template | None = None
     messages: str | None = None
     image: str | None = None
     target: str | Template | None = None
+    audio: str | None = None
 
     def said(self) -> str:
         """In words, for people."""
         text = "" if self.text is None else _said(self.text)
         chat = f"the chats in column {self.messages!r}" if self.messages is not None else ""
         image = f"images in column {self.image!r}" if self.image is not None else ""
+        audio = f"audio in column {self.audio!r}" if self.audio is not None else ""
         target = "" if self.target is None else f"for the decoder {_said(self.target)}"
-        return ", ".join(one for one in (text, chat, image, target) if one)
+        return ", ".join(one for one in (text, chat, image, audio, target) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
         """What a row gives; None where its text is blank, or null, and it holds no image.
@@ -121,6 +128,10 @@ class Columns:
         Raises:
             ValueError: naming row and column, what was found and what was expected.
         """
+        if self.audio is not None:
+            if row.get(self.audio) is None:
+                raise ValueError(f"{where}: holds no audio in column {self.audio!r}")
+            return Sample(where, audio=row[self.audio], target=_filled(self.target, row, where))
         images = [] if self.image is None else _images(row.get(self.image))
         if self.messages is not None:
             if self.messages not in row:
@@ -167,10 +178,11 @@ def choose(
     *,
     text: bool,
     images: bool,
+    audio: bool = False,
     writes: bool = False,
     columns: Sequence[str] | None = None,
 ) -> Columns:
-    """What is taken of rows for a base that takes text, images, or both, and may write behind an encoder.
+    """What is taken of rows for a base that takes text, images, or both, or audio, and may write behind an encoder.
 
     Args:
         rows: some of them.
@@ -183,9 +195,11 @@ def choose(
     columns = columns_of(rows) if columns is None else columns
     image = None
     if images:
-        image = _image_column(rows, columns, settings, argument, needed=not text)
+        image = _media_column(IMAGE_COLUMNS, is_image, "image", rows, columns, settings, argument, needed=not text)
     elif settings.image is not None:
         raise ValueError(f"{argument}: image: {settings.image!r} is named, and the base takes no images")
+    if settings.audio is not None and not audio:
+        raise ValueError(f"{argument}: audio: {settings.audio!r} is named, and the base does not run on audio alone")
     target = None
     if settings.target is not None:
         if not writes:
@@ -197,7 +211,11 @@ def choose(
     if not text:
         named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
         if named is not None:
-            raise ValueError(f"{argument}: {named}: is named, and the base takes images alone")
+            only = "audio" if audio else "images"
+            raise ValueError(f"{argument}: {named}: is named, and the base takes {only} alone")
+        if audio:
+            found = _media_column(AUDIO_COLUMNS, is_audio, "audio", rows, columns, settings, argument, needed=True)
+            return Columns(audio=found, target=target)
         return Columns(image=image)
     if settings.messages is not None:
         if settings.messages not in columns:
@@ -272,23 +290,35 @@ def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, 
     raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; {way}")
 
 
-def _image_column(
-    rows: Sequence[Row], columns: Sequence[str], settings: DataSettings, argument: str, *, needed: bool
+def _media_column(
+    usual: Sequence[str],
+    is_one: Callable[[Any], bool],
+    setting: str,
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    settings: DataSettings,
+    argument: str,
+    *,
+    needed: bool,
 ) -> str | None:
-    if settings.image is not None:
-        if settings.image not in columns:
-            raise _no_column(f"{argument}: image:", settings.image, columns)
-        return settings.image
-    found = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    """The column of images or audio: the one that the setting names, of the usual names, or that alone holds some."""
+    named = getattr(settings, setting)
+    if named is not None:
+        if named not in columns:
+            raise _no_column(f"{argument}: {setting}:", named, columns)
+        return named
+    found = next((name for name in usual if name in columns), None)
     if found is not None:
         return found
-    likely = [name for name in columns if any(is_image(value) for row in rows for value in _images(row.get(name)))]
+    likely = [name for name in columns if any(is_one(value) for row in rows for value in _images(row.get(name)))]
     if len(likely) == 1:
         return likely[0]
     if not needed and not likely:
         return None
-    what = f"several columns of images, {likely}" if likely else "no column of images"
-    raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; write image: NAME, or give a folder of images")
+    several = {"image": "images", "audio": "audio"}[setting]
+    what = f"several columns of {several}, {likely}" if likely else f"no column of {several}"
+    way = f"write {setting}: NAME, or give a folder of {several}"
+    raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; {way}")
 
 
 def _images(value: Any) -> list[Any]:

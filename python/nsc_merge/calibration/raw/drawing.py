@@ -86,27 +86,31 @@ def in_order(source: Source, seed: int, at_once: int) -> Iterator[tuple[int, Row
 class Filling:
     """How an input that is of another length in every sample is padded: with what, and on which side."""
 
-    value: int
+    value: float
     side: str
 
 
-def batched(encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Filling]) -> list[dict[str, Tensor]]:
+def batched(
+    encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Filling] | None
+) -> list[dict[str, Tensor]]:
     """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
 
     Args:
         encoded: emptied on the way, so that images are not held twice.
         size: of a batch.
         seed: of the order of the batches.
-        padded: name of an input -> how it is padded; of none with images alone.
+        padded: name of an input -> how it is padded; None with images alone. Others have a first dimension of images or
+            recordings.
     """
-    if not padded:
+    if padded is None:
         rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
     else:
         # Of a model that takes no mask, samples of one length stand together, unpadded.
         masks = {DECODED: DECODED_MASK, DECODED_MASK: DECODED_MASK}
         whole = {name for name in padded if masks.get(name, MASK) in padded}
         kinds = [_kind({name: one[name] for name in one if name not in whole}, padded) for one in encoded]
-        rows = batches_by_length([len(one[TOKENS]) for one in encoded], kinds, size, seed)
+        leading = TOKENS if TOKENS in encoded[0] else next(iter(padded), None)
+        rows = batches_by_length([len(one[leading]) if leading else 0 for one in encoded], kinds, size, seed)
     batches = []
     for some in rows:
         batches.append(_together([encoded[row] for row in some], padded))
@@ -120,15 +124,14 @@ def _kind(one: Encoded, padded: Mapping[str, Filling]) -> tuple[Any, ...]:
     return tuple((name, value.shape if name in padded else value.shape[1:]) for name, value in one.items())
 
 
-def _together(some: Sequence[Encoded], padded: Mapping[str, Filling]) -> dict[str, Tensor]:
+def _together(some: Sequence[Encoded], padded: Mapping[str, Filling] | None) -> dict[str, Tensor]:
     batch = {}
     for name in some[0]:
         values = [one[name] for one in some]
-        if how := padded.get(name):
+        if how := (padded or {}).get(name):
             batch[name] = pad_sequence(values, batch_first=True, padding_value=how.value, padding_side=how.side)
         else:
-            # Beside text, a processor gives inputs a first dimension of images.
-            batch[name] = torch.cat(values) if padded else torch.stack(values)
+            batch[name] = torch.stack(values) if padded is None else torch.cat(values)
     return batch
 
 

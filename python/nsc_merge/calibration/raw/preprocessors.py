@@ -55,6 +55,13 @@ class Base:
         return "pixel_values" in self.takes
 
     @property
+    def audio(self) -> bool:
+        """Whether it runs on audio alone, with a text for its decoder where it has one."""
+        known = ("input_values", "input_features")
+        others = ("input_ids", "pixel_values", "decoder_input_values")
+        return bool(self.takes.intersection(known)) and not self.takes.intersection(others)
+
+    @property
     def decodes(self) -> bool:
         """Whether it has a decoder behind an encoder, each with inputs of its own."""
         return "decoder_input_ids" in self.takes
@@ -74,7 +81,8 @@ class Base:
     def positions(self) -> int | None:
         """Tokens that it has positions for."""
         config = self.config.get_text_config()
-        found = getattr(config, "max_position_embeddings", None)
+        # The first is Whisper's, of its decoder.
+        found = getattr(config, "max_target_positions", getattr(config, "max_position_embeddings", None))
         if not isinstance(found, int) or found <= 0:
             return None
         return found - (config.pad_token_id or 0) - 1 if config.model_type in _BEHIND_PADDING else found
@@ -129,9 +137,10 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
     made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
     # Processors of images for an encoder (Florence-2) place them in the text each in its own way.
-    if (made.decodes and (made.images or not made.text)) or not (made.text or made.images):
+    behind_images = made.decodes and (made.images or not (made.text or made.audio))
+    if behind_images or not (made.text or made.images or made.audio):
         raise ValueError(
-            f"{argument}: a {config.model_type} does not run on text or images alone (it takes "
+            f"{argument}: a {config.model_type} does not run on text, images or audio alone (it takes "
             f"{', '.join(sorted(takes))}); write its inputs as .safetensors"
         )
     if made.decodes and made.start is None:
@@ -171,6 +180,19 @@ def image_processor_of(base: Base, settings: DataSettings, argument: str) -> Any
     from transformers import AutoImageProcessor
 
     return _loaded(AutoImageProcessor, "processor", base, settings, argument)
+
+
+def feature_extractor_of(base: Base, settings: DataSettings, argument: str) -> Any:
+    """The feature extractor of audio that is named, or lies beside the base."""
+    from transformers import AutoFeatureExtractor
+
+    found = _loaded(AutoFeatureExtractor, "processor", base, settings, argument)
+    if not isinstance(getattr(found, "sampling_rate", None), int):
+        raise ValueError(
+            f"{argument}: {settings.processor or base.name} holds a {type(found).__name__}, which has no "
+            "sampling_rate; expected a feature extractor of audio, which processor: FOLDER names"
+        )
+    return found
 
 
 def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:

@@ -12,27 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.batch_files import Batches, read_batches
-from nsc_merge.calibration.raw import encoding
 from nsc_merge.calibration.raw.columns import Sample, choose
-from nsc_merge.calibration.raw.drawing import (
-    TOKENS,
-    Encoded,
-    Filling,
-    Row,
-    Source,
-    batched,
-    digest,
-    in_order,
-    listed,
-)
-from nsc_merge.calibration.raw.images import IMAGE, ImageReader, image_files, image_folder, is_image
-from nsc_merge.calibration.raw.preprocessors import (
-    Base,
-    base_of,
-    image_processor_of,
-    processor_of,
-    tokenizer_of,
-)
+from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
+from nsc_merge.calibration.raw.encoding import encode
+from nsc_merge.calibration.raw.media import audio, images
+from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
+from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.tables import (
     dataset,
@@ -52,7 +37,7 @@ from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 _INPUTS, _PARQUET = ".safetensors", ".parquet"
 # Where repositories of datasets on the hub have their files.
 _DATA = "data"
-# Beside images, what datasets' imagefolder calls a table of them.
+# Beside images or audio, what datasets' imagefolder and audiofolder call a table of them.
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Words in names of files and folders that say of which split they are, as for datasets' load_dataset.
 _SPLITS = {
@@ -62,8 +47,6 @@ _SPLITS = {
 }
 # Rows that are looked at to tell what is in the columns.
 _LOOKED_AT = 256
-# Characters of the first sample that are kept to be shown.
-_SHOWN = 300
 
 
 def is_raw(source: str | Path) -> bool:
@@ -89,9 +72,9 @@ def batches_of(
     """Batches of the inputs that the base model takes: of safetensors files of such inputs as they are, or of samples
     drawn from raw data.
 
-    ``Batches.sha256`` holds the digest of every file that was read, by its name. Of raw data also, under ``"images"``,
-    one over names and bytes of the images that were opened, and, under ``"samples"``, that of the encoded samples in
-    the order of the draw, which is the same for every batch size.
+    ``Batches.sha256`` holds the digest of every file that was read, by its name. Of raw data also, under ``"images"``
+    or ``"audio"``, one over names and bytes of those that were opened, and, under ``"samples"``, that of the
+    encoded samples in the order of the draw, which is the same for every batch size.
 
     Args:
         source: file, folder, or dataset; a hub id only where ``local`` is False.
@@ -110,13 +93,10 @@ def batches_of(
         return read_batches(source, batch_size, argument)
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
-    found = open_source(source, settings, argument, local=local)
+    found = open_source(source, settings, argument, local=local, of_audio=model.audio)
     samples = draw(found, settings, argument, model)
-    reader = ImageReader(found.folder, grey=model.grey)
-    encoded, padded, first = _encoded(samples, model, settings, reader, argument)
-    sha256 = {**found.sha256, "samples": digest(encoded)}
-    if reader.sha256 is not None:
-        sha256["images"] = reader.sha256
+    (encoded, padded, first), opened = encode(samples, model, settings, found.folder, argument)
+    sha256 = {**found.sha256, "samples": digest(encoded), **opened}
     return Batches(batched(encoded, batch_size, settings.seed, padded), sha256=sha256, first=first)
 
 
@@ -129,9 +109,10 @@ def calibration_data(
 
     Args:
         source: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.txt``, each also packed as ``.gz``, ``.bz2`` or
-            ``.xz``; ``.parquet``), a folder of them or of images, a folder of ``save_to_disk``, a dataset of
-            ``datasets``, a table or column of pandas, polars or pyarrow, a list of rows, texts or images, or the hub
-            id ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they are.
+            ``.xz``; ``.parquet``), a folder of them, of images or of audio files, a folder of ``save_to_disk``, an
+            object of ``datasets``, a table or column of pandas, polars or pyarrow, a list of rows, texts or images, or
+            the hub id ``owner/name`` of a dataset where there is no such folder; ``.safetensors`` of inputs as they
+            are.
         base: the base model, its folder, or its hub id; tokenizer and processor are looked for beside it.
         batch_size: samples of a batch.
         base_revision: of a base from the hub.
@@ -156,8 +137,13 @@ def calibration_data(
     )
 
 
-def open_source(source: Any, settings: DataSettings, argument: str, *, local: bool = True) -> Source:
+def open_source(
+    source: Any, settings: DataSettings, argument: str, *, local: bool = True, of_audio: bool = False
+) -> Source:
     """The rows of a file, a folder, a dataset, or a hub id where ``local`` is False.
+
+    Args:
+        of_audio: whether a folder's audio files are meant, or a list's, rather than images.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
@@ -166,10 +152,11 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
         return dataset(source, settings, argument)
     source = in_plain_rows(source)
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
-        rows = [{TEXT: row} if isinstance(row, str) else {IMAGE: row} if is_image(row) else row for row in source]
+        is_one, column = (audio.is_audio, audio.COLUMN) if of_audio else (images.is_image, images.COLUMN)
+        rows = [{TEXT: row} if isinstance(row, str) else {column: row} if is_one(row) else row for row in source]
         if not rows or not all(isinstance(row, dict) for row in rows):
             found = " ".join(repr(source).split())
-            raise ValueError(f"{argument}: expected a list of texts, images or dictionaries, found {found:.60}")
+            raise ValueError(f"{argument}: expected a list of texts, images, audio or dictionaries, found {found:.60}")
         return _without_splits(listed("row list", rows, {}, None), settings, argument)
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"{argument}: expected a path, a dataset or a list of rows, found {source!r:.60}")
@@ -179,7 +166,7 @@ def open_source(source: Any, settings: DataSettings, argument: str, *, local: bo
     if not place.exists():
         raise FileNotFoundError(f"{argument}: {place} is missing")
     if place.is_dir():
-        return _folder(place, settings, argument)
+        return _folder(place, settings, argument, of_audio=of_audio)
     if not place.is_file():
         raise ValueError(f"{argument}: {place} is a pipe or device; expected a file or a folder")
     return _without_splits(_files([place], str(place), place.parent, argument), settings, argument)
@@ -195,8 +182,9 @@ def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> l
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
     columns = choose(
-        some, settings, place, text=base.text, images=base.images, writes=base.writes, columns=source.columns
-    )
+        some, settings, place, text=base.text, images=base.images, audio=base.audio, writes=base.writes,
+        columns=source.columns,
+    )  # fmt: skip
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
@@ -214,58 +202,30 @@ def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> l
     return samples
 
 
-def _encoded(
-    samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str
-) -> tuple[list[Encoded], dict[str, Filling], str]:
-    """Inputs of every sample, how those that are padded are padded, and the first sample as text."""
-    if not base.text:
-        processor = image_processor_of(base, settings, argument)
-        image = samples[0].images[0]
-        first = str(image)[:_SHOWN] if isinstance(image, (str, Path)) else "an image"
-        return encoding.encode_images(samples, processor, base, reader), {}, first
-    with_images = any(
-        sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
-    )
-    if base.apart and not with_images:
-        raise ValueError(f"{argument}: holds text alone, and the base takes an image beside it; expected both in a row")
-    if base.images and with_images:
-        processor = processor_of(base, settings, argument)
-        tokenizer = processor.tokenizer
-        encode = encoding.encode_pairs if hasattr(processor, "image_token") else encoding.encode_beside
-        encoded = encode(samples, processor, base, settings, reader)
-    else:
-        tokenizer = tokenizer_of(base, settings, argument)
-        encoded = encoding.encode_text(samples, tokenizer, base, settings)
-    if base.decodes:
-        encoding.add_decoded(encoded, samples, tokenizer, base, settings)
-    # An image's token stands there as often as the image has patches.
-    first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][TOKENS]))
-    return encoded, encoding.paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN]
-
-
-def _folder(folder: Path, settings: DataSettings, argument: str) -> Source:
+def _folder(folder: Path, settings: DataSettings, argument: str, *, of_audio: bool) -> Source:
     if is_saved_dataset(folder):
         return saved_dataset(folder, settings, argument)
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         raise refused_folder(folder, argument)
-    if images := image_files(folder):
+    kind = audio if of_audio else images
+    if media := files_in(folder, kind.SUFFIXES):
         # Names of photos say what is on them.
-        folders = {file: file.relative_to(folder).parts[:-1] for file in images}
-        split, images = _of_split(folders, folder, settings, argument)
-        above = Path(os.path.commonpath([file.parent for file in images]))
+        folders = {file: file.relative_to(folder).parts[:-1] for file in media}
+        split, media = _of_split(folders, folder, settings, argument)
+        above = Path(os.path.commonpath([file.parent for file in media]))
         around = (place for place in (above, *above.parents) if place.is_relative_to(folder))
         table = next((table for place in around if (table := _table_in(place)) is not None), None)
         if table is None:
-            found = image_folder(folder, images)
+            found = rows_of_files(folder, media, kind.COLUMN)
         else:
             found = _files([table], str(table), table.parent, argument)
-            found = _rows_of_images(found, table.parent, set(images), argument) if split else found
+            found = _rows_of_media(found, table.parent, set(media), argument) if split else found
         if table is None and (data := _data_in(folder)):
-            found = replace(found, name=f"{folder} (its images, {data[0].name} is not read)")
+            found = replace(found, name=f"{folder} (its {kind.SEVERAL}, {data[0].name} is not read)")
         return _named(found, split, settings, argument)
     data = _data_in(folder)
     if not data and (folder / _DATA).is_dir():
-        return _folder(folder / _DATA, settings, argument)
+        return _folder(folder / _DATA, settings, argument, of_audio=of_audio)
     if not data:
         raise refused_folder(folder, argument)
     split, data = _of_split({file: (file.stem,) for file in data}, folder, settings, argument)
@@ -280,16 +240,16 @@ def _data_in(folder: Path) -> list[Path]:
     return [file for file in files if kind_of(file) in (*READERS, _PARQUET)]
 
 
-def _rows_of_images(found: Source, folder: Path, images: Set[Path], argument: str) -> Source:
-    """The rows of a table, beside folders of splits, that name some of the images."""
+def _rows_of_media(found: Source, folder: Path, media: Set[Path], argument: str) -> Source:
+    """The rows of a table, beside folders of splits, that name some of the images or audio files."""
 
     def is_meant(row: Row) -> bool:
         held = chain.from_iterable(value if isinstance(value, list) else [value] for value in row.values())
-        return any(isinstance(one, str) and folder / one in images for one in held)
+        return any(isinstance(one, str) and folder / one in media for one in held)
 
     rows = [row for row in found.rows(range(found.count)) if is_meant(row)]
     if not rows:
-        raise ValueError(f"{argument}: {found.name} names none of the {len(images)} images of the split that is taken")
+        raise ValueError(f"{argument}: {found.name} names none of the {len(media)} files of the split that is taken")
     return listed(found.name, rows, found.sha256, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nsc_merge.utils.option_checks import check_choice, check_count
+from nsc_merge.utils.option_checks import check_choice, check_count, check_number
 
 SIDES = ("right", "left")
 
@@ -24,14 +24,18 @@ class DataSettings:
         target: of a model with an encoder (T5, BART), the column or template of what its decoder reads, as text is of
             what its encoder does; None gives the decoder the token that begins every answer, and nothing else.
         image: name of the column that holds an image or its path, relative to the file; None takes ``image``.
+        audio: name of the column that holds audio or the path of a file of it, relative to the file; None takes
+            ``audio``.
         split: of a dataset that has several, or of a folder whose files, or folders of images, are called by them
             (``train-0.parquet``, ``test/``); None takes ``"train"``, or the only one.
         config: of a dataset from the hub that has several.
         tokenizer: folder or hub id, where it does not lie beside the base.
-        processor: folder or hub id of the processor or image processor, where it does not lie beside the base.
+        processor: folder or hub id of the processor, image processor or feature extractor, where it does not lie beside
+            the base.
         revision: of a dataset from the hub.
         max_length: tokens of a sample at most, and never more than the model has positions; those that stand for
             images are not counted.
+        max_seconds: of audio at most, and never more than the model's feature extractor takes (Whisper's 30).
         truncation: whether longer samples are cut; they are refused where not.
         truncation_side: the end that is cut, ``"right"`` or ``"left"``.
         padding_side: the end that is padded, ``"right"`` or ``"left"``. Behind the last token of a causal model padding
@@ -45,12 +49,14 @@ class DataSettings:
     messages: str | None = None
     target: str | None = None
     image: str | None = None
+    audio: str | None = None
     split: str | None = None
     config: str | None = None
     tokenizer: str | None = None
     processor: str | None = None
     revision: str | None = None
     max_length: int = 512
+    max_seconds: float = 30.0
     truncation: bool = True
     truncation_side: str = "right"
     padding_side: str = "right"
@@ -59,13 +65,16 @@ class DataSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("text", "messages", "target", "image", "split", "config", "tokenizer", "processor", "revision"):
+        for name in (
+            *("text", "messages", "target", "image", "audio", "split", "config", "tokenizer", "processor", "revision"),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: expected text, found {value!r:.60}")
         if self.text is not None and self.messages is not None:
             raise ValueError(f"text, messages: expected one of them, found {self.text!r:.60} and {self.messages!r:.60}")
         check_count("max_length", self.max_length)
+        check_number("max_seconds", self.max_seconds, 0.0, above=True)
         if self.samples is not None:
             check_count("samples", self.samples)
         check_count("seed", self.seed, 0)

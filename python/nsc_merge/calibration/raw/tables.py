@@ -14,7 +14,7 @@ from typing import Any
 from nsc_merge.calibration.raw.drawing import Row, Source, columns_of, place_of
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils import provenance
-from nsc_merge.utils.errors import hub_problem, logger
+from nsc_merge.utils.errors import hub_problem, logger, needed
 from nsc_merge.utils.json_text import from_json
 
 # Parquet files together no larger than this are kept in memory once they are hashed; others are read again.
@@ -35,7 +35,7 @@ def parquet(files: Sequence[Path], name: str, folder: Path, argument: str) -> So
     Raises:
         ValueError: naming a file that is damaged, or that changed while it was read.
     """
-    pq = _needed("pyarrow.parquet", argument)
+    pq = needed("pyarrow.parquet", argument)
     keep = sum(file.stat().st_size for file in files) <= _KEPT
     opened, sha256 = [], {}
     for file in files:
@@ -125,7 +125,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
 
     Its digests are those of its ``state.json``, which holds the fingerprint of the data, not of the data themselves.
     """
-    datasets = _needed("datasets", argument)
+    datasets = needed("datasets", argument)
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -139,7 +139,7 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
 
 def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     """A source of an object of ``datasets``; one that can only be gone through is, once and whole."""
-    datasets = _needed("datasets", argument)
+    datasets = needed("datasets", argument)
     _, chosen = split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
         stored, features, classes = _as_stored(chosen)
@@ -152,7 +152,7 @@ def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
 
 def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
     """A source of a dataset on the hub, which is downloaded into the cache of ``datasets``."""
-    datasets = _needed("datasets", argument)
+    datasets = needed("datasets", argument)
     try:
         found = datasets.load_dataset(name, settings.config, revision=settings.revision)
     except Exception as error:
@@ -271,17 +271,6 @@ def split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tu
         found = f"found {wanted!r}" if wanted is not None else "none is named"
         raise ValueError(f"{argument}: split: expected one of {known} of {name}, {found}")
     return wanted, value[wanted]
-
-
-def _needed(module: str, argument: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError:
-        raise ValueError(
-            f"{argument}: reading it needs {module.partition('.')[0]}: pip install 'nsc-kernels[data]'"
-        ) from None
 
 
 def _buffer(raw: bytes) -> Any:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 ACCEPTED = (
-    ".jsonl, .json, .csv, .tsv, .txt (each also packed as .gz, .bz2 or .xz) or .parquet, a folder of them or of images,"
-    " a folder written by datasets' save_to_disk, or .safetensors of model inputs"
+    ".jsonl, .json, .csv, .tsv, .txt (each also packed as .gz, .bz2 or .xz) or .parquet, a folder of them, of images "
+    "or of audio files, a folder written by datasets' save_to_disk, or .safetensors of model inputs"
 )
 _PICKLE = (
     "looks like a pickle, as torch.save and pickle write it, which is never opened; expected text or images, or model "
@@ -27,6 +27,10 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\xd0\xcf\x11\xe0", "looks like a spreadsheet or document of an office program: save it as CSV in UTF-8"),
     (b"\x89PNG", "is one image; give the folder of images"),
     (b"\xff\xd8\xff", "is one image; give the folder of images"),
+    (b"fLaC", "is one recording; give the folder of audio files"),
+    (b"OggS", "is one recording; give the folder of audio files"),
+    (b"ID3", "is one recording; give the folder of audio files"),
+    (b"RIFF", "is one recording or image; give the folder of them"),
     (b"\xff\xfe", "looks like UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "looks like UTF-16; save it as UTF-8"),
     (b"GGUF", "looks like weights of a model in GGUF; give data, not a model"),

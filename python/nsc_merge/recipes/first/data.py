@@ -31,6 +31,7 @@ class Data:
         messages: the column of chats, where it has no usual name.
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
         words: whether there are texts in it.
+        audio: whether there is audio in it.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Data:
     messages: str | None = None
     raw: bool = False
     words: bool = False
+    audio: bool = False
 
     @property
     def named(self) -> dict[str, str]:

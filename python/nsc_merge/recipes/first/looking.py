@@ -42,6 +42,8 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
 )
+# What was said, behind an encoder of speech.
+_TRANSCRIPTS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 
 
 def look(
@@ -78,7 +80,7 @@ def _raw(
     source: str, base: str, batch_size: int, settings: DataSettings, argument: str, revision: str | None
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
-    found = open_source(source, settings, argument)
+    found = open_source(source, settings, argument, of_audio=takes.audio)
     rows = found.rows(range(min(found.count, _ROWS)))
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:
@@ -86,16 +88,22 @@ def _raw(
     elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
+    elif takes.audio and takes.writes:
+        heard = (name for name in _TRANSCRIPTS if rows and all(isinstance(row.get(name), str) for row in rows))
+        settings = replace(settings, target=settings.text or next(heard, None), text=None)
     place = f"{argument}: {Path(source).name}"
     columns = choose(
-        rows, settings, place, text=takes.text, images=takes.images, writes=takes.writes, columns=found.columns
-    )
+        rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
+        columns=found.columns,
+    )  # fmt: skip
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
     where = f" in split {found.split}" if found.split else ""
     table = f"{found.count} rows of {', '.join(found.columns)}{where}; {columns.said()}"
-    said = [f"{found.count} images{where}" if set(found.columns) == {"image"} else table]
+    files = {"image": "images", "audio": "audio files"}
+    alone = files.get(found.columns[0]) if len(found.columns) == 1 else None
+    said = [f"{found.count} {alone}{where}" if alone else table]
     if counted.tokens:
         said.append(f"about {counted.tokens:.0f} tokens each")
     if batches.first:
@@ -112,7 +120,8 @@ def _raw(
         settings.target,
         chats,
         raw=True,
-        words=takes.text,
+        words=takes.text or takes.decodes,
+        audio=takes.audio,
     )
 
 

@@ -125,6 +125,8 @@ def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, str]) -> None:
     values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
     if any(one.words for one in found.data.values()):
         values["max_length"] = (DataSettings.max_length, "tokens of a sample at most; longer ones are cut")
+    if any(one.audio for one in found.data.values()):
+        values["max_seconds"] = (DataSettings.max_seconds, "of a recording at most; longer ones are cut")
     values["seed"] = (DataSettings.seed, "of the draw")
     yaml.verbatim("data:")
     yaml.entries(values, 2)

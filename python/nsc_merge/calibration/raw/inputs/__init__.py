@@ -1,0 +1,1 @@
+"""Samples made inputs of a model: text, images, audio."""

@@ -1,0 +1,1 @@
+"""Images and audio of raw data: found in folders, read and opened when they are drawn."""
