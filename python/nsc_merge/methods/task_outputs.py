@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import MASK, Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.bases.stored_weights import is_dtensor
 from nsc_merge.models.block_finding import at_positions, classifiers
@@ -21,6 +21,9 @@ from nsc_merge.utils.option_checks import check_choice
 
 LIKELIHOODS = ("categorical", "gaussian")
 POSITIONS = ("all", "last")
+# What outputs of transformers' models call logits, and values that are all that a model predicts.
+_LOGITS = ("logits", "prediction_logits")
+_VALUES = ("prediction_outputs", "regression_outputs", "mean_predictions", "predicted_depth", "heatmaps")
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 
 
@@ -56,9 +59,14 @@ def check_outputs(outputs: Outputs | None, tasks: Sequence[str] | None = None) -
             raise TypeError(f"outputs[{task!r}]: expected a function of model and batch, found {function!r}")
 
 
-def with_heads(outputs: Outputs | None, adapters: Mapping[str, Adapter], model: nn.Module) -> dict[str, Any]:
-    """``outputs``, and for every task without a function whose adapter brought a head, the model's logits with it. The
-    base's own head tells other classes apart, be they as many.
+def with_heads(
+    outputs: Outputs | None, adapters: Mapping[str, Adapter], model: nn.Module, values: Collection[str] | None = None
+) -> dict[str, Any]:
+    """``outputs``, and for every task without a function whose adapter brought a head, what the model gives with it.
+    The base's own head tells other classes apart, be they as many.
+
+    Args:
+        values: tasks whose outputs are taken for values; None where the method has no such choice.
 
     Raises:
         ValueError: naming a task, if the model has no place for its head.
@@ -66,17 +74,22 @@ def with_heads(outputs: Outputs | None, adapters: Mapping[str, Adapter], model: 
     found = dict(outputs or {})
     for task, adapter in adapters.items():
         if adapter.trained and task not in found:
-            found[task] = partial(_logits_with, _placed(task, adapter.trained, model))
+            head = _placed(task, adapter.trained, model)
+            taken = None if values is None else task in values
+            found[task] = partial(_of_model, task=task, values=taken, head=head)
     return found
 
 
 def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The head in dtype and place of the model's own."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parameters = dict(model.named_parameters())
+    own = {**parameters, **dict(model.named_buffers())}
     for name in head:
         place = own.get(name)
+        # A weight in whole numbers is quantised; a BatchNorm counts in them, in a buffer.
+        quantised = name in parameters and not parameters[name].is_floating_point()
         # What is gathered, or fetched from memory or disk, as the model runs would take the place again.
-        if place is None or place.is_meta or is_dtensor(place) or not place.is_floating_point():
+        if place is None or place.is_meta or is_dtensor(place) or quantised:
             raise ValueError(
                 f"outputs: the adapter of {task!r} brought a head ({name}), for which {type(model).__name__}, as it is "
                 "loaded, has no place; expected a function of model and batch for it, or method 'match' or 'nsc', "
@@ -85,13 +98,15 @@ def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str
     return {name: value.to(own[name]) for name, value in head.items()}
 
 
-def _logits_with(head: dict[str, Tensor], model: nn.Module, batch: Batch) -> Tensor:
-    return _in_place(_logits_in(functional_call(model, head, (), dict(batch))))
+def output_of(
+    outputs: Outputs | None, task: str, model: nn.Module, batch: Batch, *, values: bool | None = None
+) -> Tensor:
+    """A task's output, on the device of the batch: of its own function, or what the model gives. That is its logits,
+    those of pixels with classes last, and of where an answer starts and ends ``[N, 2, T]``; or its ``values``.
 
-
-def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch) -> Tensor:
-    """A task's output: of its own function, or the model's logits, those of pixels with classes last. On the device of
-    the batch.
+    Args:
+        values: whether the output is taken for values, as of forecasts, where the model gives no logits; None where
+            the method has no such choice.
 
     Raises:
         TypeError: if the function returns no tensor of numbers.
@@ -104,25 +119,49 @@ def output_of(outputs: Outputs | None, task: str, model: nn.Module, batch: Batch
             instead = "; return its logits" if hasattr(own, "logits") else ""
             raise TypeError(f"outputs[{task!r}]: expected a tensor of numbers [N, ...], found {kind}{instead}")
         return beside(batch, own)
-    found = model(**batch)
-    # A tensor of another model may be anything.
-    found = None if isinstance(found, Tensor) and not classifiers(model) else _logits_in(found)
-    if found is None:
+    return beside(batch, _of_model(model, batch, task=task, values=values))
+
+
+def _of_model(
+    model: nn.Module, batch: Batch, *, task: str, values: bool | None, head: dict[str, Tensor] | None = None
+) -> Tensor:
+    """What a model gives for a batch, with a task's ``head`` where there is one; see :func:`output_of`."""
+    found = model(**batch) if head is None else functional_call(model, head, (), dict(batch))
+    if isinstance(found, Tensor):
+        # A tensor of another model may be anything; timm's are the logits themselves.
+        output = found if head is not None or classifiers(model) else None
+    else:
+        output = _named(found, _LOGITS)[1]
+        if output is None and getattr(found, "start_logits", None) is not None:
+            output = _ends(found, model, batch)
+    name, held = _named(found, _VALUES)
+    if output is None and values:
+        output = held
+    if output is None:
+        instead = f"; likelihood 'gaussian' takes its {name}" if held is not None and values is not None else ""
         raise ValueError(
-            f"outputs: {type(model).__name__} has no logits; expected a function of model and batch for {task!r}, or "
-            "method 'match' or 'nsc', which need no heads"
+            f"outputs: {type(model).__name__} has no logits{instead}; expected a function of model and batch for "
+            f"{task!r}, or method 'match' or 'nsc', which need no heads"
         )
-    return beside(batch, _in_place(found))
+    # Classes last: transformers has logits of pixels, as of segmentation, [N, C, H, W].
+    return output.movedim(1, -1) if output.dim() == 4 else output
 
 
-def _logits_in(found: Any) -> Any:
-    """What a classifier gives: of timm's models the logits themselves."""
-    return found if isinstance(found, Tensor) else getattr(found, "logits", None)
+def _named(found: Any, names: Sequence[str]) -> tuple[str, Tensor | None]:
+    """The first tensor that an output holds under one of some names."""
+    held = ((name, getattr(found, name, None)) for name in names)
+    return next(((name, one) for name, one in held if isinstance(one, Tensor)), ("", None))
 
 
-def _in_place(logits: Tensor) -> Tensor:
-    """Classes last: transformers has logits of pixels, as of segmentation, ``[N, C, H, W]``."""
-    return logits.movedim(1, -1) if logits.dim() == 4 else logits
+def _ends(found: Any, model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of the positions where an answer starts, and of those where it ends, ``[N, 2, T]``: none is at padding."""
+    ends = torch.stack([found.start_logits, found.end_logits], 1)
+    mask = batch.get(MASK)
+    if mask is None or mask.dim() != 2:
+        return ends
+    real = at_positions(model, mask, ends.shape[-1]).bool().to(ends.device)
+    fits = real.shape == (ends.shape[0], ends.shape[-1])
+    return ends.masked_fill(~real[:, None], torch.finfo(ends.dtype).min) if fits else ends
 
 
 def beside(batch: Batch, value: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ _POSITIONS_FIRST = {"xlnet": ".layer.", "longformer": ".attention.self.", "led":
 _POSITIONS_FIRST |= {"fsmt": "coder."}
 # Types that put padding of their own behind the tokens, up to a multiple of what attends to one another.
 _PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
+# Types that read an image's patches behind the tokens, of which no mask of tokens speaks.
+_PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 
 
@@ -151,8 +153,10 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     taken = _arguments(model) if config is not None else []
     trunk = getattr(model, "base_model", model)
     tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
-    # Where the trunk takes other inputs than the model, as the encoder of DINOv3 does, the model has no head.
-    prefill = "base_model" if main is None or main in _arguments(trunk) else ""
+    # Where the trunk takes other inputs than the model, as the encoder of DINOv3 does, or needs more of them, as
+    # TimesFM's does, the model has no head.
+    alone = main is None or (main in _arguments(trunk) and _needed(trunk) <= {*taken, main})
+    prefill = "base_model" if alone else ""
     if has_two_towers(config):
         mask = "attention_mask" if "attention_mask" in taken else None
         return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": tower}
@@ -193,11 +197,12 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
 
 def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
-    itself, or that Longformer and its kind fill up with padding; the mask as it is, of a model that makes one position
-    of each input or where that gives other numbers of them.
+    itself, or that Longformer and its kind fill up with padding, and LayoutLM's with an image; the mask as it is, of a
+    model that makes one position of each input or where that gives other numbers of them.
     """
-    if type_of(model) in _PADDING and mask.dim() == 2 and mask.shape[1] < count:
-        return pad(mask, (0, count - mask.shape[1]))
+    kind = type_of(model)
+    if kind in (*_PADDING, *_PATCHES_BEHIND) and mask.dim() == 2 and mask.shape[1] < count:
+        return pad(mask, (0, count - mask.shape[1]), value=int(kind in _PATCHES_BEHIND))
     if mask.dim() != 2 or mask.shape[1] == count:
         return mask
     owner: Any = next((module for module in model.modules() if hasattr(module, _REDUCES)), None)
@@ -225,6 +230,13 @@ def type_of(model: nn.Module) -> str:
 
 def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
+
+
+def _needed(module: nn.Module) -> set[str]:
+    """The arguments that a forward does not do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = inspect.signature(module.forward).parameters.values()
+    return {one.name for one in given if one.kind in kinds and one.default is inspect.Parameter.empty}
 
 
 def _is_causal(model: nn.Module, config: Any) -> bool:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from zoo import DINOV2, KINDS, build, llava_config, outputs, write_adapter
 
@@ -186,3 +187,18 @@ def test_the_tower_is_found_without_the_head_too():
 
     model = LlavaModel(llava_config())
     assert frozen_tower(family_of(model), model, []) == "vision_tower"
+
+
+def test_a_trunk_that_needs_more_than_the_model_takes_is_not_run_alone(tmp_path):
+    """TimesFM's takes a mask of padding, which the model makes itself."""
+    config = transformers.TimesFmConfig(
+        hidden_size=32, intermediate_size=48, head_dim=16, num_attention_heads=2, num_hidden_layers=2,
+        patch_length=4, context_length=16, horizon_length=4,
+    )
+    model = transformers.TimesFmModelForPrediction(config).eval()
+    assert family_of(model).prefill == ""
+    folders = {task: write_adapter(model, tmp_path / task, n, target_modules=["v_proj"]) for n, task in enumerate("ab")}
+    series = {"past_values": torch.randn(3, 16), "freq": torch.zeros(3, dtype=torch.long)}
+    data = {task: [series] for task in folders}
+    result = nsc_merge.merge(model, folders, data, "match", steps=1, progress=False)
+    assert result.paths

@@ -113,6 +113,26 @@ def test_analyses_do_not_see_what_padding_holds(tmp_path):
     assert found["encoder.block.0.layer.0.SelfAttention.v"] == int(data[0][0]["attention_mask"].sum())
 
 
+@pytest.mark.parametrize(("method", "options"), [("nsc", {"steps": 2, "progress": False}), ("regmean", {"batches": 1})])
+def test_patches_behind_the_tokens_count_and_padding_does_not(method, options, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"coordinate_size": 3, "shape_size": 2, "input_size": 16, "patch_size": 8, "max_position_embeddings": 32}
+    model = tf.LayoutLMv3ForTokenClassification(tf.LayoutLMv3Config(**PARTS, **sizes, pad_token_id=1)).eval()
+    targets = {"r": 2, "target_modules": ["query", "value"]}
+    folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+
+    def merged(filler, image):
+        texts = batch(filler, length=8, two_sided=False)
+        pages = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(image))
+        boxes = torch.zeros(4, 8, 4, dtype=torch.long)
+        data = {task: [{**texts, "bbox": boxes, "pixel_values": pages}] for task in folders}
+        result = nsc_merge.merge(model, folders, data, method, **options)
+        return torch.cat([result.delta(path).flatten() for path in result.paths])
+
+    torch.testing.assert_close(merged(7, 1), merged(50, 1), rtol=1e-4, atol=1e-6)
+    assert (merged(7, 1) - merged(7, 2)).abs().max() > 1e-5
+
+
 def test_no_mask_speaks_of_images_beside_texts():
     towers = {"text_config": {**PARTS, "max_position_embeddings": 8}, "vision_config": {**PARTS, "image_size": 8}}
     towers["vision_config"] |= {"patch_size": 4}

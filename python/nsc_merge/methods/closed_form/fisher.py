@@ -14,7 +14,7 @@ from nsc_kernels.modes import without_autocast
 from nsc_merge.adapters import Factor
 from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
+from nsc_merge.methods.closed_form.single_task import alone, changed, draw, in_turn, only_linears
 from nsc_merge.methods.closed_form.squared_gradients import SquaredGradients, Term
 from nsc_merge.methods.gradient_free import empty, low_rank_part, with_the_rest
 from nsc_merge.methods.method import Method, Problem
@@ -70,8 +70,8 @@ class FisherOptions:
         batches: how many batches of every task are run; where a task has fewer, its first ones again, which then count
             again.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values; what
-            it gives at padding does not count. Tasks without one have the model's own logits, with the head that their
-            adapter brought, of a model that predicts the next token those at the last real one.
+            it gives at padding does not count. Tasks without one have the model's own logits, or its values, with the
+            head that their adapter brought, of a model that predicts the next token those at the last real one.
         likelihood: what the output parametrises: ``"categorical"`` (classes) or ``"gaussian"`` (values, variance 1),
             one for all tasks or one per task. Labels are drawn from it and never needed.
         exact: up to this many classes the expectation over labels is exact, for outputs ``[N, C]``; beyond, and for
@@ -142,7 +142,8 @@ def information(
             outputs.setdefault(path, []).append(y)
         return y
 
-    heads = with_heads(options.outputs, {task: problem.adapters[task]}, model)
+    values = likelihood == "gaussian"
+    heads = with_heads(options.outputs, {task: problem.adapters[task]}, model, [task] if values else [])
     generator, gradients = torch.Generator(), SquaredGradients()
     with torch.inference_mode(False), torch.enable_grad(), alone(problem, task), ExitStack() as stack:
         check_gradients(model)
@@ -157,7 +158,7 @@ def information(
             generator.manual_seed(options.seed + 1_000_003 * number)
             held = one_by_one([batch], device)[0].inputs
             with naming_tasks({task: batch}):
-                output = output_of(heads, task, model, held)
+                output = output_of(heads, task, model, held, values=values)
             refuse_unseen(model, [path for path in paths if path not in inputs])
             mask = held.get(masked) if masked else None
             if answers and task not in (options.outputs or {}) and output.dim() == 3:
@@ -240,6 +241,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     likelihoods_of(options.likelihood, problem.tasks)
     linears, low_rank, paths = low_rank_part(problem)
     only_linears("fisher", linears, paths)
+    paths = changed(low_rank, paths)
     batches = draw(problem, options.batches)
     above: dict[str, Tensor] = {}
     below: dict[str, Tensor] = {}

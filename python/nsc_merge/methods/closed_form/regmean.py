@@ -14,7 +14,7 @@ from nsc_kernels.devices import to_float64, with_float64
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batches import Batch, naming_tasks
 from nsc_merge.calibration.forward_passes import one_by_one
-from nsc_merge.methods.closed_form.single_task import alone, draw, in_turn, only_linears
+from nsc_merge.methods.closed_form.single_task import alone, changed, draw, in_turn, only_linears
 from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.models.attachment import merged_linears, refuse_unseen
@@ -171,6 +171,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = RegMeanOptions(**given)
     linears, low_rank, paths = low_rank_part(problem)
     only_linears("regmean", linears, paths)
+    paths = changed(low_rank, paths)
     merged = {
         path: _update(present(low_rank, path), rows, options.scale)
         for path, rows in filtered_rows(problem, low_rank, paths, options)

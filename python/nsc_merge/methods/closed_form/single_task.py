@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import Batch, streams
+from nsc_merge.methods.gradient_free import present
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.quantised import Linear
@@ -44,6 +46,14 @@ def in_turn(batches: Sequence[Batch]) -> Iterator[tuple[int, Batch, bool]]:
     for first in range(0, len(batches), group.size):
         own = min(first + group.rank, len(batches) - 1)
         yield own, batches[own], own == first + group.rank
+
+
+def changed(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> list[str]:
+    """The modules whose update is not zero for all tasks: of those that training never reached, as a part of the model
+    that does not run, nobody needs inputs. All, where nothing is left.
+    """
+    factors = {path: present(adapters, path).values() for path in paths}
+    return [path for path in paths if any(bool(one.B.any()) for one in factors[path])] or list(paths)
 
 
 def only_linears(method: str, linears: Mapping[str, Linear], paths: Sequence[str]) -> None:

@@ -77,9 +77,9 @@ class DistillOptions(SharedDescentOptions):
         state_of: see there.
         resume_from: see there.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
-            without one have the model's own logits, with the head that their adapter brought.
-        likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes) or
-            ``"gaussian"`` (values).
+            without one have the model's own logits, with the head that their adapter brought, or its values.
+        likelihood: what an output parametrises, one for all tasks or one per task: ``"categorical"`` (classes, or where
+            an answer in a text starts and ends) or ``"gaussian"`` (values, as of forecasts and of depth).
         distance: ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for classes,
             and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by their
             variance; or ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared
@@ -156,11 +156,11 @@ class Predictions:
         # Of the outputs, whatever is adapted: of an encoder-decoder that is the decoder.
         family = find_family(problem.model) if given is None else family_of(problem.model, None, given)
         self._model, self._tasks = problem.model, problem.tasks
-        self._outputs = with_heads(options.outputs, problem.adapters, problem.model)
         self._likelihoods = likelihoods_of(options.likelihood, problem.tasks)
         self._mask = mask_of_outputs(family)
         self._bounded = options.distance == "bounded"
         values = [task for number, task in enumerate(problem.tasks) if self.predicts_values(number)]
+        self._outputs = with_heads(options.outputs, problem.adapters, problem.model, values)
         if self._bounded and options.normalise == "task" and values:
             raise ValueError(
                 f"normalise: 'task' comes after the bound, and differences of the values of {values} would reach it by "
@@ -194,7 +194,7 @@ class Predictions:
             return None
 
         def predict(inputs: Mapping[str, Any]) -> Tensor:
-            return output_of(self._outputs, self._tasks[number], self._model, inputs)
+            return self._output(number, inputs)
 
         own = self._tasks[number] not in (self._outputs or {})
         return self._writing(predict, one, self._most[number], self._model if own else None)
@@ -204,7 +204,7 @@ class Predictions:
         of the whole pass they are. Of an ``answered`` one it is the part of its rows, whose weights it has.
         """
         inputs = {**one.inputs, **answered.inputs} if answered else one.inputs
-        output = output_of(self._outputs, self._tasks[number], self._model, inputs)
+        output = self._output(number, inputs)
         output = output if output.dtype == torch.float64 else output.float()
         if not self.predicts_values(number):
             check_classes(output, self._tasks[number], "likelihood", "'gaussian' for values")
@@ -216,6 +216,10 @@ class Predictions:
         if self._last[number]:
             return last_token(output, real), one.share
         return output if real is None else output[real], share_of(self._model, one, real, self._mask)
+
+    def _output(self, number: int, inputs: Mapping[str, Any]) -> Tensor:
+        values = self.predicts_values(number)
+        return output_of(self._outputs, self._tasks[number], self._model, inputs, values=values)
 
     def distance(
         self,

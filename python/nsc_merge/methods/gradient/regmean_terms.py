@@ -22,6 +22,7 @@ from torch import Tensor
 from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.calibration.batches import restartable
 from nsc_merge.methods.closed_form.regmean import RegMeanOptions, filtered_rows
+from nsc_merge.methods.closed_form.single_task import changed
 from nsc_merge.methods.gradient_free import empty, low_rank_part, present, with_the_rest
 from nsc_merge.methods.method import Problem
 from nsc_merge.models.attachment import adapted_linears, merged_linears
@@ -75,7 +76,7 @@ def _terms(problem: Problem, options: RegMeanOptions) -> dict[str, Adapter]:
     of low rank, is divided by how many tasks there are, as RegMean divides it.
     """
     linears, low_rank, paths = low_rank_part(problem)
-    measured = [path for path in paths if not isinstance(linears[path], Site)]
+    measured = changed(low_rank, [path for path in paths if not isinstance(linears[path], Site)])
     with naming("regmean"):
         filtered = dict(filtered_rows(problem, low_rank, measured, options))
     found: dict[str, dict[str, Factor]] = {task: {} for task in problem.tasks}
