@@ -223,6 +223,16 @@ def positions_first(model: nn.Module, path: str) -> bool:
     return where is not None and where in path
 
 
+def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:
+    """What a model has in front of its head, which it keeps at ``name``, or the model where it has none. Of those that
+    transformers makes of a backbone and what answers, such as UperNet, that is the backbone.
+    """
+    trunk: nn.Module = getattr(model, name, model)
+    backbone = getattr(model, "backbone", None)
+    answers = trunk is model and re.search(r"For[A-Z]", type(model).__name__) is not None
+    return backbone if answers and isinstance(backbone, nn.Module) else trunk
+
+
 def type_of(model: nn.Module) -> str:
     """What transformers calls the kind of a model, ``config.model_type``; nothing where it does not say."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))

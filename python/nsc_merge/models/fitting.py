@@ -14,6 +14,7 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.algebra.low_rank import rows_of
 from nsc_merge.models.bases.quantised import Linear, is_linear, stored_or_dequantised
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.block_finding import trunk_of
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import is_matrix_alone, module_at
 from nsc_merge.models.merged.stacks import updates_of_experts, updates_of_stacks
@@ -185,7 +186,7 @@ def _with_matrices(
 def _trunk(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
     """The model without its head, and what it is called under one, this model's or another's."""
     family = find_family(model)
-    trunk: nn.Module = getattr(model, family.prefill if family else "base_model", model)
+    trunk = trunk_of(model, family.prefill if family else "base_model")
     prefix = next((name for name, part in modules.items() if name and part is trunk), None)
     return trunk, str(getattr(model, "base_model_prefix", "")) if prefix is None else prefix
 

@@ -16,7 +16,7 @@ from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
-from nsc_merge.models.block_finding import classifiers, output_embeddings
+from nsc_merge.models.block_finding import classifiers, output_embeddings, trunk_of
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first.data import Data, sources
@@ -266,10 +266,11 @@ def _heads(task: Task, model: nn.Module) -> list[str]:
     """
     if output_embeddings(model) is not None:
         return []
-    trunk = getattr(model, "base_model", model)
+    trunk = trunk_of(model)
     pointed_out = {id(module) for part in classifiers(model) for module in part.modules()}
     shared = {path for path, module in trunk.named_modules() if id(module) not in pointed_out}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    where = next((path for path, module in model.named_modules() if path and module is trunk), None)
+    prefix = f"{getattr(model, 'base_model_prefix', '') if where is None else where}."
     return [path for path in task.whole if path.removeprefix(prefix) not in shared]
 
 

@@ -1,0 +1,77 @@
+"""Models of a backbone and what answers behind it, as transformers makes them of two: the latter is each task's."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import DetrConfig, DetrModel, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from zoo import write_adapter
+
+import nsc_merge
+from nsc_merge.models.block_finding import trunk_of
+from nsc_merge.recipes.first import findings
+
+CLASSES = {"roads": 4, "crops": 6}
+HEAD = "decode_head"
+
+
+def segmenter(classes):
+    torch.manual_seed(0)
+    stages = [f"stage{number}" for number in range(1, 5)]
+    towers = {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "embed_dim": 8, "window_size": 2, "image_size": 32}
+    backbone = SwinConfig(**towers, patch_size=2, out_features=stages)
+    sizes = {"hidden_size": 16, "pool_scales": [1, 2], "use_auxiliary_head": False}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **sizes, num_labels=classes)).eval()
+
+
+def adapters(tmp_path):
+    """With heads of 4 and 6 classes, whose BatchNorms have seen something."""
+    folders = {}
+    for number, (task, count) in enumerate(CLASSES.items()):
+        targets = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": [HEAD]}
+        folders[task] = write_adapter(segmenter(count), tmp_path / task, 1 + number, r=2 + number, **targets)
+        file = folders[task] / "adapter_model.safetensors"
+        save_file({key: 2 * value if "running_" in key else value for key, value in load_file(file).items()}, file)
+    return folders
+
+
+def test_a_segmenter_s_head_stays_its_task_s(tmp_path):
+    model, folders = segmenter(4), adapters(tmp_path)
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=1.0)
+    photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for task, count in CLASSES.items():
+        assert all(name.startswith(HEAD) for name in result.adapters[task].trained)
+        # The task's own model with the other's update of the trunk.
+        wanted = PeftModel.from_pretrained(segmenter(count), folders[task]).eval()
+        for path in result.paths:
+            layer = wanted.base_model.model.get_submodule(path)
+            others = [one.factors[path].delta() for name, one in result.adapters.items() if name != task]
+            layer.base_layer.weight.data += sum(others).float()
+        saved = result.save(tmp_path / f"{task}-model", "model", head=task)
+        small = result.save(tmp_path / f"{task}-lora", "lora", head=task)
+        loaded = UperNetForSemanticSegmentation.from_pretrained(saved)
+        again = PeftModel.from_pretrained(segmenter(count), small).eval()
+        with torch.no_grad():
+            expected = wanted(pixel_values=photos).logits
+            assert expected.shape[1] == count
+            for one in (loaded, again):
+                torch.testing.assert_close(one(pixel_values=photos).logits, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_first_recipe_says_whose_the_head_is():
+    model = segmenter(4)
+    trained = [f"{HEAD}.classifier", "backbone.hidden_states_norms.stage1"]
+    assert findings._heads(SimpleNamespace(whole=trained), model) == [f"{HEAD}.classifier"]
+
+
+def test_a_model_with_a_backbone_that_is_a_trunk_itself_is_its_own():
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", out_features=["stage1"])
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = DetrModel(DetrConfig(backbone_config=backbone, **sizes, num_queries=3))
+    assert trunk_of(model) is model
+    alone = copy.deepcopy(segmenter(4).backbone)
+    assert trunk_of(alone) is alone.base_model
