@@ -21,6 +21,7 @@ from zoo import KINDS, build, outputs, write_adapter
 import nsc_kernels
 import nsc_merge
 from nsc_merge.commands.main import main
+from nsc_merge.methods import METHODS
 from nsc_merge.recipes import run
 from nsc_merge.recipes.merge_recipe import RecipeError, load_recipe
 from nsc_merge.recipes.saved_result import load_result
@@ -174,7 +175,7 @@ def test_a_run_that_a_batch_system_ends_says_how_to_go_on(place, monkeypatch, ca
     assert main(["run", str(place / "recipe.yaml"), "options.steps=4", "--resume"]) == 0
 
 
-def test_inspect(place, base, capsys):
+def test_inspect(place, base, monkeypatch, capsys):
     folders = [str(place / "adapters" / task) for task in ("nli", "topic")]
     arguments = ["--model", str(place / "base"), "--inputs", str(place / "inputs" / "nli.safetensors")]
     assert main(["inspect", *folders, *arguments, "--json"]) == 0
@@ -192,7 +193,10 @@ def test_inspect(place, base, capsys):
     assert ratio["random"] == pytest.approx((1 - 4 / 32) ** 0.5)
     assert 0.7 < ratio["measured"] < 1
     shutil.copytree(folders[0], place / "copy")
+    # Of folders nothing is looked for on the network, whatever the environment allows.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert main(["inspect", folders[0], str(place / "copy")]) == 0
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     shown = capsys.readouterr().out
     assert "6/6" in shown
     assert shown.count("1.000") == 2
@@ -251,6 +255,11 @@ def test_methods(capsys):
     shown = capsys.readouterr().out
     assert "lr=by recipe" in shown
     assert "recipe llm (decoder): optimizer='adamw', lr=0.0003, weight_decay=0.01, steps=500" in shown
+    assert "\n  recipe paper-supp (on demand): " in shown
+    assert "\n  needs: data, gradients\n" in shown
+    one = METHODS["task_arithmetic"]
+    lines = [one.name, f"  {one.summary}", f"  {one.paper}", "  tuned on validation data: scale"]
+    assert "\n".join(["", *lines, "  options: scale=0.4", "zero_shot", ""]) in shown
 
 
 def damage(place, kind):

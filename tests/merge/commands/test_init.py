@@ -285,6 +285,7 @@ def test_data_is_left_out_of_a_recipe_that_needs_none(at, capsys):
     (warning,) = said["warnings"]
     assert warning.startswith("the data is left out: --data one: ")
     assert said["data"] == {}
+    assert [task["heads"] for task in said["tasks"].values()] == [[], []]
     assert "calibration" not in written()
 
 
