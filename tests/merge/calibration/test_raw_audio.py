@@ -227,7 +227,7 @@ def test_long_recordings_are_cut(side, rate, tmp_path, caplog):
         (batch,) = made([{"audio": one}], place, max_seconds=1.0, truncation_side=side)
         torch.testing.assert_close(batch["input_values"], expected, rtol=1e-4, atol=1e-4)
         end = {"right": "end", "left": "beginning"}[side]
-        assert f"row 1: longer than 1 s, as are 1 of the 1 recordings; cut at the {end}" in caplog.text
+        assert f"row 1: longer than 1 s, as are 1 of the 1 samples' audio; cut at the {end}" in caplog.text
     with pytest.raises(ValueError, match=r"row 1: expected at most 1 s of audio, found more; give truncation: true"):
         made([{"audio": kept[0]}], place, max_seconds=1, truncation=False)
     caplog.clear()
@@ -312,7 +312,7 @@ def test_rows_without_audio_and_bases_that_take_none_are_told(file, tmp_path):
         made([{"question": "a"}], place)
     with pytest.raises(ValueError, match=r"several columns of audio, \['a', 'b'\]"):
         made([{"a": "x.wav", "b": "y.flac"}], place)
-    with pytest.raises(ValueError, match="audio: 'path' is named, and the base does not run on audio alone"):
+    with pytest.raises(ValueError, match="audio: 'path' is named, and the base takes no audio"):
         made(file, text_base(tmp_path / "text"), text="sentence", audio="path")
 
 

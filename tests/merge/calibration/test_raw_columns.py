@@ -159,7 +159,7 @@ def test_both_forms_of_chats_are_one():
         ([*CHAT, {"role": "boss", "content": "a"}], "^row, message 3: expected a role of .*, found 'boss'"),
         ([{"role": "user", "content": 3}], "^row, message 1: expected text or a list of parts .*found 3"),
         ([{"role": "user", "content": None}], "^row, message 1: expected text or a list of parts .*found None"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "^row, message 1: expected parts .*'audio'}"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "^row, message 1: expected parts .*'video'}"),
     ],
 )
 def test_what_is_no_chat_is_refused(value, message):
@@ -197,11 +197,12 @@ def test_parts_of_messages():
     assert plain_text([spoken], "row") == [{"role": "user", "content": "ab"}]
     # Blanks are looked at once each.
     blanks = " " * 10**6
-    assert in_parts([{"role": "user", "content": f"x{blanks}y{blanks}<image>"}], "<image>")[0]["content"] == [
+    tokens = {"image": "<image>"}
+    assert in_parts([{"role": "user", "content": f"x{blanks}y{blanks}<image>"}], tokens)[0]["content"] == [
         {"type": "text", "text": f"x{blanks}y"},
         {"type": "image"},
     ]
-    assert in_parts([{"role": "user", "content": "x <image>\ny<image>"}], "<image>")[0]["content"] == [
+    assert in_parts([{"role": "user", "content": "x <image>\ny<image>"}], tokens)[0]["content"] == [
         {"type": "text", "text": "x"}, {"type": "image"}, {"type": "text", "text": "y"}, {"type": "image"},
     ]  # fmt: skip
 

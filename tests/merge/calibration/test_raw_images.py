@@ -31,6 +31,7 @@ from transformers import AutoProcessor, Gemma3Processor, ViTImageProcessor
 
 from nsc_merge.calibration.raw.drawing import place_of
 from nsc_merge.calibration.raw.inputs import images as inputs_of_images
+from nsc_merge.calibration.raw.inputs import pairs as pairs_with_images
 from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
 
@@ -398,14 +399,14 @@ def test_paligemma_reads_the_prompt_right_behind_the_image_and_no_labels(tmp_pat
     tool = AutoProcessor.from_pretrained(base)
     (batch,) = made([{"image": picture(0), "prompt": "a b"}], base)
     seen = []
-    text_of = inputs_of_images._image_text
+    text_of = pairs_with_images._text_with_places
 
     def noted(*given):
         seen.append(text_of(*given))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs_of_images, "_image_text", noted)
+        patch.setattr(pairs_with_images, "_text_with_places", noted)
         made([{"image": picture(0), "prompt": "a b"}], base)
     assert [text for text, _ in seen] == ["<image>a b"]
     expected = tool(text=["<image>a b"], images=[picture(0)], return_tensors="pt")

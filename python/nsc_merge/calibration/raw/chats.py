@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,8 @@ _ROLES = {
     "function_call": "assistant", "observation": "tool",
 }
 _CALL = "function_call"
+# Kinds of parts that are no text.
+MEDIA = ("image", "audio")
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -124,52 +126,65 @@ def without_nulls(value: Any) -> Any:
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
-    """A part ``{type: text, text}`` or ``{type: image}``, with what the row holds of the image as ``image``."""
+    """A part ``{type: text, text}``, ``{type: image}`` or ``{type: audio}``, these with what the row holds of it by the
+    same name.
+    """
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind in ("image", "image_url"):
-        held = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name) is not None), None)
+    media = next((one for one in MEDIA if kind in (one, f"{one}_url")), None)
+    if media is not None:
+        names = (media, f"{media}_url", "url", "path")
+        held = next((part[name] for name in names if part.get(name) is not None), None)
         held = held.get("url") if isinstance(held, dict) and "url" in held else held
-        return {"type": "image"} if held is None else {"type": "image", "image": held}
-    raise ValueError(f"{where}: expected parts {{type: text, text}} or {{type: image, image}}, found {part!r:.60}")
+        return {"type": media} if held is None else {"type": media, media: held}
+    raise ValueError(
+        f"{where}: expected parts {{type: text, text}}, {{type: image, image}} or {{type: audio, audio}}, found "
+        f"{part!r:.60}"
+    )
 
 
 def plain_text(messages: Sequence[Message], where: str) -> list[Message]:
     """The same messages with texts as contents, for templates that know no parts.
 
     Raises:
-        ValueError: if one holds an image.
+        ValueError: if one holds an image or audio.
     """
     found = []
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
-            if any(part["type"] == "image" for part in content):
-                raise ValueError(f"{where}: a message holds an image, and the base takes text alone")
+            media = next((part["type"] for part in content if part["type"] in MEDIA), None)
+            if media is not None:
+                held = "an image" if media == "image" else media
+                raise ValueError(f"{where}: a message holds {held}, and the base takes text alone")
             content = "".join(part["text"] for part in content)
         found.append({**message, "content": content})
     return found
 
 
-def in_parts(messages: Sequence[Message], image_token: str) -> list[Message]:
-    """The same messages with parts as contents, where ``image_token`` in a text becomes an image's part."""
-    return [{**message, "content": _parts(message["content"], image_token)} for message in messages]
+def in_parts(messages: Sequence[Message], tokens: Mapping[str, str]) -> list[Message]:
+    """The same messages with parts as contents, where the token of a kind (``image``, ``audio``) in a text becomes a
+    part of that kind.
+    """
+    return [{**message, "content": _parts(message["content"], tokens)} for message in messages]
 
 
-def _parts(content: Any, image_token: str) -> list[dict[str, Any]]:
+def _parts(content: Any, tokens: Mapping[str, str]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
         return content
-    texts = content.split(image_token)
+    kinds = {token: kind for kind, token in tokens.items()}
+    # Texts, with a token between every two.
+    pieces = re.split(f"({'|'.join(map(re.escape, kinds))})", content) if kinds else [content]
     parts: list[dict[str, Any]] = []
-    for number, text in enumerate(texts):
-        if number:
-            parts.append({"type": "image"})
-            text = text.lstrip()
-        if number < len(texts) - 1:
-            text = text.rstrip()
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            parts.append({"type": kinds[piece]})
+            continue
+        text = piece.lstrip() if number else piece
+        text = text.rstrip() if number < len(pieces) - 1 else text
         if text:
             parts.append({"type": "text", "text": text})
     return parts

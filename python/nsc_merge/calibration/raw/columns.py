@@ -21,7 +21,7 @@ CHAT_COLUMNS = ("messages", "conversations")
 # Beside a chat, the functions that it may call.
 TOOLS = "tools"
 IMAGE_COLUMNS = ("image", "images", "image_path", "file_name")
-AUDIO_COLUMNS = ("audio", "audio_path", "file_name")
+AUDIO_COLUMNS = ("audio", "audio_path")
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -35,18 +35,18 @@ class Sample:
         text: as it is; None where there is a chat, or images alone.
         messages: of a chat.
         images: what the row holds of them; they are not open yet.
+        audio: the same of recordings.
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
-        audio: what the row holds of it; it is not decoded yet.
     """
 
     where: str
     text: str | None = None
     messages: list[Message] | None = None
     images: list[Any] = field(default_factory=list)
+    audio: list[Any] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
-    audio: Any = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Columns:
         messages: the column of the chat.
         image: the column of the image, or of a list of them.
         target: a column, or a template, of what a decoder reads behind an encoder.
-        audio: the column of audio.
+        audio: the column of audio, or of a list of it.
     """
 
     text: str | Template | None = None
@@ -128,31 +128,30 @@ class Columns:
         Raises:
             ValueError: naming row and column, what was found and what was expected.
         """
-        if self.audio is not None:
-            if row.get(self.audio) is None:
-                raise ValueError(f"{where}: holds no audio in column {self.audio!r}")
-            return Sample(where, audio=row[self.audio], target=_filled(self.target, row, where))
-        images = [] if self.image is None else _images(row.get(self.image))
+        images = [] if self.image is None else _several(row.get(self.image))
+        audio = [] if self.audio is None else _several(row.get(self.audio))
+        beside = "an image" if images else "audio"
         if self.messages is not None:
             if self.messages not in row:
                 raise ValueError(f"{where}: lacks the column {self.messages!r}")
             if row[self.messages] is None or row[self.messages] == []:
-                if images:
-                    raise ValueError(f"{where}: holds an image and no message in {self.said()}")
+                if images or audio:
+                    raise ValueError(f"{where}: holds {beside} and no message in {self.said()}")
                 return None
             messages = messages_of(row[self.messages], where)
             tools = tools_of(row.get(TOOLS), where)
-            return Sample(where, messages=messages, images=images, tools=tools, target=_filled(self.target, row, where))
+            return Sample(where, None, messages, images, audio, tools, _filled(self.target, row, where))
         if self.text is None:
-            if not images:
-                raise ValueError(f"{where}: holds no image in column {self.image!r}")
-            return Sample(where, images=images)
+            if not images and not audio:
+                what, column = ("audio", self.audio) if self.audio is not None else ("image", self.image)
+                raise ValueError(f"{where}: holds no {what} in column {column!r}")
+            return Sample(where, images=images, audio=audio, target=_filled(self.target, row, where))
         text = _filled(self.text, row, where)
-        if text is None and images:
-            raise ValueError(f"{where}: holds an image and no text in {self.said()}")
+        if text is None and (images or audio):
+            raise ValueError(f"{where}: holds {beside} and no text in {self.said()}")
         if text is None:
             return None
-        return Sample(where, text=text, images=images, target=_filled(self.target, row, where))
+        return Sample(where, text, None, images, audio, None, _filled(self.target, row, where))
 
 
 def _said(text: str | Template) -> str:
@@ -194,12 +193,19 @@ def choose(
     """
     columns = columns_of(rows) if columns is None else columns
     image = None
+    heard = None
     if images:
-        image = _media_column(IMAGE_COLUMNS, is_image, "image", rows, columns, settings, argument, needed=not text)
+
+        def is_one(value: Any) -> bool:
+            return is_image(value) and not (audio and is_audio(value))
+
+        image = _media_column(IMAGE_COLUMNS, is_one, "image", rows, columns, settings, argument, needed=not text)
     elif settings.image is not None:
         raise ValueError(f"{argument}: image: {settings.image!r} is named, and the base takes no images")
-    if settings.audio is not None and not audio:
-        raise ValueError(f"{argument}: audio: {settings.audio!r} is named, and the base does not run on audio alone")
+    if audio:
+        heard = _media_column(AUDIO_COLUMNS, is_audio, "audio", rows, columns, settings, argument, needed=not text)
+    elif settings.audio is not None:
+        raise ValueError(f"{argument}: audio: {settings.audio!r} is named, and the base takes no audio")
     target = None
     if settings.target is not None:
         if not writes:
@@ -213,20 +219,17 @@ def choose(
         if named is not None:
             only = "audio" if audio else "images"
             raise ValueError(f"{argument}: {named}: is named, and the base takes {only} alone")
-        if audio:
-            found = _media_column(AUDIO_COLUMNS, is_audio, "audio", rows, columns, settings, argument, needed=True)
-            return Columns(audio=found, target=target)
-        return Columns(image=image)
+        return Columns(image=image, audio=heard, target=target)
     if settings.messages is not None:
         if settings.messages not in columns:
             raise _no_column(f"{argument}: messages:", settings.messages, columns)
-        return Columns(messages=settings.messages, image=image, target=target)
+        return Columns(None, settings.messages, image, target, heard)
     if settings.text is not None:
-        return Columns(text=_named_text(settings.text, columns, argument, "text"), image=image, target=target)
+        return Columns(_named_text(settings.text, columns, argument, "text"), None, image, target, heard)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
-        return Columns(messages=chat, image=image, target=target)
-    return Columns(text=_text_column(rows, columns, argument, images=images), image=image, target=target)
+        return Columns(None, chat, image, target, heard)
+    return Columns(_text_column(rows, columns, argument, images=images, audio=audio), None, image, target, heard)
 
 
 def text_of(row: Row, column: str, where: str) -> str:
@@ -259,9 +262,9 @@ def _named_text(name: str, columns: Sequence[str], argument: str, setting: str) 
     raise _no_column(f"{argument}: {setting}:", name, columns)
 
 
-def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool) -> str:
+def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool, audio: bool) -> str:
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in columns}
-    of_images = [name for name, held in values.items() if held and all(map(is_image, held))]
+    of_images = [name for name, held in values.items() if held and all(is_image(one) or is_audio(one) for one in held)]
     of_text = [
         name
         for name, held in values.items()
@@ -273,11 +276,14 @@ def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, 
     if found is not None:
         return found
     if of_images and not of_text:
-        wanted = "text beside them" if images else "text"
-        example = '{"image": "photos/1.png", "prompt": "What is it?"}' if images else '{"text": "What is it?"}'
+        heard = not all(is_image(one) for name in of_images for one in values[name])
+        beside = audio if heard else images
+        wanted = "text beside them" if beside else "text"
+        media = '"audio": "clips/1.wav"' if heard else '"image": "photos/1.png"'
+        example = f'{{{media}, "prompt": "What is it?"}}' if beside else '{"text": "What is it?"}'
         raise ValueError(
-            f"{argument}: holds images alone ({_shown(rows, of_images)}), and the base takes {wanted}: write a .jsonl "
-            f"of rows such as {example}"
+            f"{argument}: holds {'audio' if heard else 'images'} alone ({_shown(rows, of_images)}), and the base takes "
+            f"{wanted}: write a .jsonl of rows such as {example}"
         )
     chat = next((name for name in columns if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None and not of_text:
@@ -310,7 +316,7 @@ def _media_column(
     found = next((name for name in usual if name in columns), None)
     if found is not None:
         return found
-    likely = [name for name in columns if any(is_one(value) for row in rows for value in _images(row.get(name)))]
+    likely = [name for name in columns if any(is_one(value) for row in rows for value in _several(row.get(name)))]
     if len(likely) == 1:
         return likely[0]
     if not needed and not likely:
@@ -321,7 +327,7 @@ def _media_column(
     raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; {way}")
 
 
-def _images(value: Any) -> list[Any]:
+def _several(value: Any) -> list[Any]:
     if value is None or (isinstance(value, str) and not value):
         return []
     return list(value) if isinstance(value, list) else [value]

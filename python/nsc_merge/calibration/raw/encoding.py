@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.columns import Sample
-from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, PIXELS, TOKENS, Encoded, Filling
-from nsc_merge.calibration.raw.inputs.audio import audio_fillings, encode_audio
-from nsc_merge.calibration.raw.inputs.images import encode_beside, encode_images, encode_pairs
+from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, TOKENS, Encoded, Filling
+from nsc_merge.calibration.raw.inputs.audio import Listening, audio_fillings, encode_audio
+from nsc_merge.calibration.raw.inputs.images import encode_beside, encode_images
+from nsc_merge.calibration.raw.inputs.pairs import Media, encode_pairs
 from nsc_merge.calibration.raw.inputs.text import add_decoded, encode_text
 from nsc_merge.calibration.raw.media.audio import AudioReader
 from nsc_merge.calibration.raw.media.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import (
     Base,
+    extractor_in,
     feature_extractor_of,
     image_processor_of,
     processor_of,
@@ -42,14 +44,15 @@ def encode(
     Raises:
         ValueError, OSError: naming a sample, or what its tokenizer or processor lacks.
     """
-    if base.audio:
-        recordings = AudioReader(folder)
-        made, name, sha256 = _audio(samples, base, settings, recordings, argument), "audio", recordings.sha256
+    images, audio = ImageReader(folder, grey=base.grey), AudioReader(folder)
+    if base.text:
+        made = _text(samples, base, settings, images, audio, argument)
+    elif base.audio:
+        made = _audio(samples, base, settings, audio, argument)
     else:
-        reader = ImageReader(folder, grey=base.grey)
-        way = _text if base.text else _images
-        made, name, sha256 = way(samples, base, settings, reader, argument), "images", reader.sha256
-    return made, {} if sha256 is None else {name: sha256}
+        made = _images(samples, base, settings, images, argument)
+    opened = {"images": images.sha256, "audio": audio.sha256}
+    return made, {name: sha256 for name, sha256 in opened.items() if sha256 is not None}
 
 
 def _images(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str) -> Made:
@@ -57,18 +60,34 @@ def _images(samples: Sequence[Sample], base: Base, settings: DataSettings, reade
     return encode_images(samples, processor, base, reader), None, _shown(samples[0].images[0], "an image")
 
 
-def _text(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str) -> Made:
-    """Text, with images where there are some."""
-    with_images = any(
-        sample.images or any(isinstance(turn["content"], list) for turn in sample.messages or ()) for sample in samples
+def _text(
+    samples: Sequence[Sample],
+    base: Base,
+    settings: DataSettings,
+    images: ImageReader,
+    audio: AudioReader,
+    argument: str,
+) -> Made:
+    """Text, with images and recordings where there are some."""
+    with_media = any(
+        sample.images or sample.audio or any(isinstance(turn["content"], list) for turn in sample.messages or ())
+        for sample in samples
     )
-    if base.apart and not with_images:
+    if base.apart and not with_media:
         raise ValueError(f"{argument}: holds text alone, and the base takes an image beside it; expected both in a row")
-    if base.images and with_images:
+    if (base.images or base.audio) and with_media:
         processor = processor_of(base, settings, argument)
         tokenizer = processor.tokenizer
-        way = encode_pairs if hasattr(processor, "image_token") else encode_beside
-        encoded = way(samples, processor, base, settings, reader)
+        if hasattr(processor, "image_token") or hasattr(processor, "audio_token"):
+            extractor = extractor_in(processor)
+            media = Media(images, None if extractor is None else Listening(extractor, settings, audio))
+            encoded = encode_pairs(samples, processor, base, settings, media)
+        elif base.audio:
+            raise ValueError(
+                f"{argument}: {type(processor).__name__} has no token for audio in a text; write inputs as .safetensors"
+            )
+        else:
+            encoded = encode_beside(samples, processor, base, settings, images)
     else:
         tokenizer = tokenizer_of(base, settings, argument)
         encoded = encode_text(samples, tokenizer, base, settings)
@@ -84,7 +103,7 @@ def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader
     extractor = feature_extractor_of(base, settings, argument)
     encoded = encode_audio(samples, extractor, base, settings, reader)
     padded = audio_fillings(encoded, extractor)
-    first = _shown(samples[0].audio, "audio")
+    first = _shown(samples[0].audio[0], "audio")
     if base.decodes:
         tokenizer = tokenizer_of(base, settings, argument)
         add_decoded(encoded, samples, tokenizer, base, settings)
@@ -105,7 +124,8 @@ def paddings(one: Encoded, tokenizer: Any, base: Base, settings: DataSettings) -
     filler = next(number for number in known if number is not None)
     padded = {}
     for name, value in one.items():
-        if name != PIXELS and value.dim() == 1:
+        # Others of one dimension count images or recordings.
+        if value.dim() == 1 and (name in (DECODED, DECODED_MASK) or len(value) == len(one[TOKENS])):
             # An answer begins where the decoder does.
             side = "right" if base.writes and name in (DECODED, DECODED_MASK) else settings.padding_side
             padded[name] = Filling(filler if name in (TOKENS, DECODED) else 0, side)

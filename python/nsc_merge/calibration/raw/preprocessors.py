@@ -27,6 +27,9 @@ _BEHIND_PADDING = frozenset(
 )
 
 
+_AUDIO = frozenset(("input_values", "input_features", "audio_input_features"))
+
+
 @dataclass(frozen=True)
 class Base:
     """What data have to be made for.
@@ -56,10 +59,10 @@ class Base:
 
     @property
     def audio(self) -> bool:
-        """Whether it runs on audio alone, with a text for its decoder where it has one."""
-        known = ("input_values", "input_features")
-        others = ("input_ids", "pixel_values", "decoder_input_values")
-        return bool(self.takes.intersection(known)) and not self.takes.intersection(others)
+        """Whether it runs on audio: alone, with a text for its decoder where it has one; or in the midst of text."""
+        if self.text:
+            return not self.decodes and bool(self.takes & _AUDIO)
+        return bool(self.takes & _AUDIO) and not self.takes & {"pixel_values", "decoder_input_values"}
 
     @property
     def decodes(self) -> bool:
@@ -103,6 +106,12 @@ class Base:
     def image_token(self) -> int | None:
         """What stands for a piece of an image, in a model of text and images."""
         return getattr(self.config, "image_token_id", None) if self.images else None
+
+    @property
+    def audio_token(self) -> int | None:
+        """The same of audio."""
+        names = ("audio_token_id", "audio_token_index")
+        return next((found for name in names if (found := getattr(self.config, name, None)) is not None), None)
 
     @property
     def vocabulary(self) -> int | None:
@@ -195,15 +204,25 @@ def feature_extractor_of(base: Base, settings: DataSettings, argument: str) -> A
     return found
 
 
+def extractor_in(processor: Any) -> Any:
+    """The feature extractor of audio in a processor; None where there is none that says its rate."""
+    found = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+    return next((one for one in found if isinstance(getattr(one, "sampling_rate", None), int)), None)
+
+
 def processor_of(base: Base, settings: DataSettings, argument: str) -> Any:
-    """The processor of text and images that is named, or lies beside the base; a tokenizer that is named is put in."""
+    """The processor of text and images or audio that is named, or lies beside the base; a tokenizer that is named is
+    put in.
+    """
     from transformers import AutoProcessor
 
     found = _loaded(AutoProcessor, "processor", base, settings, argument)
     name = settings.processor or base.name
-    if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
+    media = "images" if base.images else "audio"
+    parts = ("image_processor",) if base.images else ("feature_extractor", "audio_processor")
+    if not hasattr(found, "tokenizer") or not any(hasattr(found, part) for part in parts):
         raise ValueError(
-            f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and images, which "
+            f"{argument}: {name} holds a {type(found).__name__} alone; expected a processor of text and {media}, which "
             "processor: FOLDER names"
         )
     if getattr(found, "patch_size", "") is None:

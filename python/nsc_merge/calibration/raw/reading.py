@@ -93,7 +93,7 @@ def batches_of(
         return read_batches(source, batch_size, argument)
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
-    found = open_source(source, settings, argument, local=local, of_audio=model.audio)
+    found = open_source(source, settings, argument, local=local, of_audio=model.audio and not model.images)
     samples = draw(found, settings, argument, model)
     (encoded, padded, first), opened = encode(samples, model, settings, found.folder, argument)
     sha256 = {**found.sha256, "samples": digest(encoded), **opened}

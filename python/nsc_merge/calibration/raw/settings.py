@@ -34,7 +34,7 @@ class DataSettings:
             the base.
         revision: of a dataset from the hub.
         max_length: tokens of a sample at most, and never more than the model has positions; those that stand for
-            images are not counted.
+            images or audio are not counted.
         max_seconds: of audio at most, and never more than the model's feature extractor takes (Whisper's 30).
         truncation: whether longer samples are cut; they are refused where not.
         truncation_side: the end that is cut, ``"right"`` or ``"left"``.

@@ -80,7 +80,7 @@ def _raw(
     source: str, base: str, batch_size: int, settings: DataSettings, argument: str, revision: str | None
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
-    found = open_source(source, settings, argument, of_audio=takes.audio)
+    found = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
     rows = found.rows(range(min(found.count, _ROWS)))
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:
@@ -88,7 +88,7 @@ def _raw(
     elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
-    elif takes.audio and takes.writes:
+    elif takes.audio and takes.writes and not takes.text:
         heard = (name for name in _TRANSCRIPTS if rows and all(isinstance(row.get(name), str) for row in rows))
         settings = replace(settings, target=settings.text or next(heard, None), text=None)
     place = f"{argument}: {Path(source).name}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nsc_merge.calibration.raw.columns import Sample
@@ -14,10 +15,57 @@ from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.errors import logger
 
 
+class Listening:
+    """Opens recordings for a feature extractor: at its rate, no longer than is asked for and it leaves.
+
+    Args:
+        extractor: the feature extractor.
+        settings: what is taken.
+        reader: of audio.
+    """
+
+    def __init__(self, extractor: Any, settings: DataSettings, reader: AudioReader) -> None:
+        self.rate = extractor.sampling_rate
+        # Where it takes it, so that it does not warn.
+        known = inspect.signature(extractor.__call__).parameters
+        self.named = {"sampling_rate": self.rate} if "sampling_rate" in known else {}
+        self._taken = Taken(self.rate, _most(extractor, settings), settings.truncation_side)
+        self._settings, self._reader = settings, reader
+        self._cut: list[str] = []
+
+    @property
+    def _seconds(self) -> str:
+        return f"{self._taken.most / self.rate:g} s"
+
+    def open(self, value: Any, where: str) -> Any:
+        """Samples as a numpy array.
+
+        Raises:
+            ValueError: naming it, if it cannot be decoded, or is too long where none may be cut.
+        """
+        wave, longer = self._reader.open(value, where, self._taken)
+        if longer and not self._settings.truncation:
+            raise ValueError(
+                f"{where}: expected at most {self._seconds} of audio, found more; give truncation: true, or a larger "
+                "max_seconds where the model takes more"
+            )
+        if longer:
+            self._cut.append(where)
+        return wave
+
+    def say_cut(self, count: int) -> None:
+        """Say which of ``count`` samples were cut."""
+        if self._cut:
+            logger.warning(
+                "%s: longer than %s, as are %d of the %d samples' audio; cut at the %s (max_seconds, truncation_side)",
+                self._cut[0], self._seconds, len(set(self._cut)), count, ENDS[self._settings.truncation_side],
+            )  # fmt: skip
+
+
 def encode_audio(
     samples: Sequence[Sample], extractor: Any, base: Base, settings: DataSettings, reader: AudioReader
 ) -> list[Encoded]:
-    """What the feature extractor makes of every recording by itself, at its own rate.
+    """What the feature extractor makes of the one recording of every sample, by itself.
 
     An input whose first dimension is time is as long as the recording and to be padded (:func:`audio_fillings`); every
     other has a first dimension of one recording.
@@ -25,24 +73,14 @@ def encode_audio(
     Raises:
         ValueError: naming a sample that cannot be decoded, or is too long where none may be cut, or too short.
     """
-    most = _most(extractor, settings)
-    taken = Taken(extractor.sampling_rate, most, settings.truncation_side)
-    found, cut = [], []
+    listening = Listening(extractor, settings, reader)
+    found = []
     for sample in samples:
-        wave, longer = reader.open(sample.audio, sample.where, taken)
-        if longer and not settings.truncation:
-            raise ValueError(
-                f"{sample.where}: expected at most {most / taken.rate:g} s of audio, found more; give truncation: "
-                "true, or a larger max_seconds where the model takes more"
-            )
-        if longer:
-            cut.append(sample)
-        found.append(_features(wave, sample.where, extractor, base))
-    if cut:
-        logger.warning(
-            "%s: longer than %g s, as are %d of the %d recordings; cut at the %s (max_seconds, truncation_side)",
-            cut[0].where, most / taken.rate, len(cut), len(samples), ENDS[settings.truncation_side],
-        )  # fmt: skip
+        if len(sample.audio) != 1:
+            raise ValueError(f"{sample.where}: expected one recording, found {len(sample.audio)}")
+        wave = listening.open(sample.audio[0], sample.where)
+        found.append(_features(wave, sample.where, extractor, base, listening.named))
+    listening.say_cut(len(samples))
     return found
 
 
@@ -53,12 +91,12 @@ def audio_fillings(encoded: Sequence[Encoded], extractor: Any) -> dict[str, Fill
     return {name: Filling(0 if name == MASK else filler, "right") for name in one if _over_time(one, name)}
 
 
-def _features(wave: Any, where: str, extractor: Any, base: Base) -> Encoded:
+def _features(wave: Any, where: str, extractor: Any, base: Base, named: Mapping[str, Any]) -> Encoded:
     least = _least(base)
     if len(wave) < least:
         raise ValueError(f"{where}: expected at least {least} samples of audio, found {len(wave)}")
     try:
-        made = processed(extractor, [wave], sampling_rate=extractor.sampling_rate)
+        made = processed(extractor, [wave], **named)
     except ValueError as error:
         raise ValueError(f"{where}: the feature extractor refuses it: {' '.join(str(error).split()):.200}") from None
     one = {name: value[0] for name, value in made.items() if name in base.takes}

@@ -120,8 +120,7 @@ def rendered(sample: Sample, template: Any, messages: Any = None) -> str:
         )
     if messages is None:
         messages = plain_text(sample.messages or [], sample.where)
-        # No text holds the byte 0, so that none becomes an image.
-        messages = in_parts(messages, "\0") if _takes_parts(template) else messages
+        messages = in_parts(messages, {}) if _takes_parts(template) else messages
     # Where the model is to answer, it sees in use what its answer begins with.
     asks = messages[-1]["role"] in ("user", "tool")
     try:

@@ -43,7 +43,11 @@ def is_audio(value: Any) -> bool:
     """Whether a value of a row is audio or says where it is."""
     if isinstance(value, str):
         return value.startswith("data:audio/") or Path(value).suffix.lower() in SUFFIXES
-    return isinstance(value, dict) and ({"bytes", "path"} == set(value) or set(value) >= _ARRAY)
+    if not isinstance(value, dict):
+        return False
+    # Images are stored alike, and by another name.
+    named = value.get("path") is None or Path(str(value["path"])).suffix.lower() in SUFFIXES
+    return ({"bytes", "path"} == set(value) and named) or set(value) >= _ARRAY
 
 
 class AudioReader(MediaReader):
