@@ -19,6 +19,7 @@ from zoo import DECODER, outputs, text
 
 import nsc_merge
 from nsc_merge.adapters import load_adapter
+from nsc_merge.adapters.formats.adalora import settings_as_lora
 
 INITIAL = 4
 
@@ -137,7 +138,9 @@ def test_rank_and_alpha_are_pefts_own_where_none_are_said(settings: dict[str, fl
         ({"init_r": 0}, "init_r: expected a positive whole number, found 0"),
         ({"init_r": True}, "init_r: expected a positive whole number, found True"),
         ({"init_r": 10**400}, "init_r: expected a positive whole number"),
-        ({"lora_alpha": -1}, "lora_alpha: expected a positive number, found -1"),
+        ({"lora_alpha": 0}, "lora_alpha: expected a positive number, found 0"),
+        ({"lora_alpha": True}, "lora_alpha: expected a positive number, found True"),
+        ({"lora_alpha": "8"}, "lora_alpha: expected a positive number, found '8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a positive number, found nan"),
         ({"lora_alpha": 10**400}, "lora_alpha: expected a positive number"),
         ({"init_r": 3}, r"0: expected lora_A \[3, d_in\], lora_E \[3, 1\] .* found \[\[4, 6\], \[4, 1\], \[5, 4\]\]"),
@@ -156,6 +159,13 @@ def test_settings_that_do_not_go_with_the_tensors_are_refused(change: dict[str, 
         load_adapter({"config": config, "weights": get_peft_model_state_dict(made)}, "a")
 
 
+def test_settings_of_another_kind_stay_its_own() -> None:
+    config = {"peft_type": "LOHA", "target_modules": ["0"], "r": 4}
+    assert settings_as_lora(config) == config
+    with pytest.raises(ValueError, match="LOHA"):
+        load_adapter({"config": config, "weights": {"base_model.model.0.hada_w1_a": torch.ones(6, 4)}}, "a")
+
+
 @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "lora_E"])
 def test_tensors_that_are_missing_are_named(missing: str) -> None:
     made = adalora(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"])
@@ -170,7 +180,7 @@ def test_what_lora_heeds_and_adalora_does_not_is_without_effect(tmp_path: Path) 
     made.save_pretrained(tmp_path)
     wanted = load_adapter(tmp_path, "a").factors["0"]
     file = tmp_path / "adapter_config.json"
-    others = {"r": 99, "alpha_pattern": {"0": 50}, "use_rslora": True}
+    others = {"r": 99, "alpha_pattern": {"0": 50}, "use_rslora": True, "lora_bias": True}
     file.write_text(json.dumps({**json.loads(file.read_text()), **others}))
     layer = PeftModel.from_pretrained(nn.Sequential(nn.Linear(6, 5)), tmp_path).base_model.model[0]
     torch.testing.assert_close(wanted.delta().float(), layer.get_delta_weight("default").detach())

@@ -45,10 +45,10 @@ def output(model):
         return model.eval()(image, **call).sample
 
 
-def adapted(make, *names, targets=("to_q", "to_v")):
+def adapted(make, *names, targets=("to_q", "to_v"), **settings):
     model = make()
     for seed, name in enumerate(names):
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False, **settings)
         model.add_adapter(config, adapter_name=name)
         generator = torch.Generator().manual_seed(seed)
         for key, parameter in model.named_parameters():
@@ -198,6 +198,23 @@ def test_the_file_of_a_pipeline_is_read_as_diffusers_reads_it(tmp_path, make, se
         path: one.A.shape for path, one in result.adapters["a"].factors.items()
     }
     assert all(one.A.is_meta for one in factors.values())
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_what_else_is_trained_is_seen_by_its_tensors_where_there_are_no_settings(tmp_path, kind):
+    held = adapted(unet, "a", targets=("to_out.0",), **{kind: True})
+    of_pipeline(tmp_path, held)
+    torch.testing.assert_close(merged(unet, tmp_path)[0], reloaded(unet, tmp_path), rtol=1e-10, atol=1e-10)
+
+
+def test_settings_of_another_model_alone_are_none_of_this_one(tmp_path):
+    text = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 4)}
+    told = {"r": 1, "lora_alpha": 32, "target_modules": ["q_proj"]}
+    of_pipeline(tmp_path, adapted(unet, "a"), text_encoder_lora_layers=text, text_encoder_lora_adapter_metadata=told)
+    assert {one.scaling for one in nsc_merge.load_adapter(tmp_path, "a").factors.values()} == {1.0}
+    save_file(load_file(tmp_path / FILE), tmp_path / FILE, {"lora_adapter_metadata": "[1]"})
+    with pytest.raises(ValueError, match=r"lora_adapter_metadata: expected a JSON object, found \[1\]"):
+        nsc_merge.load_adapter(tmp_path, "a")
 
 
 def test_the_file_of_a_model_alone_is_read_as_diffusers_reads_it(tmp_path):

@@ -19,8 +19,7 @@ _UNHEEDED = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weig
 
 def is_adalora(config: Mapping[str, Any]) -> bool:
     """Whether a configuration, as in ``adapter_config.json`` or of PEFT in memory, is AdaLoRA's."""
-    kind = config.get("peft_type")
-    return bool(getattr(kind, "value", kind) == "ADALORA")
+    return bool(config.get("peft_type") == "ADALORA")
 
 
 def settings_as_lora(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,4 +88,4 @@ def _ranks_left(name: str, config: Mapping[str, Any]) -> dict[str, int]:
     lists = isinstance(held, Mapping) and all(isinstance(kept, list | tuple) for kept in held.values())
     if not lists or not all(type(one) is bool for kept in held.values() for one in kept):
         raise ValueError(f"adapters[{name!r}]: rank_pattern: expected lists of true and false, found {held!r:.60}")
-    return {str(key).removesuffix(".lora_E").removeprefix(PREFIX): sum(kept) for key, kept in held.items()}
+    return {str(key).removesuffix(".lora_E"): sum(kept) for key, kept in held.items()}
