@@ -118,6 +118,12 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
     return {path: places[path] for path in sorted(places, key=position)}
 
 
+def measurable(linears: Mapping[str, Linear], adapters: Mapping[str, Adapter]) -> list[str]:
+    """Paths of linears with LoRA, whose inputs have null-space ratios; what was trained in full alone gives none."""
+    low_rank = {path for adapter in adapters.values() for path, factor in adapter.factors.items() if factor.rank}
+    return [path for path, linear in linears.items() if path in low_rank and not isinstance(linear, Site)]
+
+
 def refuse_unseen(model: nn.Module, silent: Iterable[str], expected: str = "adapters without these modules") -> None:
     """Refuse adapted linears that the model did not call but whose weights it took, as nn.MultiheadAttention does: the
     update counts there, but nobody sees an input.

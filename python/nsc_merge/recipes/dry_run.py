@@ -12,7 +12,7 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.methods import method_of
-from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.attachment import measurable, merged_linears
 from nsc_merge.models.bases.quantised import activations_of
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.bases.stored_weights import input_device
@@ -87,7 +87,7 @@ def _loaded(
         "adapters_bytes": packed,
     }
     if "family" in method_of(recipe.method).option_names:
-        family = family_of(model, list(linears), recipe.options.get("family"))
+        family = family_of(model, measurable(linears, adapters), recipe.options.get("family"))
         # What is listed is known from papers; what was found deserves a look.
         if family not in FAMILIES:
             found["family"] = family_said(family)

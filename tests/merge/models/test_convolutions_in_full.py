@@ -103,3 +103,58 @@ def test_a_head_with_a_batch_norm_is_kept_with_its_statistics(tmp_path):
     torch.testing.assert_close(outputs(loaded, PIXELS), wanted, **CLOSE)
     assert int(loaded.decode_head.batch_norm.num_batches_tracked) == 7
     assert isinstance(loaded.decode_head.batch_norm, nn.BatchNorm2d)
+
+
+@pytest.fixture(scope="module")
+def sam():
+    """Segments by points, and is adapted with its decoder of masks in full, which has transposed convolutions."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "num_attention_heads": 2}
+    seen = {"num_hidden_layers": 2, "mlp_dim": 24, "output_channels": 16, "num_pos_feats": 8, "window_size": 2}
+    config = tf.SamConfig(
+        vision_config=tf.SamVisionConfig(**sizes, **seen, global_attn_indexes=[1], initializer_range=0.2),
+        prompt_encoder_config=tf.SamPromptEncoderConfig(
+            hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4
+        ),
+        mask_decoder_config=tf.SamMaskDecoderConfig(
+            hidden_size=16, mlp_dim=24, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
+    )
+    return tf.SamModel(config).eval()
+
+
+def test_transposed_convolutions_of_two_tasks_are_merged_in_every_format(sam, tmp_path):
+    settings = {"target_modules": ["qkv"], "modules_to_save": ["mask_decoder"]}
+    folders = {task: write_adapter(sam, tmp_path / task, n, r=n, **settings) for n, task in enumerate("ab", 1)}
+    one = nsc_merge.merge(sam, {"a": folders["a"]}, method="task_arithmetic", scale=1.0).apply(copy.deepcopy(sam))
+    trained = PeftModel.from_pretrained(copy.deepcopy(sam), folders["a"])
+    points = {**PIXELS, "input_points": torch.full((2, 1, 1, 2), 9.0)}
+
+    def masks(model):
+        with torch.no_grad():
+            return model(**points).pred_masks
+
+    torch.testing.assert_close(masks(one), masks(trained.eval()), **CLOSE)
+    result = nsc_merge.merge(sam, folders, method="task_arithmetic", scale=0.5)
+    path = "mask_decoder.upscale_conv1"
+    base = sam.get_submodule(path)
+    whole = [load_file(folder / WEIGHTS) for folder in folders.values()]
+    merged = result.apply(copy.deepcopy(sam))
+    for part, own in base.named_parameters():
+        wanted = own + 0.5 * sum(weights[f"base_model.model.{path}.{part}"] - own for weights in whole)
+        torch.testing.assert_close(merged.get_submodule(path).get_parameter(part), wanted, rtol=1e-5, atol=1e-6)
+    with nsc_merge.attach(sam, result.adapters, 0.5):
+        torch.testing.assert_close(masks(sam), masks(merged), **CLOSE)
+    out = result.save(tmp_path / "out", ["lora", "model"])
+    torch.testing.assert_close(masks(tf.SamModel.from_pretrained(out / "model")), masks(merged), **CLOSE)
+    lora = PeftModel.from_pretrained(copy.deepcopy(sam), out / "lora")
+    torch.testing.assert_close(masks(lora.eval()), masks(merged), **CLOSE)
+
+
+def test_nsc_measures_no_linears_that_were_trained_in_full_alone(sam, tmp_path):
+    settings = {"target_modules": ["qkv"], "modules_to_save": ["mask_decoder"]}
+    folders = {task: write_adapter(sam, tmp_path / task, n, r=2, **settings) for n, task in enumerate("ab", 1)}
+    data = {task: [{**PIXELS, "input_points": torch.full((2, 1, 1, 2), 9.0)}] for task in folders}
+    result = nsc_merge.merge(sam, folders, data, "nsc", steps=2, progress=False)
+    assert len({lam for row in result.coefficients.values() for lam in row.values()}) > 1
+    assert nsc_merge.merge(sam, folders, data, "match", steps=1, ratio_weight=1.0, progress=False).paths

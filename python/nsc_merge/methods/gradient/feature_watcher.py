@@ -16,7 +16,7 @@ from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
-from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
 from nsc_merge.models.block_finding import at_positions, classifiers, output_embeddings, positions_first
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
@@ -66,7 +66,8 @@ class Watcher:
         # Which module ends before the head is known of families alone, or of models that point out their head, as
         # timm's convolutional ones; modules can be named in any model.
         needed = ratios or (isinstance(features, str) and not classifiers(problem.model))
-        paths = list(adapted_linears(problem.model, problem.adapters))
+        linears = adapted_linears(problem.model, problem.adapters)
+        paths = measurable(linears, problem.adapters) or list(linears)
         known = needed or given is not None
         family = family_of(problem.model, paths, given) if known else find_family(problem.model, paths)
         # What is adapted may be the encoder; what is matched is of the decoder after it.

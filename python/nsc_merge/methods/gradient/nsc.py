@@ -22,7 +22,7 @@ from nsc_merge.descent.options import BESIDE_THE_PROBLEM, OF_THE_STATE
 from nsc_merge.methods.gradient.nsc_options import RECIPES, NSCOptions, resolve_options
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import plain_options
-from nsc_merge.models.attachment import adapted_linears, attach, presence
+from nsc_merge.models.attachment import adapted_linears, attach, measurable, presence
 from nsc_merge.models.bases.quantised import check_gradients, is_quantised
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import FAMILIES, Family, family_of, frozen_tower, scored_paths
@@ -44,10 +44,10 @@ def merge_nsc(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     model, adapters, tasks = problem.model, problem.adapters, problem.tasks
     linears = adapted_linears(model, adapters)
     paths = list(linears)
-    measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
-    family = family_of(model, measurable, given.get("family"))
+    measured = measurable(linears, adapters)
+    family = family_of(model, measured, given.get("family"))
     chosen = resolve_options(family, tasks, given)
-    scored = scored_paths(family, model, measurable, chosen.score_modules, chosen.score_blocks)
+    scored = scored_paths(family, model, measured, chosen.score_modules, chosen.score_blocks)
     drawn = streams(problem.calibration, tasks)
     for note in signal_notes(adapters, scored):
         logger.warning(note)

@@ -59,6 +59,8 @@ class NotAtHand(Tensor):
 
 # The names of a linear's parameters.
 _LINEAR = ("weight", "bias")
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def stored(model: nn.Module, name: str) -> Stored:
@@ -76,7 +78,7 @@ def stored(model: nn.Module, name: str) -> Stored:
     own = linear._parameters.get("weight")
     # A norm's or a router's, or that of experts; attachment says which modules can be merged.
     other = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter) and own.dim() <= 2
-    whole = isinstance(linear, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or other or part not in _LINEAR
+    whole = isinstance(linear, (nn.Embedding, *_CONVOLUTIONS)) or other or part not in _LINEAR
     if not (isinstance(linear, nn.Linear) or whole or is_transposed(linear)) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
         raise ValueError(f"{name}: expected a plain parameter in {_KINDS}, found {found}; {_UNQUANTISED}")
@@ -109,6 +111,9 @@ def _shape(module: Any, part: str) -> list[int]:
     """What the shape of a parameter should be."""
     if is_transposed(module):
         return [module.nx, module.nf] if part == "weight" else [module.nf]
+    if isinstance(module, _TRANSPOSED):
+        shape = [module.in_channels, module.out_channels // module.groups, *module.kernel_size]
+        return shape if part == "weight" else [module.out_channels]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         shape = [module.out_channels, module.in_channels // module.groups, *module.kernel_size]
     elif isinstance(module, nn.Embedding):

@@ -21,7 +21,8 @@ class Site:
     Attributes:
         module: it itself.
         in_features: width of an embedding's rows; 1 of a norm, whose weight is a column; of a convolution, the inputs
-            of one output: channels times kernel.
+            of one output: channels times kernel; of a transposed one, whose weight has its inputs first, the outputs of
+            one input.
         out_features: tokens of an embedding, channels of the others.
     """
 
@@ -44,6 +45,9 @@ def site_of(module: nn.Module) -> Site | None:
         return Site(module, module.embedding_dim, module.num_embeddings)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Site(module, module.weight[0].numel(), module.out_channels)
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        # PEFT has no LoRA for it: what it holds was trained in full.
+        return Site(module, module.weight[0].numel(), module.in_channels)
     own = dict(module.named_parameters(recurse=False))
     weight = own.get("weight")
     if is_linear(module) or weight is None or weight.dim() != 1 or not set(own) <= {"weight", "bias"}:

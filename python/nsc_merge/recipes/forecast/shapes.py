@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.models.attachment import adapted_linears
+from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.stored_weights import FLOATS
 from nsc_merge.models.block_finding import blocks_of, input_embeddings, output_embeddings
 from nsc_merge.models.families import Family, family_of, scored_paths
@@ -60,9 +60,9 @@ def work_of(
     if not hasattr(options, "score_modules"):
         raise NoFormula("memory and arithmetic of a step are known for methods that measure inputs")
     linears = adapted_linears(model, adapters)
-    measurable = [path for path, linear in linears.items() if not isinstance(linear, Site)]
-    family = family_of(model, measurable, getattr(options, "family", None))
-    scored = scored_paths(family, model, measurable, options.score_modules, options.score_blocks)
+    with_lora = measurable(linears, adapters)
+    family = family_of(model, with_lora, getattr(options, "family", None))
+    scored = scored_paths(family, model, with_lora, options.score_modules, options.score_blocks)
     element = next(value.element_size() for value in model.parameters() if value.dtype in FLOATS)
     sizes = [_size(model, batch) for batch in drawn.values()]
     masked = any(_is_masked(family, batch) for batch in drawn.values()) or len({length for _, length in sizes}) > 1
@@ -90,7 +90,8 @@ def work_of(
         )
         runs = here <= last or not options.early_exit
         blocks.append(replace(made, runs=runs, learns=here >= adapted[0]))
-    folded = [linears[path].weight for path in measurable if path not in scored]
+    others = (one for path, one in linears.items() if path not in scored and not isinstance(one, Site))
+    folded = [linear.weight for linear in others]
     fold = sum(weight.numel() * weight.element_size() for weight in folded)
     outside = _bytes(model) - sum(map(_bytes, found.values()))
     return Work(
