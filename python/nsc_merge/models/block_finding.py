@@ -66,8 +66,9 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
     lists = inside or lists
     if towers:
-        # Text and images in models beside each other, of whatever depth.
-        tops = itertools.groupby(lists, lambda path: path.partition(".")[0])
+        # Text and images in models beside each other, of whatever depth, with a head behind them as in OWL-ViT or not.
+        above = _beneath(model, getattr(model, "base_model", model))
+        tops = itertools.groupby(lists, lambda path: path.removeprefix(above).partition(".")[0])
         chosen = [_longest({path: lists[path] for path in group})[-1] for _, group in tops]
     else:
         # Of several as long as each other, the decoder's comes last.
@@ -159,20 +160,23 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     prefill = "base_model" if alone else ""
     if has_two_towers(config):
         mask = "attention_mask" if "attention_mask" in taken else None
-        return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": tower}
-    if main == "pixel_values" and "input_ids" not in taken:
-        return {"recipe": "vision", "prefill": prefill, "causal": False}
-    if getattr(config, "is_encoder_decoder", False):
+        unmasked = tower and f"{_beneath(model, trunk)}{tower}"
+        return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": unmasked}
+    sees = main == "pixel_values" and "input_ids" not in taken
+    # Of a text, behind an encoder of images too; not of queries, as DETR's.
+    if getattr(config, "is_encoder_decoder", False) and not (sees and "decoder_input_ids" not in taken):
         decodes = re.search(r"(^|\.)decoder\.", f"{blocks}.") is not None
         prefix = "decoder_" if decodes else ""
         tokens, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
         return {
-            "recipe": "llm",
+            "recipe": "vision" if sees and not decodes else "llm",
             "prefill": prefill,
             "causal": decodes,
             "tokens": tokens if tokens in taken else None,
             "mask": mask if mask in taken else None,
         }
+    if sees:
+        return {"recipe": "vision", "prefill": prefill, "causal": False}
     if "input_ids" not in taken:
         # What is not of transformers, or only around something of it, is asked nothing; the batches say.
         heard = "attention_mask" in taken and any(hasattr(module, _REDUCES) for module in model.modules())
@@ -236,6 +240,11 @@ def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:
 def type_of(model: nn.Module) -> str:
     """What transformers calls the kind of a model, ``config.model_type``; nothing where it does not say."""
     return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _beneath(model: nn.Module, part: nn.Module) -> str:
+    """What paths of what is in a part of the model begin with."""
+    return next((f"{path}." for path, module in model.named_modules() if path and module is part), "")
 
 
 def _arguments(module: nn.Module) -> list[str]:

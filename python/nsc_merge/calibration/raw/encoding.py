@@ -56,8 +56,13 @@ def encode(
 
 
 def _images(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str) -> Made:
+    """Images, with what a decoder reads where there is one."""
     processor = image_processor_of(base, settings, argument)
-    return encode_images(samples, processor, base, reader), None, _shown(samples[0].images[0], "an image")
+    encoded, first = encode_images(samples, processor, base, reader), _shown(samples[0].images[0], "an image")
+    if not base.decodes:
+        return encoded, None, first[:_SHOWN]
+    encoded = [{name: value[None] for name, value in one.items()} for one in encoded]
+    return _behind(encoded, {}, first, samples, base, settings, argument)
 
 
 def _text(
@@ -102,15 +107,27 @@ def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader
     """Audio, with what a decoder reads where there is one."""
     extractor = feature_extractor_of(base, settings, argument)
     encoded = encode_audio(samples, extractor, base, settings, reader)
-    padded = audio_fillings(encoded, extractor)
-    first = _shown(samples[0].audio[0], "audio")
-    if base.decodes:
-        tokenizer = tokenizer_of(base, settings, argument)
-        add_decoded(encoded, samples, tokenizer, base, settings)
-        decoded = {name: value for name, value in encoded[0].items() if name in (DECODED, DECODED_MASK)}
-        padded |= paddings(decoded, tokenizer, base, settings)
-        first = f"{first}: {tokenizer.decode(encoded[0][DECODED])}"
-    return encoded, padded, first[:_SHOWN]
+    padded, first = audio_fillings(encoded, extractor), _shown(samples[0].audio[0], "audio")
+    if not base.decodes:
+        return encoded, padded, first[:_SHOWN]
+    return _behind(encoded, padded, first, samples, base, settings, argument)
+
+
+def _behind(
+    encoded: list[Encoded],
+    padded: dict[str, Filling],
+    first: str,
+    samples: Sequence[Sample],
+    base: Base,
+    settings: DataSettings,
+    argument: str,
+) -> Made:
+    """The same with what the decoder reads behind an encoder of images or audio."""
+    tokenizer = tokenizer_of(base, settings, argument)
+    add_decoded(encoded, samples, tokenizer, base, settings)
+    decoded = {name: value for name, value in encoded[0].items() if name in (DECODED, DECODED_MASK)}
+    said = f"{first}: {tokenizer.decode(encoded[0][DECODED])}"
+    return encoded, padded | paddings(decoded, tokenizer, base, settings), said[:_SHOWN]
 
 
 def _shown(value: Any, otherwise: str) -> str:

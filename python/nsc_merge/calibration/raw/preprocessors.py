@@ -146,8 +146,7 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
     made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
     # Processors of images for an encoder (Florence-2) place them in the text each in its own way.
-    behind_images = made.decodes and (made.images or not (made.text or made.audio))
-    if behind_images or not (made.text or made.images or made.audio):
+    if (made.decodes and made.text and made.images) or not (made.text or made.images or made.audio):
         raise ValueError(
             f"{argument}: a {config.model_type} does not run on text, images or audio alone (it takes "
             f"{', '.join(sorted(takes))}); write its inputs as .safetensors"

@@ -42,7 +42,7 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
 )
-# What was said, behind an encoder of speech.
+# What was said or is written there, behind an encoder of speech or images.
 _TRANSCRIPTS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 
 
@@ -88,7 +88,7 @@ def _raw(
     elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
-    elif takes.audio and takes.writes and not takes.text:
+    elif takes.writes and not takes.text:
         heard = (name for name in _TRANSCRIPTS if rows and all(isinstance(row.get(name), str) for row in rows))
         settings = replace(settings, target=settings.text or next(heard, None), text=None)
     place = f"{argument}: {Path(source).name}"
@@ -121,7 +121,7 @@ def _raw(
         chats,
         raw=True,
         words=takes.text or takes.decodes,
-        audio=takes.audio,
+        audio=columns.audio is not None,
     )
 
 
