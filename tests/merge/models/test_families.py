@@ -202,3 +202,29 @@ def test_a_trunk_that_needs_more_than_the_model_takes_is_not_run_alone(tmp_path)
     data = {task: [series] for task in folders}
     result = nsc_merge.merge(model, folders, data, "match", steps=1, progress=False)
     assert result.paths
+
+
+def test_two_towers_beneath_a_head_are_both_measured_and_no_mask_speaks_of_images(tmp_path):
+    """OWL-ViT detects by several texts to an image, whose mask is of the texts alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OwlViTConfig(
+        text_config={**sizes, "vocab_size": 60, "max_position_embeddings": 16},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=32,
+    )
+    model = transformers.OwlViTForObjectDetection(config).eval()
+    adapted = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    family = family_of(model, adapted)
+    assert family.unmasked == "owlvit.vision_model"
+    ends = [f"owlvit.{part}_model.encoder.layers.1.self_attn.v_proj" for part in ("text", "vision")]
+    assert scored_paths(family, model, adapted, None, "last_quarter") == ends
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+    ids = torch.randint(3, 59, (4, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "attention_mask": mask}
+    data = {task: [batch] for task in folders}
+    result = nsc_merge.merge(model, folders, data, "nsc", steps=2, progress=False)
+    moved = {path.split(".")[1] for path, row in result.coefficients.items() if set(row.values()) != {0.4}}
+    assert moved == {"text_model", "vision_model"}
