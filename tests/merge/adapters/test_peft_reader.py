@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nsc_merge import load_adapter
 from nsc_merge.adapters import outline_of
+from nsc_merge.adapters.formats.peft_tensors import sorted_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -147,6 +148,12 @@ UNLIKE = {
     "no numbers": (ROWS, {f"e.{DELTA}": math.inf * A}, r"e\.trainable_tokens_delta .*not finite"),
     "tokens by name": ({"trainable_token_indices": "ab"}, {}, "trainable_token_indices: expected whole numbers"),
     "left out": ({"ensure_weight_tying": True, "target_modules": ["v"]}, {}, "q has tensors, but is left out by ta"),
+    "left out beside one": (
+        {"ensure_weight_tying": True, "target_modules": ["v"]},
+        {"v.lora_A.weight": 2 * A, "v.lora_B.weight": B},
+        "q has tensors, but is left out by ta",
+    ),
+    "no parameter": ({}, {"head.weight": B, "head.other": B}, r"1 of 4 tensors would be ignored.*head\.other"),
     "other rows": (ROWS, {f"e.{DELTA}": A, f"head.{DELTA}": 0 * A}, r"1 of 4 tensors would be ignored.*head\.token"),
     "half a stack": (STACK, {"m.lora_A.weight": A}, r"m has lora_A\.weight only; expected lora_A"),
     "a stack": (STACK, {"m.lora_A.weight": A, "m.lora_B.weight": A}, r"m: expected lora_A \[E r, d_in\] .*\[2, 8\]"),
@@ -163,6 +170,17 @@ def test_tensors_unlike_those_that_peft_writes_are_refused(case):
     weights = {f"base_model.model.{name}": value for name, value in (beside | tensors).items()}
     with pytest.raises(ValueError, match=r"adapters\['a'\]: .*" + message):
         load_adapter({"config": config, "weights": weights}, "a")
+
+
+@pytest.mark.parametrize(("head", "trained"), [(B, ["head.weight"]), (2 * B, [])])
+def test_of_what_is_trained_as_one_only_what_is_the_same_is_trained(head, trained):
+    """An embedding has a head tied to it; another head is the base's own, which lies beside it."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], "ensure_weight_tying": True}
+    held = {"q.lora_A.weight": A, "q.lora_B.weight": B, "e.weight": B.clone(), "n.weight": A[0], "head.weight": head}
+    weights = {f"base_model.model.{name}": value for name, value in held.items()}
+    found, of_base = sorted_tensors("a", {**config, "modules_to_save": ["e", "n"]}, weights)
+    assert list(found.trained) == ["e.weight", "n.weight", *trained]
+    assert [*found.trained, *of_base] == ["e.weight", "n.weight", "head.weight"]
 
 
 def test_rows_of_tokens_under_the_name_of_a_tied_weight_are_the_same_rows():
