@@ -159,7 +159,7 @@ def test_a_decoder_alone_has_no_target(file, tmp_path):
 
 
 def test_an_encoder_that_sees_is_refused(file):
-    """As Florence-2's, into whose text each processor places images in a way of its own."""
+    """Into whose text each processor places images in a way of its own."""
 
     def forward(input_ids: Any, pixel_values: Any, decoder_input_ids: Any) -> None:
         """Never called."""

@@ -1,4 +1,4 @@
-"""Images for an encoder behind which a decoder writes (TrOCR, Donut), and what the decoder reads."""
+"""Images for an encoder behind which a decoder writes (TrOCR, Donut, Florence-2), and what the decoder reads."""
 
 from __future__ import annotations
 
@@ -126,3 +126,62 @@ def test_a_first_recipe_knows_the_transcripts(place, rows, monkeypatch):
     assert document["data"]["target"] == "text"
     assert main(["run", "recipe.yaml", "options.steps=2"]) == 0
     assert (Path("merged") / "model" / "preprocessor_config.json").is_file()
+
+
+@pytest.fixture
+def florence(tmp_path: Path) -> Path:
+    """Whose processor puts the image in front of the prompt by itself, and turns names of tasks into prompts."""
+    words = tokenizer(chat=None, extra={"image_token": "<im>"})
+    images = tf.CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    images.image_seq_length = 5
+    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    numbers = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = tf.Florence2Config(
+        text_config={
+            "model_type": "bart", "d_model": 8, "vocab_size": 32, "max_position_embeddings": 64,
+            "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, **sides, **numbers,
+        },
+        vision_config={
+            "embed_dim": [8, 8, 8, 16], "depths": [1] * 4, "num_heads": [1, 1, 1, 2], "num_groups": [1, 1, 1, 2],
+            "window_size": 2, "projection_dim": 8,
+        },
+        image_token_id=words.convert_tokens_to_ids("<im>"),
+        architectures=["Florence2ForConditionalGeneration"],
+    )
+    config.save_pretrained(tmp_path / "florence")
+    tf.Florence2Processor(images, words).save_pretrained(tmp_path / "florence")
+    return tmp_path / "florence"
+
+
+def test_florence_reads_the_prompt_of_its_processor(florence):
+    model = tf.Florence2ForConditionalGeneration(tf.AutoConfig.from_pretrained(florence)).eval()
+    tool = tf.AutoProcessor.from_pretrained(florence)
+    rows = [{"image": picture(n), "prompt": asked, "said": SAID[n]} for n, asked in enumerate(("a b", "d", "<OD>"))]
+    expected = [dict(tool(text=[row["prompt"]], images=[row["image"]], return_tensors="pt")) for row in rows]
+    seen = []
+    for batch in made(rows, florence, target="said"):
+        logits = model(**batch).logits
+        for row, mask in enumerate(batch["attention_mask"]):
+            ids = batch["input_ids"][row][mask == 1]
+            number = next(n for n, one in enumerate(expected) if torch.equal(one["input_ids"][0], ids))
+            assert torch.equal(batch["pixel_values"][row], expected[number]["pixel_values"][0])
+            decoded = batch["decoder_input_ids"][row][batch["decoder_attention_mask"][row] == 1]
+            labels = tokenizer(chat=None)(SAID[number])["input_ids"]
+            assert decoded.tolist() == [2, *labels[:-1]]
+            alone = model(**expected[number], decoder_input_ids=decoded[None]).logits[0]
+            torch.testing.assert_close(logits[row][: len(alone)], alone, rtol=1e-4, atol=1e-5)
+            seen.append(number)
+    assert sorted(seen) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, "holds text alone, and the base takes an image beside it; expected both in a row"),
+        ({"image": [picture(0), picture(1)], "prompt": "a"}, "row 1: expected a text and one image, found 2 images"),
+        ({"image": picture(0), "messages": [{"role": "user", "content": "a"}]}, "expected a text and one image"),
+    ],
+)
+def test_florence_takes_one_image_and_a_prompt(florence, row, message):
+    with pytest.raises(ValueError, match=message):
+        made([row], florence)

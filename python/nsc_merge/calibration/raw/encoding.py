@@ -78,7 +78,7 @@ def _text(
         sample.images or sample.audio or any(isinstance(turn["content"], list) for turn in sample.messages or ())
         for sample in samples
     )
-    if base.apart and not with_media:
+    if (base.apart or base.in_front) and not with_media:
         raise ValueError(f"{argument}: holds text alone, and the base takes an image beside it; expected both in a row")
     if (base.images or base.audio) and with_media:
         processor = processor_of(base, settings, argument)

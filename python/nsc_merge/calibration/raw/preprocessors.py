@@ -72,8 +72,9 @@ class Base:
     @property
     def start(self) -> int | None:
         """The token that begins what a decoder behind an encoder reads."""
-        found = getattr(self.config, "decoder_start_token_id", None)
-        return found if isinstance(found, int) else None
+        places = (self.config, self.config.get_text_config())
+        found = (getattr(one, "decoder_start_token_id", None) for one in places)
+        return next((number for number in found if isinstance(number, int)), None)
 
     @property
     def grey(self) -> bool:
@@ -101,6 +102,11 @@ class Base:
     def apart(self) -> bool:
         """Whether it reads text and images beside each other, and always both."""
         return self.images and has_two_towers(self.config)
+
+    @property
+    def in_front(self) -> bool:
+        """Whether its processor puts the one image of a text in front of it by itself (Florence-2)."""
+        return bool(self.config.model_type == "florence2")
 
     @property
     def image_token(self) -> int | None:
@@ -145,8 +151,9 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
     made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
-    # Processors of images for an encoder (Florence-2) place them in the text each in its own way.
-    if (made.decodes and made.text and made.images) or not (made.text or made.images or made.audio):
+    # Processors of text and images for an encoder place them each in its own way.
+    in_text = made.decodes and made.text and made.images and not made.in_front
+    if in_text or not (made.text or made.images or made.audio):
         raise ValueError(
             f"{argument}: a {config.model_type} does not run on text, images or audio alone (it takes "
             f"{', '.join(sorted(takes))}); write its inputs as .safetensors"

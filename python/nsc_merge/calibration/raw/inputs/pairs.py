@@ -123,6 +123,10 @@ def _text_with_places(sample: Sample, processor: Any, base: Base) -> tuple[str, 
         if kind not in tokens and (rows[kind] or any(part["type"] == kind for part in parts)):
             raise ValueError(f"{sample.where}: holds {_SEVERAL[kind]}, and {type(processor).__name__} takes none")
     held = {kind: list(rows[kind]) for kind in tokens}
+    if base.in_front:
+        if sample.text is None or len(sample.images) != 1:
+            raise ValueError(f"{sample.where}: expected a text and one image, found {len(sample.images)} images")
+        return sample.text, held
 
     def placed(said: str) -> str:
         # As data for LLaVA say it, whatever the model calls the place of an image.
