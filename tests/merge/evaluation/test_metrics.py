@@ -117,8 +117,8 @@ def test_mean_angle_by_hand():
 def test_angles_are_of_directions_and_exact_where_they_are_small():
     """Of labels that are longer than 1, as normals read from pictures may be, and of none without a direction."""
     outputs, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    for length in (0.3, 1.0, 2.0):
-        assert metrics.mean_angle(outputs, length * labels) == pytest.approx(45)
+    for length in (1e-20, 0.3, 1.0, 2.0):
+        assert metrics.mean_angle(1e-4 * outputs, length * labels) == pytest.approx(45)
         assert METRICS["mean_angle"].quality(outputs, length * labels).item() == pytest.approx(-45)
         assert float(metrics.cosine_loss(outputs, length * labels)) == pytest.approx(1 - math.sqrt(0.5))
     with pytest.raises(ValueError, match="labels: expected vectors with a direction, found one of length 0"):
@@ -129,6 +129,12 @@ def test_angles_are_of_directions_and_exact_where_they_are_small():
     sine = torch.linalg.cross(first.double(), second.double()).norm(dim=-1)
     angles = torch.atan2(sine, (first.double() * second.double()).sum(-1))
     assert metrics.mean_angle(first, second) == pytest.approx(angles.rad2deg().mean().item(), rel=1e-4)
+
+
+def test_correlations_of_outputs_in_half_precision():
+    outputs, labels = torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16), torch.tensor([1.0, 3.0, 2.0])
+    assert metrics.pearson(outputs, labels) == pytest.approx(1 / math.sqrt(28 / 3))
+    assert metrics.spearman(outputs, labels) == pytest.approx(0.5)
 
 
 def test_edge_f_by_hand():
@@ -142,6 +148,18 @@ def test_edge_f_by_hand():
     # With the stray pixel, precision is 5/6 and recall 1.
     assert metrics.edge_f(scores, truth, thresholds=1) == pytest.approx(2 * (5 / 6) / (5 / 6 + 1))
     assert metrics.edge_f(10 * (scores - 0.5), truth, logits=True, thresholds=1) == pytest.approx(10 / 11)
+    # At thresholds of a third and two thirds the stray pixel is left out by the higher one; of logits, too.
+    for given, told in ((scores, {}), (torch.logit(scores, 1e-6), {"logits": True})):
+        assert metrics.edge_f(given, truth, thresholds=2, **told) == 1
+        assert metrics.edge_f(given, truth, thresholds=1, **told) == pytest.approx(10 / 11)
+    # An edge is above a half; one pixel of five is right on either side.
+    short = torch.where(truth > 0, 0.6, 0.5)
+    across = torch.zeros(1, 5, 5)
+    across[0, 2, :] = 1
+    assert metrics.edge_f(across, short, tolerance=0) == pytest.approx(1 / 5)
+    one = torch.zeros(1, 5, 5)
+    one[0, 2, 2] = 1
+    assert metrics.edge_f(one, one, tolerance=0) == 1
     blank = torch.cat([scores, torch.zeros(1, 5, 5)]), torch.cat([truth, truth])
     assert metrics.edge_f_per_sample(*blank).tolist() == pytest.approx([1.0, 0.0])
 
@@ -278,13 +296,24 @@ def test_quality_and_metric_agree_in_direction(name):
         ),
         ("f1_binary", torch.zeros(2, 3), torch.zeros(2).long(), ValueError, "logits of two classes, found 3"),
         ("pearson", torch.zeros(2, 3), torch.zeros(2), ValueError, r"expected \[2\] or \[2, 1\]"),
+        *(
+            (name, torch.zeros(2, 3, 2), torch.zeros(3, 2).long(), ValueError, r"found \[2, 3, 2\] and \[3, 2\]")
+            for name in ("miou", "f1", "matthews")
+        ),
         ("l1", torch.zeros(2), torch.zeros(2).long(), TypeError, "labels: expected floating point"),
         ("l1", torch.zeros(2), torch.full((2,), math.nan), ValueError, "at least one known label"),
         ("mean_angle", torch.zeros(2), torch.zeros(2), ValueError, r"expected vectors \[N, ..., D\]"),
         ("mean_angle", torch.ones(3, 3, 1), torch.ones(3, 3), ValueError, r"expected vectors .*found \[3, 3, 1\]"),
         ("edge_f", torch.zeros(2, 3, 3), torch.zeros(2, 3, 3), ValueError, "at least one edge pixel"),
+        ("mean_angle", torch.ones(2, 3), torch.full((2, 3), math.nan), ValueError, "at least one known label"),
         ("edge_f", torch.zeros(2, 3), torch.ones(2, 3), ValueError, r"expected edge maps \[N, H, W\]"),
         ("cider", torch.zeros(2, 3), torch.zeros(2, 3).long(), TypeError, "expected tokens as integers"),
+        *(
+            ("cider", torch.ones(outputs).long(), torch.ones(labels).long(), ValueError, "labels: expected texts")
+            for outputs, labels in (((2, 3, 3), (2, 3)), ((2, 3), (2,)), ((2, 3), (3, 3)))
+        ),
+        ("exact_match", torch.zeros(2, 4, 5), torch.zeros(2, 3).long(), ValueError, "expected logits"),
+        ("exact_match", torch.zeros(2, 3), torch.zeros(2, 3).long(), ValueError, "expected logits"),
         ("cider", torch.ones(1, 3).long(), torch.ones(1, 3).long(), ValueError, "at least two samples"),
     ],
 )
