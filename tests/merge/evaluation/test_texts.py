@@ -77,7 +77,25 @@ def test_bleu_is_that_of_sacrebleu(samples):
     whole = sacrebleu.corpus_bleu(candidates, streams, smooth_method="none").score
     given = {"decode": decode, "ends": (END,)}
     assert METRICS["bleu"].measure(*tensors(samples), **given) == pytest.approx(whole / 100, abs=1e-5)
-    assert METRICS["bleu"].quality(*tensors(samples), **given).shape == (len(samples),)
+    of_each = [
+        sacrebleu.sentence_bleu(one, known, "add-k", smooth_value=1, use_effective_order=False).score
+        for one, known in zip(candidates, references, strict=True)
+    ]
+    assert METRICS["bleu"].quality(*tensors(samples), **given).tolist() == pytest.approx([one / 100 for one in of_each])
+
+
+def test_bleu_of_a_sentence_is_smoothed():
+    outputs, labels = tensors([([0, 1, 3, 4], [[0, 1, 3, 5]])])
+    expected = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert METRICS["bleu"].quality(outputs, labels, decode=decode, ends=(END,)).tolist() == pytest.approx([expected])
+    assert METRICS["bleu"].measure(outputs, labels, decode=decode, ends=(END,)) == 0
+
+
+@pytest.mark.parametrize("references", [[[0, 1, 3, 4, 5, 8], [0, 1, 3, 4]], [[0, 1, 3, 4], [0, 1, 3, 4, 5, 8]]])
+def test_of_references_of_like_length_the_shorter_one_counts(references):
+    """Whichever is first: a text of five words between references of four and six."""
+    for figure in (METRICS["bleu"].measure, METRICS["bleu"].quality):
+        assert float(figure(*tensors([([0, 1, 3, 4, 5], references)]), decode=decode, ends=(END,))) == pytest.approx(1)
 
 
 def test_rouge_needs_nothing_that_would_have_to_be_downloaded(monkeypatch):
@@ -91,6 +109,9 @@ def test_rouge_of_another_script_is_refused():
     with pytest.raises(ValueError, match="labels: ROUGE is of words of the letters a to z, .* as in '猫が座った'"):
         METRICS["rouge1"].measure(outputs, labels, decode=lambda tokens: "猫が座った")
     assert METRICS["rouge1"].measure(outputs, labels, decode=lambda tokens: "A CAT") == 1
+    # One of two references is enough.
+    both = tensors([([1], [[0], [1]])])
+    assert METRICS["rouge1"].measure(*both, decode=lambda tokens: "猫" if tokens == [0] else "cat", ends=(END,)) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,6 +121,8 @@ def test_rouge_of_another_script_is_refused():
         ("a dog, an owl", "dog owl"),
         ("two", "2"),
         ("none", "0"),
+        ("zero one two three four five six seven eight nine ten eleven", "0 1 2 3 4 5 6 7 8 9 10 eleven"),
+        ("Im sure youre late, but Ive time", "i'm sure you're late but i've time"),
         ("1,000.", "1000"),
         ("3.5 m", "3.5 m"),
         ("2:50 pm!", "2:50 pm"),

@@ -8,7 +8,7 @@ what is in ``ends`` ends a text and is no part of it. All figures are shares fro
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -73,18 +73,36 @@ def bleu(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[in
     Raises:
         TypeError, ValueError: for other dtypes or shapes.
     """
-    from torchmetrics.functional.text import sacre_bleu_score
-
-    return float(sacre_bleu_score(*texts_of(outputs, labels, decode, ends)))
+    return float(_counted(*texts_of(outputs, labels, decode, ends)).compute())
 
 
 def bleu_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> Tensor:
-    """BLEU of every sentence by itself, ``[N]``, smoothed, as few have all lengths of matches."""
-    from torchmetrics.functional.text import sacre_bleu_score
-
+    """BLEU of every sentence by itself, ``[N]``, smoothed, as few have all lengths of matches: one more match and one
+    more n-gram of all lengths but the first (Lin and Och 2004). 0 where no word is right.
+    """
     pairs = zip(*texts_of(outputs, labels, decode, ends), strict=True)
-    scores = [float(sacre_bleu_score([candidate], [texts], smooth=True)) for candidate, texts in pairs]
-    return torch.tensor(scores, dtype=torch.float64, device="cpu")
+    return torch.stack([_smoothed(_counted([candidate], [texts])) for candidate, texts in pairs])
+
+
+def _counted(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Any:
+    """torchmetrics' counts of n-grams and words. Of references that are as near to a text in length the shorter one
+    counts, as for sacrebleu: torchmetrics takes the first.
+    """
+    from torchmetrics.text import SacreBLEUScore
+
+    counts = SacreBLEUScore()
+    counts.update(candidates, [sorted(texts, key=lambda text: len(counts.tokenizer(text))) for texts in references])
+    return counts
+
+
+def _smoothed(counts: Any) -> Tensor:
+    """BLEU with smoothing, which torchmetrics leaves out where some length has no match."""
+    matches, grams = counts.numerator.double(), counts.denominator.double()
+    if not matches[0]:
+        return matches[0]
+    more = torch.tensor([0.0] + [1.0] * (len(grams) - 1), device=grams.device)
+    brevity = (1 - counts.target_len.double() / counts.preds_len).clamp(max=0).exp()
+    return brevity * ((matches + more) / (grams + more)).log().mean().exp()
 
 
 def vqa(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
