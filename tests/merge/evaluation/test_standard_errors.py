@@ -85,7 +85,22 @@ def test_there_is_none_of_few_samples_or_where_a_rest_has_no_figure():
     outputs, labels = draw("l1", GROUPS, 0)
     assert without_each(suite_of("l1"), "t", outputs, labels.index_fill(0, torch.arange(1, GROUPS), math.nan)) == []
     assert without_each(suite_of("l1"), "t", outputs.fill_(math.inf), labels) == []
+    # A group may hold all that is known, or all that differs.
+    outputs, labels = draw("accuracy", 2 * GROUPS, 0)
+    known = torch.arange(2 * GROUPS) % GROUPS == 3
+    assert without_each(suite_of("accuracy"), "t", outputs, labels.masked_fill(~known, IGNORE)) == []
+    assert len(without_each(suite_of("accuracy"), "t", outputs, labels.masked_fill(~known, 0))) == GROUPS
+    assert without_each(suite_of("pearson"), "t", outputs[:, 0], known.float()) == []
     assert standard_error([]) is None
+
+
+@pytest.mark.parametrize("name", ["miou", "f1", "matthews"])
+def test_what_is_no_mean_over_samples_is_measured_without_each_group(name):
+    outputs, labels = draw("accuracy", 3 * GROUPS, 0)
+    rests = without_each(suite_of(name), "t", outputs, labels)
+    kept = torch.arange(3 * GROUPS) % GROUPS != 7
+    assert rests[7] == METRICS[name].measure(outputs[kept], labels[kept])
+    assert len(rests) == GROUPS
 
 
 def test_captions_are_left_out_in_full():
