@@ -23,7 +23,10 @@ LIKELIHOODS = ("categorical", "gaussian")
 POSITIONS = ("all", "last")
 # What outputs of transformers' models call logits, and values that are all that a model predicts.
 _LOGITS = ("logits", "prediction_logits")
-_VALUES = ("prediction_outputs", "regression_outputs", "mean_predictions", "predicted_depth", "heatmaps")
+_VALUES = (
+    *("prediction_outputs", "regression_outputs", "mean_predictions", "quantile_preds"),
+    *("predicted_depth", "heatmaps"),
+)
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 
 

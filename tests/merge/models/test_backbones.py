@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import DetrConfig, DetrModel, ResNetConfig, SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrModel,
+    ResNetConfig,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 from zoo import write_adapter
 
 import nsc_merge
@@ -75,3 +83,39 @@ def test_a_model_with_a_backbone_that_is_a_trunk_itself_is_its_own():
     assert trunk_of(model) is model
     alone = copy.deepcopy(segmenter(4).backbone)
     assert trunk_of(alone) is alone.base_model
+
+
+def detector(classes):
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", out_features=["stage1"])
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    config = DetrConfig(backbone_config=backbone, **sizes, **heads, num_labels=classes)
+    return DetrForObjectDetection(config).eval()
+
+
+def test_a_detector_s_head_has_one_output_more_than_classes(tmp_path):
+    """Of other classes than the base, and beside boxes, which have as many outputs as the base has classes."""
+    model = detector(4)
+    saved = {"modules_to_save": ["class_labels_classifier", "bbox_predictor"]}
+    folders = {
+        task: write_adapter(detector(count), tmp_path / task, count, target_modules=["q_proj", "v_proj"], **saved)
+        for task, count in CLASSES.items()
+    }
+    names = {"roads": ["car", "bus", "van", "tram"], "crops": list("abcdef")}
+    result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=1.0)
+    saved = result.save(tmp_path / "out", ["model", "lora"], head="crops", labels=names)
+    loaded = DetrForObjectDetection.from_pretrained(saved / "model")
+    assert list(loaded.config.id2label.values()) == names["crops"]
+    again = PeftModel.from_pretrained(detector(6), saved / "lora").eval()
+    wanted = PeftModel.from_pretrained(detector(6), folders["crops"]).eval()
+    for path, factor in result.adapters["roads"].factors.items():
+        wanted.base_model.model.get_submodule(path).base_layer.weight.data += factor.delta().float()
+    photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = wanted(pixel_values=photos)
+        assert expected.logits.shape[-1] == 7
+        for one in (loaded, again):
+            found = one(pixel_values=photos)
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-6)

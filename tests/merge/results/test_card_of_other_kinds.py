@@ -9,6 +9,7 @@ import pytest
 import served_cases
 import torch
 import transformers as tf
+from PIL import Image
 from test_card_code import blocks, run
 from test_model_card import metadata
 from zoo import write_adapter
@@ -39,6 +40,18 @@ def captioner():
     return tf.VisionEncoderDecoderModel(config)
 
 
+def detector():
+    config = tf.YolosConfig(**BLOCK, image_size=[8, 8], patch_size=4, num_detection_tokens=3, num_labels=4)
+    return tf.YolosForObjectDetection(config)
+
+
+def depth():
+    stages = {"num_hidden_layers": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    backbone = tf.Dinov2Config(**{**BLOCK, **IMAGES, **stages}, reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "head_hidden_size": 8}
+    return tf.DepthAnythingForDepthEstimation(tf.DepthAnythingConfig(backbone_config=backbone, **sizes, patch_size=4))
+
+
 def pictures():
     return tf.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 
@@ -50,6 +63,9 @@ KINDS = {
     ),
     "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "q", None),
     "clip": (clip, "q_proj", pictures),
+    "boxes": (detector, ["query", "q_proj"], tf.YolosImageProcessor),
+    "depth": (depth, ["query", "q_proj"], tf.DPTImageProcessor),
+    "words": (lambda: tf.BertForMaskedLM(tf.BertConfig(**BLOCK, **SMALL)), "query", None),
     "bare sound": (lambda: tf.Wav2Vec2Model(tf.Wav2Vec2Config(**SOUND)), "q_proj", tf.Wav2Vec2FeatureExtractor),
     "bare t5": (lambda: tf.T5Model(tf.T5Config(**T5)), "q", None),
     "captioner": (captioner, "query", pictures),
@@ -62,11 +78,14 @@ def merge(kind, place):
     torch.manual_seed(0)
     model = build().eval()
     model.save_pretrained(place / "base")
-    served_cases.tokenizer(template=None).save_pretrained(place / "base")
+    if kind not in ("boxes", "depth"):
+        # Beside a detector, a pipeline would look for words.
+        served_cases.tokenizer(template=None).save_pretrained(place / "base")
     if processor is not None:
         processor().save_pretrained(place / "base")
     model = type(model).from_pretrained(place / "base").eval()
-    folders = {str(n): write_adapter(model, place / str(n), n, r=4, target_modules=[target]) for n in (1, 2)}
+    targets = {"target_modules": target if isinstance(target, list) else [target]}
+    folders = {str(n): write_adapter(model, place / str(n), n, r=4, **targets) for n in (1, 2)}
     return nsc_merge.merge(model, folders, method="task_arithmetic")
 
 
@@ -111,6 +130,32 @@ def test_a_command_transcribes_with_the_merged_model(tmp_path):
     command, _ = next_commands(result, tmp_path / "out", ["config.json", "preprocessor_config.json"], pushed=False)
     assert 'pipeline("automatic-speech-recognition", model=' in command
     assert '("speech.wav")' in command
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "tag"), [("boxes", "detect", "object-detection"), ("depth", "estimate", "depth-estimation")]
+)
+def test_pictures_are_more_than_classified(kind, made, tag, tmp_path):
+    result = merge(kind, tmp_path)
+    out = result.save(tmp_path / "out", ["lora", "model"])
+    assert metadata(out)["pipeline_tag"] == tag
+    Image.new("RGB", (8, 8), "red").save(out / "picture.png")
+    photo = {"pixel_values": torch.rand(1, 3, 8, 8)}
+    wanted = result.apply(copy.deepcopy(result.model))(**photo)
+    for code in blocks(out):
+        found = run(code, out)[made].model.eval()(**photo)
+        for name in ("logits", "pred_boxes", "predicted_depth"):
+            if name in wanted:
+                torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+    files = [f"model/{name}" for name in ("config.json", "preprocessor_config.json")]
+    command, _ = next_commands(result, out, files, pushed=False)
+    assert f'pipeline("{tag}", model=' in command
+
+
+def test_a_masked_language_model_is_tagged_and_loaded_as_one(tmp_path):
+    out = merge("words", tmp_path).save(tmp_path / "out", "model")
+    assert metadata(out)["pipeline_tag"] == "fill-mask"
+    assert "AutoModelForMaskedLM" in blocks(out)[0]
 
 
 @pytest.mark.parametrize("kind", ["bare sound", "bare t5", "captioner"])

@@ -44,6 +44,7 @@ class Head:
         tensors: path of a parameter or buffer in a model of class ``kind`` -> value.
         kind: class of transformers that has a place for it; None if there is none.
         layer: the weight with one output per class, if it is a classifier.
+        beside: how many outputs it has beside those: one where a detector says that there is nothing.
         labels: names of the classes in order; empty if it is no classifier.
         named: whether somebody gave these names, and they are not just numbered.
         problem_type: as in a configuration of transformers, where the base says it.
@@ -52,6 +53,7 @@ class Head:
     tensors: Mapping[str, Tensor]
     kind: str | None
     layer: str | None = None
+    beside: int = 0
     labels: tuple[str, ...] = ()
     named: bool = False
     problem_type: str | None = None
@@ -103,10 +105,9 @@ def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Head:
     held = _state(model, remove_duplicate=False)
     if held.keys() >= tensors.keys():
         count = getattr(config, "num_labels", None)
-        last = [name for name in held if name in tensors and held[name].dim() > 1 and held[name].shape[0] == count]
-        layer = last[-1] if last and hasattr(model, "save_pretrained") else None
+        layer, beside = _last_layer(tensors, held, count) if hasattr(model, "save_pretrained") and count else (None, 0)
         problem = getattr(config, "problem_type", None)
-        return Head(tensors, class_name(model), layer, problem_type=problem)
+        return Head(tensors, class_name(model), layer, beside, problem_type=problem)
     for kind in _classifiers_of(model):
         for count in sorted({value.shape[0] for value in tensors.values() if value.dim() > 1}):
             try:
@@ -120,6 +121,17 @@ def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Head:
                 layer = [name for name, value in places.items() if value.dim() > 1 and value.shape[0] == count][-1]
                 return Head(tensors, kind.__name__, layer)
     return Head(tensors, None)
+
+
+def _last_layer(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], count: int) -> tuple[str | None, int]:
+    """The weight among a head's with one output per class of the base, and how many outputs it has beside those."""
+    many = [name for name, value in held.items() if name in tensors and value.dim() > 1]
+    found = {beside: [name for name in many if held[name].shape[0] == count + beside] for beside in (0, 1)}
+    # A detector's boxes have four outputs, however many classes there are.
+    for beside, names in found.items():
+        if named := [name for name in names if "class" in name]:
+            return named[-1], beside
+    return (found[0][-1] if found[0] else None), 0
 
 
 def _classifiers_of(model: nn.Module) -> Iterator[Any]:
@@ -143,7 +155,7 @@ def _labelled(result: MergedUpdate, task: str, head: Head, given: Sequence[str] 
                 f"found {len(given)}"
             )
         return head
-    count = head.tensors[head.layer].shape[0]
+    count = head.tensors[head.layer].shape[0] - head.beside
     if head.problem_type == "single_label_classification" and count == 1:
         head = replace(head, problem_type="regression")
     if given is not None:

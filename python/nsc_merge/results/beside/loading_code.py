@@ -22,12 +22,26 @@ _PIPELINES = {
     "token-classification": (("tokenizer",), '"A sentence."'),
     "image-classification": (("image_processor",), '"picture.png"'),
     "image-segmentation": (("image_processor",), '"picture.png"'),
+    "object-detection": (("image_processor",), '"picture.png"'),
+    "zero-shot-object-detection": (
+        ("tokenizer", "image_processor"),
+        '"picture.png", candidate_labels=["a cat", "a dog"]',
+    ),
+    "depth-estimation": (("image_processor",), '"picture.png"'),
+    "video-classification": (("image_processor",), '"video.mp4"'),
     "zero-shot-image-classification": (
         ("tokenizer", "image_processor"),
         '"picture.png", candidate_labels=["a cat", "a dog"]',
     ),
     "automatic-speech-recognition": (("tokenizer", "feature_extractor"), '"speech.wav"'),
     "audio-classification": (("feature_extractor",), '"speech.wav"'),
+}
+# Tag -> what its pipeline does, where that is not to classify.
+_DOES = {
+    "automatic-speech-recognition": "transcribe",
+    "object-detection": "detect",
+    "zero-shot-object-detection": "detect",
+    "depth-estimation": "estimate",
 }
 _AUTOS = {
     "tokenizer": "AutoTokenizer",
@@ -198,7 +212,7 @@ class Saved:
         return []
 
     def _pipeline(self, tag: str, needed: tuple[str, ...], example: str, *, made: bool) -> list[str]:
-        done = "transcribe" if tag == "automatic-speech-recognition" else "classify"
+        done = _DOES.get(tag, "classify")
         called = [f"print({done}({example}))"]
         if not made:
             return ["from transformers import pipeline", f'{done} = pipeline("{tag}", model={self._beside})', *called]

@@ -22,6 +22,9 @@ _TRIED = {
     "token-classification": ("tokenizer_config.json", "A sentence."),
     "image-classification": ("preprocessor_config.json", "picture.png"),
     "image-segmentation": ("preprocessor_config.json", "picture.png"),
+    "object-detection": ("preprocessor_config.json", "picture.png"),
+    "depth-estimation": ("preprocessor_config.json", "picture.png"),
+    "video-classification": ("preprocessor_config.json", "video.mp4"),
     "automatic-speech-recognition": ("preprocessor_config.json", "speech.wav"),
     "audio-classification": ("preprocessor_config.json", "speech.wav"),
 }
