@@ -15,7 +15,7 @@ from zoo import write_adapter
 import nsc_merge
 from nsc_merge.adapters import Factor, load_adapter
 from nsc_merge.analysis import bound as bound_module
-from nsc_merge.analysis import check_bound
+from nsc_merge.analysis import check_bound, per_sample_ratios
 from nsc_merge.analysis.bound import summary
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
@@ -122,13 +122,47 @@ def test_deficient_factors_make_the_bound_trivial_or_exact(llama):
     assert found["isometric"]["rho"] < -0.999
     whole = summary(list(found.values()))
     assert whole["trivial"] == 1
+    assert summary([*found.values(), found["zero"]])["trivial"] == 2
     # Where nothing has an effect there is no order, which is not that of the others.
     assert math.isnan(found["zero"]["rho"])
     assert whole["rho"] == pytest.approx((found["repeated"]["rho"] + found["isometric"]["rho"]) / 2)
-    assert summary([found["zero"]])["rho"] is None
+    assert whole["tightness"] == pytest.approx((found["repeated"]["tightness"] + 1) / 2, rel=1e-5)
+    assert (summary([found["zero"]])["rho"], summary([found["zero"]])["tightness"]) == (None, None)
     # More columns than rows: B maps some direction to zero, whatever its singular values are.
     A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((6, 16), (4, 6)))
     assert bound_module._Check("t", "q", Factor(A, B, 1.0)).constant == 0.0
+    # And so does one with a column twice, which has no least singular value but by rounding.
+    assert bound_module._Check("t", "q", Factor(A[:2], B[:, :1].repeat(1, 2), 1.0)).constant == 0.0
+
+
+def test_inputs_of_zeros_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    A, B, inputs = (torch.randn(shape, generator=generator) for shape in ((2, 8), (6, 2), (9, 8)))
+    checks = [bound_module._Check("t", "q", Factor(A, B, 1.0)) for _ in range(2)]
+    for check, given in zip(checks, (inputs, torch.cat([torch.zeros(3, 8), inputs])), strict=True):
+        check.add(given)
+    assert checks[0].document() == checks[1].document()
+    assert checks[0].inputs == 9
+
+
+@pytest.mark.parametrize("measure", [check_bound, per_sample_ratios])
+def test_a_model_in_training_is_measured_as_it_is_used_and_left_as_it_was(llama, measure):
+    model, adapters, batches = llama
+    modes, model = [], copy.deepcopy(model).train()
+    watch = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    found = measure(model, adapters, batches, blocks=1)
+    watch.remove()
+    assert set(modes) == {False}
+    assert model.training
+    assert not any(module._forward_pre_hooks or hasattr(module, "measure") for module in model.modules())
+    paths = found.paths if measure is per_sample_ratios else [check["path"] for check in found]
+    assert {path.split(".")[2] for path in paths} == {"2"}
+
+
+def test_what_no_input_reaches_is_named(llama):
+    model, adapters, _ = llama
+    with pytest.raises(RuntimeError, match=r"inputs: the forward reaches no model\.layers\."):
+        check_bound(model, adapters, [])
 
 
 def test_the_bound_on_the_command_line(llama, tmp_path, capsys):
