@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsc_merge.evaluation.metrics import IGNORE
+from nsc_merge.methods.task_outputs import output_in
 from nsc_merge.models.block_finding import at_positions, encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.utils.errors import naming
@@ -26,11 +27,11 @@ POOLS = ("mean", "first", "last", "patches", "tokens", "image")
 
 @dataclass(frozen=True)
 class ModelHead:
-    """The model's own output ``logits``.
+    """The model's own logits, those of pixels with classes last, or values, as of forecasts.
 
     Attributes:
-        parameters: parameter path in the model -> value that takes its place meanwhile, such as a task's classifier;
-            the number of classes may differ.
+        parameters: path of a parameter or buffer in the model -> value that takes its place meanwhile, such as a task's
+            classifier; the number of classes may differ.
         shifted: leave out the last position, whose next token nobody knows, as causal language models are scored.
     """
 
@@ -39,12 +40,12 @@ class ModelHead:
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         with _substituted(model, self.parameters):
-            logits = getattr(model(**inputs), "logits", None)
-        if not isinstance(logits, Tensor):
+            output = output_in(model(**inputs), model, inputs, values=True)
+        if output is None:
             raise ValueError(
                 f"head: {type(model).__name__} gives no logits; expected a head beside the model"
             )
-        return logits[:, :-1] if self.shifted else logits
+        return output[:, :-1] if self.shifted else output
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def head_of(tensors: Mapping[str, Tensor], model: nn.Module, pool: str | None, a
     Raises:
         ValueError: naming ``argument``, what was found and what was expected.
     """
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if tensors and set(tensors) <= names:
         if pool is not None:
             raise ValueError(
@@ -198,16 +199,18 @@ def _grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
 
 @contextmanager
 def _substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in place of some parameters of ``model``, of other shapes if need be."""
-    held = {name: model.get_parameter(name) for name in parameters}
+    """Other values in place of some parameters and buffers of ``model``, of other shapes if need be."""
+    buffers = dict(model.named_buffers())
+    held = {name: buffers[name] if name in buffers else model.get_parameter(name) for name in parameters}
 
-    def put(name: str, value: nn.Parameter) -> None:
+    def put(name: str, value: Tensor) -> None:
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, value)
 
     try:
         for name, value in parameters.items():
-            put(name, nn.Parameter(value.to(held[name]), requires_grad=False))
+            own = value.to(held[name])
+            put(name, own if name in buffers else nn.Parameter(own, requires_grad=False))
         yield
     finally:
         for name, parameter in held.items():

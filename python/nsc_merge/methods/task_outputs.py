@@ -132,22 +132,34 @@ def _of_model(
     found = model(**batch) if head is None else functional_call(model, head, (), dict(batch))
     if isinstance(found, Tensor):
         # A tensor of another model may be anything; timm's are the logits themselves.
-        output = found if head is not None or classifiers(model) else None
+        output = _classes_last(found) if head is not None or classifiers(model) else None
     else:
-        output = _named(found, _LOGITS)[1]
-        if output is None and getattr(found, "start_logits", None) is not None:
-            output = _ends(found, model, batch)
-    name, held = _named(found, _VALUES)
-    if output is None and values:
-        output = held
+        output = output_in(found, model, batch, values=bool(values))
     if output is None:
-        instead = f"; likelihood 'gaussian' takes its {name}" if held is not None and values is not None else ""
+        name = "" if values is None else _named(found, _VALUES)[0]
+        instead = f"; likelihood 'gaussian' takes its {name}" if name else ""
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits{instead}; expected a function of model and batch for "
             f"{task!r}, or method 'match' or 'nsc', which need no heads"
         )
-    # Classes last: transformers has logits of pixels, as of segmentation, [N, C, H, W].
-    return output.movedim(1, -1) if output.dim() == 4 else output
+    return output
+
+
+def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Tensor | None:
+    """What a model says, in the output of transformers that it gives for a batch: logits, those of pixels with classes
+    last, and of where an answer starts and ends ``[N, 2, T]``; else its values, where these are asked for.
+    """
+    logits = _named(found, _LOGITS)[1]
+    if logits is not None:
+        return _classes_last(logits)
+    if getattr(found, "start_logits", None) is not None:
+        return _ends(found, model, batch)
+    return _named(found, _VALUES)[1] if values else None
+
+
+def _classes_last(logits: Tensor) -> Tensor:
+    """transformers has logits of pixels, as of segmentation, ``[N, C, H, W]``."""
+    return logits.movedim(1, -1) if logits.dim() == 4 else logits
 
 
 def _named(found: Any, names: Sequence[str]) -> tuple[str, Tensor | None]:
