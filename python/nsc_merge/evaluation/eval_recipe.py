@@ -18,6 +18,13 @@ SEED = "{seed}"
 LABELLED = ("test", "validation")
 
 
+def path_of(place: Path | CalibrationSource | None) -> Path | None:
+    """The file or folder of labelled or raw data; None of what is on the hub."""
+    if isinstance(place, CalibrationSource):
+        return Path(place.source) if place.local else None
+    return place
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuredTask:
     """What every task has; paths are absolute.
@@ -37,14 +44,18 @@ class MeasuredTask:
     def paths(self) -> dict[str, Path]:
         """Key -> path, of all that the task reads on disk."""
         adapter = {"adapter": self.adapter} if isinstance(self.adapter, Path) else {}
-        calibration = self.calibration if self.calibration is not None and self.calibration.local else None
-        return adapter | ({} if calibration is None else {"calibration": Path(calibration.source)})
+        calibration = path_of(self.calibration)
+        return adapter | ({} if calibration is None else {"calibration": calibration})
+
+    @property
+    def sources(self) -> dict[str, CalibrationSource]:
+        """Key -> raw data, or inputs for methods that need data."""
+        return {} if self.calibration is None else {"calibration": self.calibration}
 
     @property
     def offline(self) -> bool:
         """Whether nothing that it names is on the hub."""
-        named = self.calibration is None or self.calibration.offline
-        return isinstance(self.adapter, Path) and named
+        return isinstance(self.adapter, Path) and all(source.offline for source in self.sources.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +64,21 @@ class TaskRecipe(MeasuredTask):
     there is no ``calibration``.
 
     Attributes:
-        test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches.
+        test: labelled inputs that every row is measured on: a safetensors file, or a folder of batches; or raw data.
         validation: labelled inputs for tuning.
-        labels: name of the labels among the tensors.
+        labels: name of the labels among the tensors, or their column in raw data; None for a usual one.
         metric: what is reported.
         head: ``"adapter"`` (what the PEFT folder brought), ``"model"`` (the model's own), a safetensors file, or None:
             the adapter's if it has one, else the model's.
         pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`.
         generate: greedily generate as many tokens as the labels have.
-        classes: names of the classes, by which tasks share them in the joint evaluation.
+        classes: names of the classes, by which tasks share them in the joint evaluation, and raw data name them.
     """
 
-    test: Path
+    test: Path | CalibrationSource
     metric: Metric
-    validation: Path | None = None
-    labels: str = "labels"
+    validation: Path | CalibrationSource | None = None
+    labels: str | None = None
     head: str | None = None
     pool: str | None = None
     generate: bool = False
@@ -75,9 +86,14 @@ class TaskRecipe(MeasuredTask):
 
     @property
     def paths(self) -> dict[str, Path]:
-        own = {key: path for key in LABELLED if (path := getattr(self, key)) is not None}
+        own = {key: place for key in LABELLED if (place := path_of(getattr(self, key))) is not None}
         head = {} if self.head in (None, "adapter", "model") else {"head": Path(str(self.head))}
         return super().paths | own | head
+
+    @property
+    def sources(self) -> dict[str, CalibrationSource]:
+        held = {key: getattr(self, key) for key in LABELLED}
+        return super().sources | {key: one for key, one in held.items() if isinstance(one, CalibrationSource)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +227,8 @@ class EvalRecipe(Placed):
             changed: dict[str, Any] = {}
             for key, path in task.paths.items():
                 found = put(path)
-                if key == "calibration" and task.calibration is not None:
-                    changed[key] = replace(task.calibration, source=str(found))
+                if key in task.sources:
+                    changed[key] = replace(task.sources[key], source=str(found))
                     check_there(f"tasks.{name}.{key}", changed[key])
                     continue
                 if not (found.is_dir() if key == "adapter" else found.exists()):

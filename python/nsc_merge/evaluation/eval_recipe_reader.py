@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nsc_merge.adapters import DORA
+from nsc_merge.calibration.raw.reading import PARQUET, is_raw
 from nsc_merge.calibration.raw.text_files import READERS, kind_of
 from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
@@ -17,7 +18,13 @@ from nsc_merge.evaluation.metrics import METRICS, OWN, Metric
 from nsc_merge.methods.registry import method_of
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
 from nsc_merge.recipes.adapter_keys import absolute_adapter, adapter_in
-from nsc_merge.recipes.calibration_keys import absolute_data, absolute_source, data_in, source_in
+from nsc_merge.recipes.calibration_keys import (
+    CalibrationSource,
+    absolute_data,
+    absolute_source,
+    data_in,
+    source_in,
+)
 from nsc_merge.recipes.placement_keys import PLACEMENT_KEYS, placement_keys
 from nsc_merge.recipes.yaml_keys import (
     RecipeError,
@@ -101,7 +108,10 @@ def _absolute(document: dict[str, Any], base: Path) -> dict[str, Any]:
 
 def _absolute_task(value: Any, base: Path) -> Any:
     changed = _absolute_in(value, (*LABELLED, "head"), base)
-    for key, absolute in (("adapter", absolute_adapter), ("calibration", absolute_source)):
+    places = (*LABELLED, "calibration") if isinstance(changed, dict) else ()
+    # A path alone is one on disk, whatever it looks like.
+    raw = [key for key in places if key == "calibration" or isinstance(changed.get(key), dict)]
+    for key, absolute in (("adapter", absolute_adapter), *((key, absolute_source) for key in raw)):
         if isinstance(changed, dict) and changed.get(key) is not None:
             changed = {**changed, key: absolute(changed[key], base)}
     return changed
@@ -173,14 +183,8 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
     if "lm_eval" in value:
         return harness_task(value, common)
     paths: dict[str, Any] = {
-        one: Path(text_path(f"{prefix}{one}", value[one])) for one in LABELLED if value.get(one) is not None
+        one: _labelled(f"{prefix}{one}", value[one], data, trusted) for one in LABELLED if value.get(one) is not None
     }
-    for one, path in paths.items():
-        if kind_of(path) in (*READERS, ".parquet"):
-            raise RecipeError(
-                f"{prefix}{one}: expected a .safetensors file of the model's inputs and labels, stacked by name, or a "
-                f"folder of batches, found {path.name}; raw data without labels goes into {prefix}calibration"
-            )
     classes = value.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
         raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")
@@ -199,13 +203,22 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
     return TaskRecipe(
         **common,
         metric=metric,
-        labels=text(value, "labels", prefix, default="labels"),
+        labels=text_or_none(value, "labels", prefix),
         head=text_or_none(value, "head", prefix),
         pool=pool,
         generate=generate,
         classes=tuple(str(one) for one in classes),
         **paths,
     )
+
+
+def _labelled(key: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Path | CalibrationSource:
+    """Labelled data: safetensors by their path; raw data by theirs, or by keys and values."""
+    if not isinstance(value, dict):
+        path = Path(text_path(key, value))
+        if kind_of(path) not in (*READERS, PARQUET) and not (path.is_dir() and is_raw(path)):
+            return path
+    return source_in(key, value, data, trust_remote_code=trusted)
 
 
 def _metric(prefix: str, value: Any) -> Metric:

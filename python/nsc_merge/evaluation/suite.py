@@ -9,22 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.calibration.batch_files import Batches, inputs_for, read_batches
-from nsc_merge.calibration.batches import MASK, naming_inputs
+from nsc_merge.calibration.batch_files import Batches, inputs_for
+from nsc_merge.calibration.batches import naming_inputs
+from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
+from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
+from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.recipes.inputs import calibration_from, read_adapter
 from nsc_merge.recipes.preflight import check_placement
 
@@ -146,11 +148,11 @@ class RecipeSuite:
             if task.calibration is not None:
                 argument = f"tasks.{name}.calibration"
                 read = calibration_from(task.calibration, self._recipe, argument)
-                labels = task.labels if isinstance(task, TaskRecipe) else None
+                labels = (task.labels or LABELS) if isinstance(task, TaskRecipe) else None
                 batches = list(inputs_for(self.model, read, argument, labels))
             else:
                 batches = [inputs for inputs, _ in self.labelled(name, "val")]
-            drawn[name] = Batches(batches if self._shuffle is None else _shuffled(batches, self._shuffle))
+            drawn[name] = Batches(batches if self._shuffle is None else shuffled(batches, self._shuffle))
         return drawn
 
     def tokenizer(self, argument: str) -> Any:
@@ -200,23 +202,20 @@ class RecipeSuite:
     def quality(self, task: str, outputs: Outputs, labels: Tensor) -> Tensor:
         return self.metric(task).quality(outputs, labels, **self._further_of[task])
 
-    def _read(self, task: TaskRecipe, place: Path, argument: str) -> Labelled:
-        batches = read_batches(place, self._recipe.batch_size, argument)
-        if task.labels not in batches.names:
-            raise ValueError(
-                f"{argument}: expected a tensor {task.labels!r} in {place}, found {batches.names}"
-            )
-        _check_numbers(batches, task.labels, argument)
+    def _read(self, task: TaskRecipe, place: Path | CalibrationSource, argument: str) -> Labelled:
+        batches, name = read_labelled(
+            place, task, self._recipe, argument, predicts_tokens=self._writes(task), classes=self._classes(task)
+        )
         if self._generates and not encodes(self.model) and not task.generate:
-            batches = Batches([_padded_behind(batch) for batch in batches])
-        inputs = inputs_for(self.model, batches, argument, task.labels)
-        labels = [batch[task.labels] for batch in batches]
+            batches = Batches([padded_behind(batch) for batch in batches])
+        inputs = inputs_for(self.model, batches, argument, name)
+        labels = [batch[name] for batch in batches]
         if self._writes(task):
             if not encodes(self.model):
                 labels = [label[:, 1:] for label in labels]
             elif not any(name.startswith("decoder_input") for name in batches.names):
                 raise ValueError(
-                    f"{argument}: expected decoder_input_ids in {place} beside the labels, as the logits of "
+                    f"{argument}: expected decoder_input_ids beside the labels, as the logits of "
                     f"{type(self.model).__name__} are for these: the labels moved one to the right, behind "
                     f"decoder_start_token_id; or tasks.{task.name}.generate: true"
                 )
@@ -224,6 +223,19 @@ class RecipeSuite:
             (dict(one), label.float() if label.is_floating_point() else label.long())
             for one, label in zip(inputs, labels, strict=True)
         ]
+
+    def _classes(self, task: TaskRecipe) -> Sequence[str]:
+        """Names of a task's classes: those of the recipe, of the adapter's folder, or of the base; none where they are
+        only numbered.
+        """
+        if task.classes:
+            return task.classes
+        own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
+        for names in (self.adapters[task.name].about.id2label, own):
+            listed = [str(names[number]) for number in range(len(names)) if number in names]
+            if listed and len(listed) == len(names) and listed != [f"LABEL_{number}" for number in range(len(names))]:
+                return listed
+        return ()
 
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
         """Further arguments of the metric: the tokens that end a text, and what makes text of tokens."""
@@ -274,18 +286,6 @@ class RecipeSuite:
         return head
 
 
-def _check_numbers(batches: Batches, labels: str, argument: str) -> None:
-    """Refuse data of which no figure would be a number, whatever is measured; masks may be infinite."""
-    for batch in batches:
-        for name, value in batch.items():
-            if not value.is_floating_point() or name.endswith(MASK):
-                continue
-            wrong = value.isinf() if name == labels else ~value.isfinite()
-            if bool(wrong.any()):
-                way = ", or NaN where none is known" if name == labels else ""
-                raise ValueError(f"{argument}: expected finite numbers in {name}{way}, found {float(value[wrong][0])}")
-
-
 @contextmanager
 def _naming(task: str) -> Iterator[None]:
     """Errors of a metric say of which task's data they are."""
@@ -293,29 +293,3 @@ def _naming(task: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"tasks.{task}: {error}") from error
-
-
-def _padded_behind(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same texts, their tokens and labels, with padding at the end: in front, padding would be asked for the first
-    token, and models of absolute positions (GPT-2) would count it.
-    """
-    mask = batch.get(MASK)
-    if mask is None or mask.dim() != 2 or "position_ids" in batch or bool((mask[:, 0] != 0).all()):
-        return batch
-    first = (mask != 0).int().argmax(1)
-    places = (torch.arange(mask.shape[1], device="cpu") + first[:, None]) % mask.shape[1]
-    return {name: value.gather(1, places) if value.shape == mask.shape else value for name, value in batch.items()}
-
-
-def _shuffled(batches: Sequence[Mapping[str, Tensor]], seed: int) -> list[Mapping[str, Tensor]]:
-    """All rows in random order, cut into batches of the same sizes; only the batches where shapes differ, or where
-    samples have several images each.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in batches}
-    if len(shapes) > 1 or any(len({len(value) for value in batch.values()}) > 1 for batch in batches):
-        return [batches[number] for number in torch.randperm(len(batches), generator=generator, device="cpu").tolist()]
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    order = torch.randperm(sum(sizes), generator=generator, device="cpu").split(sizes)
-    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    return [{name: value[rows] for name, value in whole.items()} for rows in order]

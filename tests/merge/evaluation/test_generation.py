@@ -165,7 +165,7 @@ def test_logits_of_a_decoder_of_its_own_are_those_of_the_labels_where_they_stand
     assert found["metrics"]["t"] == pytest.approx(share)
     assert found["losses"]["t"] == pytest.approx(expected.loss.item(), rel=1e-5)
     assert main(["eval", str(tmp_path / "eval.yaml"), f"tasks.t.test={tmp_path / 'bare.safetensors'}"]) == 1
-    assert "tasks.t.test: expected decoder_input_ids in" in capsys.readouterr().err.splitlines()[-1]
+    assert "tasks.t.test: expected decoder_input_ids beside" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity", "exact_match", "f1"])

@@ -84,6 +84,39 @@ def test_bleu_is_that_of_sacrebleu(samples):
     assert METRICS["bleu"].quality(*tensors(samples), **given).tolist() == pytest.approx([one / 100 for one in of_each])
 
 
+def edits(candidate, reference):
+    """Levenshtein's distance, by its recurrence."""
+    row = list(range(len(reference) + 1))
+    for i, one in enumerate(candidate, 1):
+        before, row = row, [i]
+        for j, other in enumerate(reference, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (one != other)))
+    return row[-1]
+
+
+@quick
+@given(st.lists(st.tuples(st.just([]) | texts, texts), min_size=1, max_size=4), st.sampled_from(["wer", "cer"]))
+def test_error_rates_are_edits_over_what_is_right(samples, name):
+    split = str.split if name == "wer" else list
+    pairs = [(split(decode(one)), split(decode(known))) for one, known in samples]
+    outputs, references = tensors([(one, [known]) for one, known in samples])
+    given = {"decode": decode, "ends": (END,)}
+    wrong, right = (sum(edits(*pair) for pair in pairs), sum(len(known) for _, known in pairs))
+    assert METRICS[name].measure(outputs, references, **given) == pytest.approx(wrong / right, abs=1e-6)
+    of_each = [-edits(*pair) / len(pair[1]) for pair in pairs]
+    assert METRICS[name].quality(outputs, references, **given).tolist() == pytest.approx(of_each, abs=1e-6)
+    assert METRICS[name].lower_is_better
+
+
+def test_error_rates_are_of_one_reference():
+    several = tensors([([0], [[0], [1]])])
+    for figure in (METRICS["wer"].measure, METRICS["cer"].quality):
+        with pytest.raises(ValueError, match="labels: expected one reference with words of every sample, found 2 of 0"):
+            figure(*several, decode=decode, ends=(END,))
+    with pytest.raises(ValueError, match="found one without words of 0"):
+        METRICS["wer"].measure(torch.tensor([[0]]), torch.tensor([[1]]), decode=lambda tokens: " ")
+
+
 def test_bleu_of_a_sentence_is_smoothed():
     outputs, labels = tensors([([0, 1, 3, 4], [[0, 1, 3, 5]])])
     expected = (3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25

@@ -71,7 +71,7 @@ def test_samples_of_both_splits_are_told(place, capsys):
         (["tasks.nli.generate=true"], "tasks.nli.metric: a task that generates has exact_match or one of ['cider'"),
         (["tasks.nli.adapter=nowhere"], "tasks.nli.adapter: expected a PEFT folder"),
         (["tasks.nli.test=nowhere"], "tasks.nli.test: expected a safetensors file or a folder of them"),
-        (["tasks.nli.test=pairs.jsonl"], "tasks.nli.test: expected a .safetensors file of the model's inputs"),
+        (["tasks.nli.test=pairs.jsonl"], "tasks.nli.test: expected a file or folder of raw data, or of inputs in saf"),
         (["tasks.nli.head=nowhere"], "tasks.nli.head: expected a safetensors file"),
         (["tasks.nli.pool=max"], "tasks.nli.pool: expected one of ['mean', 'first'"),
         (["tasks.nli.lables=y"], "tasks.nli.lables: no such key; did you mean tasks.nli.labels?"),

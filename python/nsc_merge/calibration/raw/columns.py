@@ -38,6 +38,7 @@ class Sample:
         audio: the same of recordings.
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
+        label: what the row says of its label, where samples are measured.
     """
 
     where: str
@@ -47,6 +48,7 @@ class Sample:
     audio: list[Any] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
+    label: Any = None
 
 
 @dataclass(frozen=True)

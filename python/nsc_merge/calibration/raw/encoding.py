@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,22 @@ from nsc_merge.calibration.raw.settings import DataSettings
 # Characters of the first sample that are kept to be shown.
 _SHOWN = 300
 
-# Inputs of every sample, how those that are padded are padded (None of images alone), and the first sample as text.
-Made = tuple[list[Encoded], dict[str, Filling] | None, str]
+
+@dataclass(frozen=True)
+class Made:
+    """Samples made inputs.
+
+    Attributes:
+        encoded: inputs of every sample.
+        padded: how those that are padded are padded; None of images alone.
+        first: the first sample as text.
+        tokenizer: by which texts were made tokens; None where there are none.
+    """
+
+    encoded: list[Encoded]
+    padded: dict[str, Filling] | None
+    first: str
+    tokenizer: Any = None
 
 
 def encode(
@@ -60,7 +75,7 @@ def _images(samples: Sequence[Sample], base: Base, settings: DataSettings, reade
     processor = image_processor_of(base, settings, argument)
     encoded, first = encode_images(samples, processor, base, reader), _shown(samples[0].images[0], "an image")
     if not base.decodes:
-        return encoded, None, first[:_SHOWN]
+        return Made(encoded, None, first[:_SHOWN])
     encoded = [{name: value[None] for name, value in one.items()} for one in encoded]
     return _behind(encoded, {}, first, samples, base, settings, argument)
 
@@ -100,7 +115,7 @@ def _text(
         add_decoded(encoded, samples, tokenizer, base, settings)
     # An image's token stands there as often as the image has patches.
     first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][TOKENS]))
-    return encoded, paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN]
+    return Made(encoded, paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN], tokenizer)
 
 
 def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: AudioReader, argument: str) -> Made:
@@ -109,7 +124,7 @@ def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader
     encoded = encode_audio(samples, extractor, base, settings, reader)
     padded, first = audio_fillings(encoded, extractor), _shown(samples[0].audio[0], "audio")
     if not base.decodes:
-        return encoded, padded, first[:_SHOWN]
+        return Made(encoded, padded, first[:_SHOWN])
     return _behind(encoded, padded, first, samples, base, settings, argument)
 
 
@@ -127,7 +142,7 @@ def _behind(
     add_decoded(encoded, samples, tokenizer, base, settings)
     decoded = {name: value for name, value in encoded[0].items() if name in (DECODED, DECODED_MASK)}
     said = f"{first}: {tokenizer.decode(encoded[0][DECODED])}"
-    return encoded, padded | paddings(decoded, tokenizer, base, settings), said[:_SHOWN]
+    return Made(encoded, padded | paddings(decoded, tokenizer, base, settings), said[:_SHOWN], tokenizer)
 
 
 def _shown(value: Any, otherwise: str) -> str:

@@ -15,6 +15,7 @@ from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
 from nsc_merge.calibration.raw.encoding import encode
+from nsc_merge.calibration.raw.labels import Labelling, add_labels
 from nsc_merge.calibration.raw.media import audio, images
 from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
 from nsc_merge.calibration.raw.preprocessors import Base, base_of
@@ -34,7 +35,7 @@ from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 
-_INPUTS, _PARQUET = ".safetensors", ".parquet"
+_INPUTS, PARQUET = ".safetensors", ".parquet"
 # Where repositories of datasets on the hub have their files.
 _DATA = "data"
 # Beside images or audio, what datasets' imagefolder and audiofolder call a table of them.
@@ -68,6 +69,7 @@ def batches_of(
     *,
     local: bool = True,
     base_revision: str | None = None,
+    labelling: Labelling | None = None,
 ) -> Batches:
     """Batches of the inputs that the base model takes: of safetensors files of such inputs as they are, or of samples
     drawn from raw data.
@@ -85,6 +87,7 @@ def batches_of(
         local: whether the source is on disk. Base, tokenizer and processor are where there is such a folder; nothing
             touches the network for one that is.
         base_revision: of a base from the hub.
+        labelling: what is made of the labels of raw data, as ``"labels"`` beside the inputs; None leaves them.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
@@ -94,10 +97,13 @@ def batches_of(
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local, of_audio=model.audio and not model.images)
-    samples = draw(found, settings, argument, model)
-    (encoded, padded, first), opened = encode(samples, model, settings, found.folder, argument)
-    sha256 = {**found.sha256, "samples": digest(encoded), **opened}
-    return Batches(batched(encoded, batch_size, settings.seed, padded), sha256=sha256, first=first)
+    samples = draw(found, settings, argument, model, labelling)
+    made, opened = encode(samples, model, settings, found.folder, argument)
+    if labelling is not None:
+        add_labels(made.encoded, made.padded, samples, labelling, made.tokenizer, model, settings)
+    sha256 = {**found.sha256, "samples": digest(made.encoded), **opened}
+    batches = batched(made.encoded, batch_size, settings.seed, made.padded)
+    return Batches(batches, sha256=sha256, first=made.first)
 
 
 def calibration_data(
@@ -131,7 +137,7 @@ def calibration_data(
             hint = did_you_mean(name, DataSettings.__dataclass_fields__)
             raise ValueError(f"calibration_data: {name}: no such setting{hint}")
     named = isinstance(source, str) and not Path(source).exists() and is_hub_id(source)
-    local = not named or kind_of(Path(str(source))) in (*READERS, _PARQUET, _INPUTS)
+    local = not named or kind_of(Path(str(source))) in (*READERS, PARQUET, _INPUTS)
     return batches_of(
         source, base, DataSettings(**settings), batch_size, "source", local=local, base_revision=base_revision
     )
@@ -172,7 +178,9 @@ def open_source(
     return _without_splits(_files([place], str(place), place.parent, argument), settings, argument)
 
 
-def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> list[Sample]:
+def draw(
+    source: Source, settings: DataSettings, argument: str, base: Base, labelling: Labelling | None = None
+) -> list[Sample]:
     """The samples of a source for what a base takes; rows of blank text are left out.
 
     Raises:
@@ -181,9 +189,10 @@ def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> l
     rows = in_order(source, settings.seed, settings.samples or source.count)
     looked_at = list(islice(rows, min(_LOOKED_AT, settings.samples or _LOOKED_AT)))
     some, place = [row for _, row in looked_at], f"{argument}: {source.name}"
+    label = None if labelling is None else labelling.column_in(source.columns, settings, place, text=base.text)
     columns = choose(
         some, settings, place, text=base.text, images=base.images, audio=base.audio, writes=base.writes,
-        columns=source.columns,
+        columns=[name for name in source.columns if name != label],
     )  # fmt: skip
     samples: list[Sample] = []
     blank = 0
@@ -192,6 +201,8 @@ def draw(source: Source, settings: DataSettings, argument: str, base: Base) -> l
         if sample is None:
             blank += 1
             continue
+        if labelling is not None:
+            sample = labelling.labelled(sample, row, label, columns.image or columns.audio)
         samples.append(sample)
         if len(samples) == settings.samples:
             break
@@ -237,7 +248,7 @@ def _folder(folder: Path, settings: DataSettings, argument: str, *, of_audio: bo
 
 def _data_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-    return [file for file in files if kind_of(file) in (*READERS, _PARQUET)]
+    return [file for file in files if kind_of(file) in (*READERS, PARQUET)]
 
 
 def _rows_of_media(found: Source, folder: Path, media: Set[Path], argument: str) -> Source:
@@ -298,7 +309,7 @@ def _without_splits(found: Source, settings: DataSettings, argument: str) -> Sou
 def _files(files: Sequence[Path], name: str, folder: Path, argument: str) -> Source:
     """A source of files of one kind."""
     kind = kind_of(files[0])
-    if kind == _PARQUET:
+    if kind == PARQUET:
         return parquet(files, name, folder, argument)
     if kind not in READERS:
         raise refused_file(files[0], argument)

@@ -46,6 +46,8 @@ from nsc_merge.evaluation.metrics.regression import (
 from nsc_merge.evaluation.metrics.texts import (
     bleu,
     bleu_per_sample,
+    error_rate,
+    error_rate_per_sample,
     rouge,
     rouge_per_sample,
     vqa,
@@ -263,6 +265,20 @@ METRICS: dict[str, Metric] = {
             writes=True,
             decodes=True,
             package="torchmetrics",
+        ),
+        *(
+            Metric(
+                name,
+                name.upper(),
+                _TEXTS,
+                functools.partial(error_rate, unit),
+                functools.partial(error_rate_per_sample, unit),
+                lower_is_better=True,
+                writes=True,
+                decodes=True,
+                package="torchmetrics",
+            )
+            for name, unit in (("wer", "word"), ("cer", "char"))
         ),
         Metric(
             "vqa",

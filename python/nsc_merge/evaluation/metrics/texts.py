@@ -1,8 +1,10 @@
-"""Generated texts against texts that people wrote: ROUGE and BLEU of torchmetrics, and the accuracy of VQA.
+"""Generated texts against texts that people wrote: ROUGE, BLEU, word and character error rates of torchmetrics, and the
+accuracy of VQA.
 
 Outputs are generated tokens ``[N, T]``, :data:`IGNORE` after the end of each; labels are reference texts as tokens,
 ``[N, T']``, or several of each sample ``[N, R, T']``, filled up by :data:`IGNORE`. ``decode`` makes text of tokens;
-what is in ``ends`` ends a text and is no part of it. All figures are shares from 0 to 1.
+what is in ``ends`` ends a text and is no part of it. All figures are shares from 0 to 1, but error rates, which may be
+above 1.
 """
 
 from __future__ import annotations
@@ -103,6 +105,43 @@ def _smoothed(counts: Any) -> Tensor:
     more = torch.tensor([0.0] + [1.0] * (len(grams) - 1), device=grams.device)
     brevity = (1 - counts.target_len.double() / counts.preds_len).clamp(max=0).exp()
     return brevity * ((matches + more) / (grams + more)).log().mean().exp()
+
+
+def error_rate(unit: str, outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """Words (``unit`` ``"word"``: WER) or characters (``"char"``: CER) that have to be put in, left out or changed,
+    over those of all references: of the texts as they are, whose case and punctuation count.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes, or several references of a sample.
+    """
+    candidates, references = _one_reference(outputs, labels, decode, ends)
+    return float(_rate(unit)(candidates, references))
+
+
+def error_rate_per_sample(
+    unit: str, outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()
+) -> Tensor:
+    """The error rate of every text with a minus, ``[N]``."""
+    pairs = zip(*_one_reference(outputs, labels, decode, ends), strict=True)
+    rates = [-float(_rate(unit)([candidate], [reference])) for candidate, reference in pairs]
+    return torch.tensor(rates, dtype=torch.float64, device="cpu")
+
+
+def _rate(unit: str) -> Any:
+    from torchmetrics.functional import text
+
+    return {"word": text.word_error_rate, "char": text.char_error_rate}[unit]
+
+
+def _one_reference(
+    outputs: Tensor, labels: Tensor, decode: Decode, ends: Collection[int]
+) -> tuple[list[str], list[str]]:
+    candidates, references = texts_of(outputs, labels, decode, ends)
+    for number, known in enumerate(references):
+        if len(known) != 1 or not known[0]:
+            found = "one without words" if len(known) == 1 else f"{len(known)}"
+            raise ValueError(f"labels: expected one reference with words of every sample, found {found} of {number}")
+    return candidates, [known[0] for known in references]
 
 
 def vqa(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, HarnessTask, MeasuredTask, Row, TaskRecipe
 from nsc_merge.methods import METHODS
@@ -70,7 +71,7 @@ def measuring_versions(recipe: EvalRecipe) -> dict[str, str]:
 
 def _files(task: MeasuredTask) -> dict[str, Any]:
     found: dict[str, Any] = {
-        key: _whole(path) if key == "calibration" and is_raw(path) else _all_hashes(path)
+        key: _whole(path) if key in task.sources and is_raw(path) else _all_hashes(path)
         for key, path in task.paths.items()
     }
     if isinstance(task.adapter, HubAdapter):
@@ -79,11 +80,11 @@ def _files(task: MeasuredTask) -> dict[str, Any]:
 
 
 def _settings(task: TaskRecipe | HarnessTask) -> list[Any]:
-    raw = [asdict(task.calibration)] if task.calibration is not None and _is_raw(task.calibration) else []
+    raw = [asdict(source) for source in task.sources.values() if _is_raw(source)]
     if isinstance(task, HarnessTask):
         return [[task.lm_eval, task.metric, task.limit, task.num_fewshot], *raw]
     return [
-        [task.metric.name, task.metric.settings, task.labels, task.head and Path(task.head).name],
+        [task.metric.name, task.metric.settings, task.labels or LABELS, task.head and Path(task.head).name],
         [task.pool, task.generate, task.classes],
         *raw,
     ]
@@ -95,7 +96,7 @@ def _is_raw(calibration: CalibrationSource) -> bool:
 
 def _takes_text(task: TaskRecipe | HarnessTask) -> bool:
     """Whether a tokenizer matters."""
-    raw = task.calibration is not None and _is_raw(task.calibration)
+    raw = any(map(_is_raw, task.sources.values()))
     return raw or isinstance(task, HarnessTask) or task.metric.decodes
 
 

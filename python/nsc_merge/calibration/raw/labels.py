@@ -1,0 +1,240 @@
+"""Labels of raw samples, for measuring: a class, a value, or an answer as tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsc_merge.calibration.raw.columns import Sample
+from nsc_merge.calibration.raw.drawing import DECODED, MASK, TOKENS, Encoded, Filling, Row
+from nsc_merge.calibration.raw.inputs.checks import check_unicode, longest
+from nsc_merge.calibration.raw.preprocessors import Base
+from nsc_merge.calibration.raw.settings import DataSettings
+
+LABELS = "labels"
+# Of a class or a value, and of answers, where no column is named.
+CLASS_COLUMNS = ("label", "labels", "class", "score")
+ANSWER_COLUMNS = (
+    *("answer", "answers", "completion", "response", "output", "target", "summary", "highlights"),
+    *("sentence", "transcription", "transcript", "normalized_text"),
+)
+# What labels hold where nothing is known, or asked for.
+_UNKNOWN = -100
+# Inputs of a text beside its tokens that go on with an answer -> their value there.
+_CONTINUED = {MASK: 1, "mm_token_type_ids": 0, "token_type_ids": 0}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What the labels of raw samples are.
+
+    Attributes:
+        kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"value"``, ``[N]`` in float32; ``"answer"``, tokens.
+        column: that holds them; None for a usual name, else the folder that a file lies in, or the last turn of a chat.
+        classes: their names in the order of their numbers; empty where the labels are numbers.
+        generated: whether answers are apart from prompts, ``[N, T]``, or of several references ``[N, R, T]``, filled up
+            by -100; else they stand behind the prompts, for which labels are -100.
+    """
+
+    kind: str
+    column: str | None = None
+    classes: Sequence[str] = ()
+    generated: bool = False
+
+    def column_in(self, columns: Sequence[str], settings: DataSettings, place: str, *, text: bool) -> str | None:
+        """The column of the labels; None where there is none of a usual name.
+
+        Args:
+            text: whether the base reads text, of which a column ``text`` then is.
+
+        Raises:
+            ValueError: if the one that is named is not there, or is part of what the model is to read.
+        """
+        column = self._column_in(columns, place, text=text)
+        read = settings.text
+        if column is not None and read is not None and (read == column or f"{{{column}}}" in read):
+            raise ValueError(
+                f"{place}: text: {read!r:.60} holds the column {column!r} of the labels, which the model would read; "
+                "expected the other columns alone"
+            )
+        return column
+
+    def _column_in(self, columns: Sequence[str], place: str, *, text: bool) -> str | None:
+        if self.column is not None:
+            if self.column not in columns:
+                listed = ", ".join(columns)
+                raise ValueError(f"{place}: labels: column {self.column!r} is not there (columns: {listed})")
+            return self.column
+        usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
+        usual = usual if text or self.kind != "answer" else (*usual, "text")
+        return next((name for name in usual if name in columns), None)
+
+    def label_of(self, row: Row, column: str | None, media: str | None, where: str) -> Any:
+        """What a row says of its label.
+
+        Args:
+            media: the column of files, whose folders are the classes where no column holds them.
+
+        Raises:
+            ValueError: if it says nothing.
+        """
+        if column is not None:
+            return row.get(column)
+        file = row.get(media) if media is not None else None
+        folder = Path(file).parent.name if isinstance(file, str) else ""
+        if self.kind != "class" or not folder:
+            usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
+            raise ValueError(
+                f"{where}: no column of labels, such as {usual[0]}, in {', '.join(row)}; expected labels: COLUMN"
+                + (", or a folder of images for each class" if self.kind == "class" else "")
+            )
+        return folder
+
+    def number_of(self, label: Any, where: str) -> float:
+        """A class by its name or number, -100 where it is unknown; or a value, NaN where it is.
+
+        Raises:
+            ValueError: naming the sample, what was found and what was expected.
+        """
+        if label is None or label == "":
+            return _UNKNOWN if self.kind == "class" else math.nan
+        if self.kind == "value":
+            try:
+                return float(label)
+            except (TypeError, ValueError):
+                raise ValueError(f"{where}: expected a number as its label, found {label!r:.60}") from None
+        if isinstance(label, str) and label in self.classes:
+            return list(self.classes).index(label)
+        whole = isinstance(label, int) or (isinstance(label, str) and label.isdecimal())
+        number = int(label) if whole else -1
+        if number < 0 or (self.classes and number >= len(self.classes)):
+            if self.classes:
+                known = f"{list(self.classes)}"
+                raise ValueError(f"{where}: expected a class of {known:.200}, or its number, found {label!r:.60}")
+            raise ValueError(
+                f"{where}: expected the number of a class, found {label!r:.60}; classes: [FIRST, SECOND, ...] of the "
+                "task names those of its head, in order"
+            )
+        return number
+
+
+    def labelled(self, sample: Sample, row: Row, column: str | None, media: str | None) -> Sample:
+        """A sample of a row with its label. Where no column holds answers, a chat's last turn is one, and no longer
+        part of the chat.
+
+        Raises:
+            ValueError: if the row has no label.
+        """
+        turns = sample.messages or []
+        answered = len(turns) > 1 and turns[-1]["role"] == "assistant" and isinstance(turns[-1]["content"], str)
+        if column is None and self.kind == "answer" and answered:
+            return replace(sample, messages=turns[:-1], label=turns[-1]["content"])
+        return replace(sample, label=self.label_of(row, column, media, sample.where))
+
+
+def add_labels(
+    encoded: Sequence[Encoded],
+    padded: dict[str, Filling] | None,
+    samples: Sequence[Sample],
+    labelling: Labelling,
+    tokenizer: Any,
+    base: Base,
+    settings: DataSettings,
+) -> None:
+    """Put labels beside the inputs of samples, and how they are padded beside how these are.
+
+    Raises:
+        ValueError: naming a sample whose label cannot be taken.
+    """
+    if labelling.kind != "answer":
+        dtype = torch.long if labelling.kind == "class" else torch.float32
+        for one, sample in zip(encoded, samples, strict=True):
+            number = torch.tensor(labelling.number_of(sample.label, sample.where), dtype=dtype, device="cpu")
+            one[LABELS] = number if padded is None else number[None]
+        return
+    answers = [
+        [_tokens(text, tokenizer, base, sample.where) for text in _texts(sample.label, sample.where)]
+        for sample in samples
+    ]
+    if labelling.generated:
+        _beside(encoded, answers)
+        return
+    for one, sample, several in zip(encoded, samples, answers, strict=True):
+        if len(several) != 1:
+            raise ValueError(f"{sample.where}: expected one answer, found {len(several)}; generate: true takes more")
+        _behind(one, several[0], sample.where, base, settings)
+    side = "right" if base.decodes else settings.padding_side
+    if padded is not None:
+        padded[LABELS] = Filling(_UNKNOWN, side)
+
+
+def _texts(label: Any, where: str) -> list[str]:
+    texts = list(label) if isinstance(label, (list, tuple)) else [label]
+    for text in texts:
+        if not isinstance(text, (str, int, float)) or isinstance(text, bool) or not str(text).strip():
+            raise ValueError(f"{where}: expected a text, or a list of texts, as its answer, found {label!r:.60}")
+        check_unicode(str(text), where)
+    if not texts:
+        raise ValueError(f"{where}: expected an answer as its label, found none")
+    return [str(text) for text in texts]
+
+
+def _tokens(text: str, tokenizer: Any, base: Base, where: str) -> Tensor:
+    """An answer as a model is to write it, with the token that ends a text."""
+    if base.decodes:
+        found = tokenizer(text_target=text, verbose=False)[TOKENS]
+        prefix = getattr(tokenizer, "prefix_tokens", [])
+        # Whisper's are given to the decoder, not written by it.
+        found = found[len(prefix) :] if prefix[:1] == [base.start] else found
+    else:
+        end = tokenizer.eos_token_id
+        found = tokenizer(text, add_special_tokens=False, verbose=False)[TOKENS] + ([] if end is None else [end])
+    if not found:
+        raise ValueError(f"{where}: its answer {text!r:.60} has no token")
+    return torch.tensor(found, dtype=torch.long, device="cpu")
+
+
+def _beside(encoded: Sequence[Encoded], answers: Sequence[Sequence[Tensor]]) -> None:
+    """Answers apart from prompts, of one shape for all samples."""
+    references = max(len(several) for several in answers)
+    length = max(len(answer) for several in answers for answer in several)
+    for one, several in zip(encoded, answers, strict=True):
+        held = torch.full((1, references, length), _UNKNOWN, dtype=torch.long, device="cpu")
+        for number, answer in enumerate(several):
+            held[0, number, : len(answer)] = answer
+        one[LABELS] = held[:, 0] if references == 1 else held
+
+
+def _behind(one: Encoded, answer: Tensor, where: str, base: Base, settings: DataSettings) -> None:
+    """An answer that is predicted token by token: behind its prompt, or by a decoder behind what begins all answers."""
+    text = DECODED if base.decodes else TOKENS
+    length, prompt = len(one[text]), one[text]
+    if base.positions is not None and length + len(answer) > base.positions:
+        raise ValueError(
+            f"{where}: expected at most {base.positions} tokens, found {length} and {len(answer)} of its answer; give "
+            f"a smaller max_length than {longest(base, settings)}"
+        )
+    if base.decodes:
+        # The last token is read of nobody; what stands at the last of the opening predicts the first.
+        one[text] = torch.cat([prompt, answer[:-1]])
+        one[LABELS] = torch.cat([torch.full_like(prompt[:-1], _UNKNOWN), answer])
+        mask = f"{text.removesuffix(TOKENS)}{MASK}"
+        if mask in one:
+            one[mask] = torch.ones_like(one[text])
+        return
+    for name, value in list(one.items()):
+        if name == text or value.dim() != 1 or len(value) != length:
+            continue
+        if name not in _CONTINUED:
+            raise ValueError(f"{where}: {name} has no value for the tokens of an answer; expected generate: true")
+        # What PaliGemma writes is of a kind of its own.
+        own = 1 if name == "token_type_ids" and base.config.model_type == "paligemma" else _CONTINUED[name]
+        one[name] = torch.cat([value, torch.full_like(answer, own)])
+    one[text] = torch.cat([prompt, answer])
+    one[LABELS] = torch.cat([torch.full_like(prompt, _UNKNOWN), answer])
