@@ -13,6 +13,8 @@ from zoo import KINDS, build, write_adapter
 
 import nsc_merge
 from nsc_merge.analysis import by_quantile, per_sample_ratios, sample_study
+from nsc_merge.analysis.null_space_ratios import Ratios
+from nsc_merge.analysis.quartiles import related
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.metrics import METRICS
@@ -32,6 +34,18 @@ def test_quartiles_by_hand():
         by_quantile(ratios, quality, 5)
     with pytest.raises(ValueError, match=r"quality: expected \[N\]"):
         by_quantile(ratios, quality[:4])
+
+
+def test_the_other_adapters_are_told_by_their_mean_over_samples_of_a_known_quality():
+    quality = torch.tensor([4.0, 3.0, 2.0, 1.0, math.nan])
+    columns = [[1.0, 2.0, 3.0, 4.0, 0.0], [4.0, 3.0, 2.0, 1.0, 9.0], [2.0, 1.0, 3.0, 4.0, 9.0]]
+    ratios = Ratios(torch.tensor(columns).t()[:, None], ["q"], ["own", "other", "third"])
+    found = related(ratios, quality, "own", bins=2)
+    # Of the third one pair of four is in another order: 1 - 6 * 2 / (4 * 15).
+    assert (found["rho"], found["samples"]) == (pytest.approx(-1), 4)
+    assert found["rho_others"] == pytest.approx((1 - 0.8) / 2)
+    alone = Ratios(ratios.values[..., :1], ["q"], ["own"])
+    assert related(alone, quality, "own", bins=2)["rho_others"] is None
 
 
 def test_rank_correlation_by_hand():

@@ -11,9 +11,11 @@ import pytest
 import torch
 from analysis_cases import seen
 from safetensors.torch import save_file
+from zoo import write_adapter
 
+import nsc_merge
 from nsc_merge.adapters import load_adapter
-from nsc_merge.analysis import Tracking, find_checkpoints, read_log, track
+from nsc_merge.analysis import Tracking, find_checkpoints, per_sample_ratios, read_log, track
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.commands.main import main
 
@@ -136,6 +138,41 @@ def test_a_step_whose_loss_is_no_number_is_a_gap(training, tmp_path, capsys):
     assert "rho with loss over 3 steps  all +1.00" in shown
     assert "rho with lr over 4 steps  all -  changes -" in shown
     assert "nan" not in shown
+
+
+def test_a_step_is_measured_in_its_own_model(llama, tmp_path):
+    """With the whole update in it; a random A is one of the ranks that are looked at."""
+    model, _, batches = llama
+    ranks = {"layers.2.self_attn.v_proj": 2}
+    write_adapter(model, tmp_path / "c", 3, r=4, target_modules=["v_proj"], rank_pattern=ranks)
+    found = track(model, [(7, tmp_path / "c")], batches, blocks=1, progress=False)
+    whole = nsc_merge.merge(model, {"c": tmp_path / "c"}, method="task_arithmetic", scale=1.0)
+    wanted = per_sample_ratios(model, whole, batches, blocks=1).by_module("c")
+    assert {path: value for path, (value,) in found.omega.items()} == pytest.approx(wanted, rel=1e-6)
+    before = per_sample_ratios(model, {"c": tmp_path / "c"}, batches, blocks=1).by_module("c")
+    assert wanted != pytest.approx(before, rel=1e-4)
+    assert (found.steps, found.random) == ([7], pytest.approx(math.sqrt(1 - 2 / 32)))
+
+
+def test_groups_are_blocks_and_names_and_few_steps_have_no_correlation():
+    omega = {"layers.0.q": [0.5, 0.3], "layers.0.v": [0.7, 0.5], "layers.1.q": [0.9, 0.8], "proj": [0.1, 0.2]}
+    tracking = Tracking([0, 5], omega, 0.9, {"loss": {0: 4.0, 5: 3.0}})
+    assert tracking.by_block() == {
+        "0": pytest.approx([0.6, 0.4]), "1": pytest.approx([0.9, 0.8]), "other": pytest.approx([0.1, 0.2])
+    }  # fmt: skip
+    assert tracking.by_name()["q"] == pytest.approx([0.7, 0.55])
+    document = tracking.document()
+    assert (document["random"], document["modules"], document["columns"]) == (0.9, omega, {"loss": {"0": 4, "5": 3}})
+    with pytest.raises(ValueError, match="column: expected at least 3 steps with 'loss' and a ratio, found 2"):
+        tracking.correlations("loss")
+
+
+def test_checkpoints_may_lie_in_a_folder_of_their_own(training):
+    _, folder, _ = training
+    (folder / "steps").mkdir()
+    for checkpoint in folder.glob("checkpoint-*"):
+        checkpoint.rename(folder / "steps" / checkpoint.name)
+    assert find_checkpoints(folder) == [(step, folder / "steps" / f"checkpoint-{step}") for step in (0, 5, 10, 20)]
 
 
 def test_checkpoints_of_one_step_or_of_different_modules_are_refused(training, llama):
