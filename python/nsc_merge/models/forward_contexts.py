@@ -30,7 +30,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     which may differ from its parent's.
     """
     modes = [(module, module.training) for module in model.modules()]
-    tuples = giving_tuples(model)
+    tuples, before = giving_tuples(model), _graphs_in(model)
     with unscaled(model):
         try:
             model.eval()
@@ -43,6 +43,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = training
                 for config in tuples:
                     config.return_dict = False
+                # States that modules keep, as RecurrentGemma's do, hold no graph: no copy of a model can.
+                for (number, name), (module, value) in _graphs_in(model).items():
+                    if before.get((number, name), (module, None))[1] is not value:
+                        setattr(module, name, value.detach())
+
+
+def _graphs_in(model: nn.Module) -> dict[tuple[int, str], tuple[nn.Module, torch.Tensor]]:
+    """What modules keep, beside parameters and buffers, that was computed from others with a gradient."""
+    return {
+        (id(module), name): (module, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    }
 
 
 def giving_tuples(model: nn.Module) -> list[Any]:

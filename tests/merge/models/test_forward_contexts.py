@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from loop_cases import adapters_for, llama, text_batches, trajectory, values
 from torch import nn
 from torch.func import functional_call
-from transformers import RwkvConfig, RwkvForCausalLM
+from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 import nsc_merge
 from nsc_merge import Adapter, Factor
@@ -162,3 +164,19 @@ def test_a_model_that_gives_tuples_is_merged_like_any_other(method):
     assert model.config.return_dict is False
     for path in wanted.paths:
         assert torch.equal(found.delta(path), wanted.delta(path))
+
+
+@pytest.mark.parametrize("method", [{"method": "nsc", "steps": 1, "progress": False}, {"method": "fisher"}])
+def test_states_that_modules_keep_hold_no_graph_afterwards(method):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    more = {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"]}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, **more, vocab_size=64)).eval()
+    paths = [f"model.layers.{number}.temporal_block.linear_x" for number in (0, 1)]
+    paths.append("model.layers.2.temporal_block.v_proj")
+    factors = {path: Factor(torch.randn(2, 32), torch.randn(model.get_submodule(path).out_features, 2), 1.0)
+               for path in paths}
+    adapters = {task: Adapter(task, factors) for task in "ab"}
+    texts = {task: [{"input_ids": torch.randint(3, 60, (2, 7))}] for task in adapters}
+    result = nsc_merge.merge(model, adapters, texts, **method)
+    assert model.model.layers[0].temporal_block.rg_lru.recurrent_states is not None
+    result.apply(copy.deepcopy(model))
