@@ -59,12 +59,18 @@ class Head:
     problem_type: str | None = None
 
     def modules(self, model: nn.Module) -> list[str]:
-        """Paths of what PEFT keeps in full: a head is the module right below the model, and within its trunk, as timm
-        has it, what owns the tensors.
+        """Paths of what PEFT keeps in full: a head is the module right below the model; within its trunk, as timm has
+        it, or where something in it ends with its name, which PEFT would keep as well, what owns the tensors.
         """
         trunk = f"{getattr(model, 'base_model_prefix', '')}."
-        owners = [name.rpartition(".") if name.startswith(trunk) else name.partition(".") for name in self.tensors]
-        return list(dict.fromkeys(path for path, _, _ in owners))
+        inner = [path for path, _ in model.named_modules() if "." in path]
+
+        def owner(name: str) -> str:
+            top = name.partition(".")[0]
+            nested = any(path.startswith(f"{top}.") and path.endswith(top) for path in inner)
+            return name.rpartition(".")[0] if nested or name.startswith(trunk) else top
+
+        return list(dict.fromkeys(map(owner, self.tensors)))
 
     def document(self) -> dict[str, Any]:
         """What a configuration of transformers says of the head, and the class that it is of."""
