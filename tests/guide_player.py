@@ -1,6 +1,6 @@
 """Carries out a guide: its commands and its Python, in order, in a folder; and compares what they print with the page.
 
-In a guide, ``sh`` and ``python`` blocks are carried out. A ``text`` block after one is what it prints on standard
+In a guide, ``sh`` and ``python`` blocks are carried out, ``yaml`` blocks are files, called by their first line. A ``text`` block after one is what it prints on standard
 output, where three dots stand for anything, a line of them for any lines. ``console`` blocks need something that is not
 here, such as a GPU server or an account; their ``nsc-merge`` commands are parsed.
 
@@ -58,6 +58,8 @@ def play(page: Path, folder: Path) -> list[Block]:
     os.chdir(folder)
     try:
         for kind, code, expected in blocks(page.read_text(encoding="utf-8")):
+            if kind == "yaml":
+                Path(code.splitlines()[0].removeprefix("# ")).write_text(code, encoding="utf-8")
             if kind not in ("sh", "python"):
                 continue
             said = io.StringIO()
