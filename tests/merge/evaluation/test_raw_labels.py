@@ -16,7 +16,8 @@ from architectures import ARCHITECTURES
 from audio_cases import audio_base, model_of, noise, whisper_words, write_wave
 from harness_cases import WORDS, tokenizer
 from safetensors.torch import save_file
-from served_cases import picture
+from served_cases import WORDS as WORDS_BESIDE
+from served_cases import picture, write_base
 
 from nsc_merge.calibration.raw.labels import Labelling
 from nsc_merge.calibration.raw.reading import batches_of
@@ -360,3 +361,32 @@ def test_labels_are_part_of_what_samples_are(photos):
     place, base = photos / "photos", str(photos / "base")
     made = [batches_of(place, base, DataSettings(), 4, "a", labelling=labelling) for labelling in ways]
     assert len({one.sha256["samples"] for one in made}) == 3
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_questions_about_images(generate, tmp_path):
+    """The answer stands behind a prompt with an image in it; prompts alone are padded in front."""
+    write_base("llava", tmp_path / "base")
+    model = zoo.build("llava")
+    zoo.write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=["q_proj", "v_proj"])
+    rows = []
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+        asked = " ".join(WORDS_BESIDE[number : 2 * number + 1])
+        rows.append({"image": f"{number}.png", "prompt": asked, "answer": WORDS_BESIDE[9 + number]})
+    lines(tmp_path / "rows.jsonl", rows)
+    suite = suite_of(tmp_path, {"test": "rows.jsonl", "metric": "exact_match", "generate": generate})
+    ((inputs, labels),) = suite.labelled("t", "test")
+    words = tf.AutoTokenizer.from_pretrained(tmp_path / "base")
+    for row, label in enumerate(labels):
+        told = label[label != -100].tolist()
+        assert told[-1] == words.eos_token_id
+        (number,) = [n for n in range(3) if words.decode(told[:-1]) == rows[n]["answer"]]
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row] == 1].tolist()
+        prompt = ids if generate else ids[: -len(told)]
+        assert ids[len(prompt) :] == ([] if generate else told)
+        assert words.decode(prompt).endswith(rows[number]["prompt"])
+    assert inputs["attention_mask"][:, -1 if generate else 0].all()
+    assert len(inputs["pixel_values"]) == 3
+    output = suite.output("t", suite.model, inputs)
+    assert 0 <= suite.measure("t", output, labels) <= 1
