@@ -146,7 +146,9 @@ def test_a_head_with_one_of_its_name_in_it_is_loaded_by_peft(tmp_path):
     """As of DPT, whose head holds a ``head``: PEFT loads neither its own adapters of it, nor one of both names."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
     more = {"image_size": 16, "patch_size": 8, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
-    model = tf.DPTForDepthEstimation(tf.DPTConfig(**sizes, **more, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3]))
+    taken = {"is_hybrid": False, "backbone_out_indices": [0, 1, 2, 3]}
+    torch.manual_seed(0)
+    model = tf.DPTForDepthEstimation(tf.DPTConfig(**sizes, **more, initializer_range=0.1, **taken))
     targets = {"target_modules": ["query", "q_proj"], "modules_to_save": ["head"]}
     folder = zoo.write_adapter(model.eval(), tmp_path / "a", 1, **targets)
     result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
@@ -156,5 +158,5 @@ def test_a_head_with_one_of_its_name_in_it_is_loaded_by_peft(tmp_path):
         base = model(**photos).predicted_depth
         wanted = tf.DPTForDepthEstimation.from_pretrained(saved / "model")(**photos).predicted_depth
         found = PeftModel.from_pretrained(model, saved / "lora").eval()(**photos).predicted_depth
-    assert (wanted - base).abs().max() > 1e-4
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert (wanted - base).abs().max() > 0.01 * wanted.max()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
