@@ -232,6 +232,17 @@ def test_decomposed_it_computes_the_same_without_the_operator(dtype: torch.dtype
         torch.testing.assert_close(one, other, **near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stats", "save_u"), [(True, True), (False, True), (True, False), (False, False)])
+def test_decomposed_it_gives_what_is_asked_for_and_no_more(dtype: torch.dtype, stats: bool, save_u: bool) -> None:
+    i = inputs_for(dtype, per_row=True)
+    call = (i.z, i.bank.A, i.bank.Bt, list(i.bank.offsets), i.lam, i.base, stats, save_u)
+    with torch.no_grad(), nk.use_backend("reference"):
+        expected = torch.ops.nsc.merged_lora(*call)
+        for one, other in zip(decompositions.forward(*call), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_decomposed_it_becomes_onnx() -> None:
     pytest.importorskip("onnxscript")
     module = nk.MergedLoRALinear(torch.nn.Linear(48, 40), oc.make_bank(oc.Case("onnx"), torch.float32), [0.3, 0.6])

@@ -212,6 +212,16 @@ def test_an_update_of_another_base_is_refused_where_its_record_tells(place, caps
     assert set(found) == {"zero_shot", "finetuned", *saved} - refused
     # Of what is on the hub nothing is known.
     check_base(place / "other" / "lora", "me/base")
+    # Nor of one that is gone, where the record has no digests of it.
+    if moved:
+        file = place / "other" / "lora" / "recipe.yaml"
+        with pytest.raises(ValueError, match="is an update of"):
+            check_base(file.parent, str(place / "base"))
+        written = yaml.safe_load(file.read_text())
+        for key in ("sha256", "headers", "sha256_when_saved", "headers_when_saved"):
+            written["record"].get(key, {}).pop("model", None)
+        file.write_text(yaml.safe_dump(written))
+        check_base(file.parent, str(place / "base"))
 
 
 def test_methods_that_look_at_outputs_get_the_heads_of_their_tasks(place, capsys):
