@@ -151,7 +151,8 @@ def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Te
     """
     logits = _named(found, _LOGITS)[1]
     if logits is not None:
-        return _classes_last(logits)
+        # GLiNER has [N, words, widths, C] of texts.
+        return _classes_last(logits) if "pixel_values" in batch else logits
     if getattr(found, "start_logits", None) is not None:
         return _ends(found, model, batch)
     return _named(found, _VALUES)[1] if values else None

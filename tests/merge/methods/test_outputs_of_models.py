@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from transformers import (
 
 import nsc_merge
 from nsc_merge.methods import METHODS, Problem
+from nsc_merge.methods.task_outputs import output_in
 from nsc_merge.models.fitting import fit
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -171,3 +174,12 @@ def test_a_module_that_never_runs_and_was_never_trained_needs_no_inputs(method, 
     assert silent in result.paths
     assert not result.delta(silent).any()
     assert all(result.delta(path).any() for path in result.paths if path != silent)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("pixel_values", (2, 3, 4, 5)), ("input_ids", (2, 5, 3, 4))])
+def test_four_dimensions_are_of_pixels_where_there_are_any(name, shape):
+    """Elsewhere the last one is of classes already, as in GLiNER's logits of spans."""
+    logits = torch.randn(2, 5, 3, 4)
+    found = output_in(SimpleNamespace(logits=logits), torch.nn.Module(), {name: torch.ones(2, 1)}, values=False)
+    assert found is not None
+    assert found.shape == shape
