@@ -18,7 +18,7 @@ from nsc_merge.results.beside.norms import inner_products, norm_kept
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), min_size=1, max_size=4),
     st.integers(1, 9),
     st.integers(1, 9),
     st.integers(0, 99),
@@ -29,18 +29,24 @@ def test_inner_products_are_those_of_the_dense_updates(kinds, d_in, d_out, seed)
     def random(*shape):
         return torch.randn(*shape, generator=draw)
 
+    weight = random(d_out, d_in)
     factors = [
         Factor(random(rank, d_in), random(d_out, rank), 0.5 * number - 1, dense=random(d_out, d_in) if whole else None)
-        for number, (rank, whole) in enumerate(kinds)
+        for number, (rank, whole, _) in enumerate(kinds)
     ]
     dense = torch.stack([factor.delta().flatten() for factor in factors])
+    for number, (_, _, gains) in enumerate(kinds):
+        if gains:
+            factors[number] = replace(factors[number], gain=random(d_out))
+            grown = factors[number].scaling * factors[number].gain[:, None] * weight
+            dense[number] += grown.flatten()
     rows, norms._ROWS = norms._ROWS, 4
     try:
-        found = inner_products(factors)
+        found = inner_products(factors, lambda begin, end: weight[begin:end])
     finally:
         norms._ROWS = rows
     lengths = dense.norm(dim=1)
-    exact = not any(whole for _, whole in kinds)
+    exact = not any(whole or gains for _, whole, gains in kinds)
     error = (found - dense @ dense.t()).abs()
     assert (error <= (1e-12 if exact else 1e-6) * (lengths[:, None] * lengths + 1)).all()
 
