@@ -1,8 +1,9 @@
 """Carries out a guide: its commands and its Python, in order, in a folder; and compares what they print with the page.
 
-In a guide, ``sh`` and ``python`` blocks are carried out, ``yaml`` blocks are files, called by their first line. A ``text`` block after one is what it prints on standard
-output, where three dots stand for anything, a line of them for any lines. ``console`` blocks need something that is not
-here, such as a GPU server or an account; their ``nsc-merge`` commands are parsed.
+In a guide, ``sh`` and ``python`` blocks are carried out, ``yaml`` blocks are files, called by their first line. A
+``text`` block after one is what it prints on standard output, where three dots stand for anything, a line of them for
+any lines. ``console`` blocks need something that is not here, such as a GPU server or an account; their ``nsc-merge``
+commands are parsed.
 
     python tests/guide_player.py docs/guides/text.md      # writes the page's text blocks anew, if they have no dots
 """

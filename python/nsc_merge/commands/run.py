@@ -32,6 +32,7 @@ Merges as a YAML recipe says:
       text: "{question}\\n{answer}"  # and any key of data
   data:                             # of all tasks; here with the defaults
     text: null                      # column, or template over columns
+    text_pair: null                 # of models that compare two texts, the second
     messages: null                  # column with chats, for the tokenizer's chat template
     target: null                    # text that a decoder reads behind an encoder (T5, Whisper); null begins an answer
     image: null                     # column with images, or with their paths

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nsc_merge.adapters import DORA
+from nsc_merge.calibration.raw.files.text_files import READERS, kind_of
 from nsc_merge.calibration.raw.reading import PARQUET, is_raw
-from nsc_merge.calibration.raw.text_files import READERS, kind_of
 from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS

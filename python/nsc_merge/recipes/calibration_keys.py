@@ -164,6 +164,6 @@ def _settings(data: Mapping[str, Any], prefix: str, trust_remote_code: bool) -> 
 
 def _together(data: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A task's own settings in front of those for all: a chat takes the place of a text, and the other way round."""
-    instead = {"text": "messages", "messages": "text"}
-    replaced = {instead[key] for key in instead if own.get(key) is not None}
+    instead = {"text": ("messages",), "messages": ("text", "text_pair")}
+    replaced = {other for key, others in instead.items() if own.get(key) is not None for other in others}
     return {**{key: value for key, value in data.items() if key not in replaced}, **own}

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsc_merge.calibration.raw.chats import in_parts, messages_of, plain_text
-from nsc_merge.calibration.raw.columns import Columns, Template, choose, text_of
+from nsc_merge.calibration.raw.columns import Columns, choose
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.templates import Template, text_of
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

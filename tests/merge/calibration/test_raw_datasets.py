@@ -15,7 +15,7 @@ import torch
 from raw_cases import picture, text_base, vision_base, write_rows
 
 import nsc_merge
-from nsc_merge.calibration.raw import tables
+from nsc_merge.calibration.raw.files import tables
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 

@@ -21,10 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_cases import text_base, write_pictures, write_rows
 
-from nsc_merge.calibration.raw import text_files
+from nsc_merge.calibration.raw.files import text_files
+from nsc_merge.calibration.raw.files.text_files import rows_of_text
 from nsc_merge.calibration.raw.reading import is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.text_files import rows_of_text
 
 ROWS = [{"question": "a, \"b\"\nc", "answer": "é"}, {"question": "{d}", "answer": " "}]
 SETTINGS = DataSettings()

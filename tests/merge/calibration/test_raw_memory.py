@@ -13,8 +13,8 @@ from PIL import Image
 from raw_cases import llava_base, text_base, vision_base
 
 import nsc_merge
-from nsc_merge.calibration.raw import tables
 from nsc_merge.calibration.raw.drawing import in_order
+from nsc_merge.calibration.raw.files import tables
 from nsc_merge.calibration.raw.reading import open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 

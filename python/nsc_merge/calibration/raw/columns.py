@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
@@ -13,7 +12,7 @@ from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.media.audio import is_audio
 from nsc_merge.calibration.raw.media.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.utils.option_checks import did_you_mean
+from nsc_merge.calibration.raw.templates import Template, filled, named_text, no_column, said
 
 # Where none is named, the first of these that there is, else the only column of texts.
 TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
@@ -22,9 +21,6 @@ CHAT_COLUMNS = ("messages", "conversations")
 TOOLS = "tools"
 IMAGE_COLUMNS = ("image", "images", "image_path", "file_name")
 AUDIO_COLUMNS = ("audio", "audio_path")
-
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,6 +34,7 @@ class Sample:
         audio: the same of recordings.
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
+        pair: a second text, which the tokenizer puts behind the first.
         label: what the row says of its label, where samples are measured.
     """
 
@@ -48,53 +45,8 @@ class Sample:
     audio: list[Any] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
+    pair: str | None = None
     label: Any = None
-
-
-@dataclass(frozen=True)
-class Template:
-    """Text with names of columns in braces, ``"{question}\\n{answer}"``; ``{{`` and ``}}`` stand for braces.
-
-    Nothing but whole columns is looked up: no attributes, no indices.
-
-    Attributes:
-        pieces: texts and names of columns in turn, beginning with a text.
-    """
-
-    pieces: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, template: str, columns: Sequence[str], argument: str) -> Template:
-        """Raises ValueError, naming the brace or the column that is not there."""
-        pieces, literal, end = [], "", 0
-        for match in _PLACEHOLDER.finditer(template):
-            literal += template[end : match.start()]
-            end = match.end()
-            if match[0] in ("{{", "}}"):
-                literal += match[0][0]
-            elif match[1] is None:
-                raise ValueError(
-                    f"{argument}: a {match[0]!r} alone in the template {template!r:.80}; write {match[0] * 2!r} for a "
-                    "brace"
-                )
-            elif match[1] not in columns:
-                raise _no_column(f"{argument}: the template's", match[1], columns)
-            else:
-                pieces += [literal, match[1]]
-                literal = ""
-        if not pieces:
-            raise ValueError(f"{argument}: the template {template!r:.80} names no column of {list(columns)}")
-        return cls((*pieces, literal + template[end:]))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.pieces[1::2]
-
-    def fill(self, row: Row, where: str) -> str:
-        """The text of a row."""
-        parts = list(self.pieces)
-        parts[1::2] = [text_of(row, name, where) for name in self.columns]
-        return "".join(parts)
 
 
 @dataclass(frozen=True)
@@ -107,6 +59,7 @@ class Columns:
         image: the column of the image, or of a list of them.
         target: a column, or a template, of what a decoder reads behind an encoder.
         audio: the column of audio, or of a list of it.
+        pair: a column, or a template, of a second text.
     """
 
     text: str | Template | None = None
@@ -114,15 +67,17 @@ class Columns:
     image: str | None = None
     target: str | Template | None = None
     audio: str | None = None
+    pair: str | Template | None = None
 
     def said(self) -> str:
         """In words, for people."""
-        text = "" if self.text is None else _said(self.text)
+        text = "" if self.text is None else said(self.text)
         chat = f"the chats in column {self.messages!r}" if self.messages is not None else ""
         image = f"images in column {self.image!r}" if self.image is not None else ""
         audio = f"audio in column {self.audio!r}" if self.audio is not None else ""
-        target = "" if self.target is None else f"for the decoder {_said(self.target)}"
-        return ", ".join(one for one in (text, chat, image, audio, target) if one)
+        pair = "" if self.pair is None else f"with {said(self.pair)} behind it"
+        target = "" if self.target is None else f"for the decoder {said(self.target)}"
+        return ", ".join(one for one in (text, pair, chat, image, audio, target) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
         """What a row gives; None where its text is blank, or null, and it holds no image.
@@ -142,34 +97,21 @@ class Columns:
                 return None
             messages = messages_of(row[self.messages], where)
             tools = tools_of(row.get(TOOLS), where)
-            return Sample(where, None, messages, images, audio, tools, _filled(self.target, row, where))
+            return Sample(where, None, messages, images, audio, tools, filled(self.target, row, where))
         if self.text is None:
             if not images and not audio:
                 what, column = ("audio", self.audio) if self.audio is not None else ("image", self.image)
                 raise ValueError(f"{where}: holds no {what} in column {column!r}")
-            return Sample(where, images=images, audio=audio, target=_filled(self.target, row, where))
-        text = _filled(self.text, row, where)
+            return Sample(where, images=images, audio=audio, target=filled(self.target, row, where))
+        text = filled(self.text, row, where)
         if text is None and (images or audio):
             raise ValueError(f"{where}: holds {beside} and no text in {self.said()}")
         if text is None:
             return None
-        return Sample(where, text, None, images, audio, None, _filled(self.target, row, where))
-
-
-def _said(text: str | Template) -> str:
-    return f"a template over {', '.join(text.columns)}" if isinstance(text, Template) else f"column {text!r}"
-
-
-def _filled(text: str | Template | None, row: Row, where: str) -> str | None:
-    """What a row has in a column or a template; None where that is null or blank."""
-    if text is None:
-        return None
-    if isinstance(text, Template):
-        filled = text.fill(row, where)
-        return filled if any(str(row[name]).strip() for name in text.columns) else None
-    null = text in row and row[text] is None
-    found = "" if null else text_of(row, text, where)
-    return found if found.strip() else None
+        pair = filled(self.pair, row, where)
+        if self.pair is not None and pair is None:
+            raise ValueError(f"{where}: holds a text and none in {said(self.pair)} behind it")
+        return Sample(where, text, None, images, audio, None, filled(self.target, row, where), pair)
 
 
 def choose(
@@ -215,53 +157,27 @@ def choose(
                 f"{argument}: target: {settings.target!r} is named, and the base writes no text behind an encoder; "
                 'text: "{question}\\n{answer}" takes both for one that reads on'
             )
-        target = _named_text(settings.target, columns, argument, "target")
+        target = named_text(settings.target, columns, argument, "target")
     if not text:
-        named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
+        known = ("text", "messages")
+        named = next((name for name in known if getattr(settings, name) is not None), None)
         if named is not None:
             only = "audio" if audio else "images"
             raise ValueError(f"{argument}: {named}: is named, and the base takes {only} alone")
         return Columns(image=image, audio=heard, target=target)
     if settings.messages is not None:
         if settings.messages not in columns:
-            raise _no_column(f"{argument}: messages:", settings.messages, columns)
+            raise no_column(f"{argument}: messages:", settings.messages, columns)
         return Columns(None, settings.messages, image, target, heard)
     if settings.text is not None:
-        return Columns(_named_text(settings.text, columns, argument, "text"), None, image, target, heard)
+        found = named_text(settings.text, columns, argument, "text")
+        pair = settings.text_pair
+        behind = None if pair is None else named_text(pair, columns, argument, "text_pair")
+        return Columns(found, None, image, target, heard, behind)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
         return Columns(None, chat, image, target, heard)
     return Columns(_text_column(rows, columns, argument, images=images, audio=audio), None, image, target, heard)
-
-
-def text_of(row: Row, column: str, where: str) -> str:
-    """The text in a column.
-
-    Raises:
-        ValueError: if it holds none, or something else than text or a number.
-    """
-    value: Any = row.get(column)
-    if isinstance(value, str):
-        return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        # An array or a tensor of one number.
-        value = value.item()
-    # Of numpy, too, and Decimal, as Parquet has it.
-    number = isinstance(value, Number)
-    if number and value == value:
-        return str(value)
-    if value is None or number:
-        raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
-    hint = f"; write messages: {column}" if is_chat(value) else ""
-    raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
-
-
-def _named_text(name: str, columns: Sequence[str], argument: str, setting: str) -> str | Template:
-    if name in columns:
-        return name
-    if "{" in name or "}" in name:
-        return Template.parse(name, columns, f"{argument}: {setting}")
-    raise _no_column(f"{argument}: {setting}:", name, columns)
 
 
 def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool, audio: bool) -> str:
@@ -313,7 +229,7 @@ def _media_column(
     named = getattr(settings, setting)
     if named is not None:
         if named not in columns:
-            raise _no_column(f"{argument}: {setting}:", named, columns)
+            raise no_column(f"{argument}: {setting}:", named, columns)
         return named
     found = next((name for name in usual if name in columns), None)
     if found is not None:
@@ -339,8 +255,3 @@ def _shown(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Columns with the first value of each."""
     first = {name: next((row[name] for row in rows if row.get(name) is not None), None) for name in columns}
     return ", ".join(f"{name} ({value!r:.40})" for name, value in list(first.items())[:8])
-
-
-def _no_column(place: str, name: str, columns: Sequence[str]) -> ValueError:
-    hint = did_you_mean(name, columns) or f" (columns: {', '.join(columns)})"
-    return ValueError(f"{place} column {name!r:.60} is not there{hint}")

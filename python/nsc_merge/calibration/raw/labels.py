@@ -57,12 +57,13 @@ class Labelling:
             ValueError: if the one that is named is not there, or is part of what the model is to read.
         """
         column = self._column_in(columns, place, text=text)
-        read = settings.text
-        if column is not None and read is not None and (read == column or f"{{{column}}}" in read):
-            raise ValueError(
-                f"{place}: text: {read!r:.60} holds the column {column!r} of the labels, which the model would read; "
-                "expected the other columns alone"
-            )
+        for name in ("text", "text_pair"):
+            read = getattr(settings, name)
+            if column is not None and read is not None and (read == column or f"{{{column}}}" in read):
+                raise ValueError(
+                    f"{place}: {name}: {read!r:.60} holds the column {column!r} of the labels, which the model would "
+                    "read; expected the other columns alone"
+                )
         return column
 
     def _column_in(self, columns: Sequence[str], place: str, *, text: bool) -> str | None:

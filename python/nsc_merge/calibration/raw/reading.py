@@ -15,12 +15,7 @@ from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
 from nsc_merge.calibration.raw.encoding import encode
-from nsc_merge.calibration.raw.labels import Labelling, add_labels
-from nsc_merge.calibration.raw.media import audio, images
-from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
-from nsc_merge.calibration.raw.preprocessors import Base, base_of
-from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.tables import (
+from nsc_merge.calibration.raw.files.tables import (
     dataset,
     hub_dataset,
     in_plain_rows,
@@ -30,8 +25,13 @@ from nsc_merge.calibration.raw.tables import (
     saved_dataset,
     split_of,
 )
-from nsc_merge.calibration.raw.text_files import READERS, TEXT, kind_of, rows_of_text
-from nsc_merge.calibration.raw.wrong_files import refused_file, refused_folder
+from nsc_merge.calibration.raw.files.text_files import READERS, TEXT, kind_of, rows_of_text
+from nsc_merge.calibration.raw.files.wrong_files import refused_file, refused_folder
+from nsc_merge.calibration.raw.labels import Labelling, add_labels
+from nsc_merge.calibration.raw.media import audio, images
+from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
+from nsc_merge.calibration.raw.preprocessors import Base, base_of
+from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 

@@ -17,6 +17,8 @@ class DataSettings:
         text: name of the column that holds the text, or a template over columns such as ``"{question}\\n{answer}"``;
             None takes the first of ``text``, ``prompt``, ``content``, ``instruction`` and ``question`` that there is,
             else the only column of texts.
+        text_pair: column or template of a second text, of models that compare two (NLI, rerankers): the tokenizer puts
+            both together, with its separators and token types.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the
             tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
             functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where
@@ -46,6 +48,7 @@ class DataSettings:
     """
 
     text: str | None = None
+    text_pair: str | None = None
     messages: str | None = None
     target: str | None = None
     image: str | None = None
@@ -65,14 +68,15 @@ class DataSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            *("text", "messages", "target", "image", "audio", "split", "config", "tokenizer", "processor", "revision"),
-        ):
+        columns = ("text", "text_pair", "messages", "target", "image", "audio")
+        for name in (*columns, "split", "config", "tokenizer", "processor", "revision"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: expected text, found {value!r:.60}")
         if self.text is not None and self.messages is not None:
             raise ValueError(f"text, messages: expected one of them, found {self.text!r:.60} and {self.messages!r:.60}")
+        if self.text_pair is not None and self.text is None:
+            raise ValueError(f"text_pair: {self.text_pair!r:.60} stands behind a text; expected text: COLUMN, too")
         check_count("max_length", self.max_length)
         check_number("max_seconds", self.max_seconds, 0.0, above=True)
         if self.samples is not None:

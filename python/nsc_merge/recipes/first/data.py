@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_files import Batches, check_names
-from nsc_merge.calibration.raw.text_files import kind_of
+from nsc_merge.calibration.raw.files.text_files import kind_of
 from nsc_merge.recipes.calibration_keys import absolute_source
 from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.utils.option_checks import did_you_mean
@@ -27,6 +27,7 @@ class Data:
         said: what was found, in a line.
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
         text: column or template of the text, where a recipe has to name it.
+        text_pair: that of a second text.
         target: that of what a decoder reads.
         messages: the column of chats, where it has no usual name.
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
@@ -38,6 +39,7 @@ class Data:
     said: str
     batch: Mapping[str, Tensor] | None
     text: str | None = None
+    text_pair: str | None = None
     target: str | None = None
     messages: str | None = None
     raw: bool = False
@@ -47,7 +49,7 @@ class Data:
     @property
     def named(self) -> dict[str, str]:
         """The settings of raw data that a recipe has to write."""
-        named = {"text": self.text, "target": self.target, "messages": self.messages}
+        named = {"text": self.text, "text_pair": self.text_pair, "target": self.target, "messages": self.messages}
         return {key: value for key, value in named.items() if value is not None}
 
 

@@ -42,6 +42,17 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
 )
+# Two texts that a classifier compares, as public data sets call them.
+_COMPARED = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("query", "document"),
+    ("query", "passage"),
+    ("query", "text"),
+    ("anchor", "positive"),
+)
 # What was said or is written there, behind an encoder of speech or images.
 _TRANSCRIPTS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 
@@ -70,14 +81,24 @@ def look(
             # It would be fetched as a whole.
             seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
-            seen[source] = _raw(source, base, batch_size, DataSettings(text=text), f"--data {task}", revision)
+            classifies = type(model).__name__.endswith("ForSequenceClassification")
+            seen[source] = _raw(
+                source, base, batch_size, DataSettings(text=text), f"--data {task}", revision, classifies=classifies
+            )
         else:
             seen[source] = stored_inputs(source, model, batch_size, task)
     return {task: seen[source] for task, source in places.items()}
 
 
 def _raw(
-    source: str, base: str, batch_size: int, settings: DataSettings, argument: str, revision: str | None
+    source: str,
+    base: str,
+    batch_size: int,
+    settings: DataSettings,
+    argument: str,
+    revision: str | None,
+    *,
+    classifies: bool,
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
@@ -85,6 +106,8 @@ def _raw(
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:
         settings = replace(settings, text=None, messages=chats)
+    elif takes.text and settings.text is None and (two := _compared(rows, classifies)) is not None:
+        settings = replace(settings, text=two[0], text_pair=two[1])
     elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
@@ -117,6 +140,7 @@ def _raw(
         ", ".join(said),
         {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
         written,
+        settings.text_pair,
         settings.target,
         chats,
         raw=True,
@@ -134,6 +158,12 @@ def _chats(rows: Sequence[Row], columns: Sequence[str], named: str | None) -> st
         return named if named in found else None
     texts = any(isinstance(row.get(name), str) for row in rows for name in set(columns) - set(found))
     return found[0] if found and not texts and not set(columns) & set(CHAT_COLUMNS) else None
+
+
+def _compared(rows: Sequence[Row], classifies: bool) -> tuple[str, str] | None:
+    """The columns of two texts, where a classifier's data have them."""
+    held = ((all(isinstance(row.get(name), str) for row in rows for name in names), names) for names in _COMPARED)
+    return next((names for there, names in held if there), None) if classifies and rows else None
 
 
 def _templates(rows: Sequence[Row], columns: Sequence[str], *, writes: bool) -> tuple[str | None, str | None]:

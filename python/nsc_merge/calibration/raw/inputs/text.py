@@ -33,6 +33,7 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
     texts = [_text(sample, tokenizer) for sample in samples]
     for sample, (text, _) in zip(samples, texts, strict=True):
         check_unicode(text, sample.where)
+        check_unicode(sample.pair or "", sample.where)
     tokenizer.truncation_side = settings.truncation_side
     most = longest(base, settings)
     found: list[Encoded] = [{}] * len(samples)
@@ -40,8 +41,10 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
         numbers = [number for number, (_, wanted) in enumerate(texts) if wanted is special]
         if not numbers:
             continue
+        pairs = [samples[number].pair for number in numbers]
         encoded = tokenizer(
             [texts[number][0] for number in numbers],
+            None if None in pairs else pairs,
             add_special_tokens=special,
             truncation=settings.truncation,
             max_length=most,
@@ -58,7 +61,9 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
     if settings.truncation:
         # Of those that are as long as may be, how many were longer.
         full = [number for number, one in enumerate(found) if len(one[TOKENS]) == most]
-        whole = (tokenizer(texts[n][0], add_special_tokens=texts[n][1], verbose=False)[TOKENS] for n in full)
+        whole = (
+            tokenizer(texts[n][0], samples[n].pair, add_special_tokens=texts[n][1], verbose=False)[TOKENS] for n in full
+        )
         cut = [samples[number] for number, ids in zip(full, whole, strict=True) if len(ids) > most]
         say_cut(cut, len(samples), most, ENDS[settings.truncation_side])
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.drawing import Row
-from nsc_merge.calibration.raw.wrong_files import looks_like
+from nsc_merge.calibration.raw.files.wrong_files import looks_like
 from nsc_merge.utils.json_text import from_json
 
 # The column that a line of plain text, or a JSON string, becomes.

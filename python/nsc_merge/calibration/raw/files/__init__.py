@@ -1,0 +1,1 @@
+"""Rows of raw data: of text, tables, datasets; and what is none."""
