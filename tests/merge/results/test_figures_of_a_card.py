@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import nsc_merge
 from nsc_merge.adapters import Factor
 from nsc_merge.results.beside import norms
+from nsc_merge.results.beside.figures import tasks_table
 from nsc_merge.results.beside.norms import inner_products, norm_kept
 
 
@@ -73,7 +74,8 @@ def test_one_adapter_as_it_is_is_kept_in_full(model, folders, tmp_path):
     kept = norm_kept(result)
     assert (kept.along["plain"], kept.total) == (pytest.approx(1.0), pytest.approx(1.0))
     card = (result.save(tmp_path / "out", "lora") / "README.md").read_text()
-    assert "100.0% of that of all adapters' updates" in card
+    assert "100.0% of that of all adapters' updates together (100.0% of plain's)" in card
+    assert "calibration data" not in card
 
 
 def test_the_card_has_the_ratios_of_every_task_and_the_worst_modules(model, folders, calibration, tmp_path):
@@ -82,19 +84,42 @@ def test_the_card_has_the_ratios_of_every_task_and_the_worst_modules(model, fold
     said = {
         "calibration": {"plain": "/home/someone/data/p.jsonl", "mixed": {"source": "org/set"}, "partial": "q.txt"},
         "record": {
-            "sha256": {"calibration": {"plain": {"p.jsonl": "0" * 64, "samples": digest}}},
+            "sha256": {
+                "calibration": {
+                    "plain": {"p.jsonl": "0" * 64, "samples": digest},
+                    "mixed": {"m.jsonl": "cd" * 32},
+                    "partial": {"q.safetensors": "0" * 64, "r.safetensors": "1" * 64},
+                }
+            },
             "samples": {"plain": 96},
         },
     }
     out = replace(result, inputs=said).save(tmp_path / "out", "lora", rank=2)
     card = (out / "README.md").read_text()
+    assert "| task | modules | ranks | coefficients | mean | ratio before | after | norm | kept along it |" in card
     for task, both in result.objective["tasks"].items():
         row = next(line for line in card.splitlines() if line.startswith(f"| {task} |"))
-        assert f"| {both['before']:#.4g} | {both['after']:#.4g} |" in row
+        factors = result.adapters[task].factors
+        values = [result.coefficients[path][task] for path in factors]
+        ranks = ", ".join(map(str, sorted({factor.rank for factor in factors.values()})))
+        told = f"{min(values):.3f} to {max(values):.3f} | {sum(values) / len(values):.3f}"
+        ratios = f"{both['before']:#.4g} | {both['after']:#.4g}"
+        assert row.startswith(f"| {task} | {len(factors)} | {ranks} | {told} | {ratios} |")
     assert f"| plain | p.jsonl | 96 | `{digest[:16]}` |" in card
-    assert "| mixed | org/set |" in card
+    assert f"| mixed | org/set |  | `{'cd' * 8}` |" in card
+    assert "| partial | q.txt |  | in `recipe.yaml` |" in card
     assert "someone" not in card
     errors = result.rank_errors(2)
     worst = sorted(errors, key=errors.get, reverse=True)[:5]
+    lines, kept = tasks_table(result), norm_kept(result)
+    begins = ["| task", "|---" * 9 + "|", *(f"| {task}" for task in folders)]
+    assert [line.split(" | ")[0] for line in lines[:5]] == begins
+    assert ", ".join(f"{kept.merged / kept.own[task]:.1%} of {task}'s" for task in folders) in lines[-1]
+    lost = replace(result, history=[{"step": 1, "loss": {}}])
+    assert "| loss before | after |" in tasks_table(lost)[0]
+    # What no method may change is told as it is.
+    fixed = {path: replace(one, fixed=0.125) for path, one in result.adapters["plain"].factors.items()}
+    held = replace(result, adapters={**result.adapters, "plain": replace(result.adapters["plain"], factors=fixed)})
+    assert "| 0.125 to 0.125 | 0.125 |" in "".join(tasks_table(held))
     listed = re.findall(r"^\| `(layers[^`]+)` \| ([\d.e-]+) \|$", card, re.MULTILINE)
     assert listed == [(path, f"{errors[path]:.3g}") for path in worst]
