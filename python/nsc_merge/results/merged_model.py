@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -58,6 +59,11 @@ def write_model(
             f"format 'model' needs a transformers model, found {type(model).__name__}; save what result.apply(model) "
             "returns as models of its kind are, such as torch.save(merged.state_dict(), file), or use format 'lora'"
         )
+    if not (_is_of_transformers(model) or is_of_diffusers(model)):
+        # As with huggingface_hub's PyTorchModelHubMixin, whose save_pretrained writes the numbers that a model has.
+        merged: Any = result.apply(copy.deepcopy(model))
+        merged.save_pretrained(folder)
+        return
     with under_plain_names(model):
         _write_model(result, folder, size, as_base=max_shard_size is None, dequantize=dequantize)
     if not is_of_diffusers(model):
@@ -130,6 +136,12 @@ def _check_read(model: Any, folder: Path) -> None:
             f"format 'model': transformers does not read {len(lost)} tensors as it writes them, for example {lost[0]}; "
             "use format 'lora' on the base as it is"
         )
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    import transformers
+
+    return isinstance(model, transformers.PreTrainedModel)
 
 
 def is_of_diffusers(model: nn.Module) -> bool:

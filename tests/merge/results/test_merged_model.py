@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 import transformers as tf
 import zoo
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsc_merge
@@ -249,3 +252,30 @@ def test_a_file_is_as_safetensors_writes_it(tmp_path):
     short = Planned(torch.float32, (3,), lambda: iter([torch.zeros(2)]))
     with pytest.raises(RuntimeError, match="expected pieces of as many bytes as the tensors have"):
         write_safetensors(tmp_path / "short", {"x": short}, counts.append)
+
+
+class Mixed(nn.Module, PyTorchModelHubMixin):
+    """A model that is saved and loaded by huggingface_hub, as Moirai and GLiNER are."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_model_with_the_hub_s_mixin_is_saved_with_the_merge_in_it(tmp_path):
+    model = Mixed(width=8)
+    factors = {f"layers.{number}": nsc_merge.Factor(torch.randn(2, 8), torch.randn(8, 2), 1.0) for number in (0, 1)}
+    adapters = {task: nsc_merge.Adapter(task, factors) for task in "ab"}
+    result = nsc_merge.merge(model, adapters, method="task_arithmetic", scale=0.5)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    loaded = Mixed.from_pretrained(result.save(tmp_path / "out", "model"))
+    wanted = result.apply(copy.deepcopy(model)).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    assert not torch.equal(wanted["layers.0.weight"], base["layers.0.weight"])
+    assert all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
+    assert "2 LoRA adapters merged" in (tmp_path / "out" / "README.md").read_text()
