@@ -100,6 +100,18 @@ def test_what_vllm_refuses_or_passes_over_is_said_with_the_way_out(case, tmp_pat
     assert note in (result.save(tmp_path / "out", "lora") / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("setting", "word"), [("use_dora", "is DoRA"), ("lora_bias", "has biases")])
+def test_what_one_of_the_modules_has_is_said(setting, word, tmp_path):
+    model = zoo.build("llama")
+    adapters = {
+        name: zoo.write_adapter(model, tmp_path / name, 1, r=2, target_modules=[f"{name}_proj"], **given)
+        for name, given in (("q", {setting: True}), ("v", {}))
+    }
+    result = nsc_merge.merge(model, adapters, method="task_arithmetic", scale=1.0)
+    assert result.paths[-1].endswith("v_proj")
+    assert any(note.startswith(f"the adapter {word}") for note in serving_notes(result))
+
+
 @pytest.mark.parametrize("kind", ["llama", "llava"])
 def test_a_head_with_lora_is_loaded_where_vllm_has_lora_for_it(kind, tmp_path):
     pattern = ["q_proj", "lm_head"] if kind == "llama" else r".*language_model.*\.q_proj|lm_head"
