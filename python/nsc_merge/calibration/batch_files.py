@@ -15,8 +15,8 @@ from nsc_merge.models.block_finding import input_embeddings
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 
-# Beside text, these have a row for every image, or for every piece of one.
-_OF_IMAGES = ("pixel_", "image_", "video_")
+# Beside text, these have a row for every image or recording, or for every piece of one.
+_OF_MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "feature_")
 
 
 class Batches:
@@ -151,7 +151,7 @@ def _read(file: Path, argument: str, *, whole: bool) -> CheckedFile:
         read = read_checked(file)
     tensors = read.tensors
     rows = {name: value.shape[0] if value.dim() else None for name, value in tensors.items()}
-    own = {name: count for name, count in rows.items() if not (whole and name.startswith(_OF_IMAGES))} or rows
+    own = {name: count for name, count in rows.items() if not (whole and name.startswith(_OF_MEDIA))} or rows
     if 0 in rows.values():
         raise ValueError(f"{argument}: {file}: expected a row for every sample, found none: {rows}")
     if len(set(own.values())) != 1 or None in rows.values():

@@ -17,6 +17,8 @@ from nsc_merge.processes.group import Group, current
 # whatever its size. Measured on a CPU (d = 512, 13 % added): batches of about 50 tokens take 0.80 of the time of passes
 # of their own, batches of about 230 tokens 1.07.
 SPARE, FEW = 0.25, 128
+# Input of images or audio -> the token of a text that says where one is.
+Places = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def concatenated(passes: Sequence[Pass], padding: Padding | None = None) -> list
     return [_concatenate(group, padding) if len(group) > 1 else group[0] for group in groups]
 
 
-def split(passes: Sequence[Pass], group: Group, *, alike: bool = True, image_token: int | None = None) -> list[Pass]:
+def split(passes: Sequence[Pass], group: Group, *, alike: bool = True, places: Places | None = None) -> list[Pass]:
     """What this process runs of ``passes``, which all processes of ``group`` hold in the same order.
 
     Every process gets equally many, so that processes that gather the same weights at the same layers never wait for
@@ -198,7 +200,8 @@ def split(passes: Sequence[Pass], group: Group, *, alike: bool = True, image_tok
         group: the processes that share it.
         alike: whether passes that are not cut run the same forwards, so that processes may run different ones at the
             same time; otherwise all run the same, which counts in one of them.
-        image_token: that says in a text where an image is; rows with several images beside rows with none are not cut.
+        places: input of images or audio -> the token that says in a text where one is; rows with several beside rows
+            with none are not cut.
 
     What is measured must be added up over the processes, weighted by :attr:`Pass.share` or :meth:`Pass.mine`; see
     :meth:`nsc_merge.processes.group.Group.add`.
@@ -207,7 +210,7 @@ def split(passes: Sequence[Pass], group: Group, *, alike: bool = True, image_tok
         return list(passes)
     parts, uncut = [], []
     for one in passes:
-        rows = _cuttable_rows(one.inputs, image_token)
+        rows = _cuttable_rows(one.inputs, places or {})
         if rows is None or rows < group.size:
             uncut.append(one)
             continue
@@ -235,14 +238,13 @@ def of_the_whole(one: Pass, value: Tensor) -> Tensor:
     return value
 
 
-def _cuttable_rows(inputs: Mapping[str, Any], image_token: int | None) -> int | None:
+def _cuttable_rows(inputs: Mapping[str, Any], places: Places) -> int | None:
     """How many rows inputs have that can be told apart by row: of lists nobody knows what belongs to which. Of as many
-    images as rows each row has its own, if none has no image.
+    images or recordings as rows each row has its own, if none has none.
     """
     text = inputs.get("input_ids")
-    if isinstance(text, Tensor) and image_token is not None and "pixel_values" in inputs:
-        without = ~text.eq(image_token).any(-1)
-        if bool(without.any()):
+    for name, token in places.items():
+        if isinstance(text, Tensor) and name in inputs and bool((~text.eq(token).any(-1)).any()):
             return None
     plain = all(value is None or isinstance(value, (Tensor, bool, int, float, str)) for value in inputs.values())
     return _rows(inputs) if plain else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.calibration.forward_passes import Pass, one_by_one, split
+from nsc_merge.calibration.forward_passes import Pass, Places, one_by_one, split
 from nsc_merge.descent.checkpoint import Shapes
 from nsc_merge.descent.coefficients import BoundedCoefficients
 from nsc_merge.processes.group import current
@@ -37,12 +37,12 @@ class Loss(NamedTuple):
     meet: Callable[[Pass], None] | None = None
 
 
-def parts_of(passes: Sequence[Pass], *, alike: bool = True, image_token: int | None = None) -> list[Pass]:
+def parts_of(passes: Sequence[Pass], *, alike: bool = True, places: Places | None = None) -> list[Pass]:
     """What this process runs of the passes of a loss, which runs the models of a pass's tasks, too; ``alike`` is False
-    where it runs nothing for some tasks, ``image_token`` as :func:`nsc_merge.calibration.forward_passes.split` has it.
+    where it runs nothing for some tasks, ``places`` as :func:`nsc_merge.calibration.forward_passes.split` has it.
     """
     alike = alike and len({len(one.tasks[0]) for one in passes}) == 1
-    return split(passes, current(), alike=alike, image_token=image_token)
+    return split(passes, current(), alike=alike, places=places)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Losses:
             steps; the coefficients with the lowest are kept.
         batch_tasks: tasks that draw the same batch share its forward; others never do.
         alike: whether the loss runs something for every task.
-        image_token: of the model, if it has one.
+        places: of images and audio in the model's texts.
     """
 
     coefficients: BoundedCoefficients
@@ -69,7 +69,7 @@ class Losses:
     held_out: Callable[[], float] | None = None
     batch_tasks: bool | None = False
     alike: bool = True
-    image_token: int | None = None
+    places: Places | None = None
     _steps: int = 0
     _met: Tensor | bool = False
     _best: tuple[float, Tensor] | None = None
@@ -109,7 +109,7 @@ class Losses:
 
     def _parts(self, drawn: Sequence[Batch]) -> list[Pass]:
         passes = one_by_one(drawn, self.coefficients.flat.device)
-        return parts_of(passes, alike=self.alike, image_token=self.image_token)
+        return parts_of(passes, alike=self.alike, places=self.places)
 
     @torch.no_grad()
     def look(self) -> None:

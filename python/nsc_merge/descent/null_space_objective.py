@@ -33,7 +33,7 @@ from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import is_computed_with, refuse_unseen
 from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.sharded import gathers_for_backward, has_units_inside, is_unit, reshard
-from nsc_merge.models.block_finding import image_token_of
+from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.forward_contexts import (
     Ended,
     blocks_without,
@@ -206,7 +206,7 @@ class Objective:
             self.batch_tasks = self._fits_as_one(passes)
         if self.batch_tasks:
             passes = concatenated(passes, self._padding)
-        passes = split(passes, current(), image_token=image_token_of(self._model))
+        passes = split(passes, current(), places=places_of(self._model))
         self._elements = sum(one.elements for one in passes)
         return passes
 
@@ -311,7 +311,7 @@ class Objective:
 
         group = current()
         largest = max(passes, key=lambda single: single.elements)
-        (largest,) = split([largest], group, image_token=image_token_of(self._model))
+        (largest,) = split([largest], group, places=places_of(self._model))
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
             self._forward(largest)
         rows = next(value.shape[0] for value in largest.inputs.values() if isinstance(value, Tensor) and value.dim())

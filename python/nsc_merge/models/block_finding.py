@@ -28,6 +28,9 @@ _POSITIONS_FIRST |= {"fsmt": "coder."}
 _PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
 # Types that read an image's patches behind the tokens, of which no mask of tokens speaks.
 _PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3")
+# Inputs of audio beside text, and what configurations call the token that stands in the text for it.
+AUDIO = ("input_features", "input_values", "audio_input_features")
+_HEARD = ("audio_token_id", "audio_token_index")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 
 
@@ -318,6 +321,14 @@ def has_image_token(config: Any) -> bool:
 def image_token_of(model: nn.Module) -> int | None:
     """The token of a text that says where an image is."""
     return getattr(getattr(model, "config", None), "image_token_id", None)
+
+
+def places_of(model: nn.Module) -> dict[str, int]:
+    """Input of images or audio -> the token of a text that says where one is."""
+    config = getattr(model, "config", None)
+    heard = next((token for name in _HEARD if (token := getattr(config, name, None)) is not None), None)
+    places = {"pixel_values": image_token_of(model), **dict.fromkeys(AUDIO, heard)}
+    return {name: token for name, token in places.items() if token is not None}
 
 
 def _decoder(model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from torch import nn
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods import Problem
 from nsc_merge.methods.gradient.own_answers import Writing, end_tokens, writing_after
+from nsc_merge.models.block_finding import places_of
 
 
 def generated(model, batch, most):
@@ -295,3 +296,11 @@ def test_batches_that_answers_cannot_be_written_after(tmp_path):
     }
     with pytest.raises(ValueError, match=r"answers are written after input_ids, found only \['inputs_embeds'\]"):
         merge(Problem(problem.model, problem.adapters, embedded), "distill", steps=1, new_tokens=2)
+
+
+def test_the_place_of_audio_ends_an_answer():
+    model = types.SimpleNamespace(config=types.SimpleNamespace(audio_token_index=7, eos_token_id=2, model_type="heard"))
+    assert writing_after(model, "input_ids", "attention_mask").ends == [2, 7]
+    assert places_of(model) == {"input_features": 7, "input_values": 7, "audio_input_features": 7}
+    model.config = types.SimpleNamespace(audio_token_id=0, image_token_id=3)
+    assert set(places_of(model).items()) > {("pixel_values", 3), ("input_features", 0)}

@@ -58,9 +58,10 @@ def test_rows_are_cut_with_their_images():
     """Of as many images as rows: each its own, or some several and others none, which nobody may cut."""
     text, images = torch.tensor([[5, 5, 1], [1, 5, 1], [1, 1, 1]]), torch.ones(3, 3, 8, 8)
     for ids, token, rows in ((text, 5, 3), (text, None, 1), (text.index_fill(1, torch.tensor(1), 5), 5, 1)):
-        one = Pass({"input_ids": ids, "pixel_values": images}, ({},), ((0,),))
-        (part,) = split([one], Group(0, 3, None), image_token=token)
-        assert len(part.inputs["input_ids"]) == len(part.inputs["pixel_values"]) == rows
+        for name in ("pixel_values", "input_features"):
+            one = Pass({"input_ids": ids, name: images}, ({},), ((0,),))
+            (part,) = split([one], Group(0, 3, None), places={} if token is None else {name: token, "other": 7})
+            assert len(part.inputs["input_ids"]) == len(part.inputs[name]) == rows
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
-from nsc_merge.models.block_finding import has_two_towers
+from nsc_merge.models.block_finding import AUDIO, has_two_towers
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 
@@ -25,9 +25,6 @@ _BEHIND_PADDING = frozenset(
         *("data2vec-text", "longformer", "mpnet", "luke", "lilt", "markuplm"),
     )
 )
-
-
-_AUDIO = frozenset(("input_values", "input_features", "audio_input_features"))
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class Base:
     def audio(self) -> bool:
         """Whether it runs on audio: alone, with a text for its decoder where it has one; or in the midst of text."""
         if self.text:
-            return not self.decodes and bool(self.takes & _AUDIO)
-        return bool(self.takes & _AUDIO) and not self.takes & {"pixel_values", "decoder_input_values"}
+            return not self.decodes and bool(self.takes.intersection(AUDIO))
+        return bool(self.takes.intersection(AUDIO)) and not self.takes & {"pixel_values", "decoder_input_values"}
 
     @property
     def decodes(self) -> bool:

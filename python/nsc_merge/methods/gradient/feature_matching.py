@@ -27,7 +27,7 @@ from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import image_token_of
+from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.families import Family, check_family
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
@@ -203,8 +203,8 @@ def best_scale(problem: Problem, options: MatchOptions) -> float:
         targets = Targets(watcher, OwnModels(problem, coefficients, present), options.normalise)
         present = present.to(coefficients.flat)
         sums = torch.zeros(len(SCALES), dtype=torch.float64, device=with_float64(coefficients.flat.device))
-        token = image_token_of(problem.model)
-        for one in parts_of(one_by_one(drawn, coefficients.flat.device), image_token=token):
+        places = places_of(problem.model)
+        for one in parts_of(one_by_one(drawn, coefficients.flat.device), places=places):
             wanted = targets.of(one)
             for place, scale in enumerate(SCALES):
                 coefficients.give(scale * present)
@@ -278,7 +278,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
         def measure() -> float:
             total = torch.zeros((), dtype=torch.float64, device=with_float64(coefficients.flat.device))
             passes = [one for batches in held for one in one_by_one(batches, device)]
-            for one in parts_of(passes, image_token=image_token_of(problem.model)):
+            for one in parts_of(passes, places=places_of(problem.model)):
                 # Of their own: this may be called within a step on others.
                 with naming_tasks({problem.tasks[number]: one.sources[0] for number in one.tasks[0]}):
                     wanted = targets.of(one)

@@ -22,7 +22,7 @@ from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.bases.quantised import check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import image_token_of
+from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.forward_contexts import evaluating, recomputed, without_key_value_cache
 from nsc_merge.results.result import MergeResult
 
@@ -112,7 +112,7 @@ def descend(
             math.inf if options.share == "task" else options.warm_up,
             None if held_out is None else held_out(coefficients),
             alike=len(counted) == len(tasks),
-            image_token=image_token_of(problem.model),
+            places=places_of(problem.model),
         )
         loop = Optimisation(
             objective,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.block_finding import image_token_of, type_of
+from nsc_merge.models.block_finding import places_of, type_of
 from nsc_merge.models.families import Family
 from nsc_merge.processes.group import current
 from nsc_merge.utils.option_checks import check_count
@@ -335,7 +335,6 @@ def writing_after(model: nn.Module, tokens: str, mask: str) -> Writing:
     """How a model's answers are written behind the inputs of these names."""
     # What PaliGemma is given it sees as a whole, and what it writes from left to right.
     own = {"token_type_ids": 1} if type_of(model) == "paligemma" else {}
-    # Behind the place of an image, which a model may name before it is trained, nothing could be read.
-    image = image_token_of(model)
-    ends = [*end_tokens(model), *([] if image is None else [image])]
-    return Writing(tokens, mask, ends, {**_CONTINUED, **own})
+    # Behind the place of an image or of audio, which a model may name before it is trained, nothing could be read.
+    ends = dict.fromkeys([*end_tokens(model), *places_of(model).values()])
+    return Writing(tokens, mask, list(ends), {**_CONTINUED, **own})
