@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,10 @@ def _telling(told: Callable[[], str]) -> Iterator[None]:
         ours = str(frame.f_globals.get("__name__")).partition(".")[0] in ("nsc_merge", "nsc_kernels")
         if ours or type(error) not in (IndexError, RuntimeError, TypeError, ValueError):
             raise
-        raise type(error)(f"{told()}: {error}") from error
+        # A table of tokens or of positions was asked for a row that it has not.
+        table = isinstance(error, IndexError) and re.search(r"index .*out of (range|bounds)", str(error)) is not None
+        way = "; expected tokens that the model has, and no more than it has positions, those of answers among them"
+        raise type(error)(f"{told()}: {error}{way if table else ''}") from error
 
 
 def _shapes(batch: Batch) -> str:

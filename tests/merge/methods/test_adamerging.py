@@ -200,3 +200,14 @@ def test_bounds_that_are_none_are_refused_by_name(clamp):
 def test_empty_bounds_are_none(clamp):
     assert METHODS["adamerging"].resolved({"preset": "original"}, ["a"]).clamp == (0.0, 1.0)
     assert METHODS["adamerging"].resolved({"preset": "original", "clamp": clamp}, ["a"]).clamp is None
+
+
+def test_answers_beyond_the_last_position_say_so(tmp_path):
+    kind = ARCHITECTURES["GPT-2"]
+    model, batch = kind.build(), kind.inputs()
+    folders = {}
+    for n, task in enumerate("ab"):
+        folders[task] = write_adapter(model, tmp_path / task, n, r=2, target_modules=kind.targets)
+    options = {"steps": 1, "tokens": "full", "new_tokens": model.config.n_positions, "progress": False}
+    with pytest.raises(IndexError, match="calibration: in forwards of .*expected tokens that the model has, and no"):
+        nsc_merge.merge(model, folders, {"a": [batch], "b": [batch]}, "adamerging", **options)
