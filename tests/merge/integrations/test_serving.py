@@ -287,6 +287,26 @@ def test_the_form_that_is_written_for_a_server_is_served_as_it_is(server, name, 
     assert differs(held, made(name).deltas) < 1e-6
 
 
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_form_that_is_written_for_a_server_breaks_none_of_its_rules_and_has_the_same_updates(
+    server, made, tmp_path
+):
+    """Where no server is installed, too: LoRA of zeros stands where it wants some, in the sizes of the base."""
+    filled = 0
+    for number, name in enumerate(PADDED[server]):
+        one, out = made(name), tmp_path / str(number)
+        assert not write_uniform(one.folder, out, server, base=one.config).problems, name
+        model, written = zoo.build(CASES[name].kind), nsc_merge.load_adapter(out, "out").factors
+        assert one.deltas.keys() <= written.keys()
+        assert len({factor.rank for factor in written.values()}) == 1
+        for path, factor in written.items():
+            delta = factor.B.double() @ factor.A.double()
+            assert (factor.scaling, delta.shape) == (1.0, model.get_submodule(path).weight.shape)
+            torch.testing.assert_close(delta, one.deltas.get(path, 0 * delta), rtol=1e-6, atol=1e-7)
+        filled += len(written) - len(one.deltas)
+    assert (filled > 0) is (server in ("sglang", "lorax"))
+
+
 def effects(folder: Path, server: str, **settings) -> list[tuple[str, str]]:
     return [(problem.effect, problem.what) for problem in check(folder, server, **settings).problems]
 
