@@ -64,12 +64,14 @@ def test_a_base_in_another_dtype_is_said_to_be_of_that(make, tmp_path):
     assert text.get("torch_dtype", "float32") == "float32"
 
 
-def test_what_was_changed_in_memory_is_not_told_as_the_base_has_it(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("make", [llama, llava])
+def test_what_was_changed_in_memory_is_not_told_as_the_base_has_it(make, tmp_path):
+    make().save_pretrained(tmp_path / "base")
     as_on_the_hub(tmp_path / "base", {**OLDER, "torch_dtype": "float32"})
     model = load_model(str(tmp_path / "base"), local=True)
-    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 20000.0}
+    model.config.get_text_config().rope_parameters = {"rope_type": "default", "rope_theta": 20000.0}
     found = merged(tmp_path, model)
+    found = found.get("text_config", found)
     assert found["rope_parameters"]["rope_theta"] == 20000.0
     assert not {"rope_theta", "rope_scaling"} & found.keys()
 
