@@ -212,13 +212,13 @@ def test_packed_formats_are_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("rate", [RATE, 44_100])
+@pytest.mark.parametrize("rate", [RATE, 22_050, 44_100])
 def test_long_recordings_are_cut(side, rate, tmp_path, caplog):
     """At the model's own rate: a file of which only what is needed is read gives what all of it would."""
     place = audio_base(tmp_path / "base", "ctc")
     wave = noise(3.0, 4, rate)
     write_wave(tmp_path / "a.wav", wave, rate)
-    kept = [str(tmp_path / "a.wav"), {"array": wave, "sampling_rate": rate}]
+    kept = [str(tmp_path / "a.wav"), {"array": wave, "sampling_rate": np.int64(rate)}]
     whole = soxr.resample(wave, rate, RATE) if rate != RATE else wave
     part = whole[:16_000] if side == "right" else whole[-16_000:]
     expected = by_hand("ctc", [part])["input_values"]
@@ -262,6 +262,10 @@ def test_what_an_extractor_would_cut_by_itself_is_said(name, samples, tmp_path, 
         ({"array": [[0.1], [0.2]], "sampling_rate": RATE}, r"array: expected finite .*found float64 \[2, 1\]"),
         ({"array": [0.1, float("nan")], "sampling_rate": RATE}, "array: expected finite samples"),
         ({"array": [0.1] * 900, "sampling_rate": 0}, "sampling_rate: expected samples of a second, found 0"),
+        ({"array": [0.1] * 900, "sampling_rate": 800.5}, "sampling_rate: expected samples of a second, found 800.5"),
+        ({"array": [0.1] * 900, "sampling_rate": True}, "sampling_rate: expected samples of a second, found True"),
+        ({"array": [[0.1], []], "sampling_rate": RATE}, "row 1: array: expected samples as numpy has them, found list"),
+        ({"array": torch.ones(900).bfloat16(), "sampling_rate": RATE}, "samples as numpy has them, found Tensor"),
         ({"array": [], "sampling_rate": RATE}, "row 1: the audio holds no sample"),
         ({"array": [0.1] * 20, "sampling_rate": RATE}, "row 1: expected at least 45 samples of audio, found 20"),
         (None, "row 1: holds no audio in column 'audio'"),
@@ -282,6 +286,15 @@ def test_a_file_of_no_sample_is_refused(tmp_path):
     write_wave(tmp_path / "a.wav", np.zeros(0, dtype=np.float32))
     with pytest.raises(ValueError, match="a.wav holds no sample"):
         made([{"audio": str(tmp_path / "a.wav")}], audio_base(tmp_path / "base", "ctc"))
+
+
+def test_a_recording_of_which_several_are_made_is_refused(tmp_path, monkeypatch):
+    place = audio_base(tmp_path / "base", "ctc")
+    # As Cohere's extractor cuts what is longer than half a minute.
+    pieces = {"input_values": torch.zeros(2, 800), "attention_mask": torch.ones(2, 800)}
+    monkeypatch.setattr("nsc_merge.calibration.raw.inputs.audio.processed", lambda *given, **named: pieces)
+    with pytest.raises(ValueError, match=r"row 1: the feature extractor makes 2 pieces of 0.1 s of audio"):
+        made([{"audio": {"array": np.zeros(1600), "sampling_rate": RATE}}], place)
 
 
 def test_silence_that_becomes_no_number_is_refused(tmp_path):

@@ -172,6 +172,63 @@ def test_images_and_audio_in_one_row(tmp_path):
     assert {"input_features", "input_features_mask", "pixel_values"} < set(batch)
 
 
+def _gemma(folder: Path) -> tf.Gemma3nProcessor:
+    names = ("audio_token", "boa_token", "eoa_token", "image_token", "boi_token", "eoi_token")
+    words = tokenizer(chat=None, extra={name: f"<{name}>" for name in names})
+    tool = tf.Gemma3nProcessor(
+        tf.Gemma3nAudioFeatureExtractor(feature_size=8), tf.SiglipImageProcessor(size={"height": 8, "width": 8}), words,
+        audio_seq_length=3, image_seq_length=2,
+    )  # fmt: skip
+    tool.save_pretrained(folder)
+    tf.Gemma3nConfig(architectures=["Gemma3nForConditionalGeneration"]).save_pretrained(folder)
+    return tool
+
+
+def test_as_many_frames_as_tokens_are_frames(tmp_path):
+    tool = _gemma(tmp_path)
+    wave = {"array": noise(0.42), "sampling_rate": RATE}
+    frames = tool.feature_extractor([wave["array"]], return_tensors="pt")["input_features"].shape[1]
+    (few,) = made([{"audio": wave, "prompt": "a"}], tmp_path)
+    more = frames - few["input_ids"].shape[1]
+    rows = [{"audio": wave, "prompt": "a" + " a" * count} for count in (more, 0)]
+    (batch,) = made(rows, tmp_path, 2)
+    assert batch["input_ids"].shape == batch["input_features_mask"].shape == (2, frames)
+    # Of the longer alone, which has as many of both.
+    (alone,) = made(rows[:1], tmp_path)
+    assert alone["input_ids"].shape == alone["input_features_mask"].shape == (1, frames)
+
+
+def test_what_gemma_would_cut_by_itself_is_said(tmp_path, caplog):
+    _gemma(tmp_path)
+    wave = noise(30.5)
+    (batch,) = made([{"audio": {"array": wave, "sampling_rate": RATE}, "prompt": "a"}], tmp_path, max_seconds=40)
+    assert "longer than 30 s, as are 1 of the 1 samples' audio" in caplog.text
+    (shorter,) = made([{"audio": {"array": wave[: 30 * RATE], "sampling_rate": RATE}, "prompt": "a"}], tmp_path)
+    assert_same(batch, shorter)
+
+
+def test_what_a_processor_hears_in_pieces_is_taken_whole(tmp_path, caplog):
+    """Of Audio Flamingo 3, whose extractor takes half a minute, and whose processor ten."""
+    words = tokenizer(chat=None, extra={"audio_token": "<sound>"})
+    extractor = tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1, return_attention_mask=True)
+    tool = tf.AudioFlamingo3Processor(extractor, words, max_audio_len=3)
+    tool.save_pretrained(tmp_path)
+    tf.AudioFlamingo3Config(architectures=["AudioFlamingo3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    wave = noise(3.5)
+    count = 2 * RATE + 800
+    rows = [{"audio": {"array": one, "sampling_rate": RATE}, "prompt": "a"} for one in (wave[:count], wave)]
+    for row, seconds, heard in ((rows[0], 30, wave[:count]), (rows[1], 2, wave[: 2 * RATE])):
+        (batch,) = made([row], tmp_path, max_seconds=seconds)
+        expected = tool(
+            text=["<sound>\na"], audio=[heard], return_tensors="pt", audio_kwargs={"sampling_rate": RATE}
+        )
+        assert_same(batch, dict(expected))
+    caplog.clear()
+    (batch,) = made([rows[1]], tmp_path)
+    assert len(batch["input_features"]) == 3
+    assert "longer than 3 s" in caplog.text
+
+
 def test_a_merge_of_raw_audio_is_that_of_its_inputs(place, tmp_path):
     torch.manual_seed(0)
     model = tf.Qwen2AudioForConditionalGeneration(tf.AutoConfig.from_pretrained(place)).eval()

@@ -100,7 +100,9 @@ def _text(
         tokenizer = processor.tokenizer
         if hasattr(processor, "image_token") or hasattr(processor, "audio_token"):
             extractor = extractor_in(processor)
-            media = Media(images, None if extractor is None else Listening(extractor, settings, audio))
+            longest = getattr(processor, "max_audio_len", None)
+            heard = None if extractor is None else Listening(extractor, settings, audio, longest)
+            media = Media(images, heard)
             encoded = encode_pairs(samples, processor, base, settings, media)
         elif base.audio:
             raise ValueError(

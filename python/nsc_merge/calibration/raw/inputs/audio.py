@@ -22,14 +22,18 @@ class Listening:
         extractor: the feature extractor.
         settings: what is taken.
         reader: of audio.
+        longest: seconds that a processor hands on to it in pieces (Audio Flamingo 3's ten minutes); None where it hands
+            on all at once.
     """
 
-    def __init__(self, extractor: Any, settings: DataSettings, reader: AudioReader) -> None:
+    def __init__(
+        self, extractor: Any, settings: DataSettings, reader: AudioReader, longest: float | None = None
+    ) -> None:
         self.rate = extractor.sampling_rate
         # Where it takes it, so that it does not warn.
         known = inspect.signature(extractor.__call__).parameters
         self.named = {"sampling_rate": self.rate} if "sampling_rate" in known else {}
-        self._taken = Taken(self.rate, _most(extractor, settings), settings.truncation_side)
+        self._taken = Taken(self.rate, _most(extractor, settings, longest), settings.truncation_side)
         self._settings, self._reader = settings, reader
         self._cut: list[str] = []
 
@@ -99,7 +103,14 @@ def _features(wave: Any, where: str, extractor: Any, base: Base, named: Mapping[
         made = processed(extractor, [wave], **named)
     except ValueError as error:
         raise ValueError(f"{where}: the feature extractor refuses it: {' '.join(str(error).split()):.200}") from None
-    one = {name: value[0] for name, value in made.items() if name in base.takes}
+    pieces = {name: len(value) for name, value in made.items() if name in base.takes}
+    if (most := max(pieces.values(), default=1)) > 1:
+        # As Cohere's does of what is longer than half a minute.
+        raise ValueError(
+            f"{where}: the feature extractor makes {most} pieces of {len(wave) / extractor.sampling_rate:g} s of "
+            "audio, and one is taken; expected less: give a smaller max_seconds"
+        )
+    one = {name: made[name][0] for name in pieces}
     odd = next((name for name, value in one.items() if not value.isfinite().all()), None)
     if odd is not None:
         # As of silence that is divided by how far it is spread.
@@ -117,15 +128,21 @@ def _over_time(one: Encoded, name: str) -> bool:
     return value.dim() == 1 or (MASK in one and one[MASK].dim() == 1 and len(value) == len(one[MASK]))
 
 
-def _most(extractor: Any, settings: DataSettings) -> int:
+def _most(extractor: Any, settings: DataSettings, longest: float | None) -> int:
     """Samples that are taken of a recording: as many as are asked for, and no more than the extractor leaves."""
     rate = extractor.sampling_rate
     asked = max(1, round(settings.max_seconds * rate))
+    if longest is not None:
+        # Of whole pieces, as many as it has room for.
+        piece = getattr(extractor, "chunk_length", longest)
+        return min(asked, int(longest // piece * piece * rate))
     if type(extractor).__name__ == "ASTFeatureExtractor":
         # Frames of 25 ms, one each 10 ms.
         return min(asked, round(rate * (0.010 * (extractor.max_length - 1) + 0.025)))
-    # Whisper's and others that fill up to so many samples and cut there.
-    return min(asked, getattr(extractor, "n_samples", asked))
+    known = inspect.signature(extractor.__call__).parameters
+    cuts, most = (known[name].default if name in known else None for name in ("truncation", "max_length"))
+    # Whisper's and others that fill up to so many samples and cut there; Gemma's, that cut at 30 s.
+    return min(asked, getattr(extractor, "n_samples", most) or asked) if cuts is True else asked
 
 
 def _least(base: Base) -> int:

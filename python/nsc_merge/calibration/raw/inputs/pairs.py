@@ -29,6 +29,8 @@ from nsc_merge.calibration.raw.settings import DataSettings
 # What stands for one in texts that are made for no certain model.
 _PLACES = {"image": "<image>", "audio": "<audio>"}
 _SEVERAL = {"image": "images", "audio": "recordings"}
+# In names of inputs of audio, of which there may be as many frames as there are tokens.
+_OF_AUDIO = ("feature", "audio", "input_values", "padding_mask")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def _pair(
     shape = encoded[TOKENS].shape
     # Labels, which PaliGemma's processor makes, are of training.
     taken = {name: value for name, value in encoded.items() if name in base.takes and name != "labels"}
-    one = {name: value[0] if value.shape == shape else value for name, value in taken.items()}
+    of_text = {name for name, value in taken.items() if value.shape == shape and not any(a in name for a in _OF_AUDIO)}
+    one = {name: value[0] if name in of_text else value for name, value in taken.items()}
     add_mask(one, base)
     check_tokens(one[TOKENS], len(one[TOKENS]) - count, room, sample.where, base)
     return one

@@ -81,11 +81,11 @@ def _decoded(raw: bytes, place: str, taken: Taken) -> tuple[Any, int, bool]:
     soundfile = needed("soundfile", place)
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as file:
-            most = math.ceil((taken.most / taken.rate + _BEYOND) * file.samplerate)
-            if taken.side == "left" and file.frames > most:
-                file.seek(file.frames - most)
-            wave = file.read(most, dtype="float32", always_2d=True)
-            return wave.mean(1), file.samplerate, file.frames > most
+            first, last = _part(file.frames, file.samplerate, taken)
+            if first:
+                file.seek(first)
+            wave = file.read(last - first, dtype="float32", always_2d=True)
+            return wave.mean(1), file.samplerate, last - first < file.frames
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -98,14 +98,31 @@ def _of_array(value: dict[str, Any], where: str, taken: Taken) -> tuple[Any, int
     """Samples, their rate, and whether there are more, of what ``datasets`` and pipelines pass on."""
     import numpy as np
 
-    wave, rate = np.asarray(value["array"]), value["sampling_rate"]
+    rate = value["sampling_rate"]
+    try:
+        wave = np.asarray(value["array"])
+    except (TypeError, ValueError):
+        # Of tensors in bfloat16, and of lists of unequal lengths.
+        raise ValueError(
+            f"{where}: array: expected samples as numpy has them, found {type(value['array']).__name__}"
+        ) from None
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating) or not np.isfinite(wave).all():
         raise ValueError(
             f"{where}: array: expected finite samples in floating point, [samples], found {wave.dtype} "
             f"{list(wave.shape)}"
         )
-    if not isinstance(rate, (int, float)) or rate <= 0:
+    if not isinstance(rate, (int, float, np.number)) or isinstance(rate, bool) or rate <= 0 or rate % 1:
         raise ValueError(f"{where}: sampling_rate: expected samples of a second, found {rate!r:.40}")
+    first, last = _part(len(wave), int(rate), taken)
+    return wave[first:last].astype(np.float32), int(rate), last - first < len(wave)
+
+
+def _part(count: int, rate: int, taken: Taken) -> tuple[int, int]:
+    """From where to where ``count`` samples are read for what is taken of them: little more than that, and from where
+    there is a sample at both rates, so that the change of rate gives those of the whole.
+    """
     most = math.ceil((taken.most / taken.rate + _BEYOND) * rate)
-    part = wave[-most:] if taken.side == "left" else wave[:most]
-    return part.astype(np.float32), int(rate), len(wave) > most
+    if taken.side == "right":
+        return 0, min(most, count)
+    step = rate // math.gcd(rate, taken.rate)
+    return max(0, count - most) // step * step, count
