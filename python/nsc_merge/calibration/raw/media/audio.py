@@ -111,7 +111,7 @@ def _of_array(value: dict[str, Any], where: str, taken: Taken) -> tuple[Any, int
             f"{where}: array: expected finite samples in floating point, [samples], found {wave.dtype} "
             f"{list(wave.shape)}"
         )
-    if not isinstance(rate, (int, float, np.number)) or isinstance(rate, bool) or rate <= 0 or rate % 1:
+    if not isinstance(rate, (int, float, np.integer)) or isinstance(rate, bool) or rate <= 0 or rate % 1:
         raise ValueError(f"{where}: sampling_rate: expected samples of a second, found {rate!r:.40}")
     first, last = _part(len(wave), int(rate), taken)
     return wave[first:last].astype(np.float32), int(rate), last - first < len(wave)
