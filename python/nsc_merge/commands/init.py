@@ -27,10 +27,16 @@ Tasks are called like their adapters' folders, unless TASK=FOLDER calls them oth
 folder of images or of files called like the tasks, or the id owner/name of a dataset; with
 TASK= in front it is of one task. Without it the recipe's method is one that takes no data.
 
+--test is raw data with labels, a folder for each class, a table, questions with answers or
+chats, given as --data is; evaluation.yaml beside the recipe then measures merges on it:
+
+  nsc-merge init adapters/* --base base --data photos --test photos-test
+  nsc-merge run recipe.yaml && nsc-merge eval evaluation.yaml
+
 --schema writes the JSON schema of recipes beside the recipe, from which editors complete and
 check keys; alone it prints the schema, with a FILE it writes it there.
 """
-SCHEMA_FILE = "recipe.schema.json"
+SCHEMA_FILE, EVALUATION_FILE = "recipe.schema.json", "evaluation.yaml"
 _BESIDE = object()
 
 
@@ -54,6 +60,9 @@ def add(commands: Any) -> None:
     init.add_argument(
         "--data", action="append", default=[], metavar="[TASK=]FILE", help="unlabelled inputs; may be repeated"
     )
+    init.add_argument(
+        "--test", action="append", default=[], metavar="[TASK=]FILE", help="raw data with labels, for evaluation.yaml"
+    )
     init.add_argument("--text", metavar="COLUMN", help=r'column of text or chats in raw data, or texts: "{a}\n{b}"')
     init.add_argument("--revision", metavar="REV", help="of a base on the hub")
     init.add_argument("--method", metavar="NAME", help="how to merge (default: what suits the data)")
@@ -74,22 +83,28 @@ def _init(arguments: argparse.Namespace) -> int:
     if not arguments.adapters:
         raise UsageError("ADAPTER: expected one or more folders of adapters, found none")
     out, shown = arguments.out, str(arguments.out) == "-"
-    if shown and (arguments.json or arguments.schema is not None):
-        raise UsageError("--out: - prints the recipe alone; expected a file with --json and --schema")
+    if shown and (arguments.json or arguments.schema is not None or arguments.test):
+        raise UsageError("--out: - prints the recipe alone; expected a file with --json, --schema and --test")
     if arguments.text is not None and not arguments.data:
         raise UsageError("--text: is of raw data, but no --data is given; expected --data FILE beside it, or no --text")
     from nsc_merge.utils.option_checks import is_hub_id
 
-    places = [one.partition("=")[2] or one for one in (*arguments.adapters, *arguments.data)]
+    places = [one.partition("=")[2] or one for one in (*arguments.adapters, *arguments.data, *arguments.test)]
     places += _named(arguments.adapters) if arguments.base is None else [arguments.base]
     if not shown:
         check_out(out, arguments.force, places)
+    measures = out.parent / EVALUATION_FILE if arguments.test else None
+    if measures is not None:
+        if measures.resolve() == out.resolve():
+            raise UsageError(f"--out: {out} is where --test writes the evaluation; expected another name")
+        check_out(measures, arguments.force, places, "tasks")
     folder = Path.cwd() if shown else out.resolve().parent
     schema = _schema_path(arguments.schema, folder)
     beside = out.parent / SCHEMA_FILE if arguments.schema is _BESIDE else Path(arguments.schema or "")
     if schema is not None:
         _check_schema(beside, out, places)
     prepare(local=not any(is_hub_id(place.partition("@")[0]) for place in places))
+    from nsc_merge.recipes.first.evaluation import evaluation_text, look_at_tests
     from nsc_merge.recipes.first.findings import find
     from nsc_merge.recipes.first.summary import render, summary
     from nsc_merge.recipes.first.text import recipe_text
@@ -99,6 +114,7 @@ def _init(arguments: argparse.Namespace) -> int:
     found = find(
         arguments.adapters, arguments.base, arguments.data, arguments.method, text=text, revision=arguments.revision
     )
+    tests = look_at_tests(arguments.test, found)
     written = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
         print(written, end="")
@@ -109,8 +125,17 @@ def _init(arguments: argparse.Namespace) -> int:
     if schema is not None:
         _write_schema(beside)
     write_argument("--out", out, written)
+    if measures is not None:
+        write_argument("--test", measures, evaluation_text(found, tests, folder, measures.name))
     command = shlex.join(["nsc-merge", "run", str(out), "--dry-run"])
-    say(json.dumps(summary(found, str(out), command)) if arguments.json else render(found, str(out), command))
+    if arguments.json:
+        told = {task: {"source": one.source, "found": one.said} for task, one in tests.items()}
+        further = {} if measures is None else {"evaluation": str(measures), "tests": told}
+        say(json.dumps({**summary(found, str(out), command), **further}))
+        return 0
+    say(render(found, str(out), command))
+    if measures is not None:
+        say(f"and then  {shlex.join(['nsc-merge', 'eval', str(measures)])}")
     return 0
 
 
@@ -149,13 +174,14 @@ def _write_schema(file: Path | None) -> None:
         write_argument("--schema", file, text)
 
 
-def check_out(out: Path, force: bool, given: Sequence[str]) -> None:
+def check_out(out: Path, force: bool, given: Sequence[str], holds: str = "adapters") -> None:
     """Refuse a recipe in the place of what is not one, or among what it is written from.
 
     Args:
         out: file to write.
         force: whether a recipe there is to be replaced.
         given: the folders and files that the command takes; what is none is on the hub.
+        holds: the key beside ``model`` that such a file does not lack.
 
     Raises:
         UsageError: naming ``--out``.
@@ -171,12 +197,12 @@ def check_out(out: Path, force: bool, given: Sequence[str]) -> None:
 
     # What reads as one has the keys that no recipe lacks. Nothing is lost with an empty file.
     try:
-        is_recipe = out.stat().st_size == 0 or {"model", "adapters"} <= set(read_yaml(out))
+        is_recipe = out.stat().st_size == 0 or {"model", holds} <= set(read_yaml(out))
     except Exception:
         is_recipe = False
     if not is_recipe:
         raise UsageError(
-            f"--out: {out} is there and reads as no recipe (keys model and adapters), which alone --force replaces; "
+            f"--out: {out} is there and reads as no recipe (keys model and {holds}), which alone --force replaces; "
             "--out FILE writes another"
         )
 

@@ -554,3 +554,16 @@ def test_the_place_of_an_image_in_data_for_llava_is_one_for_every_model(tmp_path
     # Without an image it is what it says.
     (batch,) = batches_of(["<image> a"], str(base), DataSettings(), 1, "a")
     assert IMAGE in batch["input_ids"]
+
+
+def test_a_processor_of_videos_is_told(tmp_path, monkeypatch):
+    """For which the images of several samples are frames of one video."""
+    place = vision_base(tmp_path / "base")
+    from nsc_merge.calibration.raw import encoding
+
+    def one_video(images, return_tensors):
+        return {"pixel_values": torch.zeros(1, len(images), 3, 8, 8)}
+
+    monkeypatch.setattr(encoding, "image_processor_of", lambda *given: one_video)
+    with pytest.raises(ValueError, match="row 1 and the next: function makes 1 pixel_values of 2 images, expec"):
+        made([{"image": picture(number)} for number in range(2)], place)

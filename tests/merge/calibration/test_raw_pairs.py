@@ -112,6 +112,16 @@ def test_a_first_recipe_and_an_evaluation_know_pairs(place, monkeypatch):
     assert rows["zero_shot"]["metrics"]["one"] == pytest.approx(right / 3)
 
 
+def test_a_question_is_read_with_the_context_that_its_answer_is_marked_in(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model = tf.BertForQuestionAnswering(tf.BertConfig.from_pretrained("base"))
+    model.save_pretrained("base")
+    write_rows(Path("asked.jsonl"), [{"question": "a", "context": "b c d", "answers": {"text": ["c"]}}] * 3)
+    assert main(["init", "adapters/one", "adapters/two", "--base", "base", "--data", "asked.jsonl"]) == 0
+    document = from_yaml(Path("recipe.yaml").read_text(encoding="utf-8"))
+    assert (document["data"]["text"], document["data"]["text_pair"]) == ("question", "context")
+
+
 def test_a_second_text_is_part_of_what_samples_are(place):
     data = {
         pair: nsc_merge.calibration_data(place / "rows.jsonl", str(place / "base"), text="premise", text_pair=pair)

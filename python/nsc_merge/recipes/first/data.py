@@ -53,7 +53,7 @@ class Data:
         return {key: value for key, value in named.items() if value is not None}
 
 
-def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+def sources(arguments: Sequence[str], tasks: Sequence[str], flag: str = "--data") -> dict[str, str]:
     """Task -> absolute path or hub id of its data, of the arguments of ``--data``: something for all tasks, a folder
     whose entries are called like the tasks, or ``TASK=`` in front of something for one.
 
@@ -64,32 +64,32 @@ def sources(arguments: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, place = argument.partition("=")
         if equals and name in tasks:
-            given = {name: _place(place)}
+            given = {name: _place(place, flag)}
         elif equals and not Path(argument).exists():
             hint = did_you_mean(name, tasks) or f" (tasks: {', '.join(tasks)})"
-            raise RecipeError(f"--data: {name!r} is no task{hint}")
+            raise RecipeError(f"{flag}: {name!r} is no task{hint}")
         else:
-            given = _by_name(Path(argument), tasks) or dict.fromkeys(tasks, _place(argument))
+            given = _by_name(Path(argument), tasks, flag) or dict.fromkeys(tasks, _place(argument, flag))
         for task, source in given.items():
             if task in found:
-                raise RecipeError(f"--data: task {task!r} is given {found[task]} and {source}; expected one of them")
+                raise RecipeError(f"{flag}: task {task!r} is given {found[task]} and {source}; expected one of them")
             found[task] = source
     missing = [task for task in tasks if task not in found]
     if found and missing:
-        raise RecipeError(f"--data: nothing is given for task {missing[0]!r}; expected --data {missing[0]}=FILE, too")
+        raise RecipeError(f"{flag}: nothing is given for task {missing[0]!r}; expected {flag} {missing[0]}=FILE, too")
     return {task: found[task] for task in tasks if task in found}
 
 
-def _place(text: str) -> str:
+def _place(text: str, flag: str) -> str:
     place = Path(text).expanduser()
     if place.exists():
         return os.path.abspath(place)
     if absolute_source(text, Path.cwd()) == text and not place.is_absolute():
         return text
-    raise RecipeError(f"--data: {text} is missing; expected a file or a folder, or the id owner/name of a dataset")
+    raise RecipeError(f"{flag}: {text} is missing; expected a file or a folder, or the id owner/name of a dataset")
 
 
-def _by_name(folder: Path, tasks: Sequence[str]) -> dict[str, str]:
+def _by_name(folder: Path, tasks: Sequence[str], flag: str) -> dict[str, str]:
     """Task -> the entry of a folder that is called like it; empty if none is."""
     folder = folder.expanduser()
     entries = [entry for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
@@ -105,8 +105,8 @@ def _by_name(folder: Path, tasks: Sequence[str]) -> dict[str, str]:
         if len(called.get(task, ())) != 1:
             several = ", ".join(entry.name for entry in called.get(task, ())) or "none"
             raise RecipeError(
-                f"--data: {folder} has entries called like tasks; expected one for task {task!r}, found {several} "
-                "(or --data TASK=FILE)"
+                f"{flag}: {folder} has entries called like tasks; expected one for task {task!r}, found {several} "
+                f"(or {flag} TASK=FILE)"
             )
     return {task: os.path.abspath(called[task][0]) for task in tasks}
 

@@ -19,7 +19,7 @@ from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.recipes.first.data import Data, stored_inputs
 
 # Samples that are encoded, and rows that are looked at for it.
-_SAMPLES, _ROWS = 16, 256
+SAMPLES, ROWS = 16, 256
 _SHOWN = 60
 # Columns of a question, what it is about and its answer, as public data sets call them: all are taken, as when the
 # adapter was trained.
@@ -42,7 +42,8 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
 )
-# Two texts that a classifier compares, as public data sets call them.
+# Two texts that a classifier compares, as public data sets call them, or in one of which an answer is marked.
+_MARKED = (("question", "context"),)
 _COMPARED = (
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
@@ -81,10 +82,8 @@ def look(
             # It would be fetched as a whole.
             seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
-            classifies = type(model).__name__.endswith("ForSequenceClassification")
-            seen[source] = _raw(
-                source, base, batch_size, DataSettings(text=text), f"--data {task}", revision, classifies=classifies
-            )
+            settings, kind = DataSettings(text=text), type(model).__name__
+            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind)
         else:
             seen[source] = stored_inputs(source, model, batch_size, task)
     return {task: seen[source] for task, source in places.items()}
@@ -97,16 +96,15 @@ def _raw(
     settings: DataSettings,
     argument: str,
     revision: str | None,
-    *,
-    classifies: bool,
+    kind: str,
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
-    rows = found.rows(range(min(found.count, _ROWS)))
+    rows = found.rows(range(min(found.count, ROWS)))
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:
         settings = replace(settings, text=None, messages=chats)
-    elif takes.text and settings.text is None and (two := _compared(rows, classifies)) is not None:
+    elif takes.text and settings.text is None and (two := compared_in(rows, kind)) is not None:
         settings = replace(settings, text=two[0], text_pair=two[1])
     elif takes.text and settings.text is None:
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
@@ -120,7 +118,7 @@ def _raw(
         columns=found.columns,
     )  # fmt: skip
     # Each by itself, so that padding says nothing of the lengths.
-    batches = batches_of(source, base, replace(settings, samples=_SAMPLES), 1, argument, base_revision=revision)
+    batches = batches_of(source, base, replace(settings, samples=SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
     where = f" in split {found.split}" if found.split else ""
     table = f"{found.count} rows of {', '.join(found.columns)}{where}; {columns.said()}"
@@ -160,10 +158,23 @@ def _chats(rows: Sequence[Row], columns: Sequence[str], named: str | None) -> st
     return found[0] if found and not texts and not set(columns) & set(CHAT_COLUMNS) else None
 
 
-def _compared(rows: Sequence[Row], classifies: bool) -> tuple[str, str] | None:
-    """The columns of two texts, where a classifier's data have them."""
-    held = ((all(isinstance(row.get(name), str) for row in rows for name in names), names) for names in _COMPARED)
-    return next((names for there, names in held if there), None) if classifies and rows else None
+def compared_in(rows: Sequence[Row], kind: str) -> tuple[str, str] | None:
+    """The columns of two texts that a model of a class compares, where its data have them."""
+    heads = {"ForSequenceClassification": _COMPARED, "ForQuestionAnswering": _MARKED}
+    known = next((names for head, names in heads.items() if kind.endswith(head)), ())
+    held = ((all(isinstance(row.get(name), str) for row in rows for name in names), names) for names in known)
+    return next((names for there, names in held if there), None) if rows else None
+
+
+def asked_in(rows: Sequence[Row], answer: str | None, *, writes: bool) -> str | None:
+    """The text in front of a column of answers, where the rows hold what goes with it, as it stands there in training:
+    an encoder reads it alone, behind other models' a line ends.
+    """
+    for names in (*_TOGETHER, *_PAIRS):
+        if names[-1] == answer and rows and all(isinstance(row.get(name), str) for row in rows for name in names[:-1]):
+            joined = _joined(names[:-1])
+            return joined if writes else "{" + "}\n{".join(names[:-1]) + "}\n"
+    return None
 
 
 def _templates(rows: Sequence[Row], columns: Sequence[str], *, writes: bool) -> tuple[str | None, str | None]:

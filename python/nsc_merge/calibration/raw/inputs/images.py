@@ -36,6 +36,13 @@ def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader:
                 f"{some[0].where} and the next: the image processor refuses them: {' '.join(str(error).split()):.200}"
             ) from None
         names = [name for name in encoded if name in base.takes]
+        odd = next((name for name in names if len(encoded[name]) != len(some)), None)
+        if odd is not None:
+            # As of a processor of videos, for which several images are the frames of one.
+            raise ValueError(
+                f"{some[0].where} and the next: {type(processor).__name__} makes {len(encoded[odd])} {odd} of "
+                f"{len(some)} images, expected one of each; write inputs as .safetensors"
+            )
         found += [{name: encoded[name][number] for name in names} for number in range(len(some))]
     return found
 

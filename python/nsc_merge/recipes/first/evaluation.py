@@ -1,0 +1,171 @@
+"""A first evaluation recipe: labelled raw data of each task looked at, and what they are measured by."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nsc_merge.calibration.raw.columns import choose
+from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.labels import Labelling
+from nsc_merge.calibration.raw.preprocessors import Base, base_of
+from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
+from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
+from nsc_merge.recipes.first.data import sources
+from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
+from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in
+from nsc_merge.recipes.first.tasks import Task
+from nsc_merge.recipes.yaml_keys import RecipeError
+
+# By what is measured where nobody has said; others that fit.
+_METRICS = {
+    "class": ("accuracy", "or f1, f1_binary, matthews"),
+    "value": ("pearson", "or spearman, rmse, l1"),
+    "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
+    "speech": ("wer", "or cer, exact_match, bleu"),
+}
+
+
+@dataclass(frozen=True)
+class Test:
+    """Labelled data of a task.
+
+    Attributes:
+        source: absolute path.
+        said: what was found, in a line.
+        kind: key of the metrics that fit.
+        settings: those of raw data that have to be written.
+    """
+
+    source: str
+    said: str
+    kind: str
+    settings: Mapping[str, str]
+
+
+def look_at_tests(arguments: Sequence[str], found: Findings) -> dict[str, Test]:
+    """Task -> its labelled data, of which a few samples are encoded with their labels, so that errors come now.
+
+    Args:
+        arguments: of ``--test``, as those of ``--data``.
+        found: what the recipe is written from.
+
+    Raises:
+        RecipeError, ValueError, OSError: naming ``--test`` and the task.
+    """
+    places = sources(arguments, [task.name for task in found.tasks], "--test")
+    return {task.name: _look(places[task.name], task, found) for task in found.tasks if task.name in places}
+
+
+def _look(source: str, task: Task, found: Findings) -> Test:
+    argument = f"--test {task.name}"
+    if not Path(source).is_absolute() or not is_raw(source):
+        raise RecipeError(
+            f"{argument}: expected raw data on disk with labels, found {source}; tensors and data sets on the hub are "
+            "named in an evaluation recipe (docs/evaluation.md)"
+        )
+    settings = DataSettings()
+    takes = base_of(found.base.source, found.base.revision, settings, argument)
+    kind = _kind(task, found)
+    labelling = Labelling(kind, classes=_classes(task, found), generated=kind == "answer")
+    opened = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
+    rows = opened.rows(range(min(opened.count, ROWS)))
+    settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
+    some = replace(settings, samples=SAMPLES)
+    revision = found.base.revision
+    batches_of(source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling)
+    column = labelling.column_in(opened.columns, settings, argument, text=takes.text)
+    told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
+    named = {name: value for name in ("text", "text_pair") if (value := getattr(settings, name)) is not None}
+    where = f" in split {opened.split}" if opened.split else ""
+    heard = kind == "answer" and takes.audio and not takes.text
+    return Test(source, f"{opened.count} rows{where}, {told}", "speech" if heard else kind, named)
+
+
+def _kind(task: Task, found: Findings) -> str:
+    """What the labels of a task are."""
+    can_generate = getattr(found.base.model, "can_generate", bool)
+    if can_generate() and task.name not in found.heads:
+        return "answer"
+    heads = [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
+    count = len(heads[-1]) if heads else getattr(found.base.model.config, "num_labels", 2)
+    return "value" if count == 1 else "class"
+
+
+def _classes(task: Task, found: Findings) -> Sequence[str]:
+    if task.labels or task.name in found.heads:
+        return task.labels
+    named = getattr(found.base.model.config, "id2label", None) or {}
+    listed = [str(named[number]) for number in sorted(named)]
+    return () if listed == [f"LABEL_{number}" for number in range(len(listed))] else listed
+
+
+def _settings(
+    columns: Sequence[str], rows: Sequence[Row], takes: Base, labelling: Labelling, kind: str, argument: str
+) -> DataSettings:
+    """What of the rows is read, which is all but their labels, by a model of the class ``kind``."""
+    settings = DataSettings()
+    if not takes.text:
+        return settings
+    label = labelling.column_in(columns, settings, argument, text=True)
+    left = [name for name in columns if name != label]
+    two = compared_in(rows, kind)
+    if two is not None and label not in two:
+        return replace(settings, text=two[0], text_pair=two[1])
+    asked = asked_in(rows, label, writes=takes.writes) if labelling.kind == "answer" else None
+    settings = replace(settings, text=asked)
+    chosen = choose(
+        rows, settings, argument, text=True, images=takes.images, audio=takes.audio, writes=takes.writes, columns=left
+    )
+    return replace(settings, text=chosen.text) if asked is None and isinstance(chosen.text, str) else settings
+
+
+def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, name: str, merged: str = "merged") -> str:
+    """The evaluation recipe.
+
+    Args:
+        found: what the recipe is written from.
+        tests: task -> its labelled data.
+        folder: that its paths are relative to.
+        name: of its file there.
+        merged: folder of the merge that the recipe writes.
+    """
+    yaml = Yaml()
+    yaml.remark("Measures merges on labelled data. Written by nsc-merge init, to be edited.")
+    yaml.remark("All keys: nsc-merge eval --help")
+    yaml.verbatim(f"#   {shown(shlex.join(['nsc-merge', 'eval', name]))}")
+    yaml.section()
+    yaml.entries({"model": (relative(found.base.source, folder), "")})
+    if found.base.revision is not None:
+        yaml.entries({"revision": (found.base.revision, "")})
+    yaml.verbatim("tasks:")
+    for task in found.tasks:
+        if task.name not in tests:
+            continue
+        test = tests[task.name]
+        metric, others = _METRICS[test.kind]
+        yaml.verbatim(f"  {key_of(task.name)}:")
+        source = relative(test.source, folder)
+        place = {"source": source, **test.settings} if test.settings else source
+        entries: dict[str, tuple[Any, str]] = {
+            "adapter": (relative(task.source, folder), ""),
+            "test": (place, test.said),
+            "metric": (metric, others),
+        }
+        if test.kind in ("answer", "speech"):
+            entries["generate"] = (True, "greedily, as many tokens as the longest answer has")
+        yaml.entries(entries, 4)
+    count = len(found.tasks)
+    scale = 1.0 if count == 1 else 0.4 if count <= FEW_TASKS else round(1 / count, 4)
+    yaml.section("The base and each adapter alone are always measured; folders are what nsc-merge run has written.")
+    yaml.verbatim(
+        "methods:",
+        f"  - {{method: {WITHOUT_DATA}, options: {{scale: {scale}}}}}",
+        f"  - {{folder: {merged}}}",
+        "output: {dir: evaluation}",
+    )
+    return str(yaml)
