@@ -567,3 +567,13 @@ def test_a_processor_of_videos_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "image_processor_of", lambda *given: one_video)
     with pytest.raises(ValueError, match="row 1 and the next: function makes 1 pixel_values of 2 images, expec"):
         made([{"image": picture(number)} for number in range(2)], place)
+
+
+@pytest.mark.parametrize("many", [4, 9])
+def test_many_images_are_counted(vit, monkeypatch, capsys, many):
+    from nsc_merge.calibration.raw.inputs import checks
+
+    monkeypatch.setattr(checks, "_MANY", many)
+    made([{"image": picture(number)} for number in range(6)], vit)
+    said = [line.partition("  (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == (["calibration.a: row list: 6/6"] if many == 4 else [])

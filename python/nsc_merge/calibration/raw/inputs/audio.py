@@ -8,7 +8,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import MASK, Encoded, Filling
-from nsc_merge.calibration.raw.inputs.checks import ENDS, processed
+from nsc_merge.calibration.raw.inputs.checks import ENDS, counting, processed
 from nsc_merge.calibration.raw.media.audio import AudioReader, Taken
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -79,11 +79,13 @@ def encode_audio(
     """
     listening = Listening(extractor, settings, reader)
     found = []
-    for sample in samples:
-        if len(sample.audio) != 1:
-            raise ValueError(f"{sample.where}: expected one recording, found {len(sample.audio)}")
-        wave = listening.open(sample.audio[0], sample.where)
-        found.append(_features(wave, sample.where, extractor, base, listening.named))
+    with counting(samples) as progress:
+        for sample in samples:
+            if len(sample.audio) != 1:
+                raise ValueError(f"{sample.where}: expected one recording, found {len(sample.audio)}")
+            wave = listening.open(sample.audio[0], sample.where)
+            found.append(_features(wave, sample.where, extractor, base, listening.named))
+            progress.update()
     listening.say_cut(len(samples))
     return found
 

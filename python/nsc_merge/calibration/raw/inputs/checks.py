@@ -12,9 +12,19 @@ from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import MASK, TOKENS, Encoded
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.processes.group import current
 from nsc_merge.utils.errors import logger
+from nsc_merge.utils.progress import Progress
 
 ENDS = {"right": "end", "left": "beginning"}
+# From so many on, images and recordings take long enough to be counted.
+_MANY = 512
+
+
+def counting(samples: Sequence[Sample]) -> Progress:
+    """What counts samples while they are opened and encoded, where there are many."""
+    label = samples[0].where.rpartition(", row")[0]
+    return Progress(label, len(samples), None if len(samples) >= _MANY and current().is_main else False)
 
 
 def processed(processor: Any, *given: Any, **named: Any) -> dict[str, Any]:

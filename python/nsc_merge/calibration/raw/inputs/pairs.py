@@ -17,6 +17,7 @@ from nsc_merge.calibration.raw.inputs.checks import (
     add_mask,
     check_tokens,
     check_unicode,
+    counting,
     longest,
     processed,
     say_cut,
@@ -58,7 +59,11 @@ def encode_pairs(
     processor.tokenizer.truncation_side = settings.truncation_side
     most = longest(base, settings)
     cut: list[Sample] = []
-    found = [_pair(sample, processor, base, settings, media, most, cut) for sample in samples]
+    found = []
+    with counting(samples) as progress:
+        for sample in samples:
+            found.append(_pair(sample, processor, base, settings, media, most, cut))
+            progress.update()
     say_cut(cut, len(samples), most, ENDS[settings.truncation_side])
     if media.audio is not None:
         media.audio.say_cut(len(samples))
