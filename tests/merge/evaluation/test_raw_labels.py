@@ -97,6 +97,10 @@ def test_folders_of_classes_are_classes_of_the_head(photos):
         (CLASSES, {}),
         ([0, 1], {}),
         (["0", "1"], {}),
+        ([0.0, 1.0], {}),
+        (["0.0", "1.0"], {}),
+        (["2", "1"], {"classes": ["2", "1"]}),
+        ([0, "1.0"], {"classes": ["0", "1"]}),
         (["zero", "one"], {"classes": ["zero", "one"]}),
     ],
 )
@@ -111,10 +115,11 @@ def test_columns_of_classes_by_name_or_number(photos, values, task, column):
 
 
 def test_unknown_classes_count_nowhere(photos):
-    rows = [{"image": f"photos/{CLASSES[n % 2]}/{n}.png", "label": None if n == 3 else n % 2} for n in range(7)]
+    unknown = {3: None, 4: "", 5: float("nan")}
+    rows = [{"image": f"photos/{CLASSES[n % 2]}/{n}.png", "label": unknown.get(n, n % 2)} for n in range(7)]
     lines(photos / "rows.jsonl", rows)
     ((_, labels),) = suite_of(photos, {"test": "rows.jsonl", "metric": "f1"}).labelled("t", "test")
-    assert (labels == -100).sum() == 1
+    assert sorted(labels.tolist()) == [-100, -100, -100, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,9 @@ def test_unknown_classes_count_nowhere(photos):
         ({"label": 3}, {}, "expected a class of .*found 3"),
         ({"label": -1}, {}, "expected a class of .*found -1"),
         ({"label": 1.5}, {}, "expected a class of .*found 1.5"),
+        ({"label": "-1"}, {}, "expected a class of .*found '-1'"),
+        ({"label": 1}, {"classes": ["1", "2"]}, r"row 1: 1 may be a name or a number, .*\['1', '2'\]"),
+        ({"label": "0"}, {"classes": ["1", "2"]}, "row 1: '0' may be a name or a number"),
         ({"kind": "cat"}, {"labels": "sort"}, r"labels: column 'sort' is not there \(columns: image, kind"),
         ({"label": 1}, {"metric": "mean_angle"}, "raw data hold classes, numbers or answers, and mean_angle is of oth"),
         ({"label": "much"}, {"metric": "rmse"}, "row 1: expected a number as its label, found 'much'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,27 +104,32 @@ class Labelling:
         Raises:
             ValueError: naming the sample, what was found and what was expected.
         """
-        if label is None or label == "":
+        if label is None or label == "" or label != label:
             return _UNKNOWN if self.kind == "class" else math.nan
         if self.kind == "value":
             try:
                 return float(label)
             except (TypeError, ValueError):
                 raise ValueError(f"{where}: expected a number as its label, found {label!r:.60}") from None
-        if isinstance(label, str) and label in self.classes:
-            return list(self.classes).index(label)
-        whole = isinstance(label, int) or (isinstance(label, str) and label.isdecimal())
-        number = int(label) if whole else -1
-        if number < 0 or (self.classes and number >= len(self.classes)):
-            if self.classes:
-                known = f"{list(self.classes)}"
-                raise ValueError(f"{where}: expected a class of {known:.200}, or its number, found {label!r:.60}")
+        names = list(self.classes)
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        number = _whole(label)
+        if number is None or (names and number >= len(names)):
+            if names:
+                raise ValueError(f"{where}: expected a class of {f'{names}':.200}, or its number, found {label!r:.60}")
             raise ValueError(
                 f"{where}: expected the number of a class, found {label!r:.60}; classes: [FIRST, SECOND, ...] of the "
                 "task names those of its head, in order"
             )
+        # Stars from 1 to 5, which classes are called by, or classes from 0 to 4.
+        others = any(name.isdecimal() and name != str(place) for place, name in enumerate(names))
+        if (others and isinstance(label, str)) or (str(number) in names and names[number] != str(number)):
+            raise ValueError(
+                f"{where}: {label!r:.60} may be a name or a number, as classes are called {f'{names}':.200}; expected "
+                "their names as text, alone"
+            )
         return number
-
 
     def labelled(self, sample: Sample, row: Row, column: str | None, media: str | None) -> Sample:
         """A sample of a row with its label. Where no column holds answers, a chat's last turn is one, and no longer
@@ -137,6 +143,14 @@ class Labelling:
         if column is None and self.kind == "answer" and answered:
             return replace(sample, messages=turns[:-1], label=turns[-1]["content"])
         return replace(sample, label=self.label_of(row, column, media, sample.where))
+
+
+def _whole(label: Any) -> int | None:
+    """A number that is written as one, also with a point, as tables with gaps have it; None for anything else."""
+    if isinstance(label, str) and re.fullmatch(r"\d+(\.0*)?", label) is None:
+        return None
+    whole = isinstance(label, str) or (isinstance(label, (int, float)) and label % 1 == 0 and label >= 0)
+    return int(float(label)) if whole else None
 
 
 def add_labels(
