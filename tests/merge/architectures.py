@@ -35,7 +35,7 @@ class Architecture(NamedTuple):
 
         kind = getattr(transformers, self.model)
         torch.manual_seed(0)
-        return kind(kind.config_class(**self.config)).eval()
+        return kind(config=kind.config_class(**self.config)).eval()
 
 
 def _seeded() -> torch.Generator:
@@ -60,6 +60,14 @@ def sound() -> dict[str, Tensor]:
         "input_features": torch.randn(2, 8, 16, generator=_seeded()),
         "decoder_input_ids": torch.randint(3, 80, (2, 5), generator=_seeded()),
     }
+
+
+def wave() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(2, 200, generator=_seeded()), "attention_mask": torch.ones(2, 200).long()}
+
+
+def seen() -> dict[str, Tensor]:
+    return {**pixels()(), "decoder_input_ids": torch.randint(3, 80, (2, 5), generator=_seeded())}
 
 
 def text_and_image(places: int, **more: Callable[[], Tensor]) -> Inputs:
@@ -89,6 +97,13 @@ def kinds_of_tokens(places: int) -> Callable[[], Tensor]:
 _CLIP = {"model_type": "clip_vision_model", **WIDTH, **PATCHES}
 _SIGLIP = {"model_type": "siglip_vision_model", **WIDTH, **PATCHES, "vision_use_head": False}
 _TEXT = {**GROUPED, "model_type": "llama"}
+_TROCR = {
+    "encoder": {"model_type": "vit", **WIDTH, **PATCHES},
+    "decoder": {"model_type": "trocr", **TOKENS, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2,
+                "decoder_ffn_dim": 48, "max_position_embeddings": 16, "is_decoder": True, "add_cross_attention": True,
+                "cross_attention_hidden_size": 32},
+    "decoder_start_token_id": 2, "pad_token_id": 0,
+}
 _ROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 _QWEN = {**GROUPED, "rope_parameters": _ROPE}
 _QWEN_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 91, "vision_start_token_id": 92,
@@ -190,6 +205,35 @@ ARCHITECTURES = {
         sound,
         FIRST_TWO,
     ),
+    "wav2vec 2.0": Architecture(
+        "Wav2Vec2ForCTC",
+        {**WIDTH, "vocab_size": 32, "conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8),
+         "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+         "feat_extract_norm": "layer"},
+        wave,
+        FIRST_TWO,
+    ),
+    "AST": Architecture(
+        "ASTForAudioClassification",
+        {**WIDTH, "num_mel_bins": 8, "max_length": 16, "patch_size": 4, "frequency_stride": 4, "time_stride": 4},
+        lambda: {"input_values": torch.randn(2, 16, 8, generator=_seeded())},
+        FIRST_TWO,
+    ),
+    "ESM": Architecture(
+        "EsmForMaskedLM",
+        {**WIDTH, "vocab_size": 96, "pad_token_id": 0, "mask_token_id": 3, "position_embedding_type": "rotary",
+         "max_position_embeddings": 64},
+        text,
+        ["query", "value"],
+    ),
+    "Mamba 2": Architecture(
+        "Mamba2ForCausalLM",
+        {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "expand": 2,
+         "n_groups": 1, "state_size": 8, "chunk_size": 4},
+        text,
+        ["in_proj"],
+    ),
+    "TrOCR": Architecture("VisionEncoderDecoderModel", _TROCR, seen, FIRST_TWO),
     "ViT": Architecture("ViTForImageClassification", {**WIDTH, **PATCHES}, pixels(), FIRST_TWO),
     "Swin": Architecture("SwinForImageClassification", _TOWERS, pixels(16), FIRST_TWO),
     "BEiT": Architecture("BeitForImageClassification", {**WIDTH, **PATCHES}, pixels(), FIRST_TWO),
@@ -280,6 +324,15 @@ ARCHITECTURES = {
         {"vision_config": {**WIDTH, **PATCHES}, "text_config": _TEXT, "scale_factor": 2, "image_token_id": IMAGE_TOKEN},
         text_and_image(1, pixel_values=images(1, 1, 3, 8, 8)),
         r".*text_model.*\.(q_proj|v_proj)",
+    ),
+    "Qwen2-Audio": Architecture(
+        "Qwen2AudioForConditionalGeneration",
+        {"audio_config": {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 2,
+                          "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "num_mel_bins": 8,
+                          "max_source_positions": 8},
+         "text_config": {**GROUPED, "model_type": "qwen2"}, "audio_token_index": IMAGE_TOKEN},
+        text_and_image(4, input_features=images(1, 8, 16), feature_attention_mask=lambda: torch.ones(1, 16).long()),
+        _LANGUAGE,
     ),
 }
 
