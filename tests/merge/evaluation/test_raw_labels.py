@@ -264,6 +264,23 @@ def test_several_answers_are_references(chat):
 
 
 @pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["w7", "w8 w9"], "answer_start": [0, 3]},
+        [{"answer": "w7", "answer_id": 1}, {"answer": "w8 w9", "answer_id": 2}],
+        {"answer": ["w7", "w8 w9"], "answer_id": [1, 2]},
+    ],
+    ids=["SQuAD", "VQA", "VQA by column"],
+)
+def test_answers_within_objects(chat, answers):
+    lines(chat / "rows.jsonl", [{"question": "w6", "answers": answers}])
+    task = {"test": {"source": "rows.jsonl", "text": "question"}, "metric": "vqa", "generate": True}
+    ((_, labels),) = suite_of(chat, task).labelled("t", "test")
+    written = [tokenizer().decode(one[one >= 0], skip_special_tokens=True) for one in labels[0]]
+    assert written == ["w7", "w8 w9"]
+
+
+@pytest.mark.parametrize(
     ("rows", "task", "message"),
     [
         ({"answer": "w7"}, {"text": "{question} {answer}"}, "holds the column 'answer' of the labels"),

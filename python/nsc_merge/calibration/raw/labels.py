@@ -190,7 +190,8 @@ def add_labels(
 
 
 def _texts(label: Any, where: str) -> list[str]:
-    texts = list(label) if isinstance(label, (list, tuple)) else [label]
+    held = _within(label)
+    texts = [_within(one) for one in held] if isinstance(held, (list, tuple)) else [held]
     for text in texts:
         if not isinstance(text, (str, int, float)) or isinstance(text, bool) or not str(text).strip():
             raise ValueError(f"{where}: expected a text, or a list of texts, as its answer, found {label!r:.60}")
@@ -198,6 +199,14 @@ def _texts(label: Any, where: str) -> list[str]:
     if not texts:
         raise ValueError(f"{where}: expected an answer as its label, found none")
     return [str(text) for text in texts]
+
+
+def _within(label: Any) -> Any:
+    """The texts of answers as SQuAD has them, ``{text: [...], answer_start}``, or VQA, ``[{answer, ...}, ...]``; any
+    other value as it is.
+    """
+    names = ("text", "answer") if isinstance(label, dict) else ()
+    return next((label[name] for name in names if name in label), label)
 
 
 def _tokens(text: str, tokenizer: Any, base: Base, where: str) -> Tensor:
