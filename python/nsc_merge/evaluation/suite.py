@@ -225,15 +225,18 @@ class RecipeSuite:
         ]
 
     def _classes(self, task: TaskRecipe) -> Sequence[str]:
-        """Names of a task's classes: those of the recipe, of the adapter's folder, or of the base; none where they are
-        only numbered.
+        """Names of a task's classes: those of the recipe, of the adapter's folder, or of the base where its head is as
+        large; none where they are only numbered.
         """
         if task.classes:
             return task.classes
+        heads = [value for value in self.adapters[task.name].trained.values() if value.dim() == 2]
+        count = len(heads[-1]) if heads else None
         own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
         for names in (self.adapters[task.name].about.id2label, own):
             listed = [str(names[number]) for number in range(len(names)) if number in names]
-            if listed and len(listed) == len(names) and listed != [f"LABEL_{number}" for number in range(len(names))]:
+            numbered = listed == [f"LABEL_{number}" for number in range(len(names))]
+            if listed and len(listed) == len(names) and not numbered and count in (None, len(listed)):
                 return listed
         return ()
 

@@ -415,3 +415,18 @@ def test_questions_about_images(generate, tmp_path):
     assert len(inputs["pixel_values"]) == 3
     output = suite.output("t", suite.model, inputs)
     assert 0 <= suite.measure("t", output, labels) <= 1
+
+
+def test_classes_of_a_base_of_other_size_are_not_the_heads(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    base = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, **sizes, id2label={0: "bad", 1: "good"}))
+    own = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, **sizes, num_labels=3))
+    zoo.write_adapter(own, tmp_path / "adapter", 1, r=2, target_modules=["query"], modules_to_save=["classifier"])
+    base.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    lines(tmp_path / "rows.jsonl", ({"text": f"w{6 + n}", "label": n} for n in range(3)))
+    suite = suite_of(tmp_path, {"test": "rows.jsonl", "metric": "accuracy"})
+    assert sorted(torch.cat([label for _, label in suite.labelled("t", "test")]).tolist()) == [0, 1, 2]
+    lines(tmp_path / "rows.jsonl", [{"text": "w6", "label": "good"}])
+    with pytest.raises(ValueError, match="row 1: expected the number of a class, found 'good'"):
+        suite_of(tmp_path, {"test": "rows.jsonl", "metric": "accuracy"})
