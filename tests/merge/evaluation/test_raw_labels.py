@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
@@ -430,3 +431,19 @@ def test_classes_of_a_base_of_other_size_are_not_the_heads(tmp_path):
     lines(tmp_path / "rows.jsonl", [{"text": "w6", "label": "good"}])
     with pytest.raises(ValueError, match="row 1: expected the number of a class, found 'good'"):
         suite_of(tmp_path, {"test": "rows.jsonl", "metric": "accuracy"})
+
+
+def test_nothing_is_measured_on_what_was_trained_on_without_a_word(photos):
+    (photos / "photos").rename(photos / "train")
+    (photos / "both" / "test").mkdir(parents=True)
+    (photos / "train").rename(photos / "both" / "train")
+    picture(9).save(photos / "both" / "test" / "9.png")
+    lines(photos / "both" / "test" / "metadata.jsonl", [{"file_name": "9.png", "label": "dog"}])
+    rows = {"image": [str(photos / "both" / "test" / "9.png")], "label": [1]}
+    held = {split: datasets.Dataset.from_dict(rows) for split in ("train", "test")}
+    datasets.DatasetDict(held).save_to_disk(str(photos / "held"))
+    for source in ("both", "held"):
+        with pytest.raises(ValueError, match="would be measured on its split train, as none is named; expected split"):
+            suite_of(photos, {"test": source, "metric": "accuracy"})
+        suite = suite_of(photos, {"test": {"source": source, "split": "test"}, "metric": "accuracy"})
+        assert [label.tolist() for _, label in suite.labelled("t", "test")] == [[1]]

@@ -16,6 +16,7 @@ from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
 from nsc_merge.calibration.raw.encoding import encode
 from nsc_merge.calibration.raw.files.tables import (
+    SPLIT,
     dataset,
     hub_dataset,
     in_plain_rows,
@@ -97,6 +98,10 @@ def batches_of(
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
     found = open_source(source, settings, argument, local=local, of_audio=model.audio and not model.images)
+    if labelling is not None and settings.split is None and found.split == SPLIT:
+        raise ValueError(
+            f"{argument}: {found.name} would be measured on its split {SPLIT}, as none is named; expected split: NAME"
+        )
     samples = draw(found, settings, argument, model, labelling)
     made, opened = encode(samples, model, settings, found.folder, argument)
     if labelling is not None:

@@ -21,7 +21,7 @@ from nsc_merge.utils.json_text import from_json
 _KEPT = 1 << 28
 # Rows of them that are read at a time.
 _READ = 1024
-_SPLIT = "train"
+SPLIT = "train"
 # Rows after which it is said that a stream is gone through whole: some may have no end.
 _LONG = 100_000
 
@@ -140,14 +140,14 @@ def saved_dataset(folder: Path, settings: DataSettings, argument: str) -> Source
 def dataset(value: Any, settings: DataSettings, argument: str) -> Source:
     """A source of an object of ``datasets``; one that can only be gone through is, once and whole."""
     datasets = needed("datasets", argument)
-    _, chosen = split_of(value, settings, argument, type(value).__name__)
+    split, chosen = split_of(value, settings, argument, type(value).__name__)
     if isinstance(chosen, datasets.IterableDataset):
         stored, features, classes = _as_stored(chosen)
         for column, kind in features.items():
             if kind != stored.features[column]:
                 stored = stored.cast_column(column, kind)
-        return _drawn_at_once((_with_names(row, classes) for row in stored), settings, argument)
-    return _mapped(chosen, type(chosen).__name__, argument, {}, None)
+        return replace(_drawn_at_once((_with_names(row, classes) for row in stored), settings, argument), split=split)
+    return replace(_mapped(chosen, type(chosen).__name__, argument, {}, None), split=split)
 
 
 def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
@@ -160,8 +160,8 @@ def hub_dataset(name: str, settings: DataSettings, argument: str) -> Source:
         problem = hub_problem(error, argument, f"datasets/{name}", settings.revision)
         reason = f"{argument}: the dataset {name} cannot be loaded: {' '.join(str(error).split()):.300}"
         raise ValueError(problem or f"{reason} (split, config and revision are keys beside it)") from None
-    _, chosen = split_of(found, settings, argument, name)
-    return _mapped(chosen, name, argument, {}, None)
+    split, chosen = split_of(found, settings, argument, name)
+    return replace(_mapped(chosen, name, argument, {}, None), split=split)
 
 
 def _mapped(chosen: Any, name: str, argument: str, sha256: dict[str, str], folder: Path | None) -> Source:
@@ -266,7 +266,7 @@ def split_of(value: Any, settings: DataSettings, argument: str, name: str) -> tu
         return "", value
     known = list(value)
     if wanted is None:
-        wanted = _SPLIT if _SPLIT in known else known[0] if len(known) == 1 else None
+        wanted = SPLIT if SPLIT in known else known[0] if len(known) == 1 else None
     if wanted is None or wanted not in known:
         found = f"found {wanted!r}" if wanted is not None else "none is named"
         raise ValueError(f"{argument}: split: expected one of {known} of {name}, {found}")
