@@ -230,13 +230,13 @@ class RecipeSuite:
         """
         if task.classes:
             return task.classes
-        heads = [value for value in self.adapters[task.name].trained.values() if value.dim() == 2]
-        count = len(heads[-1]) if heads else None
+        # Of heads with a layer before the last (wav2vec 2.0's projector) it is not clear which is which.
+        counts = {len(value) for value in self.adapters[task.name].trained.values() if value.dim() == 2}
         own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
         for names in (self.adapters[task.name].about.id2label, own):
             listed = [str(names[number]) for number in range(len(names)) if number in names]
             numbered = listed == [f"LABEL_{number}" for number in range(len(names))]
-            if listed and len(listed) == len(names) and not numbered and count in (None, len(listed)):
+            if listed and len(listed) == len(names) and not numbered and (not counts or len(listed) in counts):
                 return listed
         return ()
 
