@@ -139,6 +139,14 @@ def test_rows_that_do_not_fit_are_refused(row, message, place):
         made([row], place, **({"messages": "messages"} if row.get("messages") == [] else {}))
 
 
+def test_a_second_text_is_not_passed_over(place):
+    row = {"audio": HEARD[0], "question": "a", "hint": "b"}
+    with pytest.raises(ValueError, match="row 1: text_pair: Qwen2AudioProcessor takes one text beside images or audio"):
+        made([row], place, text="question", text_pair="hint")
+    (batch,) = made([row], place, text="{question} {hint}")
+    assert_same(batch, by_hand(f"user : {PLACE}a b ", WAVES[:1]))
+
+
 def test_a_text_base_refuses_audio_in_a_chat(tmp_path):
     row = {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}
     with pytest.raises(ValueError, match="row 1: a message holds audio, and the base takes text alone"):

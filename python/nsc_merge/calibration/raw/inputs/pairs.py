@@ -74,6 +74,11 @@ def _pair(
     sample: Sample, processor: Any, base: Base, settings: DataSettings, media: Media, most: int, cut: list[Sample]
 ) -> Encoded:
     """What the processor makes of one sample, which is added to ``cut`` where that is not all of its text."""
+    if sample.pair is not None:
+        raise ValueError(
+            f"{sample.where}: text_pair: {type(processor).__name__} takes one text beside images or audio; expected a "
+            'template of both, such as text: "{question}\\n{hint}"'
+        )
     text, references = _text_with_places(sample, processor, base)
     check_unicode(text, sample.where)
     bos = processor.tokenizer.bos_token
