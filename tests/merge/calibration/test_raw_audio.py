@@ -77,6 +77,25 @@ def test_batches_are_those_of_the_feature_extractor(name, file, tmp_path):
     assert {"samples", "audio", "rows.jsonl"} == set(batches.sha256)
 
 
+def test_frames_of_unequal_recordings_are_padded_together(tmp_path):
+    """Of an extractor that makes a spectrogram with a mask."""
+    place = audio_base(tmp_path / "base", "speech to text")
+    waves = [noise(seconds, 1) for seconds in (0.4, 0.6)]
+    (batch,) = made([{"audio": {"array": wave, "sampling_rate": RATE}} for wave in waves], place)
+    expected = [by_hand("speech to text", [wave])["input_features"][0] for wave in waves]
+    for row, one in enumerate(expected):
+        assert torch.equal(batch["input_features"][row, : len(one)], one)
+        assert not batch["input_features"][row, len(one) :].any()
+        assert batch["attention_mask"][row].tolist() == [1] * len(one) + [0] * (len(expected[1]) - len(one))
+
+
+def test_a_column_of_recordings_is_told_from_others(file, tmp_path):
+    place = audio_base(tmp_path / "base", "ctc")
+    path = str(write_wave(tmp_path / "said.wav", WAVES[0]))
+    (batch,) = made([{"speaker": 3, "known": None, "words": "a b", "clip": path}], place)
+    assert torch.equal(batch["input_values"], by_hand("ctc", WAVES[:1])["input_values"])
+
+
 def test_recordings_of_a_model_without_a_mask_are_not_padded(file, tmp_path):
     """As those of wav2vec2-base were trained; two of one length stand together."""
     sizes = [batch["input_values"].shape for batch in made(file, audio_base(tmp_path / "base", "without a mask"), 8)]
