@@ -447,3 +447,19 @@ def test_nothing_is_measured_on_what_was_trained_on_without_a_word(photos):
             suite_of(photos, {"test": source, "metric": "accuracy"})
         suite = suite_of(photos, {"test": {"source": source, "split": "test"}, "metric": "accuracy"})
         assert [label.tolist() for _, label in suite.labelled("t", "test")] == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "w6", "input": "w7", "output": "w8"}, "'instruction' would be read alone, beside input;"),
+        ({"question": "w6", "context": "w7", "answer": "w8"}, r"beside context; .*text: \"\{question\}\\n\{context"),
+    ],
+)
+def test_half_a_question_is_not_asked_without_a_word(chat, row, message):
+    lines(chat / "rows.jsonl", [row])
+    task = {"metric": "exact_match", "generate": True}
+    with pytest.raises(ValueError, match=message):
+        suite_of(chat, {"test": "rows.jsonl", **task})
+    named = next(iter(row))
+    assert len(rows_of(suite_of(chat, {"test": {"source": "rows.jsonl", "text": named}, **task}))) == 1

@@ -25,6 +25,11 @@ ANSWER_COLUMNS = (
     *("answer", "answers", "completion", "response", "output", "target", "summary", "highlights"),
     *("sentence", "transcription", "transcript", "normalized_text"),
 )
+# Columns that are read together with others, in questions and in pairs.
+_BESIDE = (
+    *("instruction", "input", "context", "passage", "document", "query", "question", "sentence"),
+    *("premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
+)
 # What labels hold where nothing is known, or asked for.
 _UNKNOWN = -100
 # Inputs of a text beside its tokens that go on with an answer -> their value there.
@@ -76,6 +81,28 @@ class Labelling:
         usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
         usual = usual if text or self.kind != "answer" else (*usual, "text")
         return next((name for name in usual if name in columns), None)
+
+    def check_read(
+        self, text: Any, settings: DataSettings, columns: Sequence[str], label: str | None, place: str
+    ) -> None:
+        """Refuse a column of text that nobody named, beside others that usually are read with it: figures would be of
+        half a question.
+
+        Args:
+            text: the column that is read.
+            columns: of the data.
+            label: the column of the labels.
+
+        Raises:
+            ValueError: naming the columns.
+        """
+        beside = [name for name in _BESIDE if name in columns and name not in (text, label)]
+        if settings.text is None and isinstance(text, str) and beside:
+            both = "text_pair" if self.kind != "answer" else f'text: "{{{text}}}\\n{{{beside[0]}}}\\n"'
+            raise ValueError(
+                f"{place}: column {text!r} would be read alone, beside {', '.join(beside)}; expected text: {text}, or "
+                f"both ({both})"
+            )
 
     def label_of(self, row: Row, column: str | None, media: str | None, where: str) -> Any:
         """What a row says of its label.

@@ -199,6 +199,8 @@ def draw(
         some, settings, place, text=base.text, images=base.images, audio=base.audio, writes=base.writes,
         columns=[name for name in source.columns if name != label],
     )  # fmt: skip
+    if labelling is not None:
+        labelling.check_read(columns.text, settings, source.columns, label, place)
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
