@@ -463,3 +463,23 @@ def test_half_a_question_is_not_asked_without_a_word(chat, row, message):
         suite_of(chat, {"test": "rows.jsonl", **task})
     named = next(iter(row))
     assert len(rows_of(suite_of(chat, {"test": {"source": "rows.jsonl", "text": named}, **task}))) == 1
+
+
+@pytest.mark.parametrize("task", [{"test": "texts.txt"}, {"test": {"source": "rows.jsonl", "text": "said"}}])
+def test_all_of_a_text_is_predicted_where_it_is_its_own_label(chat, task):
+    (chat / "texts.txt").write_text("\n".join(ASKED), encoding="utf-8")
+    lines(chat / "rows.jsonl", ({"said": one, "by": "w9"} for one in ASKED))
+    named = "text" if isinstance(task["test"], str) else "said"
+    suite = suite_of(chat, {**task, "metric": "perplexity", "labels": named}, batch_size=1)
+    words, total, count = tf.AutoTokenizer.from_pretrained(chat / "base"), 0.0, 0
+    for one in ASKED:
+        ids = torch.tensor([words(one)["input_ids"]])
+        logits = suite.model(input_ids=ids).logits.detach()[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        count += len(logits)
+    kept = [(suite.output("t", suite.model, inputs).detach(), label) for inputs, label in suite.labelled("t", "test")]
+    logits = torch.cat([output[label != -100] for output, label in kept])
+    found = torch.nn.functional.cross_entropy(logits, torch.cat([label[label != -100] for _, label in kept]))
+    assert float(found) == pytest.approx(total / count, rel=1e-5)
+    together = suite_of(chat, {**task, "metric": "perplexity", "labels": named}, batch_size=5)
+    assert sum(int((label != -100).sum()) for _, label in together.labelled("t", "test")) == count

@@ -30,6 +30,8 @@ _BESIDE = (
     *("instruction", "input", "context", "passage", "document", "query", "question", "sentence"),
     *("premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
 )
+# Where no column of text is named.
+_TEXT = "text"
 # What labels hold where nothing is known, or asked for.
 _UNKNOWN = -100
 # Inputs of a text beside its tokens that go on with an answer -> their value there.
@@ -53,6 +55,11 @@ class Labelling:
     classes: Sequence[str] = ()
     generated: bool = False
 
+    def is_all(self, settings: DataSettings) -> bool:
+        """Whether the labels are the very text that is read, every token of which is predicted from those before it."""
+        read = settings.text or _TEXT
+        return self.kind == "answer" and not self.generated and self.column == read and settings.text_pair is None
+
     def column_in(self, columns: Sequence[str], settings: DataSettings, place: str, *, text: bool) -> str | None:
         """The column of the labels; None where there is none of a usual name.
 
@@ -63,6 +70,8 @@ class Labelling:
             ValueError: if the one that is named is not there, or is part of what the model is to read.
         """
         column = self._column_in(columns, place, text=text)
+        if text and self.is_all(settings):
+            return None
         for name in ("text", "text_pair"):
             read = getattr(settings, name)
             if column is not None and read is not None and (read == column or f"{{{column}}}" in read):
@@ -79,7 +88,7 @@ class Labelling:
                 raise ValueError(f"{place}: labels: column {self.column!r} is not there (columns: {listed})")
             return self.column
         usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
-        usual = usual if text or self.kind != "answer" else (*usual, "text")
+        usual = usual if text or self.kind != "answer" else (*usual, _TEXT)
         return next((name for name in usual if name in columns), None)
 
     def check_read(
@@ -158,13 +167,17 @@ class Labelling:
             )
         return number
 
-    def labelled(self, sample: Sample, row: Row, column: str | None, media: str | None) -> Sample:
+    def labelled(
+        self, sample: Sample, row: Row, column: str | None, media: str | None, settings: DataSettings
+    ) -> Sample:
         """A sample of a row with its label. Where no column holds answers, a chat's last turn is one, and no longer
         part of the chat.
 
         Raises:
             ValueError: if the row has no label.
         """
+        if sample.text is not None and self.is_all(settings):
+            return replace(sample, label=sample.text)
         turns = sample.messages or []
         answered = len(turns) > 1 and turns[-1]["role"] == "assistant" and isinstance(turns[-1]["content"], str)
         if column is None and self.kind == "answer" and answered:
@@ -200,6 +213,13 @@ def add_labels(
             number = torch.tensor(labelling.number_of(sample.label, sample.where), dtype=dtype, device="cpu")
             one[LABELS] = number if padded is None else number[None]
         return
+    side = "right" if base.decodes else settings.padding_side
+    if padded is not None and not labelling.generated:
+        padded[LABELS] = Filling(_UNKNOWN, side)
+    if labelling.is_all(settings) and not base.decodes:
+        for one in encoded:
+            one[LABELS] = one[TOKENS].clone()
+        return
     answers = [
         [_tokens(text, tokenizer, base, sample.where) for text in _texts(sample.label, sample.where)]
         for sample in samples
@@ -211,9 +231,6 @@ def add_labels(
         if len(several) != 1:
             raise ValueError(f"{sample.where}: expected one answer, found {len(several)}; generate: true takes more")
         _behind(one, several[0], sample.where, base, settings)
-    side = "right" if base.decodes else settings.padding_side
-    if padded is not None:
-        padded[LABELS] = Filling(_UNKNOWN, side)
 
 
 def _texts(label: Any, where: str) -> list[str]:

@@ -209,7 +209,7 @@ def draw(
             blank += 1
             continue
         if labelling is not None:
-            sample = labelling.labelled(sample, row, label, columns.image or columns.audio)
+            sample = labelling.labelled(sample, row, label, columns.image or columns.audio, settings)
         samples.append(sample)
         if len(samples) == settings.samples:
             break
