@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.methods.task_outputs import output_in
@@ -139,6 +140,29 @@ class GeneratingHead:
         ends = torch.isin(new, torch.tensor(ends_of(model), dtype=new.dtype, device=new.device))
         new = new.masked_fill(ends.cumsum(1) - ends.long() > 0, IGNORE)
         return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
+
+
+class CTCHead:
+    """What a model of speech hears (CTC): the likeliest token of every frame, of repeated ones one, without blanks:
+    ``[N, T]``, :data:`IGNORE` behind the end of each.
+    """
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        logits = model(**inputs).logits
+        best, blank = logits.argmax(-1), getattr(model.config, "pad_token_id", None)
+        mask = inputs.get("attention_mask")
+        real = torch.ones_like(best, dtype=torch.bool)
+        if mask is not None and (frames := at_positions(model, mask, best.shape[1])).shape == best.shape:
+            real = frames.bool()
+        new = torch.ones_like(real)
+        new[:, 1:] = best[:, 1:] != best[:, :-1]
+        heard = [row[kept] for row, kept in zip(best, real & new & (best != blank), strict=True)]
+        return pad_sequence(heard, batch_first=True, padding_value=IGNORE)
+
+
+def hears(model: nn.Module) -> bool:
+    """Whether a model says a token, or a blank, of every frame (CTC)."""
+    return any(kind.__name__.endswith("ForCTC") for kind in type(model).__mro__)
 
 
 def ends_of(model: nn.Module) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
-from nsc_merge.evaluation.heads import GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
+from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, hears, read_head
 from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
 from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
@@ -246,8 +246,10 @@ class RecipeSuite:
         if task.metric.writes:
             further["ends"] = ends_of(self.model)
         if task.metric.decodes:
-            decode = self.tokenizer(f"tasks.{task.name}.metric").decode
-            further["decode"] = partial(decode, skip_special_tokens=True)
+            tokenizer = self.tokenizer(f"tasks.{task.name}.metric")
+            # Of CTC's, which would take letters for one that are alike and stand together.
+            own = {"group_tokens": False} if hears(self.model) else {}
+            further["decode"] = partial(tokenizer.decode, skip_special_tokens=True, **own)
         return further
 
     def _writes(self, task: TaskRecipe) -> bool:
@@ -268,6 +270,11 @@ class RecipeSuite:
         key = f"tasks.{task.name}.head"
         trained = self.adapters[task.name].trained
         if task.generate:
+            if hears(self.model):
+                if task.metric.name == "exact_match":
+                    # It takes what follows a label for no part of the answer, and no token ends what CTC hears.
+                    raise ValueError(f"tasks.{task.name}.metric: expected wer or cer of a CTC model, found exact_match")
+                return CTCHead()
             if not self._generates:
                 found = type(self.model).__name__
                 raise ValueError(f"tasks.{task.name}.generate: expected a base that generates text, found {found}")

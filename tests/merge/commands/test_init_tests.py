@@ -97,10 +97,14 @@ def test_what_cannot_be_measured_is_told(at, capsys, given, message):
     assert not Path("evaluation.yaml").exists()
 
 
-def test_speech_is_measured_by_its_words(tmp_path, monkeypatch):
-    model = model_of("whisper")
+@pytest.mark.parametrize("kind", ["whisper", "ctc"])
+def test_speech_is_measured_by_its_words(kind, tmp_path, monkeypatch):
+    model = model_of(kind)
     model.save_pretrained(tmp_path / "base")
-    audio_base(tmp_path / "base", "whisper")
+    audio_base(tmp_path / "base", kind)
+    if kind == "ctc":
+        (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "a": 5}))
+        tf.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path / "base")
     zoo.write_adapter(model, tmp_path / "adapters" / "one", 1, r=2, target_modules=["q_proj"])
     for number in range(2):
         write_wave(tmp_path / "clips" / f"{number}.wav", noise(0.3, number))

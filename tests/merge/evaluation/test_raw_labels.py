@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,6 +28,7 @@ from nsc_merge.calibration.raw.reading import batches_of
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
+from nsc_merge.evaluation.heads import CTCHead, hears
 from nsc_merge.evaluation.suite import RecipeSuite
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -483,3 +487,47 @@ def test_all_of_a_text_is_predicted_where_it_is_its_own_label(chat, task):
     assert float(found) == pytest.approx(total / count, rel=1e-5)
     together = suite_of(chat, {**task, "metric": "perplexity", "labels": named}, batch_size=5)
     assert sum(int((label != -100).sum()) for _, label in together.labelled("t", "test")) == count
+
+
+def test_ctc_is_measured_on_what_it_hears(tmp_path):
+    """Frames beyond a recording, repeated tokens and blanks count nowhere; letters that are doubled stay two."""
+    letters = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefgh"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(letters))
+    words = tf.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    model = model_of("ctc", vocab_size=len(letters), pad_token_id=0)
+    lay_out(tmp_path, model, ["q_proj", "v_proj"])
+    audio_base(tmp_path / "base", "ctc", vocab_size=len(letters), pad_token_id=0)
+    words.save_pretrained(tmp_path / "base")
+    waves = [noise(0.1 + 0.05 * number, number) for number in range(3)]
+    said = ["abba c", "h", "dd"]
+    rows = []
+    for number, wave in enumerate(waves):
+        write_wave(tmp_path / "clips" / f"{number}.wav", wave)
+        rows.append({"file_name": f"{number}.wav", "sentence": said[number]})
+    lines(tmp_path / "clips" / "metadata.jsonl", rows)
+    suite = suite_of(tmp_path, {"test": "clips", "metric": "cer", "generate": True}, batch_size=3)
+    ((inputs, labels),) = suite.labelled("t", "test")
+    decode = partial(words.decode, skip_special_tokens=True, group_tokens=False)
+    assert sorted(decode(label[label >= 0]) for label in labels) == sorted(said)
+    heard = suite.output("t", suite.model, inputs)
+    extractor = tf.AutoFeatureExtractor.from_pretrained(tmp_path / "base")
+    alone = []
+    for wave in waves:
+        logits = suite.model(**extractor(wave, sampling_rate=16_000, return_tensors="pt")).logits[0]
+        # transformers' own decoding groups and drops blanks, in this order where special tokens stay.
+        text = words.decode(logits.argmax(-1))
+        alone.append(re.sub("<.*?>", "", text))
+    assert sorted(decode(one[one >= 0]) for one in heard) == sorted(alone)
+    with pytest.raises(ValueError, match="tasks.t.metric: expected wer or cer of a CTC model, found exact_match"):
+        suite_of(tmp_path, {"test": "clips", "metric": "exact_match", "generate": True})
+
+
+def test_frames_of_ctc_become_a_text():
+    frames = torch.tensor([[5, 5, 0, 5, 6, 6, 0], [0, 7, 7, 7, 5, 5, 5]])
+    model = type("TinyForCTC", (torch.nn.Module,), {"forward": lambda self, **batch: batch["out"]})()
+    model.config = SimpleNamespace(pad_token_id=0, model_type="tiny")
+    out = SimpleNamespace(logits=torch.nn.functional.one_hot(frames, 8).float())
+    assert hears(model)
+    assert CTCHead()(model, {"out": out}).tolist() == [[5, 5, 6], [7, 5, -100]]
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    assert CTCHead()(model, {"out": out, "attention_mask": mask}).tolist() == [[5, 5, 6], [7, -100, -100]]

@@ -260,6 +260,9 @@ def _tokens(text: str, tokenizer: Any, base: Base, where: str) -> Tensor:
         prefix = getattr(tokenizer, "prefix_tokens", [])
         # Whisper's are given to the decoder, not written by it.
         found = found[len(prefix) :] if prefix[:1] == [base.start] else found
+    elif not base.text:
+        # Of CTC, which ends with the audio.
+        found = tokenizer(text, verbose=False)[TOKENS]
     else:
         end = tokenizer.eos_token_id
         found = tokenizer(text, add_special_tokens=False, verbose=False)[TOKENS] + ([] if end is None else [end])

@@ -89,7 +89,8 @@ def _look(source: str, task: Task, found: Findings) -> Test:
 def _kind(task: Task, found: Findings) -> str:
     """What the labels of a task are."""
     can_generate = getattr(found.base.model, "can_generate", bool)
-    if can_generate() and task.name not in found.heads:
+    hears = type(found.base.model).__name__.endswith("ForCTC")
+    if hears or (can_generate() and task.name not in found.heads):
         return "answer"
     heads = [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
     count = len(heads[-1]) if heads else getattr(found.base.model.config, "num_labels", 2)
