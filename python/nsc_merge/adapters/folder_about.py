@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def labels_beside(folder: Path) -> dict[int, str]:
     if not all(isinstance(label, str) and label for label in named.values()):
         return {}
     return {number: named[str(number)] for number in range(len(named))}
+
+
+def class_names(id2label: Mapping[int, str]) -> list[str]:
+    """Names of classes in the order of their numbers; none where a number is missing, or they are only numbered, as
+    transformers does it.
+    """
+    names = [str(id2label[number]) for number in range(len(id2label)) if number in id2label]
+    numbered = names == [f"LABEL_{number}" for number in range(len(names))]
+    return [] if numbered or len(names) != len(id2label) else names
 
 
 def adapters_within(folder: Path, file: str) -> list[str]:

@@ -160,11 +160,6 @@ class CTCHead:
         return pad_sequence(heard, batch_first=True, padding_value=IGNORE)
 
 
-def hears(model: nn.Module) -> bool:
-    """Whether a model says a token, or a blank, of every frame (CTC)."""
-    return any(kind.__name__.endswith("ForCTC") for kind in type(model).__mro__)
-
-
 def ends_of(model: nn.Module) -> tuple[int, ...]:
     """The tokens by which a model ends what it generates."""
     end: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -12,18 +12,19 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
+from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.batch_files import Batches, inputs_for
 from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
-from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, hears, read_head
+from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
 from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
 from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import encodes
+from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
 from nsc_merge.recipes.calibration_keys import CalibrationSource
@@ -234,9 +235,8 @@ class RecipeSuite:
         counts = {len(value) for value in self.adapters[task.name].trained.values() if value.dim() == 2}
         own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
         for names in (self.adapters[task.name].about.id2label, own):
-            listed = [str(names[number]) for number in range(len(names)) if number in names]
-            numbered = listed == [f"LABEL_{number}" for number in range(len(names))]
-            if listed and len(listed) == len(names) and not numbered and (not counts or len(listed) in counts):
+            listed = class_names(names)
+            if listed and (not counts or len(listed) in counts):
                 return listed
         return ()
 

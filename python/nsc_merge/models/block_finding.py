@@ -318,6 +318,11 @@ def has_image_token(config: Any) -> bool:
     return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
 
 
+def hears(model: nn.Module) -> bool:
+    """Whether a model says a token, or a blank, of every frame (CTC)."""
+    return any(kind.__name__.endswith("ForCTC") for kind in type(model).__mro__)
+
+
 def image_token_of(model: nn.Module) -> int | None:
     """The token of a text that says where an image is."""
     return getattr(getattr(model, "config", None), "image_token_id", None)

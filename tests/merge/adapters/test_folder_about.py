@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsc_merge
-from nsc_merge.adapters.folder_about import labels_beside, license_beside
+from nsc_merge.adapters.folder_about import class_names, labels_beside, license_beside
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,18 @@ def test_an_adapter_is_read_with_what_its_folder_says(folders):
     assert (adapter.about.license, adapter.about.id2label) == ("mit", {0: "a"})
     # They are no part of what was merged.
     assert set(adapter.sha256) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("numbered", "names"),
+    [
+        ({0: "cat", 1: "dog"}, ["cat", "dog"]),
+        ({1: "dog", 0: "cat"}, ["cat", "dog"]),
+        ({0: "LABEL_0", 1: "LABEL_1"}, []),
+        ({0: "LABEL_1", 1: "LABEL_0"}, ["LABEL_1", "LABEL_0"]),
+        ({0: "cat", 2: "dog"}, []),
+        ({}, []),
+    ],
+)
+def test_names_of_classes_are_those_that_say_something(numbered, names):
+    assert class_names(numbered) == names

@@ -62,6 +62,11 @@ class Base:
         return bool(self.takes.intersection(AUDIO)) and not self.takes & {"pixel_values", "decoder_input_values"}
 
     @property
+    def audio_files(self) -> bool:
+        """Whether a folder or list of files is one of audio, and not of images."""
+        return self.audio and not self.images
+
+    @property
     def decodes(self) -> bool:
         """Whether it has a decoder behind an encoder, each with inputs of its own."""
         return "decoder_input_ids" in self.takes

@@ -97,7 +97,7 @@ def batches_of(
         return read_batches(source, batch_size, argument)
     check_count("batch_size", batch_size)
     model = base_of(base, base_revision, settings, argument)
-    found = open_source(source, settings, argument, local=local, of_audio=model.audio and not model.images)
+    found = open_source(source, settings, argument, local=local, of_audio=model.audio_files)
     if labelling is not None and settings.split is None and found.split == SPLIT:
         raise ValueError(
             f"{argument}: {found.name} would be measured on its split {SPLIT}, as none is named; expected split: NAME"

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.raw.columns import choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.labels import Labelling
 from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.models.block_finding import hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
@@ -72,7 +74,7 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     takes = base_of(found.base.source, found.base.revision, settings, argument)
     kind = _kind(task, found)
     labelling = Labelling(kind, classes=_classes(task, found), generated=kind == "answer")
-    opened = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
+    opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
     settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
     some = replace(settings, samples=SAMPLES)
@@ -89,20 +91,18 @@ def _look(source: str, task: Task, found: Findings) -> Test:
 def _kind(task: Task, found: Findings) -> str:
     """What the labels of a task are."""
     can_generate = getattr(found.base.model, "can_generate", bool)
-    hears = type(found.base.model).__name__.endswith("ForCTC")
-    if hears or (can_generate() and task.name not in found.heads):
+    if hears(found.base.model) or (can_generate() and task.name not in found.heads):
         return "answer"
     heads = [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
-    count = len(heads[-1]) if heads else getattr(found.base.model.config, "num_labels", 2)
+    # The last of several layers is the smallest.
+    count = min(map(len, heads)) if heads else getattr(found.base.model.config, "num_labels", 2)
     return "value" if count == 1 else "class"
 
 
 def _classes(task: Task, found: Findings) -> Sequence[str]:
     if task.labels or task.name in found.heads:
         return task.labels
-    named = getattr(found.base.model.config, "id2label", None) or {}
-    listed = [str(named[number]) for number in sorted(named)]
-    return () if listed == [f"LABEL_{number}" for number in range(len(listed))] else listed
+    return class_names(getattr(found.base.model.config, "id2label", None) or {})
 
 
 def _settings(

@@ -99,7 +99,7 @@ def _raw(
     kind: str,
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
-    found = open_source(source, settings, argument, of_audio=takes.audio and not takes.images)
+    found = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = found.rows(range(min(found.count, ROWS)))
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:

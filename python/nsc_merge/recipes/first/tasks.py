@@ -11,7 +11,7 @@ from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE, Adapter, Factor, outline_of
 from nsc_merge.adapters.adapter import name_of
-from nsc_merge.adapters.folder_about import labels_beside
+from nsc_merge.adapters.folder_about import class_names, labels_beside
 from nsc_merge.adapters.formats.parameter_stacks import updates_of
 from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.weights_beside import read_beside
@@ -121,9 +121,7 @@ def _task(source: str, name: str) -> Task:
     outline, config = outline_of(folder, name)
     # Refuses what only unpickling reads.
     outline.trained.update(read_beside(folder, name, names).parameters)
-    labels = list(labels_beside(folder).values())
-    numbered = labels == [f"LABEL_{number}" for number in range(len(labels))]
-    return Task(name, source, outline, config, [] if numbered else labels)
+    return Task(name, source, outline, config, class_names(labels_beside(folder)))
 
 
 def _names(sources: Sequence[str]) -> list[str]:
