@@ -19,7 +19,7 @@ import zoo
 from architectures import ARCHITECTURES
 from audio_cases import audio_base, model_of, noise, whisper_words, write_wave
 from harness_cases import WORDS, tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from served_cases import WORDS as WORDS_BESIDE
 from served_cases import picture, write_base
 
@@ -532,3 +532,13 @@ def test_frames_of_ctc_become_a_text():
     assert CTCHead()(model, {"out": out}).tolist() == [[5, 5, 6], [7, 5, -100]]
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     assert CTCHead()(model, {"out": out, "attention_mask": mask}).tolist() == [[5, 5, 6], [7, -100, -100]]
+
+
+def test_tensors_are_tensors_in_either_form(photos):
+    by_hand(photos).rename(photos / "named.safetensors")
+    held = load_file(photos / "named.safetensors")
+    save_file({"pixel_values": held["pixel_values"], "kinds": held["labels"]}, photos / "named.safetensors")
+    task = {"metric": "accuracy", "labels": "kinds"}
+    plain = suite_of(photos, {"test": "named.safetensors", **task})
+    mapped = suite_of(photos, {"test": {"source": "named.safetensors"}, **task})
+    assert score(plain) == score(mapped)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.raw.labels import LABELS, Labelling
-from nsc_merge.calibration.raw.reading import batches_of
+from nsc_merge.calibration.raw.reading import batches_of, is_raw
 from nsc_merge.evaluation.eval_recipe import TaskRecipe
 from nsc_merge.evaluation.metrics import Metric, absolute_error, cross_entropy, squared_error
 from nsc_merge.recipes.calibration_keys import CalibrationSource
@@ -41,6 +41,8 @@ def read_labelled(
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what was found and what was expected.
     """
+    if isinstance(place, CalibrationSource) and place.local and not is_raw(place.source):
+        place = Path(place.source)
     if isinstance(place, Path):
         name = task.labels or LABELS
         batches = read_batches(place, recipe.batch_size, argument)
