@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
@@ -16,6 +16,8 @@ from nsc_merge.calibration.raw.templates import Template, filled, named_text, no
 
 # Where none is named, the first of these that there is, else the only column of texts.
 TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
+# What was said, or is written in a picture.
+TRANSCRIPT_COLUMNS = ("sentence", "transcription", "transcript", "normalized_text")
 CHAT_COLUMNS = ("messages", "conversations")
 # Beside a chat, the functions that it may call.
 TOOLS = "tools"
@@ -87,6 +89,7 @@ class Columns:
         """
         images = [] if self.image is None else _several(row.get(self.image))
         audio = [] if self.audio is None else _several(row.get(self.audio))
+        media = Sample(where, images=images, audio=audio)
         beside = "an image" if images else "audio"
         if self.messages is not None:
             if self.messages not in row:
@@ -97,12 +100,12 @@ class Columns:
                 return None
             messages = messages_of(row[self.messages], where)
             tools = tools_of(row.get(TOOLS), where)
-            return Sample(where, None, messages, images, audio, tools, filled(self.target, row, where))
+            return replace(media, messages=messages, tools=tools, target=filled(self.target, row, where))
         if self.text is None:
             if not images and not audio:
                 what, column = ("audio", self.audio) if self.audio is not None else ("image", self.image)
                 raise ValueError(f"{where}: holds no {what} in column {column!r}")
-            return Sample(where, images=images, audio=audio, target=filled(self.target, row, where))
+            return replace(media, target=filled(self.target, row, where))
         text = filled(self.text, row, where)
         if text is None and (images or audio):
             raise ValueError(f"{where}: holds {beside} and no text in {self.said()}")
@@ -111,7 +114,7 @@ class Columns:
         pair = filled(self.pair, row, where)
         if self.pair is not None and pair is None:
             raise ValueError(f"{where}: holds a text and none in {said(self.pair)} behind it")
-        return Sample(where, text, None, images, audio, None, filled(self.target, row, where), pair)
+        return replace(media, text=text, pair=pair, target=filled(self.target, row, where))
 
 
 def choose(
@@ -158,26 +161,25 @@ def choose(
                 'text: "{question}\\n{answer}" takes both for one that reads on'
             )
         target = named_text(settings.target, columns, argument, "target")
+    media = Columns(image=image, audio=heard, target=target)
     if not text:
-        known = ("text", "messages")
-        named = next((name for name in known if getattr(settings, name) is not None), None)
+        named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
         if named is not None:
             only = "audio" if audio else "images"
             raise ValueError(f"{argument}: {named}: is named, and the base takes {only} alone")
-        return Columns(image=image, audio=heard, target=target)
+        return media
     if settings.messages is not None:
         if settings.messages not in columns:
             raise no_column(f"{argument}: messages:", settings.messages, columns)
-        return Columns(None, settings.messages, image, target, heard)
+        return replace(media, messages=settings.messages)
     if settings.text is not None:
-        found = named_text(settings.text, columns, argument, "text")
         pair = settings.text_pair
         behind = None if pair is None else named_text(pair, columns, argument, "text_pair")
-        return Columns(found, None, image, target, heard, behind)
+        return replace(media, text=named_text(settings.text, columns, argument, "text"), pair=behind)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
-        return Columns(None, chat, image, target, heard)
-    return Columns(_text_column(rows, columns, argument, images=images, audio=audio), None, image, target, heard)
+        return replace(media, messages=chat)
+    return replace(media, text=_text_column(rows, columns, argument, images=images, audio=audio))
 
 
 def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, images: bool, audio: bool) -> str:

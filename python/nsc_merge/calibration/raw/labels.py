@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsc_merge.calibration.raw.columns import Sample
+from nsc_merge.calibration.raw.columns import TRANSCRIPT_COLUMNS, Sample
 from nsc_merge.calibration.raw.drawing import DECODED, MASK, TOKENS, Encoded, Filling, Row
 from nsc_merge.calibration.raw.inputs.checks import check_unicode, longest
+from nsc_merge.calibration.raw.inputs.text import first_tokens
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
 
@@ -23,7 +24,7 @@ LABELS = "labels"
 CLASS_COLUMNS = ("label", "labels", "class", "score")
 ANSWER_COLUMNS = (
     *("answer", "answers", "completion", "response", "output", "target", "summary", "highlights"),
-    *("sentence", "transcription", "transcript", "normalized_text"),
+    *TRANSCRIPT_COLUMNS,
 )
 # Columns that are read together with others, in questions and in pairs.
 _BESIDE = (
@@ -257,9 +258,8 @@ def _tokens(text: str, tokenizer: Any, base: Base, where: str) -> Tensor:
     """An answer as a model is to write it, with the token that ends a text."""
     if base.decodes:
         found = tokenizer(text_target=text, verbose=False)[TOKENS]
-        prefix = getattr(tokenizer, "prefix_tokens", [])
-        # Whisper's are given to the decoder, not written by it.
-        found = found[len(prefix) :] if prefix[:1] == [base.start] else found
+        # They are given to the decoder, not written by it.
+        found = found[len(first_tokens(tokenizer, base)) :]
     elif not base.text:
         # Of CTC, which ends with the audio.
         found = tokenizer(text, verbose=False)[TOKENS]

@@ -100,8 +100,8 @@ def filled(text: str | Template | None, row: Row, where: str) -> str | None:
     if text is None:
         return None
     if isinstance(text, Template):
-        filled = text.fill(row, where)
-        return filled if any(str(row[name]).strip() for name in text.columns) else None
+        found = text.fill(row, where)
+        return found if any(str(row[name]).strip() for name in text.columns) else None
     null = text in row and row[text] is None
     found = "" if null else text_of(row, text, where)
     return found if found.strip() else None

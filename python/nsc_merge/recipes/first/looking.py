@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.calibration.raw.chats import is_chat
-from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, choose
+from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, TRANSCRIPT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.preprocessors import base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
@@ -55,7 +55,7 @@ _COMPARED = (
     ("anchor", "positive"),
 )
 # What was said or is written there, behind an encoder of speech or images.
-_TRANSCRIPTS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
+_TRANSCRIPTS = ("text", *TRANSCRIPT_COLUMNS, "raw_transcription")
 
 
 def look(
@@ -110,8 +110,8 @@ def _raw(
         asked, answer = _templates(rows, found.columns, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
     elif takes.writes and not takes.text:
-        heard = (name for name in _TRANSCRIPTS if rows and all(isinstance(row.get(name), str) for row in rows))
-        settings = replace(settings, target=settings.text or next(heard, None), text=None)
+        said_there = next((name for name in _TRANSCRIPTS if _hold_texts(rows, [name])), None)
+        settings = replace(settings, target=settings.text or said_there, text=None)
     place = f"{argument}: {Path(source).name}"
     columns = choose(
         rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
@@ -162,8 +162,7 @@ def compared_in(rows: Sequence[Row], kind: str) -> tuple[str, str] | None:
     """The columns of two texts that a model of a class compares, where its data have them."""
     heads = {"ForSequenceClassification": _COMPARED, "ForQuestionAnswering": _MARKED}
     known = next((names for head, names in heads.items() if kind.endswith(head)), ())
-    held = ((all(isinstance(row.get(name), str) for row in rows for name in names), names) for names in known)
-    return next((names for there, names in held if there), None) if rows else None
+    return next((names for names in known if _hold_texts(rows, names)), None)
 
 
 def asked_in(rows: Sequence[Row], answer: str | None, *, writes: bool) -> str | None:
@@ -171,9 +170,8 @@ def asked_in(rows: Sequence[Row], answer: str | None, *, writes: bool) -> str | 
     an encoder reads it alone, behind other models' a line ends.
     """
     for names in (*_TOGETHER, *_PAIRS):
-        if names[-1] == answer and rows and all(isinstance(row.get(name), str) for row in rows for name in names[:-1]):
-            joined = _joined(names[:-1])
-            return joined if writes else "{" + "}\n{".join(names[:-1]) + "}\n"
+        if names[-1] == answer and _hold_texts(rows, names[:-1]):
+            return _joined(names[:-1]) if writes else _in_lines(names[:-1]) + "\n"
     return None
 
 
@@ -184,13 +182,21 @@ def _templates(rows: Sequence[Row], columns: Sequence[str], *, writes: bool) -> 
     if set(columns) & {TEXT_COLUMNS[0], *CHAT_COLUMNS}:
         return None, None
     for names in (*_TOGETHER, *_PAIRS) if writes else _TOGETHER:
-        if all(isinstance(row.get(name), str) for row in rows for name in names):
+        if _hold_texts(rows, names):
             return (_joined(names[:-1]), names[-1]) if writes else (_joined(names), None)
     return None, None
 
 
 def _joined(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else "{" + "}\n{".join(names) + "}"
+    return names[0] if len(names) == 1 else _in_lines(names)
+
+
+def _in_lines(names: Sequence[str]) -> str:
+    return "{" + "}\n{".join(names) + "}"
+
+
+def _hold_texts(rows: Sequence[Row], names: Sequence[str]) -> bool:
+    return bool(rows) and all(isinstance(row.get(name), str) for row in rows for name in names)
 
 
 def _rows(value: Tensor, count: int) -> Tensor:

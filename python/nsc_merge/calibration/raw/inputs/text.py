@@ -84,10 +84,9 @@ def add_decoded(
     tokenizer.truncation_side = "right"
     most = longest(base, settings)
     cut: list[Sample] = []
-    prefix = getattr(tokenizer, "prefix_tokens", [])
-    begun = prefix[:1] == [base.start]
+    first = first_tokens(tokenizer, base)
     # The last of what is read is what comes next.
-    opening = torch.tensor([*prefix[1:], 0] if begun else [], dtype=torch.long, device="cpu")
+    opening = torch.tensor([*first[1:], 0] if first else [], dtype=torch.long, device="cpu")
     for one, sample in zip(encoded, samples, strict=True):
         read = opening if base.writes else one[TOKENS]
         if sample.target is not None:
@@ -99,13 +98,21 @@ def add_decoded(
                     tokenizer(text_target=sample.target, truncation=True, max_length=most)[TOKENS], device="cpu"
                 )
             check_tokens(read, len(read), most, f"{sample.where}: its target", base)
-            # Whisper's tokenizer puts the first in front itself.
-            read = read[1:] if begun else read
+            # The first comes in front of all.
+            read = read[1:] if first else read
         start = torch.tensor([base.start], dtype=torch.long, device="cpu")
         one[DECODED] = torch.cat([start, read[:-1]])
         if DECODED_MASK in base.takes:
             one[DECODED_MASK] = torch.ones_like(one[DECODED])
     say_cut(cut, len(samples), most, "end")
+
+
+def first_tokens(tokenizer: Any, base: Base) -> list[int]:
+    """What a tokenizer puts in front of every answer where the decoder begins with its first (Whisper's start, language
+    and task); none of others.
+    """
+    prefix: list[int] = getattr(tokenizer, "prefix_tokens", [])
+    return prefix if prefix[:1] == [base.start] else []
 
 
 def _text(sample: Sample, template: Any) -> tuple[str, bool]:
