@@ -31,7 +31,8 @@ Merges as a YAML recipe says:
       source: legal.parquet         #   .safetensors of inputs made already (a folder: a file per batch)
       text: "{question}\\n{answer}"  # and any key of data
   data:                             # of all tasks; here with the defaults
-    text: null                      # column, or template over columns
+    text: null                      # column, or template over columns; of a model that classifies
+                                    #   tokens a column of texts or of lists of words
     text_pair: null                 # of models that compare two texts, the second
     messages: null                  # column with chats, for the tokenizer's chat template
     target: null                    # text that a decoder reads behind an encoder (T5, Whisper); null begins an answer

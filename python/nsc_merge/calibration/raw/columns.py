@@ -12,10 +12,9 @@ from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.media.audio import is_audio
 from nsc_merge.calibration.raw.media.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.templates import Template, filled, named_text, no_column, said
+from nsc_merge.calibration.raw.templates import TEXT_COLUMNS, Template, filled, named_text, no_column, said
+from nsc_merge.calibration.raw.word_lists import has_words, word_column, words_of
 
-# Where none is named, the first of these that there is, else the only column of texts.
-TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
 # What was said, or is written in a picture.
 TRANSCRIPT_COLUMNS = ("sentence", "transcription", "transcript", "normalized_text")
 CHAT_COLUMNS = ("messages", "conversations")
@@ -30,7 +29,8 @@ class Sample:
 
     Attributes:
         where: how messages call the row.
-        text: as it is; None where there is a chat, or images alone.
+        text: as it is; None where there is a chat, words, or images alone.
+        words: a text as a list of them.
         messages: of a chat.
         images: what the row holds of them; they are not open yet.
         audio: the same of recordings.
@@ -42,6 +42,7 @@ class Sample:
 
     where: str
     text: str | None = None
+    words: list[str] | None = None
     messages: list[Message] | None = None
     images: list[Any] = field(default_factory=list)
     audio: list[Any] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Columns:
         target: a column, or a template, of what a decoder reads behind an encoder.
         audio: the column of audio, or of a list of it.
         pair: a column, or a template, of a second text.
+        words: whether the column of the text holds lists of words.
     """
 
     text: str | Template | None = None
@@ -70,10 +72,12 @@ class Columns:
     target: str | Template | None = None
     audio: str | None = None
     pair: str | Template | None = None
+    words: bool = False
 
     def said(self) -> str:
         """In words, for people."""
         text = "" if self.text is None else said(self.text)
+        text = f"the words in {text}" if self.words else text
         chat = f"the chats in column {self.messages!r}" if self.messages is not None else ""
         image = f"images in column {self.image!r}" if self.image is not None else ""
         audio = f"audio in column {self.audio!r}" if self.audio is not None else ""
@@ -106,6 +110,9 @@ class Columns:
                 what, column = ("audio", self.audio) if self.audio is not None else ("image", self.image)
                 raise ValueError(f"{where}: holds no {what} in column {column!r}")
             return replace(media, target=filled(self.target, row, where))
+        if self.words:
+            words = words_of(row, str(self.text), where)
+            return None if words is None else replace(media, words=words)
         text = filled(self.text, row, where)
         if text is None and (images or audio):
             raise ValueError(f"{where}: holds {beside} and no text in {self.said()}")
@@ -126,9 +133,11 @@ def choose(
     images: bool,
     audio: bool = False,
     writes: bool = False,
+    words: bool = False,
     columns: Sequence[str] | None = None,
 ) -> Columns:
-    """What is taken of rows for a base that takes text, images, or both, or audio, and may write behind an encoder.
+    """What is taken of rows for a base that takes text, images, or both, or audio, and may write behind an encoder, or
+    classify words.
 
     Args:
         rows: some of them.
@@ -175,7 +184,14 @@ def choose(
     if settings.text is not None:
         pair = settings.text_pair
         behind = None if pair is None else named_text(pair, columns, argument, "text_pair")
+        if words and has_words(rows, settings.text):
+            if pair is not None:
+                raise ValueError(f"{argument}: text_pair: stands behind texts, and {settings.text!r} holds words")
+            return replace(media, text=settings.text, words=True)
         return replace(media, text=named_text(settings.text, columns, argument, "text"), pair=behind)
+    of_words = word_column(rows, columns, argument) if words else None
+    if of_words is not None:
+        return replace(media, text=of_words, words=True)
     chat = next((name for name in CHAT_COLUMNS if any(is_chat(row.get(name)) for row in rows)), None)
     if chat is not None:
         return replace(media, messages=chat)

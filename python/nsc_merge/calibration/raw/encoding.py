@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nsc_merge.calibration.raw.inputs.audio import Listening, audio_fillings, en
 from nsc_merge.calibration.raw.inputs.images import encode_beside, encode_images
 from nsc_merge.calibration.raw.inputs.pairs import Media, encode_pairs
 from nsc_merge.calibration.raw.inputs.text import add_decoded, encode_text
+from nsc_merge.calibration.raw.inputs.words import encode_words
 from nsc_merge.calibration.raw.media.audio import AudioReader
 from nsc_merge.calibration.raw.media.images import ImageReader
 from nsc_merge.calibration.raw.preprocessors import (
@@ -39,12 +40,14 @@ class Made:
         padded: how those that are padded are padded; None of images alone.
         first: the first sample as text.
         tokenizer: by which texts were made tokens; None where there are none.
+        words: of samples of words, of every token the number of its word, None of special ones.
     """
 
     encoded: list[Encoded]
     padded: dict[str, Filling] | None
     first: str
     tokenizer: Any = None
+    words: list[list[int | None]] = field(default_factory=list)
 
 
 def encode(
@@ -89,6 +92,7 @@ def _text(
     argument: str,
 ) -> Made:
     """Text, with images and recordings where there are some."""
+    words: list[list[int | None]] = []
     with_media = any(
         sample.images or sample.audio or any(isinstance(turn["content"], list) for turn in sample.messages or ())
         for sample in samples
@@ -112,12 +116,15 @@ def _text(
             encoded = encode_beside(samples, processor, base, settings, images)
     else:
         tokenizer = tokenizer_of(base, settings, argument)
-        encoded = encode_text(samples, tokenizer, base, settings)
+        if samples[0].words is not None:
+            encoded, words = encode_words(samples, tokenizer, base, settings, argument)
+        else:
+            encoded = encode_text(samples, tokenizer, base, settings)
     if base.decodes:
         add_decoded(encoded, samples, tokenizer, base, settings)
     # An image's token stands there as often as the image has patches.
     first = re.sub(r"(<[^<>\s]+>)(\s*\1)+", r"\1", tokenizer.decode(encoded[0][TOKENS]))
-    return Made(encoded, paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN], tokenizer)
+    return Made(encoded, paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN], tokenizer, words)
 
 
 def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: AudioReader, argument: str) -> Made:

@@ -38,6 +38,7 @@ class Base:
         takes: names of the inputs of its forward.
         writes: whether it has a decoder behind an encoder that begins a text of its own, rather than read that of the
             encoder once more, for a head (classifiers).
+        words: whether it classifies tokens, and reads lists of words, which data of such models are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Base:
     config: Any
     takes: frozenset[str]
     writes: bool = False
+    words: bool = False
 
     @property
     def text(self) -> bool:
@@ -152,7 +154,10 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
         name = str(getattr(config, "_name_or_path", "") or "")
     parameters = inspect.signature(forward).parameters.values()
     takes = frozenset(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD)
-    made = Base(name, revision, config, takes, writes="decoder_input_ids" in takes and _writes(kind, config))
+    writes = "decoder_input_ids" in takes and _writes(kind, config)
+    # Layouts have a box of every word, and images, which are in no list of them.
+    words = classifies_tokens(kind) and not takes & {"bbox", "pixel_values"}
+    made = Base(name, revision, config, takes, writes, words)
     # Processors of text and images for an encoder place them each in its own way.
     in_text = made.decodes and made.text and made.images and not made.in_front
     if in_text or not (made.text or made.images or made.audio):
@@ -166,6 +171,11 @@ def base_of(base: Any, revision: str | None, settings: DataSettings, argument: s
             "decoder begins; set it, or write the inputs as .safetensors, decoder_input_ids among them"
         )
     return made
+
+
+def classifies_tokens(kind: type) -> bool:
+    """Whether a class of models says a class of every token, by what transformers calls such models."""
+    return any(one.__name__.endswith("ForTokenClassification") for one in kind.__mro__)
 
 
 def _writes(kind: Any, config: Any) -> bool:

@@ -199,7 +199,7 @@ def draw(
     label = None if labelling is None else labelling.column_in(source.columns, settings, place, text=base.text)
     columns = choose(
         some, settings, place, text=base.text, images=base.images, audio=base.audio, writes=base.writes,
-        columns=[name for name in source.columns if name != label],
+        words=base.words, columns=[name for name in source.columns if name != label],
     )  # fmt: skip
     if labelling is not None:
         labelling.check_read(columns.text, settings, source.columns, label, place)

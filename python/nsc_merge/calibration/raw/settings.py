@@ -16,7 +16,8 @@ class DataSettings:
     Attributes:
         text: name of the column that holds the text, or a template over columns such as ``"{question}\\n{answer}"``;
             None takes the first of ``text``, ``prompt``, ``content``, ``instruction`` and ``question`` that there is,
-            else the only column of texts.
+            else the only column of texts. Of a model that classifies tokens it may hold lists of words, and None then
+            takes ``tokens`` or ``words``, or the only one of lists.
         text_pair: column or template of a second text, of models that compare two (NLI, rerankers): the tokenizer puts
             both together, with its separators and token types.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the

@@ -12,6 +12,8 @@ from nsc_merge.calibration.raw.chats import is_chat
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.utils.option_checks import did_you_mean
 
+# Where none is named, the first of these that there is, else the only column of texts.
+TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -78,8 +80,10 @@ def text_of(row: Row, column: str, where: str) -> str:
     if number and value == value:
         return str(value)
     if value is None or number:
-        raise ValueError(f"{where}: holds nothing in column {column!r}; expected text")
+        raise no_text(where, column, "text")
     hint = f"; write messages: {column}" if is_chat(value) else ""
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        hint = "; a list of words is read for models that classify tokens (ForTokenClassification) alone"
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
 
 
@@ -105,6 +109,10 @@ def filled(text: str | Template | None, row: Row, where: str) -> str | None:
     null = text in row and row[text] is None
     found = "" if null else text_of(row, text, where)
     return found if found.strip() else None
+
+
+def no_text(where: str, column: str, expected: str) -> ValueError:
+    return ValueError(f"{where}: holds nothing in column {column!r}; expected {expected}")
 
 
 def no_column(place: str, name: str, columns: Sequence[str]) -> ValueError:

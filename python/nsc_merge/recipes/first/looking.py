@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.calibration.raw.chats import is_chat
-from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TEXT_COLUMNS, TRANSCRIPT_COLUMNS, choose
+from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TRANSCRIPT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.preprocessors import base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.templates import TEXT_COLUMNS
 from nsc_merge.recipes.first.data import Data, stored_inputs
 
 # Samples that are encoded, and rows that are looked at for it.
@@ -115,7 +116,7 @@ def _raw(
     place = f"{argument}: {Path(source).name}"
     columns = choose(
         rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
-        columns=found.columns,
+        words=takes.words, columns=found.columns,
     )  # fmt: skip
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=SAMPLES), 1, argument, base_revision=revision)

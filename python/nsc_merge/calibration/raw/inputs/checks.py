@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,3 +76,18 @@ def say_cut(cut: Sequence[Sample], count: int, most: int, end: str) -> None:
             "%s: longer than %d tokens, as are %d of the %d samples; cut at the %s (max_length, truncation_side)",
             cut[0].where, most, len(cut), count, end,
         )  # fmt: skip
+
+
+def say_longer(
+    samples: Sequence[Sample], encoded: Sequence[Encoded], whole: Callable[[int], Sequence[int]], most: int, side: str
+) -> None:
+    """Say which of the samples that are as long as may be were longer.
+
+    Args:
+        whole: the tokens of a sample, by its number, without a bound.
+        most: tokens of a sample.
+        side: that is cut.
+    """
+    full = [number for number, one in enumerate(encoded) if len(one[TOKENS]) == most]
+    cut = [samples[number] for number in full if len(whole(number)) > most]
+    say_cut(cut, len(samples), most, ENDS[side])

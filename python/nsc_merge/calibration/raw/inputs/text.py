@@ -11,12 +11,12 @@ from nsc_merge.calibration.raw.chats import in_parts, plain_text
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, TOKENS, Encoded
 from nsc_merge.calibration.raw.inputs.checks import (
-    ENDS,
     add_mask,
     check_tokens,
     check_unicode,
     longest,
     say_cut,
+    say_longer,
 )
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -59,13 +59,12 @@ def encode_text(samples: Sequence[Sample], tokenizer: Any, base: Base, settings:
         if base.image_token is not None and (one[TOKENS] == base.image_token).any():
             raise ValueError(f"{sample.where}: its text has a place for an image, and there is no column of images")
     if settings.truncation:
-        # Of those that are as long as may be, how many were longer.
-        full = [number for number, one in enumerate(found) if len(one[TOKENS]) == most]
-        whole = (
-            tokenizer(texts[n][0], samples[n].pair, add_special_tokens=texts[n][1], verbose=False)[TOKENS] for n in full
-        )
-        cut = [samples[number] for number, ids in zip(full, whole, strict=True) if len(ids) > most]
-        say_cut(cut, len(samples), most, ENDS[settings.truncation_side])
+
+        def whole(number: int) -> Sequence[int]:
+            text, special = texts[number]
+            return tokenizer(text, samples[number].pair, add_special_tokens=special, verbose=False)[TOKENS]
+
+        say_longer(samples, found, whole, most, settings.truncation_side)
     return found
 
 
