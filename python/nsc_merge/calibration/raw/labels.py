@@ -286,7 +286,8 @@ def _behind(one: Encoded, answer: Tensor, where: str, base: Base, settings: Data
     """An answer that is predicted token by token: behind its prompt, or by a decoder behind what begins all answers."""
     text = DECODED if base.decodes else TOKENS
     length, prompt = len(one[text]), one[text]
-    if base.positions is not None and length + len(answer) > base.positions:
+    # Of a decoder's answer the last token is read of nobody.
+    if base.positions is not None and length + len(answer) - base.decodes > base.positions:
         raise ValueError(
             f"{where}: expected at most {base.positions} tokens, found {length} and {len(answer)} of its answer; give "
             f"a smaller max_length than {longest(base, settings)}"
