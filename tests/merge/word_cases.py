@@ -63,10 +63,10 @@ def word_base(folder: Path, kind: str, **changed: Any) -> Path:
     return folder
 
 
-def word_adapter(folder: Path, kind: str, seed: int, **changed: Any) -> Path:
+def word_adapter(folder: Path, kind: str, seed: int, num_labels: int = len(TAGS)) -> Path:
     """LoRA with a classifier of its own, as PEFT's example trains it."""
-    settings = {"r": 2, "target_modules": ["query", "value"], "task_type": "TOKEN_CLS", **changed}
-    zoo.write_adapter(KINDS[kind][0](), folder, seed, **settings)
+    settings = {"r": 2, "target_modules": ["query", "value"], "task_type": "TOKEN_CLS"}
+    zoo.write_adapter(KINDS[kind][0](num_labels=num_labels), folder, seed, **settings)
     return folder
 
 

@@ -27,8 +27,8 @@ Tasks are called like their adapters' folders, unless TASK=FOLDER calls them oth
 folder of images or of files called like the tasks, or the id owner/name of a dataset; with
 TASK= in front it is of one task. Without it the recipe's method is one that takes no data.
 
---test is raw data with labels, a folder for each class, a table, questions with answers or
-chats, given as --data is; evaluation.yaml beside the recipe then measures merges on it:
+--test is raw data with labels, a folder for each class, a table, questions with answers, words
+with tags or chats, given as --data is; evaluation.yaml beside the recipe then measures merges on it:
 
   nsc-merge init adapters/* --base base --data photos --test photos-test
   nsc-merge run recipe.yaml && nsc-merge eval evaluation.yaml

@@ -137,7 +137,7 @@ def joint_hits(
     every_score, every_label = [], []
     found = {}
     for source in tasks:
-        label = torch.cat([label for _, label in suite.labelled(source, "test")]).cpu()
+        label = _joined([label for _, label in suite.labelled(source, "test")])
         known = label != IGNORE
         scores = union.scores({head: outputs[source, head][known] for head in tasks}, kind)
         truth = union.labels(source, label[known])

@@ -16,10 +16,10 @@ from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.batch_files import Batches, inputs_for
 from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.calibration.raw.labels import LABELS
-from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
+from nsc_merge.calibration.raw.preprocessors import base_of, classifies_tokens, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
-from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
+from nsc_merge.evaluation.metrics import Metric, Outputs, check_tags, cross_entropy, predicted
 from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
@@ -205,8 +205,9 @@ class RecipeSuite:
 
     def _read(self, task: TaskRecipe, place: Path | CalibrationSource, argument: str) -> Labelled:
         batches, name = read_labelled(
-            place, task, self._recipe, argument, predicts_tokens=self._writes(task), classes=self._classes(task)
-        )
+            place, task, self._recipe, argument, predicts_tokens=self._writes(task),
+            classes=self._classes(task), count=self._count(task), tags=self._tags(task),
+        )  # fmt: skip
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([padded_behind(batch) for batch in batches])
         inputs = inputs_for(self.model, batches, argument, name)
@@ -231,8 +232,7 @@ class RecipeSuite:
         """
         if task.classes:
             return task.classes
-        # Of heads with a layer before the last (wav2vec 2.0's projector) it is not clear which is which.
-        counts = {len(value) for value in self.adapters[task.name].trained.values() if value.dim() == 2}
+        counts = self._counts(task)
         own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
         for names in (self.adapters[task.name].about.id2label, own):
             listed = class_names(names)
@@ -240,17 +240,54 @@ class RecipeSuite:
                 return listed
         return ()
 
+    def _counts(self, task: TaskRecipe) -> set[int]:
+        """How many classes the head has that a task's adapter brought: of heads with a layer before the last (wav2vec
+        2.0's projector) it is not clear which is which.
+        """
+        return {len(value) for value in self.adapters[task.name].trained.values() if value.dim() == 2}
+
+    def _count(self, task: TaskRecipe) -> int | None:
+        """How many classes tokens have, where that is clear."""
+        if not self._tags(task) or task.head not in (None, "adapter", "model"):
+            return None
+        own = getattr(getattr(self.model, "config", None), "num_labels", None)
+        counts = (set() if task.head == "model" else self._counts(task)) or {own}
+        return counts.pop() if len(counts) == 1 else None
+
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
-        """Further arguments of the metric: the tokens that end a text, and what makes text of tokens."""
+        """Further arguments of the metric: the tokens that end a text, what makes text of tokens, and what classes are
+        called.
+        """
         further: dict[str, Any] = {}
         if task.metric.writes:
             further["ends"] = ends_of(self.model)
+        if task.metric.named:
+            further["classes"] = self._names(task)
         if task.metric.decodes:
             tokenizer = self.tokenizer(f"tasks.{task.name}.metric")
             # Of CTC's, which would take letters for one that are alike and stand together.
             own = {"group_tokens": False} if hears(self.model) else {}
             further["decode"] = partial(tokenizer.decode, skip_special_tokens=True, **own)
         return further
+
+    def _names(self, task: TaskRecipe) -> Sequence[str]:
+        """The tags of entities that a task's classes are.
+
+        Raises:
+            ValueError: naming the task, if they are others, or not known.
+        """
+        classes, key = self._classes(task), f"tasks.{task.name}.classes"
+        if not classes:
+            raise ValueError(f"{key}: metric {task.metric.name} needs the tags in order, [O, B-PER, ...], found none")
+        try:
+            check_tags(classes)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        return classes
+
+    def _tags(self, task: TaskRecipe) -> bool:
+        """Whether outputs are the logits of classes of tokens."""
+        return classifies_tokens(type(self.model)) and task.pool in (None, "tokens")
 
     def _writes(self, task: TaskRecipe) -> bool:
         """Whether outputs are the logits of tokens, by the own head of a model that generates."""

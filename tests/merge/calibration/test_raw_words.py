@@ -147,7 +147,7 @@ def test_texts_where_there_are_no_words():
         ({"tokens": ["x", 3]}, {}, "row 1: column 'tokens': expected words as text, found 3 among them"),
         ({"tokens": ["x", None]}, {}, "row 1: column 'tokens': expected words as text, found None among them"),
         ({"tokens": ["\ud800"]}, {}, "row 1: holds '.ud800', half of a character"),
-        ({"tokens": ["a"]}, {"text": "{tokens}"}, "row 1: column 'tokens': expected text, found .*a list of words"),
+        ({"tokens": ["a"]}, {"text": "{tokens}"}, "row 1: column 'tokens': expected text, found .*; lists of words"),
     ],
 )
 def test_words_that_cannot_be_are_refused(bases, row, settings, message):
@@ -177,10 +177,10 @@ def test_rows_without_words_are_left_out(bases, caplog):
 
 def test_other_models_read_no_lists_of_words(tmp_path):
     base = text_base(tmp_path / "base")
-    message = "row 1: column 'tokens': expected text, found .*; a list of words is read for models that classify tokens"
+    message = "row 1: column 'tokens': expected text, found .*; lists of words are read for a base that classifies tok"
     with pytest.raises(ValueError, match=message):
         made([{"tokens": ["a", "b"]}], base, text="tokens")
-    with pytest.raises(ValueError, match="no column of text: tokens"):
+    with pytest.raises(ValueError, match="no column of text: tokens .*; write a column of texts; lists of words are"):
         made([{"tokens": ["a", "b"]}], base)
 
 

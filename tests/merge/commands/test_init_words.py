@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,23 @@ def test_words_are_found_and_merged(place, capsys):
     assert written("recipe.yaml")["data"]["text"] == "tokens"
     assert main(["run", "recipe.yaml"]) == 0
     assert Path("merged/model/tokenizer.json").is_file()
+
+
+TWO = [{**row, "pos_tags": [f"P{len(word)}" for word in row["tokens"]]} for row in ROWS]
+
+
+def test_tags_are_measured_by_what_they_are(place, capsys):
+    write_lines(Path("rows.jsonl"), TWO)
+    config = {"id2label": {str(n): f"P{n + 1}" for n in range(10)}}
+    word_adapter(place / "adapters" / "pos", "roberta", 1, num_labels=10)
+    (place / "adapters" / "pos" / "config.json").write_text(json.dumps(config))
+    assert main([*INIT, "--test", "rows.jsonl", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["tests"]
+    assert told["ner"]["found"] == "4 rows, labels in column 'ner_tags'"
+    test = {"source": "rows.jsonl", "text": "tokens"}
+    tasks = {
+        "ner": {"adapter": "adapters/ner", "test": test, "labels": "ner_tags", "metric": "entity_f1"},
+        "pos": {"adapter": "adapters/pos", "test": test, "labels": "pos_tags", "metric": "accuracy"},
+    }
+    assert written("evaluation.yaml")["tasks"] == tasks
+    assert main(["eval", "evaluation.yaml", "methods=[zero_shot]", "output.plots=false"]) == 0

@@ -247,7 +247,7 @@ def test_quality_and_metric_agree_in_direction(name):
     """A perfect prediction is the best there is, overall and for every sample."""
     metric = METRICS[name]
     generator = torch.Generator().manual_seed(0)
-    if name in ("accuracy", "miou", "f1", "f1_binary", "matthews", "perplexity"):
+    if name in ("accuracy", "miou", "f1", "f1_binary", "matthews", "perplexity", "entity_f1"):
         classes = 2 if name == "f1_binary" else 3
         labels = torch.randint(0, classes, (4, 6), generator=generator)
         good, bad = logits(labels.tolist(), classes), logits(((labels + 1) % classes).tolist(), classes)
@@ -260,10 +260,11 @@ def test_quality_and_metric_agree_in_direction(name):
     else:
         labels = (torch.rand(4, 6, 6, generator=generator) > 0.7).float()
         good, bad = labels, 1 - labels
-    decode = {"decode": lambda tokens: " ".join(f"w{token}" for token in tokens)} if metric.decodes else {}
-    best, worst = (metric.measure(outputs, labels, **decode) for outputs in (good, bad))
+    further = {"decode": lambda tokens: " ".join(f"w{token}" for token in tokens)} if metric.decodes else {}
+    further |= {"classes": ["O", "B-PER", "B-LOC"]} if metric.named else {}
+    best, worst = (metric.measure(outputs, labels, **further) for outputs in (good, bad))
     assert (best < worst) == metric.lower_is_better
-    quality, worse = metric.quality(good, labels, **decode), metric.quality(bad, labels, **decode)
+    quality, worse = metric.quality(good, labels, **further), metric.quality(bad, labels, **further)
     assert quality.shape == (4,)
     assert (quality >= worse).all()
     assert quality.mean() > worse.mean()

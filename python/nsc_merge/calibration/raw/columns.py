@@ -12,8 +12,16 @@ from nsc_merge.calibration.raw.drawing import Row, columns_of
 from nsc_merge.calibration.raw.media.audio import is_audio
 from nsc_merge.calibration.raw.media.images import is_image
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.templates import TEXT_COLUMNS, Template, filled, named_text, no_column, said
-from nsc_merge.calibration.raw.word_lists import has_words, word_column, words_of
+from nsc_merge.calibration.raw.templates import (
+    TEXT_COLUMNS,
+    WORDS_ELSEWHERE,
+    Template,
+    filled,
+    named_text,
+    no_column,
+    said,
+)
+from nsc_merge.calibration.raw.word_lists import WORD_COLUMNS, has_words, word_column, words_of
 
 # What was said, or is written in a picture.
 TRANSCRIPT_COLUMNS = ("sentence", "transcription", "transcript", "normalized_text")
@@ -229,6 +237,7 @@ def _text_column(rows: Sequence[Row], columns: Sequence[str], argument: str, *, 
     usable = of_text or [name for name, held in values.items() if held and all(isinstance(v, Number) for v in held)]
     example = "{" + "}\\n{".join(usable[:2]) + "}"
     way = f'write text: NAME, or a template such as text: "{example}"' if usable else "write a column of texts"
+    way += f"; {WORDS_ELSEWHERE}" if not of_text and any(has_words(rows, name) for name in WORD_COLUMNS) else ""
     raise ValueError(f"{argument}: {what}: {_shown(rows, columns)}; {way}")
 
 

@@ -1,4 +1,4 @@
-"""Labels of raw samples, for measuring: a class, a value, or an answer as tokens."""
+"""Labels of raw samples, for measuring: a class, a value, an answer as tokens, or a class of every word."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from nsc_merge.calibration.raw.inputs.checks import check_unicode, longest
 from nsc_merge.calibration.raw.inputs.text import first_tokens
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.word_lists import TAG_COLUMNS, tag_column
 
 LABELS = "labels"
 # Of a class or a value, and of answers, where no column is named.
@@ -34,7 +35,7 @@ _BESIDE = (
 # Where no column of text is named.
 _TEXT = "text"
 # What labels hold where nothing is known, or asked for.
-_UNKNOWN = -100
+UNKNOWN = -100
 # Inputs of a text beside its tokens that go on with an answer -> their value there.
 _CONTINUED = {MASK: 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
@@ -44,9 +45,11 @@ class Labelling:
     """What the labels of raw samples are.
 
     Attributes:
-        kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"value"``, ``[N]`` in float32; ``"answer"``, tokens.
+        kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"value"``, ``[N]`` in float32; ``"answer"``, tokens;
+            ``"tags"``, classes of words ``[N, T]``, each at the first token of its word, -100 elsewhere.
         column: that holds them; None for a usual name, else the folder that a file lies in, or the last turn of a chat.
         classes: their names in the order of their numbers; empty where the labels are numbers.
+        count: of the classes; None where it is not known.
         generated: whether answers are apart from prompts, ``[N, T]``, or of several references ``[N, R, T]``, filled up
             by -100; else they stand behind the prompts, for which labels are -100.
     """
@@ -54,6 +57,7 @@ class Labelling:
     kind: str
     column: str | None = None
     classes: Sequence[str] = ()
+    count: int | None = None
     generated: bool = False
 
     def is_all(self, settings: DataSettings) -> bool:
@@ -88,6 +92,8 @@ class Labelling:
                 listed = ", ".join(columns)
                 raise ValueError(f"{place}: labels: column {self.column!r} is not there (columns: {listed})")
             return self.column
+        if self.kind == "tags":
+            return tag_column(columns, place)
         usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
         usual = usual if text or self.kind != "answer" else (*usual, _TEXT)
         return next((name for name in usual if name in columns), None)
@@ -107,7 +113,7 @@ class Labelling:
             ValueError: naming the columns.
         """
         beside = [name for name in _BESIDE if name in columns and name not in (text, label)]
-        if settings.text is None and isinstance(text, str) and beside:
+        if settings.text is None and isinstance(text, str) and beside and self.kind != "tags":
             both = "text_pair" if self.kind != "answer" else f'text: "{{{text}}}\\n{{{beside[0]}}}\\n"'
             raise ValueError(
                 f"{place}: column {text!r} would be read alone, beside {', '.join(beside)}; expected text: {text}, or "
@@ -128,7 +134,7 @@ class Labelling:
         file = row.get(media) if media is not None else None
         folder = Path(file).parent.name if isinstance(file, str) else ""
         if self.kind != "class" or not folder:
-            usual = ANSWER_COLUMNS if self.kind == "answer" else CLASS_COLUMNS
+            usual = {"answer": ANSWER_COLUMNS, "tags": TAG_COLUMNS}.get(self.kind, CLASS_COLUMNS)
             raise ValueError(
                 f"{where}: no column of labels, such as {usual[0]}, in {', '.join(row)}; expected labels: COLUMN"
                 + (", or a folder of images for each class" if self.kind == "class" else "")
@@ -142,7 +148,7 @@ class Labelling:
             ValueError: naming the sample, what was found and what was expected.
         """
         if label is None or label == "" or label != label:
-            return _UNKNOWN if self.kind == "class" else math.nan
+            return math.nan if self.kind == "value" else UNKNOWN
         if self.kind == "value":
             try:
                 return float(label)
@@ -158,6 +164,11 @@ class Labelling:
             raise ValueError(
                 f"{where}: expected the number of a class, found {label!r:.60}; classes: [FIRST, SECOND, ...] of the "
                 "task names those of its head, in order"
+            )
+        if self.count is not None and number >= self.count:
+            raise ValueError(
+                f"{where}: expected the number of a class from 0 to {self.count - 1}, as the head has {self.count}, "
+                f"found {label!r:.60}"
             )
         # Stars from 1 to 5, which classes are called by, or classes from 0 to 4.
         others = any(name.isdecimal() and name != str(place) for place, name in enumerate(names))
@@ -216,7 +227,7 @@ def add_labels(
         return
     side = "right" if base.decodes else settings.padding_side
     if padded is not None and not labelling.generated:
-        padded[LABELS] = Filling(_UNKNOWN, side)
+        padded[LABELS] = Filling(UNKNOWN, side)
     if labelling.is_all(settings) and not base.decodes:
         for one in encoded:
             one[LABELS] = one[TOKENS].clone()
@@ -276,7 +287,7 @@ def _beside(encoded: Sequence[Encoded], answers: Sequence[Sequence[Tensor]]) -> 
     references = max(len(several) for several in answers)
     length = max(len(answer) for several in answers for answer in several)
     for one, several in zip(encoded, answers, strict=True):
-        held = torch.full((1, references, length), _UNKNOWN, dtype=torch.long, device="cpu")
+        held = torch.full((1, references, length), UNKNOWN, dtype=torch.long, device="cpu")
         for number, answer in enumerate(several):
             held[0, number, : len(answer)] = answer
         one[LABELS] = held[:, 0] if references == 1 else held
@@ -295,7 +306,7 @@ def _behind(one: Encoded, answer: Tensor, where: str, base: Base, settings: Data
     if base.decodes:
         # The last token is read of nobody; what stands at the last of the opening predicts the first.
         one[text] = torch.cat([prompt, answer[:-1]])
-        one[LABELS] = torch.cat([torch.full_like(prompt[:-1], _UNKNOWN), answer])
+        one[LABELS] = torch.cat([torch.full_like(prompt[:-1], UNKNOWN), answer])
         mask = f"{text.removesuffix(TOKENS)}{MASK}"
         if mask in one:
             one[mask] = torch.ones_like(one[text])
@@ -309,4 +320,4 @@ def _behind(one: Encoded, answer: Tensor, where: str, base: Base, settings: Data
         own = 1 if name == "token_type_ids" and base.config.model_type == "paligemma" else _CONTINUED[name]
         one[name] = torch.cat([value, torch.full_like(answer, own)])
     one[text] = torch.cat([prompt, answer])
-    one[LABELS] = torch.cat([torch.full_like(prompt, _UNKNOWN), answer])
+    one[LABELS] = torch.cat([torch.full_like(prompt, UNKNOWN), answer])

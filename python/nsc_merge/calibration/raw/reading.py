@@ -33,6 +33,7 @@ from nsc_merge.calibration.raw.media import audio, images
 from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
 from nsc_merge.calibration.raw.preprocessors import Base, base_of, tokenizer_of
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.tags import add_tags
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 
@@ -107,7 +108,10 @@ def batches_of(
     if labelling is not None:
         answers = made.tokenizer is None and labelling.kind == "answer"
         tokenizer = tokenizer_of(model, settings, argument) if answers else made.tokenizer
-        add_labels(made.encoded, made.padded, samples, labelling, tokenizer, model, settings)
+        if labelling.kind == "tags":
+            add_tags(made, samples, labelling, settings, argument)
+        else:
+            add_labels(made.encoded, made.padded, samples, labelling, tokenizer, model, settings)
     sha256 = {**found.sha256, "samples": digest(made.encoded), **opened}
     batches = batched(made.encoded, batch_size, settings.seed, made.padded)
     return Batches(batches, sha256=sha256, first=made.first)

@@ -14,6 +14,9 @@ from nsc_merge.utils.option_checks import did_you_mean
 
 # Where none is named, the first of these that there is, else the only column of texts.
 TEXT_COLUMNS = ("text", "prompt", "content", "instruction", "question")
+WORDS_ELSEWHERE = (
+    "lists of words are read for a base that classifies tokens alone, as AutoModelForTokenClassification saves it"
+)
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -83,7 +86,7 @@ def text_of(row: Row, column: str, where: str) -> str:
         raise no_text(where, column, "text")
     hint = f"; write messages: {column}" if is_chat(value) else ""
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        hint = "; a list of words is read for models that classify tokens (ForTokenClassification) alone"
+        hint = f"; {WORDS_ELSEWHERE}"
     raise ValueError(f"{where}: column {column!r}: expected text, found {value!r:.60}{hint}")
 
 

@@ -1,7 +1,8 @@
-"""Texts as lists of words, as data of token classification have them, and the tags that go with the words."""
+"""Columns of texts as lists of words, as data of token classification have them, and of the words' tags."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,13 @@ from nsc_merge.calibration.raw.templates import TEXT_COLUMNS, no_text
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels", "label", "ner", "pos", "upos", "xpos")
+
+_ENTITIES = re.compile(r"O|[BIES](-.*)?", re.DOTALL)
+
+
+def marks_entities(tag: str) -> bool:
+    """Whether it is a tag of entities by IOB1, IOB2 or IOBES."""
+    return _ENTITIES.fullmatch(tag) is not None
 
 
 def holds_tags(column: str) -> bool:
@@ -61,3 +69,15 @@ def words_of(row: Row, column: str, where: str) -> list[str] | None:
     if odd:
         raise ValueError(f"{where}: column {column!r}: expected words as text, found {odd[0]!r:.60} among them")
     return value if any(word.strip() for word in value) else None
+
+
+def tag_column(columns: Sequence[str], place: str) -> str | None:
+    """The column of tags where none is named; None where none is called like one.
+
+    Raises:
+        ValueError: if several are, as of names and of parts of speech: they may have as many tags.
+    """
+    found = [name for name in columns if holds_tags(name)]
+    if len(found) > 1:
+        raise ValueError(f"{place}: several columns of tags and none is named, {found}; expected labels: COLUMN")
+    return found[0] if found else None

@@ -23,6 +23,7 @@ from nsc_merge.evaluation.metrics.classification import (
     predicted,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
+from nsc_merge.evaluation.metrics.entities import check_tags, entities, entity_f1, entity_f1_per_sample
 from nsc_merge.evaluation.metrics.generation import OWN, cider, cider_per_sample, exact_match, exact_match_per_sample
 from nsc_merge.evaluation.metrics.labels import IGNORE
 from nsc_merge.evaluation.metrics.registry import METRICS, Metric
@@ -48,6 +49,7 @@ __all__ = [
     "absolute_error",
     "accuracy",
     "accuracy_per_sample",
+    "check_tags",
     "cider",
     "cider_per_sample",
     "cosine",
@@ -55,6 +57,9 @@ __all__ = [
     "cross_entropy",
     "edge_f",
     "edge_f_per_sample",
+    "entities",
+    "entity_f1",
+    "entity_f1_per_sample",
     "exact_match",
     "exact_match_per_sample",
     "f1",

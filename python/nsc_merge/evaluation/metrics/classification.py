@@ -176,10 +176,10 @@ def _check_classes(outputs: Outputs, labels: Tensor) -> None:
 def hits(outputs: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where known labels are predicted, and where labels are known; errors as in :func:`accuracy`."""
     _check_classes(outputs, labels)
-    return compared(_classes(outputs), labels)
+    return compared(classes_of(outputs), labels)
 
 
-def _classes(outputs: Outputs) -> Tensor:
+def classes_of(outputs: Outputs) -> Tensor:
     return outputs.classes if isinstance(outputs, Predicted) else _highest(outputs)
 
 
@@ -202,7 +202,7 @@ def _confusion(outputs: Outputs, labels: Tensor) -> Tensor:
     """``[N, C, C + 1]``: pixels by true and predicted class, and of the latter none."""
     _, known = hits(outputs, labels)
     classes = outputs.size if isinstance(outputs, Predicted) else outputs.shape[-1]
-    cells = (labels.long().clamp(min=0) * (classes + 1) + _classes(outputs)).reshape(len(labels), -1)
+    cells = (labels.long().clamp(min=0) * (classes + 1) + classes_of(outputs)).reshape(len(labels), -1)
     counts = torch.zeros(len(labels), classes * (classes + 1), dtype=torch.float64, device=labels.device)
     counts.scatter_add_(1, cells, known.reshape(len(labels), -1).double())
     return counts.view(-1, classes, classes + 1)

@@ -23,6 +23,7 @@ from nsc_merge.evaluation.metrics.classification import (
     perplexity,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample, edge_loss
+from nsc_merge.evaluation.metrics.entities import entity_f1, entity_f1_per_sample
 from nsc_merge.evaluation.metrics.generation import (
     OWN,
     PROGRAMS,
@@ -79,6 +80,7 @@ class Metric:
         settings: those that :meth:`with_options` set.
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
         decodes: whether they want ``decode``, which makes text of a sequence of tokens.
+        named: whether they want ``classes``, the names of the classes.
         of_samples: ``(quality, counts) -> float``, both ``[N]``: what ``measure`` is, of the quality of every sample
             and of how many labels are known of it; None where it takes more.
         package: that alone says what the figure is, by its name; empty for none.
@@ -97,6 +99,7 @@ class Metric:
     per_sample: str = ""
     writes: bool = False
     decodes: bool = False
+    named: bool = False
     of_samples: Callable[[Tensor, Tensor], float] | None = None
     package: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -143,6 +146,7 @@ def _mean_of_labels(quality: Tensor, counts: Tensor) -> float:
 
 
 _CLASSES = "outputs: logits [N, ..., C]; labels: integers [N, ...], -100 where unknown"
+_TAGS = "outputs: logits [N, T, C]; labels: tags [N, T], -100 at all tokens of a word but its first"
 _VALUES = "outputs: [N, ...] or [N, ..., 1]; labels: [N, ...], NaN where unknown"
 _TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100"
 
@@ -162,6 +166,7 @@ METRICS: dict[str, Metric] = {
         Metric("f1", "F1", _CLASSES, f1, accuracy_per_sample, cross_entropy, per_sample="acc"),
         Metric("f1_binary", "F1", _CLASSES, f1_binary, accuracy_per_sample, cross_entropy, per_sample="acc"),
         Metric("matthews", "MCC", _CLASSES, matthews, accuracy_per_sample, cross_entropy, per_sample="acc"),
+        Metric("entity_f1", "entity F1", _TAGS, entity_f1, entity_f1_per_sample, cross_entropy, named=True),
         Metric(
             "perplexity",
             "ppl",

@@ -27,6 +27,8 @@ def read_labelled(
     *,
     predicts_tokens: bool,
     classes: Sequence[str],
+    count: int | None = None,
+    tags: bool = False,
 ) -> tuple[Batches, str]:
     """Batches of inputs with labels, and the name of these among the tensors.
 
@@ -37,6 +39,8 @@ def read_labelled(
         argument: how messages call the data.
         predicts_tokens: whether the outputs are logits of tokens, and labels of raw data the tokens of an answer.
         classes: names of the task's classes, where they are known.
+        count: of the classes, where it is known.
+        tags: whether the outputs are logits of classes of tokens, and labels of raw data those of words.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what was found and what was expected.
@@ -50,7 +54,8 @@ def read_labelled(
             raise ValueError(f"{argument}: expected a tensor {name!r} in {place}, found {batches.names}")
     else:
         name = LABELS
-        kind = _kind(task.metric, argument, tokens=task.generate or predicts_tokens)
+        kind = _kind(task.metric, argument, tokens=task.generate or predicts_tokens, tags=tags)
+        labelling = Labelling(kind, task.labels, classes, count, generated=task.generate)
         settings = place.settings
         # All samples, whatever is drawn for methods; an answer is written behind the end of its prompt.
         settings = replace(
@@ -61,18 +66,18 @@ def read_labelled(
         )
         batches = batches_of(
             place.source, recipe.model, settings, recipe.batch_size, argument, local=place.local,
-            base_revision=recipe.revision, labelling=Labelling(kind, task.labels, classes, generated=task.generate),
+            base_revision=recipe.revision, labelling=labelling,
         )  # fmt: skip
     _check_numbers(batches, name, argument)
     return batches, name
 
 
-def _kind(metric: Metric, argument: str, *, tokens: bool) -> str:
+def _kind(metric: Metric, argument: str, *, tokens: bool, tags: bool) -> str:
     """What the labels of raw data are to be, for a metric."""
     if tokens:
         return "answer"
     if metric.loss is cross_entropy:
-        return "class"
+        return "tags" if tags else "class"
     if metric.loss in (squared_error, absolute_error):
         return "value"
     raise ValueError(

@@ -15,6 +15,7 @@ from nsc_merge.calibration.raw.labels import Labelling
 from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
 from nsc_merge.models.block_finding import hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
@@ -29,6 +30,8 @@ _METRICS = {
     "value": ("pearson", "or spearman, rmse, l1"),
     "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
     "speech": ("wer", "or cer, exact_match, bleu"),
+    "entities": ("entity_f1", "or accuracy, f1, exact_match"),
+    "tags": ("accuracy", "of words; or f1, exact_match; entity_f1 where classes are called O, B-X, I-X, ..."),
 }
 
 
@@ -41,12 +44,14 @@ class Test:
         said: what was found, in a line.
         kind: key of the metrics that fit.
         settings: those of raw data that have to be written.
+        labels: their column, where that has to be written.
     """
 
     source: str
     said: str
     kind: str
     settings: Mapping[str, str]
+    labels: str | None = None
 
 
 def look_at_tests(arguments: Sequence[str], found: Findings) -> dict[str, Test]:
@@ -72,10 +77,13 @@ def _look(source: str, task: Task, found: Findings) -> Test:
         )
     settings = DataSettings()
     takes = base_of(found.base.source, found.base.revision, settings, argument)
-    kind = _kind(task, found)
-    labelling = Labelling(kind, classes=_classes(task, found), generated=kind == "answer")
+    kind = _kind(task, found, tags=takes.words)
+    count = _count(task, found) if kind == "tags" else None
+    labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
     opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
+    if kind == "tags":
+        labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
     settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
     some = replace(settings, samples=SAMPLES)
     revision = found.base.revision
@@ -84,25 +92,69 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
     named = {name: value for name in ("text", "text_pair") if (value := getattr(settings, name)) is not None}
     where = f" in split {opened.split}" if opened.split else ""
-    heard = kind == "answer" and takes.audio and not takes.text
-    return Test(source, f"{opened.count} rows{where}, {told}", "speech" if heard else kind, named)
+    if kind == "answer" and takes.audio and not takes.text:
+        kind = "speech"
+    elif kind == "tags" and labelling.classes and all(map(marks_entities, labelling.classes)):
+        kind = "entities"
+    return Test(source, f"{opened.count} rows{where}, {told}", kind, named, labelling.column)
 
 
-def _kind(task: Task, found: Findings) -> str:
-    """What the labels of a task are."""
+def _tags(task: Task, columns: Sequence[str], rows: Sequence[Row], labelling: Labelling, argument: str) -> str:
+    """The column of tags that a task is trained on: the one called after the task, or the only one that may be.
+
+    Raises:
+        RecipeError: if there is none, or several.
+    """
+    if f"{task.name}_tags" in columns:
+        return f"{task.name}_tags"
+    known = [name for name in columns if holds_tags(name)]
+    # What is wrong with an only one is said of its row.
+    fitting = [name for name in known if len(known) == 1 or _fits(name, rows, labelling)]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"{fitting or known or list(columns)}"
+    raise RecipeError(
+        f"{argument}: expected one column of tags that are classes of {task.name!r}, found {found:.200}; a task called "
+        "ner is measured on ner_tags (ner=ADAPTER names it so), labels: COLUMN in an evaluation recipe says any other"
+    )
+
+
+def _fits(column: str, rows: Sequence[Row], labelling: Labelling) -> bool:
+    """Whether a column holds lists of a task's classes."""
+    try:
+        for row in rows:
+            for tag in as_list(row.get(column)) or [""]:
+                labelling.number_of(tag, column)
+    except ValueError:
+        return False
+    return any(as_list(row.get(column)) for row in rows)
+
+
+def _kind(task: Task, found: Findings, *, tags: bool) -> str:
+    """What the labels of a task are.
+
+    Args:
+        tags: whether the base classifies tokens.
+    """
     can_generate = getattr(found.base.model, "can_generate", bool)
     if hears(found.base.model) or (can_generate() and task.name not in found.heads):
         return "answer"
+    if _count(task, found) == 1:
+        return "value"
+    return "tags" if tags else "class"
+
+
+def _count(task: Task, found: Findings) -> int:
+    """How many classes the head of a task has."""
     heads = [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
     # The last of several layers is the smallest.
-    count = min(map(len, heads)) if heads else getattr(found.base.model.config, "num_labels", 2)
-    return "value" if count == 1 else "class"
+    return min(map(len, heads)) if heads else getattr(found.base.model.config, "num_labels", 2)
 
 
 def _classes(task: Task, found: Findings) -> Sequence[str]:
-    if task.labels or task.name in found.heads:
-        return task.labels
-    return class_names(getattr(found.base.model.config, "id2label", None) or {})
+    """Names of a task's classes: those beside its adapter, or of the base where its head is as large."""
+    named = class_names(getattr(found.base.model.config, "id2label", None) or {})
+    return task.labels or (named if len(named) == _count(task, found) else [])
 
 
 def _settings(
@@ -120,8 +172,9 @@ def _settings(
     asked = asked_in(rows, label, writes=takes.writes) if labelling.kind == "answer" else None
     settings = replace(settings, text=asked)
     chosen = choose(
-        rows, settings, argument, text=True, images=takes.images, audio=takes.audio, writes=takes.writes, columns=left
-    )
+        rows, settings, argument, text=True, images=takes.images, audio=takes.audio, writes=takes.writes,
+        words=takes.words, columns=left,
+    )  # fmt: skip
     return replace(settings, text=chosen.text) if asked is None and isinstance(chosen.text, str) else settings
 
 
@@ -157,6 +210,8 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
             "test": (place, test.said),
             "metric": (metric, others),
         }
+        if test.labels is not None:
+            entries["labels"] = (test.labels, "the column of a tag for each word")
         if test.kind in ("answer", "speech"):
             entries["generate"] = (True, "greedily, as many tokens as the longest answer has")
         yaml.entries(entries, 4)

@@ -184,15 +184,15 @@ def _as_stored(chosen: Any) -> tuple[Any, Any, _Classes]:
     """A dataset whose values are as they are stored, not tensors or tables of them (``set_format``); its features, by
     which images and sounds stay what is stored of them until they are opened; and its columns of classes.
     """
-    from datasets import ClassLabel, Features
+    from datasets import Features
 
     shown = getattr(chosen, "format", {}).get("columns")
     chosen = chosen.with_format(None)
     if shown is not None and list(shown) != chosen.column_names:
         chosen = chosen.select_columns(list(shown))
     kinds = chosen.features or {}
-    classes = {column: list(kind.names) for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
-    return chosen, Features({column: _closed(kind) for column, kind in kinds.items()}), classes
+    features = Features({column: _closed(kind) for column, kind in kinds.items()})
+    return chosen, features, _named(features.to_dict())
 
 
 def _closed(kind: Any) -> Any:
@@ -218,20 +218,37 @@ def _classes_in(table: Any) -> _Classes:
     if written is None:
         return {}
     try:
-        features = from_json(written, "")["info"]["features"]
-        found = {column: kind["names"] for column, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return _named(from_json(written, "")["info"]["features"])
     except (ValueError, LookupError, TypeError, AttributeError):
         return {}
-    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _named(features: dict[str, Any]) -> _Classes:
+    """The columns of classes, or of lists of them, among features as ``datasets`` writes them."""
+    found = {}
+    for column, kind in features.items():
+        # As releases before 4 may write a list.
+        kind = kind[0] if isinstance(kind, list) else kind.get("feature", kind)
+        if kind.get("_type") == "ClassLabel" and isinstance(kind["names"], list):
+            found[column] = kind["names"]
+    return found
 
 
 def _with_names(row: Row, classes: _Classes) -> Row:
-    """A row with the names of classes in the place of their numbers; None where the number is of none, as -1 is."""
+    """A row with the names of classes in the place of their numbers, also in lists; None where the number is of none,
+    as -1 is.
+    """
     for column, names in classes.items():
-        number = row.get(column)
-        if isinstance(number, int):
-            row = {**row, column: names[number] if 0 <= number < len(names) else None}
+        held = row.get(column)
+        if isinstance(held, list):
+            row = {**row, column: [_name(one, names) for one in held]}
+        elif isinstance(held, int):
+            row = {**row, column: _name(held, names)}
     return row
+
+
+def _name(number: Any, names: Sequence[str]) -> str | None:
+    return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
 
 
 def _drawn_at_once(rows: Iterable[Row], settings: DataSettings, argument: str) -> Source:
