@@ -31,7 +31,7 @@ MERGE["evaluation"] = {*MERGE["recipes"], "recipes"}
 MERGE["analysis"] = MERGE["demo"] = {*MERGE["api"], "utils", "api", "evaluation"}
 MERGE["commands"] = {*MERGE["evaluation"], "evaluation", "analysis", "demo"}
 MERGE["__init__"] = {"adapters", "models", "calibration", "results", "api", "factors", "recipes"}
-MERGE["integrations"] = {"__init__", "adapters", "calibration", "results", "methods"}
+MERGE["integrations"] = {"__init__", "utils", "adapters", "models", "calibration", "results", "methods"}
 MERGE["__main__"] = {"commands"}
 
 METHODS: dict[str, set[str]] = {"method": set(), "task_outputs": set(), "shared_options": set(), "scale_tuning": set()}

@@ -4,7 +4,9 @@
 
 or, with a small UNet and random adapters made on the spot:
 
-    python examples/integrations/diffusers_loras.py
+    python examples/integrations/diffusers_loras.py [--method nsc] [--out FOLDER]
+
+A method that needs data takes what the pipeline calls its models with while it makes an image by each adapter alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 
-from nsc_merge.integrations.diffusers import accelerate, merge
+from nsc_merge.integrations.diffusers import accelerate, calibration_data, merge, save
 
 
 def loaded(pipeline: str, adapters: list[str]) -> tuple[Any, dict[str, float]]:
@@ -58,15 +60,18 @@ def main() -> None:
     parser.add_argument("adapters", nargs="*", metavar="NAME=FOLDER:WEIGHT")
     parser.add_argument("--prompt", default="a lighthouse")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--method", choices=["nsc", "match", "distill", "regmean"], help="merge by data, too")
+    parser.add_argument("--out", help="folder for the merged adapter")
     arguments = parser.parse_args()
     pipe, weights = loaded(arguments.pipeline, arguments.adapters) if arguments.pipeline else small()
     pipe.set_progress_bar_config(disable=True)
 
+    text: dict[str, Any] = {"prompt": arguments.prompt}
+    if not arguments.pipeline:
+        embeds = torch.ones(1, 8, 32)
+        text = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
+
     def latents(what: str) -> torch.Tensor:
-        text = {"prompt": arguments.prompt}
-        if not arguments.pipeline:
-            embeds = torch.ones(1, 8, 32)
-            text = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
         begin = time.perf_counter()
         found: torch.Tensor = pipe(
             **text,
@@ -86,6 +91,15 @@ def main() -> None:
     merged = latents("merged")
     for name, found in (("accelerated", fused), ("merged", merged)):
         print(f"{name}: differs by {float((found - wanted).norm() / wanted.norm()):.0e}")
+    name = "both"
+    if arguments.method:
+        name = arguments.method
+        data = calibration_data(pipe, {one: [text] for one in weights}, num_inference_steps=arguments.steps)
+        merge(pipe, list(weights), adapter_name=name, method=name, data=data)
+        pipe.set_adapters(name)
+        latents(name)
+    if arguments.out:
+        print(f"{name} is in {save(pipe, name, arguments.out)}")
 
 
 if __name__ == "__main__":

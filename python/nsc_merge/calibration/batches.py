@@ -246,6 +246,22 @@ def rows_without_tokens(batch: Batch) -> list[int]:
     return (mask == 0).all(1).nonzero().flatten().tolist()
 
 
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor changed, in dictionaries, lists and tuples, too, as denoisers are given some."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: each_tensor(one, change) for name, one in value.items()}
+    return type(value)(each_tensor(one, change) for one in value) if type(value) in (list, tuple) else value
+
+
+def holds_arrays(value: Any) -> bool:
+    """Whether there is a tensor, or an array of numpy, in what :func:`each_tensor` goes through."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(map(holds_arrays, value.values() if isinstance(value, Mapping) else value))
+    return hasattr(value, "__array__")
+
+
 def _lengths(value: Any) -> str:
     """What rows of unequal lengths are, for messages."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in value):

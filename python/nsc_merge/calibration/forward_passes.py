@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import Batch, each_tensor, holds_arrays
 from nsc_merge.processes.group import Group, current
 
 # Padding may add this share of the tokens that are there: it costs as much as they do, and saves what a pass costs
@@ -297,7 +297,7 @@ def _alike(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         if isinstance(value, Tensor):
             if value.dtype is not match.dtype or value.shape[1:] != match.shape[1:]:
                 return False
-        elif value is not match and (type(value) is not type(match) or value != match):
+        elif value is not match and (holds_arrays(value) or type(value) is not type(match) or value != match):
             return False
     return True
 
@@ -312,4 +312,5 @@ def _rows(inputs: Mapping[str, Any]) -> int | None:
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     # Embeddings that were looked up beforehand may have a graph, through which a backward goes once.
-    return {name: value.detach().to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    moved: dict[str, Any] = each_tensor(batch, lambda value: value.detach().to(device))
+    return moved

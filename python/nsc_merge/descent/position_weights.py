@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.block_finding import at_positions, positions_first
+from nsc_merge.models.real_tokens import at_positions, positions_first
 
 
 class PositionWeights:

@@ -15,8 +15,9 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import MASK, Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.bases.stored_weights import is_dtensor
-from nsc_merge.models.block_finding import at_positions, classifiers
+from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.families import Family, plain_family
+from nsc_merge.models.real_tokens import at_positions
 from nsc_merge.utils.option_checks import check_choice
 
 LIKELIHOODS = ("categorical", "gaussian")
@@ -27,6 +28,8 @@ _VALUES = (
     *("prediction_outputs", "regression_outputs", "mean_predictions", "quantile_preds"),
     *("predicted_depth", "heatmaps"),
 )
+# What diffusers' models predict, of latents of images [N, C, H, W] and of videos [N, C, F, H, W].
+_LATENTS = "sample"
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 
 
@@ -136,7 +139,7 @@ def _of_model(
     else:
         output = output_in(found, model, batch, values=bool(values))
     if output is None:
-        name = "" if values is None else _named(found, _VALUES)[0]
+        name = "" if values is None else _named(found, (*_VALUES, _LATENTS))[0]
         instead = f"; likelihood 'gaussian' takes its {name}" if name else ""
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits{instead}; expected a function of model and batch for "
@@ -155,12 +158,20 @@ def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Te
         return _classes_last(logits) if "pixel_values" in batch else logits
     if getattr(found, "start_logits", None) is not None:
         return _ends(found, model, batch)
-    return _named(found, _VALUES)[1] if values else None
+    if not values:
+        return None
+    latents = _named(found, [_LATENTS])[1]
+    return _named(found, _VALUES)[1] if latents is None else _channels_last(latents)
 
 
 def _classes_last(logits: Tensor) -> Tensor:
     """transformers has logits of pixels, as of segmentation, ``[N, C, H, W]``."""
     return logits.movedim(1, -1) if logits.dim() == 4 else logits
+
+
+def _channels_last(latents: Tensor) -> Tensor:
+    """Of tokens, ``[N, T, C]``, they are."""
+    return latents.movedim(1, -1) if latents.dim() > 3 else latents
 
 
 def _named(found: Any, names: Sequence[str]) -> tuple[str, Tensor | None]:

@@ -8,26 +8,18 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
 VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v")
 PACKED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
-# Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks.
-_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention", re.IGNORECASE)
+# Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks. diffusers'
+# second of a block is one to the prompt, unless it says otherwise.
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|\battn2\b", re.IGNORECASE)
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
-_REDUCES = "_get_feature_vector_attention_mask"
-# Types of models that compute with [positions, rows, d], and in which of their modules they do.
-_POSITIONS_FIRST = {"xlnet": ".layer.", "longformer": ".attention.self.", "led": ".longformer_self_attn."}
-_POSITIONS_FIRST |= {"fsmt": "coder."}
-# Types that put padding of their own behind the tokens, up to a multiple of what attends to one another.
-_PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
-# Types that read an image's patches behind the tokens, of which no mask of tokens speaks.
-_PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3")
+REDUCES = "_get_feature_vector_attention_mask"
 # Inputs of audio beside text, and what configurations call the token that stands in the text for it.
 AUDIO = ("input_features", "input_values", "audio_input_features")
 _HEARD = ("audio_token_id", "audio_token_index")
@@ -74,15 +66,16 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
         tops = itertools.groupby(lists, lambda path: path.removeprefix(above).partition(".")[0])
         chosen = [_longest({path: lists[path] for path in group})[-1] for _, group in tops]
     else:
-        # Of several as long as each other, the decoder's comes last.
-        chosen = _longest(lists)[-1:]
+        # Of several as long as each other, the decoder's comes last, and a UNet's convolutions behind its attention.
+        longest = _longest(lists)
+        chosen = ([path for path in longest if _attends(path, counted)] or longest)[-1:]
     called = _called(model.get_submodule(chosen[0]))
     block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.{re.escape(called or '')}(\d+)\."
     return {
         "name": f"found in {type(model).__name__}",
         "model_types": (),
         "block": block,
-        "score_modules": _scored(block, counted),
+        "score_modules": _scored(model, block, counted),
         **_inputs(model, config, chosen[0]),
     }
 
@@ -102,6 +95,11 @@ def blocks_of(model: nn.Module, block: str) -> dict[str, nn.Module]:
 
 def _longest(lists: Mapping[str, int]) -> list[str]:
     return [path for path, size in lists.items() if size == max(lists.values())]
+
+
+def _attends(blocks: str, counted: Collection[str]) -> bool:
+    inside = (path.rpartition(".")[2] for path in counted if path.startswith(f"{blocks}."))
+    return any(name in (*VALUES, *PACKED, *OUTPUTS) for name in inside)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -139,16 +137,23 @@ def _is_layer(module: nn.Module) -> bool:
     return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
 
 
-def _scored(block: str, counted: Collection[str]) -> tuple[str, ...]:
+def _scored(model: nn.Module, block: str, counted: Collection[str]) -> tuple[str, ...]:
     """Paths within a block of the linears to measure, in order of preference."""
     pattern = re.compile(block)
-    within = dict.fromkeys(path[match.end() :] for path in counted if (match := pattern.search(path)))
-    own = [path for path in reversed(within) if not _CROSS.search(path)] or list(reversed(within))
+    within = {path[match.end() :]: path for path in counted if (match := pattern.search(path))}
+    own = [name for name in reversed(within) if not _crosses(model, within[name], name)] or list(reversed(within))
     ranked: dict[str, None] = {}
     for names in (VALUES, PACKED, OUTPUTS):
         ranked.update(dict.fromkeys(path for path in own if path.rpartition(".")[2] in names))
     ranked.update(dict.fromkeys(own))
     return tuple(ranked)
+
+
+def _crosses(model: nn.Module, path: str, name: str) -> bool:
+    """Whether a linear is of an attention to another sequence, as that says itself, or else its name in the block."""
+    above = itertools.accumulate(path.split("."), "{}.{}".format)
+    told = [getattr(model.get_submodule(one), "is_cross_attention", None) for one in above]
+    return next((one for one in reversed(told) if isinstance(one, bool)), _CROSS.search(name) is not None)
 
 
 def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
         return {"recipe": "vision", "prefill": prefill, "causal": False}
     if "input_ids" not in taken:
         # What is not of transformers, or only around something of it, is asked nothing; the batches say.
-        heard = "attention_mask" in taken and any(hasattr(module, _REDUCES) for module in model.modules())
+        heard = "attention_mask" in taken and any(hasattr(module, REDUCES) for module in model.modules())
         mask = "attention_mask" if heard or main is None else None
         return {
             "recipe": "llm" if main == "input_features" else "vision",
@@ -200,34 +205,6 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
         "mask": "attention_mask" if "attention_mask" in taken else None,
         "images": images,
     }
-
-
-def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
-    """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
-    itself, or that Longformer and its kind fill up with padding, and LayoutLM's with an image; the mask as it is, of a
-    model that makes one position of each input or where that gives other numbers of them.
-    """
-    kind = type_of(model)
-    if kind in (*_PADDING, *_PATCHES_BEHIND) and mask.dim() == 2 and mask.shape[1] < count:
-        return pad(mask, (0, count - mask.shape[1]), value=int(kind in _PATCHES_BEHIND))
-    if mask.dim() != 2 or mask.shape[1] == count:
-        return mask
-    owner: Any = next((module for module in model.modules() if hasattr(module, _REDUCES)), None)
-    if owner is None:
-        return mask
-    # Behind the blocks there may be convolutions once more.
-    taken = inspect.signature(getattr(owner, _REDUCES)).parameters
-    for options in ({"add_adapter": False}, {"add_adapter": True}) if "add_adapter" in taken else ({},):
-        whole = owner._get_feat_extract_output_lengths(torch.tensor(mask.shape[1], device="cpu"), **options)
-        if int(whole) == count:
-            return getattr(owner, _REDUCES)(count, mask.long(), **options)
-    return mask
-
-
-def positions_first(model: nn.Module, path: str) -> bool:
-    """Whether the linear at ``path`` sees ``[positions, rows, d]``, as in XLNet, and not ``[rows, positions, d]``."""
-    where = _POSITIONS_FIRST.get(type_of(model))
-    return where is not None and where in path
 
 
 def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:

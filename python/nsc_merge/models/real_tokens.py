@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from nsc_merge.models.block_finding import at_positions, encodes, positions_first
+from nsc_merge.models.block_finding import REDUCES, encodes, type_of
 from nsc_merge.models.families import find_family
 
 _SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
 # Keys and values of an attention to another sequence: T5, BART and those like it, ProphetNet, BERT as a decoder.
 _OF_ENCODER = re.compile(r"(?:cross\w*|encoder_attn\w*|EncDecAttention)\.(?:\w+\.)*(?:k|v|key|value)(?:_proj)?$")
+# Types of models that compute with [positions, rows, d], and in which of their modules they do.
+_POSITIONS_FIRST = {"xlnet": ".layer.", "longformer": ".attention.self.", "led": ".longformer_self_attn."}
+_POSITIONS_FIRST |= {"fsmt": "coder."}
+# Types that put padding of their own behind the tokens, up to a multiple of what attends to one another.
+_PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
+# Types that read an image's patches behind the tokens, of which no mask of tokens speaks.
+_PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3")
 
 
 class RealTokens:
@@ -59,3 +69,31 @@ class RealTokens:
         side = _SIDE.search(path)
         of_encoder = side is not None and (side[1] == "encoder" or _OF_ENCODER.search(path) is not None)
         return "attention_mask" if of_encoder else "decoder_attention_mask"
+
+
+def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
+    """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
+    itself, or that Longformer and its kind fill up with padding, and LayoutLM's with an image; the mask as it is, of a
+    model that makes one position of each input or where that gives other numbers of them.
+    """
+    kind = type_of(model)
+    if kind in (*_PADDING, *_PATCHES_BEHIND) and mask.dim() == 2 and mask.shape[1] < count:
+        return pad(mask, (0, count - mask.shape[1]), value=int(kind in _PATCHES_BEHIND))
+    if mask.dim() != 2 or mask.shape[1] == count:
+        return mask
+    owner: Any = next((module for module in model.modules() if hasattr(module, REDUCES)), None)
+    if owner is None:
+        return mask
+    # Behind the blocks there may be convolutions once more.
+    taken = inspect.signature(getattr(owner, REDUCES)).parameters
+    for options in ({"add_adapter": False}, {"add_adapter": True}) if "add_adapter" in taken else ({},):
+        whole = owner._get_feat_extract_output_lengths(torch.tensor(mask.shape[1], device="cpu"), **options)
+        if int(whole) == count:
+            return getattr(owner, REDUCES)(count, mask.long(), **options)
+    return mask
+
+
+def positions_first(model: nn.Module, path: str) -> bool:
+    """Whether the linear at ``path`` sees ``[positions, rows, d]``, as in XLNet, and not ``[rows, positions, d]``."""
+    where = _POSITIONS_FIRST.get(type_of(model))
+    return where is not None and where in path

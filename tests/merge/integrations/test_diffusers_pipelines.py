@@ -228,7 +228,7 @@ def test_bad_input_is_refused_before_anything_changes(monkeypatch):
         ((NAMES, None, "x.y"), "adapter_name: expected a name that PEFT takes"),
         ((["a", "b"], {"unet": 0.5}), "weights: expected a list with an entry for each adapter"),
         ((NAMES, [0.5]), "Length of adapter names 3"),
-        ((NAMES, None, "new", "nsc"), r"method: 'nsc' needs data and gradients; nsc_merge.integrations.peft.merge"),
+        ((NAMES, None, "new", "nsc"), r"data: method 'nsc' needs some, found NoneType; .*calibration_data\(pipe"),
         ((NAMES, None, "new", "finetuned"), "method: 'finetuned' gives every task"),
         ((NAMES, None, "new", "ties"), "output: the update of method 'ties' is of full rank"),
         ((NAMES, None, "new", "mean"), "method: expected one of"),
@@ -343,12 +343,15 @@ def test_pipelines_without_adapters_are_refused():
 
 
 @pytest.mark.filterwarnings("error:The configuration file of this scheduler:FutureWarning")
-def test_the_example_runs_both_ways(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["diffusers_loras.py", "--steps", "1"])
+def test_the_example_runs_both_ways_and_with_data(tmp_path, monkeypatch, capsys):
+    more = ["--method", "regmean", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["diffusers_loras.py", "--steps", "1", *more])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     said = capsys.readouterr().out
     for way in ("accelerated", "merged"):
         assert float(said.split(f"{way}: differs by ")[1].split()[0]) < 1e-5
+    assert f"regmean is in {tmp_path / 'out'}" in said
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 def test_norms_that_diffusers_writes_into_the_base_are_named():

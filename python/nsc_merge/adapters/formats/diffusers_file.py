@@ -116,15 +116,31 @@ def write_beside(folder: Path, part: str) -> None:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA alone.
         part: what pipelines call the model, ``"unet"`` or ``"transformer"``.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     config = from_json((folder / "adapter_config.json").read_bytes(), str(folder))
-    # Without them the ranks are taken from the shapes, and one scaling for all.
-    meant = {f"{part}.{key}": value for key, value in config.items() if key not in _ABOUT}
-    settings = json.dumps(meant, indent=2, sort_keys=True)
     tensors = load_file(folder / "adapter_model.safetensors")
-    named = {f"{part}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
-    save_file(named, folder / FILE, metadata={"format": "pt", _SETTINGS: settings})
+    write(folder / FILE, {part: ({key.removeprefix(PREFIX): value for key, value in tensors.items()}, config)})
+
+
+def write(path: Path, parts: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
+    """Write adapters of one or several models of a pipeline into one file, as pipelines load them.
+
+    Args:
+        path: of the file.
+        parts: what pipelines call a model -> tensors, by keys of its own, and settings of PEFT in plain values.
+    """
+    from safetensors.torch import save_file
+
+    named = {f"{part}.{key}": value for part, (tensors, _) in parts.items() for key, value in tensors.items()}
+    # Without them the ranks are taken from the shapes, and one scaling for all.
+    meant = {f"{part}.{key}": value for part, (_, config) in parts.items() for key, value in _kept(config).items()}
+    settings = json.dumps(meant, indent=2, sort_keys=True)
+    save_file(named, path, metadata={"format": "pt", _SETTINGS: settings})
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _ABOUT}
 
 
 def _settings(folder: Path, metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:

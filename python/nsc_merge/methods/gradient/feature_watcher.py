@@ -18,9 +18,10 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import at_positions, classifiers, output_embeddings, positions_first
+from nsc_merge.models.block_finding import classifiers, output_embeddings
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
+from nsc_merge.models.real_tokens import at_positions, positions_first
 
 # Under which the input of the model's head is kept; no path of a module is empty but the model's own.
 _HEAD = ""

@@ -1,0 +1,72 @@
+"""Which models of a pipeline hold adapters, and these with weights of their own for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def adapted(pipe: Any) -> dict[str, nn.Module]:
+    """Component -> model, of those that hold adapters."""
+    if not callable(getattr(pipe, "get_list_adapters", None)):
+        raise TypeError(
+            f"pipe: expected a pipeline of diffusers that loads LoRA, found {type(pipe).__name__}; for one model there "
+            "are nsc_kernels.integrations.peft.accelerate and nsc_merge.integrations.peft.merge"
+        )
+    for component in getattr(pipe, "_lora_loadable_modules", ()):
+        # diffusers knows no adapters in it, neither those to list nor those to activate.
+        if hasattr(getattr(getattr(pipe, component, None), "_orig_mod", None), "peft_config"):
+            raise ValueError(
+                f"pipe: expected models that diffusers finds adapters in, found pipe.{component} in the wrapper of "
+                f"torch.compile(...), which its set_adapters passes over; put pipe.{component}._orig_mod back and "
+                f"compile it in place, by pipe.{component}.compile()"
+            )
+    return {component: getattr(pipe, component) for component in pipe.get_list_adapters()}
+
+
+def held_in(models: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Component -> the adapters that its model holds."""
+    return {component: list(getattr(model, "peft_config", ())) for component, model in models.items()}
+
+
+def check_weights(weights: Any, names: list[str]) -> None:
+    """Refuse weights that diffusers would give to other adapters than they seem to be for.
+
+    Raises:
+        ValueError: saying what it would do.
+    """
+    if isinstance(weights, dict) and len(names) > 1:
+        raise ValueError(
+            "weights: expected a list with an entry for each adapter, found one dictionary, of which diffusers gives "
+            f"the first adapter's weights to {names[0]!r} alone and 1 to the others"
+        )
+
+
+@contextmanager
+def as_weighted(pipe: Any, models: dict[str, nn.Module], names: list[str], weights: Any) -> Iterator[None]:
+    """Adapters in use with scalings as ``set_adapters`` sets them; afterwards all is as before: scalings, what was
+    active and trained, and whether adapters were disabled.
+    """
+    # Of LoKr and others as well, beside LoRA: it deactivates them.
+    layers: list[Any] = [one for model in models.values() for one in model.modules() if isinstance(one, BaseTunerLayer)]
+    before = [(layer, dict(getattr(layer, "scaling", {})), layer.active_adapters) for layer in layers]
+    disabled = [layer for layer in layers if layer.disable_adapters]
+    trained = [(value, value.requires_grad) for model in models.values() for value in model.parameters()]
+    try:
+        pipe.set_adapters(names, weights)
+        for layer in disabled:
+            layer.enable_adapters(True)
+        yield
+    finally:
+        for layer, scaling, active in before:
+            if scaling:
+                layer.scaling.update(scaling)
+            layer.set_adapter(active)
+        for layer in disabled:
+            layer.enable_adapters(False)
+        for value, required in trained:
+            value.requires_grad_(required)

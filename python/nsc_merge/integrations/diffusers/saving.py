@@ -1,0 +1,65 @@
+"""An adapter of a pipeline as the file that its ``load_lora_weights`` reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType, get_peft_model_state_dict
+from torch import Tensor
+
+from nsc_merge.adapters.formats import diffusers_file
+from nsc_merge.integrations.diffusers.pipelines import adapted
+from nsc_merge.utils.atomic_file import replacing
+
+# Of the pipelines of Wan, whose file has no place for it.
+_SECOND = "transformer_2"
+
+
+def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
+    """Save an adapter of a pipeline, of all models that hold it, as ``pipe.load_lora_weights(folder)`` reads it.
+
+    Written is ``pytorch_lora_weights.safetensors``, with PEFT's settings in its header, so that scalings and ranks are
+    those of the adapter; weights given to ``set_adapters`` play no role. Of Wan's second transformer it is a file in
+    the folder ``transformer_2`` of that folder, for ``pipe.load_lora_weights(..., load_into_transformer_2=True)``.
+
+    Args:
+        pipe: a pipeline of diffusers with the adapter loaded, such as what :func:`merge` registered.
+        adapter_name: of the adapter.
+        folder: made where there is none; other files in it are left alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError, ValueError: if ``pipe`` is no pipeline that loads LoRA, or holds no LoRA of that name.
+    """
+    held: dict[str, tuple[Any, PeftConfig]] = {}
+    models = adapted(pipe)
+    for component, model in models.items():
+        if (config := getattr(model, "peft_config", {}).get(adapter_name)) is not None:
+            held[component] = model, config
+    if not held:
+        known = sorted({name for names in pipe.get_list_adapters().values() for name in names})
+        raise ValueError(f"adapter_name: expected one of {known}, found {adapter_name!r}")
+    if other := sorted(part for part, (_, config) in held.items() if config.peft_type != PeftType.LORA):
+        raise ValueError(f"adapter_name: {adapter_name!r} is no LoRA in {other}, and pipelines load nothing else")
+    out = Path(folder)
+    every = {part: (_tensors(model, adapter_name), _plain(config)) for part, (model, config) in held.items()}
+    second = every.pop(_SECOND, None)
+    for place, parts in ((out, every), (out / _SECOND, {"transformer": second} if second else {})):
+        if parts:
+            with replacing(place / diffusers_file.FILE) as temporary:
+                diffusers_file.write(temporary, parts)
+    return out
+
+
+def _tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """Settings as JSON takes them: PEFT has names of modules in sets."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

@@ -1,0 +1,358 @@
+"""Merges of a pipeline's adapters by what its models are called with while it makes images by each of them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoKrConfig, LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+import nsc_merge
+from nsc_merge.integrations.diffusers import calibration_data, merge, save
+from nsc_merge.models.bases.adapted import without_adapters
+from nsc_merge.models.block_finding import described
+
+diffusers = pytest.importorskip("diffusers")
+
+PROMPTS = {"ink": ["ink tower", "ink boat"], "toy": ["toy tower", "toy boat"]}
+FEW = {"height": 16, "width": 16, "num_inference_steps": 4}
+WORDS = ["<s>", "</s>", "ink", "toy", "tower", "boat"]
+CROSS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+BLOCKS = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+TEXT = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def add(model, targets, names=("ink", "toy")):
+    for seed, name in enumerate(names):
+        config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                nn.init.normal_(parameter, std=0.3, generator=generator)
+
+
+def tokenizer():
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="</s>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=6
+    )
+
+
+def text_encoder(kind):
+    config = CLIPTextConfig(
+        **TEXT, max_position_embeddings=6, bos_token_id=0, eos_token_id=1, projection_dim=8, hidden_act="gelu"
+    )
+    model = kind(config).eval()
+    add(model, ["q_proj", "v_proj"])
+    return model
+
+
+def unet(**settings):
+    down, up = CROSS
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, **BLOCKS, down_block_types=down, up_block_types=up, **settings
+    )
+
+
+def decoder():
+    return diffusers.AutoencoderKL(
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+
+
+def stable_diffusion():
+    torch.manual_seed(0)
+    model = unet(cross_attention_dim=8)
+    add(model, ["to_q", "to_v", "ff.net.2"])
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=decoder(), text_encoder=text_encoder(CLIPTextModel), tokenizer=tokenizer(), unet=model,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stable_diffusion_xl():
+    """Whose UNet is given a dictionary of tensors beside the others, and whose second text encoder projects."""
+    torch.manual_seed(0)
+    model = unet(
+        cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4, transformer_layers_per_block=2,
+    )
+    add(model, ["to_q", "to_v"])
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=decoder(), unet=model, tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+        text_encoder=text_encoder(CLIPTextModel), text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        scheduler=diffusers.EulerDiscreteScheduler(steps_offset=1), add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan():
+    """Two transformers, one for the first steps and one for the last."""
+    torch.manual_seed(0)
+    first, second = (
+        diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2, rope_max_seq_len=32,
+        )
+        for _ in range(2)
+    )
+    for model in (first, second):
+        add(model, ["to_q", "to_v", "ffn.net.2"])
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                                     temperal_downsample=[False, True, True],
+                                     latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=first, transformer_2=second, boundary_ratio=0.5,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_prompts():
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name in PROMPTS:
+        embeds = torch.randn(1, 5, 8, generator=generator)
+        made[name] = [{"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds), "num_frames": 1}]
+    return made
+
+
+def recorded(pipe, **options):
+    prompts = wan_prompts() if isinstance(pipe, diffusers.WanPipeline) else PROMPTS
+    return calibration_data(pipe, prompts, **{**FEW, **options})
+
+
+def latents(pipe, prompt="ink tower", **arguments):
+    given = {**FEW, "output_type": "latent", "generator": torch.Generator().manual_seed(5), **arguments}
+    if isinstance(pipe, diffusers.WanPipeline):
+        return pipe(**wan_prompts()["ink"][0], **given).frames
+    return pipe(prompt, **given).images
+
+
+EVERY = [stable_diffusion, stable_diffusion_xl, wan]
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_recorded_are_the_calls_of_each_adapter_alone(make):
+    pipe = make()
+    pipe.set_adapters(["ink", "toy"], [0.2, 0.9])
+    before = latents(pipe)
+    weight = dict.fromkeys(pipe.get_list_adapters(), 0.5)
+    data = recorded(pipe, weights=[weight, 2.0], calls=None, seed=7)
+    assert torch.equal(latents(pipe), before)
+    for name, value in (("ink", weight), ("toy", 2.0)):
+        pipe.set_adapters([name], [value])
+        seen = {component: [] for component in pipe.get_list_adapters()}
+        handles = [
+            getattr(pipe, component).register_forward_hook(
+                lambda _, __, ___, output, to=found: to.append(copy.deepcopy(output)), with_kwargs=True
+            )
+            for component, found in seen.items()
+        ]
+        prompts = wan_prompts()[name] if make is wan else [{"prompt": one} for one in PROMPTS[name]]
+        for number, prompt in enumerate(prompts):
+            pipe(**prompt, **FEW, output_type="latent", generator=torch.Generator().manual_seed(7 + number))
+        for handle in handles:
+            handle.remove()
+        assert set(data[name]) == set(seen)
+        for component, found in seen.items():
+            assert len(data[name][component]) == len(found) > 0
+            for call, output in zip(data[name][component], found, strict=True):
+                with torch.no_grad():
+                    again = getattr(pipe, component)(**call)
+                torch.testing.assert_close(again[0], output[0], rtol=0, atol=0)
+
+
+def test_calls_are_drawn_from_all_parts_of_the_way():
+    pipe = stable_diffusion()
+    every = recorded(pipe, calls=None)["ink"]
+    few, again = (recorded(pipe, calls=2)["ink"] for _ in range(2))
+    assert [len(every[one]) for one in ("unet", "text_encoder")] == [2 * 4, 2 * 2]
+    assert [len(few[one]) for one in ("unet", "text_encoder")] == [2 * 2, 2 * 2]
+    times = [int(call["timestep"]) for call in few["unet"]]
+    assert times == [int(call["timestep"]) for call in again["unet"]]
+    way = [int(call["timestep"]) for call in every["unet"][:4]]
+    assert way == sorted(way, reverse=True)
+    assert all(times[start] in way[:2] and times[start + 1] in way[2:] for start in (0, 2))
+    # Other noise for every prompt.
+    assert not torch.equal(every["unet"][0]["sample"], every["unet"][4]["sample"])
+    assert {one.device.type for call in every["unet"] for one in call.values()} == {"cpu"}
+
+
+def test_adapters_that_are_disabled_are_recorded_and_stay_disabled():
+    pipe = stable_diffusion()
+    wanted = recorded(pipe)["ink"]["unet"][-1]["sample"]
+    pipe.disable_lora()
+    bare, frozen = latents(pipe), [one.requires_grad for one in pipe.unet.parameters()]
+    torch.testing.assert_close(recorded(pipe)["ink"]["unet"][-1]["sample"], wanted, rtol=0, atol=0)
+    assert torch.equal(latents(pipe), bare)
+    assert [one.requires_grad for one in pipe.unet.parameters()] == frozen
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_what_nsc_measures_is_no_attention_to_the_prompt(make):
+    pipe = make()
+    model = pipe.transformer if make is wan else pipe.unet
+    held = nsc_merge.load_adapter(model, "ink").factors
+    # Their projections of the time are adapted as well, in lists that are as long.
+    found = described(without_adapters(model), [*held, *([] if make is wan else every_projection(model))])
+    assert found["score_modules"][0].endswith("attn1.to_v")
+    assert not any("attn2" in one for one in found["score_modules"])
+
+
+def every_projection(model):
+    return [path for path, _ in model.named_modules() if path.endswith("time_emb_proj")]
+
+
+def test_a_second_attention_to_the_images_themselves_is_measured():
+    """diffusers' blocks of motion have two of these."""
+    model = diffusers.UNetMotionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"), num_attention_heads=2,
+        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"), motion_num_attention_heads=2,
+    )
+    assert described(model)["score_modules"][0] == "transformer_blocks.0.attn2.to_v"
+
+
+FEW_STEPS = {"steps": 3, "progress": False}
+METHODS = [("nsc", FEW_STEPS), ("match", FEW_STEPS), ("distill", FEW_STEPS), ("regmean", {}), ("fisher", {"rank": 5})]
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_methods_that_need_data_merge_every_model_and_are_saved(tmp_path, make):
+    pipe = make()
+    data = recorded(pipe, calls=2)
+    pipe.set_adapters("toy", 0.4)
+    before = latents(pipe)
+    for method, options in METHODS:
+        merged = merge(pipe, ["ink", "toy"], [1.0, 0.5], method, method, data=data, **options)
+        assert set(merged) == set(pipe.get_list_adapters())
+        assert torch.equal(latents(pipe), before)
+        for one in merged.values():
+            assert one.result.method == method
+            assert all(set(values) == {"ink", "toy"} for values in one.coefficients.values())
+    pipe.set_adapters("distill")
+    wanted = latents(pipe)
+    assert (wanted - before).abs().max() > 1e-3
+    assert save(pipe, "distill", tmp_path / "out") == tmp_path / "out"
+    other = make()
+    other.load_lora_weights(tmp_path / "out", adapter_name="read")
+    if make is wan:
+        other.load_lora_weights(tmp_path / "out" / "transformer_2", adapter_name="read", load_into_transformer_2=True)
+    other.set_adapters("read")
+    torch.testing.assert_close(latents(other), wanted, rtol=1e-5, atol=1e-5)
+
+
+def predicted(model, call, name, weight):
+    model.set_adapters([name], [weight])
+    with torch.no_grad():
+        return model(**call).sample
+
+
+@pytest.mark.parametrize("make", [stable_diffusion_xl, wan])
+def test_distillation_starts_at_and_lowers_the_distance_to_what_each_adapter_alone_predicts(make):
+    """By a computation of its own: the mean square of the difference, of latents with their channels as values, over
+    the variance of the adapter's own predictions."""
+    pipe = make()
+    part = "transformer" if make is wan else "unet"
+    model = getattr(pipe, part)
+    data = recorded(pipe, calls=2)
+    every = {name: every[part] for name, every in data.items()}
+    weights = {"ink": 1.0, "toy": 0.5}
+    wanted = {name: [predicted(model, call, name, weights[name]) for call in calls] for name, calls in every.items()}
+    common = {"distance": "divergence", "init": 0.3, "data": data, "progress": False}
+    found = merge(pipe, list(weights), [*weights.values()], "found", "distill", steps=40, lr=0.05, **common)[part]
+    merge(pipe, list(weights), [0.3 * one for one in weights.values()], "mean")
+
+    def distances(name):
+        total = {}
+        for task, calls in every.items():
+            rows = [(predicted(model, call, name, 1.0) - own) for call, own in zip(calls, wanted[task], strict=True)]
+            own = torch.cat([one.movedim(1, -1).flatten(0, -2) for one in wanted[task]]).double()
+            total[task] = float(torch.stack([one.square().mean() for one in rows]).mean() / own.var(0, False).mean())
+        return total
+
+    before, after = distances("mean"), distances("found")
+    first = found.result.history[0]
+    # Of the first batch of each task, by the variance within it.
+    for task, calls in every.items():
+        own = wanted[task][0].movedim(1, -1).flatten(0, -2).double()
+        away = predicted(model, calls[0], "mean", 1.0) - wanted[task][0]
+        assert first["loss"][task] == pytest.approx(float(away.square().mean() / own.var(0, False).mean()), rel=1e-4)
+    assert sum(after.values()) < sum(before.values())
+
+
+def test_one_adapter_is_found_again_with_its_weight():
+    pipe = stable_diffusion()
+    data = recorded(pipe, weights=[1.5, 1.0], calls=2)
+    merge(pipe, ["ink"], [1.5], "found", "distill", data=data, steps=150, lr=0.05, progress=False)
+    pipe.set_adapters("ink", 1.5)
+    wanted = latents(pipe)
+    pipe.set_adapters("ink", 0.6)
+    start = (latents(pipe) - wanted).norm()
+    pipe.set_adapters("found")
+    assert (latents(pipe) - wanted).norm() < 0.05 * start
+
+
+def test_batches_with_tensors_in_dictionaries_are_run_one_by_one():
+    """Two of them do not say whether they agree."""
+    pipe = stable_diffusion_xl()
+    data = recorded(pipe, calls=1)
+    for calls in data.values():
+        for call in calls["unet"]:
+            call["timestep"] = call["timestep"].expand(len(call["sample"]))
+    merged = merge(pipe, ["ink", "toy"], None, "found", "nsc", data=data, steps=2, progress=False)
+    assert set(merged) == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_bad_input_is_refused_before_an_image_is_made(tmp_path, monkeypatch):
+    pipe = stable_diffusion()
+    data = recorded(pipe, calls=1)
+
+    def never(*_, **__):
+        raise AssertionError("an image was made")
+
+    monkeypatch.setattr(type(pipe.unet), "forward", never)
+    for prompts, options, message in (
+        ({"x": ["a"]}, {}, r"prompts: expected a mapping with some of the adapters \['ink', 'toy'\], found \['x'\]"),
+        (["ink"], {}, "prompts: expected a mapping with some of the adapters"),
+        ({"ink": "a tower"}, {}, r"prompts\['ink'\]: expected a list of prompts"),
+        ({"ink": []}, {}, r"prompts\['ink'\]: expected a list of prompts"),
+        ({"ink": [1]}, {}, r"prompts\['ink'\]: expected a list of prompts"),
+        (PROMPTS, {"calls": 0}, "calls: expected a whole number of at least 1, or None, found 0"),
+        (PROMPTS, {"weights": [1.0]}, r"weights: expected one for each of \['ink', 'toy'\], found 1"),
+        (PROMPTS, {"weights": {"unet": 0.5}}, "weights: expected a list with an entry for each adapter"),
+        (PROMPTS, {"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs: its scale is one of adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibration_data(pipe, prompts, **options)
+    given = {name: {"unet": calls["unet"]} for name, calls in data.items()}
+    with pytest.raises(ValueError, match=r"data: method 'nsc' needs calls of text_encoder for each .*'ink', 'toy'\]"):
+        merge(pipe, ["ink", "toy"], method="nsc", data=given)
+    with pytest.raises(ValueError, match=r"adapter_name: expected one of \['ink', 'toy'\], found 'x'"):
+        save(pipe, "x", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    pipe.text_encoder.add_adapter(LoKrConfig(r=2, target_modules=["q_proj"]), adapter_name="k")
+    with pytest.raises(ValueError, match=r"adapter_name: 'k' is no LoRA in \['text_encoder'\]"):
+        save(pipe, "k", tmp_path / "out")
+
+
+def test_models_that_were_never_called_are_named():
+    pipe = stable_diffusion()
+    embedded = [{"prompt_embeds": torch.zeros(1, 6, 8), "negative_prompt_embeds": torch.zeros(1, 6, 8)}]
+    assert set(calibration_data(pipe, {"ink": embedded}, **FEW)["ink"]) == {"unet"}
+    pipe.unet.delete_adapters("toy")
+    with pytest.raises(ValueError, match=r"prompts\['toy'\]: expected calls of \['text_encoder'\], found none"):
+        calibration_data(pipe, {"toy": embedded}, **FEW)
