@@ -250,9 +250,10 @@ class RecipeSuite:
         """How many classes tokens have, where that is clear."""
         if not self._tags(task) or task.head not in (None, "adapter", "model"):
             return None
-        own = getattr(getattr(self.model, "config", None), "num_labels", None)
-        counts = (set() if task.head == "model" else self._counts(task)) or {own}
-        return counts.pop() if len(counts) == 1 else None
+        brought = set() if task.head == "model" else self._counts(task)
+        if not brought:
+            return getattr(getattr(self.model, "config", None), "num_labels", None)
+        return brought.pop() if len(brought) == 1 else None
 
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
         """Further arguments of the metric: the tokens that end a text, what makes text of tokens, and what classes are
