@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import LlamaForCausalLM
 from zoo import write_adapter
 
 from nsc_merge.commands.main import main
+from nsc_merge.methods import METHODS
 from nsc_merge.recipes.first.from_mergekit import from_mergekit
+from nsc_merge.recipes.first.imported_text import import_said, import_summary, imported_text
 from nsc_merge.recipes.first.mergekit_methods import FAMILIES, WITHOUT_COUNTERPART
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
@@ -80,6 +83,13 @@ def scales(total: float) -> dict[str, Any]:
           "weights": THREE}),
         ("dare_ties", {"density": 0.5}, {}, "dare_ties",
          {"preset": "mergekit", "aggregate": "sum", "drop": 0.5, "rescale": "l1", "scale": 1.0, "weights": THREE}),
+        ("dare_ties", {"density": 0.25}, {"rescale": False, "normalize": True}, "dare_ties",
+         {"preset": "mergekit", "aggregate": "weight", "drop": 0.75, "rescale": "none", "scale": 1.0,
+          "weights": THREE}),
+        ("della_linear", {"density": 0.5}, {}, "della",
+         {"density": 0.5, "epsilon": 0.15, "rescale": "l1", "elect": False, "aggregate": "sum", "scale": 1.0,
+          "weights": THREE}),
+        ("nsc_task_arithmetic", {}, {}, "task_arithmetic", scales(1 / METHODS["task_arithmetic"].options().scale)),
         ("nsc_core_space", {"weight": 1}, {"scale": "1e-1", "merge": "sum", "weight": 3, "tolerance": 1},
          "core_space", {"scale": 0.1, "merge": "sum"}),
         ("nsc_knots_ties", {}, {"density": 0.3}, "knots_ties",
@@ -104,10 +114,66 @@ def test_every_family_translates_where_nothing_is_dropped(tmp_path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "weights", "expected"),
+    [
+        # As mergekit: what adds up to nothing divides by 1.
+        ("task_arithmetic", {"normalize": True}, [0.5, -0.5], [0.5, -0.5]),
+        ("task_arithmetic", {"normalize": True}, [0.5, -0.45], [10, -9]),
+        ("task_arithmetic", {"normalize": True}, [-0.5, -0.5], [0.5, 0.5]),
+        ("linear", {}, [0.5, -0.45], [10, -9]),
+        ("linear", {}, [-1, -1], [0.5, 0.5]),
+        ("linear", {"normalize": False}, [0.3, 0.7], [0.3, 0.7]),
+        ("linear", {"normalize": False}, [0.3, 0.75], None),
+        ("linear", {}, [0.5, -0.5], None),
+    ],
+)
+def test_weights_that_are_divided_by_their_sum(method, parameters, weights, expected, tmp_path) -> None:
+    document = config(method, ("french", "legal"), **parameters)
+    if method == "linear":
+        del document["base_model"]
+    for model, weight in zip(document["models"], weights, strict=True):
+        model["parameters"]["weight"] = weight
+    if expected is None:
+        with pytest.raises(RecipeError, match=r"parameters\.(normalize: false multi|weight: expected weights with)"):
+            imported(document, tmp_path)
+        return
+    shares = dict(zip(("french", "legal"), expected, strict=True))
+    assert imported(document, tmp_path).options == {"scale": pytest.approx(shares)}
+
+
+def test_more_than_all_is_all_of_every_model(tmp_path) -> None:
+    document = config("ties", ("french", "legal"))
+    for model, density in zip(document["models"], (1.2, 3), strict=True):
+        model["parameters"]["density"] = density
+    assert imported(document, tmp_path).options["density"] == 1
+    # 1 where none is given, which is another than that of the first.
+    document["models"][0]["parameters"]["density"] = 0.9
+    del document["models"][1]["parameters"]["density"]
+    with pytest.raises(RecipeError, match=r"density for all models, found \{'french': 0\.9, 'legal': 1\.0\}"):
+        imported(document, tmp_path)
+
+
+def test_weights_of_our_methods_are_1_where_none_is_given(tmp_path) -> None:
+    document = config("nsc_ties", ("french", "legal"), density=0.3)
+    for model in document["models"]:
+        del model["parameters"]
+    assert imported(document, tmp_path).options["weights"] == {"french": 1, "legal": 1}
+    document["merge_method"], document["parameters"] = "nsc_fr", {}
+    assert imported(document, tmp_path).method.name == "fr"
+    document["models"][1]["parameters"] = {"weight": 2}
+    with pytest.raises(RecipeError, match=r"weight: nsc_fr has no weights; .*found \{'french': 1\.0, 'legal': 2\.0\}"):
+        imported(document, tmp_path)
+
+
 def test_linear_counts_the_base(tmp_path) -> None:
     document = config("linear", ("french", "legal"))
     document["models"].insert(1, {"model": "base", "parameters": {"weight": 1.0}})
     assert imported(document, tmp_path).options == {"scale": pytest.approx({"french": 0.35, "legal": 0.15})}
+    # Whether it is named as the base, too, or not.
+    named = document.pop("base_model")
+    assert imported(document, tmp_path).options == {"scale": pytest.approx({"french": 0.35, "legal": 0.15})}
+    document["base_model"] = named
     del document["models"][1]
     with pytest.raises(RecipeError, match=r"parameters\.weight: linear takes base_model for one of the models"):
         imported(document, tmp_path)
@@ -123,9 +189,9 @@ def test_the_ways_to_write_a_model(tmp_path) -> None:
     document["models"] = [
         {"model": f"{Path('base').resolve()}+{Path('adapters/french').resolve()}", **weight},
         {"model": {"model": {"path": "base"}, "lora": "adapters/legal"}, **weight},
-        {"model": "adapters/medical", "parameters": {"weight": {"value": [0.2, 0.2]}}},
+        {"model": "adapters/medical", "parameters": {"weight": {"filter": "*", "value": [0.2, 0.2]}}},
         # The base has no difference to itself.
-        {"model": "base", "parameters": {"weight": 3}},
+        {"model": {"model": "base", "lora": None}, "parameters": {"weight": 3}},
     ]
     assert imported(document, tmp_path).options == {"scale": dict.fromkeys(THREE, 0.2)}
 
@@ -140,7 +206,23 @@ def test_the_ways_to_write_a_model(tmp_path) -> None:
     ],
 )
 def test_the_tokenizer_of_the_base_by_any_name(same, tmp_path) -> None:
-    assert imported(changed(**same), tmp_path).base == str(Path("base").resolve())
+    found = imported(changed(**same), tmp_path)
+    assert found.base == str(Path("base").resolve())
+    assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({}, "auto"),
+        ({"dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"dtype": "float16", "out_dtype": "float32"}, "float32"),
+    ],
+)
+def test_the_numbers_of_the_model_that_is_written(keys, dtype, tmp_path) -> None:
+    document = changed()
+    del document["dtype"]
+    assert imported({**document, **keys}, tmp_path).dtype == dtype
 
 
 def test_places_on_the_hub_keep_their_revisions(tmp_path) -> None:
@@ -149,6 +231,11 @@ def test_places_on_the_hub_keep_their_revisions(tmp_path) -> None:
     document["models"][0]["model"] = "owner/base@v1+adapters/french"
     found = imported(document, tmp_path)
     assert (found.base, found.revision) == ("owner/base", "v1")
+    document["base_model"] = "owner/base@"
+    document["models"][0]["model"] = "owner/base+adapters/french"
+    found = imported(document, tmp_path)
+    assert (found.base, found.revision) == ("owner/base", None)
+    document["base_model"] = "owner/base@v1"
     document["models"][0]["model"] = {"model": {"path": "owner/base", "revision": "v2"}, "lora": "adapters/french"}
     with pytest.raises(RecipeError, match=r"one base, found owner/base@v1 and owner/base@v2"):
         imported(document, tmp_path)
@@ -178,6 +265,53 @@ def test_the_recipe_that_is_written(tmp_path, capsys) -> None:
     assert f"written   {out}" in capsys.readouterr().out
     assert main([*command[:2], "--out", "-"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["method"] == "dare_ties"
+
+
+def test_what_is_said_of_a_recipe(tmp_path) -> None:
+    document = config("dare_ties", ("french", "legal"), own={"density": 0.5})
+    document["base_model"] = "owner/base@v1"
+    for model in document["models"]:
+        model["model"] = f"owner/base@v1+{model['model'].partition('+')[2]}"
+    found = imported(document, tmp_path)
+    text = imported_text(found, tmp_path / "to", "my recipe.yaml")
+    written = yaml.safe_load(text)
+    assert list(written) == ["model", "revision", "adapters", "method", "options", "dtype", "output"]
+    assert (written["model"], written["revision"]) == ("owner/base", "v1")
+    assert written["adapters"] == {task: str(Path("adapters", task).resolve()) for task in ("french", "legal")}
+    assert (written["method"], written["options"], written["dtype"]) == ("dare_ties", found.options, "float32")
+    assert written["output"] == {"dir": "merged", "formats": ["model"]}
+    lines = text.splitlines()
+    assert "#   nsc-merge run 'my recipe.yaml'" in lines
+    assert "as mergekit writes it; with lora and rank:" in text
+    assert "rank 4, alpha 8, 4 modules: q_proj, v_proj" in text
+    assert "rank 4, alpha 4, 6 modules: q_proj, up_proj, v_proj" in text
+    flat = " ".join(text.replace("#", "").split())
+    assert f"{found.method.summary}. Source: {found.method.paper}." in flat
+    assert "a configuration of mergekit with merge_method dare_ties" in flat
+    assert import_summary(found, "out.yaml", "next it is") == {
+        "recipe": "out.yaml",
+        "merge_method": "dare_ties",
+        "base": "owner/base",
+        "tasks": written["adapters"],
+        "method": "dare_ties",
+        "options": found.options,
+        "dtype": "float32",
+        "formats": ["model"],
+        "notes": found.notes,
+        "next": "next it is",
+    }
+    assert import_said(found, "out.yaml", "next it is").splitlines() == [
+        "method    dare_ties is dare_ties here",
+        "adapters  french: rank 4, alpha 8",
+        "          legal: rank 4, alpha 4",
+        f"note      {found.notes[0]}",
+        "written   out.yaml",
+        "next      next it is",
+    ]
+    text = imported_text(imported(config("task_arithmetic"), tmp_path), tmp_path)
+    assert "revision" not in yaml.safe_load(text)
+    assert "an adapter for the base, and the model, which is what mergekit writes" in text
+    assert "#   nsc-merge run recipe.yaml" in text.splitlines()
 
 
 def test_what_mergekit_merges_otherwise_than_a_recipe_is_noted(place, tmp_path) -> None:
@@ -253,6 +387,14 @@ def with_own(**parameters: Any) -> dict[str, Any]:
         (changed(base_model="base+adapters/legal"), r"base_model: .*found one with an adapter", True),
         (changed(models=[]), r"models: expected a list", False),
         (changed(models=["base+gone"]), r"models\[0\]: expected model: with base\+adapter, found 'base", False),
+        (changed(models={"model": "base"}), r"models: expected a list of models, found \{'model': 'base'\}", False),
+        (changed(models=[{"modle": "base"}]), r"models\[0\]: expected model: with .*found \{'modle'", False),
+        (changed(models=[{"model": 3}]), r"models\[0\]\.model: expected base\+adapter, .*found 3", False),
+        (changed(models=[{"model": {"model": 3}}]), r"models\[0\]\.model\.model: expected a path .*found 3", False),
+        (changed(tokenizer={"source": "union"}), r"tokenizer: a recipe keeps the base's.*found 'union'", True),
+        (with_own(density=0), r"density: expected more than 0", False),
+        (with_own(weight=True), r"weight: expected a number, found True", False),
+        (with_own(weight=[]), r"weight: expected a number for every model, found none for legal", False),
         (changed(models=[{"model": "base"}]), r"models: .*found the base alone", False),
         (changed(models=[{"model": "base+gone"}]), r"models\[0\]\.model: .*'gone', which is no folder here", False),
         (changed(models=[{"model": "base+"}]), r"models\[0\]\.model: .*found 'base\+'", False),
@@ -295,11 +437,38 @@ def test_what_has_no_counterpart_is_refused_by_name(document, words, elsewhere, 
         ("nsc_ties", {}, {"density": 3}, r"parameters\.density: expected"),
         ("linear", {}, {"normalize": False, "weight": 0}, r"normalize: false multiplies the base by .* 1\.5"),
         ("linear", {"weight": 0}, {"weight": 0}, r"weight: expected weights with a sum other than 0"),
+        ("nsc_gone", {}, {}, r"merge_method: expected nsc_ and one of \['task_arithmetic', .*found 'nsc_gone'"),
     ],
 )
 def test_parameters_that_are_refused(method, own, shared, words, tmp_path) -> None:
     with pytest.raises(RecipeError, match=words):
         imported(config(method, own=own, **shared), tmp_path)
+
+
+@pytest.mark.parametrize(("method", "name"), [("breadcrumbs", "gamma"), ("della_linear", "epsilon")])
+def test_a_number_of_masks_is_one_for_all(method, name, tmp_path) -> None:
+    document = config(method, own={"density": 0.5, name: 0.02})
+    assert 0.02 in imported(document, tmp_path).options.values()
+    document["models"][2]["parameters"][name] = 0.03
+    with pytest.raises(RecipeError, match=rf"{name}: a method here has one {name} for all models, found .*0\.03"):
+        imported(document, tmp_path)
+
+
+def test_adapters_alone_have_a_base_by_name(tmp_path) -> None:
+    document = config("linear", ("french", "legal"))
+    for model in document["models"]:
+        model["model"] = model["model"].removeprefix("base+")
+    document["parameters"] = {"weight": 0.5}
+    del document["base_model"]
+    with pytest.raises(RecipeError, match="base_model: expected the model that .* were trained on, found none"):
+        imported(document, tmp_path)
+    # A folder with a model's configuration is a model, whatever lies beside it.
+    whole = tmp_path / "whole"
+    shutil.copytree("adapters/french", whole)
+    shutil.copy("base/config.json", whole)
+    document = changed(base_model=str(whole))
+    with pytest.raises(RecipeError, match=f"models: expected adapters on one base, found {whole} and "):
+        imported(document, tmp_path)
 
 
 def test_what_is_at_out_stays_unless_force_says_otherwise(tmp_path, capsys) -> None:
