@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_cases import text_base, write_rows
 from tokenizers import Tokenizer, models, normalizers
@@ -66,6 +66,7 @@ WORDS = st.lists(st.text("abtoErsB.-1 é", min_size=1).filter(str.strip), min_si
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
 @given(lists=st.lists(WORDS, min_size=1, max_size=4), most=st.integers(4, 30), side=st.sampled_from(["right", "left"]))
 def test_words_of_any_kind_and_length(bases, kind, lists, most, side):
     rows = [{"tokens": words, "ner_tags": [0] * len(words)} for words in lists]

@@ -58,3 +58,28 @@ def test_tags_are_measured_by_what_they_are(place, capsys):
     }
     assert written("evaluation.yaml")["tasks"] == tasks
     assert main(["eval", "evaluation.yaml", "methods=[zero_shot]", "output.plots=false"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"ner_tags": [0], "pos_tags": [4], "chunk_tags": [9]}, ("ner_tags", "pos_tags")),
+        ({"upos": [0], "xpos": ["X"]}, "upos"),
+        ({"upos": [7], "xpos": ["I-PER"]}, "xpos"),
+        ({"tags": ["O"]}, "tags"),
+        ({"upos": [7], "xpos": [8]}, "found ['upos', 'xpos']"),
+        ({"upos": [0], "xpos": [1]}, "found ['upos', 'xpos']"),
+        ({"kinds": [0]}, "found ['tokens', 'kinds']"),
+    ],
+)
+def test_the_column_of_tags_is_the_one_of_the_task_or_the_one_that_may_be(place, capsys, columns, found):
+    write_lines(Path("rows.jsonl"), [{"tokens": ["a"], **columns}, {"tokens": [], **{name: [] for name in columns}}])
+    code = main([*INIT, "--test", "rows.jsonl"])
+    if isinstance(found, str) and found.startswith("found"):
+        message = f"--test ner: expected one column of tags that are classes of 'ner', {found}; a task called ner is "
+        assert code == 2
+        assert message in capsys.readouterr().err
+        return
+    assert code == 0
+    labels = [task["labels"] for task in written("evaluation.yaml")["tasks"].values()]
+    assert labels == ([found, found] if isinstance(found, str) else list(found))

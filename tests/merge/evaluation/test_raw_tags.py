@@ -10,10 +10,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from word_cases import KINDS, ROWS, TAGS, run_ner, word_adapter, word_base
@@ -87,6 +89,7 @@ def test_numbers_need_no_names(place):
 WORDS = st.lists(st.text("abtoErsB.-1é", min_size=1), min_size=1, max_size=6)
 
 
+@settings(max_examples=40)
 @given(lists=st.lists(WORDS, min_size=1, max_size=4), most=st.integers(4, 30), data=st.data())
 def test_tags_of_words_of_any_kind_and_length(place, lists, most, data):
     tags = st.integers(0, len(TAGS) - 1)
@@ -101,7 +104,7 @@ def test_tags_of_words_of_any_kind_and_length(place, lists, most, data):
     assert rows_of((batch, batch["labels"]) for batch in batches) == expected
 
 
-@pytest.mark.parametrize("form", ["numbers", "parquet", "saved"])
+@pytest.mark.parametrize("form", ["numbers", "stream", "parquet", "saved"])
 def test_classes_of_datasets_are_their_names(place, form, tmp_path):
     """Whatever their numbers are there."""
     reordered = datasets.Features({**FEATURES, "ner_tags": datasets.List(datasets.ClassLabel(names=TAGS[::-1]))})
@@ -111,9 +114,30 @@ def test_classes_of_datasets_are_their_names(place, form, tmp_path):
         made.to_parquet(tmp_path / "rows.parquet")
     elif form == "saved":
         made.save_to_disk(tmp_path / "saved")
-    source = {"numbers": made, "parquet": tmp_path / "rows.parquet", "saved": tmp_path / "saved"}[form]
+    places = {"parquet": tmp_path / "rows.parquet", "saved": tmp_path / "saved"}
+    source = {"numbers": made, "stream": made.to_iterable_dataset(), **places}[form]
     labelling = Labelling("tags", "ner_tags", TAGS)
     batches = batches_of(source, str(place / "base"), DataSettings(), 2, "a", labelling=labelling)
+    assert rows_of((batch, batch["labels"]) for batch in batches) == by_hand(place)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"feature": {"names": TAGS, "_type": "ClassLabel"}, "_type": "Sequence"},
+        [{"names": TAGS, "_type": "ClassLabel"}],
+        {"feature": {"names": 3, "_type": "ClassLabel"}, "_type": "Sequence"},
+        [],
+        {"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"},
+    ],
+)
+def test_what_earlier_releases_wrote_of_classes(place, kind, tmp_path):
+    """Names, or numbers as they are where it says none."""
+    table = pa.Table.from_pylist([{key: row[key] for key in FEATURES} for row in NUMBERED])
+    said = json.dumps({"info": {"features": {"ner_tags": kind}}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": said}), tmp_path / "rows.parquet")
+    labelling = Labelling("tags", "ner_tags", TAGS)
+    batches = batches_of(tmp_path / "rows.parquet", str(place / "base"), DataSettings(), 2, "a", labelling=labelling)
     assert rows_of((batch, batch["labels"]) for batch in batches) == by_hand(place)
 
 
@@ -152,6 +176,15 @@ def test_what_is_unknown_counts_nowhere(place):
 def test_tags_that_cannot_be_are_refused(place, row, task, message):
     with pytest.raises(ValueError, match=message):
         suite_of(place, [{"tokens": ["a", "b"], **row}], **task)
+
+
+@pytest.mark.parametrize("words", [[], None, ["", " "]])
+def test_rows_without_words_have_no_tags(place, words, caplog):
+    suite = suite_of(place, [*ROWS, {"tokens": words, "ner_tags": []}], **NAMED)
+    assert rows_of(suite.labelled("t", "test")) == by_hand(place)
+    assert "1 rows of " in caplog.text
+    with pytest.raises(ValueError, match="row 5: expected a word for each of its 2 tags, found none"):
+        suite_of(place, [*ROWS, {"tokens": words, "ner_tags": ["O", "O"]}], **NAMED)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from nsc_merge.calibration.raw.inputs.checks import check_unicode, longest
 from nsc_merge.calibration.raw.inputs.text import first_tokens
 from nsc_merge.calibration.raw.preprocessors import Base
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.word_lists import TAG_COLUMNS, tag_column
+from nsc_merge.calibration.raw.word_lists import TAG_COLUMNS, as_list, tag_column
 
 LABELS = "labels"
 # Of a class or a value, and of answers, where no column is named.
@@ -119,6 +119,16 @@ class Labelling:
                 f"{place}: column {text!r} would be read alone, beside {', '.join(beside)}; expected text: {text}, or "
                 f"both ({both})"
             )
+
+    def check_blank(self, row: Row, column: str | None, where: str) -> None:
+        """Refuse a row without words that has tags: of some others, which are missing.
+
+        Raises:
+            ValueError: naming it.
+        """
+        tags = as_list(row.get(column)) if self.kind == "tags" and column is not None else None
+        if tags:
+            raise ValueError(f"{where}: expected a word for each of its {len(tags)} tags, found none")
 
     def label_of(self, row: Row, column: str | None, media: str | None, where: str) -> Any:
         """What a row says of its label.

@@ -210,8 +210,11 @@ def draw(
     samples: list[Sample] = []
     blank = 0
     for number, row in chain(looked_at, rows):
-        sample = columns.sample(row, f"{argument}: {source.name}, row {number + 1}")
+        where = f"{argument}: {source.name}, row {number + 1}"
+        sample = columns.sample(row, where)
         if sample is None:
+            if labelling is not None and columns.words:
+                labelling.check_blank(row, label, where)
             blank += 1
             continue
         if labelling is not None:
