@@ -230,21 +230,21 @@ def _value(key: str, setting: Any) -> Any:
     if not isinstance(setting, list):
         return setting
     if not all(isinstance(one, dict) for one in setting):
-        if setting and all(one == setting[0] for one in setting):
+        if all(one == setting[0] for one in setting):
             return setting[0]
         raise RecipeError(
             f"{key}: changes from layer to layer ({setting!r:.60}), and an option of a recipe holds for all; expected "
             f"one value; {IN_MERGEKIT}"
         )
+    if not setting:
+        return None
     # The first that fits a tensor counts; one without a filter fits all.
-    for one in setting:
-        if one.get("filter") in (None, "*"):
-            break
+    if (filtered := setting[0].get("filter")) not in (None, "*"):
         raise RecipeError(
-            f"{key}: is of tensors called {one['filter']!r} alone, and an option of a recipe holds for all; expected "
-            f"one value; {IN_MERGEKIT}"
+            f"{key}: is of tensors called {filtered!r} alone, and an option of a recipe holds for all; expected one "
+            f"value; {IN_MERGEKIT}"
         )
-    return _value(key, setting[0].get("value")) if setting else None
+    return _value(key, setting[0].get("value"))
 
 
 def _check_tokenizer(document: Mapping[str, Any], base: tuple[str, str | None]) -> None:
