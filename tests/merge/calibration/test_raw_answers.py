@@ -79,6 +79,12 @@ def test_answers_of_a_decoder_are_padded_behind(tmp_path):
     assert sorted(batch["labels"].tolist()) == sorted([[*ids("c </s>"), -100, -100], ids("d e f </s>")])
 
 
+def test_a_decoder_is_not_asked_for_what_its_encoder_reads(tmp_path):
+    decoder_base(tmp_path, "t5")
+    with pytest.raises(ValueError, match="row 1: labels: the encoder reads that very text; expected another column"):
+        labelled([{"text": "a b"}], tmp_path, Labelling("answer", "text"))
+
+
 def test_only_the_last_turn_is_the_answer(tmp_path):
     text_base(tmp_path)
     said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e")]

@@ -238,6 +238,8 @@ def add_labels(
     side = "right" if base.decodes else settings.padding_side
     if padded is not None and not labelling.generated:
         padded[LABELS] = Filling(UNKNOWN, side)
+    if labelling.is_all(settings) and base.decodes and base.text:
+        raise ValueError(f"{samples[0].where}: labels: the encoder reads that very text; expected another column")
     if labelling.is_all(settings) and not base.decodes:
         for one in encoded:
             one[LABELS] = one[TOKENS].clone()
