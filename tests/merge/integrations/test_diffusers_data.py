@@ -335,6 +335,11 @@ def test_bad_input_is_refused_before_an_image_is_made(tmp_path, monkeypatch):
         (PROMPTS, {"weights": [1.0]}, r"weights: expected one for each of \['ink', 'toy'\], found 1"),
         (PROMPTS, {"weights": {"unet": 0.5}}, "weights: expected a list with an entry for each adapter"),
         (PROMPTS, {"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs: its scale is one of adapters"),
+        (
+            {"ink": ["ink"], "toy": [{"prompt": "toy", "cross_attention_kwargs": {"scale": 0.5}}]},
+            {},
+            "cross_attention_kwargs: its scale is one of adapters",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             calibration_data(pipe, prompts, **options)

@@ -252,6 +252,15 @@ def test_bad_input_is_refused_before_anything_changes(monkeypatch):
     assert not any("merged" in layer.lora_A for layer in pipe.unet.modules() if isinstance(layer, LoraLayer))
 
 
+def test_weights_may_be_a_tuple():
+    pipe = dit_pipeline()
+    merge(pipe, NAMES, (0.7, 0.5, -0.4))
+    pipe.set_adapters(NAMES, [0.7, 0.5, -0.4])
+    wanted = image(pipe)
+    pipe.set_adapters("merged")
+    alike(image(pipe), wanted)
+
+
 def test_a_dictionary_for_several_adapters_is_the_first_ones_alone_in_diffusers():
     """Why such weights are refused."""
     pipe = unet_pipeline()

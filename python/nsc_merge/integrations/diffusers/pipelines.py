@@ -57,7 +57,7 @@ def as_weighted(pipe: Any, models: dict[str, nn.Module], names: list[str], weigh
     disabled = [layer for layer in layers if layer.disable_adapters]
     trained = [(value, value.requires_grad) for model in models.values() for value in model.parameters()]
     try:
-        pipe.set_adapters(names, weights)
+        pipe.set_adapters(names, list(weights) if isinstance(weights, tuple) else weights)
         for layer in disabled:
             layer.enable_adapters(True)
         yield

@@ -67,15 +67,19 @@ def calibration_data(
     check_weights(weights, names)
     if len(every) != len(names):
         raise ValueError(f"weights: expected one for each of {names}, found {len(every)}")
+    planned = {
+        name: [_arguments(pipe, prompt, settings, seed + number) for number, prompt in enumerate(prompts[name])]
+        for name in names
+    }
     data: dict[str, dict[str, Calls]] = {}
     for name, weight in zip(names, every, strict=True):
         holding = {component: model for component, model in models.items() if name in held[component]}
         found: dict[str, Calls] = {component: [] for component in holding}
         with as_weighted(pipe, models, [name], [weight]), ExitStack() as stack:
             recorded = {key: stack.enter_context(_recording(model)) for key, model in holding.items()}
-            for number, prompt in enumerate(prompts[name]):
+            for number, arguments in enumerate(planned[name]):
                 draw = random.Random(f"{seed} {number}")
-                pipe(**_arguments(pipe, prompt, settings, seed + number))
+                pipe(**arguments)
                 for component, made in recorded.items():
                     found[component] += _drawn(made, calls, draw)
                     made.clear()
