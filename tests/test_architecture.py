@@ -29,7 +29,7 @@ MERGE["factors"] = {"utils", "adapters", "methods"}
 MERGE["recipes"] = {*MERGE["api"], "utils", "api"}
 MERGE["evaluation"] = {*MERGE["recipes"], "recipes"}
 MERGE["analysis"] = MERGE["demo"] = {*MERGE["api"], "utils", "api", "evaluation"}
-MERGE["commands"] = {*MERGE["evaluation"], "evaluation", "analysis", "demo"}
+MERGE["commands"] = {*MERGE["evaluation"], "evaluation", "analysis", "demo", "integrations"}
 MERGE["__init__"] = {"adapters", "models", "calibration", "results", "api", "factors", "recipes"}
 MERGE["integrations"] = {"__init__", "utils", "adapters", "models", "calibration", "results", "methods"}
 MERGE["__main__"] = {"commands"}

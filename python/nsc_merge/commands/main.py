@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands import analyse, completion, demo, evaluate, export, importing, init, inspect, methods, run
+from nsc_merge.commands import (
+    analyse,
+    completion,
+    demo,
+    evaluate,
+    export,
+    importing,
+    init,
+    inspect,
+    methods,
+    pipeline,
+    run,
+)
 from nsc_merge.commands.terminal import EXAMPLES
 from nsc_merge.utils.atomic_file import no_room
 from nsc_merge.utils.errors import printable
@@ -35,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for part in (init, importing, run, inspect, export, evaluate, analyse, methods, demo):
+    for part in (init, importing, run, inspect, export, pipeline, evaluate, analyse, methods, demo):
         part.add(commands)
     completion.add(commands, parser)
     for command in commands.choices.values():

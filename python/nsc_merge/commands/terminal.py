@@ -18,6 +18,7 @@ examples:
   nsc-merge eval evaluation.yaml                  measure merges on labelled data, side by side
   nsc-merge analyse quartiles evaluation.yaml     null-space ratio of every sample against its quality
   nsc-merge export merged --format lora --rank 16 --out merged-16
+  nsc-merge pipeline sdxl ink=ink.safetensors:0.7 toy=toy.safetensors --out both --images "a toy cat, ink"
   nsc-merge demo                                  merge six adapters of a small ViT and measure the result
   nsc-merge demo --tasks depth,normal,edge,semseg --out dense
   nsc-merge demo --steps 20 --json > summary.json

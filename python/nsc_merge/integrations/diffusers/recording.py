@@ -15,6 +15,7 @@ from torch import nn
 from nsc_merge.calibration.batches import each_tensor
 from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_weights, held_in
 from nsc_merge.models.forward_contexts import eager
+from nsc_merge.utils.progress import Progress
 
 # Of one model, in the order of its calls.
 Calls = list[dict[str, Any]]
@@ -31,6 +32,7 @@ def calibration_data(
     *,
     calls: int | None = 8,
     seed: int = 0,
+    progress: bool | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, Calls]]:
     """Make images by each adapter alone, and record what the pipeline calls its models with on the way.
@@ -47,6 +49,7 @@ def calibration_data(
         calls: how many calls of each model are kept of every image, drawn at random from as many equal parts of its
             way; None keeps all.
         seed: of the noise, for prompt ``i`` of each adapter ``seed + i``, and of the draw.
+        progress: whether to show how many prompts are drawn; None shows a bar on a terminal, and lines elsewhere.
         settings: arguments of the pipeline for all prompts, such as ``num_inference_steps``, ``height``,
             ``guidance_scale``.
 
@@ -72,21 +75,34 @@ def calibration_data(
         for name in names
     }
     data: dict[str, dict[str, Calls]] = {}
-    for name, weight in zip(names, every, strict=True):
-        holding = {component: model for component, model in models.items() if name in held[component]}
-        found: dict[str, Calls] = {component: [] for component in holding}
-        with as_weighted(pipe, models, [name], [weight]), ExitStack() as stack:
-            recorded = {key: stack.enter_context(_recording(model)) for key, model in holding.items()}
-            for number, arguments in enumerate(planned[name]):
-                draw = random.Random(f"{seed} {number}")
-                pipe(**arguments)
-                for component, made in recorded.items():
-                    found[component] += _drawn(made, calls, draw)
-                    made.clear()
-        data[name] = {component: kept for component, kept in found.items() if kept}
-        if not data[name]:
-            raise ValueError(f"prompts[{name!r}]: expected calls of {list(holding)}, found none while images were made")
+    with Progress("recording", sum(map(len, planned.values())), progress) as shown:
+        for name, weight in zip(names, every, strict=True):
+            holding = {component: model for component, model in models.items() if name in held[component]}
+            with as_weighted(pipe, models, [name], [weight]):
+                found = _recorded(pipe, holding, planned[name], calls, seed, shown)
+            data[name] = {component: kept for component, kept in found.items() if kept}
+            if not data[name]:
+                raise ValueError(
+                    f"prompts[{name!r}]: expected calls of {list(holding)}, found none while images were made"
+                )
     return data
+
+
+def _recorded(
+    pipe: Any, models: Mapping[str, nn.Module], planned: Sequence[Mapping[str, Any]], calls: int | None, seed: int,
+    shown: Progress,
+) -> dict[str, Calls]:  # fmt: skip
+    found: dict[str, Calls] = {component: [] for component in models}
+    with ExitStack() as stack:
+        recorded = {component: stack.enter_context(_recording(model)) for component, model in models.items()}
+        for number, arguments in enumerate(planned):
+            draw = random.Random(f"{seed} {number}")
+            pipe(**arguments)
+            for component, made in recorded.items():
+                found[component] += _drawn(made, calls, draw)
+                made.clear()
+            shown.update()
+    return found
 
 
 def _check(prompts: Any, known: set[str], calls: Any) -> None:

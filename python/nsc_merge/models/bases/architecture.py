@@ -30,7 +30,7 @@ _LARGE = 100_000_000
 # Of what transformers knows no class of.
 _DIFFUSERS = (
     "load it there, and merge in Python: nsc_merge.merge(pipe.transformer, adapters) or pipe.unet, or all models of a "
-    "pipeline by nsc_merge.integrations.diffusers.merge"
+    "pipeline by nsc_merge.integrations.diffusers.merge, or at a terminal by nsc-merge pipeline"
 )
 
 

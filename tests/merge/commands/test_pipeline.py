@@ -1,0 +1,121 @@
+"""``nsc-merge pipeline``: adapters of a saved pipeline merged at a terminal."""
+
+import json
+
+import pytest
+import torch
+from pipeline_cases import FEW, diffusers, stable_diffusion
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nsc_merge.commands.main import main
+from nsc_merge.integrations.diffusers import save
+
+QUICK = ["--size", "16", "--steps", "2", "--device", "cpu"]
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a pipeline, and one with each adapter of it."""
+    root = tmp_path_factory.mktemp("pipelines")
+    pipe = stable_diffusion()
+    for name in ("ink", "toy"):
+        save(pipe, name, root / name)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(root / "base")
+    (root / "prompts.yaml").write_text("ink: [ink tower, ink boat]\ntoy: [{prompt: toy tower, guidance_scale: 3}]\n")
+    return root
+
+
+def drawn(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("ink boat", **FEW, output_type="latent", generator=generator).images
+
+
+def test_the_sum_by_weights_is_what_diffusers_draws_with_them(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [f"ink={place / 'ink'}:0.7", f"toy={place / 'toy' / FILE}:-0.25"]
+    assert main(["pipeline", str(place / "base"), *given, "--out", str(out), "--images", "ink boat", *QUICK]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "images.png", "merge.json", FILE]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(place / "base")
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("ink", "toy"):
+        pipe.load_lora_weights(place / name, adapter_name=name)
+    pipe.set_adapters(["ink", "toy"], [0.7, -0.25])
+    wanted = drawn(pipe)
+    pipe.load_lora_weights(out, adapter_name="both")
+    pipe.set_adapters("both")
+    # Of latents, which guidance and the steps take rounding further in.
+    assert float((drawn(pipe) - wanted).norm() / wanted.norm()) < 1e-5
+    pipe.set_adapters(["ink", "toy"], [0.7, -0.24])
+    assert float((drawn(pipe) - wanted).norm() / wanted.norm()) > 1e-4
+    said = capsys.readouterr().out
+    assert "unet: 20 modules, weights and mean coefficients ink 0.7 x 1.000, toy -0.25 x 1.000" in said
+    document = json.loads((out / "merge.json").read_text())
+    assert document["adapters"]["toy"]["weight"] == -0.25
+    assert list(document["adapters"]["ink"]["sha256"]) == [FILE]
+    card = (out / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "| toy | `pytorch_lora_weights.safetensors` | -0.25 |" in card
+    assert str(place) not in card
+    with safe_open(out / FILE, "pt") as file:
+        assert str(place) not in json.dumps(file.metadata())
+
+
+def test_data_are_recorded_where_a_method_needs_them(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [f"{name}={place / name}" for name in ("ink", "toy")]
+    prompts = ["--prompts", str(place / "prompts.yaml"), "--calls", "2"]
+    common = ["pipeline", str(place / "base"), *given, "--out", str(out), *QUICK]
+    images = ["--images", "ink boat", "toy tower"]
+    assert main([*common, *prompts, "--method", "nsc", "--option", "steps=2", *images, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads((out / "merge.json").read_text())
+    assert document["options"] == {"steps": 2}
+    assert document["prompts"]["toy"] == [{"prompt": "toy tower", "guidance_scale": 3}]
+    assert set(document["components"]) == {"unet", "text_encoder"}
+    values = document["components"]["unet"]["coefficients"]
+    assert {tuple(one) for one in values.values()} == {("ink", "toy")}
+    assert len({one["ink"] for one in values.values()}) > 1
+    # Over it another, of which there are no pictures.
+    assert main([*common, "--method", "ties", "--rank", "3"]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "merge.json", FILE]
+    assert max(value.shape[0] for key, value in load_file(out / FILE).items() if "lora_A" in key) == 3
+    assert "truncated by at most 0." in capsys.readouterr().out
+
+
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_path, capsys):
+    out, base, ink = tmp_path / "out", str(place / "base"), f"ink={place / 'ink'}"
+    save_file({"transformer.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "else.safetensors")
+    save_file({"lora_te_x.lora_down.weight": torch.ones(1, 2)}, tmp_path / "kohya.safetensors")
+    (tmp_path / "wrong.yaml").write_text("ink: [a]\n")
+    (tmp_path / "text.yaml").write_text("ink: a tower\n")
+    for status, arguments, message in (
+        (2, [base, "ink"], "NAME=PATH:WEIGHT: expected an adapter such as ink=ink.safetensors:0.7, found 'ink'"),
+        (2, [base, ink, ink], "NAME: expected different names other than 'merged', found ['ink', 'ink']"),
+        (2, [base, "merged=x"], "NAME: expected different names other than 'merged', found ['merged']"),
+        (2, [base, ink, "--option", "steps"], "--option: expected KEY=VALUE, found 'steps'"),
+        (2, [base, ink, "--method", "nsc"], "--prompts: method 'nsc' needs data; expected a file with prompts of"),
+        (2, [base, ink, "--prompts", str(tmp_path / "wrong.yaml")], "--prompts: method 'task_arithmetic' needs no"),
+        (1, [base, ink, "--method", "mean"], "method: expected one of"),
+        (1, [base, ink, "--option", "steps=3"], "steps"),
+        (
+            1,
+            [base, ink, f"toy={place / 'toy'}", "--method", "nsc", "--prompts", str(tmp_path / "wrong.yaml")],
+            "wrong.yaml: expected prompts for each of ['ink', 'toy'], found ['ink']",
+        ),
+        (1, [base, ink, "--method", "nsc", "--prompts", str(tmp_path / "text.yaml")], "prompts['ink']: expected a"),
+        (1, [str(tmp_path), ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub id"),
+        (1, [base, f"x={tmp_path / 'else.safetensors'}"], "holds no LoRA of a model of StableDiffusionPipeline"),
+        (1, [base, f"x={tmp_path / 'none'}"], "none: diffusers does not load it: "),
+        (1, [base, f"x={tmp_path / 'kohya.safetensors'}"], "kohya.safetensors: diffusers does not load it: "),
+        (1, [base, ink, "--method", "ties"], "expected output 'svd'"),
+    ):
+        assert main(["pipeline", *arguments, "--out", str(out), *QUICK]) == status, message
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("nsc-merge: error: ")]
+        assert len(lines) == 1
+        assert message in lines[0]
+        assert not captured.out
+        assert not out.exists()
