@@ -250,8 +250,9 @@ class Saved:
         return [*imports, *self._generated("AutoProcessor", "processor", told)]
 
     def _generated(self, auto: str, name: str, told: str) -> list[str]:
-        # What a decoder writes stands behind what it was given.
-        written = "tokens[0]" if self.auto == TO_TEXT else 'tokens[0, inputs["input_ids"].shape[1] :]'
+        # What a decoder writes stands behind what it was given; models that read and hear are listed with encoders.
+        apart = self.auto == TO_TEXT and (self.remote is not None or "decoder_input_ids" in inputs_of(self.kind))
+        written = "tokens[0]" if apart else 'tokens[0, inputs["input_ids"].shape[1] :]'
         return [
             f"{name} = {auto}.from_pretrained({self._beside})",
             f"inputs = {told}",
