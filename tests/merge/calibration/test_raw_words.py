@@ -66,7 +66,7 @@ WORDS = st.lists(st.text("abtoErsB.-1 é", min_size=1).filter(str.strip), min_si
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(lists=st.lists(WORDS, min_size=1, max_size=4), most=st.integers(4, 30), side=st.sampled_from(["right", "left"]))
 def test_words_of_any_kind_and_length(bases, kind, lists, most, side):
     rows = [{"tokens": words, "ner_tags": [0] * len(words)} for words in lists]
@@ -133,6 +133,7 @@ def test_the_words_where_none_are_named(row, column):
 
 def test_texts_where_there_are_no_words():
     assert chosen({"text": "a b", "langs": ["en"]}) == Columns(text="text")
+    assert chosen({"text": "a b", "langs": ["en"], "spans": ["PER: a"]}) == Columns(text="text")
     assert chosen({"text": "a b", "tokens": [1, 2]}) == Columns(text="text")
     assert chosen({"tokens": "a b"}) == Columns(text="tokens")
     assert chosen({"text": "a b", "tokens": ["a"]}, text="text") == Columns(text="text")
@@ -183,6 +184,40 @@ def test_other_models_read_no_lists_of_words(tmp_path):
         made([{"tokens": ["a", "b"]}], base, text="tokens")
     with pytest.raises(ValueError, match="no column of text: tokens .*; write a column of texts; lists of words are"):
         made([{"tokens": ["a", "b"]}], base)
+
+
+def test_several_texts_are_no_lists_of_words(tmp_path):
+    with pytest.raises(ValueError, match=r"several columns of text and none is named: .*such as text: .\{a\}.*\{b\}.$"):
+        made([{"a": "x", "b": "y", "tokens": ["z"]}], text_base(tmp_path / "base"))
+
+
+def test_inputs_are_those_that_the_model_takes(tmp_path, bases):
+    """No types of tokens for DistilBERT; a mask, also where the tokenizer says that it makes none."""
+    config = tf.DistilBertConfig(architectures=["DistilBertForTokenClassification"], vocab_size=len(bert_words()))
+    config.save_pretrained(tmp_path)
+    words = bert_words()
+    words.model_input_names = ["input_ids", "token_type_ids"]
+    words.save_pretrained(tmp_path)
+    batches = made(ROWS, tmp_path)
+    assert batches.names == ["attention_mask", "input_ids"]
+    assert [one["input_ids"] for one in samples_in(batches)] == [
+        one["input_ids"] for one in expected(bases["bert"], "bert")
+    ]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    base = word_base(tmp_path, "bert", vocab_size=20)
+    with pytest.raises(ValueError, match=r"row \d: the tokenizer gives token \d+, the base has 20; expected the tok"):
+        made(ROWS, base)
+
+
+def test_a_class_of_ones_own_classifies_tokens_as_its_parent_does(bases):
+    class Mine(tf.BertForTokenClassification):
+        pass
+
+    model = Mine(KINDS["bert"][0]().config)
+    found = nsc_merge.calibration_data(ROWS, model, tokenizer=str(bases["bert"]))
+    assert samples_in(found) == expected(bases["bert"], "bert")
 
 
 def test_boxes_and_images_are_in_no_list_of_words(tmp_path):

@@ -67,6 +67,7 @@ def test_tags_are_measured_by_what_they_are(place, capsys):
         ({"upos": [0], "xpos": ["X"]}, "upos"),
         ({"upos": [7], "xpos": ["I-PER"]}, "xpos"),
         ({"tags": ["O"]}, "tags"),
+        ({"upos": [0], "xpos": []}, "upos"),
         ({"upos": [7], "xpos": [8]}, "found ['upos', 'xpos']"),
         ({"upos": [0], "xpos": [1]}, "found ['upos', 'xpos']"),
         ({"kinds": [0]}, "found ['tokens', 'kinds']"),
@@ -83,3 +84,23 @@ def test_the_column_of_tags_is_the_one_of_the_task_or_the_one_that_may_be(place,
     assert code == 0
     labels = [task["labels"] for task in written("evaluation.yaml")["tasks"].values()]
     assert labels == ([found, found] if isinstance(found, str) else list(found))
+
+
+def test_what_is_wrong_with_the_only_tags_is_said_of_their_row(place, capsys):
+    write_lines(Path("rows.jsonl"), [{"tokens": ["a"], "tags": ["X"]}])
+    assert main([*INIT, "--test", "rows.jsonl"]) == 1
+    assert "row 1, word 1: expected a class of ['O', 'B-PER', " in capsys.readouterr().err
+
+
+def test_tags_that_nobody_names_are_measured_by_their_accuracy(place):
+    """Neither the base, nor, of a head of another size, its names."""
+    word_adapter(place / "adapters" / "pos", "roberta", 1, num_labels=6)
+    write_lines(Path("rows.jsonl"), [{"tokens": ["a", "b"], "upos": [0, 5], "xpos": [6, 0], "ner_tags": [0, 8]}])
+    assert main([*INIT[:1], *INIT[2:], "--test", "rows.jsonl"]) == 0
+    task = written("evaluation.yaml")["tasks"]["pos"]
+    assert (task["labels"], task["metric"]) == ("upos", "accuracy")
+    word_base(place / "base", "roberta")
+    write_lines(Path("rows.jsonl"), [{"tokens": ["a", "b"], "upos": [0, 4], "xpos": [5, 0]}])
+    assert main([*INIT[:2], *INIT[3:], "--test", "rows.jsonl", "--force"]) == 0
+    task = written("evaluation.yaml")["tasks"]["ner"]
+    assert (task["labels"], task["metric"]) == ("upos", "accuracy")

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import save_file
 from word_cases import KINDS, ROWS, TAGS, run_ner, word_adapter, word_base
 
 from nsc_merge.calibration.raw.labels import Labelling
@@ -89,7 +90,7 @@ def test_numbers_need_no_names(place):
 WORDS = st.lists(st.text("abtoErsB.-1é", min_size=1), min_size=1, max_size=6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(lists=st.lists(WORDS, min_size=1, max_size=4), most=st.integers(4, 30), data=st.data())
 def test_tags_of_words_of_any_kind_and_length(place, lists, most, data):
     tags = st.integers(0, len(TAGS) - 1)
@@ -121,30 +122,59 @@ def test_classes_of_datasets_are_their_names(place, form, tmp_path):
     assert rows_of((batch, batch["labels"]) for batch in batches) == by_hand(place)
 
 
+OTHERS = TAGS[::-1]
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "names"),
     [
-        {"feature": {"names": TAGS, "_type": "ClassLabel"}, "_type": "Sequence"},
-        [{"names": TAGS, "_type": "ClassLabel"}],
-        {"feature": {"names": 3, "_type": "ClassLabel"}, "_type": "Sequence"},
-        [],
-        {"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"},
+        ({"feature": {"names": OTHERS, "_type": "ClassLabel"}, "_type": "Sequence"}, OTHERS),
+        ([{"names": OTHERS, "_type": "ClassLabel"}], OTHERS),
+        ({"feature": {"names": 3, "_type": "ClassLabel"}, "_type": "Sequence"}, TAGS),
+        ([], TAGS),
+        ({"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"}, TAGS),
     ],
 )
-def test_what_earlier_releases_wrote_of_classes(place, kind, tmp_path):
-    """Names, or numbers as they are where it says none."""
-    table = pa.Table.from_pylist([{key: row[key] for key in FEATURES} for row in NUMBERED])
+def test_what_earlier_releases_wrote_of_classes(place, kind, names, tmp_path):
+    """Names, or numbers as they are where it says none; a number of none is unknown."""
+    rows = [{"tokens": row["tokens"], "ner_tags": [names.index(tag) for tag in row["ner_tags"]]} for row in ROWS]
+    unknown = [None, -1, len(TAGS)] if names is OTHERS else [None] * 3
+    rows.append({"tokens": ["a", "b", "to"], "ner_tags": unknown})
+    table = pa.Table.from_pylist(rows)
     said = json.dumps({"info": {"features": {"ner_tags": kind}}})
     pq.write_table(table.replace_schema_metadata({"huggingface": said}), tmp_path / "rows.parquet")
     labelling = Labelling("tags", "ner_tags", TAGS)
     batches = batches_of(tmp_path / "rows.parquet", str(place / "base"), DataSettings(), 2, "a", labelling=labelling)
-    assert rows_of((batch, batch["labels"]) for batch in batches) == by_hand(place)
+    expected = by_hand(place, [*ROWS, {"tokens": ["a", "b", "to"], "ner_tags": [-100] * 3}])
+    assert rows_of((batch, batch["labels"]) for batch in batches) == expected
 
 
 def test_arrays_of_pandas(place):
     frame = pd.DataFrame({name: [np.array(row[name]) for row in NUMBERED] for name in ("tokens", "ner_tags")})
     batches = batches_of(frame, str(place / "base"), DataSettings(), 2, "a", labelling=Labelling("tags"))
     assert rows_of((batch, batch["labels"]) for batch in batches) == by_hand(place)
+
+
+def test_other_texts_beside_words_are_left_alone(place):
+    rows = [{**row, "sentence": " ".join(row["tokens"])} for row in ROWS]
+    assert rows_of(suite_of(place, rows, **NAMED).labelled("t", "test")) == by_hand(place)
+
+
+def test_heads_of_other_sizes_have_their_own_tags(place):
+    """Of the model, whatever the adapter brought, or of a file; pooled, a sample has one class."""
+    rows = [{"tokens": ["a", "b"], "ner_tags": [0, 4], "label": 1}]
+    word_adapter(place / "adapter3", kind_of(place), 1, num_labels=3)
+    task = {"adapter": "adapter3", "labels": "ner_tags"}
+    with pytest.raises(ValueError, match="word 2: expected the number of a class from 0 to 2, as the head has 3, foun"):
+        suite_of(place, rows, **task)
+    suite_of(place, rows, **task, head="model")
+    save_file({"weight": torch.zeros(9, 8), "bias": torch.zeros(9)}, place / "head.safetensors")
+    head = {"head": "head.safetensors"}
+    suite_of(place, [{**rows[0], "ner_tags": [0, 8]}], **head, pool="tokens", labels="ner_tags")
+    suite = suite_of(place, rows, **head, pool="first")
+    ((inputs, labels),) = suite.labelled("t", "test")
+    assert labels.tolist() == [1]
+    assert suite.output("t", suite.model, inputs).shape == (1, 9)
 
 
 def test_what_is_unknown_counts_nowhere(place):

@@ -126,7 +126,7 @@ class Labelling:
         Raises:
             ValueError: naming it.
         """
-        tags = as_list(row.get(column)) if self.kind == "tags" and column is not None else None
+        tags = as_list(row.get(column)) if column is not None else None
         if tags:
             raise ValueError(f"{where}: expected a word for each of its {len(tags)} tags, found none")
 

@@ -123,7 +123,7 @@ def _fits(column: str, rows: Sequence[Row], labelling: Labelling) -> bool:
     """Whether a column holds lists of a task's classes."""
     try:
         for row in rows:
-            for tag in as_list(row.get(column)) or [""]:
+            for tag in as_list(row.get(column)) or ():
                 labelling.number_of(tag, column)
     except ValueError:
         return False
