@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.models.block_finding import input_embeddings
 from nsc_merge.utils.errors import naming
@@ -52,16 +53,17 @@ class Batches:
     def names(self) -> list[str]:
         return sorted({name for batch in self._batches for name in batch})
 
-    def to(self, dtype: torch.dtype) -> Batches:
-        """The same batches with all floating-point inputs in ``dtype``; the others are kept."""
-        return Batches(
-            [
-                {name: v.to(dtype) if v.is_floating_point() else v for name, v in batch.items()}
-                for batch in self._batches
-            ],
-            sha256=self.sha256,
-            first=self.first,
-        )
+    def to(self, dtype: torch.dtype, keep: Keep = in_memory) -> Batches:
+        """The same batches with all floating-point inputs in ``dtype``; the others are kept.
+
+        Args:
+            keep: where what is of another dtype than before is held.
+        """
+        made = []
+        for batch in self._batches:
+            others = {name: v.to(dtype) for name, v in batch.items() if v.is_floating_point() and v.dtype != dtype}
+            made.append({**batch, **keep(others)})
+        return Batches(made, sha256=self.sha256, first=self.first)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -96,7 +98,9 @@ def read_batches(place: str | Path, batch_size: int, argument: str) -> Batches:
     return Batches(stacked.tensors, batch_size, {place.name: stacked.sha256})
 
 
-def inputs_for(model: nn.Module, batches: Batches, argument: str, labels: str | None = "labels") -> Batches:
+def inputs_for(
+    model: nn.Module, batches: Batches, argument: str, labels: str | None = "labels", keep: Keep = in_memory
+) -> Batches:
     """What a model takes of batches, which may hold labels beside its inputs as the files of ``nsc-merge eval`` do, in
     the model's dtype.
 
@@ -106,7 +110,7 @@ def inputs_for(model: nn.Module, batches: Batches, argument: str, labels: str | 
     inputs = Batches([{name: value for name, value in batch.items() if name != labels} for batch in batches])
     check_names(inputs, model, argument)
     check_tokens(inputs, model, argument)
-    return inputs.to(next(model.parameters()).dtype)
+    return inputs.to(next(model.parameters()).dtype, keep)
 
 
 def check_names(batches: Batches, model: nn.Module, argument: str) -> None:

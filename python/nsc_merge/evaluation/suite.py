@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.batch_files import Batches, inputs_for
 from nsc_merge.calibration.batches import naming_inputs
+from nsc_merge.calibration.on_disk import OnDisk
 from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.preprocessors import base_of, classifies_tokens, tokenizer_of
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
@@ -30,8 +32,11 @@ from nsc_merge.models.own_base import own_base
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.recipes.inputs import calibration_from, read_adapter
 from nsc_merge.recipes.preflight import check_placement
+from nsc_merge.utils.memory import total_memory
 
 Labelled = list[tuple[dict[str, Tensor], Tensor]]
+# Bytes of encoded raw data; the rest is on the disk that the results are for.
+_IN_MEMORY = 8 << 30
 
 
 class Task(Protocol):
@@ -118,6 +123,8 @@ class RecipeSuite:
             for name, task in recipe.labelled.items()
         }
         self._labelled: dict[tuple[str, str], Labelled] = {}
+        # A picture is half a megabyte. How much of its machine's memory a container may use is not told.
+        self._samples = OnDisk(recipe.out, min(total_memory(torch.device("cpu")) // 2, _IN_MEMORY))
         # Before anything is measured: a tokenizer that is missing is told at once.
         self._further_of = {name: self._further(task) for name, task in recipe.labelled.items()}
         self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
@@ -206,11 +213,11 @@ class RecipeSuite:
     def _read(self, task: TaskRecipe, place: Path | CalibrationSource, argument: str) -> Labelled:
         batches, name = read_labelled(
             place, task, self._recipe, argument, predicts_tokens=self._writes(task),
-            classes=self._classes(task), count=self._count(task), tags=self._tags(task),
+            classes=self._classes(task), count=self._count(task), tags=self._tags(task), keep=self._samples.keep,
         )  # fmt: skip
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([padded_behind(batch) for batch in batches])
-        inputs = inputs_for(self.model, batches, argument, name)
+        inputs = inputs_for(self.model, batches, argument, name, self._samples.keep)
         labels = [batch[name] for batch in batches]
         if self._writes(task):
             if not encodes(self.model):

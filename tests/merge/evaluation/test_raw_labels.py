@@ -97,6 +97,17 @@ def test_folders_of_classes_are_classes_of_the_head(photos):
         assert label == numbers[at]
 
 
+def test_samples_beyond_what_is_held_in_memory_are_on_the_disk_of_the_results(photos, monkeypatch):
+    task = {"test": "photos", "metric": "accuracy"}
+    wanted = score(suite_of(photos, task))
+    monkeypatch.setattr("nsc_merge.calibration.on_disk._SMALL", 1)
+    monkeypatch.setattr("nsc_merge.evaluation.suite._IN_MEMORY", 0)
+    suite = suite_of(photos, task)
+    assert score(suite) == wanted
+    assert str(photos / "out") in Path("/proc/self/maps").read_text()
+    assert list((photos / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("values", "task"),
     [

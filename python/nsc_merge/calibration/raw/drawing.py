@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nsc_merge.calibration.on_disk import Keep, in_memory
+
 Row = dict[str, Any]
 Encoded = dict[str, Tensor]
 
@@ -91,7 +93,11 @@ class Filling:
 
 
 def batched(
-    encoded: list[Encoded], size: int, seed: int, padded: Mapping[str, Filling] | None
+    encoded: list[Encoded],
+    size: int,
+    seed: int,
+    padded: Mapping[str, Filling] | None,
+    keep: Keep = in_memory,
 ) -> list[dict[str, Tensor]]:
     """Batches of samples of like length and of the same kinds of inputs; images alone stay in the order of the draw.
 
@@ -101,6 +107,7 @@ def batched(
         seed: of the order of the batches.
         padded: name of an input -> how it is padded; None with images alone. Others have a first dimension of images or
             recordings.
+        keep: where the batches are held.
     """
     if padded is None:
         rows = [list(range(start, min(start + size, len(encoded)))) for start in range(0, len(encoded), size)]
@@ -113,7 +120,7 @@ def batched(
         rows = batches_by_length([len(one[leading]) if leading else 0 for one in encoded], kinds, size, seed)
     batches = []
     for some in rows:
-        batches.append(_together([encoded[row] for row in some], padded))
+        batches.append(keep(_together([encoded[row] for row in some], padded)))
         for row in some:
             encoded[row] = {}
     return batches

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import DECODED, DECODED_MASK, TOKENS, Encoded, Filling
 from nsc_merge.calibration.raw.inputs.audio import Listening, audio_fillings, encode_audio
@@ -51,32 +52,40 @@ class Made:
 
 
 def encode(
-    samples: Sequence[Sample], base: Base, settings: DataSettings, folder: Path | None, argument: str
+    samples: Sequence[Sample],
+    base: Base,
+    settings: DataSettings,
+    folder: Path | None,
+    argument: str,
+    keep: Keep = in_memory,
 ) -> tuple[Made, dict[str, str]]:
     """What a base takes of samples, and the digest of the images or audio that were opened, by what it is called.
 
     Args:
         folder: that paths in the samples are relative to.
         argument: how messages call the data.
+        keep: where what is made of images and recordings is held.
 
     Raises:
         ValueError, OSError: naming a sample, or what its tokenizer or processor lacks.
     """
     images, audio = ImageReader(folder, grey=base.grey), AudioReader(folder)
     if base.text:
-        made = _text(samples, base, settings, images, audio, argument)
+        made = _text(samples, base, settings, images, audio, argument, keep)
     elif base.audio:
-        made = _audio(samples, base, settings, audio, argument)
+        made = _audio(samples, base, settings, audio, argument, keep)
     else:
-        made = _images(samples, base, settings, images, argument)
+        made = _images(samples, base, settings, images, argument, keep)
     opened = {"images": images.sha256, "audio": audio.sha256}
     return made, {name: sha256 for name, sha256 in opened.items() if sha256 is not None}
 
 
-def _images(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str) -> Made:
+def _images(
+    samples: Sequence[Sample], base: Base, settings: DataSettings, reader: ImageReader, argument: str, keep: Keep
+) -> Made:
     """Images, with what a decoder reads where there is one."""
     processor = image_processor_of(base, settings, argument)
-    encoded, first = encode_images(samples, processor, base, reader), _shown(samples[0].images[0], "an image")
+    encoded, first = encode_images(samples, processor, base, reader, keep), _shown(samples[0].images[0], "an image")
     if not base.decodes:
         return Made(encoded, None, first[:_SHOWN])
     encoded = [{name: value[None] for name, value in one.items()} for one in encoded]
@@ -90,6 +99,7 @@ def _text(
     images: ImageReader,
     audio: AudioReader,
     argument: str,
+    keep: Keep,
 ) -> Made:
     """Text, with images and recordings where there are some."""
     words: list[list[int | None]] = []
@@ -107,13 +117,13 @@ def _text(
             longest = getattr(processor, "max_audio_len", None)
             heard = None if extractor is None else Listening(extractor, settings, audio, longest)
             media = Media(images, heard)
-            encoded = encode_pairs(samples, processor, base, settings, media)
+            encoded = encode_pairs(samples, processor, base, settings, media, keep)
         elif base.audio:
             raise ValueError(
                 f"{argument}: {type(processor).__name__} has no token for audio in a text; write inputs as .safetensors"
             )
         else:
-            encoded = encode_beside(samples, processor, base, settings, images)
+            encoded = encode_beside(samples, processor, base, settings, images, keep)
     else:
         tokenizer = tokenizer_of(base, settings, argument)
         if samples[0].words is not None:
@@ -127,10 +137,12 @@ def _text(
     return Made(encoded, paddings(encoded[0], tokenizer, base, settings), first[:_SHOWN], tokenizer, words)
 
 
-def _audio(samples: Sequence[Sample], base: Base, settings: DataSettings, reader: AudioReader, argument: str) -> Made:
+def _audio(
+    samples: Sequence[Sample], base: Base, settings: DataSettings, reader: AudioReader, argument: str, keep: Keep
+) -> Made:
     """Audio, with what a decoder reads where there is one."""
     extractor = feature_extractor_of(base, settings, argument)
-    encoded = encode_audio(samples, extractor, base, settings, reader)
+    encoded = encode_audio(samples, extractor, base, settings, reader, keep)
     padded, first = audio_fillings(encoded, extractor), _shown(samples[0].audio[0], "audio")
     if not base.decodes:
         return Made(encoded, padded, first[:_SHOWN])

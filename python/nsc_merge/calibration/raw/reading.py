@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.batch_files import Batches, read_batches
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.columns import Sample, choose
 from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
 from nsc_merge.calibration.raw.encoding import encode
@@ -72,6 +73,7 @@ def batches_of(
     local: bool = True,
     base_revision: str | None = None,
     labelling: Labelling | None = None,
+    keep: Keep = in_memory,
 ) -> Batches:
     """Batches of the inputs that the base model takes: of safetensors files of such inputs as they are, or of samples
     drawn from raw data.
@@ -90,6 +92,7 @@ def batches_of(
             touches the network for one that is.
         base_revision: of a base from the hub.
         labelling: what is made of the labels of raw data, as ``"labels"`` beside the inputs; None leaves them.
+        keep: where what is made of raw data is held.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what the source looks like, and what to write instead.
@@ -104,7 +107,7 @@ def batches_of(
             f"{argument}: {found.name} would be measured on its split {SPLIT}, as none is named; expected split: NAME"
         )
     samples = draw(found, settings, argument, model, labelling)
-    made, opened = encode(samples, model, settings, found.folder, argument)
+    made, opened = encode(samples, model, settings, found.folder, argument, keep)
     if labelling is not None:
         answers = made.tokenizer is None and labelling.kind == "answer"
         tokenizer = tokenizer_of(model, settings, argument) if answers else made.tokenizer
@@ -113,7 +116,7 @@ def batches_of(
         else:
             add_labels(made.encoded, made.padded, samples, labelling, tokenizer, model, settings)
     sha256 = {**found.sha256, "samples": digest(made.encoded), **opened}
-    batches = batched(made.encoded, batch_size, settings.seed, made.padded)
+    batches = batched(made.encoded, batch_size, settings.seed, made.padded, keep)
     return Batches(batches, sha256=sha256, first=made.first)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.batches import MASK
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.labels import LABELS, Labelling
 from nsc_merge.calibration.raw.reading import batches_of, is_raw
 from nsc_merge.evaluation.eval_recipe import TaskRecipe
@@ -29,6 +30,7 @@ def read_labelled(
     classes: Sequence[str],
     count: int | None = None,
     tags: bool = False,
+    keep: Keep = in_memory,
 ) -> tuple[Batches, str]:
     """Batches of inputs with labels, and the name of these among the tensors.
 
@@ -41,6 +43,7 @@ def read_labelled(
         classes: names of the task's classes, where they are known.
         count: of the classes, where it is known.
         tags: whether the outputs are logits of classes of tokens, and labels of raw data those of words.
+        keep: where what is made of raw data is held.
 
     Raises:
         FileNotFoundError, ValueError: naming ``argument``, what was found and what was expected.
@@ -66,7 +69,7 @@ def read_labelled(
         )
         batches = batches_of(
             place.source, recipe.model, settings, recipe.batch_size, argument, local=place.local,
-            base_revision=recipe.revision, labelling=labelling,
+            base_revision=recipe.revision, labelling=labelling, keep=keep,
         )  # fmt: skip
     _check_numbers(batches, name, argument)
     return batches, name

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import MASK, Encoded, Filling
 from nsc_merge.calibration.raw.inputs.checks import ENDS, counting, processed
@@ -67,7 +68,12 @@ class Listening:
 
 
 def encode_audio(
-    samples: Sequence[Sample], extractor: Any, base: Base, settings: DataSettings, reader: AudioReader
+    samples: Sequence[Sample],
+    extractor: Any,
+    base: Base,
+    settings: DataSettings,
+    reader: AudioReader,
+    keep: Keep = in_memory,
 ) -> list[Encoded]:
     """What the feature extractor makes of the one recording of every sample, by itself.
 
@@ -84,7 +90,7 @@ def encode_audio(
             if len(sample.audio) != 1:
                 raise ValueError(f"{sample.where}: expected one recording, found {len(sample.audio)}")
             wave = listening.open(sample.audio[0], sample.where)
-            found.append(_features(wave, sample.where, extractor, base, listening.named))
+            found.append(keep(_features(wave, sample.where, extractor, base, listening.named)))
             progress.update()
     listening.say_cut(len(samples))
     return found

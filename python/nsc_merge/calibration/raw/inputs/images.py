@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import Encoded
 from nsc_merge.calibration.raw.inputs.checks import counting, processed
@@ -17,7 +18,9 @@ from nsc_merge.calibration.raw.settings import DataSettings
 _AT_ONCE = 32
 
 
-def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader: ImageReader) -> list[Encoded]:
+def encode_images(
+    samples: Sequence[Sample], processor: Any, base: Base, reader: ImageReader, keep: Keep = in_memory
+) -> list[Encoded]:
     """What the image processor makes of the one image of every sample."""
     found: list[Encoded] = []
     with counting(samples) as progress:
@@ -43,16 +46,22 @@ def encode_images(samples: Sequence[Sample], processor: Any, base: Base, reader:
                     f"{some[0].where} and the next: {type(processor).__name__} makes {len(encoded[odd])} {odd} of "
                     f"{len(some)} images, expected one of each; write inputs as .safetensors"
                 )
-            found += [{name: encoded[name][number] for name in names} for number in range(len(some))]
+            kept = keep({name: encoded[name] for name in names})
+            found += [{name: value[number] for name, value in kept.items()} for number in range(len(some))]
             progress.update(len(some))
     return found
 
 
 def encode_beside(
-    samples: Sequence[Sample], processor: Any, base: Base, settings: DataSettings, reader: ImageReader
+    samples: Sequence[Sample],
+    processor: Any,
+    base: Base,
+    settings: DataSettings,
+    reader: ImageReader,
+    keep: Keep = in_memory,
 ) -> list[Encoded]:
     """Text and image of every sample, each by itself, for models whose text has no place for an image (CLIP)."""
     texts = encode_text(samples, processor.tokenizer, base, settings)
-    images = encode_images(samples, processor.image_processor, base, reader)
+    images = encode_images(samples, processor.image_processor, base, reader, keep)
     pairs = zip(texts, images, strict=True)
     return [{**text, **{name: value[None] for name, value in image.items()}} for text, image in pairs]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.chats import MEDIA, in_parts
 from nsc_merge.calibration.raw.columns import Sample
 from nsc_merge.calibration.raw.drawing import TOKENS, Encoded
@@ -48,7 +49,12 @@ class Media:
 
 
 def encode_pairs(
-    samples: Sequence[Sample], processor: Any, base: Base, settings: DataSettings, media: Media
+    samples: Sequence[Sample],
+    processor: Any,
+    base: Base,
+    settings: DataSettings,
+    media: Media,
+    keep: Keep = in_memory,
 ) -> list[Encoded]:
     """What the processor makes of text, images and recordings of every sample, without padding.
 
@@ -62,7 +68,7 @@ def encode_pairs(
     found = []
     with counting(samples) as progress:
         for sample in samples:
-            found.append(_pair(sample, processor, base, settings, media, most, cut))
+            found.append(keep(_pair(sample, processor, base, settings, media, most, cut)))
             progress.update()
     say_cut(cut, len(samples), most, ENDS[settings.truncation_side])
     if media.audio is not None:
