@@ -203,3 +203,13 @@ def test_chats_of_preferences_are_taken_by_their_column(at, capsys):
     assert main(["init", *ADAPTERS, "--data", "preferences.jsonl", "--force"]) == 0
     assert (written()["data"]["text"], written()["data"].get("messages")) == ("prompt", None)
     capsys.readouterr()
+
+
+def test_several_columns_of_text_are_told_with_the_option_that_names_one(at, capsys):
+    at("llama")
+    Path("rows.jsonl").write_text('{"title": "a b", "body": "c d"}\n')
+    said = refused(capsys, *ADAPTERS, "--data", "rows.jsonl")
+    assert "several columns of text and none is named: title ('a b'), body ('c d')" in said
+    assert said.rstrip().endswith("; nsc-merge init has --text for it")
+    assert main(["init", *ADAPTERS, "--data", "rows.jsonl", "--text", "body"]) == 0
+    assert written()["data"]["text"] == "body"

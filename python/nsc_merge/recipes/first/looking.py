@@ -114,10 +114,15 @@ def _raw(
         said_there = next((name for name in _TRANSCRIPTS if _hold_texts(rows, [name])), None)
         settings = replace(settings, target=settings.text or said_there, text=None)
     place = f"{argument}: {Path(source).name}"
-    columns = choose(
-        rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
-        words=takes.words, columns=found.columns,
-    )  # fmt: skip
+    try:
+        columns = choose(
+            rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
+            words=takes.words, columns=found.columns,
+        )  # fmt: skip
+    except ValueError as error:
+        # A key of a recipe, which is not written yet.
+        way = "; nsc-merge init has --text for it" if "write text: " in str(error) else ""
+        raise ValueError(f"{error}{way}") from None
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
