@@ -15,6 +15,7 @@ import nsc_merge
 from nsc_merge.adapters.hub import READ, SENTENCE_MODULES
 from nsc_merge.results.beside import preprocessing
 from nsc_merge.results.beside.next_commands import next_commands
+from nsc_merge.results.beside.serving.sentence_modules import loaded_by, modules_beside, pickled_notes
 
 PROMPTS = {"query": "search: "}
 # As release 6 and release 2 write the same.
@@ -232,3 +233,115 @@ def test_an_adapter_of_a_model_with_a_head_is_none_for_the_trunk_that_is_loaded(
         assert note.startswith("sentence-transformers loads this base without the head of LlamaForCausalLM")
     put(base, OLD, sentence_bert_config={"transformer_task": "text-generation"})
     assert saved(case, tmp_path / "generating", served_cases.load) == []
+
+
+def written(folder, files=NEW, **changes):
+    folder.mkdir()
+    put(folder, files, **changes)
+    return folder
+
+
+def beside(*folders):
+    """What is copied of adapters' folders, and the first word of what is told."""
+    found = modules_beside({}, {folder.name: folder for folder in folders})
+    return sorted(found.files), [note.split(": ")[0] for note in found.notes]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ({}, {}, True),
+        ({"similarity_fn_name": "cosine"}, {"similarity_fn_name": "cosine"}, True),
+        # Releases before 3 say nothing of it.
+        ({}, {"similarity_fn_name": "dot"}, True),
+        ({"similarity_fn_name": None}, {"similarity_fn_name": "dot"}, True),
+        ({"similarity_fn_name": "cosine"}, {"similarity_fn_name": "dot"}, False),
+        ({"default_prompt_name": None}, {}, True),
+        ({"default_prompt_name": "query"}, {}, False),
+        ({"prompts": {}}, {}, True),
+        ({"prompts": {"query": ""}}, {"prompts": None}, True),
+        ({"prompts": {"query": "a"}}, {"prompts": {"query": "b"}}, False),
+        ({"prompts": {"query": "a"}}, {"prompts": []}, False),
+        ({"__version__": 1}, {"__version__": 2}, True),
+    ],
+)
+def test_settings_that_decide_nothing_may_differ(tmp_path, one, two, same):
+    folders = [
+        written(tmp_path / name, {**NEW, "config_sentence_transformers.json": told})
+        for name, told in (("one", one), ("two", two))
+    ]
+    files, notes = beside(*folders)
+    if same:
+        assert files == sorted([*NEW, DENSE])
+        assert notes == ["pooling and prompts of sentence-transformers (modules.json) are those beside one, the base "
+                         "has none"]  # fmt: skip
+    else:
+        assert files == []
+        (note,) = modules_beside({}, {folder.name: folder for folder in folders}).notes
+        assert "have each another config_sentence_transformers.json, so that none lie here" in note
+
+
+def test_weights_and_settings_of_every_module_are_compared(tmp_path):
+    one = written(tmp_path / "one")
+    alike = written(tmp_path / "alike", metadata={"format": "pt"})
+    assert (alike / DENSE).read_bytes() != (one / DENSE).read_bytes()
+    assert beside(one, alike)[0]
+    assert beside(one, written(tmp_path / "more", {**NEW, "2_Dense/config.json": {"bias": True, "in_features": 32}}))[0]
+    others = {
+        "named": {**NEW, "2_Dense/config.json": {"in_features": 32, "out_features": 9}},
+        "first": {**NEW, "2_Dense/config.json": {"in_features": 33, "out_features": 8}},
+    }
+    for name, files in others.items():
+        assert beside(one, written(tmp_path / name, files))[0] == beside(tmp_path / name, one)[0] == []
+    for name, tensors in (("values", {"linear.weight": torch.zeros(8, 32)}), ("names", {"w": torch.ones(8, 32)})):
+        save_file(tensors, written(tmp_path / name) / DENSE)
+        assert beside(one, tmp_path / name)[0] == []
+    (written(tmp_path / "without") / DENSE).unlink()
+    (written(tmp_path / "broken") / DENSE).write_bytes(b"no tensors")
+    for name in ("without", "broken"):
+        assert beside(one, tmp_path / name)[0] == beside(tmp_path / name, one)[0] == [], name
+    # Folders without modules say nothing, nor do those whose model lies in a folder of its own.
+    (tmp_path / "bare").mkdir()
+    moved = [{**NEW["modules.json"][0], "path": "0_Transformer"}, *NEW["modules.json"][1:]]
+    elsewhere = written(tmp_path / "elsewhere", {**NEW, "modules.json": moved})
+    assert beside(tmp_path / "bare", one, elsewhere)[0] == sorted([*NEW, DENSE])
+    assert modules_beside({}, {"memory": None, "bare": tmp_path / "bare"}) == ({}, [])
+    for listed in ({}, [], ["x"], None):
+        (elsewhere / "modules.json").write_text(json.dumps(listed))
+        assert beside(elsewhere) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "call"),
+    [
+        ({}, "SentenceTransformer", 'encode("A sentence.")'),
+        ({"model_type": "SentenceTransformer"}, "SentenceTransformer", 'encode("A sentence.")'),
+        ({"model_type": "SparseEncoder"}, "SparseEncoder", 'encode("A sentence.")'),
+        ({"model_type": "MultiVectorEncoder"}, "MultiVectorEncoder", 'encode("A sentence.")'),
+        ({"model_type": "CrossEncoder"}, "CrossEncoder", 'predict([("A question?", "A sentence.")])'),
+        ({"model_type": "OfTomorrow"}, "SentenceTransformer", 'encode("A sentence.")'),
+        ({"model_type": ["SparseEncoder"]}, "SentenceTransformer", 'encode("A sentence.")'),
+        ([], "SentenceTransformer", 'encode("A sentence.")'),
+        (None, "SentenceTransformer", 'encode("A sentence.")'),
+    ],
+)
+def test_the_class_that_loads_a_folder(tmp_path, told, kind, call):
+    if told is not None:
+        (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(told))
+    assert loaded_by(tmp_path) is None
+    (tmp_path / "modules.json").write_text("[]")
+    assert loaded_by(tmp_path) == (kind, call)
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LayerNorm", "WeightedLayerPooling", "LSTM", "CNN", "SparseAutoEncoder"])
+def test_modules_with_weights_of_their_own(tmp_path, kind):
+    listed = [NEW["modules.json"][0], {"path": "1_Own", "type": f"sentence_transformers.models.{kind}"}]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    copied = {"modules.json": tmp_path / "modules.json"}
+    (note,) = pickled_notes(copied)
+    assert note.startswith("1_Own has no model.safetensors, and pickled weights are never opened or copied")
+    assert pickled_notes({**copied, "1_Own/model.safetensors": tmp_path}) == []
+    assert pickled_notes({}) == []
+    listed[1]["type"] = "sentence_transformers.models.Pooling"
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    assert pickled_notes(copied) == []

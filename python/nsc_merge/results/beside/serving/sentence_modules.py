@@ -21,6 +21,8 @@ from nsc_merge.utils.safetensors_checks import read_checked
 MODULES = "modules.json"
 _OF_MODEL = "sentence_*_config.json"
 _SETTINGS, _PROMPTS = "config_sentence_transformers.json", ("prompts", "default_prompt_name")
+# By what embeddings are compared; releases before 3 do not say it.
+_SIMILARITY = "similarity_fn_name"
 # Modules with weights of their own.
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "WeightedLayerPooling", "LSTM", "CNN", "SparseAutoEncoder", "CSRSparsity")
 # How releases before 5 say what is pooled: one key a mode, such as pooling_mode_cls_token.
@@ -157,8 +159,10 @@ def _difference(one: Files, other: Files) -> str | None:
     """
     if _listed(one) != _listed(other):
         return MODULES
-    prompts, others = ([settings.get(name) or None for name in _PROMPTS] for settings in map(_settings, (one, other)))
-    if prompts != others:
+    settings = [_settings(one), _settings(other)]
+    prompts, others = ([told.get(name) or None for name in _PROMPTS] for told in settings)
+    similar, another = (told.get(_SIMILARITY) for told in settings)
+    if prompts != others or (None not in (similar, another) and similar != another):
         return _SETTINGS
     for name in sorted(one.keys() | other.keys()):
         if "/" not in name:
