@@ -226,7 +226,7 @@ def _register(
         if rank is None and any(factor.dense is not None for _, factor in terms):
             raise ValueError(
                 f"output: the update of method {result.method!r} is of full rank, which no small adapter holds "
-                "exactly: expected output 'svd', found 'cat'"
+                "exactly: expected a rank to truncate it to (output 'svd'), found output 'cat'"
             )
         A, B, errors[path] = (*concatenated(terms), 0.0) if rank is None else low_rank(terms, rank)
         # PEFT has no adapters of rank 0; leaving the module out says the same, unless there is a bias.
