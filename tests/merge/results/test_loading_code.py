@@ -73,8 +73,10 @@ def test_what_a_model_writes_behind_its_prompt_and_what_a_decoder_writes(tmp_pat
     for kind, written in (
         ("LlamaForCausalLM", 'tokens[0, inputs["input_ids"].shape[1] :]'),
         ("T5ForConditionalGeneration", "tokens[0]"),
-        # It reads text and hears, and has no encoder of text.
+        # They read and hear: there is no encoder of the text, nor a pipeline that gives them one.
         ("Qwen2AudioForConditionalGeneration", 'tokens[0, inputs["input_ids"].shape[1] :]'),
+        ("GraniteSpeechForConditionalGeneration", 'tokens[0, inputs["input_ids"].shape[1] :]'),
+        ("VoxtralForConditionalGeneration", 'tokens[0, inputs["input_ids"].shape[1] :]'),
     ):
         assert saved(tmp_path, kind).using(made=True) == [
             "from transformers import AutoTokenizer",

@@ -12,10 +12,12 @@ from torch import nn
 
 from nsc_merge.models.bases.loading import base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
+from nsc_merge.models.block_finding import AUDIO
 from nsc_merge.results.beside.uses import TO_TEXT, Use, inputs_of, use_of
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 
+_SPEECH = "automatic-speech-recognition"
 # Tag -> what its pipeline prepares inputs with, and is tried on.
 _PIPELINES = {
     "text-classification": (("tokenizer",), '"A sentence."'),
@@ -33,12 +35,12 @@ _PIPELINES = {
         ("tokenizer", "image_processor"),
         '"picture.png", candidate_labels=["a cat", "a dog"]',
     ),
-    "automatic-speech-recognition": (("tokenizer", "feature_extractor"), '"speech.wav"'),
+    _SPEECH: (("tokenizer", "feature_extractor"), '"speech.wav"'),
     "audio-classification": (("feature_extractor",), '"speech.wav"'),
 }
 # Tag -> what its pipeline does, where that is not to classify.
 _DOES = {
-    "automatic-speech-recognition": "transcribe",
+    _SPEECH: "transcribe",
     "object-detection": "detect",
     "zero-shot-object-detection": "detect",
     "depth-estimation": "estimate",
@@ -125,6 +127,14 @@ class Saved:
         return self.remote or (self._use.auto if self._use else self.kind)
 
     @property
+    def _reads_and_hears(self) -> bool:
+        """Whether there is text around its audio, which pipelines of speech give no model; transformers lists such
+        models (Qwen2-Audio, Granite Speech) with those that have an encoder.
+        """
+        taken = inputs_of(self.kind) if self._use and self.remote is None else set()
+        return "input_ids" in taken and "decoder_input_ids" not in taken and not taken.isdisjoint(AUDIO)
+
+    @property
     def _imported(self) -> str:
         return f"from {'transformers' if self.remote or self._use else self.home} import {self.auto}"
 
@@ -195,11 +205,12 @@ class Saved:
         tag = self._use.tag if self._use else ""
         text = (self.folder / "tokenizer_config.json").is_file()
         others = any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
-        if tag in _PIPELINES:
+        speaks = tag == _SPEECH and self._reads_and_hears
+        if tag in _PIPELINES and not speaks:
             needed, example = _PIPELINES[tag]
             there = all(text if name == "tokenizer" else others for name in needed)
             return self._pipeline(tag, needed, example, made=made) if there else []
-        if (tag == "text-generation" or self.auto == TO_TEXT) and text:
+        if (tag == "text-generation" or self.auto == TO_TEXT or speaks) and text:
             return self._generating()
         if tag == "image-text-to-text" and text and others and self.prompts:
             return self._describing()
@@ -250,8 +261,8 @@ class Saved:
         return [*imports, *self._generated("AutoProcessor", "processor", told)]
 
     def _generated(self, auto: str, name: str, told: str) -> list[str]:
-        # What a decoder writes stands behind what it was given; models that read and hear are listed with encoders.
-        apart = self.auto == TO_TEXT and (self.remote is not None or "decoder_input_ids" in inputs_of(self.kind))
+        # What a decoder writes stands behind what it was given.
+        apart = self.auto == TO_TEXT and not self._reads_and_hears
         written = "tokens[0]" if apart else 'tokens[0, inputs["input_ids"].shape[1] :]'
         return [
             f"{name} = {auto}.from_pretrained({self._beside})",
