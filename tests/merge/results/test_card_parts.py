@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from nsc_merge.models.bases.placement import PLAIN
 from nsc_merge.results.beside import model_card as card
 from nsc_merge.results.beside.heads import Head
 from nsc_merge.results.beside.loading_code import Base
+from nsc_merge.results.beside.next_commands import next_commands
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
 BERT = "BertForSequenceClassification"
@@ -270,3 +272,20 @@ def test_the_licence_of_a_base_stands_in_its_card(tmp_path: Path):
     assert card._licenses(result_of(model, adapters=adapters)) == {"`a`": "mit"}
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     assert card._licenses(result_of(model, adapters=adapters)) == {"the base": "gemma", "`a`": "mit"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tried"),
+    [
+        ("WhisperForConditionalGeneration", True),
+        ("Wav2Vec2ForCTC", True),
+        # A pipeline gives them no text around the audio.
+        ("GraniteSpeechForConditionalGeneration", False),
+        ("VoxtralForConditionalGeneration", False),
+    ],
+)
+def test_speech_is_tried_where_a_pipeline_runs_it(kind, tried, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind]}))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    commands = next_commands(result_of(bert(), "a"), tmp_path, ["config.json", "preprocessor_config.json"], pushed=True)
+    assert ["automatic-speech-recognition" in command for command in commands] == [True] * tried

@@ -12,12 +12,10 @@ from torch import nn
 
 from nsc_merge.models.bases.loading import base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
-from nsc_merge.models.block_finding import AUDIO
-from nsc_merge.results.beside.uses import TO_TEXT, Use, inputs_of, use_of
+from nsc_merge.results.beside.uses import SPEECH, TO_TEXT, Use, inputs_of, reads_and_hears, use_of
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.option_checks import is_hub_id
 
-_SPEECH = "automatic-speech-recognition"
 # Tag -> what its pipeline prepares inputs with, and is tried on.
 _PIPELINES = {
     "text-classification": (("tokenizer",), '"A sentence."'),
@@ -35,12 +33,12 @@ _PIPELINES = {
         ("tokenizer", "image_processor"),
         '"picture.png", candidate_labels=["a cat", "a dog"]',
     ),
-    _SPEECH: (("tokenizer", "feature_extractor"), '"speech.wav"'),
+    SPEECH: (("tokenizer", "feature_extractor"), '"speech.wav"'),
     "audio-classification": (("feature_extractor",), '"speech.wav"'),
 }
 # Tag -> what its pipeline does, where that is not to classify.
 _DOES = {
-    _SPEECH: "transcribe",
+    SPEECH: "transcribe",
     "object-detection": "detect",
     "zero-shot-object-detection": "detect",
     "depth-estimation": "estimate",
@@ -128,11 +126,7 @@ class Saved:
 
     @property
     def _reads_and_hears(self) -> bool:
-        """Whether there is text around its audio, which pipelines of speech give no model; transformers lists such
-        models (Qwen2-Audio, Granite Speech) with those that have an encoder.
-        """
-        taken = inputs_of(self.kind) if self._use and self.remote is None else set()
-        return "input_ids" in taken and "decoder_input_ids" not in taken and not taken.isdisjoint(AUDIO)
+        return self._use is not None and self.remote is None and reads_and_hears(self.kind)
 
     @property
     def _imported(self) -> str:
@@ -205,7 +199,7 @@ class Saved:
         tag = self._use.tag if self._use else ""
         text = (self.folder / "tokenizer_config.json").is_file()
         others = any((self.folder / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
-        speaks = tag == _SPEECH and self._reads_and_hears
+        speaks = tag == SPEECH and self._reads_and_hears
         if tag in _PIPELINES and not speaks:
             needed, example = _PIPELINES[tag]
             there = all(text if name == "tokenizer" else others for name in needed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from nsc_merge.models.bases.sharded import class_name
 from nsc_merge.results.beside.loading_code import has_chat_template, quoted
 from nsc_merge.results.beside.serving.sentence_modules import loaded_by
-from nsc_merge.results.beside.uses import use_of
+from nsc_merge.results.beside.uses import SPEECH, reads_and_hears, use_of
 from nsc_merge.results.dora_adapter import has_gains
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.json_text import from_json
@@ -25,7 +25,7 @@ _TRIED = {
     "object-detection": ("preprocessor_config.json", "picture.png"),
     "depth-estimation": ("preprocessor_config.json", "picture.png"),
     "video-classification": ("preprocessor_config.json", "video.mp4"),
-    "automatic-speech-recognition": ("preprocessor_config.json", "speech.wav"),
+    SPEECH: ("preprocessor_config.json", "speech.wav"),
     "audio-classification": ("preprocessor_config.json", "speech.wav"),
 }
 
@@ -57,7 +57,7 @@ def next_commands(result: MergedUpdate, out: Path, files: Sequence[str], *, push
             break
         use = use_of(kind)
         needed, example = _TRIED.get(use.tag if use else "", ("", ""))
-        if use is None or f"{place}{needed}" not in files:
+        if use is None or f"{place}{needed}" not in files or (use.tag == SPEECH and reads_and_hears(kind)):
             continue
         # An adapter goes onto the base as it is: a head of its own needs more than a pipeline, and so does DoRA.
         if format == "lora" and (use.tag != "text-generation" or has_gains(result)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import NamedTuple
 
+from nsc_merge.models.block_finding import AUDIO
+
 
 class Use(NamedTuple):
     """What a class of transformers is for.
@@ -21,6 +23,7 @@ class Use(NamedTuple):
 
 
 TO_TEXT = "AutoModelForSeq2SeqLM"
+SPEECH = "automatic-speech-recognition"
 # A class counts as the first that lists it.
 _USES = (
     Use("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText", "image-text-to-text"),
@@ -29,8 +32,8 @@ _USES = (
     Use("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification", "text-classification"),
     Use("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification", "token-classification"),
     Use("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "AutoModelForSemanticSegmentation", "image-segmentation"),
-    Use("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
-    Use("MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC", "automatic-speech-recognition"),
+    Use("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq", SPEECH),
+    Use("MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC", SPEECH),
     Use("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "AutoModelForAudioClassification", "audio-classification"),
     Use("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "AutoModelForObjectDetection", "object-detection"),
     Use(
@@ -75,3 +78,11 @@ def inputs_of(kind: str) -> set[str]:
     import transformers
 
     return set(inspect.signature(getattr(transformers, kind).forward).parameters)
+
+
+def reads_and_hears(kind: str) -> bool:
+    """Whether a class of transformers takes audio in the midst of text, which pipelines of speech give no model. It
+    lists such classes (Qwen2-Audio, Granite Speech) with those that have an encoder.
+    """
+    taken = inputs_of(kind)
+    return "input_ids" in taken and "decoder_input_ids" not in taken and not taken.isdisjoint(AUDIO)
