@@ -103,6 +103,12 @@ def test_models_with_images_are_served_in_their_language_model():
     assert found(sglang, adapter) == [lonely, ("wrong", taken), more]
     smaller = Outline(adapter.config, {**inside, what: low(shape=(16, 8))}, base=shows)
     assert found(sglang, smaller) == [lonely, ("refused", taken), more]
+    # One that does not fit is enough.
+    two = {"vision_tower.layers.0.v_proj": low(), "vision_tower.layers.0.q_proj": low(shape=(16, 8))}
+    fits = Base("llama", 2, {"q_proj": (16, 16), "v_proj": (16, 16)}, True)
+    ((effect, said),) = found(sglang, Outline(adapter.config, {**inside, **two}, base=fits))
+    assert (effect, said.partition(" is taken")[0]) == ("refused", "2 modules, such as vision_tower.layers.0.v_proj")
+    assert found(sglang, Outline(adapter.config, inside, base=shows)) == []
     assert found(llama_cpp, adapter) == [("unsure", "the names of llama models with images are not followed here")]
 
 
@@ -143,6 +149,8 @@ def test_what_sglang_takes():
     assert found(sglang, outline(*both, "conv")) == [
         ("unsure", "2 modules, such as model.layers.0.self_attn.conv, for which --lora-target-modules has no name")
     ]
+    assert found(sglang, outline(*both, config={"use_dora": True})) == [("refused", "the adapter is DoRA")]
+    assert found(sglang, outline(*both, embeddings={"model.embed_tokens": low()})) == []
     assert found(sglang, outline(*both, modules={"lm_head": low(), "score": low()})) == [
         ("left out", "score, outside of all layers")
     ]
@@ -185,6 +193,43 @@ def test_what_lorax_takes():
     alike = {LAYER.format(0, "v_proj"): low(20), LAYER.format(1, "v_proj"): low(32)}
     ((effect, what),) = found(lorax, outline("q_proj", modules=alike))
     assert (effect, what) == ("wrong", f"{rules('q_proj')} is scaled by 0.25 when it is loaded again, and by PEFT by 1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "effect"),
+    [
+        *((kind, None) for kind in ("llama", "mistral", "qwen2", "gemma", "gemma2", "granite", "cohere", "solar", "")),
+        *((kind, "unsure") for kind in ("bloom", "dbrx", "gpt2", "gpt_neox", "mixtral", "mllama", "phi", "phi3")),
+        *((kind, "unsure") for kind in ("phi-msft", "qwen")),
+        ("vit", "refused"),
+        ("qwen3", "refused"),
+    ],
+)
+def test_models_that_lorax_serves(kind, effect):
+    told = {"unsure": f"the names of {kind} models are not followed here",
+            "refused": f"LoRAX serves no adapters for {kind} models as it is saved here"}  # fmt: skip
+    both = outline("q_proj", base=Base(kind, 2))
+    assert found(lorax, both) == ([] if effect is None else [(effect, told[effect])])
+    shows = outline("q_proj", base=Base(kind, 2, {}, True))
+    assert found(lorax, shows) == [("refused", f"LoRAX serves no adapters for {kind} models as it is saved here")]
+
+
+def test_where_lorax_finds_linears():
+    headed = outline("q_proj", modules={"lm_head": low()})
+    assert found(lorax, headed) == []
+    assert lorax.kinds(headed) == {
+        "self_attn.q_proj": {0: LAYER.format(0, "q_proj"), 1: LAYER.format(1, "q_proj")},
+        "lm_head": {0: "lm_head"},
+    }
+    gemma = outline("q_proj", modules={"lm_head": low()}, base=Base("gemma", 2))
+    assert found(lorax, gemma) == [("left out", "lm_head, not among the linears that it knows")]
+    elsewhere = {f"model.decoder.layers.{number}.self_attn.v_proj": low() for number in range(2)}
+    assert found(lorax, outline("q_proj", modules=elsewhere))[0][1].endswith("not among the linears that it knows")
+    assert found(lorax, outline("q_proj", parameters=True, biased=True, whole=("a.weight",))) == [
+        ("left out", "biases (lora_bias)"),
+        ("left out", "a.weight, trained in full (modules_to_save)"),
+        ("left out", "LoRA on parameters (target_parameters)"),
+    ]
 
 
 def test_what_llama_cpp_takes():
