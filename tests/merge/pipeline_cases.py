@@ -113,6 +113,24 @@ def wan():
     return pipe
 
 
+def z_image():
+    """Which takes and gives lists with a tensor for each image."""
+    torch.manual_seed(0)
+    model = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, cap_feat_dim=8, axes_dims=[4, 2, 2], axes_lens=[64, 8, 8],
+    )
+    for token in (model.x_pad_token, model.cap_pad_token):
+        nn.init.ones_(token)
+    add(model, ["to_q", "to_v"])
+    pipe = diffusers.ZImagePipeline(
+        vae=decoder(), text_encoder=None, tokenizer=None, transformer=model,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def wan_prompts():
     generator = torch.Generator().manual_seed(0)
     made = {}

@@ -28,8 +28,9 @@ _VALUES = (
     *("prediction_outputs", "regression_outputs", "mean_predictions", "quantile_preds"),
     *("predicted_depth", "heatmaps"),
 )
-# What diffusers' models predict, of latents of images [N, C, H, W] and of videos [N, C, F, H, W].
-_LATENTS = "sample"
+# What diffusers' models predict, of latents of images [N, C, H, W] and of videos [N, C, F, H, W], or of tokens
+# [N, T, C]; and of the sound beside a video.
+_LATENTS, _SOUND = "sample", "audio_sample"
 Outputs = Mapping[str, Callable[[nn.Module, Batch], Tensor]]
 
 
@@ -139,7 +140,8 @@ def _of_model(
     else:
         output = output_in(found, model, batch, values=bool(values))
     if output is None:
-        name = "" if values is None else _named(found, (*_VALUES, _LATENTS))[0]
+        latents = predicted_latents(found) is not None
+        name = "" if values is None else _LATENTS if latents else _named(found, _VALUES)[0]
         instead = f"; likelihood 'gaussian' takes its {name}" if name else ""
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits{instead}; expected a function of model and batch for "
@@ -160,8 +162,22 @@ def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Te
         return _ends(found, model, batch)
     if not values:
         return None
-    latents = _named(found, [_LATENTS])[1]
+    latents = predicted_latents(found)
     return _named(found, _VALUES)[1] if latents is None else _channels_last(latents)
+
+
+def predicted_latents(found: Any) -> Tensor | None:
+    """What a model of diffusers predicts, if ``found`` is an output of one: of a list, as Z-Image has of images, which
+    are of one size, all; and what comes after a video is its sound, where that is as wide, as in LTX-2.
+    """
+    latents, sound = getattr(found, _LATENTS, None), _named(found, [_SOUND])[1]
+    if isinstance(latents, list | tuple) and len({getattr(one, "shape", None) for one in latents} - {None}) == 1:
+        latents = torch.stack(list(latents))
+    if not isinstance(latents, Tensor):
+        return None
+    if sound is None or not latents.dim() == sound.dim() == 3 or latents.shape[2] != sound.shape[2]:
+        return latents
+    return torch.cat([latents, sound], 1)
 
 
 def _classes_last(logits: Tensor) -> Tensor:

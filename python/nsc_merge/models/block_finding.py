@@ -12,12 +12,15 @@ from torch import nn
 
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
-VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v")
-PACKED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
+VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v", "to_value")
+PACKED = (
+    *("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection"),
+    *("to_qkv", "to_qkv_mlp_proj"),
+)
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
 # Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks. diffusers'
-# second of a block is one to the prompt, unless it says otherwise.
-_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|\battn2\b", re.IGNORECASE)
+# second of a block is one to the prompt, unless it says otherwise; what is of the sound beside a video is called so.
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|\battn2\b|\baudio_|_to_audio_", re.IGNORECASE)
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 REDUCES = "_get_feature_vector_attention_mask"
 # Inputs of audio beside text, and what configurations call the token that stands in the text for it.
@@ -31,7 +34,8 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
 
     The blocks are the longest ``nn.ModuleList`` of modules of one class, or of transformers' layers, which in Jamba are
     of two, that holds adapted linears and is in no other such list: the stages of Swin rather than the blocks within,
-    the blocks of Mixtral rather than their experts. Where there is none, the longest such ``nn.Sequential``, which is
+    the blocks of Mixtral rather than their experts; lists of projections, of one linear each, where there are no others
+    (HiDream has one of the prompt for every block). Where there is none, the longest such ``nn.Sequential``, which is
     what timm and torchvision make of blocks. Lists of what the model calls its decoder (``get_decoder()``) go first, so
     that a vision tower or an encoder is measured where nothing behind it is adapted. Of two towers side by side, as in
     CLIP, both are, if they are equally deep.
@@ -60,6 +64,7 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     decoder = None if towers else _decoder(model)
     inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
     lists = inside or lists
+    lists = {path: size for path, size in lists.items() if not _projects(model.get_submodule(path))} or lists
     if towers:
         # Text and images in models beside each other, of whatever depth, with a head behind them as in OWL-ViT or not.
         above = _beneath(model, getattr(model, "base_model", model))
@@ -95,6 +100,11 @@ def blocks_of(model: nn.Module, block: str) -> dict[str, nn.Module]:
 
 def _longest(lists: Mapping[str, int]) -> list[str]:
     return [path for path, size in lists.items() if size == max(lists.values())]
+
+
+def _projects(blocks: nn.Module) -> bool:
+    """Whether each of a list holds one linear alone."""
+    return all(sum(map(_is_linear, one.modules())) == 1 for one in blocks.children())
 
 
 def _attends(blocks: str, counted: Collection[str]) -> bool:

@@ -1,14 +1,16 @@
 """Merges of a pipeline's adapters by what its models are called with while it makes images by each of them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoKrConfig
-from pipeline_cases import FEW, PROMPTS, diffusers, stable_diffusion, stable_diffusion_xl, wan, wan_prompts
+from pipeline_cases import FEW, PROMPTS, diffusers, stable_diffusion, stable_diffusion_xl, wan, wan_prompts, z_image
 
 import nsc_merge
 from nsc_merge.integrations.diffusers import calibration_data, merge, save
+from nsc_merge.methods.task_outputs import predicted_latents
 from nsc_merge.models.bases.adapted import without_adapters
 from nsc_merge.models.block_finding import described
 
@@ -110,6 +112,43 @@ def test_a_second_attention_to_the_images_themselves_is_measured():
     assert described(model)["score_modules"][0] == "transformer_blocks.0.attn2.to_v"
 
 
+SMALL = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+MEASURED = {
+    # Of a block that has a video attend to its sound as well, and the sound to both.
+    "LTX2VideoTransformer3DModel": (
+        {**SMALL, "in_channels": 4, "cross_attention_dim": 16, "audio_in_channels": 4, "audio_num_attention_heads": 2,
+         "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "caption_channels": 8},
+        "transformer_blocks", "attn1.to_v",
+    ),
+    "Kandinsky5Transformer3DModel": (
+        {"in_visual_dim": 4, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 8, "out_visual_dim": 4, "model_dim": 8,
+         "ff_dim": 16, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (2, 4, 2)},
+        "visual_transformer_blocks", "self_attention.to_value",
+    ),
+    "Flux2Transformer2DModel": (
+        {**SMALL, "in_channels": 4, "num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 8,
+         "axes_dims_rope": [2, 2, 2, 2]},
+        "single_transformer_blocks", "attn.to_qkv_mlp_proj",
+    ),
+    # Whose projections of the prompt are a longer list than its blocks.
+    "HiDreamImageTransformer2DModel": (
+        {**SMALL, "patch_size": 2, "in_channels": 4, "num_layers": 1, "num_single_layers": 2, "text_emb_dim": 8,
+         "caption_channels": [8, 8], "num_routed_experts": 2, "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8),
+         "llama_layers": (0, 1, 1)},
+        "single_stream_blocks", "block.attn1.to_v",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_measured_are_the_values_of_the_images_or_all_that_is_in_one_weight_with_them(kind):
+    settings, blocks, measured = MEASURED[kind]
+    with torch.device("meta"):
+        found = described(getattr(diffusers, kind)(**settings))
+    assert found["block"] == rf"^(?:{blocks})\.(\d+)\."
+    assert found["score_modules"][0] == measured
+
+
 FEW_STEPS = {"steps": 3, "progress": False}
 METHODS = [("nsc", FEW_STEPS), ("match", FEW_STEPS), ("distill", FEW_STEPS), ("regmean", {}), ("fisher", {"rank": 5})]
 
@@ -176,6 +215,35 @@ def test_distillation_starts_at_and_lowers_the_distance_to_what_each_adapter_alo
         away = predicted(model, calls[0], "mean", 1.0) - wanted[task][0]
         assert first["loss"][task] == pytest.approx(float(away.square().mean() / own.var(0, False).mean()), rel=1e-4)
     assert sum(after.values()) < sum(before.values())
+
+
+def test_images_that_come_in_a_list_are_compared():
+    pipe = z_image()
+    text = {name: [{"prompt_embeds": [torch.full((3, 8), value)]}] for name, value in (("ink", 0.3), ("toy", -0.2))}
+    data = calibration_data(pipe, text, calls=1, guidance_scale=0.0, **FEW)
+    found = {}
+    common = {"data": data, "init": 0.3, "steps": 2, "progress": False}
+    for method, options in (("match", {}), ("distill", {"distance": "divergence"})):
+        merged = merge(pipe, ["ink", "toy"], None, method, method, **common, **options)
+        found[method] = merged["transformer"].result.history
+    merge(pipe, ["ink", "toy"], [0.3, 0.3], "mean")
+    for task, calls in data.items():
+        own, mean = (
+            torch.stack(predicted(pipe.transformer, calls["transformer"][0], name, 1.0)).movedim(1, -1)
+            for name in (task, "mean")
+        )
+        away = float((mean - own).square().mean())
+        assert found["match"][0]["loss"][task] == pytest.approx(away, rel=1e-4)
+        spread = float(own.flatten(0, -2).double().var(0, False).mean())
+        assert found["distill"][0]["loss"][task] == pytest.approx(away / spread, rel=1e-4)
+
+
+def test_the_sound_of_a_video_is_compared_with_it_where_it_is_as_wide():
+    video, sound = torch.ones(1, 3, 4), torch.zeros(1, 2, 4)
+    whole = predicted_latents(SimpleNamespace(sample=video, audio_sample=sound))
+    assert torch.equal(whole, torch.cat([video, sound], 1))
+    assert predicted_latents(SimpleNamespace(sample=video, audio_sample=sound[..., :2])) is video
+    assert predicted_latents(SimpleNamespace(sample=[video, video[:, :2]])) is None
 
 
 def test_one_adapter_is_found_again_with_its_weight():

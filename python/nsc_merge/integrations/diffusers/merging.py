@@ -14,7 +14,7 @@ from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, che
 from nsc_merge.integrations.diffusers.recording import Calls, PipelineData
 from nsc_merge.integrations.peft import Merged, NothingToRegister
 from nsc_merge.methods import method_of
-from nsc_merge.results.merged_model import is_of_diffusers
+from nsc_merge.results.merged_model import part_of_pipeline
 
 
 def merge(
@@ -115,15 +115,21 @@ def _of_components(data: Any, present: dict[str, list[str]], method: str) -> dic
 
 
 def _compared(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    """What a method that compares predictions takes for those of a text encoder, which predicts nothing."""
-    return {} if is_of_diffusers(model) else {"outputs": dict.fromkeys(names, _embedded)}
+    """What a method that compares predictions takes for those of a text encoder, or of what stands between it and the
+    denoiser, which predict nothing.
+    """
+    return {} if part_of_pipeline(model) else {"outputs": dict.fromkeys(names, _embedded)}
 
 
 def _embedded(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     """What pipelines read of a text encoder, ``[N, T, d]``: its last hidden states, or the last but one where they ask
-    for all of them, and after these what it makes of the whole prompt, if that is as wide.
+    for all of them, and after these what it makes of the whole prompt, if that is as wide. LTX-2's connectors give one
+    for the video and one for its sound.
     """
     found = model(**call)
+    if isinstance(found, tuple):
+        video, sound = found[:2]
+        return torch.cat([video, sound], 1) if video.shape[2] == sound.shape[2] else video
     hidden = getattr(found, "hidden_states", None)
     read: Tensor = found.last_hidden_state if hidden is None else hidden[-2]
     pooled = getattr(found, "text_embeds", None)

@@ -14,7 +14,7 @@ from nsc_kernels import null_space_ratio
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods.method import Problem
-from nsc_merge.methods.task_outputs import beside, labels_positions, last_token
+from nsc_merge.methods.task_outputs import beside, labels_positions, last_token, predicted_latents
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
@@ -193,4 +193,5 @@ def _tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     hidden = getattr(output, "last_hidden_state", None)
+    hidden = predicted_latents(output) if hidden is None else hidden
     return hidden if hidden is not None else output[0]
