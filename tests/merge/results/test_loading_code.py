@@ -95,7 +95,9 @@ def test_images_are_described_where_a_text_says_where_they_are(tmp_path):
     first, *lines = one.using(made=True)
     assert first == "from transformers import AutoProcessor"
     assert lines[0] == "from PIL import Image"
+    assert lines[1] == 'processor = AutoProcessor.from_pretrained("model")'
     assert 'text=f"USER: {processor.image_token}\\nWhat is shown? ASSISTANT:"' in lines[2]
+    assert lines[4].startswith('print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :]')
     (tmp_path / "chat_template.json").write_text("{}")
     lines = one.using(made=True)
     assert "from PIL import Image" not in lines
@@ -145,6 +147,10 @@ def test_models_are_loaded_by_what_loads_any_of_their_kind(tmp_path):
         'model = AutoModelForCausalLM.from_pretrained(\n    "model",\n    trust_remote_code=True,\n)',
     ]
     assert one.using(made=True)[1] == 'tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)'
+    # What AutoModel loads may be anything.
+    one = saved(tmp_path, "MyOwn", home="transformers_modules.x", remote="AutoModel")
+    assert one.loading()[0] == "from transformers import AutoModel"
+    assert one.using(made=True) == []
 
 
 def test_adapters_are_put_on_their_base(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from served_cases import WORDS, tokenizer
+from served_cases import TEMPLATE, WORDS, tokenizer
 from torch import nn
 
 from nsc_merge.models import vocabulary
@@ -153,6 +153,8 @@ def test_tokenizers_beside_adapters_that_are_others_are_told(base, tmp_path):
         return tmp_path / name
 
     same, chats = adapter("same"), adapter("chats", template="{{ other }}")
+    # As long as the base's.
+    as_long = adapter("as_long", template=TEMPLATE.replace("message", "massage"))
     fewer = adapter("fewer", words=WORDS[:-2])
     # Written otherwise, and read as the same.
     config = json.loads((same / "tokenizer_config.json").read_text())
@@ -161,7 +163,8 @@ def test_tokenizers_beside_adapters_that_are_others_are_told(base, tmp_path):
     broken.mkdir()
     (broken / "tokenizer_config.json").write_text("no JSON")
     (tmp_path / "bare").mkdir()
-    result = result_of(base, same=same, chats=chats, fewer=fewer, broken=broken, bare=tmp_path / "bare")
+    result = result_of(base, same=same, chats=chats, fewer=fewer, as_long=as_long, broken=broken,
+                       bare=tmp_path / "bare")  # fmt: skip
     result.adapters["memory"] = SimpleNamespace(source=None)
     size = len(tokenizer())
     rest = "; the base's is used here: compare them before you serve prompts of this task"
@@ -169,10 +172,25 @@ def test_tokenizers_beside_adapters_that_are_others_are_told(base, tmp_path):
     assert preprocessing_notes(result) == [
         f"chats: {own} another chat template than the base's{rest}",
         f"fewer: {own} {size - 2} tokens where the base's has {size}{rest}",
+        f"as_long: {own} another chat template than the base's{rest}",
     ]
+    (absent,) = preprocessing_notes(result_of(tmp_path / "bare", chats=chats))
+    assert absent.startswith("the base's folder holds no tokenizer")
+    assert preprocessing_notes(result_of(broken, chats=chats)) == []
     # By its file alone, as some bases have it.
     (base / "tokenizer_config.json").unlink()
-    assert [note.partition(":")[0] for note in preprocessing_notes(result) if own in note][-1:] == ["fewer"]
+    assert [note.partition(":")[0] for note in preprocessing_notes(result) if own in note][-2:-1] == ["fewer"]
+
+
+def test_no_code_beside_an_adapter_is_run(base, tmp_path):
+    folder = tmp_path / "own"
+    tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert preprocessing_notes(result_of(base, trusted=True, own=folder)) == []
+    assert not (tmp_path / "ran").exists()
 
 
 def test_new_tokens_are_of_the_tokenizer_of_the_most(base, tmp_path):
@@ -203,8 +221,9 @@ def test_a_licence_that_somebody_has_put_there_stays(tmp_path):
         (folder / "lora").mkdir(parents=True)
         for name in ("LICENSE", "NOTICE", "tokenizer.json", "lora/LICENSE"):
             (folder / name).write_text(folder.name)
+    (staging / "COPYING").write_text("new")
     (out / "NOTICE").unlink()
     (out / "NOTICE").symlink_to("nowhere")
     leave_out_licenses(staging, out, {"lora/LICENSE"})
     left = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
-    assert left == {"tokenizer.json", "lora/LICENSE"}
+    assert left == {"tokenizer.json", "lora/LICENSE", "COPYING"}

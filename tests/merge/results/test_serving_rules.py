@@ -309,12 +309,16 @@ def test_what_a_configuration_says_of_a_base(config, shapes):
     unsaid = {name: value for name, value in config.items() if name != "model_type"}
     assert read_base(None, {"text_config": unsaid}).kind == "llama"
     assert read_base(None, unsaid).kind == ""
+    assert read_base(None, {"text_config": {**config, "model_type": "qwen2"}, "model_type": "llava"}).kind == "qwen2"
     assert read_base(None, {"llm_config": config}).shows
 
 
 def test_more_that_a_configuration_says():
     assert read_base(None, {**SIZES, "architectures": ["LlamaForSequenceClassification"]}).writes
     assert not read_base(None, {**SIZES, "architectures": ["ViTForImageClassification"]}).writes
+    for ending in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForTokenClassification"):
+        assert read_base(None, {**SIZES, "architectures": ["ViTModel", f"Any{ending}"]}).writes
+    assert read_base(None, {**SIZES, "architectures": []}).writes
     assert read_base(None, {**SIZES, "num_hidden_layers": "many"}).layers == 0
     tied = {**SIZES, "tie_word_embeddings": True}
     assert read_base(None, tied).tied is True
