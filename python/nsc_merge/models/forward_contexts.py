@@ -27,20 +27,26 @@ class Ended(Exception):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode, with outputs that have names; afterwards every module has the mode that it had,
-    which may differ from its parent's.
+    which may differ from its parent's. Models of diffusers recompute blocks, if told to, in this mode as well, in which
+    those of transformers do not.
     """
     modes = [(module, module.training) for module in model.modules()]
+    recomputed: list[Any] = [module for module, _ in modes if getattr(module, "gradient_checkpointing", None) is True]
     tuples, before = giving_tuples(model), _graphs_in(model)
     with unscaled(model):
         try:
             model.eval()
             for config in tuples:
                 config.return_dict = True
+            for one in recomputed:
+                one.gradient_checkpointing = False
             yield
         finally:
             with undisturbed():
                 for module, training in modes:
                     module.training = training
+                for one in recomputed:
+                    one.gradient_checkpointing = True
                 for config in tuples:
                     config.return_dict = False
                 # States that modules keep, as RecurrentGemma's do, hold no graph: no copy of a model can.

@@ -306,6 +306,32 @@ def test_bad_input_is_refused_before_an_image_is_made(tmp_path, monkeypatch):
         save(pipe, "k", tmp_path / "out")
 
 
+def test_models_that_do_not_compute_what_their_adapters_say_are_refused():
+    pipe = stable_diffusion()
+    data = recorded(pipe, calls=1)
+    pipe.unet.fuse_qkv_projections()
+    for run in (lambda: recorded(pipe), lambda: merge(pipe, ["ink"], method="match", data=data)):
+        with pytest.raises(ValueError, match=r"pipe.unet with fused .* pipe.unet.unfuse_qkv_projections\(\) first"):
+            run()
+    pipe.unet.unfuse_qkv_projections()
+    other = wan()
+    other.transformer.enable_cache(diffusers.FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match=r"pipe.transformer with a cache .* pipe.transformer.disable_cache\(\) first"):
+        calibration_data(other, {"ink": ["a tower"]})
+
+
+@pytest.mark.parametrize("method", ["nsc", "distill"])
+def test_a_model_that_recomputes_its_blocks_is_merged_as_any_other(method):
+    pipe = stable_diffusion()
+    data = recorded(pipe, calls=1)
+    options = {"data": data, "steps": 1, "progress": False}
+    wanted = merge(pipe, ["ink", "toy"], None, "a", method, **options)["unet"]
+    pipe.unet.enable_gradient_checkpointing()
+    found = merge(pipe, ["ink", "toy"], None, "b", method, **options)["unet"]
+    assert pipe.unet.is_gradient_checkpointing
+    assert found.coefficients == wanted.coefficients
+
+
 def test_models_that_were_never_called_are_named():
     pipe = stable_diffusion()
     embedded = [{"prompt_embeds": torch.zeros(1, 6, 8), "negative_prompt_embeds": torch.zeros(1, 6, 8)}]

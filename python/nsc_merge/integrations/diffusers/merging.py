@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nsc_merge.integrations import peft
-from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_weights, held_in
+from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_runs, check_weights, held_in
 from nsc_merge.integrations.diffusers.recording import Calls, PipelineData
 from nsc_merge.integrations.peft import Merged, NothingToRegister
 from nsc_merge.methods import method_of
@@ -64,6 +64,8 @@ def merge(
     chosen = method_of(method)
     present = {part: own for part in models if (own := [name for name in names if name in held[part]])}
     calls = _of_components(data, present, method) if chosen.needs else dict.fromkeys(present)
+    if chosen.needs:
+        check_runs({part: models[part] for part in present})
     # A coefficient for each task is what the weights are already.
     options = {"scale": 1.0, **options} if chosen.weighted == "scale" else options
     options = {"likelihood": "gaussian", **options} if "likelihood" in chosen.option_names else options

@@ -9,6 +9,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
 
 def adapted(pipe: Any) -> dict[str, nn.Module]:
     """Component -> model, of those that hold adapters."""
@@ -44,6 +46,31 @@ def check_weights(weights: Any, names: list[str]) -> None:
             "weights: expected a list with an entry for each adapter, found one dictionary, of which diffusers gives "
             f"the first adapter's weights to {names[0]!r} alone and 1 to the others"
         )
+
+
+def check_runs(models: dict[str, nn.Module]) -> None:
+    """Refuse models that compute something else than their weights and adapters say.
+
+    Raises:
+        ValueError: naming the model, and what to call first.
+    """
+    for component, model in models.items():
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"pipe: expected models that compute each call anew, found pipe.{component} with a cache of earlier "
+                f"ones; call pipe.{component}.disable_cache() first"
+            )
+        if any(_left_out(module) for module in model.modules()):
+            raise ValueError(
+                f"pipe: expected attention that runs its adapters, found pipe.{component} with fused projections, in "
+                f"which diffusers leaves LoRA out; call pipe.{component}.unfuse_qkv_projections() first"
+            )
+
+
+def _left_out(module: nn.Module) -> bool:
+    """Whether it is an attention with adapters on projections that it does not call, as it has them in one weight."""
+    fused = getattr(module, "fused_projections", False) is True
+    return fused and any(isinstance(getattr(module, name, None), BaseTunerLayer) for name in _FUSED)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nsc_merge.calibration.batches import each_tensor
-from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_weights, held_in
+from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_runs, check_weights, held_in
 from nsc_merge.models.forward_contexts import eager
 from nsc_merge.utils.progress import Progress
 
@@ -63,6 +63,7 @@ def calibration_data(
             if no model with the adapter was called.
     """
     models = adapted(pipe)
+    check_runs(models)
     held = held_in(models)
     _check(prompts, {name for every in held.values() for name in every}, calls)
     names = list(prompts)
