@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+import zoo
+from served_cases import WORDS, write_base
 
-from nsc_merge.recipes.first.looking import _chats, _rows, _templates, asked_in, compared_in
+from nsc_merge.recipes.first.looking import _chats, _rows, _templates, asked_in, compared_in, look
 
 
 def rows_of(*names: str) -> list[dict[str, Any]]:
@@ -112,3 +115,31 @@ def test_a_batch_is_as_many_of_its_longest_sample():
     assert _rows(tokens, 4).tolist() == [[1, 2, 3]] * 4
     images = _rows(torch.zeros(2, 3, 8, 8, dtype=torch.float16), 5)
     assert (images.shape, images.dtype, images.device.type) == ((5, 3, 8, 8), torch.float16, "meta")
+
+
+def test_a_step_is_as_long_as_the_longest_sample(tmp_path):
+    base = write_base("llama", tmp_path / "base")
+    counts = (3, 7, 1)
+    rows = [{"text": " ".join(WORDS[:count])} for count in counts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = str(tmp_path / "rows.jsonl")
+    found = look({"a": place, "b": place}, str(base), zoo.build("llama"), 2, None, None)
+    assert found["a"] is found["b"]
+    assert found["a"].batch["input_ids"].shape == (2, max(counts))
+    assert (found["a"].raw, found["a"].words, found["a"].text) == (True, True, None)
+    assert found["a"].said.startswith("3 rows of text; column 'text', about 4 tokens each, such as 'w")
+    # No more samples than there are.
+    assert look({"a": place}, str(base), zoo.build("llama"), 9, None, None)["a"].batch["input_ids"].shape[0] == 3
+    named = look({"a": place}, str(base), zoo.build("llama"), 2, "{text} w9", None)["a"]
+    assert named.text == "{text} w9"
+    assert named.batch["input_ids"].shape == (2, max(counts) + 1)
+    hub = look({"a": "owner/data"}, str(base), zoo.build("llama"), 2, "question", None)["a"]
+    assert (hub.source, hub.batch, hub.text, hub.raw) == ("owner/data", None, "question", True)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(20, 60), (21, 60), (3, 8)])
+def test_long_texts_are_shown_in_part(tmp_path, count, shown):
+    base, text = write_base("llama", tmp_path / "base"), " ".join(["w9"] * count)
+    (tmp_path / "rows.txt").write_text(text)
+    found = look({"a": str(tmp_path / "rows.txt")}, str(base), zoo.build("llama"), 2, None, None)["a"].said
+    assert found.endswith(f"such as {text[:shown] + ('...' if len(text) > shown else '')!r}")
