@@ -176,6 +176,13 @@ def test_what_is_said_of_heads(tmp_path):
     assert 'AutoModelForSequenceClassification.from_pretrained(\n    "model"' in lines[2]
     assert said(bare, heads, None) == [missing, ""]
     assert said(bare, heads, None, "lora") == [missing, ""]
+    bare.config._name_or_path = "owner/base"
+    setattr(bare, vocabulary._GROWN, ("embeddings.word_embeddings",))
+    lines = said(bare, heads, None, "lora")
+    assert lines[0] == f"{missing} {BERT} has one:"
+    assert "model.resize_token_embeddings(30)" in lines[2]
+    # The adapter is of the trunk in that class.
+    assert 'model.base_model.load_adapter("lora")' in lines[2]
     unknown = {"a": head(kind=None), "b": heads["b"]}
     assert said(bare, unknown, None, "model") == [missing, ""]
 
@@ -226,6 +233,19 @@ def test_which_remarks_are_of_which_formats():
     assert remarks(result, "lora") == ["served None", "copied"]
 
 
+@pytest.mark.parametrize("part", ["unet", None])
+def test_pipelines_of_diffusers_load_an_adapter(part, monkeypatch):
+    monkeypatch.setattr(card, "part_of_pipeline", lambda model: part)
+    pipeline = "pipelines of diffusers load it as well, from its folder: `pipe.load_lora_weights`"
+    told = [pipeline] if part is not None else []
+    result = result_of(bert(), "a", paths=["q", "v"])
+    assert remarks(result, "lora") == ["served None", *told, "copied"]
+    assert remarks(result, "model") == ["copied"]
+    # What is trained in full is no LoRA.
+    result.is_whole = lambda path: path == "v"
+    assert remarks(result, "lora") == ["served None", "copied"]
+
+
 @pytest.mark.parametrize(("count", "own", "told"), [(3, 2, True), (2, 2, False), (0, 2, False)])
 def test_a_head_in_an_adapter_is_not_loaded_by_all(count, own, told):
     model = bert(tf.BertForSequenceClassification, num_labels=own)
@@ -272,6 +292,19 @@ def test_the_licence_of_a_base_stands_in_its_card(tmp_path: Path):
     assert card._licenses(result_of(model, adapters=adapters)) == {"`a`": "mit"}
     (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
     assert card._licenses(result_of(model, adapters=adapters)) == {"the base": "gemma", "`a`": "mit"}
+
+
+def test_the_card_of_a_base_on_the_hub_is_that_of_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def cached(name: str, file: str, revision: Any = None) -> Any:
+        asked.append((name, file, revision))
+        return str(tmp_path / "README.md") if revision == "abc" else object()
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    assert card._folder_of(Base("owner/base", "abc")) == tmp_path
+    assert card._folder_of(Base("owner/base")) is None
+    assert asked == [("owner/base", "README.md", "abc"), ("owner/base", "README.md", None)]
 
 
 @pytest.mark.parametrize(
