@@ -62,6 +62,18 @@ def test_what_vllm_takes():
         ("refused", "model.norm.weight is no tensor of LoRA")
     ]
     assert found(vllm, outline("q_proj", whole=("alone",))) == [("refused", "alone is no tensor of LoRA")]
+    more = {"modules_to_save": ["norm"], "use_dora": True, "lora_bias": True}
+    assert found(vllm, outline("q_proj", whole=("model.norm.weight",), config=more)) == [
+        ("refused", "the adapter is DoRA"),
+        ("refused", "the adapter has modules_to_save (norm)"),
+        ("refused", "the adapter has biases (lora_bias)"),
+    ]
+    unequal = outline("q_proj", modules={LAYER.format(0, "v_proj"): low(40)})
+    assert found(vllm, unequal, max_rank=40) == []
+    (problem,) = vllm.problems(unequal, max_rank=16)
+    assert str(problem) == (
+        "refused: rank 40 is more than 16: save with a rank of at most 16, or --max-lora-rank 64"
+    )
     assert found(vllm, outline("q_proj", parameters=True)) == [("unsure", "LoRA on parameters (target_parameters)")]
     assert found(vllm, outline("q_proj", layers=3)) == [
         ("left out", "model.layers.2.self_attn.q_proj: the base has 2 layers")
