@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from pipeline_cases import FEW, diffusers, stable_diffusion
+from pipeline_cases import FEW, diffusers, stable_diffusion, tokenizer, wan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 
 from nsc_merge.commands.main import main
 from nsc_merge.integrations.diffusers import save
@@ -85,10 +86,54 @@ def test_data_are_recorded_where_a_method_needs_them(place, tmp_path, capsys):
     assert "truncated by at most 0." in capsys.readouterr().out
 
 
+def test_adapters_of_a_second_transformer_are_merged_with_those_of_the_first(tmp_path, capsys):
+    pipe = wan()
+    for name in ("ink", "toy"):
+        save(pipe, name, tmp_path / name)
+    (tmp_path / "toy" / "transformer_2" / FILE).unlink()
+    (tmp_path / "toy" / "transformer_2").rmdir()
+    pipe.unload_lora_weights()
+    text = UMT5EncoderModel(UMT5Config(vocab_size=6, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    pipe.register_modules(tokenizer=tokenizer(), text_encoder=text)
+    pipe.save_pretrained(tmp_path / "base")
+    out, given = tmp_path / "out", [f"{name}={tmp_path / name}:0.5" for name in ("ink", "toy")]
+    assert main(["pipeline", str(tmp_path / "base"), *given, "--out", str(out), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert "toy: holds nothing of transformer_2; it is read from a folder transformer_2 in that" in said.err
+    assert "transformer_2: 10 modules, weights and mean coefficients ink 0.5 x 1.000\n" in said.out
+    found = load_file(out / "transformer_2" / FILE)
+    wanted = load_file(tmp_path / "ink" / "transformer_2" / FILE)
+    path = "transformer.blocks.1.attn1.to_v.lora_{}.weight"
+    delta, own = (one[path.format("B")] @ one[path.format("A")] for one in (found, wanted))
+    torch.testing.assert_close(delta, 0.5 * 2 * own)
+    document = json.loads((out / "merge.json").read_text())
+    assert set(document["adapters"]["ink"]["sha256"]) == {FILE, f"transformer_2/{FILE}"}
+
+
+def test_what_the_pipeline_has_no_model_for_is_told(place, tmp_path, capsys):
+    held = {**load_file(place / "ink" / FILE), "text_encoder_2.x.lora_A.weight": torch.ones(1, 2)}
+    save_file(held, tmp_path / "more.safetensors")
+    given = [str(place / "base"), f"ink={tmp_path / 'more.safetensors'}"]
+    assert main(["pipeline", *given, "--out", str(tmp_path / "out"), *QUICK]) == 0
+    assert "ink: 1 tensors of text_encoder_2 are left out, as the pipeline has no such model" in capsys.readouterr().err
+
+
+def test_a_merge_is_written_if_its_pictures_fail(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = ["pipeline", str(place / "base"), f"ink={place / 'ink'}", "--out", str(out), "--images", "x"]
+    assert main([*common, "--size", "17", "--device", "cpu"]) == 1
+    assert f"--images: the merge is written to {out}, without pictures: `height` and" in capsys.readouterr().err
+    assert (out / FILE).is_file()
+
+
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_path, capsys):
     out, base, ink = tmp_path / "out", str(place / "base"), f"ink={place / 'ink'}"
     save_file({"transformer.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "else.safetensors")
     save_file({"lora_te_x.lora_down.weight": torch.ones(1, 2)}, tmp_path / "kohya.safetensors")
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        save_file({"x": torch.ones(1)}, tmp_path / "two" / f"{name}.safetensors")
+    (tmp_path / "typo.yaml").write_text("ink: [{prompt: a tower, guidence_scale: 5}]\n")
     (tmp_path / "wrong.yaml").write_text("ink: [a]\n")
     (tmp_path / "text.yaml").write_text("ink: a tower\n")
     for status, arguments, message in (
@@ -108,14 +153,30 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_
         (1, [base, ink, "--method", "nsc", "--prompts", str(tmp_path / "text.yaml")], "prompts['ink']: expected a"),
         (1, [str(tmp_path), ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub id"),
         (1, [base, f"x={tmp_path / 'else.safetensors'}"], "holds no LoRA of a model of StableDiffusionPipeline"),
-        (1, [base, f"x={tmp_path / 'none'}"], "none: diffusers does not load it: "),
+        (1, [base, f"x={tmp_path / 'none'}"], "none: expected a file, a folder or a hub id, found none there"),
+        (1, [base, f"x={tmp_path / 'two'}"], "name one of its files, ['a.safetensors', 'b.safetensors']"),
+        (1, [base, ink, "--device", "cpux"], "--device: 'cpux' is not there: "),
+        (
+            1,
+            [base, ink, "--method", "match", "--prompts", str(tmp_path / "typo.yaml")],
+            "guidence_scale: StableDiffusionPipeline takes no such argument; it takes prompt, height,",
+        ),
         (1, [base, f"x={tmp_path / 'kohya.safetensors'}"], "kohya.safetensors: diffusers does not load it: "),
         (1, [base, ink, "--method", "ties"], "expected a rank to truncate it to"),
     ):
-        assert main(["pipeline", *arguments, "--out", str(out), *QUICK]) == status, message
+        assert main(["pipeline", *QUICK, "--out", str(out), *arguments]) == status, message
         captured = capsys.readouterr()
         lines = [line for line in captured.err.splitlines() if line.startswith("nsc-merge: error: ")]
         assert len(lines) == 1
         assert message in lines[0]
         assert not captured.out
         assert not out.exists()
+
+
+def test_nothing_is_written_over_what_is_read(place, capsys):
+    base, ink = str(place / "base"), place / "ink"
+    before = (ink / FILE).read_bytes()
+    for given, out in ((ink, ink), (ink / FILE, ink), (ink, base)):
+        assert main(["pipeline", base, f"ink={given}", "--out", str(out), *QUICK]) == 1
+        assert f"--out: {out} is " in capsys.readouterr().err
+    assert (ink / FILE).read_bytes() == before

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.pipeline.given import MERGED, Given, is_hub
+from nsc_merge.commands.pipeline.loading import SECOND
 from nsc_merge.integrations.diffusers import save
 from nsc_merge.integrations.peft import Merged
 from nsc_merge.utils.atomic_folder import replacing_folder
@@ -47,7 +48,7 @@ def write(
 
 def _is_outdated(path: Path, written: set[Path]) -> bool:
     """Of an earlier merge in the same folder: pictures, or the adapter of a model that this one has none of."""
-    return str(path) in (PICTURES, "transformer_2/pytorch_lora_weights.safetensors")
+    return str(path) in (PICTURES, f"{SECOND}/pytorch_lora_weights.safetensors")
 
 
 def _document(
@@ -59,7 +60,7 @@ def _document(
 ) -> dict[str, Any]:
     adapters = {}
     for one in given:
-        local = {} if is_hub(one.place) else {"sha256": hashes(Path(one.place))}
+        local = {} if is_hub(one.place) else {"sha256": _hashes(Path(one.place))}
         adapters[one.name] = {"source": one.place, "weight": one.weight, **local}
     drawn = {} if prompts is None else {"prompts": dict(prompts), "calls": arguments.calls, "seed": arguments.seed}
     about = {
@@ -74,6 +75,12 @@ def _document(
     }
     found: dict[str, Any] = finite_or_none(about)
     return found
+
+
+def _hashes(place: Path) -> dict[str, str]:
+    second = place / SECOND
+    within = {f"{SECOND}/{name}": value for name, value in hashes(second).items()} if second.is_dir() else {}
+    return {**hashes(place), **within}
 
 
 def _component(one: Merged) -> dict[str, Any]:
@@ -102,6 +109,6 @@ def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
         lines.append(f"| {name} | `{source}` | {one['weight']:g} |")
     lines += ["", "```python", "from diffusers import DiffusionPipeline", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}")', 'pipe.load_lora_weights("FOLDER")']
-    if (folder / "transformer_2").is_dir():
+    if (folder / SECOND).is_dir():
         lines.append('pipe.load_lora_weights("FOLDER/transformer_2", load_into_transformer_2=True)')
     return "\n".join([*lines, "```", ""])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +47,19 @@ def check_weights(weights: Any, names: list[str]) -> None:
             "weights: expected a list with an entry for each adapter, found one dictionary, of which diffusers gives "
             f"the first adapter's weights to {names[0]!r} alone and 1 to the others"
         )
+
+
+def check_taken(pipe: Any, names: Iterable[str]) -> None:
+    """Refuse arguments that a pipeline does not take. Some drop these without a word, for the sake of two old ones.
+
+    Raises:
+        ValueError: naming the first, and what it takes.
+    """
+    taken = inspect.signature(pipe.__call__).parameters
+    old = ("callback", "callback_steps") if any(one.kind is one.VAR_KEYWORD for one in taken.values()) else ()
+    for name in names:
+        if name not in taken and name not in old:
+            raise ValueError(f"{name}: {type(pipe).__name__} takes no such argument; it takes {', '.join(taken)}")
 
 
 def check_runs(models: dict[str, nn.Module]) -> None:

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from nsc_merge.calibration.batches import each_tensor
-from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_runs, check_weights, held_in
+from nsc_merge.integrations.diffusers.pipelines import (
+    adapted,
+    as_weighted,
+    check_runs,
+    check_taken,
+    check_weights,
+    held_in,
+)
 from nsc_merge.models.forward_contexts import eager
 from nsc_merge.utils.progress import Progress
 
@@ -128,6 +135,7 @@ def _arguments(pipe: Any, prompt: str | Mapping[str, Any], settings: Mapping[str
     for name in _ATTENTION:
         if "scale" in (given.get(name) or {}):
             raise ValueError(f"{name}: its scale is one of adapters; expected it in weights, found it in {name}")
+    check_taken(pipe, given)
     taken = inspect.signature(pipe.__call__).parameters
     usual = {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(seed)}
     return {**{name: value for name, value in usual.items() if name in taken}, **given}

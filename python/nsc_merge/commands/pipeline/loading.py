@@ -1,0 +1,133 @@
+"""A pipeline and its adapters, from folders, files and the hub."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsc_merge.adapters.formats.diffusers_file import FILE
+from nsc_merge.commands.pipeline.given import Given, is_hub
+from nsc_merge.commands.terminal import log
+
+# Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
+SECOND = "transformer_2"
+# What the keys of a pipeline's file begin with.
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors")
+
+
+def check_apart(out: Path, base: str, given: Sequence[Given]) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        ValueError: naming what lies there.
+    """
+    for place in (base, *(one.place for one in given)):
+        if not is_hub(place) and out.resolve() in (Path(place).resolve(), *_holding(Path(place))):
+            raise ValueError(f"--out: {out} is {place}, which is read; expected another folder")
+
+
+def _holding(place: Path) -> list[Path]:
+    """The folder of a file that one with a merge would have a file of the same name in."""
+    return [place.resolve().parent] if place.name == FILE and place.is_file() else []
+
+
+def loaded(arguments: argparse.Namespace, given: Sequence[Given]) -> Any:
+    """The pipeline with all adapters loaded, on its device."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    if not is_hub(arguments.base) and not (Path(arguments.base) / "model_index.json").is_file():
+        raise ValueError(f"BASE: expected a folder with a pipeline (model_index.json), or a hub id: {arguments.base}")
+    device = _device(arguments.device)
+    found = [_found(one) for one in given]
+    # What diffusers leaves out of an adapter it says in warnings, which stay.
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+    dtype = getattr(torch, arguments.dtype)
+    # Pickled weights are never opened.
+    base, revision = _revised(arguments.base)
+    pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **revision)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"BASE: expected a pipeline that loads LoRA, found {type(pipe).__name__}")
+    pipe.to(device, *([] if pipe.dtype == dtype else [dtype]))
+    pipe.set_progress_bar_config(disable=True)
+    for one, (where, options) in zip(given, found, strict=True):
+        _load(pipe, one, where, options)
+    return pipe
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None else found.type
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"--device: {name!r} is not there: {error}") from error
+    return name
+
+
+def _found(one: Given) -> tuple[str, dict[str, str]]:
+    """Where diffusers is to look for an adapter: a folder or hub id, and which file or revision."""
+    place = Path(one.place)
+    if is_hub(one.place):
+        return _revised(one.place)
+    if place.is_file():
+        return str(place.parent), {"weight_name": place.name}
+    if not place.is_dir():
+        raise ValueError(f"{one.name}={one.place}: expected a file, a folder or a hub id, found none there")
+    files = sorted(file.name for file in place.glob("*.safetensors"))
+    if len(files) > 1 and FILE not in files:
+        raise ValueError(f"{one.name}={one.place}: expected a folder with one adapter; name one of its files, {files}")
+    return one.place, {"weight_name": FILE if FILE in files else files[0]} if files else {}
+
+
+def _load(pipe: Any, one: Given, where: str, options: dict[str, str]) -> None:
+    second = Path(one.place) / SECOND
+    has_second = getattr(pipe, SECOND, None) is not None
+    try:
+        pipe.load_lora_weights(where, adapter_name=one.name, use_safetensors=True, **options)
+        if has_second and second.is_dir():
+            pipe.load_lora_weights(
+                str(second), adapter_name=one.name, use_safetensors=True, weight_name=FILE, load_into_transformer_2=True
+            )
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ValueError(f"{one.name}={one.place}: diffusers does not load it: {error}") from error
+    holding = [part for part, names in pipe.get_list_adapters().items() if one.name in names]
+    if not holding:
+        raise ValueError(f"{one.name}={one.place}: holds no LoRA of a model of {type(pipe).__name__}")
+    for part, count in _left_out(pipe, where, options, holding).items():
+        log(f"{one.name}: {count} tensors of {part} are left out, as the pipeline has no such model")
+    if second.is_dir() and not has_second:
+        log(f"{one.name}: its folder {SECOND} is left out, as the pipeline has no such model")
+    if has_second and SECOND not in holding:
+        log(f"{one.name}: holds nothing of {SECOND}; it is read from a folder {SECOND} in that of the adapter")
+
+
+def _left_out(pipe: Any, where: str, options: dict[str, str], holding: Sequence[str]) -> Counter[str]:
+    """Models that a file holds something of and the pipeline has none of, which diffusers says nothing about."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    # All else was said as it was loaded.
+    logging.set_verbosity_error()
+    try:
+        state = pipe.lora_state_dict(where, use_safetensors=True, **options)
+    finally:
+        logging.set_verbosity(before)
+    state = state[0] if isinstance(state, tuple) else state
+    parts = Counter(key.partition(".")[0] for key in state)
+    return Counter({part: count for part, count in parts.items() if part in _PARTS and part not in holding})
+
+
+def _revised(place: str) -> tuple[str, dict[str, str]]:
+    """A folder, or a hub id and its revision."""
+    name, _, revision = place.partition("@")
+    return (name, {"revision": revision}) if revision and is_hub(place) else (place, {})
