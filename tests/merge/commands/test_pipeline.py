@@ -110,6 +110,21 @@ def test_adapters_of_a_second_transformer_are_merged_with_those_of_the_first(tmp
     assert set(document["adapters"]["ink"]["sha256"]) == {FILE, f"transformer_2/{FILE}"}
 
 
+def test_a_folder_of_peft_is_of_the_model_that_denoises(place, tmp_path, capsys):
+    pipe, out = stable_diffusion(), tmp_path / "out"
+    pipe.unet.peft_config["ink"].save_pretrained(tmp_path / "ink")
+    held = {key: value for key, value in load_file(place / "ink" / FILE).items() if key.startswith("unet.")}
+    named = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in held.items()}
+    save_file(named, tmp_path / "ink" / "adapter_model.safetensors")
+    common = ["--out", str(out), *QUICK]
+    assert main(["pipeline", str(place / "base"), f"ink={tmp_path / 'ink'}", *common]) == 0
+    assert "unet: 20 modules, weights and mean coefficients ink 1 x 1.000\n" in capsys.readouterr().out
+    found = load_file(out / FILE)
+    path = next(key.removesuffix(".lora_A.weight") for key in held if key.endswith("attn1.to_v.lora_A.weight"))
+    delta, own = (one[f"{path}.lora_B.weight"] @ one[f"{path}.lora_A.weight"] for one in (found, held))
+    torch.testing.assert_close(delta, 2 * own)
+
+
 def test_what_the_pipeline_has_no_model_for_is_told(place, tmp_path, capsys):
     held = {**load_file(place / "ink" / FILE), "text_encoder_2.x.lora_A.weight": torch.ones(1, 2)}
     save_file(held, tmp_path / "more.safetensors")

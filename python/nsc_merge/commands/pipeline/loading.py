@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsc_merge.adapters.formats.diffusers_file import FILE
+from nsc_merge.adapters.formats.diffusers_file import FILE, write_beside
 from nsc_merge.commands.pipeline.given import Given, is_hub
 from nsc_merge.commands.terminal import log
 
 # Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
 SECOND = "transformer_2"
+# What PEFT saves one in.
+_PEFT = ("adapter_config.json", "adapter_model.safetensors")
 # What the keys of a pipeline's file begin with.
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors")
 
@@ -59,8 +63,25 @@ def loaded(arguments: argparse.Namespace, given: Sequence[Given]) -> Any:
     pipe.to(device, *([] if pipe.dtype == dtype else [dtype]))
     pipe.set_progress_bar_config(disable=True)
     for one, (where, options) in zip(given, found, strict=True):
-        _load(pipe, one, where, options)
+        if options.get("weight_name") == _PEFT[1] and (Path(where) / _PEFT[0]).is_file():
+            with _translated(pipe, where) as folder:
+                _load(pipe, one, folder, {"weight_name": FILE})
+        else:
+            _load(pipe, one, where, options)
     return pipe
+
+
+@contextmanager
+def _translated(pipe: Any, where: str) -> Iterator[str]:
+    """A folder of PEFT's, which has the adapter of one model and does not say which, with a file as pipelines read
+    them: of the model that denoises.
+    """
+    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in _PEFT:
+            (Path(folder) / name).symlink_to((Path(where) / name).resolve())
+        write_beside(Path(folder), part)
+        yield folder
 
 
 def _device(name: str) -> str:
@@ -98,7 +119,7 @@ def _load(pipe: Any, one: Given, where: str, options: dict[str, str]) -> None:
             pipe.load_lora_weights(
                 str(second), adapter_name=one.name, use_safetensors=True, weight_name=FILE, load_into_transformer_2=True
             )
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         raise ValueError(f"{one.name}={one.place}: diffusers does not load it: {error}") from error
     holding = [part for part, names in pipe.get_list_adapters().items() if one.name in names]
     if not holding:
