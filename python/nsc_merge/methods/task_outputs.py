@@ -163,7 +163,7 @@ def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Te
     if not values:
         return None
     latents = predicted_latents(found)
-    return _named(found, _VALUES)[1] if latents is None else _channels_last(latents)
+    return _named(found, _VALUES)[1] if latents is None else _channels_last(latents, model)
 
 
 def predicted_latents(found: Any) -> Tensor | None:
@@ -185,9 +185,15 @@ def _classes_last(logits: Tensor) -> Tensor:
     return logits.movedim(1, -1) if logits.dim() == 4 else logits
 
 
-def _channels_last(latents: Tensor) -> Tensor:
-    """Of tokens, ``[N, T, C]``, they are."""
-    return latents.movedim(1, -1) if latents.dim() > 3 else latents
+def _channels_last(latents: Tensor, model: nn.Module) -> Tensor:
+    """Of tokens, ``[N, T, C]``, they are. Of images and videos they are where the model's number of them is, which
+    CogVideoX has behind the frames, and Kandinsky 5 last.
+    """
+    if latents.dim() < 4:
+        return latents
+    config = getattr(model, "config", None)
+    count = getattr(config, "out_channels", None) or getattr(config, "out_visual_dim", None)
+    return latents.movedim(next((dim for dim in range(1, latents.dim()) if latents.shape[dim] == count), 1), -1)
 
 
 def _named(found: Any, names: Sequence[str]) -> tuple[str, Tensor | None]:

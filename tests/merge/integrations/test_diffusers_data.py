@@ -10,7 +10,7 @@ from pipeline_cases import FEW, PROMPTS, diffusers, stable_diffusion, stable_dif
 
 import nsc_merge
 from nsc_merge.integrations.diffusers import calibration_data, merge, save
-from nsc_merge.methods.task_outputs import predicted_latents
+from nsc_merge.methods.task_outputs import output_in, predicted_latents
 from nsc_merge.models.bases.adapted import without_adapters
 from nsc_merge.models.block_finding import described
 
@@ -330,6 +330,37 @@ def test_a_model_that_recomputes_its_blocks_is_merged_as_any_other(method):
     found = merge(pipe, ["ink", "toy"], None, "b", method, **options)["unet"]
     assert pipe.unet.is_gradient_checkpointing
     assert found.coefficients == wanted.coefficients
+
+
+def test_models_that_are_stored_in_eight_bits_are_refused_where_data_are_needed():
+    pipe = stable_diffusion()
+    data = recorded(pipe, calls=1)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for call in (lambda: recorded(pipe), lambda: merge(pipe, ["ink", "toy"], method="nsc", data=data)):
+        with pytest.raises(ValueError, match=r"found pipe.unet in layerwise casting.*without enable_layerwise_casting"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "found"),
+    [
+        ((2, 4, 8, 9), {"out_channels": 4}, (2, 8, 9, 4)),
+        ((2, 4, 3, 8, 9), {"out_channels": 4}, (2, 3, 8, 9, 4)),
+        ((2, 3, 4, 8, 9), {"out_channels": 4}, (2, 3, 8, 9, 4)),
+        ((2, 3, 8, 9, 4), {"out_visual_dim": 4}, (2, 3, 8, 9, 4)),
+        ((2, 4, 8, 9), {}, (2, 8, 9, 4)),
+        ((2, 4, 4, 8), {"out_channels": 4}, (2, 4, 8, 4)),
+        ((2, 7, 4), {"out_channels": 7}, (2, 7, 4)),
+    ],
+)
+def test_channels_are_the_values_of_a_position(shape, config, found):
+    """Images, videos, those of CogVideoX and Kandinsky 5, models that do not say, and tokens."""
+    latents = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    taken = output_in(SimpleNamespace(sample=latents), model, {}, values=True)
+    assert taken.shape == found
+    last = shape.index(found[-1], 1) if len(shape) > 3 else 2
+    assert torch.equal(taken[0].flatten(0, -2)[0], latents[0].movedim(last - 1, -1).flatten(0, -2)[0])
 
 
 def test_models_that_were_never_called_are_named():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.pipeline.given import MERGED, given_of, is_hub, option_of, prompts_of
+from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, is_hub, option_of, prompts_of
 from nsc_merge.commands.terminal import prepare, say
 from nsc_merge.utils.errors import UsageError
 
@@ -70,8 +70,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _said(document: Mapping[str, Any], out: Path) -> str:
-    from nsc_merge.commands.pipeline.loading import SECOND
-
     lines = []
     weights = {name: one["weight"] for name, one in document["adapters"].items()}
     for component, one in document["components"].items():

@@ -13,6 +13,8 @@ from nsc_merge.utils.option_checks import is_hub_id
 
 # What the merge is called in the pipeline.
 MERGED = "merged"
+# Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
+SECOND = "transformer_2"
 _PLACE = re.compile(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<weight>[-+]?(\d+\.?\d*|\.\d+)))?", re.DOTALL)
 
 

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from nsc_merge.adapters.formats.diffusers_file import FILE, write_beside
-from nsc_merge.commands.pipeline.given import Given, is_hub
+from nsc_merge.commands.pipeline.given import SECOND, Given, is_hub
 from nsc_merge.commands.terminal import log
 
-# Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
-SECOND = "transformer_2"
 # What PEFT saves one in.
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 # What the keys of a pipeline's file begin with.

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.pipeline.given import MERGED, Given, is_hub
-from nsc_merge.commands.pipeline.loading import SECOND
+from nsc_merge.adapters.formats.diffusers_file import FILE
+from nsc_merge.commands.pipeline.given import MERGED, SECOND, Given, is_hub
 from nsc_merge.integrations.diffusers import save
 from nsc_merge.integrations.peft import Merged
 from nsc_merge.utils.atomic_folder import replacing_folder
@@ -48,7 +48,7 @@ def write(
 
 def _is_outdated(path: Path, written: set[Path]) -> bool:
     """Of an earlier merge in the same folder: pictures, or the adapter of a model that this one has none of."""
-    return str(path) in (PICTURES, f"{SECOND}/pytorch_lora_weights.safetensors")
+    return str(path) in (PICTURES, f"{SECOND}/{FILE}")
 
 
 def _document(
@@ -62,9 +62,11 @@ def _document(
     for one in given:
         local = {} if is_hub(one.place) else {"sha256": _hashes(Path(one.place))}
         adapters[one.name] = {"source": one.place, "weight": one.weight, **local}
-    drawn = {} if prompts is None else {"prompts": dict(prompts), "calls": arguments.calls, "seed": arguments.seed}
+    settings = ("calls", "seed", "steps", "size")
+    drawn = {"prompts": dict(prompts), **{key: getattr(arguments, key) for key in settings}} if prompts else {}
     about = {
         "base": arguments.base,
+        "dtype": arguments.dtype,
         "adapters": adapters,
         "method": arguments.method,
         "options": dict(options),
@@ -110,5 +112,5 @@ def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
     lines += ["", "```python", "from diffusers import DiffusionPipeline", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}")', 'pipe.load_lora_weights("FOLDER")']
     if (folder / SECOND).is_dir():
-        lines.append('pipe.load_lora_weights("FOLDER/transformer_2", load_into_transformer_2=True)')
+        lines.append(f'pipe.load_lora_weights("FOLDER/{SECOND}", load_into_transformer_2=True)')
     return "\n".join([*lines, "```", ""])

@@ -74,11 +74,21 @@ def check_runs(models: dict[str, nn.Module]) -> None:
                 f"pipe: expected models that compute each call anew, found pipe.{component} with a cache of earlier "
                 f"ones; call pipe.{component}.disable_cache() first"
             )
+        if any(_is_cast(module) for module in model.modules()):
+            raise ValueError(
+                f"pipe: expected weights that layers compute with, found pipe.{component} in layerwise casting, which "
+                "stores them in fewer bits; load it again without enable_layerwise_casting()"
+            )
         if any(_left_out(module) for module in model.modules()):
             raise ValueError(
                 f"pipe: expected attention that runs its adapters, found pipe.{component} with fused projections, in "
                 f"which diffusers leaves LoRA out; call pipe.{component}.unfuse_qkv_projections() first"
             )
+
+
+def _is_cast(module: nn.Module) -> bool:
+    hooks = getattr(module, "_diffusers_hook", None)
+    return hooks is not None and hooks.get_hook("layerwise_casting") is not None
 
 
 def _left_out(module: nn.Module) -> bool:
