@@ -19,14 +19,14 @@ BLOCKS = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups
 TEXT = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
-def add(model, targets, names=("ink", "toy")):
+def add(model, targets, names=("ink", "toy"), std=0.3):
     for seed, name in enumerate(names):
         config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=targets, init_lora_weights=False)
         model.add_adapter(config, adapter_name=name)
         generator = torch.Generator().manual_seed(seed)
         for key, parameter in model.named_parameters():
             if f".{name}." in key:
-                nn.init.normal_(parameter, std=0.3, generator=generator)
+                nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def tokenizer():
@@ -55,7 +55,7 @@ def unet(**settings):
 
 def decoder():
     return diffusers.AutoencoderKL(
-        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4,
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, shift_factor=0.0,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     )
 

@@ -5,55 +5,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft import LoKrConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from pipeline_cases import add, decoder, diffusers, unet
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import nsc_merge
 from nsc_merge.integrations.diffusers import accelerate, merge
 
-diffusers = pytest.importorskip("diffusers")
-
 EXAMPLE = Path(__file__).parents[3] / "examples" / "integrations" / "diffusers_loras.py"
 NAMES = ["a", "b", "c"]
-BLOCKS = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 4}
+TARGETS = ["to_q", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "proj_out", "linear"]
 SIZE = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
-
-
-def decoder():
-    return diffusers.AutoencoderKL(
-        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, shift_factor=0.0,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )
-
-
-def add(model, names, targets):
-    for seed, name in enumerate(names):
-        config = LoraConfig(r=2 + seed, lora_alpha=4, target_modules=targets, init_lora_weights=False)
-        model.add_adapter(config, adapter_name=name)
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in model.named_parameters():
-            if f".{name}." in key:
-                nn.init.normal_(parameter, std=0.2, generator=generator)
 
 
 def unet_pipeline():
     """Stable Diffusion's, with LoRA on convolutions as well, and in its text encoder of some adapters."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, **BLOCKS, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8,
-    )
+    model = unet(cross_attention_dim=8)
     config = CLIPTextConfig(
         vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
     )
-    add(unet, NAMES, ["to_q", "to_v", "conv1"])
+    add(model, ["to_q", "to_v", "conv1"], NAMES, 0.2)
     text = CLIPTextModel(config)
-    add(text, NAMES[:2], ["q_proj", "v_proj"])
+    add(text, ["q_proj", "v_proj"], NAMES[:2], 0.2)
     pipe = diffusers.StableDiffusionPipeline(
-        vae=decoder(), text_encoder=text, tokenizer=None, unet=unet,
+        vae=decoder(), text_encoder=text, tokenizer=None, unet=model,
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
@@ -68,7 +47,7 @@ def dit_pipeline():
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=[4, 4, 8],
     )
-    add(transformer, NAMES, ["to_q", "to_v", "to_out.0", "add_k_proj", "proj_mlp", "proj_out", "linear"])
+    add(transformer, TARGETS, NAMES, 0.2)
     pipe = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=decoder(), text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None, transformer=transformer,
