@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from nsc_merge.commands.main import main
+from nsc_merge.commands.pipeline.given import given_of, on_hub
 from nsc_merge.integrations.diffusers import save
 
 QUICK = ["--size", "16", "--steps", "2", "--device", "cpu"]
@@ -141,6 +142,34 @@ def test_a_merge_is_written_if_its_pictures_fail(place, tmp_path, capsys):
     assert (out / FILE).is_file()
 
 
+@pytest.mark.parametrize(
+    ("place", "repo", "options"),
+    [
+        ("owner/name", "owner/name", {}),
+        ("owner/name@v1", "owner/name", {"revision": "v1"}),
+        ("owner/name/ink.safetensors", "owner/name", {"weight_name": "ink.safetensors"}),
+        (
+            "owner/name/a/b/ink.safetensors@refs/pr/1",
+            "owner/name",
+            {"weight_name": "ink.safetensors", "subfolder": "a/b", "revision": "refs/pr/1"},
+        ),
+    ],
+)
+def test_places_on_the_hub(place, repo, options):
+    found = on_hub(place)
+    assert (found.repo, found.options) == (repo, options)
+    assert given_of(f"ink={place}:0.5").place == place
+
+
+@pytest.mark.parametrize(
+    "place", ["ink", "owner/ink.safetensors", "owner/name/folder", "here/name/ink.safetensors", "here/name", "/a/b"]
+)
+def test_places_on_disk_or_mistyped_ones_never_reach_the_network(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert on_hub(place) is None
+
+
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_path, capsys):
     out, base, ink = tmp_path / "out", str(place / "base"), f"ink={place / 'ink'}"
     save_file({"transformer.x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "else.safetensors")
@@ -166,6 +195,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_
             "wrong.yaml: expected prompts for each of ['ink', 'toy'], found ['ink']",
         ),
         (1, [base, ink, "--method", "nsc", "--prompts", str(tmp_path / "text.yaml")], "prompts['ink']: expected a"),
+        (1, ["owner/name/x.safetensors", ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub"),
         (1, [str(tmp_path), ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub id"),
         (1, [base, f"x={tmp_path / 'else.safetensors'}"], "holds no LoRA of a model of StableDiffusionPipeline"),
         (1, [base, f"x={tmp_path / 'none'}"], "none: expected a file, a folder or a hub id, found none there"),

@@ -13,7 +13,8 @@ Merges LoRA of a pipeline of diffusers (Stable Diffusion, SDXL, Flux, Wan, ...) 
 pipeline that holds some, and draws the same prompts by the base, each adapter and the merge.
 
 BASE is a folder or hub id of a pipeline. NAME=PATH:WEIGHT is an adapter: a .safetensors file as diffusers, kohya or
-ComfyUI write it, a folder or owner/name on the hub with one, and the weight that it is used with (default: 1).
+ComfyUI write it, a folder or owner/name on the hub with one, or owner/name/file.safetensors there (@revision behind
+it), and the weight that it is used with (default: 1).
 
 examples:
   nsc-merge pipeline sdxl ink=ink.safetensors:0.7 toy=owner/toy-lora --out both

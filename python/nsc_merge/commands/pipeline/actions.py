@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, is_hub, option_of, prompts_of
+from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, on_hub, option_of, prompts_of
 from nsc_merge.commands.terminal import prepare, say
 from nsc_merge.utils.errors import UsageError
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = None if arguments.prompts is None else prompts_of(arguments.prompts, names)
     if prompts is not None and not chosen.needs:
         raise UsageError(f"--prompts: method {arguments.method!r} needs no data, expected none")
-    prepare(local=not any(map(is_hub, (arguments.base, *(one.place for one in given)))))
+    prepare(local=not any(map(on_hub, (arguments.base, *(one.place for one in given)))))
     from nsc_merge.commands.pipeline.loading import check_apart, loaded
     from nsc_merge.commands.pipeline.pictures import draw
     from nsc_merge.commands.pipeline.written import write

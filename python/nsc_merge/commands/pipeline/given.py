@@ -15,6 +15,7 @@ from nsc_merge.utils.option_checks import is_hub_id
 MERGED = "merged"
 # Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
 SECOND = "transformer_2"
+_FILE = ".safetensors"
 _PLACE = re.compile(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<weight>[-+]?(\d+\.?\d*|\.\d+)))?", re.DOTALL)
 
 
@@ -24,7 +25,7 @@ class Given:
 
     Attributes:
         name: it gets in the pipeline.
-        place: file, folder or hub id.
+        place: file, folder or hub id, or a file of a repository there.
         weight: that it is used with.
     """
 
@@ -40,9 +41,30 @@ def given_of(text: str) -> Given:
     return Given(match["name"].strip(), match["path"], float(match["weight"] or 1.0))
 
 
-def is_hub(place: str) -> bool:
-    """Whether it is ``owner/name`` or ``owner/name@revision``, and nothing on disk."""
-    return is_hub_id(place.partition("@")[0])
+@dataclass(frozen=True)
+class OnHub:
+    """``owner/name`` on the hub, or a file there, ``owner/name/folder/file.safetensors``, perhaps with ``@revision``.
+
+    Attributes:
+        repo: ``owner/name``.
+        options: what diffusers calls the file, its folder and the revision, where they are named.
+    """
+
+    repo: str
+    options: dict[str, str]
+
+
+def on_hub(place: str) -> OnHub | None:
+    """None of what is on disk, or would be: a mistyped path must not reach the network."""
+    name, _, revision = place.partition("@")
+    owner, *others = name.split("/")
+    repo, within = "/".join([owner, *others[:1]]), others[1:]
+    is_file = name.endswith(_FILE)
+    if not is_hub_id(repo) or is_file is not bool(within):
+        return None
+    file = {"weight_name": within[-1]} if within else {}
+    folder = {"subfolder": "/".join(within[:-1])} if within[:-1] else {}
+    return OnHub(repo, file | folder | ({"revision": revision} if revision else {}))
 
 
 def option_of(text: str) -> tuple[str, Any]:

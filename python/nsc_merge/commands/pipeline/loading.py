@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nsc_merge.adapters.formats.diffusers_file import FILE, write_beside
-from nsc_merge.commands.pipeline.given import SECOND, Given, is_hub
+from nsc_merge.commands.pipeline.given import SECOND, Given, on_hub
 from nsc_merge.commands.terminal import log
 
 # What PEFT saves one in.
@@ -30,7 +30,7 @@ def check_apart(out: Path, base: str, given: Sequence[Given]) -> None:
         ValueError: naming what lies there.
     """
     for place in (base, *(one.place for one in given)):
-        if not is_hub(place) and out.resolve() in (Path(place).resolve(), *_holding(Path(place))):
+        if not on_hub(place) and out.resolve() in (Path(place).resolve(), *_holding(Path(place))):
             raise ValueError(f"--out: {out} is {place}, which is read; expected another folder")
 
 
@@ -44,7 +44,8 @@ def loaded(arguments: argparse.Namespace, given: Sequence[Given]) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    if not is_hub(arguments.base) and not (Path(arguments.base) / "model_index.json").is_file():
+    hub = on_hub(arguments.base)
+    if (hub is None or "weight_name" in hub.options) and not (Path(arguments.base) / "model_index.json").is_file():
         raise ValueError(f"BASE: expected a folder with a pipeline (model_index.json), or a hub id: {arguments.base}")
     device = _device(arguments.device)
     found = [_found(one) for one in given]
@@ -54,7 +55,7 @@ def loaded(arguments: argparse.Namespace, given: Sequence[Given]) -> Any:
     warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
     dtype = getattr(torch, arguments.dtype)
     # Pickled weights are never opened.
-    base, revision = _revised(arguments.base)
+    base, revision = (hub.repo, hub.options) if hub else (arguments.base, {})
     pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **revision)
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"BASE: expected a pipeline that loads LoRA, found {type(pipe).__name__}")
@@ -96,8 +97,8 @@ def _device(name: str) -> str:
 def _found(one: Given) -> tuple[str, dict[str, str]]:
     """Where diffusers is to look for an adapter: a folder or hub id, and which file or revision."""
     place = Path(one.place)
-    if is_hub(one.place):
-        return _revised(one.place)
+    if (hub := on_hub(one.place)) is not None:
+        return hub.repo, hub.options
     if place.is_file():
         return str(place.parent), {"weight_name": place.name}
     if not place.is_dir():
@@ -144,9 +145,3 @@ def _left_out(pipe: Any, where: str, options: dict[str, str], holding: Sequence[
     state = state[0] if isinstance(state, tuple) else state
     parts = Counter(key.partition(".")[0] for key in state)
     return Counter({part: count for part, count in parts.items() if part in _PARTS and part not in holding})
-
-
-def _revised(place: str) -> tuple[str, dict[str, str]]:
-    """A folder, or a hub id and its revision."""
-    name, _, revision = place.partition("@")
-    return (name, {"revision": revision}) if revision and is_hub(place) else (place, {})

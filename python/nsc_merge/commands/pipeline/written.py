@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.adapters.formats.diffusers_file import FILE
-from nsc_merge.commands.pipeline.given import MERGED, SECOND, Given, is_hub
+from nsc_merge.commands.pipeline.given import MERGED, SECOND, Given, on_hub
 from nsc_merge.integrations.diffusers import save
 from nsc_merge.integrations.peft import Merged
 from nsc_merge.utils.atomic_folder import replacing_folder
@@ -60,7 +60,7 @@ def _document(
 ) -> dict[str, Any]:
     adapters = {}
     for one in given:
-        local = {} if is_hub(one.place) else {"sha256": _hashes(Path(one.place))}
+        local = {} if on_hub(one.place) else {"sha256": _hashes(Path(one.place))}
         adapters[one.name] = {"source": one.place, "weight": one.weight, **local}
     settings = ("calls", "seed", "steps", "size")
     drawn = {"prompts": dict(prompts), **{key: getattr(arguments, key) for key in settings}} if prompts else {}
@@ -99,15 +99,16 @@ def _component(one: Merged) -> dict[str, Any]:
 
 def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
     base = document["base"]
-    named = base.partition("@")[0] if is_hub(base) else "BASE"
-    about = {"base_model": named, "base_model_relation": "adapter"} if is_hub(base) else {}
+    hub = on_hub(base)
+    named = hub.repo if hub else "BASE"
+    about = {"base_model": named, "base_model_relation": "adapter"} if hub else {}
     lines = ["---", to_yaml({**about, "library_name": "diffusers", "tags": ["merge", "lora"]}).rstrip(), "---", ""]
     lines += [f"# {len(document['adapters'])} LoRA adapters merged: {', '.join(document['adapters'])}", ""]
     lines += [f"By `{document['method']}`, for a `{kind}`, with nsc-kernels {document['versions']['nsc-kernels']}.", ""]
     lines += ["| adapter | from | weight |", "|---|---|---|"]
     # Where it lies on this machine is nobody else's.
     for name, one in document["adapters"].items():
-        source = one["source"] if is_hub(one["source"]) else Path(one["source"]).name
+        source = one["source"] if on_hub(one["source"]) else Path(one["source"]).name
         lines.append(f"| {name} | `{source}` | {one['weight']:g} |")
     lines += ["", "```python", "from diffusers import DiffusionPipeline", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}")', 'pipe.load_lora_weights("FOLDER")']
