@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from pipeline_cases import FEW, diffusers, stable_diffusion, tokenizer, wan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -140,6 +141,25 @@ def test_a_merge_is_written_if_its_pictures_fail(place, tmp_path, capsys):
     assert main([*common, "--size", "17", "--device", "cpu"]) == 1
     assert f"--images: the merge is written to {out}, without pictures: `height` and" in capsys.readouterr().err
     assert (out / FILE).is_file()
+
+
+def test_pictures_among_the_arguments_of_a_prompt_are_opened(place, tmp_path, capsys):
+    """Of a pipeline that begins with one."""
+    text = diffusers.StableDiffusionPipeline.from_pretrained(place / "base")
+    parts = {name: part for name, part in text.components.items() if name != "image_encoder"}
+    diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    Image.new("RGB", (16, 16), "teal").save(tmp_path / "start.png")
+    entry = {"prompt": "ink boat", "image": "start.png", "strength": 1.0}
+    (tmp_path / "prompts.yaml").write_text(json.dumps({"ink": [entry], "toy": [entry]}))
+    given = [f"{name}={place / name}" for name in ("ink", "toy")]
+    arguments = ["pipeline", str(tmp_path / "base"), *given, "--out", str(tmp_path / "out"), "--device", "cpu"]
+    data = ["--method", "regmean", "--prompts", str(tmp_path / "prompts.yaml"), "--steps", "2"]
+    assert main([*arguments, *data]) == 0
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["prompts"]["ink"] == [entry]
+    capsys.readouterr()
+    (tmp_path / "start.png").write_text("no picture")
+    assert main([*arguments, *data]) == 1
+    assert f"prompts['ink']: image: {tmp_path / 'start.png'} cannot be opened as an image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ examples:
 each adapter alone.
 
   ink: ["a lighthouse, ink drawing", "a cat, ink drawing"]           # prompts.yaml: adapter -> prompts, or
-  toy: [{prompt: a toy cat, guidance_scale: 5}]                       # arguments of the pipeline
+  toy: [{prompt: a toy cat, image: cat.png, strength: 0.6}]           # arguments of the pipeline
 
 Written are pytorch_lora_weights.safetensors for pipe.load_lora_weights, merge.json (what was merged, coefficients and
 hashes), README.md, and images.png. Weights are read from safetensors alone.

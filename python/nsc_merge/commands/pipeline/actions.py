@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, on_hub, option_of, prompts_of
+from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, on_hub, option_of, prompts_of, with_pictures
 from nsc_merge.commands.terminal import prepare, say
 from nsc_merge.utils.errors import UsageError
 
@@ -39,13 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_replaceable(arguments.out)
     check_apart(arguments.out, arguments.base, given)
+    drawn = None if prompts is None else with_pictures(prompts, arguments.prompts.resolve().parent)
     pipe = loaded(arguments, given)
     weights = [one.weight for one in given]
     settings = _settings(arguments)
     check_taken(pipe, settings)
     data = None
-    if prompts is not None:
-        data = calibration_data(pipe, prompts, weights, calls=arguments.calls, seed=arguments.seed, **settings)
+    if drawn is not None:
+        data = calibration_data(pipe, drawn, weights, calls=arguments.calls, seed=arguments.seed, **settings)
     merged = merge(
         pipe, names, weights, MERGED, method=arguments.method, rank=arguments.rank, data=data, **options
     )

@@ -16,6 +16,8 @@ MERGED = "merged"
 # Wan's, of which an adapter is in a folder of this name within that of the first transformer's.
 SECOND = "transformer_2"
 _FILE = ".safetensors"
+# Arguments of pipelines that are pictures, which a file of prompts names by their paths.
+_PICTURES = ("image", "mask_image", "control_image")
 _PLACE = re.compile(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<weight>[-+]?(\d+\.?\d*|\.\d+)))?", re.DOTALL)
 
 
@@ -84,3 +86,30 @@ def prompts_of(file: Path, names: list[str]) -> dict[str, list[Any]]:
         told = list(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"{file}: expected prompts for each of {names}, found {told}")
     return {name: found[name] for name in names}
+
+
+def with_pictures(prompts: Mapping[str, list[Any]], folder: Path) -> dict[str, Any]:
+    """Prompts of which arguments that are pictures are open.
+
+    Args:
+        folder: that their paths are relative to.
+
+    Raises:
+        ValueError: naming a file that is missing, or no picture.
+    """
+    return {
+        name: [_opened(one, folder, f"prompts[{name!r}]") if isinstance(one, Mapping) else one for one in every]
+        if isinstance(every, list)
+        else every
+        for name, every in prompts.items()
+    }
+
+
+def _opened(prompt: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    from nsc_merge.calibration.raw.media.images import ImageReader
+
+    reader = ImageReader(folder)
+    return {
+        key: reader.open(value, f"{where}: {key}") if key in _PICTURES and isinstance(value, str) else value
+        for key, value in prompt.items()
+    }
