@@ -258,7 +258,7 @@ def _register(
         _fill(_base(model), adapter_name, updates, biases if biased else None)
         _offload_as_before(_base(model))
     except BaseException:
-        _remove(model, adapter_name)
+        remove(model, adapter_name)
         raise
     return errors
 
@@ -294,10 +294,14 @@ def _fill(
 def _cast_to(layer: Any) -> torch.dtype | None:
     """What diffusers' layerwise casting computes a layer in. New factors are not among what it casts, and PEFT makes
     them in the dtype that the base is stored in."""
-    registry = getattr(layer.get_base_layer(), "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook("layerwise_casting")
-    found: torch.dtype | None = getattr(hook, "compute_dtype", None)
+    found: torch.dtype | None = getattr(casting_of(layer.get_base_layer()), "compute_dtype", None)
     return found
+
+
+def casting_of(module: nn.Module) -> Any:
+    """The hook by which diffusers' layerwise casting stores a module in fewer bits; None where it does not."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("layerwise_casting")
 
 
 def _offload_as_before(model: nn.Module) -> None:
@@ -308,7 +312,7 @@ def _offload_as_before(model: nn.Module) -> None:
         _maybe_remove_and_reapply_group_offloading(model)
 
 
-def _remove(model: Any, adapter_name: str) -> None:
+def remove(model: Any, adapter_name: str) -> None:
     """Take an adapter off that was added and is not active."""
     if isinstance(model, PeftModel):
         model.delete_adapter(adapter_name)

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nsc_merge.integrations import peft
-from nsc_merge.integrations.diffusers.pipelines import adapted, as_weighted, check_runs, check_weights, held_in
+from nsc_merge.integrations.diffusers.pipelines import (
+    adapted,
+    as_weighted,
+    check_runs,
+    check_weights,
+    held_in,
+    loaded_in,
+)
 from nsc_merge.integrations.diffusers.recording import Calls, PipelineData
 from nsc_merge.integrations.peft import Merged, NothingToRegister
 from nsc_merge.methods import method_of
@@ -59,8 +65,7 @@ def merge(
     """
     models = adapted(pipe)
     held = held_in(models)
-    known = list(dict.fromkeys(name for loaded in held.values() for name in loaded))
-    names = _checked_names(adapters, weights, adapter_name, known)
+    names = _checked_names(adapters, weights, adapter_name, loaded_in(held))
     chosen = method_of(method)
     present = {part: own for part in models if (own := [name for name in names if name in held[part]])}
     calls = _of_components(data, present, method) if chosen.needs else dict.fromkeys(present)
@@ -84,7 +89,7 @@ def merge(
                 raise nothing[0]
         except BaseException:
             for component in merged:
-                _delete(models[component], adapter_name)
+                peft.remove(models[component], adapter_name)
             raise
     return merged
 
@@ -138,10 +143,3 @@ def _embedded(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
     if pooled is None or pooled.shape[-1] != read.shape[-1]:
         return read
     return torch.cat([read, pooled[:, None]], 1)
-
-
-def _delete(model: Any, adapter_name: str) -> None:
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.delete_adapter(adapter_name)
-    model.peft_config.pop(adapter_name, None)

@@ -10,6 +10,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from nsc_merge.integrations.peft import casting_of
+
 _FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -34,6 +36,11 @@ def adapted(pipe: Any) -> dict[str, nn.Module]:
 def held_in(models: dict[str, nn.Module]) -> dict[str, list[str]]:
     """Component -> the adapters that its model holds."""
     return {component: list(getattr(model, "peft_config", ())) for component, model in models.items()}
+
+
+def loaded_in(held: dict[str, list[str]]) -> list[str]:
+    """All adapters that some model holds, in the order in which they were loaded."""
+    return list(dict.fromkeys(name for names in held.values() for name in names))
 
 
 def check_weights(weights: Any, names: list[str]) -> None:
@@ -74,7 +81,7 @@ def check_runs(models: dict[str, nn.Module]) -> None:
                 f"pipe: expected models that compute each call anew, found pipe.{component} with a cache of earlier "
                 f"ones; call pipe.{component}.disable_cache() first"
             )
-        if any(_is_cast(module) for module in model.modules()):
+        if any(casting_of(module) is not None for module in model.modules()):
             raise ValueError(
                 f"pipe: expected weights that layers compute with, found pipe.{component} in layerwise casting, which "
                 "stores them in fewer bits; load it again without enable_layerwise_casting()"
@@ -84,11 +91,6 @@ def check_runs(models: dict[str, nn.Module]) -> None:
                 f"pipe: expected attention that runs its adapters, found pipe.{component} with fused projections, in "
                 f"which diffusers leaves LoRA out; call pipe.{component}.unfuse_qkv_projections() first"
             )
-
-
-def _is_cast(module: nn.Module) -> bool:
-    hooks = getattr(module, "_diffusers_hook", None)
-    return hooks is not None and hooks.get_hook("layerwise_casting") is not None
 
 
 def _left_out(module: nn.Module) -> bool:

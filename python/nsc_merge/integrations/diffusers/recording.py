@@ -20,6 +20,7 @@ from nsc_merge.integrations.diffusers.pipelines import (
     check_taken,
     check_weights,
     held_in,
+    loaded_in,
 )
 from nsc_merge.models.forward_contexts import eager
 from nsc_merge.utils.progress import Progress
@@ -72,7 +73,7 @@ def calibration_data(
     models = adapted(pipe)
     check_runs(models)
     held = held_in(models)
-    _check(prompts, {name for every in held.values() for name in every}, calls)
+    _check(prompts, loaded_in(held), calls)
     names = list(prompts)
     every = weights if isinstance(weights, list | tuple) else [weights] * len(names)
     check_weights(weights, names)
@@ -113,10 +114,10 @@ def _recorded(
     return found
 
 
-def _check(prompts: Any, known: set[str], calls: Any) -> None:
-    if not isinstance(prompts, Mapping) or not prompts or set(prompts) - known:
+def _check(prompts: Any, known: list[str], calls: Any) -> None:
+    if not isinstance(prompts, Mapping) or not prompts or set(prompts) - set(known):
         found = list(prompts) if isinstance(prompts, Mapping) else prompts
-        raise ValueError(f"prompts: expected a mapping with some of the adapters {sorted(known)}, found {found!r:.80}")
+        raise ValueError(f"prompts: expected a mapping with some of the adapters {known}, found {found!r:.80}")
     for name, every in prompts.items():
         # A string is a sequence, too.
         fits = isinstance(every, Sequence) and not isinstance(every, str) and len(every) > 0

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType, get_peft_model_state_dict
 from torch import Tensor
 
 from nsc_merge.adapters.formats import diffusers_file
-from nsc_merge.integrations.diffusers.pipelines import adapted
+from nsc_merge.integrations.diffusers.pipelines import adapted, held_in, loaded_in
 from nsc_merge.utils.atomic_file import replacing
 
 # Of the pipelines of Wan, whose file has no place for it.
@@ -35,18 +35,15 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     Raises:
         TypeError, ValueError: if ``pipe`` is no pipeline that loads LoRA, or holds no LoRA of that name.
     """
-    held: dict[str, tuple[Any, PeftConfig]] = {}
-    models = adapted(pipe)
-    for component, model in models.items():
-        if (config := getattr(model, "peft_config", {}).get(adapter_name)) is not None:
-            held[component] = model, config
-    if not held:
-        known = sorted({name for names in pipe.get_list_adapters().values() for name in names})
-        raise ValueError(f"adapter_name: expected one of {known}, found {adapter_name!r}")
-    if other := sorted(part for part, (_, config) in held.items() if config.peft_type != PeftType.LORA):
+    models: dict[str, Any] = dict(adapted(pipe))
+    held = held_in(models)
+    configs = {part: models[part].peft_config[adapter_name] for part, names in held.items() if adapter_name in names}
+    if not configs:
+        raise ValueError(f"adapter_name: expected one of {loaded_in(held)}, found {adapter_name!r}")
+    if other := sorted(part for part, config in configs.items() if config.peft_type != PeftType.LORA):
         raise ValueError(f"adapter_name: {adapter_name!r} is no LoRA in {other}, and pipelines load nothing else")
     out = Path(folder)
-    every = {part: (_tensors(model, adapter_name), _plain(config)) for part, (model, config) in held.items()}
+    every = {part: (_tensors(models[part], adapter_name), _plain(config)) for part, config in configs.items()}
     second = every.pop(_SECOND, None)
     for place, parts in ((out, every), (out / _SECOND, {"transformer": second} if second else {})):
         if parts:

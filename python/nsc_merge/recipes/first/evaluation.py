@@ -183,7 +183,7 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
 
     Args:
         found: what the recipe is written from.
-        tests: task -> its labelled data.
+        tests: every task -> its labelled data.
         folder: that its paths are relative to.
         name: of its file there.
         merged: folder of the merge that the recipe writes.
@@ -198,8 +198,6 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
         yaml.entries({"revision": (found.base.revision, "")})
     yaml.verbatim("tasks:")
     for task in found.tasks:
-        if task.name not in tests:
-            continue
         test = tests[task.name]
         metric, others = _METRICS[test.kind]
         yaml.verbatim(f"  {key_of(task.name)}:")
