@@ -213,7 +213,9 @@ class RecipeSuite:
     def _read(self, task: TaskRecipe, place: Path | CalibrationSource, argument: str) -> Labelled:
         batches, name = read_labelled(
             place, task, self._recipe, argument, predicts_tokens=self._writes(task),
-            classes=self._classes(task), count=self._count(task), tags=self._tags(task), keep=self._samples.keep,
+            # An answer is written behind the end of its prompt; what an encoder reads stands where it was trained to.
+            in_front=task.generate and not encodes(self.model), classes=self._classes(task),
+            count=self._count(task), tags=self._tags(task), keep=self._samples.keep,
         )  # fmt: skip
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([padded_behind(batch) for batch in batches])
@@ -330,9 +332,7 @@ class RecipeSuite:
             head = head_of(trained, self.model, task.pool, f"{key}: {task.adapter}")
         elif task.head in (None, "model"):
             if task.pool is not None:
-                raise ValueError(
-                    f"tasks.{task.name}.pool: the model's own head has none, found {task.pool!r}"
-                )
+                raise ValueError(f"tasks.{task.name}.pool: the model's own head has none, found {task.pool!r}")
             head = ModelHead()
         else:
             head = read_head(Path(str(task.head)), self.model, task.pool, key)

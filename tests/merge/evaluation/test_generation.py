@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from architectures import ARCHITECTURES
+from harness_cases import WORDS, tokenizer
 from peft import PeftModel
 from safetensors.torch import save_file
 from zoo import IMAGE_TOKEN, KINDS, LANGUAGE, build, images_and_text, write_adapter
@@ -67,6 +68,35 @@ def test_what_an_encoder_read_is_no_part_of_the_answer(name):
     # A base that asks for beams, as those for summaries do, is decoded greedily all the same.
     model.generation_config.num_beams = 4
     assert torch.equal(heads.GeneratingHead(3)(model, inputs), written[:, 1:])
+
+
+def test_what_an_encoder_reads_of_raw_data_stands_at_its_beginning(tmp_path, monkeypatch):
+    """BART's positions count padding: in front of a text, it would be read at others than it was trained at."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = ARCHITECTURES["BART"].build()
+    # As a trained model tells places and words apart.
+    generator = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        if value.dim() == 2:
+            value.data = torch.randn(value.shape, generator=generator) * (2 / value.shape[1] ** 0.5)
+    model.save_pretrained(tmp_path / "base")
+    tool = tokenizer()
+    tool.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=["q_proj"])
+    texts = [" ".join(WORDS[:length]) for length in (2, 7, 4)]
+    rows = [{"text": text, "summary": " ".join(WORDS[9:14])} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"adapter": "adapter", "test": "rows.jsonl", "metric": "exact_match", "generate": True}
+    recipe = {"model": "base", "tasks": {"t": task}, "methods": ["zero_shot"], "output": {"dir": "out"}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml").at(0))
+    ((inputs, labels),) = suite.labelled("t", "test")
+    written = suite.output("t", suite.model, inputs)
+    for read, mask, said in zip(inputs["input_ids"], inputs["attention_mask"], written, strict=True):
+        alone = tool(tool.decode(read[mask.bool()]), return_tensors="pt")["input_ids"]
+        expected = heads.GeneratingHead(labels.shape[1])(suite.model, {"input_ids": alone})
+        assert torch.equal(said, expected[0])
+    assert len(set(map(tuple, written.tolist()))) == 3
 
 
 def test_prompts_given_as_embeddings_are_no_part_of_the_answer():

@@ -15,8 +15,9 @@ from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.labels import LABELS, Labelling
 from nsc_merge.calibration.raw.reading import batches_of, is_raw
+from nsc_merge.evaluation.embeddings.keys import kind_of
 from nsc_merge.evaluation.eval_recipe import TaskRecipe
-from nsc_merge.evaluation.metrics import Metric, absolute_error, cross_entropy, squared_error
+from nsc_merge.evaluation.metrics import absolute_error, cross_entropy, squared_error
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 
 
@@ -27,6 +28,7 @@ def read_labelled(
     argument: str,
     *,
     predicts_tokens: bool,
+    in_front: bool,
     classes: Sequence[str],
     count: int | None = None,
     tags: bool = False,
@@ -40,6 +42,7 @@ def read_labelled(
         recipe: of the evaluation.
         argument: how messages call the data.
         predicts_tokens: whether the outputs are logits of tokens, and labels of raw data the tokens of an answer.
+        in_front: whether texts of raw data are padded in front, as what is written behind them needs it.
         classes: names of the task's classes, where they are known.
         count: of the classes, where it is known.
         tags: whether the outputs are logits of classes of tokens, and labels of raw data those of words.
@@ -57,14 +60,14 @@ def read_labelled(
             raise ValueError(f"{argument}: expected a tensor {name!r} in {place}, found {batches.names}")
     else:
         name = LABELS
-        kind = _kind(task.metric, argument, tokens=task.generate or predicts_tokens, tags=tags)
+        kind = _kind(task, argument, tokens=task.generate or predicts_tokens, tags=tags)
         labelling = Labelling(kind, task.labels, classes, count, generated=task.generate)
         settings = place.settings
-        # All samples, whatever is drawn for methods; an answer is written behind the end of its prompt.
+        # All samples, whatever is drawn for methods.
         settings = replace(
             settings,
             samples=settings.samples if "samples" in place.own else None,
-            padding_side="left" if task.generate else settings.padding_side,
+            padding_side="left" if in_front else settings.padding_side,
             target=None,
         )
         batches = batches_of(
@@ -75,8 +78,11 @@ def read_labelled(
     return batches, name
 
 
-def _kind(metric: Metric, argument: str, *, tokens: bool, tags: bool) -> str:
-    """What the labels of raw data are to be, for a metric."""
+def _kind(task: TaskRecipe, argument: str, *, tokens: bool, tags: bool) -> str:
+    """What the labels of raw data are to be, for a task's metric."""
+    metric = task.metric
+    if task.embeds and (compared := kind_of(metric)) is not None:
+        return compared
     if tokens:
         return "answer"
     if metric.loss is cross_entropy:
