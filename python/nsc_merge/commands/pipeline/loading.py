@@ -29,14 +29,11 @@ def check_apart(out: Path, base: str, given: Sequence[Given]) -> None:
     Raises:
         ValueError: naming what lies there.
     """
+    # The folders that get files of the merge, and the files of which there may be one from before.
+    ours = {out.resolve() / name for name in ("", SECOND, FILE, f"{SECOND}/{FILE}")}
     for place in (base, *(one.place for one in given)):
-        if not on_hub(place) and out.resolve() in (Path(place).resolve(), *_holding(Path(place))):
-            raise ValueError(f"--out: {out} is {place}, which is read; expected another folder")
-
-
-def _holding(place: Path) -> list[Path]:
-    """The folder of a file that one with a merge would have a file of the same name in."""
-    return [place.resolve().parent] if place.name == FILE and place.is_file() else []
+        if not on_hub(place) and Path(place).resolve() in ours:
+            raise ValueError(f"--out: {out} is or holds {place}, which is read; expected another folder")
 
 
 def loaded(arguments: argparse.Namespace, given: Sequence[Given]) -> Any:
