@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, on_hub, option_of, prompts_of, with_pictures
-from nsc_merge.commands.terminal import prepare, say
+from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 
@@ -50,16 +50,21 @@ def run(arguments: argparse.Namespace) -> int:
     merged = merge(
         pipe, names, weights, MERGED, method=arguments.method, rank=arguments.rank, data=data, **options
     )
-    pictures, failed = None, None
+    pictures: Any = None
+    failed: BaseException | None = None
     if arguments.images:
-        # The merge may have taken long.
+        # The merge may have taken long: it is kept whatever the pipeline raises, and if the drawing is interrupted.
         try:
             pictures = draw(pipe, given, arguments.images, settings, arguments.seed)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (Exception, KeyboardInterrupt) as error:
             failed = error
     document = write(pipe, arguments, given, options, prompts, merged, pictures)
     if failed is not None:
-        raise ValueError(f"--images: the merge is written to {arguments.out}, without pictures: {failed}") from failed
+        told = f"--images: the merge is written to {arguments.out}, without pictures"
+        if isinstance(failed, KeyboardInterrupt):
+            log(told)
+            raise failed
+        raise ValueError(f"{told}: {str(failed) or type(failed).__name__}") from failed
     say(json.dumps(document) if arguments.json else _said(document, arguments.out))
     return 0
 

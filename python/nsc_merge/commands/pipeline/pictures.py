@@ -56,5 +56,7 @@ def _drawn(pipe: Any, prompt: str, settings: Mapping[str, Any], seed: int) -> An
     made = pipe(prompt=prompt, **settings, **noise)
     if hasattr(made, "images"):
         return made.images[0]
+    if not hasattr(made, "frames"):
+        raise ValueError(f"expected a pipeline of images or videos, found one that gives {', '.join(made)}")
     frames = made.frames[0]
     return frames[len(frames) // 2]

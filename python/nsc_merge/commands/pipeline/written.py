@@ -100,7 +100,8 @@ def _component(one: Merged) -> dict[str, Any]:
 def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
     base = document["base"]
     hub = on_hub(base)
-    named = hub.repo if hub else "BASE"
+    named, revision = (hub.repo, hub.options.get("revision")) if hub else ("BASE", None)
+    pinned = f', revision="{revision}"' if revision else ""
     about = {"base_model": named, "base_model_relation": "adapter"} if hub else {}
     lines = ["---", to_yaml({**about, "library_name": "diffusers", "tags": ["merge", "lora"]}).rstrip(), "---", ""]
     lines += [f"# {len(document['adapters'])} LoRA adapters merged: {', '.join(document['adapters'])}", ""]
@@ -111,7 +112,7 @@ def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
         source = one["source"] if on_hub(one["source"]) else Path(one["source"]).name
         lines.append(f"| {name} | `{source}` | {one['weight']:g} |")
     lines += ["", "```python", "from diffusers import DiffusionPipeline", ""]
-    lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}")', 'pipe.load_lora_weights("FOLDER")']
+    lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}"{pinned})', 'pipe.load_lora_weights("FOLDER")']
     if (folder / SECOND).is_dir():
         lines.append(f'pipe.load_lora_weights("FOLDER/{SECOND}", load_into_transformer_2=True)')
     return "\n".join([*lines, "```", ""])

@@ -1,0 +1,137 @@
+"""What ``nsc-merge pipeline`` draws, and that a merge is kept whatever becomes of its pictures."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pipeline_cases import stable_diffusion
+
+from nsc_merge.commands.main import main
+from nsc_merge.commands.pipeline.given import Given
+from nsc_merge.commands.pipeline.pictures import draw
+from nsc_merge.integrations.diffusers import save
+
+FILE = "pytorch_lora_weights.safetensors"
+GIVEN = [Given("ink", "ink.safetensors", 0.7), Given("toy", "toy.safetensors", -0.25)]
+
+
+class Told:
+    """A pipeline that gives what it was asked for in the place of a picture: weights, and the first of its noise."""
+
+    def __init__(self, given):
+        self.given, self.weights, self.enabled, self.settings = given, {}, True, []
+
+    def enable_lora(self):
+        self.enabled = True
+
+    def disable_lora(self):
+        self.enabled = False
+
+    def set_adapters(self, names, weights=None):
+        names = [names] if isinstance(names, str) else names
+        self.weights = dict(zip(names, weights or [1.0] * len(names), strict=True))
+
+    def __call__(self, prompt, height=None, generator=None):
+        self.settings.append(height)
+        weights = self.weights if self.enabled else {}
+        values = [weights.get(name, 0.0) for name in ("ink", "toy", "merged")]
+        noise = float(torch.rand((), generator=generator))
+        return self.given(np.array([[*values, noise]], dtype=np.float64))
+
+
+def pictures_of(given):
+    pipe = Told(given)
+    figure = draw(pipe, GIVEN, ["a cat", "b" * 40], {"height": 16}, 3)
+    axes = np.array(figure.axes).reshape(2, 5)
+    assert pipe.settings == [16] * 10
+    shown = [[np.asarray(one.images[0].get_array())[0] for one in row] for row in axes]
+    return axes, np.array(shown)
+
+
+def test_a_row_is_a_prompt_from_one_noise_by_the_base_each_adapter_all_and_the_merge():
+    axes, shown = pictures_of(lambda one: SimpleNamespace(images=[one]))
+    assert [one.get_title() for one in axes[0]] == ["base", "ink 0.7", "toy -0.25", "all at once", "merged"]
+    assert [one.get_ylabel() for one in axes[:, 0]] == ["a cat", "b" * 31 + "…"]
+    weights = [[0, 0, 0], [0.7, 0, 0], [0, -0.25, 0], [0.7, -0.25, 0], [0, 0, 1]]
+    assert np.array_equal(shown[..., :3], [weights, weights])
+    # The seed for the first prompt, and the next for the second.
+    noise = [float(torch.rand((), generator=torch.Generator().manual_seed(seed))) for seed in (3, 4)]
+    assert np.array_equal(shown[..., 3], [[one] * 5 for one in noise])
+
+
+@pytest.mark.parametrize(("count", "middle"), [(1, 0), (4, 2), (5, 2)])
+def test_of_a_video_the_frame_in_its_middle_is_shown(count, middle):
+    _, wanted = pictures_of(lambda one: SimpleNamespace(images=[one]))
+    _, shown = pictures_of(lambda one: SimpleNamespace(frames=[np.stack([one + at for at in range(count)])]))
+    assert np.allclose(shown, wanted + middle)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    pipe = stable_diffusion()
+    save(pipe, "ink", root / "ink")
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(root / "base")
+    return root
+
+
+def fails(error):
+    def drawn(*_, **__):
+        raise error
+
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("drawn", "status", "told"),
+    [
+        # Of a pipeline of sound.
+        (lambda *_, **__: {"audios": [0]}, 1, "expected a pipeline of images or videos, found one that gives audios"),
+        (fails(AttributeError("'NoneType' object has no attribute 'shape'")), 1, "'NoneType' object has no attribute"),
+        (fails(KeyError("image")), 1, "without pictures: 'image'"),
+        (fails(AssertionError()), 1, "without pictures: AssertionError"),
+        (fails(KeyboardInterrupt()), 130, "nsc-merge: interrupted"),
+    ],
+)
+def test_a_merge_is_written_whatever_becomes_of_its_pictures(place, tmp_path, capsys, monkeypatch, drawn, status, told):
+    out = tmp_path / "out"
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.__call__", drawn)
+    # With its own arguments, which are looked at.
+    arguments = ["pipeline", str(place / "base"), f"ink={place / 'ink'}", "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--images", "ink boat"]) == status
+    said = capsys.readouterr()
+    assert f"--images: the merge is written to {out}, without pictures" in said.err
+    assert told in said.err
+    assert not said.out
+    assert (out / FILE).is_file()
+    assert json.loads((out / "merge.json").read_text())["components"]["unet"]["modules"] == 20
+    assert not (out / "images.png").exists()
+
+
+def test_a_card_loads_the_revision_that_was_merged(place, tmp_path, monkeypatch, capsys):
+    """Of a pipeline and an adapter on the hub, which are told by their names there."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(place / "base")
+    pipe.load_lora_weights(place / "ink", adapter_name="ink")
+    monkeypatch.setattr("nsc_merge.commands.pipeline.loading.loaded", lambda *_: pipe)
+    for base, loads in (
+        ("owner/base@refs/pr/1", '"owner/base", revision="refs/pr/1"'),
+        ("owner/base", '"owner/base"'),
+        (str(place / "base"), '"BASE"'),
+    ):
+        given = "ink=owner/loras/a/ink.safetensors@v2:0.5"
+        assert main(["pipeline", base, given, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+        pipe.delete_adapters("merged")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"pipe = DiffusionPipeline.from_pretrained({loads})\n" in card
+        assert ("base_model: owner/base\n" in card) is base.startswith("owner")
+        assert ("base_model_relation: adapter\n" in card) is base.startswith("owner")
+        assert "| ink | `owner/loras/a/ink.safetensors@v2` | 0.5 |" in card
+        assert str(place) not in card
+        document = json.loads((tmp_path / "out" / "merge.json").read_text())
+        assert document["base"] == base
+        assert document["adapters"] == {"ink": {"source": "owner/loras/a/ink.safetensors@v2", "weight": 0.5}}
