@@ -102,7 +102,7 @@ def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> d
     """
     given: dict[str, Any] = {}
     headed = {name: task for name, task in recipe.labelled.items() if not task.generate}
-    classes = {name: task.metric.loss is cross_entropy for name, task in headed.items()}
+    classes = {name: task.metric.loss is cross_entropy and not task.embeds for name, task in headed.items()}
     both = "likelihood" in method.option_names
     if headed:
         given["outputs"] = {name: partial(suite.output, name) for name in headed if both or classes[name]}

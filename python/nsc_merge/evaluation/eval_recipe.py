@@ -70,7 +70,8 @@ class TaskRecipe(MeasuredTask):
         metric: what is reported.
         head: ``"adapter"`` (what the PEFT folder brought), ``"model"`` (the model's own), a safetensors file, or None:
             the adapter's if it has one, else the model's.
-        pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`.
+        pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`; of an embedding, what it
+            is of the features, where no modules of sentence-transformers say it.
         generate: greedily generate as many tokens as the labels have.
         classes: names of the classes, by which tasks share them in the joint evaluation, and raw data name them.
     """
@@ -83,6 +84,16 @@ class TaskRecipe(MeasuredTask):
     pool: str | None = None
     generate: bool = False
     classes: tuple[str, ...] = ()
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it compares embeddings of texts that are read each alone."""
+        return isinstance(self.test, CalibrationSource) and self.test.settings.texts is not None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is measured by the accuracy of classes that heads tell apart."""
+        return self.metric.name == "accuracy" and not self.embeds
 
     @property
     def paths(self) -> dict[str, Path]:

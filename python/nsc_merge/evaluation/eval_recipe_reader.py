@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from nsc_merge.adapters import DORA
 from nsc_merge.calibration.raw.files.text_files import READERS, kind_of
 from nsc_merge.calibration.raw.reading import PARQUET, is_raw
+from nsc_merge.evaluation.embeddings.keys import check_texts
 from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
@@ -200,7 +201,7 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
         )
     if generate and (pool is not None or value.get("head") not in (None, "model")):
         raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")
-    return TaskRecipe(
+    task = TaskRecipe(
         **common,
         metric=metric,
         labels=text_or_none(value, "labels", prefix),
@@ -210,6 +211,7 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
         classes=tuple(str(one) for one in classes),
         **paths,
     )
+    return check_texts(task)
 
 
 def _labelled(key: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Path | CalibrationSource:
@@ -341,8 +343,7 @@ def _joint(document: Mapping[str, Any], tasks: _Tasks) -> str | None:
         return None
     if value not in SCORES:
         raise RecipeError(f"joint: expected one of {list(SCORES)}, or false, found {value!r:.60}")
-    labelled = [task for task in tasks.values() if isinstance(task, TaskRecipe)]
-    classifiers = [task for task in labelled if task.metric.name == "accuracy"]
+    classifiers = [task for task in tasks.values() if isinstance(task, TaskRecipe) and task.classifies]
     if len(classifiers) < 2:
         raise RecipeError(f"joint: expected at least two tasks of metric accuracy, found {len(classifiers)}")
     return str(value)

@@ -224,7 +224,7 @@ class _Bench:
     def _hits(self, candidate: Candidate) -> dict[str, dict[str, float]] | None:
         if self._recipe.joint is None:
             return None
-        tasks = {name: task for name, task in self._recipe.labelled.items() if task.metric.name == "accuracy"}
+        tasks = {name: task for name, task in self._recipe.labelled.items() if task.classifies}
         names = {name: task.classes for name, task in tasks.items() if task.classes}
         found = joint_hits(self._suite, candidate, list(tasks), self._recipe.joint, names)
         if found is None:

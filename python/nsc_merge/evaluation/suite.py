@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
-from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.batch_files import Batches, inputs_for
 from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.calibration.on_disk import OnDisk
 from nsc_merge.calibration.raw.labels import LABELS
-from nsc_merge.calibration.raw.preprocessors import base_of, classifies_tokens, tokenizer_of
+from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
+from nsc_merge.evaluation.embeddings.head import EmbeddingHead, embedding_head
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
-from nsc_merge.evaluation.metrics import Metric, Outputs, check_tags, cross_entropy, predicted
+from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
+from nsc_merge.evaluation.rows.classes import count_of, names_of, says_tags, tags_of
 from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
@@ -125,6 +126,9 @@ class RecipeSuite:
         self._labelled: dict[tuple[str, str], Labelled] = {}
         # A picture is half a megabyte. How much of its machine's memory a container may use is not told.
         self._samples = OnDisk(recipe.out, min(total_memory(torch.device("cpu")) // 2, _IN_MEMORY))
+        self._embeddings: dict[str, EmbeddingHead] = {
+            name: embedding_head(recipe, task) for name, task in recipe.labelled.items() if task.embeds
+        }
         # Before anything is measured: a tokenizer that is missing is told at once.
         self._further_of = {name: self._further(task) for name, task in recipe.labelled.items()}
         self._heads = {name: self._head(task) for name, task in recipe.labelled.items()}
@@ -186,6 +190,8 @@ class RecipeSuite:
         """What is kept of the outputs of a batch until all are measured: of logits at several places of a sample, what
         its figures and the loss take of them.
         """
+        if task in self._embeddings:
+            return self._embeddings[task].compared(output, len(label), self.metric(task))
         if self.metric(task).loss is cross_entropy and label.dim() > 1 and output.shape[:-1] == label.shape:
             with _naming(task):
                 return predicted(output, label)
@@ -214,14 +220,18 @@ class RecipeSuite:
         batches, name = read_labelled(
             place, task, self._recipe, argument, predicts_tokens=self._writes(task),
             # An answer is written behind the end of its prompt; what an encoder reads stands where it was trained to.
-            in_front=task.generate and not encodes(self.model), classes=self._classes(task),
-            count=self._count(task), tags=self._tags(task), keep=self._samples.keep,
+            in_front=task.generate and not encodes(self.model),
+            classes=names_of(task, self.adapters[task.name], self.model),
+            count=count_of(task, self.adapters[task.name], self.model),
+            tags=says_tags(task, self.model), keep=self._samples.keep,
         )  # fmt: skip
         if self._generates and not encodes(self.model) and not task.generate:
             batches = Batches([padded_behind(batch) for batch in batches])
+        if task.embeds:
+            self._embeddings[task.name].check_lengths(batches, argument)
         inputs = inputs_for(self.model, batches, argument, name, self._samples.keep)
         labels = [batch[name] for batch in batches]
-        if self._writes(task):
+        if self._writes(task) and not task.embeds:
             if not encodes(self.model):
                 labels = [label[:, 1:] for label in labels]
             elif not any(name.startswith("decoder_input") for name in batches.names):
@@ -235,35 +245,6 @@ class RecipeSuite:
             for one, label in zip(inputs, labels, strict=True)
         ]
 
-    def _classes(self, task: TaskRecipe) -> Sequence[str]:
-        """Names of a task's classes: those of the recipe, of the adapter's folder, or of the base where its head is as
-        large; none where they are only numbered.
-        """
-        if task.classes:
-            return task.classes
-        counts = self._counts(task)
-        own: Mapping[int, str] = getattr(getattr(self.model, "config", None), "id2label", None) or {}
-        for names in (self.adapters[task.name].about.id2label, own):
-            listed = class_names(names)
-            if listed and (not counts or len(listed) in counts):
-                return listed
-        return ()
-
-    def _counts(self, task: TaskRecipe) -> set[int]:
-        """How many classes the head has that a task's adapter brought: of heads with a layer before the last (wav2vec
-        2.0's projector) it is not clear which is which.
-        """
-        return {len(value) for value in self.adapters[task.name].trained.values() if value.dim() == 2}
-
-    def _count(self, task: TaskRecipe) -> int | None:
-        """How many classes tokens have, where that is clear."""
-        if not self._tags(task) or task.head not in (None, "adapter", "model"):
-            return None
-        brought = set() if task.head == "model" else self._counts(task)
-        if not brought:
-            return getattr(getattr(self.model, "config", None), "num_labels", None)
-        return brought.pop() if len(brought) == 1 else None
-
     def _further(self, task: TaskRecipe) -> dict[str, Any]:
         """Further arguments of the metric: the tokens that end a text, what makes text of tokens, and what classes are
         called.
@@ -272,32 +253,15 @@ class RecipeSuite:
         if task.metric.writes:
             further["ends"] = ends_of(self.model)
         if task.metric.named:
-            further["classes"] = self._names(task)
+            further["classes"] = tags_of(task, self.adapters[task.name], self.model)
+        if task.metric.embeds:
+            further["similarity"] = self._embeddings[task.name].modules.similarity
         if task.metric.decodes:
             tokenizer = self.tokenizer(f"tasks.{task.name}.metric")
             # Of CTC's, which would take letters for one that are alike and stand together.
             own = {"group_tokens": False} if hears(self.model) else {}
             further["decode"] = partial(tokenizer.decode, skip_special_tokens=True, **own)
         return further
-
-    def _names(self, task: TaskRecipe) -> Sequence[str]:
-        """The tags of entities that a task's classes are.
-
-        Raises:
-            ValueError: naming the task, if they are others, or not known.
-        """
-        classes, key = self._classes(task), f"tasks.{task.name}.classes"
-        if not classes:
-            raise ValueError(f"{key}: metric {task.metric.name} needs the tags in order, [O, B-PER, ...], found none")
-        try:
-            check_tags(classes)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        return classes
-
-    def _tags(self, task: TaskRecipe) -> bool:
-        """Whether outputs are the logits of classes of tokens."""
-        return classifies_tokens(type(self.model)) and task.pool in (None, "tokens")
 
     def _writes(self, task: TaskRecipe) -> bool:
         """Whether outputs are the logits of tokens, by the own head of a model that generates."""
@@ -314,6 +278,8 @@ class RecipeSuite:
         return max(label.shape[-1] for split in splits for _, label in self.labelled(task.name, split))
 
     def _head(self, task: TaskRecipe) -> Head:
+        if task.embeds:
+            return self._embeddings[task.name]
         key = f"tasks.{task.name}.head"
         trained = self.adapters[task.name].trained
         if task.generate:

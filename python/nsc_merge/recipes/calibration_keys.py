@@ -47,7 +47,8 @@ class CalibrationSource:
 
     def as_written(self) -> dict[str, Any]:
         """The keys with their values, as a recipe has them, whatever its defaults."""
-        return {"source": self.source, **{key: getattr(self.settings, key) for key in DATA_KEYS}}
+        held = {key: getattr(self.settings, key) for key in DATA_KEYS}
+        return {"source": self.source, **{key: list(v) if isinstance(v, tuple) else v for key, v in held.items()}}
 
 
 def absolute_source(value: Any, base: Path) -> Any:
@@ -164,6 +165,10 @@ def _settings(data: Mapping[str, Any], prefix: str, trust_remote_code: bool) -> 
 
 def _together(data: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A task's own settings in front of those for all: a chat takes the place of a text, and the other way round."""
-    instead = {"text": ("messages",), "messages": ("text", "text_pair")}
+    instead = {
+        "text": ("messages", "texts"),
+        "messages": ("text", "text_pair", "texts"),
+        "texts": ("text", "text_pair", "messages", "target"),
+    }
     replaced = {other for key, others in instead.items() if own.get(key) is not None for other in others}
     return {**{key: value for key, value in data.items() if key not in replaced}, **own}

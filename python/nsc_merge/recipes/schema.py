@@ -216,6 +216,7 @@ def _data() -> dict[str, Schema]:
     """The keys that say what is taken of raw data, and how."""
     defaults = DataSettings()
     kinds: dict[str, Schema] = {
+        "texts": _or_null({"type": "array", "items": _TEXT, "minItems": 1}),
         "max_length": _COUNT,
         "max_seconds": {"type": "number", "exclusiveMinimum": 0},
         "truncation": _FLAG,

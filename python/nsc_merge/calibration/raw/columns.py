@@ -45,6 +45,7 @@ class Sample:
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
         pair: a second text, which the tokenizer puts behind the first.
+        texts: that are read each alone; None among them where one is blank.
         label: what the row says of its label, where samples are measured.
     """
 
@@ -57,6 +58,7 @@ class Sample:
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
     pair: str | None = None
+    texts: list[str | None] | None = None
     label: Any = None
 
 
@@ -72,6 +74,7 @@ class Columns:
         audio: the column of audio, or of a list of it.
         pair: a column, or a template, of a second text.
         words: whether the column of the text holds lists of words.
+        texts: columns, or templates, of texts that are read each alone.
     """
 
     text: str | Template | None = None
@@ -81,6 +84,7 @@ class Columns:
     audio: str | None = None
     pair: str | Template | None = None
     words: bool = False
+    texts: tuple[str | Template, ...] = ()
 
     def said(self) -> str:
         """In words, for people."""
@@ -91,7 +95,8 @@ class Columns:
         audio = f"audio in column {self.audio!r}" if self.audio is not None else ""
         pair = "" if self.pair is None else f"with {said(self.pair)} behind it"
         target = "" if self.target is None else f"for the decoder {said(self.target)}"
-        return ", ".join(one for one in (text, pair, chat, image, audio, target) if one)
+        alone = " and ".join(map(said, self.texts))
+        return ", ".join(one for one in (text, alone, pair, chat, image, audio, target) if one)
 
     def sample(self, row: Row, where: str) -> Sample | None:
         """What a row gives; None where its text is blank, or null, and it holds no image.
@@ -113,6 +118,9 @@ class Columns:
             messages = messages_of(row[self.messages], where)
             tools = tools_of(row.get(TOOLS), where)
             return replace(media, messages=messages, tools=tools, target=filled(self.target, row, where))
+        if self.texts:
+            texts = [filled(one, row, where) for one in self.texts]
+            return replace(media, texts=texts) if any(texts) else None
         if self.text is None:
             if not images and not audio:
                 what, column = ("audio", self.audio) if self.audio is not None else ("image", self.image)
@@ -180,11 +188,16 @@ def choose(
         target = named_text(settings.target, columns, argument, "target")
     media = Columns(image=image, audio=heard, target=target)
     if not text:
-        named = next((name for name in ("text", "messages") if getattr(settings, name) is not None), None)
+        named = next((name for name in ("text", "messages", "texts") if getattr(settings, name) is not None), None)
         if named is not None:
             only = "audio" if audio else "images"
             raise ValueError(f"{argument}: {named}: is named, and the base takes {only} alone")
         return media
+    if settings.texts is not None:
+        if images or audio:
+            raise ValueError(f"{argument}: texts: the base takes images or audio, too; expected text: COLUMN")
+        each = tuple(named_text(one, columns, argument, "texts") for one in settings.texts)
+        return replace(media, texts=each)
     if settings.messages is not None:
         if settings.messages not in columns:
             raise no_column(f"{argument}: messages:", settings.messages, columns)

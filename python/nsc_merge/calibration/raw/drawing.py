@@ -126,6 +126,41 @@ def batched(
     return batches
 
 
+def batched_rows(
+    encoded: Sequence[Encoded],
+    of_rows: Mapping[str, Tensor],
+    size: int,
+    seed: int,
+    padded: Mapping[str, Filling],
+    argument: str,
+    keep: Keep = in_memory,
+) -> list[dict[str, Tensor]]:
+    """Batches of rows of several texts: the inputs ``[rows * S, ...]`` of all texts of the first row, of the second,
+    and so on, beside what the rows have of their own.
+
+    Args:
+        encoded: the texts, those of a row behind each other, of as many in every row.
+        of_rows: name -> a value for each row ``[N, ...]``.
+        size: rows of a batch.
+        seed, padded, keep: as in :func:`batched`.
+        argument: how messages call the data.
+
+    Raises:
+        ValueError: of a base without a mask, for which no two texts can be of one length.
+    """
+    if MASK not in padded:
+        raise ValueError(f"{argument}: texts: the base takes no {MASK}, and texts of a row are of several lengths")
+    count = len(next(iter(of_rows.values())))
+    several = len(encoded) // count
+    rows = [encoded[several * number : several * (number + 1)] for number in range(count)]
+    longest = [max(len(one[TOKENS]) for one in row) for row in rows]
+    batches = []
+    for some in batches_by_length(longest, [()] * count, size, seed):
+        texts = _together([one for number in some for one in rows[number]], padded)
+        batches.append(keep({**texts, **{name: value[some] for name, value in of_rows.items()}}))
+    return batches
+
+
 def _kind(one: Encoded, padded: Mapping[str, Filling]) -> tuple[Any, ...]:
     """What samples of a batch agree in: of pieces of images, which stand behind each other, not how many there are."""
     return tuple((name, value.shape if name in padded else value.shape[1:]) for name, value in one.items())

@@ -22,7 +22,7 @@ from nsc_merge.calibration.raw.word_lists import TAG_COLUMNS, as_list, tag_colum
 
 LABELS = "labels"
 # Of a class or a value, and of answers, where no column is named.
-CLASS_COLUMNS = ("label", "labels", "class", "score")
+CLASS_COLUMNS = ("label", "labels", "class", "score", "similarity_score")
 ANSWER_COLUMNS = (
     *("answer", "answers", "completion", "response", "output", "target", "summary", "highlights"),
     *TRANSCRIPT_COLUMNS,
@@ -34,6 +34,8 @@ _BESIDE = (
 )
 # Where no column of text is named.
 _TEXT = "text"
+# Kinds of labels that are in the texts themselves.
+WITHOUT_COLUMN = ("same", "nearest")
 # What labels hold where nothing is known, or asked for.
 UNKNOWN = -100
 # Inputs of a text beside its tokens that go on with an answer -> their value there.
@@ -46,7 +48,9 @@ class Labelling:
 
     Attributes:
         kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"value"``, ``[N]`` in float32; ``"answer"``, tokens;
-            ``"tags"``, classes of words ``[N, T]``, each at the first token of its word, -100 elsewhere.
+            ``"tags"``, classes of words ``[N, T]``, each at the first token of its word, -100 elsewhere; of several
+            texts that are read alone ``"same"``, numbers ``[N, S]`` that those of one text share, or ``"nearest"``, the
+            place of the second among all behind the first, counted from the end, ``[N]``. These have no column.
         column: that holds them; None for a usual name, else the folder that a file lies in, or the last turn of a chat.
         classes: their names in the order of their numbers; empty where the labels are numbers.
         count: of the classes; None where it is not known.
@@ -74,11 +78,13 @@ class Labelling:
         Raises:
             ValueError: if the one that is named is not there, or is part of what the model is to read.
         """
+        if self.kind in WITHOUT_COLUMN:
+            return None
         column = self._column_in(columns, place, text=text)
         if text and self.is_all(settings):
             return None
-        for name in ("text", "text_pair"):
-            read = getattr(settings, name)
+        read_alone = [("texts", one) for one in settings.texts or ()]
+        for name, read in (("text", settings.text), ("text_pair", settings.text_pair), *read_alone):
             if column is not None and read is not None and (read == column or f"{{{column}}}" in read):
                 raise ValueError(
                     f"{place}: {name}: {read!r:.60} holds the column {column!r} of the labels, which the model would "
@@ -198,6 +204,8 @@ class Labelling:
         Raises:
             ValueError: if the row has no label.
         """
+        if self.kind in WITHOUT_COLUMN:
+            return sample
         if sample.text is not None and self.is_all(settings):
             return replace(sample, label=sample.text)
         turns = sample.messages or []

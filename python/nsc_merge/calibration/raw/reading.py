@@ -14,7 +14,7 @@ from typing import Any
 from nsc_merge.calibration.batch_files import Batches, read_batches
 from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.columns import Sample, choose
-from nsc_merge.calibration.raw.drawing import Row, Source, batched, digest, in_order, listed
+from nsc_merge.calibration.raw.drawing import Row, Source, batched, batched_rows, digest, in_order, listed
 from nsc_merge.calibration.raw.encoding import encode
 from nsc_merge.calibration.raw.files.tables import (
     SPLIT,
@@ -29,7 +29,8 @@ from nsc_merge.calibration.raw.files.tables import (
 )
 from nsc_merge.calibration.raw.files.text_files import READERS, TEXT, kind_of, rows_of_text
 from nsc_merge.calibration.raw.files.wrong_files import refused_file, refused_folder
-from nsc_merge.calibration.raw.labels import Labelling, add_labels
+from nsc_merge.calibration.raw.inputs.texts import apart, labels_of_rows
+from nsc_merge.calibration.raw.labels import LABELS, Labelling, add_labels
 from nsc_merge.calibration.raw.media import audio, images
 from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
 from nsc_merge.calibration.raw.preprocessors import Base, base_of, tokenizer_of
@@ -106,17 +107,24 @@ def batches_of(
         raise ValueError(
             f"{argument}: {found.name} would be measured on its split {SPLIT}, as none is named; expected split: NAME"
         )
-    samples = draw(found, settings, argument, model, labelling)
+    rows = draw(found, settings, argument, model, labelling)
+    samples = rows if settings.texts is None else apart(rows)
     made, opened = encode(samples, model, settings, found.folder, argument, keep)
-    if labelling is not None:
+    compared = None
+    if labelling is not None and settings.texts is not None:
+        compared = {LABELS: labels_of_rows(rows, labelling)}
+    elif labelling is not None:
         answers = made.tokenizer is None and labelling.kind == "answer"
         tokenizer = tokenizer_of(model, settings, argument) if answers else made.tokenizer
         if labelling.kind == "tags":
             add_tags(made, samples, labelling, settings, argument)
         else:
             add_labels(made.encoded, made.padded, samples, labelling, tokenizer, model, settings)
-    sha256 = {**found.sha256, "samples": digest(made.encoded), **opened}
-    batches = batched(made.encoded, batch_size, settings.seed, made.padded, keep)
+    sha256 = {**found.sha256, "samples": digest([*made.encoded, *([compared] if compared else [])]), **opened}
+    if compared is None:
+        batches = batched(made.encoded, batch_size, settings.seed, made.padded, keep)
+    else:
+        batches = batched_rows(made.encoded, compared, batch_size, settings.seed, made.padded or {}, argument, keep)
     return Batches(batches, sha256=sha256, first=made.first)
 
 

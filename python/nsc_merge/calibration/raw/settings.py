@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nsc_merge.utils.option_checks import check_choice, check_count, check_number
@@ -20,6 +21,8 @@ class DataSettings:
             takes ``tokens`` or ``words``, or the only one of lists.
         text_pair: column or template of a second text, of models that compare two (NLI, rerankers): the tokenizer puts
             both together, with its separators and token types.
+        texts: columns or templates of texts that are read each alone, of models that embed them (query and document,
+            with the prompts in front that they were trained with): a row is as many samples as it has of them.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the
             tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
             functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where
@@ -50,6 +53,7 @@ class DataSettings:
 
     text: str | None = None
     text_pair: str | None = None
+    texts: Sequence[str] | None = None
     messages: str | None = None
     target: str | None = None
     image: str | None = None
@@ -74,6 +78,14 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: expected text, found {value!r:.60}")
+        if self.texts is not None:
+            listed = isinstance(self.texts, (list, tuple))
+            if not listed or not self.texts or not all(isinstance(one, str) and one for one in self.texts):
+                raise ValueError(f"texts: expected a list of columns or templates, found {self.texts!r:.60}")
+            for name in ("text", "text_pair", "messages", "target"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"texts, {name}: expected one of them, as each of texts is read alone")
+            object.__setattr__(self, "texts", tuple(self.texts))
         if self.text is not None and self.messages is not None:
             raise ValueError(f"text, messages: expected one of them, found {self.text!r:.60} and {self.messages!r:.60}")
         if self.text_pair is not None and self.text is None:

@@ -44,6 +44,15 @@ from nsc_merge.evaluation.metrics.regression import (
     spearman,
     squared_error,
 )
+from nsc_merge.evaluation.metrics.retrieval import (
+    AT,
+    mrr,
+    mrr_per_sample,
+    ndcg,
+    ndcg_per_sample,
+    recall,
+    recall_per_sample,
+)
 from nsc_merge.evaluation.metrics.texts import (
     bleu,
     bleu_per_sample,
@@ -54,7 +63,7 @@ from nsc_merge.evaluation.metrics.texts import (
     vqa,
     vqa_per_sample,
 )
-from nsc_merge.utils.option_checks import check_choice
+from nsc_merge.utils.option_checks import check_choice, check_count
 
 Measure = Callable[..., float]
 PerSample = Callable[..., Tensor]
@@ -81,6 +90,7 @@ class Metric:
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
         decodes: whether they want ``decode``, which makes text of a sequence of tokens.
         named: whether they want ``classes``, the names of the classes.
+        embeds: whether they are of embeddings of texts, and want ``similarity``, by which these are compared.
         of_samples: ``(quality, counts) -> float``, both ``[N]``: what ``measure`` is, of the quality of every sample
             and of how many labels are known of it; None where it takes more.
         package: that alone says what the figure is, by its name; empty for none.
@@ -100,9 +110,21 @@ class Metric:
     writes: bool = False
     decodes: bool = False
     named: bool = False
+    embeds: bool = False
     of_samples: Callable[[Tensor, Tensor], float] | None = None
     package: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compares(self) -> str | None:
+        """What labels of texts whose embeddings are compared are for it, see
+        :class:`nsc_merge.calibration.raw.labels.Labelling`; None of a metric that is of no embeddings.
+        """
+        if self.embeds:
+            return "same"
+        if self.name == "accuracy":
+            return "nearest"
+        return "value" if self.loss in (squared_error, absolute_error) else None
 
     @property
     def quality_label(self) -> str:
@@ -123,11 +145,15 @@ class Metric:
                 check_choice(name, given[name], self.choices[name])
         if not given:
             return self
+        label = self.label
+        if "k" in given:
+            check_count("k", given["k"])
+            label = f"{label.partition('@')[0]}@{given['k']}"
         program = str(given.get("program", OWN))
         named = program != OWN
         return replace(
             self,
-            label=f"{self.label} ({program})" if named else self.label,
+            label=f"{label} ({program})" if named else label,
             decodes=named or self.decodes,
             package=program if named else self.package,
             measure=functools.partial(self.measure, **given),
@@ -148,6 +174,7 @@ def _mean_of_labels(quality: Tensor, counts: Tensor) -> float:
 _CLASSES = "outputs: logits [N, ..., C]; labels: integers [N, ...], -100 where unknown"
 _TAGS = "outputs: logits [N, T, C]; labels: tags [N, T], -100 at all tokens of a word but its first"
 _VALUES = "outputs: [N, ...] or [N, ..., 1]; labels: [N, ...], NaN where unknown"
+_EMBEDDINGS = "outputs: embeddings [N, S, d]; labels: numbers [N, S] of the same questions, and documents"
 _TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100"
 
 METRICS: dict[str, Metric] = {
@@ -235,6 +262,23 @@ METRICS: dict[str, Metric] = {
             exact_match_per_sample,
             cross_entropy,
             of_samples=_mean_of_samples,
+        ),
+        *(
+            Metric(
+                name,
+                f"{label}@{AT}",
+                _EMBEDDINGS,
+                measure,
+                quality,
+                options=("k",),
+                embeds=True,
+                of_samples=_mean_of_samples,
+            )
+            for name, label, measure, quality in (
+                ("ndcg", "nDCG", ndcg, ndcg_per_sample),
+                ("mrr", "MRR", mrr, mrr_per_sample),
+                ("recall", "recall", recall, recall_per_sample),
+            )
         ),
         Metric(
             "cider",

@@ -15,7 +15,6 @@ from nsc_merge.calibration.batches import MASK
 from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.calibration.raw.labels import LABELS, Labelling
 from nsc_merge.calibration.raw.reading import batches_of, is_raw
-from nsc_merge.evaluation.embeddings.keys import kind_of
 from nsc_merge.evaluation.eval_recipe import TaskRecipe
 from nsc_merge.evaluation.metrics import absolute_error, cross_entropy, squared_error
 from nsc_merge.recipes.calibration_keys import CalibrationSource
@@ -81,8 +80,8 @@ def read_labelled(
 def _kind(task: TaskRecipe, argument: str, *, tokens: bool, tags: bool) -> str:
     """What the labels of raw data are to be, for a task's metric."""
     metric = task.metric
-    if task.embeds and (compared := kind_of(metric)) is not None:
-        return compared
+    if task.embeds and metric.compares is not None:
+        return metric.compares
     if tokens:
         return "answer"
     if metric.loss is cross_entropy:

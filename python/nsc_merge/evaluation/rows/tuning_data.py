@@ -35,8 +35,12 @@ def check_tuning_data(suite: Suite, tasks: Sequence[str], log: Callable[[str], N
 
 
 def _digests(batches: Labelled) -> Iterator[bytes]:
-    """Of the inputs of every sample; images of a batch that are not one for each are part of all of its samples."""
+    """Of the inputs of every sample, all of its texts where it has several; images of a batch that are not one for each
+    are part of all of its samples.
+    """
     for inputs, labels in batches:
+        if len(rows := {len(value) for value in inputs.values()}) == 1 and (several := rows.pop() // len(labels)) > 1:
+            inputs = {name: value.unflatten(0, (len(labels), several)) for name, value in inputs.items()}
         for row in range(len(labels)):
             digest = hashlib.blake2b(digest_size=16)
             for name in sorted(inputs):

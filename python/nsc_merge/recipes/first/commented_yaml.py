@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,24 @@ class Yaml:
 def _entry(key: str, value: Any) -> list[str]:
     """A key and its value in YAML, in one line wherever that can be."""
     if isinstance(value, list):
-        # A module may be called 0, as in nn.Sequential, which is a name in quotes alone.
-        names = (one if one.isidentifier() and key_of(one) == one else quoted(one) for one in value)
-        return [f"{key_of(key)}: [{', '.join(names)}]"]
+        return [f"{key_of(key)}: {_listed(value)}"]
     if isinstance(value, dict):
-        inner = ", ".join(f"{name}: {quoted(one)}" for name, one in value.items())
+        inner = ", ".join(f"{name}: {_inner(one)}" for name, one in value.items())
         return [f"{key_of(key)}: {{{inner}}}"]
     if isinstance(value, str) and "\n" in value:
         return [f"{key_of(key)}: {quoted(value)}"]
     return to_yaml({key: value}).splitlines()
+
+
+def _inner(value: Any) -> str:
+    if isinstance(value, list):
+        return _listed(value)
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def _listed(value: Sequence[str]) -> str:
+    # A module may be called 0, as in nn.Sequential, which is a name in quotes alone.
+    return f"[{', '.join(one if one.isidentifier() and key_of(one) == one else quoted(one) for one in value)}]"
 
 
 def key_of(key: str) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class Data:
         batch: inputs of a batch as far as shapes go; None where nothing was looked at.
         text: column or template of the text, where a recipe has to name it.
         text_pair: that of a second text.
+        texts: columns or templates of texts that are read each alone, for embeddings.
+        longest: tokens at which these are cut, where the base says it.
         target: that of what a decoder reads.
         messages: the column of chats, where it has no usual name.
         raw: whether it is raw data, which settings say how to encode; False for safetensors.
@@ -40,6 +43,8 @@ class Data:
     batch: Mapping[str, Tensor] | None
     text: str | None = None
     text_pair: str | None = None
+    texts: Sequence[str] | None = None
+    longest: int | None = None
     target: str | None = None
     messages: str | None = None
     raw: bool = False
@@ -47,10 +52,10 @@ class Data:
     audio: bool = False
 
     @property
-    def named(self) -> dict[str, str]:
+    def named(self) -> dict[str, Any]:
         """The settings of raw data that a recipe has to write."""
-        named = {"text": self.text, "text_pair": self.text_pair, "target": self.target, "messages": self.messages}
-        return {key: value for key, value in named.items() if value is not None}
+        names = ("text", "text_pair", "texts", "target", "messages")
+        return {key: value for key in names if (value := getattr(self, key)) is not None}
 
 
 def sources(arguments: Sequence[str], tasks: Sequence[str], flag: str = "--data") -> dict[str, str]:

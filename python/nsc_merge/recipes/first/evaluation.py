@@ -11,7 +11,7 @@ from typing import Any
 from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.raw.columns import choose
 from nsc_merge.calibration.raw.drawing import Row
-from nsc_merge.calibration.raw.labels import Labelling
+from nsc_merge.calibration.raw.labels import CLASS_COLUMNS, Labelling
 from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -20,7 +20,7 @@ from nsc_merge.models.block_finding import hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
-from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in
+from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in, embedded_in
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -28,6 +28,9 @@ from nsc_merge.recipes.yaml_keys import RecipeError
 _METRICS = {
     "class": ("accuracy", "or f1, f1_binary, matthews"),
     "value": ("pearson", "or spearman, rmse, l1"),
+    "similar": ("spearman", "of the cosine of two embeddings; or pearson"),
+    "same": ("ndcg", "of the second among those of all rows, by its embedding; or mrr, recall"),
+    "nearest": ("accuracy", "of the second being nearer to the first than others are"),
     "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
     "speech": ("wer", "or cer, exact_match, bleu"),
     "entities": ("entity_f1", "or accuracy, f1, exact_match"),
@@ -50,7 +53,7 @@ class Test:
     source: str
     said: str
     kind: str
-    settings: Mapping[str, str]
+    settings: Mapping[str, Any]
     labels: str | None = None
 
 
@@ -77,20 +80,29 @@ def _look(source: str, task: Task, found: Findings) -> Test:
         )
     settings = DataSettings()
     takes = base_of(found.base.source, found.base.revision, settings, argument)
-    kind = _kind(task, found, tags=takes.words)
-    count = _count(task, found) if kind == "tags" else None
-    labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
     opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
+    texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
+    kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns)
+    count = _count(task, found) if kind == "tags" else None
+    labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
     if kind == "tags":
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
-    settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
+    settings = DataSettings(texts=texts)
+    if texts is None:
+        settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
+    elif found.base.embedded is not None and found.base.embedded.longest is not None:
+        settings = replace(settings, max_length=min(settings.max_length, found.base.embedded.longest))
     some = replace(settings, samples=SAMPLES)
     revision = found.base.revision
     batches_of(source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling)
     column = labelling.column_in(opened.columns, settings, argument, text=takes.text)
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
     named = {name: value for name in ("text", "text_pair") if (value := getattr(settings, name)) is not None}
+    if texts is not None:
+        named |= {"texts": texts, "max_length": settings.max_length}
+        told = "texts that are compared" if column is None else told
+        kind = "similar" if kind == "value" else kind
     where = f" in split {opened.split}" if opened.split else ""
     if kind == "answer" and takes.audio and not takes.text:
         kind = "speech"
@@ -142,6 +154,13 @@ def _kind(task: Task, found: Findings, *, tags: bool) -> str:
     if _count(task, found) == 1:
         return "value"
     return "tags" if tags else "class"
+
+
+def _compared(texts: Sequence[str], columns: Sequence[str]) -> str:
+    """What the labels of texts are that are embedded each alone."""
+    if any(name in columns for name in CLASS_COLUMNS) and len(texts) == 2:
+        return "value"
+    return "nearest" if len(texts) > 2 else "same"
 
 
 def _count(task: Task, found: Findings) -> int:

@@ -17,6 +17,7 @@ from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
 from nsc_merge.models.block_finding import classifiers, output_embeddings, trunk_of
+from nsc_merge.models.embeddings.files import Texts, in_folder, on_hub, texts_of
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.first.data import Data, sources
@@ -49,6 +50,7 @@ class Base:
         model: on the meta device.
         family: listed or found; None if there are no blocks that hold an adapted linear.
         quantised: the method that its files are quantised by, if any.
+        embedded: what texts are for one that embeds them; None of others.
     """
 
     source: str
@@ -57,6 +59,7 @@ class Base:
     model: nn.Module
     family: Family | None
     quantised: str | None
+    embedded: Texts | None = None
 
     @property
     def parameters(self) -> int:
@@ -140,7 +143,7 @@ def find(
     found = _base(base, revision)
     fitted = fit({task.name: low_rank_alone(task.outline) for task in tasks}, found.model)
     linears = merged_linears(found.model, fitted)
-    found = replace(found, family=find_family(found.model, linears))
+    found = replace(found, family=find_family(found.model, linears), embedded=_embedded(found, tasks))
     places = sources(data, [task.name for task in tasks])
     chosen, why = _method(method, found, bool(places))
     preset = found.family.recipe if found.family and found.family.recipe in chosen.recipes else None
@@ -149,7 +152,7 @@ def find(
     warnings = [*_other_bases(tasks, found), *_partly(fitted, linears)]
     looked = {}
     try:
-        looked = look(places, found.source, found.model, batch_size, text, revision)
+        looked = look(places, found.source, found.model, batch_size, text, revision, found.embedded)
     except (ValueError, OSError) as error:
         if "data" in chosen.needs:
             raise
@@ -205,6 +208,16 @@ def _base(name: str, revision: str | None) -> Base:
     architecture = architecture_of(source, local=local, revision=revision)
     model = outline_of(architecture)
     return Base(source, local, revision, model, find_family(model), quantised_as(architecture.config))
+
+
+def _embedded(base: Base, tasks: Sequence[Task]) -> Texts | None:
+    """What texts are for a base that embeds them, by the files beside it, or beside the first adapter where it has
+    none.
+    """
+    find = in_folder(Path(base.source)) if base.local else on_hub(base.source, base.revision, "--base")
+    found = texts_of(find, f"--base: {base.source}")
+    folder = Path(tasks[0].source)
+    return texts_of(in_folder(folder), str(folder)) if found is None and folder.is_dir() else found
 
 
 def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]:

@@ -17,6 +17,7 @@ from nsc_merge.calibration.raw.preprocessors import base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.templates import TEXT_COLUMNS
+from nsc_merge.models.embeddings.files import Texts
 from nsc_merge.recipes.first.data import Data, stored_inputs
 
 # Samples that are encoded, and rows that are looked at for it.
@@ -55,12 +56,47 @@ _COMPARED = (
     ("query", "text"),
     ("anchor", "positive"),
 )
+# A question or a title and what is found by it, perhaps with what is not; and texts that mean the same, or do not.
+_SEARCHED = (
+    ("query", "positive", "negative"),
+    ("query", "positive"),
+    ("query", "document"),
+    ("query", "passage"),
+    ("query", "answer"),
+    ("query", "text"),
+    ("question", "positive"),
+    ("question", "answer"),
+    ("question", "passage"),
+    ("title", "body"),
+    ("title", "abstract"),
+)
+_ALIKE = (
+    ("anchor", "positive", "negative"),
+    ("anchor", "positive"),
+    ("sentence1", "sentence2"),
+    ("sentence_A", "sentence_B"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+)
+# Names of a prompt of what is searched.
+_DOCUMENTS = ("document", "passage", "corpus")
+_NAMED_OTHERWISE = (
+    "expected columns called query and positive, or sentence1 and sentence2; others are named in a recipe, as data: "
+    "{texts: [FIRST, SECOND]}, each is embedded alone"
+)
 # What was said or is written there, behind an encoder of speech or images.
 _TRANSCRIPTS = ("text", *TRANSCRIPT_COLUMNS, "raw_transcription")
 
 
 def look(
-    places: Mapping[str, str], base: str, model: nn.Module, batch_size: int, text: str | None, revision: str | None
+    places: Mapping[str, str],
+    base: str,
+    model: nn.Module,
+    batch_size: int,
+    text: str | None,
+    revision: str | None,
+    embedded: Texts | None = None,
 ) -> dict[str, Data]:
     """Task -> what is in its data.
 
@@ -71,6 +107,7 @@ def look(
         batch_size: samples of a batch.
         text: column or template of the text of raw data; found when None.
         revision: of a base on the hub.
+        embedded: what texts are for a base that embeds them, each alone.
 
     Raises:
         ValueError, OSError: if it is no data for the model, naming what it looks like.
@@ -84,7 +121,7 @@ def look(
             seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
             settings, kind = DataSettings(text=text), type(model).__name__
-            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind)
+            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind, embedded)
         else:
             seen[source] = stored_inputs(source, model, batch_size, task)
     return {task: seen[source] for task, source in places.items()}
@@ -98,6 +135,7 @@ def _raw(
     argument: str,
     revision: str | None,
     kind: str,
+    embedded: Texts | None,
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument, of_audio=takes.audio_files)
@@ -105,6 +143,8 @@ def _raw(
     chats = _chats(rows, found.columns, settings.text) if takes.text else None
     if chats is not None:
         settings = replace(settings, text=None, messages=chats)
+    elif takes.text and settings.text is None and (several := embedded_in(rows, embedded)) is not None:
+        settings = replace(settings, texts=several)
     elif takes.text and settings.text is None and (two := compared_in(rows, kind)) is not None:
         settings = replace(settings, text=two[0], text_pair=two[1])
     elif takes.text and settings.text is None:
@@ -122,6 +162,8 @@ def _raw(
     except ValueError as error:
         # A key of a recipe, which is not written yet.
         way = "; nsc-merge init has --text for it" if "write text: " in str(error) else ""
+        if way and embedded is not None:
+            raise ValueError(f"{str(error).partition('; write text: ')[0]}; {_NAMED_OTHERWISE}") from None
         raise ValueError(f"{error}{way}") from None
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=SAMPLES), 1, argument, base_revision=revision)
@@ -145,6 +187,8 @@ def _raw(
         {name: _rows(value, min(batch_size, found.count)) for name, value in longest.items()},
         written,
         settings.text_pair,
+        None if settings.texts is None else list(settings.texts),
+        None if embedded is None else embedded.longest,
         settings.target,
         chats,
         raw=True,
@@ -169,6 +213,25 @@ def compared_in(rows: Sequence[Row], kind: str) -> tuple[str, str] | None:
     heads = {"ForSequenceClassification": _COMPARED, "ForQuestionAnswering": _MARKED}
     known = next((names for head, names in heads.items() if kind.endswith(head)), ())
     return next((names for names in known if _hold_texts(rows, names)), None)
+
+
+def embedded_in(rows: Sequence[Row], embedded: Texts | None) -> list[str] | None:
+    """The columns of texts that a base embeds each alone, where its data have some that are compared, with the prompts
+    that its files have for them; None of other bases.
+    """
+    names = next((names for names in (*_SEARCHED, *_ALIKE) if _hold_texts(rows, names)), None)
+    if embedded is None or names is None:
+        return None
+    query = document = embedded.default
+    if names in _SEARCHED:
+        query = embedded.prompts.get("query", query)
+        document = next((embedded.prompts[one] for one in _DOCUMENTS if one in embedded.prompts), document)
+    return [_behind(prompt, name) for prompt, name in zip([query, *[document] * len(names)], names, strict=False)]
+
+
+def _behind(prompt: str, name: str) -> str:
+    """A column, or a template with a prompt in front of it."""
+    return prompt.replace("{", "{{").replace("}", "}}") + f"{{{name}}}" if prompt else name
 
 
 def asked_in(rows: Sequence[Row], answer: str | None, *, writes: bool) -> str | None:

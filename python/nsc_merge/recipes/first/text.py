@@ -91,7 +91,7 @@ def _inputs(yaml: Yaml, found: Findings, folder: Path) -> None:
         _encoding(yaml, found, for_all)
 
 
-def _named_for_all(found: Findings) -> dict[str, str]:
+def _named_for_all(found: Findings) -> dict[str, Any]:
     """The settings of raw data that have to be written, where they are the same for all; else each task has its own."""
     named = [one.named for one in found.data.values() if one.raw]
     return named[0] if named and all(one == named[0] for one in named) else {}
@@ -112,10 +112,11 @@ def _heads(yaml: Yaml, found: Findings) -> None:
             yaml.verbatim(f"#   {shown(key_of(task))}: [first, second]")
 
 
-def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, str]) -> None:
+def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, Any]) -> None:
     """What of raw data is taken, and how."""
     said = {
         "text": "a column, or columns put together, as the adapters were trained",
+        "texts": "columns that are embedded each alone, with the prompts in front that were trained",
         "text_pair": "a second text, which the tokenizer puts behind the first",
         "messages": "the column of chats, which go through the tokenizer's chat template",
         "target": "what the decoder reads; without it the token that begins every answer alone",
@@ -125,7 +126,9 @@ def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, str]) -> None:
     used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
     values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
     if any(one.words for one in found.data.values()):
-        values["max_length"] = (DataSettings.max_length, "tokens of a sample at most; longer ones are cut")
+        longest = [one.longest for one in found.data.values() if one.longest is not None]
+        most = min([DataSettings.max_length, *longest])
+        values["max_length"] = (most, "tokens of a sample at most; longer ones are cut")
     if any(one.audio for one in found.data.values()):
         values["max_seconds"] = (DataSettings.max_seconds, "of a recording at most; longer ones are cut")
     values["seed"] = (DataSettings.seed, "of the draw")

@@ -1,0 +1,1 @@
+"""Tasks of an evaluation that compare embeddings of texts."""
