@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch
 
 from nsc_merge.adapters.formats.diffusers_file import FILE, write_beside
 from nsc_merge.commands.pipeline.given import SECOND, Given, on_hub
+from nsc_merge.commands.pipeline.reading import watched
 from nsc_merge.commands.terminal import log
 
 # What PEFT saves one in.
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
-# What the keys of a pipeline's file begin with.
-_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "connectors")
 
 
 def check_apart(out: Path, base: str, given: Sequence[Given]) -> None:
@@ -109,36 +107,32 @@ def _found(one: Given) -> tuple[str, dict[str, str]]:
 def _load(pipe: Any, one: Given, where: str, options: dict[str, str]) -> None:
     second = Path(one.place) / SECOND
     has_second = getattr(pipe, SECOND, None) is not None
-    try:
-        pipe.load_lora_weights(where, adapter_name=one.name, use_safetensors=True, **options)
-        if has_second and second.is_dir():
-            pipe.load_lora_weights(
-                str(second), adapter_name=one.name, use_safetensors=True, weight_name=FILE, load_into_transformer_2=True
-            )
-    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-        raise ValueError(f"{one.name}={one.place}: diffusers does not load it: {error}") from error
-    holding = [part for part, names in pipe.get_list_adapters().items() if one.name in names]
+    _load_file(pipe, one, where, options)
+    if has_second and second.is_dir():
+        _load_file(pipe, one, str(second), {"weight_name": FILE}, load_into_transformer_2=True)
+    holding = _holding(pipe, one)
     if not holding:
         raise ValueError(f"{one.name}={one.place}: holds no LoRA of a model of {type(pipe).__name__}")
-    for part, count in _left_out(pipe, where, options, holding).items():
-        log(f"{one.name}: {count} tensors of {part} are left out, as the pipeline has no such model")
     if second.is_dir() and not has_second:
         log(f"{one.name}: its folder {SECOND} is left out, as the pipeline has no such model")
     if has_second and SECOND not in holding:
         log(f"{one.name}: holds nothing of {SECOND}; it is read from a folder {SECOND} in that of the adapter")
 
 
-def _left_out(pipe: Any, where: str, options: dict[str, str], holding: Sequence[str]) -> Counter[str]:
-    """Models that a file holds something of and the pipeline has none of, which diffusers says nothing about."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    # All else was said as it was loaded.
-    logging.set_verbosity_error()
+def _load_file(pipe: Any, one: Given, where: str, options: dict[str, str], **into: bool) -> None:
     try:
-        state = pipe.lora_state_dict(where, use_safetensors=True, **options)
-    finally:
-        logging.set_verbosity(before)
-    state = state[0] if isinstance(state, tuple) else state
-    parts = Counter(key.partition(".")[0] for key in state)
-    return Counter({part: count for part, count in parts.items() if part in _PARTS and part not in holding})
+        with watched(pipe) as read:
+            pipe.load_lora_weights(where, adapter_name=one.name, use_safetensors=True, **options, **into)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        raise ValueError(f"{one.name}={one.place}: diffusers does not load it: {error!s:.400}") from error
+    # Of a file for the second transformer, keys begin as for the first.
+    if holding := {*_holding(pipe, one), *(["transformer"] if into else [])}:
+        for part, count in read.left_out(holding).items():
+            log(f"{one.name}: {count} tensors of {part} are left out, as the pipeline has no such model")
+    if read.folded:
+        log(f"{one.name}: its {read.folded} alphas differ between layers, and count as the file has them; diffusers "
+            "by itself leaves out some")  # fmt: skip
+
+
+def _holding(pipe: Any, one: Given) -> list[str]:
+    return [part for part, names in pipe.get_list_adapters().items() if one.name in names]
