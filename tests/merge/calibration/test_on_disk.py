@@ -66,6 +66,12 @@ def test_what_is_beyond_the_limit_is_in_files_without_names_until_nobody_holds_i
     assert not mapped(out)
 
 
+def test_what_is_on_another_device_stays_there(tmp_path):
+    kept, one = OnDisk(tmp_path / "out", 0), torch.empty(10_000, device="meta")
+    assert kept.keep({"x": one})["x"] is one
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_made_where_all_fits(tmp_path):
     kept = OnDisk(tmp_path / "out", 1 << 20)
     tensor = torch.randn(10_000)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audio_cases import audio_base, noise, write_wave
+from audio_cases import WHISPER_WORDS, audio_base, noise, write_wave
 from raw_cases import WORDS, gemma_base, paligemma_base, picture, text_base
 from test_raw_decoders import base as decoder_base
 
@@ -111,6 +111,22 @@ def test_what_whisper_is_to_write_stands_in_a_column_of_any_name(tmp_path):
         labelled(tmp_path / "clips", tmp_path / "base", Labelling("answer", column)) for column in ("text", None)
     )
     assert named.sha256["samples"] == found.sha256["samples"]
+
+
+def test_whisper_predicts_an_answer_behind_all_that_begins_one(tmp_path):
+    """Start, language, task and times: the last of these predicts the first token of the answer."""
+    audio_base(tmp_path / "base", "whisper")
+    write_wave(tmp_path / "clips" / "0.wav", noise(0.2))
+    (tmp_path / "clips" / "metadata.jsonl").write_text(json.dumps({"file_name": "0.wav", "text": "ab"}) + "\n")
+    begins = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    begin, answer, end = ([WHISPER_WORDS.index(word) for word in words] for words in (begins, "ab", ["<|endoftext|>"]))
+    (behind,) = labelled(tmp_path / "clips", tmp_path / "base", Labelling("answer"))
+    assert behind["decoder_input_ids"].tolist() == [begin + answer]
+    assert behind["decoder_attention_mask"].tolist() == [[1] * 6]
+    assert behind["labels"].tolist() == [[-100, -100, -100, *answer, *end]]
+    (beside,) = labelled(tmp_path / "clips", tmp_path / "base", Labelling("answer", generated=True))
+    assert beside["decoder_input_ids"].tolist() == [begin]
+    assert beside["labels"].tolist() == [answer + end]
 
 
 def test_ctc_ends_with_the_audio(tmp_path):
