@@ -81,6 +81,36 @@ def test_a_head_of_two_layers_counts_by_its_last() -> None:
     assert task_of("rows.jsonl") == {"test": {"source": "rows.jsonl", "text": "text"}, "metric": "pearson"}
 
 
+def test_a_head_of_two_layers_may_have_more_classes_than_its_width(capsys) -> None:
+    torch.manual_seed(0)
+    names = {number: f"intent {number}" for number in range(12)}
+    config = tf.RobertaConfig(vocab_size=64, max_position_embeddings=20, **SIZES, id2label=names)
+    assert config.hidden_size < len(names)
+    lay_out(tf.RobertaForSequenceClassification(config), ["query"], modules_to_save=["classifier"])
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[0], "label": label} for label in ("intent 11", 11)])
+    assert task_of("rows.jsonl") == {"test": {"source": "rows.jsonl", "text": "text"}, "metric": "accuracy"}
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[0], "label": 12}])
+    assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--force"]) != 0
+    assert "row 1: expected a class of ['intent 0', 'intent 1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("brought", [True, False])
+def test_classes_that_the_head_does_not_have_are_told_at_once(brought, capsys) -> None:
+    """An evaluation would find them when its first row is run."""
+    lay_out(bert(num_labels=3), ["query"], **({"modules_to_save": ["classifier"]} if brought else {}))
+    if brought:
+        bert(num_labels=9).save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[n], "label": n} for n in range(3)])
+    assert task_of("rows.jsonl") == {"test": {"source": "rows.jsonl", "text": "text"}, "metric": "accuracy"}
+    # As data have them that count from 1.
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[n], "label": 1 + n} for n in range(3)])
+    assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--force"]) != 0
+    said = capsys.readouterr().err
+    assert "row 3: expected the number of a class from 0 to 2, as the head has 3, found 3" in said
+
+
 def test_classes_of_recordings_are_no_speech() -> None:
     model = model_of("without a mask")
     lay_out(model, ["q_proj"], modules_to_save=["projector", "classifier"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.raw.columns import choose
 from nsc_merge.calibration.raw.drawing import Row
@@ -84,7 +86,7 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     rows = opened.rows(range(min(opened.count, ROWS)))
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
     kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns)
-    count = _count(task, found) if kind == "tags" else None
+    count = _count(task, found) if kind == "tags" or (kind == "class" and _classifies(task, found)) else None
     labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
     if kind == "tags":
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
@@ -165,9 +167,22 @@ def _compared(texts: Sequence[str], columns: Sequence[str]) -> str:
 
 def _count(task: Task, found: Findings) -> int:
     """How many classes the head of a task has."""
-    heads = [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
-    # The last of several layers is the smallest.
-    return min(map(len, heads)) if heads else getattr(found.base.model.config, "num_labels", 2)
+    heads = _matrices(task, found)
+    # The last of several layers gives what none of them reads.
+    read = {value.shape[1] for value in heads}
+    last = [value for value in heads if len(value) not in read] or heads
+    return min(map(len, last)) if heads else getattr(found.base.model.config, "num_labels", 2)
+
+
+def _matrices(task: Task, found: Findings) -> list[Tensor]:
+    """Those of the head that a task brought; none where it has the base's."""
+    return [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
+
+
+def _classifies(task: Task, found: Findings) -> bool:
+    """Whether there is a head whose outputs are the classes: configurations have a number of them without one, too."""
+    brought = task.name in found.heads
+    return bool(_matrices(task, found)) if brought else "Classification" in type(found.base.model).__name__
 
 
 def _classes(task: Task, found: Findings) -> Sequence[str]:
