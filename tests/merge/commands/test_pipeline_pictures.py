@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipeline_cases import stable_diffusion
 
 from nsc_merge.commands.main import main
-from nsc_merge.commands.pipeline.given import Given
+from nsc_merge.commands.pipeline.given import Given, with_pictures
 from nsc_merge.commands.pipeline.pictures import draw
 from nsc_merge.integrations.diffusers import save
 
@@ -66,6 +67,25 @@ def test_of_a_video_the_frame_in_its_middle_is_shown(count, middle):
     _, wanted = pictures_of(lambda one: SimpleNamespace(images=[one]))
     _, shown = pictures_of(lambda one: SimpleNamespace(frames=[np.stack([one + at for at in range(count)])]))
     assert np.allclose(shown, wanted + middle)
+
+
+def test_pictures_that_prompts_name_are_open_alone_or_in_lists(tmp_path):
+    """From the folder of the prompts; texts and other arguments stay as they are, and so does what was given."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (2, 3), colour).save(tmp_path / f"{name}.png")
+    entry = {"prompt": "a.png", "image": ["a.png", str(tmp_path / "b.png")], "mask_image": "b.png", "strength": 0.5}
+    given = {"ink": ["a.png", entry], "toy": "no list"}
+    before = json.dumps(given)
+    found = with_pictures(given, tmp_path)
+    assert json.dumps(given) == before
+    assert (found["ink"][0], found["toy"]) == ("a.png", "no list")
+    opened = found["ink"][1]
+    assert {key: opened.pop(key) for key in ("prompt", "strength")} == {"prompt": "a.png", "strength": 0.5}
+    pixels = [one.getpixel((0, 0)) for one in (*opened.pop("image"), opened.pop("mask_image"))]
+    assert pixels == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
+    assert not opened
+    with pytest.raises((ValueError, OSError), match=r"prompts\['toy'\]: control_image: .*c\.png"):
+        with_pictures({"toy": [{"control_image": ["a.png", "c.png"]}]}, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,11 @@ def _opened(prompt: Mapping[str, Any], folder: Path, where: str) -> dict[str, An
     from nsc_merge.calibration.raw.media.images import ImageReader
 
     reader = ImageReader(folder)
-    return {
-        key: reader.open(value, f"{where}: {key}") if key in _PICTURES and isinstance(value, str) else value
-        for key, value in prompt.items()
-    }
+
+    def opened(value: Any, key: str) -> Any:
+        # Some pipelines take several at once.
+        if isinstance(value, list):
+            return [opened(one, key) for one in value]
+        return reader.open(value, f"{where}: {key}") if isinstance(value, str) else value
+
+    return {key: opened(value, key) if key in _PICTURES else value for key, value in prompt.items()}
