@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from nsc_kernels.integrations import peft as fused
-from nsc_merge.integrations.diffusers.pipelines import adapted
+from nsc_merge.integrations.diffusers.pipelines import adapted, check_in_memory
 
 
 class Accelerated:
@@ -44,9 +44,11 @@ def accelerate(pipe: Any) -> Accelerated:
 
     Raises:
         TypeError: if ``pipe`` is no pipeline that loads LoRA.
-        ValueError: if none of its models holds LoRA on a linear.
+        ValueError: if none of its models holds LoRA on a linear, or one is offloaded to disk or module by module.
     """
     models = adapted(pipe)
+    # What runs fused reads factors without calling the modules that would bring them.
+    check_in_memory(models)
     with ExitStack() as undo:
         handles: dict[str, fused.Accelerated] = {}
         for component, model in models.items():

@@ -12,6 +12,7 @@ from nsc_merge.integrations import peft
 from nsc_merge.integrations.diffusers.pipelines import (
     adapted,
     as_weighted,
+    check_in_memory,
     check_runs,
     check_weights,
     held_in,
@@ -64,6 +65,7 @@ def merge(
             adapter.
     """
     models = adapted(pipe)
+    check_in_memory(models)
     held = held_in(models)
     names = _checked_names(adapters, weights, adapter_name, loaded_in(held))
     chosen = method_of(method)

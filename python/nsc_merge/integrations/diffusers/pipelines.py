@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from nsc_merge.adapters.peft_models import refuse_on_disk
 from nsc_merge.integrations.peft import casting_of
 
 _FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -31,6 +32,22 @@ def adapted(pipe: Any) -> dict[str, nn.Module]:
                 f"compile it in place, by pipe.{component}.compile()"
             )
     return {component: getattr(pipe, component) for component in pipe.get_list_adapters()}
+
+
+def check_in_memory(models: dict[str, nn.Module]) -> None:
+    """Refuse models whose tensors hold no numbers between two calls.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    for component, model in models.items():
+        refuse_on_disk(model, f"pipe.{component}")
+        if any(value.is_meta for value in model.parameters()):
+            raise ValueError(
+                f"pipe.{component}: expected weights in memory, found them offloaded one module at a time, between "
+                "whose calls tensors hold no numbers; do it before enable_sequential_cpu_offload(), or have "
+                "enable_model_cpu_offload() in its place"
+            )
 
 
 def held_in(models: dict[str, nn.Module]) -> dict[str, list[str]]:

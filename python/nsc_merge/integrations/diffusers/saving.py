@@ -10,11 +10,15 @@ from peft import PeftConfig, PeftType, get_peft_model_state_dict
 from torch import Tensor
 
 from nsc_merge.adapters.formats import diffusers_file
-from nsc_merge.integrations.diffusers.pipelines import adapted, held_in, loaded_in
+from nsc_merge.integrations.diffusers.pipelines import adapted, check_in_memory, held_in, loaded_in
 from nsc_merge.utils.atomic_file import replacing
 
 # Of the pipelines of Wan, whose file has no place for it.
 _SECOND = "transformer_2"
+# Projections of which diffusers knows names of PEFT's in a text encoder.
+_ATTENTION = (".q_proj.lora_", ".k_proj.lora_", ".v_proj.lora_", ".out_proj.lora_")
+# diffusers' own for others, which it translates.
+_OLDER = {".lora_A.weight": ".lora_linear_layer.down.weight", ".lora_B.weight": ".lora_linear_layer.up.weight"}
 
 
 def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
@@ -33,9 +37,11 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        TypeError, ValueError: if ``pipe`` is no pipeline that loads LoRA, or holds no LoRA of that name.
+        TypeError, ValueError: if ``pipe`` is no pipeline that loads LoRA, or holds no LoRA of that name, or models
+            that are offloaded to disk or module by module.
     """
     models: dict[str, Any] = dict(adapted(pipe))
+    check_in_memory(models)
     held = held_in(models)
     configs = {part: models[part].peft_config[adapter_name] for part, names in held.items() if adapter_name in names}
     if not configs:
@@ -43,7 +49,7 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     if other := sorted(part for part, config in configs.items() if config.peft_type != PeftType.LORA):
         raise ValueError(f"adapter_name: {adapter_name!r} is no LoRA in {other}, and pipelines load nothing else")
     out = Path(folder)
-    every = {part: (_tensors(models[part], adapter_name), _plain(config)) for part, config in configs.items()}
+    every = {part: (_tensors(part, models[part], adapter_name), _plain(config)) for part, config in configs.items()}
     second = every.pop(_SECOND, None)
     for place, parts in ((out, every), (out / _SECOND, {"transformer": second} if second else {})):
         if parts:
@@ -52,9 +58,15 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     return out
 
 
-def _tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
+def _tensors(part: str, model: Any, adapter_name: str) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    found = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    if not part.startswith("text_encoder") or any(name in key for key in found for name in _ATTENTION):
+        return found
+    # PEFT's names of a text encoder are known by its attention. Without it, it takes those that it had before.
+    for ours, theirs in _OLDER.items():
+        found = {key.replace(ours, theirs): value for key, value in found.items()}
+    return found
 
 
 def _plain(config: PeftConfig) -> dict[str, Any]:
