@@ -27,7 +27,8 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
       # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,
       #                                # last, patches, tokens or image
-      # generate: true                 # generate as many tokens as labels have (exact_match, cider and behind it)
+      # generate: true                 # generate as many tokens as labels have (exact_match, cider and behind it), or
+      #                                # max_new_tokens: 128 beside it; greedily, or by num_beams: 4
       # calibration: prompts.jsonl     # unlabelled inputs instead of those of validation: raw data, or safetensors, as
       #                                # in nsc-merge run --help, with defaults for all tasks under data
     depth: {adapter: ..., test: ..., metric: rmse, head: heads/depth.safetensors, pool: image}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.evaluation.metrics import Metric
+from nsc_merge.evaluation.metrics import METRICS, Metric
 from nsc_merge.methods.scale_tuning import COARSE, FINE_STEP, FINE_STEPS
 from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.calibration_keys import CalibrationSource, check_there
 from nsc_merge.recipes.placement_keys import Placed
-from nsc_merge.recipes.yaml_keys import RecipeError
+from nsc_merge.recipes.yaml_keys import RecipeError, count, flag
 
 SEED = "{seed}"
 LABELLED = ("test", "validation")
+_SEARCH = ("max_new_tokens", "num_beams")
+# Of a task whose answers are generated.
+ANSWER_KEYS = ("generate", *_SEARCH)
 
 
 def path_of(place: Path | CalibrationSource | None) -> Path | None:
@@ -72,7 +76,9 @@ class TaskRecipe(MeasuredTask):
             the adapter's if it has one, else the model's.
         pool: of a linear head on features; see :class:`nsc_merge.evaluation.heads.LinearHead`; of an embedding, what it
             is of the features, where no modules of sentence-transformers say it.
-        generate: greedily generate as many tokens as the labels have.
+        generate: whether answers are generated, greedily or by beams.
+        max_new_tokens: of an answer; as many as the longest label has where there is none.
+        num_beams: of the search; 1 is greedy.
         classes: names of the classes, by which tasks share them in the joint evaluation, and raw data name them.
     """
 
@@ -83,6 +89,8 @@ class TaskRecipe(MeasuredTask):
     head: str | None = None
     pool: str | None = None
     generate: bool = False
+    max_new_tokens: int | None = None
+    num_beams: int = 1
     classes: tuple[str, ...] = ()
 
     @property
@@ -259,3 +267,27 @@ class EvalRecipe(Placed):
                 raise RecipeError(f"methods.{row.name}.folder: expected a folder, {folder} is none")
             rows.append(replace(row, folder=folder))
         return replace(self, model=model, tasks=tasks, rows=tuple(rows))
+
+
+def answer_keys(value: Mapping[str, Any], prefix: str, metric: Metric) -> dict[str, Any]:
+    """Whether answers are generated, of how many tokens at most, and by how many beams, as a task says it.
+
+    Raises:
+        RecipeError: naming the key, if it does not go with the metric or the other keys of the task.
+    """
+    generate = flag(value, "generate", prefix, False)
+    found: dict[str, Any] = {one: count(value[one], prefix + one) for one in _SEARCH if value.get(one) is not None}
+    if not generate:
+        if metric.writes:
+            raise RecipeError(f"{prefix}generate: metric {metric.name} needs true, found false")
+        if found:
+            raise RecipeError(f"{prefix}{next(iter(found))}: is of generated answers; expected generate: true, too")
+        return {}
+    written = [one.name for one in METRICS.values() if one.writes]
+    if metric.name not in ("exact_match", *written):
+        raise RecipeError(
+            f"{prefix}metric: a task that generates has exact_match or one of {written}, found {metric.name}"
+        )
+    if value.get("pool") is not None or value.get("head") not in (None, "model"):
+        raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")
+    return {"generate": True, **found}

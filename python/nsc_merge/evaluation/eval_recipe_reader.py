@@ -11,7 +11,16 @@ from nsc_merge.adapters import DORA
 from nsc_merge.calibration.raw.files.text_files import READERS, kind_of
 from nsc_merge.calibration.raw.reading import PARQUET, is_raw
 from nsc_merge.evaluation.embeddings.keys import check_texts
-from nsc_merge.evaluation.eval_recipe import LABELLED, EvalRecipe, HarnessTask, Row, TaskRecipe, Tuning
+from nsc_merge.evaluation.eval_recipe import (
+    ANSWER_KEYS,
+    LABELLED,
+    EvalRecipe,
+    HarnessTask,
+    Row,
+    TaskRecipe,
+    Tuning,
+    answer_keys,
+)
 from nsc_merge.evaluation.harness.keys import HARNESS_KEYS, harness_settings, harness_task
 from nsc_merge.evaluation.heads import POOLS
 from nsc_merge.evaluation.joint_classes import SCORES
@@ -74,7 +83,7 @@ _TASK_KEYS = (
     "metric",
     "head",
     "pool",
-    "generate",
+    *ANSWER_KEYS,
     "classes",
 )
 _ROW_KEYS = ("method", "folder", "name", "options", "tune")
@@ -190,24 +199,14 @@ def _task(name: str, value: Any, data: Mapping[str, Any], trusted: bool) -> Task
     if not isinstance(classes, list) or not all(isinstance(one, str | int) for one in classes):
         raise RecipeError(f"{prefix}classes: expected a list of names, found {classes!r:.60}")
     pool = choice(value, "pool", POOLS, prefix) if value.get("pool") is not None else None
-    generate = flag(value, "generate", prefix, False)
     metric = _metric(prefix, value.get("metric"))
-    written = [one.name for one in METRICS.values() if one.writes]
-    if metric.writes and not generate:
-        raise RecipeError(f"{prefix}generate: metric {metric.name} needs true, found false")
-    if generate and metric.name not in ("exact_match", *written):
-        raise RecipeError(
-            f"{prefix}metric: a task that generates has exact_match or one of {written}, found {metric.name}"
-        )
-    if generate and (pool is not None or value.get("head") not in (None, "model")):
-        raise RecipeError(f"{prefix}head: a task that generates uses the model's own head")
     task = TaskRecipe(
         **common,
         metric=metric,
         labels=text_or_none(value, "labels", prefix),
         head=text_or_none(value, "head", prefix),
         pool=pool,
-        generate=generate,
+        **answer_keys(value, prefix, metric),
         classes=tuple(str(one) for one in classes),
         **paths,
     )

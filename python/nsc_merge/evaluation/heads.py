@@ -112,12 +112,14 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class GeneratingHead:
-    """Greedy generation: ``[N, length]`` new tokens, :data:`IGNORE` after the end of each.
+    """Generation: ``[N, length]`` new tokens, :data:`IGNORE` after the end of each; greedily, or by so many ``beams``.
 
-    Prompts of different lengths must be padded in front, but for models whose encoder reads them.
+    Prompts of different lengths must be padded in front, but for models whose encoder reads them. Of the model's
+    generation config all holds that says which tokens are likely; :data:`_NOT_SEARCHED` does not.
     """
 
     length: int
+    beams: int = 1
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         from transformers import StoppingCriteriaList
@@ -126,21 +128,56 @@ class GeneratingHead:
         if not encodes(model) and mask is not None and not bool((mask[:, -1] != 0).all()):
             raise ValueError("generate: expected prompts padded in front (left), found padding at their end")
         anyone: Any = model
+        config = getattr(model, "generation_config", None)
+        fronts: list[Tensor] = []
         steps = 0
 
-        def counted(tokens: Tensor, _scores: Any, **_others: Any) -> Tensor:
+        def seen(tokens: Tensor, _scores: Any, **_others: Any) -> Tensor:
             nonlocal steps
             steps += 1
+            if not fronts:
+                fronts.append(tokens[:, :-1].clone())
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
-        # A base may ask for beams by itself.
-        settings = {"max_new_tokens": self.length, "do_sample": False, "num_beams": 1}
-        tokens = anyone.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([counted]))
+        settings = {name: value for name, value in _NOT_SEARCHED.items() if getattr(config, name, None) is not None}
+        settings |= {"max_new_tokens": self.length, "num_beams": self.beams, "do_sample": False}
+        tokens = anyone.generate(
+            **_begun_by(model, inputs), **settings, stopping_criteria=StoppingCriteriaList([seen])
+        )
         # What stands in front of the new tokens differs: the prompt, what a decoder starts with, or nothing.
-        new = tokens[:, max(0, tokens.shape[1] - steps) :]
+        new = tokens
+        if fronts and (self.beams > 1 or tokens.shape[1] > steps):
+            # Of every answer there are several beams, and the best ones may be shorter than the search was.
+            front = fronts[0][:: len(fronts[0]) // len(tokens)]
+            new = new[:, front.shape[1] :] if torch.equal(new[:, : front.shape[1]], front) else new
+        new = new[:, : self.length]
         ends = torch.isin(new, torch.tensor(ends_of(model), dtype=new.dtype, device=new.device))
         new = new.masked_fill(ends.cumsum(1) - ends.long() > 0, IGNORE)
         return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
+
+
+# What a base's generation config may ask for and is not done: other searches, several answers, answers that time cuts
+# off, and an end where the last token is: at how many tokens that is, is the labels' matter and not the model's.
+_NOT_SEARCHED: dict[str, Any] = {
+    "return_dict_in_generate": False,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "dola_layers": None,
+    "max_time": None,
+    "forced_eos_token_id": None,
+}
+
+
+def _begun_by(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs, without what a decoder reads where this is what begins all answers alone: it is for generation to
+    say, which may begin by another token than the model was trained by.
+    """
+    start, config = inputs.get("decoder_input_ids"), getattr(model, "config", None)
+    own = getattr(config, "decoder_start_token_id", None)
+    if start is None or own is None or start.shape[1:] != (1,) or bool((start != own).any()):
+        return inputs
+    return {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
 
 
 class CTCHead:

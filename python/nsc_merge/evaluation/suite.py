@@ -287,11 +287,19 @@ class RecipeSuite:
                 if task.metric.name == "exact_match":
                     # It takes what follows a label for no part of the answer, and no token ends what CTC hears.
                     raise ValueError(f"tasks.{task.name}.metric: expected wer or cer of a CTC model, found exact_match")
+                if task.max_new_tokens is not None or task.num_beams > 1:
+                    given = "num_beams" if task.max_new_tokens is None else "max_new_tokens"
+                    raise ValueError(f"tasks.{task.name}.{given}: CTC has a token of every frame; expected none")
                 return CTCHead()
             if not self._generates:
                 found = type(self.model).__name__
                 raise ValueError(f"tasks.{task.name}.generate: expected a base that generates text, found {found}")
-            return GeneratingHead(self._longest(task))
+            if stops := getattr(getattr(self.model, "generation_config", None), "stop_strings", None):
+                raise ValueError(
+                    f"model: its generation_config.json has stop_strings {stops!r:.60}; expected tokens that end a "
+                    "text, in eos_token_id there"
+                )
+            return GeneratingHead(task.max_new_tokens or self._longest(task), task.num_beams)
         if task.head == "adapter" or (task.head is None and trained):
             if not trained:
                 raise ValueError(f"{key}: the adapter brought no head (modules_to_save); expected one")

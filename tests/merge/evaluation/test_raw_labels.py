@@ -532,6 +532,8 @@ def test_ctc_is_measured_on_what_it_hears(tmp_path):
     assert sorted(decode(one[one >= 0]) for one in heard) == sorted(alone)
     with pytest.raises(ValueError, match="tasks.t.metric: expected wer or cer of a CTC model, found exact_match"):
         suite_of(tmp_path, {"test": "clips", "metric": "exact_match", "generate": True})
+    with pytest.raises(ValueError, match="tasks.t.num_beams: CTC has a token of every frame; expected none"):
+        suite_of(tmp_path, {"test": "clips", "metric": "cer", "generate": True, "num_beams": 4})
 
 
 def test_frames_of_ctc_become_a_text():

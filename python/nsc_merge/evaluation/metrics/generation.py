@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsc_merge.evaluation.metrics import cider_score
@@ -22,7 +23,7 @@ def exact_match(outputs: Outputs, labels: Tensor) -> float:
 
     Args:
         outputs: logits ``[N, T, C]``, what :func:`predicted` keeps of them, or predicted tokens (integers) ``[N, T]``
-            or longer, of which only the first T are asked for.
+            or longer, of which only the first T are asked for; in shorter ones the others are not predicted.
         labels: tokens ``[N, T]``, integers; :data:`IGNORE` where nothing is asked. Sequences of which nothing is asked
             do not count.
 
@@ -42,7 +43,10 @@ def exact_match_per_sample(outputs: Outputs, labels: Tensor) -> Tensor:
 def _tokens_right(outputs: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(outputs, Predicted):
         return hits(outputs, labels)
-    tokens = outputs[:, : labels.shape[-1]] if outputs.dim() == 2 else outputs
+    tokens = outputs
+    if tokens.dim() == 2 and not tokens.is_floating_point():
+        # Answers may be longer than any label, or be cut before one ends.
+        tokens = F.pad(tokens, (0, max(0, labels.shape[-1] - tokens.shape[1])), value=IGNORE)[:, : labels.shape[-1]]
     if not tokens.is_floating_point() and tokens.shape == labels.shape:
         return compared(tokens, labels)
     return hits(outputs, labels)

@@ -83,9 +83,11 @@ def _settings(task: TaskRecipe | HarnessTask) -> list[Any]:
     raw = [asdict(source) for source in task.sources.values() if _is_raw(source)]
     if isinstance(task, HarnessTask):
         return [[task.lm_eval, task.metric, task.limit, task.num_fewshot], *raw]
+    # Not among the settings of a plain task, so that rows of earlier releases stay theirs.
+    search = [] if (task.max_new_tokens, task.num_beams) == (None, 1) else [task.max_new_tokens, task.num_beams]
     return [
         [task.metric.name, task.metric.settings, task.labels or LABELS, task.head and Path(task.head).name],
-        [task.pool, task.generate, task.classes],
+        [task.pool, task.generate, task.classes, *search],
         *raw,
     ]
 
