@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from audio_cases import WHISPER_WORDS, audio_base, noise, write_wave
 from raw_cases import WORDS, gemma_base, paligemma_base, picture, text_base
 from test_raw_decoders import base as decoder_base
@@ -95,6 +96,16 @@ def test_only_the_last_turn_is_the_answer(tmp_path):
     for open_chat in (turns[:3], turns[1:2]):
         with pytest.raises(ValueError, match="row 1: no column of labels, such as answer, in messages"):
             labelled([{"messages": open_chat}], tmp_path, Labelling("answer", generated=True))
+    # In parts, as data of models that see have them; of an image that it holds nothing is measured.
+    parts = [{"type": "text", "text": "d "}, {"type": "text", "text": "e", "index": None}]
+    (again,) = labelled(
+        [{"messages": [*turns[:3], {"role": "assistant", "content": parts}]}], tmp_path,
+        Labelling("answer", generated=True),
+    )  # fmt: skip
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    drawn = [*turns[:3], {"role": "assistant", "content": [*parts, {"type": "image"}]}]
+    with pytest.raises(ValueError, match="row 1: no column of labels, such as answer, in messages"):
+        labelled([{"messages": drawn}], tmp_path, Labelling("answer", generated=True))
     # A column says the answer to the chat as it stands.
     (batch,) = labelled([{"messages": turns, "answer": "f"}], tmp_path, Labelling("answer", generated=True))
     assert batch["input_ids"].tolist() == [ids("<s> user : a assistant : b user : c assistant : d e")]
@@ -147,6 +158,13 @@ def test_an_answer_with_half_a_character_is_refused(tmp_path):
     text_base(tmp_path / "base")
     with pytest.raises(ValueError, match="row 1: holds .*, half of a character"):
         labelled([{"text": "a", "answer": "b \ud800"}], tmp_path / "base", Labelling("answer"))
+
+
+def test_labels_are_nothing_that_a_text_is_read_without():
+    """A column of answers may be called as one that is read beside a text usually is."""
+    Labelling("answer").check_read("text", DataSettings(), ["text", "sentence"], "sentence", "a")
+    with pytest.raises(ValueError, match="a: column 'text' would be read alone, beside sentence; expected text: text"):
+        Labelling("answer").check_read("text", DataSettings(), ["text", "sentence", "answer"], "answer", "a")
 
 
 def test_a_second_text_holds_no_label():

@@ -165,6 +165,15 @@ def plain_text(messages: Sequence[Message], where: str) -> list[Message]:
     return found
 
 
+def said_last(messages: Sequence[Message]) -> str | None:
+    """What an assistant says at the end of a chat, also in parts; None where nobody does, or not in text alone."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return None
+    said = messages[-1]["content"]
+    parts = [{"text": said}] if isinstance(said, str) else said
+    return "".join(part["text"] for part in parts) if all("text" in part for part in parts) else None
+
+
 def in_parts(messages: Sequence[Message], tokens: Mapping[str, str]) -> list[Message]:
     """The same messages with parts as contents, where the token of a kind (``image``, ``audio``) in a text becomes a
     part of that kind.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_merge.calibration.raw.chats import said_last
 from nsc_merge.calibration.raw.columns import TRANSCRIPT_COLUMNS, Sample
 from nsc_merge.calibration.raw.drawing import DECODED, MASK, TOKENS, Encoded, Filling, Row
 from nsc_merge.calibration.raw.inputs.checks import check_unicode, longest
@@ -208,10 +209,9 @@ class Labelling:
             return sample
         if sample.text is not None and self.is_all(settings):
             return replace(sample, label=sample.text)
-        turns = sample.messages or []
-        answered = len(turns) > 1 and turns[-1]["role"] == "assistant" and isinstance(turns[-1]["content"], str)
-        if column is None and self.kind == "answer" and answered:
-            return replace(sample, messages=turns[:-1], label=turns[-1]["content"])
+        answer = said_last(sample.messages or []) if column is None and self.kind == "answer" else None
+        if answer is not None:
+            return replace(sample, messages=(sample.messages or [])[:-1], label=answer)
         return replace(sample, label=self.label_of(row, column, media, sample.where))
 
 
