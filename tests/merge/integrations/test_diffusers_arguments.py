@@ -1,0 +1,64 @@
+"""What a pipeline is called with while data are recorded."""
+
+import pytest
+import torch
+from pipeline_cases import FEW, PROMPTS, stable_diffusion
+
+from nsc_merge.integrations.diffusers import calibration_data
+
+
+def test_arguments_of_a_prompt_come_before_those_of_all_prompts():
+    pipe = stable_diffusion()
+    entry = {"prompt": "ink tower", "num_inference_steps": 2, "guidance_scale": 1.0}
+    found = calibration_data(pipe, {"ink": [entry, "ink boat"]}, calls=None, seed=7, **FEW)["ink"]["unet"]
+    # Two steps without guidance, then four of a prompt and none side by side.
+    assert [len(call["sample"]) for call in found] == [1, 1, 2, 2, 2, 2]
+    # Each prompt has noise of its own, which begins its way.
+    for number, start in ((0, 0), (1, 2)):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7 + number))
+        assert all(torch.equal(one, noise[0]) for one in found[start]["sample"])
+    own = {"prompt": "ink tower", "generator": torch.Generator().manual_seed(3)}
+    (first, *_) = calibration_data(pipe, {"ink": [own]}, calls=None, seed=7, **FEW)["ink"]["unet"]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first["sample"][0], noise[0])
+
+
+def test_one_weight_is_every_adapters():
+    pipe = stable_diffusion()
+    one, each, none = (
+        calibration_data(pipe, PROMPTS, weights, calls=1, **FEW) for weights in (0.5, [0.5, 0.5], [0.5, 1.0])
+    )
+    states = [[data[name]["unet"][0]["encoder_hidden_states"] for name in ("ink", "toy")] for data in (one, each, none)]
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+    assert not torch.equal(states[0][1], states[2][1])
+
+
+@pytest.mark.parametrize("calls", [True, 1.5, "2", -1])
+def test_calls_are_a_whole_number(calls):
+    with pytest.raises(ValueError, match="calls: expected a whole number of at least 1, or None, found"):
+        calibration_data(stable_diffusion(), PROMPTS, calls=calls, **FEW)
+
+
+def test_arguments_that_a_pipeline_does_not_take_are_refused():
+    """Also those that the pipeline itself would drop without a word."""
+    pipe = stable_diffusion()
+    for prompts, settings in ((PROMPTS, {"guidence_scale": 3}), ({"ink": [{"prompt": "a", "guidence_scale": 3}]}, {})):
+        with pytest.raises(ValueError, match="guidence_scale: StableDiffusionPipeline takes no such argument"):
+            calibration_data(pipe, prompts, **FEW, **settings)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_are_left_without_hooks(fails):
+    """Which would keep every later call in memory."""
+    pipe = stable_diffusion()
+    models = [pipe.unet, pipe.text_encoder]
+    before, active = [len(model._forward_pre_hooks) for model in models], pipe.get_active_adapters()
+    if fails:
+        # Of a shape that the pipeline finds to be wrong while it runs.
+        with pytest.raises((ValueError, RuntimeError)):
+            calibration_data(pipe, {"ink": [{"prompt": "ink", "latents": torch.zeros(1, 3, 8, 8)}]}, **FEW)
+    else:
+        calibration_data(pipe, PROMPTS, calls=1, **FEW)
+    assert [len(model._forward_pre_hooks) for model in models] == before
+    assert pipe.get_active_adapters() == active
