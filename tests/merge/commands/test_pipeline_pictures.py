@@ -1,18 +1,21 @@
 """What ``nsc-merge pipeline`` draws, and that a merge is kept whatever becomes of its pictures."""
 
 import json
+from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_cases import stable_diffusion
+from pipeline_cases import diffusers, stable_diffusion
 
 from nsc_merge.commands.main import main
-from nsc_merge.commands.pipeline.given import Given, with_pictures
+from nsc_merge.commands.pipeline.given import Given, size_of, with_pictures
 from nsc_merge.commands.pipeline.pictures import draw
+from nsc_merge.commands.pipeline.written import _component
 from nsc_merge.integrations.diffusers import save
+from nsc_merge.utils.yaml_text import from_yaml
 
 FILE = "pytorch_lora_weights.safetensors"
 GIVEN = [Given("ink", "ink.safetensors", 0.7), Given("toy", "toy.safetensors", -0.25)]
@@ -131,6 +134,19 @@ def test_a_merge_is_written_whatever_becomes_of_its_pictures(place, tmp_path, ca
     assert not (out / "images.png").exists()
 
 
+def test_a_record_has_means_of_what_modules_hold_and_the_largest_error():
+    """Of adapters of which some lack modules."""
+    coefficients = {"q": {"ink": 0.2, "toy": 0.5}, "k": {"toy": 0.25}, "v": {"ink": 0.6, "toy": 0.0}}
+    found = _component(SimpleNamespace(coefficients=coefficients, errors={"q": 0.1, "k": 0.3, "v": 0.2}))
+    assert found == {
+        "modules": 3, "mean_coefficients": {"ink": pytest.approx(0.4), "toy": pytest.approx(0.25)},
+        "largest_error": 0.3, "coefficients": coefficients,
+    }  # fmt: skip
+    # Of methods without coefficients.
+    none = _component(SimpleNamespace(coefficients={}, errors={}))
+    assert none == {"modules": 0, "mean_coefficients": {}, "largest_error": 0.0, "coefficients": {}}
+
+
 def test_a_card_loads_the_revision_that_was_merged(place, tmp_path, monkeypatch, capsys):
     """Of a pipeline and an adapter on the hub, which are told by their names there."""
     import diffusers
@@ -148,10 +164,50 @@ def test_a_card_loads_the_revision_that_was_merged(place, tmp_path, monkeypatch,
         pipe.delete_adapters("merged")
         card = (tmp_path / "out" / "README.md").read_text()
         assert f"pipe = DiffusionPipeline.from_pretrained({loads})\n" in card
-        assert ("base_model: owner/base\n" in card) is base.startswith("owner")
-        assert ("base_model_relation: adapter\n" in card) is base.startswith("owner")
+        empty, header, text = card.split("---\n", 2)
+        about = {"base_model": "owner/base", "base_model_relation": "adapter"} if base.startswith("owner") else {}
+        assert from_yaml(header) == {**about, "library_name": "diffusers", "tags": ["merge", "lora"]}
+        assert (empty, text[:2]) == ("", "\n#")
         assert "| ink | `owner/loras/a/ink.safetensors@v2` | 0.5 |" in card
         assert str(place) not in card
         document = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert document["base"] == base
         assert document["adapters"] == {"ink": {"source": "owner/loras/a/ink.safetensors@v2", "weight": 0.5}}
+
+
+def test_arguments_of_the_pipeline_are_for_all_that_is_drawn(tmp_path, monkeypatch):
+    """Pictures to start from among them, and sizes that are no squares."""
+    text = stable_diffusion()
+    for name in ("ink", "toy"):
+        save(text, name, tmp_path / name)
+    text.unload_lora_weights()
+    parts = {name: part for name, part in text.components.items() if name != "image_encoder"}
+    diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    for name in ("start.png", "mask.png"):
+        Image.new("RGB", (32, 16), "white").save(tmp_path / name)
+    asked = []
+
+    def seen(pipe, given, prompts, settings, seed):
+        asked.append(settings)
+        return draw(pipe, given, prompts, settings, seed)
+
+    monkeypatch.setattr("nsc_merge.commands.pipeline.pictures.draw", seen)
+    out, given = tmp_path / "out", [f"{name}={tmp_path / name}" for name in ("ink", "toy")]
+    common = ["pipeline", str(tmp_path / "base"), *given, "--out", str(out), "--device", "cpu", "--size", "32x16"]
+    pictures = ["--argument", f"image={tmp_path / 'start.png'}", "--argument", f"mask_image={tmp_path / 'mask.png'}"]
+    (tmp_path / "prompts.yaml").write_text("ink: [ink tower]\ntoy: [toy tower]\n")
+    data = ["--method", "regmean", "--prompts", str(tmp_path / "prompts.yaml"), "--steps", "2"]
+    assert main([*common, *pictures, "--argument", "strength=1.0", *data, "--images", "ink boat"]) == 0
+    (settings,) = asked
+    assert (settings["width"], settings["height"], settings["strength"]) == (32, 16, 1.0)
+    assert (settings["image"].size, settings["mask_image"].size) == ((32, 16), (32, 16))
+    assert (out / "images.png").is_file()
+    document = json.loads((out / "merge.json").read_text())
+    assert document["size"] == "32x16"
+    assert document["arguments"]["strength"] == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "0", "16x", "16x0", "-16", "16 x 16", "16x16x3"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(ArgumentTypeError, match="expected a number of pixels, or WIDTHxHEIGHT, found"):
+        size_of(text)
