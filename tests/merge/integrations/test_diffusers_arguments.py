@@ -62,3 +62,12 @@ def test_models_are_left_without_hooks(fails):
         calibration_data(pipe, PROMPTS, calls=1, **FEW)
     assert [len(model._forward_pre_hooks) for model in models] == before
     assert pipe.get_active_adapters() == active
+
+
+@pytest.mark.filterwarnings("ignore:Passing `callback:FutureWarning")
+def test_two_old_arguments_are_taken_where_a_pipeline_takes_any():
+    """As Stable Diffusion's, whose signature has them no more, but whose keywords do."""
+    pipe, steps = stable_diffusion(), []
+    told = {"callback": lambda step, *_: steps.append(step), "callback_steps": 2}
+    calibration_data(pipe, {"ink": ["ink tower"]}, **FEW, **told)
+    assert steps == [0, 2]
