@@ -29,7 +29,8 @@ moved = [t.to(NAME) for t in A], [t.to(NAME) for t in B]
 for bank in (nk.AdapterBank.from_factors(*moved), nk.AdapterBank.from_factors(A, B, device=NAME)):
     assert bank.device.type == NAME
     for found, wanted in zip(results(NAME, bank), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+        # Where terms cancel, an element is as far off as the largest are rounded.
+        torch.testing.assert_close(found, wanted, rtol=1.3e-6, atol=1.3e-6 * max(1, float(wanted.abs().max())))
 print("the same")
 """
 

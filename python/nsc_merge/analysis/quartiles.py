@@ -95,7 +95,14 @@ def measured_samples(
     own = result.for_task(task)
     # First, as what fails there is told with the task.
     outputs, labels = predict(suite, own, split, [task])[task]
-    batches: list[Mapping[str, Tensor]] = [inputs for inputs, _ in suite.labelled(task, split)]
+    held = suite.labelled(task, split)
+    for inputs, label in held:
+        if (rows := {len(value) for value in inputs.values()}) and min(rows) > len(label):
+            raise ValueError(
+                f"tasks.{task}: its samples are several texts each, found {min(rows)} of {len(label)} samples in a "
+                "batch; expected a task with one text a sample"
+            )
+    batches: list[Mapping[str, Tensor]] = [inputs for inputs, _ in held]
     ratios = per_sample_ratios(suite.model, own, batches, modules=modules, blocks=blocks)
     return ratios, suite.quality(task, outputs, labels).double()
 

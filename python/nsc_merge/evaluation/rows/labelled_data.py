@@ -27,7 +27,7 @@ def read_labelled(
     argument: str,
     *,
     predicts_tokens: bool,
-    in_front: bool,
+    in_front: bool = False,
     classes: Sequence[str],
     count: int | None = None,
     tags: bool = False,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from torch import Tensor
+
+from nsc_merge.calibration.raw.drawing import DECODED_MASK, MASK
 from nsc_merge.evaluation.suite import Labelled, Suite
 from nsc_merge.utils.safetensors_checks import bytes_of
 
@@ -35,8 +38,8 @@ def check_tuning_data(suite: Suite, tasks: Sequence[str], log: Callable[[str], N
 
 
 def _digests(batches: Labelled) -> Iterator[bytes]:
-    """Of the inputs of every sample, all of its texts where it has several; images of a batch that are not one for each
-    are part of all of its samples.
+    """Of the inputs of every sample, all of its texts where it has several, without the padding that depends on others
+    in its batch; images of a batch that are not one for each are part of all of its samples.
     """
     for inputs, labels in batches:
         if len(rows := {len(value) for value in inputs.values()}) == 1 and (several := rows.pop() // len(labels)) > 1:
@@ -45,7 +48,16 @@ def _digests(batches: Labelled) -> Iterator[bytes]:
             digest = hashlib.blake2b(digest_size=16)
             for name in sorted(inputs):
                 value = inputs[name]
-                value = value[row] if len(value) == len(labels) else value
+                value = _without_padding(name, inputs, row) if len(value) == len(labels) else value
                 digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
                 digest.update(bytes_of(value).numpy().data)
             yield digest.digest()
+
+
+def _without_padding(name: str, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+    """What a row has of an input at its tokens; of a mask how many these are."""
+    value, beside = inputs[name][row], inputs.get(DECODED_MASK if name.startswith("decoder_") else MASK)
+    if beside is None or beside.dim() < 2 or beside.shape != inputs[name].shape:
+        return value
+    real = beside[row] != 0
+    return real.sum(-1) if name.endswith(MASK) else value[real]
