@@ -115,11 +115,13 @@ class GeneratingHead:
     """Generation: ``[N, length]`` new tokens, :data:`IGNORE` after the end of each; greedily, or by so many ``beams``.
 
     Prompts of different lengths must be padded in front, but for models whose encoder reads them. Of the model's
-    generation config all holds that says which tokens are likely; :data:`_NOT_SEARCHED` does not.
+    generation config all holds that says which tokens are likely; :data:`_NOT_SEARCHED` does not, and a token that it
+    has the last one be only where the limit is of answers (``limited``), and not of labels.
     """
 
     length: int
     beams: int = 1
+    limited: bool = False
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         from transformers import StoppingCriteriaList
@@ -139,7 +141,8 @@ class GeneratingHead:
                 fronts.append(tokens[:, :-1].clone())
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
-        settings = {name: value for name, value in _NOT_SEARCHED.items() if getattr(config, name, None) is not None}
+        unasked = _NOT_SEARCHED | ({} if self.limited else {"forced_eos_token_id": None})
+        settings = {name: value for name, value in unasked.items() if getattr(config, name, None) is not None}
         settings |= {"max_new_tokens": self.length, "num_beams": self.beams, "do_sample": False}
         tokens = anyone.generate(
             **_begun_by(model, inputs), **settings, stopping_criteria=StoppingCriteriaList([seen])
@@ -156,8 +159,7 @@ class GeneratingHead:
         return F.pad(new, (0, self.length - new.shape[1]), value=IGNORE)
 
 
-# What a base's generation config may ask for and is not done: other searches, several answers, answers that time cuts
-# off, and an end where the last token is: at how many tokens that is, is the labels' matter and not the model's.
+# What a base's generation config may ask for and is not done: other searches, several answers, and some that time cuts.
 _NOT_SEARCHED: dict[str, Any] = {
     "return_dict_in_generate": False,
     "num_return_sequences": 1,
@@ -165,7 +167,6 @@ _NOT_SEARCHED: dict[str, Any] = {
     "prompt_lookup_num_tokens": None,
     "dola_layers": None,
     "max_time": None,
-    "forced_eos_token_id": None,
 }
 
 

@@ -299,7 +299,8 @@ class RecipeSuite:
                     f"model: its generation_config.json has stop_strings {stops!r:.60}; expected tokens that end a "
                     "text, in eos_token_id there"
                 )
-            return GeneratingHead(task.max_new_tokens or self._longest(task), task.num_beams)
+            limit = task.max_new_tokens
+            return GeneratingHead(limit or self._longest(task), task.num_beams, limited=limit is not None)
         if task.head == "adapter" or (task.head is None and trained):
             if not trained:
                 raise ValueError(f"{key}: the adapter brought no head (modules_to_save); expected one")

@@ -79,6 +79,26 @@ def test_what_a_base_says_of_the_tokens_themselves_counts(asked):
     assert torch.equal(found[known], torch.nn.functional.pad(written, (0, 6 - written.shape[1]))[known])
 
 
+def test_a_last_token_is_forced_at_a_limit_of_answers_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model, inputs = wild("BART")
+    model.generation_config.forced_eos_token_id = end = 2
+    free = heads.GeneratingHead(4)(model, inputs)
+    assert free[0, -1] != end
+    limited = heads.GeneratingHead(4, limited=True)(model, inputs)
+    assert torch.equal(limited, torch.cat([free[:, :3], torch.full((2, 1), end)], 1))
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(model, tmp_path / "adapter", 1, r=2, target_modules=["q_proj"])
+    save_file({**inputs, "labels": free}, tmp_path / "test.safetensors")
+    task = {"adapter": "adapter", "test": "test.safetensors", "metric": "exact_match", "generate": True}
+    recipe = {"model": "base", "tasks": {"t": task}, "methods": ["zero_shot"], "output": {"dir": "out"}}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    for limit, expected in ((None, 1), (4, 0), (5, 1)):
+        change = f"tasks.t.max_new_tokens={limit or 'null'}"
+        suite = RecipeSuite(load_eval_recipe(tmp_path / "eval.yaml", [change]).at(0))
+        assert score(suite, predict(suite, suite.model, "test")).metrics["t"] == expected
+
+
 def test_an_answer_begins_as_generation_does_and_not_as_training_did():
     model, inputs = wild("BART")
     model.generation_config.decoder_start_token_id = 9
