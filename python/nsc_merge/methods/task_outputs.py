@@ -16,6 +16,7 @@ from nsc_merge.calibration.batches import MASK, Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.bases.stored_weights import is_dtensor
 from nsc_merge.models.block_finding import classifiers
+from nsc_merge.models.embeddings.files import modules_of
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.models.real_tokens import at_positions
 from nsc_merge.utils.option_checks import check_choice
@@ -139,15 +140,27 @@ def _of_model(
         output = _classes_last(found) if head is not None or classifiers(model) else None
     else:
         output = output_in(found, model, batch, values=bool(values))
+        if output is None and values:
+            output = _embedding(found, model, batch)
     if output is None:
         latents = predicted_latents(found) is not None
         name = "" if values is None else _LATENTS if latents else _named(found, _VALUES)[0]
+        if values is False and not name and modules_of(model) is not None:
+            name = "embedding"
         instead = f"; likelihood 'gaussian' takes its {name}" if name else ""
         raise ValueError(
             f"outputs: {type(model).__name__} has no logits{instead}; expected a function of model and batch for "
             f"{task!r}, or method 'match' or 'nsc', which need no heads"
         )
     return output
+
+
+def _embedding(found: Any, model: nn.Module, batch: Batch) -> Tensor | None:
+    """The embeddings ``[N, d]`` of texts, of a model that was loaded from a folder of sentence-transformers."""
+    features, mask, modules = getattr(found, "last_hidden_state", None), batch.get(MASK), modules_of(model)
+    if modules is None or not isinstance(features, Tensor) or mask is None:
+        return None
+    return modules.embedding(features, at_positions(model, mask, features.shape[1]).to(features.device))
 
 
 def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Tensor | None:

@@ -38,10 +38,7 @@ class EmbeddingHead:
         trunk: Any = getattr(model, family.prefill if family else "base_model", model)
         features = trunk(**inputs).last_hidden_state
         mask = at_positions(model, inputs["attention_mask"], features.shape[1]).to(features.device)
-        found = self.modules.pooling(features, mask != 0)
-        for step in self.modules.steps:
-            found = step(found)
-        return found
+        return self.modules.embedding(features, mask)
 
     def check_lengths(self, batches: Batches, argument: str) -> None:
         """Refuse texts of more tokens than sentence-transformers would read of them.

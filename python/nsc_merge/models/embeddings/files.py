@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsc_merge.models.embeddings.modules import MODES, SIMILARITIES, Dense, Modules, Pooling, normalise
 from nsc_merge.utils.errors import hub_problem
@@ -79,6 +80,24 @@ def texts_of(find: Find, where: str) -> Texts | None:
     held = settings.get("prompts") or {}
     prompts = {name: text for name, text in held.items() if isinstance(text, str) and text}
     return Texts(prompts, prompts.get(settings.get("default_prompt_name") or "", ""), _longest(find, where))
+
+
+def modules_of(model: nn.Module) -> Modules | None:
+    """What is behind a model that was loaded from a folder, by the files there; None where there is no
+    ``modules.json``, and of others.
+
+    Raises:
+        ValueError: as :func:`read_modules`.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    listed = Path(name) / MODULES
+    return _read_once(name, listed.stat().st_mtime_ns) if name and listed.is_file() else None
+
+
+@lru_cache(maxsize=4)
+def _read_once(folder: str, changed: int) -> Modules | None:
+    """For every batch of a merge, as long as nothing ``changed``."""
+    return read_modules(in_folder(Path(folder)), f"model: {folder}")
 
 
 def read_modules(find: Find, where: str) -> Modules | None:

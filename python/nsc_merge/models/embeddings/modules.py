@@ -71,6 +71,13 @@ class Modules:
     similarity: str = "cosine"
     longest: int | None = None
 
+    def embedding(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features ``[N, T, d]`` and ``[N, T]``, 0 at padding -> ``[N, d']``."""
+        found = self.pooling(features, mask != 0)
+        for step in self.steps:
+            found = step(found)
+        return found
+
 
 def _places(features: Tensor, mask: Tensor, place: Tensor) -> Tensor:
     return features[torch.arange(len(features), device=features.device), place]
