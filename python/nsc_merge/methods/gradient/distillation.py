@@ -78,8 +78,8 @@ class DistillOptions(SharedDescentOptions):
         resume_from: see there.
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
             without one have the model's own logits, with the head that their adapter brought, or its values.
-        likelihood: what an output parametrises, for all tasks or per task: ``"categorical"`` (classes, or where an answer
-            in a text starts and ends) or ``"gaussian"`` (forecasts, depth, the embeddings of sentence-transformers).
+        likelihood: what an output parametrises, for all tasks or per task: ``"categorical"`` (classes, or where an
+            answer in a text starts and ends) or ``"gaussian"`` (forecasts, depth, embeddings of sentence-transformers).
         distance: ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for classes,
             and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by their
             variance; or ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared
