@@ -179,7 +179,7 @@ def test_pictures_among_the_arguments_of_a_prompt_are_opened(place, tmp_path, ca
 def test_places_on_the_hub(place, repo, options):
     found = on_hub(place)
     assert (found.repo, found.options) == (repo, options)
-    assert given_of(f"ink={place}:0.5").place == place
+    assert given_of([f"ink={place}:0.5"])[0].place == place
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.commands.pipeline.given import size_of
 from nsc_merge.commands.terminal import positive, seed
 
 _PIPELINE = """\
@@ -14,13 +15,16 @@ pipeline that holds some, and draws the same prompts by the base, each adapter a
 
 BASE is a folder or hub id of a pipeline. NAME=PATH:WEIGHT is an adapter: a .safetensors file as diffusers, kohya or
 ComfyUI write it, a folder or owner/name on the hub with one, or owner/name/file.safetensors there (@revision behind
-it), and the weight that it is used with (default: 1).
+it), and the weight that it is used with (default: 1). NAME.transformer_2=PATH:WEIGHT is what the same adapter has for
+the second transformer of Wan 2.2 ("low noise"), if that is no folder transformer_2 beside the first.
 
 examples:
   nsc-merge pipeline sdxl ink=ink.safetensors:0.7 toy=owner/toy-lora --out both
   nsc-merge pipeline sdxl ink=ink.safetensors toy=toy.safetensors --method ties --rank 32 --out both
   nsc-merge pipeline flux ink=ink toy=toy --method nsc --prompts prompts.yaml --out both \\
       --images "a lighthouse, ink drawing" "a toy cat" --dtype bfloat16
+  nsc-merge pipeline wan22 fast=high.safetensors fast.transformer_2=low.safetensors:0.8 --out both --size 1280x720
+  nsc-merge pipeline kontext ink=ink toy=toy --out both --images "in ink" --argument image=cat.png
 
 --prompts is for methods that need data: what the pipeline calls its models with is recorded while it draws them by
 each adapter alone.
@@ -52,7 +56,9 @@ def add(commands: Any) -> None:
     command.add_argument("--calls", type=positive, default=8, metavar="N", help="of every drawing kept (default: 8)")
     command.add_argument("--images", nargs="+", default=[], metavar="PROMPT", help="draw these, side by side")
     command.add_argument("--steps", type=positive, metavar="N", help="of denoising (default: the pipeline's)")
-    command.add_argument("--size", type=positive, metavar="N", help="height and width (default: the pipeline's)")
+    command.add_argument("--size", type=size_of, metavar="N", help="pixels, or WIDTHxHEIGHT (default: the pipeline's)")
+    command.add_argument("--argument", action="append", default=[], metavar="KEY=VALUE", help="of the "
+                         "pipeline, for all that is drawn: image=cat.png, strength=0.6")  # fmt: skip
     command.add_argument("--seed", type=seed, default=0, metavar="N", help="of noise and draws (default: 0)")
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the pipeline's weights"

@@ -8,18 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nsc_merge.commands.pipeline.given import MERGED, SECOND, given_of, on_hub, option_of, prompts_of, with_pictures
+from nsc_merge.commands.pipeline.given import (
+    MERGED,
+    SECOND,
+    given_of,
+    on_hub,
+    opened,
+    option_of,
+    prompts_of,
+    with_pictures,
+)
 from nsc_merge.commands.terminal import log, prepare, say
 from nsc_merge.utils.errors import UsageError
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    given = [given_of(text) for text in arguments.adapters]
+    given = given_of(arguments.adapters)
     names = [one.name for one in given]
-    if len(set(names)) < len(names) or MERGED in names:
-        raise UsageError(f"NAME: expected different names other than {MERGED!r}, found {names}")
     options = dict(option_of(text) for text in arguments.option)
+    arguments.argument = dict(option_of(text, "--argument") for text in arguments.argument)
     from nsc_merge.methods import method_of
 
     chosen = method_of(arguments.method)
@@ -29,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = None if arguments.prompts is None else prompts_of(arguments.prompts, names)
     if prompts is not None and not chosen.needs:
         raise UsageError(f"--prompts: method {arguments.method!r} needs no data, expected none")
-    prepare(local=not any(map(on_hub, (arguments.base, *(one.place for one in given)))))
+    prepare(local=not any(map(on_hub, (arguments.base, *(place for one in given for place in one.places)))))
     from nsc_merge.commands.pipeline.loading import check_apart, loaded
     from nsc_merge.commands.pipeline.pictures import draw
     from nsc_merge.commands.pipeline.written import write
@@ -39,10 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_replaceable(arguments.out)
     check_apart(arguments.out, arguments.base, given)
+    settings = _settings(arguments)
     drawn = None if prompts is None else with_pictures(prompts, arguments.prompts.resolve().parent)
     pipe = loaded(arguments, given)
-    weights = [one.weight for one in given]
-    settings = _settings(arguments)
+    weights = [one.weights for one in given]
     check_taken(pipe, settings)
     data = None
     if drawn is not None:
@@ -71,14 +79,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline for everything that is drawn."""
-    size = {"height": arguments.size, "width": arguments.size} if arguments.size else {}
-    return {**size, **({"num_inference_steps": arguments.steps} if arguments.steps else {})}
+    size = {"height": arguments.size.height, "width": arguments.size.width} if arguments.size else {}
+    steps = {"num_inference_steps": arguments.steps} if arguments.steps else {}
+    return {**size, **steps, **opened(arguments.argument, Path(), "--argument")}
 
 
 def _said(document: Mapping[str, Any], out: Path) -> str:
     lines = []
-    weights = {name: one["weight"] for name, one in document["adapters"].items()}
     for component, one in document["components"].items():
+        weights = {name: about.get(component, about).get("weight", 1.0) for name, about in document["adapters"].items()}
         line = f"{component}: {one['modules']} modules"
         if one["mean_coefficients"]:
             every = (f"{name} {weights[name]:g} x {value:.3f}" for name, value in one["mean_coefficients"].items())

@@ -20,10 +20,10 @@ def draw(
     """A figure of pyplot with a row for each prompt: the base, each adapter at its weight, all of them at once, and the
     merge, from the same noise.
     """
-    names, weights = [one.name for one in given], [one.weight for one in given]
+    names, weights = [one.name for one in given], [one.weights for one in given]
     ways: dict[str, Callable[[], Any]] = {"base": pipe.disable_lora}
     for one in given:
-        ways[f"{one.name} {one.weight:g}"] = partial(pipe.set_adapters, [one.name], [one.weight])
+        ways[f"{one.name} {one.weight:g}"] = partial(pipe.set_adapters, [one.name], [one.weights])
     ways["all at once"] = partial(pipe.set_adapters, names, weights)
     ways["merged"] = partial(pipe.set_adapters, MERGED)
     found: dict[str, list[Any]] = {title: [] for title in ways}

@@ -60,10 +60,14 @@ def _document(
 ) -> dict[str, Any]:
     adapters = {}
     for one in given:
-        local = {} if on_hub(one.place) else {"sha256": _hashes(Path(one.place))}
-        adapters[one.name] = {"source": one.place, "weight": one.weight, **local}
-    settings = ("calls", "seed", "steps", "size")
-    drawn = {"prompts": dict(prompts), **{key: getattr(arguments, key) for key in settings}} if prompts else {}
+        first = {} if one.place is None else _source(one.place, one.weight)
+        second = {} if one.second is None else {SECOND: _source(one.second, one.second_weight)}
+        adapters[one.name] = {**first, **second}
+    settings = {key: getattr(arguments, key) for key in ("calls", "seed", "steps")}
+    settings["size"] = str(arguments.size) if arguments.size else None
+    if arguments.argument:
+        settings["arguments"] = arguments.argument
+    drawn = {"prompts": dict(prompts), **settings} if prompts else {}
     about = {
         "base": arguments.base,
         "dtype": arguments.dtype,
@@ -77,6 +81,11 @@ def _document(
     }
     found: dict[str, Any] = finite_or_none(about)
     return found
+
+
+def _source(place: str, weight: float) -> dict[str, Any]:
+    local = {} if on_hub(place) else {"sha256": _hashes(Path(place))}
+    return {"source": place, "weight": weight, **local}
 
 
 def _hashes(place: Path) -> dict[str, str]:
@@ -108,9 +117,11 @@ def _card(document: Mapping[str, Any], kind: str, folder: Path) -> str:
     lines += [f"By `{document['method']}`, for a `{kind}`, with nsc-kernels {document['versions']['nsc-kernels']}.", ""]
     lines += ["| adapter | from | weight |", "|---|---|---|"]
     # Where it lies on this machine is nobody else's.
-    for name, one in document["adapters"].items():
-        source = one["source"] if on_hub(one["source"]) else Path(one["source"]).name
-        lines.append(f"| {name} | `{source}` | {one['weight']:g} |")
+    for name, about in document["adapters"].items():
+        for title, one in ((name, about), (f"{name}, {SECOND}", about.get(SECOND, {}))):
+            if "source" in one:
+                source = one["source"] if on_hub(one["source"]) else Path(one["source"]).name
+                lines.append(f"| {title} | `{source}` | {one['weight']:g} |")
     lines += ["", "```python", "from diffusers import DiffusionPipeline", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{named}"{pinned})', 'pipe.load_lora_weights("FOLDER")']
     if (folder / SECOND).is_dir():
