@@ -21,6 +21,7 @@ from torchmetrics.functional.retrieval import (
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.metrics import METRICS
+from nsc_merge.evaluation.rows.fingerprint import fingerprint
 from nsc_merge.recipes.yaml_keys import RecipeError
 
 TEXTS = {
@@ -287,3 +288,23 @@ def test_other_modules_are_refused_with_the_way_out(tmp_path, capsys, files, mes
     error = capsys.readouterr().err
     assert message in error
     assert "measure such a merge with sentence-transformers' own evaluators" in error
+
+
+@pytest.mark.parametrize(
+    "file", ["base/1_Pooling/config.json", "base/config_sentence_transformers.json", "words/tokenizer.json"]
+)
+def test_rows_are_measured_again_where_texts_are_embedded_in_another_way(tmp_path, file):
+    place = made(tmp_path, metrics={"similar": "pearson"})
+    cases.words().save_pretrained(place / "words")
+    tasks = yaml.safe_load((place / "eval.yaml").read_text())["tasks"]
+    tasks["similar"]["test"]["tokenizer"] = "words"
+    changed(place, tasks=tasks)
+
+    def mark():
+        recipe = load_eval_recipe(place / "eval.yaml")
+        return fingerprint(recipe, recipe.rows[0], 0)
+
+    before = mark()
+    assert mark() == before
+    (place / file).write_text((place / file).read_text().rstrip() + "\n\n")
+    assert mark() != before

@@ -313,7 +313,7 @@ def test_rows_are_measured_again_once_raw_data_or_what_is_taken_of_them_changes(
     [
         (["tasks.caption.metric.program=coco"], 2, "tasks.caption.metric.program: expected one of ['own', 'pycoco"),
         (["tasks.caption.calibration=nowhere.jsonl"], 2, "tasks.caption.calibration: expected a file or folder of raw"),
-        (["tasks.caption.calibration={source: prompts.jsonl, texts: a}"], 2, "caption.calibration.texts: no such key"),
+        (["tasks.caption.calibration={source: prompts.jsonl, txt: a}"], 2, "caption.calibration.txt: no such key"),
         (["data.samples=0"], 2, "data.samples: expected"),
         (["data.sample=3"], 2, "data.sample: no such key; did you mean data.samples?"),
         (["revision=main"], 2, "revision: is of a model on the hub, but model is the folder"),

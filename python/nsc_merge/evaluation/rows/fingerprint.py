@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nsc_merge.adapters.hub import SENTENCE_MODULES
 from nsc_merge.calibration.raw.labels import LABELS
 from nsc_merge.calibration.raw.reading import is_raw
 from nsc_merge.evaluation.eval_recipe import SEED, EvalRecipe, HarnessTask, MeasuredTask, Row, TaskRecipe
@@ -22,8 +24,9 @@ from nsc_merge.utils.provenance import hashes, versions, whole
 # One more whenever the same outputs come to another figure, so that rows of before are measured again.
 _MEASURES = 4
 
-# How text becomes tokens, as transformers saves it beside a model.
+# How text becomes tokens, and images and audio inputs, as transformers saves it beside a model.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "chat_template*")
+_PROCESSOR = ("*processor_config.json", *_TOKENIZER)
 
 
 def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
@@ -50,7 +53,13 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
         "measures": _MEASURES,
     }
     if any(_takes_text(task) for task in here.tasks.values()):
-        known["tokenizer"] = _tokenizer(here)
+        known["tokenizer"] = _files_of(here.data.tokenizer or here.model, _TOKENIZER)
+    if any(task.embeds for task in here.labelled.values()):
+        places = [here.model, *(str(task.adapter) for task in here.labelled.values() if isinstance(task.adapter, Path))]
+        known["embedding"] = {place: _files_of(place, SENTENCE_MODULES) for place in places}
+    # Beside the base they are among its configurations.
+    if named := _named(here):
+        known["named"] = {place: _files_of(place, _PROCESSOR) for place in named}
     if here.harness:
         settings = here.lm_eval
         places = [*settings.data, *([settings.include_path] if settings.include_path else [])]
@@ -102,12 +111,20 @@ def _takes_text(task: TaskRecipe | HarnessTask) -> bool:
     return raw or isinstance(task, HarnessTask) or task.metric.decodes
 
 
-def _tokenizer(recipe: EvalRecipe) -> Any:
-    """Files of the tokenizer, or the hub id that it has."""
-    place = Path(recipe.data.tokenizer or recipe.model)
+def _named(recipe: EvalRecipe) -> list[str]:
+    """Folders and hub ids of tokenizers and processors that raw data name beside the one for all texts."""
+    settings = [one.settings for task in recipe.tasks.values() for one in task.sources.values() if _is_raw(one)]
+    found = {place for one in settings for place in (one.tokenizer, one.processor) if place is not None}
+    return sorted(found - {recipe.data.tokenizer})
+
+
+def _files_of(folder: str, patterns: Sequence[str]) -> Any:
+    """Files in a folder, or the hub id that it is."""
+    place = Path(folder)
     if not place.is_dir():
-        return str(place)
-    return {file.name: whole(file) for pattern in _TOKENIZER for file in sorted(place.glob(pattern)) if file.is_file()}
+        return folder
+    files = [file for pattern in patterns for file in sorted(place.glob(pattern)) if file.is_file()]
+    return {file.relative_to(place).as_posix(): whole(file) for file in files}
 
 
 def _whole(place: Path) -> dict[str, str]:
