@@ -35,9 +35,10 @@ MERGE["integrations"] = {"__init__", "utils", "adapters", "models", "calibration
 MERGE["__main__"] = {"commands"}
 
 METHODS: dict[str, set[str]] = {"method": set(), "task_outputs": set(), "shared_options": set(), "scale_tuning": set()}
+METHODS["likelihoods"] = set()
 METHODS["full_rank"] = set()
 METHODS["gradient_free"] = {"method", "full_rank"}
-METHODS["task_vectors"] = {"method", "gradient_free", "task_outputs", "shared_options"}
+METHODS["task_vectors"] = {"method", "gradient_free", "task_outputs", "likelihoods", "shared_options"}
 METHODS["low_rank"] = METHODS["closed_form"] = {*METHODS["task_vectors"], "task_vectors"}
 METHODS["gradient"] = {*METHODS["task_vectors"], "closed_form"}
 METHODS["registry"] = {"method", "task_vectors", "low_rank", "closed_form", "gradient"}

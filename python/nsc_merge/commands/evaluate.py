@@ -21,10 +21,10 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       #                                # data: a folder for each class, rows.csv, {source: rows.jsonl, text: question}
       validation: data/count-val.safetensors   # for tune, and for methods that need data
       labels: labels                   # which tensor, or which column, holds the labels
-      metric: accuracy                 # or miou, f1, f1_binary, matthews, entity_f1, perplexity, pearson, spearman,
-      #                                # rmse, l1, mean_angle, edge_f, exact_match, cider, rouge1, rouge2, rougeL, bleu,
-      #                                # wer, cer, vqa; or {name: cider, program: pycocoevalcap}, that package's figure;
-      #                                # of embeddings, {source: rows.jsonl, texts: [query, positive]}: ndcg, mrr, recall
+      metric: accuracy                 # or miou, f1, f1_binary, matthews, multilabel_f1, entity_f1, perplexity,
+      #                                # pearson, spearman, rmse, l1, mean_angle, edge_f, exact_match, cider, rouge1,
+      #                                # rouge2, rougeL, bleu, wer, cer, vqa; or {name: cider, program: pycocoevalcap};
+      #                                # of embeddings, test {source: ..., texts: [query, positive]}: ndcg, mrr, recall
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file
       # pool: mean                     # for weight and bias of a linear layer on the model's features: mean, first,
       #                                # last, patches, tokens or image

@@ -17,6 +17,7 @@ from nsc_merge.evaluation.rows.saved_base import check_base
 from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
+from nsc_merge.methods.likelihoods import BERNOULLI
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.saved_result import load_result
@@ -104,10 +105,18 @@ def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> d
     headed = {name: task for name, task in recipe.labelled.items() if not task.generate}
     classes = {name: task.metric.loss is cross_entropy and not task.embeds for name, task in headed.items()}
     both = "likelihood" in method.option_names
+    several = [name for name, task in headed.items() if task.metric.several]
+    if several and not both:
+        raise ValueError(
+            f"tasks.{several[0]}: several of its classes may be true, and {method.name} is of outputs of which one is; "
+            "expected distill, or a method that looks at no outputs"
+        )
     if headed:
         given["outputs"] = {name: partial(suite.output, name) for name in headed if both or classes[name]}
     if both:
         given["likelihood"] = {
             name: "categorical" if classes.get(name, True) else "gaussian" for name in recipe.tasks
         }
+        if method.name == "distill":
+            given["likelihood"] |= dict.fromkeys(several, BERNOULLI)
     return given

@@ -19,9 +19,7 @@ from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.embeddings.files import modules_of
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.models.real_tokens import at_positions
-from nsc_merge.utils.option_checks import check_choice
 
-LIKELIHOODS = ("categorical", "gaussian")
 POSITIONS = ("all", "last")
 # What outputs of transformers' models call logits, and values that are all that a model predicts.
 _LOGITS = ("logits", "prediction_logits")
@@ -231,29 +229,6 @@ def beside(batch: Batch, value: Tensor) -> Tensor:
     return value.to(next((one.device for one in batch.values() if isinstance(one, Tensor)), value.device))
 
 
-def check_likelihood(likelihood: str | Mapping[str, str]) -> None:
-    """Refuse what is none of :data:`LIKELIHOODS`, nor a mapping to them.
-
-    Raises:
-        ValueError: naming what was found.
-    """
-    for value in likelihood.values() if isinstance(likelihood, Mapping) else [likelihood]:
-        check_choice("likelihood", value, LIKELIHOODS)
-
-
-def likelihoods_of(likelihood: str | Mapping[str, str], tasks: Sequence[str]) -> list[str]:
-    """What each task's output parametrises.
-
-    Raises:
-        ValueError: if a mapping has not exactly these tasks.
-    """
-    if isinstance(likelihood, str):
-        return [likelihood] * len(tasks)
-    if set(likelihood) != set(tasks):
-        raise ValueError(f"likelihood: expected one for each of {list(tasks)}, found {sorted(likelihood)}")
-    return [likelihood[task] for task in tasks]
-
-
 def predicts_next(model: nn.Module, family: Family | None) -> bool:
     """Whether a model's own logits are of the next token, so that those at the last one are its answer. One that labels
     every token, be it a decoder, has none that counts more than others.
@@ -273,23 +248,6 @@ def labels_positions(model: nn.Module) -> bool:
     """
     heads = ("ForTokenClassification", "ForQuestionAnswering")
     return any(kind.__name__.endswith(heads) for kind in type(model).__mro__)
-
-
-def check_classes(output: Tensor, task: str, argument: str, expected: str) -> None:
-    """Refuse logits of one class, as heads of regressions have: it is certain, whatever the model says.
-
-    Args:
-        output: ``[..., C]``.
-        task, argument, expected: for the message.
-
-    Raises:
-        ValueError: naming the task and its output.
-    """
-    if output.shape[-1] == 1:
-        raise ValueError(
-            f"{argument}: the output {list(output.shape)} of {task!r} has one class, which is certain; "
-            f"expected {expected}"
-        )
 
 
 def last_token(output: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,7 +22,8 @@ from nsc_merge.evaluation.heads import LinearHead, ModelHead
 from nsc_merge.methods import METHODS, Problem
 from nsc_merge.methods.closed_form import fisher
 from nsc_merge.methods.gradient import adamerging
-from nsc_merge.methods.task_outputs import LIKELIHOODS, real_positions, share_of
+from nsc_merge.methods.likelihoods import LIKELIHOODS
+from nsc_merge.methods.task_outputs import real_positions, share_of
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.fitting import fit
 

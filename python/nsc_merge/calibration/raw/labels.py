@@ -48,7 +48,8 @@ class Labelling:
     """What the labels of raw samples are.
 
     Attributes:
-        kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"value"``, ``[N]`` in float32; ``"answer"``, tokens;
+        kind: ``"class"``, numbers ``[N]`` of 64 bits; ``"classes"``, which are true, ``[N, C]`` in float32;
+            ``"value"``, ``[N]`` in float32; ``"answer"``, tokens;
             ``"tags"``, classes of words ``[N, T]``, each at the first token of its word, -100 elsewhere; of several
             texts that are read alone ``"same"``, numbers ``[N, S]`` that those of one text share, or ``"nearest"``, the
             place of the second among all behind the first, counted from the end, ``[N]``. These have no column.

@@ -29,13 +29,13 @@ from nsc_merge.calibration.raw.files.tables import (
 )
 from nsc_merge.calibration.raw.files.text_files import READERS, TEXT, kind_of, rows_of_text
 from nsc_merge.calibration.raw.files.wrong_files import refused_file, refused_folder
+from nsc_merge.calibration.raw.inputs.labelled import put_labels
 from nsc_merge.calibration.raw.inputs.texts import apart, labels_of_rows
-from nsc_merge.calibration.raw.labels import LABELS, Labelling, add_labels
+from nsc_merge.calibration.raw.labels import LABELS, Labelling
 from nsc_merge.calibration.raw.media import audio, images
 from nsc_merge.calibration.raw.media.files import files_in, rows_of_files
-from nsc_merge.calibration.raw.preprocessors import Base, base_of, tokenizer_of
+from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.calibration.raw.tags import add_tags
 from nsc_merge.utils.errors import logger
 from nsc_merge.utils.option_checks import check_count, did_you_mean, is_hub_id
 
@@ -114,12 +114,7 @@ def batches_of(
     if labelling is not None and settings.texts is not None:
         compared = {LABELS: labels_of_rows(rows, labelling)}
     elif labelling is not None:
-        answers = made.tokenizer is None and labelling.kind == "answer"
-        tokenizer = tokenizer_of(model, settings, argument) if answers else made.tokenizer
-        if labelling.kind == "tags":
-            add_tags(made, samples, labelling, settings, argument)
-        else:
-            add_labels(made.encoded, made.padded, samples, labelling, tokenizer, model, settings)
+        put_labels(made, samples, labelling, model, settings, argument)
     sha256 = {**found.sha256, "samples": digest([*made.encoded, *([compared] if compared else [])]), **opened}
     if compared is None:
         batches = batched(made.encoded, batch_size, settings.seed, made.padded, keep)

@@ -26,7 +26,8 @@ from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
 from nsc_merge.evaluation.metrics.entities import check_tags, entities, entity_f1, entity_f1_per_sample
 from nsc_merge.evaluation.metrics.generation import OWN, cider, cider_per_sample, exact_match, exact_match_per_sample
 from nsc_merge.evaluation.metrics.labels import IGNORE
-from nsc_merge.evaluation.metrics.registry import METRICS, Metric
+from nsc_merge.evaluation.metrics.metric import Metric
+from nsc_merge.evaluation.metrics.registry import METRICS
 from nsc_merge.evaluation.metrics.regression import (
     absolute_error,
     cosine,

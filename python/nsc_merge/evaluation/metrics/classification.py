@@ -10,6 +10,9 @@ from torch import Tensor
 
 from nsc_merge.evaluation.metrics.labels import IGNORE, compared
 
+# Over what several classes of a sample are counted.
+AVERAGES = ("micro", "macro")
+
 
 class Predicted(NamedTuple):
     """What figures and losses take of logits ``[N, ..., C]``: two numbers a label, where a vocabulary has a hundred
@@ -212,3 +215,57 @@ def _iou(confusion: Tensor) -> Tensor:
     both = confusion.diagonal(dim1=1, dim2=2)
     either = confusion.sum(1)[:, :-1] + confusion.sum(2) - both
     return torch.where(either > 0, both / either, torch.nan).nanmean(1)
+
+
+def multilabel_f1(outputs: Tensor, labels: Tensor, average: str = "micro") -> float:
+    """F1 of all classes of all samples that a logit above 0 predicts, by torchmetrics.
+
+    Args:
+        outputs: logits ``[N, C]``, floating point; what is no number predicts nothing.
+        labels: ``[N, C]``, 1 where a class is true and 0 where it is not, NaN where that is unknown.
+        average: ``"micro"``, over all classes and samples together, or ``"macro"``, the mean over classes that occur or
+            are predicted.
+
+    Raises:
+        TypeError, ValueError: for other dtypes, shapes or labels, or if no label is known.
+    """
+    from torchmetrics.functional.classification import multilabel_f1_score
+
+    known = _known_of_all(outputs, labels)
+    predicted = (outputs > 0).int()
+    truth = labels.masked_fill(~known, -1).int()
+    return multilabel_f1_score(predicted, truth, labels.shape[1], average=average, ignore_index=-1).item()
+
+
+def multilabel_f1_per_sample(outputs: Tensor, labels: Tensor, average: str = "micro") -> Tensor:
+    """F1 of the classes of every sample, ``[N]``: 1 where none is true and none predicted, NaN where none is known."""
+    known = _known_of_all(outputs, labels)
+    predicted, truth = (outputs > 0) & known, (labels == 1) & known
+    both, either = (predicted & truth).sum(1).double(), (predicted.sum(1) + truth.sum(1)).double()
+    found = torch.where(either > 0, 2 * both / either, 1.0)
+    return found.masked_fill(~known.any(1), torch.nan)
+
+
+def binary_cross_entropy(outputs: Tensor, labels: Tensor, average: str = "micro") -> Tensor:
+    """Mean over known labels, as transformers trains heads of several classes that may be true; shapes as in
+    :func:`multilabel_f1`.
+    """
+    known = _known_of_all(outputs, labels)
+    return F.binary_cross_entropy_with_logits(outputs[known], labels[known].to(outputs.dtype))
+
+
+def _known_of_all(outputs: Tensor, labels: Tensor) -> Tensor:
+    for name, value in (("outputs", outputs), ("labels", labels)):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected floating point, found {value.dtype}")
+    if outputs.dim() != 2 or outputs.shape != labels.shape:
+        raise ValueError(
+            f"outputs, labels: expected logits and labels [N, C], found {list(outputs.shape)} and {list(labels.shape)}"
+        )
+    known = ~labels.isnan()
+    if not bool(known.any()):
+        raise ValueError("labels: expected at least one known label, found none")
+    wrong = labels[known & (labels != 0) & (labels != 1)]
+    if wrong.numel():
+        raise ValueError(f"labels: expected 0, 1 or NaN, found {float(wrong[0])}")
+    return known

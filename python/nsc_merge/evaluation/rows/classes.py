@@ -29,8 +29,8 @@ def names_of(task: TaskRecipe, adapter: Adapter, model: nn.Module) -> Sequence[s
 
 
 def count_of(task: TaskRecipe, adapter: Adapter, model: nn.Module) -> int | None:
-    """How many classes tokens have, where that is clear."""
-    if not says_tags(task, model) or task.head not in (None, "adapter", "model"):
+    """How many classes tokens have, or samples of which several may be true, where that is clear."""
+    if not (says_tags(task, model) or task.metric.several) or task.head not in (None, "adapter", "model"):
         return None
     brought = set() if task.head == "model" else _counts(adapter)
     if not brought:

@@ -55,11 +55,11 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
     if any(_takes_text(task) for task in here.tasks.values()):
         known["tokenizer"] = _files_of(here.data.tokenizer or here.model, _TOKENIZER)
     if any(task.embeds for task in here.labelled.values()):
-        places = [here.model, *(str(task.adapter) for task in here.labelled.values() if isinstance(task.adapter, Path))]
-        known["embedding"] = {place: _files_of(place, SENTENCE_MODULES) for place in places}
+        beside = [str(task.adapter) for task in here.labelled.values() if isinstance(task.adapter, Path)]
+        known["embedding"] = {folder: _files_of(folder, SENTENCE_MODULES) for folder in [here.model, *beside]}
     # Beside the base they are among its configurations.
     if named := _named(here):
-        known["named"] = {place: _files_of(place, _PROCESSOR) for place in named}
+        known["named"] = {folder: _files_of(folder, _PROCESSOR) for folder in named}
     if here.harness:
         settings = here.lm_eval
         places = [*settings.data, *([settings.include_path] if settings.include_path else [])]

@@ -88,6 +88,8 @@ def _kind(task: TaskRecipe, argument: str, *, tokens: bool, tags: bool) -> str:
         return "tags" if tags else "class"
     if metric.loss in (squared_error, absolute_error):
         return "value"
+    if metric.several:
+        return "classes"
     raise ValueError(
         f"{argument}: raw data hold classes, numbers or answers, and {metric.name} is of others; expected .safetensors "
         "of inputs and labels"

@@ -17,15 +17,13 @@ from nsc_merge.calibration.forward_passes import one_by_one
 from nsc_merge.methods.closed_form.single_task import alone, changed, draw, in_turn, only_linears
 from nsc_merge.methods.closed_form.squared_gradients import SquaredGradients, Term
 from nsc_merge.methods.gradient_free import empty, low_rank_part, with_the_rest
+from nsc_merge.methods.likelihoods import check_classes, check_likelihood, check_one_class, likelihoods_of
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
     Outputs,
-    check_classes,
-    check_likelihood,
     check_outputs,
     last_token,
-    likelihoods_of,
     mask_of_outputs,
     output_of,
     plain_options,
@@ -143,6 +141,8 @@ def information(
         return y
 
     values = likelihood == "gaussian"
+    if not values and task not in (options.outputs or {}):
+        check_one_class(model, [task], "likelihood", "'gaussian', of its logits, or method 'distill'")
     heads = with_heads(options.outputs, {task: problem.adapters[task]}, model, [task] if values else [])
     generator, gradients = torch.Generator(), SquaredGradients()
     with torch.inference_mode(False), torch.enable_grad(), alone(problem, task), ExitStack() as stack:

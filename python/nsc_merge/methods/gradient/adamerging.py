@@ -17,11 +17,11 @@ from nsc_merge.descent.mean_loss import Loss
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
 from nsc_merge.methods.gradient.own_answers import Growing, Writing, writing_after
+from nsc_merge.methods.likelihoods import check_classes, check_one_class
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.shared_options import fill
 from nsc_merge.methods.task_outputs import (
     Outputs,
-    check_classes,
     check_outputs,
     last_token,
     mask_of_outputs,
@@ -108,6 +108,8 @@ def entropy(logits: Tensor) -> Tensor:
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
     options = AdaMergingOptions(**given)
     model, tasks = problem.model, problem.tasks
+    if not options.outputs:
+        check_one_class(model, tasks, "outputs", "method 'distill' with likelihood 'bernoulli'")
     check_outputs(options.outputs, tasks)
     family = find_family(model)
     # Padding is told wherever it can be, also where every token is labelled, as in BERT.

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole
@@ -29,15 +28,20 @@ from nsc_merge.methods.gradient.own_answers import Answered, NewTokens, check_ne
 from nsc_merge.methods.gradient.regmean_terms import check_regmean, folded, with_terms
 from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.gradient.variance import Variance, variance_of
+from nsc_merge.methods.likelihoods import (
+    OF_LOGITS_OR_VALUES,
+    check_classes,
+    check_likelihood,
+    check_one_class,
+    differences,
+    likelihoods_of,
+)
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import (
     POSITIONS,
     Outputs,
-    check_classes,
-    check_likelihood,
     check_outputs,
     last_token,
-    likelihoods_of,
     mask_of_outputs,
     output_of,
     predicts_next,
@@ -79,7 +83,8 @@ class DistillOptions(SharedDescentOptions):
         outputs: task -> function of model and batch that gives its output: logits with classes last, or values. Tasks
             without one have the model's own logits, with the head that their adapter brought, or its values.
         likelihood: what an output parametrises, for all tasks or per task: ``"categorical"`` (classes, or where an
-            answer in a text starts and ends) or ``"gaussian"`` (forecasts, depth, embeddings of sentence-transformers).
+            answer in a text starts and ends), ``"bernoulli"`` (several may be true) or ``"gaussian"`` (values, or
+            embeddings of sentence-transformers).
         distance: ``"bounded"``, between 0 and 1 at each position: the total variation ``1/2 sum |p - q|`` for classes,
             and ``d / (1 + d)`` of the squared difference ``d`` for values, which should be normalised by their
             variance; or ``"divergence"``, that of Kullback and Leibler in nats for classes, and the mean squared
@@ -116,7 +121,7 @@ class DistillOptions(SharedDescentOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_outputs(self.outputs)
-        check_likelihood(self.likelihood)
+        check_likelihood(self.likelihood, OF_LOGITS_OR_VALUES)
         if self.positions is not None:
             check_choice("positions", self.positions, POSITIONS)
         check_new_tokens(self.new_tokens)
@@ -160,6 +165,9 @@ class Predictions:
         self._mask = mask_of_outputs(family)
         self._bounded = options.distance == "bounded"
         values = [task for number, task in enumerate(problem.tasks) if self.predicts_values(number)]
+        one_of = dict(zip(problem.tasks, self._likelihoods, strict=True))
+        own = [task for task, kind in one_of.items() if kind == "categorical" and task not in (options.outputs or {})]
+        check_one_class(problem.model, own, "likelihood", "'bernoulli'")
         self._outputs = with_heads(options.outputs, problem.adapters, problem.model, values)
         if self._bounded and options.normalise == "task" and values:
             raise ValueError(
@@ -206,7 +214,7 @@ class Predictions:
         inputs = {**one.inputs, **answered.inputs} if answered else one.inputs
         output = self._output(number, inputs)
         output = output if output.dtype == torch.float64 else output.float()
-        if not self.predicts_values(number):
+        if self._likelihoods[number] == "categorical":
             check_classes(output, self._tasks[number], "likelihood", "'gaussian' for values")
         if answered is not None:
             return output[answered.predicts], one.share
@@ -232,15 +240,7 @@ class Predictions:
         """Of ``output`` from ``own``, both as :meth:`of` returns them; 0 where there is no position. Squared
         differences of values are divided by ``variance``.
         """
-        if self.predicts_values(number):
-            each = (output - own).square() / variance
-            if self._bounded:
-                each = each if each.dim() < 2 else each.mean(-1)
-                each = each / (1 + each)
-        elif self._bounded:
-            each = (output.softmax(-1) - own.softmax(-1)).abs().sum(-1) / 2
-        else:
-            each = F.kl_div(output.log_softmax(-1), own.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        each = differences(output, own, self._likelihoods[number], variance, bounded=self._bounded)
         if answered is not None:
             return (each * answered.weights).sum()
         return each.mean() if each.numel() else each.sum()

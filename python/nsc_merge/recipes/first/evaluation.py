@@ -29,6 +29,7 @@ from nsc_merge.recipes.yaml_keys import RecipeError
 # By what is measured where nobody has said; others that fit.
 _METRICS = {
     "class": ("accuracy", "or f1, f1_binary, matthews"),
+    "classes": ("multilabel_f1", "of all classes that a logit above 0 predicts"),
     "value": ("pearson", "or spearman, rmse, l1"),
     "similar": ("spearman", "of the cosine of two embeddings; or pearson"),
     "same": ("ndcg", "of the second among those of all rows, by its embedding; or mrr, recall"),
@@ -86,7 +87,10 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     rows = opened.rows(range(min(opened.count, ROWS)))
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
     kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns)
-    count = _count(task, found) if kind == "tags" or (kind == "class" and _classifies(task, found)) else None
+    if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in CLASS_COLUMNS):
+        kind = "classes"
+    known = kind in ("tags", "classes") or (kind == "class" and _classifies(task, found))
+    count = _count(task, found) if known else None
     labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
     if kind == "tags":
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
