@@ -134,6 +134,14 @@ def test_a_first_evaluation_compares_them(place, name, metric):
     assert all(-1 <= run["metrics"]["one"] <= 1 for row in rows for run in row["runs"])
 
 
+def test_labels_of_inferences_are_no_similarity(place, capsys):
+    Path("rows.jsonl").write_text(json.dumps({"premise": "w1", "hypothesis": "w2", "label": 2}) + "\n")
+    assert main(["init", "one", "--base", "base", "--data", "rows.jsonl"]) == 0
+    assert written()["data"]["texts"] == ["premise", "hypothesis"]
+    assert main(["init", "one", "--base", "base", "--test", "rows.jsonl", "--out", "other.yaml"]) == 2
+    assert "--test one: labels of a premise and a hypothesis do not say how alike" in capsys.readouterr().err
+
+
 def test_columns_of_other_names_are_named_in_a_recipe(place, capsys):
     Path("rows.jsonl").write_text(json.dumps({"left": "w1", "right": "w2"}) + "\n")
     assert main(["init", "one", "--base", "base", "--data", "rows.jsonl"]) == 1

@@ -31,7 +31,7 @@ _METRICS = {
     "class": ("accuracy", "or f1, f1_binary, matthews"),
     "classes": ("multilabel_f1", "of all classes that a logit above 0 predicts"),
     "value": ("pearson", "or spearman, rmse, l1"),
-    "similar": ("spearman", "of the cosine of two embeddings; or pearson"),
+    "similar": ("spearman", "of how near two embeddings are and labels that are higher for what is alike; or pearson"),
     "same": ("ndcg", "of the second among those of all rows, by its embedding; or mrr, recall"),
     "nearest": ("accuracy", "of the second being nearer to the first than others are"),
     "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
@@ -86,7 +86,7 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
-    kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns)
+    kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns, argument)
     if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in CLASS_COLUMNS):
         kind = "classes"
     known = kind in ("tags", "classes") or (kind == "class" and _classifies(task, found))
@@ -162,9 +162,18 @@ def _kind(task: Task, found: Findings, *, tags: bool) -> str:
     return "tags" if tags else "class"
 
 
-def _compared(texts: Sequence[str], columns: Sequence[str]) -> str:
-    """What the labels of texts are that are embedded each alone."""
+def _compared(texts: Sequence[str], columns: Sequence[str], argument: str) -> str:
+    """What the labels of texts are that are embedded each alone.
+
+    Raises:
+        RecipeError: of inferences, whose labels are classes in no order.
+    """
     if any(name in columns for name in CLASS_COLUMNS) and len(texts) == 2:
+        if "premise" in columns:
+            raise RecipeError(
+                f"{argument}: labels of a premise and a hypothesis do not say how alike they are; expected rows of "
+                "anchor, positive and negative, or a score of each pair"
+            )
         return "value"
     return "nearest" if len(texts) > 2 else "same"
 
