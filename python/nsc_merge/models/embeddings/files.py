@@ -15,7 +15,7 @@ from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
-MODULES, _SETTINGS = "modules.json", "config_sentence_transformers.json"
+MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 # That say how long a text may be, the first before the others, which are called for what a model was made from.
 _LONGEST = (
     *("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlnet_config.json"),
@@ -74,7 +74,7 @@ def texts_of(find: Find, where: str) -> Texts | None:
     Raises:
         ValueError: naming ``where`` and a file that is broken.
     """
-    settings = _json(find, _SETTINGS, where) or {}
+    settings = _json(find, SETTINGS, where) or {}
     if find(MODULES) is None or settings.get("model_type") not in (None, "SentenceTransformer"):
         return None
     held = settings.get("prompts") or {}
@@ -126,10 +126,10 @@ def read_modules(find: Find, where: str) -> Modules | None:
             steps.append(normalise)
         else:
             raise _unknown(where, MODULES, f"a module {kind}", "Dense and Normalize behind Pooling")
-    settings = _json(find, _SETTINGS, where) or {}
+    settings = _json(find, SETTINGS, where) or {}
     similarity = settings.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
-        raise _unknown(where, _SETTINGS, f"similarity_fn_name {similarity!r}", f"one of {list(SIMILARITIES)}")
+        raise _unknown(where, SETTINGS, f"similarity_fn_name {similarity!r}", f"one of {list(SIMILARITIES)}")
     return Modules(pooling, steps, similarity, _longest(find, where))
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from nsc_merge.adapters.hub import SENTENCE_MODULES
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.embeddings.files import MODULES, SETTINGS
 from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.provenance import leads_away
 from nsc_merge.utils.safetensors_checks import read_checked
 
-MODULES = "modules.json"
 _OF_MODEL = "sentence_*_config.json"
-_SETTINGS, _PROMPTS = "config_sentence_transformers.json", ("prompts", "default_prompt_name")
+_PROMPTS = ("prompts", "default_prompt_name")
 # By what embeddings are compared; releases before 3 do not say it.
 _SIMILARITY = "similarity_fn_name"
 # Modules with weights of their own.
@@ -66,8 +66,8 @@ def loaded_by(folder: Path) -> Loaded | None:
     """None of a folder without modules."""
     if not (folder / MODULES).is_file():
         return None
-    file = folder / _SETTINGS
-    told = _settings({_SETTINGS: file} if file.is_file() else {}).get("model_type")
+    file = folder / SETTINGS
+    told = _settings({SETTINGS: file} if file.is_file() else {}).get("model_type")
     kind = told if isinstance(told, str) and told in _CALLS else "SentenceTransformer"
     return Loaded(kind, _CALLS[kind])
 
@@ -163,7 +163,7 @@ def _difference(one: Files, other: Files) -> str | None:
     prompts, others = ([told.get(name) or None for name in _PROMPTS] for told in settings)
     similar, another = (told.get(_SIMILARITY) for told in settings)
     if prompts != others or (None not in (similar, another) and similar != another):
-        return _SETTINGS
+        return SETTINGS
     for name in sorted(one.keys() | other.keys()):
         if "/" not in name:
             continue
@@ -185,7 +185,7 @@ def _listed(files: Files) -> list[Any]:
 
 
 def _settings(files: Files) -> dict[str, Any]:
-    found = _read(files[_SETTINGS]) if _SETTINGS in files else None
+    found = _read(files[SETTINGS]) if SETTINGS in files else None
     # A prompt that is empty is none.
     prompts = found.get("prompts") if isinstance(found, dict) else None
     told = {name: text for name, text in prompts.items() if text} if isinstance(prompts, dict) else {}
