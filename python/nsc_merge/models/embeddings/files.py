@@ -16,11 +16,8 @@ from nsc_merge.utils.json_text import from_json
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
-# That say how long a text may be, the first before the others, which are called for what a model was made from.
-_LONGEST = (
-    *("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlnet_config.json"),
-    "tokenizer_config.json",
-)
+# Of the model itself; releases call the file for what it was made from.
+_OF_MODEL = ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlnet_config.json")
 _EMBEDDING = "sentence_embedding"
 # How releases before 5 call what is pooled: pooling_mode_cls_token, pooling_mode_mean_tokens, pooling_mode_lasttoken.
 _ENDS = ("", "_token", "_tokens")
@@ -124,8 +121,11 @@ def read_modules(find: Find, where: str) -> Modules | None:
             steps.append(_dense(find, path, where))
         elif kind == "Normalize":
             steps.append(normalise)
-        else:
+        elif kind != "Dropout":
             raise _unknown(where, MODULES, f"a module {kind}", "Dense and Normalize behind Pooling")
+    for name in _OF_MODEL:
+        if (_json(find, name, where) or {}).get("do_lower_case"):
+            raise _unknown(where, name, "do_lower_case true", "a tokenizer that does it")
     settings = _json(find, SETTINGS, where) or {}
     similarity = settings.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
@@ -168,10 +168,8 @@ def _dense(find: Find, path: str, where: str) -> Dense:
 
 
 def _longest(find: Find, where: str) -> int | None:
-    for name in _LONGEST:
+    for name in (*_OF_MODEL, "tokenizer_config.json"):
         told = _json(find, name, where) or {}
-        if told.get("do_lower_case") and name != _LONGEST[-1]:
-            raise _unknown(where, name, "do_lower_case true", "a tokenizer that does it")
         for key in ("max_seq_length", "model_max_length"):
             if isinstance(told.get(key), int) and told[key] < _UNLIMITED:
                 return int(told[key])
