@@ -294,7 +294,11 @@ def test_what_draws_has_the_seed_of_its_run_or_its_own(place):
 
 def test_tasks_without_a_head_are_left_to_the_models_own_answers():
     """Of those that generate and those of the harness, a next token is predicted: one of classes, not a value."""
-    classes, values = (SimpleNamespace(generate=False, metric=SimpleNamespace(loss=one)) for one in (cross_entropy, 0))
+
+    def told(**metric):
+        return SimpleNamespace(generate=False, embeds=False, metric=SimpleNamespace(several=False, **metric))
+
+    classes, values = (told(loss=one) for one in (cross_entropy, 0))
     labelled = {"nli": classes, "depth": values, "said": SimpleNamespace(generate=True)}
     recipe = SimpleNamespace(labelled=labelled, tasks=[*labelled, "quiz"])
     suite = SimpleNamespace(output=print)

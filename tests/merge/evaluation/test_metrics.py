@@ -197,8 +197,8 @@ def test_what_is_generated_beyond_the_labels_is_not_asked_for():
     labels = torch.tensor([[1, 2], [3, metrics.IGNORE]])
     assert metrics.exact_match(torch.tensor([[1, 2, 9], [3, 4, 5]]), labels) == 1
     assert metrics.exact_match(torch.tensor([[1, 1, 2], [3, 4, 5]]), labels) == 0.5
-    with pytest.raises(TypeError, match="outputs: expected logits"):
-        metrics.exact_match(torch.tensor([[1], [3]]), labels)
+    # Answers that are cut before a label ends have not said the rest.
+    assert metrics.exact_match(torch.tensor([[1], [3]]), labels) == 0.5
 
 
 def test_cider_by_hand():
@@ -254,6 +254,15 @@ def test_quality_and_metric_agree_in_direction(name):
     elif name == "exact_match" or metric.writes:
         labels = torch.randint(0, 30, (4, 6), generator=generator)
         good, bad = labels, labels + 1
+    elif metric.several:
+        labels = (torch.rand(4, 6, generator=generator) > 0.5).float()
+        good, bad = 2 * labels - 1, 1 - 2 * labels
+    elif metric.embeds:
+        # Of every row two texts: the second is found by the first, or is opposite to it.
+        metric = metric.with_options(k=1)
+        labels = torch.arange(12)[:4, None].expand(4, 2)
+        found = nn.functional.one_hot(labels, 4).float()
+        good, bad = found, found * torch.tensor([1.0, -1.0])[:, None]
     elif name == "mean_angle":
         labels = nn.functional.normalize(torch.randn(4, 6, 3, generator=generator), dim=-1)
         good, bad = labels, -labels
