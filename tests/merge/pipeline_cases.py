@@ -138,3 +138,12 @@ def wan_prompts():
         embeds = torch.randn(1, 5, 8, generator=generator)
         made[name] = [{"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds), "num_frames": 1}]
     return made
+
+
+def write_adapters(pipe, root, *names):
+    """Save some of a pipeline's adapters, each in a folder of its own; the pipeline holds none any more."""
+    from nsc_merge.integrations.diffusers import save
+
+    for name in names:
+        save(pipe, name, root / name)
+    pipe.unload_lora_weights()

@@ -158,7 +158,7 @@ def _embedding(found: Any, model: nn.Module, batch: Batch) -> Tensor | None:
     features, mask, modules = getattr(found, "last_hidden_state", None), batch.get(MASK), modules_of(model)
     if modules is None or not isinstance(features, Tensor) or mask is None:
         return None
-    return modules.embedding(features, at_positions(model, mask, features.shape[1]).to(features.device))
+    return modules.embedding(model, features, mask)
 
 
 def output_in(found: Any, model: nn.Module, batch: Batch, *, values: bool) -> Tensor | None:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from pipeline_cases import FEW, diffusers, stable_diffusion, tokenizer, wan
+from pipeline_cases import FEW, diffusers, stable_diffusion, tokenizer, wan, write_adapters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
@@ -24,9 +24,7 @@ def place(tmp_path_factory):
     """A folder with a pipeline, and one with each adapter of it."""
     root = tmp_path_factory.mktemp("pipelines")
     pipe = stable_diffusion()
-    for name in ("ink", "toy"):
-        save(pipe, name, root / name)
-    pipe.unload_lora_weights()
+    write_adapters(pipe, root, "ink", "toy")
     pipe.save_pretrained(root / "base")
     (root / "prompts.yaml").write_text("ink: [ink tower, ink boat]\ntoy: [{prompt: toy tower, guidance_scale: 3}]\n")
     return root

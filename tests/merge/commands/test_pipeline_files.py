@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from pipeline_cases import diffusers, stable_diffusion
+from pipeline_cases import diffusers, stable_diffusion, write_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nsc_merge.commands.main import main
-from nsc_merge.integrations.diffusers import save
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -17,8 +16,7 @@ def place(tmp_path_factory):
     """A folder with a pipeline, and one with an adapter of it."""
     root = tmp_path_factory.mktemp("files")
     pipe = stable_diffusion()
-    save(pipe, "ink", root / "ink")
-    pipe.unload_lora_weights()
+    write_adapters(pipe, root, "ink")
     pipe.save_pretrained(root / "base")
     return root
 

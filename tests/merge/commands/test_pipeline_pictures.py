@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_cases import diffusers, stable_diffusion
+from pipeline_cases import diffusers, stable_diffusion, write_adapters
 
 from nsc_merge.commands.main import main
 from nsc_merge.commands.pipeline.given import Given, size_of, with_pictures
@@ -95,8 +95,7 @@ def test_pictures_that_prompts_name_are_open_alone_or_in_lists(tmp_path):
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     pipe = stable_diffusion()
-    save(pipe, "ink", root / "ink")
-    pipe.unload_lora_weights()
+    write_adapters(pipe, root, "ink")
     pipe.save_pretrained(root / "base")
     return root
 

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from hub_cases import Hub, serving
-from pipeline_cases import stable_diffusion, tokenizer, wan
+from pipeline_cases import stable_diffusion, tokenizer, wan, write_adapters
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from nsc_merge.commands.main import main
 from nsc_merge.commands.pipeline.given import Given, given_of
-from nsc_merge.integrations.diffusers import save
 from nsc_merge.utils.errors import UsageError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -24,9 +23,7 @@ def place(tmp_path_factory):
     """A folder with a pipeline, one with each adapter of it, and one with both files of an adapter side by side."""
     root = tmp_path_factory.mktemp("wan")
     pipe = wan()
-    for name in ("ink", "toy"):
-        save(pipe, name, root / name)
-    pipe.unload_lora_weights()
+    write_adapters(pipe, root, "ink", "toy")
     text = UMT5EncoderModel(UMT5Config(vocab_size=6, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     pipe.register_modules(tokenizer=tokenizer(), text_encoder=text)
     pipe.save_pretrained(root / "base")

@@ -15,7 +15,6 @@ from nsc_merge.evaluation.metrics import Metric
 from nsc_merge.models.embeddings.files import MODULES, in_folder, on_hub, read_modules
 from nsc_merge.models.embeddings.modules import SIMILARITIES, Modules, Pooling
 from nsc_merge.models.families import find_family
-from nsc_merge.models.real_tokens import at_positions
 from nsc_merge.recipes.adapter_keys import HubAdapter
 
 # What a task calls the vector that it takes -> what sentence-transformers does.
@@ -37,8 +36,7 @@ class EmbeddingHead:
         family = find_family(model)
         trunk: Any = getattr(model, family.prefill if family else "base_model", model)
         features = trunk(**inputs).last_hidden_state
-        mask = at_positions(model, inputs["attention_mask"], features.shape[1]).to(features.device)
-        return self.modules.embedding(features, mask)
+        return self.modules.embedding(model, features, inputs["attention_mask"])
 
     def check_lengths(self, batches: Batches, argument: str) -> None:
         """Refuse texts of more tokens than sentence-transformers would read of them.

@@ -71,8 +71,11 @@ def texts_of(find: Find, where: str) -> Texts | None:
     Raises:
         ValueError: naming ``where`` and a file that is broken.
     """
+    # First, as most models have none, and on the hub every file is a question.
+    if find(MODULES) is None:
+        return None
     settings = _json(find, SETTINGS, where) or {}
-    if find(MODULES) is None or settings.get("model_type") not in (None, "SentenceTransformer"):
+    if settings.get("model_type") not in (None, "SentenceTransformer"):
         return None
     held = settings.get("prompts") or {}
     prompts = {name: text for name, text in held.items() if isinstance(text, str) and text}

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsc_merge.models.real_tokens import at_positions
+
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
 # As sentence-transformers calls them: [..., N, d] and [..., M, d] -> [..., N, M], higher is nearer.
@@ -71,8 +73,9 @@ class Modules:
     similarity: str = "cosine"
     longest: int | None = None
 
-    def embedding(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Features ``[N, T, d]`` and ``[N, T]``, 0 at padding -> ``[N, d']``."""
+    def embedding(self, model: nn.Module, features: Tensor, mask: Tensor) -> Tensor:
+        """Features ``[N, T, d]`` of a model, and the mask of its inputs, 0 at padding -> ``[N, d']``."""
+        mask = at_positions(model, mask, features.shape[1]).to(features.device)
         found = self.pooling(features, mask != 0)
         for step in self.steps:
             found = step(found)
