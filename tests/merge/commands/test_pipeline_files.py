@@ -1,5 +1,7 @@
 """``nsc-merge pipeline``: files of adapters in the ways that people have them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pipeline_cases import diffusers, stable_diffusion, write_adapters
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nsc_merge.commands.main import main
+from nsc_merge.commands.pipeline.reading import watched
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -71,3 +74,35 @@ def test_tensors_of_no_model_are_told_whatever_they_are_called(place, tmp_path, 
     said = capsys.readouterr().err
     for part in ("text_encoder_2", "unknown"):
         assert f"ink: 1 tensors of {part} are left out, as the pipeline has no such model" in said
+
+
+def test_magnitudes_that_diffusers_leaves_out_are_refused(place, tmp_path, capsys):
+    """Of DoRA as kohya's program writes it, diffusers 0.42.1 reads the factors alone."""
+    tensors, _ = of_kohya(diffusers.StableDiffusionPipeline.from_pretrained(place / "base"), (4.0,))
+    ups = {key: value for key, value in tensors.items() if key.endswith("lora_up.weight")}
+    tensors |= {key.replace("lora_up.weight", "dora_scale"): torch.ones(len(up), 1) for key, up in ups.items()}
+    save_file(tensors, tmp_path / "dora.safetensors")
+    given = [str(place / "base"), f"ink={tmp_path / 'dora.safetensors'}", "--out", str(tmp_path / "out")]
+    assert main(["pipeline", *given, "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "ink=" in said
+    assert "it is DoRA, whose magnitudes (dora_scale) diffusers leaves out" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_diffusers_leaves_out_in_translating_is_told():
+    """It says so at a level that is not shown, here of Flux's norms."""
+    pipe = SimpleNamespace(lora_state_dict=diffusers.FluxPipeline.lora_state_dict)
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(12, 2), "alpha": torch.tensor(2.0)}
+    tensors = {f"diffusion_model.double_blocks.0.img_attn.qkv.{name}": value for name, value in factors.items()}
+    tensors["diffusion_model.single_blocks.0.norm.key_norm.scale.diff"] = torch.ones(4)
+    with watched(pipe) as read:
+        pipe.lora_state_dict(tensors)
+    (said,) = read.said
+    assert said.startswith("Normalization diff keys found")
+    del tensors["diffusion_model.single_blocks.0.norm.key_norm.scale.diff"]
+    pipe.lora_state_dict = diffusers.FluxPipeline.lora_state_dict
+    with watched(pipe) as read:
+        pipe.lora_state_dict(tensors)
+    assert not read.said
+    assert len(read.keys) == 6

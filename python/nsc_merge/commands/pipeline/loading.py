@@ -161,6 +161,8 @@ def _load_file(pipe: Any, name: str, given: str, where: str, options: dict[str, 
     if holding := {"transformer"} if into else set(held) - set(before):
         for part, count in read.left_out(holding).items():
             log(f"{name}: {count} tensors of {part} are left out, as the pipeline has no such model")
+    for text in read.said:
+        log(f"{name}: diffusers says: {text}")
     if read.folded:
         log(f"{name}: its {read.folded} alphas differ between layers, and count as the file has them; diffusers by "
             "itself leaves out some")  # fmt: skip

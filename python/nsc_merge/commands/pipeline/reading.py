@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import Any
 
 # Models that files without end are for: of others, so many are named.
 _MOST_NAMED = 4
+# Where diffusers says what it leaves out of files that other programs wrote, in part at a level that is not shown, and
+# where it says that magnitudes of DoRA are among it.
+_CONVERSION, _PIPELINES = "diffusers.loaders.lora_conversion_utils", "diffusers.loaders.lora_pipeline"
+_NOTHING_LEFT_OUT = "Non-diffusers checkpoint detected."
 
 
 @dataclass
@@ -19,10 +24,12 @@ class Read:
     Attributes:
         keys: of all tensors, by the names of the pipeline's models and their modules.
         folded: how many factors have their alpha in them, as diffusers would leave out some.
+        said: by diffusers, of the file's translation to its own names.
     """
 
     keys: list[str] = field(default_factory=list)
     folded: int = 0
+    said: list[str] = field(default_factory=list)
 
     def left_out(self, holding: Collection[str]) -> dict[str, int]:
         """Tensors of which diffusers says nothing: what their keys begin with, if no model with the adapter is called
@@ -36,7 +43,12 @@ class Read:
 
 @contextmanager
 def watched(pipe: Any) -> Iterator[Read]:
-    """While it loads one file. Read once: of several gigabytes a second time would be felt."""
+    """While it loads one file. Read once: of several gigabytes a second time would be felt.
+
+    Raises:
+        ValueError: for the magnitudes of DoRA as kohya's and OneTrainer's programs write them, without which a file
+            is another adapter.
+    """
     read, inner = Read(), pipe.lora_state_dict
 
     def reading(*arguments: Any, **named: Any) -> Any:
@@ -50,9 +62,41 @@ def watched(pipe: Any) -> Iterator[Read]:
 
     pipe.lora_state_dict = reading
     try:
-        yield read
+        with _heard(_CONVERSION, logging.INFO, shown=False) as said, _heard(_PIPELINES, logging.WARNING) as warned:
+            yield read
     finally:
         del pipe.lora_state_dict
+    read.said = [text for text in said if text != _NOTHING_LEFT_OUT]
+    if any("dora_scale" in text for text in warned):
+        raise ValueError(
+            "it is DoRA, whose magnitudes (dora_scale) diffusers leaves out, so that another adapter remains; expected "
+            "plain LoRA"
+        )
+
+
+@contextmanager
+def _heard(logger: str, level: int, *, shown: bool = True) -> Iterator[list[str]]:
+    """The messages of a logger from a level on."""
+    found, heard = logging.getLogger(logger), _Heard()
+    before = found.level, found.propagate
+    found.addHandler(heard)
+    found.setLevel(level)
+    found.propagate = shown
+    try:
+        yield heard.messages
+    finally:
+        found.removeHandler(heard)
+        found.setLevel(before[0])
+        found.propagate = before[1]
+
+
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def _folded(state: Mapping[str, Any], alphas: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float], int]:
