@@ -257,9 +257,19 @@ def _grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
 
 @contextmanager
 def _substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in place of some parameters and buffers of ``model``, of other shapes if need be."""
+    """Other values in place of some parameters and buffers of ``model``, of other shapes if need be.
+
+    Raises:
+        ValueError: naming one that a model has not, as it may be another than the base whose head it is.
+    """
     buffers = dict(model.named_buffers())
-    held = {name: buffers[name] if name in buffers else model.get_parameter(name) for name in parameters}
+    try:
+        held = {name: buffers[name] if name in buffers else model.get_parameter(name) for name in parameters}
+    except AttributeError as error:
+        raise ValueError(
+            f"head: {error}, which is a part of the task's own; expected a model of the base's class, as that head "
+            "is put into it"
+        ) from None
 
     def put(name: str, value: Tensor) -> None:
         path, _, last = name.rpartition(".")

@@ -147,6 +147,7 @@ def test_a_row_is_its_own_and_of_the_seed_where_it_draws(place, marks):
         {"method": "task_arithmetic", "name": "by metric", "tune": "metric"},
         {"method": "nsc", "options": {"steps": 3}},
         {"method": "dare", "name": "dare"},
+        {"method": "dare", "name": "of its own seed", "options": {"seed": 5}},
     ])  # fmt: skip
     found = marks()
     assert len(set(found.values())) == len(found) - 1

@@ -343,8 +343,10 @@ def test_metrics_take_only_their_own_options():
     with pytest.raises(ValueError, match=r"tolerance: not an option of metric 'rmse' \(options: none\)"):
         METRICS["rmse"].with_options(tolerance=2)
     assert METRICS["edge_f"].with_options(tolerance=2).settings == {"tolerance": 2}
-    with pytest.raises(ValueError, match="tolerance: expected a whole number of at least 0"):
-        METRICS["edge_f"].with_options(tolerance=-1).measure(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
+    for wrong in ({"tolerance": -1}, {"thresholds": 0}, {"logits": "no"}):
+        # As the recipe is read, and not once the first row is measured.
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected "):
+            METRICS["edge_f"].with_options(**wrong)
 
 
 # Summary
@@ -477,6 +479,8 @@ def test_a_brought_classifier_may_have_other_classes_and_is_taken_out_again():
         heads.head_of({"score.weight": torch.zeros(5, 32)}, model, "first", "head")
     with pytest.raises(ValueError, match="expected parameters of LlamaForSequenceClassification, or weight"):
         heads.head_of({"a": torch.zeros(1)}, model, None, "head")
+    with pytest.raises(ValueError, match="head: LlamaForCausalLM has no .*score.*; expected a model of the base"):
+        head(build("llama"), inputs)
 
 
 def test_generation_stops_at_the_end_and_wants_padding_in_front():

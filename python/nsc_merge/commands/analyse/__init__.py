@@ -37,8 +37,8 @@ Splits the test samples of every task into equal shares by the null-space ratio 
 the mean quality in each: accuracy, intersection over union, or the negative error. 'others' is the same correlation
 for the other tasks' adapters: where it is alike, the ratio tells how hard a sample is, and nothing about the adapter.
 
-RECIPE is that of nsc-merge eval; --row is one of its methods, or a folder written by nsc-merge run, of which the
-coefficients are taken. With finetuned every task is studied in its own model.
+RECIPE is that of nsc-merge eval; --row is a row of it by its name: a method, or a folder written by nsc-merge run, of
+which the coefficients are taken. With finetuned every task is studied in its own model.
 
 example:
   nsc-merge analyse quartiles evaluation.yaml --row "TA 0.4" --blocks last_quarter --modules o_proj

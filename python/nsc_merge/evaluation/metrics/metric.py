@@ -34,6 +34,7 @@ class Metric:
         lower_is_better: direction.
         options: names of further arguments of measure, quality and loss.
         choices: option -> what it may be, where that is one of a few words.
+        least: option -> the least that it may be, where that is a whole number.
         settings: those that :meth:`with_options` set.
         writes: whether measure and quality want ``ends``, the tokens that end a text and are no words of it.
         decodes: whether they want ``decode``, which makes text of a sequence of tokens.
@@ -53,7 +54,8 @@ class Metric:
     unit: str = ""
     lower_is_better: bool = False
     options: tuple[str, ...] = ()
-    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
     per_sample: str = ""
     writes: bool = False
     decodes: bool = False
@@ -96,11 +98,12 @@ class Metric:
                 raise ValueError(f"{name}: not an option of metric {self.name!r} (options: {listed})")
             if name in self.choices:
                 check_choice(name, given[name], self.choices[name])
+            if name in self.least:
+                check_count(name, given[name], self.least[name])
         if not given:
             return self
         label = self.label
         if "k" in given:
-            check_count("k", given["k"])
             label = f"{label.partition('@')[0]}@{given['k']}"
         program = str(given.get("program", OWN))
         named = program != OWN

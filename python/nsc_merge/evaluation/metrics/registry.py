@@ -168,6 +168,8 @@ METRICS: dict[str, Metric] = {
             edge_f_per_sample,
             edge_loss,
             options=("tolerance", "thresholds", "logits"),
+            choices={"logits": (True, False)},
+            least={"tolerance": 0, "thresholds": 1},
         ),
         Metric(
             "exact_match",
@@ -186,6 +188,7 @@ METRICS: dict[str, Metric] = {
                 measure,
                 quality,
                 options=("k",),
+                least={"k": 1},
                 embeds=True,
                 of_samples=_mean_of_samples,
             )

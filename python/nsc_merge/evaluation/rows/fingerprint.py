@@ -38,7 +38,9 @@ def fingerprint(recipe: EvalRecipe, row: Row, seed: int) -> str:
     paths = [recipe.model, str(row.folder or "")]
     paths += [str(path) for task in recipe.tasks.values() for path in task.paths.values()]
     seeded = any(SEED in path for path in paths)
-    drawn = method is not None and ("data" in method.needs or "seed" in method.option_names)
+    # A seed among its options is the same for all.
+    draws = method is not None and "seed" in method.option_names and "seed" not in row.options
+    drawn = draws or (method is not None and "data" in method.needs)
     here = recipe.at(seed)
     # Not among the settings of a plain base, so that rows of earlier releases stay theirs.
     unusual = [one for one in (here.quantization, here.revision, here.trust_remote_code) if one]
