@@ -61,7 +61,8 @@ class Method:
         updates: of methods that look at the adapters alone, what computes one module's update after another, for
             whoever does not want to hold them all.
         averages: whether equal updates of all tasks merge to that update, and not to their sum: True, or ``"weight"``
-            where the sum is divided by the weights; or a function of the options that says so.
+            where the sum is divided by the weights; or a function of the options that says so. Of a method that makes
+            other updates of equal ones, whether equal biases merge to that bias.
         of_entries: whether ``updates`` takes updates that are matrices and no products as well, where its own are of
             full rank.
         of_factors: whether the result depends on which factors a product is given by, and not on the product alone:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from factor_cases import factor, merged, random_adapters, relative, total
 
-from nsc_merge import Adapter, Factor
+from nsc_merge import Adapter, Factor, merge_factors
 from nsc_merge.methods import METHODS
 from nsc_merge.methods.low_rank.wudi import least_interference
 
@@ -125,6 +127,20 @@ def test_iso_cts_is_algorithm_2_on_dense_weights(common):
     assert relative(factor("iso_cts", adapters, common=common).delta(), expected) < 1e-9
     if common == 1.0:
         assert relative(factor("iso_cts", adapters, common=common).delta(), factor("iso_c", adapters).delta()) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_biases_are_averaged_beside_an_isotropic_update(method):
+    """As the authors average what is no matrix, before their coefficient."""
+    biases = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
+    adapters = random_adapters()
+    tasks = {
+        task: {"x": replace(one.factors["x"], bias=bias)}
+        for (task, one), bias in zip(adapters.items(), biases, strict=True)
+    }
+    ((_, found),) = merge_factors(tasks, method, scale=1.3)
+    expected = 1.3 * (0.7 * biases[0] + 2.0 * biases[1] + biases[2]) / 3
+    torch.testing.assert_close(found.bias, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_iso_cts_takes_no_direction_from_rounding():

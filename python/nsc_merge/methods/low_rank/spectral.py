@@ -26,8 +26,8 @@ class TSVOptions:
 
     Attributes:
         scale: multiplies the merged update; the authors find 1 to be good throughout.
-        share: of the singular values that there is room for, which each task keeps, the largest; one over the number
-            of tasks that change the module when None, as in the authors' code.
+        share: of the singular values that there is room for, which each task keeps, the largest, and one at least; one
+            over the number of tasks that change the module when None, as in the authors' code.
         room: ``"layer"``, the lesser of its two widths, of which LoRA adapters mostly have less than their share and
             keep all; or ``"core"``, the sum of the tasks' ranks where that is less (Core Space's code), so that
             adapters of more than the mean rank lose some.
@@ -49,8 +49,9 @@ class IsoCOptions:
     """Options of ``method="iso_c"``.
 
     Attributes:
-        scale: multiplies the merged update. The authors take the mean over all singular values that a layer has room
-            for, those of zero too, so that theirs is larger for updates of low rank.
+        scale: multiplies the merged update, and the mean of the tasks' biases, as in the authors' code. The authors
+            take the mean over all singular values that a layer has room for, those of zero too, so that of an update of
+            low rank theirs is smaller: by its rank over the lesser width of the layer.
     """
 
     scale: float = 1.0
@@ -161,6 +162,8 @@ METHODS = (
         "Iso-C, Marczak et al. 2025, arXiv 2502.04959",
         IsoCOptions,
         in_float32(iso_c),
+        # Of biases and the like, which the authors average.
+        averages=True,
     ),
     gradient_free(
         "iso_cts",
@@ -168,5 +171,6 @@ METHODS = (
         "Iso-CTS, Marczak et al. 2025, arXiv 2502.04959",
         IsoCTSOptions,
         in_float32(iso_cts),
+        averages=True,
     ),
 )
