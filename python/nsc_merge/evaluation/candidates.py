@@ -111,6 +111,12 @@ def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> d
             f"tasks.{several[0]}: several of its classes may be true, and {method.name} is of outputs of which one is; "
             "expected distill, or a method that looks at no outputs"
         )
+    if headed and not both and not any(classes.values()):
+        first, task = next(iter(headed.items()))
+        raise ValueError(
+            f"tasks.{first}.metric: {method.name} is of outputs of classes, and metric {task.metric.name} is of none; "
+            "expected some task of classes (accuracy, f1, ...), or another method"
+        )
     if headed:
         given["outputs"] = {name: partial(suite.output, name) for name in headed if both or classes[name]}
     if both:

@@ -307,6 +307,9 @@ def test_tasks_without_a_head_are_left_to_the_models_own_answers():
     assert (given["likelihood"], list(given["outputs"])) == (expected, ["nli", "depth"])
     given = candidates._output_options(suite, recipe, METHODS["adamerging"])
     assert {name: list(one) for name, one in given.items()} == {"outputs": ["nli"]}
+    labelled["nli"] = told(loss=None, name="ndcg")
+    with pytest.raises(ValueError, match=r"tasks.nli.metric: adamerging is of outputs of classes, and metric ndcg is"):
+        candidates._output_options(suite, recipe, METHODS["adamerging"])
 
 
 def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsys):
