@@ -73,7 +73,9 @@ Merges as a YAML recipe says:
 
 Relative paths are relative to the recipe; those in overrides to the working folder.
 An override of the method drops the options that the recipe has for its own; one such as
-calibration.french.samples=64 also changes a task that is written as a path alone.
+calibration.french.samples=64 also changes a task that is written as a path alone. Keys and
+values add to those of the recipe: 'adapters={legal: FOLDER}' changes legal and leaves the
+others, which adapters=null in front of it would take away.
 The output folder changes only once everything is written; what an earlier merge left
 there goes, other files stay. Nothing but a hub id touches the network; HF_HOME, HF_TOKEN,
 HF_ENDPOINT and HF_HUB_OFFLINE are as in transformers.
