@@ -142,6 +142,18 @@ def test_della_rescales_as_it_is_told(rescale):
         torch.testing.assert_close(ratio[0], torch.tensor(1.0))
 
 
+def test_della_divides_what_agrees_by_its_weights(tasks):
+    """As its authors' code, whose weights say how much of a task there is beside the others, and not in all."""
+    weights = {"0": 0.7, "1": 0.3, "2": 0.5}
+    found = merged("della", tasks, density=1.0, weights=weights)
+    for path in "xy":
+        shares = torch.tensor(list(weights.values())).view(-1, 1, 1)
+        votes = shares * torch.stack(updates(tasks, path))
+        agrees = votes.sign() == torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+        expected = (votes * agrees).sum(0) / (shares * agrees).sum(0)
+        torch.testing.assert_close(found[path], expected.double(), rtol=1e-5, atol=1e-6)
+
+
 def test_della_is_seeded_by_task_and_module(tasks):
     first, again, other = (merged("della", tasks, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[path], again[path]) for path in "xy")

@@ -76,7 +76,8 @@ class DellaOptions:
             itself (the paper's); ``"l1"`` so that the sum of magnitudes is (mergekit); or ``"none"``.
         elect: elect a sign in every position and leave out what disagrees, as TIES does; False adds all up (mergekit's
             ``della_linear``).
-        aggregate: of what is elected; see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`.
+        aggregate: of what is elected; see :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`. The authors and
+            mergekit divide by the weights.
         weights: task -> weight of its update, 1 each when None.
         seed: each task and module draws from a generator of its own, made from this, its name and its path.
     """
@@ -86,7 +87,7 @@ class DellaOptions:
     epsilon: float = 0.15
     rescale: str = "inverse"
     elect: bool = True
-    aggregate: str = "mean"
+    aggregate: str = "weight"
     weights: Mapping[str, float] | None = None
     seed: int = 0
 
