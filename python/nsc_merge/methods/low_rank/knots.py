@@ -33,7 +33,7 @@ class KnotsTiesOptions(TiesOptions):
 
     Attributes:
         preset: as in :class:`nsc_merge.methods.task_vectors.ties.TiesOptions`; ``"knots"`` by default, here its
-            published ViT-B/32 settings of KnOTS-TIES.
+            published ViT-B/32 settings of KnOTS-TIES; those of LLaMA-3-8B are density 1, scale 0.5.
         scale: multiplies the merged update.
         density: as ``trim_scope`` and all below, of TIES, here on the aligned vectors.
         trim_scope: of TIES: ``"global"`` over all modules, or ``"tensor"``.
@@ -75,7 +75,8 @@ class KnotsDareTiesOptions(DareTiesOptions):
 
     Attributes:
         preset: as in :class:`nsc_merge.methods.task_vectors.dare.DareTiesOptions`; ``"knots"`` by default, here its
-            published ViT-B/32 settings of KnOTS-DARE-TIES, which do not trim.
+            published ViT-B/32 settings of KnOTS-DARE-TIES, which do not trim; those of LLaMA-3-8B are drop 0.8, scale
+            0.4.
         scale: multiplies the merged update.
         drop: of DARE, here on the aligned vectors; as ``rescale``, ``order`` and ``seed``.
         rescale: of DARE.

@@ -19,7 +19,8 @@ class WudiOptions:
     """Options of ``method="wudi"``.
 
     Attributes:
-        scale: multiplies the merged update; the authors have none.
+        scale: multiplies the merged update; the authors have none, and leave biases as the base has them, which are
+            averaged here.
         ridge: how closely the update is held to the sum of all, relative to the largest eigenvalue of what the inputs
             are taken to be: 0 is the least interference there is, infinitely much the sum. The authors begin at the sum
             and take 300 steps of Adam, which also stays near it; where adapters are nearly alike, as from one start,
