@@ -50,8 +50,8 @@ class AdaMergingOptions(SharedDescentOptions):
     """Options of ``method="adamerging"``; those that are None are the preset's.
 
     Attributes:
-        preset: ``"nsc"`` (as compared with in the NSC paper), ``"original"`` (the authors' code, which takes two batches
-            of 16 of each task in a step: batches of 32 are as many samples) or ``"fusion_bench"``.
+        preset: ``"nsc"`` (as compared with in the NSC paper), ``"original"`` (the authors' code, whose steps take two
+            batches of 16 of each task: as many samples as one of 32) or ``"fusion_bench"``.
         optimizer: as all that follow but the last three, in :class:`nsc_merge.descent.options.SharedDescentOptions`.
         lr: see there.
         weight_decay: see there.

@@ -3,8 +3,8 @@
 In every entry the sign of the mean over tasks is elected, negative where the mean is zero, and the unified update has
 the largest magnitude among the tasks of that sign. ``emr`` keeps of it, for task k, the entries whose sign is that of
 the task's own update, and multiplies them by one number: the mean magnitude of the task's own update, summed over
-modules, divided by that of the entries kept (the authors' code; their script for thirty models, and the paper's equation,
-count the entries of all modules alike). ``emr_unified`` is ``scale`` times the unified update.
+modules, divided by that of the entries kept (the authors' code; their script for thirty models, and the paper's
+equation, count the entries of all modules alike). ``emr_unified`` is ``scale`` times the unified update.
 """
 
 from __future__ import annotations
