@@ -90,7 +90,8 @@ def merge(
         method: as in :func:`nsc_merge.merge`, ``"nsc"`` by default.
         output: ``"cat"`` is exact, of rank sum of the ranks in every module; ``"svd"`` truncates every module to
             ``rank`` by its singular values. By default ``"cat"``, or ``"svd"`` where a rank is given.
-        rank: of ``"svd"``; by default the largest rank of the adapters.
+        rank: of ``"svd"``; by default the largest rank of the adapters, as ``add_weighted_adapter`` finds it in their
+            configurations.
         options: of the method.
 
     Raises:
@@ -111,6 +112,8 @@ def merge(
     sources = {name: nsc_merge.load_adapter(model, name, dora="refuse") for name in adapters}
     if output == "svd" and rank is None:
         rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
+        # Of the configurations, too, as PEFT takes it: where a pattern names every layer none is of that rank.
+        rank = max(rank, *(_largest_rank(model, name) for name in adapters))
     result = nsc_merge.merge(model, sources, data, method=method, **options)
     errors = _register(model, result, adapter_name, adapters[0], rank)
     return Merged(adapter_name, result.coefficients, errors, result)
@@ -177,6 +180,11 @@ def _form(
     if output == "cat" and rank is not None:
         raise ValueError(f"rank: output 'cat' has the sum of the ranks, expected output 'svd' with rank={rank}")
     return method or "nsc", output, rank
+
+
+def _largest_rank(model: Any, adapter: str) -> int:
+    config = model.peft_config[adapter]
+    return max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def _weighted(method: str, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:

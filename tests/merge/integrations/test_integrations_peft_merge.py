@@ -192,6 +192,18 @@ def test_pefts_other_ways_give_what_it_gives(combination_type, options, weights)
         )
 
 
+def test_the_rank_of_a_truncation_is_the_configurations_where_no_layer_has_it():
+    """Layers of rank 1 and 2 by a pattern, under a rank of 4: PEFT truncates to 4."""
+    model = build(rank_pattern={"q_proj": 1, "v_proj": 2})
+    model.add_weighted_adapter(NAMES, [0.7, -0.2, 0.5], "theirs", "svd")
+    merge(model, NAMES, [0.7, -0.2, 0.5], "ours", "svd")
+    for path, layer in lora_paths(model):
+        assert layer.r["ours"] == min(4, sum(layer.r[name] for name in NAMES if name in layer.lora_A))
+        torch.testing.assert_close(
+            update_of(model, path, "ours"), update_of(model, path, "theirs"), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_every_way_of_peft_is_taken_and_no_other():
     signature = inspect.signature(LoraModel.add_weighted_adapter)
     theirs = signature.parameters["combination_type"].annotation
