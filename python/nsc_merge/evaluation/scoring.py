@@ -17,8 +17,12 @@ from nsc_merge.evaluation.metrics import IGNORE, Outputs, Predicted
 from nsc_merge.evaluation.normalise import Scores
 from nsc_merge.evaluation.suite import Suite
 from nsc_merge.methods import METHODS
+from nsc_merge.models.attachment import merged_linears
+from nsc_merge.models.bases.quantised import is_linear, is_quantised
 from nsc_merge.models.bases.stored_weights import check_in_memory, stored
 from nsc_merge.models.forward_contexts import shared_forward, unscaled
+from nsc_merge.models.merged.matrices import Matrix
+from nsc_merge.models.merged.outside import added_outside
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.results.result import MergeResult
 
@@ -36,14 +40,19 @@ _HELD = 2**28
 
 @contextmanager
 def applied(model: nn.Module, update: MergedUpdate) -> Iterator[nn.Module]:
-    """``model`` with the merged update in its weights, for the duration of a ``with`` block.
+    """``model`` with the merged update in its weights, for the duration of a ``with`` block; beside those that are
+    quantised, which have no room for it, as an adapter is served on them.
 
     Raises:
         TypeError, ValueError: as :meth:`MergedUpdate.merged`, before any weight changes.
     """
     check_in_memory(model)
-    merged = update.merged(model)
-    with unscaled(model), ExitStack() as stack:
+    places = merged_linears(model, update.adapters)
+    modules = {path: model.get_submodule(path) for path, one in places.items() if not isinstance(one, Matrix)}
+    codes = [path for path, module in modules.items() if is_linear(module) and is_quantised(module)]
+    merged = update.merged(model, [path for path in places if path not in codes])
+    beside = {path: list(update.terms(path)) for path in codes}
+    with unscaled(model), added_outside(model, beside), ExitStack() as stack:
         for name, value in merged.items():
             stack.enter_context(stored(model, name).holding(value))
         yield model
