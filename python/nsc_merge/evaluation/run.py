@@ -76,12 +76,12 @@ def run(
                         found = bench.measured(row)
                         if fingerprint(recipe, row, seed) != mark:
                             raise ValueError("a file that it depends on changed while rows were measured: start again")
-                    except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError) as error:
+                    except Exception as error:  # of any kind: in a folder there may be a model of any kind
                         if row.method == "finetuned":
                             raise
                         # One row that cannot be had must not cost the others; the exit status tells.
                         failed.append(row.name)
-                        log(f"{row.name}, seed {seed}: {' '.join(str(error).split())}")
+                        log(f"{row.name}, seed {seed}: {' '.join(str(error).split()) or type(error).__name__}")
                         bar.update(row=row.name, average="failed")
                         continue
                     known[mark] = {**found, "fingerprint": mark}
