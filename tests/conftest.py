@@ -22,6 +22,10 @@ import torch
 gc.set_threshold(50_000, 20, 20)
 # PEFT writes a card with every adapter, from one template, which is compiled anew each time.
 jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)  # type: ignore[method-assign]
+# A seed for devices that are not there is noted with the calls that led to it: milliseconds, in each test.
+for _device in (torch.cuda, torch.xpu, torch.mtia):
+    if not _device.is_available():
+        _device.manual_seed_all = lambda seed: None  # type: ignore[assignment]
 
 if not torch.cuda.is_available():
     # Triton decides when it is first imported, which torch may do for any test, whether its kernels are interpreted.

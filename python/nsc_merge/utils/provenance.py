@@ -40,12 +40,14 @@ def versions() -> dict[str, str]:
     import torch
 
     packages = ("nsc-kernels", "transformers", "peft", "safetensors")
-    found = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+    found = {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
     # torch's own word: a package index may leave out of its version which build (+cpu, +cu130) it is.
     return found | {"torch": str(torch.__version__)}
 
 
-def _version(package: str) -> str:
+@functools.cache
+def version_of(package: str) -> str:
+    """What is installed of a package; looked up once, as it takes milliseconds."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 BLOCK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0, **SMALL}
 IMAGES = {"image_size": 8, "patch_size": 4}
+SIZE = {"height": 8, "width": 8}
 SOUND = {
     **BLOCK, "vocab_size": 64, "pad_token_id": 0, "num_feat_extract_layers": 1, "conv_dim": (16,), "num_labels": 3,
     "conv_kernel": (400,), "conv_stride": (160,), "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
@@ -63,8 +65,8 @@ KINDS = {
     ),
     "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "q", None),
     "clip": (clip, "q_proj", pictures),
-    "boxes": (detector, ["query", "q_proj"], tf.YolosImageProcessor),
-    "depth": (depth, ["query", "q_proj"], tf.DPTImageProcessor),
+    "boxes": (detector, ["query", "q_proj"], partial(tf.YolosImageProcessor, size=SIZE)),
+    "depth": (depth, ["query", "q_proj"], partial(tf.DPTImageProcessor, size=SIZE)),
     "words": (lambda: tf.BertForMaskedLM(tf.BertConfig(**BLOCK, **SMALL)), "query", None),
     "bare sound": (lambda: tf.Wav2Vec2Model(tf.Wav2Vec2Config(**SOUND)), "q_proj", tf.Wav2Vec2FeatureExtractor),
     "bare t5": (lambda: tf.T5Model(tf.T5Config(**T5)), "q", None),

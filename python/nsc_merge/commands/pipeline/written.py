@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from nsc_merge.integrations.peft import Merged
 from nsc_merge.utils.atomic_folder import replacing_folder
 from nsc_merge.utils.json_text import finite_or_none
 from nsc_merge.utils.plot_style import write_picture
-from nsc_merge.utils.provenance import hashes, versions
+from nsc_merge.utils.provenance import hashes, version_of, versions
 from nsc_merge.utils.yaml_text import to_yaml
 
 DOCUMENT, PICTURES = "merge.json", "images.png"
@@ -77,7 +76,7 @@ def _document(
         "rank": arguments.rank,
         **drawn,
         "components": {component: _component(one) for component, one in merged.items()},
-        "versions": {**versions(), "diffusers": version("diffusers")},
+        "versions": {**versions(), "diffusers": version_of("diffusers")},
     }
     found: dict[str, Any] = finite_or_none(about)
     return found

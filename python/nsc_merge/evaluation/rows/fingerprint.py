@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nsc_merge.recipes.adapter_keys import HubAdapter
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.results.layout import COEFFICIENTS_FILE, RECIPE_FILE
 from nsc_merge.utils.json_text import plain
-from nsc_merge.utils.provenance import hashes, versions, whole
+from nsc_merge.utils.provenance import hashes, version_of, versions, whole
 
 # One more whenever the same outputs come to another figure, so that rows of before are measured again.
 _MEASURES = 4
@@ -77,7 +76,7 @@ def measuring_versions(recipe: EvalRecipe) -> dict[str, str]:
     """Of the packages that alone say what some figure of a recipe is."""
     named = sorted({task.metric.package for task in recipe.labelled.values()} - {""})
     needed = [*(["lm-eval", "datasets"] if recipe.harness else []), *named]
-    return {name: version(name) for name in needed}
+    return {name: version_of(name) for name in needed}
 
 
 def _files(task: MeasuredTask) -> dict[str, Any]:
