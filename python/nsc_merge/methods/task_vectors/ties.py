@@ -78,10 +78,10 @@ class TiesOptions:
         density: share of a task's entries that trimming keeps, the largest by magnitude; 1 does not trim.
         keep: how many that is, of N entries: ``"next"``, density times N rounded down and one more, and all that are as
             large as the last of them (the authors', KnOTS', AdaMerging's and FusionBench's code); ``"floor"``, exactly
-            density times N rounded down (PEFT and mergekit; mergekit refuses where that is none); ``"round"``, exactly
+            density times N rounded down (PEFT and mergekit, which keeps one where that is none); ``"round"``, exactly
             density times N rounded to the nearest, halves to even, but at least one (NSC's); or ``"complement"``, N
-            less (1 - density) times N rounded down, and one more, and all as large (RobustMerge, MergeLM). Of
-            equally large entries an exact number takes the first, as nothing else is defined by those codebases.
+            less (1 - density) times N rounded down, and one more, and all as large (RobustMerge, MergeLM). Of equally
+            large entries an exact number takes the first, as nothing else is defined by those codebases.
         trim_scope: counts a task's entries over all modules that its adapter has (``"global"``), those of a module that
             training left at zero among them, in each module (``"tensor"``), or in A and B separately (``"factors"``,
             PEFT's ``ties``: the factors are merged, weighted by the root of weight times scaling, and their product has

@@ -179,8 +179,6 @@ def _of_differences(family: Family, parameters: Parameters) -> Translation:
         masked: dict[str, Any] = {"density": density, masks.option: beside}
         masked |= {"rescale": "l1" if rescale else "none", "elect": family.elects}
         masked |= {"aggregate": "weight" if normalize else "sum", "scale": factor, "weights": weights}
-        if masked.get("outliers") == 0:
-            _refuse("gamma", "mergekit keeps nothing with 0")
         if normalize and not family.elects:
             masked |= {"aggregate": "sum", "weights": {task: w / _divisor(weights) for task, w in weights.items()}}
         return Translation(masks.method, masked, notes)
