@@ -162,7 +162,9 @@ def rescaling(adapters: Mapping[str, Adapter], paths: Sequence[str]) -> dict[str
 
 
 def emr(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
-    """One update per task. Biases and modules trained in full stay the task's own, as its mask would make them."""
+    """One update per task. Biases and modules trained in full stay the task's own, which the authors' code approximates
+    by mask and factor as it does updates.
+    """
     linears, low_rank, paths = low_rank_part(problem)
     rescale, shared = rescaling(low_rank, paths), UnifiedUpdates(low_rank)
     per_task = {
