@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.adapters import AdapterSource, Factor
-from nsc_merge.analysis.null_space_ratios import low_rank_part
+from nsc_merge.analysis.null_space_ratios import low_rank_part, with_room
 from nsc_merge.analysis.rank_correlation import rank_correlation
 from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.evaluation.scoring import applied
@@ -60,6 +60,7 @@ def check_bound(
         ValueError: as :func:`nsc_merge.analysis.per_sample_ratios`.
     """
     adapters = source.adapters if isinstance(source, MergeResult) else source
+    model = with_room(model, source)
     chosen = low_rank_part(model, adapters, modules, blocks)
     checks = [
         _Check(task, path, factor)

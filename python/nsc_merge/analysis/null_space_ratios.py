@@ -109,6 +109,13 @@ def low_rank_part(
     return {task: adapter.with_factors(chosen) for task, adapter in fitted.items()}
 
 
+def with_room(model: nn.Module, source: MergeResult | Mapping[str, AdapterSource]) -> nn.Module:
+    """The model that a merge can be put into: ``model``, or a copy that shares all tensors with it but the tied ones
+    that the merge changes; see :func:`nsc_merge.models.own_base.own_base`.
+    """
+    return own_base(model, source.adapters)[0] if isinstance(source, MergeResult) else model
+
+
 @torch.no_grad()
 def per_sample_ratios(
     model: nn.Module,
@@ -136,6 +143,7 @@ def per_sample_ratios(
         RuntimeError: if the forward does not reach a chosen module.
     """
     adapters = source.adapters if isinstance(source, MergeResult) else source
+    model = with_room(model, source)
     chosen = low_rank_part(model, adapters, modules, blocks)
     tasks = list(chosen)
     real_tokens = RealTokens(model)

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from analysis_cases import projected, seen
 from safetensors.torch import save_file
-from zoo import KINDS, build, write_adapter
+from zoo import DECODER, KINDS, build, write_adapter
 
 import nsc_merge
 from nsc_merge.adapters import Adapter, Factor, load_adapter
@@ -47,6 +47,23 @@ def test_ratios_are_those_of_the_merged_model_by_an_explicit_projector(llama, ki
         torch.testing.assert_close(found.of(task), torch.stack(means).mean(0))
         assert set(found.by_module(task)) == set(factors)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", ["embed_tokens", "lm_head"])
+def test_a_merge_of_one_of_two_tied_weights_is_measured_in_its_own_model(tied, tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**DECODER, "num_hidden_layers": 1}, tie_word_embeddings=True)).eval()
+    settings = {"r": 2, "target_modules": ["q_proj", tied], "task_type": "CAUSAL_LM"}
+    adapters = {"a": write_adapter(model, tmp_path / "a", 1, **settings)}
+    result, batches = nsc_merge.merge(model, adapters, method="task_arithmetic"), [KINDS["llama"].inputs(3)]
+    found, checks = per_sample_ratios(model, result, batches), check_bound(model, result, batches)
+    merged = result.apply(copy.deepcopy(result.model))
+    path, mask = "model.layers.0.self_attn.q_proj", batches[0]["attention_mask"]
+    ratio = projected(load_adapter(adapters["a"], "a").factors[path], seen(merged, path, batches)[0])
+    expected = (ratio * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(found.values[:, found.paths.index(path), 0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert {one["path"]: one["violations"] for one in checks}[path] == 0
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0}
