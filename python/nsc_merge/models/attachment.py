@@ -83,7 +83,7 @@ def merged_linears(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[st
         if unknown:
             raise ValueError(
                 f"adapters[{name!r}]: {len(unknown)} of {len(adapter.factors)} adapted modules are not in "
-                f"{type(model).__name__}, for example {unknown[0]!r}" + wrapper_of(model)
+                f"{type(model).__name__}, for example {unknown[0]!r}" + wrapper_of(model, unknown[0])
             )
         for path, factor in adapter.factors.items():
             linear = places[path]

@@ -309,8 +309,12 @@ def _caching(module: nn.Module) -> Any:
     return config if getattr(config, "use_cache", False) is True else None
 
 
-def wrapper_of(model: nn.Module) -> str:
-    """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise."""
+def wrapper_of(model: nn.Module, missed: str = "") -> str:
+    """What to say where the model is in a wrapper, or a part of it is, under which every path begins otherwise.
+
+    Args:
+        missed: a path that an adapter has and the model has not.
+    """
     if any("_orig_mod" in path.split(".") for path, _ in model.named_modules()):
         return (
             "; of a module that torch.compile wrapped, expected the one inside (_orig_mod), or one compiled in place "
@@ -320,4 +324,7 @@ def wrapper_of(model: nn.Module) -> str:
         return "; of a wrapper such as DistributedDataParallel, expected its .module"
     if hasattr(model, "peft_config"):
         return "; of a PeftModel, expected the base model, as its unload() gives it"
+    around = [path.removesuffix(f".{missed}") for path, _ in model.named_modules() if path.endswith(f".{missed}")]
+    if missed and len(around) == 1:
+        return f"; of what stands around a model, as SentenceTransformer does, expected get_submodule({around[0]!r}) of it"
     return ""

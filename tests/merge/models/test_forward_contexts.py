@@ -80,6 +80,12 @@ def test_what_torch_compile_wrapped_is_refused_by_name():
         nsc_merge.merge(model, adapters, method="ties")
 
 
+def test_what_stands_around_a_model_is_refused_with_the_way_in():
+    model = llama()
+    with pytest.raises(ValueError, match=r"not in Sequential, .*; of what .*, expected get_submodule\('1'\) of it"):
+        nsc_merge.merge(torch.nn.Sequential(torch.nn.ReLU(), model), adapters_for(model), method="ties")
+
+
 def test_a_forward_of_the_modules_own_is_given_back():
     block = llama().model.layers[0]
     own = block.forward
