@@ -326,5 +326,6 @@ def wrapper_of(model: nn.Module, missed: str = "") -> str:
         return "; of a PeftModel, expected the base model, as its unload() gives it"
     around = [path.removesuffix(f".{missed}") for path, _ in model.named_modules() if path.endswith(f".{missed}")]
     if missed and len(around) == 1:
-        return f"; of what stands around a model, as SentenceTransformer does, expected get_submodule({around[0]!r}) of it"
+        inside = f"get_submodule({around[0]!r})"
+        return f"; of what stands around a model, as SentenceTransformer does, expected {inside} of it"
     return ""
