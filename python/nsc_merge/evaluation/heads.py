@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.methods.task_outputs import output_in
 from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
+from nsc_merge.models.merged.other_values import other_values
 from nsc_merge.models.real_tokens import at_positions
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_safetensors
@@ -41,7 +42,7 @@ class ModelHead:
     shifted: bool = False
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        with _substituted(model, self.parameters):
+        with other_values(model, self.parameters, "head") if self.parameters else nullcontext():
             output = output_in(model(**inputs), model, inputs, values=True)
         if output is None:
             raise ValueError(
@@ -253,33 +254,3 @@ def _grid(model: nn.Module, inputs: Inputs) -> tuple[int, int, int]:
         raise ValueError(f"pool: expected a model of images with a patch_size, found {type(model).__name__}")
     height, width = inputs["pixel_values"].shape[-2:]
     return height // patch, width // patch, patch
-
-
-@contextmanager
-def _substituted(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in place of some parameters and buffers of ``model``, of other shapes if need be.
-
-    Raises:
-        ValueError: naming one that a model has not, as it may be another than the base whose head it is.
-    """
-    buffers = dict(model.named_buffers())
-    try:
-        held = {name: buffers[name] if name in buffers else model.get_parameter(name) for name in parameters}
-    except AttributeError as error:
-        raise ValueError(
-            f"head: {error}, which is a part of the task's own; expected a model of the base's class, as that head "
-            "is put into it"
-        ) from None
-
-    def put(name: str, value: Tensor) -> None:
-        path, _, last = name.rpartition(".")
-        setattr(model.get_submodule(path), last, value)
-
-    try:
-        for name, value in parameters.items():
-            own = value.to(held[name])
-            put(name, own if name in buffers else nn.Parameter(own, requires_grad=False))
-        yield
-    finally:
-        for name, parameter in held.items():
-            put(name, parameter)

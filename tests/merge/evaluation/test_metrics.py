@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 from zoo import KINDS, build
 
@@ -479,8 +480,39 @@ def test_a_brought_classifier_may_have_other_classes_and_is_taken_out_again():
         heads.head_of({"score.weight": torch.zeros(5, 32)}, model, "first", "head")
     with pytest.raises(ValueError, match="expected parameters of LlamaForSequenceClassification, or weight"):
         heads.head_of({"a": torch.zeros(1)}, model, None, "head")
-    with pytest.raises(ValueError, match="head: LlamaForCausalLM has no .*score.*; expected a model of the base"):
+    with pytest.raises(ValueError, match=r"head: LlamaForCausalLM has no score.weight, .* expected a model of"):
         head(build("llama"), inputs)
+
+
+class Coded(nn.Linear):
+    """In whole numbers, as bitsandbytes keeps a linear."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter((64 * linear.weight.detach()).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, z):
+        return nn.functional.linear(z, self.weight.float() / 64)
+
+
+@pytest.mark.parametrize("kept", ["in memory", "on disk", "in codes"])
+def test_a_brought_classifier_counts_wherever_the_bases_is_kept(kept, tmp_path):
+    """What is fetched as the model runs would take its place, and codes would be made of it."""
+    model, inputs = build("llama-cls"), KINDS["llama-cls"].inputs(0)
+    features = model.model(**inputs).last_hidden_state
+    if kept == "in memory":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    elif kept == "on disk":
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        model.score = Coded(model.score)
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(**inputs).logits
+        head = heads.head_of({"score.weight": weight}, model, None, "head")
+        last = features[torch.arange(3), inputs["attention_mask"].sum(1) - 1]
+        torch.testing.assert_close(head(model, inputs), last @ weight.t())
+        assert torch.equal(model(**inputs).logits, before)
 
 
 def test_generation_stops_at_the_end_and_wants_padding_in_front():
