@@ -154,8 +154,9 @@ def test_a_quantised_base_is_not_written_as_a_model(at, capsys):
     # Its codes have kernels without a gradient.
     config["quantization_config"] = {"quant_method": "fp8"}
     (base / "config.json").write_text(json.dumps(config))
-    assert main(["init", "adapters/one", "--base", "packed", "--force"]) == 0
+    assert main(["init", "adapters/one", "--base", "packed", "--test", "prompts.jsonl", "--force"]) == 0
     assert written()["quantization"] == "dequantize"
+    assert from_yaml(Path("evaluation.yaml").read_text())["quantization"] == "dequantize"
 
 
 def test_an_adapter_on_the_hub_is_fetched_and_called_by_its_id(at, monkeypatch):

@@ -18,6 +18,7 @@ from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
+from nsc_merge.models.bases.placement import PLAIN, is_choice
 from nsc_merge.models.block_finding import hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
@@ -243,6 +244,8 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
     yaml.entries({"model": (relative(found.base.source, folder), "")})
     if found.base.revision is not None:
         yaml.entries({"revision": (found.base.revision, "")})
+    if is_choice(found.base.quantised):
+        yaml.entries({"quantization": (PLAIN, "as the merge")})
     yaml.verbatim("tasks:")
     for task in found.tasks:
         test = tests[task.name]
