@@ -34,7 +34,7 @@ Merges as a YAML recipe says:
     text: null                      # column, or template over columns; of a model that classifies
                                     #   tokens a column of texts or of lists of words
     text_pair: null                 # of models that compare two texts, the second
-    texts: null                     # of models that embed, columns or templates, each read alone
+    texts: null                     # of models that embed or score, columns or templates, each read alone
     messages: null                  # column with chats, for the tokenizer's chat template
     target: null                    # text that a decoder reads behind an encoder (T5, Whisper); null begins an answer
     image: null                     # column with images, or with their paths

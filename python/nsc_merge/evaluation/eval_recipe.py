@@ -94,9 +94,14 @@ class TaskRecipe(MeasuredTask):
     classes: tuple[str, ...] = ()
 
     @property
-    def embeds(self) -> bool:
-        """Whether it compares embeddings of texts that are read each alone."""
+    def alone(self) -> bool:
+        """Whether it compares texts that are read each alone."""
         return isinstance(self.test, CalibrationSource) and self.test.settings.texts is not None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it compares the embeddings of such texts."""
+        return self.alone and not self.metric.scores
 
     @property
     def classifies(self) -> bool:

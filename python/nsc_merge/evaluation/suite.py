@@ -21,7 +21,7 @@ from nsc_merge.calibration.raw.preprocessors import base_of, tokenizer_of
 from nsc_merge.evaluation.embeddings.head import EmbeddingHead, embedding_head
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, TaskRecipe
 from nsc_merge.evaluation.heads import CTCHead, GeneratingHead, Head, ModelHead, ends_of, head_of, read_head
-from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted
+from nsc_merge.evaluation.metrics import Metric, Outputs, cross_entropy, predicted, scores_of_rows
 from nsc_merge.evaluation.rows.classes import count_of, names_of, says_tags, tags_of
 from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled, shuffled
 from nsc_merge.models.attachment import merged_linears
@@ -192,6 +192,9 @@ class RecipeSuite:
         """
         if task in self._embeddings:
             return self._embeddings[task].compared(output, len(label), self.metric(task))
+        if self.metric(task).scores and output.is_floating_point():
+            with _naming(task):
+                return scores_of_rows(output, len(label))
         if self.metric(task).loss is cross_entropy and label.dim() > 1 and output.shape[:-1] == label.shape:
             with _naming(task):
                 return predicted(output, label)
@@ -231,7 +234,7 @@ class RecipeSuite:
             self._embeddings[task.name].check_lengths(batches, argument)
         inputs = inputs_for(self.model, batches, argument, name, self._samples.keep)
         labels = [batch[name] for batch in batches]
-        if self._writes(task) and not task.embeds:
+        if self._writes(task) and not task.alone:
             if not encodes(self.model):
                 labels = [label[:, 1:] for label in labels]
             elif not any(name.startswith("decoder_input") for name in batches.names):

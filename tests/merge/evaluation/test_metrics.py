@@ -264,6 +264,9 @@ def test_quality_and_metric_agree_in_direction(name):
         labels = torch.arange(12)[:4, None].expand(4, 2)
         found = nn.functional.one_hot(labels, 4).float()
         good, bad = found, found * torch.tensor([1.0, -1.0])[:, None]
+    elif metric.scores:
+        labels = torch.tensor([0, 1, 0, 2])
+        good, bad = nn.functional.one_hot(labels, 3).float(), nn.functional.one_hot((labels + 1) % 3, 3).float()
     elif name == "mean_angle":
         labels = nn.functional.normalize(torch.randn(4, 6, 3, generator=generator), dim=-1)
         good, bad = labels, -labels

@@ -45,7 +45,7 @@ class Sample:
         tools: that the chat may call.
         target: text that the decoder of a model with an encoder reads; None where it begins an answer.
         pair: a second text, which the tokenizer puts behind the first.
-        texts: that are read each alone; None among them where one is blank.
+        texts: that are read each alone, or chats; None among them where one is blank.
         label: what the row says of its label, where samples are measured.
     """
 
@@ -58,7 +58,7 @@ class Sample:
     tools: list[dict[str, Any]] | None = None
     target: str | None = None
     pair: str | None = None
-    texts: list[str | None] | None = None
+    texts: list[str | list[Message] | None] | None = None
     label: Any = None
 
 
@@ -119,7 +119,7 @@ class Columns:
             tools = tools_of(row.get(TOOLS), where)
             return replace(media, messages=messages, tools=tools, target=filled(self.target, row, where))
         if self.texts:
-            texts = [filled(one, row, where) for one in self.texts]
+            texts = [_text_or_chat(one, row, where) for one in self.texts]
             return replace(media, texts=texts) if any(texts) else None
         if self.text is None:
             if not images and not audio:
@@ -138,6 +138,17 @@ class Columns:
         if self.pair is not None and pair is None:
             raise ValueError(f"{where}: holds a text and none in {said(self.pair)} behind it")
         return replace(media, text=text, pair=pair, target=filled(self.target, row, where))
+
+
+def _text_or_chat(text: str | Template, row: Row, where: str) -> str | list[Message] | None:
+    """What a row has in a column or a template: the chat there, or that of several columns (prompt and answer) in a
+    template of nothing but these.
+    """
+    columns = text.columns if isinstance(text, Template) else (text,)
+    alone = not isinstance(text, Template) or not any(text.pieces[::2])
+    if alone and all(is_chat(row.get(name)) for name in columns):
+        return [message for name in columns for message in messages_of(row[name], where)]
+    return filled(text, row, where)
 
 
 def choose(

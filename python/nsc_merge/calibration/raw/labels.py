@@ -36,7 +36,7 @@ _BESIDE = (
 # Where no column of text is named.
 _TEXT = "text"
 # Kinds of labels that are in the texts themselves.
-WITHOUT_COLUMN = ("same", "nearest")
+WITHOUT_COLUMN = ("same", "nearest", "preferred")
 # What labels hold where nothing is known, or asked for.
 UNKNOWN = -100
 # Inputs of a text beside its tokens that go on with an answer -> their value there.
@@ -52,7 +52,8 @@ class Labelling:
             ``"value"``, ``[N]`` in float32; ``"answer"``, tokens;
             ``"tags"``, classes of words ``[N, T]``, each at the first token of its word, -100 elsewhere; of several
             texts that are read alone ``"same"``, numbers ``[N, S]`` that those of one text share, or ``"nearest"``, the
-            place of the second among all behind the first, counted from the end, ``[N]``. These have no column.
+            place of the second among all behind the first, counted from the end, ``[N]``, or ``"preferred"``, the place
+            of the first, ``[N]``. These have no column.
         column: that holds them; None for a usual name, else the folder that a file lies in, or the last turn of a chat.
         classes: their names in the order of their numbers; empty where the labels are numbers.
         count: of the classes; None where it is not known.

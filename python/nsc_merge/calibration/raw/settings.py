@@ -22,7 +22,8 @@ class DataSettings:
         text_pair: column or template of a second text, of models that compare two (NLI, rerankers): the tokenizer puts
             both together, with its separators and token types.
         texts: columns or templates of texts that are read each alone, of models that embed them (query and document,
-            with the prompts in front that they were trained with): a row is as many samples as it has of them.
+            with the prompts in front that they were trained with) or score them (chosen and rejected, which may be
+            chats): a row is as many samples as it has of them.
         messages: name of the column that holds a chat, a list of ``{role, content}``, which goes through the
             tokenizer's chat template, with the prompt for an answer where the last turn is the user's, and with the
             functions in a column ``tools`` where there is one; None takes ``messages`` or ``conversations`` where

@@ -19,8 +19,11 @@ from nsc_merge.evaluation.metrics.classification import (
     matthews,
     mean_iou,
     mean_iou_per_sample,
+    pairwise_accuracy,
     perplexity,
     predicted,
+    preference_loss,
+    scores_of_rows,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample
 from nsc_merge.evaluation.metrics.entities import check_tags, entities, entity_f1, entity_f1_per_sample
@@ -70,10 +73,13 @@ __all__ = [
     "mean_angle",
     "mean_iou",
     "mean_iou_per_sample",
+    "pairwise_accuracy",
     "pearson",
     "perplexity",
     "predicted",
+    "preference_loss",
     "rmse",
+    "scores_of_rows",
     "spearman",
     "squared_error",
 ]

@@ -269,3 +269,58 @@ def _known_of_all(outputs: Tensor, labels: Tensor) -> Tensor:
     if wrong.numel():
         raise ValueError(f"labels: expected 0, 1 or NaN, found {float(wrong[0])}")
     return known
+
+
+def pairwise_accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """Share of rows whose preferred text has a higher score than every other of the row; a tie is none.
+
+    Args:
+        outputs: scores ``[N, S]``, as a reward model gives each of S texts.
+        labels: the place of the preferred one in each row, ``[N]``, integers.
+
+    Raises:
+        TypeError, ValueError: for other dtypes or shapes.
+    """
+    return pairwise_accuracy_per_sample(outputs, labels).mean().item()
+
+
+def pairwise_accuracy_per_sample(outputs: Tensor, labels: Tensor) -> Tensor:
+    """1 or 0, in float64."""
+    _check_scores(outputs, labels)
+    wanted = outputs.gather(1, labels[:, None])
+    # Of a score that is no number, neither is higher.
+    above = (wanted > outputs).sum(1) == outputs.shape[1] - 1
+    return above.double()
+
+
+def preference_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The negative log-likelihood of the preferred texts where each is preferred in proportion to exp(score) (Bradley
+    and Terry 1952, as reward models are trained; of more than two texts Plackett and Luce); arguments and errors as in
+    :func:`pairwise_accuracy`.
+    """
+    _check_scores(outputs, labels)
+    return F.cross_entropy(outputs.float(), labels)
+
+
+def scores_of_rows(outputs: Tensor, rows: int) -> Tensor:
+    """The scores ``[rows, S]`` of what a head gives for every text, ``[rows * S]`` or ``[rows * S, 1]``; on the CPU.
+
+    Raises:
+        ValueError: if it gives more than a score.
+    """
+    if outputs.dim() not in (1, 2) or outputs.shape[1:].numel() != 1:
+        raise ValueError(
+            f"outputs: expected one score of every text, found {list(outputs.shape)}; pairwise_accuracy is of heads "
+            "with num_labels 1, as those of reward models"
+        )
+    return outputs.reshape(rows, -1).float().cpu()
+
+
+def _check_scores(outputs: Tensor, labels: Tensor) -> None:
+    if not outputs.is_floating_point() or labels.is_floating_point():
+        raise TypeError(f"outputs, labels: expected floats and integers, found {outputs.dtype} and {labels.dtype}")
+    if outputs.dim() != 2 or outputs.shape[1] < 2 or labels.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"outputs, labels: expected scores [N, S] of at least two texts and places [N], found "
+            f"{list(outputs.shape)} and {list(labels.shape)}"
+        )

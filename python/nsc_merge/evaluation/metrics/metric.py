@@ -71,12 +71,19 @@ class Metric:
         return self.name == "multilabel_f1"
 
     @property
+    def scores(self) -> bool:
+        """Whether it compares the scores that a model gives to each of several texts."""
+        return self.name == "pairwise_accuracy"
+
+    @property
     def compares(self) -> str | None:
-        """What labels of texts whose embeddings are compared are for it, see
-        :class:`nsc_merge.calibration.raw.labels.Labelling`; None of a metric that is of no embeddings.
+        """What labels of texts whose embeddings or scores are compared are for it, see
+        :class:`nsc_merge.calibration.raw.labels.Labelling`; None of a metric that is of no texts read alone.
         """
         if self.embeds:
             return "same"
+        if self.scores:
+            return "preferred"
         if self.name == "accuracy":
             return "nearest"
         return "value" if self.loss in (squared_error, absolute_error) else None

@@ -21,7 +21,10 @@ from nsc_merge.evaluation.metrics.classification import (
     multilabel_f1,
     multilabel_f1_per_sample,
     negative_entropy_per_sample,
+    pairwise_accuracy,
+    pairwise_accuracy_per_sample,
     perplexity,
+    preference_loss,
 )
 from nsc_merge.evaluation.metrics.edges import edge_f, edge_f_per_sample, edge_loss
 from nsc_merge.evaluation.metrics.entities import entity_f1, entity_f1_per_sample
@@ -78,6 +81,7 @@ _CLASSES = "outputs: logits [N, ..., C]; labels: integers [N, ...], -100 where u
 _TAGS = "outputs: logits [N, T, C]; labels: tags [N, T], -100 at all tokens of a word but its first"
 _VALUES = "outputs: [N, ...] or [N, ..., 1]; labels: [N, ...], NaN where unknown"
 _EMBEDDINGS = "outputs: embeddings [N, S, d]; labels: numbers [N, S] of the same questions, and documents"
+_SCORES = "outputs: scores [N, S] of the texts of a row; labels: places [N] of the preferred"
 _TEXTS = "outputs: tokens [N, T]; labels: tokens [N, T'] or [N, R, T'], filled up by -100"
 
 METRICS: dict[str, Metric] = {
@@ -107,6 +111,15 @@ METRICS: dict[str, Metric] = {
             choices={"average": AVERAGES},
             per_sample="F1 of a sample",
             package="torchmetrics",
+        ),
+        Metric(
+            "pairwise_accuracy",
+            "pair acc",
+            _SCORES,
+            pairwise_accuracy,
+            pairwise_accuracy_per_sample,
+            preference_loss,
+            of_samples=_mean_of_samples,
         ),
         Metric("entity_f1", "entity F1", _TAGS, entity_f1, entity_f1_per_sample, cross_entropy, named=True),
         Metric(

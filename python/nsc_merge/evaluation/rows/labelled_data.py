@@ -80,7 +80,7 @@ def read_labelled(
 def _kind(task: TaskRecipe, argument: str, *, tokens: bool, tags: bool) -> str:
     """What the labels of raw data are to be, for a task's metric."""
     metric = task.metric
-    if task.embeds and metric.compares is not None:
+    if task.alone and metric.compares is not None:
         return metric.compares
     if tokens:
         return "answer"

@@ -23,7 +23,7 @@ from nsc_merge.models.block_finding import hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
-from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in, embedded_in
+from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in, embedded_in, preferred_in
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -34,6 +34,7 @@ _METRICS = {
     "value": ("pearson", "or spearman, rmse, l1"),
     "similar": ("spearman", "of how near two embeddings are and labels that are higher for what is alike; or pearson"),
     "same": ("ndcg", "of the second among those of all rows, by its embedding; or mrr, recall"),
+    "preferred": ("pairwise_accuracy", "of the first having a higher score than the other"),
     "nearest": ("accuracy", "of the second being nearer to the first than others are"),
     "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
     "speech": ("wer", "or cer, exact_match, bleu"),
@@ -88,6 +89,9 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     rows = opened.rows(range(min(opened.count, ROWS)))
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
     kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns, argument)
+    if kind == "value" and texts is None and not set(CLASS_COLUMNS) & set(opened.columns):
+        texts = preferred_in(rows)
+        kind = kind if texts is None else "preferred"
     if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in CLASS_COLUMNS):
         kind = "classes"
     known = kind in ("tags", "classes") or (kind == "class" and _classifies(task, found))
@@ -107,7 +111,7 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
     named = {name: value for name in ("text", "text_pair") if (value := getattr(settings, name)) is not None}
     if texts is not None:
-        named |= {"texts": texts, "max_length": settings.max_length}
+        named |= {"texts": texts} | ({"max_length": settings.max_length} if found.base.embedded is not None else {})
         told = "texts that are compared" if column is None else told
         kind = "similar" if kind == "value" else kind
     where = f" in split {opened.split}" if opened.split else ""

@@ -152,7 +152,9 @@ def find(
     warnings = [*_other_bases(tasks, found), *_partly(fitted, linears)]
     looked = {}
     try:
-        looked = look(places, found.source, found.model, batch_size, text, revision, found.embedded)
+        looked = look(
+            places, found.source, found.model, batch_size, text, revision, found.embedded, scores=_scores(found, tasks)
+        )
     except (ValueError, OSError) as error:
         if "data" in chosen.needs:
             raise
@@ -218,6 +220,15 @@ def _embedded(base: Base, tasks: Sequence[Task]) -> Texts | None:
     found = texts_of(find, f"--base: {base.source}")
     folder = Path(tasks[0].source)
     return texts_of(in_folder(folder), str(folder)) if found is None and folder.is_dir() else found
+
+
+def _scores(base: Base, tasks: Sequence[Task]) -> bool:
+    """Whether the tasks' heads, or the base's, give a text one number, as those of reward models do."""
+    heads = [value for task in tasks for value in task.outline.trained.values() if value.dim() == 2]
+    if heads:
+        return all(len(value) == 1 for value in heads)
+    own = getattr(base.model.config, "num_labels", None) == 1
+    return own and "ForSequenceClassification" in type(base.model).__name__
 
 
 def _method(asked: str | None, base: Base, has_data: bool) -> tuple[Method, str]:

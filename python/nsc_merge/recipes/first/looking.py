@@ -81,6 +81,8 @@ _ALIKE = (
 )
 # Names of a prompt of what is searched.
 _DOCUMENTS = ("document", "passage", "corpus")
+# What was preferred to what, behind what both answer.
+_PROMPT, _CHOSEN, _REJECTED = "prompt", "chosen", "rejected"
 _NAMED_OTHERWISE = (
     "expected columns called query and positive, or sentence1 and sentence2; others are named in a recipe, as data: "
     "{texts: [FIRST, SECOND]}, each is embedded alone"
@@ -97,6 +99,8 @@ def look(
     text: str | None,
     revision: str | None,
     embedded: Texts | None = None,
+    *,
+    scores: bool = False,
 ) -> dict[str, Data]:
     """Task -> what is in its data.
 
@@ -108,6 +112,7 @@ def look(
         text: column or template of the text of raw data; found when None.
         revision: of a base on the hub.
         embedded: what texts are for a base that embeds them, each alone.
+        scores: whether its head gives a text one number.
 
     Raises:
         ValueError, OSError: if it is no data for the model, naming what it looks like.
@@ -121,7 +126,7 @@ def look(
             seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
             settings, kind = DataSettings(text=text), type(model).__name__
-            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind, embedded)
+            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind, embedded, scores)
         else:
             seen[source] = stored_inputs(source, model, batch_size, task)
     return {task: seen[source] for task, source in places.items()}
@@ -136,12 +141,16 @@ def _raw(
     revision: str | None,
     kind: str,
     embedded: Texts | None,
+    scores: bool,
 ) -> Data:
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = found.rows(range(min(found.count, ROWS)))
-    chats = _chats(rows, found.columns, settings.text) if takes.text else None
-    if chats is not None:
+    preferred = preferred_in(rows) if takes.text and scores and settings.text is None else None
+    chats = _chats(rows, found.columns, settings.text) if takes.text and preferred is None else None
+    if preferred is not None:
+        settings = replace(settings, texts=preferred)
+    elif chats is not None:
         settings = replace(settings, text=None, messages=chats)
     elif takes.text and settings.text is None and (several := embedded_in(rows, embedded)) is not None:
         settings = replace(settings, texts=several)
@@ -227,6 +236,19 @@ def embedded_in(rows: Sequence[Row], embedded: Texts | None) -> list[str] | None
         query = embedded.prompts.get("query", query)
         document = next((embedded.prompts[one] for one in _DOCUMENTS if one in embedded.prompts), document)
     return [_behind(prompt, name) for prompt, name in zip([query, *[document] * len(names)], names, strict=False)]
+
+
+def preferred_in(rows: Sequence[Row]) -> list[str] | None:
+    """The texts, or chats, that a reward model scores each alone, where the rows say which of two is preferred; behind
+    their prompt where they do not begin with it (https://huggingface.co/docs/trl/dataset_formats).
+    """
+    both = [row.get(name) for row in rows for name in (_CHOSEN, _REJECTED)]
+    if not rows or not (all(isinstance(one, str) for one in both) or all(map(is_chat, both))):
+        return None
+    alike = all(isinstance(row.get(_PROMPT), type(row[_CHOSEN])) for row in rows)
+    if alike and not any(row[_CHOSEN][: len(row[_PROMPT])] == row[_PROMPT] for row in rows):
+        return [f"{{{_PROMPT}}}{{{name}}}" for name in (_CHOSEN, _REJECTED)]
+    return [_CHOSEN, _REJECTED]
 
 
 def _behind(prompt: str, name: str) -> str:

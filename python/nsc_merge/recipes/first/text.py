@@ -116,7 +116,7 @@ def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, Any]) -> None:
     """What of raw data is taken, and how."""
     said = {
         "text": "a column, or columns put together, as the adapters were trained",
-        "texts": "columns that are embedded each alone, with the prompts in front that were trained",
+        "texts": "columns that are read each alone, with the prompts in front that were trained",
         "text_pair": "a second text, which the tokenizer puts behind the first",
         "messages": "the column of chats, which go through the tokenizer's chat template",
         "target": "what the decoder reads; without it the token that begins every answer alone",
