@@ -70,6 +70,12 @@ def gradient_free(
             factors=factors,
         )
 
+    def check(problem: Problem, given: Mapping[str, Any]) -> None:
+        chosen = options(**given)
+        _, low_rank, paths = low_rank_part(problem)
+        # What is refused is refused before the first update.
+        next(iter(updates(low_rank, paths, chosen)), None)
+
     method = Method(
         name,
         summary,
@@ -83,6 +89,7 @@ def gradient_free(
         of_entries=of_entries,
         of_factors=of_factors,
         low_rank_with=low_rank_with or {},
+        check=check,
     )
     return method
 

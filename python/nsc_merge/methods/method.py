@@ -35,6 +35,7 @@ class Problem:
 
 Resolve = Callable[[nn.Module | None, Sequence[str], Mapping[str, Any]], Any]
 Run = Callable[[Problem, Mapping[str, Any]], MergeResult]
+Check = Callable[[Problem, Mapping[str, Any]], Any]
 Updates = Callable[[Mapping[str, Adapter], Sequence[str], Any], Iterator[tuple[str, Factor]]]
 # What a result holds for each module: a coefficient per adapter; an update as two factors, or as a matrix, which an
 # adapter holds only after truncation; or no update.
@@ -75,6 +76,8 @@ class Method:
         factors_with: the option with which, given anything but False, a method of coefficients gives factors.
         per_task: every task has an update of its own.
         averages_outputs: the models of all tasks serve together, by the mean of their outputs.
+        check: of methods that take no steps, refuses adapters, model and options that ``run`` would refuse, without
+            merging: a few steps of others tell.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Method:
     factors_with: str = ""
     per_task: bool = False
     averages_outputs: bool = False
+    check: Check | None = None
 
     @property
     def option_names(self) -> list[str]:

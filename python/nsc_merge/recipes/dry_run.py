@@ -11,7 +11,7 @@ from torch import nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batch_files import Batches
 from nsc_merge.calibration.batch_summary import summary
-from nsc_merge.methods import method_of
+from nsc_merge.methods import Problem, method_of
 from nsc_merge.models.attachment import measurable, merged_linears
 from nsc_merge.models.bases.quantised import activations_of
 from nsc_merge.models.bases.sharded import class_name
@@ -53,7 +53,11 @@ def plan(recipe: Recipe, log: Log, *, resume: bool = False) -> dict[str, Any]:
         return known
     model, adapters, calibration = load(recipe, log, inputs)
     document = {**_loaded(recipe, model, adapters, calibration), **known}
-    if "steps" in method_of(recipe.method).option_names:
+    method = method_of(recipe.method)
+    if method.check is not None:
+        with options_at_fault(recipe):
+            method.check(Problem(model, adapters, calibration), recipe.options)
+    if "steps" in method.option_names:
         document |= _tried(recipe, model, adapters, calibration, document)
     return document
 

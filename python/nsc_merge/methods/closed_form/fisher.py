@@ -33,7 +33,7 @@ from nsc_merge.methods.task_outputs import (
 )
 from nsc_merge.methods.task_vectors.elementwise import dense_update
 from nsc_merge.models.attachment import refuse_unseen
-from nsc_merge.models.bases.quantised import Linear, check_gradients
+from nsc_merge.models.bases.quantised import Linear, check_gradients, keeping_gradients
 from nsc_merge.models.bases.stored_weights import input_device
 from nsc_merge.models.families import find_family
 from nsc_merge.models.forward_contexts import recomputing
@@ -141,12 +141,9 @@ def information(
         return y
 
     values = likelihood == "gaussian"
-    if not values and task not in (options.outputs or {}):
-        check_one_class(model, [task], "likelihood", "'gaussian', of its logits, or method 'distill'")
-    heads = with_heads(options.outputs, {task: problem.adapters[task]}, model, [task] if values else [])
+    heads = _heads(problem, task, options, values=values)
     generator, gradients = torch.Generator(), SquaredGradients()
     with torch.inference_mode(False), torch.enable_grad(), alone(problem, task), ExitStack() as stack:
-        check_gradients(model)
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(
                 lambda _, arguments, y, path=path: keep(path, arguments[0], y)
@@ -235,12 +232,34 @@ def _all_labels(output: Tensor, task: str) -> list[Term]:
     return [(None, (log_p.detach().exp().sqrt() * log_p).sum(-1))]
 
 
-def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+def _heads(problem: Problem, task: str, options: FisherOptions, *, values: bool) -> dict[str, Any]:
+    """What gives a task's outputs, where the model alone does not.
+
+    Raises:
+        ValueError: naming the task, if nothing does.
+    """
+    if not values and task not in (options.outputs or {}):
+        check_one_class(problem.model, [task], "likelihood", "'gaussian', of its logits, or method 'distill'")
+    own = {task: problem.adapters[task]}
+    return with_heads(options.outputs, own, problem.model, [task] if values else [])
+
+
+def _check(problem: Problem, given: Mapping[str, Any]) -> None:
     options = FisherOptions(**given)
     check_outputs(options.outputs, problem.tasks)
-    likelihoods_of(options.likelihood, problem.tasks)
-    linears, low_rank, paths = low_rank_part(problem)
+    likelihoods = likelihoods_of(options.likelihood, problem.tasks)
+    linears, _, paths = low_rank_part(problem)
     only_linears("fisher", linears, paths)
+    with torch.inference_mode(False), keeping_gradients(problem.model):
+        check_gradients(problem.model)
+    for task, likelihood in zip(problem.tasks, likelihoods, strict=True):
+        _heads(problem, task, options, values=likelihood == "gaussian")
+
+
+def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    _check(problem, given)
+    options = FisherOptions(**given)
+    linears, low_rank, paths = low_rank_part(problem)
     paths = changed(low_rank, paths)
     batches = draw(problem, options.batches)
     above: dict[str, Tensor] = {}
@@ -281,5 +300,6 @@ METHODS = (
         needs=frozenset({"data", "gradients", "outputs"}),
         gives="full rank",
         tuned="scale",
+        check=_check,
     ),
 )

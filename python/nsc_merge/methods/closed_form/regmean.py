@@ -167,10 +167,16 @@ def _shrunk(gram: Tensor, factor: float) -> Tensor:
     return factor * gram + (1 - factor) * torch.diag(gram.diagonal())
 
 
+def _check(problem: Problem, given: Mapping[str, Any]) -> None:
+    RegMeanOptions(**given)
+    linears, _, paths = low_rank_part(problem)
+    only_linears("regmean", linears, paths)
+
+
 def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
+    _check(problem, given)
     options = RegMeanOptions(**given)
     linears, low_rank, paths = low_rank_part(problem)
-    only_linears("regmean", linears, paths)
     paths = changed(low_rank, paths)
     merged = {
         path: _update(present(low_rank, path), rows, options.scale)
@@ -194,5 +200,6 @@ METHODS = (
         _run,
         needs=frozenset({"data"}),
         tuned="scale",
+        check=_check,
     ),
 )

@@ -107,6 +107,7 @@ METHODS = (
         tuned="scale",
         updates=sums,
         weighted="scale",
+        check=lambda problem, given: _scales(TaskArithmeticOptions(**given), problem.tasks),
     ),
     Method(
         "zero_shot",
