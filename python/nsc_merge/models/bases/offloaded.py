@@ -6,7 +6,8 @@ import importlib.util
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> n
 
     Raises:
         RuntimeError: if accelerate is not installed.
-        ValueError: naming a module that there is not.
+        ValueError: naming a module that there is not, or that has no device.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise RuntimeError("device_map needs accelerate, which spreads a model over devices: pip install accelerate")
     settings = {"device_map": _devices(placement.device_map), "max_memory": _sizes(placement.max_memory)}
     folder = Path(tempfile.mkdtemp(prefix="nsc_merge_offload_"))
     try:
-        model = load(**settings, offload_folder=str(folder))
+        with _naming_the_left_out():
+            model = load(**settings, offload_folder=str(folder))
         _check_paths(model, placement.device_map)
         own_memory(model)
         if any(folder.iterdir()):
@@ -44,6 +46,23 @@ def load_over_devices(load: Callable[..., nn.Module], placement: Placement) -> n
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return model
+
+
+@contextmanager
+def _naming_the_left_out() -> Iterator[None]:
+    """What accelerate says of a map that leaves some parameters out, which names them all."""
+    try:
+        yield
+    except ValueError as error:
+        _, told, names = str(error).partition("does not give any device for the following parameters: ")
+        if not told:
+            raise
+        first, *others = names.split(", ")
+        also = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"device_map: expected a device for every module, found none for {first}{also}; name the modules that hold "
+            "them, too"
+        ) from None
 
 
 def _devices(given: str | Mapping[str, str | int] | None) -> str | dict[str, str | int] | None:
