@@ -137,7 +137,7 @@ def test_what_had_to_be_written_for_a_model_goes_with_it(folder):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"model.layers": "cpu", "lm_head": "disk"}, "expected a device for every module, found none for .*embed_tokens"),
+        ({"model.layers": "cpu", "lm_head": "disk"}, "expected a device for every module, found .*embed_tokens"),
         ({"": "cpu", "layers.1": "disk"}, "expected paths of modules of Llama.*, found 'layers.1'"),
     ],
 )
