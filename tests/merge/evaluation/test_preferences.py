@@ -110,6 +110,26 @@ def test_figures_are_those_of_texts_scored_one_by_one(place, kind):
         assert rows["finetuned"]["losses"][name] == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_language_model_is_the_base_of_reward_models(place):
+    """Which has no place for their heads: these are for its last token."""
+    tf.LlamaForCausalLM.from_pretrained(place / "base").save_pretrained(place / "lm")
+    served_cases.tokenizer().save_pretrained(place / "lm")
+    assert main(["init", "one", "two", "--base", "lm", "--data", "chats.jsonl", "--test", "chats.jsonl"]) == 0
+    assert from_yaml((place / "recipe.yaml").read_text())["data"]["texts"] == TEXTS["chats"]
+    evaluation = from_yaml((place / "evaluation.yaml").read_text())
+    for task in evaluation["tasks"].values():
+        assert (task["metric"], task["pool"]) == ("pairwise_accuracy", "last")
+    evaluation |= {"batch_size": 3, "output": OUT, "methods": ["task_arithmetic"]}
+    (place / "evaluation.yaml").write_text(yaml.safe_dump(evaluation))
+    assert main(["eval", "evaluation.yaml"]) == 0
+    rows = {row["row"]: row["runs"][0] for row in json.loads((place / "out/results.json").read_text())["rows"]}
+    for name in ("one", "two"):
+        wanted = scores(place, name, "chats")
+        assert rows["finetuned"]["metrics"][name] == (wanted[:, 0] > wanted[:, 1]).double().mean().item()
+        loss = -F.logsigmoid(wanted[:, 0] - wanted[:, 1]).mean().item()
+        assert rows["finetuned"]["losses"][name] == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_tie_and_what_is_no_number_are_not_preferred():
     nan = float("nan")
     outputs = torch.tensor([[2.0, 1.0], [1.0, 1.0], [nan, 0.0], [1.0, nan], [0.0, 3.0]])

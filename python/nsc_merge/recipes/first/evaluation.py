@@ -19,7 +19,7 @@ from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
 from nsc_merge.models.bases.placement import PLAIN, is_choice
-from nsc_merge.models.block_finding import hears
+from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
@@ -192,6 +192,13 @@ def _count(task: Task, found: Findings) -> int:
     return min(map(len, last)) if heads else getattr(found.base.model.config, "num_labels", 2)
 
 
+def _at_last(task: Task, found: Findings) -> bool:
+    """Whether a task's head is one that transformers puts behind the last token of a decoder, and the base has none."""
+    model: Any = found.base.model
+    decoder = getattr(model, "can_generate", bool)() and not encodes(model)
+    return decoder and [path.rpartition(".")[2] for path in found.heads.get(task.name, ())] == ["score"]
+
+
 def _matrices(task: Task, found: Findings) -> list[Tensor]:
     """Those of the head that a task brought; none where it has the base's."""
     return [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
@@ -262,6 +269,8 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
             "test": (place, test.said),
             "metric": (metric, others),
         }
+        if test.kind in ("class", "preferred") and _at_last(task, found):
+            entries["pool"] = ("last", "where a classifier on a language model has its head")
         if test.labels is not None:
             entries["labels"] = (test.labels, "the column of a tag for each word")
         if test.kind in ("answer", "speech"):

@@ -289,7 +289,9 @@ def _heads(task: Task, model: nn.Module) -> list[str]:
     classifier within it that the model points out.
     """
     if output_embeddings(model) is not None:
-        return []
+        # What a language model has no place for, as the score of a classifier that was trained on it.
+        there = {path for path, _ in model.named_modules()}
+        return [path for path in task.whole if path not in there]
     trunk = trunk_of(model)
     pointed_out = {id(module) for part in classifiers(model) for module in part.modules()}
     shared = {path for path, module in trunk.named_modules() if id(module) not in pointed_out}
