@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from nsc_merge.commands.main import main
 from nsc_merge.evaluation.metrics import METRICS, scores_of_rows
+from nsc_merge.recipes.first.looking import preferred_in
 from nsc_merge.utils.yaml_text import from_yaml
 
 OUT = {"dir": "out", "plots": False}
@@ -128,6 +129,35 @@ def test_a_language_model_is_the_base_of_reward_models(place):
         assert rows["finetuned"]["metrics"][name] == (wanted[:, 0] > wanted[:, 1]).double().mean().item()
         loss = -F.logsigmoid(wanted[:, 0] - wanted[:, 1]).mean().item()
         assert rows["finetuned"]["losses"][name] == pytest.approx(loss, rel=1e-5)
+
+
+USER, SAID = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"chosen": "w1 w2", "rejected": "w1 w3"}, list(TURNS)),
+        ({"prompt": "w1", "chosen": "w1 w2", "rejected": "w1 w3"}, list(TURNS)),
+        ({"prompt": "w1", "chosen": " w2", "rejected": " w3"}, TEXTS["texts"]),
+        ({"prompt": "w1", "chosen": [USER, SAID], "rejected": [USER, SAID]}, list(TURNS)),
+        ({"prompt": [USER], "chosen": [USER, SAID], "rejected": [USER, SAID]}, list(TURNS)),
+        ({"prompt": json.dumps([USER]), "chosen": json.dumps([SAID]), "rejected": json.dumps([SAID])}, TEXTS["texts"]),
+        ({"prompt": "w1", "chosen": [SAID], "rejected": [SAID]}, None),
+        ({"question": "w1", "chosen": "w2", "rejected": "w3"}, None),
+        ({"chosen": "w1", "rejected": None}, None),
+        ({"chosen": "w1"}, None),
+    ],
+)
+def test_what_was_preferred_is_read_behind_what_it_answers(row, texts):
+    assert preferred_in([row, row]) == texts
+
+
+def test_what_stands_in_front_is_not_guessed(place, capsys):
+    (place / "asked.jsonl").write_text(json.dumps({"question": "w1", "chosen": "w2", "rejected": "w3"}))
+    given = ["one", "two", "--base", "base", "--data", "texts.jsonl", "--test", "asked.jsonl"]
+    assert main(["init", *given]) == 2
+    assert "nobody says how what chosen and rejected answer stands in front of them" in capsys.readouterr().err
 
 
 def test_a_tie_and_what_is_no_number_are_not_preferred():

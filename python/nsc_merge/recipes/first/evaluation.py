@@ -91,6 +91,12 @@ def _look(source: str, task: Task, found: Findings) -> Test:
     kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns, argument)
     if kind == "value" and texts is None and not set(CLASS_COLUMNS) & set(opened.columns):
         texts = preferred_in(rows)
+        if texts is None and {"chosen", "rejected"} <= set(opened.columns):
+            raise RecipeError(
+                f"{argument}: nobody says how what chosen and rejected answer stands in front of them; expected both "
+                'whole, or with a column prompt of their kind, or a recipe with test: {source: FILE, texts: '
+                '["{question}{chosen}", "{question}{rejected}"]}, as they were put together in training'
+            )
         kind = kind if texts is None else "preferred"
     if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in CLASS_COLUMNS):
         kind = "classes"

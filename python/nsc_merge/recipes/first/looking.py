@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.batch_summary import summary
-from nsc_merge.calibration.raw.chats import is_chat
+from nsc_merge.calibration.raw.chats import is_chat, messages_of
 from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TRANSCRIPT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.preprocessors import base_of
@@ -83,6 +84,7 @@ _ALIKE = (
 _DOCUMENTS = ("document", "passage", "corpus")
 # What was preferred to what, behind what both answer.
 _PROMPT, _CHOSEN, _REJECTED = "prompt", "chosen", "rejected"
+_ASKED = ("question", "instruction", "query", "input")
 _NAMED_OTHERWISE = (
     "expected columns called query and positive, or sentence1 and sentence2; others are named in a recipe, as data: "
     "{texts: [FIRST, SECOND]}, each is embedded alone"
@@ -240,15 +242,27 @@ def embedded_in(rows: Sequence[Row], embedded: Texts | None) -> list[str] | None
 
 def preferred_in(rows: Sequence[Row]) -> list[str] | None:
     """The texts, or chats, that a reward model scores each alone, where the rows say which of two is preferred; behind
-    their prompt where they do not begin with it (https://huggingface.co/docs/trl/dataset_formats).
+    their prompt where they do not begin with it (https://huggingface.co/docs/trl/dataset_formats). None where what they
+    answer is in another column, or no chat as they are: nobody says how it was put in front in training.
     """
     both = [row.get(name) for row in rows for name in (_CHOSEN, _REJECTED)]
-    if not rows or not (all(isinstance(one, str) for one in both) or all(map(is_chat, both))):
+    chats = bool(both) and all(map(is_chat, both))
+    texts = bool(both) and all(isinstance(one, str) and not is_chat(one) for one in both)
+    if not (chats or texts) or any(_hold_texts(rows, [name]) for name in _ASKED):
         return None
-    alike = all(isinstance(row.get(_PROMPT), type(row[_CHOSEN])) for row in rows)
-    if alike and not any(row[_CHOSEN][: len(row[_PROMPT])] == row[_PROMPT] for row in rows):
-        return [f"{{{_PROMPT}}}{{{name}}}" for name in (_CHOSEN, _REJECTED)]
-    return [_CHOSEN, _REJECTED]
+    prompts = [row.get(_PROMPT) for row in rows]
+    if all(is_chat(one) if chats else isinstance(one, str) and not is_chat(one) for one in prompts):
+        begun = any(_begins(row[_CHOSEN], row[_PROMPT], chats) for row in rows)
+        front = "" if begun else f"{{{_PROMPT}}}"
+        return [f"{front}{{{name}}}" if front else name for name in (_CHOSEN, _REJECTED)]
+    answers = chats and all(messages_of(one, _CHOSEN)[0]["role"] == "assistant" for one in both)
+    return None if answers else [_CHOSEN, _REJECTED]
+
+
+def _begins(chosen: Any, prompt: Any, chats: bool) -> bool:
+    if chats:
+        chosen, prompt = messages_of(chosen, _CHOSEN), messages_of(prompt, _PROMPT)
+    return chosen[: len(prompt)] == prompt
 
 
 def _behind(prompt: str, name: str) -> str:
