@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,16 +97,22 @@ def embeddings(
     base: Path, adapters: Mapping[str, float], texts: Sequence[str], pooling: str = "mean"
 ) -> Tensor:
     """Of texts one by one, in float64, by a model with adapters in it, each by its coefficient."""
+    model, tokens = _merged(base, tuple(adapters.items())), words()
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            features = model(**tokens(text, return_tensors="pt")).last_hidden_state[0]
+            found.append({"mean": features.mean(0), "cls": features[0], "lasttoken": features[-1]}[pooling])
+    return torch.stack(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _merged(base: Path, adapters: tuple[tuple[str, float], ...]) -> Any:
     model = tf.AutoModel.from_pretrained(base).double()
-    for folder, scale in adapters.items():
+    for folder, scale in adapters:
         tuned = PeftModel.from_pretrained(model, folder)
         for module in tuned.modules():
             if hasattr(module, "scaling") and hasattr(module, "lora_A"):
                 module.scaling = {name: value * scale for name, value in module.scaling.items()}
         model = tuned.merge_and_unload()
-    found = []
-    with torch.no_grad():
-        for text in texts:
-            features = model.eval()(**words()(text, return_tensors="pt")).last_hidden_state[0]
-            found.append({"mean": features.mean(0), "cls": features[0], "lasttoken": features[-1]}[pooling])
-    return torch.stack(found)
+    return model.eval()
