@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from nsc_merge.adapters import CONFIG_FILE, load_adapter
 from nsc_merge.api import merge
+from nsc_merge.calibration.batches import MASK
 from nsc_merge.evaluation.eval_recipe import EvalRecipe, Row
 from nsc_merge.evaluation.metrics import cross_entropy
 from nsc_merge.evaluation.rows.saved_base import check_base
@@ -18,6 +21,7 @@ from nsc_merge.evaluation.scoring import Candidate
 from nsc_merge.evaluation.suite import RecipeSuite
 from nsc_merge.methods import METHODS, Method
 from nsc_merge.methods.likelihoods import BERNOULLI
+from nsc_merge.methods.task_outputs import last_token
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.fitting import fit
 from nsc_merge.recipes.saved_result import load_result
@@ -97,9 +101,17 @@ def coefficient_range(candidate: Candidate) -> dict[str, float] | None:
     return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
 
 
+def next_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model that writes says behind the last token that is there, ``[N, V]``."""
+    logits = model(**batch).logits
+    mask = batch.get(MASK)
+    return last_token(logits, mask if mask is not None and mask.shape == logits.shape[:2] else None)
+
+
 def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> dict[str, Any]:
     """The tasks' heads, for methods that look at outputs. Those that know no likelihood but that of classes get the
-    heads of such tasks only; tasks that generate, and those of the harness, are left to the model's own logits.
+    heads of such tasks only. Tasks that generate, and those of the harness, are left to the model's own logits: with
+    these methods, which leave out tasks without a function where some have one, those of the next token.
     """
     given: dict[str, Any] = {}
     headed = {name: task for name, task in recipe.labelled.items() if not task.generate}
@@ -119,6 +131,8 @@ def _output_options(suite: RecipeSuite, recipe: EvalRecipe, method: Method) -> d
         )
     if headed:
         given["outputs"] = {name: partial(suite.output, name) for name in headed if both or classes[name]}
+        if not both:
+            given["outputs"] |= {name: next_token for name in recipe.tasks if name not in headed}
     if both:
         given["likelihood"] = {
             name: "categorical" if classes.get(name, True) else "gaussian" for name in recipe.tasks

@@ -306,7 +306,11 @@ def test_tasks_without_a_head_are_left_to_the_models_own_answers():
     expected = {"nli": "categorical", "depth": "gaussian", "said": "categorical", "quiz": "categorical"}
     assert (given["likelihood"], list(given["outputs"])) == (expected, ["nli", "depth"])
     given = candidates._output_options(suite, recipe, METHODS["adamerging"])
-    assert {name: list(one) for name, one in given.items()} == {"outputs": ["nli"]}
+    assert {name: list(one) for name, one in given.items()} == {"outputs": ["nli", "said", "quiz"]}
+    # Tasks without a function would have no part in what is learnt.
+    model, inputs = build("llama"), KINDS["llama"].inputs(0)
+    found, ends = given["outputs"]["said"](model, inputs), inputs["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(found, model(**inputs).logits[torch.arange(3), ends])
     labelled["nli"] = told(loss=None, name="ndcg")
     with pytest.raises(ValueError, match=r"tasks.nli.metric: adamerging is of outputs of classes, and metric ndcg is"):
         candidates._output_options(suite, recipe, METHODS["adamerging"])
