@@ -88,7 +88,8 @@ def run(
                     _append(recipe.out / ROWS_FILE, known[mark])
                 record = {**known[mark], "row": row.name, "seed": seed}
                 records.append(record)
-                bar.update(row=row.name, average=f"{record['average']:.2f} %")
+                shown = f"{record['average']:.2f} %" if math.isfinite(record["average"]) else "-"
+                bar.update(row=row.name, average=shown)
     # JSON has no NaN and no infinity; what is not defined, or out of range, is null there.
     document = finite_or_none(_document(recipe, records))
     write(document, recipe.out, plots=recipe.plots)

@@ -333,7 +333,9 @@ def test_figures_without_a_number_are_null_in_json_and_empty_in_csv(place, capsy
     def refused(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    for text in (capsys.readouterr().out, (place / "out" / "results.json").read_text()):
+    shown = capsys.readouterr()
+    assert "row task_arithmetic  average -  (" in shown.err
+    for text in (shown.out, (place / "out" / "results.json").read_text()):
         (run,) = rows(json.loads(text, parse_constant=refused))["task_arithmetic"]
         assert run["metrics"]["topic"] is None
         assert run["normalised"]["nli"] is None
