@@ -63,7 +63,10 @@ def test_figures_of_samples_are_those_that_are_measured(name):
         labels[7] = IGNORE
         outputs += 2 * torch.nn.functional.one_hot(labels.clamp(min=0), 3)
         given = {}
-    metric, counts = METRICS[name], (labels != IGNORE).sum(1)
+    if name == "pairwise_accuracy":
+        # Scores of texts, and which of them is preferred.
+        outputs, labels = outputs[..., 0], torch.randint(0, 4, (50,), generator=generator)
+    metric, counts = METRICS[name], (labels != IGNORE).reshape(50, -1).sum(1)
     found = metric.of_samples(metric.quality(outputs, labels, **given), counts)
     assert found == pytest.approx(metric.measure(outputs, labels, **given), rel=1e-5)
 
