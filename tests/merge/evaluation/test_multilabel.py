@@ -110,6 +110,18 @@ def test_methods_of_one_class_are_refused(place, capsys):
     assert "tasks.one: several of its classes may be true, and adamerging is of outputs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("metric", ["multilabel_f1", "accuracy"])
+def test_names_of_some_classes_are_refused(place, capsys, metric):
+    (place / "one.jsonl").write_text('{"text": "w1", "label": "joy"}')
+    test = "rows.jsonl" if metric == "multilabel_f1" else "one.jsonl"
+    task = {"adapter": "one", "test": test, "metric": metric, "classes": NAMES[:3]}
+    recipe = {"model": "base", "tasks": {"one": task}, "methods": ["zero_shot"], "output": OUT}
+    (place / "eval.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["eval", "eval.yaml"]) == 1
+    said = "tasks.one.classes: expected 4 names, as the head of 'one' has classes, found 3"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("distance", ["bounded", "divergence"])
 def test_distill_compares_every_class_by_itself(place, distance):
     texts = [row["text"] for row in cases.rows_in(place / "rows.jsonl")]

@@ -16,10 +16,19 @@ from nsc_merge.evaluation.metrics import check_tags
 def names_of(task: TaskRecipe, adapter: Adapter, model: nn.Module) -> Sequence[str]:
     """Names of a task's classes: those of the recipe, of the adapter's folder, or of the base where its head is as
     large; none where they are only numbered.
+
+    Raises:
+        ValueError: naming the task, if the recipe has more or fewer than the head that the adapter brought.
     """
-    if task.classes:
-        return task.classes
     counts = _counts(adapter)
+    if task.classes:
+        if task.head in (None, "adapter") and counts and len(task.classes) not in counts:
+            listed = " or ".join(map(str, sorted(counts)))
+            raise ValueError(
+                f"tasks.{task.name}.classes: expected {listed} names, as the head of {adapter.name!r} has classes, "
+                f"found {len(task.classes)}"
+            )
+        return task.classes
     own: Mapping[int, str] = getattr(getattr(model, "config", None), "id2label", None) or {}
     for names in (adapter.about.id2label, own):
         listed = class_names(names)
