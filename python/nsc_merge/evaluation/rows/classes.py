@@ -23,9 +23,9 @@ def names_of(task: TaskRecipe, adapter: Adapter, model: nn.Module) -> Sequence[s
     counts = _counts(adapter)
     if task.classes:
         if task.head in (None, "adapter") and counts and len(task.classes) not in counts:
-            listed = " or ".join(map(str, sorted(counts)))
+            known = " or ".join(map(str, sorted(counts)))
             raise ValueError(
-                f"tasks.{task.name}.classes: expected {listed} names, as the head of {adapter.name!r} has classes, "
+                f"tasks.{task.name}.classes: expected {known} names, as the head of {adapter.name!r} has classes, "
                 f"found {len(task.classes)}"
             )
         return task.classes
