@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 import zoo
 from audio_cases import audio_base, model_of, noise, write_wave
 from init_cases import ADAPTERS, go, make_places, write_lines
-from served_cases import WORDS, picture
+from init_cases import written as recipe_written
+from peft import PeftModel
+from served_cases import WORDS, picture, tokenizer
 
 from nsc_merge.commands.main import main
 from nsc_merge.utils.yaml_text import from_yaml
@@ -129,8 +132,6 @@ def test_heads_of_one_output_are_regressions(outputs, own, tmp_path, monkeypatch
         # The adapter's counts, whatever the base has.
         model = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, **sizes, num_labels=5))
     model.save_pretrained(tmp_path / "base")
-    from served_cases import tokenizer
-
     tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"sentence1": WORDS[n], "sentence2": WORDS[n + 1], "label": n % 2} for n in range(3)]
     write_lines(tmp_path / "pairs.jsonl", rows)
@@ -139,3 +140,33 @@ def test_heads_of_one_output_are_regressions(outputs, own, tmp_path, monkeypatch
     task = written()["tasks"]["one"]
     assert task["metric"] == ("pearson" if outputs == 1 else "accuracy")
     assert task["test"] == {"source": "pairs.jsonl", "text": "sentence1", "text_pair": "sentence2"}
+
+
+@pytest.mark.parametrize("kind", ["value", "classes"])
+def test_a_language_model_compares_two_texts(at, kind):
+    """As a classifier was trained on it, whose head is behind the last token of both, as the tokenizer puts them."""
+    place = at("llama")
+    torch.manual_seed(0)
+    outputs = 1 if kind == "value" else 3
+    model = tf.LlamaForSequenceClassification.from_pretrained("base", num_labels=outputs)
+    zoo.write_adapter(model, place / "pairs" / kind, 1, r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    labels = {"value": 0.5, "classes": [True, False, True]}
+    rows = [{"query": " ".join(WORDS[n : n + 3]), "passage": WORDS[2 * n], "label": labels[kind]} for n in range(3)]
+    write_lines(Path("pairs.jsonl"), rows)
+    given = ["--base", "base", "--data", "pairs.jsonl", "--test", "pairs.jsonl", "--force"]
+    assert main(["init", f"pairs/{kind}", *given]) == 0
+    both = {"text": "query", "text_pair": "passage"}
+    assert {name: recipe_written()["data"][name] for name in both} == both
+    assert written()["tasks"][kind]["test"] == {"source": "pairs.jsonl", **both}
+    assert main(["eval", "evaluation.yaml", "methods=[zero_shot]", "output={dir: pairs-out, plots: false}"]) == 0
+    rows_found = json.loads(Path("pairs-out/results.json").read_text())["rows"]
+    (found,) = [row["runs"][0]["losses"][kind] for row in rows_found if row["row"] == "finetuned"]
+    trained, words = PeftModel.from_pretrained(model, place / "pairs" / kind).eval(), tokenizer()
+    with torch.no_grad():
+        each = [trained(**words(row["query"], row["passage"], return_tensors="pt")).logits for row in rows]
+    goal = torch.tensor([row["label"] for row in rows])
+    if kind == "value":
+        wanted = F.mse_loss(torch.cat(each)[:, 0], goal)
+    else:
+        wanted = F.binary_cross_entropy_with_logits(torch.cat(each), goal.float())
+    assert found == pytest.approx(wanted.item(), rel=1e-4)

@@ -107,7 +107,7 @@ def _look(source: str, task: Task, found: Findings) -> Test:
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
     settings = DataSettings(texts=texts)
     if texts is None:
-        settings = _settings(opened.columns, rows, takes, labelling, type(found.base.model).__name__, argument)
+        settings = _settings(opened.columns, rows, takes, labelling, task.kind_on(found.base.model), argument)
     elif found.base.embedded is not None and found.base.embedded.longest is not None:
         settings = replace(settings, max_length=min(settings.max_length, found.base.embedded.longest))
     some = replace(settings, samples=SAMPLES)
@@ -275,7 +275,7 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
             "test": (place, test.said),
             "metric": (metric, others),
         }
-        if test.kind in ("class", "preferred") and _at_last(task, found):
+        if _at_last(task, found):
             entries["pool"] = ("last", "where a classifier on a language model has its head")
         if test.labels is not None:
             entries["labels"] = (test.labels, "the column of a tag for each word")

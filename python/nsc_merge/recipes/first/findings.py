@@ -153,8 +153,9 @@ def find(
     looked = {}
     try:
         looked = look(
-            places, found.source, found.model, batch_size, text, revision, found.embedded, scores=_scores(found, tasks)
-        )
+            places, found.source, found.model, batch_size, text, revision, found.embedded, scores=_scores(found, tasks),
+            kinds={task.name: task.kind_on(found.model) for task in tasks},
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         if "data" in chosen.needs:
             raise

@@ -103,6 +103,7 @@ def look(
     embedded: Texts | None = None,
     *,
     scores: bool = False,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Data]:
     """Task -> what is in its data.
 
@@ -115,23 +116,26 @@ def look(
         revision: of a base on the hub.
         embedded: what texts are for a base that embeds them, each alone.
         scores: whether its head gives a text one number.
+        kinds: task -> class of the model that it was trained in, where that is not the base's.
 
     Raises:
         ValueError, OSError: if it is no data for the model, naming what it looks like.
     """
-    seen: dict[str, Data] = {}
-    for task, source in places.items():
-        if source in seen:
+    seen: dict[tuple[str, str], Data] = {}
+    key_of = {task: (source, (kinds or {}).get(task, type(model).__name__)) for task, source in places.items()}
+    for task, key in key_of.items():
+        if key in seen:
             continue
+        source, kind = key
         if not Path(source).is_absolute():
             # It would be fetched as a whole.
-            seen[source] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
+            seen[key] = Data(source, "a dataset on the hub, not fetched yet", None, text, raw=True, words=True)
         elif is_raw(source):
-            settings, kind = DataSettings(text=text), type(model).__name__
-            seen[source] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind, embedded, scores)
+            settings = DataSettings(text=text)
+            seen[key] = _raw(source, base, batch_size, settings, f"--data {task}", revision, kind, embedded, scores)
         else:
-            seen[source] = stored_inputs(source, model, batch_size, task)
-    return {task: seen[source] for task, source in places.items()}
+            seen[key] = stored_inputs(source, model, batch_size, task)
+    return {task: seen[key] for task, key in key_of.items()}
 
 
 def _raw(

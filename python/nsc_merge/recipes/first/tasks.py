@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nsc_merge.adapters import CONFIG_FILE, Adapter, Factor, outline_of
 from nsc_merge.adapters.adapter import name_of
 from nsc_merge.adapters.folder_about import class_names, labels_beside
@@ -17,6 +19,8 @@ from nsc_merge.adapters.hub import fetch
 from nsc_merge.adapters.weights_beside import read_beside
 from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.utils.option_checks import is_hub_id
+
+_CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Task:
     def whole(self) -> list[str]:
         """Modules that were trained in full."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.outline.trained))
+
+    def kind_on(self, model: nn.Module) -> str:
+        """The class of the model that it was trained in; PEFT puts classifiers on any base."""
+        return _CLASSIFIER if self.config.get("task_type") == "SEQ_CLS" else type(model).__name__
 
     @property
     def has_dora(self) -> bool:
