@@ -124,6 +124,8 @@ def _encoding(yaml: Yaml, found: Findings, named: Mapping[str, Any]) -> None:
     values: dict[str, tuple[Any, str]] = {key: (value, said[key]) for key, value in named.items()}
     steps = found.options.get("steps")
     used = f": {steps} steps of {found.batch_size} use {steps * found.batch_size}" if steps else ""
+    if used and "texts" in named:
+        used += f" texts, and a row has {len(named['texts'])}"
     values["samples"] = (found.samples, f"drawn of each at most, the same ones every time{used}")
     if any(one.words for one in found.data.values()):
         longest = [one.longest for one in found.data.values() if one.longest is not None]
