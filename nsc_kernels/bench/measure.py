@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
 import sys
@@ -33,7 +32,7 @@ import torch
 
 from .. import dispatch
 from . import ceilings, environment, report, tables
-from .measuring import device, read_rows, slug, synchronize
+from .measuring import check_device, device, read_rows, slug, synchronize
 from .problem import DTYPES
 from .registry import LINEAR, OPERATOR, chosen, load, registered
 from .rounds import EAGER, GRAPH, WARM, Cell, run_cell, served_by
@@ -51,7 +50,10 @@ def comma(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in comma(text)]
+    try:
+        return [int(part) for part in comma(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, such as 32,512, found {text!r}") from None
 
 
 def parser_of(of: str) -> argparse.ArgumentParser:
@@ -92,8 +94,7 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
     """
     a = arguments
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: there is no CUDA device; --device cpu measures the CPU's backend")
+    check_device(a.device)
     gpu = a.device == "cuda"
     a.shapes = a.shapes or comma(QUICK_SHAPES if a.quick else SHAPES)
     a.tokens = a.tokens or ([256, 1536] if gpu else [32, 256] if a.quick else [32, 512])
@@ -111,10 +112,15 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("calls: a CPU has no graphs; leave --calls out")
     if not hows(a):
         raise ValueError("cache: on a GPU warm is of graphs; give --calls graph, or --cache cold")
-    if (not gpu and min(a.threads) < 1) or a.samples < 1:
-        raise ValueError("threads, samples: expected at least 1")
+    for name, number in ("threads", 1 if gpu else min(a.threads)), ("samples", a.samples):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, found {number}")
     if not 0 < a.sample_ms < math.inf:
         raise ValueError(f"sample-ms: expected milliseconds above 0, found {a.sample_ms:g}")
+    if not a.seconds >= 0:
+        raise ValueError(f"seconds: expected seconds of at least 0, found {a.seconds:g}")
+    if a.limit is not None and not 0 < a.limit < math.inf:
+        raise ValueError(f"limit: expected seconds above 0, found {a.limit:g}")
     grid(a.shapes, a.tokens, a.adapters)
     before = registered(a.of)
     for text in a.contender:
@@ -124,20 +130,7 @@ def completed(arguments: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"contender: {', '.join(a.contender)} registers none of {a.of}; see the command {other}")
     if not chosen(a.of, a.contenders, a.device, a.quick):
         raise ValueError(f"contenders: none of {a.of} is in {', '.join(a.contenders)}")
-    # What could not be written at the end is not measured in the first place.
-    if a.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot: pictures need matplotlib, which is not installed: pip install matplotlib")
-    try:
-        if a.plot is not None:
-            a.plot.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"plot: expected a folder, found {a.plot}: {error.strerror}") from None
-    try:
-        if a.out is not None:
-            a.out.parent.mkdir(parents=True, exist_ok=True)
-            a.out.open("a").close()
-    except OSError as error:
-        raise ValueError(f"out: expected a file that can be written, found {a.out}: {error.strerror}") from None
+    report.check_places(a.out, a.plot)
     check_machine(a.out, torch.device(a.device))
     return a
 

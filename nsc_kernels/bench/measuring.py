@@ -47,6 +47,15 @@ class Rows:
         self._file.close()
 
 
+def check_device(kind: str) -> None:
+    """
+    Raises:
+        ValueError: for a GPU that is not there.
+    """
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: there is no CUDA device; --device cpu measures the CPU's backend")
+
+
 def _lock(file: IO[str]) -> None:
     """Until the file is closed or the process ends, also for other machines on a shared filesystem."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,27 @@ def asked_for(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     if not any(map(is_timed, rows)):
         parser.exit(2, f"{parser.prog}: there are no figures in what was asked for\n")
     return rows
+
+
+def check_places(out: Path | None, pictures: Path | None) -> None:
+    """What could not be written at the end is not measured in the first place.
+
+    Raises:
+        ValueError: for a place that cannot be written to, and for pictures without matplotlib.
+    """
+    if pictures is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plot: pictures need matplotlib, which is not installed: pip install matplotlib")
+    try:
+        if pictures is not None:
+            pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"plot: expected a folder, found {pictures}: {error.strerror}") from None
+    try:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.open("a").close()
+    except OSError as error:
+        raise ValueError(f"out: expected a file that can be written, found {out}: {error.strerror}") from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

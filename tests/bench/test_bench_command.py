@@ -198,8 +198,11 @@ def test_commands_that_are_none_and_arguments_that_cannot_be(capsys, tmp_path):
         (["--dtype", "int8"], "dtype: expected some of fp32, bf16, fp16, found 'int8'"),
         (["--cache", "hot"], "cache: expected some of cold, warm, found 'hot'"),
         (["--calls", "graph"], "a CPU has no graphs"),
-        (["--threads", "2,0"], "threads, samples: expected at least 1"),
-        (["--samples", "0"], "threads, samples: expected at least 1"),
+        (["--tokens", "many"], "--tokens: expected whole numbers, such as 32,512, found 'many'"),
+        (["--threads", "2,0"], "threads: expected at least 1, found 0"),
+        (["--samples", "0"], "samples: expected at least 1, found 0"),
+        (["--seconds", "-1"], "seconds: expected seconds of at least 0, found -1"),
+        (["--limit", "0"], "limit: expected seconds above 0, found 0"),
         (["--sample-ms", "0"], "sample-ms: expected milliseconds above 0, found 0"),
         (["--sample-ms", "inf"], "sample-ms: expected milliseconds above 0, found inf"),
         (["--contenders", "fast"], "'fast' is not one of operator: fused, "),
@@ -570,6 +573,22 @@ def test_a_step_of_nothing_is_refused(capsys, option):
         command.main(["step", "--only", "loop", "--no-memory", f"--{option}", "0"])
     assert ended.value.code == 2
     assert f"--{option}: expected at least 1, found 0" in capsys.readouterr().err
+
+
+def test_a_step_that_cannot_be_measured_or_written_is_refused_in_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").write_text("mine")
+    for option, place, words in (
+        ("--device", "cuda", "device: there is no CUDA device; --device cpu measures"),
+        ("--out", str(tmp_path), "out: expected a file that can be written, found"),
+        ("--plot", str(tmp_path / "file"), "plot: expected a folder, found"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["step", "--only", "loop", "--no-memory", "--layers", "1", "--d", "8", option, place])
+        assert ended.value.code == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith(f"python -m nsc_kernels.bench step: {words}")
+        assert "\n" not in line
 
 
 def test_a_line_that_was_cut_off_anywhere_is_left_out(tmp_path):

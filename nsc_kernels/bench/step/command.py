@@ -51,8 +51,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import environment
-from ..measuring import quantiles, synchronize
+from .. import environment, report
+from ..measuring import check_device, quantiles, synchronize
 from ..problem import DTYPES
 from ..resident_memory import peak, reset_peak, resident
 from ..tables import NOISY, spread
@@ -216,6 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in ("rounds", a.rounds), ("threads", a.threads), *((n, getattr(a, n)) for n in asdict(Shape())):
         if value is not None and value < (0 if name in MAY_BE_ZERO else 1):
             parser.error(f"--{name}: expected at least 1, found {value}")
+    try:
+        check_device(a.device)
+        report.check_places(a.out, a.plot)
+    except ValueError as refused:
+        parser.exit(2, f"{parser.prog}: {refused}\n")
     a.dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
     shape = replace(MODELS[a.model], **{n: v for n in asdict(Shape()) if (v := getattr(a, n)) is not None})
     if a.device == "cpu" and a.layers is None and a.model != "small-llama" and shape.layers > BLOCKS:
