@@ -85,7 +85,7 @@ def _init(arguments: argparse.Namespace) -> int:
     out, shown = arguments.out, str(arguments.out) == "-"
     if shown and (arguments.json or arguments.schema is not None or arguments.test):
         raise UsageError("--out: - prints the recipe alone; expected a file with --json, --schema and --test")
-    if arguments.text is not None and not arguments.data:
+    if arguments.text is not None and not (arguments.data or arguments.test):
         raise UsageError("--text: is of raw data, but no --data is given; expected --data FILE beside it, or no --text")
     from nsc_merge.utils.option_checks import is_hub_id
 
@@ -114,7 +114,7 @@ def _init(arguments: argparse.Namespace) -> int:
     found = find(
         arguments.adapters, arguments.base, arguments.data, arguments.method, text=text, revision=arguments.revision
     )
-    tests = look_at_tests(arguments.test, found)
+    tests = look_at_tests(arguments.test, found, text)
     written = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
         print(written, end="")

@@ -186,3 +186,19 @@ def test_the_base_is_read_at_the_same_revision(finding, at) -> None:
 def test_data_on_the_hub_are_named_by_hand(finding, at) -> None:
     with pytest.raises(ValueError, match="--test a: expected raw data on disk with labels, found owner/data; tensors"):
         look_at_tests(["owner/data"], finding(1))
+
+
+def test_the_text_that_is_named_is_that_of_labelled_data_too(capsys) -> None:
+    """Columns of which nobody knows how they were put together are not read by halves."""
+    lay_out(bert(num_labels=3), ["query"])
+    tokenizer().save_pretrained("base")
+    rows = [{"prompt": WORDS[n], "response": WORDS[n + 1], "label": n} for n in range(3)]
+    write_lines(Path("rows.jsonl"), rows)
+    given = ["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--force"]
+    assert main(given) != 0
+    said = "column 'prompt' would be read alone, beside response; expected text: prompt, or both (text_pair)"
+    assert f"--test one: {said}; nsc-merge init has --text for it" in capsys.readouterr().err
+    for text in ("response", "{prompt} {response}"):
+        assert main([*given, "--text", text]) == 0
+        (task,) = from_yaml(Path("evaluation.yaml").read_text(encoding="utf-8"))["tasks"].values()
+        assert task["test"] == {"source": "rows.jsonl", "text": text}

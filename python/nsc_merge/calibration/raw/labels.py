@@ -33,6 +33,8 @@ _BESIDE = (
     *("instruction", "input", "context", "passage", "document", "query", "question", "sentence"),
     *("premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
 )
+# Beside what they answer, where a class or a value is of both.
+_ANSWERED = ("completion", "response", "answer")
 # Where no column of text is named.
 _TEXT = "text"
 # Kinds of labels that are in the texts themselves.
@@ -121,7 +123,8 @@ class Labelling:
         Raises:
             ValueError: naming the columns.
         """
-        beside = [name for name in _BESIDE if name in columns and name not in (text, label)]
+        known = _BESIDE if self.kind == "answer" else (*_BESIDE, *_ANSWERED)
+        beside = [name for name in known if name in columns and name not in (text, label)]
         if settings.text is None and isinstance(text, str) and beside and self.kind != "tags":
             both = "text_pair" if self.kind != "answer" else f'text: "{{{text}}}\\n{{{beside[0]}}}\\n"'
             raise ValueError(

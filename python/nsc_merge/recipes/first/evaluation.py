@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from nsc_merge.adapters.folder_about import class_names
+from nsc_merge.calibration.raw.chats import is_chat
 from nsc_merge.calibration.raw.columns import choose
 from nsc_merge.calibration.raw.drawing import Row
 from nsc_merge.calibration.raw.labels import CLASS_COLUMNS, Labelling
 from nsc_merge.calibration.raw.preprocessors import Base, base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
+from nsc_merge.calibration.raw.templates import named_text
 from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
 from nsc_merge.models.bases.placement import PLAIN, is_choice
 from nsc_merge.models.block_finding import encodes, hears
@@ -62,21 +65,22 @@ class Test:
     labels: str | None = None
 
 
-def look_at_tests(arguments: Sequence[str], found: Findings) -> dict[str, Test]:
+def look_at_tests(arguments: Sequence[str], found: Findings, text: str | None = None) -> dict[str, Test]:
     """Task -> its labelled data, of which a few samples are encoded with their labels, so that errors come now.
 
     Args:
         arguments: of ``--test``, as those of ``--data``.
         found: what the recipe is written from.
+        text: column or template of the text, where the rows have it beside their label; found when None.
 
     Raises:
         RecipeError, ValueError, OSError: naming ``--test`` and the task.
     """
     places = sources(arguments, [task.name for task in found.tasks], "--test")
-    return {task.name: _look(places[task.name], task, found) for task in found.tasks if task.name in places}
+    return {task.name: _look(places[task.name], task, found, text) for task in found.tasks if task.name in places}
 
 
-def _look(source: str, task: Task, found: Findings) -> Test:
+def _look(source: str, task: Task, found: Findings, text: str | None) -> Test:
     argument = f"--test {task.name}"
     if not Path(source).is_absolute() or not is_raw(source):
         raise RecipeError(
@@ -107,7 +111,13 @@ def _look(source: str, task: Task, found: Findings) -> Test:
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
     settings = DataSettings(texts=texts)
     if texts is None:
-        settings = _settings(opened.columns, rows, takes, labelling, task.kind_on(found.base.model), argument)
+        kind_there = task.kind_on(found.base.model)
+        try:
+            settings = _settings(opened.columns, rows, takes, labelling, kind_there, argument, text)
+        except ValueError as error:
+            # Keys of a recipe, which is not written yet.
+            way = re.search("(write|expected) text: ", str(error)) is not None
+            raise ValueError(f"{error}{'; nsc-merge init has --text for it' if way else ''}") from None
     elif found.base.embedded is not None and found.base.embedded.longest is not None:
         settings = replace(settings, max_length=min(settings.max_length, found.base.embedded.longest))
     some = replace(settings, samples=SAMPLES)
@@ -223,14 +233,24 @@ def _classes(task: Task, found: Findings) -> Sequence[str]:
 
 
 def _settings(
-    columns: Sequence[str], rows: Sequence[Row], takes: Base, labelling: Labelling, kind: str, argument: str
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    takes: Base,
+    labelling: Labelling,
+    kind: str,
+    argument: str,
+    text: str | None,
 ) -> DataSettings:
-    """What of the rows is read, which is all but their labels, by a model of the class ``kind``."""
+    """What of the rows is read, which is all but their labels, by a model of the class ``kind``: ``text``, where they
+    have it.
+    """
     settings = DataSettings()
     if not takes.text:
         return settings
     label = labelling.column_in(columns, settings, argument, text=True)
     left = [name for name in columns if name != label]
+    if text is not None and _have(rows, text, left):
+        return replace(settings, text=text)
     two = compared_in(rows, kind)
     if two is not None and label not in two:
         return replace(settings, text=two[0], text_pair=two[1])
@@ -240,7 +260,18 @@ def _settings(
         rows, settings, argument, text=True, images=takes.images, audio=takes.audio, writes=takes.writes,
         words=takes.words, columns=left,
     )  # fmt: skip
+    labelling.check_read(chosen.text, settings, columns, label, argument)
     return replace(settings, text=chosen.text) if asked is None and isinstance(chosen.text, str) else settings
+
+
+def _have(rows: Sequence[Row], text: str, columns: Sequence[str]) -> bool:
+    """Whether rows have, in columns, all that a column or a template of text names, which is no chat."""
+    try:
+        named = named_text(text, columns, "", "text")
+    except ValueError:
+        return False
+    read = [named] if isinstance(named, str) else named.columns
+    return not any(is_chat(row.get(name)) for row in rows for name in read)
 
 
 def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, name: str, merged: str = "merged") -> str:
