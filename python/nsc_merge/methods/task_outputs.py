@@ -98,8 +98,9 @@ def _placed(task: str, head: Mapping[str, Tensor], model: nn.Module) -> dict[str
         if place is None or place.is_meta or is_dtensor(place) or quantised:
             raise ValueError(
                 f"outputs: the adapter of {task!r} brought a head ({name}), for which {type(model).__name__}, as it is "
-                "loaded, has no place; expected a function of model and batch for it, or method 'match' or 'nsc', "
-                "which need no heads"
+                "loaded, has no place; expected a base that was saved with such a head (by "
+                "AutoModelForSequenceClassification and the like), a function of model and batch for it, or method "
+                "'match' or 'nsc', which need no heads"
             )
     return {name: value.to(own[name]) for name, value in head.items()}
 
