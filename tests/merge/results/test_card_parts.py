@@ -185,6 +185,14 @@ def test_what_is_said_of_heads(tmp_path):
     assert 'model.base_model.load_adapter("lora")' in lines[2]
     unknown = {"a": head(kind=None), "b": heads["b"]}
     assert said(bare, unknown, None, "model") == [missing, ""]
+    # As bert-base-uncased is loaded, whose pooler the merged model would draw at random.
+    masked = bert(tf.BertForMaskedLM)
+    lacks = f"{missing} {BERT} has one, and `bert.pooler.dense.weight`, which `model` lacks"
+    assert said(masked, heads, None, "model") == [f"{lacks}; a merge on a base that was saved as {BERT} has both.", ""]
+    masked.config._name_or_path = "owner/base"
+    lines = said(masked, heads, None, "lora", "model")
+    assert lines[0] == f"{lacks}:"
+    assert 'AutoModelForSequenceClassification.from_pretrained(\n    "owner/base"' in lines[2]
 
 
 def test_what_was_found():

@@ -216,13 +216,7 @@ def with_head(result: Update, task: str, head: Head) -> Update:
             "classifier that transformers puts on it has; expected a head that the base has, or none"
         )
     same = head.kind == class_name(model)
-    kind = getattr(transformers, head.kind, type(model))
-    named = {name: value for name, value in head.document().items() if name in ("id2label", "label2id")}
-    settings = {**named, "problem_type": head.problem_type} if head.labels else {}
-    if head.labels and hasattr(model.config, "label_names"):
-        # Where a configuration of timm's models keeps them.
-        settings["label_names"] = list(head.labels)
-    twin = _empty(kind, model, settings)
+    twin = _twin(model, head)
     prefix = twin.base_model_prefix
     trunk = getattr(model, model.base_model_prefix, model)
     own = {name for name, _ in model.named_children()}
@@ -240,7 +234,7 @@ def with_head(result: Update, task: str, head: Head) -> Update:
         if number is None or number.shape != value.shape:
             raise ValueError(
                 f"head: {head.kind} has {path} {list(value.shape)}, and task {task!r} and the base bring no such "
-                "tensor; expected a head with all that belongs to it"
+                f"tensor; expected a head with all that belongs to it, or a base that was saved as {head.kind}"
             )
         owner, _, name = path.rpartition(".")
         if path in head.tensors:
@@ -252,6 +246,26 @@ def with_head(result: Update, task: str, head: Head) -> Update:
             setattr(twin, name, getattr(model, name))
     moved = trunk is model and not same
     return _renamed(result, twin.eval(), f"{prefix}." if moved else "")
+
+
+def lacked(model: nn.Module, head: Head) -> list[str]:
+    """What the class of a head has beside it, and the base lacks: transformers would draw that at random."""
+    twin = _twin(model, head)
+    front = f"{twin.base_model_prefix}." if getattr(model, "base_model", None) is model else ""
+    held = {f"{front}{name}" for name in _state(model, remove_duplicate=False)} | set(head.tensors)
+    return [name for name in _state(twin, remove_duplicate=False) if name not in held]
+
+
+def _twin(model: Any, head: Head) -> Any:
+    """A model of the class that a head is for, with its labels, without numbers."""
+    import transformers
+
+    named = {name: value for name, value in head.document().items() if name in ("id2label", "label2id")}
+    settings = {**named, "problem_type": head.problem_type} if head.labels else {}
+    if head.labels and hasattr(model.config, "label_names"):
+        # Where a configuration of timm's models keeps them.
+        settings["label_names"] = list(head.labels)
+    return _empty(getattr(transformers, str(head.kind), type(model)), model, settings)
 
 
 def _state(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:

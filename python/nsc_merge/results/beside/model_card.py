@@ -14,7 +14,7 @@ from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.fitting import absent
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
-from nsc_merge.results.beside.heads import Head
+from nsc_merge.results.beside.heads import Head, lacked
 from nsc_merge.results.beside.loading_code import Base, Saved, block, origin_of, putting, quoted
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 from nsc_merge.results.beside.serving.sentence_modules import loaded_by
@@ -216,10 +216,18 @@ def _heads(result: MergedUpdate, saved: list[Saved], heads: Mapping[str, Head], 
     if one.kind is None or not saved or (saved[-1].format == "lora" and saved[-1].base.name is None):
         return [*lines, ""]
     last = saved[-1]
+    told = f"{lines[0]} {one.kind} has one"
+    if last.format == "model" and (without := lacked(result.model, one)):
+        told += f", and `{cell(without[0])}`, which `{last.place}` lacks"
+        # An adapter is put on the base's own file, which may have it.
+        others = [other for other in saved if other.format == "lora" and other.base.name is not None]
+        if not others:
+            return [f"{told}; a merge on a base that was saved as {one.kind} has both.", ""]
+        last = others[-1]
     headed = Saved(last.format, last.place, last.folder, one.kind, last.base, tokens=last.tokens)
     moved = getattr(result.model, "base_model", None) is result.model
     code = [*headed.with_a_head(file, labels, whole=not moved), *headed.using(made=True)]
-    return [f"{lines[0]} {one.kind} has one:", "", block(code)]
+    return [f"{told}:", "", block(code)]
 
 
 def _counted(head: Head) -> str:
