@@ -136,7 +136,12 @@ def _telling(told: Callable[[], str]) -> Iterator[None]:
         # A table of tokens or of positions was asked for a row that it has not.
         table = isinstance(error, IndexError) and re.search(r"index .*out of (range|bounds)", str(error)) is not None
         way = "; expected tokens that the model has, and no more than it has positions, those of answers among them"
-        raise type(error)(f"{told()}: {error}{way if table else ''}") from error
+        said = f"{error}{way if table else ''}"
+        if "no padding token" in said:
+            # A classifier on a decoder finds by it where a text ends, and reads no mask.
+            way = "expected pad_token_id in the base's config.json, of the token that it was trained to be padded by"
+            said = f"{said.rstrip('.')}; {way}"
+        raise type(error)(f"{told()}: {said}") from error
 
 
 def _shapes(batch: Batch) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -186,6 +187,27 @@ def test_the_base_is_read_at_the_same_revision(finding, at) -> None:
 def test_data_on_the_hub_are_named_by_hand(finding, at) -> None:
     with pytest.raises(ValueError, match="--test a: expected raw data on disk with labels, found owner/data; tensors"):
         look_at_tests(["owner/data"], finding(1))
+
+
+def test_a_base_without_the_head_of_its_classifiers_is_told_with_the_way_to_one(capsys) -> None:
+    """As roberta-large, on which PEFT's examples train; there is no figure without what stands before the head."""
+    lay_out(bert(num_labels=3), ["query"], task_type="SEQ_CLS")
+    tf.BertForMaskedLM(tf.BertConfig(vocab_size=64, **SIZES)).save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[n], "label": n} for n in range(3)])
+    given = ["init", "adapters/one", "--base", "base", "--test", "rows.jsonl"]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert "--test one: BertForMaskedLM has no place for classifier; expected a base that classifies, which" in said
+    way = re.search(r"AutoModelForSequenceClassification\.from_pretrained\('(.*)', num_labels=3\)", said)
+    tf.AutoModelForSequenceClassification.from_pretrained(way[1], num_labels=3).save_pretrained("base")
+    assert main(given) == 0
+    zoo.write_adapter(zoo.build("llama"), Path("adapters/one"), 1, r=2, target_modules=["q_proj"])
+    config = Path("adapters/one/adapter_config.json")
+    config.write_text(config.read_text().replace('"task_type": null', '"task_type": "SEQ_CLS"'))
+    write_base("llama", Path("base"))
+    assert main([*given, "--force"]) == 2
+    assert "LlamaForCausalLM has no head of classes, and the adapter brought none" in capsys.readouterr().err
 
 
 def test_the_text_that_is_named_is_that_of_labelled_data_too(capsys) -> None:

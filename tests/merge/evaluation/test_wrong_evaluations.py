@@ -178,8 +178,12 @@ def test_a_row_that_fails_costs_no_other(place, capsys):
         "task_arithmetic",
         {"method": "task_arithmetic", "name": "odd", "options": {"scale": {"nli": 0.3}}},
         {"folder": "other", "name": "of fewer tokens"},
+        {"folder": "unpadded", "name": "unpadded"},
     ]
     change(place, methods=lines)
+    other = build("llama-cls")
+    other.config.pad_token_id = None
+    other.save_pretrained(place / "unpadded")
     other = build("llama-cls")
     other.resize_token_embeddings(8)
     other.save_pretrained(place / "other")
@@ -188,6 +192,7 @@ def test_a_row_that_fails_costs_no_other(place, capsys):
     assert "odd, seed 0: scale: expected one value for each of ['nli', 'topic'], found ['nli']" in shown.err
     assert "of fewer tokens, seed 0: tasks.nli: in a forward of attention_mask [5, 7]" in shown.err
     assert "; expected tokens that the model has" in shown.err
+    assert "no padding token is defined; expected pad_token_id in the base's config.json, of the token" in shown.err
     found = rows(json.loads((place / "out" / "results.json").read_text()))
     assert list(found) == ["zero_shot", "finetuned", "task_arithmetic"]
 

@@ -92,6 +92,8 @@ def _look(source: str, task: Task, found: Findings, text: str | None) -> Test:
     opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
+    if texts is None:
+        _check_head(task, found, argument)
     kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns, argument)
     if kind == "value" and texts is None and not set(CLASS_COLUMNS) & set(opened.columns):
         texts = preferred_in(rows)
@@ -167,6 +169,28 @@ def _fits(column: str, rows: Sequence[Row], labelling: Labelling) -> bool:
     except ValueError:
         return False
     return any(as_list(row.get(column)) for row in rows)
+
+
+def _check_head(task: Task, found: Findings, argument: str) -> None:
+    """Refuse a base that has no head of the class that a task was trained in, as roberta-large, on which transformers
+    puts one in training.
+
+    Raises:
+        RecipeError: with the way to one that has.
+    """
+    kind, own, head = task.kind_on(found.base.model), type(found.base.model).__name__, found.heads.get(task.name)
+    if kind == own or own.endswith("ForSequenceClassification") or _at_last(task, found):
+        return
+    if not head:
+        raise RecipeError(
+            f"{argument}: {own} has no head of classes, and the adapter brought none (modules_to_save); expected "
+            "one, as figures of a head that is drawn at random say nothing"
+        )
+    made = f"{kind}.from_pretrained({found.base.source!r}, num_labels={_count(task, found)}).save_pretrained(FOLDER)"
+    raise RecipeError(
+        f"{argument}: {own} has no place for {head[0]}; expected a base that classifies, which {made} makes of it, "
+        "with its tokenizer saved there, too"
+    )
 
 
 def _kind(task: Task, found: Findings, *, tags: bool) -> str:
