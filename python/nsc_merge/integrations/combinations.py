@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nsc_merge.adapters.adapter import Factor
+
 _IN_FACTORS = {"trim_scope": "factors"}
 
 
@@ -84,6 +86,24 @@ def translated(
         # PEFT's density is what DARE keeps, and there is no trimming after it.
         own[found.density] = density if found.density == "density" else 1 - density
     return found.method, found.output, own
+
+
+def check_ranks(combination_type: str, factors: Mapping[str, Mapping[str, Factor]]) -> None:
+    """Refuse unequal ranks where factors are added, in PEFT's words: the method would name options that are ours.
+
+    Raises:
+        ValueError: naming the module and the ranks.
+    """
+    merges_updates = {"linear": "svd"}.get(combination_type, f"{combination_type}_svd")
+    if merges_updates not in COMBINATIONS:
+        return
+    for path in dict.fromkeys(path for held in factors.values() for path in held):
+        ranks = {name: held[path].rank for name, held in factors.items() if path in held}
+        if len(set(ranks.values())) > 1:
+            raise ValueError(
+                f"combination_type: {combination_type!r} adds factors and needs equal ranks in a module, found {ranks} "
+                f"at {path}; {merges_updates!r} merges updates, of any ranks"
+            )
 
 
 def _check_meant(name: str, combination_type: str, meant: bool) -> None:

@@ -26,7 +26,7 @@ from nsc_merge.adapters.algebra.low_rank import concatenated, low_rank
 from nsc_merge.adapters.formats.adalora import is_adalora
 from nsc_merge.adapters.peft_writer import rank_patterns, targets_of
 from nsc_merge.calibration.batches import Calibration
-from nsc_merge.integrations.combinations import translated
+from nsc_merge.integrations.combinations import check_ranks, translated
 from nsc_merge.methods import method_of
 from nsc_merge.results.result import MergeResult
 
@@ -110,6 +110,8 @@ def merge(
     if weights is not None:
         options = {**_weighted(method, adapters, weights), **options}
     sources = {name: nsc_merge.load_adapter(model, name, dora="refuse") for name in adapters}
+    if combination_type is not None:
+        check_ranks(combination_type, {name: adapter.factors for name, adapter in sources.items()})
     if output == "svd" and rank is None:
         rank = max(factor.rank for adapter in sources.values() for factor in adapter.factors.values())
         # Of the configurations, too, as PEFT takes it: where a pattern names every layer none is of that rank.
