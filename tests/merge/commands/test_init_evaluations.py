@@ -38,8 +38,8 @@ def lay_out(model: Any, targets: list[str], **config: Any) -> None:
     zoo.write_adapter(model, Path("adapters/one"), 1, r=2, target_modules=targets, **config)
 
 
-def task_of(test: str) -> dict[str, Any]:
-    assert main(["init", "adapters/one", "--base", "base", "--test", test]) == 0
+def task_of(test: str, *others: str) -> dict[str, Any]:
+    assert main(["init", "adapters/one", "--base", "base", "--test", test, *others]) == 0
     (task,) = from_yaml(Path("evaluation.yaml").read_text(encoding="utf-8"))["tasks"].values()
     assert task.pop("adapter") == "adapters/one"
     return task
@@ -224,3 +224,21 @@ def test_the_text_that_is_named_is_that_of_labelled_data_too(capsys) -> None:
         assert main([*given, "--text", text]) == 0
         (task,) = from_yaml(Path("evaluation.yaml").read_text(encoding="utf-8"))["tasks"].values()
         assert task["test"] == {"source": "rows.jsonl", "text": text}
+
+
+@pytest.mark.parametrize("pair", [("text", "text_pair"), ("text1", "text2"), ("question", "passage")])
+def test_two_texts_are_compared_by_their_usual_names(pair) -> None:
+    lay_out(bert(num_labels=3), ["query"])
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{**dict(zip(pair, WORDS[n:], strict=False)), "label": n} for n in range(3)])
+    both = {"text": pair[0], "text_pair": pair[1]}
+    assert task_of("rows.jsonl", "--data", "rows.jsonl")["test"] == {"source": "rows.jsonl", **both}
+    assert both.items() <= from_yaml(Path("recipe.yaml").read_text(encoding="utf-8"))["data"].items()
+
+
+def test_classified_chats_are_found_in_a_column_of_any_name(finding) -> None:
+    chat = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
+    for row in ({"conversation": chat}, {"conversation": chat, "source": None}):
+        write_lines(Path("chats.jsonl"), [row])
+        found = look_at_tests(["chats.jsonl"], finding(1))["a"]
+        assert (found.settings, found.said) == ({"messages": "conversation"}, "1 rows, answers of chats")

@@ -31,7 +31,7 @@ ANSWER_COLUMNS = (
 # Columns that are read together with others, in questions and in pairs.
 _BESIDE = (
     *("instruction", "input", "context", "passage", "document", "query", "question", "sentence"),
-    *("premise", "hypothesis", "sentence1", "sentence2", "question1", "question2"),
+    *("premise", "hypothesis", "sentence1", "sentence2", "question1", "question2", "text_pair"),
 )
 # Beside what they answer, where a class or a value is of both.
 _ANSWERED = ("completion", "response", "answer")

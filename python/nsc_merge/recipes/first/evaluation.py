@@ -26,7 +26,7 @@ from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
-from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, compared_in, embedded_in, preferred_in
+from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, chats_in, compared_in, embedded_in, preferred_in
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError
 
@@ -127,7 +127,8 @@ def _look(source: str, task: Task, found: Findings, text: str | None) -> Test:
     batches_of(source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling)
     column = labelling.column_in(opened.columns, settings, argument, text=takes.text)
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
-    named = {name: value for name in ("text", "text_pair") if (value := getattr(settings, name)) is not None}
+    keys = ("text", "text_pair", "messages")
+    named = {name: value for name in keys if (value := getattr(settings, name)) is not None}
     if texts is not None:
         named |= {"texts": texts} | ({"max_length": settings.max_length} if found.base.embedded is not None else {})
         told = "texts that are compared" if column is None else told
@@ -265,9 +266,7 @@ def _settings(
     argument: str,
     text: str | None,
 ) -> DataSettings:
-    """What of the rows is read, which is all but their labels, by a model of the class ``kind``: ``text``, where they
-    have it.
-    """
+    """What of the rows is read, but for their labels, by a model of the class ``kind``: ``text`` where they have it."""
     settings = DataSettings()
     if not takes.text:
         return settings
@@ -275,6 +274,8 @@ def _settings(
     left = [name for name in columns if name != label]
     if text is not None and _have(rows, text, left):
         return replace(settings, text=text)
+    if (chats := chats_in(rows, left, None)) is not None:
+        return replace(settings, messages=chats)
     two = compared_in(rows, kind)
     if two is not None and label not in two:
         return replace(settings, text=two[0], text_pair=two[1])

@@ -56,6 +56,14 @@ _COMPARED = (
     ("query", "passage"),
     ("query", "text"),
     ("anchor", "positive"),
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence_A", "sentence_B"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("question", "answer"),
+    ("query", "answer"),
 )
 # A question or a title and what is found by it, perhaps with what is not; and texts that mean the same, or do not.
 _SEARCHED = (
@@ -153,7 +161,7 @@ def _raw(
     found = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = found.rows(range(min(found.count, ROWS)))
     preferred = preferred_in(rows) if takes.text and scores and settings.text is None else None
-    chats = _chats(rows, found.columns, settings.text) if takes.text and preferred is None else None
+    chats = chats_in(rows, found.columns, settings.text) if takes.text and preferred is None else None
     if preferred is not None:
         settings = replace(settings, texts=preferred)
     elif chats is not None:
@@ -194,8 +202,9 @@ def _raw(
         shown = " ".join(batches.first.split())
         said.append(f"such as {shown[:_SHOWN] + ('...' if len(shown) > _SHOWN else '')!r}")
     longest = max(batches, key=lambda batch: max(value.shape[1:].numel() for value in batch.values()))
-    # The first of these needs no word.
-    written = None if columns.text in (None, TEXT_COLUMNS[0]) else settings.text or str(columns.text)
+    # The first of these needs no word, but in front of a second text.
+    usual = columns.text in (None, TEXT_COLUMNS[0]) and settings.text_pair is None
+    written = None if usual else settings.text or str(columns.text)
     return Data(
         source,
         ", ".join(said),
@@ -212,7 +221,7 @@ def _raw(
     )
 
 
-def _chats(rows: Sequence[Row], columns: Sequence[str], named: str | None) -> str | None:
+def chats_in(rows: Sequence[Row], columns: Sequence[str], named: str | None) -> str | None:
     """The column of chats that is named as one of text; where none is, and none holds texts nor has the usual name, the
     first, as of prompts or preferred answers.
     """
