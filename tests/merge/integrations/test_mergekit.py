@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import mergekit_cases
@@ -29,6 +30,7 @@ from mergekit.options import MergeOptions
 from nsc_merge import load_adapter, merge_factors
 from nsc_merge.commands.main import main
 from nsc_merge.integrations.mergekit import from_factors
+from nsc_merge.integrations.mergekit.__main__ import command
 from nsc_merge.integrations.mergekit.__main__ import main as wrapper
 from nsc_merge.integrations.mergekit.one_tensor import methods
 from nsc_merge.methods import METHODS
@@ -270,11 +272,13 @@ def test_the_command_and_the_example(place, tmp_path, monkeypatch) -> None:
         ({"parameters": {"density": 3.0}}, r"density: expected"),
     ],
 )
-def test_what_is_refused_in_mergekit(change, words, tmp_path) -> None:
+def test_what_is_refused_in_mergekit(change, words, tmp_path, capsys) -> None:
     document = {**yaml.safe_load(EXAMPLE.read_text()), **change}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ValueError, match=words):
         wrapper([str(tmp_path / "config.yaml"), str(tmp_path / "out"), *FLAGS])
+    assert command([str(tmp_path / "config.yaml"), str(tmp_path / "out"), *FLAGS]) == 2
+    assert re.search(f"^error: {words}", capsys.readouterr().err, re.MULTILINE)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

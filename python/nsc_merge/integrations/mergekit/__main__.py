@@ -43,5 +43,17 @@ def _check_parameters(arguments: Sequence[str]) -> None:
                 )
 
 
+def command(argv: Sequence[str] | None = None) -> int:
+    """:func:`main` at a terminal: what is refused is said without a traceback, which mergekit's ``-v`` shows."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return main(arguments)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if any(one.startswith("-v") for one in arguments):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
