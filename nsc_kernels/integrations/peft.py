@@ -117,8 +117,14 @@ def accelerate(model: nn.Module) -> Accelerated:
         A handle: ``remove()`` or leaving its ``with`` block restores PEFT's forward.
 
     Raises:
+        TypeError: for what is no module.
         ValueError: if there is no such layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a PeftModel or another module, found {type(model).__name__}; of a pipeline, give a model "
+            "of it, such as pipe.unet, or take nsc_merge.integrations.diffusers.accelerate"
+        )
     adapted: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not any(isinstance(layer, Linear) or _is_known(layer) for layer in adapted.values()):
         raise ValueError(f"model: expected peft.tuners.lora.Linear layers, found none in {type(model).__name__}")

@@ -384,6 +384,8 @@ def test_dora_and_models_without_lora(batch, fallbacks):
     assert "DoRA" in fallbacks.text
     with pytest.raises(ValueError, match=r"model: expected peft\.tuners\.lora\.Linear layers, found none"):
         accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a PeftModel or another module, found str; of a pipeline"):
+        accelerate("model")
 
 
 def test_a_copy_of_an_accelerated_model_is_its_own(batch):
