@@ -226,6 +226,14 @@ def test_the_text_that_is_named_is_that_of_labelled_data_too(capsys) -> None:
         assert task["test"] == {"source": "rows.jsonl", "text": text}
 
 
+def test_names_of_classes_are_no_text() -> None:
+    lay_out(bert(id2label={0: "bad", 1: "good"}), ["query"])
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"review": WORDS[n], "label": ("good", "bad")[n % 2]} for n in range(3)])
+    assert task_of("rows.jsonl", "--data", "rows.jsonl")["test"] == {"source": "rows.jsonl", "text": "review"}
+    assert from_yaml(Path("recipe.yaml").read_text(encoding="utf-8"))["data"]["text"] == "review"
+
+
 @pytest.mark.parametrize("pair", [("text", "text_pair"), ("text1", "text2"), ("question", "passage")])
 def test_two_texts_are_compared_by_their_usual_names(pair) -> None:
     lay_out(bert(num_labels=3), ["query"])

@@ -185,7 +185,7 @@ class Labelling:
                 raise ValueError(f"{where}: expected a class of {f'{names}':.200}, or its number, found {label!r:.60}")
             raise ValueError(
                 f"{where}: expected the number of a class, found {label!r:.60}; classes: [FIRST, SECOND, ...] of the "
-                "task names those of its head, in order"
+                "task, or id2label in a config.json beside its adapter, names those of its head, in order"
             )
         if self.count is not None and number >= self.count:
             raise ValueError(

@@ -14,6 +14,7 @@ from nsc_merge.calibration.batch_summary import summary
 from nsc_merge.calibration.raw.chats import is_chat, messages_of
 from nsc_merge.calibration.raw.columns import CHAT_COLUMNS, TRANSCRIPT_COLUMNS, choose
 from nsc_merge.calibration.raw.drawing import Row
+from nsc_merge.calibration.raw.labels import CLASS_COLUMNS
 from nsc_merge.calibration.raw.preprocessors import base_of
 from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
@@ -160,8 +161,11 @@ def _raw(
     takes = base_of(base, revision, settings, argument)
     found = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = found.rows(range(min(found.count, ROWS)))
+    # A merge reads no labels, which may be names of classes.
+    labels = CLASS_COLUMNS if kind.endswith("ForSequenceClassification") else ()
+    left = [name for name in found.columns if name not in labels]
     preferred = preferred_in(rows) if takes.text and scores and settings.text is None else None
-    chats = chats_in(rows, found.columns, settings.text) if takes.text and preferred is None else None
+    chats = chats_in(rows, left, settings.text) if takes.text and preferred is None else None
     if preferred is not None:
         settings = replace(settings, texts=preferred)
     elif chats is not None:
@@ -171,7 +175,7 @@ def _raw(
     elif takes.text and settings.text is None and (two := compared_in(rows, kind)) is not None:
         settings = replace(settings, text=two[0], text_pair=two[1])
     elif takes.text and settings.text is None:
-        asked, answer = _templates(rows, found.columns, writes=takes.writes)
+        asked, answer = _templates(rows, left, writes=takes.writes)
         settings = replace(settings, text=asked, target=answer)
     elif takes.writes and not takes.text:
         said_there = next((name for name in _TRANSCRIPTS if _hold_texts(rows, [name])), None)
@@ -180,7 +184,7 @@ def _raw(
     try:
         columns = choose(
             rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
-            words=takes.words, columns=found.columns,
+            words=takes.words, columns=left,
         )  # fmt: skip
     except ValueError as error:
         # A key of a recipe, which is not written yet.
@@ -188,6 +192,8 @@ def _raw(
         if way and embedded is not None:
             raise ValueError(f"{str(error).partition('; write text: ')[0]}; {_NAMED_OTHERWISE}") from None
         raise ValueError(f"{error}{way}") from None
+    if len(left) < len(found.columns) and isinstance(columns.text, str):
+        settings = replace(settings, text=columns.text)
     # Each by itself, so that padding says nothing of the lengths.
     batches = batches_of(source, base, replace(settings, samples=SAMPLES), 1, argument, base_revision=revision)
     counted = summary(batches)
