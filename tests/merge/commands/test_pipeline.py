@@ -214,6 +214,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(place, tmp_
             "wrong.yaml: expected prompts for each of ['ink', 'toy'], found ['ink']",
         ),
         (1, [base, ink, "--method", "nsc", "--prompts", str(tmp_path / "text.yaml")], "prompts['ink']: expected a"),
+        (1, [base, ink, "--method", "nsc", "--prompts", "none.yaml"], "--prompts: expected a file with prompts of"),
         (1, ["owner/name/x.safetensors", ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub"),
         (1, [str(tmp_path), ink], "BASE: expected a folder with a pipeline (model_index.json), or a hub id"),
         (1, [base, f"x={tmp_path / 'else.safetensors'}"], "holds no LoRA of a model of StableDiffusionPipeline"),

@@ -123,6 +123,8 @@ def option_of(text: str, option: str = "--option") -> tuple[str, Any]:
 def prompts_of(file: Path, names: list[str]) -> dict[str, list[Any]]:
     from nsc_merge.utils.yaml_text import read_yaml
 
+    if not file.is_file():
+        raise ValueError(f"--prompts: expected a file with prompts of {names}, found none at {file}")
     found = read_yaml(file)
     if not isinstance(found, Mapping) or set(found) != set(names):
         told = list(found) if isinstance(found, Mapping) else type(found).__name__
