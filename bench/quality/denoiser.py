@@ -1,7 +1,7 @@
 """Three adapters of a small denoiser, merged by every method that a pipeline of diffusers takes, and measured.
 
     python -m bench.quality.denoiser --seeds 0 1 2      # some twenty minutes of a core and seed
-    python -m bench.quality.denoiser --table            # the table of docs/results.md
+    python -m bench.quality.denoiser --table            # the table of docs/pipelines.md
 
 A UNet learns to draw scikit-learn's digits 0 to 7, told by two tokens which digit and in what style. Adapters (LoRA on
 attention and MLP) are trained for the digits 8 and 9, for inverted ones and for ones that lie on their side, each with
