@@ -110,6 +110,10 @@ def test_classes_that_the_head_does_not_have_are_told_at_once(brought, capsys) -
     assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--force"]) != 0
     said = capsys.readouterr().err
     assert "row 3: expected the number of a class from 0 to 2, as the head has 3, found 3" in said
+    # As SNLI has what its annotators did not agree on.
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[n], "label": n - 1} for n in range(3)])
+    assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--force"]) != 0
+    assert "row 1: expected a class of the head, found -1; where none is known, write null" in capsys.readouterr().err
 
 
 def test_classes_of_recordings_are_no_speech() -> None:

@@ -181,6 +181,8 @@ class Labelling:
             return names.index(label)
         number = _whole(label)
         if number is None or (names and number >= len(names)):
+            if label == -1:
+                raise ValueError(f"{where}: expected a class of the head, found -1; where none is known, write null")
             if names:
                 raise ValueError(f"{where}: expected a class of {f'{names}':.200}, or its number, found {label!r:.60}")
             raise ValueError(
