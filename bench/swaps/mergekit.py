@@ -134,7 +134,7 @@ def memory(route: str, folder: Path, method: str) -> int:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import nsc_merge.integrations.mergekit.__main__
-    import nsc_merge.recipes.first.imported_text
+    import nsc_merge.recipes.first.mergekit.text
     import nsc_merge.recipes.run  # noqa: F401
 
     before = resident()

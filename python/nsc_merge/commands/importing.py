@@ -65,8 +65,8 @@ def _import(arguments: argparse.Namespace) -> int:
         raise UsageError("--out: - prints the recipe alone; expected a file with --json")
     # Of adapters on the hub the headers are read.
     prepare(local=False)
-    from nsc_merge.recipes.first.from_mergekit import from_mergekit
-    from nsc_merge.recipes.first.imported_text import import_said, import_summary, imported_text
+    from nsc_merge.recipes.first.mergekit.configurations import from_mergekit
+    from nsc_merge.recipes.first.mergekit.text import import_said, import_summary, imported_text
 
     found = from_mergekit(arguments.config)
     written = imported_text(found, Path.cwd() if printed else out.resolve().parent, out.name)

@@ -64,6 +64,7 @@ def add(commands: Any) -> None:
         "--test", action="append", default=[], metavar="[TASK=]FILE", help="raw data with labels, for evaluation.yaml"
     )
     init.add_argument("--text", metavar="COLUMN", help=r'column of text or chats in raw data, or texts: "{a}\n{b}"')
+    init.add_argument("--labels", metavar="COLUMN", help="column of the labels in --test (default: a usual name)")
     init.add_argument("--revision", metavar="REV", help="of a base on the hub")
     init.add_argument("--method", metavar="NAME", help="how to merge (default: what suits the data)")
     init.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="- prints it (default: recipe.yaml)")
@@ -87,6 +88,8 @@ def _init(arguments: argparse.Namespace) -> int:
         raise UsageError("--out: - prints the recipe alone; expected a file with --json, --schema and --test")
     if arguments.text is not None and not (arguments.data or arguments.test):
         raise UsageError("--text: is of raw data, but no --data is given; expected --data FILE beside it, or no --text")
+    if arguments.labels is not None and not arguments.test:
+        raise UsageError("--labels: is of labelled data, but no --test is given; expected --test FILE beside it")
     from nsc_merge.utils.option_checks import is_hub_id
 
     places = [one.partition("=")[2] or one for one in (*arguments.adapters, *arguments.data, *arguments.test)]
@@ -114,7 +117,7 @@ def _init(arguments: argparse.Namespace) -> int:
     found = find(
         arguments.adapters, arguments.base, arguments.data, arguments.method, text=text, revision=arguments.revision
     )
-    tests = look_at_tests(arguments.test, found, text)
+    tests = look_at_tests(arguments.test, found, text, arguments.labels)
     written = recipe_text(found, folder, "recipe.yaml" if shown else out.name, schema)
     if shown:
         print(written, end="")

@@ -21,9 +21,9 @@ from zoo import write_adapter
 
 from nsc_merge.commands.main import main
 from nsc_merge.methods import METHODS
-from nsc_merge.recipes.first.from_mergekit import from_mergekit
-from nsc_merge.recipes.first.imported_text import import_said, import_summary, imported_text
-from nsc_merge.recipes.first.mergekit_methods import FAMILIES, WITHOUT_COUNTERPART
+from nsc_merge.recipes.first.mergekit.configurations import from_mergekit
+from nsc_merge.recipes.first.mergekit.methods import FAMILIES, WITHOUT_COUNTERPART
+from nsc_merge.recipes.first.mergekit.text import import_said, import_summary, imported_text
 from nsc_merge.recipes.merge_recipe import load_recipe
 from nsc_merge.recipes.yaml_keys import RecipeError
 

@@ -254,3 +254,34 @@ def test_classified_chats_are_found_in_a_column_of_any_name(finding) -> None:
         write_lines(Path("chats.jsonl"), [row])
         found = look_at_tests(["chats.jsonl"], finding(1))["a"]
         assert (found.settings, found.said) == ({"messages": "conversation"}, "1 rows, answers of chats")
+
+
+@pytest.mark.parametrize(
+    ("config", "label", "metric"),
+    [
+        ({"id2label": {0: "bad", 1: "good"}}, "good", "accuracy"),
+        ({"id2label": {0: "bad", 1: "good"}}, ["good", "bad"], "multilabel_f1"),
+        ({"num_labels": 1}, 0.5, "pearson"),
+    ],
+)
+def test_labels_are_in_the_column_that_is_named(config, label, metric, capsys) -> None:
+    lay_out(bert(**config), ["query"])
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[n], "rating": label} for n in range(3)])
+    assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl"]) != 0
+    said = "no column of labels, such as label, in text, rating; expected labels: COLUMN.*; nsc-merge init has --labels"
+    assert re.search(said, capsys.readouterr().err)
+    task = task_of("rows.jsonl", "--labels", "rating")
+    assert task == {"test": {"source": "rows.jsonl", "text": "text"}, "labels": "rating", "metric": metric}
+    assert main(["eval", "evaluation.yaml", "output.plots=false", "methods=[zero_shot]"]) == 0
+
+
+def test_a_column_of_labels_that_no_data_have_is_refused(capsys) -> None:
+    lay_out(bert(num_labels=2), ["query"])
+    tokenizer().save_pretrained("base")
+    write_lines(Path("rows.jsonl"), [{"text": WORDS[0], "label": 1}])
+    assert main(["init", "adapters/one", "--base", "base", "--test", "rows.jsonl", "--labels", "rating"]) != 0
+    assert "--labels: no data of --test have a column 'rating'" in capsys.readouterr().err
+    assert main(["init", "adapters/one", "--base", "base", "--labels", "rating"]) != 0
+    assert "--labels: is of labelled data, but no --test is given" in capsys.readouterr().err
+    assert not Path("evaluation.yaml").exists()

@@ -10,7 +10,7 @@ import torch
 import zoo
 from served_cases import WORDS, write_base
 
-from nsc_merge.recipes.first.looking import _chats, _rows, _templates, asked_in, compared_in, look
+from nsc_merge.recipes.first.looking import _rows, _templates, asked_in, chats_in, compared_in, look
 
 
 def rows_of(*names: str) -> list[dict[str, Any]]:
@@ -80,6 +80,8 @@ def test_what_an_encoder_reads(asked, answer):
         (("query", "passage"), "ForSequenceClassification"),
         (("query", "text"), "ForSequenceClassification"),
         (("anchor", "positive"), "ForSequenceClassification"),
+        (("text", "text_pair"), "ForSequenceClassification"),
+        (("question", "passage"), "ForSequenceClassification"),
         (("question", "context"), "ForQuestionAnswering"),
     ],
 )
@@ -87,8 +89,8 @@ def test_two_texts_that_are_compared(columns, head):
     rows = rows_of(*columns, "label")
     assert compared_in(rows, f"Bert{head}") == columns
     assert compared_in(rows, "LlamaForCausalLM") is None
-    other = {"ForSequenceClassification": "ForQuestionAnswering"}.get(head, "ForSequenceClassification")
-    assert compared_in(rows, f"Bert{other}") is None
+    if head == "ForSequenceClassification":
+        assert compared_in(rows, "BertForQuestionAnswering") is None
     assert compared_in([*rows, {columns[0]: "alone"}], f"Bert{head}") is None
     assert compared_in([], f"Bert{head}") is None
 
@@ -99,15 +101,15 @@ CHAT = [{"role": "user", "content": "a"}]
 def test_chats_of_any_name():
     rows = [{"prompt": CHAT, "chosen": CHAT, "score": 1}] * 2
     columns = ["score", "prompt", "chosen"]
-    assert _chats(rows, columns, None) == "prompt"
-    assert _chats(rows, columns, "chosen") == "chosen"
-    assert _chats(rows, columns, "score") is None
+    assert chats_in(rows, columns, None) == "prompt"
+    assert chats_in(rows, columns, "chosen") == "chosen"
+    assert chats_in(rows, columns, "score") is None
     # A column of texts may be meant, and one of the usual name is found without a word.
-    assert _chats([{**row, "question": "a"} for row in rows], [*columns, "question"], None) is None
-    assert _chats([{**row, "question": "a"} for row in rows], [*columns, "question"], "prompt") == "prompt"
-    assert _chats([{**row, "messages": CHAT} for row in rows], [*columns, "messages"], None) is None
-    assert _chats([*rows, {"prompt": None, "chosen": CHAT}], columns, None) == "chosen"
-    assert _chats([], columns, None) is None
+    assert chats_in([{**row, "question": "a"} for row in rows], [*columns, "question"], None) is None
+    assert chats_in([{**row, "question": "a"} for row in rows], [*columns, "question"], "prompt") == "prompt"
+    assert chats_in([{**row, "messages": CHAT} for row in rows], [*columns, "messages"], None) is None
+    assert chats_in([*rows, {"prompt": None, "chosen": CHAT}], columns, None) == "chosen"
+    assert chats_in([], columns, None) is None
 
 
 def test_a_batch_is_as_many_of_its_longest_sample():

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.calibration.raw.chats import is_chat
 from nsc_merge.calibration.raw.columns import choose
 from nsc_merge.calibration.raw.drawing import Row
@@ -22,13 +19,15 @@ from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.templates import named_text
 from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
 from nsc_merge.models.bases.placement import PLAIN, is_choice
-from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
 from nsc_merge.recipes.first.data import sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
 from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, chats_in, compared_in, embedded_in, preferred_in
+from nsc_merge.recipes.first.task_heads import at_last, check_head, classes_of, classifies, count_of, kind_of_labels
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError
+
+_T = TypeVar("_T")
 
 # By what is measured where nobody has said; others that fit.
 _METRICS = {
@@ -65,22 +64,36 @@ class Test:
     labels: str | None = None
 
 
-def look_at_tests(arguments: Sequence[str], found: Findings, text: str | None = None) -> dict[str, Test]:
+def look_at_tests(
+    arguments: Sequence[str], found: Findings, text: str | None = None, labels: str | None = None
+) -> dict[str, Test]:
     """Task -> its labelled data, of which a few samples are encoded with their labels, so that errors come now.
 
     Args:
         arguments: of ``--test``, as those of ``--data``.
         found: what the recipe is written from.
         text: column or template of the text, where the rows have it beside their label; found when None.
+        labels: column of the labels, where the rows have it; found when None.
 
     Raises:
         RecipeError, ValueError, OSError: naming ``--test`` and the task.
     """
     places = sources(arguments, [task.name for task in found.tasks], "--test")
-    return {task.name: _look(places[task.name], task, found, text) for task in found.tasks if task.name in places}
+    tests, named = {}, False
+    for task in found.tasks:
+        if task.name not in places:
+            continue
+        tests[task.name], there = _look(places[task.name], task, found, text, labels)
+        named = named or there
+    if labels is not None and not named:
+        raise RecipeError(f"--labels: no data of --test have a column {labels!r}")
+    return tests
 
 
-def _look(source: str, task: Task, found: Findings, text: str | None) -> Test:
+def _look(
+    source: str, task: Task, found: Findings, text: str | None, labels: str | None
+) -> tuple[Test, bool]:
+    """The labelled data of a task, and whether they have the column that is named."""
     argument = f"--test {task.name}"
     if not Path(source).is_absolute() or not is_raw(source):
         raise RecipeError(
@@ -91,54 +104,94 @@ def _look(source: str, task: Task, found: Findings, text: str | None) -> Test:
     takes = base_of(found.base.source, found.base.revision, settings, argument)
     opened = open_source(source, settings, argument, of_audio=takes.audio_files)
     rows = opened.rows(range(min(opened.count, ROWS)))
+    own = labels if labels in opened.columns else None
+    usual = CLASS_COLUMNS if own is None else (own,)
     texts = embedded_in(rows, found.base.embedded) if task.name not in found.heads else None
+    embeds = texts is not None
     if texts is None:
-        _check_head(task, found, argument)
-    kind = _kind(task, found, tags=takes.words) if texts is None else _compared(texts, opened.columns, argument)
-    if kind == "value" and texts is None and not set(CLASS_COLUMNS) & set(opened.columns):
-        texts = preferred_in(rows)
-        if texts is None and {"chosen", "rejected"} <= set(opened.columns):
-            raise RecipeError(
-                f"{argument}: nobody says how what chosen and rejected answer stands in front of them; expected both "
-                'whole, or with a column prompt of their kind, or a recipe with test: {source: FILE, texts: '
-                '["{question}{chosen}", "{question}{rejected}"]}, as they were put together in training'
-            )
-        kind = kind if texts is None else "preferred"
-    if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in CLASS_COLUMNS):
-        kind = "classes"
-    known = kind in ("tags", "classes") or (kind == "class" and _classifies(task, found))
-    count = _count(task, found) if known else None
-    labelling = Labelling(kind, None, _classes(task, found), count, generated=kind == "answer")
-    if kind == "tags":
+        check_head(task, found, argument)
+        kind = kind_of_labels(task, found, tags=takes.words)
+        if kind == "value" and not set(usual) & set(opened.columns):
+            texts = _preferred(rows, opened.columns, argument)
+            kind = kind if texts is None else "preferred"
+    else:
+        kind = _compared(texts, opened.columns, usual, argument)
+    labelling = _labelling(kind, task, found, rows, usual, own)
+    if kind == "tags" and own is None:
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
-    settings = DataSettings(texts=texts)
     if texts is None:
-        kind_there = task.kind_on(found.base.model)
-        try:
-            settings = _settings(opened.columns, rows, takes, labelling, kind_there, argument, text)
-        except ValueError as error:
-            # Keys of a recipe, which is not written yet.
-            way = re.search("(write|expected) text: ", str(error)) is not None
-            raise ValueError(f"{error}{'; nsc-merge init has --text for it' if way else ''}") from None
-    elif found.base.embedded is not None and found.base.embedded.longest is not None:
-        settings = replace(settings, max_length=min(settings.max_length, found.base.embedded.longest))
-    some = replace(settings, samples=SAMPLES)
-    revision = found.base.revision
-    batches_of(source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling)
+        there = task.kind_on(found.base.model)
+        settings = _told_of_options(_settings, opened.columns, rows, takes, labelling, there, argument, text)
+    elif found.base.embedded is None or found.base.embedded.longest is None:
+        settings = DataSettings(texts=texts)
+    else:
+        longest = min(settings.max_length, found.base.embedded.longest)
+        settings = DataSettings(texts=texts, max_length=longest)
+    some, revision = replace(settings, samples=SAMPLES), found.base.revision
+    _told_of_options(
+        batches_of, source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling
+    )
     column = labelling.column_in(opened.columns, settings, argument, text=takes.text)
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
+    if texts is not None and column is None:
+        told = "texts that are compared"
     keys = ("text", "text_pair", "messages")
     named = {name: value for name in keys if (value := getattr(settings, name)) is not None}
     if texts is not None:
-        named |= {"texts": texts} | ({"max_length": settings.max_length} if found.base.embedded is not None else {})
-        told = "texts that are compared" if column is None else told
-        kind = "similar" if kind == "value" else kind
+        named["texts"] = texts
+    if embeds:
+        named["max_length"] = settings.max_length
     where = f" in split {opened.split}" if opened.split else ""
-    if kind == "answer" and takes.audio and not takes.text:
-        kind = "speech"
-    elif kind == "tags" and labelling.classes and all(map(marks_entities, labelling.classes)):
-        kind = "entities"
-    return Test(source, f"{opened.count} rows{where}, {told}", kind, named, labelling.column)
+    measured = _measured(labelling, takes, embeds)
+    test = Test(source, f"{opened.count} rows{where}, {told}", measured, named, labelling.column)
+    return test, own is not None
+
+
+def _labelling(
+    kind: str, task: Task, found: Findings, rows: Sequence[Row], usual: Sequence[str], own: str | None
+) -> Labelling:
+    """What the labels of a task are, in the column that is its ``own``, or one of the usual ones."""
+    if kind == "class" and any(as_list(row.get(name)) is not None for row in rows for name in usual):
+        kind = "classes"
+    known = kind in ("tags", "classes") or (kind == "class" and classifies(task, found))
+    count = count_of(task, found) if known else None
+    return Labelling(kind, own, classes_of(task, found), count, generated=kind == "answer")
+
+
+def _measured(labelling: Labelling, takes: Base, embeds: bool) -> str:
+    """The key of the metrics that fit labels."""
+    if embeds and labelling.kind == "value":
+        return "similar"
+    if labelling.kind == "answer" and takes.audio and not takes.text:
+        return "speech"
+    if labelling.kind == "tags" and labelling.classes and all(map(marks_entities, labelling.classes)):
+        return "entities"
+    return labelling.kind
+
+
+def _preferred(rows: Sequence[Row], columns: Sequence[str], argument: str) -> list[str] | None:
+    """The texts of which one is preferred, where rows have such.
+
+    Raises:
+        RecipeError: if nobody says what is in front of them.
+    """
+    texts = preferred_in(rows)
+    if texts is None and {"chosen", "rejected"} <= set(columns):
+        raise RecipeError(
+            f"{argument}: nobody says how what chosen and rejected answer stands in front of them; expected both "
+            'whole, or with a column prompt of their kind, or a recipe with test: {source: FILE, texts: '
+            '["{question}{chosen}", "{question}{rejected}"]}, as they were put together in training'
+        )
+    return texts
+
+
+def _told_of_options(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+    """What a function returns, whose errors name keys of a recipe that is not written yet."""
+    try:
+        return function(*arguments, **named)
+    except ValueError as error:
+        asked = [key for key in ("text", "labels") if re.search(f"(write|expected) {key}: ", str(error))]
+        raise ValueError(f"{error}{f'; nsc-merge init has --{asked[0]} for it' if asked else ''}") from None
 
 
 def _tags(task: Task, columns: Sequence[str], rows: Sequence[Row], labelling: Labelling, argument: str) -> str:
@@ -172,49 +225,13 @@ def _fits(column: str, rows: Sequence[Row], labelling: Labelling) -> bool:
     return any(as_list(row.get(column)) for row in rows)
 
 
-def _check_head(task: Task, found: Findings, argument: str) -> None:
-    """Refuse a base that has no head of the class that a task was trained in, as roberta-large, on which transformers
-    puts one in training.
-
-    Raises:
-        RecipeError: with the way to one that has.
-    """
-    kind, own, head = task.kind_on(found.base.model), type(found.base.model).__name__, found.heads.get(task.name)
-    if kind == own or own.endswith("ForSequenceClassification") or _at_last(task, found):
-        return
-    if not head:
-        raise RecipeError(
-            f"{argument}: {own} has no head of classes, and the adapter brought none (modules_to_save); expected "
-            "one, as figures of a head that is drawn at random say nothing"
-        )
-    made = f"{kind}.from_pretrained({found.base.source!r}, num_labels={_count(task, found)}).save_pretrained(FOLDER)"
-    raise RecipeError(
-        f"{argument}: {own} has no place for {head[0]}; expected a base that classifies, which {made} makes of it, "
-        "with its tokenizer saved there, too"
-    )
-
-
-def _kind(task: Task, found: Findings, *, tags: bool) -> str:
-    """What the labels of a task are.
-
-    Args:
-        tags: whether the base classifies tokens.
-    """
-    can_generate = getattr(found.base.model, "can_generate", bool)
-    if hears(found.base.model) or (can_generate() and task.name not in found.heads):
-        return "answer"
-    if _count(task, found) == 1:
-        return "value"
-    return "tags" if tags else "class"
-
-
-def _compared(texts: Sequence[str], columns: Sequence[str], argument: str) -> str:
-    """What the labels of texts are that are embedded each alone.
+def _compared(texts: Sequence[str], columns: Sequence[str], usual: Sequence[str], argument: str) -> str:
+    """What the labels of texts are that are embedded each alone, in one of the ``usual`` columns if there are any.
 
     Raises:
         RecipeError: of inferences, whose labels are classes in no order.
     """
-    if any(name in columns for name in CLASS_COLUMNS) and len(texts) == 2:
+    if any(name in columns for name in usual) and len(texts) == 2:
         if "premise" in columns:
             raise RecipeError(
                 f"{argument}: labels of a premise and a hypothesis do not say how alike they are; expected rows of "
@@ -222,39 +239,6 @@ def _compared(texts: Sequence[str], columns: Sequence[str], argument: str) -> st
             )
         return "value"
     return "nearest" if len(texts) > 2 else "same"
-
-
-def _count(task: Task, found: Findings) -> int:
-    """How many classes the head of a task has."""
-    heads = _matrices(task, found)
-    # The last of several layers gives what none of them reads.
-    read = {value.shape[1] for value in heads}
-    last = [value for value in heads if len(value) not in read] or heads
-    return min(map(len, last)) if heads else getattr(found.base.model.config, "num_labels", 2)
-
-
-def _at_last(task: Task, found: Findings) -> bool:
-    """Whether a task's head is one that transformers puts behind the last token of a decoder, and the base has none."""
-    model: Any = found.base.model
-    decoder = getattr(model, "can_generate", bool)() and not encodes(model)
-    return decoder and [path.rpartition(".")[2] for path in found.heads.get(task.name, ())] == ["score"]
-
-
-def _matrices(task: Task, found: Findings) -> list[Tensor]:
-    """Those of the head that a task brought; none where it has the base's."""
-    return [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
-
-
-def _classifies(task: Task, found: Findings) -> bool:
-    """Whether there is a head whose outputs are the classes: configurations have a number of them without one, too."""
-    brought = task.name in found.heads
-    return bool(_matrices(task, found)) if brought else "Classification" in type(found.base.model).__name__
-
-
-def _classes(task: Task, found: Findings) -> Sequence[str]:
-    """Names of a task's classes: those beside its adapter, or of the base where its head is as large."""
-    named = class_names(getattr(found.base.model.config, "id2label", None) or {})
-    return task.labels or (named if len(named) == _count(task, found) else [])
 
 
 def _settings(
@@ -331,10 +315,11 @@ def evaluation_text(found: Findings, tests: Mapping[str, Test], folder: Path, na
             "test": (place, test.said),
             "metric": (metric, others),
         }
-        if _at_last(task, found):
+        if at_last(task, found):
             entries["pool"] = ("last", "where a classifier on a language model has its head")
         if test.labels is not None:
-            entries["labels"] = (test.labels, "the column of a tag for each word")
+            tags = test.kind in ("tags", "entities")
+            entries["labels"] = (test.labels, "the column of a tag for each word" if tags else "their column")
         if test.kind in ("answer", "speech"):
             entries["generate"] = (True, "greedily, as many tokens as the longest answer has")
         yaml.entries(entries, 4)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nsc_merge.adapters import CONFIG_FILE
 from nsc_merge.methods import Method, method_of
-from nsc_merge.recipes.first.mergekit_methods import IN_MERGEKIT, Parameters, Translation, translated
+from nsc_merge.recipes.first.mergekit.methods import IN_MERGEKIT, Parameters, Translation, translated
 from nsc_merge.recipes.first.tasks import Task, find_tasks
 from nsc_merge.recipes.placement_keys import DTYPES
 from nsc_merge.recipes.yaml_keys import RecipeError, mapping, read_document, text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsc_merge.recipes.first.commented_yaml import Yaml, relative, shown
-from nsc_merge.recipes.first.from_mergekit import Imported
+from nsc_merge.recipes.first.mergekit.configurations import Imported
 from nsc_merge.utils.yaml_text import to_yaml
 
 

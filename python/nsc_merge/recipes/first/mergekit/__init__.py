@@ -1,0 +1,1 @@
+"""What nsc-merge import does: a configuration of mergekit made a recipe."""
