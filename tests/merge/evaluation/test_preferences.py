@@ -131,6 +131,20 @@ def test_a_language_model_is_the_base_of_reward_models(place):
         assert rows["finetuned"]["losses"][name] == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_head_of_two_layers_scores_by_its_last(place):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    words = served_cases.tokenizer()
+    config = tf.RobertaConfig(vocab_size=len(words), max_position_embeddings=80, num_labels=1, **sizes)
+    model = tf.RobertaForSequenceClassification(config)
+    model.save_pretrained(place / "roberta")
+    words.save_pretrained(place / "roberta")
+    zoo.write_adapter(model, place / "three", 3, r=2, target_modules=["query"], modules_to_save=["classifier"])
+    assert main(["init", "three", "--base", "roberta", "--data", "texts.jsonl", "--test", "texts.jsonl"]) == 0
+    assert from_yaml((place / "recipe.yaml").read_text())["data"]["texts"] == TEXTS["texts"]
+    (task,) = from_yaml((place / "evaluation.yaml").read_text())["tasks"].values()
+    assert (task["metric"], task["test"]["texts"]) == ("pairwise_accuracy", TEXTS["texts"])
+
+
 USER, SAID = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 
 

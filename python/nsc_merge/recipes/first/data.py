@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,18 @@ from nsc_merge.recipes.calibration_keys import absolute_source
 from nsc_merge.recipes.yaml_keys import RecipeError
 from nsc_merge.utils.option_checks import did_you_mean
 from nsc_merge.utils.safetensors_checks import DTYPES, check_safetensors
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Within it, errors that name a key of a recipe, which is not written yet, name the option for it, too."""
+    try:
+        yield
+    except ValueError as error:
+        asked = [key for key in ("text", "labels") if re.search(f"(write|expected) {key}: ", str(error))]
+        if not asked:
+            raise
+        raise ValueError(f"{error}; nsc-merge init has --{asked[0]} for it") from None
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nsc_merge.calibration.raw.chats import is_chat
 from nsc_merge.calibration.raw.columns import choose
@@ -20,14 +19,12 @@ from nsc_merge.calibration.raw.templates import named_text
 from nsc_merge.calibration.raw.word_lists import as_list, holds_tags, marks_entities
 from nsc_merge.models.bases.placement import PLAIN, is_choice
 from nsc_merge.recipes.first.commented_yaml import Yaml, key_of, relative, shown
-from nsc_merge.recipes.first.data import sources
+from nsc_merge.recipes.first.data import naming_options, sources
 from nsc_merge.recipes.first.findings import FEW_TASKS, WITHOUT_DATA, Findings
 from nsc_merge.recipes.first.looking import ROWS, SAMPLES, asked_in, chats_in, compared_in, embedded_in, preferred_in
 from nsc_merge.recipes.first.task_heads import at_last, check_head, classes_of, classifies, count_of, kind_of_labels
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError
-
-_T = TypeVar("_T")
 
 # By what is measured where nobody has said; others that fit.
 _METRICS = {
@@ -121,16 +118,16 @@ def _look(
         labelling = replace(labelling, column=_tags(task, opened.columns, rows, labelling, argument))
     if texts is None:
         there = task.kind_on(found.base.model)
-        settings = _told_of_options(_settings, opened.columns, rows, takes, labelling, there, argument, text)
+        with naming_options():
+            settings = _settings(opened.columns, rows, takes, labelling, there, argument, text)
     elif found.base.embedded is None or found.base.embedded.longest is None:
         settings = DataSettings(texts=texts)
     else:
         longest = min(settings.max_length, found.base.embedded.longest)
         settings = DataSettings(texts=texts, max_length=longest)
     some, revision = replace(settings, samples=SAMPLES), found.base.revision
-    _told_of_options(
-        batches_of, source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling
-    )
+    with naming_options():
+        batches_of(source, found.base.source, some, 1, argument, base_revision=revision, labelling=labelling)
     column = labelling.column_in(opened.columns, settings, argument, text=takes.text)
     told = f"labels in column {column!r}" if column else "labels by folder" if kind == "class" else "answers of chats"
     if texts is not None and column is None:
@@ -183,15 +180,6 @@ def _preferred(rows: Sequence[Row], columns: Sequence[str], argument: str) -> li
             '["{question}{chosen}", "{question}{rejected}"]}, as they were put together in training'
         )
     return texts
-
-
-def _told_of_options(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
-    """What a function returns, whose errors name keys of a recipe that is not written yet."""
-    try:
-        return function(*arguments, **named)
-    except ValueError as error:
-        asked = [key for key in ("text", "labels") if re.search(f"(write|expected) {key}: ", str(error))]
-        raise ValueError(f"{error}{f'; nsc-merge init has --{asked[0]} for it' if asked else ''}") from None
 
 
 def _tags(task: Task, columns: Sequence[str], rows: Sequence[Row], labelling: Labelling, argument: str) -> str:

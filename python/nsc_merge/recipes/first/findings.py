@@ -225,9 +225,9 @@ def _embedded(base: Base, tasks: Sequence[Task]) -> Texts | None:
 
 def _scores(base: Base, tasks: Sequence[Task]) -> bool:
     """Whether the tasks' heads, or the base's, give a text one number, as those of reward models do."""
-    heads = [value for task in tasks for value in task.outline.trained.values() if value.dim() == 2]
-    if heads:
-        return all(len(value) == 1 for value in heads)
+    brought = [task.outputs for task in tasks if task.outputs is not None]
+    if brought:
+        return all(count == 1 for count in brought)
     own = getattr(base.model.config, "num_labels", None) == 1
     return own and "ForSequenceClassification" in type(base.model).__name__
 

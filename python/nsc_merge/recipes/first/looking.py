@@ -20,7 +20,7 @@ from nsc_merge.calibration.raw.reading import batches_of, is_raw, open_source
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.calibration.raw.templates import TEXT_COLUMNS
 from nsc_merge.models.embeddings.files import Texts
-from nsc_merge.recipes.first.data import Data, stored_inputs
+from nsc_merge.recipes.first.data import Data, naming_options, stored_inputs
 
 # Samples that are encoded, and rows that are looked at for it.
 SAMPLES, ROWS = 16, 256
@@ -182,16 +182,16 @@ def _raw(
         settings = replace(settings, target=settings.text or said_there, text=None)
     place = f"{argument}: {Path(source).name}"
     try:
-        columns = choose(
-            rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
-            words=takes.words, columns=left,
-        )  # fmt: skip
+        with naming_options():
+            columns = choose(
+                rows, settings, place, text=takes.text, images=takes.images, audio=takes.audio, writes=takes.writes,
+                words=takes.words, columns=left,
+            )  # fmt: skip
     except ValueError as error:
-        # A key of a recipe, which is not written yet.
-        way = "; nsc-merge init has --text for it" if "write text: " in str(error) else ""
-        if way and embedded is not None:
-            raise ValueError(f"{str(error).partition('; write text: ')[0]}; {_NAMED_OTHERWISE}") from None
-        raise ValueError(f"{error}{way}") from None
+        why, unnamed, _ = str(error).partition("; write text: ")
+        if unnamed and embedded is not None:
+            raise ValueError(f"{why}; {_NAMED_OTHERWISE}") from None
+        raise
     if len(left) < len(found.columns) and isinstance(columns.text, str):
         settings = replace(settings, text=columns.text)
     # Each by itself, so that padding says nothing of the lengths.

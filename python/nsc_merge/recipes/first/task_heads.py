@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from nsc_merge.adapters.folder_about import class_names
 from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.recipes.first.findings import Findings
@@ -52,11 +50,8 @@ def kind_of_labels(task: Task, found: Findings, *, tags: bool) -> str:
 
 def count_of(task: Task, found: Findings) -> int:
     """How many classes the head of a task has."""
-    heads = _matrices(task, found)
-    # The last of several layers gives what none of them reads.
-    read = {value.shape[1] for value in heads}
-    last = [value for value in heads if len(value) not in read] or heads
-    return min(map(len, last)) if heads else getattr(found.base.model.config, "num_labels", 2)
+    brought = task.outputs if task.name in found.heads else None
+    return getattr(found.base.model.config, "num_labels", 2) if brought is None else brought
 
 
 def at_last(task: Task, found: Findings) -> bool:
@@ -66,15 +61,10 @@ def at_last(task: Task, found: Findings) -> bool:
     return decoder and [path.rpartition(".")[2] for path in found.heads.get(task.name, ())] == ["score"]
 
 
-def _matrices(task: Task, found: Findings) -> list[Tensor]:
-    """Those of the head that a task brought; none where it has the base's."""
-    return [value for name, value in task.outline.trained.items() if task.name in found.heads and value.dim() == 2]
-
-
 def classifies(task: Task, found: Findings) -> bool:
     """Whether there is a head whose outputs are the classes: configurations have a number of them without one, too."""
     brought = task.name in found.heads
-    return bool(_matrices(task, found)) if brought else "Classification" in type(found.base.model).__name__
+    return task.outputs is not None if brought else "Classification" in type(found.base.model).__name__
 
 
 def classes_of(task: Task, found: Findings) -> Sequence[str]:

@@ -59,6 +59,15 @@ class Task:
         """Modules that were trained in full."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.outline.trained))
 
+    @property
+    def outputs(self) -> int | None:
+        """How many numbers the head gives that it brought; None where it brought none."""
+        heads = [value for value in self.outline.trained.values() if value.dim() == 2]
+        # The last of several layers gives what none of them reads.
+        read = {value.shape[1] for value in heads}
+        last = [value for value in heads if len(value) not in read] or heads
+        return min(map(len, last), default=None)
+
     def kind_on(self, model: nn.Module) -> str:
         """The class of the model that it was trained in; PEFT puts classifiers on any base."""
         return _CLASSIFIER if self.config.get("task_type") == "SEQ_CLS" else type(model).__name__

@@ -29,12 +29,12 @@ def labels_of_rows(samples: Sequence[Sample], labelling: Labelling) -> Tensor:
     Raises:
         ValueError: naming a row with a blank text, or whose label cannot be taken.
     """
-    texts = [list(map(str, _all_of(sample))) for sample in samples]
+    texts = [_all_of(sample) for sample in samples]
     if labelling.kind == "value":
         values = [labelling.number_of(sample.label, sample.where) for sample in samples]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
     if labelling.kind == "same":
-        return _numbered(texts)
+        return _numbered([list(map(str, row)) for row in texts])
     if labelling.kind == "preferred":
         return torch.zeros(len(texts), dtype=torch.long, device="cpu")
     return torch.full((len(texts),), len(texts[0]) - 2, dtype=torch.long, device="cpu")
