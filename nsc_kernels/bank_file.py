@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -24,6 +25,11 @@ def write_bank(path: str | os.PathLike[str], A: Tensor, Bt: Tensor, offsets: Seq
     from safetensors.torch import save_file
 
     path = Path(path)
+    # Of the temporary file's name, which the errors of writing and renaming would have, nobody knows.
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, found a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "expected a folder to write into, found none", str(path.parent))
     metadata = {"format": FORMAT, "version": VERSION, "offsets": json.dumps(offsets)}
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
     temporary.touch(exist_ok=False)

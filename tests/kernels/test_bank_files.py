@@ -72,6 +72,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
 
 
+def test_a_folder_is_no_file_to_save_to(tmp_path: Path) -> None:
+    bank = nk.AdapterBank.from_factors([torch.randn(2, 8)], [torch.randn(6, 2)])
+    with pytest.raises(IsADirectoryError, match=f"the name of a file, found a folder: '{tmp_path}'$"):
+        bank.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"a folder to write into, found none: '{tmp_path}/none'$"):
+        bank.save(tmp_path / "none" / "bank.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_saved_bank_is_for_whom_any_new_file_is_for(tmp_path: Path) -> None:
     nk.AdapterBank.from_factors(*factors((2,))).save(tmp_path / "bank.safetensors")
     (tmp_path / "plain").touch()
