@@ -236,19 +236,24 @@ def other_mask(batch: Batch) -> str:
     """What is wrong where tokens and their mask are of different shapes, which transformers runs all the same; nothing
     where they agree, or there is but one of them.
     """
-    tokens, mask = batch.get("input_ids"), batch.get(MASK)
-    if tokens is None or mask is None or mask.dim() != 2 or tokens.dim() != 2 or tokens.shape == mask.shape:
+    tokens, mask = batch.get("input_ids"), _of_tokens(batch)
+    if tokens is None or mask is None or tokens.dim() != 2 or tokens.shape == mask.shape:
         return ""
     return f"{MASK}: expected the shape of input_ids, {list(tokens.shape)}, found {list(mask.shape)}"
 
 
 def rows_without_tokens(batch: Batch) -> list[int]:
     """Rows of nothing but padding, if a mask says so: a mean over no tokens would count as a ratio of 0."""
+    mask = _of_tokens(batch)
+    return [] if mask is None else (mask == 0).all(1).nonzero().flatten().tolist()
+
+
+def _of_tokens(batch: Batch) -> Tensor | None:
+    """The mask, if it is of tokens. In masks of more dimensions, which are added to attention scores, 0 lets a token
+    through, and those of FlexAttention and of several kinds of layers are no tensors.
+    """
     mask = batch.get(MASK)
-    # In masks of more dimensions, which are added to attention scores, 0 lets a token through.
-    if mask is None or mask.dim() != 2:
-        return []
-    return (mask == 0).all(1).nonzero().flatten().tolist()
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -61,13 +61,15 @@ class PositionWeights:
             positions = shape.numel() // max(rows.shape[0], 1)
             weights = rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
             return one.mine(weights.expand(shape[0], *weights.shape[1:]))
-        if mask.shape != shape and len(shape) == 2:
+        told = isinstance(mask, Tensor)
+        if told and mask.shape != shape and len(shape) == 2:
             mask = at_positions(self._model, mask, shape[1])
-        if mask.shape != shape:
+        if not told or mask.shape != shape:
+            found = list(mask.shape) if told else type(mask).__name__
             way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"
             raise ValueError(
                 f"{self._mask or 'batch_tasks'}: expected shape {list(shape)}, that of the positions measured "
-                f"at {path}, found {list(mask.shape)}; {way_out}"
+                f"at {path}, found {found}; {way_out}"
             )
         counted = (mask != 0).to(sqnorm)[..., None] * rows
         return one.mine(counted / counted.flatten(0, -2).sum(0).clamp(min=1))

@@ -218,7 +218,7 @@ def _ends(found: Any, model: nn.Module, batch: Batch) -> Tensor:
     """Logits of the positions where an answer starts, and of those where it ends, ``[N, 2, T]``: none is at padding."""
     ends = torch.stack([found.start_logits, found.end_logits], 1)
     mask = batch.get(MASK)
-    if mask is None or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return ends
     real = at_positions(model, mask, ends.shape[-1]).bool().to(ends.device)
     fits = real.shape == (ends.shape[0], ends.shape[-1])
@@ -271,7 +271,7 @@ def real_positions(model: nn.Module, output: Tensor, mask: Tensor | None) -> Ten
             is then real if both tokens are.
         mask: of the inputs, 0 at padding.
     """
-    if mask is None or output.dim() != 3 or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or output.dim() != 3 or mask.dim() != 2:
         return None
     real = at_positions(model, mask, output.shape[1]).bool()
     shifted = real[:, 1:] & real[:, :-1]

@@ -1,8 +1,10 @@
 """What a pipeline is called with while data are recorded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from pipeline_cases import FEW, PROMPTS, stable_diffusion
+from pipeline_cases import FEW, PROMPTS, add, diffusers, stable_diffusion
 
 from nsc_merge.integrations.diffusers import calibration_data
 
@@ -71,3 +73,38 @@ def test_two_old_arguments_are_taken_where_a_pipeline_takes_any():
     told = {"callback": lambda step, *_: steps.append(step), "callback_steps": 2}
     calibration_data(pipe, {"ink": ["ink tower"]}, **FEW, **told)
     assert steps == [0, 2]
+
+
+class _Processor:
+    """What Qwen-Image 2.1 asks of one when the prompt is embedded already."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [3])
+
+    def apply_chat_template(self, messages, **options):
+        return [[1, 2]]
+
+
+def test_no_call_reads_keys_and_values_of_another():
+    """Qwen-Image 2.1 keeps those of prompts from its first step, which a step that is computed again would take from
+    whatever ran last.
+    """
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=1, context_in_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+    add(transformer, ["to_q", "to_v"])
+    pipe = diffusers.QwenImage21Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, processor=_Processor(),
+        transformer=transformer,
+    )
+    pipe.latent_channels = 4
+    pipe.set_progress_bar_config(disable=True)
+    prompt = {"prompt_embeds": torch.randn(1, 5, 8)}
+    few = {"height": 64, "width": 64, "num_inference_steps": 2}
+    calls = calibration_data(pipe, {"ink": [prompt]}, **few)["ink"]["transformer"]
+    assert len(calls) == 2
+    assert not any("kv_cache" in call for call in calls)
+    words = r"QwenImage21Transformer2DModel that compute everything anew, found kv_cache .*; use_kv_cache=False among"
+    with pytest.raises(ValueError, match=words):
+        calibration_data(pipe, {"ink": [prompt]}, use_kv_cache=True, **few)

@@ -138,7 +138,12 @@ def _arguments(pipe: Any, prompt: str | Mapping[str, Any], settings: Mapping[str
             raise ValueError(f"{name}: its scale is one of adapters; expected it in weights, found it in {name}")
     check_taken(pipe, given)
     taken = inspect.signature(pipe.__call__).parameters
-    usual = {"output_type": "latent", "generator": torch.Generator("cpu").manual_seed(seed)}
+    usual = {
+        "output_type": "latent",
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        # Of Qwen-Image 2.1 and others: calls would read what an earlier one left there.
+        "use_kv_cache": False,
+    }
     return {**{name: value for name, value in usual.items() if name in taken}, **given}
 
 
@@ -164,6 +169,7 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
         del given[next(iter(signature.parameters))]
         # Outputs have names wherever they are measured.
         given.pop("return_dict", None)
+        _check_alone(model, given)
         # Of what was made in inference mode no gradient could be taken.
         with torch.inference_mode(False):
             made.append({name: _copied(value) for name, value in given.items() if value is not None})
@@ -175,6 +181,17 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
             yield made
         finally:
             handle.remove()
+
+
+def _check_alone(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse a call that reads or writes keys and values of others: what it computes again is of whichever was last."""
+    for name, value in given.items():
+        if ("cache" in name or name == "past_key_values") and not isinstance(value, bool | str | None):
+            raise ValueError(
+                f"pipe: expected calls of {type(model).__name__} that compute everything anew, found {name} with keys "
+                "and values of other calls; use_kv_cache=False among the arguments, where the pipeline has it, or its "
+                "variant without a cache"
+            )
 
 
 def _copied(value: Any) -> Any:
