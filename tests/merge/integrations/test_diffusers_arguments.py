@@ -108,3 +108,16 @@ def test_no_call_reads_keys_and_values_of_another():
     words = r"QwenImage21Transformer2DModel that compute everything anew, found kv_cache .*; use_kv_cache=False among"
     with pytest.raises(ValueError, match=words):
         calibration_data(pipe, {"ink": [prompt]}, use_kv_cache=True, **few)
+
+
+def test_attention_is_that_of_the_model_alone():
+    """Perturbed-attention guidance puts other attention in while it draws, for a third of the rows."""
+    plain = stable_diffusion()
+    pipe = diffusers.StableDiffusionPAGPipeline(**plain.components, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    recorded = (calibration_data(one, {"ink": ["ink tower"]}, calls=None, **FEW) for one in (pipe, plain))
+    calls, wanted = (data["ink"]["unet"] for data in recorded)
+    assert [len(call["sample"]) for call in calls] == [2] * 4
+    assert torch.equal(calls[3]["sample"], wanted[3]["sample"])
+    with pytest.raises(ValueError, match="UNet2DConditionModel as it is outside .* pag_scale=0 leaves it out"):
+        calibration_data(pipe, {"ink": ["ink tower"]}, pag_scale=3.0, **FEW)

@@ -143,6 +143,8 @@ def _arguments(pipe: Any, prompt: str | Mapping[str, Any], settings: Mapping[str
         "generator": torch.Generator("cpu").manual_seed(seed),
         # Of Qwen-Image 2.1 and others: calls would read what an earlier one left there.
         "use_kv_cache": False,
+        # Of perturbed-attention guidance, which puts other attention into the model while it draws.
+        "pag_scale": 0.0,
     }
     return {**{name: value for name, value in usual.items() if name in taken}, **given}
 
@@ -160,6 +162,7 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
     """The inputs of every call of a model within it."""
     made: Calls = []
     signature = inspect.signature(type(model).forward)
+    attention = _attention(model)
 
     def record(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = dict(signature.bind(model, *arguments, **named).arguments)
@@ -170,6 +173,12 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
         # Outputs have names wherever they are measured.
         given.pop("return_dict", None)
         _check_alone(model, given)
+        if any(one is not other for one, other in itertools.zip_longest(_attention(model), attention)):
+            raise ValueError(
+                f"pipe: expected calls of {type(model).__name__} as it is outside of the pipeline, found attention "
+                "that the pipeline puts in while it draws, as for perturbed-attention guidance; pag_scale=0 leaves it "
+                "out"
+            )
         # Of what was made in inference mode no gradient could be taken.
         with torch.inference_mode(False):
             made.append({name: _copied(value) for name, value in given.items() if value is not None})
@@ -181,6 +190,11 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
             yield made
         finally:
             handle.remove()
+
+
+def _attention(model: nn.Module) -> list[Any]:
+    """What the attention of a model of diffusers computes by, of each of its layers."""
+    return list(getattr(model, "attn_processors", {}).values())
 
 
 def _check_alone(model: nn.Module, given: Mapping[str, Any]) -> None:
