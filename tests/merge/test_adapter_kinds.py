@@ -23,6 +23,7 @@ LINEARS = {"target_modules": ["q_proj", "v_proj"]}
 MERGED: dict[str, dict[str, Any]] = {
     "LoRA, unequal ranks (`rank_pattern`)": {**LINEARS, "rank_pattern": {"q_proj": 5}},
     "rsLoRA": {**LINEARS, "use_rslora": True},
+    "VeLoRA": {**LINEARS, "velora_config": {"num_groups": 4}},
     "`lora_bias`": {**LINEARS, "lora_bias": True},
     "`fan_in_fan_out` set on linears": {**LINEARS, "fan_in_fan_out": True},
     "DoRA": {**LINEARS, "use_dora": True},

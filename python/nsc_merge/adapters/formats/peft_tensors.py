@@ -66,6 +66,9 @@ def sorted_tensors(
         match = _KEY.fullmatch(path)
         if path == key:
             left_over.append(key)
+        elif config.get("velora_config") and path.endswith(".lora_velora_embed"):
+            # What VeLoRA keeps inputs by until the backward; its forward is LoRA's.
+            continue
         elif copy := _COPY.fullmatch(path):
             own = f"{copy['path']}.{copy['parameter']}"
             if copy["kind"] == "original_module":
