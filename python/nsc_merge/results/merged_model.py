@@ -57,7 +57,8 @@ def write_model(
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"format 'model' needs a transformers model, found {type(model).__name__}; save what result.apply(model) "
-            "returns as models of its kind are, such as safetensors.torch.save_model(merged, file), or use format 'lora'"
+            "returns as models of its kind are, such as by safetensors.torch.save_model(merged, file), or use format "
+            "'lora'"
         )
     if not (_is_of_transformers(model) or is_of_diffusers(model)):
         # As with huggingface_hub's PyTorchModelHubMixin, whose save_pretrained writes the numbers that a model has.
