@@ -23,7 +23,8 @@ Measures merges side by side as a YAML recipe says, beside the base model (zero_
       labels: labels                   # which tensor, or which column, holds the labels
       metric: accuracy                 # or miou, f1, f1_binary, matthews, multilabel_f1, entity_f1, perplexity,
       #                                # pearson, spearman, rmse, l1, mean_angle, edge_f, exact_match, cider, rouge1,
-      #                                # rouge2, rougeL, bleu, wer, cer, vqa; or {name: cider, program: pycocoevalcap};
+      #                                # rouge2, rougeL, bleu, wer, cer, vqa, relaxed_accuracy (ChartQA), anls
+      #                                # (DocVQA); or {name: cider, program: pycocoevalcap};
       #                                # of embeddings, test {source: ..., texts: [query, positive]}: ndcg, mrr, recall;
       #                                # of scores, texts: [chosen, rejected]: pairwise_accuracy
       head: adapter                    # what the PEFT folder brought; or model; or a safetensors file

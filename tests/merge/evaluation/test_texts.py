@@ -199,7 +199,49 @@ def test_one_answer_is_given_or_not():
     assert METRICS["vqa"].measure(written, labels, decode=decode, ends=(END,)) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("name", ["rouge1", "bleu", "vqa"])
+def of_words(name, answers, references):
+    """A metric of texts, each of one token."""
+    names = sorted({*answers, *(text for known in references for text in known)})
+    most = max(map(len, references))
+    labels = [[[names.index(text)] for text in known] + [[IGNORE]] * (most - len(known)) for known in references]
+    outputs = torch.tensor([[names.index(one)] for one in answers])
+    return METRICS[name].quality(outputs, torch.tensor(labels), decode=lambda tokens: names[tokens[0]]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("10.5", "10", 1), ("10.51", "10", 0), ("9.5", "10", 1), ("-10", "10", 0), ("-9.6", "-10", 1),
+        ("Yes", "yes", 1), ("yes.", "yes", 0), ("12%", "0.12", 1), ("12", "12%", 0), ("0", "0", 1), ("0.0", "0", 0),
+        ("ten", "10", 0), ("1,000", "1000", 0), ("inf", "3", 0), ("2016 ", "2014", 1), ("%", "%", 1),
+    ],
+)  # fmt: skip
+def test_relaxed_accuracy_is_of_numbers_within_five_percent_and_of_texts(answer, reference, right):
+    assert of_words("relaxed_accuracy", [answer], [[reference]]) == [right]
+    assert of_words("relaxed_accuracy", [answer, "a"], [["nothing of it", reference], ["b"]]) == [right, 0]
+
+
+def changes(text, other):
+    """The edit distance, letter by letter."""
+    if not text or not other:
+        return len(text) + len(other)
+    same = changes(text[1:], other[1:]) + (text[0] != other[0])
+    return min(same, changes(text[1:], other) + 1, changes(text, other[1:]) + 1)
+
+
+@quick
+@given(st.text("ab C", max_size=5), st.lists(st.text("aB c", max_size=5), min_size=1, max_size=3))
+def test_anls_is_of_the_nearest_reference_and_none_below_a_half(answer, references):
+    alike = []
+    for text in references:
+        found, wanted = (" ".join(one.lower().split()) for one in (answer, text))
+        longest = max(len(answer.strip()), len(text.strip()))
+        alike.append(1 - changes(found, wanted) / longest if longest else 1)
+    wanted = max(alike) if max(alike) >= 0.5 else 0
+    assert of_words("anls", [answer], [references]) == pytest.approx([wanted])
+
+
+@pytest.mark.parametrize("name", ["rouge1", "bleu", "vqa", "anls", "relaxed_accuracy"])
 def test_what_has_no_reference_or_is_no_token_is_refused(name):
     tokens = torch.zeros(2, 3).long()
     metric = METRICS[name]

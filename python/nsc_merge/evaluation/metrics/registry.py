@@ -58,10 +58,14 @@ from nsc_merge.evaluation.metrics.retrieval import (
     recall_per_sample,
 )
 from nsc_merge.evaluation.metrics.texts import (
+    anls,
+    anls_per_sample,
     bleu,
     bleu_per_sample,
     error_rate,
     error_rate_per_sample,
+    relaxed_accuracy,
+    relaxed_accuracy_per_sample,
     rouge,
     rouge_per_sample,
     vqa,
@@ -260,15 +264,23 @@ METRICS: dict[str, Metric] = {
             )
             for name, unit in (("wer", "word"), ("cer", "char"))
         ),
-        Metric(
-            "vqa",
-            "VQA acc",
-            _TEXTS,
-            vqa,
-            vqa_per_sample,
-            writes=True,
-            decodes=True,
-            of_samples=_mean_of_samples,
+        *(
+            Metric(
+                name,
+                label,
+                _TEXTS,
+                measure,
+                quality,
+                writes=True,
+                decodes=True,
+                of_samples=_mean_of_samples,
+                package=package,
+            )
+            for name, label, measure, quality, package in (
+                ("vqa", "VQA acc", vqa, vqa_per_sample, ""),
+                ("relaxed_accuracy", "relaxed acc", relaxed_accuracy, relaxed_accuracy_per_sample, ""),
+                ("anls", "ANLS", anls, anls_per_sample, "torchmetrics"),
+            )
         ),
     )
 }

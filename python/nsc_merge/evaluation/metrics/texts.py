@@ -1,5 +1,5 @@
 """Generated texts against texts that people wrote: ROUGE, BLEU, word and character error rates of torchmetrics, and the
-accuracy of VQA.
+figures of questions about images: VQA's accuracy, ChartQA's relaxed accuracy, and DocVQA's ANLS.
 
 Outputs are generated tokens ``[N, T]``, :data:`IGNORE` after the end of each; labels are reference texts as tokens,
 ``[N, T']``, or several of each sample ``[N, R, T']``, filled up by :data:`IGNORE`. ``decode`` makes text of tokens;
@@ -9,8 +9,9 @@ above 1.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from nsc_merge.evaluation.metrics.generation import Decode, captions_of
 
 # The human answers of a question of VQA that have to agree with one for a full score.
 _ENOUGH = 3
+# How far off a number may be, of the one that is right, and how alike texts have to be for any score.
+_RELAXED, _ALIKE = 0.05, 0.5
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBERS)}}
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -175,6 +178,66 @@ def as_answer(text: str) -> str:
     text = re.sub(r"[^\w\s.':]|_", " ", text)
     words = [_DIGITS.get(word, word) for word in text.split()]
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def relaxed_accuracy(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """Mean of :func:`relaxed_accuracy_per_sample`."""
+    return relaxed_accuracy_per_sample(outputs, labels, decode=decode, ends=ends).mean().item()
+
+
+def relaxed_accuracy_per_sample(
+    outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()
+) -> Tensor:
+    """Relaxed accuracy of ChartQA (Masry et al. 2022, after Methani et al. 2020), ``[N]``: of numbers, whether the
+    answer is within 5 % of the reference, and of texts whether it is the same, in whatever case; by the best of several
+    references. ``12 %`` is 0.12, and of a reference of 0 nothing is 5 %: texts are compared.
+    """
+
+    def right(candidate: str, text: str) -> float:
+        found, wanted = _number(candidate), _number(text)
+        if found is not None and wanted:
+            return float(abs(found - wanted) <= _RELAXED * abs(wanted))
+        return float(candidate.lower() == text.lower())
+
+    return _best(right, *texts_of(outputs, labels, decode, ends))
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def anls(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> float:
+    """Mean of :func:`anls_per_sample`."""
+    return anls_per_sample(outputs, labels, decode=decode, ends=ends).mean().item()
+
+
+def anls_per_sample(outputs: Tensor, labels: Tensor, *, decode: Decode, ends: Collection[int] = ()) -> Tensor:
+    """Normalised Levenshtein similarity of DocVQA (Biten et al. 2019, Eq. 1), ``[N]``, whose mean is ANLS: 1 less the
+    characters to put in, leave out or change over those of the longer text, with the reference that it is highest for,
+    and 0 if that is below 0.5. Case, and how many spaces are between words, are no change.
+    """
+    from torchmetrics.functional.text import edit_distance
+
+    def alike(candidate: str, text: str) -> float:
+        found, wanted = (" ".join(one.lower().split()) for one in (candidate, text))
+        # As the challenge's own evaluation has it, of the texts as they are.
+        longer = max(len(candidate), len(text))
+        similarity = 1 - float(edit_distance([found], [wanted])) / longer if longer else 1.0
+        return similarity if similarity >= _ALIKE else 0.0
+
+    return _best(alike, *texts_of(outputs, labels, decode, ends))
+
+
+def _best(
+    score: Callable[[str, str], float], candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> Tensor:
+    """Of every text, the score with the reference that it is highest for."""
+    found = [max(score(one, text) for text in texts) for one, texts in zip(candidates, references, strict=True)]
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def texts_of(

@@ -35,7 +35,7 @@ _METRICS = {
     "same": ("ndcg", "of the second among those of all rows, by its embedding; or mrr, recall"),
     "preferred": ("pairwise_accuracy", "of the first having a higher score than the other"),
     "nearest": ("accuracy", "of the second being nearer to the first than others are"),
-    "answer": ("exact_match", "or rougeL, bleu, cider, vqa"),
+    "answer": ("exact_match", "or rougeL, bleu, cider, vqa, relaxed_accuracy, anls"),
     "speech": ("wer", "or cer, exact_match, bleu"),
     "entities": ("entity_f1", "or accuracy, f1, exact_match"),
     "tags": ("accuracy", "of words; or f1, exact_match; entity_f1 where classes are called O, B-X, I-X, ..."),
