@@ -52,6 +52,21 @@ def test_gradients_are_those_of_finite_differences(layer):
     torch.autograd.gradcheck(forward, (z, lam.requires_grad_()))
 
 
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (2, 4, 12), (2, 2, 4, 12), (0, 4, 12)])
+def test_what_it_gives_may_be_changed_in_place(layer, shape):
+    """As by a ReLU of that kind behind the linear."""
+    linear, bank, lam = layer
+    folded = Folded(linear, bank)
+    folded.refresh(lam.detach())
+    z = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(torch.relu_(y).sum(), (z, lam))
+        for y in (folded(z, lam.requires_grad_()), merged_lora(z, bank, lam, base=linear(z)))
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_tasks": True}, {"checkpointing": True}, {"score_blocks": [1, 3]}])
 @pytest.mark.parametrize("make", [llama, llava])
 def test_the_course_is_that_of_the_fused_operator(make, options):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from loop_cases import adapters_for, image_batches, llama, llava, text_batches, trajectory, values
 from packed_linear import PackedLinear, packed, unpacked
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
@@ -122,6 +124,38 @@ def test_lost_gradients_are_refused_where_they_are_needed():
     assert isinstance(inference.model.layers[0].self_attn.q_proj, PackedLinear)
     found, wanted = (nsc_merge.merge(m, adapters, text_batches(1), "regmean", batches=1) for m in (inference, plain))
     torch.testing.assert_close(found.delta(found.paths[-1]), wanted.delta(found.paths[-1]), rtol=1e-4, atol=1e-6)
+
+
+def test_what_only_has_the_sizes_of_a_linear_is_none(tmp_path):
+    """timm's MLPs of convolutions, for example, which run on no rows."""
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 6
+            self.conv = nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            return self.conv(x).relu_()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mlp, self.head = nn.Linear(6, 6), Mlp(), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.mlp(self.first(x)[..., None, None]).flatten(1))
+
+    model = Model()
+    folders = {}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules=["first", "mlp.conv"], init_lora_weights=False)
+        get_peft_model(copy.deepcopy(model), lora).save_pretrained(folders.setdefault(name, tmp_path / name))
+    data = {name: [{"x": torch.randn(4, 6)}] for name in folders}
+    outputs = dict.fromkeys(folders, lambda model, batch: model(**batch))
+    result = nsc_merge.merge(model, folders, data, method="distill", outputs=outputs, steps=2, progress=False)
+    assert set(result.paths) == {"first", "mlp.conv"}
 
 
 def test_a_wrong_gradient_is_refused():

@@ -25,6 +25,7 @@ from nsc_merge.models.bases.stored_weights import FLOATS, is_compressed, is_dten
 # An nn.Linear, or another module with its in_features, out_features and forward, for which Python has no type.
 Linear: TypeAlias = Any
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # bitsandbytes' word for a linear that it may lay out anew.
 _REPACKS = "support_avx512bf16_for_cpu"
 # Unit vectors that a linear is run on at once.
@@ -36,11 +37,14 @@ _TOLERANCE = 0.2
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear that adapters can be merged onto: an ``nn.Linear``, or one that only has its
     ``in_features``, ``out_features`` and forward. Neither PEFT's layers nor merged linears are: they are around one.
+    Nor is an MLP that is called by its sizes, as timm's are.
     """
     if isinstance(module, MergedLoRALinear) or hasattr(module, "base_layer"):
         return False
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+    if isinstance(module, nn.Linear) or not all(isinstance(size, int) for size in sizes):
+        return isinstance(module, nn.Linear)
+    return not any(isinstance(one, _LAYERS) for one in module.modules())
 
 
 def is_quantised(linear: Linear) -> bool:

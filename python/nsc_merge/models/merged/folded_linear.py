@@ -84,8 +84,11 @@ class Folded:
 
     def __call__(self, z: Tensor, lam: Tensor) -> Tensor:
         """``z [..., d_in]`` to ``[..., d_out]``, with gradients for both; ``lam`` must be what was folded last."""
-        bias = self._linear.bias
-        return _FoldedLinear.apply(z, lam, self._weight, bias, self._A, self._Bt, self._owners)
+        # As rows: of more dimensions the product is a view, and what a Function gives as one may not be changed in
+        # place, as a ReLU behind a linear does.
+        rows = z.reshape(-1, z.shape[-1])
+        y = _FoldedLinear.apply(rows, lam, self._weight, self._linear.bias, self._A, self._Bt, self._owners)
+        return y.view(*z.shape[:-1], y.shape[-1])
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -93,16 +96,15 @@ class _FoldedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, lam: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, owners: Tensor
     ) -> Tensor:
-        u = z.reshape(-1, z.shape[-1]) @ A.t() if ctx.needs_input_grad[1] else None
+        u = z @ A.t() if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(u, weight, Bt, owners)
         return nn.functional.linear(z, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         u, weight, Bt, owners = ctx.saved_tensors
-        flat = dy.reshape(-1, dy.shape[-1])
-        dz = (flat @ weight).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        dlam = None if u is None else (flat @ Bt.t()).mul_(u).sum(0) @ owners
+        dz = dy @ weight if ctx.needs_input_grad[0] else None
+        dlam = None if u is None else (dy @ Bt.t()).mul_(u).sum(0) @ owners
         return dz, dlam, None, None, None, None, None
 
 
